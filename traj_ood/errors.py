@@ -1,0 +1,25 @@
+"""The one error a user of traj_ood is meant to read, and the "did you mean" of every registry."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrajOODError(ValueError):
+    """Bad input or a bad environment, told in one line: what was expected, what arrived, what to do next.
+
+    The command line prints the line and exits with code 2; a library user catches it as a ``ValueError``.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> TrajOODError:
+    """The error for a name that no registry holds, with the nearest known names.
+
+    >>> print(unknown_name("scorer", "knnn", ["knn", "mahalanobis"]))
+    unknown scorer 'knnn': did you mean 'knn'? Known: knn, mahalanobis
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    hint = "did you mean " + " or ".join(repr(c) for c in close) + "? " if close else ""
+    return TrajOODError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(names)}")
