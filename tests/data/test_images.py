@@ -1,0 +1,266 @@
+"""Image sources: what comes out of a file, what is refused, and what the digest notices."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from traj_ood.data import ArrayImages, FileImages, read_folder, read_image_list
+from traj_ood.data.images import MAX_PIXELS, open_image
+from traj_ood.errors import TrajOODError
+
+
+def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (16, 12), seed: int = 0) -> Path:
+    """A small image of random pixels at ``path``, in the format of its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,), "LA": (2,), "CMYK": (4,)}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
+    Image.frombytes(mode, size, pixels.tobytes()).save(path)
+    return path
+
+
+def one_line(error: pytest.ExceptionInfo[TrajOODError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_16_bit_greyscale_is_scaled_and_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 128, 129, 257], [32768, 51400, 65407, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+
+    image = open_image(tmp_path / "deep.png")
+
+    assert image.mode == "L"
+    np.testing.assert_array_equal(np.asarray(image), [[0, 0, 1, 1], [128, 200, 255, 255]])
+
+
+def test_16_bit_pgm_and_tiff_are_scaled_too(tmp_path: Path) -> None:
+    values = np.array([[0, 51400, 65535]], dtype=np.uint16)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 3 1 65535\n" + values.astype(">u2").tobytes())
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+
+    for name in ("deep.pgm", "deep.tif"):
+        np.testing.assert_array_equal(np.asarray(open_image(tmp_path / name)), [[0, 200, 255]])
+
+
+@pytest.mark.parametrize("pixels", [np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32)])
+def test_integers_of_unknown_range_are_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(tmp_path / "wide.tif")
+    with pytest.raises(TrajOODError, match=r"wide\.tif: expected greyscale of 8 or 16 bits, got integers from"):
+        open_image(tmp_path / "wide.tif")
+
+
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(TrajOODError, match=r"float\.tif: expected an image of 8 or 16 bits per channel, got floating"):
+        open_image(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "expected"),
+    [
+        ("L", ".png", "L"),
+        ("RGB", ".jpg", "RGB"),
+        ("RGBA", ".png", "RGB"),
+        ("LA", ".png", "RGB"),
+        ("CMYK", ".jpg", "RGB"),
+    ],
+)
+def test_only_l_and_rgb_come_out(tmp_path: Path, mode: str, suffix: str, expected: str) -> None:
+    path = save(tmp_path / f"image{suffix}", mode)
+    image = open_image(path)
+    assert image.mode == expected
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path).convert(expected)))
+
+
+def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path: Path) -> None:
+    source = Image.new("P", (2, 1))
+    source.putpalette([255, 0, 0, 0, 0, 255])
+    source.putpixel((1, 0), 1)
+    source.save(tmp_path / "palette.png", transparency=b"\x00\xff")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = open_image(tmp_path / "palette.png")
+
+    assert image.mode == "RGB"
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_bilevel_images_become_grey(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
+    image = open_image(tmp_path / "bits.png")
+    assert (image.mode, image.getpixel((0, 0)), image.getpixel((1, 0))) == ("L", 255, 0)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_truncated_image_is_named(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"cut{suffix}", size=(64, 64))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(TrajOODError, match=r"the image cannot be decoded \(.*truncated.*\); replace the file") as error:
+        open_image(path)
+    assert str(path) in one_line(error)
+
+
+def test_missing_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("not an image")
+    for name, words in (
+        ("gone.jpg", "expected an image file, found nothing; restore it or take it out of the set"),
+        ("empty.jpg", "expected an image, found an empty file (0 bytes); restore it or remove it"),
+        ("text.jpg", "expected an image, found no format that Pillow knows; replace the file"),
+    ):
+        with pytest.raises(TrajOODError) as error:
+            open_image(tmp_path / name)
+        assert one_line(error) == f"{tmp_path / name}: {words}"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    assert side**2 > MAX_PIXELS
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    png = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+    (tmp_path / "bomb.png").write_bytes(png)
+
+    with pytest.raises(TrajOODError, match=rf"bomb\.png: expected an image of at most {MAX_PIXELS} pixels, got"):
+        open_image(tmp_path / "bomb.png")
+
+
+def test_the_image_list_splits_at_the_first_space(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a/1.jpg 3\n\n./a/2.jpg {'label': 1, 'x': 2}\r\nb.jpg\n   \n", encoding="utf-8")
+    images = read_image_list(tmp_path / "list.txt", tmp_path / "root")
+    assert images.paths == images.ids == ("a/1.jpg", "a/2.jpg", "b.jpg")
+    assert images.labels == ("3", "{'label': 1, 'x': 2}", "")
+    assert images.root == tmp_path / "root"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg 0\n../b.jpg 0\n", "line 2: '../b.jpg' leaves the image root through '..'"),
+        ("a/../../b.jpg 0\n", "line 1: 'a/../../b.jpg' leaves the image root through '..'"),
+        ("/etc/b.jpg 0\n", "line 1: expected a path relative to the image root, got '/etc/b.jpg'"),
+        ("a.jpg 0\nb.jpg 0\n./a.jpg 1\n", "line 3: 'a.jpg' is already on line 1; list every image once"),
+        ("\n \n", ": expected lines 'relative/path label', found none; fill the list"),
+    ],
+)
+def test_bad_image_lists_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(TrajOODError) as error:
+        read_image_list(tmp_path / "list.txt", tmp_path)
+    assert message in one_line(error)
+    assert one_line(error).startswith(f"image list {tmp_path / 'list.txt'}")
+
+
+def test_a_missing_or_binary_image_list_is_named(tmp_path: Path) -> None:
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for name, reason in (("gone.txt", "No such file or directory"), ("binary.txt", "not UTF-8 text")):
+        with pytest.raises(TrajOODError) as error:
+            read_image_list(tmp_path / name, tmp_path)
+        assert one_line(error).startswith(f"image list {tmp_path / name}: cannot be read ({reason})")
+
+
+def test_a_path_inside_the_root_may_use_dots(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a/../b.jpg 0\n..c/d.jpg 1\n")
+    assert read_image_list(tmp_path / "list.txt", tmp_path).paths == ("b.jpg", "..c/d.jpg")
+
+
+def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
+    for name in ("b/2.PNG", "a/1.JPEG", "z.jpg", "a/10.jpg"):
+        save(tmp_path / name)
+    for name in ("notes.txt", "a/._1.jpg", ".hidden/3.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path, target_is_directory=True)
+
+    images = read_folder(tmp_path, prefix="set")
+
+    assert images.paths == ("a/1.JPEG", "a/10.jpg", "b/2.PNG", "z.jpg")
+    assert images.ids == ("set/a/1.JPEG", "set/a/10.jpg", "set/b/2.PNG", "set/z.jpg")
+    assert images.missing() == []
+    assert images.load(3).size == (16, 12)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").touch()
+    with pytest.raises(TrajOODError, match=r"gone: expected a folder of images, found nothing; correct the path"):
+        read_folder(tmp_path / "gone")
+    with pytest.raises(TrajOODError, match=r"empty: expected at least one image \(.*\.png.*\), found none"):
+        read_folder(tmp_path / "empty")
+
+
+def test_missing_lists_absent_and_empty_files(tmp_path: Path) -> None:
+    save(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").touch()
+    images = FileImages(tmp_path, ("a.jpg", "b.jpg", "c.jpg"), ("a", "b", "c"))
+    assert images.missing() == [str(tmp_path / "b.jpg"), str(tmp_path / "c.jpg")]
+    assert images.select([0]).missing() == []
+
+
+def test_file_digest_follows_the_list_and_not_the_machine(tmp_path: Path) -> None:
+    images = FileImages(tmp_path, ("a.jpg", "b.jpg"), ("a.jpg", "b.jpg"), ("0", "1"))
+    same = FileImages(tmp_path / "elsewhere", images.paths, images.ids, images.labels)
+    others = [
+        FileImages(tmp_path, ("a.jpg", "c.jpg"), ("a.jpg", "c.jpg"), ("0", "1")),
+        FileImages(tmp_path, images.paths, images.ids, ("0", "2")),
+        FileImages(tmp_path, images.paths, ("x", "y"), images.labels),
+        images.select([1, 0]),
+        images.select([0]),
+    ]
+    assert same.digest() == images.digest()
+    assert len({images.digest(), *(other.digest() for other in others)}) == 6
+    assert images.select([1, 0]).labels == ("1", "0")
+
+
+def test_array_digest_follows_ids_and_bytes() -> None:
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    changed = array.copy()
+    changed[1, 2, 3] ^= 1
+    images = ArrayImages(("a", "b"), array)
+    assert images.digest() == ArrayImages(("a", "b"), array.copy()).digest()
+    different = [
+        ArrayImages(("a", "c"), array),
+        ArrayImages(("a", "b"), changed),
+        ArrayImages(("a", "b"), array.reshape(2, 4, 3)),
+    ]
+    assert len({images.digest(), *(other.digest() for other in different)}) == 4
+
+
+def test_arrays_load_as_grey_or_colour_and_stay_unchanged() -> None:
+    grey = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    images = ArrayImages(("a", "b"), grey)
+    loaded = images.select([1]).load(0)
+    assert loaded.mode == "L"
+    np.testing.assert_array_equal(np.asarray(loaded), grey[1])
+    loaded.putpixel((0, 0), 99)
+    assert grey[1, 0, 0] == 6
+    assert ArrayImages(("a",), np.zeros((1, 2, 2, 3), np.uint8)).load(0).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("ids", "array", "message"),
+    [
+        (("a",), np.zeros((1, 2, 2)), "expected uint8 of shape (N, H, W) or (N, H, W, 3), got float64 (1, 2, 2)"),
+        (("a",), np.zeros((1, 2, 2, 4), np.uint8), "got uint8 (1, 2, 2, 4); convert the array first"),
+        (("a",), np.zeros((2, 2, 2), np.uint8), "expected 2 ids, one per image, got 1"),
+        (("a", "a"), np.zeros((2, 2, 2), np.uint8), "expected unique ids, got 'a' twice"),
+    ],
+)
+def test_bad_arrays_are_refused(ids: tuple[str, ...], array: np.ndarray, message: str) -> None:
+    with pytest.raises(TrajOODError) as error:
+        ArrayImages(ids, array)
+    assert message in one_line(error)

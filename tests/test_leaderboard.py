@@ -1,0 +1,231 @@
+"""Leaderboard: means over seeds against hand computation, what is never mixed, the README's tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from traj_ood.errors import TrajOODError
+from traj_ood.leaderboard import END, START, leaderboard, per_set, render_markdown, update_readme, write_csv
+from traj_ood.metrics import Metrics
+from traj_ood.results import Result, ScorerResult, SetScore
+
+
+def metrics(auroc: float) -> Metrics:
+    return Metrics(auroc, aupr_in=auroc - 0.1, aupr_out=auroc - 0.2, fpr95=1 - auroc, fpr95_openood=(1 - auroc) / 2)
+
+
+def scorer(label: str, near: float, far: float, cost: float | None = None, **options: Any) -> ScorerResult:
+    sets = {
+        "bags": SetScore("near", 10, metrics(near), {}),
+        "digits": SetScore("far", 20, metrics(far), {}),
+        "noise": SetScore("far", 30, metrics(1.0), {}),
+    }
+    return ScorerResult(label, options, f"What {label} measures.", cost, sets)
+
+
+def run(seed: int = 0, **changes: Any) -> Result:
+    trajectory = scorer("Trajectory", 0.60 + seed / 10, 0.90, cost=100.0 + seed)
+    fields: dict[str, Any] = {
+        "name": f"run{seed}",
+        "benchmark": "fashion",
+        "model": {"name": "vitmae", "fingerprint": "aaaabbbbcccc"},
+        "config": {"tol": 1e-5, "seed": seed},
+        "seed": seed,
+        "command": "traj-ood bench",
+        "commit": None,
+        "versions": {},
+        "created": "2026-01-02T03:04:05+00:00",
+        "seconds": {},
+        "data": {
+            "train": {"role": "train", "count": 5, "sha256": f"drawn with seed {seed}"},
+            "digits": {"role": "far", "count": 20, "sha256": "1111111111"},
+        },
+        "dictionary": {"healthy": True, "warnings": []},
+        "failures": [],
+        "scorers": {"trajectory": trajectory, "knn": scorer("KNN", 0.5, 0.7)},
+    }
+    return Result(**{**fields, **changes})
+
+
+def row(table: pd.DataFrame, name: str) -> pd.Series:
+    found = table[table["scorer"] == name]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def test_seeds_are_averaged_as_by_hand() -> None:
+    table = leaderboard([run(2), run(0), run(1)])
+    assert list(table["scorer"]) == ["trajectory", "knn"]  # best all-AUROC first
+    got = row(table, "trajectory")
+    near = [0.6, 0.7, 0.8]
+    assert got["seeds"] == 3
+    assert got["near_auroc"] == pytest.approx(0.7)
+    assert got["near_auroc_std"] == pytest.approx(statistics.stdev(near)) == pytest.approx(0.1)
+    assert got["far_auroc"] == pytest.approx(0.95)
+    assert got["far_auroc_std"] == pytest.approx(0.0)
+    assert got["all_auroc"] == pytest.approx((0.7 + 0.9 + 1.0) / 3)
+    assert got["all_auroc_std"] == pytest.approx(statistics.stdev([(n + 1.9) / 3 for n in near]))
+    assert got["near_fpr95"] == pytest.approx(0.3)
+    assert got["near_fpr95_openood"] == pytest.approx(0.15)
+    assert got["near_aupr_in"] == pytest.approx(0.6)
+    assert got["near_aupr_out"] == pytest.approx(0.5)
+    assert got["f_evaluations"] == pytest.approx(101.0)
+    assert math.isnan(row(table, "knn")["f_evaluations"])
+    assert set(table["variant"]) == {""}
+
+
+def test_one_seed_has_no_deviation_and_a_missing_role_no_mean() -> None:
+    knn = scorer("KNN", 0.5, 0.7)
+    far = ScorerResult("KNN", {}, "", None, {k: s for k, s in knn.sets.items() if s.role == "far"})
+    got = row(leaderboard([run(scorers={"knn": far})]), "knn")
+    assert got["seeds"] == 1
+    assert math.isnan(got["far_auroc_std"])
+    assert math.isnan(got["near_auroc"])
+    assert got["far_auroc"] == got["all_auroc"] == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(
+    ("changes", "variants"),
+    [
+        ({"config": {"tol": 1e-3}}, ["config.tol=0.001", "config.tol=1e-05"]),
+        (
+            {"data": {"digits": {"role": "far", "count": 20, "sha256": "2222222222"}}},
+            ["data.digits=11111111", "data.digits=22222222"],
+        ),
+        ({"model": {"name": "vitmae", "fingerprint": "ddddeeeeffff"}}, ["model=aaaabbbb", "model=ddddeeee"]),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(changes: dict, variants: list[str]) -> None:
+    table = leaderboard([run(0), run(1, **changes)])
+    assert list(table["seeds"]) == [1, 1, 1, 1]
+    assert sorted(table.loc[table["scorer"] == "trajectory", "variant"]) == variants
+    assert sorted(table.loc[table["scorer"] == "knn", "variant"]) == variants
+    assert "**" not in render_markdown([run(0), run(1, **changes)]).split("All figures")[0]  # no winner across data
+
+
+def test_other_data_is_named_even_when_no_scorer_is_in_both_runs() -> None:
+    other = {"digits": {"role": "far", "count": 20, "sha256": "2222222222"}}
+    one = run(0, scorers={"knn": scorer("KNN", 0.5, 0.7)})
+    two = run(0, scorers={"trajectory": scorer("Trajectory", 0.5, 0.7)}, data=other)
+    table = leaderboard([one, two])
+    assert row(table, "knn")["variant"] == "data.digits=11111111"
+    assert row(table, "trajectory")["variant"] == "data.digits=22222222"
+
+
+def test_other_options_and_sets_make_another_row_of_that_scorer_only() -> None:
+    two = run(1)
+    scorers = {**two.scorers, "knn": scorer("KNN", 0.5, 0.7, k=5)}
+    table = leaderboard([run(0), run(1, scorers=scorers)])
+    assert row(table, "trajectory")["seeds"] == 2
+    assert sorted(table.loc[table["scorer"] == "knn", "variant"]) == ["options.k=5", "options.k=absent"]
+
+
+def test_benchmarks_and_models_have_their_own_rows_without_a_variant() -> None:
+    table = leaderboard([run(), run(benchmark="imagenet"), run(model={"name": "conv", "fingerprint": "9"})])
+    assert len(table) == 6
+    assert set(table["variant"]) == {""}
+
+
+def test_a_seed_that_comes_twice_is_refused() -> None:
+    with pytest.raises(TrajOODError) as error:
+        leaderboard([run(0), run(0, name="again")])
+    assert str(error.value) == (
+        "leaderboard: expected one result per seed for fashion, vitmae, trajectory; "
+        "got seed 0 twice ('run0' and 'again'); remove one of them"
+    )
+
+
+def test_no_results_is_an_error() -> None:
+    for function in (leaderboard, per_set, render_markdown):
+        with pytest.raises(TrajOODError, match="leaderboard: expected at least 1 result, got 0"):
+            function([])
+
+
+def test_per_set_keeps_each_set_apart_near_first() -> None:
+    table = per_set([run(0), run(1)])
+    trajectory = table[table["scorer"] == "trajectory"]
+    assert list(trajectory["set"]) == ["bags", "digits", "noise"]
+    assert list(trajectory["role"]) == ["near", "far", "far"]
+    assert trajectory.iloc[0]["auroc"] == pytest.approx(0.65)
+    assert trajectory.iloc[0]["auroc_std"] == pytest.approx(statistics.stdev([0.6, 0.7]))
+    assert trajectory.iloc[1]["fpr95"] == pytest.approx(0.1)
+
+
+def test_markdown_is_the_readme_table() -> None:
+    text = render_markdown([run(0), run(1)], columns=["near_auroc", "all_auroc", "all_fpr95", "all_fpr95_openood"])
+    lines = text.splitlines()
+    assert lines[0] == "### fashion · vitmae"
+    assert lines[2:6] == [
+        "| Scorer | near AUROC ↑ | all AUROC ↑ | all FPR95 ↓ | all FPR95-OpenOOD ↓ | f / image | Dictionary | Seeds |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
+        "| Trajectory | **65.0 ± 7.1** | **85.0 ± 2.4** | **15.0 ± 2.4** | **7.5 ± 1.2** | 100.5 | healthy | 2 |",
+        "| KNN | 50.0 ± 0.0 | 73.3 ± 0.0 | 26.7 ± 0.0 | 13.3 ± 0.0 | — | healthy | 2 |",
+    ]
+    assert "| Scorer | bags (near) | digits (far) | noise (far) |" in lines
+    assert "| Trajectory | 65.0 ± 7.1 | 90.0 ± 0.0 | 100.0 ± 0.0 |" in lines
+    assert "**FPR95** is the paper's" in text
+    assert "**FPR95-OpenOOD** is OpenOOD's" in text
+    assert "⚠" not in text
+
+
+def test_an_unhealthy_dictionary_is_marked_and_explained() -> None:
+    sick = {"healthy": False, "warnings": ["only 61.0 % converged", "4 distinct attractors"]}
+    text = render_markdown([run(0), run(1, dictionary=sick)])
+    assert text.count("⚠ unhealthy [1]") == 2  # both rows rest on that run
+    assert "| Trajectory ⚠ |" in text
+    footnotes = [line for line in text.splitlines() if line.startswith("⚠ [1]")]
+    assert footnotes == [
+        "⚠ [1] Unhealthy attractor dictionary; scores that use attractors are not to be trusted here: "
+        "seed 1: only 61.0 % converged; seed 1: 4 distinct attractors."
+    ]
+    assert not leaderboard([run(0), run(1, dictionary=sick)])["healthy"].any()
+
+
+def test_bars_in_labels_do_not_break_the_table() -> None:
+    text = render_markdown([run(scorers={"x": scorer("a|b", 0.5, 0.6)})])
+    assert "| a\\|b |" in text
+
+
+def test_an_unknown_column_is_named() -> None:
+    with pytest.raises(TrajOODError, match=r"unknown leaderboard column 'all_aurok': did you mean 'all_auroc'"):
+        render_markdown([run()], columns=["all_aurok"])
+
+
+def test_csv_holds_the_leaderboard(tmp_path: Path) -> None:
+    write_csv([run(0), run(1)], tmp_path / "leaderboard.csv")
+    read = pd.read_csv(tmp_path / "leaderboard.csv")
+    assert list(read.columns) == list(leaderboard([run(0), run(1)]).columns)
+    assert read["near_auroc"][0] == pytest.approx(0.65)
+
+
+def test_readme_is_replaced_between_its_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    update_readme(readme, "new\n")
+    assert readme.read_text() == f"before\n{START}\nnew\n{END}\nafter\n"
+    update_readme(readme, "new\n")
+    assert readme.read_text() == f"before\n{START}\nnew\n{END}\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("nothing", "0 and 0"), (START, "1 and 0"), (f"{END}{START}", "1 and 1"), (START * 2, "2 and 0")],
+)
+def test_a_readme_without_markers_is_left_alone(tmp_path: Path, text: str, found: str) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(TrajOODError) as error:
+        update_readme(readme, "new")
+    assert str(error.value) == (
+        f"{readme}: expected {START} once and {END} once after it, got {found}; "
+        "put both markers where the table belongs"
+    )
+    assert readme.read_text() == text
+    with pytest.raises(TrajOODError, match="expected a README in UTF-8"):
+        update_readme(tmp_path / "absent.md", "new")

@@ -1,0 +1,174 @@
+"""Plots: every file is a real PNG with something on it, bad input is named, nothing global changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from traj_ood.errors import TrajOODError
+from traj_ood.metrics import Metrics
+from traj_ood.plots import _shared_bins, auroc_bars, dynamics_curves, roc_curves, score_histograms
+from traj_ood.results import Result, ScorerResult, SetScore
+
+RNG = np.random.default_rng(0)
+ID = RNG.gamma(20, 2, 200)
+OOD = {name: RNG.gamma(20 + 4 * i, 2, 50) for i, name in enumerate(["bag", "digits", "noise", "faces", "textures"])}
+ROLES = {name: "near" if name == "bag" else "far" for name in OOD}
+
+
+def assert_plot(path: Path) -> None:
+    """A PNG of a sensible size, light, with ink of several colours on it."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert round(image.info["dpi"][0]) == 150
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 250
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert 0.5 < np.mean(pixels == 255) < 0.99
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def curves(sets: dict[str, str]) -> pd.DataFrame:
+    rows = []
+    for rank, (name, role) in enumerate(sets.items()):
+        for step in range(0, 50, 5):
+            residual = 100 * np.exp(-step / (2 + rank)) * np.array([0.1, 0.5, 1, 2, 10])
+            residual[residual < 1e-5] = np.nan
+            rows.append((name, role, step, "residual_sq", *residual))
+            rows.append((name, role, step, "norm", *(30 + rank + np.arange(5))))
+            rows.append((name, role, step, "running", *[np.exp(-step / 20)] * 5))
+    return pd.DataFrame(rows, columns=["split", "role", "step", "quantity", "q05", "q25", "q50", "q75", "q95"])
+
+
+def make_result(**changes: Any) -> Result:
+    def score(role: str, auroc: float) -> SetScore:
+        return SetScore(role, 10, Metrics(auroc, auroc, auroc, 0.1, 0.1), {})
+
+    fields: dict[str, Any] = {
+        "name": "run",
+        "benchmark": "fashion",
+        "model": {"name": "vitmae", "fingerprint": "a"},
+        "config": {},
+        "seed": 0,
+        "command": "",
+        "commit": None,
+        "versions": {},
+        "created": "",
+        "seconds": {},
+        "data": {},
+        "dictionary": {"healthy": True, "warnings": []},
+        "failures": [],
+        "scorers": {
+            "trajectory": ScorerResult("Trajectory", {}, "", 9.0, {"a": score("near", 0.7), "b": score("far", 0.9)}),
+            "knn": ScorerResult("KNN", {}, "", None, {"b": score("far", 0.4)}),
+            "none": ScorerResult("Not scored", {}, "", None, {}),
+        },
+    }
+    return Result(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_score_histograms(tmp_path: Path, count: int) -> None:
+    sets = dict(list(OOD.items())[:count])
+    score_histograms(ID, sets, ROLES, "Trajectory on fashion", tmp_path / "new" / "histogram.png")
+    assert_plot(tmp_path / "new" / "histogram.png")
+
+
+@pytest.mark.parametrize("value", [0.0, 40.0, -1e12])
+def test_scores_that_are_all_equal_can_be_drawn(tmp_path: Path, value: float) -> None:
+    same = np.full(5, value)
+    score_histograms(same, {"x": same}, {"x": "far"}, "all equal", tmp_path / "histogram.png")
+    roc_curves(same, {"x": same}, "all equal", tmp_path / "roc.png")
+    assert_plot(tmp_path / "histogram.png")
+    assert_plot(tmp_path / "roc.png")
+
+
+def test_one_wild_set_does_not_flatten_the_others() -> None:
+    edges = _shared_bins([ID, ID + 5, np.full(10, 1e9), np.full(10, -1e9)])
+    low, high = np.quantile(ID, [0.005, 0.995])
+    assert edges[0] == pytest.approx(low - 3 * (high - low))
+    assert edges[-1] == pytest.approx(high + 3 * (high - low))
+    tight = _shared_bins([ID, ID])
+    assert (tight[0], tight[-1]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_roc_curves(tmp_path: Path) -> None:
+    roc_curves(ID, OOD, "Trajectory on fashion", tmp_path / "roc.png")
+    assert_plot(tmp_path / "roc.png")
+
+
+@pytest.mark.parametrize("far", [1, 6])
+def test_dynamics_curves(tmp_path: Path, far: int) -> None:
+    sets = {"train": "train", "test": "test", "bag": "near", **{f"far{i}": "far" for i in range(far)}}
+    dynamics_curves(curves(sets), 1e-5, tmp_path / "dynamics.png")
+    assert_plot(tmp_path / "dynamics.png")
+    with Image.open(tmp_path / "dynamics.png") as image:
+        assert (image.height > 800) == (far == 6)  # near and far sets in rows of their own
+
+
+def test_dynamics_of_id_alone(tmp_path: Path) -> None:
+    dynamics_curves(curves({"train": "train"}), 1e-5, tmp_path / "dynamics.png")
+    assert_plot(tmp_path / "dynamics.png")
+
+
+def test_auroc_bars(tmp_path: Path) -> None:
+    auroc_bars(make_result(), tmp_path / "healthy.png")
+    sick = {"healthy": False, "warnings": ["only 61.0 % of 2,000 samples converged, 90 % are expected"]}
+    auroc_bars(make_result(dictionary=sick), tmp_path / "sick.png")
+    assert_plot(tmp_path / "healthy.png")
+    assert_plot(tmp_path / "sick.png")
+    assert (tmp_path / "healthy.png").read_bytes() != (tmp_path / "sick.png").read_bytes()
+
+
+@pytest.mark.parametrize("plot", [score_histograms, roc_curves])
+def test_empty_and_broken_scores_are_named(tmp_path: Path, plot: Any) -> None:
+    roles = [{"bag": "near"}] if plot is score_histograms else []
+    for id_scores, ood, message in (
+        (ID, {}, "plot: expected scores of at least 1 OOD set, got none; name a near or far split"),
+        ([], {"bag": [1.0]}, "ID scores: expected at least 1 score, got 0; check that this split holds images"),
+        (ID, {"bag": []}, "bag scores: expected at least 1 score, got 0; check that this split holds images"),
+    ):
+        with pytest.raises(TrajOODError) as error:
+            plot(id_scores, ood, *roles, "title", tmp_path / "plot.png")
+        assert str(error.value) == message
+    with pytest.raises(TrajOODError, match="bag scores: expected finite numbers"):
+        plot(ID, {"bag": [np.nan]}, *roles, "title", tmp_path / "plot.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_without_a_role_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrajOODError) as error:
+        score_histograms(ID, {"bag": [1.0]}, {}, "title", tmp_path / "plot.png")
+    assert str(error.value) == "plot: expected the role near or far for 'bag', got None; add it"
+
+
+def test_empty_dynamics_and_results_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+    table = curves({"train": "train"})
+    with pytest.raises(TrajOODError, match="got a table without q50, step; record them first"):
+        dynamics_curves(table.drop(columns=["q50", "step"]), 1e-5, path)
+    with pytest.raises(TrajOODError, match="got a table of 0 rows; record them first"):
+        dynamics_curves(table[:0], 1e-5, path)
+    with pytest.raises(TrajOODError, match=r"expected a tolerance above 0, got 0; 1e-5 is the paper's"):
+        dynamics_curves(table, 0, path)
+    with pytest.raises(TrajOODError, match="expected at least 1 scorer with scores in result 'run', got 0"):
+        auroc_bars(make_result(scorers={}), path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrajOODError, match="expected a folder that can be written"):
+        roc_curves(ID, OOD, "title", tmp_path / "file" / "roc.png")
+
+
+def test_plots_never_touch_pyplot() -> None:
+    code = "import sys, traj_ood.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

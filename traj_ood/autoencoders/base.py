@@ -1,0 +1,229 @@
+"""The Autoencoder protocol: what traj_ood needs of a model, and the parts every family shares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from traj_ood.errors import TrajOODError
+from traj_ood.iterate import apply_in_chunks
+
+View = Literal["tokens", "cls", "mean"]
+VIEWS: tuple[View, ...] = get_args(View)
+
+
+class Autoencoder(ABC):
+    """An encoder E and a decoder D with one latent space, and hence a self-map f = E∘D.
+
+    Subclasses implement :meth:`encode_batch` and :meth:`decode_batch` and set the attributes below. Users call
+    :meth:`encode`, :meth:`decode` and :meth:`self_map`, which hand those two a constant number of rows.
+
+    Attributes:
+        name: what tables call the model.
+        module: the nn.Module(s) whose weights define the model; in eval mode, on :attr:`device`.
+        input_shape: (C, H, W) that :meth:`encode` takes.
+        chunk: rows per call of the network (see :func:`traj_ood.iterate`). It belongs to the model because it must
+            not follow the batch size: floating-point rounding follows the shape of the call.
+        has_cls: whether the first latent token summarises the image (a CLS token). Latents of shape (B, T, d) are T
+            tokens; any other shape counts as one token, for which every view is the whole latent.
+    """
+
+    family: ClassVar[str] = "custom"
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, int, int]
+    chunk: int = 32
+    has_cls: bool = False
+
+    @abstractmethod
+    def encode_batch(self, images: Tensor) -> Tensor:
+        """E: images (chunk, C, H, W) in the model's normalised units → latents (chunk, *L)."""
+
+    @abstractmethod
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        """D: latents (chunk, *L) → images (chunk, C, H, W)."""
+
+    @abstractmethod
+    def transform(self, image: Image.Image) -> Tensor:
+        """PIL image → (C, H, W) float32 in the model's normalised units."""
+
+    def options(self) -> dict[str, Any]:
+        """The declared options that change f (masking, …); part of the fingerprint."""
+        return {}
+
+    def reconstruction_masks(self) -> int:
+        """How many fixed masks :meth:`reconstruct_masked` averages over; 0 for models without masking."""
+        return 0
+
+    def reconstruct_masked(self, images: Tensor) -> Tensor:
+        """(B,) float64 reconstruction error averaged over fixed masks.
+
+        Raises:
+            TrajOODError: the family has no masking.
+        """
+        raise TrajOODError(f"{self.name} ({self.family}) has no masked reconstruction: only masked autoencoders do")
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def to(self, device: torch.device | str) -> Autoencoder:
+        self.module.to(device)
+        return self
+
+    def encode(self, images: Tensor) -> Tensor:
+        """E on any number of images (B, C, H, W) → latents (B, *L) on :attr:`device`.
+
+        Raises:
+            TrajOODError: the images are not float (B, C, H, W) of the model's shape, or not finite.
+        """
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_shape or not images.is_floating_point():
+            raise TrajOODError(
+                f"{self.name}: expected float images (B, {', '.join(map(str, self.input_shape))}), got {images.dtype} "
+                f"of shape {tuple(images.shape)}: prepare them with autoencoder.transform"
+            )
+        bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero()[:, 0]
+        if len(bad):
+            raise TrajOODError(f"{self.name}: {len(bad)} image(s) hold NaN or infinite pixels, first at row {bad[0]}")
+        with torch.inference_mode():
+            return apply_in_chunks(self.encode_batch, images.to(self.device), self.chunk)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """D on any number of latents (B, *L) → images (B, C, H, W)."""
+        with torch.inference_mode():
+            return apply_in_chunks(self.decode_batch, latents.to(self.device), self.chunk)
+
+    def self_map(self, latents: Tensor) -> Tensor:
+        """f(z) = E(D(z)) on one chunk of latents; :func:`traj_ood.iterate` does the chunking."""
+        return self.encode_batch(self.decode_batch(latents))
+
+    def view(self, latents: Tensor, name: View) -> Tensor:
+        """(B, d) view of latents (B, *L): ``tokens`` = all of them, flattened; ``cls`` = the first token; ``mean`` =
+        the mean of the patch tokens. For a latent of a single token the three are the same.
+
+        Raises:
+            TrajOODError: unknown view, or ``cls`` of tokens that have no CLS token.
+        """
+        if name not in VIEWS:
+            raise TrajOODError(f"latent view: expected one of {', '.join(VIEWS)}, got {name!r}")
+        if name == "tokens" or latents.ndim != 3:
+            return latents.flatten(1)
+        if name == "cls":
+            if not self.has_cls:
+                raise TrajOODError(f"{self.name} has no CLS token: use view=mean or view=tokens")
+            return latents[:, 0]
+        return latents[:, int(self.has_cls) :].mean(dim=1)
+
+    def fingerprint(self) -> str:
+        """sha256 over every weight and the declared options: two models agree exactly when this does."""
+        digest = hashlib.sha256(json.dumps([self.family, self.options()], sort_keys=True, default=str).encode())
+        for key, value in sorted(self.module.state_dict().items()):
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+
+def check_weights(weights: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
+    """Refuse weights of another architecture or with NaN, by name, before they are loaded.
+
+    Raises:
+        TrajOODError: names ``where`` and the first offending tensor.
+    """
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        raise TrajOODError(
+            f"{where}: weights of another architecture: {len(missing)} tensors missing (first: "
+            f"{missing[0] if missing else '-'}), {len(extra)} unexpected (first: {extra[0] if extra else '-'})"
+        )
+    for key, value in weights.items():
+        if value.shape != expected[key].shape:
+            raise TrajOODError(
+                f"{where}: weights of another architecture: {key} expected {tuple(expected[key].shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise TrajOODError(
+                f"{where}: {key} holds NaN or infinite weights: the file is damaged or training diverged"
+            )
+
+
+def image_to_tensor(
+    image: Image.Image,
+    shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Tensor:
+    """The transform the families share: channels (1 = ITU-R 601 luma, 3 = RGB), direct resize, (x/255 − mean)/std.
+
+    Direct resize without a crop is what transformers' ViT-MAE image processor does; bilinear is its filter.
+    """
+    channels, height, width = shape
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = image.resize((width, height), resample)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
+    scaled = pixels.permute(2, 0, 1).float() / 255
+    return (scaled - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+
+class CallableAutoencoder(Autoencoder):
+    """Bring your own: two callables, or an nn.Module with ``encode`` and ``decode``.
+
+    Args:
+        encode, decode: E and D on batches; each row must depend on its own input row alone (eval mode).
+        input_shape: (C, H, W) of the images.
+        transform: PIL image → (C, H, W) tensor. Default: resize to ``input_shape``, pixels in [0, 1].
+        module: whose weights are fingerprinted and moved between devices; pass it whenever the callables use one.
+        has_cls: see :class:`Autoencoder`.
+        chunk: rows per call. Default 64: small models need many rows to fill a matrix product.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor], Tensor],
+        input_shape: tuple[int, int, int],
+        *,
+        name: str = "custom",
+        transform: Callable[[Image.Image], Tensor] | None = None,
+        module: nn.Module | None = None,
+        has_cls: bool = False,
+        chunk: int = 64,
+    ) -> None:
+        self._encode, self._decode = encode, decode
+        self._transform = transform
+        self.input_shape, self.name, self.has_cls, self.chunk = input_shape, name, has_cls, chunk
+        self.module = (module or nn.Module()).eval()
+
+    @classmethod
+    def from_module(cls, module: nn.Module, input_shape: tuple[int, int, int], **options: Any) -> CallableAutoencoder:
+        """Wrap a module that has ``encode`` and ``decode`` methods; ``options`` as in the constructor."""
+        for method in ("encode", "decode"):
+            if not callable(getattr(module, method, None)):
+                raise TrajOODError(f"{type(module).__name__} has no method {method!r}: it needs encode and decode")
+        options.setdefault("name", type(module).__name__)
+        return cls(module.encode, module.decode, input_shape, module=module, **options)  # type: ignore[arg-type]
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        return self._encode(images)
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        return self._decode(latents)
+
+    def transform(self, image: Image.Image) -> Tensor:
+        if self._transform is not None:
+            return self._transform(image)
+        channels = self.input_shape[0]
+        return image_to_tensor(image, self.input_shape, (0.0,) * channels, (1.0,) * channels)

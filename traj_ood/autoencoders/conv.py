@@ -1,0 +1,130 @@
+"""The convolutional autoencoder of the paper's Table 4, for any channels, size, width d and bottleneck k."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from traj_ood.autoencoders.base import Autoencoder, check_weights, image_to_tensor
+from traj_ood.errors import TrajOODError
+
+STRIDES = 4
+
+
+class ConvNetwork(nn.Module):
+    """Table 4: four stride-2 3×3 convolutions d, 2d, 4d, 8d, a linear bottleneck of k units, and their mirror image.
+
+    Sides are divided by 16 (rounded up, 28 → 2) and the decoder's output is cropped back to the input's size. Table 4
+    names no activation; ReLU between the layers and a linear output are the plain choice (images are standardised, so
+    a squashing output would not reach them).
+
+    Args:
+        channels, size: images (B, channels, size, size).
+        width: d of Table 4. Default 32.
+        bottleneck: k. Default 128, the paper's for Figs 3 and 14.
+    """
+
+    def __init__(self, channels: int = 1, size: int = 28, width: int = 32, bottleneck: int = 128) -> None:
+        super().__init__()
+        for key, value in {"channels": channels, "size": size, "width": width, "bottleneck": bottleneck}.items():
+            if value < 1:
+                raise TrajOODError(f"conv autoencoder: {key} must be at least 1, got {value}")
+        self.size = size
+        widths = [channels] + [width * 2**i for i in range(STRIDES)]
+        side = -(-size // 2**STRIDES)
+        self.folded = (widths[-1], side, side)
+        flat = widths[-1] * side * side
+        down: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            down += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()]
+        up: list[nn.Module] = []
+        for a, b in pairwise(reversed(widths)):
+            up += [nn.ReLU(), nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1)]
+        self.down = nn.Sequential(*down, nn.Flatten())
+        self.to_latent = nn.Linear(flat, bottleneck)
+        self.from_latent = nn.Linear(bottleneck, flat)
+        self.up = nn.Sequential(*up)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, k)."""
+        return self.to_latent(self.down(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, k) → (B, C, H, W)."""
+        images = self.up(self.from_latent(latents).view(-1, *self.folded))
+        return images[..., : self.size, : self.size]
+
+
+class ConvAutoencoder(Autoencoder):
+    """:class:`ConvNetwork` with its image transform; latents are (B, k), one token.
+
+    Args:
+        network: the network.
+        mean, std: per channel, of the pixels in [0, 1].
+    """
+
+    family: ClassVar[str] = "conv"
+
+    def __init__(
+        self, network: ConvNetwork, *, name: str = "conv", mean: tuple[float, ...] = (), std: tuple[float, ...] = ()
+    ) -> None:
+        channels = int(network.down[0].in_channels)  # type: ignore[arg-type]
+        self.name, self.module = name, network.eval().requires_grad_(False)
+        self.input_shape = (channels, network.size, network.size)
+        self.mean, self.std = tuple(mean) or (0.5,) * channels, tuple(std) or (0.5,) * channels
+        self.chunk = 64
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> ConvAutoencoder:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Raises:
+            TrajOODError: unreadable files, weights of another architecture, NaN weights.
+        """
+        folder = Path(folder)
+        path = folder / "model.safetensors"
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            weights = load_file(path)
+        except Exception as error:
+            raise TrajOODError(
+                f"{folder}: expected config.json and model.safetensors of a conv model ({error})"
+            ) from error
+        network = ConvNetwork(**config["network"])
+        check_weights(weights, network, str(path))
+        network.load_state_dict(weights)
+        defaults = {"name": folder.name, "mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        return cls(network, **(defaults | options))
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        net: Any = self.module
+        channels, size, _ = self.input_shape
+        network = {
+            "channels": channels,
+            "size": size,
+            "width": net.down[0].out_channels,
+            "bottleneck": net.to_latent.out_features,
+        }
+        config = {"model_type": "traj_ood_conv", "network": network, "mean": list(self.mean), "std": list(self.std)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def options(self) -> dict[str, Any]:
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        return self.module.encode(images)  # type: ignore[operator]
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        return self.module.decode(latents)  # type: ignore[operator]
+
+    def transform(self, image: Image.Image) -> Tensor:
+        return image_to_tensor(image, self.input_shape, self.mean, self.std)

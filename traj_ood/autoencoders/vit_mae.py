@@ -1,0 +1,277 @@
+"""ViT-MAE (He et al., 2022) as an autoencoder with deterministic latent dynamics, on transformers' own modules."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from traj_ood.autoencoders.base import Autoencoder, check_weights, image_to_tensor
+from traj_ood.errors import TrajOODError
+from traj_ood.iterate import apply_in_chunks
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECONSTRUCTION_MASKS = 4
+RECONSTRUCTION_RATIO = 0.75
+
+
+class ViTMAE(Autoencoder):
+    """Any transformers ViT-MAE with its decoder: by hub name, local folder or a ``ViTMAEForPreTraining`` in memory.
+
+    The latent is every output token of the encoder, (B, 1 + visible patches, d): the decoder needs them all, so only
+    all of them make E∘D a self-map. Unlike ``model(pixel_values)``, nothing here is random: transformers shuffles the
+    patches anew at every call even at mask ratio 0, here their order is fixed.
+
+    Args:
+        model: a ``transformers.ViTMAEForPreTraining``.
+        mask_ratio: 0.0 (default) shows the encoder all patches. The paper does not say; without masking f sees the
+            whole image and no choice of a mask enters the score. Above 0 the same patches are hidden at every step
+            and for every image.
+        mask_seed: draws the fixed mask. Only used when ``mask_ratio`` > 0.
+        mean, std: per channel, of the pixels in [0, 1]. Default: ImageNet's, as all public checkpoints use.
+    """
+
+    family: ClassVar[str] = "vit_mae"
+    has_cls = True
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str = "vit-mae",
+        mask_ratio: float = 0.0,
+        mask_seed: int = 0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        config = model.config
+        if not 0 <= mask_ratio < 1:
+            raise TrajOODError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
+        if config.norm_pix_loss:
+            warnings.warn(
+                f"{name} was trained with norm_pix_loss: its decoder predicts per-patch normalised pixels, so D(z) is "
+                "not an image and E∘D iterates on distorted input; prefer a checkpoint without it",
+                stacklevel=2,
+            )
+        assert_position_embeddings(model, name)
+        channels, side = config.num_channels, config.image_size
+        default_mean, default_std = (
+            (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+        )
+        self.name, self.module = name, model.eval().requires_grad_(False)
+        self.input_shape = (channels, side, side)
+        self.mask_ratio, self.mask_seed = float(mask_ratio), mask_seed
+        self.mean, self.std = tuple(mean or default_mean), tuple(std or default_std)
+        self.patches = model.vit.embeddings.patch_embeddings.num_patches
+        # About a thousand tokens a call fill the matrix products of a CPU; a GPU wants more.
+        self.chunk = _power_of_two(1024 / (self.patches + 1), 4, 64)
+        # The mask ratio is a field of the shared config that the embedding reads at every call: own it.
+        model.vit.embeddings.config = copy.copy(config)
+        self._noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)
+        self._restore = self._noise.argsort().argsort()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> ViTMAE:
+        """Load a checkpoint by hub name (``facebook/vit-mae-base``) or local folder.
+
+        Raises:
+            TrajOODError: not found, not a ViT-MAE, without a decoder, of another architecture, or with NaN weights.
+        """
+        folder = Path(source)
+        options.setdefault("name", folder.name if folder.exists() else str(source))
+        if folder.is_dir() and (folder / "model.safetensors").is_file():
+            return cls._from_folder(folder, options)
+        if folder.is_dir() or str(source).startswith((".", "/", "~")):
+            raise TrajOODError(f"{source}: expected a folder with config.json and model.safetensors of a ViT-MAE")
+        return cls._from_hub(str(source), options)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, options: dict[str, Any]) -> ViTMAE:
+        raw = _read_json(folder / "config.json")
+        if raw.get("model_type") != "vit_mae":
+            raise TrajOODError(f"{folder}/config.json: expected model_type 'vit_mae', got {raw.get('model_type')!r}")
+        model = build_model(raw)
+        path = folder / "model.safetensors"
+        try:
+            weights = load_file(path)
+        except Exception as error:
+            raise TrajOODError(
+                f"{path}: not a readable safetensors file ({error}); download or copy it again"
+            ) from error
+        if not any(key.startswith("decoder.") for key in weights):
+            raise TrajOODError(f"{path}: holds an encoder without a decoder, so E∘D does not exist; {_NEED_DECODER}")
+        check_weights(weights, model, str(path))
+        model.load_state_dict(weights)
+        preprocessing = folder / "preprocessor_config.json"
+        if preprocessing.is_file():
+            stored = _read_json(preprocessing)
+            options.setdefault("mean", tuple(stored["image_mean"]))
+            options.setdefault("std", tuple(stored["image_std"]))
+        return cls(model, **options)
+
+    @classmethod
+    def _from_hub(cls, source: str, options: dict[str, Any]) -> ViTMAE:
+        from transformers import ViTMAEForPreTraining
+
+        try:
+            model, report = ViTMAEForPreTraining.from_pretrained(source, output_loading_info=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TrajOODError(
+                f"model {source!r}: neither a local folder nor loadable from the hub ({reason}); download it where "
+                "there is a network and pass the folder"
+            ) from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise TrajOODError(
+                f"model {source!r}: {len(missing)} weights are missing from the checkpoint (first: {missing[0]}) and "
+                f"would stay random; {_NEED_DECODER}"
+            )
+        check_weights(model.state_dict(), model, source)
+        return cls(model, **options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and preprocessor_config.json, readable by transformers too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.module.config.to_json_file(folder / "config.json")  # type: ignore[union-attr,operator]
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        stored = {"image_mean": list(self.mean), "image_std": list(self.std), "size": list(self.input_shape[1:])}
+        (folder / "preprocessor_config.json").write_text(json.dumps(stored, indent=2) + "\n")
+
+    def options(self) -> dict[str, Any]:
+        mask = {"mask_ratio": self.mask_ratio} | ({"mask_seed": self.mask_seed} if self.mask_ratio else {})
+        return {**mask, "mean": list(self.mean), "std": list(self.std)}
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        return self._encode(images, self._noise, self.mask_ratio)[0]
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        return self._decode(latents, self._restore.to(latents.device).expand(len(latents), -1))
+
+    def transform(self, image: Image.Image) -> Tensor:
+        return image_to_tensor(image, self.input_shape, self.mean, self.std)
+
+    def reconstruction_masks(self) -> int:
+        return RECONSTRUCTION_MASKS
+
+    def reconstruct_masked(self, images: Tensor) -> Tensor:
+        """Mean squared error on the hidden patches, the MAE's own training task, over fixed masks.
+
+        Four masks of ratio 0.75 (He et al.'s), seeds 0 … 3, the same for every image, so the score is deterministic.
+        """
+        errors = torch.zeros(len(images), dtype=torch.float64)
+        for seed in range(RECONSTRUCTION_MASKS):
+            noise = _fixed_order(self.patches, RECONSTRUCTION_RATIO, seed)
+            errors += self._masked_error(images, noise)
+        return errors / RECONSTRUCTION_MASKS
+
+    def _masked_error(self, images: Tensor, noise: Tensor) -> Tensor:
+        def error(batch: Tensor) -> Tensor:
+            latents, hidden, restore = self._encode(batch, noise, RECONSTRUCTION_RATIO)
+            patch_error = self._patchify(self._decode(latents, restore) - batch).double().square().mean(dim=-1)
+            return (patch_error * hidden).sum(dim=1) / hidden.sum(dim=1)
+
+        with torch.inference_mode():
+            return apply_in_chunks(error, images.to(self.device), self.chunk).cpu()
+
+    def _patchify(self, images: Tensor) -> Tensor:
+        return self.module.patchify(images)  # type: ignore[operator]
+
+    def _encode(self, images: Tensor, noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, hidden-patch mask (B, patches), ids_restore — transformers' encoder with our patch order."""
+        vit: Any = self.module.vit
+        vit.embeddings.config.mask_ratio = float(ratio)  # transformers rejects the int 0
+        out = vit(images, noise=noise.to(images.device).expand(len(images), -1))
+        return out.last_hidden_state, out.mask, out.ids_restore
+
+    def _decode(self, latents: Tensor, restore: Tensor) -> Tensor:
+        decoder: Any = self.module.decoder
+        return self.module.unpatchify(decoder(latents, restore).logits)  # type: ignore[operator]
+
+
+_NEED_DECODER = "use a ViTMAEForPreTraining checkpoint such as facebook/vit-mae-base"
+
+
+def build_model(config: dict[str, Any]) -> Any:
+    """A ``ViTMAEForPreTraining`` of the given transformers config with sound initial weights.
+
+    transformers leaves the decoder's position embeddings (and in some versions the encoder's) at zero when a model is
+    built from a config: training then runs and silently learns nothing. They are filled with the 2-D sine-cosine table
+    of the original implementation here; class and mask token get std 0.02.
+    """
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    model = ViTMAEForPreTraining(ViTMAEConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+    grid = int(model.vit.embeddings.patch_embeddings.num_patches**0.5)
+    with torch.no_grad():
+        for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+            table.copy_(_sine_cosine_table(grid, table.shape[-1]))
+        model.vit.embeddings.cls_token.normal_(std=0.02)
+        model.decoder.mask_token.normal_(std=0.02)
+    return model
+
+
+def assert_position_embeddings(model: Any, name: str) -> None:
+    """Refuse a model whose position embeddings are zero: it cannot tell one patch from another.
+
+    Raises:
+        TrajOODError: naming the table.
+    """
+    tables = {
+        "encoder": model.vit.embeddings.position_embeddings,
+        "decoder": model.decoder.decoder_pos_embed,
+    }
+    for part, table in tables.items():
+        if not bool(table.any()):
+            raise TrajOODError(
+                f"{name}: the {part}'s position embeddings are all zero: build new models with "
+                "traj_ood.autoencoders.vit_mae.build_model, or load trained weights"
+            )
+
+
+def _sine_cosine_table(grid: int, width: int) -> Tensor:
+    """(1, 1 + grid², width): [sin x, cos x, sin y, cos y] per patch in row-major order, zeros for the class token.
+
+    The original implementation passes (x, y) where its names say (y, x); its weights, and so ours, keep that order.
+    """
+    if width % 4:
+        raise TrajOODError(f"hidden size: the 2-D sine-cosine table needs a multiple of 4, got {width}")
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    y, x = torch.meshgrid(torch.arange(grid).double(), torch.arange(grid).double(), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (x, y)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
+
+
+def _fixed_order(patches: int, ratio: float, seed: int) -> Tensor:
+    """(patches,) ranks that transformers sorts: ascending = patches in order; a seeded permutation hides the last."""
+    if ratio == 0:
+        return torch.arange(patches, dtype=torch.float32)
+    drawn = torch.randperm(patches, generator=torch.Generator().manual_seed(seed))
+    hidden = drawn[int(patches * (1 - ratio)) :]  # transformers keeps int(patches · (1 − ratio)) patches
+    # Visible patches keep their natural order, hidden ones go to the end.
+    order = torch.arange(patches, dtype=torch.float32)
+    order[hidden] += patches
+    return order.argsort().argsort().float()
+
+
+def _power_of_two(target: float, low: int, high: int) -> int:
+    return min(high, max(low, 1 << max(0, round(target) - 1).bit_length()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TrajOODError(f"{path}: expected a JSON file of a transformers checkpoint ({error})") from error
+    if not isinstance(content, dict):
+        raise TrajOODError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

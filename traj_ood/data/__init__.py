@@ -1,0 +1,22 @@
+"""Images with stable ids, splits, and the named benchmarks made of them."""
+
+from traj_ood.data.benchmark import Benchmark, Role, Split
+from traj_ood.data.images import ArrayImages, FileImages, ImageSource, read_folder, read_image_list
+from traj_ood.data.preflight import MissingDataError, preflight
+from traj_ood.data.registry import BenchmarkInfo, list_benchmarks, load_benchmark
+
+__all__ = [
+    "ArrayImages",
+    "Benchmark",
+    "BenchmarkInfo",
+    "FileImages",
+    "ImageSource",
+    "MissingDataError",
+    "Role",
+    "Split",
+    "list_benchmarks",
+    "load_benchmark",
+    "preflight",
+    "read_folder",
+    "read_image_list",
+]

@@ -1,0 +1,216 @@
+"""A benchmark: ID train, val and test splits and near and far OOD sets, checked when it is put together."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from traj_ood.data.images import FileImages, ImageSource
+from traj_ood.errors import TrajOODError
+
+Role = Literal["train", "val", "test", "near", "far"]
+# Test and OOD images are drawn with this seed whatever the attractor seed, so that runs over several attractor seeds
+# are compared on the same images.
+TEST_SEED = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """One named set of images.
+
+    Attributes:
+        name: letters, digits, ``_``, ``-`` and ``.``, not starting with the last two: it becomes part of file names
+            and table headings.
+        role: train, val and test are in distribution; near and far are OOD sets.
+        images: the images.
+
+    Raises:
+        TrajOODError: a name or role outside these sets, or no images.
+    """
+
+    name: str
+    role: Role
+    images: ImageSource
+
+    def __post_init__(self) -> None:
+        _check_name("split", self.name)
+        if self.role not in get_args(Role):
+            raise TrajOODError(f"split {self.name!r}: expected a role of {get_args(Role)}, got {self.role!r}")
+        if len(self.images) == 0:
+            raise TrajOODError(f"split {self.name!r}: expected at least one image, it is empty; fill or remove it")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Named splits that belong together.
+
+    Attributes:
+        name: what results and the leaderboard call it; same characters as a split's.
+        train: ID images that attractors and features come from; at least 2.
+        val: ID images held out for choosing and calibrating, or None.
+        test: ID images the scores are measured on.
+        ood: OOD sets; sorted near before far, otherwise in the order given.
+        train_size: training images the protocol uses when the user asks for no number; None is all.
+        test_size: likewise for the test split and each OOD set.
+        note: where the protocol comes from, and what in it is inferred.
+        how_to_get: one line on obtaining the data, for errors about missing files.
+
+    Raises:
+        TrajOODError: fewer than 2 training images, no OOD set, a role in the wrong place, two splits of one name, or
+            an image shared by two ID splits or by an ID split and an OOD set.
+    """
+
+    name: str
+    train: Split
+    val: Split | None
+    test: Split
+    ood: tuple[Split, ...]
+    train_size: int | None = None
+    test_size: int | None = None
+    note: str = ""
+    how_to_get: str = ""
+
+    def __post_init__(self) -> None:
+        _check_name("benchmark", self.name)
+        object.__setattr__(self, "ood", tuple(sorted(self.ood, key=lambda split: split.role == "far")))
+        self._check_roles_and_names()
+        if len(self.train.images) < 2:
+            raise TrajOODError(
+                f"benchmark {self.name!r}: fewer than 2 ID samples: the train split holds {len(self.train.images)}; "
+                "give at least 2 training images"
+            )
+        self._check_disjoint()
+
+    def splits(self) -> list[Split]:
+        """Every split: train, val when there is one, test, near sets, far sets."""
+        return [*self._id_splits(), *self.ood]
+
+    def subsample(self, *, train: int | None, per_set: int | None, seed: int) -> Benchmark:
+        """A smaller benchmark, the same on every machine and with every numpy version.
+
+        Images keep their order, and a larger sample with the same seed contains the smaller one.
+
+        Args:
+            train: number of training images, drawn by ``seed``; None keeps all.
+            per_set: most images per val, test and OOD set, drawn by a fixed seed; smaller sets stay whole, None
+                keeps all.
+            seed: for the training sample only.
+
+        Raises:
+            TrajOODError: ``train`` is under 2 or more than there are, ``per_set`` is under 1, or ``seed`` is negative.
+        """
+        if seed < 0:
+            raise TrajOODError(
+                f"benchmark {self.name!r}: expected a seed of 0 or more, got {seed}; choose another seed"
+            )
+        if train is not None and not 2 <= train <= len(self.train.images):
+            raise TrajOODError(
+                f"benchmark {self.name!r}: expected between 2 and {len(self.train.images)} training images (all of "
+                f"its train split), got {train}; ask for a number in that range"
+            )
+        if per_set is not None and per_set < 1:
+            raise TrajOODError(
+                f"benchmark {self.name!r}: expected at least 1 image per set, got {per_set}; ask for more"
+            )
+        return replace(
+            self,
+            train=_sampled(self.train, train, seed),
+            val=None if self.val is None else _sampled(self.val, per_set, TEST_SEED),
+            test=_sampled(self.test, per_set, TEST_SEED),
+            ood=tuple(_sampled(split, per_set, TEST_SEED) for split in self.ood),
+        )
+
+    def digests(self) -> dict[str, dict[str, str | int]]:
+        """For each split name its role, number of images and the SHA-256 of its list: the identity of the data."""
+        return {
+            split.name: {"role": split.role, "count": len(split.images), "sha256": split.images.digest()}
+            for split in self.splits()
+        }
+
+    def _id_splits(self) -> list[Split]:
+        return [self.train, *([self.val] if self.val is not None else []), self.test]
+
+    def _check_roles_and_names(self) -> None:
+        if not self.ood:
+            raise TrajOODError(f"benchmark {self.name!r}: expected at least one near or far OOD set, got none; add one")
+        expected = [
+            ("train",),
+            *([("val",)] if self.val is not None else []),
+            ("test",),
+            *[("near", "far")] * len(self.ood),
+        ]
+        names: set[str] = set()
+        for split, roles in zip(self.splits(), expected, strict=True):
+            if split.role not in roles:
+                raise TrajOODError(
+                    f"benchmark {self.name!r}: split {split.name!r} stands where the role {' or '.join(roles)} is "
+                    f"expected, its role is {split.role!r}; correct the role"
+                )
+            if split.name in names:
+                raise TrajOODError(f"benchmark {self.name!r}: two splits are named {split.name!r}; rename one")
+            names.add(split.name)
+
+    def _check_disjoint(self) -> None:
+        # The training split, by far the largest (ImageNet: 1.3 million), only streams past and is never held.
+        held: dict[str, Split] = {}
+        for split in self.splits()[1:]:
+            for key, image_id in _keys(split):
+                first = held.setdefault(key, split)
+                if first is not split and not (_is_ood(first) and _is_ood(split)):
+                    raise self._shared(image_id, first.name, split.name)
+        for key, image_id in _keys(self.train):
+            if key in held:
+                raise self._shared(image_id, self.train.name, held[key].name)
+
+    def _shared(self, image_id: str, first: str, second: str) -> TrajOODError:
+        return TrajOODError(
+            f"benchmark {self.name!r}: splits {first!r} and {second!r} share the image {image_id!r}; "
+            "give every image to one of them only"
+        )
+
+
+def sample_indices(count: int, size: int, seed: int, stream: str) -> list[int]:
+    """``size`` of ``count`` indices, without replacement, ascending.
+
+    Drawn from the raw PCG64 stream, which numpy guarantees never to change (unlike ``Generator.permutation``).
+    ``stream`` separates draws of one seed, so that two sets of one size do not get the same positions.
+    """
+    entropy = np.random.SeedSequence([seed, zlib.crc32(stream.encode())])
+    keys = np.random.PCG64(entropy).random_raw(count)
+    return sorted(int(i) for i in np.argsort(keys, kind="stable")[:size])
+
+
+def _check_name(kind: str, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise TrajOODError(
+            f"{kind} name {name!r}: expected letters, digits, '_', '-' and '.', starting with a letter or digit; "
+            "choose another name"
+        )
+
+
+def _sampled(split: Split, size: int | None, seed: int) -> Split:
+    count = len(split.images)
+    if size is None or size >= count:
+        return split
+    return replace(split, images=split.images.select(sample_indices(count, size, seed, split.name)))
+
+
+def _is_ood(split: Split) -> bool:
+    return split.role in ("near", "far")
+
+
+def _keys(split: Split) -> Iterator[tuple[str, str]]:
+    """(key, id) for every way in which two splits can hold the same image.
+
+    Files are compared by canonical path, so a link or a second spelling does not hide them. Ids are compared within
+    the ID splits only: those of unrelated OOD sources may be alike by chance.
+    """
+    if isinstance(split.images, FileImages):
+        yield from zip(("file:" + path for path in split.images.resolved()), split.images.ids, strict=True)
+    if not _is_ood(split):
+        yield from (("id:" + image_id, image_id) for image_id in split.images.ids)

@@ -1,0 +1,150 @@
+"""Your own benchmark: a YAML file that names an image folder or an image list per split.
+
+    name: pets                 # default: the name of the YAML file
+    root: ./images             # where folders start; default: the folder of the YAML file
+    train: cats/train          # a folder, read with its subfolders, or {list: train.txt, root: ./images}
+    val: cats/val              # optional
+    test: cats/test
+    near: {dogs: dogs}         # OOD sets by name; near, far or both
+    far: {textures: {list: lists/textures.txt}}
+
+Folders, and the paths inside image lists, start from ``root``. What names a place in the YAML file itself (``root``,
+``list`` and a list's own ``root``) starts from the folder of the YAML file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from traj_ood.data.benchmark import Benchmark, Role, Split
+from traj_ood.data.images import FileImages, read_folder, read_image_list
+from traj_ood.errors import TrajOODError, unknown_name
+
+KEYS = ("name", "root", "train", "val", "test", "near", "far")
+LIST_KEYS = ("list", "root")
+_OOD_ROLES: tuple[Role, ...] = ("near", "far")
+
+
+def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchmark:
+    """The benchmark a YAML file describes.
+
+    Image ids are ``split/relative path``, so equal file names in two folders stay apart.
+
+    Args:
+        yaml_path: the file; the module's docstring shows the format.
+        root: used instead of the file's own top ``root``; default the file's.
+
+    Raises:
+        TrajOODError: the file is missing or malformed, a key is unknown, missing or given twice, or a split is
+            missing, empty or shares images with another.
+    """
+    yaml_path = Path(yaml_path)
+    config = _read_yaml(yaml_path)
+    _check_keys(config, KEYS, str(yaml_path))
+    here = yaml_path.parent
+    base = Path(root) if root is not None else _place(here, config.get("root", "."), f"{yaml_path}: root")
+    for key in ("train", "test"):
+        if config.get(key) is None:
+            raise TrajOODError(f"{yaml_path}: expected the key {key!r} with a folder or an image list; add it")
+
+    def split(name: str, role: Role, spec: object, where: str) -> Split:
+        try:
+            images = _images(spec, here, base)
+            return Split(name, role, replace(images, ids=tuple(f"{name}/{i}" for i in images.ids)))
+        except TrajOODError as error:
+            raise TrajOODError(f"{yaml_path}: {where}: {error}") from error
+
+    return Benchmark(
+        name=_text(config.get("name", yaml_path.stem), f"{yaml_path}: name"),
+        train=split("train", "train", config["train"], "train"),
+        val=split("val", "val", config["val"], "val") if config.get("val") is not None else None,
+        test=split("test", "test", config["test"], "test"),
+        ood=tuple(
+            split(name, role, spec, f"{role}: {name}")
+            for role in _OOD_ROLES
+            for name, spec in _named_sets(config.get(role), f"{yaml_path}: {role}")
+        ),
+        note=f"Described by {yaml_path.name}.",
+        how_to_get=f"put the files there or correct {yaml_path}",
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice; plain YAML keeps the last one and drops the rest in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader: builds no objects
+    except OSError as error:
+        raise TrajOODError(f"{path}: the benchmark file cannot be read ({error.strerror}); correct the path") from error
+    except UnicodeDecodeError as error:
+        raise TrajOODError(f"{path}: expected a YAML file in UTF-8, got other bytes; save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        problem = " ".join(str(getattr(error, "problem", None) or "not readable").split())
+        raise TrajOODError(f"{path}{line}: malformed YAML ({problem}); correct the line") from error
+    if not isinstance(config, dict):
+        raise TrajOODError(
+            f"{path}: expected the keys {', '.join(KEYS)}, got {_kind(config)}; name at least train and test"
+        )
+    return config
+
+
+def _images(spec: object, here: Path, base: Path) -> FileImages:
+    """The images of one split: a folder below ``base``, or a list with paths that start from its root."""
+    if isinstance(spec, str) and spec.strip():
+        return read_folder(_place(base, spec, "folder"))
+    if not isinstance(spec, dict):
+        raise TrajOODError(f"expected a folder or {{list: FILE, root: FOLDER}}, got {_kind(spec)}; name one")
+    _check_keys(spec, LIST_KEYS, "image list")
+    if "list" not in spec:
+        raise TrajOODError("expected the key 'list' with an image list; add it, or give a folder as plain text")
+    root = _place(here, spec["root"], "root") if "root" in spec else base
+    return read_image_list(_place(here, spec["list"], "list"), root)
+
+
+def _named_sets(sets: object, where: str) -> Iterable[tuple[str, object]]:
+    if sets is None:
+        return []
+    if not isinstance(sets, dict):
+        raise TrajOODError(
+            f"{where}: expected OOD sets by name, e.g. {{dogs: path/to/dogs}}, got {_kind(sets)}; name them"
+        )
+    return [(_text(name, f"{where}: set name"), spec) for name, spec in sets.items()]
+
+
+def _check_keys(mapping: dict[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for key in mapping:
+        if key not in known:
+            raise TrajOODError(f"{where}: {unknown_name('key', str(key), known)}")
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise TrajOODError(f"{where}: expected text, got {_kind(value)}; write it in quotes")
+    return value
+
+
+def _place(start: Path, value: object, where: str) -> Path:
+    """A path of the YAML file: relative to ``start`` unless absolute; ``~`` is the home folder."""
+    return start / Path(_text(value, where)).expanduser()
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None or value == "" else f"{type(value).__name__} {value!r}"

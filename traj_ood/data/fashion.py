@@ -1,0 +1,180 @@
+"""The offline benchmark `fashion`: Fashion-MNIST without three classes, against those classes and five far sets.
+
+Every image comes from Fashion-MNIST or from files bundled in scikit-learn and scikit-image, is 28 x 28 greyscale, and
+is the same on every machine for given versions of these libraries: draws use PCG64 with fixed seeds, and all resizing
+is Pillow's integer arithmetic.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from traj_ood.data.benchmark import Benchmark, Split, sample_indices
+from traj_ood.data.fashion_mnist import obtain_fashion_mnist, read_fashion_mnist
+from traj_ood.data.images import ArrayImages, open_image
+from traj_ood.errors import TrajOODError
+
+ID_CLASSES = (0, 1, 2, 3, 4, 6, 9)  # t-shirt, trouser, pullover, dress, coat, shirt, ankle boot
+NEAR_CLASSES = {"sandal": 5, "sneaker": 7, "bag": 8}
+SIDE = 28
+VAL_SIZE = 2000
+VAL_SEED = 20200523
+FAR_SEED = 28
+FAR_SIZE = 1000
+
+TEXTURES = ("brick.png", "grass.png", "gravel.png")
+# Below 28 pixels a crop would be a blur made by enlarging; above 112 (4 x) the grain averages out to flat grey.
+TEXTURE_SIDES = (28, 112)
+PHOTOS = (
+    "astronaut.png",
+    "coffee.png",
+    "chelsea.png",
+    "rocket.jpg",
+    "hubble_deep_field.jpg",
+    "retina.jpg",
+    "ihc.png",
+)
+# Larger than for textures: objects (an eye, a spoon, a galaxy) must stay recognisable. 280
+# fits the smallest one.
+PHOTO_SIDES = (56, 280)
+# Standard deviation in grey levels. Sky and the black round the retina give crops that show nothing at all; a set of
+# photographs must hold photographs.
+MIN_CONTRAST = 10
+LFW_FACES = 100  # of the 200 entries of lfw_subset, the first 100 are faces, the rest is not
+
+
+def load_fashion(root: str | Path | None = None) -> Benchmark:
+    """The benchmark `fashion`; see :func:`~traj_ood.data.fashion_mnist.obtain_fashion_mnist` for ``root``.
+
+    Raises:
+        TrajOODError: Fashion-MNIST cannot be obtained or is damaged, or a bundled image file is not there.
+    """
+    folder = obtain_fashion_mnist(root)
+    train_images, train_labels = read_fashion_mnist(folder, "train")
+    test_images, test_labels = read_fashion_mnist(folder, "t10k")
+
+    in_distribution = np.flatnonzero(np.isin(train_labels, ID_CLASSES))
+    if len(in_distribution) < VAL_SIZE + 2:
+        raise TrajOODError(
+            f"{folder}: expected over {VAL_SIZE + 1} training images of the classes {ID_CLASSES}, got "
+            f"{len(in_distribution)}; fetch the Fashion-MNIST files again"
+        )
+    held_out = np.zeros(len(in_distribution), dtype=bool)
+    held_out[sample_indices(len(in_distribution), VAL_SIZE, VAL_SEED, "fashion/val")] = True
+
+    def part(name: str, images: np.ndarray, chosen: np.ndarray) -> ArrayImages:
+        return ArrayImages(tuple(f"fashion-mnist/{name}/{i:05d}" for i in chosen), images[chosen])
+
+    near = [
+        Split(name, "near", part("t10k", test_images, np.flatnonzero(test_labels == label)))
+        for name, label in NEAR_CLASSES.items()
+    ]
+    test_chosen = np.flatnonzero(np.isin(test_labels, ID_CLASSES))
+    return Benchmark(
+        name="fashion",
+        train=Split("train", "train", part("train", train_images, in_distribution[~held_out])),
+        val=Split("val", "val", part("train", train_images, in_distribution[held_out])),
+        test=Split("test", "test", part("t10k", test_images, test_chosen)),
+        ood=(*near, *far_sets()),
+        train_size=2000,
+        note="This project's own protocol; the 2,000 training images for attractors follow the paper.",
+    )
+
+
+def far_sets() -> tuple[Split, ...]:
+    """The five far sets; needs scikit-learn and scikit-image but neither network nor Fashion-MNIST.
+
+    Raises:
+        TrajOODError: a bundled image file is not there.
+    """
+    return (
+        Split("digits", "far", _digits()),
+        Split("textures", "far", _crops(TEXTURES, TEXTURE_SIDES, "textures")),
+        Split("photos", "far", _crops(PHOTOS, PHOTO_SIDES, "photos")),
+        Split("faces", "far", _faces()),
+        Split("noise", "far", _noise()),
+    )
+
+
+def _digits() -> ArrayImages:
+    """scikit-learn's 1,797 handwritten digits: 8 x 8 with values 0 to 16."""
+    from sklearn.datasets import load_digits
+
+    digits = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    return _numbered("sklearn/digits", np.stack([_resized(digit) for digit in digits]))
+
+
+def _faces() -> ArrayImages:
+    """The 100 faces of scikit-image's Labeled Faces in the Wild subset: 25 x 25 with values 0 to 1."""
+    faces = np.load(_bundled("lfw_subset.npy"))[:LFW_FACES]
+    return _numbered("skimage/lfw", np.stack([_resized(face) for face in np.rint(faces * 255).astype(np.uint8)]))
+
+
+def _noise() -> ArrayImages:
+    """1,000 images of independent uniform bytes, straight from the PCG64 stream (which never changes)."""
+    words = np.random.PCG64(FAR_SEED).random_raw(FAR_SIZE * SIDE * SIDE // 8)
+    return _numbered("noise/uniform", words.astype("<u8").view(np.uint8).reshape(FAR_SIZE, SIDE, SIDE))
+
+
+def _crops(files: tuple[str, ...], sides: tuple[int, int], stream: str) -> ArrayImages:
+    """1,000 square crops of random side and place, dealt out over ``files`` in turn, scaled to 28 x 28.
+
+    Near-uniform crops are drawn again (``MIN_CONTRAST``, judged on the scaled crop).
+    """
+    sources = [np.asarray(open_image(_bundled(name)).convert("L")) for name in files]
+    generators = [np.random.Generator(np.random.PCG64([FAR_SEED, len(stream), i])) for i in range(len(files))]
+    ids, crops = [], []
+    for number in range(FAR_SIZE):
+        turn, which = divmod(number, len(files))
+        ids.append(f"skimage/{Path(files[which]).stem}/{turn:04d}")
+        crops.append(_crop(sources[which], sides, generators[which]))
+    return ArrayImages(tuple(ids), np.stack(crops))
+
+
+def _crop(source: np.ndarray, sides: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    """One crop (28, 28) of ``source`` (H, W), both uint8, that is not near-uniform."""
+    height, width = source.shape
+    while True:
+        side = int(generator.integers(sides[0], sides[1], endpoint=True))
+        top = int(generator.integers(0, height - side, endpoint=True))
+        left = int(generator.integers(0, width - side, endpoint=True))
+        crop = _resized(source[top : top + side, left : left + side])
+        if _variance_times_count_squared(crop) >= (MIN_CONTRAST * crop.size) ** 2:
+            return crop
+
+
+def _variance_times_count_squared(grey: np.ndarray) -> int:
+    """n² var = n Σx² − (Σx)² in integers: ``std`` may round differently elsewhere and change every later draw."""
+    values = grey.astype(np.int64)
+    return int(values.size * (values**2).sum() - values.sum() ** 2)
+
+
+def _resized(grey: np.ndarray) -> np.ndarray:
+    """A square uint8 image to (28, 28), bilinear; Pillow widens the filter when it scales down (antialias)."""
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(grey))
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+
+
+def _numbered(prefix: str, array: np.ndarray) -> ArrayImages:
+    return ArrayImages(tuple(f"{prefix}/{i:04d}" for i in range(len(array))), array)
+
+
+def _bundled(name: str) -> Path:
+    """A file shipped inside the scikit-image wheel, read by path: ``skimage.data`` would download missing ones."""
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise TrajOODError(
+            "benchmark 'fashion': scikit-image is not installed; install it with: pip install scikit-image"
+        )
+    path = Path(spec.origin).parent / "data" / name
+    if not path.is_file():
+        raise TrajOODError(
+            f"{path}: expected this file of the scikit-image package, found nothing; install a version "
+            "that bundles it, e.g. pip install scikit-image==0.26.0"
+        )
+    return path

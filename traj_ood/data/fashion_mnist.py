@@ -1,0 +1,220 @@
+"""Fashion-MNIST's four idx files: where they may already be, how to fetch them, how to read them strictly."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import logging
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from traj_ood.errors import TrajOODError
+
+logger = logging.getLogger(__name__)
+
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+SOCKET_TIMEOUT = 10.0  # seconds without an answer; a machine without network must move on quickly
+APT_TIMEOUT = 300.0  # seconds for one apt-get call: package lists and 30 MB over a slow line
+
+
+def cache_folder() -> Path:
+    """``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``."""
+    # Absolute, because apt runs in another working folder.
+    return Path(os.environ.get("TRAJ_OOD_DATA") or Path.home() / ".cache" / "traj_ood").absolute()
+
+
+def find_fashion_mnist(root: str | Path | None = None) -> Path | None:
+    """The folder that holds the four files, or None. Never downloads.
+
+    Looks in ``root`` alone when it is given, else in Debian's folder and the cache. Files may be gzipped or not, and
+    may lie in torchvision's ``FashionMNIST/raw`` below these folders.
+    """
+    cache = cache_folder()
+    bases = [Path(root)] if root is not None else [DEBIAN_FOLDER, cache / "fashion-mnist", cache]
+    for base in bases:
+        for folder in (base, base / "FashionMNIST" / "raw"):
+            if all(_idx_path(folder, name) is not None for name in FILES):
+                return folder
+    return None
+
+
+def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
+    """The folder that holds the four files, downloading them into the cache when they are nowhere on this machine.
+
+    Order: ``root`` (alone, when given), Debian's dataset folder, the cache, torchvision's download, Debian's package
+    unpacked without root rights.
+
+    Raises:
+        TrajOODError: ``root`` is given without the files in it, or no way works; the message lists the ways.
+    """
+    found = find_fashion_mnist(root)
+    if found is not None:
+        return found
+    if root is not None:
+        raise TrajOODError(
+            f"Fashion-MNIST: expected {', '.join(name + '[.gz]' for name in FILES)} in {root} or in FashionMNIST/raw "
+            "below it, found not all four; correct the root, or leave it out to let them be fetched"
+        )
+    target = cache_folder() / "fashion-mnist"
+    for fetch in (_fetch_torchvision, _fetch_debian):
+        if _into_cache(target, fetch):
+            return target
+    raise TrajOODError(
+        f"Fashion-MNIST was not found and could not be downloaded; either put {', '.join(f + '.gz' for f in FILES)} "
+        f"into {target}, or give the folder that holds them as root, or install Debian's package {DEBIAN_PACKAGE} "
+        f"(files in {DEBIAN_FOLDER}), or run again with network access for torchvision's download"
+    )
+
+
+def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 28, 28) and labels uint8 (N,) of part ``train`` or ``t10k``.
+
+    Raises:
+        TrajOODError: a file is damaged, of another format, or the two files do not belong together.
+    """
+    images = _read_part(folder, f"{part}-images-idx3-ubyte")
+    labels = _read_part(folder, f"{part}-labels-idx1-ubyte")
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        raise TrajOODError(
+            f"{folder}: expected {part} images (N, 28, 28) and labels (N,), got {images.shape} and {labels.shape}; "
+            "fetch the Fashion-MNIST files again"
+        )
+    if labels.size and int(labels.max()) > 9:
+        raise TrajOODError(f"{folder}: expected {part} labels 0 to 9, got {int(labels.max())}; fetch the files again")
+    return images, labels
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An idx file of unsigned bytes, gzipped or not, as uint8 of the shape its header gives.
+
+    Header: two zero bytes, type 0x08 (unsigned byte), the number of dimensions, then each size as big-endian uint32.
+
+    Raises:
+        TrajOODError: unreadable or truncated gzip, another magic number, or more or fewer bytes than the header says.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise TrajOODError(f"{path}: cannot be read as an idx file ({reason}); fetch the file again") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or not 1 <= data[3] <= 4:
+        raise TrajOODError(
+            f"{path}: expected an idx file of unsigned bytes (magic 00 00 08 and the number of dimensions), got magic "
+            f"{data[:4].hex(' ') or 'nothing'}; fetch the file again"
+        )
+    header = 4 + 4 * data[3]
+    if len(data) < header:
+        raise TrajOODError(f"{path}: expected a header of {header} bytes, got {len(data)}; fetch the file again")
+    shape = struct.unpack(f">{data[3]}I", data[4:header])
+    expected = int(np.prod(shape, dtype=object))
+    if len(data) - header != expected:
+        raise TrajOODError(
+            f"{path}: expected {expected} bytes of data for shape {shape}, got {len(data) - header}; "
+            "fetch the file again"
+        )
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def _read_part(folder: Path, name: str) -> np.ndarray:
+    path = _idx_path(folder, name)
+    if path is None:
+        raise TrajOODError(
+            f"{folder / name}.gz: expected this Fashion-MNIST file, found nothing; fetch the files again"
+        )
+    return read_idx(path)
+
+
+def _idx_path(folder: Path, name: str) -> Path | None:
+    for path in (folder / f"{name}.gz", folder / name):
+        if path.is_file():
+            return path
+    return None
+
+
+def _into_cache(target: Path, fetch: Callable[[Path], Path | None]) -> bool:
+    """Run ``fetch`` in a temporary folder beside ``target`` and move what it found there into place in one rename.
+
+    A download is a convenience: whatever stops it, the next way is tried, and the caller's error lists them all.
+    Returns whether ``target`` holds the files now.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fashion-mnist-") as temp:
+            folder = fetch(Path(temp))
+            if folder is None:
+                return False
+            for part in ("train", "t10k"):
+                read_fashion_mnist(folder, part)  # a proxy's error page must not end up in the cache
+            if find_fashion_mnist(target) is None:  # else another process was faster
+                shutil.rmtree(target, ignore_errors=True)  # an incomplete set would block the rename
+                folder.rename(target)
+    except Exception as error:  # whatever a network, a proxy or apt comes up with
+        logger.info("Fashion-MNIST: %s failed (%s)", fetch.__name__, " ".join(str(error).split()))
+    return find_fashion_mnist(target) is not None
+
+
+def _fetch_torchvision(temp: Path) -> Path | None:
+    """torchvision's own download, which checks the files' MD5."""
+    from torchvision.datasets import FashionMNIST
+
+    with _socket_timeout(SOCKET_TIMEOUT), contextlib.redirect_stdout(io.StringIO()):  # it prints every failed mirror
+        FashionMNIST(str(temp), download=True)
+    return find_fashion_mnist(temp)
+
+
+def _fetch_debian(temp: Path) -> Path | None:
+    """Download Debian's package with apt and unpack it here: needs neither root rights nor an installation."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return None
+    # The system's package lists are used when there are any; else apt gets lists of its own, in our folder.
+    if not _apt(temp, ["download", DEBIAN_PACKAGE]):
+        state, cache = temp / "lists", temp / "cache"
+        (state / "partial").mkdir(parents=True)
+        (cache / "archives" / "partial").mkdir(parents=True)
+        own = ["-o", f"Dir::State::lists={state}", "-o", f"Dir::Cache={cache}"]
+        if not (_apt(temp, [*own, "update"]) and _apt(temp, [*own, "download", DEBIAN_PACKAGE])):
+            return None
+    packages = list(temp.glob(f"{DEBIAN_PACKAGE}_*.deb"))
+    if not packages:
+        return None
+    subprocess.run(
+        ["dpkg-deb", "-x", str(packages[0]), str(temp / "unpacked")],
+        check=True,
+        capture_output=True,
+        timeout=APT_TIMEOUT,
+    )
+    return find_fashion_mnist(temp / "unpacked" / DEBIAN_FOLDER.relative_to("/"))
+
+
+def _apt(folder: Path, arguments: list[str]) -> bool:
+    quick = ["-o", f"Acquire::http::Timeout={SOCKET_TIMEOUT:.0f}", "-o", "Acquire::Retries=0"]
+    command = ["apt-get", "-q", *quick, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=APT_TIMEOUT).returncode == 0
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """torchvision offers no timeout of its own; without one, a firewall that drops packets blocks for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

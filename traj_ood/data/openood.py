@@ -1,0 +1,184 @@
+"""The published benchmarks in OpenOOD's folder layout: image lists under ``benchmark_imglist/`` and images under
+``images_classic/`` and ``images_largescale/`` of one root.
+
+The splits of ``imagenet``, ``cifar10`` and ``cifar100`` are OpenOOD v1.5's (ID train, val, test, near, far; without
+its covariate-shifted sets). ``imagenet-paper`` is the older protocol of the paper.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from traj_ood.data.benchmark import Benchmark, Role, Split
+from traj_ood.data.images import FileImages, read_folder, read_image_list
+from traj_ood.data.preflight import MissingDataError
+
+CLASSIC = "images_classic"
+LARGE = "images_largescale"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One split.
+
+    Attributes:
+        name, role: as in :class:`~traj_ood.data.benchmark.Split`.
+        list_file: its image list, below ``benchmark_imglist``.
+        images: the folder that the list's paths start from.
+        folder: read when there is no list, below ``images``; None where only the list defines the split.
+    """
+
+    name: str
+    role: Role
+    list_file: str
+    images: str
+    folder: str | None = None
+
+
+def _imagenet(name: str, role: Role, images: str = LARGE, folder: str | None = None) -> _Source:
+    stem = f"{name}_imagenet" if role == name else f"test_{name}"
+    return _Source(name, role, f"imagenet/{stem}.txt", images, folder)
+
+
+def _cifar(name: str, other: str) -> tuple[_Source, ...]:
+    """CIFAR-10 and CIFAR-100 have the same splits, each with the other as a near set."""
+    ids: tuple[Role, ...] = ("train", "val", "test")
+    sets: dict[Role, tuple[str, ...]] = {"near": (other, "tin"), "far": ("mnist", "svhn", "texture", "places365")}
+    return (
+        *(_Source(role, role, f"{name}/{role}_{name}.txt", CLASSIC) for role in ids),
+        *(_Source(ood, role, f"{name}/test_{ood}.txt", CLASSIC) for role, oods in sets.items() for ood in oods),
+    )
+
+
+# v1.5's sets are what their lists say (Textures leaves out 480 images): only the older protocol, part of which never
+# had lists, falls back on folders.
+_SOURCES: dict[str, tuple[_Source, ...]] = {
+    "imagenet-paper": (
+        _imagenet("train", "train"),
+        _imagenet("test", "test"),
+        _imagenet("sun", "far", LARGE, "sun"),
+        _imagenet("places", "far", LARGE, "places"),
+        _imagenet("textures", "far", CLASSIC, "texture"),
+        _imagenet("inaturalist", "far", LARGE, "inaturalist"),
+    ),
+    "imagenet": (
+        _imagenet("train", "train"),
+        _imagenet("val", "val"),
+        _imagenet("test", "test"),
+        _imagenet("ssb_hard", "near"),
+        _imagenet("ninco", "near"),
+        _imagenet("inaturalist", "far"),
+        _imagenet("textures", "far", CLASSIC),
+        _imagenet("openimage_o", "far"),
+    ),
+    "cifar10": _cifar("cifar10", "cifar100"),
+    "cifar100": _cifar("cifar100", "cifar10"),
+}
+_V15_NOTE = (
+    "OpenOOD v1.5's splits without its covariate-shifted sets; whole test sets as there, 2,000 training images for "
+    "attractors as in the paper."
+)
+_PAPER_NOTE = (
+    "The paper's protocol: 2,000 ImageNet training images (stated) and 2,000 images per test set (inferred: all "
+    "its published FPRs are multiples of 0.05 %). Which images were drawn is not stated, nor whether Texture "
+    "means all 5,640 images or OpenOOD v1.5's 5,160; the v1.5 list is used where it is found."
+)
+_SCRIPT = "python scripts/download/download.py --contents datasets --save_dir ROOT"
+_DOWNLOADS = {
+    "imagenet-paper": "--dataset_mode benchmark --datasets imagenet-1k, then once more with "
+    "--dataset_mode dataset --datasets sun places",
+    "imagenet": "--dataset_mode benchmark --datasets imagenet-1k",
+    "cifar10": "--dataset_mode benchmark --datasets cifar-10",
+    "cifar100": "--dataset_mode benchmark --datasets cifar-100",
+}
+OPENOOD_BENCHMARKS = tuple(_SOURCES)
+
+
+def load_openood(name: str, root: str | Path | None = None) -> Benchmark:
+    """One of ``OPENOOD_BENCHMARKS`` from the files under ``root``.
+
+    The OOD sets of ``imagenet-paper`` are read from their folder when they have no image list (v1.5 has none for SUN
+    and Places); the benchmark's note then says so.
+
+    Args:
+        name: which benchmark.
+        root: the folder that holds ``benchmark_imglist/``; default ``$TRAJ_OOD_DATA``, then ``./data``.
+
+    Raises:
+        MissingDataError: no root, or lists and folders of some splits are not there; all of them are named.
+        TrajOODError: a list is malformed, or splits share images.
+    """
+    how = _how_to_get(name)
+    base = _find_root(name, root, how)
+    sources = _SOURCES[name]
+    absent = [place for source in sources if (place := _absent(base, source)) is not None]
+    if absent:
+        raise MissingDataError(
+            f"benchmark {name!r}: {len(absent)} of {len(sources)} splits are missing: expected "
+            f"{', '.join(absent)}; {how}",
+            tuple(absent),
+        )
+    splits = {source.name: Split(source.name, source.role, _read(base, source)) for source in sources}
+    return Benchmark(
+        name=name,
+        train=splits["train"],
+        val=splits.get("val"),
+        test=splits["test"],
+        ood=tuple(split for split in splits.values() if split.role in ("near", "far")),
+        train_size=2000,
+        test_size=2000 if name == "imagenet-paper" else None,
+        note=_note(name, base),
+        how_to_get=how,
+    )
+
+
+def _find_root(name: str, root: str | Path | None, how: str) -> Path:
+    """The first candidate that holds image lists for the benchmark."""
+    if root is not None:
+        candidates = [Path(root)]
+    else:
+        variable = os.environ.get("TRAJ_OOD_DATA")
+        candidates = [*([Path(variable)] if variable else []), Path("data")]
+    lists = Path("benchmark_imglist", Path(_SOURCES[name][0].list_file).parent)
+    for candidate in candidates:
+        if (candidate / lists).is_dir():
+            return candidate
+    looked = tuple(str(candidate / lists) for candidate in candidates)
+    raise MissingDataError(
+        f"benchmark {name!r}: expected OpenOOD's layout (benchmark_imglist/, {LARGE}/, {CLASSIC}/), found no "
+        f"{' and no '.join(looked)}; give the folder that holds it as root or in $TRAJ_OOD_DATA; {how}",
+        looked,
+    )
+
+
+def _note(name: str, base: Path) -> str:
+    note = _PAPER_NOTE if name == "imagenet-paper" else _V15_NOTE
+    folders = [source.name for source in _SOURCES[name] if not _list_path(base, source).is_file()]
+    return f"{note} Read from folders, for want of a list: {', '.join(folders)}." if folders else note
+
+
+def _how_to_get(name: str) -> str:
+    return f"to get the data, run in a clone of OpenOOD: {_SCRIPT} {_DOWNLOADS[name]}"
+
+
+def _list_path(base: Path, source: _Source) -> Path:
+    return base / "benchmark_imglist" / source.list_file
+
+
+def _absent(base: Path, source: _Source) -> str | None:
+    """Where the split was expected, or None when it can be read."""
+    if _list_path(base, source).is_file():
+        return None
+    if source.folder is None:
+        return f"{source.name} in {_list_path(base, source)}"
+    folder = base / source.images / source.folder
+    return None if folder.is_dir() else f"{source.name} in {_list_path(base, source)} or {folder}"
+
+
+def _read(base: Path, source: _Source) -> FileImages:
+    if source.folder is None or _list_path(base, source).is_file():
+        return read_image_list(_list_path(base, source), base / source.images)
+    # The prefix makes the ids what OpenOOD's lists would call these images.
+    return read_folder(base / source.images / source.folder, prefix=source.folder)

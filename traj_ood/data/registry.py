@@ -1,0 +1,95 @@
+"""Benchmarks by name, and from YAML files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from traj_ood.data.benchmark import Benchmark
+from traj_ood.data.custom import load_custom
+from traj_ood.data.fashion import load_fashion
+from traj_ood.data.openood import load_openood
+from traj_ood.errors import unknown_name
+
+_OPENOOD_NEEDS = "OpenOOD's data folder, given as root, in $TRAJ_OOD_DATA or as ./data"
+
+
+@dataclass(frozen=True)
+class BenchmarkInfo:
+    """What ``traj-ood list benchmarks`` prints: the name, what is compared, and what has to be there."""
+
+    name: str
+    summary: str
+    needs: str
+
+
+_REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[[str | Path | None], Benchmark]]] = {
+    info.name: (info, load)
+    for info, load in (
+        (
+            BenchmarkInfo(
+                "fashion",
+                "Fashion-MNIST without sandals, sneakers and bags vs those (near) and digits, textures, photos, faces, "
+                "noise (far)",
+                "nothing: Fashion-MNIST (30 MB) is found on this machine or fetched",
+            ),
+            load_fashion,
+        ),
+        (
+            BenchmarkInfo(
+                "imagenet-paper",
+                "ImageNet vs SUN, Places, Texture, iNaturalist, 2,000 images each, as in the paper",
+                _OPENOOD_NEEDS,
+            ),
+            partial(load_openood, "imagenet-paper"),
+        ),
+        (
+            BenchmarkInfo(
+                "imagenet",
+                "OpenOOD v1.5: ImageNet vs SSB-hard, NINCO (near) and iNaturalist, Textures, OpenImage-O (far)",
+                _OPENOOD_NEEDS,
+            ),
+            partial(load_openood, "imagenet"),
+        ),
+        (
+            BenchmarkInfo(
+                "cifar10",
+                "OpenOOD v1.5: CIFAR-10 vs CIFAR-100, Tiny ImageNet (near) and MNIST, SVHN, Texture, Places365 (far)",
+                _OPENOOD_NEEDS,
+            ),
+            partial(load_openood, "cifar10"),
+        ),
+        (
+            BenchmarkInfo(
+                "cifar100",
+                "OpenOOD v1.5: CIFAR-100 vs CIFAR-10, Tiny ImageNet (near) and MNIST, SVHN, Texture, Places365 (far)",
+                _OPENOOD_NEEDS,
+            ),
+            partial(load_openood, "cifar100"),
+        ),
+    )
+}
+
+
+def load_benchmark(name_or_yaml: str, root: str | Path | None = None) -> Benchmark:
+    """A benchmark by registered name, or from a path that ends in ``.yaml`` or ``.yml``.
+
+    Args:
+        name_or_yaml: e.g. ``"fashion"`` or ``"my/pets.yaml"``.
+        root: where the data lie; default: each benchmark's own places.
+
+    Raises:
+        TrajOODError: an unknown name (the nearest names are given), or data that are missing or malformed.
+    """
+    if str(name_or_yaml).lower().endswith((".yaml", ".yml")):
+        return load_custom(name_or_yaml, root)
+    if name_or_yaml not in _REGISTRY:
+        raise unknown_name("benchmark", name_or_yaml, [*_REGISTRY, "a path to your own .yaml file"])
+    return _REGISTRY[name_or_yaml][1](root)
+
+
+def list_benchmarks() -> list[BenchmarkInfo]:
+    """Every registered benchmark, the offline one first."""
+    return [info for info, _ in _REGISTRY.values()]

@@ -1,0 +1,35 @@
+"""OOD scorers: one file each, registered by name."""
+
+from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.controls import EndDistance, FirstResidual, StartDistance, Steps
+from traj_ood.postprocessors.knn import KNN, PaperKNN
+from traj_ood.postprocessors.mahalanobis import Mahalanobis
+from traj_ood.postprocessors.reconstruction import Reconstruction
+from traj_ood.postprocessors.registry import (
+    POSTPROCESSORS,
+    create_postprocessor,
+    create_postprocessors,
+    default_suite,
+    register,
+)
+from traj_ood.postprocessors.trajectory import TrajectoryScore
+
+__all__ = [
+    "KNN",
+    "POSTPROCESSORS",
+    "EndDistance",
+    "Evidence",
+    "FirstResidual",
+    "Mahalanobis",
+    "Needs",
+    "PaperKNN",
+    "Postprocessor",
+    "Reconstruction",
+    "StartDistance",
+    "Steps",
+    "TrajectoryScore",
+    "create_postprocessor",
+    "create_postprocessors",
+    "default_suite",
+    "register",
+]

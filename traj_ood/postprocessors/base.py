@@ -1,0 +1,159 @@
+"""Postprocessor: one OOD scorer. HIGHER = MORE OOD everywhere inside traj_ood."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from traj_ood.autoencoders import VIEWS, View
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.files import write_atomic
+from traj_ood.trajectory import Trajectory
+
+ReconstructionKind = Literal["plain", "masked"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a scorer reads, so that one pass over the images computes just that, once, for all scorers.
+
+    Attributes:
+        features: latent views of z0. fit_features: the same, but only of the training images.
+        reconstruction: ``plain`` ‖x − D(E(x))‖² or ``masked``, the MAE's own task.
+        distances: views in which the distance to the nearest attractor is measured along the path.
+        start_only: distances are needed at z0 alone; trajectory: f has to be iterated at all.
+    """
+
+    features: frozenset[View] = frozenset()
+    reconstruction: frozenset[ReconstructionKind] = frozenset()
+    distances: frozenset[View] = frozenset()
+    trajectory: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.features | other.features,
+            self.reconstruction | other.reconstruction,
+            self.distances | other.distances,
+            self.trajectory or other.trajectory,
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one pass over B images leaves for the scorers.
+
+    Attributes:
+        features: view → (B, d) float32 of z0 = E(x).
+        reconstruction: kind → (B,) float64 mean squared error per pixel.
+        trajectory: residuals, steps and (except while fitting) distances to the attractors.
+    """
+
+    features: Mapping[View, Tensor] = field(default_factory=dict)
+    reconstruction: Mapping[ReconstructionKind, Tensor] = field(default_factory=dict)
+    trajectory: Trajectory | None = None
+
+    def path(self) -> Trajectory:
+        """The trajectory.
+
+        Raises:
+            TrajOODError: the pass did not iterate f.
+        """
+        if self.trajectory is None:
+            raise TrajOODError(
+                "this scorer reads the trajectory, but the pass did not iterate f: declare it in needs()"
+            )
+        return self.trajectory
+
+
+@dataclass
+class Postprocessor(ABC):
+    """One scorer. Dataclass fields are its declared options; ``fit`` learns from ID training images alone.
+
+    Life: ``scorer = KNN(k=5)``; ``scorer.fit(evidence)``; ``scorer.score(evidence)`` → (B,) float64, higher = more OOD.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        self._state: dict[str, Tensor] | None = None
+        view = getattr(self, "view", None)
+        if view is not None and view not in VIEWS:
+            raise unknown_name(f"latent view of scorer {self.name}", str(view), VIEWS)
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What :meth:`score` (and :meth:`fit`) read."""
+
+    @abstractmethod
+    def score(self, evidence: Evidence) -> Tensor:
+        """(B,) float64, higher = more OOD; each image's score depends on that image alone."""
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        """The tensors that :meth:`score` needs, learnt from ID training images. Default: none."""
+        return {}
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        """Mean evaluations of f per scored image, beyond the one encoding that every scorer shares."""
+        return 0.0
+
+    def fit(self, train: Evidence) -> Postprocessor:
+        self._state = self.learn(train)
+        return self
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`fit` learnt.
+
+        Raises:
+            TrajOODError: not fitted.
+        """
+        if self._state is None:
+            raise TrajOODError(f"scorer {self.name} is not fitted: call fit with ID training images first")
+        return self._state
+
+    def options(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def label(self) -> str:
+        """The name with the options that differ from their defaults, as ``traj-ood bench --scorers`` takes it."""
+        changed = [
+            f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
+        ]
+        return ":".join([self.name, *changed])
+
+    def save(self, path: Path) -> None:
+        """Write the learnt tensors and the options as one safetensors file, atomically."""
+        header = {"scorer": self.name, "options": json.dumps(self.options(), sort_keys=True)}
+        write_atomic(path, save({k: v.contiguous() for k, v in self.state.items()}, metadata=header))
+
+    def load(self, path: Path) -> Postprocessor:
+        """Read what :meth:`save` wrote into this scorer.
+
+        Raises:
+            TrajOODError: unreadable, or written by another scorer or with other options.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except Exception as error:
+            raise TrajOODError(f"{path}: not a readable scorer file ({error})") from error
+        mine = {"scorer": self.name, "options": json.dumps(self.options(), sort_keys=True)}
+        if header != mine:
+            raise TrajOODError(f"{path}: expected a scorer file of {mine}, got one of {header}")
+        self._state = state
+        return self
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,105 @@
+"""Scorers by name, with their options written ``name:key=value:key=value``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.postprocessors.base import Postprocessor
+
+POSTPROCESSORS: dict[str, type[Postprocessor]] = {}
+
+_P = TypeVar("_P", bound=type[Postprocessor])
+
+
+def register(cls: _P) -> _P:
+    """Class decorator: make a scorer available by its ``name``; a name is taken once.
+
+    Raises:
+        TrajOODError: the name is taken by another class.
+    """
+    taken = POSTPROCESSORS.get(cls.name)
+    if taken is not None and taken.__qualname__ != cls.__qualname__:
+        raise TrajOODError(f"scorer name {cls.name!r} is taken by {taken.__qualname__}: choose another")
+    POSTPROCESSORS[cls.name] = cls
+    return cls
+
+
+def create_postprocessor(spec: str) -> Postprocessor:
+    """A scorer from ``name`` or ``name:key=value:…``, such as ``knn:k=5:view=cls``.
+
+    Raises:
+        TrajOODError: unknown name or option (with near ones), or a value of the wrong kind.
+    """
+    name, *pairs = spec.strip().split(":")
+    if name not in POSTPROCESSORS:
+        raise unknown_name("scorer", name, POSTPROCESSORS)
+    cls = POSTPROCESSORS[name]
+    defaults = {f.name: f.default for f in fields(cls)}
+    types = {f.name: str(f.type) for f in fields(cls)}
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise TrajOODError(f"scorer {spec!r}: expected options as key=value, got {pair!r}")
+        if key not in defaults:
+            raise unknown_name(f"option of scorer {name}", key, defaults or ["(none)"])
+        options[key] = _parse(f"scorer {name}, option {key}", types[key], text)
+    return cls(**options)
+
+
+def create_postprocessors(specs: Sequence[str], autoencoder: Autoencoder) -> list[Postprocessor]:
+    """The scorers of a run; ``all`` stands for :func:`default_suite`. Duplicates (by label) are refused.
+
+    Raises:
+        TrajOODError: no scorer, an unknown one, or one listed twice.
+    """
+    expanded = [s for spec in specs for s in (default_suite(autoencoder) if spec.strip() == "all" else [spec])]
+    scorers = [create_postprocessor(s) for s in expanded]
+    labels = [s.label for s in scorers]
+    if not labels:
+        raise TrajOODError("scorers: expected at least one, got none")
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise TrajOODError(f"scorers: {twice} is listed twice")
+    return scorers
+
+
+def default_suite(autoencoder: Autoencoder) -> list[str]:
+    """Every registered scorer with its defaults, and the variants of the paper's open choices the model allows."""
+    suite = [
+        "trajectory",
+        "trajectory:horizon=16",
+        "knn",
+        "knn-paper",
+        "mahalanobis",
+        "reconstruction",
+        "start-distance",
+        "end-distance",
+        "first-residual",
+        "steps",
+    ]
+    if autoencoder.has_cls:  # a latent of one token has one view
+        suite[2:2] = ["trajectory:view=mean", "trajectory:view=cls"]
+        suite.insert(suite.index("start-distance") + 1, "start-distance:view=mean")
+    if autoencoder.reconstruction_masks():
+        suite.insert(suite.index("reconstruction") + 1, "reconstruction:masked=true")
+    return suite
+
+
+def _parse(where: str, kind: str, text: str) -> Any:
+    if text == "none" and "None" in kind:
+        return None
+    try:
+        if "bool" in kind:
+            return {"true": True, "false": False}[text.lower()]
+        if "int" in kind:
+            return int(text)
+        if "float" in kind:
+            return float(text)
+    except (KeyError, ValueError) as error:
+        raise TrajOODError(f"{where}: expected {kind}, got {text!r}") from error
+    return text

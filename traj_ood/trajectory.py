@@ -1,0 +1,92 @@
+"""The record of one batch of trajectories z_0, z_1 = f(z_0), …, z_N under the self-map f = E∘D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+
+
+class Status(IntEnum):
+    """Why a trajectory ended. Not converging is data, not an exception."""
+
+    CONVERGED = 0
+    STEP_LIMIT = 1
+    NON_FINITE = 2
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What is kept of B trajectories: scalars per step and the end point, never the points in between.
+
+    A trajectory of sample b has the N_b + 1 points z_0 … z_{N_b} with N_b = ``steps[b]``; columns past a sample's own
+    length hold NaN (masked padding, never an invented value).
+
+    Attributes:
+        steps: (B,) int64, number N of evaluations of f that belong to the trajectory.
+        status: (B,) int64, a :class:`Status` per sample.
+        residuals: (B, T) float64, the squared residuals ‖z_{t+1} − z_t‖² for t = 0 … N−1.
+        final: (B, *L) float32, the end point z_N; for a non-finite trajectory its last finite point.
+        measures: named (B, T+1) float64 columns that observers recorded at z_0 … z_N, such as the distance to the
+            nearest attractor in one latent view (``distance/tokens``) or the latent norm (``norm``).
+    """
+
+    steps: Tensor
+    status: Tensor
+    residuals: Tensor
+    final: Tensor
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def converged(self) -> Tensor:
+        """(B,) bool: the residual fell below the tolerance."""
+        return self.status == Status.CONVERGED
+
+    def measure(self, name: str) -> Tensor:
+        """The (B, T+1) column recorded under ``name``.
+
+        Raises:
+            TrajOODError: nothing was recorded under that name.
+        """
+        if name not in self.measures:
+            raise TrajOODError(
+                f"the trajectory holds no measure {name!r}, only {sorted(self.measures)}: pass its observer to iterate"
+            )
+        return self.measures[name]
+
+    def mean_over_path(self, name: str, horizon: int | None = None) -> Tensor:
+        """(B,) float64 mean of a measure over the points of the path.
+
+        Args:
+            name: the measure, recorded at z_0 … z_N.
+            horizon: None averages over the sample's own N + 1 points (§4.2 writes the sum over the sample's own
+                trajectory). A number H averages over z_0 … z_H for every sample: a sample that converged before H
+                stays at its end point (its further steps are shorter than √tol), so that point counts for the rest.
+        Returns:
+            NaN where a trajectory has no finite point at all.
+        """
+        values = self.measure(name)
+        if horizon is None:
+            return values.nanmean(dim=1)
+        if horizon < 0:
+            raise TrajOODError(f"horizon: expected a number of steps >= 0, got {horizon}")
+        head = values[:, : horizon + 1]
+        own = head.isfinite().sum(dim=1)
+        rest = (horizon + 1 - own).clamp(min=0)
+        last = self.at_end(name).nan_to_num(nan=0.0)
+        total = head.nansum(dim=1) + rest * last
+        return torch.where(own > 0, total / (horizon + 1), torch.nan)
+
+    def at_end(self, name: str) -> Tensor:
+        """(B,) float64: the measure at the end point z_N (NaN where nothing was recorded)."""
+        values = self.measure(name)
+        last = (values.isfinite().sum(dim=1) - 1).clamp(min=0)
+        return values.gather(1, last[:, None])[:, 0]
