@@ -155,10 +155,10 @@ class AttractorDictionary:
         warnings = []
         if converged < HEALTHY_CONVERGED:
             warnings.append(
-                f"only {converged:.1%} of {len(self)} training trajectories converged (healthy: {HEALTHY_CONVERGED:.0%})"
+                f"only {converged:.1%} of {len(self)} training trajectories converged (healthy: at least 90 %)"
             )
         if distinct < HEALTHY_DISTINCT:
-            warnings.append(f"only {distinct} distinct attractors (healthy: {HEALTHY_DISTINCT})")
+            warnings.append(f"only {distinct} distinct attractors (healthy: at least {HEALTHY_DISTINCT})")
         return Health(
             count=len(self),
             converged=converged,

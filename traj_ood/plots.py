@@ -10,9 +10,10 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,14 +22,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
 
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.metrics import RECALL, check_scores, compute_metrics
 from traj_ood.results import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DPI = 150
 
@@ -270,6 +269,34 @@ def _down_to(tol: float, values: Floats) -> Floats:
 
 
 # ---------------------------------------------------------------------------------------------- a run
+
+
+def plot_run(result: Result, folder: Path, quiet: bool = False) -> None:
+    """Every plot of a finished run, from the files in its folder, into ``folder/plots``.
+
+    Histograms and ROC curves per scorer, residual and norm curves, and the overview of all scorers.
+
+    Raises ``TrajOODError`` when the run's tables are missing or the folder cannot be written.
+    """
+    try:
+        scores = pd.read_parquet(folder / "scores.parquet")
+        curves = pd.read_parquet(folder / "curves.parquet")
+    except OSError as error:
+        raise TrajOODError(
+            f"{folder}: expected scores.parquet and curves.parquet of a finished run: {error}"
+        ) from error
+    plots = folder / "plots"
+    auroc_bars(result, plots / "scorers.png")
+    if len(curves):
+        dynamics_curves(curves, float(result.config["tol"]), plots / "dynamics.png")
+    roles = dict(zip(scores["split"], scores["role"], strict=True))
+    for label in tqdm(result.scorers, desc="plots", unit="scorer", delay=2, disable=quiet, leave=False):
+        by_split = {str(name): part[label].to_numpy() for name, part in scores.groupby("split", sort=False)}
+        id_scores = by_split.pop(next(name for name, role in roles.items() if role == "test"))
+        name = label.replace(":", "_").replace("=", "-")
+        title = f"{label}: {result.benchmark}, {result.model['name']}"
+        score_histograms(id_scores, by_split, roles, title, plots / f"histogram_{name}.png")
+        roc_curves(id_scores, by_split, title, plots / f"roc_{name}.png")
 
 
 def auroc_bars(result: Result, path: str | Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
-from traj_ood.iterate import apply_in_chunks
 
 View = Literal["tokens", "cls", "mean"]
 VIEWS: tuple[View, ...] = get_args(View)
@@ -69,6 +69,22 @@ class Autoencoder(ABC):
             TrajOODError: the family has no masking.
         """
         raise TrajOODError(f"{self.name} ({self.family}) has no masked reconstruction: only masked autoencoders do")
+
+    def reconstruct_corrupted(
+        self, images: Tensor, input_noise: float, mask_ratio: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """One training step's forward pass: D(E(x + noise)) with a fresh random mask, and which pixels were hidden.
+
+        Returns:
+            (B, C, H, W) reconstruction, and a (B, C, H, W) 0/1 tensor of hidden pixels (None without masking).
+        Raises:
+            TrajOODError: the family cannot be trained here, or has no masking and ``mask_ratio`` > 0.
+        """
+        raise TrajOODError(f"{self.name} ({self.family}) cannot be trained by traj_ood: train it where it comes from")
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name that training may change."""
+        return dict(self.module.named_parameters())
 
     @property
     def device(self) -> torch.device:

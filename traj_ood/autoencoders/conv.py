@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -125,6 +126,16 @@ class ConvAutoencoder(Autoencoder):
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         return self.module.decode(latents)  # type: ignore[operator]
+
+    def reconstruct_corrupted(
+        self, images: Tensor, input_noise: float, mask_ratio: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        if mask_ratio:
+            raise TrajOODError(
+                f"{self.name}: a conv autoencoder has no masking, got mask ratio {mask_ratio}: use [0.0]"
+            )
+        corrupted = images + input_noise * torch.randn(images.shape, generator=generator).to(images.device)
+        return self.decode_batch(self.encode_batch(corrupted)), None
 
     def transform(self, image: Image.Image) -> Tensor:
         return image_to_tensor(image, self.input_shape, self.mean, self.std)

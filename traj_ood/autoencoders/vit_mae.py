@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder, check_weights, image_to_tensor
+from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
-from traj_ood.iterate import apply_in_chunks
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4
@@ -172,6 +172,20 @@ class ViTMAE(Autoencoder):
             noise = _fixed_order(self.patches, RECONSTRUCTION_RATIO, seed)
             errors += self._masked_error(images, noise)
         return errors / RECONSTRUCTION_MASKS
+
+    def reconstruct_corrupted(
+        self, images: Tensor, input_noise: float, mask_ratio: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        corrupted = images + input_noise * torch.randn(images.shape, generator=generator).to(images.device)
+        order = torch.rand(len(images), self.patches, generator=generator)
+        latents, hidden, restore = self._encode(corrupted, order, mask_ratio)
+        patch_pixels = self._patchify(images).shape[-1]
+        return self._decode(latents, restore), self.module.unpatchify(hidden[..., None].expand(-1, -1, patch_pixels))  # type: ignore[operator]
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All but the position tables, which stay the fixed sine-cosine ones, as in the original."""
+        fixed = ("position_embeddings", "decoder_pos_embed")
+        return {k: p for k, p in self.module.named_parameters() if not k.endswith(fixed)}
 
     def _masked_error(self, images: Tensor, noise: Tensor) -> Tensor:
         def error(batch: Tensor) -> Tensor:

@@ -1,0 +1,47 @@
+# Two commands: `make demo` and `make test`. Both create .venv, install the package and do everything else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# FAISS: the GPU build where an NVIDIA GPU answers, the CPU build elsewhere. They are exclusive.
+FAISS ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo faiss-gpu || echo faiss-cpu)
+# Without a GPU the CPU build of torch, where pip's index offers one, is a tenth of the download: set e.g.
+# PIP_EXTRA_INDEX_URL before calling make.
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint install install-dev results clean
+
+demo: install
+	$(BIN)/traj-ood bench fashion --quick --out demo
+	@echo "Per-image scores, the JSON and the plots are in demo/fashion--fashion-mae--seed0"
+
+test: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --progress-bar off -e '.[$(FAISS)]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --progress-bar off -e '.[$(FAISS),dev]'
+	@touch $@ $(VENV)/.installed
+
+# The recorded protocol of results/: 2,000 attractors, whole test splits, three seeds of the attractor sample.
+results: install
+	for seed in 0 1 2; do $(BIN)/traj-ood bench fashion --seed $$seed --out results --quiet --no-plots || exit 1; done
+	$(BIN)/traj-ood leaderboard results --csv results/leaderboard.csv --readme README.md
+
+clean:
+	rm -rf $(VENV) demo runs build *.egg-info

@@ -1,0 +1,3 @@
+from traj_ood.cli import main
+
+main()

@@ -1,0 +1,215 @@
+"""The command ``traj-ood``: parse, call, print."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from traj_ood.errors import TrajOODError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def _examples(*lines: str) -> str:
+    """An epilog of commands to copy, kept line by line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Bad input ends in one line on stderr and exit code 2; an interruption says that nothing is lost."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except TrajOODError as error:
+            click.echo(f"traj-ood: error: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("traj-ood: interrupted; the same command continues where this one stopped", err=True)
+            sys.exit(130)
+
+    return wrapped
+
+
+@click.group(context_settings=_CONTEXT, epilog=_examples("traj-ood list", "traj-ood bench fashion --quick"))
+@click.version_option(package_name="traj_ood", prog_name="traj-ood")
+def main() -> None:
+    """Out-of-distribution detection with the latent dynamics of autoencoders, and honest comparisons of OOD scorers."""
+
+
+@main.command(
+    epilog=_examples(
+        "traj-ood bench fashion --quick",
+        "traj-ood bench fashion --scorers trajectory,knn:k=5,mahalanobis --attractors 500",
+        "traj-ood bench imagenet-paper --model vit-mae-base --data-root /data/openood --device cuda",
+        "traj-ood bench my-images.yaml --model runs/my-mae --on-error skip --quiet",
+    )
+)
+@click.argument("benchmark")
+@click.option("--model", default="fashion-mae", show_default=True, help="Model name, local folder or hub name.")
+@click.option("--scorers", default="all", show_default=True, help="Comma-separated, options as name:key=value.")
+@click.option("--attractors", type=int, help="ID training images to learn from.  [default: the benchmark's protocol]")
+@click.option("--per-set", type=int, help="Most images per test and OOD set.  [default: the benchmark's protocol]")
+@click.option("--quick", is_flag=True, help="Short for --attractors 1000 --per-set 300.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the training sample.")
+@click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
+@click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
+@click.option("--mask-ratio", type=float, help="Fixed mask of a ViT-MAE.  [default: none]")
+@click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Results folder.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
+@click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--index", type=click.Choice(["auto", "faiss", "torch"]), default="auto", show_default=True)
+@click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
+@click.option("--fresh", is_flag=True, help="Discard what an earlier run left in the run's folder.")
+@click.option("--no-plots", is_flag=True, help="Skip the plots.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@_one_line_errors
+def bench(benchmark: str, **options: Any) -> None:
+    """Run BENCHMARK (a name from `traj-ood list benchmarks`, or a YAML file) and print its leaderboard.
+
+    Writes result.json, scores.parquet (per image), curves.parquet, the attractors and plots to
+    OUT/<benchmark>--<model>--seed<k>/. An interrupted run continues where it stopped when started again.
+    """
+    import torch
+
+    from traj_ood.autoencoders import load_autoencoder
+    from traj_ood.data import load_benchmark
+    from traj_ood.device import resolve_device
+    from traj_ood.evaluator import Evaluator, RunConfig
+    from traj_ood.leaderboard import render_markdown
+    from traj_ood.plots import plot_run
+
+    _silence_libraries()
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    quick = {"attractors": 1000, "per_set": 300} if options["quick"] else {}
+    model_options = {} if options["mask_ratio"] is None else {"mask_ratio": options["mask_ratio"]}
+    config = RunConfig(
+        scorers=tuple(s for s in options["scorers"].split(",") if s.strip()),
+        attractors=options["attractors"] or quick.get("attractors"),
+        per_set=options["per_set"] or quick.get("per_set"),
+        seed=options["seed"],
+        tol=options["tol"],
+        max_steps=options["max_steps"],
+        resamples=options["bootstrap"],
+        on_error=options["on_error"],
+    )
+    evaluator = Evaluator(
+        autoencoder=load_autoencoder(options["model"], **model_options).to(resolve_device(options["device"])),
+        benchmark=load_benchmark(benchmark, options["data_root"]),
+        config=config,
+        out=options["out"],
+        batch_size=options["batch_size"],
+        workers=options["workers"],
+        backend=options["index"],
+        quiet=options["quiet"],
+        command="traj-ood " + shlex.join(sys.argv[1:]),
+    )
+    result = evaluator.run(fresh=options["fresh"])
+    if not options["no_plots"]:
+        plot_run(result, evaluator.folder, quiet=options["quiet"])
+    click.echo(render_markdown([result]))
+    for warning in result.dictionary["warnings"]:
+        click.echo(f"traj-ood: warning: unhealthy attractors: {warning}", err=True)
+    if result.failures:
+        click.echo(f"traj-ood: warning: {len(result.failures)} image(s) skipped, see {evaluator.folder}", err=True)
+    click.echo(f"Written to {evaluator.folder}", err=True)
+
+
+@main.command(
+    epilog=_examples(
+        "traj-ood train fashion-mae --out runs/fashion-mae",
+        "traj-ood train my-config.yaml --out runs/my-mae --device cuda",
+    )
+)
+@click.argument("config")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for model, log and checkpoint.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@_one_line_errors
+def train(config: str, out: Path, data_root: Path | None, device: str, threads: int | None, **options: Any) -> None:
+    """Train an autoencoder on a benchmark's ID training split as CONFIG says (a YAML file or a bundled name).
+
+    Resumes from the checkpoint in OUT when there is one. OUT can then be given to `traj-ood bench --model`.
+    """
+    import torch
+
+    from traj_ood.device import resolve_device
+    from traj_ood.train import TrainConfig, train_model
+
+    _silence_libraries()
+    if threads:
+        torch.set_num_threads(threads)
+    settings = TrainConfig.load(config)
+    train_model(settings, out, data_root=data_root, device=resolve_device(device), **options)
+    click.echo(f"Written to {out}", err=True)
+
+
+@main.command("list", epilog=_examples("traj-ood list", "traj-ood list scorers"))
+@click.argument("what", type=click.Choice(["benchmarks", "scorers", "models", "all"]), default="all")
+@_one_line_errors
+def list_(what: str) -> None:
+    """List benchmarks, scorers and models by name."""
+    if what in ("benchmarks", "all"):
+        from traj_ood.data import list_benchmarks
+
+        _section("benchmarks", [(b.name, f"{b.summary}; needs {b.needs}") for b in list_benchmarks()])
+    if what in ("scorers", "all"):
+        from traj_ood.postprocessors import POSTPROCESSORS
+
+        _section("scorers", [(name, f"{c.summary}; options {c().options()}") for name, c in POSTPROCESSORS.items()])
+    if what in ("models", "all"):
+        from traj_ood.autoencoders import MODELS
+
+        _section("models", [(name, info.summary) for name, info in MODELS.items()])
+
+
+@main.command(
+    epilog=_examples(
+        "traj-ood leaderboard runs", "traj-ood leaderboard results --csv results/leaderboard.csv --readme README.md"
+    )
+)
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results"))
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Also write the full table as CSV.")
+@click.option("--readme", type=click.Path(path_type=Path), help="Also put the table between this file's markers.")
+@_one_line_errors
+def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None) -> None:
+    """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
+    from traj_ood.leaderboard import render_markdown, update_readme, write_csv
+    from traj_ood.results import Result
+
+    results = Result.load_all(folder)
+    markdown = render_markdown(results)
+    if csv_path is not None:
+        write_csv(results, csv_path)
+    if readme is not None:
+        update_readme(readme, markdown)
+    click.echo(markdown)
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> None:
+    click.echo(f"{title}:")
+    for name, text in rows:
+        click.echo(f"  {name:<18} {text}")
+
+
+def _silence_libraries() -> None:
+    """transformers announces its loading; our own bars and errors say what matters."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,399 @@
+"""The evaluator: a benchmark, a model and scorers in; one Result with per-image scores out; resumable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.curves import curve_quantiles
+from traj_ood.data import Benchmark, Split, preflight
+from traj_ood.errors import TrajOODError
+from traj_ood.files import write_atomic
+from traj_ood.index import Backend
+from traj_ood.metrics import bootstrap, check_scores, compute_metrics
+from traj_ood.parts import Part, PartFolder
+from traj_ood.postprocessors import Evidence
+from traj_ood.results import FILE_NAME, Result, ScorerResult, SetScore, environment, git_commit
+from traj_ood.scoring import ScorerSet, join_evidence
+
+OnError = Literal["raise", "skip"]
+_LATENT_BYTES = 2**28
+_MAX_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What decides a run's numbers; part of the result. Where and how fast it is computed is not (see Evaluator).
+
+    Attributes:
+        scorers: specs, see :func:`traj_ood.create_postprocessor`; ``all`` is the default suite.
+        attractors: ID training images that every scorer learns from. Default: the benchmark's own protocol
+            (2,000 as in the paper), else all.
+        per_set: most images per test and OOD set. Default: the benchmark's own protocol, else all.
+        seed: of the training sample.
+        tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
+        resamples: bootstrap resamples for the 95 % intervals; 0 for none.
+        on_error: ``raise`` (default) or ``skip`` images that cannot be read, which are then counted in the result.
+    """
+
+    scorers: tuple[str, ...] = ("all",)
+    attractors: int | None = None
+    per_set: int | None = None
+    seed: int = 0
+    tol: float = 1e-5
+    max_steps: int = 500
+    resamples: int = 500
+    on_error: OnError = "raise"
+
+
+@dataclass
+class Evaluator:
+    """Runs a benchmark.
+
+    Attributes:
+        autoencoder, benchmark, config: what to run.
+        out: folder under which the run's own folder is made.
+        batch_size: images at a time; default: as many as keep their latents under 256 MiB, at most 2,048. It changes
+            memory and how much an interruption can lose, not results.
+        workers: threads that read images.
+        backend: of the neighbour index.
+        quiet: no progress bars.
+        command: recorded in the result.
+    """
+
+    autoencoder: Autoencoder
+    benchmark: Benchmark
+    config: RunConfig
+    out: Path
+    batch_size: int | None = None
+    workers: int = 2
+    backend: Backend = "auto"
+    quiet: bool = False
+    command: str = ""
+    _seconds: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        bench, config = self.benchmark, self.config
+        self.sample = bench.subsample(
+            train=config.attractors if config.attractors is not None else _protocol(bench),
+            per_set=config.per_set if config.per_set is not None else bench.test_size,
+            seed=config.seed,
+        )
+        self.scorers = ScorerSet(
+            self.autoencoder, config.scorers, tol=config.tol, max_steps=config.max_steps, backend=self.backend
+        )
+        self.name = f"{bench.name}--{self.autoencoder.name.replace('/', '-')}--seed{config.seed}"
+        self.folder = self.out / self.name
+
+    def run(self, fresh: bool = False) -> Result:
+        """Compute what is missing, write everything, and return the result; a finished run is returned as it is.
+
+        Args:
+            fresh: discard what an earlier run left in the folder.
+        Raises:
+            TrajOODError: bad data, a folder that cannot be written, or one that holds a run with other settings.
+        """
+        identity = self._identity()
+        if fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        finished = self.folder / FILE_NAME
+        if finished.is_file():
+            result = Result.load(finished)
+            self._refuse_other(identity, _identity_of(result))
+            return result
+        self._check_images()
+        parts = PartFolder(self.folder / "parts")
+        stored = parts.open({**identity, "batch_size": self._batch_size()})
+        batch_size = stored.pop("batch_size")
+        self._refuse_other(identity, stored)
+        train_curves = self._fit(parts, batch_size)
+        scored = {s.name: self._score(parts, s, batch_size) for s in [self.sample.test, *self.sample.ood]}
+        result = self._finish(identity, scored, train_curves)
+        parts.remove()
+        return result
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must share to be one run."""
+        config = {k: v for k, v in asdict(self.config).items() if k != "seed"}
+        config |= {
+            "scorers": self.scorers.labels,
+            "attractors": len(self.sample.train.images),
+            "per_set": self.config.per_set if self.config.per_set is not None else self.benchmark.test_size,
+            "model_options": self.autoencoder.options(),
+        }
+        return json.loads(
+            json.dumps(
+                {
+                    "benchmark": self.benchmark.name,
+                    "model": {
+                        "name": self.autoencoder.name,
+                        "family": self.autoencoder.family,
+                        "fingerprint": self.autoencoder.fingerprint(),
+                        "parameters": self.autoencoder.parameter_count(),
+                    },
+                    "config": config,
+                    "seed": self.config.seed,
+                    "data": self.sample.digests(),
+                }
+            )
+        )
+
+    def _refuse_other(self, mine: dict[str, Any], other: dict[str, Any]) -> None:
+        different = [key for key in mine if mine[key] != other.get(key)]
+        if different:
+            raise TrajOODError(
+                f"{self.folder}: holds a run with another {', '.join(different)}: choose another --out, or discard it "
+                "with --fresh"
+            )
+
+    def _check_images(self) -> None:
+        """Preflight, unless unreadable images are to be skipped and counted."""
+        if self.config.on_error == "raise":
+            preflight(self.sample)
+
+    def _batch_size(self) -> int:
+        if self.batch_size is not None:
+            if self.batch_size < 1:
+                raise TrajOODError(f"batch size: expected at least 1, got {self.batch_size}")
+            return self.batch_size
+        model = self.autoencoder
+        latent = model.encode(torch.zeros(1, *model.input_shape))
+        bytes_per_image = 4 * max(latent.numel(), int(np.prod(model.input_shape)))
+        return max(model.chunk, min(_MAX_BATCH, _LATENT_BYTES // bytes_per_image))
+
+    # ------------------------------------------------------------------ passes over images
+
+    def _fit(self, parts: PartFolder, batch_size: int) -> pd.DataFrame:
+        """The training pass: attractors and everything the scorers learn. Returns its curves."""
+        split = self.sample.train
+        began = time.perf_counter()
+        pieces = []
+        with self._bar(split) as bar:
+            for indices in _batches(len(split.images), batch_size):
+                part = parts.load(split.name, indices.start)
+                if part is None:
+                    part = self._explore(split, indices, bar)
+                    parts.save(split.name, indices.start, part)
+                bar.set_done(indices.stop)
+                pieces.append(part)
+        self._seconds["fit"] = time.perf_counter() - began
+        self.failures = [f for p in pieces for f in p.failures]
+        evidence = join_evidence([_evidence_of(p) for p in pieces if p.ids])
+        dictionary = None
+        if self.scorers.needs_dictionary:
+            dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
+            dictionary.save(self.folder / "attractors.safetensors")
+        self.scorers.learn(dictionary, evidence)
+        return curve_quantiles(split, pieces, self.config.tol)
+
+    def _explore(self, split: Split, indices: range, bar: _Bar) -> Part:
+        ids, images, failures = self._load(split, indices)
+        dictionary, evidence = self.scorers.explore(images, ids, bar.on_step(indices))
+        tensors = {f"features/{k}": v.cpu() for k, v in evidence.features.items()}
+        tensors |= {f"reconstruction/{k}": v for k, v in evidence.reconstruction.items()}
+        if dictionary is not None:
+            tensors |= {f"dictionary/{k}": v for k, v in dictionary.tensors().items()}
+        notes = {"provenance": dict(dictionary.provenance)} if dictionary is not None else {}
+        return Part(ids, failures, {**tensors, **_curves_of(evidence)}, notes)
+
+    def _score(self, parts: PartFolder, split: Split, batch_size: int) -> list[Part]:
+        """Score one split, batch by batch; finished batches come from disk."""
+        began = time.perf_counter()
+        pieces = []
+        with self._bar(split) as bar:
+            for indices in _batches(len(split.images), batch_size):
+                part = parts.load(split.name, indices.start)
+                if part is None:
+                    part = self._score_batch(split, indices, bar)
+                    parts.save(split.name, indices.start, part)
+                bar.set_done(indices.stop)
+                pieces.append(part)
+        self._seconds[f"score/{split.name}"] = time.perf_counter() - began
+        self.failures += [f for p in pieces for f in p.failures]
+        if not any(p.ids for p in pieces):
+            raise TrajOODError(f"split {split.name!r}: none of its {len(split.images)} images could be read")
+        return pieces
+
+    def _score_batch(self, split: Split, indices: range, bar: _Bar) -> Part:
+        ids, images, failures = self._load(split, indices)
+        if not ids:
+            return Part(ids, failures, {}, {})
+        scored = self.scorers.score(images, bar.on_step(indices))
+        for label, values in scored.scores.items():
+            bad = (~values.isfinite()).nonzero()[:, 0]
+            if len(bad):
+                raise TrajOODError(
+                    f"scorer {label}: {len(bad)} score(s) of split {split.name!r} are not finite, first for image "
+                    f"{ids[int(bad[0])]!r}: its trajectory leaves the finite numbers at once; check the model"
+                )
+        tensors = {f"score/{label}": values for label, values in scored.scores.items()}
+        cost = {s.label: s.f_evaluations(scored.evidence) for s in self.scorers.scorers}
+        return Part(ids, failures, {**tensors, **_curves_of(scored.evidence)}, {"f_evaluations": cost})
+
+    def _load(self, split: Split, indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
+        """Ids, images (B, C, H, W) and failures of one batch; raises on the first failure unless they are skipped."""
+
+        def read(index: int) -> Tensor | TrajOODError:
+            try:
+                return self.autoencoder.transform(split.images.load(index))
+            except TrajOODError as error:
+                if self.config.on_error == "raise":
+                    raise
+                return error
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            outcomes = list(pool.map(read, indices))
+        ids = [split.images.ids[i] for i in indices]
+        good = [k for k, o in enumerate(outcomes) if isinstance(o, Tensor)]
+        failures = [{"id": ids[k], "error": str(o)} for k, o in enumerate(outcomes) if not isinstance(o, Tensor)]
+        images = [o for o in outcomes if isinstance(o, Tensor)]
+        batch = torch.stack(images) if images else torch.empty(0, *self.autoencoder.input_shape)
+        return tuple(ids[k] for k in good), batch, failures
+
+    def _bar(self, split: Split) -> _Bar:
+        return _Bar(f"{split.role} {split.name}" if split.role != split.name else split.name, split, self.quiet)
+
+    # ------------------------------------------------------------------ metrics and files
+
+    def _finish(self, identity: dict[str, Any], scored: dict[str, list[Part]], curves: pd.DataFrame) -> Result:
+        began = time.perf_counter()
+        table = self._table(scored)
+        dictionary = self.scorers.dictionary
+        health: dict[str, Any] = {"used": False, "healthy": True, "warnings": []}
+        if dictionary is not None:
+            health = {"used": True, **dictionary.health().as_dict()}
+        scorers = self._measure(table, scored)
+        splits = {s.name: s for s in self.sample.splits()}
+        frames = [curves, *(curve_quantiles(splits[n], pieces, self.config.tol) for n, pieces in scored.items())]
+        write_atomic(self.folder / "curves.parquet", lambda f: pd.concat(frames).to_parquet(f, index=False))
+        write_atomic(self.folder / "scores.parquet", lambda f: table.to_parquet(f, index=False, compression="zstd"))
+        self._seconds["metrics"] = time.perf_counter() - began
+        result = Result(
+            name=self.name,
+            **identity,
+            command=self.command or " ".join(sys.argv),
+            commit=git_commit(Path(__file__).parent),
+            versions=environment() | {"device": str(self.autoencoder.device), "threads": str(torch.get_num_threads())},
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            seconds={k: round(v, 2) for k, v in self._seconds.items()},
+            dictionary=health,
+            failures=self.failures,
+            scorers=scorers,
+        )
+        result.save(self.folder / FILE_NAME)  # last: its presence says that everything else is there
+        return result
+
+    def _table(self, scored: dict[str, list[Part]]) -> pd.DataFrame:
+        """One row per image: split, role, id, steps, status and one column per scorer."""
+        splits = {s.name: s for s in self.sample.splits()}
+        rows = []
+        for name, pieces in scored.items():
+            for part in (p for p in pieces if p.ids):
+                columns: dict[str, Any] = {"split": name, "role": splits[name].role, "id": list(part.ids)}
+                columns |= {k: part.tensors[k].numpy() for k in ("steps", "status") if k in part.tensors}
+                columns |= {label: part.tensors[f"score/{label}"].numpy() for label in self.scorers.labels}
+                rows.append(pd.DataFrame(columns))
+        return pd.concat(rows, ignore_index=True)
+
+    def _measure(self, table: pd.DataFrame, scored: dict[str, list[Part]]) -> dict[str, ScorerResult]:
+        by_split = dict(list(table.groupby("split", sort=False)))
+        results = {}
+        bar = tqdm(self.scorers.scorers, desc="metrics", unit="scorer", delay=2, disable=self.quiet, dynamic_ncols=True)
+        for scorer in bar:
+            label = scorer.label
+            id_scores = check_scores(by_split[self.sample.test.name][label], "ID test")
+            sets = {}
+            for split in self.sample.ood:
+                scores = by_split[split.name][label].to_numpy()
+                intervals = (
+                    bootstrap(id_scores, scores, resamples=self.config.resamples) if self.config.resamples else {}
+                )
+                sets[split.name] = SetScore(split.role, len(scores), compute_metrics(id_scores, scores), intervals)
+            results[label] = ScorerResult(
+                label=label,
+                options=scorer.options(),
+                note=scorer.summary,
+                f_evaluations=_mean_cost(label, [p for pieces in scored.values() for p in pieces if p.ids]),
+                sets=sets,
+            )
+        return results
+
+
+class _Bar:
+    """A progress bar over one split's images that also moves while a batch iterates."""
+
+    def __init__(self, name: str, split: Split, quiet: bool) -> None:
+        self._bar = tqdm(
+            total=len(split.images), desc=name, unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False
+        )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+
+    def set_done(self, count: int) -> None:
+        self._bar.update(count - self._bar.n)
+
+    def on_step(self, indices: range) -> Callable[[int, int], None]:
+        def update(step: int, running: int) -> None:
+            self._bar.set_postfix(step=step, running=running, refresh=False)
+            self.set_done(indices.stop - running)
+
+        return update
+
+
+def _batches(count: int, size: int) -> Iterator[range]:
+    return (range(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _protocol(benchmark: Benchmark) -> int | None:
+    """The protocol's number of training images, or all where there are fewer."""
+    return None if benchmark.train_size is None else min(benchmark.train_size, len(benchmark.train.images))
+
+
+def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
+    path = evidence.trajectory
+    if path is None:
+        return {}
+    curves = {"residuals": path.residuals.float(), "norm": path.measure("norm").float()}
+    return {"steps": path.steps, "status": path.status, **curves}
+
+
+def _evidence_of(part: Part) -> Evidence:
+    return Evidence(
+        features={k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("features/")},  # type: ignore[misc]
+        reconstruction={k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("reconstruction/")},  # type: ignore[misc]
+    )
+
+
+def _dictionary_of(part: Part) -> AttractorDictionary:
+    tensors = {k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("dictionary/")}
+    return AttractorDictionary(ids=part.ids, provenance=part.notes["provenance"], **tensors)
+
+
+def _mean_cost(label: str, pieces: list[Part]) -> float:
+    weights = np.array([len(p.ids) for p in pieces], dtype=float)
+    return float(np.average([p.notes["f_evaluations"][label] for p in pieces], weights=weights))
+
+
+def _identity_of(result: Result) -> dict[str, Any]:
+    tree = {k: getattr(result, k) for k in ("benchmark", "model", "config", "seed", "data")}
+    return json.loads(json.dumps(tree))
