@@ -59,7 +59,7 @@ class NeighborIndex:
             device = torch.device("cpu")
         self.device = device
         self._points = points.to(device, torch.float32)
-        self._mean = self._points.double().mean(dim=0).float()
+        self._mean = self._points.mean(dim=0, dtype=torch.float64).float()
         centred = self._points - self._mean
         self._norm = float(centred.norm(dim=1).max())
         self._make_flat = _flat_backend(backend, device)
@@ -185,10 +185,11 @@ class NeighborIndex:
         return members, offsets, offsets.square().sum(dim=1)
 
     def _build_groups(self, centred: Tensor) -> None:
-        radius = _GROUP_RADIUS * float(centred.double().square().sum(dim=1).mean().sqrt())
+        radius = _GROUP_RADIUS * float(centred.norm(dim=1).square().mean().sqrt())
         leaders, assigned = greedy_leaders(centred, radius)
         self._leaders = leaders
-        self._flat = self._make_flat(centred[leaders])
+        # Without a single group the copy of (for ViT-MAE base) 1.2 GB is saved.
+        self._flat = self._make_flat(centred if len(leaders) == len(self) else centred[leaders])
         self._order = assigned.argsort(stable=True)
         self._sizes = torch.bincount(assigned, minlength=len(leaders))
         self._starts = [0, *self._sizes.cumsum(0).tolist()]

@@ -13,7 +13,7 @@ def model_card(name: str, record: dict[str, Any]) -> str:
         f"# {name}",
         "",
         f"A {config['family']} autoencoder with {record['parameters']:,} parameters, trained by `traj-ood train` on",
-        f"the ID training split of the benchmark `{config['benchmark']}` ({data['count']:,} images, split `{split}`, list",
+        f"the ID training split of the benchmark `{config['benchmark']}` ({data['count']:,} images, `{split}`, list",
         f"sha256 `{data['sha256'][:16]}…`). Made for OOD detection with its latent dynamics z → E(D(z)); its",
         "reconstructions are blurred by design, since it was trained to remove noise.",
         "",

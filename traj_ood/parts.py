@@ -49,7 +49,7 @@ class PartFolder:
 
     def save(self, split: str, start: int, part: Part) -> None:
         header = {k: json.dumps(getattr(part, k)) for k in ("ids", "failures", "notes")}
-        tensors = {k: v.contiguous() for k, v in part.tensors.items()}
+        tensors = {k: v.contiguous().clone() for k, v in part.tensors.items()}  # safetensors refuses shared memory
         write_atomic(self._path(split, start), save(tensors, metadata=header))
 
     def load(self, split: str, start: int) -> Part | None:
