@@ -187,7 +187,9 @@ def _no_evidence() -> Any:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/engine.json"))
-    parser.add_argument("--cache", default="runs/engine-attractors.safetensors", help="where part 1's dictionary is kept")
+    parser.add_argument(
+        "--cache", default="runs/engine-attractors.safetensors", help="where part 1's dictionary is kept"
+    )
     parser.add_argument("--piece", choices=PIECES, help=argparse.SUPPRESS)
     return parser.parse_args()
 

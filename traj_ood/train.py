@@ -139,7 +139,7 @@ def train_model(
     fresh: bool = False,
     quiet: bool = False,
 ) -> Autoencoder:
-    """Train, writing to ``out``: the model, ``training.json`` (config, log, versions) and README.md, the model card.
+    """Train, writing to ``out``: the model, its log, ``training.json`` (config, log, versions) and README.md, its card.
 
     After each epoch a checkpoint is written; the same call continues from it and ends with the same weights as an
     uninterrupted run, because every epoch draws from its own seed.
@@ -156,6 +156,7 @@ def train_model(
     model.to(device or torch.device("cpu"))
     run = _Run(config, model, images, out, quiet)
     run.resume(fresh)
+    run.write_log()  # before hours of work: is the folder writable at all?
     for epoch in range(len(run.log), config.recipe.epochs):
         run.epoch(epoch)
     _finish(config, run, benchmark, time.perf_counter() - began)
@@ -264,6 +265,10 @@ class _Run:
             return (error * hidden).sum() / hidden.sum()
         return error.mean()
 
+    def write_log(self) -> None:
+        """``log.jsonl``: one line per finished epoch."""
+        write_atomic(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+
     def _save(self) -> None:
         state = {
             "config": _plain(self.config),
@@ -274,6 +279,7 @@ class _Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.checkpoint, buffer.getvalue())
+        self.write_log()
 
 
 class _TrainingImages:

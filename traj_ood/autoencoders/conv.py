@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder, check_weights, image_to_tensor
 from traj_ood.errors import TrajOODError
+from traj_ood.files import write_atomic
 
 STRIDES = 4
 
@@ -104,7 +105,7 @@ class ConvAutoencoder(Autoencoder):
         return cls(network, **(defaults | options))
 
     def save_pretrained(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write config.json and model.safetensors."""
         net: Any = self.module
         channels, size, _ = self.input_shape
         network = {
@@ -114,9 +115,9 @@ class ConvAutoencoder(Autoencoder):
             "bottleneck": net.to_latent.out_features,
         }
         config = {"model_type": "traj_ood_conv", "network": network, "mean": list(self.mean), "std": list(self.std)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
 
     def options(self) -> dict[str, Any]:
         return {"mean": list(self.mean), "std": list(self.std)}

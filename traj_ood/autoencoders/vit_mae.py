@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder, check_weights, image_to_tensor
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.files import write_atomic
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4
@@ -139,12 +140,12 @@ class ViTMAE(Autoencoder):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json, readable by transformers too."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.module.config.to_json_file(folder / "config.json")  # type: ignore[union-attr,operator]
+        config: Any = self.module.config
+        write_atomic(folder / "config.json", config.to_json_string().encode())
         weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
         stored = {"image_mean": list(self.mean), "image_std": list(self.std), "size": list(self.input_shape[1:])}
-        (folder / "preprocessor_config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        write_atomic(folder / "preprocessor_config.json", (json.dumps(stored, indent=2) + "\n").encode())
 
     def options(self) -> dict[str, Any]:
         mask = {"mask_ratio": self.mask_ratio} | ({"mask_seed": self.mask_seed} if self.mask_ratio else {})
