@@ -98,6 +98,7 @@ class Evaluator:
         self.scorers = ScorerSet(
             self.autoencoder, config.scorers, tol=config.tol, max_steps=config.max_steps, backend=self.backend
         )
+        self.scorers.check_training_size(len(self.sample.train.images))
         self.name = f"{bench.name}--{self.autoencoder.name.replace('/', '-')}--seed{config.seed}"
         self.folder = self.out / self.name
 

@@ -66,12 +66,24 @@ class ScorerSet:
     def needs_dictionary(self) -> bool:
         return bool(self.needs.distances)
 
+    def check_training_size(self, count: int) -> None:
+        """Refuse too few training images before anything is computed.
+
+        Raises:
+            TrajOODError: fewer than 2, or fewer than a scorer needs.
+        """
+        if count < 2:
+            raise TrajOODError(f"fewer than 2 ID samples: expected at least 2 ID training images, got {count}")
+        for scorer in self.scorers:
+            scorer.check_training_size(count)
+
     def fit(self, images: Tensor, ids: Sequence[str] | None = None, on_step: OnStep | None = None) -> ScorerSet:
         """Learn from ID training images (N, C, H, W) in the model's normalised units (``autoencoder.transform``).
 
         Raises:
             TrajOODError: fewer than 2 images, or what a scorer refuses.
         """
+        self.check_training_size(len(images))
         dictionary, evidence = self.explore(images, tuple(ids or map(str, range(len(images)))), on_step)
         return self.learn(dictionary, evidence)
 
@@ -92,9 +104,9 @@ class ScorerSet:
         Raises:
             TrajOODError: fewer than 2 training images, or what a scorer refuses.
         """
-        count = min((len(f) for f in train.features.values()), default=len(dictionary) if dictionary else 2)
-        if count < 2:
-            raise TrajOODError(f"fit: expected at least 2 ID training images, got {count}")
+        counts = [len(f) for f in train.features.values()] + ([len(dictionary)] if dictionary is not None else [])
+        if counts:
+            self.check_training_size(min(counts))
         self.dictionary = dictionary
         if dictionary is not None:
             self._indices = {

@@ -101,6 +101,13 @@ class Postprocessor(ABC):
         """The tensors that :meth:`score` needs, learnt from ID training images. Default: none."""
         return {}
 
+    def check_training_size(self, count: int) -> None:
+        """Refuse a number of training images that this scorer cannot learn from, before anything is computed.
+
+        Raises:
+            TrajOODError: too few for its options.
+        """
+
     def f_evaluations(self, evidence: Evidence) -> float:
         """Mean evaluations of f per scored image, beyond the one encoding that every scorer shares."""
         return 0.0

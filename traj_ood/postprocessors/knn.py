@@ -47,13 +47,16 @@ class KNN(Postprocessor):
     def needs(self) -> Needs:
         return Needs(features=frozenset({self.view}))
 
+    def check_training_size(self, count: int) -> None:
+        if self.k is not None and self.k > count:
+            raise TrajOODError(
+                f"scorer {self.label}: k = {self.k} neighbours, but only {count} training images: "
+                f"use more training images or k <= {count}"
+            )
+
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         bank = self._features(train)
-        if self.k is not None and self.k > len(bank):
-            raise TrajOODError(
-                f"scorer {self.label}: k = {self.k} neighbours, but only {len(bank)} training images: "
-                f"use more training images or k <= {len(bank)}"
-            )
+        self.check_training_size(len(bank))
         self._index = None
         return {"bank": bank.cpu()}
 

@@ -1,0 +1,90 @@
+"""Models and benchmarks small enough for tests: random weights, generated images, no downloads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from traj_ood.autoencoders import CallableAutoencoder, ConvAutoencoder, ConvNetwork, ViTMAE
+from traj_ood.autoencoders.vit_mae import build_model
+
+VIT: dict[str, Any] = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
+
+
+def vit_model(seed: int = 0, gain: float = 4.0, **changes: Any) -> Any:
+    """A ``ViTMAEForPreTraining``; ``gain`` scales the matrices, since std 0.02 makes f nearly constant."""
+    torch.manual_seed(seed)
+    model = build_model({**VIT, **changes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter *= gain
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def vit(seed: int = 0, gain: float = 4.0, changes: Mapping[str, Any] | None = None, **options: Any) -> ViTMAE:
+    return ViTMAE(vit_model(seed, gain, **(changes or {})), **options)
+
+
+def conv(seed: int = 0, **options: Any) -> ConvAutoencoder:
+    torch.manual_seed(seed)
+    return ConvAutoencoder(ConvNetwork(channels=1, size=8, width=2, bottleneck=6), **options)
+
+
+def toy(chunk: int = 8) -> CallableAutoencoder:
+    """E flattens (1, 2, 2) images, D moves towards ±1 coordinate by coordinate: f(z) = z + 0.3 (z − z³), clamped.
+
+    Fixed points of f are {−1, 0, 1}⁴, the attractors {−1, 1}⁴ with rate 0.4; the clamp keeps far starts in range.
+    """
+
+    def decode(latents: Tensor) -> Tensor:
+        bounded = latents.clamp(-1.5, 1.5)
+        return (bounded + 0.3 * (bounded - bounded**3)).reshape(-1, 1, 2, 2)
+
+    return CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 2, 2), name="toy", chunk=chunk)
+
+
+def images(count: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_images(folder: Path, count: int, seed: int, size: int = 8, mode: str = "L", high: int = 256) -> None:
+    """``count`` different PNG files ``000.png`` …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (count, size, size) if mode == "L" else (count, size, size, 3)
+    pixels = np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
+    for i, array in enumerate(pixels):
+        Image.fromarray(array).save(folder / f"{i:03d}.png")
+
+
+def write_benchmark(folder: Path, train: int = 12, val: int = 4, test: int = 10, ood: int = 9) -> Path:
+    """Generated PNG folders and the YAML file that names them; ID images are darker than OOD ones."""
+    for seed, (name, count, high) in enumerate(
+        [("train", train, 90), ("val", val, 90), ("test", test, 90), ("near", ood, 140), ("far", ood, 256)]
+    ):
+        write_images(folder / "images" / name, count, seed, high=high)
+    path = folder / "tiny.yaml"
+    path.write_text(
+        "name: tiny\nroot: ./images\ntrain: train\nval: val\ntest: test\nnear: {dim: near}\nfar: {bright: far}\n"
+    )
+    return path
