@@ -53,7 +53,7 @@ class NeighborIndex:
     def __init__(self, points: Tensor, *, backend: Backend = "auto", device: torch.device | str | None = None) -> None:
         if points.ndim != 2 or not len(points):
             raise TrajOODError(f"index: expected at least one point of shape (N, d), got {tuple(points.shape)}")
-        _refuse_non_finite(points, "points")
+        _refuse_non_finite(points.norm(dim=1), "points")
         device = torch.device(device or points.device)
         if device.type == "mps":  # no float64 there
             device = torch.device("cpu")
@@ -81,10 +81,10 @@ class NeighborIndex:
         Raises:
             TrajOODError: wrong dimension, or a non-finite query (it would come back as infinitely far).
         """
-        queries = self._check(queries)
+        queries, centred, error = self._prepare(queries)
         if not len(queries):
             return Neighbors(torch.empty(0, 1, dtype=torch.float64), torch.empty(0, 1, dtype=torch.int64))
-        rows, leaders, distances = self._candidate_leaders(queries)
+        rows, leaders, distances = self._candidate_leaders(queries, centred, error)
         best = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=self.device)
         best.scatter_reduce_(0, rows, distances, "amin")
         first = torch.zeros(len(queries), dtype=torch.int64, device=self.device)
@@ -102,28 +102,27 @@ class NeighborIndex:
         """
         if not 1 <= k <= len(self):
             raise TrajOODError(f"k: expected 1 to {len(self)} (the number of indexed points), got {k}")
-        queries = self._check(queries)
+        queries, centred, error = self._prepare(queries)
         if self._all is None:
             self._all = self._make_flat(self._points - self._mean)
-        centred = queries - self._mean
         # A few spare candidates, so that a point misplaced by rounding around rank k is still seen.
         squared, indices = self._all.topk(centred, min(len(self), k + 8))
-        error = self._error_bound(centred)[:, None]
         distances = squared.double().clamp(min=0).sqrt()
-        rows, columns = (error > _RELATIVE * squared).nonzero(as_tuple=True)
+        rows, columns = (error[:, None] > _RELATIVE * squared).nonzero(as_tuple=True)
         distances[rows, columns] = self._exact(queries, rows, indices[rows, columns])
         order = distances.argsort(dim=1, stable=True)[:, :k]
         return Neighbors(distances.gather(1, order), indices.gather(1, order))
 
-    def _check(self, queries: Tensor) -> Tensor:
+    def _prepare(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, d) as float32, the same less the mean, and (B,) float64 bounds on the rounding error of
+        ‖x‖² + ‖y‖² − 2x·y over all points y."""
         if queries.ndim != 2 or queries.shape[1] != self._points.shape[1]:
             raise TrajOODError(f"queries: expected (B, {self._points.shape[1]}), got {tuple(queries.shape)}")
-        _refuse_non_finite(queries, "queries")
-        return queries.to(self.device, torch.float32)
-
-    def _error_bound(self, centred: Tensor) -> Tensor:
-        """(B,) bound on the float32 error of ‖x‖² + ‖y‖² − 2x·y over all points y."""
-        return (_ERROR_FACTOR * _UNIT) * (centred.norm(dim=1) + self._norm).double().square()
+        queries = queries.to(self.device, torch.float32)
+        centred = queries - self._mean
+        norms = centred.norm(dim=1)
+        _refuse_non_finite(norms, "queries")  # a NaN or infinite coordinate makes the norm so, too
+        return queries, centred, (_ERROR_FACTOR * _UNIT) * (norms + self._norm).double().square()
 
     def _exact(self, queries: Tensor, rows: Tensor, points: Tensor) -> Tensor:
         """(P,) float64 distances of the pairs, by direct difference of the original coordinates."""
@@ -135,10 +134,8 @@ class NeighborIndex:
             out[part] = difference.square_().sum(dim=1).sqrt_()
         return out
 
-    def _candidate_leaders(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidate_leaders(self, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pairs (row, leader) that may hold the nearest point, with their exact distances: three (P,) tensors."""
-        centred = queries - self._mean
-        error = self._error_bound(centred)
         todo = torch.arange(len(queries), device=self.device)
         pairs: list[tuple[Tensor, Tensor]] = []
         width = min(8, self.groups)
@@ -288,6 +285,6 @@ def _flat_backend(backend: Backend, device: torch.device) -> type[_TorchFlat] | 
 
 
 def _refuse_non_finite(values: Tensor, what: str) -> None:
-    bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0]
+    bad = (~values.isfinite()).nonzero()[:, 0]
     if len(bad):
         raise TrajOODError(f"index {what}: {len(bad)} of {len(values)} rows are not finite, first at row {int(bad[0])}")

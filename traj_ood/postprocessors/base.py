@@ -101,7 +101,7 @@ class Postprocessor(ABC):
         """The tensors that :meth:`score` needs, learnt from ID training images. Default: none."""
         return {}
 
-    def check_training_size(self, count: int) -> None:
+    def check_training_size(self, count: int) -> None:  # noqa: B027 (most scorers have nothing to refuse)
         """Refuse a number of training images that this scorer cannot learn from, before anything is computed.
 
         Raises:
