@@ -38,7 +38,7 @@ class Norm:
     name = "norm"
 
     def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
-        return latents.flatten(1).norm(dim=1).double()
+        return latents.flatten(1).norm(dim=1).cpu().double()
 
 
 def iterate(

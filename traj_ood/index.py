@@ -204,7 +204,7 @@ def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """
     count, device = len(points), points.device
     squared_norms = points.square().sum(dim=1)
-    assigned = torch.full((count,), -1, dtype=torch.int64, device=device)
+    assigned: list[int] = []
     leaders: list[int] = []
     for start in range(0, count, 1024):
         block = torch.arange(start, min(start + 1024, count), device=device)
@@ -216,12 +216,12 @@ def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         for i in range(len(block)):
             hits = near[i, columns].nonzero()
             if len(hits):
-                assigned[start + i] = hits[0, 0]
+                assigned.append(int(hits[0, 0]))
             else:
-                assigned[start + i] = len(leaders)
+                assigned.append(len(leaders))
                 leaders.append(start + i)
                 columns.append(old + i)
-    return torch.tensor(leaders, device=device), assigned
+    return torch.tensor(leaders, device=device), torch.tensor(assigned, device=device)
 
 
 class _TorchFlat:

@@ -151,8 +151,11 @@ def update_readme(readme_path: str | Path, markdown: str) -> None:
 
 
 def _run_identity(result: Result) -> dict[str, str]:
-    """What runs must share to be compared or averaged, flat, as text by dotted name; the seed is left out."""
-    config = {key: value for key, value in result.config.items() if key != "seed"}
+    """What runs must share to be compared or averaged, flat, as text by dotted name.
+
+    The seed is left out, and what no score depends on: which other scorers ran, and the bootstrap's resamples.
+    """
+    config = {key: value for key, value in result.config.items() if key not in ("seed", "scorers", "resamples")}
     tests = {name: data["sha256"] for name, data in result.data.items() if data["role"] in ("test", "near", "far")}
     return _flat({"model": result.model["fingerprint"], "config": config, "data": tests})
 

@@ -191,11 +191,11 @@ class ViTMAE(Autoencoder):
     def _masked_error(self, images: Tensor, noise: Tensor) -> Tensor:
         def error(batch: Tensor) -> Tensor:
             latents, hidden, restore = self._encode(batch, noise, RECONSTRUCTION_RATIO)
-            patch_error = self._patchify(self._decode(latents, restore) - batch).double().square().mean(dim=-1)
+            patch_error = self._patchify(self._decode(latents, restore) - batch).square().mean(dim=-1)
             return (patch_error * hidden).sum(dim=1) / hidden.sum(dim=1)
 
         with torch.inference_mode():
-            return apply_in_chunks(error, images.to(self.device), self.chunk).cpu()
+            return apply_in_chunks(error, images.to(self.device), self.chunk).cpu().double()  # MPS has no float64
 
     def _patchify(self, images: Tensor) -> Tensor:
         return self.module.patchify(images)  # type: ignore[operator]

@@ -70,23 +70,13 @@ def create_postprocessors(specs: Sequence[str], autoencoder: Autoencoder) -> lis
 
 def default_suite(autoencoder: Autoencoder) -> list[str]:
     """Every registered scorer with its defaults, and the variants of the paper's open choices the model allows."""
-    suite = [
-        "trajectory",
-        "trajectory:horizon=16",
-        "knn",
-        "knn-paper",
-        "mahalanobis",
-        "reconstruction",
-        "start-distance",
-        "end-distance",
-        "first-residual",
-        "steps",
-    ]
-    if autoencoder.has_cls:  # a latent of one token has one view
-        suite[2:2] = ["trajectory:view=mean", "trajectory:view=cls"]
-        suite.insert(suite.index("start-distance") + 1, "start-distance:view=mean")
+    suite = ["trajectory", "trajectory:horizon=16", "knn", "knn-paper", "mahalanobis", "reconstruction"]
+    suite += ["start-distance", "end-distance", "first-residual", "steps"]
+    if autoencoder.has_cls:  # a latent of one token has one view; with more, every scorer may show its best
+        suite += ["trajectory:view=mean", "trajectory:view=cls", "start-distance:view=mean"]
+        suite += ["knn:view=cls", "knn:view=tokens", "mahalanobis:view=cls"]
     if autoencoder.reconstruction_masks():
-        suite.insert(suite.index("reconstruction") + 1, "reconstruction:masked=true")
+        suite += ["reconstruction:masked=true"]
     return suite
 
 

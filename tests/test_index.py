@@ -1,0 +1,300 @@
+"""NeighborIndex against float64 brute force, down to distances of 1e-4 in 150,000 dimensions."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from traj_ood import index as index_module
+from traj_ood.errors import TrajOODError
+from traj_ood.index import _ERROR_FACTOR, _UNIT, NeighborIndex, Neighbors, _FaissFlat, _TorchFlat, greedy_leaders
+
+DISTANCES = (0.0, 1e-4, 1e-3, 1e-2, 1.0, 400.0)
+
+
+def _faiss_missing() -> str:
+    try:
+        importlib.import_module("faiss")
+    except (ImportError, RuntimeError) as error:
+        return f"faiss cannot be imported ({error})"
+    return ""
+
+
+needs_faiss = pytest.mark.skipif(bool(_faiss_missing()), reason=_faiss_missing() or "faiss is here")
+BACKENDS = ["torch", pytest.param("faiss", marks=needs_faiss)]
+
+
+def brute(points: Tensor, queries: Tensor) -> Tensor:
+    """(B, N) float64 distances, one query at a time by direct difference."""
+    exact = points.double()
+    return torch.stack([(exact - q.double()).norm(dim=1) for q in queries])
+
+
+def assert_exact(found: Neighbors, points: Tensor, truth: Tensor, k: int = 1) -> None:
+    """The k smallest of the true distances (B, N), and indices that belong to them.
+
+    The absolute tolerance, 1e-6 for points of norm 400, is far below their float32 spacing (1e-5 in 150,000 dimensions).
+    """
+    atol = 2.5e-9 * float(points.norm(dim=1).max())
+    assert found.distances.shape == found.indices.shape == (len(truth), k)
+    assert found.distances.dtype == torch.float64
+    torch.testing.assert_close(found.distances, truth.sort(dim=1).values[:, :k], rtol=1e-5, atol=atol)
+    torch.testing.assert_close(truth.gather(1, found.indices), found.distances, rtol=1e-5, atol=atol)
+    assert all(len(set(row)) == k for row in found.indices.tolist())
+
+
+def gaussian(count: int, dimension: int, norm: float = 400.0, seed: int = 0) -> Tensor:
+    points = torch.randn(count, dimension, generator=torch.Generator().manual_seed(seed))
+    return points * (norm / dimension**0.5)
+
+
+def moved(points: Tensor, distance: float, seed: int = 1) -> Tensor:
+    step = torch.randn(points.shape, generator=torch.Generator().manual_seed(seed)).double()
+    return (points.double() + distance * step / step.norm(dim=1, keepdim=True)).float()
+
+
+def clusters(groups: int, members: int, dimension: int, spread: float, seed: int = 0) -> Tensor:
+    """``groups`` attractors far apart, each with ``members`` end points within about ``spread``."""
+    centres = gaussian(groups, dimension, seed=seed).repeat_interleave(members, dim=0)
+    radii = torch.rand(groups * members, 1, generator=torch.Generator().manual_seed(seed + 7))
+    step = torch.randn(centres.shape, generator=torch.Generator().manual_seed(seed + 8))
+    return centres + spread * radii * step / step.norm(dim=1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------- exactness
+
+
+def around(points: Tensor, distances: tuple[float, ...] = DISTANCES) -> tuple[Tensor, Tensor]:
+    """One query at each distance from points spread over the dictionary, and the true distances to all points."""
+    picked = points[torch.linspace(0, len(points) - 1, len(distances)).long()]
+    queries = torch.cat([moved(p[None], d, seed) for seed, (p, d) in enumerate(zip(picked, distances, strict=True))])
+    return queries, brute(points, queries)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dimension", "count"), [(3, 60), (96, 60), (5000, 60), (150_000, 16)])
+def test_distances_near_points_of_norm_400(backend: str, dimension: int, count: int) -> None:
+    points = gaussian(count, dimension)
+    built = NeighborIndex(points, backend=backend)  # type: ignore[arg-type]
+    assert built.backend == backend
+    queries, truth = around(points)
+    assert_exact(built.nearest(queries), points, truth)
+    assert_exact(built.search(queries, 1), points, truth)
+    assert_exact(built.search(queries, 7), points, truth, 7)
+    # the constructed distances are what they claim, up to the spacing of float32
+    spacing = 1e-7 * 400
+    expected = torch.tensor(DISTANCES[:5], dtype=torch.float64)
+    torch.testing.assert_close(built.nearest(queries).distances[:5, 0], expected, rtol=1e-3, atol=spacing)
+
+
+COLLAPSED = [
+    (dimension, groups, members, spread)
+    for dimension, groups, members in [(3, 5, 12), (96, 5, 40), (5000, 3, 40)]
+    for spread in (1e-3, 1e-2, 1.0)
+] + [(150_000, 2, 12, 1e-3), (150_000, 2, 12, 1e-2)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dimension", "groups", "members", "spread"), COLLAPSED)
+def test_nearest_of_collapsed_attractors(
+    backend: str, dimension: int, groups: int, members: int, spread: float
+) -> None:
+    points = clusters(groups, members, dimension, spread)
+    queries, truth = around(points)
+    assert_exact(NeighborIndex(points, backend=backend).nearest(queries), points, truth)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dimension", "groups", "members", "spread"), COLLAPSED)
+def test_search_among_collapsed_attractors(
+    backend: str, dimension: int, groups: int, members: int, spread: float
+) -> None:
+    points = clusters(groups, members, dimension, spread)
+    queries, truth = around(points)
+    built = NeighborIndex(points, backend=backend)  # type: ignore[arg-type]
+    assert_exact(built.search(queries, 1), points, truth, 1)
+    assert_exact(built.search(queries, 5), points, truth, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_collapsed_attractor_far_from_the_origin(backend: str) -> None:
+    points = clusters(1, 50, 5000, 1e-3)
+    built = NeighborIndex(points, backend=backend)  # type: ignore[arg-type]
+    queries, truth = around(points)
+    assert_exact(built.nearest(queries), points, truth)
+    assert_exact(built.search(queries, 3), points, truth, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_identical_points_and_a_single_point(backend: str) -> None:
+    point = gaussian(1, 500)
+    for points in (point, point.repeat(30, 1)):
+        built = NeighborIndex(points, backend=backend)  # type: ignore[arg-type]
+        assert len(built) == len(points)
+        queries, truth = around(points)
+        assert_exact(built.nearest(queries), points, truth)
+        assert_exact(built.search(queries, len(points)), points, truth, len(points))
+    assert built.groups == 1
+    assert built.nearest(point).distances.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_geometries(seed: int) -> None:
+    draw = torch.Generator().manual_seed(1000 + seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=draw))
+
+    dimension, groups, members = integer(1, 200), integer(1, 30), integer(1, 20)
+    spread = 10.0 ** integer(-6, 3)
+    points = clusters(groups, members, dimension, spread, seed) * 10.0 ** integer(-3, 3)
+    points = points + 10.0 ** integer(-2, 3) * torch.randn(dimension, generator=draw)  # far from the origin
+    points = points[torch.randperm(len(points), generator=draw)]
+    picked = points[torch.randint(len(points), (12,), generator=draw)]
+    queries = torch.cat([moved(picked, 10.0 ** integer(-6, 3), seed), picked[:2], 3 * points[:1]])
+    built = NeighborIndex(points, backend="torch" if seed % 2 else "auto")
+    assert_exact(built.nearest(queries), points, brute(points, queries))
+    assert built.groups <= len(points)
+
+
+@needs_faiss
+def test_backends_agree() -> None:
+    points = torch.cat([gaussian(300, 64), clusters(4, 50, 64, 1e-2)])
+    queries = torch.cat([moved(points[::50], d, 3) for d in DISTANCES])
+    one, other = (NeighborIndex(points, backend=b) for b in ("torch", "faiss"))  # type: ignore[arg-type]
+    assert (one.backend, other.backend, NeighborIndex(points).backend) == ("torch", "faiss", "faiss")
+    torch.testing.assert_close(one.nearest(queries).distances, other.nearest(queries).distances, rtol=1e-9, atol=1e-6)
+    torch.testing.assert_close(
+        one.search(queries, 9).distances, other.search(queries, 9).distances, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_queries_do_not_depend_on_each_other() -> None:
+    points = torch.cat([gaussian(100, 96), clusters(4, 20, 96, 1e-2)])
+    queries = torch.cat([moved(points[::20], d, 3) for d in DISTANCES])
+    built = NeighborIndex(points)
+    together, far = built.nearest(queries).distances, built.search(queries, 5).distances
+    for b in range(len(queries)):
+        torch.testing.assert_close(built.nearest(queries[b : b + 1]).distances[0], together[b], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(built.search(queries[b : b + 1], 5).distances[0], far[b], rtol=1e-5, atol=1e-9)
+
+
+def test_groups_make_a_collapsed_dictionary_small() -> None:
+    assert NeighborIndex(clusters(6, 30, 96, 1e-3)).groups == 6
+    assert NeighborIndex(gaussian(60, 96)).groups == 60
+
+
+def test_empty_query_batch() -> None:
+    built = NeighborIndex(gaussian(10, 4))
+    found = built.nearest(torch.empty(0, 4))
+    assert found.distances.shape == found.indices.shape == (0, 1)
+    found = built.search(torch.empty(0, 4), 3)
+    assert found.distances.shape == found.indices.shape == (0, 3)
+
+
+def test_doubles_are_taken() -> None:
+    points = gaussian(10, 4)
+    queries = moved(points, 1.0)
+    assert_exact(NeighborIndex(points.double()).nearest(queries.double()), points, brute(points, queries))
+
+
+# ---------------------------------------------------------------------------------------------- the rounding bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dimension", [3, 96, 5000, 150_000])
+def test_rounding_stays_below_the_bound(backend: str, dimension: int) -> None:
+    count = 40 if dimension < 100_000 else 12
+    for seed, (scale, offset, near) in enumerate(
+        [(1.0, 0.0, False), (400.0, 0.0, True), (1e-3, 5.0, False), (1.0, 100.0, True), (400.0, 400.0, True)]
+    ):
+        points = gaussian(count, dimension, scale, seed) + gaussian(1, dimension, offset, 99)
+        queries = moved(points, 1e-3, seed) if near else gaussian(count, dimension, 2 * scale, seed + 50)
+        flat = (_TorchFlat if backend == "torch" else _FaissFlat)(points)
+        squared, indices = flat.topk(queries, count)
+        truth = brute(points, queries).square().gather(1, indices)
+        norms = queries.double().norm(dim=1, keepdim=True) + points.double().norm(dim=1)[indices]
+        worst = float(((squared.double() - truth).abs() / (_UNIT * norms.square())).max())
+        assert worst <= _ERROR_FACTOR, f"scale {scale}, offset {offset}: {worst:.1f} units"
+
+
+# ---------------------------------------------------------------------------------------------- greedy_leaders
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy_leaders(seed: int) -> None:
+    points = torch.cat([gaussian(40, 5, 1.0, seed), clusters(5, 20, 5, 0.05, seed) / 400])
+    points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))]
+    radius = (0.0, 0.01, 0.1, 0.5, 2.0, 100.0)[seed]
+    leaders, assigned = greedy_leaders(points, radius)
+    distances = brute(points, points)
+    slack = 1e-3
+    assert assigned.shape == (len(points),)
+    assert (distances[torch.arange(len(points)), leaders[assigned]] <= radius + slack).all()
+    apart = distances[leaders][:, leaders] + torch.eye(len(leaders)) * 1e9
+    assert (apart >= radius - slack).all()
+    assert leaders.tolist() == sorted(leaders.tolist())
+    assert assigned[leaders].tolist() == list(range(len(leaders)))  # a leader leads itself
+    assert leaders[0] == 0
+
+
+def test_greedy_leaders_across_blocks_and_first_leader_wins() -> None:
+    line = torch.arange(3000.0)[:, None] % 1500  # every place twice, the copies in another block of 1,024
+    leaders, assigned = greedy_leaders(line, 0.4)
+    assert leaders.tolist() == list(range(1500))
+    assert torch.equal(assigned, torch.arange(3000) % 1500)
+    # 0, 1, 2 at radius 1: 1 joins 0; 2 is farther than 1 from 0 and leads; 1.5 is nearer to 2 but 1.5 > 1 from 0
+    leaders, assigned = greedy_leaders(torch.tensor([[0.0], [1.0], [2.0], [1.0]]), 1.0)
+    assert leaders.tolist() == [0, 2]
+    assert assigned.tolist() == [0, 0, 1, 0]
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def bad(values: Tensor, row: int, value: float) -> Tensor:
+    values = values.clone()
+    values[row, 1] = value
+    return values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_input(value: float) -> None:
+    points = gaussian(10, 4)
+    with pytest.raises(TrajOODError, match="index points: 1 of 10 rows are not finite, first at row 3"):
+        NeighborIndex(bad(points, 3, value))
+    built = NeighborIndex(points)
+    for search in (built.nearest, lambda q: built.search(q, 2)):
+        with pytest.raises(TrajOODError, match="index queries: 1 of 10 rows are not finite, first at row 7"):
+            search(bad(points, 7, value))
+
+
+@pytest.mark.parametrize("k", [0, -1, 11])
+def test_impossible_k(k: int) -> None:
+    with pytest.raises(TrajOODError, match=rf"k: expected 1 to 10 \(the number of indexed points\), got {k}"):
+        NeighborIndex(gaussian(10, 4)).search(torch.zeros(1, 4), k)
+
+
+def test_wrong_shapes_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for points in (torch.empty(0, 4), torch.zeros(4), torch.zeros(2, 3, 4)):
+        with pytest.raises(TrajOODError, match=r"index: expected at least one point of shape \(N, d\), got \("):
+            NeighborIndex(points)
+    built = NeighborIndex(gaussian(10, 4))
+    for queries in (torch.zeros(4), torch.zeros(2, 5)):
+        with pytest.raises(TrajOODError, match=r"queries: expected \(B, 4\), got \("):
+            built.nearest(queries)
+        with pytest.raises(TrajOODError, match=r"queries: expected \(B, 4\), got \("):
+            built.search(queries, 1)
+    with pytest.raises(TrajOODError, match="unknown index backend 'fais': did you mean 'faiss'"):
+        NeighborIndex(gaussian(10, 4), backend="fais")  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as on a machine without it
+    assert NeighborIndex(gaussian(10, 4)).backend == "torch"
+    with pytest.raises(
+        TrajOODError, match=r"index backend 'faiss' is not importable .*pip install 'traj_ood\[faiss-cpu"
+    ):
+        NeighborIndex(gaussian(10, 4), backend="faiss")
+    assert index_module.NeighborIndex is NeighborIndex

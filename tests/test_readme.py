@@ -1,0 +1,55 @@
+"""What the README shows runs as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from traj_ood.data.fashion_mnist import find_fashion_mnist
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_python_example_runs():
+    if find_fashion_mnist() is None:
+        pytest.skip("needs Fashion-MNIST on this machine (run `make demo` once, or set TRAJ_OOD_DATA)")
+    (example,) = _blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "converged=" in done.stdout
+    assert {"test", "sandal", "noise"} <= {line.split()[0] for line in done.stdout.splitlines()}
+
+
+def test_the_yaml_example_is_a_benchmark_once_its_folders_exist(tmp_path):
+    from PIL import Image
+
+    from traj_ood.data import load_benchmark
+
+    (example,) = _blocks("yaml")
+    tree = yaml.safe_load(example)
+    folders = [tree["train"], tree["val"], "cats/listed", *tree["near"].values(), *tree["far"].values()]
+    for shade, folder in enumerate(folders):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), (shade, i, 0)).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "cats.txt").write_text("cats/listed/0.png 0\ncats/listed/1.png 0\n")
+    (tmp_path / "pets.yaml").write_text(example)
+    benchmark = load_benchmark(str(tmp_path / "pets.yaml"))
+    assert [s.name for s in benchmark.splits()] == ["train", "val", "test", "dogs", "textures", "noise"]
+    assert all(len(s.images) == 2 for s in benchmark.splits())
+
+
+def test_both_commands_are_named_and_made():
+    makefile = (README.parent / "Makefile").read_text()
+    for command in ("demo", "test"):
+        assert f"make {command}" in README.read_text(encoding="utf-8")
+        assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE)
