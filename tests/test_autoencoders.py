@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "mae"
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     weights = load_file(path)
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
@@ -173,7 +173,7 @@ def test_zero_position_tables_are_refused(part: str, folder: Path) -> None:
     with pytest.raises(TrajOODError, match=f"mine: the {part}'s position embeddings are all zero: build new models"):
         ViTMAE(model, name="mine")
     key = "vit.embeddings.position_embeddings" if part == "encoder" else "decoder.decoder_pos_embed"
-    rewrite(folder / "model.safetensors", lambda w: w[key].zero_() and None)
+    rewrite(folder / "model.safetensors", lambda w: w[key].zero_())
     with pytest.raises(TrajOODError, match=f"mae: the {part}'s position embeddings are all zero"):
         load_autoencoder(folder)
 
@@ -236,7 +236,7 @@ def test_fingerprint_covers_weights_and_options() -> None:
 
 def test_encoder_without_decoder(folder: Path) -> None:
     path = folder / "model.safetensors"
-    rewrite(path, lambda w: [w.pop(k) for k in list(w) if k.startswith("decoder.")] and None)
+    rewrite(path, lambda w: [w.pop(k) for k in list(w) if k.startswith("decoder.")])
     with pytest.raises(TrajOODError, match=r"model\.safetensors: holds an encoder without a decoder.*vit-mae-base"):
         load_autoencoder(folder)
 
@@ -412,7 +412,7 @@ def test_conv_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(TrajOODError, match=r"c: expected config\.json and model\.safetensors of a conv model"):
         load_autoencoder(folder)
     path.write_bytes(weights)
-    rewrite(path, lambda w: w["to_latent.bias"].fill_(float("inf")) and None)
+    rewrite(path, lambda w: w["to_latent.bias"].fill_(float("inf")))
     with pytest.raises(TrajOODError, match=r"model\.safetensors: to_latent\.bias holds NaN or infinite weights"):
         load_autoencoder(folder)
     path.write_bytes(weights)

@@ -274,7 +274,7 @@ def test_a_trajectory_is_the_same_alone_in_any_batch_and_in_any_order(name: str)
         f, start, chunk, steps = *MAPS[name], 8, 200
     else:
         model = tiny.vit() if name == "vit" else tiny.conv()
-        f, start, chunk, steps = model.self_map, model.encode(tiny.images(23)), 16, 12
+        f, start, chunk, steps = model.self_map, model.encode(tiny.images(23)), model.chunk, 12
 
     def run(rows: list[int]) -> Trajectory:
         return iterate(f, start[rows], chunk=chunk, max_steps=steps, observers=[Norm()])

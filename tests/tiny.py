@@ -43,12 +43,16 @@ def vit_model(seed: int = 0, gain: float = 4.0, **changes: Any) -> Any:
 
 
 def vit(seed: int = 0, gain: float = 4.0, changes: Mapping[str, Any] | None = None, **options: Any) -> ViTMAE:
-    return ViTMAE(vit_model(seed, gain, **(changes or {})), **options)
+    model = ViTMAE(vit_model(seed, gain, **(changes or {})), **options)
+    model.chunk = 8
+    return model
 
 
 def conv(seed: int = 0, **options: Any) -> ConvAutoencoder:
     torch.manual_seed(seed)
-    return ConvAutoencoder(ConvNetwork(channels=1, size=8, width=2, bottleneck=6), **options)
+    model = ConvAutoencoder(ConvNetwork(channels=1, size=8, width=2, bottleneck=6), **options)
+    model.chunk = 8
+    return model
 
 
 def toy(chunk: int = 8) -> CallableAutoencoder:

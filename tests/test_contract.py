@@ -1,0 +1,498 @@
+"""One contract for every registered scorer, on a tiny ViT-MAE and a tiny conv autoencoder; then exact values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.errors import TrajOODError
+from traj_ood.postprocessors import (
+    KNN,
+    POSTPROCESSORS,
+    Evidence,
+    Needs,
+    Postprocessor,
+    create_postprocessor,
+    create_postprocessors,
+    default_suite,
+    register,
+)
+from traj_ood.scoring import Scored, ScorerSet
+from traj_ood.trajectory import Status, Trajectory
+
+VARIANTS = [
+    "trajectory:view=mean",
+    "trajectory:view=cls",
+    "trajectory:horizon=3",
+    "trajectory:horizon=0:view=cls",
+    "knn:k=1",
+    "knn:k=none:reduce=mean",
+    "knn:view=tokens:normalize=false",
+    "knn-paper:k=3",
+    "mahalanobis:view=cls",
+    "reconstruction:masked=true",
+    "start-distance:view=mean",
+    "end-distance:view=mean",
+]
+SPECS = [*POSTPROCESSORS, *VARIANTS]
+TRAIN, TEST = 14, 9
+
+
+@cache
+def model(family: str) -> Autoencoder:
+    return {"vit": tiny.vit, "conv": tiny.conv}[family]()
+
+
+def train_images() -> Tensor:
+    return tiny.images(TRAIN, seed=1)
+
+
+def test_images() -> Tensor:
+    return 1.5 * tiny.images(TEST, seed=2)
+
+
+def specs_of(family: str) -> list[str]:
+    return [s for s in SPECS if not (family == "conv" and "masked" in s)]
+
+
+@cache
+def fitted(family: str) -> ScorerSet:
+    return ScorerSet(model(family), specs_of(family), max_steps=30).fit(train_images())
+
+
+@cache
+def scored(family: str) -> Scored:
+    return fitted(family).score(test_images())
+
+
+CASES = [(family, spec) for family in ("vit", "conv") for spec in specs_of(family)]
+each = pytest.mark.parametrize(("family", "spec"), CASES)
+
+
+def scorer_of(family: str, spec: str) -> Postprocessor:
+    return next(s for s in fitted(family).scorers if s.label == create_postprocessor(spec).label)
+
+
+# ---------------------------------------------------------------------------------------------- the contract
+
+
+@each
+def test_scores_are_finite_float64_one_per_image(family: str, spec: str) -> None:
+    scores = scored(family).scores[create_postprocessor(spec).label]
+    assert scores.shape == (TEST,)
+    assert scores.dtype == torch.float64
+    assert scores.isfinite().all()
+    assert scores.device.type == "cpu"
+
+
+@pytest.mark.parametrize("family", ["vit", "conv"])
+def test_scores_are_deterministic_and_independent_of_batch_and_order(family: str) -> None:
+    scorers, x, expected = fitted(family), test_images(), scored(family).scores
+    torch.manual_seed(123)
+    again = scorers.score(x).scores
+    for label, values in again.items():
+        assert torch.equal(values, expected[label]), label
+    order = torch.randperm(TEST, generator=torch.Generator().manual_seed(0))
+    shuffled = scorers.score(x[order]).scores
+    split = [scorers.score(part).scores for part in (x[:1], x[1:6], x[6:])]
+    for label, values in expected.items():
+        torch.testing.assert_close(shuffled[label], values[order], rtol=1e-5, atol=0, msg=label)
+        together = torch.cat([s[label] for s in split])
+        torch.testing.assert_close(together, values, rtol=1e-5, atol=0, msg=label)
+
+
+@pytest.mark.parametrize("family", ["vit", "conv"])
+def test_alone_every_scorer_gives_what_it_gives_in_company(family: str) -> None:
+    for spec in specs_of(family):
+        label = create_postprocessor(spec).label
+        own = ScorerSet(model(family), [spec], max_steps=30).fit(train_images()).score(test_images()[:3]).scores
+        torch.testing.assert_close(own[label], scored(family).scores[label][:3], rtol=1e-5, atol=0, msg=label)
+
+
+@each
+def test_label_makes_the_same_scorer(family: str, spec: str) -> None:
+    scorer = create_postprocessor(spec)
+    same = create_postprocessor(scorer.label)
+    assert type(same) is type(scorer)
+    assert same.options() == scorer.options()
+    assert same.label == scorer.label
+    assert scorer.label.split(":")[0] == scorer.name
+
+
+@each
+def test_save_and_load(family: str, spec: str, tmp_path: Path) -> None:
+    path = tmp_path / "scorer.safetensors"
+    scorer_of(family, spec).save(path)
+    loaded = create_postprocessor(spec).load(path)
+    evidence = scored(family).evidence
+    torch.testing.assert_close(loaded.score(evidence), scorer_of(family, spec).score(evidence), rtol=0, atol=0)
+    other = create_postprocessor("steps" if loaded.name != "steps" else "first-residual")
+    with pytest.raises(TrajOODError, match=r"scorer\.safetensors: expected a scorer file of .*'scorer': '"):
+        other.load(path)
+
+
+@each
+def test_unfitted(family: str, spec: str, tmp_path: Path) -> None:
+    scorer = create_postprocessor(spec)
+    text = f"scorer {scorer.name} is not fitted: call fit with ID training images first"
+    with pytest.raises(TrajOODError, match=text):
+        scorer.save(tmp_path / "s.safetensors")
+    assert not list(tmp_path.iterdir())
+    if scorer_of(family, spec).state:
+        with pytest.raises(TrajOODError, match=text):
+            scorer.score(scored(family).evidence)
+
+
+@pytest.mark.parametrize("family", ["vit", "conv"])
+def test_unfitted_set(family: str) -> None:
+    for spec in specs_of(family):
+        needs = create_postprocessor(spec).needs()
+        if needs.features or needs.distances:
+            with pytest.raises(TrajOODError, match="not fitted: call fit with ID training images first"):
+                ScorerSet(model(family), [spec]).score(test_images())
+
+
+@each
+def test_cost_is_a_number_of_evaluations(family: str, spec: str) -> None:
+    steps = scored(family).evidence.path().steps.double()
+    cost = scorer_of(family, spec).f_evaluations(scored(family).evidence)
+    needs = create_postprocessor(spec).needs()
+    assert 0 <= cost <= float(steps.max())
+    assert (cost > 0) is (needs.trajectory and "horizon=0" not in spec)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_fewer_than_two_images_are_refused(spec: str) -> None:
+    with pytest.raises(TrajOODError, match="expected at least 2 ID training images, got 1"):
+        ScorerSet(model("vit"), [spec], max_steps=2).fit(train_images()[:1])
+
+
+def test_every_scorer_says_what_it_is() -> None:
+    for name, cls in POSTPROCESSORS.items():
+        assert cls.name == name
+        assert cls.summary
+        assert "\n" not in cls.summary
+        assert isinstance(cls().needs(), Needs)
+        assert cls.__doc__
+
+
+@pytest.mark.parametrize("make", [tiny.vit, tiny.conv, tiny.toy])
+def test_default_suite_runs_and_holds_every_registered_scorer(make: Callable[[], Autoencoder]) -> None:
+    suite = default_suite(make())
+    assert {s.split(":")[0] for s in suite} >= set(POSTPROCESSORS) - {"test-only"}
+    assert [s.label for s in create_postprocessors(["all"], make())] == suite
+    scorers = ScorerSet(make(), ["all"], max_steps=4).fit(tiny.images(12, make().input_shape))
+    assert all(v.isfinite().all() for v in scorers.score(tiny.images(3, make().input_shape)).scores.values())
+
+
+# ---------------------------------------------------------------------------------------------- sign
+
+
+def toy_images(count: int, seed: int, centre: float, spread: float = 0.05) -> Tensor:
+    return centre + spread * tiny.images(count, (1, 2, 2), seed)
+
+
+SIGNED = [s for s in SPECS if s != "steps" and "masked" not in s and "cls" not in s]
+
+
+@pytest.mark.parametrize("spec", SIGNED)
+def test_far_images_score_higher(spec: str) -> None:
+    # Training images in the basin of (1, 1, 1, 1); the others start far out in that of (−1, −1, −1, −1).
+    scorers = ScorerSet(tiny.toy(), [spec]).fit(toy_images(20, 1, 1.0))
+    (near,) = scorers.score(toy_images(10, 2, 1.0)).scores.values()
+    (far,) = scorers.score(toy_images(10, 3, -9.0)).scores.values()
+    assert near.max() < far.min()
+
+
+def path_of(steps: list[int], status: list[int]) -> Evidence:
+    width = max(steps)
+    distances = torch.full((len(steps), width + 1), torch.nan, dtype=torch.float64)
+    for b, n in enumerate(steps):
+        distances[b, : n + 1] = torch.linspace(2.0, 1.0, n + 1)
+    residuals = distances[:, 1:].square()
+    measures = {"distance/tokens": distances}
+    return Evidence(
+        trajectory=Trajectory(torch.tensor(steps), torch.tensor(status), residuals, torch.zeros(len(steps), 2), measures)
+    )
+
+
+def test_steps_counts_samples_that_never_settle_as_slowest() -> None:
+    evidence = path_of([5, 50, 3], [Status.CONVERGED, Status.STEP_LIMIT, Status.NON_FINITE])
+    scores = create_postprocessor("steps").score(evidence)
+    assert scores[0] < scores[1]
+    assert scores[0] < scores[2], "a diverging trajectory did not converge: it must not count as a fast one"
+
+
+# ---------------------------------------------------------------------------------------------- exact values
+
+
+def toy_run(specs: list[str], tol: float = 1e-5) -> tuple[Tensor, Tensor, Scored]:
+    train, test = toy_images(15, 1, 0.3, 0.8), toy_images(12, 2, -0.2, 1.0)
+    scorers = ScorerSet(tiny.toy(), specs, tol=tol).fit(train)
+    return train.flatten(1).double(), test.flatten(1).double(), scorers.score(test)
+
+
+def follow(z: Tensor, tol: float) -> list[Tensor]:
+    """The trajectory of one point in float64, by the definition."""
+    points = [z]
+    while True:
+        clamped = points[-1].clamp(-1.5, 1.5)
+        points.append(clamped + 0.3 * (clamped - clamped**3))
+        if len(points) > 2 and float((points[-1] - points[-2]).square().sum()) < tol:
+            return points
+
+
+def test_trajectory_and_controls_against_a_float64_loop() -> None:
+    tol = 1e-5
+    specs = ["trajectory", "trajectory:horizon=2", "trajectory:horizon=60", "start-distance", "end-distance"]
+    train, test, result = toy_run([*specs, "first-residual", "steps"], tol)
+    attractors = torch.stack([follow(z, tol)[-1] for z in train])
+    for b, z in enumerate(test):
+        points = follow(z, tol)
+        distances = [float((attractors - p).norm(dim=1).min()) for p in points]
+        padded = distances + [distances[-1]] * 61
+        expected = {
+            "trajectory": np.mean(distances),
+            "trajectory:horizon=2": np.mean(padded[:3]),
+            "trajectory:horizon=60": np.mean(padded[:61]),
+            "start-distance": distances[0],
+            "end-distance": distances[-1],
+            "first-residual": float((points[1] - points[0]).norm()),
+            "steps": len(points) - 1,
+        }
+        for label, value in expected.items():
+            assert float(result.scores[label][b]) == pytest.approx(value, rel=1e-4, abs=2e-6), label
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("k", [1, 5, 15])
+def test_knn_against_scikit_learn(k: int, normalize: bool) -> None:
+    from sklearn.neighbors import NearestNeighbors
+
+    spec = f"knn:view=tokens:k={k}:normalize={str(normalize).lower()}"
+    train, test, result = toy_run([spec, spec + ":reduce=mean"])
+    if normalize:
+        train, test = (t / t.norm(dim=1, keepdim=True) for t in (train, test))
+    distances = NearestNeighbors(n_neighbors=k).fit(train.numpy()).kneighbors(test.numpy())[0]
+    kth, mean = result.scores.values()
+    np.testing.assert_allclose(kth.numpy(), distances[:, -1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mean.numpy(), distances.mean(axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_paper_knn_is_the_mean_distance_to_all() -> None:
+    train, test, result = toy_run(["knn-paper"])
+    expected = torch.cdist(test, train, compute_mode="donot_use_mm_for_euclid_dist").mean(dim=1)
+    torch.testing.assert_close(result.scores["knn-paper"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mahalanobis_against_scikit_learn() -> None:
+    from sklearn.covariance import LedoitWolf
+
+    train, test, result = toy_run(["mahalanobis"])
+    expected = np.sqrt(LedoitWolf().fit(train.float().double().numpy()).mahalanobis(test.numpy()))
+    np.testing.assert_allclose(result.scores["mahalanobis"].numpy(), expected, rtol=1e-5)
+
+
+def test_mahalanobis_on_pooled_tokens() -> None:
+    from sklearn.covariance import LedoitWolf
+
+    autoencoder = model("vit")
+    pooled = [autoencoder.encode(x)[:, 1:].mean(dim=1).double().numpy() for x in (train_images(), test_images())]
+    expected = np.sqrt(LedoitWolf().fit(pooled[0]).mahalanobis(pooled[1]))
+    np.testing.assert_allclose(scored("vit").scores["mahalanobis"].numpy(), expected, rtol=1e-5)
+
+
+def test_reconstruction_by_hand() -> None:
+    _, test, result = toy_run(["reconstruction"])
+    clamped = test.clamp(-1.5, 1.5)
+    expected = (test - clamped - 0.3 * (clamped - clamped**3)).square().mean(dim=1)
+    torch.testing.assert_close(result.scores["reconstruction"], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_masked_reconstruction_is_the_models() -> None:
+    expected = model("vit").reconstruct_masked(test_images())
+    torch.testing.assert_close(scored("vit").scores["reconstruction:masked=true"], expected, rtol=1e-6, atol=0)
+
+
+def test_masked_reconstruction_needs_masks() -> None:
+    with pytest.raises(TrajOODError, match="has no masked reconstruction: only masked autoencoders do"):
+        ScorerSet(model("conv"), ["reconstruction:masked=true"]).fit(train_images()).score(test_images())
+
+
+# ---------------------------------------------------------------------------------------------- life
+
+
+def test_knn_that_loads_a_file_forgets_its_former_training_set(tmp_path: Path) -> None:
+    def features(seed: int) -> Evidence:
+        return Evidence(features={"mean": tiny.images(20, (1, 1, 8), seed).flatten(1)})
+
+    KNN().fit(features(1)).save(tmp_path / "one.safetensors")
+    scorer = KNN()
+    scorer.fit(features(2))
+    other = scorer.score(features(3))
+    expected = KNN().fit(features(1)).score(features(3))
+    assert not torch.allclose(expected, other)
+    assert torch.equal(scorer.load(tmp_path / "one.safetensors").score(features(3)), expected)
+
+
+def test_refit_replaces(tmp_path: Path) -> None:
+    scorers = ScorerSet(model("conv"), ["trajectory", "knn:k=2", "mahalanobis"], max_steps=5)
+    scorers.fit(train_images())
+    scorers.score(test_images())
+    second = scorers.fit(test_images()).score(train_images()).scores
+    fresh = ScorerSet(model("conv"), ["trajectory", "knn:k=2", "mahalanobis"], max_steps=5).fit(test_images())
+    for label, values in fresh.score(train_images()).scores.items():
+        assert torch.equal(values, second[label]), label
+
+
+def test_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    for write in (lambda: None, lambda: path.write_bytes(b"rubbish")):
+        write()
+        with pytest.raises(TrajOODError, match=r"s\.safetensors: not a readable scorer file"):
+            create_postprocessor("knn").load(path)
+
+
+def test_other_options_are_another_file(tmp_path: Path) -> None:
+    scorer_of("vit", "knn").save(tmp_path / "s.safetensors")
+    with pytest.raises(TrajOODError, match="expected a scorer file of"):
+        create_postprocessor("knn:k=5").load(tmp_path / "s.safetensors")
+
+
+def test_pass_without_a_trajectory() -> None:
+    with pytest.raises(TrajOODError, match="this scorer reads the trajectory, but the pass did not iterate f"):
+        create_postprocessor("steps").score(Evidence())
+
+
+def test_images_of_the_wrong_shape() -> None:
+    with pytest.raises(TrajOODError, match=r"vit-mae: expected float images \(B, 1, 8, 8\)"):
+        fitted("vit").score(torch.zeros(2, 3, 8, 8))
+
+
+def test_model_that_leaves_the_finite_numbers() -> None:
+    from traj_ood.autoencoders import CallableAutoencoder
+
+    broken = CallableAutoencoder(lambda x: x.flatten(1), lambda z: z.reshape(-1, 1, 2, 2) * 1e30, (1, 2, 2), chunk=4)
+    with pytest.raises(TrajOODError, match="every training trajectory left the finite numbers"):
+        ScorerSet(broken, ["trajectory"]).fit(torch.full((3, 1, 2, 2), torch.finfo().max / 1e20))
+    # One step is finite, the second is not: the path up to there still has a score
+    scores = ScorerSet(broken, ["first-residual", "steps"]).fit(torch.ones(3, 1, 2, 2)).score(torch.ones(3, 1, 2, 2))
+    assert len(scores.scores["steps"]) == 3
+    # f(z0) is not finite for the whole batch: scores say so, none is invented, nothing crashes
+    scores = ScorerSet(broken, ["first-residual"]).fit(torch.ones(3, 1, 2, 2)).score(torch.full((2, 1, 2, 2), 1e37))
+    assert scores.scores["first-residual"].isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------- the registry
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("knnn", "unknown scorer 'knnn': did you mean 'knn"),
+        ("trajektory", "unknown scorer 'trajektory': did you mean 'trajectory'"),
+        ("", "unknown scorer ''"),
+        ("knn:kk=5", r"unknown option of scorer knn 'kk': (did you mean 'k'\? )?Known: k, normalize, reduce, view"),
+        ("steps:k=5", "unknown option of scorer steps 'k'"),
+        ("knn:k", "scorer 'knn:k': expected options as key=value, got 'k'"),
+        ("knn:", "scorer 'knn:': expected options as key=value, got ''"),
+        ("knn:k=five", "scorer knn, option k: expected int.*, got 'five'"),
+        ("knn:k=1.5", "scorer knn, option k: expected int.*, got '1.5'"),
+        ("knn:k=0", "scorer knn: k must be at least 1, got 0"),
+        ("knn:k=-3", "scorer knn: k must be at least 1, got -3"),
+        ("knn:reduce=men", "unknown reduce of scorer knn 'men': did you mean 'mean'"),
+        ("knn:normalize=yes", "scorer knn, option normalize: expected bool, got 'yes'"),
+        ("knn:view=token", "unknown latent view of scorer knn 'token': did you mean 'tokens'"),
+        ("trajectory:view=all", "unknown latent view of scorer trajectory 'all'"),
+        ("trajectory:horizon=long", "scorer trajectory, option horizon: expected int.*, got 'long'"),
+        ("trajectory:horizon=-1", "horizon.*-1"),
+        ("reconstruction:masked=none", "scorer reconstruction, option masked: expected bool, got 'none'"),
+    ],
+)
+def test_bad_specs(spec: str, text: str) -> None:
+    with pytest.raises(TrajOODError, match=text):
+        create_postprocessor(spec)
+
+
+def test_lists_of_scorers() -> None:
+    autoencoder = model("vit")
+    with pytest.raises(TrajOODError, match="scorers: expected at least one, got none"):
+        create_postprocessors([], autoencoder)
+    for specs in (["knn", "knn"], ["knn", "steps", "knn:k=10"], ["all", "trajectory"], ["knn:k=5:view=cls"] * 2):
+        with pytest.raises(TrajOODError, match=r"scorers: (knn|trajectory)\S* is listed twice"):
+            create_postprocessors(specs, autoencoder)
+    with pytest.raises(TrajOODError, match="is listed twice"):
+        create_postprocessors(["knn:k=5:view=cls", "knn:view=cls:k=5"], autoencoder)
+    assert [s.label for s in create_postprocessors([" knn ", "knn:k=3"], autoencoder)] == ["knn", "knn:k=3"]
+
+
+@pytest.mark.parametrize("spec", ["knn:k=15", "knn-paper:k=15", "knn:k=2000:reduce=mean"])
+def test_k_larger_than_the_training_set(spec: str) -> None:
+    k = create_postprocessor(spec).options()["k"]
+    with pytest.raises(TrajOODError, match=f"k = {k} neighbours, but only 14 training images: use more .* or k <= 14"):
+        ScorerSet(model("conv"), [spec], max_steps=2).fit(train_images())
+    ScorerSet(model("conv"), ["knn:k=14"]).fit(train_images())
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, type[Postprocessor]]]:
+    before = dict(POSTPROCESSORS)
+    yield POSTPROCESSORS
+    POSTPROCESSORS.clear()
+    POSTPROCESSORS.update(before)
+
+
+def test_a_registered_scorer_works_by_name(registry: dict[str, type[Postprocessor]]) -> None:
+    @register
+    @dataclass
+    class Brightness(Postprocessor):
+        """Mean of the latent."""
+
+        name: ClassVar[str] = "test-only"
+        summary: ClassVar[str] = "mean of the latent"
+        gain: float = 1.0
+
+        def needs(self) -> Needs:
+            return Needs(features=frozenset({"tokens"}))
+
+        def score(self, evidence: Evidence) -> Tensor:
+            return self.gain * evidence.features["tokens"].double().mean(dim=1)
+
+    result = ScorerSet(tiny.toy(), ["test-only:gain=2.5"]).fit(torch.ones(2, 1, 2, 2)).score(torch.ones(3, 1, 2, 2))
+    assert result.scores["test-only:gain=2.5"].tolist() == [2.5] * 3
+    with pytest.raises(TrajOODError, match="scorer test-only, option gain: expected float, got 'x'"):
+        create_postprocessor("test-only:gain=x")
+
+
+def test_duplicate_registration_is_refused(registry: dict[str, type[Postprocessor]]) -> None:
+    other = type("Other", (KNN,), {})
+    with pytest.raises(TrajOODError, match="scorer name 'knn' is taken by KNN: choose another"):
+        register(other)
+    assert registry["knn"] is KNN
+
+
+def test_a_class_of_the_same_name_elsewhere_is_another_class(registry: dict[str, type[Postprocessor]]) -> None:
+    other: Any = type("KNN", (KNN,), {"__module__": "somebody.elses", "__qualname__": "KNN"})
+    with pytest.raises(TrajOODError, match="scorer name 'knn' is taken by"):
+        register(other)
+    assert registry["knn"] is KNN
+
+
+def test_registering_a_class_again_is_harmless(registry: dict[str, type[Postprocessor]]) -> None:
+    assert register(KNN) is KNN
+
+
+def test_needs_add_up() -> None:
+    both = create_postprocessor("knn").needs() | create_postprocessor("trajectory:view=cls").needs()
+    assert both == Needs(features=frozenset({"mean"}), distances=frozenset({"cls"}), trajectory=True)
+    assert replace(both, trajectory=False) | Needs(trajectory=True) == both
