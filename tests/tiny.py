@@ -73,10 +73,12 @@ def images(count: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -
 
 
 def write_images(folder: Path, count: int, seed: int, size: int = 8, mode: str = "L", high: int = 256) -> None:
-    """``count`` different PNG files ``000.png`` …"""
+    """``count`` different PNG files ``000.png`` …: each of one brightness below ``high``, with some noise."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = (count, size, size) if mode == "L" else (count, size, size, 3)
-    pixels = np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
+    draw = np.random.default_rng(seed)
+    brightness = draw.uniform(0, high, (count, *[1] * (len(shape) - 1)))
+    pixels = (0.7 * brightness + 0.3 * draw.uniform(0, high, shape)).astype(np.uint8)
     for i, array in enumerate(pixels):
         Image.fromarray(array).save(folder / f"{i:03d}.png")
 

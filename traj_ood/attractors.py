@@ -81,19 +81,14 @@ class AttractorDictionary:
         """Collect the end points of ``trajectory``, which started at ``start`` (N, *L).
 
         Raises:
-            TrajOODError: no trajectory has a finite end point, or the number of ids differs.
+            TrajOODError: the numbers of trajectories, starts and ids differ.
         """
         if not len(trajectory) == len(start) == len(ids):
             raise TrajOODError(f"attractors: {len(trajectory)} trajectories, {len(start)} starts and {len(ids)} ids")
         moved = (trajectory.final - start).flatten(1).norm(dim=1).double().cpu()
         length = start.flatten(1).norm(dim=1).double().cpu()
         last = (trajectory.steps - 1).clamp(min=0)
-        width = trajectory.residuals.shape[1]
-        residuals = (
-            trajectory.residuals.gather(1, last[:, None])[:, 0]
-            if width
-            else torch.full((len(ids),), torch.nan).double()
-        )
+        residuals = trajectory.residuals.gather(1, last[:, None])[:, 0]
         return cls(
             points=trajectory.final.cpu(),
             residuals=residuals,

@@ -98,8 +98,8 @@ def iterate(
                     "encode(decode(z)) has to end where it started"
                 )
             squared = (images - latents).flatten(1).norm(dim=1).cpu().double().square()
-            # One number decides: an overflowing or NaN point makes its squared residual non-finite too.
-            finite = squared.isfinite()
+            # A NaN or infinite coordinate, or a length that overflows, ends the trajectory at the point before.
+            finite = squared.isfinite() & _finite_rows(images)
             if not bool(finite.all()):
                 status[rows[~finite]] = int(Status.NON_FINITE)
                 rows, images, squared = rows[finite], _take(images, finite), squared[finite]
@@ -123,6 +123,7 @@ def iterate(
         residuals=residuals.table(),
         final=final,
         measures={name: columns.table() for name, columns in measures.items()},
+        max_steps=max_steps,
     )
 
 
@@ -131,6 +132,8 @@ def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk:
 
     A last chunk that is short is filled up with copies of its last row, and their results are dropped.
     """
+    if not len(inputs):
+        return function(inputs.new_zeros(chunk, *inputs.shape[1:]))[:0]
     outputs = []
     for part in inputs.split(chunk):
         short = chunk - len(part)
@@ -153,7 +156,7 @@ class _Columns:
         self._entries.append((column, rows, values.cpu()))
 
     def table(self) -> Tensor:
-        width = max((column + 1 for column, rows, _ in self._entries if len(rows)), default=0)
+        width = max((column + 1 for column, rows, _ in self._entries if len(rows)), default=1)
         table = torch.full((self._count, width), torch.nan, dtype=torch.float64)
         for column, rows, values in self._entries:
             if len(rows):
@@ -162,7 +165,7 @@ class _Columns:
 
 
 def _finite_rows(latents: Tensor) -> Tensor:
-    return latents.flatten(1).isfinite().all(dim=1).cpu()
+    return latents.flatten(1).norm(dim=1).isfinite().cpu()
 
 
 def _take(latents: Tensor, keep: Tensor) -> Tensor:

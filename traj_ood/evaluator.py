@@ -301,13 +301,15 @@ class Evaluator:
         return result
 
     def _table(self, scored: dict[str, list[Part]]) -> pd.DataFrame:
-        """One row per image: split, role, id, steps, status and one column per scorer."""
+        """One row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer."""
         splits = {s.name: s for s in self.sample.splits()}
         rows = []
         for name, pieces in scored.items():
             for part in (p for p in pieces if p.ids):
                 columns: dict[str, Any] = {"split": name, "role": splits[name].role, "id": list(part.ids)}
-                columns |= {k: part.tensors[k].numpy() for k in ("steps", "status") if k in part.tensors}
+                columns |= {
+                    f"trajectory_{k}": part.tensors[k].numpy() for k in ("steps", "status") if k in part.tensors
+                }
                 columns |= {label: part.tensors[f"score/{label}"].numpy() for label in self.scorers.labels}
                 rows.append(pd.DataFrame(columns))
         return pd.concat(rows, ignore_index=True)

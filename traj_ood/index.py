@@ -8,7 +8,9 @@ direct difference in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,9 +21,12 @@ from traj_ood.errors import TrajOODError, unknown_name
 Backend = Literal["auto", "faiss", "torch"]
 
 _UNIT = 2.0**-24  # float32 rounding
-_ERROR_FACTOR = 4.0  # measured errors of the float32 form stay under 1 · _UNIT · (‖x‖ + ‖y‖)²; see tests/test_index.py
+# Errors of the float32 form reach 15 · _UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
+_ERROR_FACTOR = 32.0
 _RELATIVE = 1e-5  # squared distances whose rounding bound is larger than this share are computed again in float64
 _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rounding, far below any score
+_BLOCK = 2**24  # float64 differences held at a time: 128 MiB
+_MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
 _FAISS_GPU_MAX_K = 2048
 
 
@@ -82,17 +87,7 @@ class NeighborIndex:
             TrajOODError: wrong dimension, or a non-finite query (it would come back as infinitely far).
         """
         queries, centred, error = self._prepare(queries)
-        if not len(queries):
-            return Neighbors(torch.empty(0, 1, dtype=torch.float64), torch.empty(0, 1, dtype=torch.int64))
-        rows, leaders, distances = self._candidate_leaders(queries, centred, error)
-        best = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=self.device)
-        best.scatter_reduce_(0, rows, distances, "amin")
-        first = torch.zeros(len(queries), dtype=torch.int64, device=self.device)
-        winner = distances == best[rows]
-        first[rows[winner]] = self._leaders[leaders[winner]]
-        opened = (self._sizes[leaders] > 1) & (distances - self._radii[leaders] < best[rows])
-        self._open_groups(queries, rows[opened], leaders[opened], best, first)
-        return Neighbors(best[:, None], first[:, None])
+        return self._in_blocks(self._nearest_block, queries, centred, error, self._points.shape[1])
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """The k nearest points of each query (B, d).
@@ -103,15 +98,53 @@ class NeighborIndex:
         if not 1 <= k <= len(self):
             raise TrajOODError(f"k: expected 1 to {len(self)} (the number of indexed points), got {k}")
         queries, centred, error = self._prepare(queries)
+
+        return self._in_blocks(partial(self._search_block, k), queries, centred, error, len(self))
+
+    def _in_blocks(
+        self, search: Callable[..., tuple[Tensor, Tensor]], queries: Tensor, centred: Tensor, error: Tensor, width: int
+    ) -> Neighbors:
+        """Search a few queries at a time, so that no intermediate of ``width`` float64 per query exceeds 128 MiB."""
+        step = max(1, _BLOCK // width)
+        blocks = zip(queries.split(step), centred.split(step), error.split(step), strict=True)
+        found = [search(*block) for block in blocks]
+        return Neighbors(torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]))
+
+    def _search_block(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances and indices (B, k). Float32 proposes; queries that its rounding bound cannot settle, as happens
+        among collapsed points, and wide searches are computed in float64."""
+        width = k + 8  # a few spare candidates settle nearly every query
+        if width > min(_MAX_CANDIDATES, len(self)) or not len(queries):
+            return self._dense(queries, k)
         if self._all is None:
             self._all = self._make_flat(self._points - self._mean)
-        # A few spare candidates, so that a point misplaced by rounding around rank k is still seen.
-        squared, indices = self._all.topk(centred, min(len(self), k + 8))
+        squared, indices = self._all.topk(centred, width)
         distances = squared.double().clamp(min=0).sqrt()
         rows, columns = (error[:, None] > _RELATIVE * squared).nonzero(as_tuple=True)
         distances[rows, columns] = self._exact(queries, rows, indices[rows, columns])
         order = distances.argsort(dim=1, stable=True)[:, :k]
-        return Neighbors(distances.gather(1, order), indices.gather(1, order))
+        distances, indices = distances.gather(1, order), indices.gather(1, order)
+        unseen = squared[:, -1].double() - error  # no point that is not listed can be closer than this, squared
+        unsettled = unseen < distances[:, -1].square()
+        if bool(unsettled.any()):
+            distances[unsettled], indices[unsettled] = self._dense(queries[unsettled], k)
+        return distances, indices
+
+    def _dense(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Distances and indices (B, k) by the expansion in float64; by direct difference where even that cancels."""
+        centred = queries.double() - self._mean
+        own = centred.square().sum(dim=1, keepdim=True)
+        parts = []
+        for points in self._points.split(max(1, _BLOCK // self._points.shape[1])):
+            other = points.double() - self._mean
+            parts.append(torch.addmm(other.square().sum(dim=1) + own, centred, other.T, alpha=-2))
+        squared, indices = torch.cat(parts, dim=1).clamp_(min=0).topk(k, dim=1, largest=False)
+        distances = squared.sqrt()
+        bound = _ERROR_FACTOR * 2.0**-53 * (own.sqrt() + self._norm).square()
+        rows, columns = (bound > _RELATIVE * squared).nonzero(as_tuple=True)
+        distances[rows, columns] = self._exact(queries, rows, indices[rows, columns])
+        order = distances.argsort(dim=1, stable=True)
+        return distances.gather(1, order), indices.gather(1, order)
 
     def _prepare(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, d) as float32, the same less the mean, and (B,) float64 bounds on the rounding error of
@@ -127,59 +160,76 @@ class NeighborIndex:
     def _exact(self, queries: Tensor, rows: Tensor, points: Tensor) -> Tensor:
         """(P,) float64 distances of the pairs, by direct difference of the original coordinates."""
         out = torch.empty(len(rows), dtype=torch.float64, device=self.device)
-        step = max(1, 2**24 // self._points.shape[1])  # 128 MiB of float64 differences at a time
+        step = max(1, _BLOCK // self._points.shape[1])
         for i in range(0, len(rows), step):
             part = slice(i, i + step)
             difference = queries[rows[part]].double() - self._points[points[part]]
             out[part] = difference.square_().sum(dim=1).sqrt_()
         return out
 
-    def _candidate_leaders(self, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs (row, leader) that may hold the nearest point, with their exact distances: three (P,) tensors."""
-        todo = torch.arange(len(queries), device=self.device)
+    def _nearest_block(self, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances (B, 1) float64 and indices (B, 1) of the nearest points."""
+        if not len(queries):
+            return torch.empty(0, 1, dtype=torch.float64), torch.empty(0, 1, dtype=torch.int64)
+        rows, groups = self._candidate_groups(centred, error)
+        squared, members = self._closest_members(queries, rows, groups)
+        best = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=self.device)
+        best.scatter_reduce_(0, rows, squared, "amin")
+        won = squared == best[rows]
+        first = torch.empty(len(queries), dtype=torch.int64, device=self.device)
+        first[rows[won]] = members[won]
+        return best.sqrt_()[:, None], first[:, None]
+
+    def _closest_members(self, queries: Tensor, rows: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """For pairs ordered by group: squared distance (P,) float64 to the group's closest member, and its index (P,).
+
+        Both sides are taken relative to the leader l before any product, so that the product's rounding error is of
+        the group's own scale: ‖q − p‖² = ‖q − l‖² + ‖p − l‖² − 2 (q − l)·(p − l).
+        """
+        local = queries[rows].double() - self._points[self._leaders[groups]]
+        squared = local.square().sum(dim=1)
+        present, counts = groups.unique_consecutive(return_counts=True)
+        nearest = []  # of each group's pairs: what the closest member changes, and its place in the group
+        for group, part in zip(present.tolist(), local.split(counts.tolist()), strict=True):
+            offsets, norms = self._members(group)
+            nearest.append(torch.addmm(norms, part, offsets, alpha=-2).min(dim=1))
+        squared += torch.cat([n.values for n in nearest])
+        places = self._starts[groups] + torch.cat([n.indices for n in nearest])
+        return squared.clamp_(min=0), self._order[places]
+
+    def _candidate_groups(self, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs (row, group) that may hold the nearest point, ordered by group: two (P,) tensors."""
+        todo = torch.arange(len(centred), device=self.device)
         pairs: list[tuple[Tensor, Tensor]] = []
         width = min(8, self.groups)
-        while True:
-            squared, leaders = self._flat.topk(centred[todo], width)
+        while len(todo):
+            squared, groups = self._flat.topk(centred[todo], width)
             squared, slack = squared.double(), error[todo, None]
             # The nearest point is no farther than the nearest leader; only groups that reach closer can hold it.
-            reach = (squared - slack).clamp(min=0).sqrt() - self._radii[leaders]
+            reach = (squared - slack).clamp(min=0).sqrt() - self._radii[groups]
             limit = (squared[:, :1] + slack).clamp(min=0).sqrt()
             # Leaders beyond the last one listed are at least as far, and no radius exceeds the largest.
             unseen = (squared[:, -1:] - slack).clamp(min=0).sqrt() - self._max_radius
             settled = (unseen > limit)[:, 0] if width < self.groups else torch.ones_like(todo, dtype=torch.bool)
             rows, columns = ((reach <= limit) & settled[:, None]).nonzero(as_tuple=True)
-            pairs.append((todo[rows], leaders[rows, columns]))
+            pairs.append((todo[rows], groups[rows, columns]))
             todo = todo[~settled]
-            if not len(todo):
-                break
             width = min(8 * width, self.groups)
-        rows, leaders = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
-        return rows, leaders, self._exact(queries, rows, self._leaders[leaders])
+        rows, groups = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        order = groups.argsort(stable=True)
+        return rows[order], groups[order]
 
-    def _open_groups(self, queries: Tensor, rows: Tensor, groups: Tensor, best: Tensor, first: Tensor) -> None:
-        """Compare the paired queries with every member of their group; lowers ``best`` and ``first`` in place.
-
-        Both sides are taken relative to the leader before the product, which makes it exact at the group's own scale.
-        """
-        order = groups.argsort()
-        rows, groups = rows[order], groups[order]
-        present, counts = groups.unique_consecutive(return_counts=True)
-        for group, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):
-            members, offsets, squared_norms = self._members(group)
-            local = queries[part].double() - self._points[self._leaders[group]]
-            squared = local.square().sum(dim=1, keepdim=True) + squared_norms - 2 * local @ offsets.T
-            nearest, which = squared.min(dim=1)
-            nearest = nearest.clamp(min=0).sqrt()
-            closer = nearest < best[part]
-            best[part[closer]] = nearest[closer]
-            first[part[closer]] = members[which[closer]]
-
-    def _members(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices (M,), float64 offsets from the leader (M, d) and their squared norms (M,) of one group."""
-        members = self._order[self._starts[group] : self._starts[group + 1]]
+    def _members(self, group: int) -> tuple[Tensor, Tensor]:
+        """Offsets of a group's members from its leader, float64 (d, M), and their squared norms (M,); kept if small."""
+        if group in self._cache:
+            return self._cache[group]
+        start = int(self._starts[group])
+        members = self._order[start : start + int(self._sizes[group])]
         offsets = self._points[members].double() - self._points[self._leaders[group]]
-        return members, offsets, offsets.square().sum(dim=1)
+        found = offsets.T.contiguous(), offsets.square().sum(dim=1)
+        if self._points.numel() <= _BLOCK:
+            self._cache[group] = found
+        return found
 
     def _build_groups(self, centred: Tensor) -> None:
         radius = _GROUP_RADIUS * float(centred.norm(dim=1).square().mean().sqrt())
@@ -189,7 +239,8 @@ class NeighborIndex:
         self._flat = self._make_flat(centred if len(leaders) == len(self) else centred[leaders])
         self._order = assigned.argsort(stable=True)
         self._sizes = torch.bincount(assigned, minlength=len(leaders))
-        self._starts = [0, *self._sizes.cumsum(0).tolist()]
+        self._starts = self._sizes.cumsum(0) - self._sizes
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         distances = self._exact(self._points, torch.arange(len(self), device=self.device), leaders[assigned])
         self._radii = torch.zeros(len(leaders), dtype=torch.float64, device=self.device)
         self._radii.scatter_reduce_(0, assigned, distances, "amax")

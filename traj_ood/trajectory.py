@@ -34,6 +34,7 @@ class Trajectory:
         final: (B, *L) float32, the end point z_N; for a non-finite trajectory its last finite point.
         measures: named (B, T+1) float64 columns that observers recorded at z_0 … z_N, such as the distance to the
             nearest attractor in one latent view (``distance/tokens``) or the latent norm (``norm``).
+        max_steps: the step limit they ran under.
     """
 
     steps: Tensor
@@ -41,6 +42,7 @@ class Trajectory:
     residuals: Tensor
     final: Tensor
     measures: Mapping[str, Tensor] = field(default_factory=dict)
+    max_steps: int = 500
 
     def __len__(self) -> int:
         return len(self.steps)

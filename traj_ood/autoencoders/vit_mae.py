@@ -71,8 +71,8 @@ class ViTMAE(Autoencoder):
         self.mask_ratio, self.mask_seed = float(mask_ratio), mask_seed
         self.mean, self.std = tuple(mean or default_mean), tuple(std or default_std)
         self.patches = model.vit.embeddings.patch_embeddings.num_patches
-        # About a thousand tokens a call fill the matrix products of a CPU; a GPU wants more.
-        self.chunk = _power_of_two(1024 / (self.patches + 1), 4, 64)
+        # About two thousand tokens a call fill the matrix products of a CPU.
+        self.chunk = _power_of_two(2048 / (self.patches + 1), 4, 128)
         # The mask ratio is a field of the shared config that the embedding reads at every call: own it.
         model.vit.embeddings.config = copy.copy(config)
         self._noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)

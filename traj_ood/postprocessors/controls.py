@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from traj_ood.autoencoders import View
@@ -85,7 +86,8 @@ class Steps(Postprocessor):
         return Needs(trajectory=True)
 
     def score(self, evidence: Evidence) -> Tensor:
-        return evidence.path().steps.double()
+        path = evidence.path()
+        return torch.where(path.converged, path.steps, path.max_steps).double()
 
     def f_evaluations(self, evidence: Evidence) -> float:
         return float(evidence.path().steps.double().mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -59,6 +60,10 @@ class KNN(Postprocessor):
         self.check_training_size(len(bank))
         self._index = None
         return {"bank": bank.cpu()}
+
+    def load(self, path: Path) -> Postprocessor:
+        self._index = None
+        return super().load(path)
 
     def score(self, evidence: Evidence) -> Tensor:
         queries = self._features(evidence)

@@ -22,8 +22,11 @@ def register(cls: _P) -> _P:
         TrajOODError: the name is taken by another class.
     """
     taken = POSTPROCESSORS.get(cls.name)
-    if taken is not None and taken.__qualname__ != cls.__qualname__:
-        raise TrajOODError(f"scorer name {cls.name!r} is taken by {taken.__qualname__}: choose another")
+    home = (cls.__module__, cls.__qualname__)
+    if taken is not None and (taken.__module__, taken.__qualname__) != home:  # a reloaded module may register again
+        raise TrajOODError(
+            f"scorer name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}: choose another"
+        )
     POSTPROCESSORS[cls.name] = cls
     return cls
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from traj_ood.autoencoders import View
+from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
 from traj_ood.postprocessors.registry import register
 
@@ -29,6 +30,11 @@ class TrajectoryScore(Postprocessor):
     summary: ClassVar[str] = "mean distance of the trajectory's points to the nearest training attractor (§4.2)"
     view: View = "tokens"
     horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.horizon is not None and self.horizon < 0:
+            raise TrajOODError(f"scorer {self.name}: horizon must be a number of steps >= 0, got {self.horizon}")
 
     def needs(self) -> Needs:
         return Needs(distances=frozenset({self.view}), trajectory=True)

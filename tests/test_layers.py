@@ -1,0 +1,164 @@
+"""The house rules: imports point down, heavy libraries stay in their room, the public API resolves."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import traj_ood
+
+PACKAGE = Path(traj_ood.__file__).parent
+# A module may import what stands on a line above its own; modules of one line may not import each other.
+# Folders count as one module; within a folder only cycles are forbidden.
+LAYERS = [
+    ("errors",),
+    ("files", "device"),
+    ("trajectory",),
+    ("engine",),
+    ("autoencoders",),
+    ("index",),
+    ("attractors",),
+    ("postprocessors",),
+    ("data", "metrics", "parts"),
+    ("scoring", "curves", "results"),
+    ("leaderboard", "plots", "model_card"),
+    ("evaluator", "train"),
+    ("openood",),
+    ("cli",),
+    ("__main__",),
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+HEAVY = {
+    "faiss": {"index.py"},
+    "matplotlib": {"plots.py"},
+    "transformers": {"autoencoders/vit_mae.py", "cli.py"},
+    "openood": {"openood.py"},
+    "timm": set[str](),
+    "click": {"cli.py"},
+}
+
+
+def files() -> list[str]:
+    return sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
+
+
+def room(file: str) -> str:
+    return file.split("/")[0].removesuffix(".py")
+
+
+def imports(file: str) -> Iterator[str]:
+    """Full names of all that a file imports, also inside functions and under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            module = node.module or ""
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def internal(file: str) -> set[str]:
+    """Names below traj_ood that a file imports, as paths of modules where they are modules."""
+    return {name.removeprefix("traj_ood.") for name in imports(file) if name.startswith("traj_ood.")}
+
+
+@pytest.mark.parametrize("file", [f for f in files() if f != "__init__.py"])
+def test_imports_point_down(file: str) -> None:
+    own = room(file)
+    assert own in RANK, f"give {own} a place in LAYERS"
+    for name in internal(file):
+        other = name.split(".")[0]
+        assert other in RANK, f"{file} imports the package itself: traj_ood.{name}"
+        assert other == own or RANK[other] < RANK[own], f"{file} imports traj_ood.{name}, which stands above it"
+
+
+def test_only_the_public_api_imports_everything() -> None:
+    for file in files():
+        if file != "__init__.py":
+            assert "traj_ood" not in imports(file), f"{file} imports the package instead of a module"
+
+
+@pytest.mark.parametrize("folder", ["autoencoders", "data", "postprocessors"])
+def test_no_cycles_inside_a_folder(folder: str) -> None:
+    graph = {}
+    for file in (f for f in files() if f.startswith(folder + "/") and not f.endswith("__init__.py")):
+        inner = {n.split(".")[1] for n in internal(file) if n.startswith(folder + ".")}
+        graph[Path(file).stem] = {n for n in inner if (PACKAGE / folder / f"{n}.py").is_file()}
+    while graph:
+        free = {name for name, needed in graph.items() if not needed & graph.keys()}
+        assert free, f"{folder}: {sorted(graph)} import each other in a circle"
+        graph = {name: needed for name, needed in graph.items() if name not in free}
+
+
+@pytest.mark.parametrize("library", HEAVY)
+def test_heavy_libraries_stay_in_their_room(library: str) -> None:
+    users = {file for file in files() if any(name.split(".")[0] == library for name in imports(file))}
+    assert users <= HEAVY[library]
+
+
+def test_the_engine_knows_torch_and_nothing_else() -> None:
+    roots = {name.split(".")[0] for name in imports("engine.py")} - set(sys.stdlib_module_names)
+    assert roots == {"torch", "traj_ood"}
+    assert {n.split(".")[0] for n in internal("engine.py")} == {"errors", "trajectory"}
+
+
+def test_nothing_imports_the_bridge_or_the_command_line() -> None:
+    for file in files():
+        rooms = {n.split(".")[0] for n in internal(file)}
+        assert "openood" not in rooms
+        assert "cli" not in rooms or file == "__main__.py"
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    heavy = "('torch', 'matplotlib', 'transformers', 'faiss', 'sklearn', 'pandas', 'numpy', 'PIL', 'click')"
+    assert run(f"import traj_ood, sys; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_command_line_starts_light() -> None:
+    heavy = "('torch', 'matplotlib', 'transformers', 'faiss', 'sklearn', 'pandas')"
+    assert run(f"import traj_ood.cli, sys; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_importing_everything_but_plots_needs_no_matplotlib_and_no_transformers() -> None:
+    code = (
+        "import importlib, sys\n"
+        "for m in ('evaluator', 'train', 'leaderboard', 'scoring'): importlib.import_module('traj_ood.' + m)\n"
+        "print([m for m in ('matplotlib', 'transformers', 'faiss', 'sklearn', 'openood') if m in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
+def test_public_names_resolve() -> None:
+    assert len(traj_ood.__all__) == len(set(traj_ood.__all__))
+    for name in traj_ood.__all__:
+        assert getattr(traj_ood, name) is not None, name
+    with pytest.raises(AttributeError, match="module 'traj_ood' has no attribute 'Trajektory'"):
+        traj_ood.Trajektory  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    seen = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("traj_ood.")
+        for alias in node.names
+    }
+    assert seen == set(traj_ood.__all__) - {"__version__"}
+
+
+def test_version_is_the_packages() -> None:
+    from importlib.metadata import version
+
+    assert traj_ood.__version__ == version("traj_ood")
+    assert (PACKAGE / "py.typed").is_file()

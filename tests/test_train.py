@@ -1,0 +1,368 @@
+"""Training: configs that are refused, losses that fall, and resuming to exactly the same weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from traj_ood import train as train_module
+from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ViTMAE, load_autoencoder
+from traj_ood.errors import TrajOODError
+from traj_ood.train import CONFIGS, Recipe, TrainConfig, _learning_rate, build_autoencoder, train_model
+
+VIT = {k: v for k, v in tiny.VIT.items() if k not in ("image_size", "num_channels")}
+RECIPE = {"epochs": 3, "batch_size": 8, "learning_rate": 0.005, "input_noise": 0.1}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    tiny.write_benchmark(tmp_path, train=40, val=5, test=3, ood=3)
+    return tmp_path
+
+
+def write(place: Path, family: str = "conv", recipe: dict[str, Any] | None = None, **changes: Any) -> str:
+    model = {"width": 4, "bottleneck": 6} if family == "conv" else VIT
+    own: dict[str, Any] = {} if family == "conv" else {"mask_ratios": [0.0, 0.5], "flip": True}
+    tree = {
+        "name": f"tiny-{family}",
+        "benchmark": str(place / "tiny.yaml"),
+        "family": family,
+        "image_size": 8,
+        "channels": 1,
+        "model": model,
+        "recipe": {**RECIPE, **own, **(recipe or {})},
+        "health_images": 3,
+        **changes,
+    }
+    path = place / "train.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in tree.items() if v is not None}))
+    return str(path)
+
+
+def train(place: Path, out: str, *, fresh: bool = False, **changes: Any) -> Autoencoder:
+    return train_model(TrainConfig.load(write(place, **changes)), place / out, fresh=fresh, quiet=True)
+
+
+def weights(model: Autoencoder) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.module.state_dict().items()}
+
+
+class Interrupt:
+    """Lets ``epochs`` epochs pass and interrupts the one after."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, epochs: int) -> None:
+        original = train_module._Run.epoch
+
+        def epoch(run: Any, number: int) -> None:
+            if number == epochs:
+                raise KeyboardInterrupt
+            original(run, number)
+
+        patch.setattr(train_module._Run, "epoch", epoch)
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+@pytest.mark.parametrize("family", ["conv", "vit_mae"])
+def test_training_lowers_the_loss_and_writes_everything(
+    place: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = train(place, "out", family=family, recipe={"learning_rate": 0.02, "batch_size": 2})
+    out = place / "out"
+    record = json.loads((out / "training.json").read_text())
+    losses = [line["loss"] for line in record["log"]]
+    assert [line["epoch"] for line in record["log"]] == [1, 2, 3]
+    assert losses[-1] < 0.98 * losses[0]
+    assert all(math.isfinite(v) for v in losses)
+    assert record["config"]["recipe"]["batch_size"] == 2
+    assert record["data"]["train"]["count"] == 40
+    assert record["health"]["count"] == 3
+    assert record["fingerprint"] == model.fingerprint()
+    assert 0 < record["validation_loss"] < 3
+    card = (out / "README.md").read_text()
+    for text in (f"# tiny-{family}", f"{losses[0]:.4f}", f"{losses[-1]:.4f}", "## Losses", "## Convergence"):
+        assert text in card
+    loaded = load_autoencoder(out)
+    assert isinstance(loaded, ViTMAE if family == "vit_mae" else ConvAutoencoder)
+    assert loaded.fingerprint() == model.fingerprint()
+    assert not (out / "checkpoint.pt").exists()
+    assert not [p for p in out.rglob("*") if p.suffix == ".tmp"]
+    assert [json.loads(line)["epoch"] for line in capsys.readouterr().err.strip().splitlines()] == [1, 2, 3]
+    assert not any(p.requires_grad for p in model.module.parameters())
+    assert not model.module.training
+
+
+def test_normalisation_is_that_of_the_training_images(place: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    model = train(place, "out", recipe={"epochs": 1})
+    assert isinstance(model, ConvAutoencoder)
+    files = sorted((place / "images" / "train").iterdir())
+    pixels = np.stack([np.asarray(Image.open(p)) for p in files]) / 255
+    assert model.mean == pytest.approx((pixels.mean(),), abs=1e-4)
+    assert model.std == pytest.approx((pixels.std(),), abs=1e-3)
+    assert load_autoencoder(place / "out").options() == model.options()
+
+
+def test_position_tables_stay_as_they_are(place: Path) -> None:
+    model = train(place, "out", family="vit_mae", recipe={"epochs": 1})
+    fresh = build_autoencoder(TrainConfig.load(write(place, "vit_mae")), (0.5,), (0.5,))
+    for key, value in weights(fresh).items():
+        if key.endswith(("position_embeddings", "decoder_pos_embed")):
+            assert torch.equal(weights(model)[key], value)
+            assert value.any()
+    changed = [k for k, v in weights(fresh).items() if not torch.equal(weights(model)[k], v)]
+    assert len(changed) > 20
+
+
+def test_same_seed_same_weights_other_seed_other_weights(place: Path) -> None:
+    one, two, other = (train(place, f"out{i}", recipe={"epochs": 1}, seed=s) for i, s in enumerate((0, 0, 1)))
+    assert one.fingerprint() == two.fingerprint()
+    assert one.fingerprint() != other.fingerprint()
+
+
+def test_masked_loss_and_linear_adam(place: Path) -> None:
+    train(place, "a", family="vit_mae", recipe={"epochs": 1, "loss": "masked", "mask_ratios": [0.5, 0.75]})
+    train(place, "b", recipe={"epochs": 1, "optimizer": "adam", "schedule": "linear", "warmup": 0.0})
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    ("family", "epochs", "changes"),
+    [
+        ("conv", 1, {}),
+        ("conv", 2, {}),
+        ("vit_mae", 1, {}),
+        ("vit_mae", 1, {"model": {**VIT, "hidden_dropout_prob": 0.3}}),
+    ],
+    ids=["conv-1", "conv-2", "vit-1", "vit-dropout"],
+)
+def test_resume_ends_with_the_same_weights(place: Path, family: str, epochs: int, changes: dict[str, Any]) -> None:
+    whole = train(place, "whole", family=family, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        Interrupt(patch, epochs)
+        with pytest.raises(KeyboardInterrupt):
+            train(place, "parts", family=family, **changes)
+    assert (place / "parts" / "checkpoint.pt").is_file()
+    assert not (place / "parts" / "training.json").exists()
+    torch.manual_seed(999)  # whatever the process did in between
+    resumed = train(place, "parts", family=family, **changes)
+    for key, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[key]), key
+    log = json.loads((place / "parts" / "training.json").read_text())["log"]
+    reference = json.loads((place / "whole" / "training.json").read_text())["log"]
+    assert [(e["epoch"], e["loss"]) for e in log] == [(e["epoch"], e["loss"]) for e in reference]
+
+
+def test_interrupted_after_the_last_epoch(place: Path) -> None:
+    whole = train(place, "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "_health", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            train(place, "parts")
+    assert train(place, "parts").fingerprint() == whole.fingerprint()
+
+
+def interrupted(place: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        Interrupt(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(place, "out")
+
+
+def test_another_config_is_refused(place: Path) -> None:
+    interrupted(place)
+    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another config: choose another --out or"):
+        train(place, "out", recipe={"learning_rate": 0.004})
+    with pytest.raises(TrajOODError, match="made with another config"):
+        train(place, "out", seed=7)
+    expected = train(place, "whole", seed=7)
+    assert train(place, "out", seed=7, fresh=True).fingerprint() == expected.fingerprint()
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", None])
+def test_damaged_checkpoint(place: Path, content: bytes | None) -> None:
+    interrupted(place)
+    path = place / "out" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
+    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: damaged checkpoint .*: start over with --fresh"):
+        train(place, "out")
+    train(place, "out", fresh=True)
+
+
+# ---------------------------------------------------------------------------------------------- learning rate
+
+
+def test_learning_rate_schedules() -> None:
+    def rates(**changes: Any) -> list[float]:
+        recipe = Recipe(learning_rate=2.0, **changes)
+        return [_learning_rate(recipe, step, 20) for step in range(20)]
+
+    cosine = rates(warmup=0.2)
+    assert cosine[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert cosine[4] == pytest.approx(2.0)
+    assert cosine[12] == pytest.approx(1.0)  # half way through the 16 steps after the warm-up
+    assert cosine[8] == pytest.approx(1 + math.cos(math.pi / 4))
+    assert all(a > b for a, b in pairwise(cosine[4:]))
+    assert cosine[-1] == pytest.approx(1 + math.cos(math.pi * 15 / 16))
+    linear = rates(warmup=0.2, schedule="linear")
+    assert linear[4:] == pytest.approx([2 * (1 - i / 16) for i in range(16)])
+    assert rates(warmup=0.2, schedule="constant")[4:] == [2.0] * 16
+    assert rates(warmup=0.0, schedule="constant") == pytest.approx([2.0] * 20)
+    assert all(0 < r <= 2.0 for r in rates(warmup=1.0))
+
+
+def test_logged_rate_is_the_schedules(place: Path) -> None:
+    train(place, "out")
+    log = json.loads((place / "out" / "training.json").read_text())["log"]
+    recipe = TrainConfig.load(write(place)).recipe
+    assert [e["learning_rate"] for e in log] == pytest.approx([_learning_rate(recipe, 5 * e + 4, 15) for e in range(3)])
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_bundled_configs_load_and_build(path: Path) -> None:
+    config = TrainConfig.load(path.stem)
+    assert config.name == path.stem
+    model = build_autoencoder(config, (0.5,) * config.channels, (0.5,) * config.channels)
+    assert model.input_shape == (config.channels, config.image_size, config.image_size)
+
+
+def test_bundled_model_is_what_its_config_builds() -> None:
+    folder = CONFIGS.parent / "models" / "fashion-mae"
+    if not folder.is_dir():
+        pytest.skip("the bundled model is not in this checkout")
+    model = load_autoencoder("fashion-mae")
+    built = build_autoencoder(TrainConfig.load("fashion-mae"), (0.5,), (0.5,))
+    assert {k: v.shape for k, v in weights(model).items()} == {k: v.shape for k, v in weights(built).items()}
+    record = json.loads((folder / "training.json").read_text())
+    assert record["fingerprint"] == model.fingerprint()
+    assert record["health"]["converged"] >= 0.95
+    assert record["health"]["distinct"] > 100
+    assert (folder / "model.safetensors").stat().st_size < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"nmae": "x"}, r"unknown key in train\.yaml 'nmae': did you mean 'name'"),
+        ({"recipe": {"epoch": 3}}, r"unknown key in train\.yaml 'epoch': did you mean 'epochs'"),
+        ({"family": "vitmae"}, r"train\.yaml: family 'vitmae': did you mean 'vit_mae'"),
+        ({"name": None}, r"train\.yaml: missing 1 required positional argument: 'name'"),
+        ({"benchmark": None, "channels": None}, r"train\.yaml: missing 2 required .*'benchmark' and 'channels'"),
+        ({"recipe": {"epochs": 0}}, "train: epochs must be at least 1, got 0"),
+        ({"recipe": {"batch_size": -1}}, "train: batch_size must be at least 1, got -1"),
+        ({"recipe": {"optimizer": "adamW"}}, "unknown train optimizer 'adamW': did you mean .*'adamw'"),
+        ({"recipe": {"schedule": "cosin"}}, "unknown train schedule 'cosin': did you mean 'cosine'"),
+        ({"recipe": {"loss": "mask"}}, "unknown train loss 'mask': did you mean 'masked'"),
+        ({"recipe": {"loss": "masked"}}, "loss 'masked' needs every mask ratio above 0"),
+        ({"recipe": {"epochs": "three"}}, r"epochs|train\.yaml"),
+        ({"recipe": {"mask_ratios": 0.5}}, r"mask_ratios|train\.yaml"),
+        ({"recipe": {"mask_ratios": []}}, r"mask_ratios|train\.yaml"),
+        ({"recipe": {"learning_rate": "fast"}}, r"learning_rate|train\.yaml"),
+        ({"image_size": "big"}, r"image_size|train\.yaml"),
+        ({"channels": 0}, r"channels"),
+        ({"model": {"widht": 3}}, r"widht"),
+        ({"model": [3]}, r"model|train\.yaml"),
+    ],
+)
+def test_bad_configs(place: Path, changes: dict[str, Any], text: str) -> None:
+    path = write(place, **{k: v for k, v in changes.items() if k != "recipe"})
+    if "recipe" in changes:
+        tree = yaml.safe_load(Path(path).read_text())
+        Path(path).write_text(yaml.safe_dump({**tree, "recipe": {**RECIPE, **changes["recipe"]}}))
+    with pytest.raises(TrajOODError, match=text):
+        train_model(TrainConfig.load(path), place / "out", quiet=True)
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["hidden_sise", "patchsize"])
+def test_misspelt_geometry_of_a_vit_mae(place: Path, key: str) -> None:
+    config = TrainConfig.load(write(place, "vit_mae", model={**VIT, key: 4}))
+    with pytest.raises(TrajOODError, match=key):
+        build_autoencoder(config, (0.5,), (0.5,))
+
+
+@pytest.mark.parametrize(
+    "geometry", [{"patch_size": 0}, {"patch_size": 16}, {"hidden_size": 18}, {"num_hidden_layers": "two"}]
+)
+def test_impossible_geometry_of_a_vit_mae(place: Path, geometry: dict[str, int]) -> None:
+    config = TrainConfig.load(write(place, "vit_mae", model={**VIT, **geometry}))
+    with pytest.raises(TrajOODError):
+        build_autoencoder(config, (0.5,), (0.5,))
+
+
+def test_yaml_numbers_without_a_point(place: Path) -> None:
+    # YAML reads 5e-3 as text; a config that says so is meant
+    path = Path(write(place, recipe={"epochs": 1}))
+    path.write_text(path.read_text().replace("learning_rate: 0.005", "learning_rate: 5e-3"))
+    assert "learning_rate: 5e-3" in path.read_text()
+    try:
+        config = TrainConfig.load(str(path))
+    except TrajOODError as error:
+        assert "learning_rate" in str(error)  # noqa: PT017 (either reading it or naming it is right)
+    else:
+        assert config.recipe.learning_rate == 0.005
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "text", "recipe: 5\nfamily: conv"])
+def test_files_that_are_no_config(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(TrajOODError, match=r"c\.yaml"):
+        TrainConfig.load(str(path))
+
+
+def test_files_that_are_not_yaml_or_not_there(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("name: [1\nx: }")
+    with pytest.raises(TrajOODError, match=r"c\.yaml: not YAML \("):
+        TrainConfig.load(str(tmp_path / "c.yaml"))
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TrajOODError, match=r"c\.yaml"):
+        TrainConfig.load(str(tmp_path / "c.yaml"))
+    with pytest.raises(TrajOODError, match=r"none\.yaml: no such training config"):
+        TrainConfig.load(str(tmp_path / "none.yaml"))
+    with pytest.raises(TrajOODError, match="unknown training config 'fashion-me': did you mean 'fashion-mae'"):
+        TrainConfig.load("fashion-me")
+
+
+# ---------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("family", ["conv", "vit_mae"])
+def test_diverging_loss(place: Path, family: str) -> None:
+    with pytest.raises(TrajOODError, match=r"train: the loss is (nan|inf) in epoch 1, step \d+: lower the learning"):
+        train(place, "out", family=family, recipe={"learning_rate": 1e30, "warmup": 0.0})
+    assert not (place / "out" / "model.safetensors").exists()
+
+
+def test_conv_with_masks(place: Path) -> None:
+    with pytest.raises(TrajOODError, match=r"tiny-conv: a conv autoencoder has no masking, got mask ratio 0\.5"):
+        train(place, "out", recipe={"mask_ratios": [0.5]})
+
+
+def test_missing_images_are_found_first(place: Path) -> None:
+    (place / "images" / "train" / "007.png").write_bytes(b"")
+    with pytest.raises(TrajOODError, match=r"1 image files are missing or empty in train .*007\.png"):
+        train(place, "out")
+    assert not (place / "out").exists()
+
+
+def test_unwritable_folder(place: Path) -> None:
+    (place / "file").write_text("")
+    with pytest.raises(TrajOODError, match="expected a folder that can be written"):
+        train(place, "file/out")
