@@ -494,7 +494,7 @@ def test_a_registered_scorer_works_by_name(registry: dict[str, type[Postprocesso
 
 def test_duplicate_registration_is_refused(registry: dict[str, type[Postprocessor]]) -> None:
     other = type("Other", (KNN,), {})
-    with pytest.raises(TrajOODError, match="scorer name 'knn' is taken by .*KNN: choose another"):
+    with pytest.raises(TrajOODError, match=r"scorer name 'knn' is taken by .*KNN: choose another"):
         register(other)
     assert registry["knn"] is KNN
 

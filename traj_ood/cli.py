@@ -97,8 +97,8 @@ def bench(benchmark: str, **options: Any) -> None:
     model_options = {} if options["mask_ratio"] is None else {"mask_ratio": options["mask_ratio"]}
     config = RunConfig(
         scorers=tuple(s for s in options["scorers"].split(",") if s.strip()),
-        attractors=options["attractors"] or quick.get("attractors"),
-        per_set=options["per_set"] or quick.get("per_set"),
+        attractors=quick.get("attractors") if options["attractors"] is None else options["attractors"],
+        per_set=quick.get("per_set") if options["per_set"] is None else options["per_set"],
         seed=options["seed"],
         tol=options["tol"],
         max_steps=options["max_steps"],

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import Benchmark, Split, preflight
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.index import Backend
 from traj_ood.metrics import bootstrap, check_scores, compute_metrics
@@ -61,6 +61,14 @@ class RunConfig:
     resamples: int = 500
     on_error: OnError = "raise"
 
+    def __post_init__(self) -> None:
+        """Raises ``TrajOODError`` for values no run can have, before anything is computed or written."""
+        _at_least("tol", self.tol, 0)
+        _at_least("max_steps", self.max_steps, 1)
+        _at_least("resamples", self.resamples, 0)
+        if self.on_error not in get_args(OnError):
+            raise unknown_name("value of on_error", str(self.on_error), get_args(OnError))
+
 
 @dataclass
 class Evaluator:
@@ -90,6 +98,9 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         bench, config = self.benchmark, self.config
+        _at_least("workers", self.workers, 1)
+        if self.batch_size is not None:
+            _at_least("batch size", self.batch_size, 1)
         self.sample = bench.subsample(
             train=config.attractors if config.attractors is not None else _protocol(bench),
             per_set=config.per_set if config.per_set is not None else bench.test_size,
@@ -170,8 +181,6 @@ class Evaluator:
 
     def _batch_size(self) -> int:
         if self.batch_size is not None:
-            if self.batch_size < 1:
-                raise TrajOODError(f"batch size: expected at least 1, got {self.batch_size}")
             return self.batch_size
         model = self.autoencoder
         latent = model.encode(torch.zeros(1, *model.input_shape))
@@ -195,6 +204,7 @@ class Evaluator:
                 pieces.append(part)
         self._seconds["fit"] = time.perf_counter() - began
         self.failures = [f for p in pieces for f in p.failures]
+        self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # fewer, when unreadable ones are skipped
         evidence = join_evidence([_evidence_of(p) for p in pieces if p.ids])
         dictionary = None
         if self.scorers.needs_dictionary:
@@ -205,6 +215,8 @@ class Evaluator:
 
     def _explore(self, split: Split, indices: range, bar: _Bar) -> Part:
         ids, images, failures = self._load(split, indices)
+        if not ids:
+            return Part(ids, failures, {}, {})
         dictionary, evidence = self.scorers.explore(images, ids, bar.on_step(indices))
         tensors = {f"features/{k}": v.cpu() for k, v in evidence.features.items()}
         tensors |= {f"reconstruction/{k}": v for k, v in evidence.reconstruction.items()}
@@ -361,6 +373,11 @@ class _Bar:
             self.set_done(indices.stop - running)
 
         return update
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:  # NaN is refused, too
+        raise TrajOODError(f"{name}: expected at least {least}, got {value}")
 
 
 def _batches(count: int, size: int) -> Iterator[range]:

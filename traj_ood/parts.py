@@ -41,9 +41,12 @@ class PartFolder:
         path = self._folder / "run.json"
         if path.is_file():
             try:
-                return json.loads(path.read_text())
-            except ValueError as error:
-                raise TrajOODError(f"{path}: damaged ({error}): discard the unfinished run with --fresh") from error
+                stored = json.loads(path.read_text())
+            except ValueError:
+                stored = None
+            if not isinstance(stored, dict) or stored.keys() != identity.keys():
+                raise TrajOODError(f"{path}: damaged or of another version: discard the unfinished run with --fresh")
+            return stored
         write_atomic(path, json.dumps(identity, indent=2, sort_keys=True).encode())
         return json.loads(json.dumps(identity))
 

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork, ViTMAE
 from traj_ood.autoencoders.base import image_to_tensor
-from traj_ood.autoencoders.vit_mae import assert_position_embeddings, build_model
+from traj_ood.autoencoders.vit_mae import assert_position_embeddings, build_model, geometry_keys
 from traj_ood.data import Benchmark, ImageSource, Split, load_benchmark, preflight
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
@@ -112,22 +112,26 @@ class TrainConfig:
                 raise unknown_name("training config", source, [p.stem for p in CONFIGS.glob("*.yaml")])
             raise TrajOODError(f"{path}: no such training config")
         try:
-            tree = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise TrajOODError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(tree, dict):
             raise TrajOODError(f"{path}: expected a mapping with {', '.join(f.name for f in fields(cls))}")
-        _refuse_unknown_keys(path, tree, cls)
-        recipe = tree.pop("recipe", None) or {}
-        _refuse_unknown_keys(path, recipe, Recipe)
-        if "mask_ratios" in recipe:
-            recipe["mask_ratios"] = tuple(float(r) for r in recipe["mask_ratios"])
-        if tree.get("family") not in ("vit_mae", "conv"):
-            raise unknown_name(f"{path}: family", str(tree.get("family")), ("vit_mae", "conv"))
-        try:
-            return cls(recipe=Recipe(**recipe), **tree)
-        except TypeError as error:
-            raise TrajOODError(f"{path}: {str(error).split(') ')[-1]}") from error
+        recipe, model = tree.pop("recipe", None) or {}, tree.pop("model", None) or {}
+        for key, value in (("recipe", recipe), ("model", model)):
+            if not isinstance(value, dict):
+                raise TrajOODError(f"{path}: {key}: expected a mapping, got {value!r}")
+        settings = _typed(path, tree, cls)
+        required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        missing = [key for key in required if key not in settings]
+        if missing:
+            raise TrajOODError(f"{path}: missing {', '.join(missing)}")
+        if settings["family"] not in ("vit_mae", "conv"):
+            raise unknown_name(f"{path}: family", settings["family"], ("vit_mae", "conv"))
+        for key in ("image_size", "channels"):
+            if settings[key] < 1:
+                raise TrajOODError(f"{path}: {key}: expected at least 1, got {settings[key]}")
+        return cls(recipe=Recipe(**_typed(path, recipe, Recipe)), model=model, **settings)
 
 
 def train_model(
@@ -169,13 +173,19 @@ def build_autoencoder(config: TrainConfig, mean: tuple[float, ...], std: tuple[f
     Raises:
         TrajOODError: impossible geometry.
     """
-    if config.family == "conv":
-        network = ConvNetwork(config.channels, config.image_size, **config.model)
-        return ConvAutoencoder(network, name=config.name, mean=mean, std=std)
+    known = ("width", "bottleneck") if config.family == "conv" else geometry_keys()
+    for key in config.model:
+        if key not in known:
+            raise unknown_name(f"{config.name}: model key", str(key), known)
     try:
+        if config.family == "conv":
+            network = ConvNetwork(config.channels, config.image_size, **config.model)
+            return ConvAutoencoder(network, name=config.name, mean=mean, std=std)
         vit = build_model({**config.model, "image_size": config.image_size, "num_channels": config.channels})
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise TrajOODError(f"{config.name}: impossible ViT-MAE geometry ({error})") from error
+    except TrajOODError:
+        raise
+    except Exception as error:  # transformers has error classes of its own, and arithmetic does the rest
+        raise TrajOODError(f"{config.name}: impossible geometry ({' '.join(str(error).split())})") from error
     assert_position_embeddings(vit, config.name)
     return ViTMAE(vit, name=config.name, mean=mean, std=std)
 
@@ -223,6 +233,7 @@ class _Run:
     def epoch(self, epoch: int) -> None:
         recipe, module = self.config.recipe, self.model.module
         draws = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        torch.manual_seed(self.config.seed * 1_000_003 + epoch)  # dropout, where a geometry asks for it
         began, total = time.perf_counter(), 0.0
         parameters = list(self.model.trainable_parameters().values())
         for p in parameters:
@@ -373,11 +384,34 @@ def _learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.learning_rate * factor[recipe.schedule]
 
 
-def _refuse_unknown_keys(path: Path, tree: dict[str, Any], cls: Any) -> None:
-    known = [f.name for f in fields(cls)]
-    for key in tree:
-        if key not in known:
-            raise unknown_name(f"key in {path.name}", str(key), known)
+def _typed(path: Path, tree: dict[str, Any], cls: Any) -> dict[str, Any]:
+    """The values of a YAML mapping as the dataclass's field types; ``5e-3`` is text to YAML and a number here.
+
+    Raises:
+        TrajOODError: a key that is no field (with near names), or a value of another kind.
+    """
+    kinds = {f.name: str(f.type) for f in fields(cls)}
+    typed: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in kinds:
+            raise unknown_name(f"key in {path.name}", str(key), kinds)
+        kind = kinds[key]
+        try:
+            if kind.startswith("tuple"):
+                typed[key] = tuple(float(v) for v in value)
+                if not typed[key] or isinstance(value, str):
+                    raise ValueError("empty")
+            elif kind == "bool":
+                typed[key] = {True: True, False: False}[value]
+            elif kind == "int":
+                if isinstance(value, bool) or int(value) != float(value):
+                    raise ValueError("not whole")
+                typed[key] = int(value)
+            else:
+                typed[key] = float(value) if kind == "float" else str(value)
+        except (TypeError, ValueError, KeyError) as error:
+            raise TrajOODError(f"{path}: {key}: expected {kind}, got {value!r}") from error
+    return typed
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

@@ -174,6 +174,19 @@ def check_weights(weights: Mapping[str, Tensor], module: nn.Module, where: str) 
             )
 
 
+def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Refuse means and deviations that do not belong to the model's channels.
+
+    Raises:
+        TrajOODError: another number than ``channels``, or a deviation that is not positive.
+    """
+    if len(mean) != channels or len(std) != channels or not all(s > 0 for s in std):
+        raise TrajOODError(
+            f"{name}: expected a mean and a positive standard deviation for each of {channels} channels, got "
+            f"mean {list(mean)} and std {list(std)}"
+        )
+
+
 def image_to_tensor(
     image: Image.Image,
     shape: tuple[int, int, int],

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from traj_ood.autoencoders.base import Autoencoder, check_weights, image_to_tensor
+from traj_ood.autoencoders.base import Autoencoder, check_statistics, check_weights, image_to_tensor
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 
@@ -80,7 +80,8 @@ class ConvAutoencoder(Autoencoder):
         self.name, self.module = name, network.eval().requires_grad_(False)
         self.input_shape = (channels, network.size, network.size)
         self.mean, self.std = tuple(mean) or (0.5,) * channels, tuple(std) or (0.5,) * channels
-        self.chunk = 64
+        check_statistics(name, channels, self.mean, self.std)
+        self.chunk = 128
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> ConvAutoencoder:
@@ -93,16 +94,18 @@ class ConvAutoencoder(Autoencoder):
         path = folder / "model.safetensors"
         try:
             config = json.loads((folder / "config.json").read_text())
+            network = ConvNetwork(**config["network"])
+            mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
             weights = load_file(path)
+        except TrajOODError:
+            raise
         except Exception as error:
             raise TrajOODError(
-                f"{folder}: expected config.json and model.safetensors of a conv model ({error})"
+                f"{folder}: expected config.json and model.safetensors of a conv model ({' '.join(str(error).split())})"
             ) from error
-        network = ConvNetwork(**config["network"])
         check_weights(weights, network, str(path))
         network.load_state_dict(weights)
-        defaults = {"name": folder.name, "mean": tuple(config["mean"]), "std": tuple(config["std"])}
-        return cls(network, **(defaults | options))
+        return cls(network, **({"name": folder.name, "mean": mean, "std": std} | options))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from traj_ood.autoencoders.base import Autoencoder, check_weights, image_to_tensor
+from traj_ood.autoencoders.base import Autoencoder, check_statistics, check_weights, image_to_tensor
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
@@ -70,6 +70,7 @@ class ViTMAE(Autoencoder):
         self.input_shape = (channels, side, side)
         self.mask_ratio, self.mask_seed = float(mask_ratio), mask_seed
         self.mean, self.std = tuple(mean or default_mean), tuple(std or default_std)
+        check_statistics(name, channels, self.mean, self.std)
         self.patches = model.vit.embeddings.patch_embeddings.num_patches
         # About two thousand tokens a call fill the matrix products of a CPU.
         self.chunk = _power_of_two(2048 / (self.patches + 1), 4, 128)
@@ -98,7 +99,12 @@ class ViTMAE(Autoencoder):
         raw = _read_json(folder / "config.json")
         if raw.get("model_type") != "vit_mae":
             raise TrajOODError(f"{folder}/config.json: expected model_type 'vit_mae', got {raw.get('model_type')!r}")
-        model = build_model(raw)
+        try:
+            model = build_model(raw)
+        except TrajOODError:
+            raise
+        except Exception as error:  # transformers has error classes of its own, and arithmetic does the rest
+            raise TrajOODError(f"{folder}/config.json: impossible geometry ({_one_line(error)})") from error
         path = folder / "model.safetensors"
         try:
             weights = load_file(path)
@@ -113,8 +119,13 @@ class ViTMAE(Autoencoder):
         preprocessing = folder / "preprocessor_config.json"
         if preprocessing.is_file():
             stored = _read_json(preprocessing)
-            options.setdefault("mean", tuple(stored["image_mean"]))
-            options.setdefault("std", tuple(stored["image_std"]))
+            for key in ("mean", "std"):
+                values = stored.get(f"image_{key}")
+                if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
+                    raise TrajOODError(
+                        f"{preprocessing}: expected numbers image_mean and image_std, got {key} {values!r}"
+                    )
+                options.setdefault(key, tuple(float(v) for v in values))
         return cls(model, **options)
 
     @classmethod
@@ -124,10 +135,9 @@ class ViTMAE(Autoencoder):
         try:
             model, report = ViTMAEForPreTraining.from_pretrained(source, output_loading_info=True)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TrajOODError(
-                f"model {source!r}: neither a local folder nor loadable from the hub ({reason}); download it where "
-                "there is a network and pass the folder"
+                f"model {source!r}: neither a local folder nor loadable from the hub ({_one_line(error)}); download it "
+                "where there is a network and pass the folder"
             ) from error
         missing = sorted(report["missing_keys"])
         if missing:
@@ -234,6 +244,13 @@ def build_model(config: dict[str, Any]) -> Any:
     return model
 
 
+def geometry_keys() -> tuple[str, ...]:
+    """The keys that :func:`build_model` understands; transformers itself swallows any other in silence."""
+    from transformers import ViTMAEConfig
+
+    return tuple(ViTMAEConfig().to_dict())
+
+
 def assert_position_embeddings(model: Any, name: str) -> None:
     """Refuse a model whose position embeddings are zero: it cannot tell one patch from another.
 
@@ -280,6 +297,10 @@ def _fixed_order(patches: int, ratio: float, seed: int) -> Tensor:
 
 def _power_of_two(target: float, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, round(target) - 1).bit_length()))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _read_json(path: Path) -> dict[str, Any]:
