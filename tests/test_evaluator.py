@@ -73,7 +73,9 @@ def test_scores_are_those_of_a_scorer_set(done: tuple[Evaluator, Result], place:
     scorers = ScorerSet(model, SCORERS, max_steps=12).fit(images(bench.train))
     frame = table(run)
     # the scorer `steps` and the trajectory's own number of steps share a column
-    assert list(frame.columns) == list(dict.fromkeys(["split", "role", "id", "trajectory_steps", "trajectory_status", *SCORERS]))
+    assert list(frame.columns) == list(
+        dict.fromkeys(["split", "role", "id", "trajectory_steps", "trajectory_status", *SCORERS])
+    )
     assert frame["split"].unique().tolist() == ["test", "dim", "bright"]
     for split in (bench.test, *bench.ood):
         rows = frame[frame["split"] == split.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Callable
@@ -105,6 +106,8 @@ def bench(benchmark: str, **options: Any) -> None:
         resamples=options["bootstrap"],
         on_error=options["on_error"],
     )
+    if not options["quiet"]:
+        click.echo(f"Loading {options['model']} and the image lists of {benchmark}", err=True)
     evaluator = Evaluator(
         autoencoder=load_autoencoder(options["model"], **model_options).to(resolve_device(options["device"])),
         benchmark=load_benchmark(benchmark, options["data_root"]),
@@ -208,8 +211,9 @@ def _section(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _silence_libraries() -> None:
-    """transformers announces its loading; our own bars and errors say what matters."""
-    from transformers.utils import logging
+    """transformers announces its loading and the hub every retry; our own bars and errors say what matters."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -98,7 +98,6 @@ class NeighborIndex:
         if not 1 <= k <= len(self):
             raise TrajOODError(f"k: expected 1 to {len(self)} (the number of indexed points), got {k}")
         queries, centred, error = self._prepare(queries)
-
         return self._in_blocks(partial(self._search_block, k), queries, centred, error, len(self))
 
     def _in_blocks(
@@ -187,14 +186,16 @@ class NeighborIndex:
         the group's own scale: ‖q − p‖² = ‖q − l‖² + ‖p − l‖² − 2 (q − l)·(p − l).
         """
         local = queries[rows].double() - self._points[self._leaders[groups]]
-        squared = local.square().sum(dim=1)
-        present, counts = groups.unique_consecutive(return_counts=True)
+        squared, places = local.square().sum(dim=1), self._starts[groups]
+        shared = self._sizes[groups] > 1  # the others' only member is their leader
+        present, counts = groups[shared].unique_consecutive(return_counts=True)
         nearest = []  # of each group's pairs: what the closest member changes, and its place in the group
-        for group, part in zip(present.tolist(), local.split(counts.tolist()), strict=True):
+        for group, part in zip(present.tolist(), local[shared].split(counts.tolist()), strict=True):
             offsets, norms = self._members(group)
             nearest.append(torch.addmm(norms, part, offsets, alpha=-2).min(dim=1))
-        squared += torch.cat([n.values for n in nearest])
-        places = self._starts[groups] + torch.cat([n.indices for n in nearest])
+        if nearest:
+            squared[shared] += torch.cat([n.values for n in nearest])
+            places[shared] += torch.cat([n.indices for n in nearest])
         return squared.clamp_(min=0), self._order[places]
 
     def _candidate_groups(self, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,24 +256,32 @@ def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """
     count, device = len(points), points.device
     squared_norms = points.square().sum(dim=1)
-    assigned: list[int] = []
-    leaders: list[int] = []
-    for start in range(0, count, 1024):
-        block = torch.arange(start, min(start + 1024, count), device=device)
-        known = torch.tensor(leaders + block.tolist(), device=device)
-        squared = squared_norms[block, None] + squared_norms[known] - 2 * points[block] @ points[known].T
-        near = (squared <= radius**2).cpu()
-        old = len(leaders)
-        columns = list(range(old))  # columns of `near` that belong to leaders, in the leaders' order
+    assigned = torch.full((count,), -1, dtype=torch.int64, device=device)
+    leaders = torch.empty(0, dtype=torch.int64, device=device)
+    for block in torch.arange(count, device=device).split(1024):
+
+        def near(others: Tensor, block: Tensor = block) -> Tensor:
+            cross = points[block] @ points[others].T
+            return squared_norms[block, None] + squared_norms[others] - 2 * cross <= radius**2
+
+        if len(leaders):
+            places = torch.arange(len(leaders), device=device, dtype=torch.int32)
+            first = torch.where(near(leaders), places, len(leaders)).min(dim=1).values
+            joined = first < len(leaders)
+            assigned[block[joined]] = first[joined].long()
+            block = block[~joined]
+        # Within a block the order decides, one point after the other.
+        inside = near(block, block).cpu()
+        new: list[int] = []
+        places_inside: list[int] = []
         for i in range(len(block)):
-            hits = near[i, columns].nonzero()
-            if len(hits):
-                assigned.append(int(hits[0, 0]))
-            else:
-                assigned.append(len(leaders))
-                leaders.append(start + i)
-                columns.append(old + i)
-    return torch.tensor(leaders, device=device), torch.tensor(assigned, device=device)
+            hits = inside[i, new].nonzero()[:, 0]
+            places_inside.append(len(leaders) + (int(hits[0]) if len(hits) else len(new)))
+            if not len(hits):
+                new.append(i)
+        assigned[block] = torch.tensor(places_inside, dtype=torch.int64, device=device)
+        leaders = torch.cat([leaders, block[new]])
+    return leaders, assigned
 
 
 class _TorchFlat:
