@@ -63,6 +63,7 @@ def main() -> None:
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
 @click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
 @click.option("--mask-ratio", type=float, help="Fixed mask of a ViT-MAE.  [default: none]")
+@click.option("--mask-seed", type=int, help="Draws that mask.  [default: 0]")
 @click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Results folder.")
@@ -95,7 +96,7 @@ def bench(benchmark: str, **options: Any) -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     quick = {"attractors": 1000, "per_set": 300} if options["quick"] else {}
-    model_options = {} if options["mask_ratio"] is None else {"mask_ratio": options["mask_ratio"]}
+    model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}
     config = RunConfig(
         scorers=tuple(s for s in options["scorers"].split(",") if s.strip()),
         attractors=quick.get("attractors") if options["attractors"] is None else options["attractors"],
