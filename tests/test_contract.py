@@ -19,6 +19,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors import (
     KNN,
     POSTPROCESSORS,
+    WHOLE_PATH,
     Evidence,
     Needs,
     Postprocessor,
@@ -154,6 +155,15 @@ def test_unfitted(family: str, spec: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "conv"])
+@pytest.mark.parametrize(("spec", "steps"), [("trajectory:horizon=4", 4), ("first-residual", 1), ("start-distance", 1)])
+def test_no_more_of_the_path_is_walked_than_is_read(spec: str, steps: int) -> None:
+    alone = ScorerSet(tiny.vit(), [spec]).fit(train_images()).score(probe_images())
+    assert int(alone.evidence.path().steps.max()) == steps
+    company = ScorerSet(tiny.vit(), [spec, "steps"]).fit(train_images()).score(probe_images())
+    assert int(company.evidence.path().steps.max()) > steps
+    torch.testing.assert_close(alone.scores[spec], company.scores[spec], rtol=1e-12, atol=0)
+
+
 def test_unfitted_set(family: str) -> None:
     for spec in specs_of(family):
         needs = create_postprocessor(spec).needs()
@@ -168,7 +178,7 @@ def test_cost_is_a_number_of_evaluations(family: str, spec: str) -> None:
     cost = scorer_of(family, spec).f_evaluations(scored(family).evidence)
     needs = create_postprocessor(spec).needs()
     assert 0 <= cost <= float(steps.max())
-    assert (cost > 0) is (needs.trajectory and "horizon=0" not in spec)
+    assert (cost > 0) is (needs.steps > 0)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -512,5 +522,5 @@ def test_registering_a_class_again_is_harmless(registry: dict[str, type[Postproc
 
 def test_needs_add_up() -> None:
     both = create_postprocessor("knn").needs() | create_postprocessor("trajectory:view=cls").needs()
-    assert both == Needs(features=frozenset({"mean"}), distances=frozenset({"cls"}), trajectory=True)
-    assert replace(both, trajectory=False) | Needs(trajectory=True) == both
+    assert both == Needs(features=frozenset({"mean"}), distances=frozenset({"cls"}), steps=WHOLE_PATH)
+    assert replace(both, steps=3) | Needs(steps=WHOLE_PATH) == both

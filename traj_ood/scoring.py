@@ -14,7 +14,7 @@ from traj_ood.autoencoders import Autoencoder, View
 from traj_ood.engine import Norm, Observer, iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.index import Backend, NeighborIndex
-from traj_ood.postprocessors import Evidence, Needs, Postprocessor, create_postprocessors
+from traj_ood.postprocessors import WHOLE_PATH, Evidence, Needs, Postprocessor, create_postprocessors
 
 OnStep = Callable[[int, int], None]
 
@@ -92,7 +92,7 @@ class ScorerSet:
     ) -> tuple[AttractorDictionary | None, Evidence]:
         """The training pass over one batch: its end points (None when no scorer needs them) and its evidence."""
         start = self.autoencoder.encode(images)
-        evidence = self._evidence(images, start, {}, self.needs_dictionary or self.needs.trajectory, on_step)
+        evidence = self._evidence(images, start, {}, WHOLE_PATH if self.needs_dictionary else 0, on_step)
         if not self.needs_dictionary:
             return None, evidence
         provenance = {"model": self.autoencoder.fingerprint(), "tol": self.tol, "max_steps": self.max_steps}
@@ -125,7 +125,7 @@ class ScorerSet:
         if self.needs_dictionary and self.dictionary is None:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")
         start = self.autoencoder.encode(images)
-        evidence = self._evidence(images, start, self._indices, self.needs.trajectory, on_step)
+        evidence = self._evidence(images, start, self._indices, self.needs.steps, on_step)
         return Scored({s.label: s.score(evidence) for s in self.scorers}, evidence)
 
     def _evidence(
@@ -133,7 +133,7 @@ class ScorerSet:
         images: Tensor,
         start: Tensor,
         indices: dict[View, NeighborIndex],
-        whole_path: bool,
+        steps: int,
         on_step: OnStep | None,
     ) -> Evidence:
         model = self.autoencoder
@@ -144,14 +144,14 @@ class ScorerSet:
         if "masked" in self.needs.reconstruction:
             reconstruction["masked"] = model.reconstruct_masked(images)
         trajectory = None
-        if whole_path or indices:
+        if steps or indices:
             observers: list[Observer] = [Norm()]
             observers += [NearestAttractor(model, index, view) for view, index in indices.items()]
             trajectory = iterate(
                 model.self_map,
                 start,
                 tol=self.tol,
-                max_steps=self.max_steps if whole_path else 1,  # one step still measures z0
+                max_steps=min(self.max_steps, max(1, steps)),  # one step still measures z0
                 observers=observers,
                 chunk=model.chunk,
                 on_step=on_step,

@@ -1,6 +1,6 @@
 """OOD scorers: one file each, registered by name."""
 
-from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.base import WHOLE_PATH, Evidence, Needs, Postprocessor
 from traj_ood.postprocessors.controls import EndDistance, FirstResidual, StartDistance, Steps
 from traj_ood.postprocessors.knn import KNN, PaperKNN
 from traj_ood.postprocessors.mahalanobis import Mahalanobis
@@ -17,6 +17,7 @@ from traj_ood.postprocessors.trajectory import TrajectoryScore
 __all__ = [
     "KNN",
     "POSTPROCESSORS",
+    "WHOLE_PATH",
     "EndDistance",
     "Evidence",
     "FirstResidual",

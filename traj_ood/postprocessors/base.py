@@ -20,29 +20,32 @@ from traj_ood.trajectory import Trajectory
 
 ReconstructionKind = Literal["plain", "masked"]
 
+WHOLE_PATH = 2**31
+"""More steps than any limit: iterate until the sample settles."""
+
 
 @dataclass(frozen=True)
 class Needs:
     """What a scorer reads, so that one pass over the images computes just that, once, for all scorers.
 
     Attributes:
-        features: latent views of z0. fit_features: the same, but only of the training images.
+        features: latent views of z0.
         reconstruction: ``plain`` ‖x − D(E(x))‖² or ``masked``, the MAE's own task.
         distances: views in which the distance to the nearest attractor is measured along the path.
-        start_only: distances are needed at z0 alone; trajectory: f has to be iterated at all.
+        steps: how much of the path beyond z0 is read; ``WHOLE_PATH`` is until it settles.
     """
 
     features: frozenset[View] = frozenset()
     reconstruction: frozenset[ReconstructionKind] = frozenset()
     distances: frozenset[View] = frozenset()
-    trajectory: bool = False
+    steps: int = 0
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
             self.features | other.features,
             self.reconstruction | other.reconstruction,
             self.distances | other.distances,
-            self.trajectory or other.trajectory,
+            max(self.steps, other.steps),
         )
 
 

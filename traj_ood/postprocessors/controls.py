@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders import View
-from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.base import WHOLE_PATH, Evidence, Needs, Postprocessor
 from traj_ood.postprocessors.registry import register
 
 
@@ -47,7 +47,7 @@ class EndDistance(Postprocessor):
     view: View = "tokens"
 
     def needs(self) -> Needs:
-        return Needs(distances=frozenset({self.view}), trajectory=True)
+        return Needs(distances=frozenset({self.view}), steps=WHOLE_PATH)
 
     def score(self, evidence: Evidence) -> Tensor:
         return evidence.path().at_end(f"distance/{self.view}")
@@ -65,7 +65,7 @@ class FirstResidual(Postprocessor):
     summary: ClassVar[str] = "control: length of the first step, ‖f(z0) − z0‖"
 
     def needs(self) -> Needs:
-        return Needs(trajectory=True)
+        return Needs(steps=1)
 
     def score(self, evidence: Evidence) -> Tensor:
         return evidence.path().residuals[:, 0].sqrt()
@@ -83,7 +83,7 @@ class Steps(Postprocessor):
     summary: ClassVar[str] = "control: number of steps until convergence"
 
     def needs(self) -> Needs:
-        return Needs(trajectory=True)
+        return Needs(steps=WHOLE_PATH)
 
     def score(self, evidence: Evidence) -> Tensor:
         path = evidence.path()

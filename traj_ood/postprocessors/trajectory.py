@@ -9,7 +9,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders import View
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.base import WHOLE_PATH, Evidence, Needs, Postprocessor
 from traj_ood.postprocessors.registry import register
 
 
@@ -37,7 +37,7 @@ class TrajectoryScore(Postprocessor):
             raise TrajOODError(f"scorer {self.name}: horizon must be a number of steps >= 0, got {self.horizon}")
 
     def needs(self) -> Needs:
-        return Needs(distances=frozenset({self.view}), trajectory=True)
+        return Needs(distances=frozenset({self.view}), steps=WHOLE_PATH if self.horizon is None else self.horizon)
 
     def score(self, evidence: Evidence) -> Tensor:
         return evidence.path().mean_over_path(f"distance/{self.view}", self.horizon)
