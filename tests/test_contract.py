@@ -154,16 +154,18 @@ def test_unfitted(family: str, spec: str, tmp_path: Path) -> None:
             scorer.score(scored(family).evidence)
 
 
-@pytest.mark.parametrize("family", ["vit", "conv"])
-@pytest.mark.parametrize(("spec", "steps"), [("trajectory:horizon=4", 4), ("first-residual", 1), ("start-distance", 1)])
-def test_no_more_of_the_path_is_walked_than_is_read(spec: str, steps: int) -> None:
-    alone = ScorerSet(tiny.vit(), [spec]).fit(train_images()).score(probe_images())
+@pytest.mark.parametrize(
+    ("reader", "steps"), [("trajectory:horizon=2", 2), ("first-residual", 1), ("start-distance", 1)]
+)
+def test_no_more_of_the_path_is_walked_than_is_read(reader: str, steps: int) -> None:
+    alone = ScorerSet(tiny.vit(), [reader]).fit(train_images()).score(probe_images())
     assert int(alone.evidence.path().steps.max()) == steps
-    company = ScorerSet(tiny.vit(), [spec, "steps"]).fit(train_images()).score(probe_images())
+    company = ScorerSet(tiny.vit(), [reader, "steps"]).fit(train_images()).score(probe_images())
     assert int(company.evidence.path().steps.max()) > steps
-    torch.testing.assert_close(alone.scores[spec], company.scores[spec], rtol=1e-12, atol=0)
+    torch.testing.assert_close(alone.scores[reader], company.scores[reader], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("family", ["vit", "conv"])
 def test_unfitted_set(family: str) -> None:
     for spec in specs_of(family):
         needs = create_postprocessor(spec).needs()

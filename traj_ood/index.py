@@ -23,7 +23,9 @@ Backend = Literal["auto", "faiss", "torch"]
 _UNIT = 2.0**-24  # float32 rounding
 # Errors of the float32 form reach 15 · _UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
 _ERROR_FACTOR = 32.0
-_RELATIVE = 1e-5  # squared distances whose rounding bound is larger than this share are computed again in float64
+# Squared distances whose rounding bound is a larger share than this are computed again in float64. Actual errors are
+# several times smaller than the bound: float32 distances that stay agree with float64 to 1e-5.
+_RELATIVE = 1e-4
 _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rounding, far below any score
 _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
 _MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
@@ -171,7 +173,12 @@ class NeighborIndex:
         if not len(queries):
             return torch.empty(0, 1, dtype=torch.float64), torch.empty(0, 1, dtype=torch.int64)
         rows, groups = self._candidate_groups(centred, error)
-        squared, members = self._closest_members(queries, rows, groups)
+        squared, members, doubt = self._closest_members(queries, rows, groups, torch.float32)
+        unsure = doubt > _RELATIVE * squared  # many times closer to a member than to the leader
+        if bool(unsure.any()):
+            squared[unsure], members[unsure], _ = self._closest_members(
+                queries, rows[unsure], groups[unsure], torch.float64
+            )
         best = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=self.device)
         best.scatter_reduce_(0, rows, squared, "amin")
         won = squared == best[rows]
@@ -179,24 +186,30 @@ class NeighborIndex:
         first[rows[won]] = members[won]
         return best.sqrt_()[:, None], first[:, None]
 
-    def _closest_members(self, queries: Tensor, rows: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """For pairs ordered by group: squared distance (P,) float64 to the group's closest member, and its index (P,).
+    def _closest_members(
+        self, queries: Tensor, rows: Tensor, groups: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For pairs ordered by group: squared distance (P,) float64 to the group's closest member, that member's index
+        (P,), and a bound (P,) on the error of the former were ``dtype`` float32.
 
         Both sides are taken relative to the leader l before any product, so that the product's rounding error is of
         the group's own scale: ‖q − p‖² = ‖q − l‖² + ‖p − l‖² − 2 (q − l)·(p − l).
         """
-        local = queries[rows].double() - self._points[self._leaders[groups]]
-        squared, places = local.square().sum(dim=1), self._starts[groups]
-        shared = self._sizes[groups] > 1  # the others' only member is their leader
-        present, counts = groups[shared].unique_consecutive(return_counts=True)
+        local = queries[rows].to(dtype) - self._points[self._leaders[groups]]
+        from_leader = local.square().sum(dim=1)
+        squared, places = from_leader.double(), self._starts[groups]
+        present, counts = groups.unique_consecutive(return_counts=True)
         nearest = []  # of each group's pairs: what the closest member changes, and its place in the group
-        for group, part in zip(present.tolist(), local[shared].split(counts.tolist()), strict=True):
-            offsets, norms = self._members(group)
-            nearest.append(torch.addmm(norms, part, offsets, alpha=-2).min(dim=1))
+        for group, part in zip(present.tolist(), local.split(counts.tolist()), strict=True):
+            if self._shared[group]:  # else its only member is its leader
+                offsets, norms = self._members(group, dtype)
+                nearest.append(torch.addmm(norms, part, offsets, alpha=-2).min(dim=1))
         if nearest:
+            shared = self._sizes[groups] > 1
             squared[shared] += torch.cat([n.values for n in nearest])
             places[shared] += torch.cat([n.indices for n in nearest])
-        return squared.clamp_(min=0), self._order[places]
+        doubt = (_ERROR_FACTOR * _UNIT) * (from_leader.double().sqrt() + self._radii[groups]).square()
+        return squared.clamp_(min=0), self._order[places], doubt
 
     def _candidate_groups(self, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs (row, group) that may hold the nearest point, ordered by group: two (P,) tensors."""
@@ -220,16 +233,17 @@ class NeighborIndex:
         order = groups.argsort(stable=True)
         return rows[order], groups[order]
 
-    def _members(self, group: int) -> tuple[Tensor, Tensor]:
-        """Offsets of a group's members from its leader, float64 (d, M), and their squared norms (M,); kept if small."""
-        if group in self._cache:
-            return self._cache[group]
+    def _members(self, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Offsets of a group's members from its leader (d, M), and their squared norms (M,); kept if small."""
+        key = group, dtype
+        if key in self._cache:
+            return self._cache[key]
         start = int(self._starts[group])
         members = self._order[start : start + int(self._sizes[group])]
         offsets = self._points[members].double() - self._points[self._leaders[group]]
-        found = offsets.T.contiguous(), offsets.square().sum(dim=1)
+        found = offsets.T.contiguous().to(dtype), offsets.square().sum(dim=1).to(dtype)
         if self._points.numel() <= _BLOCK:
-            self._cache[group] = found
+            self._cache[key] = found
         return found
 
     def _build_groups(self, centred: Tensor) -> None:
@@ -241,7 +255,8 @@ class NeighborIndex:
         self._order = assigned.argsort(stable=True)
         self._sizes = torch.bincount(assigned, minlength=len(leaders))
         self._starts = self._sizes.cumsum(0) - self._sizes
-        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self._shared = (self._sizes > 1).tolist()
+        self._cache: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         distances = self._exact(self._points, torch.arange(len(self), device=self.device), leaders[assigned])
         self._radii = torch.zeros(len(leaders), dtype=torch.float64, device=self.device)
         self._radii.scatter_reduce_(0, assigned, distances, "amax")
