@@ -208,7 +208,9 @@ class NeighborIndex:
             shared = self._sizes[groups] > 1
             squared[shared] += torch.cat([n.values for n in nearest])
             places[shared] += torch.cat([n.indices for n in nearest])
-        doubt = (_ERROR_FACTOR * _UNIT) * (from_leader.double().sqrt() + self._radii[groups]).square()
+        # The first term is a sum of squares, in which nothing cancels; the product's error is that of any product.
+        length, radius = from_leader.double().sqrt(), self._radii[groups]
+        doubt = _UNIT * (4 * length.square() + _ERROR_FACTOR * radius * (2 * length + radius))
         return squared.clamp_(min=0), self._order[places], doubt
 
     def _candidate_groups(self, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
