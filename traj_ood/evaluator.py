@@ -193,15 +193,7 @@ class Evaluator:
         """The training pass: attractors and everything the scorers learn. Returns its curves."""
         split = self.sample.train
         began = time.perf_counter()
-        pieces = []
-        with self._bar(split) as bar:
-            for indices in _batches(len(split.images), batch_size):
-                part = parts.load(split.name, indices.start)
-                if part is None:
-                    part = self._explore(split, indices, bar)
-                    parts.save(split.name, indices.start, part)
-                bar.set_done(indices.stop)
-                pieces.append(part)
+        pieces = self._pass(parts, split, batch_size, self._explore)
         self._seconds["fit"] = time.perf_counter() - began
         self.failures = [f for p in pieces for f in p.failures]
         self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # fewer, when unreadable ones are skipped
@@ -212,6 +204,21 @@ class Evaluator:
             dictionary.save(self.folder / "attractors.safetensors")
         self.scorers.learn(dictionary, evidence)
         return curve_quantiles(split, pieces, self.config.tol)
+
+    def _pass(
+        self, parts: PartFolder, split: Split, batch_size: int, compute: Callable[[Split, range, _Bar], Part]
+    ) -> list[Part]:
+        """Every batch of a split: from disk where it was computed before, else computed and saved at once."""
+        pieces = []
+        with self._bar(split) as bar:
+            for indices in _batches(len(split.images), batch_size):
+                part = parts.load(split.name, indices.start)
+                if part is None:
+                    part = compute(split, indices, bar)
+                    parts.save(split.name, indices.start, part)
+                bar.set_done(indices.stop)
+                pieces.append(part)
+        return pieces
 
     def _explore(self, split: Split, indices: range, bar: _Bar) -> Part:
         ids, images, failures = self._load(split, indices)
@@ -228,15 +235,7 @@ class Evaluator:
     def _score(self, parts: PartFolder, split: Split, batch_size: int) -> list[Part]:
         """Score one split, batch by batch; finished batches come from disk."""
         began = time.perf_counter()
-        pieces = []
-        with self._bar(split) as bar:
-            for indices in _batches(len(split.images), batch_size):
-                part = parts.load(split.name, indices.start)
-                if part is None:
-                    part = self._score_batch(split, indices, bar)
-                    parts.save(split.name, indices.start, part)
-                bar.set_done(indices.stop)
-                pieces.append(part)
+        pieces = self._pass(parts, split, batch_size, self._score_batch)
         self._seconds[f"score/{split.name}"] = time.perf_counter() - began
         self.failures += [f for p in pieces for f in p.failures]
         if not any(p.ids for p in pieces):
