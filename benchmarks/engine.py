@@ -170,7 +170,9 @@ def _bundled() -> tuple[Autoencoder, torch.Tensor, AttractorDictionary]:
     benchmark = load_benchmark("fashion").subsample(train=ATTRACTORS, per_set=BATCH, seed=0)
     if not cache.is_file():
         images = _images(model, benchmark.train.images, ATTRACTORS)
-        dictionary, _ = ScorerSet(model, ["trajectory"]).explore(images, tuple(benchmark.train.images.ids))
+        dictionary, _ = ScorerSet(model, ["trajectory"]).explore(
+            model.examine(images), tuple(benchmark.train.images.ids)
+        )
         assert dictionary is not None
         dictionary.save(cache)
     start = model.encode(_images(model, benchmark.test.images, BATCH))

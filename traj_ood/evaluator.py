@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import Autoencoder
+from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.errors import TrajOODError, unknown_name
@@ -202,7 +202,7 @@ class Evaluator:
         if self.scorers.needs_dictionary:
             dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
             dictionary.save(self.folder / "attractors.safetensors")
-        self.scorers.learn(dictionary, evidence)
+        self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
         return curve_quantiles(split, pieces, self.config.tol)
 
     def _pass(
@@ -221,12 +221,13 @@ class Evaluator:
         return pieces
 
     def _explore(self, split: Split, indices: range, bar: _Bar) -> Part:
-        ids, images, failures = self._load(split, indices)
-        if not ids:
+        ids, encoding, failures = self._examine(split, indices)
+        if encoding is None:
             return Part(ids, failures, {}, {})
-        dictionary, evidence = self.scorers.explore(images, ids, bar.on_step(indices))
+        dictionary, evidence = self.scorers.explore(encoding, ids, bar.on_step(indices))
         tensors = {f"features/{k}": v.cpu() for k, v in evidence.features.items()}
         tensors |= {f"reconstruction/{k}": v for k, v in evidence.reconstruction.items()}
+        tensors |= {"logits": evidence.logits.cpu()} if evidence.logits is not None else {}
         if dictionary is not None:
             tensors |= {f"dictionary/{k}": v for k, v in dictionary.tensors().items()}
         notes = {"provenance": dict(dictionary.provenance)} if dictionary is not None else {}
@@ -243,10 +244,10 @@ class Evaluator:
         return pieces
 
     def _score_batch(self, split: Split, indices: range, bar: _Bar) -> Part:
-        ids, images, failures = self._load(split, indices)
-        if not ids:
+        ids, encoding, failures = self._examine(split, indices)
+        if encoding is None:
             return Part(ids, failures, {}, {})
-        scored = self.scorers.score(images, bar.on_step(indices))
+        scored = self.scorers.score(encoding, bar.on_step(indices))
         for label, values in scored.scores.items():
             bad = (~values.isfinite()).nonzero()[:, 0]
             if len(bad):
@@ -257,6 +258,11 @@ class Evaluator:
         tensors = {f"score/{label}": values for label, values in scored.scores.items()}
         cost = {s.label: s.f_evaluations(scored.evidence) for s in self.scorers.scorers}
         return Part(ids, failures, {**tensors, **_curves_of(scored.evidence)}, {"f_evaluations": cost})
+
+    def _examine(self, split: Split, indices: range) -> tuple[tuple[str, ...], Encoding | None, list[dict[str, str]]]:
+        """Ids, what the model makes of them (None where no image could be read) and failures of one batch."""
+        ids, images, failures = self._load(split, indices)
+        return ids, self.autoencoder.examine(images) if ids else None, failures
 
     def _load(self, split: Split, indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
         """Ids, images (B, C, H, W) and failures of one batch; raises on the first failure unless they are skipped."""
@@ -396,10 +402,21 @@ def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
     return {"steps": path.steps, "status": path.status, **curves}
 
 
+def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
+    """(N,) int64 classes of the images that were read, or None where the split has no labels."""
+    if not split.images.labels:
+        return None
+    label_of = dict(zip(split.images.ids, split.images.labels, strict=True))
+    labels = [label_of[i] for p in pieces for i in p.ids]
+    numbers = {label: number for number, label in enumerate(sorted(set(labels), key=lambda x: (len(x), x)))}
+    return torch.tensor([numbers[label] for label in labels])
+
+
 def _evidence_of(part: Part) -> Evidence:
     return Evidence(
         features={k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("features/")},  # type: ignore[misc]
         reconstruction={k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("reconstruction/")},  # type: ignore[misc]
+        logits=part.tensors.get("logits"),
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary, NearestAttractor
-from traj_ood.autoencoders import Autoencoder, View
+from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, View
 from traj_ood.engine import Norm, Observer, iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.index import Backend, NeighborIndex
@@ -39,7 +39,7 @@ class ScorerSet:
         tol, max_steps: of :func:`traj_ood.iterate`; defaults are the paper's 1e-5 and 500.
         backend: of :class:`traj_ood.NeighborIndex`.
     Raises:
-        TrajOODError: unknown scorers or options.
+        TrajOODError: unknown scorers or options, or a scorer that reads what this model does not have.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class ScorerSet:
     ) -> None:
         self.autoencoder = autoencoder
         self.scorers: list[Postprocessor] = create_postprocessors(scorers, autoencoder)
+        for scorer in self.scorers:
+            _check_model(autoencoder, scorer)
         self.tol, self.max_steps, self.backend = tol, max_steps, backend
         self.needs: Needs = reduce(lambda a, b: a | b, (s.needs() for s in self.scorers))
         self.dictionary: AttractorDictionary | None = None
@@ -77,33 +79,49 @@ class ScorerSet:
         for scorer in self.scorers:
             scorer.check_training_size(count)
 
-    def fit(self, images: Tensor, ids: Sequence[str] | None = None, on_step: OnStep | None = None) -> ScorerSet:
-        """Learn from ID training images (N, C, H, W) in the model's normalised units (``autoencoder.transform``).
+    def fit(
+        self,
+        images: Tensor,
+        ids: Sequence[str] | None = None,
+        labels: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> ScorerSet:
+        """Learn from ID training images.
 
+        Args:
+            images: (N, C, H, W) in the model's normalised units (``autoencoder.transform``).
+            ids: N names for the attractors. Default: their numbers.
+            labels: (N,) int64 classes; only class-conditional scorers read them.
+            on_step: see :func:`traj_ood.iterate`.
         Raises:
             TrajOODError: fewer than 2 images, or what a scorer refuses.
         """
         self.check_training_size(len(images))
-        dictionary, evidence = self.explore(images, tuple(ids or map(str, range(len(images)))), on_step)
-        return self.learn(dictionary, evidence)
+        encoding = self.autoencoder.examine(images)
+        dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(images)))), on_step)
+        return self.learn(dictionary, replace(evidence, labels=labels))
 
     def explore(
-        self, images: Tensor, ids: tuple[str, ...], on_step: OnStep | None = None
+        self, encoding: Encoding, ids: tuple[str, ...], on_step: OnStep | None = None
     ) -> tuple[AttractorDictionary | None, Evidence]:
         """The training pass over one batch: its end points (None when no scorer needs them) and its evidence."""
-        start = self.autoencoder.encode(images)
-        evidence = self._evidence(images, start, {}, WHOLE_PATH if self.needs_dictionary else 0, on_step)
+        evidence = self._evidence(encoding, {}, WHOLE_PATH if self.needs_dictionary else 0, on_step)
         if not self.needs_dictionary:
             return None, evidence
         provenance = {"model": self.autoencoder.fingerprint(), "tol": self.tol, "max_steps": self.max_steps}
-        return AttractorDictionary.from_trajectory(start, evidence.path(), ids, provenance), evidence
+        return AttractorDictionary.from_trajectory(encoding.latents, evidence.path(), ids, provenance), evidence
 
     def learn(self, dictionary: AttractorDictionary | None, train: Evidence) -> ScorerSet:
-        """Fit every scorer on what :meth:`explore` returned.
+        """Fit every scorer on what :meth:`explore` returned; ``train.labels`` are the caller's to add.
 
         Raises:
-            TrajOODError: fewer than 2 training images, or what a scorer refuses.
+            TrajOODError: fewer than 2 training images, no labels where a scorer needs them, or what a scorer refuses.
         """
+        if self.needs.labels and train.labels is None:
+            asking = next(s.label for s in self.scorers if s.needs().labels)
+            raise TrajOODError(f"scorer {asking}: expected class labels of the training images, got none")
+        if self.needs.head:
+            train = replace(train, head=self.autoencoder.head())
         counts = [len(f) for f in train.features.values()] + ([len(dictionary)] if dictionary is not None else [])
         if counts:
             self.check_training_size(min(counts))
@@ -116,33 +134,32 @@ class ScorerSet:
             scorer.fit(train)
         return self
 
-    def score(self, images: Tensor, on_step: OnStep | None = None) -> Scored:
-        """Score images (B, C, H, W); each image's scores depend on that image alone.
+    def score(self, images: Tensor | Encoding, on_step: OnStep | None = None) -> Scored:
+        """Score images (B, C, H, W), or what the model made of them; each image's scores depend on that image alone.
 
         Raises:
             TrajOODError: not fitted, or images of the wrong shape.
         """
         if self.needs_dictionary and self.dictionary is None:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")
-        start = self.autoencoder.encode(images)
-        evidence = self._evidence(images, start, self._indices, self.needs.steps, on_step)
+        encoding = self.autoencoder.examine(images) if isinstance(images, Tensor) else images
+        evidence = self._evidence(encoding, self._indices, self.needs.steps, on_step)
         return Scored({s.label: s.score(evidence) for s in self.scorers}, evidence)
 
     def _evidence(
         self,
-        images: Tensor,
-        start: Tensor,
+        encoding: Encoding,
         indices: dict[View, NeighborIndex],
         steps: int,
         on_step: OnStep | None,
     ) -> Evidence:
-        model = self.autoencoder
+        model, start = self.autoencoder, encoding.latents
         reconstruction = {}
         if "plain" in self.needs.reconstruction:
-            difference = model.decode(start) - images.to(model.device)
+            difference = model.decode(start) - encoding.target.to(model.device)
             reconstruction["plain"] = difference.flatten(1).square().mean(dim=1).cpu().double()
         if "masked" in self.needs.reconstruction:
-            reconstruction["masked"] = model.reconstruct_masked(images)
+            reconstruction["masked"] = model.reconstruct_masked(encoding.target)
         trajectory = None
         if steps or indices:
             observers: list[Observer] = [Norm()]
@@ -156,14 +173,44 @@ class ScorerSet:
                 chunk=model.chunk,
                 on_step=on_step,
             )
-        features = {view: model.view(start, view).float() for view in sorted(self.needs.features)}
-        return Evidence(features, reconstruction, trajectory)  # type: ignore[arg-type]
+        features = {view: _features(model, encoding, view) for view in sorted(self.needs.features)}
+        logits = encoding.logits if self.needs.logits else None
+        return Evidence(features, reconstruction, trajectory, logits)  # type: ignore[arg-type]
+
+
+def _features(model: Autoencoder, encoding: Encoding, view: FeatureView) -> Tensor:
+    if view == "backbone":
+        assert encoding.features is not None  # checked for every scorer when the set was made
+        return encoding.features.float()
+    return model.view(encoding.latents, view).float()
+
+
+def _check_model(model: Autoencoder, scorer: Postprocessor) -> None:
+    """Refuse a scorer that reads what the model does not have."""
+    needs = scorer.needs()
+    if "backbone" in needs.features and not model.feature_dim:
+        raise TrajOODError(
+            f"scorer {scorer.label}: reads the features of a frozen backbone, and {model.name} ({model.family}) has "
+            "none: use another view, or a model such as timm:<name>"
+        )
+    if (needs.logits or needs.head) and not model.classes:
+        raise TrajOODError(
+            f"scorer {scorer.label}: reads the logits of a classifier, and {model.name} ({model.family}) has none: use "
+            "a model with a classifier, such as timm:<name>"
+        )
+    if needs.head and model.head() is None:
+        raise TrajOODError(
+            f"scorer {scorer.label}: needs a linear classifier over the features, and that of {model.name} is another "
+            "kind: leave this scorer out"
+        )
 
 
 def join_evidence(parts: Sequence[Evidence]) -> Evidence:
     """The evidence of several batches as one; trajectories are left out, as no scorer learns from them."""
     first = parts[0]
+    logits = [p.logits for p in parts if p.logits is not None]
     return Evidence(
         features={view: torch.cat([p.features[view] for p in parts]) for view in first.features},
         reconstruction={kind: torch.cat([p.reconstruction[kind] for p in parts]) for kind in first.reconstruction},
+        logits=torch.cat(logits) if logits else None,
     )

@@ -362,7 +362,7 @@ def _health(model: Autoencoder, benchmark: Benchmark, config: TrainConfig) -> di
         return {}
     sample = benchmark.subsample(train=count, per_set=1, seed=config.seed).train.images
     images = torch.stack([model.transform(sample.load(i)) for i in range(count)])
-    dictionary, _ = ScorerSet(model, ["trajectory"]).explore(images, tuple(sample.ids))
+    dictionary, _ = ScorerSet(model, ["trajectory"]).explore(model.examine(images), tuple(sample.ids))
     return dictionary.health().as_dict() if dictionary is not None else {}
 
 

@@ -7,18 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from traj_ood.autoencoders.base import VIEWS, Autoencoder, CallableAutoencoder, View
+from traj_ood.autoencoders.base import (
+    FEATURE_VIEWS,
+    VIEWS,
+    Autoencoder,
+    CallableAutoencoder,
+    Encoding,
+    FeatureView,
+    View,
+)
 from traj_ood.autoencoders.conv import ConvAutoencoder, ConvNetwork
 from traj_ood.autoencoders.vit_mae import ViTMAE
 from traj_ood.errors import TrajOODError, unknown_name
 
 __all__ = [
+    "FEATURE_VIEWS",
     "MODELS",
     "VIEWS",
     "Autoencoder",
     "CallableAutoencoder",
     "ConvAutoencoder",
     "ConvNetwork",
+    "Encoding",
+    "FeatureView",
     "ModelInfo",
     "ViTMAE",
     "View",

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,6 +18,28 @@ from traj_ood.errors import TrajOODError
 
 View = Literal["tokens", "cls", "mean"]
 VIEWS: tuple[View, ...] = get_args(View)
+FeatureView = Literal["tokens", "cls", "mean", "backbone"]
+FEATURE_VIEWS: tuple[FeatureView, ...] = get_args(FeatureView)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What one look at B images leaves: where their trajectories start, and what static scorers read.
+
+    Attributes:
+        latents: (B, *L) z0 = E(x), on the model's device.
+        target: (B, *) what D(z0) is compared with: the images, or the features that a surrogate reconstructs.
+        features: (B, n) penultimate features of the frozen backbone; None without one.
+        logits: (B, classes) of the classifier; None without one.
+    """
+
+    latents: Tensor
+    target: Tensor
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.latents)
 
 
 class Autoencoder(ABC):
@@ -33,6 +56,8 @@ class Autoencoder(ABC):
             not follow the batch size: floating-point rounding follows the shape of the call.
         has_cls: whether the first latent token summarises the image (a CLS token). Latents of shape (B, T, d) are T
             tokens; any other shape counts as one token, for which every view is the whole latent.
+        feature_dim: width of the frozen backbone's features; 0 for models that encode the image themselves.
+        classes: number of classes of the backbone's classifier; 0 without one.
     """
 
     family: ClassVar[str] = "custom"
@@ -41,6 +66,8 @@ class Autoencoder(ABC):
     input_shape: tuple[int, int, int]
     chunk: int = 32
     has_cls: bool = False
+    feature_dim: int = 0
+    classes: int = 0
 
     @abstractmethod
     def encode_batch(self, images: Tensor) -> Tensor:
@@ -119,6 +146,18 @@ class Autoencoder(ABC):
     def self_map(self, latents: Tensor) -> Tensor:
         """f(z) = E(D(z)) on one chunk of latents; :func:`traj_ood.iterate` does the chunking."""
         return self.encode_batch(self.decode_batch(latents))
+
+    def examine(self, images: Tensor) -> Encoding:
+        """E, and whatever else one pass through the model tells of images (B, C, H, W).
+
+        Raises:
+            TrajOODError: as :meth:`encode`.
+        """
+        return Encoding(latents=self.encode(images), target=images)
+
+    def head(self) -> tuple[Tensor, Tensor] | None:
+        """Weight (classes, feature_dim) and bias (classes,) of a linear classifier over the features, or None."""
+        return None
 
     def view(self, latents: Tensor, name: View) -> Tensor:
         """(B, d) view of latents (B, *L): ``tokens`` = all of them, flattened; ``cls`` = the first token; ``mean`` =

@@ -65,8 +65,11 @@ def load_fashion(root: str | Path | None = None) -> Benchmark:
     held_out = np.zeros(len(in_distribution), dtype=bool)
     held_out[sample_indices(len(in_distribution), VAL_SIZE, VAL_SEED, "fashion/val")] = True
 
+    labels = {"train": train_labels, "t10k": test_labels}
+
     def part(name: str, images: np.ndarray, chosen: np.ndarray) -> ArrayImages:
-        return ArrayImages(tuple(f"fashion-mnist/{name}/{i:05d}" for i in chosen), images[chosen])
+        ids = tuple(f"fashion-mnist/{name}/{i:05d}" for i in chosen)
+        return ArrayImages(ids, images[chosen], tuple(str(label) for label in labels[name][chosen]))
 
     near = [
         Split(name, "near", part("t10k", test_images, np.flatnonzero(test_labels == label)))

@@ -34,6 +34,10 @@ class ImageSource(Protocol):
     def ids(self) -> Sequence[str]:
         """One stable id per image, unique within the source and free of machine-specific paths."""
 
+    @property
+    def labels(self) -> Sequence[str]:
+        """One class label per image, or empty where none is known."""
+
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Image.Image:
@@ -60,16 +64,19 @@ class ArrayImages:
     Attributes:
         ids: N unique ids.
         array: uint8, (N, H, W) greyscale or (N, H, W, 3) RGB.
+        labels: N class labels, or empty.
 
     Raises:
-        TrajOODError: another dtype or shape, or ids that are not N unique strings.
+        TrajOODError: another dtype or shape, or ids or labels that do not match.
     """
 
     ids: tuple[str, ...]
     array: np.ndarray
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(self.ids))
+        object.__setattr__(self, "labels", tuple(self.labels))
         shape = self.array.shape
         if self.array.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
             raise TrajOODError(
@@ -77,6 +84,7 @@ class ArrayImages:
                 "convert the array first"
             )
         _check_ids(self.ids, shape[0], "array images")
+        _check_labels(self.labels, shape[0], "array images")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,7 +96,7 @@ class ArrayImages:
         return Image.fromarray(np.ascontiguousarray(self.array[index]))
 
     def digest(self) -> str:
-        """SHA-256 over the ids, the shape and the pixel bytes."""
+        """SHA-256 over the ids, the shape and the pixel bytes; labels are left out, since no image depends on them."""
         sha = _digest_of(self.ids)
         sha.update(repr(self.array.shape).encode())
         sha.update(np.ascontiguousarray(self.array).data)
@@ -96,7 +104,11 @@ class ArrayImages:
 
     def select(self, indices: Sequence[int]) -> ArrayImages:
         """The images at ``indices``, in that order."""
-        return ArrayImages(tuple(self.ids[i] for i in indices), self.array[np.asarray(indices, dtype=np.intp)])
+        return ArrayImages(
+            tuple(self.ids[i] for i in indices),
+            self.array[np.asarray(indices, dtype=np.intp)],
+            tuple(self.labels[i] for i in indices) if self.labels else (),
+        )
 
     def missing(self) -> list[str]:
         """Nothing can be missing from memory."""
@@ -112,8 +124,8 @@ class FileImages:
             machine.
         paths: N relative paths with forward slashes.
         ids: N unique ids.
-        labels: N texts as the image list gives them, or empty when there is no list. They enter the digest only: OOD
-            detection needs no class labels.
+        labels: N texts as the image list gives them, or empty when there is no list. Class-conditional scorers and the
+            training of classifiers read them.
 
     Raises:
         TrajOODError: ids or labels do not match the paths.
@@ -129,11 +141,7 @@ class FileImages:
         for field in ("paths", "ids", "labels"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         _check_ids(self.ids, len(self.paths), f"image files below {self.root}")
-        if self.labels and len(self.labels) != len(self.paths):
-            raise TrajOODError(
-                f"image files below {self.root}: expected {len(self.paths)} labels, one per path, got "
-                f"{len(self.labels)}; give one label per path or none"
-            )
+        _check_labels(self.labels, len(self.paths), f"image files below {self.root}")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -349,6 +357,13 @@ def _check_ids(ids: tuple[str, ...], count: int, what: str) -> None:
     if len(set(ids)) != count:
         twice = next(image_id for image_id, times in Counter(ids).items() if times > 1)
         raise TrajOODError(f"{what}: expected unique ids, got {twice!r} twice; give every image its own id")
+
+
+def _check_labels(labels: tuple[str, ...], count: int, what: str) -> None:
+    if labels and len(labels) != count:
+        raise TrajOODError(
+            f"{what}: expected {count} labels, one per image, got {len(labels)}; give one label per image or none"
+        )
 
 
 def _digest_of(*columns: Sequence[str]) -> hashlib._Hash:

@@ -1,6 +1,6 @@
 """OOD scorers: one file each, registered by name."""
 
-from traj_ood.postprocessors.base import WHOLE_PATH, Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.base import WHOLE_PATH, Evidence, FeatureScorer, Needs, Postprocessor
 from traj_ood.postprocessors.controls import EndDistance, FirstResidual, StartDistance, Steps
 from traj_ood.postprocessors.knn import KNN, PaperKNN
 from traj_ood.postprocessors.mahalanobis import Mahalanobis
@@ -20,6 +20,7 @@ __all__ = [
     "WHOLE_PATH",
     "EndDistance",
     "Evidence",
+    "FeatureScorer",
     "FirstResidual",
     "Mahalanobis",
     "Needs",

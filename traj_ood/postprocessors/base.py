@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from traj_ood.autoencoders import VIEWS, View
+from traj_ood.autoencoders import FEATURE_VIEWS, VIEWS, FeatureView, View
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.trajectory import Trajectory
@@ -29,16 +29,22 @@ class Needs:
     """What a scorer reads, so that one pass over the images computes just that, once, for all scorers.
 
     Attributes:
-        features: latent views of z0.
+        features: latent views of z0, or ``backbone`` for a frozen backbone's penultimate features.
         reconstruction: ``plain`` ‖x − D(E(x))‖² or ``masked``, the MAE's own task.
         distances: views in which the distance to the nearest attractor is measured along the path.
         steps: how much of the path beyond z0 is read; ``WHOLE_PATH`` is until it settles.
+        logits: the classifier's logits.
+        head: the classifier's weight and bias, while fitting.
+        labels: the training images' class labels, while fitting.
     """
 
-    features: frozenset[View] = frozenset()
+    features: frozenset[FeatureView] = frozenset()
     reconstruction: frozenset[ReconstructionKind] = frozenset()
     distances: frozenset[View] = frozenset()
     steps: int = 0
+    logits: bool = False
+    head: bool = False
+    labels: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -46,6 +52,9 @@ class Needs:
             self.reconstruction | other.reconstruction,
             self.distances | other.distances,
             max(self.steps, other.steps),
+            self.logits or other.logits,
+            self.head or other.head,
+            self.labels or other.labels,
         )
 
 
@@ -54,14 +63,20 @@ class Evidence:
     """What one pass over B images leaves for the scorers.
 
     Attributes:
-        features: view → (B, d) float32 of z0 = E(x).
+        features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone.
         reconstruction: kind → (B,) float64 mean squared error per pixel.
         trajectory: residuals, steps and (except while fitting) distances to the attractors.
+        logits: (B, classes) float32 of the classifier.
+        head: weight (classes, n) and bias (classes,) of the classifier; while fitting only.
+        labels: (B,) int64 class labels 0 … C−1; while fitting only.
     """
 
-    features: Mapping[View, Tensor] = field(default_factory=dict)
+    features: Mapping[FeatureView, Tensor] = field(default_factory=dict)
     reconstruction: Mapping[ReconstructionKind, Tensor] = field(default_factory=dict)
     trajectory: Trajectory | None = None
+    logits: Tensor | None = None
+    head: tuple[Tensor, Tensor] | None = None
+    labels: Tensor | None = None
 
     def path(self) -> Trajectory:
         """The trajectory.
@@ -75,6 +90,16 @@ class Evidence:
             )
         return self.trajectory
 
+    def class_logits(self) -> Tensor:
+        """(B, classes) float64 logits.
+
+        Raises:
+            TrajOODError: the pass kept none.
+        """
+        if self.logits is None:
+            raise TrajOODError("this scorer reads logits, but the pass kept none: declare them in needs()")
+        return self.logits.cpu().double()
+
 
 @dataclass
 class Postprocessor(ABC):
@@ -85,12 +110,14 @@ class Postprocessor(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    views: ClassVar[tuple[str, ...]] = VIEWS
+    """Values of the option ``view``: scorers of the path know latent views alone, :class:`FeatureScorer` s more."""
 
     def __post_init__(self) -> None:
         self._state: dict[str, Tensor] | None = None
         view = getattr(self, "view", None)
-        if view is not None and view not in VIEWS:
-            raise unknown_name(f"latent view of scorer {self.name}", str(view), VIEWS)
+        if view is not None and view not in self.views:
+            raise unknown_name(f"view of scorer {self.name}", str(view), self.views)
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -163,6 +190,25 @@ class Postprocessor(ABC):
             raise TrajOODError(f"{path}: expected a scorer file of {mine}, got one of {header}")
         self._state = state
         return self
+
+
+@dataclass
+class FeatureScorer(Postprocessor):
+    """A static scorer: it reads one feature vector per image.
+
+    On a model with a frozen backbone the command line reads that backbone's penultimate features unless a ``view`` is
+    written out, because that is where the published forms of these scorers stand.
+    """
+
+    views: ClassVar[tuple[str, ...]] = FEATURE_VIEWS
+    view: FeatureView = "mean"
+
+    def needs(self) -> Needs:
+        return Needs(features=frozenset({self.view}))
+
+    def features(self, evidence: Evidence) -> Tensor:
+        """(B, d) features of the declared view."""
+        return evidence.features[self.view]
 
 
 def _text(value: Any) -> str:

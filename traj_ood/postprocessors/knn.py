@@ -9,16 +9,16 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from traj_ood.autoencoders import View
+from traj_ood.autoencoders import FeatureView
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import NeighborIndex
-from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.base import Evidence, FeatureScorer, Postprocessor
 from traj_ood.postprocessors.registry import register
 
 
 @register
 @dataclass
-class KNN(Postprocessor):
+class KNN(FeatureScorer):
     """Distance to the k-th nearest training feature: ‖z̄ − z̄_(k)‖ with z̄ = z/‖z‖ (Sun et al. 2022, eq. 2).
 
     Args:
@@ -32,7 +32,7 @@ class KNN(Postprocessor):
 
     name: ClassVar[str] = "knn"
     summary: ClassVar[str] = "distance to the k-th nearest L2-normalised training feature (Sun et al. 2022)"
-    view: View = "mean"
+    view: FeatureView = "mean"
     k: int | None = 10
     reduce: Literal["kth", "mean"] = "kth"
     normalize: bool = True
@@ -45,9 +45,6 @@ class KNN(Postprocessor):
             raise TrajOODError(f"scorer {self.name}: k must be at least 1, got {self.k}")
         self._index: NeighborIndex | None = None
 
-    def needs(self) -> Needs:
-        return Needs(features=frozenset({self.view}))
-
     def check_training_size(self, count: int) -> None:
         if self.k is not None and self.k > count:
             raise TrajOODError(
@@ -56,7 +53,7 @@ class KNN(Postprocessor):
             )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        bank = self._features(train)
+        bank = self.features(train)
         self.check_training_size(len(bank))
         self._index = None
         return {"bank": bank.cpu()}
@@ -66,14 +63,14 @@ class KNN(Postprocessor):
         return super().load(path)
 
     def score(self, evidence: Evidence) -> Tensor:
-        queries = self._features(evidence)
+        queries = self.features(evidence)
         if self._index is None:
             self._index = NeighborIndex(self.state["bank"].to(queries.device))
         distances = self._index.search(queries, self.k or len(self._index)).distances
         return (distances[:, -1] if self.reduce == "kth" else distances.mean(dim=1)).cpu()
 
-    def _features(self, evidence: Evidence) -> Tensor:
-        features = evidence.features[self.view].float()
+    def features(self, evidence: Evidence) -> Tensor:
+        features = super().features(evidence).float()
         return normalize(features, dim=1) if self.normalize else features
 
 
@@ -89,7 +86,7 @@ class PaperKNN(KNN):
 
     name: ClassVar[str] = "knn-paper"
     summary: ClassVar[str] = "mean distance to all training features: the paper's KNN with K = 2,000 of 2,000 (§4.2)"
-    view: View = "tokens"
+    view: FeatureView = "tokens"
     k: int | None = None
     reduce: Literal["kth", "mean"] = "mean"
     normalize: bool = False

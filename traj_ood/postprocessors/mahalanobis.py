@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.autoencoders import View
-from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.base import Evidence, FeatureScorer
 from traj_ood.postprocessors.registry import register
 
 
 @register
 @dataclass
-class Mahalanobis(Postprocessor):
+class Mahalanobis(FeatureScorer):
     """sqrt((z − μ)ᵀ Σ⁻¹ (z − μ)) with the Ledoit–Wolf shrinkage estimate of Σ, in float64.
 
     One Gaussian, because an autoencoder has no class labels. Shrinkage, because a few thousand images do not fill a
@@ -27,19 +26,15 @@ class Mahalanobis(Postprocessor):
 
     name: ClassVar[str] = "mahalanobis"
     summary: ClassVar[str] = "Mahalanobis distance to one Gaussian of the training features, Ledoit-Wolf shrinkage"
-    view: View = "mean"
-
-    def needs(self) -> Needs:
-        return Needs(features=frozenset({self.view}))
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         from sklearn.covariance import LedoitWolf
 
-        features = train.features[self.view].cpu().double().numpy()
+        features = self.features(train).cpu().double().numpy()
         estimate = LedoitWolf().fit(features)
         precision = torch.from_numpy(estimate.precision_).double()
         return {"mean": torch.from_numpy(estimate.location_).double(), "precision": precision}
 
     def score(self, evidence: Evidence) -> Tensor:
-        offset = evidence.features[self.view].cpu().double() - self.state["mean"]
+        offset = self.features(evidence).cpu().double() - self.state["mean"]
         return ((offset @ self.state["precision"]) * offset).sum(dim=1).clamp(min=0).sqrt()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.postprocessors.base import Postprocessor
+from traj_ood.postprocessors.base import FeatureScorer, Postprocessor
 
 POSTPROCESSORS: dict[str, type[Postprocessor]] = {}
 
@@ -61,7 +61,7 @@ def create_postprocessors(specs: Sequence[str], autoencoder: Autoencoder) -> lis
         TrajOODError: no scorer, an unknown one, or one listed twice.
     """
     expanded = [s for spec in specs for s in (default_suite(autoencoder) if spec.strip() == "all" else [spec])]
-    scorers = [create_postprocessor(s) for s in expanded]
+    scorers = [create_postprocessor(_with_backbone(s, autoencoder)) for s in expanded]
     labels = [s.label for s in scorers]
     if not labels:
         raise TrajOODError("scorers: expected at least one, got none")
@@ -69,6 +69,13 @@ def create_postprocessors(specs: Sequence[str], autoencoder: Autoencoder) -> lis
     if twice:
         raise TrajOODError(f"scorers: {twice} is listed twice")
     return scorers
+
+
+def _with_backbone(spec: str, autoencoder: Autoencoder) -> str:
+    """A static scorer stands, as published, on the features of the backbone where there is one."""
+    cls = POSTPROCESSORS.get(spec.strip().split(":")[0])
+    static = cls is not None and issubclass(cls, FeatureScorer)
+    return f"{spec}:view=backbone" if autoencoder.feature_dim and static and ":view=" not in spec else spec
 
 
 def default_suite(autoencoder: Autoencoder) -> list[str]:
