@@ -7,8 +7,10 @@ is Pillow's integer arithmetic.
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -95,10 +97,10 @@ def far_sets() -> tuple[Split, ...]:
     """
     return (
         Split("digits", "far", _digits()),
-        Split("textures", "far", _crops(TEXTURES, TEXTURE_SIDES, "textures")),
-        Split("photos", "far", _crops(PHOTOS, PHOTO_SIDES, "photos")),
+        Split("textures", "far", crops(TEXTURES, TEXTURE_SIDES, "textures")),
+        Split("photos", "far", crops(PHOTOS, PHOTO_SIDES, "photos")),
         Split("faces", "far", _faces()),
-        Split("noise", "far", _noise()),
+        Split("noise", "far", noise((SIDE, SIDE))),
     )
 
 
@@ -116,37 +118,55 @@ def _faces() -> ArrayImages:
     return _numbered("skimage/lfw", np.stack([_resized(face) for face in np.rint(faces * 255).astype(np.uint8)]))
 
 
-def _noise() -> ArrayImages:
-    """1,000 images of independent uniform bytes, straight from the PCG64 stream (which never changes)."""
-    words = np.random.PCG64(FAR_SEED).random_raw(FAR_SIZE * SIDE * SIDE // 8)
-    return _numbered("noise/uniform", words.astype("<u8").view(np.uint8).reshape(FAR_SIZE, SIDE, SIDE))
+def noise(shape: tuple[int, ...]) -> ArrayImages:
+    """1,000 images ``shape`` of independent uniform bytes, straight from the PCG64 stream (which never changes)."""
+    words = np.random.PCG64(FAR_SEED).random_raw(FAR_SIZE * math.prod(shape) // 8)
+    return _numbered("noise/uniform", words.astype("<u8").view(np.uint8).reshape(FAR_SIZE, *shape))
 
 
-def _crops(files: tuple[str, ...], sides: tuple[int, int], stream: str) -> ArrayImages:
-    """1,000 square crops of random side and place, dealt out over ``files`` in turn, scaled to 28 x 28.
+def crops(
+    files: tuple[str, ...],
+    sides: tuple[int, int],
+    stream: str,
+    *,
+    scaled_to: int = SIDE,
+    mode: Literal["L", "RGB"] = "L",
+) -> ArrayImages:
+    """1,000 square crops of random side and place of scikit-image's ``files`` in turn, ``scaled_to`` pixels a side.
 
-    Near-uniform crops are drawn again (``MIN_CONTRAST``, judged on the scaled crop).
+    Near-uniform crops are drawn again (``MIN_CONTRAST``, judged on the scaled crop in grey).
+
+    Raises:
+        TrajOODError: a bundled image file is not there.
     """
-    sources = [np.asarray(open_image(_bundled(name)).convert("L")) for name in files]
+    sources = [np.asarray(open_image(_bundled(name)).convert(mode)) for name in files]
     generators = [np.random.Generator(np.random.PCG64([FAR_SEED, len(stream), i])) for i in range(len(files))]
-    ids, crops = [], []
+    ids, chosen = [], []
     for number in range(FAR_SIZE):
         turn, which = divmod(number, len(files))
         ids.append(f"skimage/{Path(files[which]).stem}/{turn:04d}")
-        crops.append(_crop(sources[which], sides, generators[which]))
-    return ArrayImages(tuple(ids), np.stack(crops))
+        chosen.append(_crop(sources[which], sides, generators[which], scaled_to))
+    return ArrayImages(tuple(ids), np.stack(chosen))
 
 
-def _crop(source: np.ndarray, sides: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """One crop (28, 28) of ``source`` (H, W), both uint8, that is not near-uniform."""
-    height, width = source.shape
+def _crop(source: np.ndarray, sides: tuple[int, int], generator: np.random.Generator, scaled_to: int) -> np.ndarray:
+    """One scaled crop of ``source`` (H, W) or (H, W, 3), both uint8, that is not near-uniform."""
+    height, width = source.shape[:2]
     while True:
         side = int(generator.integers(sides[0], sides[1], endpoint=True))
         top = int(generator.integers(0, height - side, endpoint=True))
         left = int(generator.integers(0, width - side, endpoint=True))
-        crop = _resized(source[top : top + side, left : left + side])
-        if _variance_times_count_squared(crop) >= (MIN_CONTRAST * crop.size) ** 2:
+        crop = _resized(source[top : top + side, left : left + side], scaled_to)
+        grey = _grey(crop)
+        if _variance_times_count_squared(grey) >= (MIN_CONTRAST * grey.size) ** 2:
             return crop
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Pillow's integer luma of an RGB image; grey ones as they are."""
+    from PIL import Image
+
+    return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
 
 
 def _variance_times_count_squared(grey: np.ndarray) -> int:
@@ -155,12 +175,12 @@ def _variance_times_count_squared(grey: np.ndarray) -> int:
     return int(values.size * (values**2).sum() - values.sum() ** 2)
 
 
-def _resized(grey: np.ndarray) -> np.ndarray:
-    """A square uint8 image to (28, 28), bilinear; Pillow widens the filter when it scales down (antialias)."""
+def _resized(square: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """A square uint8 image to ``side``, bilinear; Pillow widens the filter when it scales down (antialias)."""
     from PIL import Image
 
-    image = Image.fromarray(np.ascontiguousarray(grey))
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    image = Image.fromarray(np.ascontiguousarray(square))
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 
 
 def _numbered(prefix: str, array: np.ndarray) -> ArrayImages:
@@ -172,7 +192,7 @@ def _bundled(name: str) -> Path:
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise TrajOODError(
-            "benchmark 'fashion': scikit-image is not installed; install it with: pip install scikit-image"
+            "the far sets need scikit-image, which is not installed; install it with: pip install scikit-image"
         )
     path = Path(spec.origin).parent / "data" / name
     if not path.is_file():

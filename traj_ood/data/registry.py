@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from traj_ood.data.benchmark import Benchmark
+from traj_ood.data.cifar10_local import load_cifar10_local
 from traj_ood.data.custom import load_custom
 from traj_ood.data.fashion import load_fashion
 from traj_ood.data.openood import load_openood
@@ -68,6 +69,15 @@ _REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[[str | Path | None], Benchmar
                 _OPENOOD_NEEDS,
             ),
             partial(load_openood, "cifar100"),
+        ),
+        (
+            BenchmarkInfo(
+                "cifar10-local",
+                "CIFAR-10 without cats, deer and trucks vs those (near) and Fashion-MNIST, textures, photos, noise, "
+                "ImageNet samples (far)",
+                "folders cifar10/ and imagenet_sample/ of JPEG files, given as root, in $TRAJ_OOD_DATA or as ./data",
+            ),
+            load_cifar10_local,
         ),
     )
 }
