@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,20 @@ from torch import Tensor
 
 from traj_ood import index as index_module
 from traj_ood.errors import TrajOODError
-from traj_ood.index import _ERROR_FACTOR, _UNIT, NeighborIndex, Neighbors, _FaissFlat, _TorchFlat, greedy_leaders
+from traj_ood.index import (
+    _ERROR_FACTOR,
+    _UNIT,
+    SHARD_ABOVE,
+    Approximate,
+    NeighborIndex,
+    Neighbors,
+    Recall,
+    _FaissFlat,
+    _flat_backend,
+    _to_gpu,
+    _TorchFlat,
+    greedy_leaders,
+)
 
 DISTANCES = (0.0, 1e-4, 1e-3, 1e-2, 1.0, 400.0)
 
@@ -165,7 +180,7 @@ def test_random_geometries(seed: int) -> None:
 def test_backends_agree() -> None:
     points = torch.cat([gaussian(300, 64), clusters(4, 50, 64, 1e-2)])
     queries = torch.cat([moved(points[::50], d, 3) for d in DISTANCES])
-    one, other = (NeighborIndex(points, backend=b) for b in ("torch", "faiss"))  # type: ignore[arg-type]
+    one, other = (NeighborIndex(points, backend=b) for b in ("torch", "faiss"))
     assert (one.backend, other.backend, NeighborIndex(points).backend) == ("torch", "faiss", "faiss")
     torch.testing.assert_close(one.nearest(queries).distances, other.nearest(queries).distances, rtol=1e-9, atol=1e-6)
     torch.testing.assert_close(
@@ -173,14 +188,58 @@ def test_backends_agree() -> None:
     )
 
 
-def test_queries_do_not_depend_on_each_other() -> None:
+def assert_independent_of_the_batch(built: NeighborIndex, queries: Tensor) -> None:
+    """The same bits alone, in another order, and in batches on both sides of FAISS's switch to BLAS."""
+    together = built.nearest(queries)
+    order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(5))
+    shuffled = built.nearest(queries[order])
+    assert torch.equal(shuffled.distances, together.distances[order])
+    assert torch.equal(shuffled.indices, together.indices[order])
+    for size in (1, 19):
+        parts = [built.nearest(part) for part in queries.split(size)]
+        assert torch.equal(torch.cat([p.distances for p in parts]), together.distances)
+        assert torch.equal(torch.cat([p.indices for p in parts]), together.indices)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_do_not_depend_on_each_other(backend: str) -> None:
     points = torch.cat([gaussian(100, 96), clusters(4, 20, 96, 1e-2)])
+    points = torch.cat([points, points[::9]])  # with ties
     queries = torch.cat([moved(points[::20], d, 3) for d in DISTANCES])
-    built = NeighborIndex(points)
-    together, far = built.nearest(queries).distances, built.search(queries, 5).distances
+    built = NeighborIndex(points, backend=backend)  # type: ignore[arg-type]
+    assert_independent_of_the_batch(built, queries)
+    far = built.search(queries, 5).distances
     for b in range(len(queries)):
-        torch.testing.assert_close(built.nearest(queries[b : b + 1]).distances[0], together[b], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(built.search(queries[b : b + 1], 5).distances[0], far[b], rtol=1e-5, atol=1e-9)
+
+
+def test_a_single_long_query_is_not_summed_by_several_threads() -> None:
+    points = gaussian(8, 40_000)  # torch splits a sum of more than 32,768 terms if it is the only one
+    queries = moved(points[:4], 300.0)
+    built = NeighborIndex(points, backend="torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = built.nearest(queries).distances
+        assert torch.equal(torch.cat([built.nearest(q[None]).distances for q in queries]), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_equal_points_the_first_is_found(backend: str) -> None:
+    points = clusters(3, 10, 96, 1e-2).repeat(3, 1)
+    found = NeighborIndex(points, backend=backend).nearest(points)  # type: ignore[arg-type]
+    assert found.indices[:, 0].tolist() == list(range(30)) * 3
+    assert not found.distances.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_members_collapsed_onto_one_another_away_from_their_leader(backend: str) -> None:
+    core = clusters(1, 40, 96, 1e-5)
+    points = torch.cat([core[:1] + 0.05, core, gaussian(5, 96, 900.0, 9)])
+    queries = torch.cat([core[:9], moved(core[:9], 1e-3)])
+    assert_exact(NeighborIndex(points, backend=backend).nearest(queries), points, brute(points, queries))  # type: ignore[arg-type]
 
 
 def test_groups_make_a_collapsed_dictionary_small() -> None:
@@ -220,6 +279,178 @@ def test_rounding_stays_below_the_bound(backend: str, dimension: int) -> None:
         norms = queries.double().norm(dim=1, keepdim=True) + points.double().norm(dim=1)[indices]
         worst = float(((squared.double() - truth).abs() / (_UNIT * norms.square())).max())
         assert worst <= _ERROR_FACTOR, f"scale {scale}, offset {offset}: {worst:.1f} units"
+
+
+# ---------------------------------------------------------------------------------------------- approximate
+
+
+def crowd() -> tuple[Tensor, Tensor]:
+    """3,800 points on some 2,800 attractors, most in 40 clusters, with duplicates, and 60 queries near and far."""
+    centres = clusters(40, 50, 32, 100.0, 3)
+    points = torch.cat([centres, gaussian(800, 32), moved(centres[:500], 1e-2, 4), centres[500:1000]])
+    return points, torch.cat([moved(points[::400], d, 5) for d in DISTANCES])
+
+
+@pytest.fixture
+def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "APPROXIMATE_FROM", 1000)
+
+
+@needs_faiss
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_an_approximate_index_loses_recall_only(kind: Approximate) -> None:
+    points, queries = crowd()
+    built = NeighborIndex(points, approximate=kind)
+    assert built.approximate == kind
+    assert 2750 < built.groups <= 2850  # groups cut by a border of cells, and close attractors
+    found, truth = built.nearest(queries), brute(points, queries)
+    hit = found.distances[:, 0] <= truth.min(dim=1).values * (1 + 1e-9)
+    assert hit.double().mean() > 0.9
+    torch.testing.assert_close(truth.gather(1, found.indices), found.distances, rtol=1e-12, atol=0)
+    exact = NeighborIndex(points).nearest(queries)
+    assert torch.equal(found.distances[hit], exact.distances[hit])
+    assert_exact(built.search(queries, 7), points, truth, 7)  # search stays exact
+    assert_exact(built.search(queries[:2], len(points)), points, truth[:2], len(points))
+    with pytest.raises(TrajOODError, match=r"k: expected 1 to 3800 .*, got 3801"):
+        built.search(queries, 3801)
+    with pytest.raises(TrajOODError, match="index queries: 1 of 60 rows are not finite, first at row 7"):
+        built.nearest(bad(queries, 7, float("nan")))
+
+
+@needs_faiss
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_an_approximate_index_is_deterministic(kind: Approximate) -> None:
+    points, queries = crowd()
+    one, other = (NeighborIndex(points, approximate=kind) for _ in range(2))
+    import faiss
+
+    threads, threshold = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
+    faiss.omp_set_num_threads(2)
+    try:
+        third = NeighborIndex(points, approximate=kind)
+        assert faiss.omp_get_max_threads() == 2
+    finally:
+        faiss.omp_set_num_threads(threads)
+    for built in (other, third):
+        assert torch.equal(one.nearest(queries).distances, built.nearest(queries).distances)
+        assert torch.equal(one.nearest(queries).indices, built.nearest(queries).indices)
+    assert_independent_of_the_batch(one, queries)
+    assert faiss.cvar.distance_compute_blas_threshold == threshold
+
+
+@needs_faiss
+@pytest.mark.usefixtures("small_is_large")
+def test_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, queries = crowd()
+    assert NeighborIndex(points).recall(queries) == Recall(60, 1.0, 0.0, 0.0)
+    assert NeighborIndex(points, backend="torch").recall(queries) == Recall(60, 1.0, 0.0, 0.0)
+    monkeypatch.setattr(index_module, "_PROBED_CELLS", 1)
+    built = NeighborIndex(points, approximate="ivf")
+    measured = built.recall(queries)
+    assert measured == built.recall(queries)
+    truth = brute(points, queries).min(dim=1).values
+    found = built.nearest(queries).distances[:, 0]
+    assert measured.recall == (found <= truth * (1 + 1e-12)).double().mean() < 1
+    outside = truth > 0
+    assert measured.max_excess >= float((found / truth - 1)[outside].max()) - 1e-9 > 0
+    assert measured.mean_excess <= measured.max_excess
+    with pytest.raises(TrajOODError, match="recall: expected at least one query, got none"):
+        built.recall(queries[:0])
+
+
+@needs_faiss
+@pytest.mark.usefixtures("small_is_large")
+def test_queries_for_which_nothing_is_proposed_are_searched_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, queries = crowd()
+    built = NeighborIndex(points, approximate="ivf")
+
+    def nothing(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return torch.full((len(queries), k), 3.4e38), torch.full((len(queries), k), -1)
+
+    assert built.groups  # made now
+    monkeypatch.setattr(built._flat, "topk", nothing)
+    assert_exact(built.nearest(queries), points, brute(points, queries))
+
+
+@needs_faiss
+def test_few_attractors_are_searched_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, queries = crowd()
+    assert NeighborIndex(points).approximate == "none"
+    for limit in (len(points) + 1, 3500):  # too few points; enough of them, but on too few attractors
+        monkeypatch.setattr(index_module, "APPROXIMATE_FROM", limit)
+        built = NeighborIndex(points, approximate="ivf")
+        assert built.approximate == "none"
+        assert_exact(built.nearest(queries), points, brute(points, queries))
+
+
+def test_approximate_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = gaussian(10, 4)
+    with pytest.raises(TrajOODError, match="unknown approximate index 'hsnw': did you mean 'hnsw'"):
+        NeighborIndex(points, approximate="hsnw")  # type: ignore[arg-type]
+    with pytest.raises(TrajOODError, match="'ivf' is part of FAISS, but the index backend is 'torch': use backend"):
+        NeighborIndex(points, backend="torch", approximate="ivf")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(
+        TrajOODError, match=r"approximate index 'hnsw' needs faiss, .*pip install 'traj_ood\[faiss-cpu\]'"
+    ):
+        NeighborIndex(points, approximate="hnsw")
+
+
+# ---------------------------------------------------------------------------------------------- GPUs, with a fake FAISS
+
+
+def fake_faiss(monkeypatch: pytest.MonkeyPatch, gpus: int) -> list[tuple[object, ...]]:
+    """A faiss module that sees ``gpus`` GPUs, and the list of what is called on it."""
+    calls: list[tuple[object, ...]] = []
+    fake: Any = types.ModuleType("faiss")
+    fake.get_num_gpus = lambda: gpus
+    fake.StandardGpuResources = lambda: "resources"
+    fake.GpuMultipleClonerOptions = types.SimpleNamespace
+    fake.index_cpu_to_gpu = lambda resources, gpu, index: calls.append(("one", gpu, index))
+    fake.index_cpu_to_all_gpus = lambda index, co: calls.append(("all", co.shard, index))
+    monkeypatch.setitem(sys.modules, "faiss", fake)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "expected"),
+    [
+        (1, SHARD_ABOVE + 1, ("one", 0, "index")),
+        (2, SHARD_ABOVE, ("one", 0, "index")),
+        (2, SHARD_ABOVE + 1, ("all", True, "index")),
+    ],
+)
+def test_shards_only_large_indexes_and_only_over_several_gpus(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, size: int, expected: tuple[object, ...]
+) -> None:
+    calls = fake_faiss(monkeypatch, gpus)
+    _to_gpu("index", 0, size)
+    assert calls == [expected]
+
+
+def test_one_gpu_is_the_one_that_holds_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_faiss(monkeypatch, 4)
+    _to_gpu("index", 3, 10)
+    assert calls == [("one", 3, "index")]
+
+
+def test_the_gpu_is_used_only_where_faiss_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, expected in ((0, _TorchFlat), (1, _FaissFlat)):
+        fake_faiss(monkeypatch, gpus)
+        assert _flat_backend("auto", torch.device("cuda")) is expected
+        assert _flat_backend("faiss", torch.device("cuda")) is expected
+        assert _flat_backend("auto", torch.device("cpu")) is _FaissFlat
+
+
+@needs_faiss
+def test_more_neighbours_than_faiss_allows_on_a_gpu_are_found_by_torch() -> None:
+    points = gaussian(3000, 4)
+    flat = _FaissFlat(points)
+    flat._fallback, flat._index = points, None  # as on a GPU, where FAISS would refuse
+    squared, _ = flat.topk(points[:3], 2049)
+    torch.testing.assert_close(squared, _TorchFlat(points).topk(points[:3], 2049)[0])
 
 
 # ---------------------------------------------------------------------------------------------- greedy_leaders
