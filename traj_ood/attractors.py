@@ -16,7 +16,7 @@ from torch import Tensor
 from traj_ood.autoencoders.base import Autoencoder, View
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
-from traj_ood.index import Backend, NeighborIndex, greedy_leaders
+from traj_ood.index import Approximate, Backend, NeighborIndex, greedy_leaders
 from traj_ood.trajectory import Status, Trajectory
 
 HEALTHY_CONVERGED = 0.90
@@ -138,9 +138,16 @@ class AttractorDictionary:
         # On the unit sphere ‖a − b‖² = 2 − 2 cos.
         return greedy_leaders(directions, max(0.0, 2 - 2 * cosine) ** 0.5)[0]
 
-    def index(self, autoencoder: Autoencoder, view: View = "tokens", backend: Backend = "auto") -> NeighborIndex:
+    def index(
+        self,
+        autoencoder: Autoencoder,
+        view: View = "tokens",
+        backend: Backend = "auto",
+        approximate: Approximate = "none",
+    ) -> NeighborIndex:
         """A :class:`NeighborIndex` over one latent view; always built from the points, never read from disk."""
-        return NeighborIndex(autoencoder.view(self.usable().to(autoencoder.device), view), backend=backend)
+        points = autoencoder.view(self.usable().to(autoencoder.device), view)
+        return NeighborIndex(points, backend=backend, approximate=approximate)
 
     def health(self) -> Health:
         """See :class:`Health`."""
@@ -210,6 +217,27 @@ class NearestAttractor:
 
     def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
         return self._index.nearest(self._autoencoder.view(latents, self._view)).distances[:, 0]
+
+
+class NearestOther(NearestAttractor):
+    """Observer of training trajectories: the distance to the nearest attractor of another training sample.
+
+    A sample's own attractor says nothing about where a new sample would end; leaving it out makes the distances those
+    of a held-out one.
+
+    Args:
+        own: (B,) int64, the place of each sample's own end point among the index's points; −1 where it is not there.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, index: NeighborIndex, view: View, own: Tensor) -> None:
+        super().__init__(autoencoder, index, view)
+        self._own = own
+
+    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+        found = self._index.search(self._autoencoder.view(latents, self._view), 2)
+        mine = found.indices[:, 0].cpu() == self._own[rows]
+        distances = found.distances.cpu()
+        return torch.where(mine, distances[:, 1], distances[:, 0])
 
 
 def _quantiles(values: Tensor) -> tuple[float, ...]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from traj_ood.attractors import AttractorDictionary, NearestAttractor
+from traj_ood.attractors import AttractorDictionary, NearestAttractor, NearestOther
 from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, View
-from traj_ood.engine import Norm, Observer, iterate
-from traj_ood.errors import TrajOODError
-from traj_ood.index import Backend, NeighborIndex
+from traj_ood.device import bfloat16_map
+from traj_ood.engine import LowPrecision, Norm, Observer, iterate
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.postprocessors import WHOLE_PATH, Evidence, Needs, Postprocessor, create_postprocessors
+from traj_ood.trajectory import Status, Trajectory
 
 OnStep = Callable[[int, int], None]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,10 @@ class ScorerSet:
         autoencoder: the model.
         scorers: names with options (see :func:`traj_ood.create_postprocessor`), or ``all``.
         tol, max_steps: of :func:`traj_ood.iterate`; defaults are the paper's 1e-5 and 500.
-        backend: of :class:`traj_ood.NeighborIndex`.
+        backend, approximate: of :class:`traj_ood.NeighborIndex`.
+        precision: ``bf16`` takes the first steps of scored images in bfloat16 (see :class:`traj_ood.LowPrecision` for
+            what that changes). Default ``fp32``. Training trajectories are always fp32: attractors that are off move
+            every score.
     Raises:
         TrajOODError: unknown scorers or options, or a scorer that reads what this model does not have.
     """
@@ -50,12 +57,17 @@ class ScorerSet:
         tol: float = 1e-5,
         max_steps: int = 500,
         backend: Backend = "auto",
+        approximate: Approximate = "none",
+        precision: Precision = "fp32",
     ) -> None:
+        if precision not in get_args(Precision):
+            raise unknown_name("precision", str(precision), get_args(Precision))
         self.autoencoder = autoencoder
         self.scorers: list[Postprocessor] = create_postprocessors(scorers, autoencoder)
         for scorer in self.scorers:
             _check_model(autoencoder, scorer)
-        self.tol, self.max_steps, self.backend = tol, max_steps, backend
+        self.tol, self.max_steps = tol, max_steps
+        self.backend, self.approximate, self.precision = backend, approximate, precision
         self.needs: Needs = reduce(lambda a, b: a | b, (s.needs() for s in self.scorers))
         self.dictionary: AttractorDictionary | None = None
         self._indices: dict[View, NeighborIndex] = {}
@@ -105,7 +117,8 @@ class ScorerSet:
         self, encoding: Encoding, ids: tuple[str, ...], on_step: OnStep | None = None
     ) -> tuple[AttractorDictionary | None, Evidence]:
         """The training pass over one batch: its end points (None when no scorer needs them) and its evidence."""
-        evidence = self._evidence(encoding, {}, WHOLE_PATH if self.needs_dictionary else 0, on_step)
+        kept = max((t for _, t in self.needs.points), default=0)
+        evidence = self._evidence(encoding, [], WHOLE_PATH if self.needs_dictionary else kept, on_step)
         if not self.needs_dictionary:
             return None, evidence
         provenance = {"model": self.autoencoder.fingerprint(), "tol": self.tol, "max_steps": self.max_steps}
@@ -128,8 +141,11 @@ class ScorerSet:
         self.dictionary = dictionary
         if dictionary is not None:
             self._indices = {
-                view: dictionary.index(self.autoencoder, view, self.backend) for view in sorted(self.needs.distances)
+                view: dictionary.index(self.autoencoder, view, self.backend, self.approximate)
+                for view in sorted(self.needs.distances)
             }
+            if self.needs.train_path:
+                train = replace(train, trajectory=self._walk_again(dictionary, train))
         for scorer in self.scorers:
             scorer.fit(train)
         return self
@@ -143,15 +159,17 @@ class ScorerSet:
         if self.needs_dictionary and self.dictionary is None:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")
         encoding = self.autoencoder.examine(images) if isinstance(images, Tensor) else images
-        evidence = self._evidence(encoding, self._indices, self.needs.steps, on_step)
+        watchers = [NearestAttractor(self.autoencoder, index, view) for view, index in self._indices.items()]
+        evidence = self._evidence(encoding, watchers, self.needs.steps, on_step, self._low_precision())
         return Scored({s.label: s.score(evidence) for s in self.scorers}, evidence)
 
     def _evidence(
         self,
         encoding: Encoding,
-        indices: dict[View, NeighborIndex],
+        watchers: Sequence[Observer],
         steps: int,
         on_step: OnStep | None,
+        low_precision: LowPrecision | None = None,
     ) -> Evidence:
         model, start = self.autoencoder, encoding.latents
         reconstruction = {}
@@ -161,42 +179,100 @@ class ScorerSet:
         if "masked" in self.needs.reconstruction:
             reconstruction["masked"] = model.reconstruct_masked(encoding.target)
         trajectory = None
-        if steps or indices:
-            observers: list[Observer] = [Norm()]
-            observers += [NearestAttractor(model, index, view) for view, index in indices.items()]
+        points: dict[tuple[FeatureView, int], Tensor] = {}
+        if steps or watchers:
+            keepers = [_Points(model, view, self.needs.points, len(start)) for view in _views(self.needs.points)]
             trajectory = iterate(
                 model.self_map,
                 start,
                 tol=self.tol,
                 max_steps=min(self.max_steps, max(1, steps)),  # one step still measures z0
-                observers=observers,
+                observers=[Norm(), *watchers, *keepers],
                 chunk=model.chunk,
                 on_step=on_step,
+                low_precision=low_precision,
             )
+            for keeper in keepers:
+                points |= keeper.points(trajectory.final)
         features = {view: _features(model, encoding, view) for view in sorted(self.needs.features)}
         logits = encoding.logits if self.needs.logits else None
-        return Evidence(features, reconstruction, trajectory, logits)  # type: ignore[arg-type]
+        return Evidence(features, reconstruction, trajectory, points, logits)  # type: ignore[arg-type]
+
+    def _low_precision(self) -> LowPrecision | None:
+        """Half of the run's own step limit at most: that of one call follows the other scorers of the set."""
+        if self.precision == "fp32" or self.max_steps < 2:
+            return None
+        cheap = bfloat16_map(self.autoencoder.self_map, self.autoencoder.device)
+        return LowPrecision(cheap, max_steps=self.max_steps // 2)
+
+    def _walk_again(self, dictionary: AttractorDictionary, train: Evidence) -> Trajectory:
+        """The training trajectories once more, now that there are attractors to measure their distance to."""
+        model = self.autoencoder
+        start = train.features["tokens"].reshape(-1, *dictionary.points.shape[1:]).to(model.device)
+        own = torch.full((len(start),), -1)
+        kept = dictionary.statuses != Status.NON_FINITE
+        own[kept] = torch.arange(int(kept.sum()))
+        steps = max(s.needs().steps for s in self.scorers if s.needs().train_path)
+        return iterate(
+            model.self_map,
+            start,
+            tol=self.tol,
+            max_steps=min(self.max_steps, steps),
+            observers=[Norm(), *(NearestOther(model, index, view, own) for view, index in self._indices.items())],
+            chunk=model.chunk,
+        )
+
+
+class _Points:
+    """Observer that keeps one latent view of the points z_t for a few t."""
+
+    def __init__(self, model: Autoencoder, view: FeatureView, wanted: frozenset[tuple[FeatureView, int]], count: int):
+        self.name = f"points/{view}"
+        self._model, self._view, self._count = model, view, count
+        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {t: [] for v, t in sorted(wanted) if v == view}
+
+    def observe(self, step: int, rows: Tensor, latents: Tensor) -> None:
+        if step in self._seen:
+            self._seen[step].append((rows, _latent_view(self._model, latents, self._view).cpu()))
+
+    def points(self, final: Tensor) -> dict[tuple[FeatureView, int], Tensor]:
+        """What was kept; a sample that ended before t is at its end then."""
+        end = _latent_view(self._model, final, self._view).cpu()
+        found = {}
+        for step, pieces in self._seen.items():
+            found[self._view, step] = end.clone()
+            for rows, values in pieces:
+                found[self._view, step][rows] = values
+        return found
+
+
+def _views(points: frozenset[tuple[FeatureView, int]]) -> list[FeatureView]:
+    return sorted({view for view, _ in points})
+
+
+def _latent_view(model: Autoencoder, latents: Tensor, view: FeatureView) -> Tensor:
+    return (model.grid(latents) if view == "grid" else model.view(latents, view)).float()  # type: ignore[arg-type]
 
 
 def _features(model: Autoencoder, encoding: Encoding, view: FeatureView) -> Tensor:
     if view == "backbone":
         assert encoding.features is not None  # checked for every scorer when the set was made
         return encoding.features.float()
-    return model.view(encoding.latents, view).float()
+    return _latent_view(model, encoding.latents, view)
 
 
 def _check_model(model: Autoencoder, scorer: Postprocessor) -> None:
     """Refuse a scorer that reads what the model does not have."""
     needs = scorer.needs()
-    if "backbone" in needs.features and not model.feature_dim:
-        raise TrajOODError(
-            f"scorer {scorer.label}: reads the features of a frozen backbone, and {model.name} ({model.family}) has "
-            "none: use another view, or a model such as timm:<name>"
-        )
     if (needs.logits or needs.head) and not model.classes:
         raise TrajOODError(
             f"scorer {scorer.label}: reads the logits of a classifier, and {model.name} ({model.family}) has none: use "
             "a model with a classifier, such as timm:<name>"
+        )
+    if "backbone" in needs.features and not model.feature_dim:
+        raise TrajOODError(
+            f"scorer {scorer.label}: reads the features of a frozen backbone, and {model.name} ({model.family}) has "
+            "none: use another view, or a model such as timm:<name>"
         )
     if needs.head and model.head() is None:
         raise TrajOODError(
@@ -212,5 +288,6 @@ def join_evidence(parts: Sequence[Evidence]) -> Evidence:
     return Evidence(
         features={view: torch.cat([p.features[view] for p in parts]) for view in first.features},
         reconstruction={kind: torch.cat([p.reconstruction[kind] for p in parts]) for kind in first.reconstruction},
+        points={key: torch.cat([p.points[key] for p in parts]) for key in first.points},
         logits=torch.cat(logits) if logits else None,
     )

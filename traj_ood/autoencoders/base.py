@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,11 +14,16 @@ from torch import Tensor, nn
 
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.pixels import check_images, image_to_tensor
+from traj_ood.weights import fingerprint
 
 View = Literal["tokens", "cls", "mean"]
 VIEWS: tuple[View, ...] = get_args(View)
-FeatureView = Literal["tokens", "cls", "mean", "backbone"]
+FeatureView = Literal["tokens", "cls", "mean", "backbone", "grid"]
 FEATURE_VIEWS: tuple[FeatureView, ...] = get_args(FeatureView)
+GRID = 4
+"""Most cells a side of the view ``grid``: a Gaussian per cell over [z0, z1 − z0] costs (2d)² numbers, at d = 768 300 MB
+in all."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +131,7 @@ class Autoencoder(ABC):
         Raises:
             TrajOODError: the images are not float (B, C, H, W) of the model's shape, or not finite.
         """
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_shape or not images.is_floating_point():
-            raise TrajOODError(
-                f"{self.name}: expected float images (B, {', '.join(map(str, self.input_shape))}), got {images.dtype} "
-                f"of shape {tuple(images.shape)}: prepare them with autoencoder.transform"
-            )
-        bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero()[:, 0]
-        if len(bad):
-            raise TrajOODError(f"{self.name}: {len(bad)} image(s) hold NaN or infinite pixels, first at row {bad[0]}")
+        check_images(self.name, images, self.input_shape, "autoencoder.transform")
         with torch.inference_mode():
             return apply_in_chunks(self.encode_batch, images.to(self.device), self.chunk)
 
@@ -176,74 +173,29 @@ class Autoencoder(ABC):
             return latents[:, 0]
         return latents[:, int(self.has_cls) :].mean(dim=1)
 
+    def grid(self, latents: Tensor) -> Tensor:
+        """(B, cells, d) view ``grid`` of latents (B, *L): patch tokens averaged over at most 4 × 4 cells of the image,
+        so that statistics may differ from place to place; any other latent is one cell.
+
+        Tokens whose number is no square (a masked encoder's) have no known place: they are one cell, their mean.
+        """
+        if latents.ndim != 3:
+            return latents.flatten(1)[:, None]
+        patches = latents[:, int(self.has_cls) :]
+        side = math.isqrt(patches.shape[1])
+        if side**2 != patches.shape[1]:
+            return patches.mean(dim=1, keepdim=True)
+        if side <= GRID:
+            return patches
+        planes = patches.transpose(1, 2).unflatten(2, (side, side))
+        return nn.functional.adaptive_avg_pool2d(planes, GRID).flatten(2).transpose(1, 2)
+
     def fingerprint(self) -> str:
         """sha256 over every weight and the declared options: two models agree exactly when this does."""
-        digest = hashlib.sha256(json.dumps([self.family, self.options()], sort_keys=True, default=str).encode())
-        for key, value in sorted(self.module.state_dict().items()):
-            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.module, [self.family, self.options()])
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
-
-
-def check_weights(weights: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
-    """Refuse weights of another architecture or with NaN, by name, before they are loaded.
-
-    Raises:
-        TrajOODError: names ``where`` and the first offending tensor.
-    """
-    expected = module.state_dict()
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or extra:
-        raise TrajOODError(
-            f"{where}: weights of another architecture: {len(missing)} tensors missing (first: "
-            f"{missing[0] if missing else '-'}), {len(extra)} unexpected (first: {extra[0] if extra else '-'})"
-        )
-    for key, value in weights.items():
-        if value.shape != expected[key].shape:
-            raise TrajOODError(
-                f"{where}: weights of another architecture: {key} expected {tuple(expected[key].shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise TrajOODError(
-                f"{where}: {key} holds NaN or infinite weights: the file is damaged or training diverged"
-            )
-
-
-def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Refuse means and deviations that do not belong to the model's channels.
-
-    Raises:
-        TrajOODError: another number than ``channels``, or a deviation that is not positive.
-    """
-    if len(mean) != channels or len(std) != channels or not all(s > 0 for s in std):
-        raise TrajOODError(
-            f"{name}: expected a mean and a positive standard deviation for each of {channels} channels, got "
-            f"mean {list(mean)} and std {list(std)}"
-        )
-
-
-def image_to_tensor(
-    image: Image.Image,
-    shape: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    resample: Image.Resampling = Image.Resampling.BILINEAR,
-) -> Tensor:
-    """The transform the families share: channels (1 = ITU-R 601 luma, 3 = RGB), direct resize, (x/255 − mean)/std.
-
-    Direct resize without a crop is what transformers' ViT-MAE image processor does; bilinear is its filter.
-    """
-    channels, height, width = shape
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = image.resize((width, height), resample)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
-    scaled = pixels.permute(2, 0, 1).float() / 255
-    return (scaled - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
 
 class CallableAutoencoder(Autoencoder):

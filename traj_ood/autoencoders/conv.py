@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from traj_ood.autoencoders.base import Autoencoder, check_statistics, check_weights, image_to_tensor
+from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
+from traj_ood.pixels import check_statistics, image_to_tensor
+from traj_ood.weights import check_weights
 
 STRIDES = 4
 

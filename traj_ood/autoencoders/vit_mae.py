@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from traj_ood.autoencoders.base import Autoencoder, check_statistics, check_weights, image_to_tensor
+from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
+from traj_ood.pixels import check_statistics, image_to_tensor
+from traj_ood.weights import check_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4

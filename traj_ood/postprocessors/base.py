@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from traj_ood.autoencoders import FEATURE_VIEWS, VIEWS, FeatureView, View
+from traj_ood.autoencoders import VIEWS, FeatureView, View
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.trajectory import Trajectory
@@ -33,6 +33,9 @@ class Needs:
         reconstruction: ``plain`` ‖x − D(E(x))‖² or ``masked``, the MAE's own task.
         distances: views in which the distance to the nearest attractor is measured along the path.
         steps: how much of the path beyond z0 is read; ``WHOLE_PATH`` is until it settles.
+        points: (view, t): latent views of z_t for t >= 1, kept while fitting and scoring.
+        train_path: while fitting, the training images' own trajectories, as far as ``steps``, with their distances to
+            the attractors of the other training images. Such a scorer also asks for the feature ``tokens``.
         logits: the classifier's logits.
         head: the classifier's weight and bias, while fitting.
         labels: the training images' class labels, while fitting.
@@ -42,6 +45,8 @@ class Needs:
     reconstruction: frozenset[ReconstructionKind] = frozenset()
     distances: frozenset[View] = frozenset()
     steps: int = 0
+    points: frozenset[tuple[FeatureView, int]] = frozenset()
+    train_path: bool = False
     logits: bool = False
     head: bool = False
     labels: bool = False
@@ -52,6 +57,8 @@ class Needs:
             self.reconstruction | other.reconstruction,
             self.distances | other.distances,
             max(self.steps, other.steps),
+            self.points | other.points,
+            self.train_path or other.train_path,
             self.logits or other.logits,
             self.head or other.head,
             self.labels or other.labels,
@@ -63,9 +70,10 @@ class Evidence:
     """What one pass over B images leaves for the scorers.
 
     Attributes:
-        features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone.
+        features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the view ``grid``.
         reconstruction: kind → (B,) float64 mean squared error per pixel.
-        trajectory: residuals, steps and (except while fitting) distances to the attractors.
+        trajectory: residuals, steps and (while scoring) distances to the attractors.
+        points: (view, t) → latent view of z_t, shaped as in ``features``; of a sample that settled before t, its end.
         logits: (B, classes) float32 of the classifier.
         head: weight (classes, n) and bias (classes,) of the classifier; while fitting only.
         labels: (B,) int64 class labels 0 … C−1; while fitting only.
@@ -74,6 +82,7 @@ class Evidence:
     features: Mapping[FeatureView, Tensor] = field(default_factory=dict)
     reconstruction: Mapping[ReconstructionKind, Tensor] = field(default_factory=dict)
     trajectory: Trajectory | None = None
+    points: Mapping[tuple[FeatureView, int], Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
     head: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None
@@ -200,7 +209,7 @@ class FeatureScorer(Postprocessor):
     written out, because that is where the published forms of these scorers stand.
     """
 
-    views: ClassVar[tuple[str, ...]] = FEATURE_VIEWS
+    views: ClassVar[tuple[str, ...]] = (*VIEWS, "backbone")
     view: FeatureView = "mean"
 
     def needs(self) -> Needs:

@@ -1,0 +1,118 @@
+"""Weights as files and as facts: what a module must be given, and the hash that says which weights it has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.errors import TrajOODError
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+
+
+def fingerprint(module: nn.Module, declared: Any) -> str:
+    """sha256 over the JSON of ``declared`` and every name, shape, dtype and byte of the module's state."""
+    digest = hashlib.sha256(json.dumps(declared, sort_keys=True, default=str).encode())
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_weights(weights: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
+    """Refuse weights of another architecture or with NaN, by name, before they are loaded.
+
+    Raises:
+        TrajOODError: names ``where`` and the first offending tensor.
+    """
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        raise TrajOODError(
+            f"{where}: weights of another architecture: {len(missing)} tensors missing (first: "
+            f"{missing[0] if missing else '-'}), {len(extra)} unexpected (first: {extra[0] if extra else '-'})"
+        )
+    for key, value in weights.items():
+        if value.shape != expected[key].shape:
+            raise TrajOODError(
+                f"{where}: weights of another architecture: {key} expected {tuple(expected[key].shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise TrajOODError(
+                f"{where}: {key} holds NaN or infinite weights: the file is damaged or training diverged"
+            )
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file or of a PyTorch checkpoint, without running any code in it.
+
+    A checkpoint may keep its tensors under ``state_dict``, ``model``, ``model_state_dict`` or ``net``; the prefix
+    ``module.`` that nn.DataParallel leaves on every name is taken off.
+
+    Raises:
+        TrajOODError: missing, damaged, or holding something else than named tensors.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise TrajOODError(
+            f"{path}: expected a file of weights (.safetensors or .pth), found {found}; correct the path"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zipfile, pickle and torch each have error classes of their own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TrajOODError(
+            f"{path}: cannot be read as plain weights ({reason}); expected a whole .safetensors file or a state dict "
+            "saved by torch.save"
+        ) from error
+    return _tensors(tree, path)
+
+
+def _tensors(tree: Any, path: Path) -> dict[str, Tensor]:
+    for key in _WRAPPERS:
+        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
+            tree = tree[key]
+    if not isinstance(tree, Mapping) or not tree or not all(isinstance(v, Tensor) for v in tree.values()):
+        raise TrajOODError(f"{path}: expected a state dict (names to tensors), got {_describe(tree)}")
+    weights = {str(key): value for key, value in tree.items()}
+    if all(key.startswith("module.") for key in weights):
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    return weights
+
+
+def _describe(tree: Any) -> str:
+    if isinstance(tree, Mapping):
+        odd = next((k for k, v in tree.items() if not isinstance(v, Tensor)), None)
+        return f"a mapping whose {odd!r} is a {type(tree[odd]).__name__}" if tree else "an empty one"
+    return f"a {type(tree).__name__}"
+
+
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Load ``weights`` into ``module``, all of them or none.
+
+    Batch norms' ``num_batches_tracked`` may be missing: it is for training only, and older checkpoints lack it.
+
+    Raises:
+        TrajOODError: as :func:`check_weights`.
+    """
+    counters = {k: v for k, v in module.state_dict().items() if k.endswith("num_batches_tracked")}
+    whole = {**counters, **weights}
+    check_weights(whole, module, where)
+    module.load_state_dict(whole)
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """:func:`read_weights` into ``module``; see :func:`put_weights`."""
+    put_weights(module, read_weights(path), str(path))
