@@ -1,4 +1,5 @@
-"""One contract for every registered scorer, on a tiny ViT-MAE and a tiny conv autoencoder; then exact values."""
+"""One contract for every registered scorer, on a tiny ViT-MAE, a tiny conv autoencoder and one with a classifier beside
+it; then exact values."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from traj_ood.autoencoders import Autoencoder
+from traj_ood.autoencoders import Autoencoder, Encoding
+from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors import (
     KNN,
@@ -41,17 +43,58 @@ VARIANTS = [
     "knn:view=tokens:normalize=false",
     "knn-paper:k=3",
     "mahalanobis:view=cls",
+    "mahalanobis:classes=true",
+    "mahalanobis:covariance=empirical:classes=true",
+    "energy:temperature=2.5",
+    "vim:dim=3",
     "reconstruction:masked=true",
     "start-distance:view=mean",
     "end-distance:view=mean",
 ]
 SPECS = [*POSTPROCESSORS, *VARIANTS]
+FAMILIES = ("vit", "conv", "classifier")
 TRAIN, TEST = 14, 9
+
+
+class Classifier(Autoencoder):
+    """f(z) = tanh(2z) in 6 dimensions; the classifier has 3 classes and 12 features of its own.
+
+    Args:
+        linear: whether the classifier is a linear layer over the features.
+    """
+
+    family = "classifier"
+    name, input_shape, chunk, feature_dim, classes = "tiny-classifier", (1, 8, 8), 8, 12, 3
+
+    def __init__(self, linear: bool = True) -> None:
+        self.module = torch.nn.Module()
+        draw = torch.Generator().manual_seed(0)
+        self.directions = torch.linalg.qr(torch.randn(64, 18, generator=draw))[0]
+        self.weight, self.bias = torch.randn(3, 12, generator=draw), torch.tensor([0.5, 0.0, -0.5])
+        self.linear = linear
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        return (images.flatten(1) @ self.directions[:, :6]).tanh()
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        return (2 * latents @ self.directions[:, :6].T).reshape(-1, 1, 8, 8)
+
+    def transform(self, image: Any) -> Tensor:
+        raise NotImplementedError
+
+    def examine(self, images: Tensor) -> Encoding:
+        latents = self.encode(images)
+        features = apply_in_chunks(lambda x: (x.flatten(1) @ self.directions[:, 6:]).relu(), images, self.chunk)
+        logits = apply_in_chunks(lambda x: x @ self.weight.T + self.bias, features, self.chunk)
+        return Encoding(latents, images, features, logits)
+
+    def head(self) -> tuple[Tensor, Tensor] | None:
+        return (self.weight, self.bias) if self.linear else None
 
 
 @cache
 def model(family: str) -> Autoencoder:
-    return {"vit": tiny.vit, "conv": tiny.conv}[family]()
+    return {"vit": tiny.vit, "conv": tiny.conv, "classifier": Classifier}[family]()
 
 
 def train_images() -> Tensor:
@@ -62,13 +105,30 @@ def probe_images() -> Tensor:
     return 1.5 * tiny.images(TEST, seed=2)
 
 
+def train_labels() -> Tensor:
+    return torch.arange(TRAIN) % 3
+
+
+def reads_classifier(spec: str) -> bool:
+    return create_postprocessor(spec).needs().logits
+
+
 def specs_of(family: str) -> list[str]:
-    return [s for s in SPECS if not (family == "conv" and "masked" in s)]
+    return [
+        s
+        for s in SPECS
+        if not (family != "vit" and "masked" in s) and not (family != "classifier" and reads_classifier(s))
+    ]
+
+
+def create(family: str, spec: str) -> Postprocessor:
+    """The scorer as a run of this model makes it: on the features of the backbone where there is one."""
+    return create_postprocessors([spec], model(family))[0]
 
 
 @cache
 def fitted(family: str) -> ScorerSet:
-    return ScorerSet(model(family), specs_of(family), max_steps=30).fit(train_images())
+    return ScorerSet(model(family), specs_of(family), max_steps=30).fit(train_images(), labels=train_labels())
 
 
 @cache
@@ -76,12 +136,12 @@ def scored(family: str) -> Scored:
     return fitted(family).score(probe_images())
 
 
-CASES = [(family, spec) for family in ("vit", "conv") for spec in specs_of(family)]
+CASES = [(family, spec) for family in FAMILIES for spec in specs_of(family)]
 each = pytest.mark.parametrize(("family", "spec"), CASES)
 
 
 def scorer_of(family: str, spec: str) -> Postprocessor:
-    return next(s for s in fitted(family).scorers if s.label == create_postprocessor(spec).label)
+    return next(s for s in fitted(family).scorers if s.label == create(family, spec).label)
 
 
 # ---------------------------------------------------------------------------------------------- the contract
@@ -89,14 +149,14 @@ def scorer_of(family: str, spec: str) -> Postprocessor:
 
 @each
 def test_scores_are_finite_float64_one_per_image(family: str, spec: str) -> None:
-    scores = scored(family).scores[create_postprocessor(spec).label]
+    scores = scored(family).scores[create(family, spec).label]
     assert scores.shape == (TEST,)
     assert scores.dtype == torch.float64
     assert scores.isfinite().all()
     assert scores.device.type == "cpu"
 
 
-@pytest.mark.parametrize("family", ["vit", "conv"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_deterministic_and_independent_of_batch_and_order(family: str) -> None:
     scorers, x, expected = fitted(family), probe_images(), scored(family).scores
     torch.manual_seed(123)
@@ -112,11 +172,12 @@ def test_scores_are_deterministic_and_independent_of_batch_and_order(family: str
         torch.testing.assert_close(together, values, rtol=1e-5, atol=0, msg=label)
 
 
-@pytest.mark.parametrize("family", ["vit", "conv"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_alone_every_scorer_gives_what_it_gives_in_company(family: str) -> None:
     for spec in specs_of(family):
-        label = create_postprocessor(spec).label
-        own = ScorerSet(model(family), [spec], max_steps=30).fit(train_images()).score(probe_images()[:3]).scores
+        label = create(family, spec).label
+        alone = ScorerSet(model(family), [spec], max_steps=30).fit(train_images(), labels=train_labels())
+        own = alone.score(probe_images()[:3]).scores
         torch.testing.assert_close(own[label], scored(family).scores[label][:3], rtol=1e-5, atol=0, msg=label)
 
 
@@ -134,7 +195,7 @@ def test_label_makes_the_same_scorer(family: str, spec: str) -> None:
 def test_save_and_load(family: str, spec: str, tmp_path: Path) -> None:
     path = tmp_path / "scorer.safetensors"
     scorer_of(family, spec).save(path)
-    loaded = create_postprocessor(spec).load(path)
+    loaded = create(family, spec).load(path)
     evidence = scored(family).evidence
     torch.testing.assert_close(loaded.score(evidence), scorer_of(family, spec).score(evidence), rtol=0, atol=0)
     other = create_postprocessor("steps" if loaded.name != "steps" else "first-residual")
@@ -144,7 +205,7 @@ def test_save_and_load(family: str, spec: str, tmp_path: Path) -> None:
 
 @each
 def test_unfitted(family: str, spec: str, tmp_path: Path) -> None:
-    scorer = create_postprocessor(spec)
+    scorer = create(family, spec)
     text = f"scorer {scorer.name} is not fitted: call fit with ID training images first"
     with pytest.raises(TrajOODError, match=text):
         scorer.save(tmp_path / "s.safetensors")
@@ -165,7 +226,7 @@ def test_no_more_of_the_path_is_walked_than_is_read(reader: str, steps: int) -> 
     torch.testing.assert_close(alone.scores[reader], company.scores[reader], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("family", ["vit", "conv"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_unfitted_set(family: str) -> None:
     for spec in specs_of(family):
         needs = create_postprocessor(spec).needs()
@@ -185,8 +246,9 @@ def test_cost_is_a_number_of_evaluations(family: str, spec: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_fewer_than_two_images_are_refused(spec: str) -> None:
+    family = "classifier" if reads_classifier(spec) else "vit"
     with pytest.raises(TrajOODError, match="expected at least 2 ID training images, got 1"):
-        ScorerSet(model("vit"), [spec], max_steps=2).fit(train_images()[:1])
+        ScorerSet(model(family), [spec], max_steps=2).fit(train_images()[:1], labels=train_labels()[:1])
 
 
 def test_every_scorer_says_what_it_is() -> None:
@@ -198,11 +260,16 @@ def test_every_scorer_says_what_it_is() -> None:
         assert cls.__doc__
 
 
-@pytest.mark.parametrize("make", [tiny.vit, tiny.conv, tiny.toy])
+@pytest.mark.parametrize("make", [tiny.vit, tiny.conv, tiny.toy, Classifier, lambda: Classifier(linear=False)])
 def test_default_suite_runs_and_holds_every_registered_scorer(make: Callable[[], Autoencoder]) -> None:
     suite = default_suite(make())
-    assert {s.split(":")[0] for s in suite} >= set(POSTPROCESSORS) - {"test-only"}
-    assert [s.label for s in create_postprocessors(["all"], make())] == suite
+    known = {n: cls().needs() for n, cls in POSTPROCESSORS.items() if n != "test-only"}
+    possible = {n for n, needs in known.items() if not needs.logits or make().classes}
+    possible -= {n for n, needs in known.items() if needs.head and make().head() is None}
+    assert {s.split(":")[0] for s in suite} == possible
+    labels = [s.label for s in create_postprocessors(["all"], make())]
+    assert [label.removesuffix(":view=backbone") for label in labels] == suite
+    assert any("view=backbone" in label for label in labels) is bool(make().feature_dim)
     scorers = ScorerSet(make(), ["all"], max_steps=4).fit(tiny.images(12, make().input_shape))
     assert all(v.isfinite().all() for v in scorers.score(tiny.images(3, make().input_shape)).scores.values())
 
@@ -214,13 +281,13 @@ def toy_images(count: int, seed: int, centre: float, spread: float = 0.05) -> Te
     return centre + spread * tiny.images(count, (1, 2, 2), seed)
 
 
-SIGNED = [s for s in SPECS if s != "steps" and "masked" not in s and "cls" not in s]
+SIGNED = [s for s in SPECS if s != "steps" and "masked" not in s and "cls" not in s and not reads_classifier(s)]
 
 
 @pytest.mark.parametrize("spec", SIGNED)
 def test_far_images_score_higher(spec: str) -> None:
     # Training images in the basin of (1, 1, 1, 1); the others start far out in that of (−1, −1, −1, −1).
-    scorers = ScorerSet(tiny.toy(), [spec]).fit(toy_images(20, 1, 1.0))
+    scorers = ScorerSet(tiny.toy(), [spec]).fit(toy_images(20, 1, 1.0), labels=torch.arange(20) % 2)
     (near,) = scorers.score(toy_images(10, 2, 1.0)).scores.values()
     (far,) = scorers.score(toy_images(10, 3, -9.0)).scores.values()
     assert near.max() < far.min()
@@ -343,6 +410,31 @@ def test_masked_reconstruction_needs_masks() -> None:
         ScorerSet(model("conv"), ["reconstruction:masked=true"]).fit(train_images()).score(probe_images())
 
 
+# ---------------------------------------------------------------------------------------------- what a model lacks
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if reads_classifier(s)])
+def test_scorers_of_a_classifier_need_one(spec: str) -> None:
+    with pytest.raises(
+        TrajOODError, match=rf"scorer {spec}: reads the .* of a .*, and vit-mae \(vit_mae\) has none: use"
+    ):
+        ScorerSet(model("vit"), [spec])
+
+
+def test_vim_needs_a_linear_classifier() -> None:
+    text = "scorer vim: needs a linear classifier over the features, and that of tiny-classifier is another kind"
+    with pytest.raises(TrajOODError, match=text):
+        ScorerSet(Classifier(linear=False), ["vim"])
+    ScorerSet(Classifier(linear=False), ["msp", "max-logit", "energy"])
+
+
+def test_class_conditional_scorers_need_labels() -> None:
+    scorers = ScorerSet(model("vit"), ["knn:k=2", "mahalanobis:classes=true"])
+    text = "scorer mahalanobis:classes=true: expected class labels of the training images, got none"
+    with pytest.raises(TrajOODError, match=text):
+        scorers.fit(train_images())
+
+
 # ---------------------------------------------------------------------------------------------- life
 
 
@@ -447,6 +539,11 @@ def test_one_diverging_image_does_not_stop_the_others() -> None:
         ("trajectory:horizon=long", "scorer trajectory, option horizon: expected int.*, got 'long'"),
         ("trajectory:horizon=-1", "horizon.*-1"),
         ("reconstruction:masked=none", "scorer reconstruction, option masked: expected bool, got 'none'"),
+        ("mahalanobis:covariance=empiric", "unknown covariance of scorer mahalanobis 'empiric': did you mean 'empiri"),
+        ("mahalanobis:classes=10", "scorer mahalanobis, option classes: expected bool, got '10'"),
+        ("energy:temperature=0", "scorer energy: temperature must be a number above 0, got 0.0"),
+        ("energy:temperature=nan", "scorer energy: temperature must be a number above 0, got nan"),
+        ("vim:dim=0", "scorer vim: dim must be at least 1, got 0"),
     ],
 )
 def test_bad_specs(spec: str, text: str) -> None:

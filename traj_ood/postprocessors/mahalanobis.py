@@ -1,40 +1,84 @@
-"""Mahalanobis distance to one Gaussian over the training features (Lee et al. 2018, without class labels)."""
+"""Mahalanobis distance to the Gaussians of the training features (Lee et al. 2018): one, or one for each class."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from traj_ood.postprocessors.base import Evidence, FeatureScorer
+from traj_ood.engine import apply_in_chunks
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.postprocessors.base import Evidence, FeatureScorer, Needs
+from traj_ood.postprocessors.covariance import class_means, ledoit_wolf, moments, whitening
 from traj_ood.postprocessors.registry import register
+
+COVARIANCES = ("ledoit-wolf", "empirical")
+_CHUNK = 128  # rows of every product, whatever the batch: one shape, one rounding
 
 
 @register
 @dataclass
 class Mahalanobis(FeatureScorer):
-    """sqrt((z − μ)ᵀ Σ⁻¹ (z − μ)) with the Ledoit–Wolf shrinkage estimate of Σ, in float64.
+    """min over classes c of sqrt((z − μ_c)ᵀ Σ⁻¹ (z − μ_c)), with one Σ of the features less their class mean; float64.
 
-    One Gaussian, because an autoencoder has no class labels. Shrinkage, because a few thousand images do not fill a
-    covariance of several hundred dimensions; Ledoit–Wolf sets its strength from the data, so nothing is tuned.
+    ``classes=true:covariance=empirical`` is OpenOOD's ``mds``, whose score is the negative square of this one, and
+    pytorch-ood's ``Mahalanobis``, whose score is this one's square over 2N for N training features (it does not divide
+    its scatter matrix by N, and adds 1e-6 to the diagonal): equal ranks.
 
     Args:
         view: Default ``mean``: pooled patch tokens. ``tokens`` would need a covariance of the whole latent.
+        classes: false (default) takes all features as one class, because an autoencoder's images need no labels. True
+            needs the class of every training image; classes without one are left out.
+        covariance: ``ledoit-wolf`` (default) shrinks Σ, because a few thousand images do not fill a covariance of
+            several hundred dimensions; it sets its strength from the data, so nothing is tuned. ``empirical`` does not
+            shrink. Where its Σ is singular Σ⁻¹ is the pseudo-inverse, as in OpenOOD: directions that no training
+            feature takes do not count, so use it with many more images than dimensions.
     """
 
     name: ClassVar[str] = "mahalanobis"
-    summary: ClassVar[str] = "Mahalanobis distance to one Gaussian of the training features, Ledoit-Wolf shrinkage"
+    summary: ClassVar[str] = "Mahalanobis distance to the Gaussian(s) of the training features, Ledoit-Wolf shrinkage"
+    classes: bool = False
+    covariance: Literal["ledoit-wolf", "empirical"] = "ledoit-wolf"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.covariance not in COVARIANCES:
+            raise unknown_name(f"covariance of scorer {self.name}", self.covariance, COVARIANCES)
+
+    def needs(self) -> Needs:
+        return super().needs() | Needs(labels=self.classes)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        from sklearn.covariance import LedoitWolf
-
-        features = self.features(train).cpu().double().numpy()
-        estimate = LedoitWolf().fit(features)
-        precision = torch.from_numpy(estimate.precision_).double()
-        return {"mean": torch.from_numpy(estimate.location_).double(), "precision": precision}
+        features = self.features(train).cpu()
+        classes = self._classes(train, len(features))
+        means = class_means(features, classes, int(classes.max()) + 1)
+        sample = moments(features, means, classes)
+        factor = whitening(ledoit_wolf(sample) if self.covariance == "ledoit-wolf" else sample.covariance)
+        centre = means.mean(dim=0)
+        return {"centre": centre, "factor": factor, "means": (means - centre) @ factor}
 
     def score(self, evidence: Evidence) -> Tensor:
-        offset = self.features(evidence).cpu().double() - self.state["mean"]
-        return ((offset @ self.state["precision"]) * offset).sum(dim=1).clamp(min=0).sqrt()
+        return apply_in_chunks(self._distances, self.features(evidence).cpu(), _CHUNK)
+
+    def _distances(self, features: Tensor) -> Tensor:
+        """(chunk,) distances to the nearest class mean, both whitened. The expansion of the square finds the class,
+        where its cancellation does no harm; the difference to that class gives the distance."""
+        means = self.state["means"]
+        white = (features.double() - self.state["centre"]) @ self.state["factor"]
+        nearest = torch.addmm(means.square().sum(dim=1), white, means.T, alpha=-2).argmin(dim=1)
+        return (white - means[nearest]).norm(dim=1)
+
+    def _classes(self, train: Evidence, count: int) -> Tensor:
+        """(N,) int64 classes 0 … C − 1 of the training images, all of which occur."""
+        if not self.classes:
+            return torch.zeros(count, dtype=torch.int64)
+        if train.labels is None:
+            raise TrajOODError(f"scorer {self.label}: expected class labels of the training images, got none")
+        labels = train.labels.cpu()
+        if labels.shape != (count,) or labels.is_floating_point() or bool((labels < 0).any()):
+            smallest = labels.min().item() if labels.numel() else "none"
+            got = f"shape {tuple(labels.shape)}, {labels.dtype}, smallest {smallest}"
+            raise TrajOODError(f"scorer {self.label}: expected {count} whole labels from 0 on, got {got}")
+        return labels.unique(return_inverse=True)[1]

@@ -79,7 +79,10 @@ def _with_backbone(spec: str, autoencoder: Autoencoder) -> str:
 
 
 def default_suite(autoencoder: Autoencoder) -> list[str]:
-    """Every registered scorer with its defaults, and the variants of the paper's open choices the model allows."""
+    """Every registered scorer that the model allows, with its defaults, and the variants of the paper's open choices.
+
+    ``mahalanobis:classes=true`` is to be asked for by name: whether images have labels, a model does not know.
+    """
     suite = ["trajectory", "trajectory:horizon=16", "knn", "knn-paper", "mahalanobis", "reconstruction"]
     suite += ["start-distance", "end-distance", "first-residual", "steps"]
     if autoencoder.has_cls:  # a latent of one token has one view; with more, every scorer may show its best
@@ -87,6 +90,9 @@ def default_suite(autoencoder: Autoencoder) -> list[str]:
         suite += ["knn:view=cls", "knn:view=tokens", "mahalanobis:view=cls"]
     if autoencoder.reconstruction_masks():
         suite += ["reconstruction:masked=true"]
+    if autoencoder.classes:
+        suite += ["msp", "max-logit", "energy"]
+        suite += ["vim"] if autoencoder.head() is not None else []
     return suite
 
 
