@@ -1,0 +1,225 @@
+"""The feature cache: one extraction whatever the batches, and no numbers from files of something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from traj_ood import features as features_module
+from traj_ood.backbones import CallableBackbone, Features
+from traj_ood.data.images import ArrayImages
+from traj_ood.errors import TrajOODError
+from traj_ood.features import FeatureCache
+
+COUNT, BLOCK = 23, 8
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "BLOCK", BLOCK)
+    monkeypatch.setattr(features_module, "_READ", 3)
+
+
+def network(seed: int = 0, name: str = "toy", classes: int = 2) -> CallableBackbone:
+    torch.manual_seed(seed)
+    module = nn.ModuleList([nn.Linear(16, 5), nn.Linear(5, 2)])
+
+    def forward(images: Tensor) -> Features:
+        hidden = module[0](images.flatten(1)).relu()
+        return Features(hidden, module[1](hidden) if classes else None)
+
+    return CallableBackbone(forward, (1, 4, 4), 5, classes=classes, module=module, name=name, chunk=4)
+
+
+def source(seed: int = 0, count: int = COUNT) -> ArrayImages:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 4, 4)).astype(np.uint8)
+    return ArrayImages(tuple(f"image/{i:02d}" for i in range(count)), pixels)
+
+
+class Reader:
+    """Reads as the evaluator does, remembers what it was asked for, and fails where told."""
+
+    def __init__(self, backbone: CallableBackbone, images: ArrayImages, broken: tuple[int, ...] = ()) -> None:
+        self.backbone, self.images, self.broken = backbone, images, broken
+        self.asked: list[int] = []
+
+    def __call__(self, indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
+        self.asked += indices
+        good = [i for i in indices if i not in self.broken]
+        tensors = [self.backbone.transform(self.images.load(i)) for i in good]
+        batch = torch.stack(tensors) if tensors else torch.empty(0, 1, 4, 4)
+        failures = [{"id": self.images.ids[i], "error": "broken"} for i in indices if i in self.broken]
+        return tuple(self.images.ids[i] for i in good), batch, failures
+
+
+def direct(backbone: CallableBackbone, images: ArrayImages) -> Features:
+    return backbone.extract(torch.stack([backbone.transform(images.load(i)) for i in range(len(images))]))
+
+
+@pytest.mark.parametrize("batch", [1, 5, 8, 10, 23])
+def test_any_batches_give_what_extract_gives_and_read_once(tmp_path: Path, batch: int) -> None:
+    backbone, images = network(), source()
+    reader, cache = Reader(backbone, images), FeatureCache(tmp_path)
+    expected = direct(backbone, images)
+    for _ in range(2):
+        rows = 0
+        for start in range(0, COUNT, batch):
+            indices = range(start, min(start + batch, COUNT))
+            ids, found, failures = cache.extract(backbone, images, indices, reader)
+            assert found is not None
+            assert found.logits is not None
+            assert ids == images.ids[start : indices.stop]
+            assert not failures
+            assert torch.equal(found.features, expected.features[start : indices.stop])
+            assert expected.logits is not None
+            assert torch.equal(found.logits, expected.logits[start : indices.stop])
+            rows += len(ids)
+        assert rows == COUNT
+        assert sorted(reader.asked) == list(range(COUNT))
+
+
+def test_another_process_and_other_batches_hit(tmp_path: Path) -> None:
+    images = source()
+    FeatureCache(tmp_path).extract(network(), images, range(COUNT), Reader(network(), images))
+    again = Reader(network(), images)
+    ids, found, _ = FeatureCache(tmp_path).extract(network(name="toy"), source(), range(6, 19), again)
+    assert again.asked == []
+    assert found is not None
+    assert torch.equal(found.features, direct(network(), images).features[6:19])
+    assert ids == images.ids[6:19]
+    (folder,) = tmp_path.iterdir()
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["00000000.safetensors", "00000008.safetensors", "00000016.safetensors", "cache.json"]
+
+
+def test_only_touched_blocks_are_read(tmp_path: Path) -> None:
+    backbone, images = network(), source()
+    reader = Reader(backbone, images)
+    FeatureCache(tmp_path).extract(backbone, images, range(9, 11), reader)
+    assert reader.asked == list(range(8, 16))
+
+
+def test_other_weights_options_and_images_stay_apart(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    for backbone, images in (
+        (network(), source()),
+        (network(1), source()),
+        (network(name="b"), source()),
+        (network(), source(1)),
+    ):
+        _, found, _ = cache.extract(backbone, images, range(COUNT), Reader(backbone, images))
+        assert found is not None
+        assert torch.equal(found.features, direct(backbone, images).features)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_without_a_classifier(tmp_path: Path) -> None:
+    backbone, images = network(classes=0), source()
+    for _ in range(2):
+        _, found, _ = FeatureCache(tmp_path).extract(backbone, images, range(COUNT), Reader(backbone, images))
+        assert found is not None
+        assert found.logits is None
+        assert torch.equal(found.features, direct(backbone, images).features)
+
+
+def test_unreadable_images_are_tried_again(tmp_path: Path) -> None:
+    backbone, images, cache = network(), source(), FeatureCache(tmp_path)
+    broken = Reader(backbone, images, broken=(9, 10))
+    ids, found, failures = cache.extract(backbone, images, range(8, 12), broken)
+    assert ids == ("image/08", "image/11")
+    assert found is not None
+    assert torch.equal(found.features, direct(backbone, images).features[[8, 11]])
+    assert [f["id"] for f in failures] == ["image/09", "image/10"]
+    assert cache.extract(backbone, images, range(9, 11), broken)[:2] == ((), None)
+    assert cache.extract(backbone, images, range(8, 9), broken)[2] == []  # not asked for, not reported
+    repaired = Reader(backbone, images)
+    assert len(cache.extract(backbone, images, range(8, 12), repaired)[0]) == 4
+    assert repaired.asked == list(range(8, 16))
+
+
+def test_a_reader_that_raises_leaves_no_block(tmp_path: Path) -> None:
+    backbone, images = network(), source()
+
+    def fail(indices: range) -> Any:
+        raise TrajOODError("image/03: truncated")
+
+    with pytest.raises(TrajOODError, match="image/03: truncated"):
+        FeatureCache(tmp_path).extract(backbone, images, range(4), fail)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_empty_and_impossible_ranges(tmp_path: Path) -> None:
+    backbone, images = network(), source()
+    reader, cache = Reader(backbone, images), FeatureCache(tmp_path)
+    assert cache.extract(backbone, images, range(3, 3), reader) == ((), None, [])
+    for indices in (range(COUNT + 1), range(-1, 3), range(0, 6, 2)):
+        with pytest.raises(TrajOODError, match=r"expected consecutive indices within 23 images, got range"):
+            cache.extract(backbone, images, indices, reader)
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+def filled(tmp_path: Path) -> Path:
+    backbone, images = network(), source()
+    FeatureCache(tmp_path).extract(backbone, images, range(COUNT), Reader(backbone, images))
+    (folder,) = tmp_path.iterdir()
+    return folder
+
+
+def ask(tmp_path: Path, backbone: CallableBackbone | None = None) -> None:
+    backbone, images = backbone or network(), source()
+    FeatureCache(tmp_path).extract(backbone, images, range(COUNT), Reader(backbone, images))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "other block", "rubbish"])
+def test_damaged_blocks(tmp_path: Path, damage: str) -> None:
+    block = filled(tmp_path) / "00000008.safetensors"
+    content = bytearray(block.read_bytes())
+    if damage == "cut":
+        content = content[:-20]
+    elif damage == "bit":
+        content[-3] ^= 1
+    elif damage == "rubbish":
+        content = bytearray(b"no tensors")
+    else:
+        content = bytearray((block.parent / "00000000.safetensors").read_bytes())
+    block.write_bytes(content)
+    with pytest.raises(TrajOODError, match=r"00000008\.safetensors: damaged.*delete this file to extract its features"):
+        ask(tmp_path)
+    block.unlink()
+    ask(tmp_path)
+
+
+def test_a_cache_of_another_backbone_is_named(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    stored = json.loads((folder / "cache.json").read_text())
+    other = {**stored, "backbone": "timm:other", "fingerprint": "f" * 64}
+    (folder / "cache.json").write_text(json.dumps(other))
+    with pytest.raises(
+        TrajOODError,
+        match=r"cache\.json: holds features of backbone timm:other \(ffffffffffff\) over .*, expected those of toy "
+        r"\([0-9a-f]{12}\) over .* \(other fingerprint\): choose another cache folder, or delete ",
+    ):
+        ask(tmp_path)
+    (folder / "cache.json").write_text(json.dumps({**stored, "block": 4}))
+    with pytest.raises(TrajOODError, match=r"\(other block\)"):
+        ask(tmp_path)
+    (folder / "cache.json").write_text("{")
+    with pytest.raises(TrajOODError, match=r"cache\.json: damaged: delete "):
+        ask(tmp_path)
+    (folder / "cache.json").unlink()
+    with pytest.raises(TrajOODError, match=r"features without cache\.json beside them: delete "):
+        ask(tmp_path)
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrajOODError, match="expected a folder that can be written"):
+        ask(tmp_path / "file")

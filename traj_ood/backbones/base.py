@@ -1,0 +1,174 @@
+"""The Backbone protocol: a frozen network that turns images into penultimate features and, maybe, logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from traj_ood.engine import apply_in_chunks
+from traj_ood.errors import TrajOODError
+from traj_ood.pixels import check_images, image_to_tensor
+from traj_ood.weights import fingerprint
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a frozen backbone says of B images.
+
+    Attributes:
+        features: (B, n) float32, the input of the classifier (penultimate features).
+        logits: (B, c) float32; None without a classifier.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+class Backbone(ABC):
+    """A frozen network with the image transform it was trained with.
+
+    Subclasses implement :meth:`forward_batch` and :meth:`transform` and set the attributes below. Users call
+    :meth:`extract`, which hands the network a constant number of rows: features must not depend on batch-mates.
+
+    Attributes:
+        library: whose network it is: ``timm``, ``torchvision``, ``transformers``, ``openood`` or ``custom``.
+        name: what tables call it, such as ``timm:resnet18``; never a machine's path.
+        spec: what :func:`traj_ood.backbones.load_backbone` takes to make it again; may hold a path.
+        module: the network, in eval mode, without gradients, on :attr:`device`.
+        input_shape: (C, H, W) that :meth:`extract` takes.
+        feature_dim: n, width of the features.
+        classes: c, number of logits; 0 without a classifier.
+        chunk: rows per call of the network (see :class:`traj_ood.Autoencoder`).
+    """
+
+    library: ClassVar[str] = "custom"
+    name: str
+    spec: str
+    module: nn.Module
+    input_shape: tuple[int, int, int]
+    feature_dim: int
+    classes: int = 0
+    chunk: int = 32
+
+    @abstractmethod
+    def forward_batch(self, images: Tensor) -> Features:
+        """Images (chunk, C, H, W) in the network's normalised units → what it says of them."""
+
+    @abstractmethod
+    def transform(self, image: Image.Image) -> Tensor:
+        """PIL image → (C, H, W) float32 in the network's normalised units."""
+
+    def options(self) -> dict[str, Any]:
+        """Everything besides the weights that decides the features (transform, pooling), JSON-able; fingerprinted."""
+        return {}
+
+    def head(self) -> tuple[Tensor, Tensor] | None:
+        """Weight (c, n) and bias (c,) when the logits are a linear function of the features, else None."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def to(self, device: torch.device | str) -> Backbone:
+        self.module.to(device)
+        return self
+
+    def extract(self, images: Tensor) -> Features:
+        """Features and logits of any number of images (B, C, H, W), on :attr:`device`.
+
+        A row never depends on its batch: the network is only called on exactly :attr:`chunk` rows.
+
+        Raises:
+            TrajOODError: the images are not finite floats (B, C, H, W) of :attr:`input_shape`, or the network answers
+                with other shapes than it declared or with NaN.
+        """
+        check_images(self.name, images, self.input_shape, "backbone.transform")
+        with torch.inference_mode():
+            joint = apply_in_chunks(self._joint, images.to(self.device), self.chunk)
+        bad = (~joint.isfinite().all(dim=1)).nonzero()[:, 0]
+        if len(bad):
+            raise TrajOODError(
+                f"{self.name}: features of {len(bad)} image(s) are NaN or infinite, first at row {int(bad[0])}: check "
+                "the weights"
+            )
+        # Clones, made outside inference mode: a surrogate trains on these, and a view would keep both parts alive.
+        features, logits = joint[:, : self.feature_dim].clone(), joint[:, self.feature_dim :].clone()
+        return Features(features, logits if self.classes else None)
+
+    def _joint(self, images: Tensor) -> Tensor:
+        """(chunk, n + c) float32: one tensor, because chunks are put together row by row."""
+        answer = self.forward_batch(images)
+        got = (tuple(answer.features.shape), tuple(answer.logits.shape) if answer.logits is not None else None)
+        rows = len(images)
+        expected = ((rows, self.feature_dim), (rows, self.classes) if self.classes else None)
+        if got != expected:
+            raise TrajOODError(
+                f"{self.name}: expected features {expected[0]} and logits {expected[1]} of {rows} images, got features "
+                f"{got[0]} and logits {got[1]}"
+            )
+        parts = [answer.features] if answer.logits is None else [answer.features, answer.logits]
+        return torch.cat([part.float() for part in parts], dim=1)
+
+    def fingerprint(self) -> str:
+        """sha256 over every weight and the options: two backbones agree exactly when this does."""
+        return fingerprint(self.module, [self.library, self.options()])
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+
+class CallableBackbone(Backbone):
+    """Bring your own: a callable on batches, and the module whose weights it uses.
+
+    Args:
+        forward: images (chunk, C, H, W) → :class:`Features`; each row must depend on its own image alone.
+        input_shape: (C, H, W). feature_dim, classes: see :class:`Backbone`.
+        module: fingerprinted and moved between devices; put into eval mode without gradients.
+        transform: PIL image → (C, H, W) tensor. Default: resize to ``input_shape``, pixels in [0, 1]. It is not part
+            of the fingerprint; name backbones apart when only their transforms differ.
+        head: weight (c, n) and bias (c,) when the logits are linear in the features; default None.
+        chunk: rows per call. Default 32.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Features],
+        input_shape: tuple[int, int, int],
+        feature_dim: int,
+        *,
+        classes: int = 0,
+        module: nn.Module,
+        name: str = "custom",
+        transform: Callable[[Image.Image], Tensor] | None = None,
+        head: tuple[Tensor, Tensor] | None = None,
+        chunk: int = 32,
+    ) -> None:
+        self._forward, self._transform, self._head = forward, transform, head
+        self.input_shape, self.feature_dim, self.classes, self.chunk = input_shape, feature_dim, classes, chunk
+        self.name = self.spec = name
+        self.module = module.eval().requires_grad_(False)
+
+    def forward_batch(self, images: Tensor) -> Features:
+        return self._forward(images)
+
+    def transform(self, image: Image.Image) -> Tensor:
+        if self._transform is not None:
+            return self._transform(image)
+        channels = self.input_shape[0]
+        return image_to_tensor(image, self.input_shape, (0.0,) * channels, (1.0,) * channels)
+
+    def options(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def head(self) -> tuple[Tensor, Tensor] | None:
+        return self._head

@@ -1,0 +1,200 @@
+"""What the libraries' backbones share: a frozen module, a declared transform, and facts found by trying them out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from traj_ood.backbones.base import Backbone, Features
+from traj_ood.errors import TrajOODError
+
+_TRIAL_SIZE = (320, 280)  # width and height of the image that tells the transform's output shape
+_TRIAL_ROWS = 2
+
+
+class NetworkBackbone(Backbone):
+    """A backbone around a network of some library. Subclasses implement :meth:`forward_batch`.
+
+    Construction runs two random images through the network twice: widths, the linear head and the absence of random
+    numbers are facts then, and a transform that does not fit the network is found before any data is read.
+
+    Args:
+        module: the network with its weights; put into eval mode without gradients.
+        name, spec: see :class:`Backbone`.
+        prepare: PIL image of mode 'L' (one channel) or 'RGB' → (C, H, W) tensor.
+        channels: 1 or 3.
+        options: everything that decides the transform and the pooling.
+        classifier: the linear layer that makes the logits, where there is one; checked against the logits.
+    Raises:
+        TrajOODError: the network cannot process what the transform makes, or answers at random.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        spec: str,
+        prepare: Callable[[Image.Image], Tensor],
+        channels: int,
+        options: Mapping[str, Any],
+        classifier: nn.Linear | None = None,
+    ) -> None:
+        if channels not in (1, 3):
+            raise TrajOODError(f"{name}: expected a network of 1 or 3 input channels, got {channels}")
+        self.module = module.eval().requires_grad_(False)
+        self.name, self.spec = name, spec
+        self._prepare, self._mode, self._options = prepare, "L" if channels == 1 else "RGB", dict(options)
+        trial = self._prepared(Image.new(self._mode, _TRIAL_SIZE))
+        if trial.ndim != 3 or trial.shape[0] != channels:
+            raise TrajOODError(f"{name}: expected a transform to ({channels}, H, W), got {tuple(trial.shape)}")
+        self.input_shape = (channels, int(trial.shape[1]), int(trial.shape[2]))
+        answer = self._try()
+        self.feature_dim = answer.features.shape[1]
+        self.classes = answer.logits.shape[1] if answer.logits is not None else 0
+        self._classifier = classifier if classifier is not None and _is_linear_in(answer, classifier) else None
+
+    def _try(self) -> Features:
+        images = trial_images(self.input_shape)
+        with torch.inference_mode():
+            try:
+                first, second = self.forward_batch(images), self.forward_batch(images)
+            except TrajOODError:
+                raise
+            except Exception as error:  # any library's code, any error
+                raise TrajOODError(
+                    f"{self.name}: cannot process images of shape {self.input_shape}, which its transform makes "
+                    f"({one_line(error)})"
+                ) from error
+        if first.features.ndim != 2:
+            raise TrajOODError(
+                f"{self.name}: expected one feature vector per image, got shape {tuple(first.features.shape)}"
+            )
+        if not torch.equal(first.features, second.features):
+            raise TrajOODError(
+                f"{self.name}: gives other features the second time: it draws random numbers in eval mode and cannot "
+                "be a frozen backbone"
+            )
+        return first
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """PIL image → float32 of :attr:`input_shape`, by the library's own transform.
+
+        Raises:
+            TrajOODError: the transform gives this image another shape, since it keeps the aspect ratio.
+        """
+        pixels = self._prepared(image.convert(self._mode))
+        if tuple(pixels.shape) != self.input_shape:
+            raise TrajOODError(
+                f"{self.name}: the transform makes {tuple(pixels.shape)} of an image of {image.width} x "
+                f"{image.height}, but {self.input_shape} of others: use one that resizes to a fixed size"
+            )
+        return pixels
+
+    def _prepared(self, image: Image.Image) -> Tensor:
+        return self._prepare(image).float()
+
+    def options(self) -> dict[str, Any]:
+        return self._options
+
+    def head(self) -> tuple[Tensor, Tensor] | None:
+        if self._classifier is None:
+            return None
+        weight, bias = self._classifier.weight.detach(), self._classifier.bias
+        return weight, bias.detach() if bias is not None else weight.new_zeros(len(weight))
+
+
+class ClassifierInputBackbone(NetworkBackbone):
+    """A classifier whose features are what its last linear layer reads, caught on the way by a hook.
+
+    Args:
+        call: images → logits, by way of ``module``. classifier: the layer that makes them.
+    """
+
+    def __init__(
+        self, module: nn.Module, call: Callable[[Tensor], Tensor], classifier: nn.Linear, **settings: Any
+    ) -> None:
+        self._call, self._layer = call, classifier
+        super().__init__(module, classifier=classifier, **settings)
+
+    def forward_batch(self, images: Tensor) -> Features:
+        caught: list[Tensor] = []
+        handle = self._layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        try:
+            logits = self._call(images)
+        finally:
+            handle.remove()
+        return Features(caught[-1].flatten(1), logits)
+
+
+def find_classifier(name: str, module: nn.Module, call: Callable[[Tensor], Tensor], images: Tensor) -> nn.Linear:
+    """The linear layer whose output is the network's output, found by running it.
+
+    Raises:
+        TrajOODError: the logits are not the output of one linear layer.
+    """
+    module.eval()
+    made: list[tuple[nn.Linear, Tensor]] = []
+    with _watch_linear_layers(module, made), torch.inference_mode():
+        logits = call(images)
+    for layer, output in reversed(made):
+        if output.shape == logits.shape and torch.equal(output, logits):
+            return layer
+    raise TrajOODError(
+        f"{name}: its logits are not the output of one linear layer, so it has no penultimate features to read; use "
+        "timm's version of the architecture, or traj_ood.backbones.CallableBackbone"
+    )
+
+
+@contextmanager
+def _watch_linear_layers(module: nn.Module, made: list[tuple[nn.Linear, Tensor]]) -> Iterator[None]:
+    def watch(layer: nn.Module, _: Any, output: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        made.append((layer, output))
+
+    handles = [m.register_forward_hook(watch) for m in module.modules() if isinstance(m, nn.Linear)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_linear_in(answer: Features, classifier: nn.Linear) -> bool:
+    """Whether W h + b gives the network's own logits, to float32 rounding (norms or activations between do not)."""
+    features, logits = answer.features.float(), answer.logits
+    if logits is None or classifier.weight.shape != (logits.shape[1], features.shape[1]):
+        return False
+    own = functional.linear(features, classifier.weight, classifier.bias)
+    scale = max(1.0, float(logits.abs().max()))
+    return bool(((own - logits).abs() <= 1e-4 * scale).all())
+
+
+def trial_images(shape: tuple[int, int, int]) -> Tensor:
+    """Two images of noise, always the same."""
+    return torch.randn(_TRIAL_ROWS, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def name_of(module: nn.Module, layer: nn.Module) -> str:
+    """Dotted name of ``layer`` inside ``module``."""
+    return next(name for name, found in module.named_modules() if found is layer)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, at most 200 characters: hub errors run over pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".:; ")
+
+
+def unknown_model(library: str, name: str, known: Collection[str]) -> TrajOODError:
+    """As :func:`traj_ood.errors.unknown_name` for lists too long to print."""
+    close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return TrajOODError(f"unknown {library} model {name!r}: {hint}{library} knows {len(known)} names")

@@ -1,0 +1,221 @@
+"""Backbones from OpenOOD: its networks with a checkpoint, asked with ``return_feature=True``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from traj_ood.backbones.base import Features
+from traj_ood.backbones.network import NetworkBackbone, one_line
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.weights import put_weights, read_weights
+
+INSTALL = "pip install git+https://github.com/Jingkang50/OpenOOD"
+_HEADS = ("fc", "heads.head", "head")  # where OpenOOD's networks keep their classifier
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """OpenOOD's test transform: RGB, shorter side to ``pre_size`` (bilinear), centre crop, (x − mean)/std."""
+
+    pre_size: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# By data set, as in openood.evaluation_api.preprocessor (OpenOOD 1.5).
+PREPARATIONS = {
+    "cifar10": Preparation(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Preparation(32, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": Preparation(256, 224, *_IMAGENET),
+    "imagenet200": Preparation(256, 224, *_IMAGENET),
+    "aircraft": Preparation(512, 448, (0.5,) * 3, (0.5,) * 3),
+    "cub": Preparation(512, 448, (0.5,) * 3, (0.5,) * 3),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where a network's class is, what it is built with, and whether it takes 32 x 32 images."""
+
+    module: str
+    cls: str
+    small: bool
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    any_classes: bool = True
+
+
+NETWORKS = {
+    "resnet18_32x32": Network("resnet18_32x32", "ResNet18_32x32", True),
+    "resnet18_224x224": Network("resnet18_224x224", "ResNet18_224x224", False),
+    "resnet50": Network("resnet50", "ResNet50", False),
+    "vit_b_16": Network("vit_b_16", "ViT_B_16", False),
+    "swin_t": Network("swin_t", "Swin_T", False),
+    "regnet_y_16gf": Network("regnet_y_16gf", "RegNet_Y_16GF", False, any_classes=False),
+    "wrn": Network("wrn", "WideResNet", True, {"depth": 28, "widen_factor": 10, "dropRate": 0.0}),
+    "densenet": Network("densenet", "DenseNet3", True),
+}
+
+
+class OpenOODBackbone(NetworkBackbone):
+    """``net(x, return_feature=True)`` → (logits, features), OpenOOD's own contract."""
+
+    library = "openood"
+
+    def forward_batch(self, images: Tensor) -> Features:
+        try:
+            answer = self.module(images, return_feature=True)
+        except TypeError as error:
+            if "return_feature" not in str(error):
+                raise
+            raise self._refused("does not know return_feature, so it is of an older version or tells none") from error
+        if not (isinstance(answer, (tuple, list)) and len(answer) == 2):
+            raise self._refused(f"returns {_describe(answer)} with return_feature=True")
+        logits, features = answer
+        if not isinstance(features, Tensor):
+            raise self._refused(f"returns {_describe(features)} as features")
+        return Features(features.flatten(1), logits)
+
+    def _refused(self, what: str) -> TrajOODError:
+        return TrajOODError(
+            f"{self.name}: expected (logits, features) from net(x, return_feature=True), but this network {what}: take "
+            f"another network ({', '.join(NETWORKS)}) or update OpenOOD: {INSTALL}"
+        )
+
+
+def load(
+    model: str,
+    *,
+    name: str | None = None,
+    data: str | None = None,
+    size: int | None = None,
+    pre_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> OpenOODBackbone:
+    """``<network>:<checkpoint>``; the checkpoint decides the number of classes.
+
+    Args:
+        model: for instance ``resnet18_32x32:cifar10_res18/best.ckpt``; never unpickled beyond plain tensors.
+        name: what tables call it; default the spec with the checkpoint's stem.
+        data: whose transform OpenOOD uses, see :data:`PREPARATIONS`. Default: imagenet; for 32 x 32 networks cifar100
+            when the checkpoint has 100 classes, else cifar10.
+        size, pre_size, mean, std: changes to that transform.
+    Raises:
+        TrajOODError: OpenOOD is missing or older, the network is unknown or tells no features, or the checkpoint is
+            missing, damaged or of another architecture.
+    """
+    network, _, checkpoint = model.partition(":")
+    if network not in NETWORKS:
+        raise unknown_name("OpenOOD network", network, NETWORKS)
+    if not checkpoint:
+        raise TrajOODError(f"openood:{network}: expected a checkpoint: openood:{network}:<file.ckpt>")
+    kind = NETWORKS[network]
+    build = _class_of(kind)
+    weights = read_weights(checkpoint)
+    classes = next((len(weights[f"{head}.weight"]) for head in _HEADS if f"{head}.weight" in weights), None)
+    module = _built(build, kind, classes, f"openood:{network}")
+    put_weights(module, weights, checkpoint)
+    chosen = data or (("cifar100" if classes == 100 else "cifar10") if kind.small else "imagenet")
+    if chosen not in PREPARATIONS:
+        raise unknown_name("OpenOOD data set", chosen, PREPARATIONS)
+    base = PREPARATIONS[chosen]
+    preparation = Preparation(
+        pre_size or size or base.pre_size, size or base.size, tuple(mean or base.mean), tuple(std or base.std)
+    )
+    return OpenOODBackbone(
+        module,
+        name=name or f"openood:{network}:{Path(checkpoint).stem}",
+        spec=f"openood:{model}",
+        prepare=_Prepare(preparation),
+        channels=3,
+        options={"transform": {"data": chosen, **_plain(preparation)}, "pooling": "return_feature"},
+        classifier=_classifier(module),
+    )
+
+
+class _Prepare:
+    """OpenOOD's test transform, from torchvision's parts as there."""
+
+    def __init__(self, preparation: Preparation) -> None:
+        from torchvision import transforms
+
+        self._transform: Any = transforms.Compose(
+            [
+                transforms.Resize(preparation.pre_size, interpolation=transforms.InterpolationMode.BILINEAR),
+                transforms.CenterCrop(preparation.size),
+                transforms.ToTensor(),
+                transforms.Normalize(preparation.mean, preparation.std),
+            ]
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self._transform(image)
+
+
+def _plain(preparation: Preparation) -> dict[str, Any]:
+    return {
+        "pre_size": preparation.pre_size,
+        "size": preparation.size,
+        "mean": list(preparation.mean),
+        "std": list(preparation.std),
+    }
+
+
+def _class_of(kind: Network) -> Any:
+    try:
+        module = import_module(f"openood.networks.{kind.module}")
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing == "openood":
+            raise TrajOODError(f"OpenOOD's networks need openood, which is not installed: {INSTALL}") from error
+        if not missing.startswith("openood"):
+            raise TrajOODError(
+                f"openood is installed, but its own requirement {missing!r} is not: pip install {missing}"
+            ) from error
+        raise _older(f"no {missing}") from error
+    except Exception as error:  # old versions fail on import in their own ways
+        raise _older(one_line(error)) from error
+    if not hasattr(module, kind.cls):
+        raise _older(f"no {kind.cls} in openood.networks.{kind.module}")
+    return getattr(module, kind.cls)
+
+
+def _older(reason: str) -> TrajOODError:
+    return TrajOODError(f"openood is installed, but an older or damaged version ({reason}): update it: {INSTALL}")
+
+
+def _built(build: Any, kind: Network, classes: int | None, name: str) -> nn.Module:
+    arguments = dict(kind.arguments)
+    if kind.any_classes and classes is not None:
+        arguments["num_classes"] = classes
+    try:
+        return build(**arguments)
+    except Exception as error:
+        raise TrajOODError(f"{name}: cannot be built with {arguments} ({one_line(error)}): {INSTALL}") from error
+
+
+def _classifier(module: nn.Module) -> nn.Linear | None:
+    for head in _HEADS:
+        try:
+            layer = module.get_submodule(head)
+        except AttributeError:
+            continue
+        if isinstance(layer, nn.Linear):
+            return layer
+    return None
+
+
+def _describe(answer: Any) -> str:
+    if isinstance(answer, (tuple, list)):
+        return f"a {type(answer).__name__} of {len(answer)}"
+    return f"one tensor {tuple(answer.shape)}" if isinstance(answer, torch.Tensor) else f"a {type(answer).__name__}"

@@ -1,0 +1,215 @@
+"""Backbones from timm: any of its models with its own weights, a local file, or timm's local-directory format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from traj_ood.backbones.base import Features
+from traj_ood.backbones.network import NetworkBackbone, one_line, unknown_model
+from traj_ood.errors import TrajOODError
+from traj_ood.files import write_atomic
+from traj_ood.weights import check_weights, load_weights, put_weights, read_weights
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_LOCAL_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "model.pth")
+
+
+class TimmBackbone(NetworkBackbone):
+    """Features are ``forward_head(forward_features(x), pre_logits=True)``: timm's own pooling, before the classifier.
+
+    Args:
+        network: a timm model with its weights.
+        name, spec: see :class:`traj_ood.backbones.Backbone`.
+        data: changes to the transform timm declares for the model: ``input_size``, ``mean``, ``std``,
+            ``interpolation``, ``crop_pct``, ``crop_mode``.
+    """
+
+    library = "timm"
+
+    def __init__(self, network: nn.Module, *, name: str, spec: str, data: Mapping[str, Any] | None = None) -> None:
+        from timm.data import create_transform, resolve_model_data_config
+
+        for method in ("forward_features", "forward_head", "get_classifier"):
+            if not callable(getattr(network, method, None)):
+                raise TrajOODError(f"{name}: this timm model has no {method}, so it tells no penultimate features")
+        settings = resolve_model_data_config(network)
+        settings.update(data or {})
+        channels = int(settings["input_size"][0])
+        if len(settings["mean"]) != channels or len(settings["std"]) != channels:
+            raise TrajOODError(
+                f"{name}: expected a mean and a std for each of {channels} input channel(s), got mean "
+                f"{list(settings['mean'])}: state them in a timm folder's config.json or as options mean= and std="
+            )
+        classifier = network.get_classifier()  # type: ignore[operator]  # checked above
+        super().__init__(
+            network,
+            name=name,
+            spec=spec,
+            prepare=_Prepare(create_transform(**settings, is_training=False)),
+            channels=channels,
+            options={"transform": json.loads(json.dumps(settings)), "pooling": "pre_logits"},
+            classifier=classifier if isinstance(classifier, nn.Linear) else None,
+        )
+
+    def forward_batch(self, images: Tensor) -> Features:
+        network: Any = self.module
+        maps = network.forward_features(images)
+        features = network.forward_head(maps, pre_logits=True).flatten(1)
+        return Features(features, network.forward_head(maps) if network.num_classes > 0 else None)
+
+
+class _Prepare:
+    """timm's transform, typed."""
+
+    def __init__(self, transform: Any) -> None:
+        self._transform = transform
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self._transform(image)
+
+
+def load(model: str, *, name: str | None = None, **data: Any) -> TimmBackbone:
+    """``<name>`` (timm's weights, downloaded once), ``<name>:<weights file>``, ``hf-hub:<repository>`` or ``<folder>``.
+
+    A weights file decides the number of classes and of input channels. ``data`` as in :class:`TimmBackbone`.
+
+    Raises:
+        TrajOODError: unknown model; weights missing, damaged or of another architecture; no network.
+    """
+    for key in data:
+        if key not in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
+            raise TypeError(f"timm.load() got an unexpected keyword argument '{key}'")
+    spec = f"timm:{model}"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return TimmBackbone(_from_folder(folder), name=name or f"timm:{folder.resolve().name}", spec=spec, data=data)
+    architecture, _, weights = model.partition(":")
+    if architecture == "hf-hub":
+        return TimmBackbone(_from_hub(model), name=name or spec, spec=spec, data=data)
+    if "/" in architecture or architecture.startswith((".", "~")):
+        raise TrajOODError(
+            f"{spec}: no such folder; expected one with {CONFIG} and {WEIGHTS}, or <timm name>:<weights file>"
+        )
+    _assert_known(architecture)
+    if not weights:
+        return TimmBackbone(_from_hub(architecture), name=name or spec, spec=spec, data=data)
+    network = _from_file(architecture, Path(weights).expanduser())
+    return TimmBackbone(network, name=name or f"timm:{architecture}:{Path(weights).stem}", spec=spec, data=data)
+
+
+def new_network(architecture: str, **arguments: Any) -> nn.Module:
+    """An untrained timm model.
+
+    Raises:
+        TrajOODError: unknown model, or arguments it cannot be built with.
+    """
+    from timm import create_model
+
+    _assert_known(architecture)
+    try:
+        return create_model(architecture, pretrained=False, **arguments)
+    except Exception as error:
+        raise TrajOODError(f"timm:{architecture}: cannot be built with {arguments} ({one_line(error)})") from error
+
+
+def save_folder(
+    network: nn.Module, folder: Path, architecture: str, arguments: Mapping[str, Any], data: Mapping[str, Any]
+) -> None:
+    """Write timm's local-directory format, which ``timm:<folder>`` and timm's ``local-dir:<folder>`` read.
+
+    Args:
+        network: built by :func:`new_network` with ``arguments`` (which hold ``num_classes``).
+        data: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct`` and ``crop_mode``.
+    """
+    from safetensors.torch import save
+
+    own: Any = network
+    classes = int(arguments["num_classes"])
+    traits = {key: own.pretrained_cfg[key] for key in ("first_conv", "classifier") if key in own.pretrained_cfg}
+    config = {
+        "architecture": architecture,
+        "num_classes": classes,
+        "num_features": own.num_features,
+        "model_args": {k: v for k, v in arguments.items() if k != "num_classes"},
+        "pretrained_cfg": {"num_classes": classes, **traits, **data},
+    }
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
+    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    from timm import create_model
+
+    path = folder / CONFIG
+    try:
+        architecture = json.loads(path.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrajOODError(f"{path}: expected timm's config.json with an architecture ({one_line(error)})") from error
+    _assert_known(str(architecture).split(".")[0])
+    weights = next((folder / file for file in _LOCAL_WEIGHTS if (folder / file).is_file()), None)
+    if weights is None:
+        raise TrajOODError(f"{folder}: expected weights in {' or '.join(_LOCAL_WEIGHTS)}, found none")
+    try:
+        network = create_model(f"local-dir:{folder}", pretrained=False)
+    except Exception as error:
+        raise TrajOODError(f"{path}: timm cannot build this model ({one_line(error)})") from error
+    load_weights(network, weights)  # ours, since timm adapts or drops what does not fit
+    return network
+
+
+def _from_hub(model: str) -> nn.Module:
+    from timm import create_model
+
+    try:
+        network = create_model(model, pretrained=True)
+    except Exception as error:  # hub, network and file errors of many classes
+        raise TrajOODError(
+            f"timm:{model}: its weights are not on this machine and cannot be fetched ({one_line(error)}); give local "
+            "ones: timm:<name>:<file.safetensors or .pth>, or timm:<folder>"
+        ) from error
+    check_weights(network.state_dict(), network, f"timm:{model}")
+    return network
+
+
+def _from_file(architecture: str, path: Path) -> nn.Module:
+    weights = read_weights(path)
+    network: Any = new_network(architecture, **_shapes_from(weights, architecture))
+    put_weights(network, weights, str(path))
+    settings = network.pretrained_cfg
+    settings["input_size"] = (_channels(network, settings), *settings["input_size"][1:])
+    return network
+
+
+def _channels(network: nn.Module, settings: Mapping[str, Any]) -> int:
+    first = network.get_submodule(_layer(settings["first_conv"])) if settings.get("first_conv") else None
+    return int(first.in_channels) if isinstance(first, nn.Conv2d) else int(settings["input_size"][0])
+
+
+def _shapes_from(weights: Mapping[str, Tensor], architecture: str) -> dict[str, int]:
+    """Number of classes and of input channels, as the weights' own first and last layers have them."""
+    from timm.models import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(architecture)
+    last, first = (_layer(getattr(cfg, key, None)) for key in ("classifier", "first_conv"))
+    shapes = {"num_classes": len(weights[f"{last}.weight"]) if f"{last}.weight" in weights else 0}
+    if f"{first}.weight" in weights:
+        shapes["in_chans"] = weights[f"{first}.weight"].shape[1]
+    return shapes
+
+
+def _layer(names: Any) -> str:
+    return names[0] if isinstance(names, (tuple, list)) and names else str(names)
+
+
+def _assert_known(architecture: str) -> None:
+    from timm.models import is_model, list_models
+
+    if not is_model(architecture.split(".")[0]):
+        raise unknown_model("timm", architecture, list_models())

@@ -1,0 +1,106 @@
+"""Backbones from torchvision: its classifiers, with its weights or a local file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from traj_ood.backbones.network import (
+    ClassifierInputBackbone,
+    find_classifier,
+    name_of,
+    one_line,
+    trial_images,
+    unknown_model,
+)
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.weights import check_weights, put_weights, read_weights
+
+
+class TorchvisionBackbone(ClassifierInputBackbone):
+    """Features are the input of the last linear layer, so that the logits are always linear in them."""
+
+    library = "torchvision"
+
+
+def load(model: str, *, name: str | None = None, weights: str = "DEFAULT") -> TorchvisionBackbone:
+    """``<name>`` (torchvision's weights, downloaded once) or ``<name>:<weights file>``.
+
+    Args:
+        model: a classification model, such as ``resnet50``.
+        name: what tables call it; default the spec, with a file's stem in place of its path.
+        weights: entry of the model's weights enum; it also declares the transform, for a local file too. Default
+            DEFAULT, torchvision's best.
+    Raises:
+        TrajOODError: unknown model or entry; weights missing, damaged or of another architecture; no network.
+    """
+    from torchvision import models
+
+    architecture, _, file = model.partition(":")
+    known = models.list_models(module=models)
+    if architecture not in known:
+        raise unknown_model("torchvision", architecture, known)
+    entries = models.get_model_weights(architecture)
+    if weights not in entries.__members__:
+        raise unknown_name(f"torchvision weights of {architecture}", weights, entries.__members__)
+    transform = entries[weights].transforms()
+    shape = (3, int(transform.crop_size[0]), int(transform.crop_size[0]))
+    if file:
+        network = _from_file(architecture, Path(file).expanduser(), shape)
+    else:
+        network = _download(architecture, entries[weights])
+    spec = f"torchvision:{model}"
+    shown = name or (f"torchvision:{architecture}" + (f":{Path(file).stem}" if file else ""))
+    return TorchvisionBackbone(
+        network,
+        network,
+        find_classifier(shown, network, network, trial_images(shape)),
+        name=shown,
+        spec=spec,
+        prepare=transform,
+        channels=3,
+        options={"transform": _declared(transform), "pooling": "input of the last linear layer"},
+    )
+
+
+def _declared(transform: Any) -> dict[str, Any]:
+    """What torchvision's ImageClassification preset was made with, JSON-able."""
+    keys = ("resize_size", "crop_size", "mean", "std", "antialias")
+    return {**{key: getattr(transform, key) for key in keys}, "interpolation": transform.interpolation.value}
+
+
+def _download(architecture: str, entry: Any) -> nn.Module:
+    from torchvision import models
+
+    try:
+        network = models.get_model(architecture, weights=entry)
+    except Exception as error:  # urllib, ssl, hash and file errors
+        raise TrajOODError(
+            f"torchvision:{architecture}: its weights are not on this machine and cannot be fetched "
+            f"({one_line(error)}); give local ones: torchvision:{architecture}:<file.pth or .safetensors>"
+        ) from error
+    check_weights(network.state_dict(), network, f"torchvision:{architecture}")
+    return network
+
+
+def _from_file(architecture: str, path: Path, shape: tuple[int, int, int]) -> nn.Module:
+    """The architecture with the file's own number of classes."""
+    weights = read_weights(path)
+    network = _build(architecture)
+    last = name_of(network, find_classifier(f"torchvision:{architecture}", network, network, trial_images(shape)))
+    rows = len(weights[f"{last}.weight"]) if f"{last}.weight" in weights else 1000
+    if rows != 1000:
+        network = _build(architecture, num_classes=rows)
+    put_weights(network, weights, str(path))
+    return network
+
+
+def _build(architecture: str, **arguments: Any) -> nn.Module:
+    """Untrained, but otherwise as torchvision builds it for its own weights."""
+    from torchvision import models
+
+    if architecture in ("googlenet", "inception_v3"):  # these renormalise their input when they carry such weights
+        arguments |= {"transform_input": True, "init_weights": False}
+    return models.get_model(architecture, weights=None, **arguments)

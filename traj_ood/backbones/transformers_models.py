@@ -1,0 +1,145 @@
+"""Backbones from transformers: image classifiers, or encoders without one, from a local folder or the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from traj_ood.backbones.base import Features
+from traj_ood.backbones.network import (
+    ClassifierInputBackbone,
+    NetworkBackbone,
+    find_classifier,
+    one_line,
+    trial_images,
+)
+from traj_ood.errors import TrajOODError
+from traj_ood.weights import check_weights
+
+_CLASSIFIER = "ForImageClassification"
+
+
+class TransformersClassifier(ClassifierInputBackbone):
+    """Features are what the model's last linear layer reads (a CLS token, pooled maps, …)."""
+
+    library = "transformers"
+
+
+class TransformersEncoder(NetworkBackbone):
+    """A model without classifier: features are its pooler's output, else the first token, else the maps' mean."""
+
+    library = "transformers"
+
+    def forward_batch(self, images: Tensor) -> Features:
+        output = self.module(pixel_values=images)
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None:
+            return Features(pooled.flatten(1), None)
+        hidden = output.last_hidden_state
+        return Features(hidden[:, 0] if hidden.ndim == 3 else hidden.flatten(2).mean(dim=2), None)
+
+
+def load(model: str, *, name: str | None = None) -> NetworkBackbone:
+    """A local folder (config.json, model.safetensors, preprocessor_config.json) or a name on the Hugging Face hub.
+
+    Pickled weights are never read: convert them to safetensors. Neither is code of the repository.
+
+    Raises:
+        TrajOODError: files missing, damaged or of another architecture; no network; a model of another kind.
+    """
+    from transformers import AutoConfig, AutoImageProcessor
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise TrajOODError(
+            f"transformers:{model}: no such folder; expected one with config.json, model.safetensors and "
+            "preprocessor_config.json"
+        )
+    source = str(folder) if folder.is_dir() else model
+    shown = name or f"transformers:{folder.resolve().name if folder.is_dir() else model}"
+    config = _fetch(shown, "config.json", lambda: AutoConfig.from_pretrained(source))
+    if config.model_type == "vit_mae":
+        raise TrajOODError(
+            f"{shown}: ViT-MAE masks at random and is an autoencoder itself: use it as the model, without transformers:"
+        )
+    network = _network(shown, source, config)
+    processor = _fetch(shown, "preprocessor_config.json", lambda: AutoImageProcessor.from_pretrained(source))
+    settings: dict[str, Any] = {
+        "name": shown,
+        "spec": f"transformers:{model}",
+        "prepare": _Prepare(processor),
+        "channels": int(getattr(config, "num_channels", 3)),
+        "options": {"transform": _declared(processor), "pooling": type(network).__name__},
+    }
+    if not type(network).__name__.endswith(_CLASSIFIER):
+        return TransformersEncoder(network, **settings)
+
+    def call(images: Tensor) -> Tensor:
+        return network(pixel_values=images).logits
+
+    shape = _Prepare(processor)(Image.new("L" if settings["channels"] == 1 else "RGB", (320, 280))).shape
+    layer = find_classifier(shown, network, call, trial_images((shape[0], shape[1], shape[2])))
+    return TransformersClassifier(network, call, layer, **settings)
+
+
+def _network(name: str, source: str, config: Any) -> nn.Module:
+    """The model with every weight from its file: what a file lacks would be random numbers."""
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    classifier = any(a.endswith(_CLASSIFIER) for a in config.architectures or ())
+    kind = AutoModelForImageClassification if classifier else AutoModel
+
+    def read(**options: Any) -> Any:
+        return kind.from_pretrained(source, config=config, use_safetensors=True, output_loading_info=True, **options)
+
+    network, report = _fetch(name, "model.safetensors", read)
+    missing = sorted(report["missing_keys"])
+    if missing and all(key.startswith("pooler.") for key in missing):
+        network, report = _fetch(name, "model.safetensors", lambda: read(add_pooling_layer=False))
+        missing = sorted(report["missing_keys"])
+    wrong = [*missing, *(str(key) for key in report["mismatched_keys"])]
+    if wrong:
+        raise TrajOODError(
+            f"{name}: weights of another architecture: {len(wrong)} tensors missing or of another shape (first: "
+            f"{wrong[0]})"
+        )
+    network = network.float()
+    check_weights(network.state_dict(), network, name)
+    return network
+
+
+def _fetch(name: str, file: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:  # hub, network, file and configuration errors of many classes
+        raise TrajOODError(
+            f"{name}: {file} cannot be read here or fetched ({one_line(error)}); give a local folder with config.json, "
+            "model.safetensors and preprocessor_config.json: transformers:<folder>"
+        ) from error
+
+
+class _Prepare:
+    """An image processor on one image."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if image.mode == "L":  # processors expect a channel axis
+            import numpy as np
+
+            answer = self._processor(
+                images=np.asarray(image)[None], return_tensors="pt", input_data_format="channels_first"
+            )
+        else:
+            answer = self._processor(images=image, return_tensors="pt")
+        return answer["pixel_values"][0]
+
+
+def _declared(processor: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(processor.to_dict(), sort_keys=True, default=str))
