@@ -11,7 +11,17 @@ import pandas as pd
 import pytest
 
 from traj_ood.errors import TrajOODError
-from traj_ood.leaderboard import END, START, leaderboard, per_set, render_markdown, update_readme, write_csv
+from traj_ood.leaderboard import (
+    END,
+    START,
+    leaderboard,
+    openood_csv,
+    per_set,
+    render_markdown,
+    update_readme,
+    write_csv,
+    write_openood_csv,
+)
 from traj_ood.metrics import Metrics
 from traj_ood.results import Result, ScorerResult, SetScore
 
@@ -229,3 +239,23 @@ def test_a_readme_without_markers_is_left_alone(tmp_path: Path, text: str, found
     assert readme.read_text() == text
     with pytest.raises(TrajOODError, match="expected a README in UTF-8"):
         update_readme(tmp_path / "absent.md", "new")
+
+
+def test_openood_rows_in_the_columns_of_its_leaderboard(tmp_path: Path) -> None:
+    model = {"name": "vitmae", "fingerprint": "aaaabbbbcccc", "family": "vit-mae"}
+    sick = {"healthy": False, "warnings": ["few distinct end points"]}
+    write_openood_csv([run(0, model=model), run(1, model=model), run(2, model=model, dictionary=sick)], tmp_path / "o")
+    assert (tmp_path / "o").read_text(encoding="utf-8").splitlines() == [
+        "Training,Postprocessor,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,Additional_Description",
+        "vit-mae,Trajectory,70.00 ± 10.00,95.00 ± 0.00,/,No,vitmae,fashion; 3 seeds; unhealthy attractors",
+        "vit-mae,KNN,50.00 ± 0.00,85.00 ± 0.00,/,No,vitmae,fashion; 3 seeds; unhealthy attractors",
+    ]
+
+
+def test_openood_rows_of_one_seed_and_of_a_missing_role() -> None:
+    knn = scorer("KNN, k=5", 0.5, 0.7)
+    far = ScorerResult("KNN, k=5", {}, "", None, {k: s for k, s in knn.sets.items() if s.role == "far"})
+    text = openood_csv([run(scorers={"knn": far})])
+    assert text.splitlines()[1] == '/,"KNN, k=5",/,85.00,/,No,vitmae,fashion; 1 seed'
+    with pytest.raises(TrajOODError, match="expected at least 1 result, got 0"):
+        openood_csv([])

@@ -31,6 +31,11 @@ DEFAULT_COLUMNS = (
     *("all_aupr_in", "all_aupr_out"),
 )
 
+OPENOOD_COLUMNS = (
+    *("Training", "Postprocessor", "Near-OOD_AUROC", "Far-OOD_AUROC"),
+    *("ID_Accuracy", "Outlier_Data", "Arch", "Additional_Description"),
+)
+
 _TITLES = {
     "auroc": "AUROC ↑",
     "aupr_in": "AUPR-in ↑",
@@ -126,6 +131,42 @@ def per_set(results: Sequence[Result]) -> pd.DataFrame:
 def write_csv(results: Sequence[Result], path: str | Path) -> None:
     """``leaderboard(results)`` as a CSV file, fractions with 6 decimals. Raises as it and as ``write_atomic``."""
     write_atomic(path, leaderboard(results).to_csv(index=False, float_format="%.6f").encode())
+
+
+def openood_csv(results: Sequence[Result]) -> str:
+    """The rows of ``leaderboard`` in the columns of the OpenOOD leaderboard's own CSV files, to submit there.
+
+    AUROCs in percent with 2 decimals, ``±`` over seeds; ``Training`` is the model's family and ``Arch`` its name. What
+    does not exist is ``/``, as there: a mean over no sets, and the accuracy, which results do not hold. No scorer here
+    learns from outliers. OpenOOD keeps one file per benchmark: the description begins with the benchmark's name and
+    ends with what a reader must know (variant, an unhealthy dictionary). Raises as ``leaderboard``.
+    """
+    import pandas as pd
+
+    families = {r.model["fingerprint"]: str(r.model.get("family", "/")) for r in results}
+    rows = []
+    for _, row in leaderboard(results).iterrows():
+        seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+        notes = [row["benchmark"], seeds, row["variant"], "" if row["healthy"] else "unhealthy attractors"]
+        near, far = (_openood_percent(row[f"{r}_auroc"], row[f"{r}_auroc_std"]) for r in ("near", "far"))
+        rows.append(
+            {
+                "Training": families[row["fingerprint"]],
+                "Postprocessor": row["label"],
+                "Near-OOD_AUROC": near,
+                "Far-OOD_AUROC": far,
+                "ID_Accuracy": "/",
+                "Outlier_Data": "No",
+                "Arch": row["model"],
+                "Additional_Description": "; ".join(note for note in notes if note),
+            }
+        )
+    return pd.DataFrame(rows, columns=list(OPENOOD_COLUMNS)).to_csv(index=False)
+
+
+def write_openood_csv(results: Sequence[Result], path: str | Path) -> None:
+    """``openood_csv(results)`` as a file. Raises as it and as ``write_atomic``."""
+    write_atomic(path, openood_csv(results).encode())
 
 
 def update_readme(readme_path: str | Path, markdown: str) -> None:
@@ -310,6 +351,12 @@ def _percent(mean: float, std: float, *, bold: bool = False) -> str:
         return "—"
     text = f"{100 * mean:.1f}" if np.isnan(std) else f"{100 * mean:.1f} ± {100 * std:.1f}"
     return f"**{text}**" if bold else text
+
+
+def _openood_percent(mean: float, std: float) -> str:
+    if np.isnan(mean):
+        return "/"
+    return f"{100 * mean:.2f}" if np.isnan(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

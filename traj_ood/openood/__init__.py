@@ -1,0 +1,160 @@
+"""The bridge into the real OpenOOD (v1.5, main of December 2025): every scorer as a postprocessor, by name.
+
+``register()`` makes the scorer ``knn-paper`` known to OpenOOD as ``traj_ood_knn_paper``: OpenOOD has a ``knn``, a
+``vim``, … of its own, and none of them is touched. Then
+
+>>> from traj_ood import openood as bridge                                         # doctest: +SKIP
+>>> net = bridge.AutoencoderNet(traj_ood.load_autoencoder("fashion-mae"))          # doctest: +SKIP
+>>> bridge.evaluator(net, "cifar10", "traj_ood_trajectory").eval_ood()             # doctest: +SKIP
+
+or, in a clone of OpenOOD, ``python -m traj_ood.openood main.py --config … configs/postprocessors/traj_ood_knn.yml``.
+
+OpenOOD's confidence is HIGH = in distribution: the sign is flipped in :mod:`traj_ood.openood.bridge` and nowhere else.
+openood is imported when a function here needs it, and never before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.errors import TrajOODError
+from traj_ood.openood.bridge import Bridge, postprocessor_class
+from traj_ood.openood.library import load_library, serve_pipelines
+from traj_ood.openood.nets import AutoencoderNet, device_of, preprocessor
+from traj_ood.openood.settings import Settings, config_section, openood_names, write_configs
+
+__all__ = [
+    "AutoencoderNet",
+    "Bridge",
+    "Settings",
+    "config_root",
+    "evaluator",
+    "openood_names",
+    "postprocessor",
+    "preprocessor",
+    "register",
+    "write_configs",
+]
+
+_CONFIGS = Path(__file__).parent.parent / "configs" / "openood"
+
+
+def register(config_root: str | Path | None = None) -> list[str]:
+    """Make every registered scorer available to OpenOOD by name.
+
+    OpenOOD has two registries: a table for its ``Evaluator``, and a function for its command-line pipelines, whose
+    table is out of reach, so that the function is wrapped. Calling twice does no harm.
+
+    Args:
+        config_root: folder of OpenOOD's configs into whose ``postprocessors`` the missing yml files are written; files
+            that are there are kept. Default: none, and :func:`config_root` is what to hand to the Evaluator. Without a
+            yml file OpenOOD would look for one on the network and fail.
+    Returns:
+        The names, sorted.
+    Raises:
+        TrajOODError: openood is missing, incomplete or older, a name is taken, or the folder cannot be written.
+    """
+    library = load_library()
+    cls = postprocessor_class()
+    table = library.api_postprocessor.postprocessors
+    for name in openood_names():
+        if table.setdefault(name, cls) is not cls:
+            raise TrajOODError(f"OpenOOD's postprocessor name {name!r} is taken by {table[name].__name__}: rename that")
+    serve_pipelines(library.utils, cls)
+    if config_root is not None:
+        write_configs(Path(config_root) / "postprocessors", keep=True)
+    return sorted(openood_names())
+
+
+def config_root() -> str:
+    """The folder with the yml files of this package's own scorers, for ``Evaluator(config_root=…)``.
+
+    It holds no others: given this folder and one of OpenOOD's own names, OpenOOD downloads that yml file into it.
+    """
+    return str(_CONFIGS)
+
+
+def evaluator(
+    net: nn.Module | Autoencoder,
+    id_name: str,
+    postprocessor: Any,
+    *,
+    data_root: str | Path = "./data",
+    config_root: str | Path | None = None,
+    fsood: bool = False,
+    **options: Any,
+) -> Any:
+    """OpenOOD's own, unchanged ``Evaluator``, with what it leaves undone prepared: no GPU, and nets without classes.
+
+    It computes the accuracy on CUDA whatever the net's device, and of nets that have no classes. Here the accuracy of a
+    model without a classifier is NaN (not available), and that of a classifier which is not on CUDA is computed where
+    the net is.
+
+    Args:
+        net: a classifier of OpenOOD, an :class:`AutoencoderNet`, or an Autoencoder, which is wrapped.
+        id_name: OpenOOD's benchmark, such as ``cifar10``.
+        postprocessor: a name, ours or OpenOOD's, or an instance (see :func:`postprocessor`).
+        data_root: OpenOOD's data folder; OpenOOD downloads what it lacks.
+        config_root: folder of configs. Default: ours for our names, OpenOOD's own for others.
+        fsood: also prepare the accuracy on covariate-shifted sets, which ``eval_ood(fsood=True)`` reports.
+        options: of the Evaluator (``batch_size``, ``shuffle``, ``num_workers``, ``preprocessor``). The preprocessor of
+            an autoencoder defaults to :func:`preprocessor`.
+    Raises:
+        TrajOODError: as :func:`register`, and what the scorer refuses.
+    """
+    register()
+    net = AutoencoderNet(net) if isinstance(net, Autoencoder) else net
+    if isinstance(net, AutoencoderNet):
+        options.setdefault("preprocessor", preprocessor(net))
+    if isinstance(postprocessor, str):
+        own = _CONFIGS if postprocessor in openood_names() else None
+        folder = config_root or own  # None lets OpenOOD find its own
+        options |= {"postprocessor_name": postprocessor, "config_root": str(folder) if folder else None}
+    else:
+        options["postprocessor"] = postprocessor
+    made = load_library().api.Evaluator(net, id_name=id_name, data_root=str(data_root), **options)
+    if isinstance(net, AutoencoderNet) and not net.autoencoder.classes:
+        made.metrics["id_acc"] = made.metrics["csid_acc"] = float("nan")
+    elif device_of(net).type != "cuda":
+        loaders = made.dataloader_dict
+        made.scores["id_preds"], made.scores["id_labels"] = _predict(net, loaders["id"]["test"])
+        for name, loader in loaders["csid"].items() if fsood else ():
+            made.scores["csid_preds"][name], made.scores["csid_labels"][name] = _predict(net, loader)
+    return made
+
+
+def postprocessor(
+    spec: str,
+    *,
+    attractors: int = 2000,
+    seed: int = 0,
+    tol: float = 1e-5,
+    max_steps: int = 500,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+) -> Any:
+    """A scorer such as ``trajectory:horizon=16`` as the instance that ``Evaluator(postprocessor=…)`` takes.
+
+    Args:
+        spec: see :func:`traj_ood.create_postprocessor`.
+        attractors, seed, tol, max_steps: see :class:`Settings`.
+        sweep: option → values, which turns OpenOOD's automatic parameter search on. Default: none.
+    Raises:
+        TrajOODError: openood is missing, or a bad spec or sweep.
+    """
+    learning = {"attractors": attractors, "seed": seed, "tol": tol, "max_steps": max_steps}
+    section = config_section(spec, search=bool(sweep), sweep=sweep or {}, **learning)
+    return postprocessor_class()(load_library().config.Config(postprocessor=section))
+
+
+def _predict(net: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
+    """Predicted classes and labels (N,), computed where the net is."""
+    net.eval()
+    with torch.no_grad():
+        pairs = [(net(batch["data"].to(device_of(net))).argmax(1).cpu(), batch["label"]) for batch in loader]
+    return torch.cat([p for p, _ in pairs]), torch.cat([label for _, label in pairs])

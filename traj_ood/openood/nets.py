@@ -1,0 +1,181 @@
+"""Between models and nets: an Autoencoder as what OpenOOD calls a net, and its classifiers as what we read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.autoencoders import Autoencoder, Encoding
+from traj_ood.backbones import Backbone, CallableBackbone, Features
+from traj_ood.errors import TrajOODError
+
+
+class AutoencoderNet(nn.Module):
+    """An Autoencoder as the ``net`` that OpenOOD hands around.
+
+    Its forward pass gives (B, classes) logits, or, for a model without a classifier, predictions that make OpenOOD's
+    accuracy NaN.
+
+    Args:
+        autoencoder: any; its weights move and its mode changes with this module's.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.weights = nn.ModuleList([autoencoder.module])
+        backbone = getattr(autoencoder, "backbone", None)
+        if backbone is not None:
+            self.weights.append(backbone.module)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.autoencoder.examine(images).logits
+        if logits is not None:
+            return logits
+        return torch.full((len(images), 1), -1, device=images.device).as_subclass(NoClasses)
+
+
+class NoClasses(Tensor):
+    """(B, 1) answers of a model without classes: ``argmax(1)`` is −1, and comparing that with labels is NaN, not 0.
+
+    OpenOOD's accuracy is ``(net(x).argmax(1) == labels).sum()`` over their number; 0 % would be a lie.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.argmax:
+            return args[0][:, 0]
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func in (Tensor.eq, Tensor.__eq__):
+            return torch.full(result.shape, torch.nan, dtype=torch.float64)
+        return result
+
+
+def preprocessor(net: AutoencoderNet | Autoencoder) -> Any:
+    """What ``Evaluator(preprocessor=…)`` takes: PIL image → the autoencoder's own input, as in traj_ood.
+
+    A ``torchvision.transforms.Compose`` whose last member has ``mean`` and ``std``, because OpenOOD's ImageNet
+    benchmarks look for them there (for ImageNet-C, which they normalise but do not resize).
+    """
+    from torchvision.transforms import Compose
+
+    return Compose([_Transform(net.autoencoder if isinstance(net, AutoencoderNet) else net)])
+
+
+class _Transform:
+    """The autoencoder's transform with the statistics that OpenOOD looks for."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        channels = autoencoder.input_shape[0]
+        self._transform = autoencoder.transform
+        self.mean = list(getattr(autoencoder, "mean", (0.0,) * channels))
+        self.std = list(getattr(autoencoder, "std", (1.0,) * channels))
+
+    def __call__(self, image: Any) -> Tensor:
+        return self._transform(image)
+
+
+def backbone_of(net: nn.Module, shape: tuple[int, ...]) -> Backbone:
+    """An OpenOOD classifier as a frozen backbone: ``net(x, return_feature=True)`` gives logits and features.
+
+    The net is left as it was, gradients included. The head is taken from its ``get_fc`` where the logits are that
+    linear function of the features.
+
+    Args:
+        net: in eval mode.
+        shape: (C, H, W) of its images.
+    Raises:
+        TrajOODError: a net that returns no features.
+    """
+
+    def forward(images: Tensor) -> Features:
+        logits, features = _features_of(net, images)
+        return Features(features, logits)
+
+    probe = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)).to(device_of(net))
+    with torch.inference_mode():
+        logits, features = _features_of(net, probe)
+        head = _head_of(net, features, logits)
+    learnable = [p for p in net.parameters() if p.requires_grad]
+    made = CallableBackbone(
+        forward,
+        (shape[0], shape[1], shape[2]),
+        features.shape[1],
+        classes=logits.shape[1],
+        module=net,
+        name=type(net).__name__,
+        head=head,
+    )
+    for parameter in learnable:  # other postprocessors of OpenOOD may need their gradients
+        parameter.requires_grad_(True)
+    return made
+
+
+def _features_of(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, classes) logits and (B, n) features."""
+    name = type(net).__name__
+    advice = "use a network of openood.networks that does, or an AutoencoderNet"
+    try:
+        answer = net(images, return_feature=True)
+    except TypeError as error:
+        if "return_feature" not in str(error):
+            raise
+        raise TrajOODError(
+            f"net {name}: expected a network that takes return_feature=True, got: {error}: {advice}"
+        ) from error
+    pair = answer if isinstance(answer, (tuple, list)) else [answer]
+    if len(pair) != 2 or not all(isinstance(t, Tensor) and t.ndim == 2 and len(t) == len(images) for t in pair):
+        got = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in pair)
+        raise TrajOODError(
+            f"net {name}: expected return_feature=True to give logits (B, classes) and features (B, n) for B = "
+            f"{len(images)}, got {got}: {advice}"
+        )
+    return pair[0], pair[1]
+
+
+def _head_of(net: nn.Module, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight (c, n) and bias (c,) from the net's ``get_fc``, if they make these logits of these features."""
+    if not callable(getattr(net, "get_fc", None)):
+        return None
+    with contextlib.suppress(Exception):  # nets without such a layer raise whatever they like
+        weight, bias = (torch.as_tensor(part).to(features) for part in net.get_fc())  # type: ignore[operator]
+        if torch.allclose(features @ weight.T + bias, logits, rtol=1e-3, atol=1e-4):
+            return weight, bias
+    return None
+
+
+class FeatureModel(Autoencoder):
+    """A classifier for scorers that read its features and logits alone: there is an E, and no D."""
+
+    family: ClassVar[str] = "openood"
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone, self.name, self.module = backbone, backbone.name, backbone.module
+        self.input_shape, self.chunk = backbone.input_shape, backbone.chunk
+        self.feature_dim, self.classes = backbone.feature_dim, backbone.classes
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        return self.backbone.forward_batch(images).features
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        raise TrajOODError(f"{self.name}: a classifier without a surrogate decodes nothing")
+
+    def transform(self, image: Any) -> Tensor:
+        return self.backbone.transform(image)
+
+    def head(self) -> tuple[Tensor, Tensor] | None:
+        return self.backbone.head()
+
+    def examine(self, images: Tensor) -> Encoding:
+        seen = self.backbone.extract(images)
+        return Encoding(seen.features, target=seen.features, features=seen.features, logits=seen.logits)
+
+
+def device_of(net: nn.Module) -> torch.device:
+    return next((p.device for p in net.parameters()), torch.device("cpu"))
