@@ -17,6 +17,7 @@ from traj_ood.autoencoders.base import (
     View,
 )
 from traj_ood.autoencoders.conv import ConvAutoencoder, ConvNetwork
+from traj_ood.autoencoders.surrogate import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.autoencoders.vit_mae import ViTMAE
 from traj_ood.errors import TrajOODError, unknown_name
 
@@ -31,6 +32,8 @@ __all__ = [
     "Encoding",
     "FeatureView",
     "ModelInfo",
+    "SurrogateAutoencoder",
+    "SurrogateNetwork",
     "ViTMAE",
     "View",
     "load_autoencoder",
@@ -58,7 +61,7 @@ MODELS: dict[str, ModelInfo] = {
     "vit-mae-huge": ModelInfo("facebook/vit-mae-huge", "ViT-MAE huge, from the Hugging Face hub"),
 }
 
-_FAMILIES = {"vit_mae": ViTMAE, "traj_ood_conv": ConvAutoencoder}
+_FAMILIES = {"vit_mae": ViTMAE, "traj_ood_conv": ConvAutoencoder, "traj_ood_surrogate": SurrogateAutoencoder}
 
 
 def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:

@@ -1,0 +1,345 @@
+"""SurrogateAutoencoder: an autoencoder of a frozen backbone's features, whose self-map carries the trajectories.
+
+A classifier has no decoder, so E∘D does not exist for it. The paper's way out (§6.1) is a surrogate autoencoder in the
+latent space of the model of interest, whatever that model was trained for. Training is :mod:`traj_ood.fit_surrogate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from traj_ood.autoencoders.base import Autoencoder, Encoding
+from traj_ood.backbones import Backbone, Features, is_backbone_spec, load_backbone
+from traj_ood.engine import apply_in_chunks
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.files import write_atomic
+from traj_ood.weights import check_weights
+
+MODEL_TYPE = "traj_ood_surrogate"
+Activation = Literal["gelu", "relu", "identity"]
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
+_FLOOR = 0.1
+_ROWS = 4096  # features turned to float64 at a time
+
+
+class SurrogateNetwork(nn.Module):
+    """An MLP autoencoder of standardised features (B, n), with latents (B, k).
+
+    E is n → hidden → k and ends in a LayerNorm without parameters; D is its mirror image with a linear output. The
+    LayerNorm fixes ‖z‖² = k, so that the tolerance on the squared residual (1e-5) means the same for every backbone
+    and no training can buy convergence by shrinking the latents. Within the MLP there is no normalisation: nothing
+    depends on other rows.
+
+    Args:
+        features: n.
+        hidden: widths between n and k. Default: one layer of 2n units, within 256 … 512. One layer contracts as well as
+            two, and 1,024 units (measured at n = 512) contract no better than 512, at twice the time.
+        bottleneck: k. Default: n/2, within 16 … 128. Measured at n = 256 and 512, half of that left fewer attractors
+            on features with few classes, and up to half of the trajectories unsettled on features with many modes.
+        activation: between the layers; ``gelu`` (default, smooth like f should be), ``relu``, or ``identity``, which
+            makes f linear up to the LayerNorm.
+        latent_norm: the LayerNorm at the encoder's end. Default true; see above.
+
+    Attributes:
+        mean, std: (n,) buffers, of the training features; see :meth:`set_statistics`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int] | None = None,
+        bottleneck: int | None = None,
+        *,
+        activation: Activation = "gelu",
+        latent_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.hidden = tuple(hidden) if hidden is not None else (min(512, max(256, 2 * features)),)
+        self.bottleneck = bottleneck if bottleneck is not None else min(128, max(16, features // 2))
+        self.activation, self.latent_norm = activation, latent_norm
+        widths = (self.features, *self.hidden, self.bottleneck)
+        if min(widths) < 1:
+            raise TrajOODError(f"surrogate: widths must be at least 1, got {' → '.join(map(str, widths))}")
+        if activation not in get_args(Activation):
+            raise unknown_name("surrogate activation", str(activation), get_args(Activation))
+        self.encoder = _mlp(widths, _ACTIVATIONS[activation])
+        self.decoder = _mlp(widths[::-1], _ACTIVATIONS[activation])
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    def geometry(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "features": self.features,
+            "hidden": list(self.hidden),
+            "bottleneck": self.bottleneck,
+            "activation": self.activation,
+            "latent_norm": self.latent_norm,
+        }
+
+    def set_statistics(self, features: Tensor) -> None:
+        """Mean and standard deviation per dimension of (N, n) training features, summed in float64.
+
+        A deviation below a tenth of the median one is raised to it: a unit that is dead or nearly so in training
+        would otherwise blow up the one sample that wakes it, or divide by zero.
+
+        Raises:
+            TrajOODError: no dimension varies.
+        """
+        blocks = features.split(_ROWS)
+        mean = torch.stack([b.double().sum(dim=0) for b in blocks]).sum(dim=0) / len(features)
+        squares = torch.stack([(b.double() - mean).square().sum(dim=0) for b in blocks]).sum(dim=0)
+        std = (squares / len(features)).sqrt()
+        alive = std > 1e-6 * mean.abs()  # what float32 leaves of a constant is not variation
+        if not bool(alive.any()):
+            raise TrajOODError(
+                f"surrogate: no dimension of the {len(features)} features varies: every image looks the same to the "
+                "backbone; check its weights and the images"
+            )
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp(min=_FLOOR * float(std[alive].median())))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """(B, n) in the backbone's units → (B, n) in standard deviations from the training mean."""
+        return (features - self.mean) / self.std
+
+    def encode(self, features: Tensor) -> Tensor:
+        """E: (B, n) standardised → (B, k)."""
+        latents = self.encoder(features)
+        return nn.functional.layer_norm(latents, (self.bottleneck,)) if self.latent_norm else latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """D: (B, k) → (B, n) standardised."""
+        return self.decoder(latents)
+
+
+class SurrogateAutoencoder(Autoencoder):
+    """A frozen backbone and a :class:`SurrogateNetwork` on its features.
+
+    E(image) is the network's encoder on the backbone's standardised features. D ends at features, so f = E∘D repeats
+    the small network alone: the backbone sees every image once.
+
+    Args:
+        backbone: see :class:`traj_ood.backbones.Backbone`.
+        network: of the backbone's feature width.
+        name: what tables call the model. Default: the backbone's name.
+        mean, std: (n,) to standardise with. Default: what the network holds.
+
+    Attributes:
+        record: what ``training.json`` says (recipe, log, ``health`` of the attractors, versions); empty when unknown.
+    Raises:
+        TrajOODError: a network of another width, or deviations that are not positive.
+    """
+
+    family: ClassVar[str] = "surrogate"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        network: SurrogateNetwork,
+        *,
+        name: str | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> None:
+        self.backbone, self.network = backbone, network.eval().requires_grad_(False)
+        self.name, self.module = name or backbone.name, self.network
+        self.input_shape = backbone.input_shape
+        self.feature_dim, self.classes = backbone.feature_dim, backbone.classes
+        # 1,024 rows take 10 to 20 % longer in calls of 128 than at once; larger chunks would drag more idle rows along
+        # with the few trajectories that settle last.
+        self.chunk = 128
+        self.record: Mapping[str, Any] = {}
+        if network.features != backbone.feature_dim:
+            raise TrajOODError(
+                f"{self.name}: expected a network for the {backbone.feature_dim} features of {backbone.name}, got one "
+                f"for {network.features}: train a surrogate of this backbone"
+            )
+        for key, values in (("mean", mean), ("std", std)):
+            if values is not None and tuple(values.shape) != (network.features,):
+                raise TrajOODError(
+                    f"{self.name}: {key}: expected shape ({network.features},), got {tuple(values.shape)}"
+                )
+            if values is not None:
+                getattr(network, key).copy_(values)
+        if not bool((network.std > 0).all()):
+            raise TrajOODError(f"{self.name}: expected positive deviations of the features: the network is damaged")
+
+    # ------------------------------------------------------------------ the map
+
+    def examine(self, images: Tensor) -> Encoding:
+        """One pass through the backbone: where the trajectories start, its features and its logits.
+
+        Raises:
+            TrajOODError: the images are not finite floats (B, C, H, W) of the backbone's shape.
+        """
+        return self.examine_features(self.backbone.extract(images))
+
+    def examine_features(self, features: Features) -> Encoding:
+        """What :meth:`examine` makes of images whose features are known already.
+
+        Raises:
+            TrajOODError: features of another width, not floating point, or not finite.
+        """
+        values = features.features
+        check_features(self.name, values, self.feature_dim)
+        with torch.inference_mode():
+            target = self.network.standardise(values.to(self.device).float())
+            latents = apply_in_chunks(self.network.encode, target, self.chunk)
+        return Encoding(latents=latents, target=target, features=values, logits=features.logits)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """E on any number of images (B, C, H, W) → latents (B, k); raises as :meth:`examine`."""
+        return self.examine(images).latents
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        features = self.backbone.extract(images).features.to(self.device)
+        return self.network.encode(self.network.standardise(features))
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        """D: latents (chunk, k) → standardised features (chunk, n)."""
+        return self.network.decode(latents)
+
+    def self_map(self, latents: Tensor) -> Tensor:
+        """f(z) = E(D(z)) in feature space: never touches the backbone."""
+        return self.network.encode(self.network.decode(latents))
+
+    # ------------------------------------------------------------------ what it is
+
+    def transform(self, image: Image.Image) -> Tensor:
+        return self.backbone.transform(image)
+
+    def head(self) -> tuple[Tensor, Tensor] | None:
+        return self.backbone.head()
+
+    def options(self) -> dict[str, Any]:
+        return {"backbone": self.backbone_fingerprint, "network": self.network.geometry()}
+
+    @cached_property
+    def backbone_fingerprint(self) -> str:
+        """Taken once: the backbone is frozen, and hashing its weights takes seconds."""
+        return self.backbone.fingerprint()
+
+    def parameter_count(self) -> int:
+        """Of the backbone and the network."""
+        parts = (self.backbone.module, self.network)
+        return sum(p.numel() for part in parts for p in part.parameters())
+
+    def to(self, device: torch.device | str) -> SurrogateAutoencoder:
+        self.backbone.to(device)
+        self.network.to(device)
+        return self
+
+    # ------------------------------------------------------------------ files
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, backbone: Backbone | None = None, **options: Any
+    ) -> SurrogateAutoencoder:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            folder: with config.json and model.safetensors; training.json is read where there is one.
+            backbone: the very one it was trained on. Default: loaded by the spec in config.json.
+            options: of the constructor, such as ``name``.
+        Raises:
+            TrajOODError: unreadable or damaged files, weights of another architecture or with NaN, or a backbone with
+                other weights or options than the one it was trained on.
+        """
+        folder = Path(folder)
+        path = folder / "model.safetensors"
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if config["model_type"] != MODEL_TYPE:
+                raise TrajOODError(
+                    f"{folder}/config.json: expected model_type {MODEL_TYPE!r}, got {config['model_type']!r}"
+                )
+            trained_on = {key: str(config["backbone"][key]) for key in ("spec", "name", "fingerprint")}
+            network = SurrogateNetwork(**config["network"])
+            weights = load_file(path)
+            record = folder / "training.json"
+            known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+            if not isinstance(known, dict):
+                raise ValueError("training.json is not an object")
+        except TrajOODError:
+            raise
+        except Exception as error:
+            raise TrajOODError(
+                f"{folder}: expected config.json and model.safetensors of a surrogate "
+                f"({' '.join(str(error).split()) or type(error).__name__})"
+            ) from error
+        check_weights(weights, network, str(path))
+        network.load_state_dict(weights)
+        model = cls(backbone or _backbone_of(folder, trained_on), network, **options)
+        if model.backbone_fingerprint != trained_on["fingerprint"]:
+            raise TrajOODError(
+                f"{folder}: trained on the features of {trained_on['name']} (fingerprint "
+                f"{trained_on['fingerprint'][:12]}…), got {model.backbone.name} ({model.backbone_fingerprint[:12]}…): "
+                "pass the backbone it was trained on, or train a new surrogate"
+            )
+        model.record = known
+        return model
+
+    def save_pretrained(self, folder: Path, recipe: Mapping[str, Any] | None = None) -> None:
+        """Write config.json and model.safetensors: the network, and the backbone by spec, name and fingerprint."""
+        config = {
+            "model_type": MODEL_TYPE,
+            "backbone": {
+                "spec": self.backbone.spec,
+                "name": self.backbone.name,
+                "fingerprint": self.backbone_fingerprint,
+            },
+            "network": self.network.geometry(),
+            "recipe": dict(recipe or {}),
+        }
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def check_features(name: str, features: Tensor, width: int) -> None:
+    """Refuse features that are not finite floats (B, ``width``).
+
+    Raises:
+        TrajOODError: names ``name`` and what arrived.
+    """
+    if features.ndim != 2 or features.shape[1] != width or not features.is_floating_point():
+        raise TrajOODError(
+            f"{name}: expected float features (B, {width}), got {features.dtype} of shape {tuple(features.shape)}"
+        )
+    for start in range(0, len(features), _ROWS):  # by blocks: a mask over all of them would double the memory
+        bad = (~features[start : start + _ROWS].isfinite().all(dim=1)).nonzero()[:, 0]
+        if len(bad):
+            raise TrajOODError(
+                f"{name}: {len(bad)} row(s) of features hold NaN or infinite values, first at row "
+                f"{start + int(bad[0])}: check the backbone and its images"
+            )
+
+
+def _backbone_of(folder: Path, trained_on: Mapping[str, str]) -> Backbone:
+    if not is_backbone_spec(trained_on["spec"]):
+        raise TrajOODError(
+            f"{folder}: trained on the features of {trained_on['name']!r}, a backbone of your own: pass it as backbone="
+        )
+    return load_backbone(trained_on["spec"])
+
+
+def _mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), activation()]
+    return nn.Sequential(*layers[:-1])
