@@ -174,7 +174,7 @@ def test_help_shows_examples_to_copy(verb: list[str]) -> None:
     assert "Examples:" in result.stdout
     examples = result.stdout.split("Examples:")[1].strip().splitlines()
     assert examples
-    assert all(line.strip().startswith("traj-ood ") for line in examples)
+    assert all(line.strip().startswith(("traj-ood ", "torchrun ")) for line in examples)
 
 
 def test_version() -> None:

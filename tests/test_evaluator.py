@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import load_autoencoder
+from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork, load_autoencoder
+from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import load_benchmark
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluator import Evaluator, RunConfig
+from traj_ood.evaluator import Evaluator, RunConfig, _batches, _even_size
+from traj_ood.features import FeatureCache
 from traj_ood.parts import Part
 from traj_ood.results import Result
 from traj_ood.scoring import Scored, ScorerSet
@@ -503,6 +505,54 @@ def test_curve_quantiles_censor_converged_samples() -> None:
     assert norm.loc[2, "q95"] == pytest.approx(np.quantile([3, 7, 9], 0.95))
     assert frame[frame["quantity"] == "running"]["q50"].tolist() == pytest.approx([1, 2 / 3, 1 / 3])
     assert curve_quantiles(split, [Part((), [], {}, {})], tol=1e-5).empty
+
+
+# ---------------------------------------------------------------------------------------------- batches, cache
+
+
+def test_batches_are_even_and_as_many_for_each_process() -> None:
+    for count in (1, 2, 5, 9, 12, 100, 2000, 2049):
+        for most in (1, 4, 5, 64, 2048):
+            for processes in (1, 2, 3, 8):
+                size = _even_size(count, most, processes)
+                batches = _batches(count, size)
+                assert [i for b in batches for i in b] == list(range(count))
+                assert 1 <= size <= most
+                shares = [len(batches[rank::processes]) for rank in range(processes)]
+                assert max(shares) == -(-count // (most * processes))  # no process waits longer than it has to
+                if processes == 1:
+                    assert len(batches) == -(-count // most)
+    assert _even_size(2000, 2048, 1) == 2000
+    assert _even_size(2000, 2048, 8) == 250
+    assert _even_size(5000, 1024, 4) == 625
+
+
+def surrogate() -> SurrogateAutoencoder:
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16))
+
+    def transform(image: Any) -> Tensor:
+        return torch.from_numpy(np.array(image, dtype=np.float32))[None] / 255
+
+    backbone = CallableBackbone(
+        lambda images: Features(body(images), None), (1, 8, 8), 16, module=body, transform=transform, chunk=4
+    )
+    return SurrogateAutoencoder(backbone, SurrogateNetwork(16, (16,), 8), name="surrogate")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_cached_features_change_nothing_but_the_work(place: Path, broken: Path, tmp_path: Path, damaged: bool) -> None:
+    source = broken if damaged else place
+    settings = {"scorers": ("trajectory", "knn:k=3:view=backbone"), "on_error": "skip"}
+    plain = evaluator(source, tmp_path / "plain", model=surrogate(), **settings)
+    expected = plain.run()
+    for out, batch_size in (("first", 5), ("second", 4)):
+        run = evaluator(source, tmp_path / out, model=surrogate(), batch_size=batch_size, **settings)
+        run.cache = FeatureCache(tmp_path / "cache")
+        if out == "second" and not damaged:
+            run._load = None  # type: ignore[method-assign, assignment]  # no image is read again
+        assert run.run().failures == expected.failures
+        pd.testing.assert_frame_equal(table(run), table(plain), check_exact=True)
 
 
 def load_benchmark_split() -> Any:

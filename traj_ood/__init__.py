@@ -15,14 +15,18 @@ if TYPE_CHECKING:
         CallableAutoencoder,
         ConvAutoencoder,
         ConvNetwork,
+        SurrogateAutoencoder,
+        SurrogateNetwork,
         ViTMAE,
         load_autoencoder,
     )
+    from traj_ood.backbones import Backbone, CallableBackbone, load_backbone
     from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark
-    from traj_ood.engine import Norm, Observer, iterate
+    from traj_ood.engine import LowPrecision, Norm, Observer, iterate
     from traj_ood.errors import TrajOODError
     from traj_ood.evaluator import Evaluator, RunConfig
-    from traj_ood.index import NeighborIndex, Neighbors
+    from traj_ood.fit_surrogate import SurrogateRecipe, surrogate_for
+    from traj_ood.index import NeighborIndex, Neighbors, Recall
     from traj_ood.metrics import Metrics, bootstrap, compute_metrics
     from traj_ood.postprocessors import Evidence, Postprocessor, create_postprocessor, register
     from traj_ood.results import Result
@@ -38,14 +42,18 @@ _HOME = {
         "CallableAutoencoder",
         "ConvAutoencoder",
         "ConvNetwork",
+        "SurrogateAutoencoder",
+        "SurrogateNetwork",
         "ViTMAE",
         "load_autoencoder",
     ),
+    "backbones": ("Backbone", "CallableBackbone", "load_backbone"),
     "data": ("Benchmark", "Split", "list_benchmarks", "load_benchmark"),
-    "engine": ("Norm", "Observer", "iterate"),
+    "engine": ("LowPrecision", "Norm", "Observer", "iterate"),
     "errors": ("TrajOODError",),
     "evaluator": ("Evaluator", "RunConfig"),
-    "index": ("NeighborIndex", "Neighbors"),
+    "fit_surrogate": ("SurrogateRecipe", "surrogate_for"),
+    "index": ("NeighborIndex", "Neighbors", "Recall"),
     "metrics": ("Metrics", "bootstrap", "compute_metrics"),
     "postprocessors": ("Evidence", "Postprocessor", "create_postprocessor", "register"),
     "results": ("Result",),

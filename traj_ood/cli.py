@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from traj_ood.errors import TrajOODError
+from traj_ood.parallel import Team, TeammateError, is_main_process
+
+if TYPE_CHECKING:
+    from traj_ood.autoencoders import Autoencoder
+    from traj_ood.evaluator import Evaluator, RunConfig
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -29,11 +35,14 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except TeammateError:
+            sys.exit(2)  # another process tells what went wrong
         except TrajOODError as error:
             click.echo(f"traj-ood: error: {' '.join(str(error).split())}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
-            click.echo("traj-ood: interrupted; the same command continues where this one stopped", err=True)
+            if is_main_process():
+                click.echo("traj-ood: interrupted; the same command continues where this one stopped", err=True)
             sys.exit(130)
 
     return wrapped
@@ -50,11 +59,20 @@ def main() -> None:
         "traj-ood bench fashion --quick",
         "traj-ood bench fashion --scorers trajectory,knn:k=5,mahalanobis --attractors 500",
         "traj-ood bench imagenet-paper --model vit-mae-base --data-root /data/openood --device cuda",
+        "traj-ood bench imagenet --model timm:vit_base_patch16_224 --data-root /data/openood --device cuda",
+        "torchrun --nproc_per_node 2 -m traj_ood bench fashion",
         "traj-ood bench my-images.yaml --model runs/my-mae --on-error skip --quiet",
     )
 )
 @click.argument("benchmark")
-@click.option("--model", default="fashion-mae", show_default=True, help="Model name, local folder or hub name.")
+@click.option(
+    "--model",
+    default="fashion-mae",
+    show_default=True,
+    help="Name, local folder or hub name of an autoencoder; or a backbone as timm:<name>[:<weights>], timm:<folder>, "
+    "torchvision:<name>[:<weights>], transformers:<name or folder>, openood:<network>:<checkpoint>: a surrogate "
+    "autoencoder is then trained on its features of the ID training split, and kept.",
+)
 @click.option("--scorers", default="all", show_default=True, help="Comma-separated, options as name:key=value.")
 @click.option("--attractors", type=int, help="ID training images to learn from.  [default: the benchmark's protocol]")
 @click.option("--per-set", type=int, help="Most images per test and OOD set.  [default: the benchmark's protocol]")
@@ -71,7 +89,23 @@ def main() -> None:
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--tf32/--no-tf32", default=False, show_default=True, help="Faster, coarser products on NVIDIA GPUs.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="bf16 takes a test image's first steps in bfloat16 and finishes in fp32; attractors are always fp32. Scores "
+    "over the whole path can differ.",
+)
 @click.option("--index", type=click.Choice(["auto", "faiss", "torch"]), default="auto", show_default=True)
+@click.option(
+    "--approximate",
+    type=click.Choice(["none", "ivf", "hnsw"]),
+    default="none",
+    show_default=True,
+    help="Allow an approximate search among 100,000 attractors or more.",
+)
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
 @click.option("--fresh", is_flag=True, help="Discard what an earlier run left in the run's folder.")
 @click.option("--no-plots", is_flag=True, help="Skip the plots.")
@@ -85,42 +119,18 @@ def bench(benchmark: str, **options: Any) -> None:
     """
     import torch
 
-    from traj_ood.autoencoders import load_autoencoder
-    from traj_ood.data import load_benchmark
-    from traj_ood.device import resolve_device
-    from traj_ood.evaluator import Evaluator, RunConfig
     from traj_ood.leaderboard import render_markdown
     from traj_ood.plots import plot_run
 
     _silence_libraries()
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    quick = {"attractors": 1000, "per_set": 300} if options["quick"] else {}
-    model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}
-    config = RunConfig(
-        scorers=tuple(s for s in options["scorers"].split(",") if s.strip()),
-        attractors=quick.get("attractors") if options["attractors"] is None else options["attractors"],
-        per_set=quick.get("per_set") if options["per_set"] is None else options["per_set"],
-        seed=options["seed"],
-        tol=options["tol"],
-        max_steps=options["max_steps"],
-        resamples=options["bootstrap"],
-        on_error=options["on_error"],
-    )
-    if not options["quiet"]:
-        click.echo(f"Loading {options['model']} and the image lists of {benchmark}", err=True)
-    evaluator = Evaluator(
-        autoencoder=load_autoencoder(options["model"], **model_options).to(resolve_device(options["device"])),
-        benchmark=load_benchmark(benchmark, options["data_root"]),
-        config=config,
-        out=options["out"],
-        batch_size=options["batch_size"],
-        workers=options["workers"],
-        backend=options["index"],
-        quiet=options["quiet"],
-        command="traj-ood " + shlex.join(sys.argv[1:]),
-    )
-    result = evaluator.run(fresh=options["fresh"])
+    team = Team.join()
+    with team.together():
+        evaluator = _evaluator(benchmark, options, team)
+        result = evaluator.run(fresh=options["fresh"])
+    if not team.is_main:
+        return
     if not options["no_plots"]:
         plot_run(result, evaluator.folder, quiet=options["quiet"])
     click.echo(render_markdown([result]))
@@ -129,6 +139,68 @@ def bench(benchmark: str, **options: Any) -> None:
     if result.failures:
         click.echo(f"traj-ood: warning: {len(result.failures)} image(s) skipped, see {evaluator.folder}", err=True)
     click.echo(f"Written to {evaluator.folder}", err=True)
+
+
+def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator:
+    """What `bench` runs: its data, its model (a surrogate is trained where a backbone is asked for) and settings."""
+    from traj_ood.autoencoders import load_autoencoder
+    from traj_ood.backbones import is_backbone_spec
+    from traj_ood.data import load_benchmark
+    from traj_ood.data.fashion_mnist import cache_folder
+    from traj_ood.device import resolve_device
+    from traj_ood.evaluator import Evaluator
+    from traj_ood.features import FeatureCache
+    from traj_ood.fit_surrogate import surrogate_for
+
+    config = _run_config(options)
+    quiet = options["quiet"] or not team.is_main
+    if not quiet:
+        click.echo(f"Loading {options['model']} and the image lists of {benchmark}", err=True)
+    data = load_benchmark(benchmark, options["data_root"])
+    device = resolve_device(team.device(options["device"]), tf32=options["tf32"])
+    model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}
+    backbone = is_backbone_spec(options["model"])
+    if backbone and model_options:
+        raise TrajOODError(
+            f"--mask-ratio and --mask-seed belong to a ViT-MAE, not to {options['model']}: leave them out"
+        )
+    model: Autoencoder
+    if backbone:
+        settings = {"workers": options["workers"], "on_error": options["on_error"], "device": device, "quiet": quiet}
+        model = team.main_first(lambda: surrogate_for(options["model"], data, **settings))
+    else:
+        model = team.main_first(lambda: load_autoencoder(options["model"], **model_options))
+    return Evaluator(
+        autoencoder=model.to(device),
+        benchmark=data,
+        config=config,
+        out=options["out"],
+        batch_size=options["batch_size"],
+        workers=options["workers"],
+        backend=options["index"],
+        quiet=quiet,
+        command="traj-ood " + shlex.join(sys.argv[1:]),
+        cache=FeatureCache(cache_folder() / "features") if backbone else None,
+        team=team,
+    )
+
+
+def _run_config(options: dict[str, Any]) -> RunConfig:
+    from traj_ood.evaluator import RunConfig
+
+    quick = {"attractors": 1000, "per_set": 300} if options["quick"] else {}
+    return RunConfig(
+        scorers=tuple(s for s in options["scorers"].split(",") if s.strip()),
+        attractors=quick.get("attractors") if options["attractors"] is None else options["attractors"],
+        per_set=quick.get("per_set") if options["per_set"] is None else options["per_set"],
+        seed=options["seed"],
+        tol=options["tol"],
+        max_steps=options["max_steps"],
+        resamples=options["bootstrap"],
+        precision=options["precision"],
+        approximate=options["approximate"],
+        on_error=options["on_error"],
+    )
 
 
 @main.command(
@@ -184,19 +256,36 @@ def list_(what: str) -> None:
 
 @main.command(
     epilog=_examples(
-        "traj-ood leaderboard runs", "traj-ood leaderboard results --csv results/leaderboard.csv --readme README.md"
+        "traj-ood leaderboard runs",
+        "traj-ood leaderboard results --csv results/leaderboard.csv --readme README.md",
+        "traj-ood leaderboard results --format openood",
     )
 )
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results"))
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Also write the full table as CSV.")
 @click.option("--readme", type=click.Path(path_type=Path), help="Also put the table between this file's markers.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["markdown", "openood"]),
+    default="markdown",
+    show_default=True,
+    help="openood: rows in the columns of OpenOOD's leaderboard CSV.",
+)
 @_one_line_errors
-def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None) -> None:
+def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str) -> None:
     """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
-    from traj_ood.leaderboard import render_markdown, update_readme, write_csv
+    from traj_ood.leaderboard import openood_csv, render_markdown, update_readme, write_csv, write_openood_csv
     from traj_ood.results import Result
 
+    if form == "openood" and readme is not None:
+        raise TrajOODError("--readme takes the Markdown table: leave out --format openood, or --readme")
     results = Result.load_all(folder)
+    if form == "openood":
+        if csv_path is not None:
+            write_openood_csv(results, csv_path)
+        click.echo(openood_csv(results), nl=False)
+        return
     markdown = render_markdown(results)
     if csv_path is not None:
         write_csv(results, csv_path)
@@ -212,9 +301,11 @@ def _section(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _silence_libraries() -> None:
-    """transformers announces its loading and the hub every retry; our own bars and errors say what matters."""
+    """transformers announces its loading and the hub every retry; our own bars and errors say what matters. What is
+    warned of becomes a line like the others."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"traj-ood: warning: {message}", err=True)

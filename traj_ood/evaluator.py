@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -20,17 +22,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import Autoencoder, Encoding
+from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateAutoencoder
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.features import FeatureCache
 from traj_ood.files import write_atomic
-from traj_ood.index import Backend
+from traj_ood.index import Approximate, Backend
 from traj_ood.metrics import bootstrap, check_scores, compute_metrics
+from traj_ood.parallel import Team
 from traj_ood.parts import Part, PartFolder
 from traj_ood.postprocessors import Evidence
 from traj_ood.results import FILE_NAME, Result, ScorerResult, SetScore, environment, git_commit
-from traj_ood.scoring import ScorerSet, join_evidence
+from traj_ood.scoring import Precision, ScorerSet, join_evidence
 
 OnError = Literal["raise", "skip"]
 _LATENT_BYTES = 2**28
@@ -49,6 +53,7 @@ class RunConfig:
         seed: of the training sample.
         tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
         resamples: bootstrap resamples for the 95 % intervals; 0 for none.
+        precision, approximate: see :class:`traj_ood.ScorerSet`; exact float32 by default.
         on_error: ``raise`` (default) or ``skip`` images that cannot be read, which are then counted in the result.
     """
 
@@ -59,6 +64,8 @@ class RunConfig:
     tol: float = 1e-5
     max_steps: int = 500
     resamples: int = 500
+    precision: Precision = "fp32"
+    approximate: Approximate = "none"
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
@@ -77,12 +84,16 @@ class Evaluator:
     Attributes:
         autoencoder, benchmark, config: what to run.
         out: folder under which the run's own folder is made.
-        batch_size: images at a time; default: as many as keep their latents under 256 MiB, at most 2,048. It changes
-            memory and how much an interruption can lose, not results.
+        batch_size: most images at a time; default: as many as keep their latents under 256 MiB, at most 2,048. It
+            changes memory and how much an interruption can lose, not results. A split is cut into batches of equal
+            size, as many for each process.
         workers: threads that read images.
         backend: of the neighbour index.
         quiet: no progress bars.
         command: recorded in the result.
+        cache: where a surrogate's backbone keeps its features; default: nowhere. It changes time, not results.
+        team: the processes that share the work, see :meth:`traj_ood.parallel.Team.join`; default: this one alone.
+            Each builds its own evaluator of the same settings, and ``out`` is a folder that all of them see.
     """
 
     autoencoder: Autoencoder
@@ -94,6 +105,8 @@ class Evaluator:
     backend: Backend = "auto"
     quiet: bool = False
     command: str = ""
+    cache: FeatureCache | None = None
+    team: Team = field(default_factory=Team)
     _seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -107,11 +120,19 @@ class Evaluator:
             seed=config.seed,
         )
         self.scorers = ScorerSet(
-            self.autoencoder, config.scorers, tol=config.tol, max_steps=config.max_steps, backend=self.backend
+            self.autoencoder,
+            config.scorers,
+            tol=config.tol,
+            max_steps=config.max_steps,
+            backend=self.backend,
+            approximate=config.approximate,
+            precision=config.precision,
         )
         self.scorers.check_training_size(len(self.sample.train.images))
-        self.name = f"{bench.name}--{self.autoencoder.name.replace('/', '-')}--seed{config.seed}"
+        self.name = f"{bench.name}--{re.sub('[/:]', '-', self.autoencoder.name)}--seed{config.seed}"
         self.folder = self.out / self.name
+        self.parts = PartFolder(self.folder / "parts")
+        self.failures: list[dict[str, str]] = []
 
     def run(self, fresh: bool = False) -> Result:
         """Compute what is missing, write everything, and return the result; a finished run is returned as it is.
@@ -119,26 +140,54 @@ class Evaluator:
         Args:
             fresh: discard what an earlier run left in the folder.
         Raises:
-            TrajOODError: bad data, a folder that cannot be written, or one that holds a run with other settings.
+            TrajOODError: bad data, a folder that cannot be written, one that holds a run with other settings, more
+                processes than images, or a process that failed (see :meth:`traj_ood.parallel.Team.together`).
         """
-        identity = self._identity()
-        if fresh:
+        with self.team.together():
+            self._refuse_idle_processes()
+            identity = self._identity()
+            batch_sizes = self.team.main_first(lambda: self._open(identity, fresh))
+            result = None if batch_sizes is None else self._compute(identity, batch_sizes)
+            return result or Result.load(self.folder / FILE_NAME)
+
+    def _compute(self, identity: dict[str, Any], batch_sizes: dict[str, int]) -> Result | None:
+        """Every pass, by all processes; then the main one measures what they scored, and has the result."""
+        result = None
+        train_curves = self._fit(batch_sizes)
+        scored = {s.name: self._score(s, batch_sizes) for s in [self.sample.test, *self.sample.ood]}
+        if self.team.is_main:
+            result = self._finish(identity, scored, train_curves)
+            self.parts.remove()
+        self.team.wait()
+        return result
+
+    def _refuse_idle_processes(self) -> None:
+        smallest = min(self._used_splits(), key=lambda s: len(s.images))
+        if self.team.size > len(smallest.images):
+            raise TrajOODError(
+                f"{self.team.size} processes for {len(smallest.images)} images of split {smallest.name!r}: expected at "
+                f"most {len(smallest.images)}; start fewer processes"
+            )
+
+    def _open(self, identity: dict[str, Any], fresh: bool) -> dict[str, int] | None:
+        """The batch size of each split, those of the unfinished run if there is one; None for a finished run."""
+        if fresh and self.team.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
         finished = self.folder / FILE_NAME
         if finished.is_file():
-            result = Result.load(finished)
-            self._refuse_other(identity, _identity_of(result))
-            return result
-        self._check_images()
-        parts = PartFolder(self.folder / "parts")
-        stored = parts.open({**identity, "batch_size": self._batch_size()})
-        batch_size = stored.pop("batch_size")
+            self._refuse_other(identity, _identity_of(Result.load(finished)))
+            return None
+        if self.team.is_main:
+            self._check_images()
+        elif not self.parts.is_open():
+            raise TrajOODError(
+                f"{self.folder}: process {self.team.rank} does not see what the main process wrote there: expected "
+                "--out to be one folder that all processes share"
+            )
+        stored = self.parts.open({**identity, "batch_sizes": self._batch_sizes()})
+        batch_sizes = stored.pop("batch_sizes")
         self._refuse_other(identity, stored)
-        train_curves = self._fit(parts, batch_size)
-        scored = {s.name: self._score(parts, s, batch_size) for s in [self.sample.test, *self.sample.ood]}
-        result = self._finish(identity, scored, train_curves)
-        parts.remove()
-        return result
+        return batch_sizes
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must share to be one run."""
@@ -179,9 +228,15 @@ class Evaluator:
         if self.config.on_error == "raise":
             preflight(self.sample)
 
-    def _batch_size(self) -> int:
-        if self.batch_size is not None:
-            return self.batch_size
+    def _used_splits(self) -> list[Split]:
+        return [self.sample.train, self.sample.test, *self.sample.ood]
+
+    def _batch_sizes(self) -> dict[str, int]:
+        most = self._most_images() if self.batch_size is None else self.batch_size
+        return {s.name: _even_size(len(s.images), most, self.team.size) for s in self._used_splits()}
+
+    def _most_images(self) -> int:
+        """The default batch size."""
         model = self.autoencoder
         latent = model.encode(torch.zeros(1, *model.input_shape))
         bytes_per_image = 4 * max(latent.numel(), int(np.prod(model.input_shape)))
@@ -189,11 +244,11 @@ class Evaluator:
 
     # ------------------------------------------------------------------ passes over images
 
-    def _fit(self, parts: PartFolder, batch_size: int) -> pd.DataFrame:
-        """The training pass: attractors and everything the scorers learn. Returns its curves."""
+    def _fit(self, batch_sizes: dict[str, int]) -> pd.DataFrame:
+        """The training pass: attractors and everything the scorers learn, in every process. Returns its curves."""
         split = self.sample.train
         began = time.perf_counter()
-        pieces = self._pass(parts, split, batch_size, self._explore)
+        pieces = self._pass(split, batch_sizes, self._explore, everywhere=True)
         self._seconds["fit"] = time.perf_counter() - began
         self.failures = [f for p in pieces for f in p.failures]
         self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # fewer, when unreadable ones are skipped
@@ -201,24 +256,33 @@ class Evaluator:
         dictionary = None
         if self.scorers.needs_dictionary:
             dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
-            dictionary.save(self.folder / "attractors.safetensors")
+            if self.team.is_main:
+                dictionary.save(self.folder / "attractors.safetensors")
         self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
         return curve_quantiles(split, pieces, self.config.tol)
 
     def _pass(
-        self, parts: PartFolder, split: Split, batch_size: int, compute: Callable[[Split, range, _Bar], Part]
+        self, split: Split, batch_sizes: dict[str, int], compute: Callable[[Split, range, _Bar], Part], everywhere: bool
     ) -> list[Part]:
-        """Every batch of a split: from disk where it was computed before, else computed and saved at once."""
-        pieces = []
+        """Every batch of a split: from disk where it was computed before, else computed and saved at once.
+
+        Each process computes its share; the main one, and with ``everywhere`` every other, returns all of them.
+        """
+        batches = _batches(len(split.images), batch_sizes[split.name])
+        pieces: dict[int, Part] = {}
         with self._bar(split) as bar:
-            for indices in _batches(len(split.images), batch_size):
-                part = parts.load(split.name, indices.start)
+            for indices in self.team.share(batches):
+                self.team.check()
+                part = self.parts.load(split.name, indices.start)
                 if part is None:
                     part = compute(split, indices, bar)
-                    parts.save(split.name, indices.start, part)
+                    self.parts.save(split.name, indices.start, part)
                 bar.set_done(indices.stop)
-                pieces.append(part)
-        return pieces
+                pieces[indices.start] = part
+        self.team.wait()
+        if not (everywhere or self.team.is_main):
+            return []
+        return [pieces.get(b.start) or self.parts.get(split.name, b.start) for b in batches]
 
     def _explore(self, split: Split, indices: range, bar: _Bar) -> Part:
         ids, encoding, failures = self._examine(split, indices)
@@ -227,19 +291,20 @@ class Evaluator:
         dictionary, evidence = self.scorers.explore(encoding, ids, bar.on_step(indices))
         tensors = {f"features/{k}": v.cpu() for k, v in evidence.features.items()}
         tensors |= {f"reconstruction/{k}": v for k, v in evidence.reconstruction.items()}
+        tensors |= {f"points/{view}/{t}": v for (view, t), v in evidence.points.items()}
         tensors |= {"logits": evidence.logits.cpu()} if evidence.logits is not None else {}
         if dictionary is not None:
             tensors |= {f"dictionary/{k}": v for k, v in dictionary.tensors().items()}
         notes = {"provenance": dict(dictionary.provenance)} if dictionary is not None else {}
         return Part(ids, failures, {**tensors, **_curves_of(evidence)}, notes)
 
-    def _score(self, parts: PartFolder, split: Split, batch_size: int) -> list[Part]:
-        """Score one split, batch by batch; finished batches come from disk."""
+    def _score(self, split: Split, batch_sizes: dict[str, int]) -> list[Part]:
+        """Score one split, batch by batch; finished batches come from disk. Empty but in the main process."""
         began = time.perf_counter()
-        pieces = self._pass(parts, split, batch_size, self._score_batch)
+        pieces = self._pass(split, batch_sizes, self._score_batch, everywhere=False)
         self._seconds[f"score/{split.name}"] = time.perf_counter() - began
         self.failures += [f for p in pieces for f in p.failures]
-        if not any(p.ids for p in pieces):
+        if self.team.is_main and not any(p.ids for p in pieces):
             raise TrajOODError(f"split {split.name!r}: none of its {len(split.images)} images could be read")
         return pieces
 
@@ -261,6 +326,11 @@ class Evaluator:
 
     def _examine(self, split: Split, indices: range) -> tuple[tuple[str, ...], Encoding | None, list[dict[str, str]]]:
         """Ids, what the model makes of them (None where no image could be read) and failures of one batch."""
+        if self.cache is not None and isinstance(self.autoencoder, SurrogateAutoencoder):
+            ids, features, failures = self.cache.extract(
+                self.autoencoder.backbone, split.images, indices, lambda some: self._load(split, some)
+            )
+            return ids, self.autoencoder.examine_features(features) if features is not None else None, failures
         ids, images, failures = self._load(split, indices)
         return ids, self.autoencoder.examine(images) if ids else None, failures
 
@@ -285,7 +355,8 @@ class Evaluator:
         return tuple(ids[k] for k in good), batch, failures
 
     def _bar(self, split: Split) -> _Bar:
-        return _Bar(f"{split.role} {split.name}" if split.role != split.name else split.name, split, self.quiet)
+        name = f"{split.role} {split.name}" if split.role != split.name else split.name
+        return _Bar(name, split, self.quiet or not self.team.is_main)
 
     # ------------------------------------------------------------------ metrics and files
 
@@ -307,7 +378,7 @@ class Evaluator:
             **identity,
             command=self.command or " ".join(sys.argv),
             commit=git_commit(Path(__file__).parent),
-            versions=environment() | {"device": str(self.autoencoder.device), "threads": str(torch.get_num_threads())},
+            versions=environment() | self._machine(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seconds={k: round(v, 2) for k, v in self._seconds.items()},
             dictionary=health,
@@ -316,6 +387,10 @@ class Evaluator:
         )
         result.save(self.folder / FILE_NAME)  # last: its presence says that everything else is there
         return result
+
+    def _machine(self) -> dict[str, str]:
+        threads = str(torch.get_num_threads())
+        return {"device": str(self.autoencoder.device), "threads": threads, "processes": str(self.team.size)}
 
     def _table(self, scored: dict[str, list[Part]]) -> pd.DataFrame:
         """One row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer."""
@@ -385,8 +460,14 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise TrajOODError(f"{name}: expected at least {least}, got {value}")
 
 
-def _batches(count: int, size: int) -> Iterator[range]:
-    return (range(i, min(i + size, count)) for i in range(0, count, size))
+def _batches(count: int, size: int) -> list[range]:
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def _even_size(count: int, most: int, processes: int) -> int:
+    """Images per batch so that all processes have equally many batches, as few as ``most`` images each allow."""
+    rounds = math.ceil(count / (most * processes))
+    return math.ceil(count / (rounds * processes))
 
 
 def _protocol(benchmark: Benchmark) -> int | None:
@@ -416,8 +497,14 @@ def _evidence_of(part: Part) -> Evidence:
     return Evidence(
         features={k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("features/")},  # type: ignore[misc]
         reconstruction={k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("reconstruction/")},  # type: ignore[misc]
+        points={_point_of(k): v for k, v in part.tensors.items() if k.startswith("points/")},
         logits=part.tensors.get("logits"),
     )
+
+
+def _point_of(key: str) -> tuple[FeatureView, int]:
+    _, view, step = key.split("/")
+    return view, int(step)  # type: ignore[return-value]
 
 
 def _dictionary_of(part: Part) -> AttractorDictionary:
@@ -432,4 +519,5 @@ def _mean_cost(label: str, pieces: list[Part]) -> float:
 
 def _identity_of(result: Result) -> dict[str, Any]:
     tree = {k: getattr(result, k) for k in ("benchmark", "model", "config", "seed", "data")}
+    tree["config"] = {"precision": "fp32", "approximate": "none", **tree["config"]}  # results older than these options
     return json.loads(json.dumps(tree))

@@ -128,7 +128,7 @@ class _Store:
         mine = json.loads(json.dumps(self._identity, default=str))
         if not path.is_file():
             strangers = sorted(self._folder.glob("*.safetensors"))
-            if strangers:
+            if strangers and not path.is_file():  # another process may have written it meanwhile
                 raise TrajOODError(f"{strangers[0]}: features without {IDENTITY} beside them: delete {self._folder}")
             write_atomic(path, (json.dumps(mine, indent=2, sort_keys=True) + "\n").encode())
             return

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError, unknown_name
 
 Backend = Literal["auto", "faiss", "torch"]
@@ -38,6 +39,7 @@ _RELATIVE = 1e-4
 _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rounding, far below any score
 _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
 _MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
+_ROWS = 32  # of a float64 product, or of one without FAISS
 _CROWD = 4  # members of a group left open by float32; settling more by direct difference costs more than float64
 _FAISS_GPU_MAX_K = 2048
 _DATABASE_BLOCK = 512  # points per product: what FAISS compares then stays in the cache; 5 % faster than its 1,024
@@ -226,7 +228,9 @@ class NeighborIndex:
         parts = []
         for points in self._points.split(max(1, _BLOCK // self._points.shape[1])):
             other = points.double() - self._mean
-            parts.append(torch.addmm(other.square().sum(dim=1) + own, centred, other.T, alpha=-2))
+            # In fixed numbers of rows: a product's rounding must not depend on how many queries come along.
+            cross = apply_in_chunks(partial(torch.matmul, other=other.T), centred, _ROWS)
+            parts.append(other.square().sum(dim=1) + own - 2 * cross)
         squared, indices = torch.cat(parts, dim=1).clamp_(min=0).topk(k, dim=1, largest=False)
         distances = squared.sqrt()
         bound = _ERROR_FACTOR * 2.0**-53 * (own.sqrt() + self._norm).square()
@@ -468,7 +472,8 @@ class _TorchFlat:
         step = max(1, 2**25 // len(self._points))
         parts = []
         for block in queries.split(step):
-            squared = block.square().sum(dim=1, keepdim=True) + self._squared - 2 * block @ self._points.T
+            cross = apply_in_chunks(partial(torch.matmul, other=self._points.T), block, _ROWS)
+            squared = block.square().sum(dim=1, keepdim=True) + self._squared - 2 * cross
             parts.append(squared.topk(k, dim=1, largest=False))
         return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 

@@ -32,6 +32,9 @@ class PartFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def is_open(self) -> bool:
+        return (self._folder / "run.json").is_file()
+
     def open(self, identity: dict[str, Any]) -> dict[str, Any]:
         """Claim the folder for a run, or return the identity of the unfinished run it belongs to.
 
@@ -72,6 +75,20 @@ class PartFolder:
             return Part(ids, json.loads(header["failures"]), tensors, json.loads(header["notes"]))
         except Exception as error:
             raise TrajOODError(f"{path}: damaged ({error}): delete this file to compute its batch again") from error
+
+    def get(self, split: str, start: int) -> Part:
+        """The part of a batch that is known to be finished.
+
+        Raises:
+            TrajOODError: the file is absent or damaged.
+        """
+        part = self.load(split, start)
+        if part is None:
+            raise TrajOODError(
+                f"{self._path(split, start)}: expected the batch that another process has finished, found no file: "
+                "check that all processes share this folder, and start the same command again"
+            )
+        return part
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
