@@ -78,7 +78,7 @@ class ScorerSet:
 
     @property
     def needs_dictionary(self) -> bool:
-        return bool(self.needs.distances)
+        return bool(self.needs.distances or self.needs.attractors or self.needs.train_path)
 
     def check_training_size(self, count: int) -> None:
         """Refuse too few training images before anything is computed.
@@ -144,6 +144,10 @@ class ScorerSet:
                 view: dictionary.index(self.autoencoder, view, self.backend, self.approximate)
                 for view in sorted(self.needs.distances)
             }
+            if self.needs.attractors:
+                ends = dictionary.usable().to(self.autoencoder.device)
+                views = sorted(self.needs.attractors)
+                train = replace(train, attractors={v: self.autoencoder.view(ends, v).cpu() for v in views})
             if self.needs.train_path:
                 train = replace(train, trajectory=self._walk_again(dictionary, train))
         for scorer in self.scorers:
@@ -196,7 +200,7 @@ class ScorerSet:
                 points |= keeper.points(trajectory.final)
         features = {view: _features(model, encoding, view) for view in sorted(self.needs.features)}
         logits = encoding.logits if self.needs.logits else None
-        return Evidence(features, reconstruction, trajectory, points, logits)  # type: ignore[arg-type]
+        return Evidence(features, reconstruction, trajectory, points, logits=logits)  # type: ignore[arg-type]
 
     def _low_precision(self) -> LowPrecision | None:
         """Half of the run's own step limit at most: that of one call follows the other scorers of the set."""

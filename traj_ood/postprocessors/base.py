@@ -34,6 +34,7 @@ class Needs:
         distances: views in which the distance to the nearest attractor is measured along the path.
         steps: how much of the path beyond z0 is read; ``WHOLE_PATH`` is until it settles.
         points: (view, t): latent views of z_t for t >= 1, kept while fitting and scoring.
+        attractors: views in which the attractors themselves are read, while fitting.
         train_path: while fitting, the training images' own trajectories, as far as ``steps``, with their distances to
             the attractors of the other training images. Such a scorer also asks for the feature ``tokens``.
         logits: the classifier's logits.
@@ -46,6 +47,7 @@ class Needs:
     distances: frozenset[View] = frozenset()
     steps: int = 0
     points: frozenset[tuple[FeatureView, int]] = frozenset()
+    attractors: frozenset[View] = frozenset()
     train_path: bool = False
     logits: bool = False
     head: bool = False
@@ -58,6 +60,7 @@ class Needs:
             self.distances | other.distances,
             max(self.steps, other.steps),
             self.points | other.points,
+            self.attractors | other.attractors,
             self.train_path or other.train_path,
             self.logits or other.logits,
             self.head or other.head,
@@ -74,6 +77,7 @@ class Evidence:
         reconstruction: kind → (B,) float64 mean squared error per pixel.
         trajectory: residuals, steps and (while scoring) distances to the attractors.
         points: (view, t) → latent view of z_t, shaped as in ``features``; of a sample that settled before t, its end.
+        attractors: view → (M, d) of the attractors that are finite; while fitting only.
         logits: (B, classes) float32 of the classifier.
         head: weight (classes, n) and bias (classes,) of the classifier; while fitting only.
         labels: (B,) int64 class labels 0 … C−1; while fitting only.
@@ -83,6 +87,7 @@ class Evidence:
     reconstruction: Mapping[ReconstructionKind, Tensor] = field(default_factory=dict)
     trajectory: Trajectory | None = None
     points: Mapping[tuple[FeatureView, int], Tensor] = field(default_factory=dict)
+    attractors: Mapping[View, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
     head: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None

@@ -7,11 +7,14 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from traj_ood.autoencoders import VIEWS
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.postprocessors.base import Evidence, FeatureScorer, Needs
 from traj_ood.postprocessors.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.postprocessors.gaussians import distances_to_gaussians, learn_gaussians
 from traj_ood.postprocessors.registry import register
 
 COVARIANCES = ("ledoit-wolf", "empirical")
@@ -28,30 +31,40 @@ class Mahalanobis(FeatureScorer):
     its scatter matrix by N, and adds 1e-6 to the diagonal): equal ranks.
 
     Args:
-        view: Default ``mean``: pooled patch tokens. ``tokens`` would need a covariance of the whole latent.
+        view: Default ``mean``: pooled patch tokens. ``grid`` fits one Gaussian to each cell of the image, as PaDiM
+            (Defard et al. 2021), and averages the cells' distances. ``tokens`` would need a covariance of the whole
+            latent.
         classes: false (default) takes all features as one class, because an autoencoder's images need no labels. True
             needs the class of every training image; classes without one are left out.
         covariance: ``ledoit-wolf`` (default) shrinks Σ, because a few thousand images do not fill a covariance of
             several hundred dimensions; it sets its strength from the data, so nothing is tuned. ``empirical`` does not
             shrink. Where its Σ is singular Σ⁻¹ is the pseudo-inverse, as in OpenOOD: directions that no training
             feature takes do not count, so use it with many more images than dimensions.
+        normalize: L2-normalise features first: Mahalanobis++ (Müller and Hein 2025), made for classifiers, whose
+            features' lengths vary. Default false: Lee et al.'s form, and the better one on pooled MAE tokens.
     """
 
     name: ClassVar[str] = "mahalanobis"
     summary: ClassVar[str] = "Mahalanobis distance to the Gaussian(s) of the training features, Ledoit-Wolf shrinkage"
+    views: ClassVar[tuple[str, ...]] = (*VIEWS, "backbone", "grid")
     classes: bool = False
     covariance: Literal["ledoit-wolf", "empirical"] = "ledoit-wolf"
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.covariance not in COVARIANCES:
             raise unknown_name(f"covariance of scorer {self.name}", self.covariance, COVARIANCES)
+        if self.classes and self.view == "grid":
+            raise TrajOODError(f"scorer {self.name}: view=grid has no classes: use view=mean, or leave classes out")
 
     def needs(self) -> Needs:
         return super().needs() | Needs(labels=self.classes)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         features = self.features(train).cpu()
+        if self.view == "grid":
+            return learn_gaussians(features, shrink=self.covariance == "ledoit-wolf")
         classes = self._classes(train, len(features))
         means = class_means(features, classes, int(classes.max()) + 1)
         sample = moments(features, means, classes)
@@ -60,7 +73,14 @@ class Mahalanobis(FeatureScorer):
         return {"centre": centre, "factor": factor, "means": (means - centre) @ factor}
 
     def score(self, evidence: Evidence) -> Tensor:
-        return apply_in_chunks(self._distances, self.features(evidence).cpu(), _CHUNK)
+        features = self.features(evidence).cpu()
+        if self.view == "grid":
+            return distances_to_gaussians(self.state, features).mean(dim=1)
+        return apply_in_chunks(self._distances, features, _CHUNK)
+
+    def features(self, evidence: Evidence) -> Tensor:
+        features = super().features(evidence).float()
+        return normalize(features, dim=-1) if self.normalize else features
 
     def _distances(self, features: Tensor) -> Tensor:
         """(chunk,) distances to the nearest class mean, both whitened. The expansion of the square finds the class,

@@ -83,11 +83,19 @@ def default_suite(autoencoder: Autoencoder) -> list[str]:
 
     ``mahalanobis:classes=true`` is to be asked for by name: whether images have labels, a model does not know.
     """
-    suite = ["trajectory", "trajectory:horizon=16", "knn", "knn-paper", "mahalanobis", "reconstruction"]
+    suite = ["field", "early-path", "early-path:shuffled=true", "trajectory", "trajectory:horizon=16"]
+    suite += ["early-trajectory", "early-trajectory:whiten=true"]
+    suite += ["early-trajectory:reference=features", "early-trajectory:reference=centroids"]
+    suite += ["signature", "alignment", "contraction-rate", "contraction-rate:two_sided=true"]
+    suite += ["path-energy", "path-energy:two_sided=true"]
     suite += ["start-distance", "end-distance", "first-residual", "steps"]
+    suite += ["mahalanobis", "mahalanobis:normalize=true", "knn", "knn-auto", "knn-paper", "gmm", "pca-residual"]
+    suite += ["pca-residual:normalize=true", "kernel-pca", "isolation-forest", "lid"]
+    suite += ["feature-norm", "feature-norm:two_sided=true", "reconstruction"]
     if autoencoder.has_cls:  # a latent of one token has one view; with more, every scorer may show its best
         suite += ["trajectory:view=mean", "trajectory:view=cls", "start-distance:view=mean"]
-        suite += ["knn:view=cls", "knn:view=tokens", "mahalanobis:view=cls"]
+        suite += ["knn:view=cls", "knn:view=tokens", "mahalanobis:view=cls", "mahalanobis:view=grid"]
+        suite += ["gmm:view=cls", "kernel-pca:view=cls", "lid:view=cls"]
     if autoencoder.reconstruction_masks():
         suite += ["reconstruction:masked=true"]
     if autoencoder.classes:

@@ -1,0 +1,75 @@
+"""Does the field point where training images end?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders import View
+from traj_ood.errors import unknown_name
+from traj_ood.index import NeighborIndex
+from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.registry import register
+
+TARGETS = ("attractor", "mean")
+
+
+@register
+@dataclass
+class Alignment(Postprocessor):
+    """−cos(f(z_0) − z_0, a − z_0), a the attractor nearest to z_0.
+
+    Reason: the field f(z) − z points up the latent density (Theorem 1, §3.1). For a sample in distribution the way up
+    leads to the attractor next to it; elsewhere the field is whatever the network extrapolates, and points past it. A
+    cosine knows nothing of distances, so it can only add to them. A field or a way of no length counts as orthogonal.
+
+    Cost: 1 evaluation of f.
+
+    Args:
+        view: Default ``mean``.
+        target: ``attractor`` (default), or ``mean``: a is the mean training feature, for which no attractor is needed.
+    """
+
+    name: ClassVar[str] = "alignment"
+    summary: ClassVar[str] = "negated cosine between the first step and the way to the nearest attractor"
+    view: View = "mean"
+    target: Literal["attractor", "mean"] = "attractor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target not in TARGETS:
+            raise unknown_name(f"target of scorer {self.name}", self.target, TARGETS)
+        self._index: NeighborIndex | None = None
+
+    def needs(self) -> Needs:
+        view = frozenset({self.view})
+        attractors = view if self.target == "attractor" else frozenset()
+        return Needs(features=view, points=frozenset({(self.view, 1)}), steps=1, attractors=attractors)
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        self._index = None
+        if self.target == "attractor":
+            return {"targets": train.attractors[self.view].cpu().float()}
+        return {"targets": train.features[self.view].cpu().mean(dim=0, keepdim=True, dtype=torch.float64).float()}
+
+    def load(self, path: Path) -> Postprocessor:
+        self._index = None
+        return super().load(path)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        targets = self.state["targets"]
+        if self._index is None:
+            self._index = NeighborIndex(targets)
+        start = evidence.features[self.view].cpu()
+        nearest = targets[self._index.nearest(start).indices[:, 0]]
+        field = evidence.points[self.view, 1].double() - start.double()
+        way = nearest.double() - start.double()
+        lengths = field.norm(dim=1) * way.norm(dim=1)
+        return -(field * way).sum(dim=1) / lengths.clamp(min=torch.finfo(torch.float64).tiny)
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return 1.0

@@ -1,0 +1,112 @@
+"""The trajectory score at a few early points, against attractors or what might stand in for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders import View
+from traj_ood.engine import apply_in_chunks
+from traj_ood.errors import unknown_name
+from traj_ood.index import NeighborIndex
+from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.postprocessors.path import evaluations, parse_steps
+from traj_ood.postprocessors.registry import register
+
+REFERENCES = ("attractors", "features", "centroids")
+_CHUNK = 128  # rows of every product, whatever the batch: one shape, one rounding
+
+
+@register
+@dataclass
+class EarlyTrajectory(Postprocessor):
+    """1/|T| · Σ_{t∈T} min_{r∈R} ‖(z_t − r) F‖ over a few steps T: the trajectory score of §4.2 at a few points.
+
+    Reason: it separates what the paper's score is made of. With R = Z*_train it is that score on a few points; with R
+    the training features, or their k-means centroids, the same path is measured against points that know nothing of
+    the dynamics. Compare the three: a claim about attractors is their difference. With F the whitening of the training
+    features (Ledoit–Wolf), instead of the identity, no direction counts more because latents vary more along it.
+
+    Cost: as many evaluations of f as the last step, fewer for samples that settle before.
+
+    Args:
+        reference: R: ``attractors`` (default), ``features`` (z_0 of the training images) or ``centroids`` of those, as
+            many as there are attractors that differ in this view (see :attr:`traj_ood.NeighborIndex.groups`). Where all
+            differ there are as many centroids as training images, and hence the features again.
+        whiten: Default false.
+        view: Default ``mean``.
+        steps: T. Default ``0+1+2+4+8+16``: steps shrink about geometrically, so later points lie close together.
+        seed: of k-means.
+    """
+
+    name: ClassVar[str] = "early-trajectory"
+    summary: ClassVar[str] = "mean distance of a few early points to attractors; control: to features or centroids"
+    reference: Literal["attractors", "features", "centroids"] = "attractors"
+    whiten: bool = False
+    view: View = "mean"
+    steps: str = "0+1+2+4+8+16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference not in REFERENCES:
+            raise unknown_name(f"reference of scorer {self.name}", self.reference, REFERENCES)
+        self._steps = parse_steps(self.name, self.steps, 0)
+        self._index: NeighborIndex | None = None
+
+    def needs(self) -> Needs:
+        return Needs(
+            features=frozenset({self.view}),
+            points=frozenset((self.view, t) for t in self._steps if t),
+            steps=self._steps[-1],
+            attractors=frozenset({self.view} if self.reference != "features" else ()),
+        )
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        features = train.features[self.view].cpu()
+        self._index = None
+        state = {"reference": self._reference(train, features).float()}
+        if self.whiten:
+            together = torch.zeros(len(features), dtype=torch.int64)
+            mean = class_means(features, together, 1)
+            state |= {"mean": mean, "factor": whitening(ledoit_wolf(moments(features, mean, together)))}
+        return state
+
+    def load(self, path: Path) -> Postprocessor:
+        self._index = None
+        return super().load(path)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        if self._index is None:
+            self._index = NeighborIndex(self._metric(self.state["reference"]))
+        start = evidence.features[self.view].cpu()
+        points = [evidence.points[self.view, t] if t else start for t in self._steps]
+        distances = [self._index.nearest(self._metric(p)).distances[:, 0] for p in points]
+        return torch.stack(distances, dim=1).mean(dim=1)
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return evaluations(evidence, self._steps[-1]) if self._steps[-1] else 0.0
+
+    def _reference(self, train: Evidence, features: Tensor) -> Tensor:
+        if self.reference == "features":
+            return features
+        attractors = train.attractors[self.view].cpu()
+        if self.reference == "attractors":
+            return attractors
+        from sklearn.cluster import KMeans
+
+        count = min(NeighborIndex(attractors).groups, len(features.unique(dim=0)))
+        kmeans = KMeans(count, n_init=1, random_state=self.seed).fit(features.double().numpy())
+        return torch.from_numpy(kmeans.cluster_centers_)
+
+    def _metric(self, points: Tensor) -> Tensor:
+        """(B, d) float32 in the coordinates in which the Euclidean distance is the one to measure."""
+        if not self.whiten:
+            return points
+        mean, factor = self.state["mean"], self.state["factor"]
+        return apply_in_chunks(lambda part: ((part.double() - mean) @ factor).float(), points, _CHUNK)
