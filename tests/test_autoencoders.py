@@ -274,7 +274,9 @@ def test_truncated_weights(folder: Path, keep: int) -> None:
 def test_missing_files_and_wrong_types(folder: Path) -> None:
     config = (folder / "config.json").read_text()
     edit_json(folder / "config.json", model_type="bert")
-    with pytest.raises(TrajOODError, match="unknown model family 'bert': Known: traj_ood_conv, traj_ood_surrogate, vit_mae"):
+    with pytest.raises(
+        TrajOODError, match="unknown model family 'bert': Known: traj_ood_conv, traj_ood_surrogate, vit_mae"
+    ):
         load_autoencoder(folder)
     with pytest.raises(TrajOODError, match=r"config\.json: expected model_type 'vit_mae', got 'bert'"):
         ViTMAE.from_pretrained(folder)

@@ -219,7 +219,14 @@ def test_the_real_fashion_benchmark_has_its_published_sizes() -> None:
 
 def test_the_registry_lists_every_benchmark_and_helps_with_typos() -> None:
     infos = list_benchmarks()
-    assert [info.name for info in infos] == ["fashion", "imagenet-paper", "imagenet", "cifar10", "cifar100", "cifar10-local"]
+    assert [info.name for info in infos] == [
+        "fashion",
+        "imagenet-paper",
+        "imagenet",
+        "cifar10",
+        "cifar100",
+        "cifar10-local",
+    ]
     assert all(info.summary and info.needs for info in infos)
     with pytest.raises(TrajOODError, match=r"^unknown benchmark 'fasion': did you mean 'fashion'\? Known: "):
         load_benchmark("fasion")
