@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from traj_ood.autoencoders import load_autoencoder
+from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.cli import main
 from traj_ood.postprocessors import default_suite
 from traj_ood.results import Result as RunResult
@@ -400,3 +401,55 @@ def test_train_then_bench(place: Path) -> None:
     assert f"Written to {place / 'c'}" in trained.stderr
     assert bench(place, "--scorers", "trajectory,reconstruction", model="c").exit_code == 0
     assert torch.get_num_threads() == 1
+
+
+# ---------------------------------------------------------------------- backbones, several formats
+
+
+def test_bench_trains_a_surrogate_for_a_backbone_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAJ_OOD_DATA", str(tmp_path / "cache"))
+    arguments = {"num_classes": 3, "in_chans": 1}
+    look = {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5], "interpolation": "bilinear"}
+    folder = tmp_path / "resnet"
+    network = new_network("test_resnet", **arguments)
+    save_folder(network, folder, "test_resnet", arguments, {**look, "crop_pct": 1.0, "crop_mode": "squash"})
+    tiny.write_benchmark(tmp_path, train=40)
+    options = ("bench", tmp_path / "tiny.yaml", "--model", f"timm:{folder}", "--max-steps", 3, "-q", "--no-plots")
+    scorers = "field,knn,energy,msp"
+    first = call(*options, "--scorers", scorers, "--out", tmp_path / "one")
+    assert first.exit_code == 0, first.output
+    assert "timm:resnet" in first.stdout
+    run = tmp_path / "one" / "tiny--timm-resnet--seed0"
+    result = json.loads((run / "result.json").read_text())
+    assert set(result["scorers"]) == {"field", "knn:view=backbone", "energy", "msp"}
+    kept = files_below(tmp_path / "cache")
+    assert any(name.endswith("training.json") for name in kept)
+    second = call(*options, "--scorers", scorers, "--out", tmp_path / "two")
+    assert second.exit_code == 0, second.output
+    assert files_below(tmp_path / "cache") == kept
+    again = tmp_path / "two" / run.name / "scores.parquet"
+    assert again.read_bytes() == (run / "scores.parquet").read_bytes()
+    assert_refused(call(*options, "--mask-ratio", 0.5), "--mask-ratio", "belong to a ViT-MAE")
+    assert_refused(call(*options, "--model", "timm:resnet81"), "timm", "resnet81")
+
+
+def test_scorers_of_a_classifier_are_refused_without_one(place: Path) -> None:
+    assert_refused(bench(place, "--scorers", "vim"), "scorer vim", "logits of a classifier", "timm:<name>")
+
+
+def test_leaderboard_in_openood_columns(place: Path) -> None:
+    assert bench(place, "--scorers", "knn:k=3").exit_code == 0
+    shown = call("leaderboard", place / "out", "--format", "openood", "--csv", place / "rows.csv")
+    assert shown.exit_code == 0
+    assert shown.stdout == (place / "rows.csv").read_text()
+    assert shown.stdout.startswith("Training,Postprocessor,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,")
+    refused = call("leaderboard", place / "out", "--format", "openood", "--readme", place / "README.md")
+    assert_refused(refused, "--readme takes the Markdown table")
+
+
+@pytest.mark.parametrize("option", [("--precision", "bf16"), ("--approximate", "ivf")])
+def test_options_that_change_scores_are_another_run(place: Path, option: tuple[str, str]) -> None:
+    assert bench(place, "--scorers", "trajectory").exit_code == 0
+    assert_refused(bench(place, "--scorers", "trajectory", *option), "another config", "--fresh")
+    fresh = bench(place, "--scorers", "trajectory", *option, "--fresh")
+    assert fresh.exit_code == 0, fresh.output

@@ -8,6 +8,7 @@ direct difference in float64. Every distance that :meth:`NeighborIndex.nearest` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rou
 _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
 _MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
 _ROWS = 32  # of a float64 product, or of one without FAISS
+_SPARE = 8  # candidates beyond k: they settle nearly every query
 _CROWD = 4  # members of a group left open by float32; settling more by direct difference costs more than float64
 _FAISS_GPU_MAX_K = 2048
-_DATABASE_BLOCK = 512  # points per product: what FAISS compares then stays in the cache; 5 % faster than its 1,024
 _INSTALL = "pip install 'traj_ood[faiss-cpu]' or, with an NVIDIA GPU, 'traj_ood[faiss-gpu]'"
 _SEED = 0  # of k-means
 _CELL_SAMPLE = 64  # points per cell that k-means sees: FAISS asks for 39 or more, and its time grows with them
@@ -120,9 +121,8 @@ class NeighborIndex:
             device = torch.device("cpu")
         self.device = device
         self._points = points.to(device, torch.float32)
-        self._mean = self._points.mean(dim=0, dtype=torch.float64).float()
-        centred = self._points - self._mean
-        self._norm = float(centred.norm(dim=1).max())
+        self._mean = self._points.mean(dim=0)  # any point near the middle would do
+        self._norm = math.nan
         self._make_flat = _flat_backend(backend, device)
         self.backend = self._make_flat.name
         self._all: Any = None
@@ -185,6 +185,10 @@ class NeighborIndex:
         """
         if not 1 <= k <= len(self):
             raise TrajOODError(f"k: expected 1 to {len(self)} (the number of indexed points), got {k}")
+        if k + _SPARE <= min(_MAX_CANDIDATES, len(self)):
+            self._ensure_all()
+        elif math.isnan(self._norm):
+            self._centred()
         queries, centred, error = self._prepare(queries)
         return self._in_blocks(partial(self._search_block, k), queries, centred, error, self._points.shape[1])
 
@@ -200,11 +204,9 @@ class NeighborIndex:
     def _search_block(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Distances and indices (B, k). Float32 proposes; queries that its rounding bound cannot settle, as happens
         among collapsed points, and wide searches are computed in float64."""
-        width = k + 8  # a few spare candidates settle nearly every query
+        width = k + _SPARE
         if width > min(_MAX_CANDIDATES, len(self)) or not len(queries):
             return self._dense(queries, k)
-        if self._all is None:
-            self._all = self._make_flat(self._points - self._mean)
         squared, indices = self._all.topk(centred, width)
         distances = squared.double().clamp(min=0).sqrt()
         rows, columns = (error[:, None] > _RELATIVE * squared).nonzero(as_tuple=True)
@@ -364,8 +366,19 @@ class NeighborIndex:
         """Group the points when :meth:`nearest` first needs it: :meth:`search` never does, and with 50,000 points that
         are all apart the N² comparisons take a hundred times as long as adding them to FAISS."""
         if not self._grouped:
-            self._build_groups(self._points - self._mean, self._permitted)
+            self._build_groups(self._centred(), self._permitted)
             self._grouped = True
+
+    def _ensure_all(self) -> None:
+        """The index over all points, which :meth:`search` alone needs."""
+        if self._all is None:
+            self._all = self._make_flat(self._centred())
+
+    def _centred(self) -> Tensor:
+        """The points less their mean; what bounds rounding errors is known from here on."""
+        centred = self._points - self._mean
+        self._norm = float(centred.norm(dim=1).max())
+        return centred
 
     def _build_groups(self, centred: Tensor, approximate: Approximate) -> None:
         radius = _GROUP_RADIUS * float(centred.norm(dim=1).square().mean().sqrt())
@@ -497,8 +510,7 @@ class _FaissFlat:
     def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if self._fallback is not None and k > _FAISS_GPU_MAX_K:
             return _TorchFlat(self._fallback).topk(queries, k)
-        with _faiss_setting("distance_compute_blas_database_bs", _DATABASE_BLOCK):
-            squared, indices = self._index.search(queries.cpu().numpy(), k)
+        squared, indices = self._index.search(queries.cpu().numpy(), k)
         return torch.from_numpy(squared).to(self._device), torch.from_numpy(indices).to(self._device)
 
 
