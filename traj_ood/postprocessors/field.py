@@ -75,12 +75,16 @@ class Field(Postprocessor):
         return state
 
     def score(self, evidence: Evidence) -> Tensor:
-        parts, total = _Parts.of(evidence), torch.zeros(())
+        return self.terms(evidence).sum(dim=1)
+
+    def terms(self, evidence: Evidence) -> Tensor:
+        """(B, 2) float64: a / E[a] and b / E[b], means over both halves."""
+        parts, halves = _Parts.of(evidence), []
         for k in range(_FOLDS):
             far, lengths = _distances(self.state, k, parts)
             odd = distances_to_gaussians(_under(self.state, f"{k}/lengths"), lengths)[:, 0]
-            total = total + (torch.stack([far, odd], dim=1) / self.state[f"{k}/scale"]).sum(dim=1)
-        return total / _FOLDS
+            halves.append(torch.stack([far, odd], dim=1) / self.state[f"{k}/scale"])
+        return torch.stack(halves).mean(dim=0)
 
     def f_evaluations(self, evidence: Evidence) -> float:
         return evaluations(evidence, 1)
