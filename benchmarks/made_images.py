@@ -1,4 +1,4 @@
-"""AUROC on images made from ID images: what the form of the scorer `field` was chosen by, and simple inputs as a control.
+"""AUROC on images made from ID images: what `field` was chosen by, and simple inputs as a control.
 
     python benchmarks/made_images.py                    # outliers of ID validation images: choices are made on these
     python benchmarks/made_images.py --kinds simple     # constant, noisy, blurred, inverted ID test images: a control
