@@ -201,10 +201,12 @@ class NeighborIndex:
         found = [search(*block) for block in blocks]
         return Neighbors(torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]))
 
-    def _search_block(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances and indices (B, k). Float32 proposes; queries that its rounding bound cannot settle, as happens
-        among collapsed points, and wide searches are computed in float64."""
-        width = k + _SPARE
+    def _search_block(
+        self, k: int, queries: Tensor, centred: Tensor, error: Tensor, spare: int = _SPARE
+    ) -> tuple[Tensor, Tensor]:
+        """Distances and indices (B, k). Float32 proposes; for queries that its rounding bound cannot settle it proposes
+        more, and where that does not help, as among collapsed points, and in wide searches float64 decides."""
+        width = k + spare
         if width > min(_MAX_CANDIDATES, len(self)) or not len(queries):
             return self._dense(queries, k)
         squared, indices = self._all.topk(centred, width)
@@ -216,7 +218,8 @@ class NeighborIndex:
         unseen = squared[:, -1].double() - error  # no point that is not listed can be closer than this, squared
         unsettled = unseen < distances[:, -1].square()
         if bool(unsettled.any()):
-            distances[unsettled], indices[unsettled] = self._dense(queries[unsettled], k)
+            more = self._search_block(k, queries[unsettled], centred[unsettled], error[unsettled], 8 * spare)
+            distances[unsettled], indices[unsettled] = more
         return distances, indices
 
     def _dense(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
