@@ -1,0 +1,697 @@
+"""Does a scorer of the dynamics beat the static ones? python benchmarks/protocol.py --suite fashion [--train]
+[--data-root ROOT] [--models DIR …] [--whole-path] [--tables-only]
+
+Separately trained models (the same config, seeds 0, 1, 2) times samples of the training images (seeds 0, 1, 2) are nine
+runs for each suite. In every run one pass serves every declared scorer: those of the path that cost at most 16
+evaluations of f an image (``--whole-path`` adds the paper's, up to 500), and every static one in every latent view.
+
+* The candidate, ``field``, and all of its settings were fixed before this protocol was run, on outliers made from ID
+  validation images. Nothing is chosen on test images, with one exception, which is in the rivals' favour:
+* the rival is the *best* static scorer, and which one that is, is read from the very test sets it is then compared on:
+  over all sets of all suites, and once more within each suite and each set. A static scorer is one that reads neither a
+  path nor attractors.
+* Tests are paired: DeLong on each set in each run, and a bootstrap over images (all runs are evaluated on the same
+  draws) for means over sets; see traj_ood/compare.py. They cover the chance of test images. That of training and of
+  the training sample is shown by the standard deviation over the nine runs.
+* A control repeats the first run with untrained weights of the same geometry.
+
+``--train`` trains the models that are missing below --models-dir; the bundled ``fashion-mae`` is seed 0 of its config.
+RUNS/<suite>/ (default runs/protocol, not for git) holds what the evaluator writes. OUT/<suite>/ (default
+results/protocol) holds each run's result as <run>.json and, since the scores of all scorers would be 60 MB, those of the
+compared scorers alone as <run>.parquet. They are not called result.json, so that `traj-ood leaderboard results` does not
+take them, and the untrained control, for runs of its own. OUT/summary.json, tables.md and scorers.csv are derived from
+those files alone, for all suites that lie there: ``--tables-only`` does just that. Everything is resumable: the same
+command continues an interrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from traj_ood import Autoencoder, Evaluator, RunConfig, TrajOODError, load_autoencoder, load_benchmark
+from traj_ood.autoencoders import MODELS
+from traj_ood.compare import BootstrapComparison, Comparison, DeLong, Difference, PairedScores, delong, paired_bootstrap
+from traj_ood.device import resolve_device
+from traj_ood.files import write_atomic
+from traj_ood.postprocessors import POSTPROCESSORS, create_postprocessor, default_suite
+from traj_ood.postprocessors.base import FeatureScorer, Needs
+from traj_ood.results import FILE_NAME, Result, environment, git_commit
+from traj_ood.train import TrainConfig, build_autoencoder, train_model
+
+CANDIDATE = "field"
+SUITES = {"fashion": "fashion-mae", "cifar10-local": "cifar10-mae"}  # suite → training config of its models
+MOST_EVALUATIONS = 16
+SIGNIFICANT = 0.01
+UNTRAINED = "-untrained"
+UNRECORDED = ("out", "runs", "models_dir", "data_root", "quiet", "fresh", "tables_only")  # folders and manners
+
+
+# ---------------------------------------------------------------------------------------------- scorers
+
+
+def is_static(spec: str) -> bool:
+    """Whether a scorer reads neither points of a path nor attractors: nothing that f's repetition makes."""
+    needs = create_postprocessor(spec).needs()
+    return needs == Needs(features=needs.features, reconstruction=needs.reconstruction)
+
+
+def declared_scorers(model: Autoencoder, whole_path: bool) -> tuple[str, ...]:
+    """The path's scorers of the default suite, at most 16 steps long unless asked, and static ones in every view."""
+    suite = default_suite(model)
+    found = [
+        spec
+        for spec in suite
+        if not is_static(spec) and (whole_path or create_postprocessor(spec).needs().steps <= MOST_EVALUATIONS)
+    ]
+    for spec in (s for s in suite if is_static(s) and ":view=" not in s):
+        cls = POSTPROCESSORS[spec.split(":")[0]]
+        in_views = issubclass(cls, FeatureScorer) and model.has_cls  # a latent of one token has one view
+        found += [f"{spec}:view={v}" for v in cls.views if v != "backbone"] if in_views else [spec]
+    return tuple(create_postprocessor(spec).label for spec in found)
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def models_of(arguments: argparse.Namespace, suite: str) -> list[str]:
+    """Names or folders of the suite's models, trained where they are missing and ``--train`` says so.
+
+    Raises ``TrajOODError`` for a missing model without ``--train``, or a suite whose training config is not known.
+    """
+    if arguments.models:
+        return [str(m) for m in arguments.models]
+    config = config_of(arguments, suite)
+    return [_model(arguments, config, seed) for seed in arguments.model_seeds]
+
+
+def config_of(arguments: argparse.Namespace, suite: str) -> TrainConfig:
+    source = arguments.config or SUITES.get(suite)
+    if source is None:
+        raise TrajOODError(f"suite {suite}: expected --config (how its models are trained) or --models, got neither")
+    return TrainConfig.load(source)
+
+
+def _model(arguments: argparse.Namespace, config: TrainConfig, seed: int) -> str:
+    if seed == config.seed and config.name in MODELS:
+        return config.name
+    name = f"{config.name}-s{seed}"
+    folder = arguments.models_dir / name
+    if (folder / "training.json").is_file():  # written last
+        return str(folder)
+    if not arguments.train:
+        raise TrajOODError(f"{folder}: expected a trained model, found none: add --train, or name models with --models")
+    print(f"protocol: training {name}", file=sys.stderr)
+    train_model(
+        replace(config, name=name, seed=seed),
+        folder,
+        data_root=arguments.data_root,
+        device=resolve_device(arguments.device),
+        quiet=arguments.quiet,
+    )
+    return str(folder)
+
+
+def untrained_twin(model: Autoencoder, source: str) -> Autoencoder:
+    """Random weights (seed 0) of the model's own geometry and normalisation, under a name that says so.
+
+    Raises ``TrajOODError`` when the model has no training record to read its geometry from.
+    """
+    import torch
+
+    folder = Path(MODELS[source].source if source in MODELS else source)
+    try:
+        config = json.loads((folder / "training.json").read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise TrajOODError(
+            f"{folder}: expected training.json, for a control of untrained weights ({error!r}): use --no-control"
+        ) from error
+    keys = ("benchmark", "family", "image_size", "channels", "model")
+    torch.manual_seed(0)
+    options = model.options()
+    twin = TrainConfig(name=model.name + UNTRAINED, **{key: config[key] for key in keys})
+    return build_autoencoder(twin, tuple(options["mean"]), tuple(options["std"]))
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def run_suite(arguments: argparse.Namespace, suite: str) -> None:
+    """Every run of a suite, then its results below OUT; what is finished is left as it is."""
+    benchmark = load_benchmark(suite, arguments.data_root)
+    sources = models_of(arguments, suite)
+    device = resolve_device(arguments.device)
+    loaded = [load_autoencoder(source).to(device) for source in sources]
+    _expect_different(loaded, sources)
+    if arguments.fresh:
+        shutil.rmtree(arguments.out / benchmark.name, ignore_errors=True)
+    plan = [(model, seed, "") for model in loaded for seed in arguments.seeds]
+    if not arguments.no_control:
+        plan.append((untrained_twin(loaded[0], sources[0]).to(device), arguments.seeds[0], "control"))
+    for number, (model, seed, part) in enumerate(plan, 1):
+        config = RunConfig(
+            scorers=declared_scorers(model, arguments.whole_path),
+            attractors=arguments.attractors,
+            per_set=arguments.per_set,
+            seed=seed,
+            max_steps=arguments.max_steps,
+            resamples=arguments.run_resamples,
+        )
+        evaluator = Evaluator(
+            model,
+            benchmark,
+            config,
+            out=arguments.runs / benchmark.name / part,
+            quiet=arguments.quiet,
+            command=command_line(arguments),
+        )
+        print(f"protocol: {benchmark.name} {number}/{len(plan)}: {evaluator.name}", file=sys.stderr)
+        evaluator.run(fresh=arguments.fresh)
+        target = arguments.out / benchmark.name / part / f"{evaluator.name}.json"
+        write_atomic(target, (evaluator.folder / FILE_NAME).read_bytes())
+
+
+def _expect_different(models: Sequence[Autoencoder], sources: Sequence[str]) -> None:
+    prints = [m.fingerprint() for m in models]
+    for i, own in enumerate(prints):
+        if own in prints[:i]:
+            raise TrajOODError(
+                f"models {sources[prints.index(own)]} and {sources[i]} have the same weights: expected separately "
+                "trained ones; name each model once"
+            )
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command, with models and configs by name alone: the record is read on other machines."""
+    texts = []
+    for key, value in vars(arguments).items():
+        if value is None or value is False or key in UNRECORDED:
+            continue
+        words = [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        texts.append(shlex.join([f"--{key.replace('_', '-')}", *(Path(w).name for w in words)]))
+    return " ".join(["python benchmarks/protocol.py", *texts])
+
+
+# ---------------------------------------------------------------------------------------------- what was stored
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A suite below OUT: its runs, each a result and its file, and the control's."""
+
+    name: str
+    runs: tuple[tuple[Result, Path], ...]
+    control: tuple[Result, ...]
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for result, _ in self.runs]
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """OOD set → role, near before far."""
+        sets = self.results[0].scorers[CANDIDATE].sets
+        return dict(sorted(((n, s.role) for n, s in sets.items()), key=lambda item: (item[1] == "far", item[0])))
+
+
+def stored_suites(out: Path) -> list[Stored]:
+    """Every suite below OUT.
+
+    Raises ``TrajOODError`` when there is none, or when the runs of one differ in more than model and seed.
+    """
+    suites = []
+    for folder in sorted(p for p in out.glob("*/") if p.is_dir()):
+        paths = sorted(folder.glob("*.json"))
+        if not paths:
+            continue
+        runs = tuple((Result.load(path), path) for path in paths)
+        control = tuple(Result.load(path) for path in sorted(folder.glob("control/*.json")))
+        suites.append(Stored(folder.name, runs, control))
+        _expect_one_protocol(suites[-1])
+    if not suites:
+        raise TrajOODError(f"{out}: expected the runs of at least one suite, found none; run with --suite first")
+    # The suite this project began with first, whatever the alphabet says.
+    return sorted(suites, key=lambda s: (list(SUITES).index(s.name) if s.name in SUITES else len(SUITES), s.name))
+
+
+def _expect_one_protocol(suite: Stored) -> None:
+    first, path = suite.runs[0]
+    for result, other in suite.runs[1:]:
+        config = {k: v for k, v in result.config.items() if k != "model_options"}
+        wanted = {k: v for k, v in first.config.items() if k != "model_options"}
+        tests = [{k: v for k, v in r.data.items() if v["role"] != "train"} for r in (result, first)]
+        if config != wanted or tests[0] != tests[1]:
+            different = [k for k in wanted if config.get(k) != wanted[k]] or ["data"]
+            raise TrajOODError(
+                f"{other}: expected the same protocol as {path.name}, got another {', '.join(different)}: choose "
+                "another --out, or delete the runs that do not belong there"
+            )
+
+
+def compared_scores(suite: Stored, labels: Iterable[str], runs: Path) -> list[pd.DataFrame]:
+    """The scores of these scorers in every run; published beside its result, for the tables to be made again.
+
+    Raises ``TrajOODError`` when neither OUT nor RUNS holds them.
+    """
+    columns = ["split", "role", "id", *labels]
+    tables = []
+    for result, path in suite.runs:
+        published = path.with_suffix(".parquet")
+        source = next(
+            (p for p in (published, runs / suite.name / result.name / "scores.parquet") if _holds(p, columns)), None
+        )
+        if source is None:
+            raise TrajOODError(
+                f"{published}: expected the scores of {', '.join(labels)}, found them neither here nor below {runs}: run "
+                f"--suite {suite.name} again"
+            )
+        table = pd.read_parquet(source, columns=columns)
+        if source != published or _columns(published) != columns:
+            _publish(table, published)
+        tables.append(table)
+    return tables
+
+
+def _publish(table: pd.DataFrame, path: Path) -> None:
+    write_atomic(path, lambda file: table.to_parquet(file, index=False, compression="zstd"))
+
+
+def _columns(path: Path) -> list[str]:
+    from pyarrow import parquet
+
+    return list(parquet.read_schema(path).names) if path.is_file() else []
+
+
+def _holds(path: Path, columns: Sequence[str]) -> bool:
+    return set(columns) <= set(_columns(path))
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+FIGURES = ("auroc", "fpr95")
+
+
+def scorer_rows(suite: Stored, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row per scorer, best mean AUROC first; fractions, mean and standard deviation (n − 1) over the runs."""
+    rows = []
+    for label in results[0].scorers:
+        runs = [r.scorers[label] for r in results]
+        row: dict[str, Any] = {"suite": suite.name, "scorer": label, "kind": "static" if is_static(label) else "path"}
+        row |= {"runs": len(runs), "f_evaluations": statistics.fmean(s.f_evaluations or 0.0 for s in runs)}
+        for region in ("all", "near", "far"):
+            for key in FIGURES:
+                values = [getattr(m, key) for s in runs if (m := getattr(s, region)) is not None]
+                row |= _spread(f"{region}_{key}", values)
+        for name in suite.sets:
+            for key in FIGURES:
+                row |= _spread(f"{name}_{key}", [getattr(s.sets[name].metrics, key) for s in runs])
+        rows.append(row)
+    return sorted(rows, key=lambda row: (-row["all_auroc"], row["scorer"]))
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    mean = statistics.fmean(values) if values else None
+    return {name: mean, f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """The static scorers that the candidate has to beat, all of them chosen on the test sets.
+
+    ``overall`` and ``suites`` by figure: the best mean over all sets of all suites, or of one; ``sets``: the best
+    AUROC on a single set of a suite.
+    """
+
+    overall: dict[str, str]
+    suites: dict[str, dict[str, str]]
+    sets: dict[str, dict[str, str]]
+
+    def labels(self) -> list[str]:
+        """Each rival once."""
+        found = [*self.overall.values()]
+        found += [label for best in (*self.suites.values(), *self.sets.values()) for label in best.values()]
+        return list(dict.fromkeys(found))
+
+
+def rivals_of(tables: dict[str, list[dict[str, Any]]], sets: dict[str, list[str]]) -> Rivals:
+    """From the rows of every suite; see :class:`Rivals`. Raises ``TrajOODError`` without a static scorer in all."""
+    static = {suite: {r["scorer"]: r for r in rows if r["kind"] == "static"} for suite, rows in tables.items()}
+    everywhere = set.intersection(*(set(rows) for rows in static.values()))
+    if not everywhere:
+        raise TrajOODError("static scorers: expected at least one that every suite has, got none; run them again")
+
+    def best(key: str, suites: Sequence[str], names: dict[str, list[str]]) -> str:
+        sign = 1 if key == "auroc" else -1
+
+        def mean(label: str) -> float:
+            return sign * statistics.fmean(static[s][label][f"{name}_{key}"] for s in suites for name in names[s])
+
+        return max(sorted(everywhere), key=mean)
+
+    return Rivals(
+        overall={key: best(key, list(tables), sets) for key in FIGURES},
+        suites={s: {key: best(key, [s], sets) for key in FIGURES} for s in tables},
+        sets={s: {name: best("auroc", [s], {s: [name]}) for name in sets[s]} for s in tables},
+    )
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The candidate against one rival: everything that both tests say about it."""
+
+    bootstrap: BootstrapComparison
+    delong: dict[str, dict[str, list[DeLong]]]  # suite → set → one test for each run
+
+
+def contest(rival: str, scores: dict[str, list[pd.DataFrame]], resamples: int) -> Contest:
+    pairs = {suite: PairedScores.from_tables(tables, CANDIDATE, rival) for suite, tables in scores.items()}
+    found = {
+        suite: {
+            name: [delong(pair.id[0, r], ood[0, r], pair.id[1, r], ood[1, r]) for r in range(pair.runs)]
+            for name, ood in pair.ood.items()
+        }
+        for suite, pair in pairs.items()
+    }
+    return Contest(paired_bootstrap(list(pairs.values()), resamples=resamples), found)
+
+
+def comparisons(suites: Sequence[Stored], rivals: Rivals, contests: dict[str, Contest]) -> list[dict[str, Any]]:
+    """One row per scope and rival: how it was chosen, both tests, and in how many runs the candidate is ahead."""
+    rows: list[dict[str, Any]] = []
+
+    def add(scope: str, where: Sequence[Stored], rival: str, chosen: str, found: Comparison) -> dict[str, Any]:
+        suite = where[0].name if scope != "all suites" else ""
+        own = scope if scope not in ("all suites", "suite") else None
+        ahead = runs_ahead([r for s in where for r in s.results], rival, own)
+        rows.append({"scope": scope, "suite": suite, "rival": rival, "chosen": chosen, "ahead": ahead, **asdict(found)})
+        return rows[-1]
+
+    overall = rivals.overall
+    for rival, chosen in _choices((overall[key], f"best {key}") for key in FIGURES):
+        add("all suites", suites, rival, chosen, contests[rival].bootstrap.mean)
+    for i, suite in enumerate(suites):
+        asked = [(overall[key], f"best {key} of all suites") for key in FIGURES]
+        asked += [(rivals.suites[suite.name][key], f"best {key} here") for key in FIGURES]
+        for rival, chosen in _choices(asked):
+            add("suite", [suite], rival, chosen, contests[rival].bootstrap.suites[i])
+        for name in suite.sets:
+            asked = [(overall["auroc"], "best auroc of all suites"), (rivals.sets[suite.name][name], "best auroc here")]
+            for rival, chosen in _choices(asked):
+                row = add(name, [suite], rival, chosen, contests[rival].bootstrap.sets[i][name])
+                row["delong"] = _delong_summary(contests[rival].delong[suite.name][name])
+    return rows
+
+
+def _choices(asked: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each rival once, with all that it was chosen for."""
+    reasons: dict[str, list[str]] = {}
+    for rival, chosen in asked:
+        reasons.setdefault(rival, []).append(chosen)
+    return [(rival, "; ".join(found)) for rival, found in reasons.items()]
+
+
+def runs_ahead(results: Sequence[Result], rival: str, name: str | None) -> dict[str, int]:
+    """In how many runs the candidate's figure, mean over sets or on the set ``name``, is better than the rival's."""
+
+    def figure(result: Result, label: str, key: str) -> float:
+        scorer = result.scorers[label]
+        return getattr(scorer.sets[name].metrics if name else scorer.all, key)
+
+    gains = {key: [figure(r, CANDIDATE, key) - figure(r, rival, key) for r in results] for key in FIGURES}
+    return {
+        "auroc": sum(g > 0 for g in gains["auroc"]),
+        "fpr95": sum(g < 0 for g in gains["fpr95"]),
+        "runs": len(results),
+    }
+
+
+def _delong_summary(tests: Sequence[DeLong]) -> dict[str, Any]:
+    clear = [t for t in tests if t.p < SIGNIFICANT]
+    return {
+        "median_p": statistics.median(t.p for t in tests),
+        "runs": len(tests),
+        "better": sum(t.z > 0 for t in clear),
+        "worse": sum(t.z < 0 for t in clear),
+        "p": [t.p for t in tests],
+        "difference": [t.auroc_a - t.auroc_b for t in tests],
+    }
+
+
+def target(rows: Sequence[dict[str, Any]], evaluations: float, suites: Sequence[Stored]) -> dict[str, Any]:
+    """The claim this protocol was made for, and whether it holds against both overall rivals."""
+    wanting = []
+    for row in (r for r in rows if r["scope"] == "all suites"):
+        for key, sign in (("auroc", 1), ("fpr95", -1)):
+            if not (sign * row[key]["difference"] > 0 and row[key]["p"] < SIGNIFICANT):
+                found = f"difference {row[key]['difference']:+.4f}, p = {row[key]['p']:.3g}"
+                wanting.append(f"{key} against {row['rival']}: {found}")
+    if evaluations > MOST_EVALUATIONS:
+        wanting.append(f"{evaluations:.1f} evaluations of f an image")
+    wanting += [f"suite {name} was not run" for name in SUITES if name not in [s.name for s in suites]]
+    wanting += [f"{len(s.runs)} runs of {s.name}, not 9" for s in suites if len(s.runs) < 9]
+    text = f"{CANDIDATE} beats the best static scorers in mean AUROC and mean FPR@95 over all sets of all suites with "
+    text += f"p < {SIGNIFICANT:g}, at no more than {MOST_EVALUATIONS} evaluations of f an image"
+    return {"claim": text, "met": not wanting, "wanting": wanting}
+
+
+def summarize(suites: Sequence[Stored], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything the tables say, as plain data: fractions in [0, 1]."""
+    tables = {s.name: scorer_rows(s, s.results) for s in suites}
+    rivals = rivals_of(tables, {s.name: list(s.sets) for s in suites})
+    scores = {s.name: compared_scores(s, [CANDIDATE, *rivals.labels()], arguments.runs) for s in suites}
+    contests = {rival: contest(rival, scores, arguments.resamples) for rival in rivals.labels()}
+    rows = comparisons(suites, rivals, contests)
+    cost = max(r["f_evaluations"] for t in tables.values() for r in t if r["scorer"] == CANDIDATE)
+    return {
+        "candidate": CANDIDATE,
+        "target": target(rows, cost, suites),
+        "comparisons": rows,
+        "rivals": asdict(rivals),
+        "resamples": arguments.resamples,
+        "suites": {
+            s.name: {
+                "protocol": {k: v for k, v in s.results[0].config.items() if k not in ("scorers", "model_options")},
+                "sets": s.sets,
+                "runs": [_provenance(result) for result in s.results],
+                "scorers": tables[s.name],
+                "control": scorer_rows(s, s.control) if s.control else [],
+                "control_runs": [_provenance(result) for result in s.control],
+            }
+            for s in suites
+        },
+        "commit": git_commit(Path(__file__).parent),
+        "versions": environment(),
+    }
+
+
+def _provenance(result: Result) -> dict[str, Any]:
+    keys = ("converged", "distinct", "healthy", "warnings")
+    return {
+        "name": result.name,
+        "model": result.model,
+        "seed": result.seed,
+        "command": result.command,
+        "commit": result.commit,
+        "images": {name: data["count"] for name, data in sorted(result.data.items())},
+        "dictionary": {k: result.dictionary[k] for k in keys if k in result.dictionary},
+        "seconds": round(sum(result.seconds.values()), 1),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The summary as Markdown, percent."""
+    claim, suites = summary["target"], summary["suites"]
+    lines = ["# Protocol: dynamics against static scorers", ""]
+    lines += [f"Claim: {claim['claim']}. **{'It holds' if claim['met'] else 'It does not hold'}.**", ""]
+    lines += [f"- wanting: {text}" for text in claim["wanting"]] + ([""] if claim["wanting"] else [])
+    lines += [*_what_was_run(summary), ""]
+    wide = [r for r in summary["comparisons"] if r["scope"] in ("all suites", "suite")]
+    lines += ["## Means over sets", "", *_comparison_table(wide, summary["candidate"]), ""]
+    for name, suite in suites.items():
+        lines += [f"## {name}: set by set", ""]
+        own = [r for r in summary["comparisons"] if r["suite"] == name and r["scope"] != "suite"]
+        lines += [*_comparison_table(own, summary["candidate"]), "", f"## {name}: all scorers", ""]
+        lines += [*_scorer_table(suite["scorers"]), ""]
+        if suite["control"]:
+            lines += [
+                f"## {name}: control, untrained weights",
+                "",
+                "**Not a result**: the first run again with random weights of the same geometry. What scores well here "
+                "owes it to the architecture and the images, not to training.",
+                "",
+                *_scorer_table(suite["control"]),
+                "",
+            ]
+    return "\n".join([*lines, *_notes(summary)]).rstrip() + "\n"
+
+
+def _what_was_run(summary: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, suite in summary["suites"].items():
+        models = sorted({run["model"]["name"] for run in suite["runs"]})
+        seeds = sorted({run["seed"] for run in suite["runs"]})
+        protocol, images = suite["protocol"], suite["runs"][0]["images"]
+        counts = ", ".join(f"{n} {images[n]:,}" for n in ("test", *suite["sets"]))
+        lines.append(
+            f"- **{name}**: {len(suite['runs'])} runs = models {', '.join(models)} × training samples "
+            f"{', '.join(map(str, seeds))}; {protocol['attractors']:,} training images; images: {counts}."
+        )
+        sick = [run for run in suite["runs"] if not run["dictionary"].get("healthy", True)]
+        lines += [f"  - unhealthy attractors in {r['name']}: {'; '.join(r['dictionary']['warnings'])}" for r in sick]
+    return lines
+
+
+def _comparison_table(rows: Sequence[dict[str, Any]], candidate: str) -> list[str]:
+    head = ["scope", "rival", "chosen as", f"AUROC {candidate}", "rival", "difference [95 %]", "p"]
+    head += [f"FPR95 {candidate}", "rival", "difference [95 %]", "p", "ahead in AUROC, FPR95"]
+    head += ["DeLong: median p", "runs better / worse"]
+    lines = [_row(head), _row([":--"] * 3 + ["--:"] * (len(head) - 3))]
+    for row in rows:
+        cells = [row["suite"] if row["scope"] == "suite" else row["scope"], f"`{row['rival']}`", row["chosen"]]
+        for key in FIGURES:
+            cells += _difference_cells(row[key])
+        cells.append(f"{row['ahead']['auroc']}, {row['ahead']['fpr95']} of {row['ahead']['runs']} runs")
+        test = row.get("delong")
+        cells += [_p(test["median_p"]), f"{test['better']} / {test['worse']} of {test['runs']}"] if test else ["", ""]
+        lines.append(_row(cells))
+    return lines
+
+
+def _difference_cells(d: dict[str, float]) -> list[str]:
+    found = Difference(**d)
+    low, high = 100 * found.low, 100 * found.high
+    difference = f"{100 * found.difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return [f"{100 * found.a:.2f}", f"{100 * found.b:.2f}", difference, _p(found.p)]
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def _scorer_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    keys = ["all_auroc", "all_fpr95", "near_auroc", "near_fpr95", "far_auroc", "far_fpr95"]
+    titles = [f"{k.split('_')[0]} {'AUROC ↑' if k.endswith('auroc') else 'FPR95 ↓'}" for k in keys]
+    lines = [_row(["scorer", "kind", "f / image", *titles]), _row([":--", ":--", "--:", *["--:"] * len(keys)])]
+    for row in rows:
+        figures = [_with_spread(row[k], row[f"{k}_std"]) for k in keys]
+        lines.append(_row([f"`{row['scorer']}`", row["kind"], f"{row['f_evaluations']:.1f}", *figures]))
+    return lines
+
+
+def _with_spread(mean: float | None, std: float | None) -> str:
+    if mean is None:
+        return ""
+    return f"{100 * mean:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "")
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    return [
+        "## How to read this",
+        "",
+        "- Percent. Means over OOD sets give each set equal weight. ± is the standard deviation over runs (n − 1).",
+        "- FPR95 is the paper's: the threshold keeps 95 % of ID images; the figure is the share of OOD images "
+        "accepted. `result.json` holds OpenOOD's as `fpr95_openood`.",
+        f"- `{summary['candidate']}` was declared the candidate, with all its settings, before these runs. **Rivals "
+        "are chosen on the test sets they are compared on**, which favours them.",
+        f"- p beside a difference: paired bootstrap over images, {summary['resamples']:,} resamples (its smallest "
+        f"value is {2 / (summary['resamples'] + 1):.2g}), all runs on the same draws; two-sided. DeLong: each run "
+        f"alone; the number of runs in which the candidate is better, or worse, with p < {SIGNIFICANT:g}. p-values of "
+        "single sets are not corrected for being many.",
+        "- Tests and intervals carry the chance of test images only; ± shows that of training and training samples.",
+        "- kind `path`: reads the path or the attractors, controls included. kind `static`: reads neither. f / image "
+        "counts evaluations of f beyond the one encoding that all share.",
+    ]
+
+
+def write_tables(arguments: argparse.Namespace) -> str:
+    """summary.json, tables.md and scorers.csv below OUT; returns the Markdown."""
+    summary = summarize(stored_suites(arguments.out), arguments)
+    text = json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomic(arguments.out / "summary.json", text.encode())
+    rows = [row for suite in summary["suites"].values() for row in suite["scorers"]]
+    # Sets differ between suites: one line for each figure of a set, rather than columns that are mostly empty.
+    write_atomic(arguments.out / "scorers.csv", pd.DataFrame(_long(rows)).to_csv(index=False).encode())
+    table = render(summary)
+    write_atomic(arguments.out / "tables.md", table.encode())
+    return table
+
+
+def _long(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    head = ("suite", "scorer", "kind", "runs", "f_evaluations")
+    found = []
+    for row in rows:
+        names = [k.removesuffix("_auroc") for k in row if k.endswith("_auroc")]
+        for name in names:
+            figures = {f"{k}{end}": row[f"{name}_{k}{end}"] for k in FIGURES for end in ("", "_std")}
+            found.append({k: row[k] for k in head} | {"set": name} | figures)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", help=f"{', '.join(SUITES)}, or a benchmark's YAML file (with --config or --models)")
+    parser.add_argument("--data-root", type=Path, help="where the suite's images are")
+    parser.add_argument("--models", nargs="+", help="names or folders of trained models, in place of the config's")
+    parser.add_argument("--models-dir", type=Path, default=Path("runs/models"), help="default: runs/models")
+    parser.add_argument("--config", help="training config, a YAML file or a bundled name; default: the suite's")
+    parser.add_argument("--model-seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--train", action="store_true", help="train the models that are missing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training samples; default: 0 1 2")
+    parser.add_argument("--attractors", type=int, default=2000, help="training images; default: 2000")
+    parser.add_argument("--per-set", type=int, default=1000, help="most test images a set; default: 1000")
+    parser.add_argument("--max-steps", type=int, default=500, help="of training trajectories; default: 500")
+    parser.add_argument("--whole-path", action="store_true", help="also scorers that iterate to convergence")
+    parser.add_argument("--no-control", action="store_true", help="leave out the run with untrained weights")
+    parser.add_argument("--resamples", type=int, default=2000, help="of the paired bootstrap; default: 2000")
+    parser.add_argument("--run-resamples", type=int, default=200, help="of each run's own intervals; default: 200")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--runs", type=Path, default=Path("runs/protocol"), help="default: runs/protocol")
+    parser.add_argument("--out", type=Path, default=Path("results/protocol"), help="default: results/protocol")
+    parser.add_argument("--tables-only", action="store_true", help="make the tables again from what OUT holds")
+    parser.add_argument("--fresh", action="store_true", help="discard what earlier runs of this suite left")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    arguments = parser.parse_args(argv)
+    if arguments.suite is None and not arguments.tables_only:
+        parser.error("give a --suite to run, or --tables-only")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    try:
+        if not arguments.tables_only:
+            run_suite(arguments, arguments.suite)
+        table = write_tables(arguments)
+    except TrajOODError as error:
+        print(f"protocol: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("protocol: interrupted; the same command continues where this one stopped", file=sys.stderr)
+        sys.exit(130)
+    print(table, end="")
+    print(f"Written to {arguments.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
