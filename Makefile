@@ -40,8 +40,8 @@ $(VENV)/.installed-dev: pyproject.toml
 
 # The recorded protocol of results/: 2,000 attractors, whole test splits, three seeds of the attractor sample.
 results: install
-	for seed in 0 1 2; do $(BIN)/traj-ood bench fashion --seed $$seed --out results --quiet --no-plots || exit 1; done
-	$(BIN)/traj-ood leaderboard results --csv results/leaderboard.csv --readme README.md
+	for seed in 0 1 2; do $(BIN)/traj-ood bench fashion --seed $$seed --out results/paper --quiet --no-plots || exit 1; done
+	$(BIN)/traj-ood leaderboard results/paper --csv results/paper/leaderboard.csv --readme README.md
 
 clean:
 	rm -rf $(VENV) demo runs build *.egg-info

@@ -17,11 +17,12 @@ evaluations of f an image (``--whole-path`` adds the paper's, up to 500), and ev
 
 ``--train`` trains the models that are missing below --models-dir; the bundled ``fashion-mae`` is seed 0 of its config.
 RUNS/<suite>/ (default runs/protocol, not for git) holds what the evaluator writes. OUT/<suite>/ (default
-results/protocol) holds each run's result as <run>.json and, since the scores of all scorers would be 60 MB, those of the
-compared scorers alone as <run>.parquet. They are not called result.json, so that `traj-ood leaderboard results` does not
-take them, and the untrained control, for runs of its own. OUT/summary.json, tables.md and scorers.csv are derived from
-those files alone, for all suites that lie there: ``--tables-only`` does just that. Everything is resumable: the same
-command continues an interrupted one.
+results/protocol) holds each run's result as <run>.json and, since the scores of all scorers would be 60 MB, those of
+the compared scorers alone as <run>.parquet. They are not called result.json, so that `traj-ood leaderboard results`
+does not take them, and the untrained control, for runs of its own. OUT/summary.json, tables.md and scorers.csv are
+derived from those files alone, for all suites that lie there: ``--tables-only`` does just that. Everything is
+resumable: the same command continues an interrupted one. A finished run is taken as it is; after a change of a scorer
+use ``--fresh``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from traj_ood.autoencoders import MODELS
 from traj_ood.compare import BootstrapComparison, Comparison, DeLong, Difference, PairedScores, delong, paired_bootstrap
 from traj_ood.device import resolve_device
 from traj_ood.files import write_atomic
+from traj_ood.metrics import compute_metrics
 from traj_ood.postprocessors import POSTPROCESSORS, create_postprocessor, default_suite
 from traj_ood.postprocessors.base import FeatureScorer, Needs
 from traj_ood.results import FILE_NAME, Result, environment, git_commit
@@ -258,28 +260,43 @@ def _expect_one_protocol(suite: Stored) -> None:
             )
 
 
-def compared_scores(suite: Stored, labels: Iterable[str], runs: Path) -> list[pd.DataFrame]:
+def compared_scores(suite: Stored, labels: Sequence[str], runs: Path) -> list[pd.DataFrame]:
     """The scores of these scorers in every run; published beside its result, for the tables to be made again.
 
-    Raises ``TrajOODError`` when neither OUT nor RUNS holds them.
+    Raises ``TrajOODError`` when neither RUNS nor OUT holds them, or when they are not those of the result.
     """
     columns = ["split", "role", "id", *labels]
     tables = []
     for result, path in suite.runs:
         published = path.with_suffix(".parquet")
-        source = next(
-            (p for p in (published, runs / suite.name / result.name / "scores.parquet") if _holds(p, columns)), None
-        )
+        places = (runs / suite.name / result.name / "scores.parquet", published)
+        source = next((place for place in places if set(columns) <= set(_columns(place))), None)
         if source is None:
             raise TrajOODError(
-                f"{published}: expected the scores of {', '.join(labels)}, found them neither here nor below {runs}: run "
-                f"--suite {suite.name} again"
+                f"{published}: expected the scores of {', '.join(labels)}, found them neither here nor below {runs}: "
+                f"run --suite {suite.name} again"
             )
         table = pd.read_parquet(source, columns=columns)
+        _expect_own_scores(table, result, labels, source)
         if source != published or _columns(published) != columns:
             _publish(table, published)
         tables.append(table)
     return tables
+
+
+def _expect_own_scores(table: pd.DataFrame, result: Result, labels: Sequence[str], path: Path) -> None:
+    """Refuse scores of another run than the result's: their AUROCs differ."""
+    by_split = dict(list(table.groupby("split")))
+    test = str(table.loc[table["role"] == "test", "split"].iloc[0])
+    for label in labels:
+        for name, own in result.scorers[label].sets.items():
+            found = compute_metrics(by_split[test][label], by_split[name][label]).auroc
+            if abs(found - own.metrics.auroc) > 1e-9:
+                raise TrajOODError(
+                    f"{path}: expected the scores behind the result of {result.name}, got others (AUROC of {label} on "
+                    f"{name} {found:.6f}, not {own.metrics.auroc:.6f}): run --suite {result.benchmark} again with "
+                    "--fresh"
+                )
 
 
 def _publish(table: pd.DataFrame, path: Path) -> None:
@@ -290,10 +307,6 @@ def _columns(path: Path) -> list[str]:
     from pyarrow import parquet
 
     return list(parquet.read_schema(path).names) if path.is_file() else []
-
-
-def _holds(path: Path, columns: Sequence[str]) -> bool:
-    return set(columns) <= set(_columns(path))
 
 
 # ---------------------------------------------------------------------------------------------- figures

@@ -14,7 +14,7 @@ from PIL import Image
 
 from traj_ood.errors import TrajOODError
 from traj_ood.metrics import Metrics
-from traj_ood.plots import _shared_bins, auroc_bars, dynamics_curves, roc_curves, score_histograms
+from traj_ood.plots import _shared_bins, attractor_gallery, auroc_bars, dynamics_curves, roc_curves, score_histograms
 from traj_ood.results import Result, ScorerResult, SetScore
 
 RNG = np.random.default_rng(0)
@@ -125,6 +125,42 @@ def test_auroc_bars(tmp_path: Path) -> None:
     assert_plot(tmp_path / "healthy.png")
     assert_plot(tmp_path / "sick.png")
     assert (tmp_path / "healthy.png").read_bytes() != (tmp_path / "sick.png").read_bytes()
+
+
+@pytest.mark.parametrize(("count", "channels"), [(1, 1), (8, 3), (13, 1)])
+def test_attractor_gallery(tmp_path: Path, count: int, channels: int) -> None:
+    decoded, nearest = RNG.normal(size=(2, count, channels, 9, 9))
+    captions = [f"{i} images" for i in range(count)]
+    limits = np.array([[-1.0] * channels, [1.0] * channels])
+    attractor_gallery(decoded, nearest, captions, limits, "Attractors of vitmae", tmp_path / "both.png")
+    attractor_gallery(None, nearest, captions, limits, "Attractors of vitmae", tmp_path / "nearest.png")
+    for name in ("both", "nearest"):
+        assert_plot(tmp_path / f"{name}.png")
+    with Image.open(tmp_path / "both.png") as both, Image.open(tmp_path / "nearest.png") as alone:
+        assert both.height > alone.height
+        assert both.width == alone.width
+
+
+def test_a_gallery_is_drawn_between_its_limits(tmp_path: Path) -> None:
+    """Both limits of a channel are black and full brightness, whatever the model's units."""
+    image = np.array([[[[2.0, 6.0]], [[-1.0, 3.0]], [[0.0, 0.0]]]])
+    attractor_gallery(None, image, ["one"], np.array([[2.0, -1.0, 0.0], [6.0, 3.0, 1.0]]), "units", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as drawn:
+        colours = {tuple(c) for c in np.asarray(drawn.convert("RGB")).reshape(-1, 3)}
+    assert {(0, 0, 0), (255, 255, 0)} <= colours
+
+
+def test_a_gallery_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    limits = np.zeros((2, 1))
+    for decoded, nearest, captions in (
+        (None, np.zeros((0, 1, 4, 4)), []),
+        (None, np.zeros((2, 1, 4, 4)), ["one"]),
+        (None, np.zeros((1, 2, 4, 4)), ["one"]),
+        (np.zeros((2, 1, 4, 4)), np.zeros((1, 1, 4, 4)), ["one"]),
+    ):
+        with pytest.raises(TrajOODError, match=r"plot: expected grey or RGB images \(K, C, H, W\) for"):
+            attractor_gallery(decoded, nearest, captions, limits, "title", tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("plot", [score_histograms, roc_curves])

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from traj_ood.attractors import AttractorDictionary, Health, NearestAttractor
+    from traj_ood.attractors import AttractorDictionary, Health, NearestAttractor, Verdict
     from traj_ood.autoencoders import (
         Autoencoder,
         CallableAutoencoder,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from traj_ood.backbones import Backbone, CallableBackbone, load_backbone
     from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark
+    from traj_ood.diagnose import Diagnosis
     from traj_ood.engine import LowPrecision, Norm, Observer, iterate
     from traj_ood.errors import TrajOODError
     from traj_ood.evaluator import Evaluator, RunConfig
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "attractors": ("AttractorDictionary", "Health", "NearestAttractor"),
+    "attractors": ("AttractorDictionary", "Health", "NearestAttractor", "Verdict"),
     "autoencoders": (
         "Autoencoder",
         "CallableAutoencoder",
@@ -49,6 +50,7 @@ _HOME = {
     ),
     "backbones": ("Backbone", "CallableBackbone", "load_backbone"),
     "data": ("Benchmark", "Split", "list_benchmarks", "load_benchmark"),
+    "diagnose": ("Diagnosis",),
     "engine": ("LowPrecision", "Norm", "Observer", "iterate"),
     "errors": ("TrajOODError",),
     "evaluator": ("Evaluator", "RunConfig"),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -21,8 +21,44 @@ from traj_ood.trajectory import Status, Trajectory
 
 HEALTHY_CONVERGED = 0.90
 HEALTHY_DISTINCT = 10
+HEALTHY_DISPLACEMENT = 0.02
+"""Median ‖z* − z0‖ / ‖z0‖. Below that the end point is z0 again (cosine above 0.9998), the path says nothing that z0
+does not, and a score against attractors is a distance to training latents."""
+Word = Literal[
+    "healthy", "slow", "not converging", "diverging", "near-identity", "collapsed", "unstable", "random-like"
+]
+_NO_ATTRACTORS = "such as field, early-path, knn or mahalanobis"
 _SCHEMA = "traj_ood.attractors/1"
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One word on a model's attractors, why, and what to do about it.
+
+    Attributes:
+        word: ``healthy``, or what is wrong.
+        reason, remedy: a sentence each, without full stop; the remedy of a healthy model is empty.
+    """
+
+    word: Word
+    reason: str
+    remedy: str = ""
+
+    @property
+    def meaningful(self) -> bool:
+        """Whether a score against these attractors says something about the image."""
+        return self.word == "healthy"
+
+    @property
+    def text(self) -> str:
+        """The whole verdict in one line; a bad one also names what is still of use."""
+        if self.meaningful:
+            return f"{self.word}: {self.reason}."
+        line = f"{self.word}: {self.reason}. Scores against these attractors mean nothing; {self.remedy}."
+        if self.word == "random-like":
+            return line
+        return f"{line} Scorers that need no attractors ({_NO_ATTRACTORS}) do not depend on this."
 
 
 @dataclass(frozen=True)
@@ -35,8 +71,9 @@ class Health:
         residual_quantiles, steps_quantiles, displacement_quantiles: at 5, 25, 50, 75, 95 %. The residual is the last
             squared one, the displacement is ‖z* − z0‖ / ‖z0‖.
         distinct: number of end points left when those with cosine >= 0.99 to an earlier one are merged.
-        healthy: at least 90 % converged and at least 10 distinct.
+        healthy: at least 90 % converged, at least 10 distinct, and a median displacement of at least 2 %.
         warnings: one sentence per reason why it is not.
+        verdict: the same in words, with the remedy; of several reasons it names the one that explains the others.
     """
 
     count: int
@@ -48,6 +85,7 @@ class Health:
     distinct: int
     healthy: bool
     warnings: tuple[str, ...]
+    verdict: Verdict
 
     def as_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -154,23 +192,23 @@ class AttractorDictionary:
         converged = float((self.statuses == Status.CONVERGED).double().mean())
         non_finite = float((self.statuses == Status.NON_FINITE).double().mean())
         distinct = len(self.distinct()) if non_finite < 1 else 0
-        warnings = []
-        if converged < HEALTHY_CONVERGED:
-            warnings.append(
-                f"only {converged:.1%} of {len(self)} training trajectories converged (healthy: at least 90 %)"
-            )
-        if distinct < HEALTHY_DISTINCT:
-            warnings.append(f"only {distinct} distinct attractors (healthy: at least {HEALTHY_DISTINCT})")
+        moved = _quantiles(self.displacements)
+        verdicts = _objections(len(self), converged, non_finite, distinct, moved)
         return Health(
             count=len(self),
             converged=converged,
             non_finite=non_finite,
             residual_quantiles=_quantiles(self.residuals),
             steps_quantiles=_quantiles(self.steps.double()),
-            displacement_quantiles=_quantiles(self.displacements),
+            displacement_quantiles=moved,
             distinct=distinct,
-            healthy=not warnings,
-            warnings=tuple(warnings),
+            healthy=not verdicts,
+            warnings=tuple(v.reason for v in verdicts),
+            verdict=verdicts[0]
+            if verdicts
+            else Verdict(
+                "healthy", f"{converged:.1%} of {len(self)} training trajectories end at {distinct} distinct attractors"
+            ),
         )
 
     def save(self, path: Path) -> None:
@@ -238,6 +276,32 @@ class NearestOther(NearestAttractor):
         mine = found.indices[:, 0].cpu() == self._own[rows]
         distances = found.distances.cpu()
         return torch.where(mine, distances[:, 1], distances[:, 0])
+
+
+def _objections(
+    count: int, converged: float, non_finite: float, distinct: int, displacements: tuple[float, ...]
+) -> list[Verdict]:
+    """What speaks against a dictionary, causes before their consequences."""
+    found = []
+    if converged < HEALTHY_CONVERGED:
+        reason = f"only {converged:.1%} of {count} training trajectories converged (healthy: at least 90 %)"
+        if non_finite > (1 - converged) / 2:
+            remedy = (
+                "bound the latents (end the encoder in a LayerNorm) and train with input noise, so that f contracts"
+            )
+            found.append(Verdict("diverging", f"{reason}, {non_finite:.1%} left the finite numbers", remedy))
+        else:
+            remedy = "train with the loss on all pixels and input noise (loss: all, input_noise: 0.3 to 1.0), or "
+            found.append(Verdict("not converging", reason, remedy + "allow more steps"))
+    if displacements and displacements[2] < HEALTHY_DISPLACEMENT:
+        reason = f"f hardly moves a sample: median displacement {displacements[2]:.1%} of ‖z0‖ (healthy: at least 2 %)"
+        found.append(Verdict("near-identity", reason, "train with input noise or masks, or narrow the bottleneck"))
+    if distinct < HEALTHY_DISTINCT:
+        noun = "attractor" if distinct == 1 else "attractors"
+        reason = f"only {distinct} distinct {noun} (healthy: at least {HEALTHY_DISTINCT})"
+        remedy = "widen the bottleneck, train longer, or with less input noise"
+        found.append(Verdict("collapsed", reason, remedy))
+    return found
 
 
 def _quantiles(values: Tensor) -> tuple[float, ...]:

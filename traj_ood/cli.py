@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import warnings
@@ -119,6 +120,7 @@ def bench(benchmark: str, **options: Any) -> None:
     """
     import torch
 
+    from traj_ood.attractors import Verdict
     from traj_ood.leaderboard import render_markdown
     from traj_ood.plots import plot_run
 
@@ -134,8 +136,10 @@ def bench(benchmark: str, **options: Any) -> None:
     if not options["no_plots"]:
         plot_run(result, evaluator.folder, quiet=options["quiet"])
     click.echo(render_markdown([result]))
-    for warning in result.dictionary["warnings"]:
-        click.echo(f"traj-ood: warning: unhealthy attractors: {warning}", err=True)
+    if not result.dictionary["healthy"]:
+        stored = result.dictionary.get("verdict")  # results older than the verdict hold its reasons alone
+        text = Verdict(**stored).text if stored else "; ".join(result.dictionary["warnings"])
+        click.echo(f"traj-ood: warning: unhealthy attractors: {text}", err=True)
     if result.failures:
         click.echo(f"traj-ood: warning: {len(result.failures)} image(s) skipped, see {evaluator.folder}", err=True)
     click.echo(f"Written to {evaluator.folder}", err=True)
@@ -233,6 +237,58 @@ def train(config: str, out: Path, data_root: Path | None, device: str, threads: 
     settings = TrainConfig.load(config)
     train_model(settings, out, data_root=data_root, device=resolve_device(device), **options)
     click.echo(f"Written to {out}", err=True)
+
+
+@main.command(
+    epilog=_examples(
+        "traj-ood diagnose fashion-mae --benchmark fashion",
+        "traj-ood diagnose runs/my-mae --benchmark my-images.yaml --images 2000 --out runs/my-diagnosis",
+    )
+)
+@click.argument("model")
+@click.option("--benchmark", required=True, help="Whose ID images to look at: a name or a YAML file.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--images", type=int, default=500, show_default=True, help="Training and held-out images, at most.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the training sample and the noise.")
+@click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
+@click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/<benchmark>--<model>--diagnosis]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar; for logs.")
+@_one_line_errors
+def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | None, **options: Any) -> None:
+    """Say whether scores against the attractors of MODEL mean anything, why not, and what to do about it.
+
+    Reads ID images only. Writes diagnosis.json, residual curves and pictures of the attractors to OUT, and ends with
+    exit code 1 when such scores would be meaningless.
+    """
+    import torch
+
+    from traj_ood.autoencoders import load_autoencoder
+    from traj_ood.backbones import is_backbone_spec
+    from traj_ood.data import load_benchmark
+    from traj_ood.device import resolve_device
+    from traj_ood.diagnose import diagnose as run_diagnosis
+    from traj_ood.fit_surrogate import surrogate_for
+
+    _silence_libraries()
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    data, device = load_benchmark(benchmark, data_root), resolve_device(options["device"])
+    autoencoder: Autoencoder
+    if is_backbone_spec(model):
+        autoencoder = surrogate_for(model, data, device=device, quiet=options["quiet"])
+    else:
+        autoencoder = load_autoencoder(model).to(device)
+    settings = {key: options[key] for key in ("images", "seed", "tol", "max_steps", "quiet")}
+    found = run_diagnosis(autoencoder, data, **settings)
+    folder = out or Path("runs") / f"{data.name}--{re.sub('[/:]', '-', autoencoder.name)}--diagnosis"
+    found.save(folder)
+    click.echo(found.report())
+    click.echo(f"Written to {folder}", err=True)
+    if not found.meaningful:
+        sys.exit(1)
 
 
 @main.command("list", epilog=_examples("traj-ood list", "traj-ood list scorers"))

@@ -268,6 +268,59 @@ def _down_to(tol: float, values: Floats) -> Floats:
     return values
 
 
+# ---------------------------------------------------------------------------------------------- attractors
+
+
+def attractor_gallery(
+    decoded: Floats | None, nearest: Floats, captions: Sequence[str], limits: Floats, title: str, path: str | Path
+) -> None:
+    """Decoded attractors, each above the training image nearest to it.
+
+    Args:
+        decoded: (K, C, H, W) in the model's units, C = 1 or 3; None draws the training images alone, for a model
+            that does not decode to images.
+        nearest: (K, C, H, W) training images, likewise.
+        captions: K texts, one for each column.
+        limits: (2, C) values drawn as black and as full brightness.
+        title, path: of the figure; the PNG to write.
+
+    Raises ``TrajOODError`` for no attractors, another number of captions or channels, or an unwritable path.
+    """
+    rows = {"D(z*)": decoded, "nearest\ntraining image": nearest}
+    shown = {name: images for name, images in rows.items() if images is not None}
+    sizes = [images.shape[:2] for images in shown.values()]
+    if not len(nearest) or any(size != (len(captions), nearest.shape[1]) or size[1] not in (1, 3) for size in sizes):
+        raise TrajOODError(
+            f"plot: expected grey or RGB images (K, C, H, W) for {len(captions)} captions, got "
+            f"{', '.join(str(images.shape) for images in shown.values())}"
+        )
+    columns = min(8, len(nearest))
+    bands = math.ceil(len(nearest) / columns)
+    figure, axes = _figure(bands * len(shown), columns, max(1.2, 4.8 / columns), 1.35, title)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+    for band in range(bands):
+        for line, (name, images) in enumerate(shown.items()):
+            first = (band * len(shown) + line) * columns
+            axes[first].set_ylabel(name, fontsize=8)
+            part = slice(band * columns, (band + 1) * columns)
+            for axis, image, caption in zip(axes[first:], images[part], captions[part], strict=False):
+                _picture(axis, image, limits)
+                if line == 0:
+                    axis.set_title(caption, fontsize=7.5)
+    _save(figure, path)
+
+
+def _picture(axis: Axes, image: Floats, limits: Floats) -> None:
+    """One image (C, H, W), ``limits`` (2, C) mapped to 0 and 1; values beyond are clipped, as a screen would."""
+    low, high = (np.asarray(limit, dtype=np.float64).reshape(-1, 1, 1) for limit in limits)
+    unit = np.clip((image - low) / np.maximum(high - low, 1e-12), 0, 1).transpose(1, 2, 0)
+    axis.imshow(unit.squeeze(-1) if unit.shape[-1] == 1 else unit, cmap="gray", vmin=0, vmax=1)
+
+
 # ---------------------------------------------------------------------------------------------- a run
 
 

@@ -38,7 +38,7 @@ def moments(features: Tensor, centres: Tensor, classes: Tensor) -> Moments:
     matrix = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
     fourth = torch.zeros((), dtype=torch.float64)
     for part, own in zip(features.split(_ROWS), classes.split(_ROWS), strict=True):
-        offsets = part.double().sub_(centres[own])
+        offsets = part.to(torch.float64, copy=True).sub_(centres[own])
         array = offsets.numpy()
         matrix += torch.from_numpy(array.T @ array)  # NumPy sees the symmetry and computes one half; torch does both
         fourth += offsets.norm(dim=1).pow(4).sum()
