@@ -168,7 +168,7 @@ def test_list() -> None:
     assert "benchmarks:" not in only
 
 
-@pytest.mark.parametrize("verb", [[], ["bench"], ["train"], ["list"], ["leaderboard"]])
+@pytest.mark.parametrize("verb", [[], ["diagnose"], ["bench"], ["train"], ["list"], ["leaderboard"]])
 def test_help_shows_examples_to_copy(verb: list[str]) -> None:
     result = call(*verb, "--help")
     assert result.exit_code == 0
@@ -453,3 +453,16 @@ def test_options_that_change_scores_are_another_run(place: Path, option: tuple[s
     assert_refused(bench(place, "--scorers", "trajectory", *option), "another config", "--fresh")
     fresh = bench(place, "--scorers", "trajectory", *option, "--fresh")
     assert fresh.exit_code == 0, fresh.output
+
+
+def test_diagnose_says_when_scores_would_be_meaningless(place: Path) -> None:
+    out = place / "diagnosis"
+    options = ("--benchmark", place / "tiny.yaml", "--images", 10, "--max-steps", 5, "--out", out, "-q")
+    done = call("diagnose", place / "mae", *options)
+    assert done.exit_code == 1, done.output
+    record = json.loads((out / "diagnosis.json").read_text())
+    word = record["verdict"]["word"]
+    assert word != "healthy"
+    assert word in done.stdout
+    assert {"curves.parquet", "diagnosis.json"} <= set(files_below(out))
+    assert_refused(call("diagnose", place / "nowhere", *options), "nowhere")
