@@ -125,6 +125,7 @@ def base_geometry() -> dict[str, Any]:
     points = torch.randn(ATTRACTORS, latents[0].numel()) * latents.std() + latents.mean()
     began = time.perf_counter()
     index = NeighborIndex(points)
+    assert index.groups  # made when first asked for
     record: dict[str, Any] = {
         "dimensions": points.shape[1],
         "attractors": ATTRACTORS,
