@@ -76,7 +76,8 @@ class GMM(FeatureScorer):
         return state | {key: torch.from_numpy(array).double() for key, array in learnt.items()}
 
     def score(self, evidence: Evidence) -> Tensor:
-        return apply_in_chunks(self._energies, self.features(evidence).cpu(), _CHUNK)
+        # One at a time: it is a difference of large sums, whose rounding follows a row's place in a chunk.
+        return apply_in_chunks(self._energies, self.features(evidence).cpu(), 1)
 
     def _energies(self, features: Tensor) -> Tensor:
         """(chunk,) float64."""
