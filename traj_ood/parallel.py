@@ -170,6 +170,7 @@ class LaunchedTeam(Team):
             if error is not None:
                 self._store.set(self._key(str(self.rank)), self._tell(error))
                 self._store.set(self._key("failed"), "")
+                self._store.get(self._key("failed"))  # set() returns before the store has it, get() does not
             self._state.wait_for_everyone()
             ranks = []
             if self._store.check([self._key("failed")]):
