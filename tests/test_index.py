@@ -436,6 +436,13 @@ def test_one_gpu_is_the_one_that_holds_the_points(monkeypatch: pytest.MonkeyPatc
     assert calls == [("one", 3, "index")]
 
 
+def test_among_several_processes_each_keeps_to_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_faiss(monkeypatch, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _to_gpu("index", 1, SHARD_ABOVE + 1)
+    assert calls == [("one", 1, "index")]
+
+
 def test_the_gpu_is_used_only_where_faiss_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, expected in ((0, _TorchFlat), (1, _FaissFlat)):
         fake_faiss(monkeypatch, gpus)

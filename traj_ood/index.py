@@ -9,6 +9,7 @@ direct difference in float64. Every distance that :meth:`NeighborIndex.nearest` 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -519,10 +520,11 @@ class _FaissFlat:
 
 def _to_gpu(index: Any, gpu: int, size: int) -> Any:
     """A flat index of ``size`` bytes on one GPU, or in shards on all of them. Whole copies on every GPU would only
-    speed up batches far larger than a chunk of trajectories."""
+    speed up batches far larger than a chunk of trajectories. Among several processes each keeps to its own GPU."""
     import faiss
 
-    if faiss.get_num_gpus() > 1 and size > SHARD_ABOVE:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone and faiss.get_num_gpus() > 1 and size > SHARD_ABOVE:
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True
         return faiss.index_cpu_to_all_gpus(index, co=options)
