@@ -341,7 +341,9 @@ def plot(name: str, rows: Sequence[Row], work: Workplace, path: Path) -> None:
         axis.set(xlabel=label, ylabel={"auroc": "mean AUROC (%)", "fpr95": "mean FPR95 (%)"}[key])
     count = len({row["scorer"] for row in rows})
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, count), frameon=False)
-    images = f"{work.arguments.per_set:,} images a set at most, {work.arguments.attractors:,} training images"
+    images = f"{work.arguments.per_set:,} images a set at most"
+    if name != "attractors":  # which shows them on its axis
+        images += f", {work.arguments.attractors:,} training images"
     what = f"{work.benchmark.name}, {'recipes' if name == 'recipe' else work.model.name}"
     figure.suptitle(f"{name}: {what} ({images})", fontsize=11, fontweight="bold")
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=150))

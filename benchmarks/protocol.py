@@ -1,5 +1,5 @@
 """Does a scorer of the dynamics beat the static ones? python benchmarks/protocol.py --suite fashion [--train]
-[--data-root ROOT] [--models DIR …] [--whole-path] [--tables-only]
+[--data-root ROOT] [--models DIR …] [--scorers NAME …] [--whole-path] [--tables-only]
 
 Separately trained models (the same config, seeds 0, 1, 2) times samples of the training images (seeds 0, 1, 2) are nine
 runs for each suite. In every run one pass serves every declared scorer: those of the path that cost at most 16
@@ -162,7 +162,7 @@ def run_suite(arguments: argparse.Namespace, suite: str) -> None:
         plan.append((untrained_twin(loaded[0], sources[0]).to(device), arguments.seeds[0], "control"))
     for number, (model, seed, part) in enumerate(plan, 1):
         config = RunConfig(
-            scorers=declared_scorers(model, arguments.whole_path),
+            scorers=tuple(arguments.scorers or declared_scorers(model, arguments.whole_path)),
             attractors=arguments.attractors,
             per_set=arguments.per_set,
             seed=seed,
@@ -674,6 +674,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attractors", type=int, default=2000, help="training images; default: 2000")
     parser.add_argument("--per-set", type=int, default=1000, help="most test images a set; default: 1000")
     parser.add_argument("--max-steps", type=int, default=500, help="of training trajectories; default: 500")
+    parser.add_argument("--scorers", nargs="+", help=f"in place of the declared ones; {CANDIDATE} must be among them")
     parser.add_argument("--whole-path", action="store_true", help="also scorers that iterate to convergence")
     parser.add_argument("--no-control", action="store_true", help="leave out the run with untrained weights")
     parser.add_argument("--resamples", type=int, default=2000, help="of the paired bootstrap; default: 2000")
@@ -685,6 +686,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="discard what earlier runs of this suite left")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
+    if arguments.scorers and CANDIDATE not in arguments.scorers:
+        parser.error(f"--scorers: expected {CANDIDATE} among them, got {' '.join(arguments.scorers)}")
     if arguments.suite is None and not arguments.tables_only:
         parser.error("give a --suite to run, or --tables-only")
     return arguments

@@ -60,7 +60,7 @@ def done(place: Path) -> tuple[Evaluator, Result]:
 def test_folder_and_files(done: tuple[Evaluator, Result]) -> None:
     run, result = done
     assert run.folder.name == result.name == "tiny--mae--seed0"
-    names = ["attractors.safetensors", "curves.parquet", "result.json", "scores.parquet"]
+    names = ["attractors.safetensors", "curves.parquet", "gallery.safetensors", "result.json", "scores.parquet"]
     assert sorted(p.name for p in run.folder.rglob("*")) == names
     assert Result.load(run.folder / "result.json") == result
 

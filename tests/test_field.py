@@ -98,6 +98,40 @@ def test_it_is_the_definition(cells: int, count: int) -> None:
     np.testing.assert_allclose(found.numpy(), by_hand(train, queries), rtol=1e-8)
 
 
+def test_the_control_is_the_definition_without_the_field() -> None:
+    train, queries = evidence(201, 0), evidence(40, 1, spread=1.5)
+
+    def without(x: Evidence) -> Evidence:
+        return Evidence(features=x.features)
+
+    found = Field(start_only=True).fit(without(train)).score(without(queries))
+    known, asked = arrays(train), arrays(queries)
+    total = np.zeros(40)
+    for k in range(2):
+        mine, other = ({n: v[h::2] for n, v in known.items()} for h in (k, 1 - k))
+        held, new = (
+            np.stack(
+                [
+                    np.mean(
+                        [
+                            np.sqrt(LedoitWolf().fit(mine[n][:, c]).mahalanobis(q[n][:, c]))
+                            for c in range(mine[n].shape[1])
+                        ],
+                        axis=0,
+                    )
+                    for n in ("grid z0", "mean z0")
+                ]
+            )
+            for q in (other, asked)
+        )
+        usual = LedoitWolf().fit(np.log(held).T)
+        total += new[0] / held[0].mean()
+        total += np.sqrt(usual.mahalanobis(np.log(new).T)) / np.sqrt(usual.mahalanobis(np.log(held).T)).mean()
+    np.testing.assert_allclose(found.numpy(), total / 2, rtol=1e-8)
+    assert Field(start_only=True).needs().steps == 0
+    assert Field(start_only=True).f_evaluations(without(queries)) == 0
+
+
 @pytest.mark.parametrize("make", [tiny.vit, tiny.conv])
 def test_a_whole_pass_leaves_it_what_it_reads(make: type) -> None:
     model = make()

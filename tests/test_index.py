@@ -536,3 +536,26 @@ def test_wrong_shapes_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         NeighborIndex(gaussian(10, 4), backend="faiss")
     assert index_module.NeighborIndex is NeighborIndex
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_far_from_collapsed_points_are_exact(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing rules a group out there: every pair of query and group at once would be gigabytes."""
+    draws = torch.Generator().manual_seed(0)
+    points = 1 + 1e-3 * torch.randn(600, 400, generator=draws)
+    queries = 40 * torch.randn(300, 400, generator=draws)
+    index = NeighborIndex(points, backend=backend)
+    found = index.nearest(queries)
+    assert index.groups > 500
+    brute = torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(found.distances, brute.amin(dim=1, keepdim=True), rtol=1e-14, atol=0)
+    picked = brute.gather(1, found.indices)
+    torch.testing.assert_close(picked, found.distances, rtol=1e-14, atol=0)
+    alone = torch.cat([index.nearest(q[None]).distances for q in queries[:20]])
+    assert torch.equal(alone, found.distances[:20])
+
+    nearby = points[:200] + 1e-2 * torch.randn(200, 400, generator=draws)
+    whole = index.nearest(nearby)
+    monkeypatch.setattr(index_module, "_BLOCK", 2**10)  # in pieces of a few pairs
+    assert torch.equal(index.nearest(nearby).distances, whole.distances)
+    assert torch.equal(index.nearest(nearby).indices, whole.indices)

@@ -143,7 +143,7 @@ def alone(place: Path, out: str, batch_size: int | None = None, **changes: Any) 
 def check_same(place: Path, out: str, reference: Result) -> None:
     """Every column of every image, the curves and the metrics, bit by bit; and nothing else in the folder."""
     ours, theirs = place / out / NAME, place / "alone" / NAME
-    names = ["attractors.safetensors", "curves.parquet", "result.json", "scores.parquet"]
+    names = ["attractors.safetensors", "curves.parquet", "gallery.safetensors", "result.json", "scores.parquet"]
     assert sorted(p.name for p in ours.iterdir()) == names
     for name in ("scores.parquet", "curves.parquet"):
         pd.testing.assert_frame_equal(pd.read_parquet(ours / name), pd.read_parquet(theirs / name), check_exact=True)

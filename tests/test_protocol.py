@@ -291,6 +291,8 @@ def test_errors_in_one_line(
     nothing = ["--tables-only", "--out", str(tmp_path / "out")]
     assert "expected the runs of at least one suite, found none" in fails(script, nothing, capsys)
     assert "give a --suite to run, or --tables-only" in fails(script, [], capsys)
+    without = command(place, "--scorers", "knn", "mahalanobis")
+    assert "--scorers: expected field among them, got knn mahalanobis" in fails(script, without, capsys)
 
 
 def test_other_runs_are_not_mixed_in(

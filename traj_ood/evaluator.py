@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,7 +27,9 @@ from traj_ood.curves import curve_quantiles
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.features import FeatureCache
-from traj_ood.files import write_atomic
+from traj_ood.files import alone_in, empty_folder, write_atomic
+from traj_ood.gallery import FILE_NAME as GALLERY_NAME
+from traj_ood.gallery import keep_pictures
 from traj_ood.index import Approximate, Backend
 from traj_ood.metrics import bootstrap, check_scores, compute_metrics
 from traj_ood.parallel import Team
@@ -94,6 +96,8 @@ class Evaluator:
         cache: where a surrogate's backbone keeps its features; default: nowhere. It changes time, not results.
         team: the processes that share the work, see :meth:`traj_ood.parallel.Team.join`; default: this one alone.
             Each builds its own evaluator of the same settings, and ``out`` is a folder that all of them see.
+        pictures: keep what a report shows (:mod:`traj_ood.gallery`: some images of the benchmark, made small). It
+            takes seconds and changes no result; a finished run without them gets them when it is run again.
     """
 
     autoencoder: Autoencoder
@@ -107,6 +111,7 @@ class Evaluator:
     command: str = ""
     cache: FeatureCache | None = None
     team: Team = field(default_factory=Team)
+    pictures: bool = True
     _seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -140,15 +145,20 @@ class Evaluator:
         Args:
             fresh: discard what an earlier run left in the folder.
         Raises:
-            TrajOODError: bad data, a folder that cannot be written, one that holds a run with other settings, more
-                processes than images, or a process that failed (see :meth:`traj_ood.parallel.Team.together`).
+            TrajOODError: bad data, a folder that cannot be written, one that holds a run with other settings or where
+                another run is at work, more processes than images, or a process that failed (see
+                :meth:`traj_ood.parallel.Team.together`).
         """
-        with self.team.together():
+        # The main process speaks for its team: a second team would mix its batches with ours, or discard them.
+        alone = alone_in(self.folder) if self.team.is_main else nullcontext()
+        with self.team.together(), alone:
             self._refuse_idle_processes()
             identity = self._identity()
             batch_sizes = self.team.main_first(lambda: self._open(identity, fresh))
             result = None if batch_sizes is None else self._compute(identity, batch_sizes)
-            return result or Result.load(self.folder / FILE_NAME)
+            result = result or Result.load(self.folder / FILE_NAME)
+            self._add_pictures(result)
+            return result
 
     def _compute(self, identity: dict[str, Any], batch_sizes: dict[str, int]) -> Result | None:
         """Every pass, by all processes; then the main one measures what they scored, and has the result."""
@@ -172,7 +182,7 @@ class Evaluator:
     def _open(self, identity: dict[str, Any], fresh: bool) -> dict[str, int] | None:
         """The batch size of each split, those of the unfinished run if there is one; None for a finished run."""
         if fresh and self.team.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            empty_folder(self.folder, first=FILE_NAME)  # the result says that the rest is there
         finished = self.folder / FILE_NAME
         if finished.is_file():
             self._refuse_other(identity, _identity_of(Result.load(finished)))
@@ -373,6 +383,8 @@ class Evaluator:
         write_atomic(self.folder / "curves.parquet", lambda f: pd.concat(frames).to_parquet(f, index=False))
         write_atomic(self.folder / "scores.parquet", lambda f: table.to_parquet(f, index=False, compression="zstd"))
         self._seconds["metrics"] = time.perf_counter() - began
+        if self.pictures:
+            self._keep_pictures(table, scorers, dictionary)
         result = Result(
             name=self.name,
             **identity,
@@ -387,6 +399,27 @@ class Evaluator:
         )
         result.save(self.folder / FILE_NAME)  # last: its presence says that everything else is there
         return result
+
+    def _add_pictures(self, result: Result) -> None:
+        """What a finished run lacks because it is older than pictures, or was run without them."""
+        scores, attractors = self.folder / "scores.parquet", self.folder / "attractors.safetensors"
+        if not (self.pictures and self.team.is_main and scores.is_file()) or self._gallery.is_file():
+            return
+        dictionary = AttractorDictionary.load(attractors) if attractors.is_file() else None
+        self._keep_pictures(pd.read_parquet(scores), result.scorers, dictionary)
+
+    def _keep_pictures(
+        self, table: pd.DataFrame, scorers: dict[str, ScorerResult], dictionary: AttractorDictionary | None
+    ) -> None:
+        began = time.perf_counter()
+        tol, max_steps = self.config.tol, self.config.max_steps
+        kept = keep_pictures(self.autoencoder, self.sample, table, scorers, dictionary, tol=tol, max_steps=max_steps)
+        kept.save(self._gallery)
+        self._seconds["pictures"] = time.perf_counter() - began
+
+    @property
+    def _gallery(self) -> Path:
+        return self.folder / GALLERY_NAME
 
     def _machine(self) -> dict[str, str]:
         threads = str(torch.get_num_threads())

@@ -43,6 +43,7 @@ _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
 _MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
 _ROWS = 32  # of a float64 product, or of one without FAISS
 _SPARE = 8  # candidates beyond k: they settle nearly every query
+_FEW = 16  # candidate groups, or a 16th of all: looking into more of them costs more than a float64 product
 _CROWD = 4  # members of a group left open by float32; settling more by direct difference costs more than float64
 _FAISS_GPU_MAX_K = 2048
 _INSTALL = "pip install 'traj_ood[faiss-cpu]' or, with an NVIDIA GPU, 'traj_ood[faiss-gpu]'"
@@ -272,7 +273,17 @@ class NeighborIndex:
         """Distances (B, 1) float64 and indices (B, 1) of the nearest points."""
         if not len(queries):
             return torch.empty(0, 1, dtype=torch.float64), torch.empty(0, 1, dtype=torch.int64)
-        rows, points = self._closest_members(queries, *self._candidate_groups(centred, error))
+        rows, groups = self._candidate_groups(centred, error)
+        many = rows.bincount(minlength=len(queries)) > max(_FEW, self.groups // _FEW)
+        if bool(many.any()):
+            return self._nearest_of_many(queries, centred, error, many)
+        pieces = -(-len(rows) * queries.shape[1] // (4 * _BLOCK))
+        if pieces > 1 and len(queries) > 1:  # offsets from the leaders are as many rows as there are pairs
+            step = -(-len(queries) // min(pieces, len(queries)))
+            blocks = zip(queries.split(step), centred.split(step), error.split(step), strict=True)
+            found = [self._nearest_block(*block) for block in blocks]
+            return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+        rows, points = self._closest_members(queries, rows, groups)
         distances = self._exact(queries, rows, points)
         best = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=self.device)
         best.scatter_reduce_(0, rows, distances, "amin")
@@ -284,6 +295,21 @@ class NeighborIndex:
         if bool(lost.any()):
             best[lost], first[lost] = self._dense(queries[lost], 1)
         return best, first
+
+    def _nearest_of_many(self, queries: Tensor, centred: Tensor, error: Tensor, many: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`_nearest_block` where, for the queries ``many`` (B,) bool, groups rule nothing out, as far away from
+        collapsed points: float64 looks at all points for those, and direct differences decide among the closest."""
+        distances = torch.empty(len(queries), 1, dtype=torch.float64, device=self.device)
+        indices = torch.empty(len(queries), 1, dtype=torch.int64, device=self.device)
+        few = ~many
+        distances[few], indices[few] = self._nearest_block(queries[few], centred[few], error[few])
+        _, closest = self._dense(queries[many], min(_SPARE, len(self)))
+        rows = torch.arange(len(closest), device=self.device).repeat_interleave(closest.shape[1])
+        found = self._exact(queries[many], rows, closest.flatten()).view_as(closest)
+        best = found.amin(dim=1, keepdim=True)
+        distances[many] = best
+        indices[many] = torch.where(found == best, closest, len(self)).amin(dim=1, keepdim=True)
+        return distances, indices
 
     def _closest_members(
         self, queries: Tensor, rows: Tensor, groups: Tensor, dtype: torch.dtype = torch.float32

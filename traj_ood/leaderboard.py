@@ -54,7 +54,7 @@ _NOTES = (
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """The runs behind one row: the same scorer in results that differ in nothing but their seed, by ascending seed."""
 
     scorer: str
@@ -100,7 +100,7 @@ def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for group in _groups(results):
+    for group in groups_of(results):
         row = group.head()
         for region in REGIONS:
             row |= _over_seeds([getattr(scorer, region) for _, scorer in group.runs], prefix=f"{region}_")
@@ -119,7 +119,7 @@ def per_set(results: Sequence[Result]) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for group in _groups(results):
+    for group in groups_of(results):
         sets = sorted(group.runs[0][1].sets.items(), key=lambda item: (item[1].role == "far", item[0]))
         for name, score in sets:
             scores = [scorer.sets[name] for _, scorer in group.runs]
@@ -216,7 +216,7 @@ def _flat(tree: Any, place: str = "") -> dict[str, str]:
     return flat
 
 
-def _groups(results: Sequence[Result]) -> list[_Group]:
+def groups_of(results: Sequence[Result]) -> list[Group]:
     """The rows: results of one identity together, each row named apart from what it could be mistaken for.
 
     A difference between runs is named on every scorer of that benchmark and model, also when no scorer is in both:
@@ -239,7 +239,7 @@ def _groups(results: Sequence[Result]) -> list[_Group]:
         benchmark, model, name, run, own = json.loads(key)
         variant = [*_differences(run, runs[benchmark, model]), *_differences(own, scorers[benchmark, model, name])]
         members_by_seed = _one_per_seed(same, name)
-        groups.append(_Group(name, tuple((r, r.scorers[name]) for r in members_by_seed), ", ".join(variant)))
+        groups.append(Group(name, tuple((r, r.scorers[name]) for r in members_by_seed), ", ".join(variant)))
     return groups
 
 

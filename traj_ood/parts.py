@@ -14,6 +14,9 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
+from traj_ood.weights import digest_of
+
+_DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class PartFolder:
         if path.is_file():
             try:
                 stored = json.loads(path.read_text())
-            except ValueError:
+            except (ValueError, RecursionError):
                 stored = None
             if not isinstance(stored, dict) or stored.keys() != identity.keys():
                 raise TrajOODError(f"{path}: damaged or of another version: discard the unfinished run with --fresh")
@@ -56,6 +59,7 @@ class PartFolder:
     def save(self, split: str, start: int, part: Part) -> None:
         header = {k: json.dumps(getattr(part, k)) for k in ("ids", "failures", "notes")}
         tensors = {k: v.contiguous().clone() for k, v in part.tensors.items()}  # safetensors refuses shared memory
+        header[_DIGEST] = digest_of(tensors, header)
         write_atomic(self._path(split, start), save(tensors, metadata=header))
 
     def load(self, split: str, start: int) -> Part | None:
@@ -71,6 +75,9 @@ class PartFolder:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            expected = header.pop(_DIGEST, None)  # parts of older versions have none
+            if expected is not None and expected != digest_of(tensors, header):
+                raise ValueError("its content has changed since it was written")
             ids = tuple(json.loads(header["ids"]))
             return Part(ids, json.loads(header["failures"]), tensors, json.loads(header["notes"]))
         except Exception as error:

@@ -141,7 +141,7 @@ class Result:
             raise TrajOODError(f"{path}: expected a result file, got {error.strerror}; check the path") from error
         except TrajOODError:
             raise
-        except ValueError as error:  # JSON or UTF-8
+        except (ValueError, RecursionError) as error:  # JSON or UTF-8
             raise TrajOODError(f"{path}: expected JSON, got {error}; restore the file or run again") from error
         schema = tree.get("schema") if isinstance(tree, dict) else None
         if schema != SCHEMA:

@@ -138,12 +138,8 @@ class ScorerSet:
         counts = [len(f) for f in train.features.values()] + ([len(dictionary)] if dictionary is not None else [])
         if counts:
             self.check_training_size(min(counts))
-        self.dictionary = dictionary
+        self.attach(dictionary)
         if dictionary is not None:
-            self._indices = {
-                view: dictionary.index(self.autoencoder, view, self.backend, self.approximate)
-                for view in sorted(self.needs.distances)
-            }
             if self.needs.attractors:
                 ends = dictionary.usable().to(self.autoencoder.device)
                 views = sorted(self.needs.attractors)
@@ -153,6 +149,16 @@ class ScorerSet:
         for scorer in self.scorers:
             scorer.fit(train)
         return self
+
+    def attach(self, dictionary: AttractorDictionary | None) -> None:
+        """Measure distances to these attractors: those that :meth:`learn` was given, or that were kept of it."""
+        self.dictionary = dictionary
+        self._indices = {}
+        if dictionary is not None:
+            self._indices = {
+                view: dictionary.index(self.autoencoder, view, self.backend, self.approximate)
+                for view in sorted(self.needs.distances)
+            }
 
     def score(self, images: Tensor | Encoding, on_step: OnStep | None = None) -> Scored:
         """Score images (B, C, H, W), or what the model made of them; each image's scores depend on that image alone.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from traj_ood.autoencoders import View
 from traj_ood.errors import unknown_name
-from traj_ood.index import NeighborIndex
-from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.bank import SearchingScorer
+from traj_ood.postprocessors.base import Evidence, Needs
 from traj_ood.postprocessors.registry import register
 
 TARGETS = ("attractor", "mean")
@@ -20,7 +19,7 @@ TARGETS = ("attractor", "mean")
 
 @register
 @dataclass
-class Alignment(Postprocessor):
+class Alignment(SearchingScorer):
     """−cos(f(z_0) − z_0, a − z_0), a the attractor nearest to z_0.
 
     Reason: the field f(z) − z points up the latent density (Theorem 1, §3.1). For a sample in distribution the way up
@@ -43,7 +42,6 @@ class Alignment(Postprocessor):
         super().__post_init__()
         if self.target not in TARGETS:
             raise unknown_name(f"target of scorer {self.name}", self.target, TARGETS)
-        self._index: NeighborIndex | None = None
 
     def needs(self) -> Needs:
         view = frozenset({self.view})
@@ -51,21 +49,16 @@ class Alignment(Postprocessor):
         return Needs(features=view, points=frozenset({(self.view, 1)}), steps=1, attractors=attractors)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        self._index = None
         if self.target == "attractor":
             return {"targets": train.attractors[self.view].cpu().float()}
         return {"targets": train.features[self.view].cpu().mean(dim=0, keepdim=True, dtype=torch.float64).float()}
 
-    def load(self, path: Path) -> Postprocessor:
-        self._index = None
-        return super().load(path)
+    def points(self) -> Tensor:
+        return self.state["targets"]
 
     def score(self, evidence: Evidence) -> Tensor:
-        targets = self.state["targets"]
-        if self._index is None:
-            self._index = NeighborIndex(targets)
         start = evidence.features[self.view].cpu()
-        nearest = targets[self._index.nearest(start).indices[:, 0]]
+        nearest = self.state["targets"][self.index(start.device).nearest(start).indices[:, 0]]
         field = evidence.points[self.view, 1].double() - start.double()
         way = nearest.double() - start.double()
         lengths = field.norm(dim=1) * way.norm(dim=1)

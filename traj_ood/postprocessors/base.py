@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -170,6 +171,12 @@ class Postprocessor(ABC):
         if self._state is None:
             raise TrajOODError(f"scorer {self.name} is not fitted: call fit with ID training images first")
         return self._state
+
+    def with_state(self, state: Mapping[str, Tensor]) -> Postprocessor:
+        """A copy that scores with these tensors: what :meth:`fit` learnt, kept elsewhere."""
+        other = copy.copy(self)
+        other._state = dict(state)
+        return other
 
     def options(self) -> dict[str, Any]:
         return asdict(self)

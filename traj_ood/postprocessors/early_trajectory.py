@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from traj_ood.autoencoders import View
-from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import unknown_name
 from traj_ood.index import NeighborIndex
-from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
+from traj_ood.postprocessors.bank import SearchingScorer
+from traj_ood.postprocessors.base import Evidence, Needs
 from traj_ood.postprocessors.covariance import class_means, ledoit_wolf, moments, whitening
 from traj_ood.postprocessors.path import evaluations, parse_steps
 from traj_ood.postprocessors.registry import register
+from traj_ood.postprocessors.rows import in_rows
 
 REFERENCES = ("attractors", "features", "centroids")
-_CHUNK = 128  # rows of every product, whatever the batch: one shape, one rounding
 
 
 @register
 @dataclass
-class EarlyTrajectory(Postprocessor):
+class EarlyTrajectory(SearchingScorer):
     """1/|T| · Σ_{t∈T} min_{r∈R} ‖(z_t − r) F‖ over a few steps T: the trajectory score of §4.2 at a few points.
 
     Reason: it separates what the paper's score is made of. With R = Z*_train it is that score on a few points; with R
@@ -57,7 +56,6 @@ class EarlyTrajectory(Postprocessor):
         if self.reference not in REFERENCES:
             raise unknown_name(f"reference of scorer {self.name}", self.reference, REFERENCES)
         self._steps = parse_steps(self.name, self.steps, 0)
-        self._index: NeighborIndex | None = None
 
     def needs(self) -> Needs:
         return Needs(
@@ -69,7 +67,6 @@ class EarlyTrajectory(Postprocessor):
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         features = train.features[self.view].cpu()
-        self._index = None
         state = {"reference": self._reference(train, features).float()}
         if self.whiten:
             together = torch.zeros(len(features), dtype=torch.int64)
@@ -77,16 +74,14 @@ class EarlyTrajectory(Postprocessor):
             state |= {"mean": mean, "factor": whitening(ledoit_wolf(moments(features, mean, together)))}
         return state
 
-    def load(self, path: Path) -> Postprocessor:
-        self._index = None
-        return super().load(path)
+    def points(self) -> Tensor:
+        return self._metric(self.state["reference"])
 
     def score(self, evidence: Evidence) -> Tensor:
-        if self._index is None:
-            self._index = NeighborIndex(self._metric(self.state["reference"]))
         start = evidence.features[self.view].cpu()
+        index = self.index(start.device)
         points = [evidence.points[self.view, t] if t else start for t in self._steps]
-        distances = [self._index.nearest(self._metric(p)).distances[:, 0] for p in points]
+        distances = [index.nearest(self._metric(p)).distances[:, 0] for p in points]
         return torch.stack(distances, dim=1).mean(dim=1)
 
     def f_evaluations(self, evidence: Evidence) -> float:
@@ -109,4 +104,4 @@ class EarlyTrajectory(Postprocessor):
         if not self.whiten:
             return points
         mean, factor = self.state["mean"], self.state["factor"]
-        return apply_in_chunks(lambda part: ((part.double() - mean) @ factor).float(), points, _CHUNK)
+        return in_rows(lambda part: ((part.double() - mean) @ factor).float(), points)

@@ -19,6 +19,7 @@ _VIEWS: tuple[FeatureView, ...] = ("grid", "mean")
 _FOLDS = 2
 _LEAST = 8
 _TINY = 1e-12
+_BOTH = "both"  # (z_0, v), whose distance is a and no length of b
 
 
 @register
@@ -42,12 +43,21 @@ class Field(Postprocessor):
     (blends, jigsaws, rotations, inversions, blurs, CutMix), see results/README.md.
 
     Cost: one evaluation of f, and 16 · (2d)² numbers for latents of d dimensions a token.
+
+    Args:
+        start_only: control, default false: the same form without the field, a from z_0 alone and b from its two
+            distances. It costs no evaluation of f; what ``field`` detects beyond it is owed to v. That it looks at
+            both sides is not.
     """
 
     name: ClassVar[str] = "field"
     summary: ClassVar[str] = "distance and typicality of z0 and the vector field f(z0) - z0, one evaluation of f"
 
+    start_only: bool = False
+
     def needs(self) -> Needs:
+        if self.start_only:
+            return Needs(features=frozenset(_VIEWS))
         return Needs(features=frozenset(_VIEWS), points=frozenset((view, 1) for view in _VIEWS), steps=1)
 
     def check_training_size(self, count: int) -> None:
@@ -58,9 +68,9 @@ class Field(Postprocessor):
             )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        parts = _Parts.of(train)
-        self.check_training_size(len(parts.length))
-        fold = torch.arange(len(parts.length)) % _FOLDS
+        parts = _Parts.of(train, self.start_only)
+        self.check_training_size(len(parts))
+        fold = torch.arange(len(parts)) % _FOLDS
         state: dict[str, Tensor] = {}
         for k in range(_FOLDS):
             for name, vectors in parts.vectors.items():
@@ -79,7 +89,7 @@ class Field(Postprocessor):
 
     def terms(self, evidence: Evidence) -> Tensor:
         """(B, 2) float64: a / E[a] and b / E[b], means over both halves."""
-        parts, halves = _Parts.of(evidence), []
+        parts, halves = _Parts.of(evidence, self.start_only), []
         for k in range(_FOLDS):
             far, lengths = _distances(self.state, k, parts)
             odd = distances_to_gaussians(_under(self.state, f"{k}/lengths"), lengths)[:, 0]
@@ -87,42 +97,53 @@ class Field(Postprocessor):
         return torch.stack(halves).mean(dim=0)
 
     def f_evaluations(self, evidence: Evidence) -> float:
-        return evaluations(evidence, 1)
+        return 0.0 if self.start_only else evaluations(evidence, 1)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What is measured of B images: vectors (B, cells, d) by name, and ‖v‖ (B,) float64."""
+    """What is measured of B images.
+
+    Attributes:
+        vectors: name → (B, cells, d), or (B, d); by their distance to their Gaussians.
+        far: the one of them whose distance is a.
+        length: (B,) float64 ‖v‖; None where the field is left out.
+    """
 
     vectors: dict[str, Tensor]
-    length: Tensor
+    far: str
+    length: Tensor | None
 
     @staticmethod
-    def of(evidence: Evidence) -> _Parts:
+    def of(evidence: Evidence, start_only: bool) -> _Parts:
         grid = evidence.features["grid"]
         # The views of a latent of one token are the same, and say nothing twice.
         views = _VIEWS if grid.ndim == 3 and grid.shape[1] > 1 else _VIEWS[:1]
-        vectors: dict[str, Tensor] = {}
+        vectors = {f"{view}/start": evidence.features[view].cpu() for view in views}
+        if start_only:
+            return _Parts(vectors, "grid/start", None)
         for view in views:
-            start = evidence.features[view].cpu()
-            field = evidence.points[view, 1].cpu() - start
-            vectors |= {f"{view}/start": start, f"{view}/field": field}
-            if view == "grid":
-                vectors["both"] = torch.cat([start, field], dim=-1)
-        return _Parts(vectors, vectors["grid/field"].double().flatten(1).norm(dim=1))
+            vectors[f"{view}/field"] = evidence.points[view, 1].cpu() - vectors[f"{view}/start"]
+        vectors[_BOTH] = torch.cat([vectors["grid/start"], vectors["grid/field"]], dim=-1)
+        return _Parts(vectors, _BOTH, vectors["grid/field"].double().flatten(1).norm(dim=1))
+
+    def __len__(self) -> int:
+        return len(self.vectors["grid/start"])
 
     def select(self, rows: Tensor) -> _Parts:
-        return _Parts({name: v[rows] for name, v in self.vectors.items()}, self.length[rows])
+        vectors = {name: v[rows] for name, v in self.vectors.items()}
+        return _Parts(vectors, self.far, None if self.length is None else self.length[rows])
 
 
 def _distances(state: dict[str, Tensor], fold: int, parts: _Parts) -> tuple[Tensor, Tensor]:
-    """a (B,), and the logarithms of the lengths (B, 3 or 5), by the Gaussians of one fold."""
+    """a (B,), and the logarithms of the lengths (B, n), by the Gaussians of one fold."""
     found = {
         name: distances_to_gaussians(_under(state, f"{fold}/{name}"), vectors).mean(dim=1)
         for name, vectors in parts.vectors.items()
     }
-    far = found.pop("both")
-    return far, torch.stack([*found.values(), parts.length], dim=1).clamp(min=_TINY).log()
+    lengths = [length for name, length in found.items() if name != _BOTH]
+    lengths += [] if parts.length is None else [parts.length]
+    return found[parts.far], torch.stack(lengths, dim=1).clamp(min=_TINY).log()
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from traj_ood.engine import apply_in_chunks
 from traj_ood.postprocessors.covariance import class_means, ledoit_wolf, moments, whitening
-
-_CHUNK = 128  # rows of every product, whatever the batch: one shape, one rounding
+from traj_ood.postprocessors.rows import in_rows
 
 
 def learn_gaussians(vectors: Tensor, shrink: bool = True) -> dict[str, Tensor]:
@@ -40,7 +38,7 @@ def distances_to_gaussians(state: dict[str, Tensor], vectors: Tensor) -> Tensor:
         offsets = (part.double() - state["means"]).transpose(0, 1)  # (cells, chunk, d)
         return (offsets @ state["factors"]).norm(dim=2).T
 
-    return apply_in_chunks(distances, _cells(vectors).cpu(), _CHUNK)
+    return in_rows(distances, _cells(vectors).cpu())
 
 
 def _cells(vectors: Tensor) -> Tensor:

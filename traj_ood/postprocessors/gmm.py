@@ -9,16 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors.base import Evidence, FeatureScorer
 from traj_ood.postprocessors.covariance import ledoit_wolf, moments, whitening
 from traj_ood.postprocessors.principal import check_share, principal_axes
 from traj_ood.postprocessors.registry import register
+from traj_ood.postprocessors.rows import in_rows
 
 CANDIDATES = (1, 2, 4, 8, 16)
 _LEAST = 10  # training images per component
-_CHUNK = 128  # rows of every product, whatever the batch: one shape, one rounding
 
 
 @register
@@ -64,7 +63,7 @@ class GMM(FeatureScorer):
             "variances": (covariance @ found.axes * found.axes).sum(dim=0),
             "whitening": whitening(covariance),
         }
-        inside = apply_in_chunks(lambda part: _split(state, part)[0], features, _CHUNK).numpy()
+        inside = in_rows(lambda part: _split(state, part)[0], features).numpy()
         floor = 1e-6 * float(found.variances.mean())  # scikit-learn's regularisation, in units of the features
         mixtures = [
             GaussianMixture(k, covariance_type="full", reg_covar=floor, random_state=self.seed).fit(inside)
@@ -77,7 +76,7 @@ class GMM(FeatureScorer):
 
     def score(self, evidence: Evidence) -> Tensor:
         # One at a time: it is a difference of large sums, whose rounding follows a row's place in a chunk.
-        return apply_in_chunks(self._energies, self.features(evidence).cpu(), 1)
+        return in_rows(self._energies, self.features(evidence).cpu(), 1)
 
     def _energies(self, features: Tensor) -> Tensor:
         """(chunk,) float64."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -11,14 +10,14 @@ from torch.nn.functional import normalize
 
 from traj_ood.autoencoders import FeatureView
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.index import NeighborIndex
-from traj_ood.postprocessors.base import Evidence, FeatureScorer, Postprocessor
+from traj_ood.postprocessors.bank import BankScorer
+from traj_ood.postprocessors.base import Evidence
 from traj_ood.postprocessors.registry import register
 
 
 @register
 @dataclass
-class KNN(FeatureScorer):
+class KNN(BankScorer):
     """Distance to the k-th nearest training feature: ‖z̄ − z̄_(k)‖ with z̄ = z/‖z‖ (Sun et al. 2022, eq. 2).
 
     Args:
@@ -43,7 +42,6 @@ class KNN(FeatureScorer):
             raise unknown_name(f"reduce of scorer {self.name}", self.reduce, ("kth", "mean"))
         if self.k is not None and self.k < 1:
             raise TrajOODError(f"scorer {self.name}: k must be at least 1, got {self.k}")
-        self._index: NeighborIndex | None = None
 
     def check_training_size(self, count: int) -> None:
         if self.k is not None and self.k > count:
@@ -53,21 +51,13 @@ class KNN(FeatureScorer):
             )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        bank = self.features(train)
-        self.check_training_size(len(bank))
-        self._index = None
-        return {"bank": bank.cpu()}
-
-    def load(self, path: Path) -> Postprocessor:
-        self._index = None
-        return super().load(path)
+        state = super().learn(train)
+        self.check_training_size(len(state["bank"]))
+        return state
 
     def score(self, evidence: Evidence) -> Tensor:
-        queries = self.features(evidence)
-        if self._index is None:
-            self._index = NeighborIndex(self.state["bank"].to(queries.device))
-        distances = self._index.search(queries, self.k or len(self._index)).distances
-        return (distances[:, -1] if self.reduce == "kth" else distances.mean(dim=1)).cpu()
+        distances = self.neighbour_distances(self.features(evidence), self.k or len(self.state["bank"]))
+        return distances[:, -1] if self.reduce == "kth" else distances.mean(dim=1)
 
     def features(self, evidence: Evidence) -> Tensor:
         features = super().features(evidence).float()

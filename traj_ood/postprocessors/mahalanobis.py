@@ -10,15 +10,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from traj_ood.autoencoders import VIEWS
-from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.postprocessors.base import Evidence, FeatureScorer, Needs
 from traj_ood.postprocessors.covariance import class_means, ledoit_wolf, moments, whitening
 from traj_ood.postprocessors.gaussians import distances_to_gaussians, learn_gaussians
 from traj_ood.postprocessors.registry import register
+from traj_ood.postprocessors.rows import in_rows
 
 COVARIANCES = ("ledoit-wolf", "empirical")
-_CHUNK = 128  # rows of every product, whatever the batch: one shape, one rounding
 
 
 @register
@@ -76,7 +75,7 @@ class Mahalanobis(FeatureScorer):
         features = self.features(evidence).cpu()
         if self.view == "grid":
             return distances_to_gaussians(self.state, features).mean(dim=1)
-        return apply_in_chunks(self._distances, features, _CHUNK)
+        return in_rows(self._distances, features)
 
     def features(self, evidence: Evidence) -> Tensor:
         features = super().features(evidence).float()

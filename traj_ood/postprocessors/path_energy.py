@@ -10,7 +10,7 @@ from torch import Tensor
 
 from traj_ood.postprocessors.path import PathStatistic
 from traj_ood.postprocessors.registry import register
-from traj_ood.trajectory import Trajectory
+from traj_ood.trajectory import Trajectory, total_of
 
 
 @register
@@ -29,5 +29,5 @@ class PathEnergy(PathStatistic):
 
     def statistic(self, path: Trajectory) -> Tensor:
         own = path.residuals[:, : self.horizon]
-        total = own.nansum(dim=1).clamp(min=torch.finfo(torch.float64).tiny).log()
+        total = total_of(own).clamp(min=torch.finfo(torch.float64).tiny).log()
         return torch.where(own[:, 0].isfinite(), total, torch.nan)

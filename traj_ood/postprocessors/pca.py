@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors.base import Evidence, FeatureScorer
 from traj_ood.postprocessors.principal import check_share, principal_axes
 from traj_ood.postprocessors.registry import register
+from traj_ood.postprocessors.rows import in_rows
 
-_CHUNK = 128  # rows of every product, whatever the batch: one shape, one rounding
 _PAIRS = 1000  # training images whose mutual distances give the kernel's width
 _SAME = 1e-6  # distance of unit vectors in float32 that are the same
 
@@ -47,7 +46,7 @@ class PCAResidual(FeatureScorer):
         return {"mean": found.mean, "axes": found.axes}
 
     def score(self, evidence: Evidence) -> Tensor:
-        return apply_in_chunks(lambda part: _residual(self.state, part), self.features(evidence).cpu(), _CHUNK)
+        return in_rows(lambda part: _residual(self.state, part), self.features(evidence).cpu())
 
     def features(self, evidence: Evidence) -> Tensor:
         features = super().features(evidence)
@@ -99,7 +98,7 @@ class KernelPCA(FeatureScorer):
             "weights": torch.from_numpy(sampler.random_weights_).double(),
             "offset": torch.from_numpy(sampler.random_offset_).double(),
         }
-        mapped = apply_in_chunks(lambda part: _fourier(state, part), features, _CHUNK)
+        mapped = in_rows(lambda part: _fourier(state, part), features)
         found = principal_axes(self.label, mapped, self.share)
         return state | {"mean": found.mean, "axes": found.axes}
 
@@ -107,7 +106,7 @@ class KernelPCA(FeatureScorer):
         def errors(part: Tensor) -> Tensor:
             return _residual(self.state, _fourier(self.state, part))
 
-        return apply_in_chunks(errors, self.features(evidence).cpu(), _CHUNK)
+        return in_rows(errors, self.features(evidence).cpu())
 
     def features(self, evidence: Evidence) -> Tensor:
         return normalize(super().features(evidence).float(), dim=1)

@@ -83,7 +83,8 @@ def default_suite(autoencoder: Autoencoder) -> list[str]:
 
     ``mahalanobis:classes=true`` is to be asked for by name: whether images have labels, a model does not know.
     """
-    suite = ["field", "early-path", "early-path:shuffled=true", "trajectory", "trajectory:horizon=16"]
+    suite = ["field", "field:start_only=true", "early-path", "early-path:shuffled=true"]
+    suite += ["trajectory", "trajectory:horizon=16"]
     suite += ["early-trajectory", "early-trajectory:whiten=true"]
     suite += ["early-trajectory:reference=features", "early-trajectory:reference=centroids"]
     suite += ["signature", "alignment", "contraction-rate", "contraction-rate:two_sided=true"]

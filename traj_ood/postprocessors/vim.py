@@ -9,13 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
 from traj_ood.postprocessors.covariance import moments
 from traj_ood.postprocessors.registry import register
+from traj_ood.postprocessors.rows import in_rows
 
-_CHUNK = 128  # rows of every product, whatever the batch: one shape, one rounding
 # A residual below this share of the features' length is rounding: it is the square root of an eigenvalue near 0.
 _NO_RESIDUAL = 1e-6
 
@@ -95,4 +94,4 @@ def _lengths(state: dict[str, Tensor], features: Tensor) -> Tensor:
         offsets = part.double() - state["origin"]
         return (offsets @ state["residual"] if "residual" in state else offsets).norm(dim=1)
 
-    return apply_in_chunks(length, features, _CHUNK)
+    return in_rows(length, features)
