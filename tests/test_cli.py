@@ -260,7 +260,7 @@ def spoil_swap(folder: Path) -> None:
         (spoil_nan, "holds NaN or infinite weights"),
         (spoil_decoder, "holds an encoder without a decoder"),
         (spoil_architecture, "weights of another architecture"),
-        (spoil_truncate, "not a readable safetensors file"),
+        (spoil_truncate, "cannot be read as plain weights"),
         (spoil_swap, "decoder"),
     ],
 )

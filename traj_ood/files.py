@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,3 +44,75 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """This process alone works in ``folder``, until the block ends or the process dies, however it dies.
+
+    Missing folders are made, and removed again if nothing was written to them. It is the folder itself that is locked,
+    so no file stands for the lock; do not replace it meanwhile. Where folders cannot be locked (Windows, some network
+    file systems) nothing is guarded.
+
+    Raises ``TrajOODError`` when another process is in it, or when it can be neither made nor opened.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    opened = -1
+    try:
+        with _folder_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            opened = os.open(folder, os.O_RDONLY) if os.name == "posix" else -1
+        if opened >= 0:
+            _lock(opened, folder)
+        yield
+    finally:
+        if opened >= 0:
+            os.close(opened)
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for path in made:
+                path.rmdir()
+
+
+def empty_folder(folder: str | Path, first: str) -> None:
+    """Remove everything in ``folder``, the file ``first`` before all else, but not the folder itself.
+
+    Raises ``TrajOODError`` when something cannot be removed.
+    """
+    folder = Path(folder)
+    with _folder_errors(folder):
+        (folder / first).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _lock(opened: int, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who made it and wrote nothing may have removed it between our open and our lock.
+        if not folder.exists() or not os.path.samestat(os.fstat(opened), os.stat(folder)):
+            raise BlockingIOError
+    except BlockingIOError as error:
+        raise TrajOODError(
+            f"{folder}: another process is at work in it; wait until it ends, or choose another folder"
+        ) from error
+    except OSError:  # a file system without locks: better unguarded than not at all
+        return
+
+
+@contextlib.contextmanager
+def _folder_errors(folder: Path) -> Iterator[None]:
+    """OSError as the one line of a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise TrajOODError(
+            f"{folder}: expected a folder that can be written, got: {reason}; fix its permissions or choose another "
+            "folder"
+        ) from error

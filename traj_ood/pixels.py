@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,9 +31,10 @@ def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tup
     """Refuse means and deviations that do not belong to the model's channels.
 
     Raises:
-        TrajOODError: another number than ``channels``, or a deviation that is not positive.
+        TrajOODError: another number than ``channels``, one that is not finite, or a deviation that is not positive.
     """
-    if len(mean) != channels or len(std) != channels or not all(s > 0 for s in std):
+    finite = all(math.isfinite(value) for value in (*mean, *std))
+    if len(mean) != channels or len(std) != channels or not finite or not all(s > 0 for s in std):
         raise TrajOODError(
             f"{name}: expected a mean and a positive standard deviation for each of {channels} channels, got "
             f"mean {list(mean)} and std {list(std)}"

@@ -94,7 +94,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise TrajOODError(f"{path}: the benchmark file cannot be read ({error.strerror}); correct the path") from error
     except UnicodeDecodeError as error:
         raise TrajOODError(f"{path}: expected a YAML file in UTF-8, got other bytes; save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none, nesting without end
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""
         problem = " ".join(str(getattr(error, "problem", None) or "not readable").split())

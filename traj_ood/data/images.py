@@ -12,6 +12,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Pillow's own warning limit (a 256 MiB RGB image). Ours stands apart from Pillow's global, which any library may lift.
 MAX_PIXELS = 89_478_485
+# Files are known by their bytes, whatever their name says. Formats beyond those of the suffixes stay closed: Pillow
+# would hand an EPS file to Ghostscript, which runs the program that such a file is.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class ImageSource(Protocol):
@@ -185,22 +189,26 @@ def open_image(path: Path) -> Image.Image:
     """Decode one image file completely, as mode 'L' (greyscale) or 'RGB'.
 
     Like OpenOOD, palette, CMYK and alpha images become RGB with alpha dropped, and EXIF orientation is not applied.
-    Unlike OpenOOD, truncated files are errors (a grey half would be scored as if it were the image) and 16-bit
-    greyscale is scaled to 8 bits (Pillow's ``convert`` clips it to white).
+    Unlike OpenOOD, truncated files are errors (a grey half would be scored as if it were the image), 16-bit greyscale
+    is scaled to 8 bits (Pillow's ``convert`` clips it to white), and animations and files of several pages are refused:
+    which of their frames is meant, nobody has said. The extra pictures that cameras hide in a JPEG are passed over.
 
     Raises:
-        TrajOODError: missing, empty, truncated, undecodable or too large a file; the message names the path.
+        TrajOODError: missing, empty, no regular file, truncated, undecodable, several frames or too large; the message
+            names the path.
     """
     from PIL import Image, UnidentifiedImageError
 
-    if not path.exists():
-        raise TrajOODError(f"{path}: expected an image file, found nothing; restore it or take it out of the set")
     try:
-        if path.stat().st_size == 0:
-            raise TrajOODError(f"{path}: expected an image, found an empty file (0 bytes); restore it or remove it")
-        with Image.open(path) as image:
+        _check_is_filled_file(path)
+        with Image.open(path, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(path, f"{image.width} x {image.height} pixels")
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise TrajOODError(
+                    f"{path}: expected a single image, got several frames or pages ({image.format}); save the one that "
+                    "is meant as a file of its own"
+                )
             image.load()  # decodes to the end: Image.open only reads the header, and truncation shows here
             return _grey_or_rgb(image, path)
     except TrajOODError:
@@ -241,7 +249,7 @@ def read_image_list(list_path: str | Path, root: str | Path) -> FileImages:
         if not line.strip():
             continue
         written, _, label = line.strip().partition(" ")
-        path = _inside(written, f"image list {list_path} line {number}")
+        path = inside_root(written, f"image list {list_path} line {number}")
         if path in first_line:
             raise TrajOODError(
                 f"image list {list_path} line {number}: {path!r} is already on line {first_line[path]}; "
@@ -296,8 +304,12 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield Path(current, name).relative_to(folder).as_posix()
 
 
-def _inside(written: str, where: str) -> str:
-    """The normalised relative path, refused when it is absolute or leaves its root."""
+def inside_root(written: str, where: str) -> str:
+    """The normalised form of a relative path as an image list gives it; ``where`` it stands is for the error.
+
+    Raises:
+        TrajOODError: the path is absolute or leaves its root through '..'. Links are another matter: see ``resolved``.
+    """
     path = posixpath.normpath(written)
     if path.startswith("/") or os.path.isabs(path):
         raise TrajOODError(f"{where}: expected a path relative to the image root, got {written!r}; make it relative")
@@ -342,6 +354,25 @@ def _too_large(path: Path, size: str) -> TrajOODError:
         f"{path}: expected an image of at most {MAX_PIXELS} pixels, got {size}; scale it down or remove it "
         "(decoding it could exhaust the memory)"
     )
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``FORMATS`` that this Pillow was built with; naming any other would be a KeyError."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_is_filled_file(path: Path) -> None:
+    if not path.exists():
+        raise TrajOODError(f"{path}: expected an image file, found nothing; restore it or take it out of the set")
+    if not path.is_file():  # reading from a pipe or a device could go on for ever
+        found = "a folder" if path.is_dir() else "a pipe or device"
+        raise TrajOODError(f"{path}: expected an image file, found {found}; give regular files")
+    if path.stat().st_size == 0:
+        raise TrajOODError(f"{path}: expected an image, found an empty file (0 bytes); restore it or remove it")
 
 
 def _is_filled_file(path: str) -> bool:

@@ -1,62 +1,25 @@
-"""The command ``traj-ood``: parse, call, print."""
+"""``traj-ood bench`` and ``leaderboard``: run a benchmark, render what runs left."""
 
 from __future__ import annotations
 
-import logging
-import re
 import shlex
 import sys
-import warnings
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
 from traj_ood.errors import TrajOODError
-from traj_ood.parallel import Team, TeammateError, is_main_process
+from traj_ood.parallel import Team
 
 if TYPE_CHECKING:
     from traj_ood.autoencoders import Autoencoder
     from traj_ood.evaluator import Evaluator, RunConfig
 
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
-
-def _examples(*lines: str) -> str:
-    """An epilog of commands to copy, kept line by line."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Bad input ends in one line on stderr and exit code 2; an interruption says that nothing is lost."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except TeammateError:
-            sys.exit(2)  # another process tells what went wrong
-        except TrajOODError as error:
-            click.echo(f"traj-ood: error: {' '.join(str(error).split())}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            if is_main_process():
-                click.echo("traj-ood: interrupted; the same command continues where this one stopped", err=True)
-            sys.exit(130)
-
-    return wrapped
-
-
-@click.group(context_settings=_CONTEXT, epilog=_examples("traj-ood list", "traj-ood bench fashion --quick"))
-@click.version_option(package_name="traj_ood", prog_name="traj-ood")
-def main() -> None:
-    """Out-of-distribution detection with the latent dynamics of autoencoders, and honest comparisons of OOD scorers."""
-
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "traj-ood bench fashion --quick",
         "traj-ood bench fashion --scorers trajectory,knn:k=5,mahalanobis --attractors 500",
         "traj-ood bench imagenet-paper --model vit-mae-base --data-root /data/openood --device cuda",
@@ -110,13 +73,14 @@ def main() -> None:
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
 @click.option("--fresh", is_flag=True, help="Discard what an earlier run left in the run's folder.")
 @click.option("--no-plots", is_flag=True, help="Skip the plots.")
+@click.option("--no-pictures", is_flag=True, help="Keep no thumbnails, paths and frames for `traj-ood report`.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
-@_one_line_errors
+@one_line_errors
 def bench(benchmark: str, **options: Any) -> None:
     """Run BENCHMARK (a name from `traj-ood list benchmarks`, or a YAML file) and print its leaderboard.
 
-    Writes result.json, scores.parquet (per image), curves.parquet, the attractors and plots to
-    OUT/<benchmark>--<model>--seed<k>/. An interrupted run continues where it stopped when started again.
+    Writes result.json, scores.parquet (per image), curves.parquet, the attractors, plots and pictures for `traj-ood
+    report` to OUT/<benchmark>--<model>--seed<k>/. An interrupted run continues where it stopped when started again.
     """
     import torch
 
@@ -124,7 +88,7 @@ def bench(benchmark: str, **options: Any) -> None:
     from traj_ood.leaderboard import render_markdown
     from traj_ood.plots import plot_run
 
-    _silence_libraries()
+    silence_libraries()
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     team = Team.join()
@@ -186,6 +150,7 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
         command="traj-ood " + shlex.join(sys.argv[1:]),
         cache=FeatureCache(cache_folder() / "features") if backbone else None,
         team=team,
+        pictures=not options["no_pictures"],
     )
 
 
@@ -208,110 +173,7 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
 
 
 @main.command(
-    epilog=_examples(
-        "traj-ood train fashion-mae --out runs/fashion-mae",
-        "traj-ood train my-config.yaml --out runs/my-mae --device cuda",
-    )
-)
-@click.argument("config")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for model, log and checkpoint.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
-@click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
-@_one_line_errors
-def train(config: str, out: Path, data_root: Path | None, device: str, threads: int | None, **options: Any) -> None:
-    """Train an autoencoder on a benchmark's ID training split as CONFIG says (a YAML file or a bundled name).
-
-    Resumes from the checkpoint in OUT when there is one. OUT can then be given to `traj-ood bench --model`.
-    """
-    import torch
-
-    from traj_ood.device import resolve_device
-    from traj_ood.train import TrainConfig, train_model
-
-    _silence_libraries()
-    if threads:
-        torch.set_num_threads(threads)
-    settings = TrainConfig.load(config)
-    train_model(settings, out, data_root=data_root, device=resolve_device(device), **options)
-    click.echo(f"Written to {out}", err=True)
-
-
-@main.command(
-    epilog=_examples(
-        "traj-ood diagnose fashion-mae --benchmark fashion",
-        "traj-ood diagnose runs/my-mae --benchmark my-images.yaml --images 2000 --out runs/my-diagnosis",
-    )
-)
-@click.argument("model")
-@click.option("--benchmark", required=True, help="Whose ID images to look at: a name or a YAML file.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
-@click.option("--images", type=int, default=500, show_default=True, help="Training and held-out images, at most.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the training sample and the noise.")
-@click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
-@click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/<benchmark>--<model>--diagnosis]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar; for logs.")
-@_one_line_errors
-def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | None, **options: Any) -> None:
-    """Say whether scores against the attractors of MODEL mean anything, why not, and what to do about it.
-
-    Reads ID images only. Writes diagnosis.json, residual curves and pictures of the attractors to OUT, and ends with
-    exit code 1 when such scores would be meaningless.
-    """
-    import torch
-
-    from traj_ood.autoencoders import load_autoencoder
-    from traj_ood.backbones import is_backbone_spec
-    from traj_ood.data import load_benchmark
-    from traj_ood.device import resolve_device
-    from traj_ood.diagnose import diagnose as run_diagnosis
-    from traj_ood.fit_surrogate import surrogate_for
-
-    _silence_libraries()
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
-    data, device = load_benchmark(benchmark, data_root), resolve_device(options["device"])
-    autoencoder: Autoencoder
-    if is_backbone_spec(model):
-        autoencoder = surrogate_for(model, data, device=device, quiet=options["quiet"])
-    else:
-        autoencoder = load_autoencoder(model).to(device)
-    settings = {key: options[key] for key in ("images", "seed", "tol", "max_steps", "quiet")}
-    found = run_diagnosis(autoencoder, data, **settings)
-    folder = out or Path("runs") / f"{data.name}--{re.sub('[/:]', '-', autoencoder.name)}--diagnosis"
-    found.save(folder)
-    click.echo(found.report())
-    click.echo(f"Written to {folder}", err=True)
-    if not found.meaningful:
-        sys.exit(1)
-
-
-@main.command("list", epilog=_examples("traj-ood list", "traj-ood list scorers"))
-@click.argument("what", type=click.Choice(["benchmarks", "scorers", "models", "all"]), default="all")
-@_one_line_errors
-def list_(what: str) -> None:
-    """List benchmarks, scorers and models by name."""
-    if what in ("benchmarks", "all"):
-        from traj_ood.data import list_benchmarks
-
-        _section("benchmarks", [(b.name, f"{b.summary}; needs {b.needs}") for b in list_benchmarks()])
-    if what in ("scorers", "all"):
-        from traj_ood.postprocessors import POSTPROCESSORS
-
-        _section("scorers", [(name, f"{c.summary}; options {c().options()}") for name, c in POSTPROCESSORS.items()])
-    if what in ("models", "all"):
-        from traj_ood.autoencoders import MODELS
-
-        _section("models", [(name, info.summary) for name, info in MODELS.items()])
-
-
-@main.command(
-    epilog=_examples(
+    epilog=examples(
         "traj-ood leaderboard runs",
         "traj-ood leaderboard results --csv results/leaderboard.csv --readme README.md",
         "traj-ood leaderboard results --format openood",
@@ -328,7 +190,7 @@ def list_(what: str) -> None:
     show_default=True,
     help="openood: rows in the columns of OpenOOD's leaderboard CSV.",
 )
-@_one_line_errors
+@one_line_errors
 def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str) -> None:
     """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
     from traj_ood.leaderboard import openood_csv, render_markdown, update_readme, write_csv, write_openood_csv
@@ -348,20 +210,3 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
     if readme is not None:
         update_readme(readme, markdown)
     click.echo(markdown)
-
-
-def _section(title: str, rows: list[tuple[str, str]]) -> None:
-    click.echo(f"{title}:")
-    for name, text in rows:
-        click.echo(f"  {name:<18} {text}")
-
-
-def _silence_libraries() -> None:
-    """transformers announces its loading and the hub every retry; our own bars and errors say what matters. What is
-    warned of becomes a line like the others."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"traj-ood: warning: {message}", err=True)

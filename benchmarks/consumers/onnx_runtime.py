@@ -1,0 +1,116 @@
+"""Scores from an exported ONNX file with onnxruntime, numpy and pillow alone, no torch and no traj_ood:
+
+    traj-ood export DETECTOR --format onnx --out detector.onnx
+    python benchmarks/consumers/onnx_runtime.py detector.onnx photos/*.jpg > scores.csv
+
+Writes CSV: path, score (higher = more out of distribution), ood (the score is above the threshold in the file; empty
+where it holds none), error. Exit code 3 when an image could not be read. How an image becomes pixels (grey or RGB,
+resizing, cropping) stands in the file's metadata; normalisation is inside the graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+BATCH = 32
+
+
+class Model:
+    """An exported detector.
+
+    Attributes:
+        metadata: what the file says of itself: input, preprocessing, scorer, steps, calibration.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.metadata: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map["traj_ood"])
+        if self.metadata["preprocessing"]["resize"] == "own":
+            raise SystemExit(
+                f"{path}: its model resizes in a way of its own: {self.metadata['preprocessing']['declared']}"
+            )
+
+    def pixels(self, path: str) -> np.ndarray:
+        """(C, H, W) float32 in [0, 1]."""
+        how = self.metadata["preprocessing"]
+        channels, height, width = how["shape"]
+        with Image.open(path) as file:
+            image = _flat(file).convert(how["mode"])
+        resample = Image.Resampling[how["filter"].upper()]
+        if how["resize"] == "direct":
+            image = image if image.size == (width, height) else image.resize((width, height), resample)
+        else:
+            short = min(image.size)
+            size = [how["short_side"] if s == short else int(how["short_side"] * s / short) for s in image.size]
+            image = image.resize((size[0], size[1]), resample)
+            left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def scores(self, pixels: np.ndarray) -> np.ndarray:
+        """(B, C, H, W) → (B,) float64; NaN for what is no image in [0, 1]."""
+        return self.session.run(["scores"], {"images": pixels})[0]
+
+    def is_ood(self, score: float) -> bool | None:
+        known = self.metadata["calibration"]
+        return None if known is None else bool(score > known["threshold"])
+
+
+def rows(model: Model, paths: list[str]) -> Iterator[tuple[str, str, str, str]]:
+    """(path, score, ood, error) of every image, in order, a batch at a time."""
+    for start in range(0, len(paths), BATCH):
+        read: dict[str, np.ndarray] = {}
+        failed: dict[str, str] = {}
+        for path in paths[start : start + BATCH]:
+            try:
+                read[path] = model.pixels(path)
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                failed[path] = " ".join(str(error).split())
+        scores = dict(zip(read, model.scores(np.stack(list(read.values()))).tolist(), strict=True)) if read else {}
+        for path in paths[start : start + BATCH]:
+            if path in failed:
+                yield path, "", "", failed[path]
+            elif math.isnan(scores[path]):
+                yield path, "", "", "the graph takes it for no image"
+            else:
+                ood = model.is_ood(scores[path])
+                yield path, repr(scores[path]), "" if ood is None else str(ood).lower(), ""
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """8 bits a channel without alpha, as traj_ood reads files; what it refuses, this refuses."""
+    if image.mode in ("L", "RGB"):
+        return image
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"expected 8 bits per channel, got mode {image.mode}")
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("L" if image.mode in ("1", "LA") else "RGB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a file that `traj-ood export --format onnx` wrote")
+    parser.add_argument("images", nargs="+", help="image files")
+    options = parser.parse_args()
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(("path", "score", "ood", "error"))
+    broken = False
+    for row in rows(Model(options.model), options.images):
+        writer.writerow(row)
+        broken |= bool(row[3])
+    if broken:
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

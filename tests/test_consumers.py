@@ -1,0 +1,169 @@
+"""The three examples of benchmarks/consumers/ do what they say, each on a detector made here."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from traj_ood import Detector
+
+CONSUMERS = Path(__file__).parents[1] / "benchmarks" / "consumers"
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, CONSUMERS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    model = tiny.conv()
+    made = Detector.fit(model, tiny.images(30, model.input_shape), "field")
+    return made.calibrate(tiny.images(40, model.input_shape, seed=9))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three images of another size than the model's, two grey and one in colour, and a broken file."""
+    folder = tmp_path / "photos"
+    tiny.write_images(folder / "grey", 2, seed=0, size=20)
+    tiny.write_images(folder / "colour", 1, seed=1, size=17, mode="RGB")
+    (folder / "torn.png").write_bytes((folder / "grey" / "000.png").read_bytes()[:60])
+    return folder
+
+
+# ---------------------------------------------------------------------- the service
+
+
+@pytest.fixture
+def service(detector: Detector) -> Iterator[Any]:
+    with load("service").Service(detector, ("127.0.0.1", 0)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def ask(server: Any, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
+    connection = HTTPConnection(*server.server_address, timeout=60)
+    try:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        assert answer.headers["Content-Type"] == "application/json"
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_the_service_says_what_the_detector_says(service: Any, detector: Detector, photos: Path) -> None:
+    for path in (photos / "grey" / "000.png", photos / "colour" / "000.png"):
+        said = detector.judge([path])
+        status, answer = ask(service, "POST", "/score", path.read_bytes())
+        assert status == 200
+        assert answer == {
+            "score": float(said.scores[0]),
+            "p_value": float(said.p_values[0]),
+            "ood": bool(said.decisions[0]),
+            "steps": 1,
+            "status": "step_limit",
+        }
+    assert ask(service, "GET", "/health") == (200, {"detector": repr(detector)})
+
+
+def test_the_service_refuses_by_name(service: Any, photos: Path) -> None:
+    status, answer = ask(service, "POST", "/score", b"no image")
+    assert status == 400
+    assert answer["error"].startswith("the body: ")
+    assert ask(service, "POST", "/score", (photos / "torn.png").read_bytes())[0] == 400
+    assert ask(service, "POST", "/score", b"")[0] == 400
+    assert ask(service, "POST", "/score", b"x", **{"Content-Length": "99999999999"})[0] == 413
+    assert ask(service, "GET", "/nothing") == (404, {"error": "no /nothing: GET /health or POST /score"})
+    assert ask(service, "GET", "/health")[0] == 200  # and lives on
+
+
+# ---------------------------------------------------------------------- ONNX Runtime alone
+
+
+def test_onnx_runtime_needs_neither_torch_nor_traj_ood(detector: Detector, photos: Path, tmp_path: Path) -> None:
+    for library in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(library, reason="needs traj_ood[export]")
+    from traj_ood.export import export_detector
+
+    model = tmp_path / "detector.onnx"
+    export_detector(detector, model, "onnx", images=2 * torch.rand(4, 1, 8, 8) - 1)  # mean and deviation are 0.5
+    paths = [str(photos / name) for name in ("grey/000.png", "torn.png", "colour/000.png", "grey/001.png")]
+    bare = "import runpy, sys; sys.modules.update(torch=None, traj_ood=None, pandas=None); sys.argv = sys.argv[1:]; "
+    command = [sys.executable, "-c", bare + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    command += [str(CONSUMERS / "onnx_runtime.py"), str(model), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 3, done.stderr  # one image could not be read
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["path"] for row in rows] == paths
+    assert rows[1]["score"] == ""
+    assert rows[1]["error"]
+    whole = [row for row in rows if not row["error"]]
+    said = detector.judge([row["path"] for row in whole])
+    assert [float(row["score"]) for row in whole] == pytest.approx(said.scores.tolist(), rel=1e-4)
+    assert [row["ood"] == "true" for row in whole] == said.decisions.tolist()
+
+
+# ---------------------------------------------------------------------- a batch job
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_the_batch_job_writes_a_row_for_every_file(
+    suffix: str, detector: Detector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load("batch_job")
+    monkeypatch.setattr(job, "BATCH", 2)
+    monkeypatch.setattr(job.Detector, "load", lambda folder: detector)
+    out = tmp_path / f"scores{suffix}"
+    monkeypatch.setattr(sys, "argv", ["batch_job.py", "detector", str(photos), str(out)])
+    with pytest.raises(SystemExit) as ended:
+        job.main()
+    assert ended.value.code == 3
+    table = pd.read_parquet(out) if suffix == ".parquet" else pd.read_csv(out)
+    assert list(table.columns) == job.COLUMNS
+    assert table["path"].tolist() == ["colour/000.png", "grey/000.png", "grey/001.png", "torn.png"]
+    said = detector.judge([photos / p for p in table["path"][:3]])
+    assert table["score"][:3].tolist() == pytest.approx(said.scores.tolist(), rel=1e-12)
+    assert table["ood"][:3].tolist() == said.decisions.tolist()
+    assert table["error"].notna().tolist() == [False, False, False, True]
+    assert table["score"].isna().tolist() == [False, False, False, True]
+    assert table["steps"][:3].tolist() == [1, 1, 1]
+    assert table["status"][:3].tolist() == ["step_limit"] * 3
+
+
+def test_the_batch_job_loads_a_folder_and_raises_the_alarm(detector: Detector, photos: Path, tmp_path: Path) -> None:
+    detector.save(tmp_path / "detector")
+    (photos / "torn.png").unlink()
+    command = [sys.executable, str(CONSUMERS / "batch_job.py"), str(tmp_path / "detector"), str(photos)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "scores.csv"), "--alarm", "-1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 4, done.stderr
+    assert done.stdout.startswith("3 images, 0 unreadable, ")
+    done = subprocess.run([*command, "scores.txt"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("batch_job: error: scores.txt: expected a name that ends in .parquet or .csv")

@@ -1,0 +1,100 @@
+"""``traj-ood analyze``: one question about the latent vector field, answered and recorded."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+
+if TYPE_CHECKING:
+    from traj_ood.analysis import Question
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood analyze",
+        "traj-ood analyze memorization --show",
+        "traj-ood analyze memorization --out runs/memorization --option bottlenecks=2,16,128 --option epochs=10",
+        "traj-ood analyze training --paper --option data=mnist --device cuda --out runs/training",
+    )
+)
+@click.argument("question", required=False)
+@click.option("--option", "-o", "pairs", multiple=True, metavar="KEY=VALUE", help="Repeatable; see --show.")
+@click.option("--paper", is_flag=True, help="Start from the paper's settings instead of those for two cores.")
+@click.option("--show", is_flag=True, help="Print the options, the paper's values and the choices; compute nothing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Results folder.  [default: runs/analysis/<question>]")
+@click.option("--work", type=click.Path(path_type=Path), help="Finished units of work.  [default: OUT/units]")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where the images are.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--fresh", is_flag=True, help="Discard the finished units of an earlier run.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@one_line_errors
+def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: bool, **options: Any) -> None:
+    """Ask QUESTION of autoencoders as the paper does: what their attractors memorise, where their trajectories go.
+
+    Writes finding.json (figures, and every difference from the paper) and pictures to OUT and prints one sentence. An
+    interrupted run continues where it stopped. Without QUESTION, lists the questions.
+    """
+    from traj_ood.analysis import NAMES, find_question, options_from
+
+    if question is None:
+        for name in NAMES:
+            found = find_question(name)
+            click.echo(f"  {name:<14} {found.summary} ({found.figure})")
+        return
+    asked = options_from(find_question(question), pairs, paper=paper)
+    if show:
+        _show(asked)
+    else:
+        _run(asked, **options)
+
+
+def _show(asked: Question) -> None:
+    theirs = asked.paper().options()
+    click.echo(f"{asked.name}: {asked.summary} ({asked.figure})")
+    for key, value in asked.options().items():
+        note = "" if theirs[key] == value or key == "seed" else f"   (paper: {_text(theirs[key])})"
+        click.echo(f"  {key:<14} {_text(value)}{note}")
+    for choice in asked.choices:
+        click.echo(f"  - {choice}")
+
+
+def _text(value: Any) -> str:
+    """As ``--option`` takes it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value).lower() if value is None else str(value)
+
+
+def _run(
+    asked: Question,
+    *,
+    out: Path | None,
+    work: Path | None,
+    data_root: Path | None,
+    device: str,
+    threads: int | None,
+    fresh: bool,
+    quiet: bool,
+) -> None:
+    import torch
+
+    from traj_ood.analysis import Workspace
+    from traj_ood.device import resolve_device
+
+    silence_libraries()
+    if threads:
+        torch.set_num_threads(threads)
+    folder = out or Path("runs") / "analysis" / asked.name
+    space = Workspace(work or folder / "units", resolve_device(device), data_root, quiet)
+    if fresh:
+        space.discard()
+    finding = asked.run(space, folder, command="traj-ood " + shlex.join(sys.argv[1:]))
+    click.echo(finding.sentence)
+    for difference in finding.differences:
+        click.echo(f"  differs: {difference}", err=True)
+    click.echo(f"Written to {folder}", err=True)

@@ -1,0 +1,270 @@
+"""``traj-ood fit`` and ``score``: make a detector, and let it judge images without end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+from traj_ood.errors import TrajOODError
+
+if TYPE_CHECKING:
+    import torch
+
+    from traj_ood.autoencoders import Autoencoder
+    from traj_ood.data import Benchmark, Split
+    from traj_ood.data.id_images import IDImages
+    from traj_ood.detector import Detector
+    from traj_ood.stream import Entry, Tally
+
+_FAILED = 3  # exit code: every image has its row, some of them an error
+_BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood fit fashion --model fashion-mae --out fashion.detector",
+        "traj-ood fit my-images/ --model facebook/vit-mae-base --out my.detector --tpr 0.99",
+        "traj-ood fit train.txt --data-root /data --model timm:resnet50 --scorer mahalanobis --calibrate val/ --out d",
+    )
+)
+@click.argument("source", metavar="IMAGES")
+@click.option("--model", required=True, help="As for `traj-ood bench`; a backbone gets a surrogate trained on IMAGES.")
+@click.option("--scorer", default="field", show_default=True, help="Options as name:key=value.")
+@click.option("--images", "count", type=int, help="Images to learn from.  [default: the benchmark's protocol, or all]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of that sample and of what is held out.")
+@click.option(
+    "--calibrate",
+    "calibration",
+    metavar="FOLDER|LIST",
+    help="ID images that neither the detector nor the model has learnt from.  [default: the benchmark's val split, "
+    "else a fifth of IMAGES, held out; at most 2,000]",
+)
+@click.option("--tpr", type=float, default=0.95, show_default=True, help="Share of ID images to accept.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where the images of a benchmark or list are.")
+@click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
+@click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the detector.")
+@click.option("--overwrite", is_flag=True, help="Replace the detector that is in OUT.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
+@click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
+@click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@one_line_errors
+def fit(source: str, **options: Any) -> None:
+    """Make a detector of in-distribution IMAGES: a folder, an image list, or a benchmark's name or YAML file.
+
+    A scorer learns from one part of the images; the threshold and the p-values come from another part, and from these
+    ID images alone.
+    """
+    import torch
+
+    from traj_ood.conformal import check_count, images_needed
+    from traj_ood.data.id_images import choose_id_images
+    from traj_ood.detector import Detector
+    from traj_ood.device import resolve_device
+
+    silence_libraries()
+    _check_target(options["out"], options["overwrite"])
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    device, on_error, quiet = resolve_device(options["device"]), options["on_error"], options["quiet"]
+    chosen = choose_id_images(
+        source,
+        count=options["count"],
+        seed=options["seed"],
+        calibration=options["calibration"],
+        least=images_needed(options["tpr"]),
+        root=options["data_root"],
+    )
+    check_count(len(chosen.calibration), options["tpr"])  # before anything is computed
+    detector = Detector.fit(
+        _model(options, chosen, device),
+        chosen.fit,
+        options["scorer"],
+        **{key: options[key] for key in ("tol", "max_steps", "batch_size", "workers", "on_error", "quiet")},
+    )
+    if not quiet:
+        click.echo(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}", err=True)
+    detector.calibrate(chosen.calibration, options["tpr"], on_error=on_error)
+    detector.save(options["out"])
+    click.echo(_fitted(detector, chosen))
+    click.echo(f"Written to {options['out']}", err=True)
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """Refuse a place that is taken, before anything is computed."""
+    from traj_ood.detector import FILE_NAME
+
+    is_detector = (out / FILE_NAME).is_file()
+    if is_detector and not overwrite:
+        raise TrajOODError(f"{out}: holds a detector already; choose another --out, or replace it with --overwrite")
+    if not is_detector and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise TrajOODError(f"{out}: expected a new or empty folder, or a detector to replace; choose another --out")
+
+
+def _fitted(detector: Detector, chosen: IDImages) -> str:
+    """What was made, and what was measured: the share of the calibration images accepted, and nothing on OOD images."""
+    training, known = detector.training, detector.calibration
+    assert known is not None
+    count, accepted = len(known), int((known.scores <= known.threshold).sum())
+    skipped = f" ({training['skipped']} could not be read)" if training["skipped"] else ""
+    return (
+        f"{detector.scorer.label} on {detector.autoencoder.name}: learnt from {training['images']:,} images of "
+        f"{chosen.name}{skipped}\n"
+        f"threshold {known.threshold:.6g}: accepts {accepted:,} of {count:,} {chosen.origin} ({accepted / count:.1%}); "
+        f"asked for {known.tpr:.4g} of new ID images"
+    )
+
+
+def _model(options: dict[str, Any], chosen: IDImages, device: torch.device) -> Autoencoder:
+    """The autoencoder, or for a backbone its surrogate, which never learns from the calibration images."""
+    from traj_ood.autoencoders import load_autoencoder
+    from traj_ood.backbones import is_backbone_spec
+    from traj_ood.data import Split
+    from traj_ood.fit_surrogate import surrogate_for
+
+    if not is_backbone_spec(options["model"]):
+        return load_autoencoder(options["model"]).to(device)
+    train = cast("Benchmark", _TrainingSplit(chosen.name, Split("train", "train", chosen.train)))
+    settings = {key: options[key] for key in ("workers", "on_error", "quiet")}
+    return surrogate_for(options["model"], train, device=device, **settings)
+
+
+@dataclass(frozen=True)
+class _TrainingSplit:
+    """What :func:`surrogate_for` reads of a benchmark, where there is no test split and no OOD set."""
+
+    name: str
+    train: Split
+    how_to_get: str = ""
+
+    def splits(self) -> list[Split]:
+        return [self.train]
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood score fashion.detector photo.png more-photos/ --out scores.csv",
+        "find /data -name '*.jpg' -print0 | traj-ood score my.detector --null - --out scores.parquet",
+        "traj-ood score my.detector /data/huge --out scores.jsonl --resume",
+        "traj-ood score my.detector --list lists/test.txt --root /data | grep ,ood,",
+    )
+)
+@click.argument("detector")
+@click.argument("sources", nargs=-1, metavar="[FILES|FOLDERS|-]...")
+@click.option("--list", "list_path", help="Image list, `relative/path label` per line; read after FILES and FOLDERS.")
+@click.option("--root", help="Where the list's paths start, and what they may not leave.  [default: the list's folder]")
+@click.option("--null", is_flag=True, help="Paths on standard input end in NUL bytes, as of find -print0.")
+@click.option("--follow-links", is_flag=True, help="Also links that lead out of their folder, or out of the root.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: standard output]")
+@click.option(
+    "--format", type=click.Choice(["csv", "jsonl", "parquet"]), help="[default: by the suffix of --out, else csv]"
+)
+@click.option("--resume", is_flag=True, help="Continue what an interrupted run left beside --out, if anything.")
+@click.option("--overwrite", is_flag=True, help="Start again, and replace --out in the end.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
+@click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@one_line_errors
+def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
+    """Let DETECTOR (a folder that `traj-ood fit` wrote) judge images: files, folders, or - for paths on standard input.
+
+    One row per image, in order: path, score (higher = more OOD), p_value, decision (id or ood), steps, status, error.
+    An image that cannot be judged has a row that says why; the run goes on and ends with exit code 3. Folders are
+    searched recursively, hidden files left out.
+
+    --out is written as OUT.part and renamed at the end, so a file of that name is always whole.
+    """
+    _check_sources(sources, options)
+    try:
+        tally = _score(detector, sources, options)
+    except BrokenPipeError:
+        sys.exit(_BROKEN_PIPE)
+    except KeyboardInterrupt:
+        part = Path(f"{options['out']}.part")
+        kept = f"; rows so far are in {part}: continue with --resume" if part.exists() else ""
+        click.echo(f"traj-ood: interrupted{kept}", err=True)
+        sys.exit(130)
+    if tally.failed:
+        if not options["quiet"]:
+            click.echo(f"traj-ood: warning: {tally.failed} image(s) failed, see the column error", err=True)
+        sys.exit(_FAILED)
+
+
+def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Tally:
+    import torch
+    from tqdm import tqdm
+
+    from traj_ood.detector import Detector
+    from traj_ood.stream import open_table, write_scores
+
+    silence_libraries()
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    resume, out = options["resume"], options["out"]
+    with open_table(out, options["format"], resume=resume, overwrite=options["overwrite"]) as table:
+        detector = Detector.load(Path(folder), device=options["device"])
+        if detector.calibration is None:
+            click.echo(f"traj-ood: warning: {folder} is not calibrated: p_value and decision stay empty", err=True)
+        began = time.perf_counter()
+        # On a terminal, rows and a bar would write over each other.
+        silent = options["quiet"] or (out is None and sys.stdout.isatty())
+        with tqdm(unit="img", delay=2, disable=silent, dynamic_ncols=True, leave=False) as bar:
+            tally, earlier = write_scores(
+                detector,
+                _entries(sources, options),
+                table,
+                resume=resume,
+                batch_size=options["batch_size"],
+                workers=options["workers"],
+                on_rows=lambda rows: bar.update(len(rows)),
+            )
+    if not options["quiet"]:
+        click.echo(_summary(tally, earlier, time.perf_counter() - began, out), err=True)
+    return tally
+
+
+def _summary(tally: Tally, earlier: Tally, seconds: float, out: Path | None) -> str:
+    new = tally.count - earlier.count
+    text = f"{new:,} images in {seconds:.1f} s ({new / max(seconds, 1e-9):.1f} images/s)"
+    text += f", after {earlier.count:,} that were there" if earlier.count else ""
+    return text if out is None else f"{text}; written to {out}"
+
+
+def _check_sources(sources: tuple[str, ...], options: dict[str, Any]) -> None:
+    if not sources and options["list_path"] is None:
+        raise TrajOODError("nothing to score: expected files, folders, - for paths on standard input, or --list")
+    if sources.count("-") > 1:
+        raise TrajOODError("standard input (-) can be read only once: leave the others out")
+    if options["root"] is not None and options["list_path"] is None:
+        raise TrajOODError("--root belongs to --list: give a list, or leave it out")
+    if options["null"] and "-" not in sources:
+        raise TrajOODError("--null belongs to paths on standard input: add - to the sources, or leave it out")
+
+
+def _entries(sources: tuple[str, ...], options: dict[str, Any]) -> Iterator[Entry]:
+    from traj_ood.stream import Entry, read_list, read_paths, walk
+
+    for source in sources:
+        if source == "-":
+            # Unbuffered: a thread that waits for more input inside a buffer's lock would disturb Python's exit.
+            yield from read_paths(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), null=options["null"])
+        elif os.path.isdir(source):
+            yield from walk(source, follow_links=options["follow_links"])
+        else:
+            yield Entry(source)
+    if options["list_path"] is not None:
+        root = options["root"] or os.path.dirname(options["list_path"])
+        yield from read_list(options["list_path"], root, follow_links=options["follow_links"])

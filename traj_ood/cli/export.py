@@ -1,0 +1,97 @@
+"""``traj-ood export``: a detector as one file for other runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from traj_ood.autoencoders import Autoencoder
+    from traj_ood.export import Exported
+
+_MOST = 32
+
+
+@main.command(
+    "export",
+    epilog=examples(
+        "traj-ood export runs/detector --format onnx --out detector.onnx",
+        "traj-ood export runs/detector --format torch --out detector.pt2 --images photos",
+        "traj-ood export runs/trajectory-detector --format onnx --out detector.onnx --steps 16",
+    ),
+)
+@click.argument("detector", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["onnx", "torch"]),
+    required=True,
+    help="onnx for ONNX Runtime; torch for torch.export.load, from people you trust.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, .onnx or .pt2 by custom.")
+@click.option("--steps", type=int, help="Evaluations of f.  [default: as many as the scorer reads]")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder whose first 32 images are compared.  [default: scikit-image's photographs and textures]",
+)
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@one_line_errors
+def export(detector: Path, form: str, out: Path, steps: int | None, images: Path | None, threads: int | None) -> None:
+    """Write DETECTOR (a folder) as one file that takes images (B, C, H, W) and returns scores.
+
+    Pixels are float32 in [0, 1]; normalisation, network, attractors and scorer are inside, the threshold is in the
+    file's metadata. The file is compared with the detector before it is put in place.
+    """
+    import torch
+
+    from traj_ood.detector import Detector
+    from traj_ood.export import export_detector
+
+    silence_libraries()
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = Detector.load(detector, device="cpu")
+    compared = _images(loaded.autoencoder, images) if images is not None else None
+    made = export_detector(loaded, out, form, steps=steps, images=compared)  # type: ignore[arg-type]
+    for line in _report(made):
+        click.echo(line)
+    if loaded.calibration is not None and made.metadata["calibration"] is None:
+        click.echo(
+            "traj-ood: warning: the detector's threshold is of another number of steps and is not in the file: fit and "
+            "calibrate a scorer with a horizon of as many steps",
+            err=True,
+        )
+
+
+def _images(autoencoder: Autoencoder, folder: Path) -> Tensor:
+    import torch
+
+    from traj_ood.data.images import read_folder
+
+    found = read_folder(folder)
+    return torch.stack([autoencoder.transform(found.load(i)) for i in range(min(_MOST, len(found)))])
+
+
+def _report(made: Exported) -> list[str]:
+    from traj_ood.export import ALLOWED
+
+    what, found = made.metadata, made.agreement
+    shape = ", ".join(map(str, what["input"]["shape"][1:]))
+    threshold = what["calibration"]["threshold"] if what["calibration"] else None
+    return [
+        f"{what['scorer']['label']} on {what['model']['name']}, {what['steps']} evaluation(s) of f: "
+        f"images (B, {shape}) float32 in [0, 1] -> scores (B,) {what['output']['dtype']}",
+        f"Agrees with the detector on {found.images} images: largest relative difference {found.difference:.1e} "
+        f"(allowed {ALLOWED:.0e})",
+        f"Latency: {found.one[0]:.1f} ms for one image (detector {found.one[1]:.1f}), {found.many[0]:.1f} ms for "
+        f"{found.images} (detector {found.many[1]:.1f})",
+        f"Threshold: {f'{threshold:.6g}' if threshold is not None else 'none'}",
+        f"Written to {made.path}, {made.size / 1e6:.1f} MB",
+    ]

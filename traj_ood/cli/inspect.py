@@ -1,0 +1,92 @@
+"""``traj-ood diagnose`` and ``list``: look at a model, look up a name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+
+if TYPE_CHECKING:
+    from traj_ood.autoencoders import Autoencoder
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood diagnose fashion-mae --benchmark fashion",
+        "traj-ood diagnose runs/my-mae --benchmark my-images.yaml --images 2000 --out runs/my-diagnosis",
+    )
+)
+@click.argument("model")
+@click.option("--benchmark", required=True, help="Whose ID images to look at: a name or a YAML file.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--images", type=int, default=500, show_default=True, help="Training and held-out images, at most.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the training sample and the noise.")
+@click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
+@click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/<benchmark>--<model>--diagnosis]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar; for logs.")
+@one_line_errors
+def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | None, **options: Any) -> None:
+    """Say whether scores against the attractors of MODEL mean anything, why not, and what to do about it.
+
+    Reads ID images only. Writes diagnosis.json, residual curves and pictures of the attractors to OUT, and ends with
+    exit code 1 when such scores would be meaningless.
+    """
+    import torch
+
+    from traj_ood.autoencoders import load_autoencoder
+    from traj_ood.backbones import is_backbone_spec
+    from traj_ood.data import load_benchmark
+    from traj_ood.device import resolve_device
+    from traj_ood.diagnose import diagnose as run_diagnosis
+    from traj_ood.fit_surrogate import surrogate_for
+
+    silence_libraries()
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    data, device = load_benchmark(benchmark, data_root), resolve_device(options["device"])
+    autoencoder: Autoencoder
+    if is_backbone_spec(model):
+        autoencoder = surrogate_for(model, data, device=device, quiet=options["quiet"])
+    else:
+        autoencoder = load_autoencoder(model).to(device)
+    settings = {key: options[key] for key in ("images", "seed", "tol", "max_steps", "quiet")}
+    found = run_diagnosis(autoencoder, data, **settings)
+    folder = out or Path("runs") / f"{data.name}--{re.sub('[/:]', '-', autoencoder.name)}--diagnosis"
+    found.save(folder)
+    click.echo(found.report())
+    click.echo(f"Written to {folder}", err=True)
+    if not found.meaningful:
+        sys.exit(1)
+
+
+@main.command("list", epilog=examples("traj-ood list", "traj-ood list scorers"))
+@click.argument("what", type=click.Choice(["benchmarks", "scorers", "models", "all"]), default="all")
+@one_line_errors
+def list_(what: str) -> None:
+    """List benchmarks, scorers and models by name."""
+    if what in ("benchmarks", "all"):
+        from traj_ood.data import list_benchmarks
+
+        _section("benchmarks", [(b.name, f"{b.summary}; needs {b.needs}") for b in list_benchmarks()])
+    if what in ("scorers", "all"):
+        from traj_ood.postprocessors import POSTPROCESSORS
+
+        _section("scorers", [(name, f"{c.summary}; options {c().options()}") for name, c in POSTPROCESSORS.items()])
+    if what in ("models", "all"):
+        from traj_ood.autoencoders import MODELS
+
+        _section("models", [(name, info.summary) for name, info in MODELS.items()])
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> None:
+    click.echo(f"{title}:")
+    for name, text in rows:
+        click.echo(f"  {name:<18} {text}")

@@ -1,0 +1,36 @@
+"""``traj-ood report``: what runs left, as one page to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from traj_ood.cli.base import examples, main, one_line_errors
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood report runs",
+        "traj-ood report runs/fashion--fashion-mae--seed0 --out fashion.html",
+        "traj-ood report results --scorers field,knn,mahalanobis",
+    )
+)
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: report.html in RESULTS]")
+@click.option(
+    "--scorers",
+    help="Comma-separated labels to show in detail, or all.  [default: the best three, field and the paper's]",
+)
+@one_line_errors
+def report(results: Path, out: Path | None, scorers: str | None) -> None:
+    """Write one HTML page of every result.json in RESULTS or below: leaderboard, curves, paths, pictures.
+
+    The page holds all it needs and asks nothing of a network; it is drawn from the runs' own folders, without the model
+    and without the data.
+    """
+    from traj_ood.report import write_report
+
+    labels = None if scorers is None else [s.strip() for s in scorers.split(",") if s.strip()]
+    path = write_report(results, out, labels)
+    click.echo(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

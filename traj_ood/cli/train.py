@@ -1,0 +1,42 @@
+"""``traj-ood train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood train fashion-mae --out runs/fashion-mae",
+        "traj-ood train my-config.yaml --out runs/my-mae --device cuda",
+    )
+)
+@click.argument("config")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for model, log and checkpoint.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@one_line_errors
+def train(config: str, out: Path, data_root: Path | None, device: str, threads: int | None, **options: Any) -> None:
+    """Train an autoencoder on a benchmark's ID training split as CONFIG says (a YAML file or a bundled name).
+
+    Resumes from the checkpoint in OUT when there is one. OUT can then be given to `traj-ood bench --model`.
+    """
+    import torch
+
+    from traj_ood.device import resolve_device
+    from traj_ood.train import TrainConfig, train_model
+
+    silence_libraries()
+    if threads:
+        torch.set_num_threads(threads)
+    settings = TrainConfig.load(config)
+    train_model(settings, out, data_root=data_root, device=resolve_device(device), **options)
+    click.echo(f"Written to {out}", err=True)

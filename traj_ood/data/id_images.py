@@ -1,0 +1,116 @@
+"""The ID images of a detector: those it learns from, and others that its threshold comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from traj_ood.data.benchmark import sample_indices
+from traj_ood.data.images import FileImages, ImageSource, read_folder, read_image_list
+from traj_ood.data.registry import list_benchmarks, load_benchmark
+from traj_ood.errors import TrajOODError
+
+HELD_OUT = 0.2
+"""Share of the ID images that is held out for calibration where none are given."""
+MOST_CALIBRATION = 2000
+"""Most images of that share, or of a benchmark's val split. With so many, the share of ID images that a threshold of
+95 % accepts is known to half a percent (one standard deviation); more would cost time and say little."""
+
+
+@dataclass(frozen=True)
+class IDImages:
+    """ID images by what they are for; no image is in both ``train`` and ``calibration``.
+
+    Attributes:
+        name: of the benchmark, folder or list.
+        train: all that may be learnt from, such as by a surrogate of a backbone.
+        fit: those of ``train`` that the scorer learns from.
+        calibration: those that the threshold comes from.
+        origin: of the calibration images, in words.
+    """
+
+    name: str
+    train: ImageSource
+    fit: ImageSource
+    calibration: ImageSource
+    origin: str
+
+
+def choose_id_images(
+    source: str,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    calibration: str | None = None,
+    least: int = 1,
+    root: str | Path | None = None,
+) -> IDImages:
+    """ID images from a benchmark, a folder or an image list.
+
+    Args:
+        source: a benchmark's name or YAML file, whose training split is taken; a folder; or an image list.
+        count: images to learn from, drawn by ``seed``. Default: the benchmark's protocol, or all.
+        seed: of that draw and of what is held out.
+        calibration: a folder or list of images to calibrate on, all of them. Default: the benchmark's val split, else a
+            fifth of the images, drawn by ``seed``; of either at most 2,000.
+        least: calibration images that are needed: where a fifth of the images is fewer, more are held out, up to half.
+        root: where a benchmark's data are, and where the paths of image lists start. Default: each benchmark's own
+            places, and the list's own folder.
+    Raises:
+        TrajOODError: nothing of that name, images that cannot be told apart, or fewer images than ``count``.
+    """
+    name, images, val, protocol = _read(source, root)
+    if seed < 0:
+        raise TrajOODError(f"seed: expected 0 or more, got {seed}")
+    held: ImageSource
+    if calibration is not None:
+        held, origin = _read_files(calibration, root), f"images of {calibration}"
+        _check_disjoint(images, held, source, calibration)
+    elif val is not None:
+        held, origin = _at_most(val, MOST_CALIBRATION, seed, "calibration"), "images of the val split"
+    else:
+        size = min(max(least, min(MOST_CALIBRATION, round(HELD_OUT * len(images)))), len(images) // 2)
+        chosen = set(sample_indices(len(images), size, seed, "calibration"))
+        held = images.select(sorted(chosen))
+        images = images.select([i for i in range(len(images)) if i not in chosen])
+        origin = f"held-out images of {source}"
+    if count is None:
+        count = len(images) if protocol is None else min(protocol, len(images))
+    if not 2 <= count <= len(images):
+        raise TrajOODError(
+            f"{source}: expected between 2 and {len(images)} images to learn from (all that are not held out), got "
+            f"{count}; ask for a number in that range"
+        )
+    return IDImages(name, images, _at_most(images, count, seed, "fit"), held, origin)
+
+
+def _read(source: str, root: str | Path | None) -> tuple[str, ImageSource, ImageSource | None, int | None]:
+    """Name, training images, val images and the protocol's number of training images, the last two where there are."""
+    is_benchmark = source in [info.name for info in list_benchmarks()] or source.lower().endswith((".yaml", ".yml"))
+    if is_benchmark or not Path(source).exists():
+        benchmark = load_benchmark(source, root)
+        val = None if benchmark.val is None else benchmark.val.images
+        return benchmark.name, benchmark.train.images, val, benchmark.train_size
+    return Path(source).resolve().name, _read_files(source, root), None, None
+
+
+def _read_files(source: str, root: str | Path | None) -> FileImages:
+    path = Path(source)
+    return read_image_list(path, root or path.parent) if path.is_file() else read_folder(path)
+
+
+def _at_most(images: ImageSource, count: int, seed: int, stream: str) -> ImageSource:
+    return images if count >= len(images) else images.select(sample_indices(len(images), count, seed, stream))
+
+
+def _check_disjoint(images: ImageSource, held: ImageSource, source: str, calibration: str) -> None:
+    """Images cannot calibrate what has learnt from them: their scores are lower than those of images to come."""
+    if not (isinstance(images, FileImages) and isinstance(held, FileImages)):
+        return
+    known = set(held.resolved())
+    shared = sum(path in known for path in images.resolved())
+    if shared:
+        raise TrajOODError(
+            f"{calibration}: {shared} of its images are in {source}, too; calibrate on images that the detector does "
+            "not learn from, or leave --calibrate out to hold some of them out"
+        )

@@ -1,0 +1,7 @@
+"""From a score to a decision: a model, one scorer and a threshold in one folder that a pipeline loads."""
+
+from traj_ood.detector.batches import Batch, Images, batches
+from traj_ood.detector.core import Detector, Judgement
+from traj_ood.detector.folder import FILE_NAME, SCHEMA
+
+__all__ = ["FILE_NAME", "SCHEMA", "Batch", "Detector", "Images", "Judgement", "batches"]

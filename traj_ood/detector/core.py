@@ -1,0 +1,393 @@
+"""Detector: a model, one fitted scorer and a threshold from ID data, as one object and one folder."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.conformal import Calibration, check_count
+from traj_ood.detector.batches import Batch, Images, OnError, batches, count_of
+from traj_ood.detector.folder import Parts, read_detector, write_detector
+from traj_ood.detector.scorer import forget_fit, one_scorer
+from traj_ood.detector.tensors import digests_of
+from traj_ood.errors import TrajOODError
+from traj_ood.index import Approximate, Backend
+from traj_ood.postprocessors import Evidence, Postprocessor
+from traj_ood.scoring import Scored, ScorerSet, join_evidence
+from traj_ood.trajectory import Status
+
+_MOST_SEEN = 0.01
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a detector says of B images, in their order.
+
+    Attributes:
+        scores: (B,) float64, higher = more OOD. +inf stands for every score that is not finite: on such an image the
+            model leaves the finite numbers, which no ID image may do, so by rule it is more OOD than any other.
+        p_values: (B,) float64, see :mod:`traj_ood.conformal`; None without calibration.
+        decisions: (B,) bool, True = OOD; None without calibration.
+        steps: (B,) int64 evaluations of f; None for scorers that read no step.
+        status: (B,) int64, a :class:`traj_ood.Status` each; None for scorers that read no step. The step limit may be
+            the scorer's own: ``field`` reads one step of every image. NON_FINITE beside a finite score says that the
+            trajectory left the finite numbers later on.
+    """
+
+    scores: Tensor
+    p_values: Tensor | None
+    decisions: Tensor | None
+    steps: Tensor | None
+    status: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Detector:
+    """Is this image out of distribution? A model, a scorer fitted on ID images, and a threshold.
+
+    >>> detector = Detector.fit(autoencoder, train_images, "field")     # doctest: +SKIP
+    >>> detector.calibrate(held_out_id_images, tpr=0.95)                # doctest: +SKIP
+    >>> detector.predict(new_images)                                    # doctest: +SKIP
+    >>> detector.save("my-detector")                                    # doctest: +SKIP
+    >>> Detector.load("my-detector").judge(new_images)                  # doctest: +SKIP
+
+    Images are given as a tensor (B, C, H, W) in the model's normalised units, as an ImageSource, or as a list of PIL
+    images or of paths; they are read in batches, so memory does not grow with their number.
+
+    Attributes:
+        scorers: the :class:`traj_ood.ScorerSet` of the model and its one scorer.
+        calibration: None until :meth:`calibrate`.
+        training: JSON-able facts of the fit, for the model card.
+        batch_size, workers: of reading, see :func:`traj_ood.detector.batches`. They change time and memory, no result.
+    """
+
+    def __init__(
+        self,
+        scorers: ScorerSet,
+        *,
+        training: Mapping[str, Any],
+        seen: Tensor,
+        calibration: Calibration | None = None,
+        batch_size: int | None = None,
+        workers: int = 2,
+    ) -> None:
+        """Use :meth:`fit` or :meth:`load`. ``seen`` are the (N,) int64 digests of the training images."""
+        self.scorers, self.calibration = scorers, calibration
+        self.training, self.batch_size, self.workers = dict(training), batch_size, workers
+        self._seen = seen
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The model."""
+        return self.scorers.autoencoder
+
+    @property
+    def scorer(self) -> Postprocessor:
+        """The fitted scorer."""
+        return self.scorers.scorers[0]
+
+    def __repr__(self) -> str:
+        state = "not calibrated" if self.calibration is None else f"threshold {self.calibration.threshold:.6g}"
+        return f"Detector({self.autoencoder.name}, {self.scorer.label}, {state})"
+
+    # ------------------------------------------------------------------ learning
+
+    @classmethod
+    def fit(
+        cls,
+        autoencoder: Autoencoder,
+        images: Images,
+        scorer: str = "field",
+        *,
+        labels: Tensor | Sequence[Any] | None = None,
+        tol: float = 1e-5,
+        max_steps: int = 500,
+        backend: Backend = "auto",
+        approximate: Approximate = "none",
+        batch_size: int | None = None,
+        workers: int = 2,
+        on_error: OnError = "raise",
+        quiet: bool = True,
+    ) -> Detector:
+        """Fit one scorer on ID training images; memory holds what the scorer learns from, and two batches of images.
+
+        Args:
+            autoencoder: the model, on the device to compute on.
+            images: ID training images.
+            scorer: name with options, see :func:`traj_ood.create_postprocessor`. Default ``field``: it needs no
+                attractors, so it does not depend on whether the dynamics converge.
+            labels: N classes (whole numbers or texts) for class-conditional scorers. Default: the source's own.
+            tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
+            backend, approximate: of :class:`traj_ood.NeighborIndex`.
+            batch_size, workers: see the class.
+            on_error: ``raise`` (default) or ``skip`` images that cannot be read; their number is in ``training``.
+            quiet: no progress bar. Default true, since this is a library call.
+        Raises:
+            TrajOODError: too few images, an unknown scorer or one that the model cannot serve, missing labels, images
+                that cannot be read, or a model that leaves the finite numbers on them.
+        """
+        scorers = one_scorer(autoencoder, scorer, tol, max_steps, backend, approximate)
+        count = count_of(images)
+        scorers.check_training_size(count)
+        classes = _classes(scorers, images, labels, count)
+        reading = batches(autoencoder, images, batch_size, workers, on_error)
+        with tqdm(total=count, desc=f"fit {scorers.labels[0]}", unit="img", delay=2, disable=quiet) as bar:
+            found = _explore(scorers, reading, bar)
+        dictionary = AttractorDictionary.concatenate(found.dictionaries) if found.dictionaries else None
+        train = replace(join_evidence(found.evidence), labels=None if classes is None else classes[found.rows])
+        scorers.learn(dictionary, train)
+        forget_fit(scorers)
+        health = None if dictionary is None else json.loads(json.dumps(dictionary.health().as_dict()))
+        training = {
+            "images": len(found.rows),
+            "skipped": found.skipped,
+            "classes": None if classes is None else len(classes.unique()),
+            "list": images.digest() if not isinstance(images, Tensor) and hasattr(images, "digest") else None,
+            "attractors": health,
+        }
+        _warn_of_attractors(scorers, health)
+        return cls(scorers, training=training, seen=torch.cat(found.seen), batch_size=batch_size, workers=workers)
+
+    def calibrate(self, images: Images, tpr: float = 0.95, *, on_error: OnError = "raise") -> Detector:
+        """Set the threshold and make p-values possible, from ID images alone.
+
+        Args:
+            images: ID images that neither the scorer nor the model was trained on, drawn as new ID images will be: the
+                guarantee is about images like these. The scorer's own training images are recognised by their pixels:
+                they score too low, so that a threshold from them rejects too many new ID images. More than 1 % of
+                them is an error; a few are a warning, because data sets do hold the same image twice. What the model
+                was trained on cannot be recognised.
+            tpr: share of new ID images to accept, at least. Default 0.95, as in FPR95.
+            on_error: see :meth:`fit`.
+        Returns:
+            This detector.
+        Raises:
+            TrajOODError: too few images for ``tpr`` (the message says how many are needed), training images among
+                them, or scores that are not finite.
+        """
+        check_count(count_of(images), tpr)
+        scores, digests = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
+        for batch, scored in self._scored(images, on_error):
+            scores.append(scored.scores[self.scorer.label])
+            digests.append(digests_of(batch.images))
+        calibration = Calibration(torch.cat(scores), tpr)
+        self._refuse_training_images(torch.cat(digests))
+        self.calibration = calibration
+        return self
+
+    def _refuse_training_images(self, digests: Tensor) -> None:
+        known = int(torch.isin(digests, self._seen).sum())
+        if known > _MOST_SEEN * len(digests):
+            raise TrajOODError(
+                f"calibration: {known} of {len(digests)} images are training images of this detector, which score too "
+                "low: calibrate with ID images that nothing was trained on"
+            )
+        if known:
+            warnings.warn(
+                f"calibration: {known} of {len(digests)} images are pixel by pixel training images of this detector",
+                stacklevel=3,
+            )
+
+    # ------------------------------------------------------------------ judging
+
+    def score(self, images: Images) -> Tensor:
+        """(B,) float64, higher = more OOD; +inf where the model leaves the finite numbers (see :class:`Judgement`).
+
+        Raises:
+            TrajOODError: images that cannot be read, or of the wrong shape.
+        """
+        return self._judged(images)[0]
+
+    def predict(self, images: Images) -> Tensor:
+        """(B,) bool, True = OOD: the score is above the threshold.
+
+        The same as ``p_value(images) <= calibration.level``, image by image, exactly.
+
+        Raises:
+            TrajOODError: not calibrated, or as :meth:`score`.
+        """
+        return self._calibrated().decide(self.score(images))
+
+    def p_value(self, images: Images) -> Tensor:
+        """(B,) float64 (1 + #{calibration scores >= score}) / (n + 1): small = unlike the calibration images.
+
+        Raises:
+            TrajOODError: not calibrated, or as :meth:`score`.
+        """
+        return self._calibrated().p_values(self.score(images))
+
+    def judge(self, images: Images) -> Judgement:
+        """All of it in one pass; p-values and decisions are None without calibration.
+
+        Raises:
+            TrajOODError: as :meth:`score`.
+        """
+        scores, steps, status = self._judged(images)
+        if self.calibration is None:
+            return Judgement(scores, None, None, steps, status)
+        return Judgement(scores, self.calibration.p_values(scores), self.calibration.decide(scores), steps, status)
+
+    def as_module(self, steps: int | None = None) -> nn.Module:
+        """This detector as an nn.Module on image batches; see :func:`traj_ood.export.as_module`.
+
+        Raises:
+            TrajOODError: a scorer that cannot be exported.
+        """
+        # By name: export stands above the detector, and this is no more than a way to find it.
+        return import_module("traj_ood.export").as_module(self, steps)
+
+    def _calibrated(self) -> Calibration:
+        if self.calibration is None:
+            raise TrajOODError(
+                f"detector of {self.autoencoder.name}: has no threshold: call calibrate with ID images that were not "
+                "trained on"
+            )
+        return self.calibration
+
+    def _scored(self, images: Images, on_error: OnError = "raise") -> Iterator[tuple[Batch, Scored]]:
+        for batch in batches(self.autoencoder, images, self.batch_size, self.workers, on_error):
+            if batch.ids:
+                yield batch, self.scorers.score(batch.images)
+
+    def _judged(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scores (B,) with +inf for what is not finite, and steps and status (B,) where the scorer reads steps."""
+        scores = [torch.empty(0, dtype=torch.float64)]
+        steps, status = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+        for _, scored in self._scored(images):
+            values, path = scored.scores[self.scorer.label], scored.evidence.trajectory
+            finite = values.isfinite()
+            scores.append(torch.where(finite, values, torch.inf))
+            if path is not None:
+                steps.append(path.steps)
+                status.append(torch.where(finite, path.status, int(Status.NON_FINITE)))
+        if not self.scorers.needs.steps:  # where attractors are read one step is taken all the same, to measure z0
+            return torch.cat(scores), None, None
+        return torch.cat(scores), torch.cat(steps), torch.cat(status)
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, folder: str | Path) -> None:
+        """Write the detector: safetensors, JSON and a model card, whole or not at all.
+
+        Args:
+            folder: new, empty, or holding a detector, which is replaced.
+        Raises:
+            TrajOODError: another kind of folder, no permission or space, or a backbone that cannot be rebuilt.
+        """
+        write_detector(Parts(self.scorers, self.training, self._seen, self.calibration), Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto", autoencoder: Autoencoder | None = None) -> Detector:
+        """Read what :meth:`save` wrote, after checking all of it; nothing is downloaded and no code in it is run.
+
+        Before use: the schema, the list of files with sizes and hashes, the type of every entry, names, dtypes, shapes
+        and finiteness of every tensor, the model's fingerprint, and the numbers that it and the scorer give for two
+        fixed images. Versions of libraries that differ are a warning only: those numbers say whether they matter.
+
+        Args:
+            device: see :func:`traj_ood.device.resolve_device`; scores on another device agree to rounding, about 1e-4.
+            autoencoder: the model the detector was fitted with. Needed when its code is your own; it stays on its
+                device when ``device`` is ``auto``.
+        Raises:
+            TrajOODError: damage anywhere (the message names the file), a newer schema, another model, or a model that
+                gives other numbers here.
+        """
+        parts = read_detector(Path(folder).expanduser(), device, autoencoder)
+        return cls(parts.scorers, training=parts.training, seen=parts.seen, calibration=parts.calibration)
+
+
+def _classes(scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int) -> Tensor | None:
+    """(N,) int64 classes 0 … C − 1 of the images given, or None."""
+    given = labels if labels is not None else getattr(images, "labels", ())
+    if labels is None and len(given) == 0:
+        if scorers.needs.labels:
+            raise TrajOODError(
+                f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or "
+                "images from a list with classes (traj_ood.data.read_image_list)"
+            )
+        return None
+    values = given.tolist() if isinstance(given, Tensor) else list(given)
+    if len(values) != count or any(not isinstance(v, int | str) or isinstance(v, bool) for v in values):
+        raise TrajOODError(
+            f"labels: expected {count} whole numbers or texts, one per image, got {len(values)} of "
+            f"{', '.join(sorted({type(v).__name__ for v in values})) or 'nothing'}"
+        )
+    # Sorted as numbers where they are: the same classes have the same numbers however they are written.
+    order = sorted({str(v) for v in values}, key=lambda text: (len(text), text))
+    number = {text: i for i, text in enumerate(order)}
+    return torch.tensor([number[str(v)] for v in values])
+
+
+@dataclass
+class _Explored:
+    """What one pass over the training images leaves, a part for each batch; ``rows`` and ``skipped`` count images."""
+
+    evidence: list[Evidence] = field(default_factory=list)
+    dictionaries: list[AttractorDictionary] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    skipped: int = 0
+
+
+def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _Explored:
+    """The training pass.
+
+    Raises:
+        TrajOODError: too few images are left when the unreadable ones are skipped, or numbers that are not finite.
+    """
+    found = _Explored()
+    for batch in reading:
+        found.skipped += len(batch.failures)
+        if batch.ids:
+            ends, evidence = scorers.explore(scorers.autoencoder.examine(batch.images), batch.ids)
+            found.evidence.append(_kept(evidence, batch))
+            found.dictionaries += [ends] if ends is not None else []
+            found.seen.append(digests_of(batch.images))
+            found.rows += batch.rows
+        bar.update(len(batch.ids) + len(batch.failures))
+    scorers.check_training_size(len(found.rows))
+    return found
+
+
+def _kept(evidence: Evidence, batch: Batch) -> Evidence:
+    """What the scorer learns from, on the CPU, without the trajectory.
+
+    Raises:
+        TrajOODError: numbers that are not finite: statistics of them would spoil every score.
+    """
+    kept = replace(
+        evidence,
+        features={view: values.cpu() for view, values in evidence.features.items()},
+        points={key: values.cpu() for key, values in evidence.points.items()},
+        logits=None if evidence.logits is None else evidence.logits.cpu(),
+        trajectory=None,
+    )
+    logits = [] if kept.logits is None else [kept.logits]
+    for values in (*kept.features.values(), *kept.points.values(), *kept.reconstruction.values(), *logits):
+        bad = (~values.reshape(len(values), -1).isfinite().all(dim=1)).nonzero()[:, 0]
+        if len(bad):
+            raise TrajOODError(
+                f"training image {batch.ids[int(bad[0])]!r}: the model leaves the finite numbers on it ({len(bad)} "
+                f"such in a batch of {len(batch.ids)}): check the model"
+            )
+    return kept
+
+
+def _warn_of_attractors(scorers: ScorerSet, health: Mapping[str, Any] | None) -> None:
+    if health is not None and not health["healthy"]:
+        warnings.warn(
+            f"detector with {scorers.labels[0]}: unhealthy attractors: {'; '.join(health['warnings'])}", stacklevel=3
+        )

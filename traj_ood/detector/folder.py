@@ -1,0 +1,208 @@
+"""A detector's folder: what is in it, how it is written, and everything that is checked before it is used.
+
+detector.json (the record and the seal), README.md, model/ (see :mod:`traj_ood.packing`), scorer.safetensors,
+training.safetensors (digests of the training images), and where there are any attractors.safetensors and
+calibration.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.conformal import Calibration
+from traj_ood.detector.card import card
+from traj_ood.detector.probe import check_probe, probe
+from traj_ood.detector.scorer import forget_fit, one_scorer
+from traj_ood.detector.sealed import open_sealed, replaced_folder, seal
+from traj_ood.detector.tensors import read_tensors, specs_of
+from traj_ood.device import resolve_device
+from traj_ood.errors import TrajOODError
+from traj_ood.files import write_atomic
+from traj_ood.packing import check_same, field_of, pack, unpack
+from traj_ood.results import environment
+from traj_ood.scoring import ScorerSet
+
+FILE_NAME = "detector.json"
+SCHEMA = "traj_ood.detector/1"
+_SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING = (
+    f"{name}.safetensors" for name in ("scorer", "attractors", "calibration", "training")
+)
+_MODEL, _CARD = "model", "README.md"
+_KNOWN = (FILE_NAME, _SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING, _MODEL, _CARD)
+_COMPARED = ("traj_ood", "torch", "torchvision", "transformers", "timm", "numpy", "faiss")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a detector consists of.
+
+    Attributes:
+        scorers: the model and its one fitted scorer.
+        training: JSON-able facts of the fit.
+        seen: (N,) int64 digests of the training images.
+        calibration: None without one.
+    """
+
+    scorers: ScorerSet
+    training: Mapping[str, Any]
+    seen: Tensor
+    calibration: Calibration | None
+
+
+def write_detector(parts: Parts, folder: Path) -> None:
+    """Write ``folder``, or replace the detector in it; see :meth:`traj_ood.Detector.save` for the errors."""
+    scorers = parts.scorers
+    with replaced_folder(folder, FILE_NAME, _KNOWN) as fresh:
+        tensors = {_SCORER: scorers.scorers[0].state, _TRAINING: {"digests": parts.seen}}
+        scorers.scorers[0].save(fresh / _SCORER)
+        write_atomic(fresh / _TRAINING, save(tensors[_TRAINING]))
+        if parts.calibration is not None:
+            tensors[_CALIBRATION] = {"scores": parts.calibration.scores}
+            write_atomic(fresh / _CALIBRATION, save(tensors[_CALIBRATION]))
+        if scorers.dictionary is not None:
+            tensors[_ATTRACTORS] = scorers.dictionary.tensors()
+            scorers.dictionary.save(fresh / _ATTRACTORS)
+        record = {
+            **_record(parts),
+            "model": {
+                **pack(scorers.autoencoder, fresh / _MODEL),
+                "parameters": scorers.autoencoder.parameter_count(),
+            },
+            "tensors": {file: specs_of(content) for file, content in tensors.items()},
+        }
+        write_atomic(fresh / _CARD, card(record).encode())
+        seal(fresh, FILE_NAME, record)
+
+
+def _record(parts: Parts) -> dict[str, Any]:
+    scorers, scorer, known = parts.scorers, parts.scorers.scorers[0], parts.calibration
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "scorer": {
+            "name": scorer.name,
+            "label": scorer.label,
+            "summary": scorer.summary,
+            "options": scorer.options(),
+            "steps": min(scorers.needs.steps, scorers.max_steps),
+        },
+        "settings": {
+            "tol": float(scorers.tol),
+            "max_steps": scorers.max_steps,
+            "backend": scorers.backend,
+            "approximate": scorers.approximate,
+        },
+        "training": dict(parts.training),
+        "calibration": None
+        if known is None
+        else {
+            "images": len(known),
+            "tpr": float(known.tpr),
+            "threshold": known.threshold,
+            "level": known.level,
+            "acceptance": list(known.acceptance()),
+        },
+        "probe": probe(scorers),
+        "versions": environment(),
+    }
+
+
+def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) -> Parts:
+    """Read and check ``folder``; see :meth:`traj_ood.Detector.load` for the errors."""
+    record = open_sealed(folder, FILE_NAME, SCHEMA)
+    where = str(folder / FILE_NAME)
+    described = field_of(record, "model", dict, where)
+    if autoencoder is None:
+        model = unpack(described, folder / _MODEL, resolve_device(device))
+    else:
+        check_same(described, autoencoder, where)
+        model = autoencoder if device == "auto" else autoencoder.to(resolve_device(device))
+    stored = field_of(record, "tensors", dict, where)
+    scorers = _scorer(model, record, stored, folder)
+    parts = Parts(
+        scorers,
+        training=field_of(record, "training", dict, where),
+        seen=read_tensors(folder / _TRAINING, stored, {"digests": (torch.int64, 1)})["digests"],
+        calibration=_calibration(record, stored, folder),
+    )
+    check_probe(scorers, field_of(record, "probe", dict, where), where)
+    _compare_versions(field_of(record, "versions", dict, where), folder)
+    return parts
+
+
+def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, Any], folder: Path) -> ScorerSet:
+    """The fitted scorer, and the attractors that it measures distances to."""
+    where = str(folder / FILE_NAME)
+    settings, facts = (field_of(record, key, dict, where) for key in ("settings", "scorer"))
+    options = field_of(facts, "options", dict, where)
+    # Every option is written out: what a static scorer without a view means depends on the model.
+    spec = ":".join([field_of(facts, "name", str, where), *(f"{k}={_text(v)}" for k, v in options.items())])
+    scorers = one_scorer(
+        model,
+        spec,
+        field_of(settings, "tol", float, where),
+        field_of(settings, "max_steps", int, where),
+        field_of(settings, "backend", str, where),  # type: ignore[arg-type]
+        field_of(settings, "approximate", str, where),  # type: ignore[arg-type]
+    )
+    scorer = scorers.scorers[0]
+    if json.loads(json.dumps(scorer.options())) != options:
+        raise TrajOODError(f"{where}: options of {scorer.name}: expected {scorer.options()}, got {options}: damaged")
+    read_tensors(folder / _SCORER, stored)
+    scorer.load(folder / _SCORER)
+    forget_fit(scorers)
+    if scorers.needs.distances:
+        read_tensors(folder / _ATTRACTORS, stored, finite=False)  # residuals of diverging trajectories are NaN
+        dictionary = AttractorDictionary.load(folder / _ATTRACTORS)
+        scorers.attach(dictionary)
+    return scorers
+
+
+def _text(value: Any) -> str:
+    """An option as a scorer's spec has it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _calibration(record: Mapping[str, Any], stored: Mapping[str, Any], folder: Path) -> Calibration | None:
+    where = str(folder / FILE_NAME)
+    if ("calibration" not in record) or (record["calibration"] is None) == (folder / _CALIBRATION).is_file():
+        raise TrajOODError(f"{where}: expected calibration, as {_CALIBRATION} is there or not: damaged; fit it again")
+    if record["calibration"] is None:
+        return None
+    facts = field_of(record, "calibration", dict, where)
+    scores = read_tensors(folder / _CALIBRATION, stored, {"scores": (torch.float64, 1)})["scores"]
+    calibration = Calibration(scores, field_of(facts, "tpr", float, where))
+    if calibration.threshold != field_of(facts, "threshold", float, where):
+        raise TrajOODError(
+            f"{folder / _CALIBRATION}: its threshold is {calibration.threshold!r}, but {FILE_NAME} says "
+            f"{facts['threshold']!r}: damaged"
+        )
+    return calibration
+
+
+def _compare_versions(stored: Mapping[str, Any], folder: Path) -> None:
+    """A warning for libraries whose major or minor version differs; the probe has said that the numbers agree."""
+    own = environment()
+
+    def release(version: object) -> list[str]:
+        return str(version).split("+")[0].split(".")[:2]
+
+    changed = [k for k in _COMPARED if k in stored and k in own and release(stored[k]) != release(own[k])]
+    if changed:
+        text = ", ".join(f"{k} {str(stored[k])[:20]} (here {own[k]})" for k in changed)
+        warnings.warn(
+            f"{folder}: saved with {text}: its numbers for two test images agree, others may differ slightly",
+            stacklevel=4,
+        )

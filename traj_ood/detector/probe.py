@@ -1,0 +1,91 @@
+"""Two fixed images whose numbers are written down at saving: does the detector that was loaded give them, too?
+
+Hashes say that the files are whole. They do not say that this machine's libraries, this version of a scorer or a
+callable that was passed in still compute the same. The probe does, at the price of an encoding and two steps of one
+chunk of rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from traj_ood.backbones.network import one_line
+from traj_ood.errors import TrajOODError
+from traj_ood.scoring import ScorerSet
+
+_STEPS = 2  # few enough that no chaos has magnified the rounding of another device
+_COORDINATES = 16
+_SHARE = 0.05  # devices and TF32 differ by 1e-3, other weights by the whole value
+
+
+def probe(scorers: ScorerSet) -> dict[str, Any]:
+    """JSON-able numbers of two fixed images: coordinates of z0, lengths of the first steps, and scores."""
+    short = copy.copy(scorers)
+    short.max_steps = min(_STEPS, scorers.max_steps)
+    encoding = scorers.autoencoder.examine(_images(scorers.autoencoder.input_shape))
+    scored = short.score(encoding)
+    latents = encoding.latents.flatten(1).cpu().double()
+    places = torch.linspace(0, latents.shape[1] - 1, min(_COORDINATES, latents.shape[1])).long()
+    rms = latents.square().mean(dim=1, keepdim=True).sqrt()
+    path = scored.evidence.trajectory
+    lengths = path.residuals.sqrt() if path is not None else torch.empty(2, 0)
+    return {
+        "latents": _numbers(torch.cat([rms, latents[:, places]], dim=1)),
+        "lengths": _numbers(lengths),
+        "scores": _numbers(scored.scores[scorers.labels[0]][:, None]),
+    }
+
+
+def check_probe(scorers: ScorerSet, expected: Mapping[str, Any], where: str) -> None:
+    """Refuse a detector that gives other numbers than when it was saved.
+
+    Raises:
+        TrajOODError: numbers that differ by more than rounding, or files that do not fit together.
+    """
+    try:
+        found = probe(scorers)
+    except TrajOODError:
+        raise
+    except Exception as error:  # what was fitted to a model of another width fails anywhere
+        raise TrajOODError(
+            f"{where}: the model and the scorer do not fit together ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    for key, numbers in found.items():
+        if not _agree(expected.get(key), numbers):
+            raise TrajOODError(
+                f"{where}: {key} of two test images differ from those at saving: the model or the scorer computes "
+                "something else here: use the same model and versions (they are listed in the file)"
+            )
+
+
+def _images(shape: tuple[int, int, int]) -> Tensor:
+    """(2, C, H, W): waves, the same with every version of every library."""
+    place = torch.arange(2 * math.prod(shape), dtype=torch.float64)
+    return torch.sin(0.37 * place + (0.011 * place).square()).float().reshape(2, *shape)
+
+
+def _numbers(values: Tensor) -> list[list[float | None]]:
+    return [[v if math.isfinite(v) else None for v in row] for row in values.double().tolist()]
+
+
+def _agree(expected: object, found: list[list[float | None]]) -> bool:
+    """To a share of the row's largest number, so that one coordinate near zero does not decide."""
+    if not (isinstance(expected, list) and len(expected) == len(found)):
+        return False
+    for row, own in zip(expected, found, strict=True):
+        if not (isinstance(row, list) and len(row) == len(own)):
+            return False
+        scale = max((abs(v) for v in own if v is not None), default=0.0)
+        for a, b in zip(row, own, strict=True):
+            if type(a) not in (int, float) or b is None:
+                if a is not None or b is not None:
+                    return False
+            elif not abs(a - b) <= _SHARE * scale + 1e-6:
+                return False
+    return True

@@ -1,0 +1,41 @@
+"""A set of one scorer, and what of it stays when the fit is over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import get_args
+
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.index import Approximate, Backend
+from traj_ood.postprocessors import WHOLE_PATH
+from traj_ood.scoring import ScorerSet
+
+
+def one_scorer(
+    autoencoder: Autoencoder, spec: str, tol: float, max_steps: int, backend: Backend, approximate: Approximate
+) -> ScorerSet:
+    """A :class:`traj_ood.ScorerSet` of the scorer ``spec``, not fitted.
+
+    Raises:
+        TrajOODError: several scorers, an unknown one, one that the model cannot serve, or impossible settings.
+    """
+    if not isinstance(spec, str) or spec.strip() == "all":
+        raise TrajOODError(f"scorer: expected one name such as 'field', got {spec!r}: a detector has one scorer")
+    if isinstance(tol, bool) or not (isinstance(tol, int | float) and 0 <= tol < math.inf):
+        raise TrajOODError(f"tol: expected a squared residual >= 0, got {tol!r}")
+    if type(max_steps) is not int or not 1 <= max_steps <= WHOLE_PATH:
+        raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
+    if backend not in get_args(Backend):
+        raise unknown_name("backend", str(backend), get_args(Backend))
+    if approximate not in get_args(Approximate):
+        raise unknown_name("approximate search", str(approximate), get_args(Approximate))
+    return ScorerSet(autoencoder, [spec], tol=tol, max_steps=max_steps, backend=backend, approximate=approximate)
+
+
+def forget_fit(scorers: ScorerSet) -> None:
+    """From now on the set needs what a score reads: attractors that only the fit has read are not kept."""
+    scorers.needs = replace(scorers.needs, attractors=frozenset(), train_path=False, labels=False, head=False)
+    if not scorers.needs.distances:
+        scorers.dictionary = None

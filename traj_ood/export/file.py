@@ -1,0 +1,148 @@
+"""Write a detector as one file, after it has been compared with the detector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.export.check import ALLOWED, Agreement, agreement, real_images
+from traj_ood.export.fixed import reference, same_score
+from traj_ood.export.formats import FORMATS, INPUT, OUTPUT, Format, open_file, write
+from traj_ood.export.module import PIXELS, DetectorModule, HasScorers, as_module
+from traj_ood.files import write_atomic
+from traj_ood.results import environment
+
+SCHEMA = "traj_ood.export/1"
+_QUANTILES = 100
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file. size: its bytes. metadata: what it says of itself. agreement: how it compares to the detector.
+    """
+
+    path: Path
+    size: int
+    metadata: dict[str, Any]
+    agreement: Agreement
+
+
+def export_detector(
+    detector: HasScorers,
+    path: str | Path,
+    form: Format = "onnx",
+    *,
+    steps: int | None = None,
+    images: Tensor | None = None,
+) -> Exported:
+    """Write a detector as one file that takes pixels (B, C, H, W) in [0, 1] and returns scores; see
+    :class:`DetectorModule`.
+
+    The file is run and compared with the detector at the same number of steps before it takes its place, so that what
+    is under ``path`` agrees with the detector to 1e-4, relative, on the images compared.
+
+    Args:
+        detector: with one fitted scorer, its model on the CPU.
+        path: of the file; a previous one is replaced.
+        form: ``onnx`` (default), for ONNX Runtime and all that reads ONNX; it holds no code. ``torch`` is what
+            ``torch.export.save`` writes, for ``torch.export.load`` and AOTInductor. We put tensors, a JSON graph and
+            JSON metadata into it and no Python objects, but loading it can run pickle: accept such files from nobody.
+        steps: see :func:`as_module`.
+        images: (N, C, H, W) in the model's units to compare on, at least one. Default: :func:`real_images`.
+    Raises:
+        TrajOODError: a scorer, model or runtime that cannot, a model on another device, or scores that disagree (then
+            nothing is written).
+    """
+    if form not in FORMATS:
+        raise unknown_name("export format", str(form), FORMATS)
+    if detector.autoencoder.device.type != "cpu":
+        raise TrajOODError(
+            f"export: expected the model on the CPU, where graphs are recorded and compared, got "
+            f"{detector.autoencoder.device}: use Detector.load(folder, device='cpu')"
+        )
+    module = as_module(detector, steps)
+    metadata = describe(detector, module)
+    compared = real_images(detector.autoencoder) if images is None else images
+    _check_range(module.preprocessing.pixels(compared))
+    found: list[Agreement] = []
+
+    def write_and_check(file: BinaryIO) -> None:
+        write(form, module, metadata, file)
+        file.flush()
+        found.append(_checked(detector, module, form, Path(file.name), compared))
+
+    write_atomic(path, write_and_check)
+    return Exported(Path(path), Path(path).stat().st_size, metadata, found[0])
+
+
+def describe(detector: HasScorers, module: DetectorModule) -> dict[str, Any]:
+    """What a file says of itself, JSON-able; ``calibration`` is None where the detector's threshold is none of this
+    score's (fewer steps, or a path of its own length cut to a fixed one)."""
+    model, scorer, made = detector.autoencoder, module.scorer, environment()
+    return {
+        "schema": SCHEMA,
+        "input": {
+            "name": INPUT,
+            "dtype": "float32",
+            "shape": ["batch", *module.preprocessing.shape],
+            "range": [0, 1],
+        },
+        "preprocessing": {**module.preprocessing.as_dict(), "normalisation": "inside: give pixels in [0, 1]"},
+        "output": {"name": OUTPUT, "dtype": "float64", "higher": "more OOD", "nan": "not an image in [0, 1]"},
+        "scorer": {"label": scorer.label, "options": scorer.options(), "fitted": detector.scorers.labels[0]},
+        "steps": module.steps,
+        "tol": detector.scorers.tol,
+        "model": {"name": model.name, "family": model.family, "fingerprint": model.fingerprint()},
+        "calibration": _calibration(detector) if same_score(detector.scorers, module.steps) else None,
+        "versions": {key: made.get(key, "none") for key in ("traj_ood", "torch", "transformers", "timm")},
+    }
+
+
+def _calibration(detector: HasScorers) -> dict[str, Any] | None:
+    known = detector.calibration
+    if known is None:
+        return None
+    shares = torch.linspace(0, 1, _QUANTILES + 1, dtype=torch.float64)
+    quantiles = torch.quantile(known.scores, shares, interpolation="higher")
+    return {
+        "threshold": known.threshold,  # a score above it is OOD
+        "tpr": known.tpr,
+        "level": known.level,
+        "images": len(known),
+        "quantiles": quantiles.tolist(),  # of ID scores at 0, 1, …, 100 %
+    }
+
+
+def _check_range(pixels: Tensor) -> None:
+    low, high = PIXELS
+    if not bool(((pixels >= low) & (pixels <= high)).all()):
+        raise TrajOODError(
+            f"export: expected images to compare on in the model's units (autoencoder.transform), whose pixels lie in "
+            f"[0, 1], got pixels from {float(pixels.min()):.3g} to {float(pixels.max()):.3g}"
+        )
+
+
+def _checked(detector: HasScorers, module: DetectorModule, form: Format, path: Path, images: Tensor) -> Agreement:
+    run, _ = open_file(form, path)
+    scorers = reference(detector.scorers, module.steps)
+
+    def in_python(units: Tensor) -> Tensor:
+        scores = scorers.score(units).scores[module.scorer.label]
+        return torch.where(scores.isfinite(), scores, torch.inf)
+
+    found = agreement(run, module.preprocessing.pixels(images), in_python, images)
+    if not found.difference <= ALLOWED:
+        raise TrajOODError(
+            f"export: expected scores within {ALLOWED:g} (relative) of the detector's, got a difference of "
+            f"{found.difference:.2g} over {found.images} images, so nothing was written: this score amplifies rounding "
+            "on this model; use another scorer, fewer steps, or the detector in Python"
+        )
+    return found

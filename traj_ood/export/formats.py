@@ -1,0 +1,170 @@
+"""The two files: ONNX, and what ``torch.export`` saves. Each is written, opened and run here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+from traj_ood.export.module import DetectorModule
+from traj_ood.export.step import can_scan
+
+Format = Literal["onnx", "torch"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+INPUT, OUTPUT = "images", "scores"
+METADATA = "traj_ood"
+"""Key of the JSON in an ONNX model's metadata; with the suffix .json, the extra file in a torch.export archive."""
+_EXAMPLES = 3  # rows while recording: 0 and 1 would count as constants
+MOST_UNROLLED = 32
+_LARGEST_ONNX = 2**31 - 1
+_INSTALL = "pip install 'traj_ood[export]'"
+
+Runner = Callable[[Tensor], Tensor]
+"""Pixels (B, C, H, W) float32 → scores (B,) float64."""
+
+
+def write(form: Format, module: DetectorModule, metadata: Mapping[str, Any], file: BinaryIO) -> None:
+    """Record the module's operations and write them with its weights and ``metadata``.
+
+    Raises:
+        TrajOODError: libraries missing, an operation that cannot be recorded, or too large a file for ONNX.
+    """
+    if form == "onnx":
+        _need("onnx", "onnxscript")
+        file.write(_onnx_bytes(module, json.dumps(metadata)))
+    else:
+        with _quiet():
+            torch.export.save(record(module), file, extra_files={f"{METADATA}.json": json.dumps(metadata)})
+
+
+def open_file(form: Format, path: Path) -> tuple[Runner, dict[str, Any]]:
+    """A function that runs the file on the CPU, and its metadata.
+
+    ``torch.export.load`` is not made for files of strangers (it can fall back on pickle): open only what you exported.
+
+    Raises:
+        TrajOODError: libraries missing, or a file that they cannot load.
+    """
+    try:
+        return (_open_onnx if form == "onnx" else _open_torch)(path)
+    except TrajOODError:
+        raise
+    except Exception as error:  # each runtime has error classes of its own
+        raise TrajOODError(f"{path}: cannot be loaded as an exported detector ({_one_line(error)})") from error
+
+
+def record(module: DetectorModule) -> torch.export.ExportedProgram:
+    """The module's operations for any batch size.
+
+    Raises:
+        TrajOODError: the network or the scorer does something that no graph can hold.
+    """
+    example = torch.full((_EXAMPLES, *module.preprocessing.shape), 0.5)
+    if module.steps > MOST_UNROLLED and not can_scan():
+        raise TrajOODError(
+            f"export: expected at most {MOST_UNROLLED} steps with torch {torch.__version__}, whose graphs hold every "
+            f"step on its own, got {module.steps}: use fewer, or torch >= 2.9"
+        )
+    try:
+        with _quiet(), torch.no_grad():
+            if module.steps > 1 and can_scan():
+                module.record_loop(example)
+            return torch.export.export(
+                module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+            )
+    except Exception as error:  # any code of any network
+        raise TrajOODError(
+            f"export: the network with scorer {module.scorer.label} cannot be recorded as a graph of any batch size "
+            f"({_one_line(error)}): use the detector in Python, or as_module()"
+        ) from error
+
+
+def _onnx_bytes(module: DetectorModule, metadata: str) -> bytes:
+    program = record(module)
+    try:
+        with _quiet():
+            made: Any = torch.onnx.export(
+                program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False, optimize=True
+            )
+        proto = made.model_proto
+    except Exception as error:
+        raise TrajOODError(
+            f"export: the graph of scorer {module.scorer.label} cannot be written as ONNX ({_one_line(error)}): use "
+            "--format torch"
+        ) from error
+    size = proto.ByteSize()
+    if size > _LARGEST_ONNX:
+        raise TrajOODError(
+            f"export: expected at most 2 GiB in one ONNX file, got {size / 2**30:.1f} GiB: use --format torch, or a "
+            "scorer with a smaller view"
+        )
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = METADATA, metadata
+    return proto.SerializeToString()
+
+
+def _open_onnx(path: Path) -> tuple[Runner, dict[str, Any]]:
+    _need("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+    return run, json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
+
+
+def _open_torch(path: Path) -> tuple[Runner, dict[str, Any]]:
+    extra = {f"{METADATA}.json": ""}
+    with _quiet(), open(path, "rb") as file:
+        program = torch.export.load(file, extra_files=extra)
+    module = program.module()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return module(images)
+
+    return run, json.loads(extra[f"{METADATA}.json"])
+
+
+def _need(*libraries: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in libraries if find_spec(name) is None]
+    if missing:
+        raise TrajOODError(f"export to ONNX needs {' and '.join(missing)}, which are not installed: {_INSTALL}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the exporters warn and log about is their own business: the file is checked against the detector."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # the exporters wrap what went wrong into pages of advice
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".:; ")

@@ -1,0 +1,28 @@
+"""Named tensors as buffers of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Tensors(nn.Module):
+    """Buffers by names that may hold what a buffer's name may not, such as ``0/grid/means``."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {name: f"tensor_{number}" for number, name in enumerate(tensors)}
+        for name, tensor in tensors.items():
+            self.register_buffer(self._names[name], tensor.detach().contiguous())
+
+    def all(self) -> dict[str, Tensor]:
+        return {name: getattr(self, buffer) for name, buffer in self._names.items()}
+
+
+class PinnedTensors(Tensors):
+    """Buffers that neither ``.to(device)`` nor ``.half()`` touch."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PinnedTensors:
+        return self

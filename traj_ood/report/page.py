@@ -1,0 +1,359 @@
+"""The page: what a reader sees of runs, put into the template. No clock, no network, no model, no data.
+
+The template escapes every text by itself; only the drawings of figures.py, the style sheet and the script are markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.files import write_atomic
+from traj_ood.gallery import Frames, Mistake, Pictures, chosen_scorers
+from traj_ood.report.figures import QUANTITIES, Panels, histogram_edges, line_of
+from traj_ood.report.runs import Run
+from traj_ood.report.tables import Board, HealthCard, Row, boards, health_card, provenance
+from traj_ood.results import ScorerResult
+from traj_ood.trajectory import Status
+
+FILE_NAME = "report.html"
+
+_LOWERED = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+def write_report(folder: str | Path, out: str | Path | None = None, scorers: Sequence[str] | None = None) -> Path:
+    """Write the report of every run below ``folder`` and return its path.
+
+    Args:
+        folder: results, of one run or of many.
+        out: the page. Default: ``report.html`` in ``folder``.
+        scorers: labels to show in detail, in this order, or ``["all"]``; default: those of
+            :func:`traj_ood.gallery.chosen_scorers`.
+    Raises:
+        TrajOODError: no runs, a damaged file, an unknown scorer, or a place that cannot be written.
+    """
+    path = Path(folder) / FILE_NAME if out is None else Path(out)
+    write_atomic(path, render(Run.load_all(folder), scorers).encode())
+    return path
+
+
+def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
+    """The page as HTML: the same text for the same runs. Arguments and errors as in :func:`write_report`."""
+    known = {label for run in runs for label in run.result.scorers}
+    for label in scorers or ():
+        if label not in known and list(scorers or ()) != ["all"]:
+            raise unknown_name("scorer", label, known)
+    environment = Environment(
+        loader=PackageLoader("traj_ood.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"percent": percent, "picture": picture_url, "breakable": breakable}
+    style, script = (_asset(name) for name in ("page.css", "page.js"))
+    panels = Panels()
+    found = boards(runs)
+    return environment.get_template("page.html").render(
+        title=_title(found),
+        boards=[(board, _overview(panels, board)) for board in found],
+        views=[_view(panels, run, scorers) for board in found for run in board.runs],
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
+    )
+
+
+def percent(fraction: float) -> str:
+    """``98.3``: one decimal, as in the README's tables.
+
+    >>> percent(0.98349)
+    '98.3'
+    """
+    return f"{100 * fraction:.1f}"
+
+
+def breakable(text: str) -> Markup:
+    """A label or an id, escaped, that a narrow column may break before options and after folders.
+
+    >>> breakable("knn:k=5")
+    Markup('knn<wbr>:k=5')
+    """
+    return Markup(re.sub(r"(?=:)|(?<=/)", "<wbr>", str(escape(text))))
+
+
+def picture_url(png: bytes) -> str:
+    """A picture as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _title(found: Sequence[Board]) -> str:
+    places = [f"{board.benchmark} · {board.model}" for board in found]
+    return places[0] if len(places) == 1 else f"{len(places)} models and benchmarks"
+
+
+def _asset(name: str) -> str:
+    return (resources.files("traj_ood.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing but this style, this script and pictures within the page: a label from a result can load nothing."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _overview(panels: Panels, board: Board) -> Markup:
+    """AUROC of all scorers side by side, near and far apart."""
+    rows = []
+    for row in board.rows:
+        figures = {region: row.figures[f"{region}_auroc"] for region in ("near", "far", "all")}
+        values = {r: (100 * f.value, 100 * f.low, 100 * f.high) for r, f in figures.items() if f.known}
+        rows.append((_clipped(row), values))
+    label = f"AUROC of {len(rows)} scorers on near, far and all OOD sets; the figures stand in the table"
+    return Markup(panels.overview(rows, label))
+
+
+def _clipped(row: Row) -> str:
+    return row.name if len(row.name) <= 52 else row.name[:51] + "…"
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+@dataclass(frozen=True)
+class Key:
+    """A line of a legend: an OOD set, its role, ink and dash pattern, and what is said of it."""
+
+    name: str
+    role: str
+    ink: str
+    dash: str
+    auroc: float | None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A drawing with its title and a line below it."""
+
+    title: str
+    role: str
+    detail: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture with its size, its alternative text, a caption, and quiet lines below it."""
+
+    png: bytes
+    width: int
+    height: int
+    alt: str
+    role: str
+    caption: str
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScorerView:
+    """One scorer of a run in detail; ``missing`` says in words what was not kept."""
+
+    result: ScorerResult
+    histograms: list[Panel]
+    beyond: str
+    roc: Markup | None
+    keys: list[Key]
+    mistakes: list[tuple[str, list[Thumbnail]]]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class Film:
+    """The frames along one path, and what is known of it."""
+
+    title: str
+    role: str
+    detail: str
+    frames: list[Thumbnail]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run as the template shows it; texts instead of drawings say what was not kept."""
+
+    run: Run
+    health: HealthCard
+    scorers: list[ScorerView]
+    others: int
+    dynamics: list[tuple[str, list[Panel], list[Key]]]
+    no_dynamics: str
+    plane: Markup | None
+    plane_text: str
+    films: list[Film]
+    no_films: str
+    keep: str
+    provenance: list[tuple[str, str]]
+
+
+def _view(panels: Panels, run: Run, scorers: Sequence[str] | None) -> RunView:
+    labels = _labels(run.result.scorers, scorers)
+    pictures = run.pictures
+    return RunView(
+        run=run,
+        health=health_card(run.result),
+        scorers=[_scorer_view(panels, run, label) for label in labels],
+        others=len(run.result.scorers) - len(labels),
+        dynamics=_dynamics(panels, run),
+        no_dynamics=_no_dynamics(run),
+        plane=Markup(panels.plane(pictures, _plane_label(pictures))) if pictures else None,
+        plane_text=_plane_text(pictures) if pictures else "",
+        films=[_film(pictures, frames) for frames in pictures.frames] if pictures else [],
+        no_films=pictures.no_frames if pictures else "",
+        keep=run.result.command,
+        provenance=provenance(run),
+    )
+
+
+def _labels(scorers: Mapping[str, ScorerResult], wanted: Sequence[str] | None) -> list[str]:
+    if wanted is None:
+        return chosen_scorers(scorers)
+    if list(wanted) == ["all"]:
+        return sorted(scorers, key=lambda label: (-s.auroc if (s := scorers[label].all) else 0.0, label))
+    return [label for label in wanted if label in scorers]
+
+
+def _scorer_view(panels: Panels, run: Run, label: str) -> ScorerView:
+    scorer, found = run.result.scorers[label], run.scores_by_set(label)
+    sets = {name: scorer.sets[name] for name in run.sets() if name in scorer.sets}
+    histograms, roc, beyond, missing = [], None, "", []
+    if found is None:
+        missing.append("The scores per image (scores.parquet) were not kept, so there is nothing to draw.")
+    else:
+        id_scores, by_set = found
+        edges = histogram_edges(id_scores, by_set)
+        for name, score in sets.items():
+            text = f"Histogram of {label}: ID against {name} ({score.role}), AUROC {percent(score.metrics.auroc)} %"
+            svg = Markup(panels.histogram(id_scores, by_set[name], edges, score.role, text))
+            figures = {"AUROC": score.metrics.auroc, "FPR95": score.metrics.fpr95}
+            detail = ", ".join(f"{metric}\N{NO-BREAK SPACE}{percent(value)}" for metric, value in figures.items())
+            histograms.append(Panel(name, score.role, detail, svg))
+        outside = sum(int(((v < edges[0]) | (v > edges[-1])).sum()) for v in (id_scores, *by_set.values()))
+        beyond = f"{outside:,} scores lie beyond the axis and stand in the outermost bins." if outside else ""
+        roc = Markup(panels.roc(id_scores, {n: by_set[n] for n in sets}, f"ROC curves of {label} for each OOD set"))
+    return ScorerView(scorer, histograms, beyond, roc, _keys(run, label), _mistakes(run, label, missing), missing)
+
+
+def _keys(run: Run, label: str | None = None) -> list[Key]:
+    found = []
+    for n, (name, role) in enumerate(run.sets().items()):
+        score = run.result.scorers[label].sets.get(name) if label else None
+        found.append(Key(name, role, *line_of(n), score.metrics.auroc if score else None))
+    return found
+
+
+def _mistakes(run: Run, label: str, missing: list[str]) -> list[tuple[str, list[Thumbnail]]]:
+    if run.pictures is None:
+        return []
+    sides = run.pictures.mistakes.get(label)
+    if sides is None:
+        missing.append("The images this scorer gets wrong were not kept: a run keeps those of its best scorers only.")
+        return []
+    titles = {"ood": "OOD images that look most ID", "id": "ID images that look most OOD"}
+    return [
+        (title, [_mistake(run.pictures.images, label, m) for m in sides[side]])
+        for side, title in titles.items()
+        if sides[side]
+    ]
+
+
+def _mistake(images: Mapping[str, bytes], label: str, mistake: Mistake) -> Thumbnail:
+    kind = f"{mistake.role} OOD" if mistake.role in ("near", "far") else "ID"
+    alt = f"{kind} image {mistake.id} of {mistake.split}, score {mistake.score:.4g} by {label}"
+    role = mistake.role if mistake.role in ("near", "far") else "id"
+    return _thumbnail(images[mistake.image], alt, role, mistake.split, [f"{mistake.score:.4g}", mistake.id])
+
+
+def _thumbnail(png: bytes, alt: str, role: str, caption: str, details: Sequence[str] = ()) -> Thumbnail:
+    width, height = struct.unpack(">II", png[16:24])
+    return Thumbnail(png, width, height, alt, role, caption, tuple(details))
+
+
+def _film(pictures: Pictures, film: Frames) -> Film:
+    sample = pictures.samples[film.sample]
+    role = sample.role if sample.role in ("near", "far") else "id"
+    ended = {
+        Status.CONVERGED: f"settles after {sample.steps} steps",
+        Status.STEP_LIMIT: f"still moving after {sample.steps} steps",
+        Status.NON_FINITE: f"leaves the finite numbers after {sample.steps} steps",
+    }
+    title = f"{sample.split} ({sample.role})" if role != "id" else f"{sample.split} (ID)"
+    frames = [
+        _thumbnail(pictures.images[key], f"{caption} of {sample.id}", role, caption.translate(_LOWERED))
+        for caption, key in zip(film.captions, film.images, strict=True)
+    ]
+    return Film(title, role, f"{sample.id}, {ended[Status(sample.status)]}", frames)
+
+
+def _plane_label(pictures: Pictures) -> str:
+    roles = [s.role for s in pictures.samples]
+    near, far = roles.count("near"), roles.count("far")
+    return (
+        f"Paths of {len(roles) - near - far} ID, {near} near and {far} far samples in a plane, "
+        f"with {len(pictures.attractors)} attractors"
+    )
+
+
+def _plane_text(pictures: Pictures) -> str:
+    if pictures.plane == "latent":
+        return "The latent has two dimensions: this is all of it, with the vector field f(z) − z."
+    fitted = (
+        f"{len(pictures.attractors)} end points of training images"
+        if pictures.plane == "attractors"
+        else "the starts z₀ of the samples shown, since the run has no three different attractors"
+    )
+    return (
+        f"The plane of the first two principal components of {fitted}; it holds {pictures.explained:.0%} of their "
+        "variance, so points that meet here may lie apart."
+    )
+
+
+def _no_dynamics(run: Run) -> str:
+    if run.curves is None:
+        return "The curves over steps (curves.parquet) were not kept."
+    return "" if len(run.curves) else "No scorer of this run follows trajectories, so there are no curves over steps."
+
+
+def _dynamics(panels: Panels, run: Run) -> list[tuple[str, list[Panel], list[Key]]]:
+    """Rows of panels: all sets in one row up to four, else near and far apart."""
+    if run.curves is None or run.curves.empty:
+        return []
+    tol = run.result.config.get("tol")
+    if not isinstance(tol, (int, float)):
+        raise TrajOODError(f"result {run.result.name!r}: expected config.tol to be a number, got {tol!r}; run it again")
+    keys = _keys(run)
+    rows = {"ID and OOD sets": keys} if len(keys) <= 4 else {}
+    for role in ("near", "far") if not rows else ():
+        rows |= {f"ID and {role} sets": own} if (own := [k for k in keys if k.role == role]) else {}
+    found = []
+    for title, own in rows.items():
+        sets = {key.name: keys.index(key) for key in own}
+        drawn = [
+            Panel(name, "", "", Markup(panels.dynamics(run.curves, quantity, tol, sets, f"{name} over steps, {title}")))
+            for quantity, name in QUANTITIES.items()
+        ]
+        found.append((title, drawn, own))
+    return found

@@ -1,0 +1,75 @@
+"""What lies in a folder of results: each run's record and, where they are, its scores, curves and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from traj_ood.errors import TrajOODError
+from traj_ood.gallery import FILE_NAME as GALLERY_NAME
+from traj_ood.gallery import Pictures
+from traj_ood.results import FILE_NAME, Result
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as it was recorded; ``place`` is its folder below the results, ``None`` stands for files not kept."""
+
+    place: str
+    result: Result
+    scores: pd.DataFrame | None
+    curves: pd.DataFrame | None
+    pictures: Pictures | None
+
+    @classmethod
+    def load_all(cls, folder: str | Path) -> list[Run]:
+        """Every run in ``folder`` or below, sorted by path.
+
+        Raises ``TrajOODError`` when there is none, or a file of one is damaged.
+        """
+        folder = Path(folder)
+        Result.load_all(folder)  # its errors name the folder and what to do
+        return [cls.load(path.parent, path.parent.relative_to(folder)) for path in sorted(folder.rglob(FILE_NAME))]
+
+    @classmethod
+    def load(cls, folder: Path, place: Path) -> Run:
+        """The run in ``folder``, shown under the name ``place``. Raises ``TrajOODError`` when a file is damaged."""
+        gallery = folder / GALLERY_NAME
+        result = Result.load(folder / FILE_NAME)
+        return cls(
+            place=place.as_posix() if place.parts else result.name,
+            result=result,
+            scores=_table(folder / "scores.parquet", {"split", "role", "id", *result.scorers}),
+            curves=_table(folder / "curves.parquet", {"split", "role", "step", "quantity", "q25", "q50", "q75"}),
+            pictures=Pictures.load(gallery) if gallery.is_file() else None,
+        )
+
+    def sets(self) -> dict[str, str]:
+        """The role of each OOD set, near ones first, then by name."""
+        roles = {name: score.role for scorer in self.result.scorers.values() for name, score in scorer.sets.items()}
+        return dict(sorted(roles.items(), key=lambda item: (item[1] == "far", item[0])))
+
+    def scores_by_set(self, label: str) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]] | None:
+        """ID scores and those of each set in the order of :meth:`sets`; None when they were not kept."""
+        if self.scores is None:
+            return None
+        values = self.scores[label].to_numpy(dtype=np.float64)
+        split, role = (self.scores[key].to_numpy() for key in ("split", "role"))
+        return values[role == "test"], {name: values[split == name] for name in self.sets()}
+
+
+def _table(path: Path, columns: set[str]) -> pd.DataFrame | None:
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+    except Exception as error:  # pyarrow's own errors are of many kinds
+        raise TrajOODError(f"{path}: expected a Parquet table, got a damaged file ({error}); run it again") from error
+    missing = sorted(columns - set(table.columns))
+    if missing:
+        raise TrajOODError(f"{path}: expected the columns of its run, got none of {', '.join(missing)}; run it again")
+    return table

@@ -1,0 +1,183 @@
+"""Where a stream's images come from: folders walked lazily, lists and standard input read as they arrive.
+
+Nothing here holds more than one folder's names or one line at a time. What cannot be an image of the stream (a path
+that leaves its list's root, a link that leads out of its folder) becomes an entry with an error, because one bad path
+must not end a run over a million others.
+
+Paths are text in which bytes that are not UTF-8 stand as lone surrogates (PEP 383), as everywhere in Python.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from traj_ood.data.images import IMAGE_SUFFIXES, inside_root
+from traj_ood.errors import TrajOODError
+
+_READ = 65536
+_LONGEST = 2**20  # bytes of one path; a file without any separator must not be taken into memory whole
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a stream.
+
+    Attributes:
+        path: as its row names it, and where it is read from, starting from the working directory.
+        error: why it must not be read; empty for all others.
+    """
+
+    path: str
+    error: str = ""
+
+
+class ByteStream(Protocol):
+    """An open binary file; only ``read`` is used."""
+
+    def read(self, size: int = ..., /) -> bytes | None: ...
+
+
+def walk(folder: str, *, follow_links: bool = False) -> Iterator[Entry]:
+    """Image files in and below ``folder``, by suffix, in the order of :func:`traj_ood.data.read_folder`.
+
+    Hidden files and folders are passed over; each real folder is entered once, so a loop of links ends. A folder that
+    cannot be listed is an entry with an error, and so is ``folder`` itself when no image is found.
+
+    Args:
+        folder: where to start; may itself be a link.
+        follow_links: also follow links to places outside ``folder``. Default: they are entries with an error.
+    """
+    root = os.path.realpath(folder)
+    seen = {_identity(root)}
+    found = False
+    waiting = [_listing(folder)]  # a stack of half-walked folders, not recursion: trees may be deep
+    while waiting:
+        item = next(waiting[-1], None)
+        if item is None:
+            waiting.pop()
+        elif isinstance(item, Entry):
+            found = True
+            yield item
+        elif not follow_links and item.is_symlink() and _leaves(item.path, root):
+            if _is_folder(item) or _has_image_suffix(item.name):
+                found = True
+                yield Entry(item.path, f"the link leads out of {folder}; allow that with --follow-links")
+        elif _is_folder(item):
+            identity = _identity(item.path)
+            if identity is None or identity not in seen:
+                seen.add(identity)
+                waiting.append(_listing(item.path))
+        elif _has_image_suffix(item.name):
+            found = True
+            yield Entry(item.path)
+    if not found:
+        yield Entry(folder, f"expected a folder with images ({' '.join(IMAGE_SUFFIXES)}), found none in it")
+
+
+def read_paths(stream: ByteStream, *, null: bool = False) -> Iterator[Entry]:
+    """Paths one per line, or with ``null`` each ended by a NUL byte as ``find -print0`` writes them.
+
+    Empty lines are skipped. A carriage return before the line's end belongs to the line's end; names that do end in one
+    need ``null``.
+
+    Raises:
+        TrajOODError: a megabyte without a separator, or a NUL byte in lines of text.
+    """
+    for record in _records(stream, b"\0" if null else b"\n", "standard input"):
+        path = os.fsdecode(record if null else record.removesuffix(b"\r"))
+        if path:
+            yield Entry(path)
+
+
+def read_list(list_path: str | Path, root: str | Path, *, follow_links: bool = False) -> Iterator[Entry]:
+    """An image list in OpenOOD's format (``relative/path label`` per line), read as it is needed.
+
+    Same rules as :func:`traj_ood.data.read_image_list`, except that a path that is absolute or leaves ``root`` is an
+    entry with an error, that an image may be listed twice, and that names need not be UTF-8.
+
+    Args:
+        list_path: the list.
+        root: the folder its paths start from and, links resolved, may not leave.
+        follow_links: allow links that lead out of ``root``. Default: they are entries with an error.
+    Raises:
+        TrajOODError: the list cannot be read, or is no text.
+    """
+    real_root = os.path.realpath(root)
+    try:
+        with open(list_path, "rb", buffering=0) as file:
+            for number, line in enumerate(_records(file, b"\n", str(list_path)), start=1):
+                text = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                written = text.strip().partition(" ")[0]
+                if written:
+                    yield _listed(written, f"line {number} of {list_path}", root, real_root, follow_links)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"image list {list_path}: cannot be read ({reason}); give a text file of image paths"
+        raise TrajOODError(message) from error
+
+
+def _listed(written: str, where: str, root: str | Path, real_root: str, follow_links: bool) -> Entry:
+    try:
+        path = os.path.join(root, inside_root(written, where))
+    except TrajOODError as error:
+        return Entry(written, str(error))
+    if not follow_links and _leaves(path, real_root):
+        return Entry(path, f"{where}: a link on the way leads out of {root}; allow that with --follow-links")
+    return Entry(path)
+
+
+def _records(stream: ByteStream, separator: bytes, name: str) -> Iterator[bytes]:
+    """What stands between separators, as soon as it is there; the last one may go without."""
+    rest = b""
+    while block := stream.read(_READ):
+        if separator != b"\0" and b"\0" in block:
+            raise TrajOODError(f"{name}: expected lines of text, got a NUL byte; paths that end in one need --null")
+        *whole, rest = (rest + block).split(separator)
+        yield from whole
+        if len(rest) > _LONGEST:
+            kind = "NUL bytes" if separator == b"\0" else "lines"
+            raise TrajOODError(
+                f"{name}: expected paths separated by {kind}, got {len(rest)} bytes without one; check --null"
+            )
+    yield rest
+
+
+def _listing(folder: str) -> Iterator[os.DirEntry[str] | Entry]:
+    """What a folder holds, hidden names left out, sorted as the whole relative paths below it would be."""
+    try:
+        with os.scandir(folder) as found:
+            items = [item for item in found if not item.name.startswith(".")]
+    except OSError as error:
+        yield Entry(folder, f"the folder cannot be listed ({error.strerror}); fix its permissions")
+        return
+    yield from sorted(items, key=lambda item: item.name + "/" if _is_folder(item) else item.name)
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link that runs in a circle
+        return False
+
+
+def _has_image_suffix(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """What two names of one folder share; None when it is gone, and its listing will say so."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _leaves(path: str, real_root: str) -> bool:
+    """Whether ``path``, all links resolved, lies outside ``real_root``."""
+    real = os.path.realpath(path)
+    return os.path.commonpath([real, real_root]) != real_root

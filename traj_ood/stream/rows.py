@@ -1,0 +1,263 @@
+"""From paths to rows: images are read ahead by threads, judged batch by batch, and come out in the order they came in.
+
+Where batches end follows the speed of the input, so nothing in a row may depend on it; that rows do not is the
+detector's promise, and tested.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.data.images import open_image
+from traj_ood.errors import TrajOODError
+from traj_ood.stream.paths import Entry
+from traj_ood.trajectory import Status
+
+if TYPE_CHECKING:
+    from traj_ood.detector import Detector, Judgement
+
+ERROR, OOD = "error", "ood"
+SCORED = "scored"
+_STATUS = {Status.CONVERGED: "converged", Status.STEP_LIMIT: "step_limit", Status.NON_FINITE: "non_finite"}
+_LINGER = 1.0  # seconds that a batch waits for more when the input is slow, say a folder watched by another program
+_LATENT_BYTES = 2**27
+_Queued = tuple[Entry, "Future[Tensor | str]"]
+_MAX_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is said of one image; None is what does not apply.
+
+    Attributes:
+        path: as it was given; bytes that are not UTF-8 stand as lone surrogates.
+        score: higher = more OOD; infinite where the model leaves the finite numbers at once (see ``Judgement``); None
+            where there is an error.
+        p_value: share of calibration images that look at least as strange, see ``Detector.p_value``; None without
+            calibration.
+        decision: ``id`` or ``ood``; None without calibration.
+        steps: evaluations of f; None for scorers that do not iterate.
+        status: why the trajectory ended: ``converged``, ``step_limit`` (the detector's, or that of a scorer which reads
+            the first steps only) or ``non_finite``; ``scored`` for scorers that do not iterate; ``error``.
+        error: one line; None where the image was scored.
+    """
+
+    path: str
+    score: float | None = None
+    p_value: float | None = None
+    decision: str | None = None
+    steps: int | None = None
+    status: str = ERROR
+    error: str | None = None
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Rows counted: all, those with an error, and those whose decision is ``ood``."""
+
+    count: int = 0
+    failed: int = 0
+    ood: int = 0
+
+    def plus(self, rows: Iterable[Row]) -> Tally:
+        count, failed, ood = self.count, self.failed, self.ood
+        for row in rows:
+            count, failed, ood = count + 1, failed + (row.status == ERROR), ood + (row.decision == OOD)
+        return Tally(count, failed, ood)
+
+
+def default_batch_size(model: Autoencoder) -> int:
+    """Images judged at a time: whole chunks of the model, at most 512 images and 128 MiB of latents."""
+    latent = model.encode(torch.zeros(1, *model.input_shape))
+    most = min(_MAX_BATCH, _LATENT_BYTES // (4 * max(latent.numel(), math.prod(model.input_shape))))
+    return max(1, most // model.chunk) * model.chunk
+
+
+def score_rows(
+    detector: Detector,
+    entries: Iterable[Entry],
+    *,
+    batch_size: int | None = None,
+    workers: int = 2,
+    linger: float = _LINGER,
+) -> Generator[list[Row], None, None]:
+    """One row per entry, in order, as lists of one batch each; an image that fails has a row that says why.
+
+    At most 2 · ``batch_size`` + ``workers`` images are in memory, as tensors, whatever the number of entries. Close the
+    iterator (or exhaust it) to end its threads.
+
+    Args:
+        detector: its ``autoencoder.transform`` prepares images, its ``judge`` judges them.
+        entries: consumed in a thread of their own, so they may come slowly and without end.
+        batch_size: most images at a time; changes memory and speed, no row. Default: :func:`default_batch_size`.
+        workers: threads that read images.
+        linger: seconds that an unfinished batch waits for more entries. Default 1: rows of a slow input come soon, and
+            an input faster than that always fills its batches.
+    Raises:
+        TrajOODError: impossible arguments, entries that end in an error, or too little memory for a batch.
+    """
+    size = default_batch_size(detector.autoencoder) if batch_size is None else batch_size
+    for name, value in (("batch size", size), ("workers", workers)):
+        if value < 1:
+            raise TrajOODError(f"{name}: expected at least 1, got {value}")
+
+    def load(entry: Entry) -> Tensor | str:
+        return _load(entry, detector.autoencoder.transform)
+
+    for batch in _read_ahead(entries, load, size, workers, linger):
+        rows = _judge(detector, batch)
+        del batch  # its images, while the next ones are read
+        yield rows
+
+
+def _load(entry: Entry, transform: Callable[..., Tensor]) -> Tensor | str:
+    """The prepared image (C, H, W), or the error in one line, without the path that the row names already."""
+    if entry.error:
+        return _line(entry.error, entry.path)
+    try:
+        image = open_image(Path(entry.path))
+    except TrajOODError as error:
+        return _line(str(error), entry.path)
+    try:
+        return transform(image)
+    except Exception as error:  # a transform may be anybody's, and the images of a stream too
+        return _line(f"the model's transform failed on {image.width} x {image.height} pixels: {error!r}", entry.path)
+
+
+def _judge(detector: Detector, batch: list[tuple[Entry, Tensor | str]]) -> list[Row]:
+    """One row for each of a batch."""
+    images = [loaded for _, loaded in batch if isinstance(loaded, Tensor)]
+    judged = iter(_judge_images(detector, images))
+    rows = []
+    for entry, loaded in batch:
+        values = Row("", error=loaded) if isinstance(loaded, str) else next(judged)
+        rows.append(Row(entry.path, *(getattr(values, name) for name in COLUMNS[1:])))
+    return rows
+
+
+def _judge_images(detector: Detector, images: list[Tensor]) -> list[Row]:
+    """Rows without a path. When the whole batch is refused, each image is judged alone, to find the one that is meant.
+
+    Raises:
+        TrajOODError: too little memory.
+    """
+    if not images:
+        return []
+    try:
+        return _rows(detector.judge(torch.stack(images)))
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise TrajOODError(f"out of memory while judging {len(images)} images: give a smaller --batch-size") from error
+    except TrajOODError as error:
+        if len(images) == 1:
+            return [Row("", error=_line(str(error), ""))]
+        return [row for image in images for row in _judge_images(detector, [image])]
+
+
+def _rows(judgement: Judgement) -> list[Row]:
+    count = len(judgement.scores)
+    nothing: list[Any] = [None] * count
+    p_values = nothing if judgement.p_values is None else judgement.p_values.tolist()
+    decisions = nothing if judgement.decisions is None else judgement.decisions.tolist()
+    steps = nothing if judgement.steps is None else judgement.steps.tolist()
+    statuses = nothing if judgement.status is None else judgement.status.tolist()
+    rows = []
+    for k, score in enumerate(judgement.scores.tolist()):
+        status = SCORED if statuses[k] is None else _STATUS[Status(statuses[k])]
+        decision = None if decisions[k] is None else OOD if decisions[k] else "id"
+        status = _STATUS[Status.NON_FINITE] if math.isinf(score) else status
+        rows.append(Row("", score, p_values[k], decision, steps[k], status))
+    return rows
+
+
+def _line(text: str, path: str) -> str:
+    return " ".join(text.removeprefix(f"{path}: ").split())
+
+
+def _taken(batch: deque[_Queued]) -> Iterator[_Queued]:
+    """What is in ``batch``, and is not in it any more: a generator that waits must hold no images."""
+    while batch:
+        yield batch.popleft()
+
+
+class _End:
+    """Stands in the queue after the last entry."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+def _read_ahead(
+    entries: Iterable[Entry], load: Callable[[Entry], Tensor | str], size: int, workers: int, linger: float
+) -> Iterator[list[tuple[Entry, Tensor | str]]]:
+    """Batches of up to ``size`` entries with what ``load`` made of them, in order.
+
+    A thread of its own reads the entries, since standard input may block for ever, and hands them to the pool; the
+    bounded queue behind it is what holds it back.
+    """
+    waiting: queue.Queue[_Queued | _End] = queue.Queue(maxsize=size + workers)
+    stopped = threading.Event()
+    pool = ThreadPoolExecutor(workers)
+
+    def put(item: _Queued | _End) -> None:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def feed() -> None:
+        try:
+            for entry in entries:
+                if stopped.is_set():
+                    return
+                put((entry, pool.submit(load, entry)))
+            put(_End())
+        except BaseException as error:
+            put(_End(error))
+
+    threading.Thread(target=feed, daemon=True, name="entries").start()
+    try:
+        end = None
+        while end is None:
+            batch, end = _next_batch(waiting, size, linger)
+            if batch:
+                yield [(entry, future.result()) for entry, future in _taken(batch)]
+        if end.error is not None:
+            raise end.error
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _next_batch(waiting: queue.Queue[_Queued | _End], size: int, linger: float) -> tuple[deque[_Queued], _End | None]:
+    """The next entries, as soon as there are ``size`` of them or the first has waited for ``linger`` seconds."""
+    batch: deque[_Queued] = deque()
+    deadline = math.inf
+    while len(batch) < size:
+        try:
+            item = waiting.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        if isinstance(item, _End):
+            return batch, item
+        if not batch:
+            deadline = time.monotonic() + linger
+        batch.append(item)
+    return batch, None
