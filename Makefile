@@ -12,7 +12,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 demo: install
 	$(BIN)/traj-ood bench fashion --quick --out demo
-	@echo "Per-image scores, the JSON and the plots are in demo/fashion--fashion-mae--seed0"
+	$(BIN)/traj-ood report demo
+	@echo "Per-image scores, the JSON and the plots are in demo/fashion--fashion-mae--seed0, the report is demo/report.html"
 
 test: install-dev
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from traj_ood.autoencoders import (
     load_autoencoder,
 )
 from traj_ood.autoencoders.base import image_to_tensor
-from traj_ood.autoencoders.vit_mae import build_model
+from traj_ood.autoencoders.vit_mae import build_model, own_name
 from traj_ood.errors import TrajOODError
 
 RGB = {"num_channels": 3, "image_size": 16, "patch_size": 4, "num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
@@ -267,7 +267,7 @@ def test_weights_of_another_architecture(folder: Path, tmp_path: Path) -> None:
 def test_truncated_weights(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(TrajOODError, match=r"model\.safetensors: not a readable safetensors file"):
+    with pytest.raises(TrajOODError, match=r"model\.safetensors: cannot be read as plain weights"):
         load_autoencoder(folder)
 
 
@@ -275,7 +275,8 @@ def test_missing_files_and_wrong_types(folder: Path) -> None:
     config = (folder / "config.json").read_text()
     edit_json(folder / "config.json", model_type="bert")
     with pytest.raises(
-        TrajOODError, match="unknown model family 'bert': Known: traj_ood_conv, traj_ood_surrogate, vit_mae"
+        TrajOODError,
+        match="unknown model family 'bert': Known: traj_ood_conv, traj_ood_pair, traj_ood_surrogate, vit_mae",
     ):
         load_autoencoder(folder)
     with pytest.raises(TrajOODError, match=r"config\.json: expected model_type 'vit_mae', got 'bert'"):
@@ -559,3 +560,40 @@ def test_image_to_tensor_converts_channels_and_keeps_an_image_of_the_right_size(
     luma = image_to_tensor(colour, (1, 4, 4), (0.0,), (1.0,))
     assert torch.equal(luma, torch.full((1, 4, 4), 76 / 255))
     assert image_to_tensor(colour, (3, 2, 6), (0.0,) * 3, (1.0,) * 3).shape == (3, 2, 6)
+
+
+PUBLISHED = (  # names in the published files and in transformers 4
+    ("vit.layers.", "vit.encoder.layer."),
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+)
+
+
+@pytest.mark.parametrize("form", ["transformers", "published", "published.bin"])
+def test_a_folder_as_others_write_it(form: str, tmp_path: Path) -> None:
+    model = tiny.vit()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if form == "transformers":
+        model.module.save_pretrained(tmp_path)  # type: ignore[operator]
+        assert (tmp_path / "model.safetensors").is_file()
+    else:
+        weights = {}
+        for key, value in model.module.state_dict().items():
+            key = own_name(key)
+            for own, published in PUBLISHED:
+                key = key.replace(own, published)
+            weights[key] = value.clone()
+        assert "vit.encoder.layer.0.attention.attention.query.weight" in weights
+        assert "decoder.decoder_layers.0.output.dense.bias" in weights
+        if form.endswith(".bin"):
+            torch.save(weights, tmp_path / "pytorch_model.bin")
+        else:
+            save_file(weights, tmp_path / "model.safetensors")
+    found = load_autoencoder(tmp_path)
+    assert found.fingerprint() == model.fingerprint()
+    assert torch.equal(found.encode(tiny.images(3)), model.encode(tiny.images(3)))

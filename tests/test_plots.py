@@ -14,7 +14,7 @@ from PIL import Image
 
 from traj_ood.errors import TrajOODError
 from traj_ood.metrics import Metrics
-from traj_ood.plots import _shared_bins, attractor_gallery, auroc_bars, dynamics_curves, roc_curves, score_histograms
+from traj_ood.plots import attractor_gallery, auroc_bars, dynamics_curves, roc_curves, score_histograms, shared_bins
 from traj_ood.results import Result, ScorerResult, SetScore
 
 RNG = np.random.default_rng(0)
@@ -91,11 +91,11 @@ def test_scores_that_are_all_equal_can_be_drawn(tmp_path: Path, value: float) ->
 
 
 def test_one_wild_set_does_not_flatten_the_others() -> None:
-    edges = _shared_bins([ID, ID + 5, np.full(10, 1e9), np.full(10, -1e9)])
+    edges = shared_bins([ID, ID + 5, np.full(10, 1e9), np.full(10, -1e9)])
     low, high = np.quantile(ID, [0.005, 0.995])
     assert edges[0] == pytest.approx(low - 3 * (high - low))
     assert edges[-1] == pytest.approx(high + 3 * (high - low))
-    tight = _shared_bins([ID, ID])
+    tight = shared_bins([ID, ID])
     assert (tight[0], tight[-1]) == (pytest.approx(low), pytest.approx(high))
 
 

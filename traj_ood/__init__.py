@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from traj_ood.backbones import Backbone, CallableBackbone, load_backbone
     from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark
+    from traj_ood.detector import Detector, Judgement
     from traj_ood.diagnose import Diagnosis
     from traj_ood.engine import LowPrecision, Norm, Observer, iterate
     from traj_ood.errors import TrajOODError
@@ -50,6 +51,7 @@ _HOME = {
     ),
     "backbones": ("Backbone", "CallableBackbone", "load_backbone"),
     "data": ("Benchmark", "Split", "list_benchmarks", "load_benchmark"),
+    "detector": ("Detector", "Judgement"),
     "diagnose": ("Diagnosis",),
     "engine": ("LowPrecision", "Norm", "Observer", "iterate"),
     "errors": ("TrajOODError",),

@@ -90,7 +90,7 @@ def score_histograms(
             raise TrajOODError(f"plot: expected the role near or far for {name!r}, got {roles.get(name)!r}; add it")
     columns = min(4, len(sets))
     figure, axes = _figure(math.ceil(len(sets) / columns), columns, max(3.1, 6.4 / columns), 2.5, title)
-    edges = _shared_bins([id_scores, *sets.values()])
+    edges = shared_bins([id_scores, *sets.values()])
     threshold = np.quantile(id_scores, RECALL, method="inverted_cdf")
     for axis, (name, scores) in zip(axes, sets.items(), strict=False):
         _histogram_panel(axis, id_scores, scores, edges, _ROLE_COLOURS[roles[name]])
@@ -113,7 +113,7 @@ def score_histograms(
     _save(figure, path)
 
 
-def _shared_bins(groups: Sequence[Floats], bins: int = 48) -> Floats:
+def shared_bins(groups: Sequence[Floats], bins: int = 48) -> Floats:
     """Bin edges (bins + 1,) over the central 99 % of all groups, at most 3 widths of the first one beyond it."""
     low, high = np.transpose([np.quantile(g, [0.005, 0.995]) for g in groups])
     width = high[0] - low[0]
@@ -240,7 +240,7 @@ def _dynamics_panel(
             axis.step(steps, 100 * q["q50"], where="post", linewidth=1.6, **style)
             continue
         if quantity == "residual_sq":
-            q = {name: _down_to(tol, values) for name, values in q.items()}
+            q = {name: down_to_tolerance(tol, values) for name, values in q.items()}
         bands = [("q25", "q75", 0.22), ("q05", "q95", 0.09)][: 2 if wide_band else 1]
         for low, high, alpha in bands:
             # A censored lower edge lies at the tolerance or below: the band reaches down to the line.
@@ -259,7 +259,7 @@ def _dynamics_panel(
         axis.set_ylim(bottom=tol / 10)
 
 
-def _down_to(tol: float, values: Floats) -> Floats:
+def down_to_tolerance(tol: float, values: Floats) -> Floats:
     """The values with the first censored (NaN) step after the last known one set to ``tol``: the curve lands there."""
     known = np.flatnonzero(~np.isnan(values))
     values = values.copy()

@@ -113,8 +113,8 @@ class TrainConfig:
             raise TrajOODError(f"{path}: no such training config")
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise TrajOODError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none, endless nesting
+            raise TrajOODError(f"{path}: not YAML ({' '.join(str(error).split())[:500]})") from error
         if not isinstance(tree, dict):
             raise TrajOODError(f"{path}: expected a mapping with {', '.join(f.name for f in fields(cls))}")
         recipe, model = tree.pop("recipe", None) or {}, tree.pop("model", None) or {}
@@ -230,8 +230,12 @@ class Run(ABC):
         seconds = round(time.perf_counter() - began, 1)
         self.log.append({"epoch": epoch + 1, "loss": total / self.steps, "learning_rate": rate, "seconds": seconds})
         self._save()
+        self.announce(self.log[-1])
+
+    def announce(self, line: dict[str, float]) -> None:
+        """For logs: a finished epoch as one line of JSON, where bars are off."""
         if self.quiet:
-            print(json.dumps(self.log[-1]), file=sys.stderr, flush=True)
+            print(json.dumps(line), file=sys.stderr, flush=True)
 
     @abstractmethod
     def loss(self, rows: Tensor, draws: torch.Generator) -> Tensor:

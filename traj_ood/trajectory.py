@@ -77,14 +77,14 @@ class Trajectory:
         """
         values = self.measure(name)
         if horizon is None:
-            return values.nanmean(dim=1)
+            return total_of(values) / (~values.isnan()).sum(dim=1)
         if horizon < 0:
             raise TrajOODError(f"horizon: expected a number of steps >= 0, got {horizon}")
         head = values[:, : horizon + 1]
         own = head.isfinite().sum(dim=1)
         rest = (horizon + 1 - own).clamp(min=0)
         last = self.at_end(name).nan_to_num(nan=0.0)
-        total = head.nansum(dim=1) + rest * last
+        total = total_of(head) + rest * last
         return torch.where(own > 0, total / (horizon + 1), torch.nan)
 
     def at_end(self, name: str) -> Tensor:
@@ -92,3 +92,11 @@ class Trajectory:
         values = self.measure(name)
         last = (values.isfinite().sum(dim=1) - 1).clamp(min=0)
         return values.gather(1, last[:, None])[:, 0]
+
+
+def total_of(values: Tensor) -> Tensor:
+    """(B,) float64 sums of the rows of padded values (B, T), NaN counting as zero, added one after the other.
+
+    ``nansum`` adds in an order that depends on T, and T on the longest path among the batch-mates: the last bit would.
+    """
+    return torch.where(values.isnan(), 0.0, values).cumsum(dim=1)[:, -1]

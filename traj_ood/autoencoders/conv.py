@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.pixels import check_statistics, image_to_tensor
-from traj_ood.weights import check_weights
+from traj_ood.weights import check_seal, check_weights, refuse_larger, sealed
 
 STRIDES = 4
 
@@ -96,16 +96,20 @@ class ConvAutoencoder(Autoencoder):
         path = folder / "model.safetensors"
         try:
             config = json.loads((folder / "config.json").read_text())
+            weights = load_file(path)
+            refuse_larger(config["network"], weights, f"{folder}/config.json")
+            with torch.device("meta"):  # shapes first: a damaged config could ask for any amount of memory
+                check_weights(weights, ConvNetwork(**config["network"]), str(path))
             network = ConvNetwork(**config["network"])
             mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
-            weights = load_file(path)
         except TrajOODError:
             raise
         except Exception as error:
             raise TrajOODError(
-                f"{folder}: expected config.json and model.safetensors of a conv model ({' '.join(str(error).split())})"
+                f"{folder}: expected config.json and model.safetensors of a conv model "
+                f"({' '.join(str(error).split())[:500]})"
             ) from error
-        check_weights(weights, network, str(path))
+        check_seal(path, weights, config)
         network.load_state_dict(weights)
         return cls(network, **({"name": folder.name, "mean": mean, "std": std} | options))
 
@@ -122,7 +126,7 @@ class ConvAutoencoder(Autoencoder):
         config = {"model_type": "traj_ood_conv", "network": network, "mean": list(self.mean), "std": list(self.std)}
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-        write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+        write_atomic(folder / "model.safetensors", sealed(weights, config))
 
     def options(self) -> dict[str, Any]:
         return {"mean": list(self.mean), "std": list(self.std)}

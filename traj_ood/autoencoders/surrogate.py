@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder, Encoding
@@ -23,7 +23,7 @@ from traj_ood.backbones import Backbone, Features, is_backbone_spec, load_backbo
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
-from traj_ood.weights import check_weights
+from traj_ood.weights import check_seal, check_weights, refuse_larger, sealed
 
 MODEL_TYPE = "traj_ood_surrogate"
 Activation = Literal["gelu", "relu", "identity"]
@@ -269,8 +269,11 @@ class SurrogateAutoencoder(Autoencoder):
                     f"{folder}/config.json: expected model_type {MODEL_TYPE!r}, got {config['model_type']!r}"
                 )
             trained_on = {key: str(config["backbone"][key]) for key in ("spec", "name", "fingerprint")}
-            network = SurrogateNetwork(**config["network"])
             weights = load_file(path)
+            refuse_larger(config["network"], weights, f"{folder}/config.json")
+            with torch.device("meta"):  # shapes first: a damaged config could ask for any amount of memory
+                check_weights(weights, SurrogateNetwork(**config["network"]), str(path))
+            network = SurrogateNetwork(**config["network"])
             record = folder / "training.json"
             known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
             if not isinstance(known, dict):
@@ -282,7 +285,6 @@ class SurrogateAutoencoder(Autoencoder):
                 f"{folder}: expected config.json and model.safetensors of a surrogate "
                 f"({' '.join(str(error).split()) or type(error).__name__})"
             ) from error
-        check_weights(weights, network, str(path))
         network.load_state_dict(weights)
         model = cls(backbone or _backbone_of(folder, trained_on), network, **options)
         if model.backbone_fingerprint != trained_on["fingerprint"]:
@@ -291,6 +293,7 @@ class SurrogateAutoencoder(Autoencoder):
                 f"{trained_on['fingerprint'][:12]}…), got {model.backbone.name} ({model.backbone_fingerprint[:12]}…): "
                 "pass the backbone it was trained on, or train a new surrogate"
             )
+        check_seal(path, weights, config)
         model.record = known
         return model
 
@@ -307,7 +310,7 @@ class SurrogateAutoencoder(Autoencoder):
             "recipe": dict(recipe or {}),
         }
         weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+        write_atomic(folder / "model.safetensors", sealed(weights, json.loads(json.dumps(config))))
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder
@@ -18,7 +18,7 @@ from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.pixels import check_statistics, image_to_tensor
-from traj_ood.weights import check_weights
+from traj_ood.weights import check_seal, check_weights, fingerprint, read_weights, refuse_larger, sealed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4
@@ -90,7 +90,7 @@ class ViTMAE(Autoencoder):
         """
         folder = Path(source)
         options.setdefault("name", folder.name if folder.exists() else str(source))
-        if folder.is_dir() and (folder / "model.safetensors").is_file():
+        if any((folder / name).is_file() for name in _WEIGHTS):
             return cls._from_folder(folder, options)
         if folder.is_dir() or str(source).startswith((".", "/", "~")):
             raise TrajOODError(f"{source}: expected a folder with config.json and model.safetensors of a ViT-MAE")
@@ -101,24 +101,17 @@ class ViTMAE(Autoencoder):
         raw = _read_json(folder / "config.json")
         if raw.get("model_type") != "vit_mae":
             raise TrajOODError(f"{folder}/config.json: expected model_type 'vit_mae', got {raw.get('model_type')!r}")
+        path = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
+        written = read_weights(path)
         try:
-            model = build_model(raw)
+            model, weights = _built(raw, written, folder / "config.json", path)
         except TrajOODError:
             raise
         except Exception as error:  # transformers has error classes of its own, and arithmetic does the rest
             raise TrajOODError(f"{folder}/config.json: impossible geometry ({_one_line(error)})") from error
-        path = folder / "model.safetensors"
-        try:
-            weights = load_file(path)
-        except Exception as error:
-            raise TrajOODError(
-                f"{path}: not a readable safetensors file ({error}); download or copy it again"
-            ) from error
-        if not any(key.startswith("decoder.") for key in weights):
-            raise TrajOODError(f"{path}: holds an encoder without a decoder, so E∘D does not exist; {_NEED_DECODER}")
-        check_weights(weights, model, str(path))
         model.load_state_dict(weights)
         preprocessing = folder / "preprocessor_config.json"
+        stored: dict[str, Any] = {}
         if preprocessing.is_file():
             stored = _read_json(preprocessing)
             for key in ("mean", "std"):
@@ -128,7 +121,9 @@ class ViTMAE(Autoencoder):
                         f"{preprocessing}: expected numbers image_mean and image_std, got {key} {values!r}"
                     )
                 options.setdefault(key, tuple(float(v) for v in values))
-        return cls(model, **options)
+        autoencoder = cls(model, **options)
+        check_seal(path, written, raw, stored)  # last: the other errors say more
+        return autoencoder
 
     @classmethod
     def _from_hub(cls, source: str, options: dict[str, Any]) -> ViTMAE:
@@ -153,11 +148,15 @@ class ViTMAE(Autoencoder):
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json, readable by transformers too."""
         config: Any = self.module.config
-        write_atomic(folder / "config.json", config.to_json_string().encode())
+        text = config.to_json_string()
+        write_atomic(folder / "config.json", text.encode())
         weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
-        write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
         stored = {"image_mean": list(self.mean), "image_std": list(self.std), "size": list(self.input_shape[1:])}
+        write_atomic(folder / "model.safetensors", sealed(weights, json.loads(text), stored))
         write_atomic(folder / "preprocessor_config.json", (json.dumps(stored, indent=2) + "\n").encode())
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.module, [self.family, self.options()], own_name)
 
     def options(self) -> dict[str, Any]:
         mask = {"mask_ratio": self.mask_ratio} | ({"mask_seed": self.mask_seed} if self.mask_ratio else {})
@@ -167,7 +166,7 @@ class ViTMAE(Autoencoder):
         return self._encode(images, self._noise, self.mask_ratio)[0]
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        return self._decode(latents, self._restore.to(latents.device).expand(len(latents), -1))
+        return self._decode(latents, self._restore.to(latents.device).expand(latents.shape[0], -1))
 
     def transform(self, image: Image.Image) -> Tensor:
         return image_to_tensor(image, self.input_shape, self.mean, self.std)
@@ -216,7 +215,7 @@ class ViTMAE(Autoencoder):
         """Latents, hidden-patch mask (B, patches), ids_restore — transformers' encoder with our patch order."""
         vit: Any = self.module.vit
         vit.embeddings.config.mask_ratio = float(ratio)  # transformers rejects the int 0
-        out = vit(images, noise=noise.to(images.device).expand(len(images), -1))
+        out = vit(images, noise=noise.to(images.device).expand(images.shape[0], -1))
         return out.last_hidden_state, out.mask, out.ids_restore
 
     def _decode(self, latents: Tensor, restore: Tensor) -> Tensor:
@@ -224,7 +223,46 @@ class ViTMAE(Autoencoder):
         return self.module.unpatchify(decoder(latents, restore).logits)  # type: ignore[operator]
 
 
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
+# transformers 5 gave ViT-MAE's tensors other names than the published files and transformers 4 have.
+_RENAMED = (
+    (r"^vit\.encoder\.layer\.", "vit.layers."),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),  # what transformers 5 itself writes
+    (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attention.\1_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
+
+
+def own_name(key: str) -> str:
+    """One name for a tensor of a ViT-MAE, whichever version of transformers wrote or holds it."""
+    for pattern, name in _RENAMED:
+        key = re.sub(pattern, name, key)
+    return key
+
+
 _NEED_DECODER = "use a ViTMAEForPreTraining checkpoint such as facebook/vit-mae-base"
+
+
+def _built(
+    config: dict[str, Any], written: dict[str, Tensor], config_path: Path, path: Path
+) -> tuple[Any, dict[str, Tensor]]:
+    """The model of a config, and the weights ``written`` by their names in it.
+
+    Shapes first, which take no memory: a damaged config could ask for any amount of it.
+    """
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    refuse_larger(config, written, str(config_path))
+    with torch.device("meta"):
+        shapes = ViTMAEForPreTraining(ViTMAEConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+    names = {own_name(key): key for key in shapes.state_dict()}
+    weights = {names.get(own_name(key), key): value for key, value in written.items()}
+    if not any(key.startswith("decoder.") for key in weights):
+        raise TrajOODError(f"{path}: holds an encoder without a decoder, so E∘D does not exist; {_NEED_DECODER}")
+    check_weights(weights, shapes, str(path))
+    return build_model(config), weights
 
 
 def build_model(config: dict[str, Any]) -> Any:
@@ -240,7 +278,7 @@ def build_model(config: dict[str, Any]) -> Any:
     grid = int(model.vit.embeddings.patch_embeddings.num_patches**0.5)
     with torch.no_grad():
         for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
-            table.copy_(_sine_cosine_table(grid, table.shape[-1]))
+            table.copy_(sine_cosine_table(grid, table.shape[-1]))
         model.vit.embeddings.cls_token.normal_(std=0.02)
         model.decoder.mask_token.normal_(std=0.02)
     return model
@@ -271,7 +309,7 @@ def assert_position_embeddings(model: Any, name: str) -> None:
             )
 
 
-def _sine_cosine_table(grid: int, width: int) -> Tensor:
+def sine_cosine_table(grid: int, width: int) -> Tensor:
     """(1, 1 + grid², width): [sin x, cos x, sin y, cos y] per patch in row-major order, zeros for the class token.
 
     The original implementation passes (x, y) where its names say (y, x); its weights, and so ours, keep that order.
@@ -308,7 +346,7 @@ def _one_line(error: Exception) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrajOODError(f"{path}: expected a JSON file of a transformers checkpoint ({error})") from error
     if not isinstance(content, dict):
         raise TrajOODError(f"{path}: expected a JSON object, got {type(content).__name__}")

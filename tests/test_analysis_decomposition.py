@@ -1,0 +1,121 @@
+"""The bound of Prop. 3.2 where it fails as stated, and its terms against NumPy on linear decoders."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from traj_ood.analysis import Workspace, find_question, options_from
+from traj_ood.analysis.decomposition import Decomposition, bounds, lipschitz, nearest, summary, terms
+from traj_ood.analysis.singular import spectral_norms
+from traj_ood.errors import TrajOODError
+
+
+def raises(text: str):  # type: ignore[no-untyped-def]
+    return pytest.raises(TrajOODError, match=re.escape(text))
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------- the inequality
+
+
+def test_the_stated_form_fails_although_its_assumptions_hold() -> None:
+    """On a line with D the identity (L_D = 1): x = 0, Π(z) = 1, z = 2. Error 4, prototype 1, coverage 1."""
+    x, z, prototype = (torch.full((1, 1), value, dtype=torch.float64) for value in (0.0, 2.0, 1.0))
+    found = terms(x, z, prototype, z, prototype)
+    assert {k: v.item() for k, v in found.items()} == {"error": 4, "prototype": 1, "distortion": 1, "gap": 1}
+    row = summary(**found, lipschitz=torch.ones(()))
+    assert row["forms"]["proof step"] == {"holds": 0, "median_ratio": 0.5, "worst_ratio": 0.5}
+    assert row["forms"]["stated"] == {"holds": 0, "median_ratio": 0.5, "worst_ratio": 0.5}
+    assert row["forms"]["corrected"] == {"holds": 1, "median_ratio": 1, "worst_ratio": 1}  # and is attained
+    assert row["needed"] == pytest.approx(3**0.5)
+
+
+def test_with_the_true_constant_the_corrected_form_holds_for_every_linear_decoder() -> None:
+    failing = []
+    for seed in range(20):
+        decoder, codes, prototypes = noise(6, 3, seed=seed), noise(50, 3, seed=seed + 50), noise(50, 3, seed=seed + 90)
+        images = noise(50, 6, seed=seed + 130)
+        found = terms(images, codes @ decoder.T, prototypes @ decoder.T, codes, prototypes)
+        true = torch.linalg.matrix_norm(decoder, ord=2)
+        sides = bounds(found["prototype"], found["distortion"], found["gap"], true)
+        assert bool((sides["corrected"] >= found["error"]).all())
+        failing.append(float((sides["proof step"] < found["error"]).double().mean()))
+    assert 0.05 < sum(failing) / len(failing) < 0.5  # the step of the proof is no inequality
+
+
+def test_terms_are_numpys() -> None:
+    x, own, near = (noise(4, 1, 3, 3, seed=s).numpy() for s in range(3))
+    z, p = noise(4, 5, seed=3).numpy(), noise(4, 5, seed=4).numpy()
+    found = terms(*(torch.from_numpy(v) for v in (x, own, near, z, p)))
+    for key, difference in (("error", x - own), ("prototype", x - near), ("distortion", near - own), ("gap", z - p)):
+        np.testing.assert_allclose(found[key].numpy(), (difference.reshape(4, -1) ** 2).sum(axis=1))
+
+
+def test_the_estimate_reaches_the_constant_of_a_linear_decoder_and_never_passes_it() -> None:
+    decoder = noise(8, 3)
+    true = float(torch.linalg.matrix_norm(decoder, ord=2))
+    a, b = noise(40, 3, seed=1), noise(40, 3, seed=2)
+    distortion = ((a - b) @ decoder.T).square().sum(dim=1)
+    gap = (a - b).square().sum(dim=1)
+    assert float(lipschitz(distortion, gap, torch.zeros(1))) <= true
+    norms = spectral_norms(lambda z: z @ decoder.T, a[:3]).values
+    assert float(lipschitz(distortion, gap, norms)) == pytest.approx(true, rel=1e-3)
+    assert float(lipschitz(torch.zeros(2), torch.zeros(2), torch.tensor([0.5]))) == 0.5  # codes that are attractors
+
+
+def test_the_nearest_attractor_is_the_nearest() -> None:
+    codes, attractors = noise(30, 2, 3).float(), noise(9, 2, 3, seed=1).float()
+    expected = attractors[torch.cdist(codes.flatten(1), attractors.flatten(1)).argmin(dim=1)]
+    assert torch.equal(nearest(codes, attractors), expected)
+
+
+# ---------------------------------------------------------------------------------------------- the question
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> list[str]:
+    tiny.conv().save_pretrained(tmp_path / "model")
+    data = tiny.write_benchmark(tmp_path / "data")
+    return [f"model={tmp_path / 'model'}", f"data={data}", "attractors=10", "sizes=2,400", "images=6", "points=2"]
+
+
+def test_the_question_is_answered_drawn_and_resumed(tmp_path: Path, pairs: list[str]) -> None:
+    question = options_from(find_question("decomposition"), pairs)
+    finding = question.run(Workspace(tmp_path / "work"), tmp_path / "out")
+    rows = finding.figures["rows"]
+    assert [row["attractors"] for row in rows] == [2, 10]  # a dictionary is no larger than what settled
+    assert rows[0]["gap"] >= rows[1]["gap"]
+    assert rows[0]["error"] == rows[1]["error"]
+    assert all(row["forms"]["corrected"]["worst_ratio"] >= 1 for row in rows)
+    assert (tmp_path / "out" / "decomposition.png").read_bytes().startswith(b"\x89PNG")
+    work = Workspace(tmp_path / "work")
+    assert question.run(work, tmp_path / "again").figures == finding.figures
+    assert work.resumed > 0
+
+
+def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path, pairs: list[str]) -> None:
+    restless = tiny.conv()
+    for parameter in restless.module.parameters():
+        parameter.mul_(3)
+    restless.save_pretrained(tmp_path / "restless")
+    changes = [f"model={tmp_path / 'restless'}", "tol=1e-30", "max_steps=2"]
+    unsettled = options_from(find_question("decomposition"), [*pairs, *changes])
+    with raises("decomposition: expected trajectories that settle, got 0 of 10"):
+        unsettled.run(Workspace(tmp_path / "work"), tmp_path / "out")
+    with raises("decomposition: expected 1 to 10 images"):
+        options_from(find_question("decomposition"), [*pairs, "images=50"]).run(
+            Workspace(tmp_path / "w"), tmp_path / "o"
+        )
+    with raises("decomposition: sizes: expected numbers of at least 1, got 0"):
+        Decomposition(sizes=(0,))
+    assert not (tmp_path / "out").exists()

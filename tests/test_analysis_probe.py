@@ -1,0 +1,243 @@
+"""Data-free probing: the pursuit against NumPy, dictionaries without data, and a model whose attractors are known."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from numpy.typing import NDArray
+
+from traj_ood.analysis import Finding, Workspace, find_question, options_from, probe, sources, subjects
+from traj_ood.analysis.probe import ATTRACTORS, DICTIONARIES, ORTHOGONAL, OMPDictionary, Probe, random_basis
+from traj_ood.errors import TrajOODError
+
+
+def pursuit(atoms: NDArray[np.float64], target: NDArray[np.float64], count: int) -> list[NDArray[np.float64]]:
+    """Orthogonal matching pursuit as it is defined: every reconstruction on the way to ``count`` atoms (N, k)."""
+    chosen: list[int] = []
+    found, rest = [], target
+    for _ in range(count):
+        chosen.append(int(np.abs(atoms @ rest).argmax()))
+        weights, *_ = np.linalg.lstsq(atoms[chosen].T, target, rcond=None)
+        found.append(weights @ atoms[chosen])
+        rest = target - found[-1]
+    return found
+
+
+@pytest.mark.parametrize("common", [0.0, 3.0])
+def test_the_pursuit_is_the_brute_force_one(common: float) -> None:
+    """Also for atoms that share a large part, as attractors do."""
+    draw = np.random.default_rng(0)
+    raw = draw.standard_normal((60, 40)) + common * draw.standard_normal(40)
+    dictionary = OMPDictionary(torch.from_numpy(raw))
+    atoms = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+    np.testing.assert_allclose(dictionary.atoms, atoms)
+    for _ in range(3):
+        target = draw.standard_normal(40)
+        found, used = dictionary.reconstruct(target, (1, 2, 5, 12))
+        assert used == 12
+        expected = pursuit(atoms, target, 12)
+        np.testing.assert_allclose(found, [expected[m - 1] for m in (1, 2, 5, 12)], atol=1e-9)
+
+
+def test_with_an_orthogonal_basis_the_pursuit_keeps_the_largest_coordinates() -> None:
+    basis = random_basis(30, 30, seed=1)
+    target = torch.randn(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    coordinates = basis @ target
+    found, used = OMPDictionary(basis).reconstruct(target.numpy(), (4, 30))
+    kept = coordinates.clone()
+    kept[coordinates.abs().argsort()[:-4]] = 0
+    np.testing.assert_allclose(found[0], (kept @ basis).numpy(), atol=1e-12)
+    np.testing.assert_allclose(found[1], target.numpy(), atol=1e-12)
+    assert used == 30
+
+
+def test_a_random_basis_is_orthonormal_and_of_its_seed() -> None:
+    part = random_basis(5, 12, seed=3)
+    torch.testing.assert_close(part @ part.T, torch.eye(5, dtype=torch.float64))
+    assert torch.equal(part, random_basis(5, 12, seed=3))
+    assert not torch.equal(part, random_basis(5, 12, seed=4))
+
+
+def test_atoms_that_repeat_end_the_pursuit_early_and_in_silence() -> None:
+    draw = np.random.default_rng(0)
+    three = draw.standard_normal((3, 10))
+    dictionary = OMPDictionary(torch.from_numpy(np.repeat(three, 4, axis=0)))
+    target = draw.standard_normal(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, used = dictionary.reconstruct(target, (2, 3, 9))
+    assert used == 3
+    weights, *_ = np.linalg.lstsq(three.T, target, rcond=None)
+    np.testing.assert_allclose(found[1:], [weights @ three] * 2, atol=1e-9)
+    assert dictionary.reconstruct(np.zeros(10), (1, 2))[1] == 0
+
+
+def test_rank_and_energy_of_a_dictionary() -> None:
+    draw = np.random.default_rng(0)
+    low = draw.standard_normal((20, 4)) @ draw.standard_normal((4, 15))
+    rank, energy = OMPDictionary(torch.from_numpy(low)).spectrum()
+    assert rank == np.linalg.matrix_rank(low) == 4
+    values = np.linalg.svd(low / np.linalg.norm(low, axis=1, keepdims=True), compute_uv=False) ** 2
+    assert energy == int(np.searchsorted(np.cumsum(values) / values.sum(), 0.9)) + 1
+    assert OMPDictionary(torch.eye(5)).spectrum() == (5, 5)
+
+
+@pytest.mark.parametrize("atoms", [torch.zeros(2, 3), torch.full((1, 3), torch.nan), torch.ones(3), torch.ones(0, 3)])
+def test_dictionaries_that_are_none(atoms: torch.Tensor) -> None:
+    with pytest.raises(TrajOODError, match=r"dictionary: expected \(N, k\) finite atoms that are not 0, got"):
+        OMPDictionary(atoms)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    tiny.conv().save_pretrained(tmp_path / "conv")
+    for seed, name in enumerate(("dark", "bright")):
+        tiny.write_images(tmp_path / name, 6, seed, high=(90, 256)[seed])
+    return tmp_path
+
+
+def asked(folders: Path, **options: Any) -> Probe:
+    settings: dict[str, Any] = {"images": 4, "shares": (0.2, 0.5, 1.0), "max_steps": 20, "examples": 2}
+    settings |= {"model": str(folders / "conv"), "data": ("dark", "bright")}
+    return Probe(**{**settings, **options})
+
+
+def work(folders: Path) -> Workspace:
+    return Workspace(folders / "work", data_root=folders)
+
+
+def test_a_whole_basis_loses_nothing(folders: Path) -> None:
+    """All 6 directions of a 6-dimensional latent: the error that is left is that of D(E(x))."""
+    finding = asked(folders).run(work(folders), folders / "out")
+    rows = {(r["set"], r["dictionary"], r["atoms"]): r for r in finding.figures["rows"]}
+    assert len(rows) == 2 * len(DICTIONARIES) * 3
+    for name in ("dark", "bright"):
+        whole = rows[name, ORTHOGONAL, 6]
+        assert whole["latent_mse"] < 1e-12
+        assert whole["image_mse"] == pytest.approx(whole["image_mse_of_D(E(x))"], rel=1e-4)
+        for dictionary in DICTIONARIES:
+            errors = [rows[name, dictionary, m]["latent_mse"] for m in (1, 3, 6)]
+            assert errors == sorted(errors, reverse=True)
+    assert {p.name for p in (folders / "out").iterdir()} == {"finding.json", *finding.pictures}
+    assert set(finding.pictures) == {"probe.png", "atoms.png", "reconstructions.png", "growth.png"}
+    assert Finding.load(folders / "out").figures == finding.figures
+    assert "starts from noise end at" in finding.sentence
+
+
+def test_errors_are_those_of_the_images(folders: Path) -> None:
+    """Against the same thing written out for one image."""
+    question = asked(folders, images=1, data=("dark",), pictured=0)
+    finding = question.run(work(folders), folders / "out")
+    model = tiny.conv()
+    source = sources.named_images(("dark",), folders, 1)[0].source
+    image = model.transform(source.load(0))[None]
+    latent = model.encode(image)[0].double().numpy()
+    guess = pursuit(random_basis(6, 6, 0).numpy(), latent, 3)[-1]
+    expected = float((model.decode(torch.from_numpy(guess)[None].float()) - image).square().mean())
+    found = [r["image_mse"] for r in finding.figures["rows"] if (r["dictionary"], r["atoms"]) == (ORTHOGONAL, 3)]
+    assert found == pytest.approx([expected], rel=1e-5)
+
+
+def test_no_data_enter_the_dictionary_and_nothing_is_computed_twice(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = asked(folders, data=("dark",), pictured=0).run(work(folders), folders / "one")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(probe, "settle", never)
+    other = asked(folders, data=("bright",), pictured=0).run(work(folders), folders / "two")
+    assert first.figures["dictionaries"] == other.figures["dictionaries"]
+    monkeypatch.setattr(probe._Coder, "measure", never)
+    again = asked(folders, data=("dark",), pictured=0).run(work(folders), folders / "three")
+    assert again.figures == first.figures
+
+
+def test_attractors_of_a_model_that_has_sixteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy's are {−1, 1}⁴: four of them span the latents unless they depend on each other."""
+    monkeypatch.setattr(probe, "load_autoencoder", lambda _: tiny.toy())
+    tiny.write_images(tmp_path / "images", 3, 0, size=2)
+    finding = Probe(data=(str(tmp_path / "images"),), shares=(0.25, 1.0), examples=1, pictured=0).run(
+        Workspace(tmp_path / "work"), tmp_path / "out"
+    )
+    figures = finding.figures
+    assert (figures["latent_dimension"], figures["atoms"], figures["converged"]) == (4, 4, 1.0)
+    draws = torch.Generator().manual_seed(0)
+    signs = torch.randn(4, 4, generator=draws).sign()
+    assert figures["distinct_attractors"] == len({tuple(row) for row in signs.tolist()})
+    about = next(d for d in figures["dictionaries"] if d["dictionary"] == ATTRACTORS)
+    assert about["rank"] == np.linalg.matrix_rank(signs.numpy())
+
+
+def test_a_model_that_is_trained_first(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for = []
+
+    def trained(*arguments: object) -> subjects.Subject:
+        asked_for.append(arguments[1:])
+        images = sources.named_images(("dark",), folders, 1)[0].source
+        return subjects.Subject(tiny.conv(), images, images)
+
+    monkeypatch.setattr(probe, "subject", trained)
+    finding = asked(folders, model="conv", bottleneck=6, epochs=2, pictured=0).run(work(folders), folders / "out")
+    assert asked_for == [("conv", "cifar10", 0, subjects.Training(10_000, 2, 6, 16))]
+    assert finding.figures["latent_dimension"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": 0}, "probe: images: expected at least 1, got 0"),
+        ({"atoms": 1}, "probe: atoms: expected at least 2, or none, got 1"),
+        ({"shares": (0.5, 0.1)}, r"probe: shares: expected at least one, ascending, got 0\.5, 0\.1"),
+        ({"shares": (0.0, 0.1)}, "probe: shares: expected parts of the atoms, above 0 and at most 1"),
+        ({"tol": 0.0}, r"probe: tol: expected a squared residual above 0, got 0\.0"),
+        ({"max_steps": 1}, "probe: max_steps: expected at least 2, got 1"),
+        ({"data": ()}, "probe: data: expected at least one set of images"),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrajOODError, match=message):
+        Probe(**options)
+
+
+def test_what_cannot_be_asked(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrajOODError, match="probe: atoms: expected at most 6, the dimension of conv's latents, got 7"):
+        asked(folders, atoms=7).run(work(folders), folders / "out")
+    with pytest.raises(TrajOODError, match="unknown set of images 'fashon': did you mean 'fashion'"):
+        asked(folders, data=("fashon",)).run(work(folders), folders / "out")
+    with pytest.raises(TrajOODError, match="two sets of images are called 'dark'"):
+        asked(folders, data=("dark", str(folders / "dark"))).run(work(folders), folders / "out")
+    model = tiny.conv()
+    monkeypatch.setattr(model, "decode_batch", lambda latents: latents)
+    monkeypatch.setattr(probe, "load_autoencoder", lambda _: model)
+    with pytest.raises(TrajOODError, match="expected a model that decodes to images"):
+        asked(folders).run(work(folders), folders / "out")
+
+
+def test_options_as_text_and_the_papers(folders: Path) -> None:
+    question = options_from(find_question("probe"), ["atoms=none", "shares=0.05,0.1", "data=fashion,cifar10"])
+    assert (question.atoms, question.shares, question.data) == (None, (0.05, 0.1), ("fashion", "cifar10"))  # type: ignore[attr-defined]
+    smaller = Probe(atoms=64).differences()
+    assert "atoms: 64 here, as many as the latent has dimensions in the paper" in smaller
+    paper = Probe.paper()
+    assert paper.differences() == ()
+    assert (paper.model, paper.images, paper.tol, paper.max_steps, len(paper.data)) == ("sd-vae", 500, 1e-5, 500, 6)
+
+
+def test_sets_of_images_by_name(tmp_path: Path) -> None:
+    yaml = tiny.write_benchmark(tmp_path)
+    found = sources.named_images((str(yaml), str(tmp_path / "images" / "train")), None, 5)
+    assert [images.name for images in found] == ["tiny test", "dim", "bright", "train"]
+    assert [len(images.source) for images in found] == [5] * 4
+    drawn = sources.training_images(str(yaml), None, 3, seed=1)
+    assert len(drawn) == 3
+    assert all("train" in image_id for image_id in drawn.ids)
+    with pytest.raises(TrajOODError, match=r"expected 1 to 12 images .*, got 13"):
+        sources.training_images(str(yaml), None, 13, seed=1)

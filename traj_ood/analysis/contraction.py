@@ -1,0 +1,241 @@
+"""Are networks contractive before any training? Variance of their outputs on N(0, I), over that of the inputs (Fig. 6).
+
+The paper gives the ratio of all output numbers' variance to the input's. A network that ignores its input can pass for
+expansive by that (its outputs differ from each other, not from image to image), so the variance between images is
+reported beside it: the mean over outputs of the variance across images. Only the second speaks of contraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.errors import TrajOODError, unknown_name
+
+BACKBONES = (
+    "alexnet",
+    "vgg11",
+    "squeezenet1_1",
+    "resnet18",
+    "densenet121",
+    "mobilenet_v2",
+    "shufflenet_v2_x1_0",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "convnext_tiny",
+    "vit_b_16",
+    "swin_t",
+)
+"""Twelve of torchvision's classifiers, the smallest of as many families; the paper does not name its own."""
+STATISTICS = ("running", "batch")
+OUTPUTS = ("logits", "features")
+KEYS = tuple(f"{s}_{o}_{name}" for s in STATISTICS for o in OUTPUTS for name in ("all", "between"))
+_SIZED = ("vit_",)  # built for one image size, which has to be said
+_LEAST = 64  # below that some of the pooling layers have nothing to pool
+
+
+@register
+@dataclass(frozen=True)
+class Contraction(Question):
+    """Options of ``contraction``.
+
+    Attributes:
+        models: names of torchvision's classifiers. runs: initialisations of each, with the seeds from ``seed`` on.
+        images: samples of N(0, I). size: side of the images, in pixels.
+        batch: images per forward pass; with batch statistics it decides the numbers.
+    """
+
+    name: ClassVar[str] = "contraction"
+    figure: ClassVar[str] = "§2.1, Fig 6"
+    summary: ClassVar[str] = "output variance over input variance of untrained torchvision backbones"
+    choices: ClassVar[tuple[str, ...]] = (
+        "The twelve backbones are not named: the smallest of twelve families of torchvision.",
+        "Which output is not stated, so both are measured: the 1,000 logits, and the input of the last layer. "
+        "torchvision gives many classifiers small weights of their own (ViT's are 0), which the logits' ratio shows; "
+        "where a LayerNorm comes last (ConvNeXt, ViT) the features' own variance is 1 by construction.",
+        "The images' size is not stated: 224 pixels, torchvision's own, count as the paper's.",
+        "The mode is not stated, so both are measured: 'running' is evaluation mode, where an untrained batch "
+        "normalisation does nothing; 'batch' normalises by the batch, as the first training step does.",
+        "Which variance is not stated: that of all output numbers, and beside it the variance between images.",
+    )
+
+    models: tuple[str, ...] = BACKBONES
+    runs: int = 10
+    images: int = 32
+    size: int = 64
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        self.expect(bool(self.models), "models", "at least one name")
+        self.expect(self.runs >= 1, "runs", "at least 1")
+        self.expect(self.images >= 2, "images", "at least 2: a variance needs two")
+        self.expect(self.size >= _LEAST, "size", f"at least {_LEAST} pixels")
+        self.expect(self.batch >= 2, "batch", "at least 2: batch statistics need two")
+
+    @classmethod
+    def paper(cls) -> Contraction:
+        return cls(images=1000, size=224)
+
+    def answer(self, work: Workspace) -> Answer:
+        check_names(self.models)
+        rows = []
+        with work.bar(len(self.models) * self.runs, "contraction", "network") as bar:
+            for model in self.models:
+                for seed in range(self.seed, self.seed + self.runs):
+                    key = {
+                        "images": self.images,
+                        "size": self.size,
+                        "batch": self.batch,
+                        "model": model,
+                        "ratios": KEYS,
+                    }
+                    measure = partial(self._measure, model, seed, work.device)
+                    unit = work.unit("contraction", {**key, "seed": seed, "inputs": self.seed}, measure)
+                    rows.append({"model": model, "seed": seed, **unit.notes})
+                    bar.update()
+        summary = [_summary(model, [r for r in rows if r["model"] == model]) for model in self.models]
+        return Answer(
+            figures={"models": summary, "runs": rows},
+            sentence=_sentence(summary),
+            pictures={"contraction.png": partial(_draw, rows)},
+        )
+
+    def _measure(self, model: str, seed: int, device: torch.device) -> Unit:
+        draws = torch.Generator().manual_seed(self.seed)
+        inputs = torch.randn(self.images, 3, self.size, self.size, generator=draws)
+        network = untrained(model, self.size, seed).to(device)
+        notes: dict[str, float | None] = {}
+        for statistics in STATISTICS:
+            responses = respond(network, inputs.to(device), self.batch, statistics)
+            for output, values in zip(OUTPUTS, responses, strict=True):
+                ratios = variance_ratios(inputs, values)
+                notes |= {f"{statistics}_{output}_{name}": ratio for name, ratio in ratios.items()}
+        return Unit(notes=notes)
+
+
+def check_names(models: Iterable[str]) -> None:
+    """Whether torchvision has all of these classifiers.
+
+    Raises:
+        TrajOODError: it lacks one; near names are given.
+    """
+    from torchvision import models as library
+
+    known = library.list_models(module=library)
+    for model in models:
+        if model not in known:
+            raise unknown_name("torchvision classifier", model, known)
+
+
+def untrained(model: str, size: int, seed: int) -> nn.Module:
+    """A torchvision classifier as its constructor initialises it; nothing is downloaded.
+
+    Raises:
+        TrajOODError: it cannot be built for images of ``size`` pixels.
+    """
+    from torchvision import models as library
+
+    sized = {"image_size": size} if model.startswith(_SIZED) else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            network: nn.Module = library.get_model(model, weights=None, **sized)
+        except Exception as error:  # assertions and value errors of each family
+            reason = " ".join(str(error).split())
+            raise TrajOODError(
+                f"{model}: cannot be built for {size} × {size} images ({reason}): change size"
+            ) from error
+    return network.requires_grad_(False)
+
+
+def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> tuple[Tensor, Tensor]:
+    """(B, …) outputs and (B, …) inputs of the last linear or convolutional layer, on ``inputs`` (B, C, H, W).
+
+    Dropout is off.
+
+    Args:
+        batch: rows per call. With batch statistics a last, smaller batch joins the one before.
+        statistics: ``running`` or ``batch``, of batch normalisations; their running ones stay as they are.
+    """
+    network.eval()
+    features: list[Tensor] = []
+    last = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+    hook = last.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0]))
+    normalisations = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in normalisations]
+    if statistics == "batch":
+        for module in normalisations:
+            module.train()
+            module.momentum = 0.0  # else the statistics of this call would stay behind
+    cuts = max(1, len(inputs) // batch)
+    try:
+        with torch.inference_mode():
+            logits = [network(part) for part in inputs.tensor_split(cuts)]
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        size = inputs.shape[-1]
+        raise TrajOODError(
+            f"{type(network).__name__}: fails on {size} × {size} images ({reason}): change size"
+        ) from error
+    finally:
+        hook.remove()
+        for module, momentum in zip(normalisations, momenta, strict=True):
+            module.momentum = momentum
+            module.eval()
+    return torch.cat(logits), torch.cat(features)
+
+
+def variance_ratios(inputs: Tensor, outputs: Tensor) -> dict[str, float | None]:
+    """Variance of the outputs (B, …) over that of the inputs (B, …): ``all`` numbers, and ``between`` images.
+
+    ``between`` is the mean over output coordinates of the variance across the B rows, over the same of the inputs.
+    None where the outputs are not finite.
+    """
+    x, y = inputs.flatten(1).double().cpu(), outputs.flatten(1).double().cpu()
+    if not bool(y.isfinite().all()):
+        return {"all": None, "between": None}
+    return {
+        "all": float(y.var() / x.var()),
+        "between": float(y.var(dim=0).mean() / x.var(dim=0).mean()),
+    }
+
+
+def _summary(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, standard deviation (n − 1) and share below 1 over the runs of one model, for each ratio."""
+    summary: dict[str, Any] = {"model": model}
+    for key in KEYS:
+        values = torch.tensor([row[key] for row in rows if row[key] is not None], dtype=torch.float64)
+        finite = len(values) == len(rows)
+        summary[key] = {
+            "mean": float(values.mean()) if finite else None,
+            "std": float(values.std()) if finite and len(values) > 1 else None,
+            "below_1": float((values < 1).sum()) / len(rows),
+        }
+    return summary
+
+
+def _sentence(summary: list[dict[str, Any]]) -> str:
+    def contractive(key: str) -> str:
+        return f"{sum(row[key]['below_1'] == 1 for row in summary)}"
+
+    return (
+        f"Of {len(summary)} untrained backbones, below 1 in every run by the variance of all logits: "
+        f"{contractive('running_logits_all')} in evaluation mode and {contractive('batch_logits_all')} with batch "
+        f"statistics; by the variance between images, of the logits {contractive('running_logits_between')} and "
+        f"{contractive('batch_logits_between')}, of the features before the classifier "
+        f"{contractive('running_features_between')} and {contractive('batch_features_between')}."
+    )
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from traj_ood.analysis.draw_contraction import ratios
+
+    ratios(rows, path)

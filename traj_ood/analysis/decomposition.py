@@ -1,0 +1,241 @@
+"""Test error against attractors: the error to the prototype and the coverage error of Prop. 3.2 (A.8).
+
+With z = E(x), Π(z) the nearest attractor, a = x − D(Π(z)) and b = D(Π(z)) − D(z), the reconstruction error is
+‖a + b‖². The paper bounds it by ‖a‖² + L_D²‖z − Π(z)‖², by way of ‖a + b‖² ≤ ‖a‖² + ‖b‖², which fails wherever
+⟨a, b⟩ > 0 (on a line: x = 0, D the identity, Π(z) = 1, z = 2 makes it 4 ≤ 1 + 1). What holds always is
+‖a + b‖² ≤ 2‖a‖² + 2‖b‖². Each form is checked image by image:
+
+* ``proof step``: ‖a‖² + ‖b‖², before the Lipschitz constant comes in;
+* ``stated``: ‖a‖² + L_D²‖z − Π(z)‖², the proposition;
+* ``corrected``: 2‖a‖² + 2 L_D²‖z − Π(z)‖².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.images import sample, stack
+from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL, settle
+from traj_ood.analysis.singular import spectral_norms
+from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
+from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.errors import TrajOODError
+from traj_ood.index import NeighborIndex
+
+_NORMS = 16  # points per unit of work on L_D
+
+
+@register
+@dataclass(frozen=True)
+class Decomposition(Question):
+    """Options of ``decomposition``.
+
+    Attributes:
+        model, data: see :func:`traj_ood.analysis.subjects.subject`.
+        attractors: training images whose attractors form the dictionary; sizes: dictionaries made of its first ones,
+            as far as there are that many.
+        images: test images.
+        points: on how many segments from z to Π(z) the decoder's Jacobian is measured, for L_D.
+        tol, max_steps: of the iteration.
+        train_images, epochs, bottleneck, width: of ``conv``; 0 training images takes all.
+    """
+
+    name: ClassVar[str] = "decomposition"
+    figure: ClassVar[str] = "§3.2, Prop. 3.2"
+    summary: ClassVar[str] = "test error against prototype and coverage error, and how often the bound holds"
+    choices: ClassVar[tuple[str, ...]] = (
+        "The paper measures neither term; its settings are taken to be those of its other experiments of §3.2.",
+        "L_D is estimated from below: the largest of ‖D(z) − D(Π(z))‖ / ‖z − Π(z)‖ over the test images and of the "
+        "spectral norm of the decoder's Jacobian at z, Π(z) and halfway.",
+        "Errors are sums over pixels in the model's normalised units, as the proposition has them.",
+    )
+
+    model: str = "fashion-mae"
+    data: str = "fashion"
+    attractors: int = 500
+    sizes: tuple[int, ...] = (10, 30, 100, 300, 500)
+    images: int = 500
+    points: int = 16
+    tol: float = 1e-5
+    max_steps: int = 500
+    train_images: int = 10_000
+    epochs: int = 10
+    bottleneck: int = 128
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        for option in ("attractors", "images", "points", "epochs", "bottleneck", "width"):
+            self.expect(getattr(self, option) >= 1, option, "at least 1")
+        self.expect(bool(self.sizes) and min(self.sizes, default=0) >= 1, "sizes", "numbers of at least 1")
+        self.expect(self.tol > 0, "tol", "a tolerance above 0")
+        self.expect(self.max_steps >= 2, "max_steps", "at least 2 steps")
+        self.expect(self.train_images >= 0, "train_images", "0 (all) or more")
+
+    @classmethod
+    def paper(cls) -> Decomposition:
+        return cls(
+            model=TRAINED, data="mnist", train_images=0, epochs=PAPER_EPOCHS, tol=PAPER_TOL, max_steps=PAPER_STEPS
+        )
+
+    def answer(self, work: Workspace) -> Answer:
+        training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
+        about = subject(work, self.model, self.data, self.seed, training)
+        settings = ("attractors", "images", "points", "tol", "max_steps", "seed")
+        key = {k: getattr(self, k) for k in settings} | {
+            "model": about.model.fingerprint(),
+            "data": [about.train.digest(), about.test.digest()],
+        }
+        ends = work.unit("attractors", key, partial(self._attractors, about))
+        points = ends.tensors["points"]
+        rows = []
+        sizes = sorted({min(size, len(points)) for size in self.sizes} | {len(points)})
+        with work.bar(len(sizes), "decomposition", "dictionary") as bar:
+            for size in sizes:
+                unit = work.unit("terms", {**key, "size": size}, partial(self._terms, about, points[:size]))
+                rows.append({"attractors": size, **summary(**unit.tensors)})
+                bar.update()
+        terms = unit.tensors  # of the largest dictionary
+        figures = {"model": about.model.name, "images": self.images, **ends.notes, "rows": rows}
+        pictures: dict[str, Callable[[Path], None]] = {
+            "decomposition.png": partial(_draw, rows, terms, about.model.name)
+        }
+        return Answer(figures=figures, sentence=_sentence(about.model.name, rows[-1]), pictures=pictures)
+
+    def _attractors(self, about: Subject) -> Unit:
+        """End points of training trajectories that settled; one that did not is no attractor."""
+        chosen = sample(about.train, self.attractors, self.seed, "attractors")
+        start = about.model.encode(stack(about.model, chosen))
+        dictionary, path = settle(about.model, start, tuple(chosen.ids), tol=self.tol, max_steps=self.max_steps)
+        points = dictionary.points[path.converged]
+        if not len(points):
+            raise TrajOODError(
+                f"decomposition: expected trajectories that settle, got 0 of {len(path)}: allow more max_steps or a "
+                f"larger tol, or see traj-ood diagnose {about.model.name}"
+            )
+        settled = float(path.converged.double().mean())
+        return Unit({"points": points}, {"converged": settled, "distinct": len(dictionary.distinct())})
+
+    def _terms(self, about: Subject, attractors: Tensor) -> Unit:
+        """Every term of the decomposition for each test image."""
+        model = about.model
+        images = stack(model, sample(about.test, self.images, self.seed, "decomposition"))
+        codes = model.encode(images).cpu()
+        prototypes = nearest(codes, attractors)
+        targets = model.examine(images).target.cpu()
+        errors = terms(targets, model.decode(codes).cpu(), model.decode(prototypes).cpu(), codes, prototypes)
+        chosen = torch.linspace(0, len(codes) - 1, min(self.points, len(codes))).round().long()
+        a, b = codes[chosen], prototypes[chosen]
+        probes = torch.cat([a, b, (a + b) / 2]).to(model.device)
+        norms = torch.cat(
+            [
+                spectral_norms(model.decode_batch, some, chunk=_NORMS, seed=self.seed).values
+                for some in probes.split(_NORMS)
+            ]
+        )
+        return Unit({**errors, "lipschitz": lipschitz(errors["distortion"], errors["gap"], norms)})
+
+
+def nearest(codes: Tensor, attractors: Tensor) -> Tensor:
+    """(B, *L) Π(z): of ``attractors`` (N, *L) the nearest to each of ``codes`` (B, *L), in Euclidean distance."""
+    found = NeighborIndex(attractors.flatten(1), backend="torch").search(codes.flatten(1), 1)
+    return attractors[found.indices[:, 0].cpu()]
+
+
+def terms(images: Tensor, own: Tensor, prototype: Tensor, codes: Tensor, nearest: Tensor) -> dict[str, Tensor]:
+    """Squared lengths (B,) float64 of the proposition, in the units of the images.
+
+    Args:
+        images: x. own: D(z). prototype: D(Π(z)); all (B, …). codes: z. nearest: Π(z); both (B, *L).
+    Returns:
+        ``error`` ‖x − D(z)‖², ``prototype`` ‖x − D(Π(z))‖², ``distortion`` ‖D(Π(z)) − D(z)‖² and ``gap`` ‖z − Π(z)‖².
+    """
+    x, full, near = (v.flatten(1).double() for v in (images, own, prototype))
+    return {
+        "error": (x - full).square().sum(dim=1),
+        "prototype": (x - near).square().sum(dim=1),
+        "distortion": (near - full).square().sum(dim=1),
+        "gap": (codes.flatten(1).double() - nearest.flatten(1).double()).square().sum(dim=1),
+    }
+
+
+def lipschitz(distortion: Tensor, gap: Tensor, norms: Tensor) -> Tensor:
+    """() the largest stretch of the decoder that was seen, a lower bound of L_D: over secants and Jacobians.
+
+    Args:
+        distortion, gap: (B,) squared lengths of D(Π(z)) − D(z) and of z − Π(z). norms: (P,) spectral norms of J_D.
+    """
+    secants = (distortion / gap)[gap > 0].sqrt()
+    return torch.cat([secants, norms.double().cpu()]).max()
+
+
+def bounds(prototype: Tensor, distortion: Tensor, gap: Tensor, lipschitz: Tensor) -> dict[str, Tensor]:
+    """(B,) right-hand sides of the three forms, see the module; only ``corrected`` must hold for every x."""
+    coverage = lipschitz**2 * gap
+    return {
+        "proof step": prototype + distortion,
+        "stated": prototype + coverage,
+        "corrected": 2 * prototype + 2 * coverage,
+    }
+
+
+def summary(error: Tensor, prototype: Tensor, distortion: Tensor, gap: Tensor, lipschitz: Tensor) -> dict[str, Any]:
+    """Means of all terms, and how often and by how much each form holds.
+
+    ``holds``: share of images; ``median_ratio``: bound / error; ``worst_ratio``: the smallest such ratio, below 1 where
+    the form fails. ``needed``: the least L_D with which the stated form would hold for all of these images (0 where
+    the prototype error alone does).
+    """
+    rows = {}
+    for form, bound in bounds(prototype, distortion, gap, lipschitz).items():
+        ratio = bound / error.clamp(min=torch.finfo(torch.float64).tiny)
+        # Equality up to rounding, as for an image whose code is an attractor, is no violation.
+        holds = bound >= error * (1 - 1e-9)
+        rows[form] = {
+            "holds": float(holds.double().mean()),
+            "median_ratio": float(ratio.median()),
+            "worst_ratio": float(ratio.min()),
+        }
+    missing = (error - prototype).clamp(min=0)
+    short = missing > 0
+    return {
+        "error": float(error.mean()),
+        "prototype": float(prototype.mean()),
+        "distortion": float(distortion.mean()),
+        "coverage": float(lipschitz**2 * gap.mean()),
+        "gap": float(gap.sqrt().mean()),
+        "lipschitz": float(lipschitz),
+        "needed": float((missing[short] / gap[short]).sqrt().max()) if bool(short.any()) else 0.0,
+        "forms": rows,
+    }
+
+
+def _sentence(model: str, row: dict[str, Any]) -> str:
+    forms = row["forms"]
+    return (
+        f"{model}, {row['attractors']} attractors: mean test error {row['error']:.1f}, prototype error "
+        f"{row['prototype']:.1f}, coverage error {row['coverage']:.1f} (L_D at least {row['lipschitz']:.2f}); the "
+        f"stated form holds for {forms['stated']['holds']:.1%} of the images, its proof's step without L_D for "
+        f"{forms['proof step']['holds']:.1%} (worst: {forms['proof step']['worst_ratio']:.2f} of the error), the "
+        f"corrected form for {forms['corrected']['holds']:.1%}."
+    )
+
+
+def _draw(rows: list[dict[str, Any]], terms: Mapping[str, Tensor], model: str, path: Path) -> None:
+    from traj_ood.analysis.draw_decomposition import decomposition
+
+    sides = bounds(*(terms[name] for name in ("prototype", "distortion", "gap", "lipschitz")))
+    decomposition(
+        rows,
+        terms["error"].numpy(),
+        {form: side.numpy() for form, side in sides.items()},
+        f"Prototype and coverage error (Prop. 3.2): {model}",
+        path,
+    )

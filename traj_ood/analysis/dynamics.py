@@ -1,0 +1,352 @@
+"""Residuals and norms over hundreds of steps, beyond autoencoders (App. B.8, Figs 16 and 17).
+
+Encoders with decoders trained for them, and causal language models: does iterating f contract, and do the latents stay
+bounded? With the paper's models, where there is a network and a GPU (ImageNet's training images in a folder, a file
+with a text of the Pile per line)::
+
+    traj-ood analyze dynamics --paper --device cuda --data-root … --option images=ImageNet1k --option texts=pile.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.images import stack
+from traj_ood.analysis.sources import training_images
+from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.autoencoders import Autoencoder, load_autoencoder, rehearsals
+from traj_ood.autoencoders.language import PREFIX as LANGUAGE_PREFIX
+from traj_ood.autoencoders.language import LanguageModel, load_language_model
+from traj_ood.data import ImageSource
+from traj_ood.data.benchmark import sample_indices
+from traj_ood.engine import Norm, Observer, iterate
+from traj_ood.errors import TrajOODError
+
+DOCUMENTATION = "documentation"
+_LAST = 50  # steps whose mean factor says whether the residual still falls
+_PIECE = 1000  # characters of a text of the documentation
+
+
+@register
+@dataclass(frozen=True)
+class Dynamics(Question):
+    """Does iterating f contract, and do latents stay bounded?
+
+    Attributes:
+        models: autoencoders as for :func:`traj_ood.load_autoencoder`; ``causal-lm:SOURCE`` for language models, see
+            :func:`traj_ood.autoencoders.language.load_language_model`; ``rehearsal-dinov2``, ``-siglip2``, ``-qwen3``
+            and ``-llama`` for small random models of the paper's architectures.
+        images: whose training images autoencoders start from: a benchmark, ``fashion-mnist``, ``mnist``, ``cifar10``,
+            or a folder. texts: what language models start from: a file, a text per line, or of JSON lines with the key
+            ``text``; ``documentation``: that of the Python language, which is on every machine.
+        image_samples, text_samples: how many. steps: of f. tokens: of a text that are used.
+    """
+
+    name: ClassVar[str] = "dynamics"
+    figure: ClassVar[str] = "Figs 16, 17"
+    summary: ClassVar[str] = "residuals and norms over 300 steps of encoders with decoders and of language models"
+    choices: ClassVar[tuple[str, ...]] = (
+        "Curves are means over the samples of Euclidean norms of the whole latent (all tokens) and the whole image.",
+        "No trajectory stops early: all take every step.",
+        "Both kinds end in a normalisation (the encoder's last LayerNorm, the language model's last RMSNorm), so that "
+        "norms are bounded by construction; bounded norms alone do not show that a field is well behaved.",
+        "How many tokens the paper's texts have is not stated: the first 64.",
+        "Of RAE's decoders the paper names the publication only: those with a ViT-XL and DINOv2 or SigLIP2 base.",
+    )
+    unstated: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    models: tuple[str, ...] = ("fashion-mae", *rehearsals.PAIRS, *rehearsals.LANGUAGE)
+    images: str = "fashion"
+    texts: str = DOCUMENTATION
+    image_samples: int = 100
+    text_samples: int = 100
+    steps: int = 300
+    tokens: int = 64
+
+    def __post_init__(self) -> None:
+        self.expect(bool(self.models) and len(set(self.models)) == len(self.models), "models", "different ones")
+        for option in ("image_samples", "text_samples", "tokens"):
+            self.expect(getattr(self, option) >= 1, option, "at least 1")
+        self.expect(self.steps >= 2, "steps", "at least 2")
+
+    @classmethod
+    def paper(cls) -> Dynamics:
+        """500 training images of ImageNet, 1,000 texts of the Pile, 300 steps."""
+        language = (f"{LANGUAGE_PREFIX}Qwen/Qwen3-0.6B", f"{LANGUAGE_PREFIX}HuggingFaceTB/SmolLM2-1.7B")
+        return cls(
+            models=("rae-dinov2", "rae-siglip2", *language),
+            images="ImageNet1k",
+            texts="pile.jsonl",
+            image_samples=500,
+            text_samples=1000,
+        )
+
+    def answer(self, work: Workspace) -> Answer:
+        found = [self._measured(work, name) for name in self.models]
+        rows = [curves.summary() for curves in found]
+        rehearsed = [c.name for c in found if c.rehearsal]
+        figures = {
+            "rehearsal": bool(rehearsed),
+            "rehearsed_models": rehearsed,
+            "rows": rows,
+            "curves": {curves.name: curves.means() for curves in found},
+        }
+        differences: tuple[str, ...] = ()
+        if rehearsed:
+            differences = (
+                f"{', '.join(rehearsed)}: small and random, a rehearsal that says nothing of trained models",
+            )
+        return Answer(figures, _sentence(rows, self.steps), _pictures(found), differences)
+
+    def _measured(self, work: Workspace, name: str) -> _Curves:
+        """All samples of one model, a chunk a unit."""
+        subject = self._subject(work, name)
+        model = subject.model.to(work.device)
+        key = {"model": model.fingerprint(), "starts": subject.digest, "steps": self.steps}
+        parts: list[Mapping[str, Tensor]] = []
+        with work.bar(subject.count, name, "sample") as bar:
+            for begin in range(0, subject.count, model.chunk):
+                rows = range(begin, min(begin + model.chunk, subject.count))
+
+                def compute(rows: range = rows) -> Unit:
+                    return Unit(self._run(subject, rows))
+
+                parts.append(work.unit("dynamics", {**key, "rows": [rows.start, rows.stop]}, compute).tensors)
+                bar.update(len(rows))
+        width = {"latent": self.steps}  # the others have a value at z_0, too
+        tables = {c: _joined([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
+        return _Curves(name, name.startswith(rehearsals.PREFIX), tables)
+
+    def _run(self, subject: _Images | _Texts, rows: range) -> dict[str, Tensor]:
+        """``latent`` (n, steps) residuals, ``norm`` (n, steps + 1), and for autoencoders ``output`` (n, steps + 1)."""
+        model = subject.model
+        trajectory = iterate(
+            model.self_map,
+            subject.starts(rows),
+            tol=0,
+            max_steps=self.steps,
+            observers=subject.observers(),
+            chunk=model.chunk,
+        )
+        return {"latent": trajectory.residuals.sqrt(), **trajectory.measures}
+
+    def _subject(self, work: Workspace, name: str) -> _Images | _Texts:
+        if name in rehearsals.LANGUAGE:
+            random = rehearsals.rehearsal_language_model(name, tokens=self.tokens, seed=self.seed)
+            return _Texts(random, *self._texts(work, random))
+        if name.startswith(LANGUAGE_PREFIX):
+            model = load_language_model(name, tokens=self.tokens)
+            return _Texts(model, *self._texts(work, model))
+        rehearsed = name in rehearsals.PAIRS
+        autoencoder = rehearsals.rehearsal_pair(name, self.seed) if rehearsed else load_autoencoder(name)
+        return _Images(autoencoder, training_images(self.images, work.data_root, self.image_samples, self.seed))
+
+    def _texts(self, work: Workspace, model: LanguageModel) -> tuple[tuple[str, ...], str]:
+        """Texts that are long enough, and the digest of those drawn."""
+        where = self.texts if work.data_root is None else str(work.data_root / self.texts)
+        every = _documentation() if self.texts == DOCUMENTATION else read_texts(Path(where))
+        fitting = [text for text in every if model.fits(text)]
+        if len(fitting) < self.text_samples:
+            raise TrajOODError(
+                f"dynamics: texts: expected {self.text_samples} of at least {self.tokens} tokens, {self.texts} has "
+                f"{len(fitting)}; ask for fewer texts or tokens"
+            )
+        drawn = tuple(fitting[i] for i in sample_indices(len(fitting), self.text_samples, self.seed, "texts"))
+        return drawn, hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Images:
+    """An autoencoder and the images it starts from."""
+
+    model: Autoencoder
+    source: ImageSource
+
+    @property
+    def count(self) -> int:
+        return len(self.source)
+
+    @property
+    def digest(self) -> str:
+        return self.source.digest()
+
+    def starts(self, rows: range) -> Tensor:
+        return self.model.encode(stack(self.model, self.source.select(list(rows))))
+
+    def observers(self) -> list[Observer]:
+        return [Norm(), OutputResidual(self.model)]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A language model and the texts it starts from."""
+
+    model: LanguageModel
+    texts: tuple[str, ...]
+    digest: str
+
+    @property
+    def count(self) -> int:
+        return len(self.texts)
+
+    def starts(self, rows: range) -> Tensor:
+        return self.model.start(self.texts[rows.start : rows.stop])
+
+    def observers(self) -> list[Observer]:
+        return [Norm()]
+
+
+class OutputResidual:
+    """Observer: ‖D(z_t) − D(z_{t−1})‖ (Fig. 16a), NaN at z_0. Decodes every point once more than f does."""
+
+    name = "output"
+
+    def __init__(self, model: Autoencoder) -> None:
+        self._model = model
+        self._before: Tensor | None = None
+
+    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+        decoded = self._model.decode(latents)
+        if self._before is None:
+            self._before = torch.full((int(rows.max()) + 1, *decoded.shape[1:]), torch.nan).to(decoded)
+        where = rows.to(decoded.device)
+        moved = (decoded - self._before[where]).flatten(1).norm(dim=1).cpu().double()
+        self._before[where] = decoded
+        return moved
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """Of one model: ``latent`` (B, steps), ``norm`` and ``output`` (B, steps + 1), NaN past a sample's last point."""
+
+    name: str
+    rehearsal: bool
+    tables: Mapping[str, Tensor]
+
+    def mean(self, column: str) -> list[float | None]:
+        """Over the samples; residuals from step 1, norms from z_0. None where no sample is left."""
+        table = self.tables[column]
+        means = (table[:, 1:] if column == "output" else table).nanmean(dim=0)
+        return [float(f"{v:.6g}") if math.isfinite(v) else None for v in means.tolist()]
+
+    def means(self) -> dict[str, list[float | None]]:
+        return {column: self.mean(column) for column in self.tables}
+
+    def summary(self) -> dict[str, Any]:
+        """A row of numbers about the curves."""
+        latent, norm = self.mean("latent"), self.mean("norm")
+        row: dict[str, Any] = {
+            "model": self.name,
+            "rehearsal": self.rehearsal,
+            "samples": len(self.tables["norm"]),
+            "left_the_finite_numbers": int((~self.tables["norm"][:, -1].isfinite()).sum()),
+            "latent_residual_first": latent[0],
+            "latent_residual_last": latent[-1],
+            "latent_residual_falls_until_step": _falls_until(latent),
+            "last_factor": _factor(latent),
+            "norm_first": norm[0],
+            "norm_last": norm[-1],
+            "norm_spread": _spread(norm[1:]),
+        }
+        if "output" in self.tables:
+            output = self.mean("output")
+            row |= {"output_residual_first": output[0], "output_residual_last": output[-1]}
+        return row
+
+
+def read_texts(path: Path) -> list[str]:
+    """A text per line of a file, or the key ``text`` of each of its JSON lines (``.jsonl``).
+
+    Raises:
+        TrajOODError: missing, not UTF-8, not JSON, or no texts.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [str(json.loads(line)["text"]) for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrajOODError(
+            f"{path}: expected a text per line, or JSON lines with the key 'text' ({error!r}); correct the file or path"
+        ) from error
+    if not texts:
+        raise TrajOODError(f"{path}: expected at least one text, found none; fill the file")
+    return texts
+
+
+def _documentation() -> list[str]:
+    """The topics of the Python language's reference, in pieces: English prose that every machine has."""
+    from pydoc_data.topics import topics
+
+    whole = (" ".join(str(topics[name]).split()) for name in sorted(topics))
+    return [text[i : i + _PIECE] for text in whole for i in range(0, len(text), _PIECE)]
+
+
+def _joined(parts: Sequence[Tensor], width: int) -> Tensor:
+    """(B, width) tables one below the other; NaN where all samples of a part ended early."""
+    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=torch.nan) for p in parts])
+
+
+def _falls_until(curve: Sequence[float | None]) -> int:
+    """The last step before the curve rises for the first time."""
+    return next((step for step, (a, b) in enumerate(pairwise(curve), 1) if a is None or b is None or b > a), len(curve))
+
+
+def _factor(curve: Sequence[float | None]) -> float | None:
+    """Geometric mean of r_{t+1} / r_t over the last steps; None where the curve vanishes or ends early."""
+    last = curve[-_LAST - 1 :]
+    first, end = last[0], last[-1]
+    if not first or not end or len(last) < 2:
+        return None
+    return (end / first) ** (1 / (len(last) - 1))
+
+
+def _spread(curve: Sequence[float | None]) -> float | None:
+    """Largest over smallest value; None where there is none, or a 0."""
+    values = [v for v in curve if v is not None]
+    return max(values) / min(values) if values and min(values) > 0 else None
+
+
+def _sentence(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
+    told = []
+    for row in rows:
+        first, last, factor = row["latent_residual_first"], row["latent_residual_last"], row["last_factor"]
+        share = "vanishes" if not last or not first else f"ends at {last / first:.2g} of its first value"
+        slope = "" if factor is None else f" and changes by a factor of {factor:.3f} a step at the end"
+        told.append(f"{row['model']}{' (random weights)' if row['rehearsal'] else ''}: {share}{slope}")
+    spread = max((row["norm_spread"] for row in rows if row["norm_spread"] is not None), default=1.0)
+    return (
+        f"The mean latent residual over {steps} steps: {'; '.join(told)}. From the first step on, no model's mean norm "
+        f"varies by more than {spread - 1:.1%}."
+    )
+
+
+def _pictures(found: Sequence[_Curves]) -> dict[str, Callable[[Path], None]]:
+    """One figure of the models with images, one of the language models."""
+    kinds = {"pairs.png": [c for c in found if "output" in c.tables]}
+    kinds["language.png"] = [c for c in found if "output" not in c.tables]
+    return {file: partial(_draw, kind) for file, kind in kinds.items() if kind}
+
+
+def _draw(found: Sequence[_Curves], path: Path) -> None:
+    from traj_ood.analysis.draw_dynamics import step_curves
+
+    columns = {"output": "residual ‖D(z_t) − D(z_{t−1})‖ in output space", "latent": "latent residual ‖f(z_t) − z_t‖"}
+    columns["norm"] = "norm ‖z_t‖"
+    panels = {
+        title: {f"{c.name}{' (random)' if c.rehearsal else ''}": c.mean(column) for c in found}
+        for column, title in columns.items()
+        if column in found[0].tables
+    }
+    steps = len(found[0].mean("latent"))
+    step_curves(panels, steps, columns["norm"], "Latent dynamics, means over samples", path)

@@ -1,0 +1,160 @@
+"""The image sets of the paper's small experiments, whole: Fashion-MNIST, MNIST and CIFAR-10, train and test."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.data import ImageSource
+from traj_ood.data.benchmark import sample_indices
+from traj_ood.data.cifar10_local import CIFAR, ID_CLASSES, NEAR_CLASSES, PER_CLASS
+from traj_ood.data.fashion_mnist import FILES, cache_folder, obtain_fashion_mnist, read_fashion_mnist, read_idx
+from traj_ood.data.images import ArrayImages, FileImages, read_folder
+from traj_ood.errors import TrajOODError, unknown_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: its name, the shape (C, H, W) of its images, its training and its test images."""
+
+    name: str
+    shape: tuple[int, int, int]
+    train: ImageSource
+    test: ImageSource
+
+
+def load_images(name: str, root: Path | None = None) -> ImageData:
+    """All classes of ``fashion-mnist``, ``mnist`` or ``cifar10``.
+
+    Args:
+        name: of the set.
+        root: where its files lie; None is each set's own places: Fashion-MNIST is fetched where it is nowhere, MNIST
+            through torchvision, CIFAR-10 must lie as ``cifar10/{train,test}/CLASS/*.jpg`` in ``$TRAJ_OOD_DATA`` or
+            ``./data`` (the layout of the benchmark ``cifar10-local``).
+    Raises:
+        TrajOODError: unknown name, or files that are missing or malformed.
+    """
+    if name not in _LOADERS:
+        raise unknown_name("image set", name, _LOADERS)
+    return _LOADERS[name](root)
+
+
+def sample(images: ImageSource, size: int, seed: int, stream: str) -> ImageSource:
+    """``size`` images drawn without replacement, in their order; a larger sample of the seed contains the smaller.
+
+    Args:
+        images, seed: as they say. size: 0 is all of them. stream: tells draws of one seed apart, and what errors say.
+    Raises:
+        TrajOODError: fewer images than asked for.
+    """
+    if size == 0:
+        return images
+    if not 1 <= size <= len(images):
+        raise TrajOODError(f"{stream}: expected 1 to {len(images):,} images (0: all), got {size:,}; ask for fewer")
+    return images.select(sample_indices(len(images), size, seed, stream))
+
+
+def stack(autoencoder: Autoencoder, images: ImageSource) -> Tensor:
+    """(N, C, H, W) the images in the model's normalised units, on the CPU."""
+    return torch.stack([autoencoder.transform(images.load(i)) for i in range(len(images))])
+
+
+def _fashion_mnist(root: Path | None) -> ImageData:
+    return _idx("fashion-mnist", obtain_fashion_mnist(root))
+
+
+def _mnist(root: Path | None) -> ImageData:
+    cache = cache_folder() / "mnist"
+    bases = [Path(root)] if root is not None else [cache]
+    folder = _find_mnist(bases)
+    if folder is None and root is None:
+        # Whatever stops a download (no network, a moved mirror, a wrong checksum), the way out is the same.
+        try:
+            from torchvision.datasets import MNIST
+
+            with contextlib.redirect_stdout(io.StringIO()):
+                MNIST(str(cache), download=True)
+        except Exception as error:
+            logger.info("MNIST through torchvision: %s", error)
+        folder = _find_mnist(bases)
+    if folder is None:
+        raise TrajOODError(
+            f"MNIST: expected {', '.join(f + '[.gz]' for f in FILES)} in {bases[0]} or in MNIST/raw below it, found "
+            "not all four, nor could torchvision download them; put them there, or give their folder with --data-root"
+        )
+    return _idx("mnist", folder)
+
+
+def _find_mnist(bases: list[Path]) -> Path | None:
+    folders = [folder for base in bases for folder in (base, base / "MNIST" / "raw")]
+    for folder in folders:
+        if all((folder / f).is_file() or (folder / f"{f}.gz").is_file() for f in FILES):
+            return folder
+    return None
+
+
+def _idx(name: str, folder: Path) -> ImageData:
+    if name == "mnist":
+        _check_not_fashion(folder)
+    parts = []
+    for part, prefix in (("train", "train"), ("t10k", "test")):
+        array, labels = read_fashion_mnist(folder, part)
+        ids = tuple(f"{prefix}/{i:05d}" for i in range(len(array)))
+        parts.append(ArrayImages(ids, array, tuple(map(str, labels.tolist()))))
+    return ImageData(name, (1, 28, 28), parts[0], parts[1])
+
+
+def _check_not_fashion(folder: Path) -> None:
+    """MNIST and Fashion-MNIST have the same file names; digits have few bright pixels, clothes many.
+
+    Raises:
+        TrajOODError: a share of bright pixels that no set of handwritten digits has (19 % there, 50 % on clothes).
+    """
+    path = next(p for p in (folder / FILES[2], folder / f"{FILES[2]}.gz") if p.is_file())
+    share = float((read_idx(path) > 0).mean())
+    if share > 0.35:
+        raise TrajOODError(
+            f"{folder}: expected MNIST's digits, got images of which {share:.0%} is not black, as in Fashion-MNIST"
+        )
+
+
+def _cifar10(root: Path | None) -> ImageData:
+    base = Path(root) if root is not None else Path(os.environ.get("TRAJ_OOD_DATA") or "data")
+    classes = sorted((*ID_CLASSES, *NEAR_CLASSES))
+    parts = []
+    for part in ("train", "test"):
+        paths: list[str] = []
+        for name in classes:
+            folder = f"{CIFAR}/{part}/{name}"
+            if not (base / folder).is_dir():
+                raise TrajOODError(
+                    f"{base / folder}: expected a folder of {PER_CLASS[part]:,} CIFAR-10 images, found none; give the "
+                    "folder that holds cifar10/{train,test}/CLASS/*.jpg with --data-root"
+                )
+            found = read_folder(base / folder, prefix=folder).ids
+            if len(found) != PER_CLASS[part]:
+                raise TrajOODError(
+                    f"{base / folder}: expected {PER_CLASS[part]:,} CIFAR-10 images, got {len(found):,}; unpack again"
+                )
+            paths += found
+        parts.append(FileImages(base, tuple(paths), tuple(paths)))
+    return ImageData("cifar10", (3, 32, 32), parts[0], parts[1])
+
+
+_LOADERS: dict[str, Callable[[Path | None], ImageData]] = {
+    "fashion-mnist": _fashion_mnist,
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+}
+IMAGE_SETS = tuple(_LOADERS)

@@ -1,0 +1,128 @@
+"""Memorisation against the bottleneck: how close decoded attractors come to training images, for k = 2 … 512."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from traj_ood.analysis.base import Answer, register
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, spearman
+from traj_ood.analysis.memory import memory, reference, settle_images
+from traj_ood.analysis.workspace import Unit, Workspace
+
+
+@register
+@dataclass(frozen=True)
+class Memorization(Budget):
+    """Options of ``memorization``, beyond :class:`traj_ood.analysis.experiment.Budget`.
+
+    Attributes:
+        images: training images, drawn by the seed; 0 is all. Default 4,000, half a minute a model on a slow core.
+        bottlenecks: values of k, ascending. Default: powers of two from 2 to 512, the paper's range.
+    """
+
+    name: ClassVar[str] = "memorization"
+    figure: ClassVar[str] = "Figs 2 and 13 (left), §3.2.1"
+    summary: ClassVar[str] = "how close decoded attractors come to training images, over the bottleneck's width"
+    choices: ClassVar[tuple[str, ...]] = MEMORY_CHOICES
+
+    images: int = 4000
+    bottlenecks: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.expect(self.images >= 0, "images", "0 (all) or more")
+        rising = list(self.bottlenecks) == sorted(set(self.bottlenecks))
+        self.expect(bool(self.bottlenecks) and rising and self.bottlenecks[0] >= 1, "bottlenecks", "ascending, >= 1")
+
+    @classmethod
+    def paper(cls) -> Memorization:
+        return cls(**cls.paper_budget(), images=0)
+
+    def answer(self, work: Workspace) -> Answer:
+        data = self.load(work, self.images)
+        rows: list[dict[str, Any]] = []
+        pictures: dict[int, dict[str, Tensor]] = {}
+        with work.bar(len(self.bottlenecks), "memorization", "model") as bar:
+            for k in self.bottlenecks:
+                trained = self.train(work, data.train, data.shape, bottleneck=k)
+
+                def measure(model: Any = trained.final) -> Unit:
+                    ends = settle_images(model, data.probe.training[data.probe.starts], self.tol, self.max_steps)
+                    found, shown = memory(model, data.probe, ends)
+                    return Unit(shown, found)
+
+                unit = work.unit("memory", self.measure_key(trained.final, data), measure)
+                rows.append({"bottleneck": k, "train_loss": trained.losses[-1], **unit.notes})
+                pictures[k] = dict(unit.tensors)
+                bar.update()
+        closest = reference(data.probe)
+        figures = {"rows": rows, "reference": closest, "trends": _trends(rows)}
+        return Answer(
+            figures,
+            _sentence(rows, closest),
+            {"memorization.png": lambda p: _curves(rows, closest, self.data, p)}
+            | ({"attractors.png": lambda p: _gallery(pictures, p)} if any(pictures.values()) else {}),
+        )
+
+
+def _trends(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Spearman correlation of each figure with k; the paper's claims are −, − and +."""
+    k = [row["bottleneck"] for row in rows]
+    return {
+        name: spearman(k, [row[name] for row in rows])
+        for name in ("memorization", "test_error", "rank90", "rank90_unit")
+    }
+
+
+def _sentence(rows: list[dict[str, Any]], closest: float) -> str:
+    known = [row for row in rows if row["memorization"] is not None]
+    if not known:
+        return "No trajectory stayed finite at any bottleneck: these models have no attractors to compare."
+    first, last = known[0], known[-1]
+    settled = [str(row["bottleneck"]) for row in rows if row["converged"] >= 0.9]
+    ends = f"end points converge for k in {{{', '.join(settled)}}} only" if settled else "no k converges"
+    if len(settled) == len(rows):
+        ends = "trajectories converge at every k"
+    return (
+        f"From k = {first['bottleneck']} to {last['bottleneck']} the memorisation coefficient goes from "
+        f"{first['memorization']:.3f} to {last['memorization']:.3f} (an unseen test image: {closest:.3f}), the test "
+        f"error from {first['test_error']:.4f} to {last['test_error']:.4f}, and the rank that explains 90 % of decoded "
+        f"attractors from {first['rank90']} to {last['rank90']}; {ends}."
+    )
+
+
+def _curves(rows: list[dict[str, Any]], closest: float, data: str, path: Path) -> None:
+    from traj_ood.analysis.draw import Curve, Panel, curves
+
+    k = [row["bottleneck"] for row in rows]
+
+    def column(name: str) -> list[float | None]:
+        return [row[name] for row in rows]
+
+    memory_curves = [
+        Curve("attractors (± std)", k, column("memorization"), column("memorization_std")),
+        Curve("distinct attractors", k, column("memorization_distinct")),
+        Curve("unseen test images", k, [closest] * len(k)),
+    ]
+    panels = [
+        Panel("Memorisation (Fig. 2 left)", "bottleneck k", "cosine to closest training image", memory_curves, "2"),
+        Panel("Generalisation (Fig. 2 centre)", "bottleneck k", "squared error per pixel",
+              [Curve("test", k, column("test_error")), Curve("training", k, column("train_error"))], "2"),
+        Panel("Rank of decoded attractors (Fig. 13)", "bottleneck k", "directions for 90 % of variance",
+              [Curve("as they are", k, column("rank90")), Curve("scaled to length 1", k, column("rank90_unit"))], "2"),
+        Panel("Do trajectories end?", "bottleneck k", "share of starts",
+              [Curve("converged", k, column("converged")),
+               Curve("distinct end points", k, [None if r["distinct"] is None else r["distinct"] / r["starts"]
+                                                for r in rows])], "2", limits=(-0.03, 1.03)),
+    ]  # fmt: skip
+    curves(panels, f"Memorisation over the bottleneck, {data}", path)
+
+
+def _gallery(pictures: dict[int, dict[str, Tensor]], path: Path) -> None:
+    from traj_ood.analysis.draw import attractor_rows
+
+    attractor_rows({f"k = {k}": shown for k, shown in pictures.items()}, path)

@@ -1,0 +1,149 @@
+"""What one model has memorised: the figures that memorization, training, overfitting and regularizers share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from traj_ood.analysis.measures import memorization_coefficients, rank_explaining
+from traj_ood.analysis.models import settle
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.autoencoders import ConvAutoencoder
+from traj_ood.trajectory import Status
+
+SHOWN = 10
+"""Decoded attractors that are kept as pictures."""
+_OF_ATTRACTORS = (
+    "memorization",
+    "memorization_std",
+    "memorization_distinct",
+    "memorization_converged",
+    "own",
+    "rank90",
+    "rank90_unit",
+    "distinct",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The images that models are compared on, as pixels in [0, 1].
+
+    Attributes:
+        training: (N, C, H, W) everything the model was trained on: where the closest image is looked for.
+        starts: rows of ``training`` whose trajectories give the attractors.
+        test: (M, C, H, W) held-out images.
+    """
+
+    training: Tensor
+    starts: Tensor
+    test: Tensor
+
+
+def pixels(model: ConvAutoencoder, images: Tensor) -> Tensor:
+    """Images in the model's normalised units, as pixels; D's output may leave [0, 1]."""
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (model.mean, model.std))
+    return (images * std + mean).cpu()
+
+
+def normalised(model: ConvAutoencoder, images: Tensor) -> Tensor:
+    """Pixels in [0, 1] in the model's normalised units: what :meth:`ConvAutoencoder.transform` does, for a batch."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (model.mean, model.std))
+    return (images - mean) / std
+
+
+def settle_images(model: ConvAutoencoder, images: Tensor, tol: float, max_steps: int) -> AttractorDictionary:
+    """Where trajectories that start at images (N, C, H, W), pixels in [0, 1], end."""
+    start = model.encode(normalised(model, images))
+    return settle(model, start, tuple(map(str, range(len(start)))), tol=tol, max_steps=max_steps)[0]
+
+
+def memory(
+    model: ConvAutoencoder, probe: Probe, dictionary: AttractorDictionary
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Figures of one model, plain data, and pictures of its attractors.
+
+    Args:
+        model, probe: see there. dictionary: where the trajectories of the starts end (:func:`settle_images`).
+    Returns:
+        ``memorization``, ``memorization_std``: mean and standard deviation of mem(z*) over the end points of all
+        starts; ``memorization_distinct``: mean over distinct attractors (cosine 0.99); ``memorization_converged``:
+        mean over end points that met the tolerance, None without any; ``own``: share of end points whose closest
+        training image is the one they started from; ``test_error``: mean squared error per pixel of D(E(x)) on test
+        images; ``train_error``: the same on the starts; ``rank90``: of decoded attractors; ``rank90_unit``: of these
+        scaled to length 1 each, so that a few end points far out do not count for all; ``distinct``, ``starts``,
+        ``converged``, ``median_steps``; ``finite``: share of starts whose end point decodes to finite pixels. Those of
+        attractors are None where there is none.
+        Tensors ``decoded`` and ``closest`` (up to 10, C, H, W): distinct attractors and their closest training images.
+    """
+    finite = dictionary.statuses != Status.NON_FINITE
+    found: dict[str, Any] = {
+        "test_error": reconstruction_error(model, probe.test),
+        "train_error": reconstruction_error(model, probe.training[probe.starts]),
+        "starts": len(dictionary),
+        "converged": float((dictionary.statuses == Status.CONVERGED).double().mean()),
+        "median_steps": float(dictionary.steps.double().median()),
+    }
+    if not bool(finite.any()):
+        return found | {"finite": 0.0} | dict.fromkeys(_OF_ATTRACTORS), {}
+    decoded = pixels(model, model.decode(dictionary.usable()))
+    drawn = decoded.flatten(1).isfinite().all(dim=1)  # D of a point far out may overflow where the point does not
+    kept = dictionary.distinct()
+    found |= {"finite": float(drawn.sum()) / len(dictionary), "distinct": len(kept)}
+    if not bool(drawn.any()):
+        return found | dict.fromkeys(set(_OF_ATTRACTORS) - {"distinct"}), {}
+    return found | _of_attractors(decoded, drawn, kept, finite, probe, dictionary), _shown(decoded, drawn, kept, probe)
+
+
+def _of_attractors(
+    decoded: Tensor, drawn: Tensor, kept: Tensor, finite: Tensor, probe: Probe, dictionary: AttractorDictionary
+) -> dict[str, float | None]:
+    """The figures that compare decoded end points (M, C, H, W) with training images."""
+    coefficients, closest = memorization_coefficients(decoded[drawn], probe.training)
+    distinct = torch.zeros(len(decoded), dtype=torch.bool)
+    distinct[kept] = True
+    settled = (dictionary.statuses[finite] == Status.CONVERGED)[drawn]
+    own = probe.starts[finite][drawn]
+    return {
+        "memorization": float(coefficients.mean()),
+        "memorization_std": float(coefficients.std(unbiased=False)),
+        "memorization_distinct": _mean(coefficients[distinct[drawn]]),
+        "memorization_converged": _mean(coefficients[settled]),
+        "own": float((closest == own).double().mean()),
+        "rank90": rank_explaining(decoded[drawn]),
+        "rank90_unit": rank_explaining(normalize(decoded[drawn].flatten(1).double(), dim=1)),
+    }
+
+
+def _shown(decoded: Tensor, drawn: Tensor, kept: Tensor, probe: Probe) -> dict[str, Tensor]:
+    """Pictures of the first distinct attractors and of their closest training images."""
+    rows = kept[drawn[kept]][:SHOWN]
+    if not len(rows):
+        return {}
+    closest = memorization_coefficients(decoded[rows], probe.training)[1]
+    return {"decoded": decoded[rows], "closest": probe.training[closest]}
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None:
+    """Mean squared error per pixel of D(E(x)), images (N, C, H, W) and result in pixels in [0, 1].
+
+    None where it is not finite: random weights can send an image anywhere.
+    """
+    units = normalised(model, images)
+    back = pixels(model, model.decode(model.encode(units)))
+    error = float((back - images).double().square().mean())
+    return error if math.isfinite(error) else None
+
+
+def reference(probe: Probe) -> float:
+    """Mean cosine of test images to their closest training image: mem of something that was not memorised at all."""
+    return float(memorization_coefficients(probe.test, probe.training)[0].mean())

@@ -1,0 +1,211 @@
+"""Small autoencoders for the questions, trained once per configuration, and where their trajectories end."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork
+from traj_ood.data import ImageSource
+from traj_ood.engine import Observer, iterate
+from traj_ood.files import write_atomic
+from traj_ood.training import Recipe, Run, TrainConfig, TrainingImages
+from traj_ood.trajectory import Trajectory
+
+Loss = Callable[[ConvNetwork, Tensor, torch.Generator], Tensor]
+"""(network in training mode, images (B, C, H, W), source of all randomness) → scalar loss."""
+Build = Callable[[int, int, int, int], ConvNetwork]
+"""(channels, size, width, bottleneck) → a new network; its class decides the latents."""
+
+_CHECKPOINT_SECONDS = 10.0
+"""An epoch of a few images takes milliseconds, less than writing its checkpoint."""
+PAPER_EPOCHS, PAPER_RATE, PAPER_DECAY = 500, 5e-4, 1e-4
+PAPER_TOL, PAPER_STEPS = 1e-6, 3000
+"""App. D, for Figs 2, 3 and 14."""
+
+
+def paper_recipe(
+    epochs: int, batch_size: int = 128, learning_rate: float = PAPER_RATE, weight_decay: float = PAPER_DECAY
+) -> Recipe:
+    """App. D's optimiser: Adam, a rate that falls linearly, weight decay 1e-4; no clipping, no warm-up."""
+    return Recipe(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        clip=1e9,
+        optimizer="adam",
+        schedule="linear",
+        warmup=0.0,
+    )
+
+
+def mse(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> Tensor:
+    """Mean squared error of D(E(x)), the loss of Eq. (1) without its regulariser."""
+    return (network.decode(network.encode(images)) - images).square().mean()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Networks of one training run.
+
+    Attributes:
+        models: epoch → autoencoder as it was after that epoch (0: initialisation); the last one is always there.
+        losses: mean training loss of each epoch.
+    """
+
+    models: Mapping[int, ConvAutoencoder]
+    losses: tuple[float, ...]
+
+    @property
+    def final(self) -> ConvAutoencoder:
+        return self.models[max(self.models)]
+
+
+def train_conv(
+    work: Workspace,
+    name: str,
+    images: ImageSource,
+    shape: tuple[int, int, int],
+    recipe: Recipe,
+    *,
+    width: int,
+    bottleneck: int,
+    seed: int,
+    loss: Loss = mse,
+    build: Build = ConvNetwork,
+    variant: Mapping[str, Any] | None = None,
+    at: Iterable[int] = (),
+) -> Trained:
+    """A Table 4 autoencoder trained on ``images`` (all of them); a unit of ``work``, resumable between epochs.
+
+    Args:
+        work: see :class:`Workspace`. name: of the unit and the model.
+        shape: (C, H, W), H = W, to which images are brought.
+        recipe: such as :func:`paper_recipe`. width, bottleneck: d and k of Table 4. seed: of weights and batches.
+        loss, build: what is minimised, and the network; ``variant`` is plain data that tells them apart from others:
+            part of the unit's key.
+        at: further epochs whose weights are kept; 0 is the initialisation.
+    Raises:
+        TrajOODError: impossible sizes, a loss that is not finite, an unwritable folder.
+    """
+    epochs = sorted({*at, recipe.epochs})
+    key = {
+        "images": images.digest(),
+        "shape": list(shape),
+        "recipe": asdict(recipe),
+        "width": width,
+        "bottleneck": bottleneck,
+        "seed": seed,
+        "variant": dict(variant or {}),
+        "at": epochs,
+    }
+
+    def compute() -> Unit:
+        pixels = TrainingImages(images, shape)
+        mean, std = pixels.statistics()
+        torch.manual_seed(seed)
+        network = build(shape[0], shape[1], width, bottleneck).to(work.device)
+        folder = work.scratch(name, key)
+        config = TrainConfig(name, "analysis", "conv", shape[1], shape[0], key, recipe, seed)
+        run = _ConvRun(config, network, pixels, folder, loss, frozenset(epochs))
+        with work.bar(recipe.epochs, name, "epoch") as bar:
+            run.finish(bar.update)
+        tensors = {f"{epoch}/{k}": v for epoch in epochs for k, v in load_file(run.snapshot(epoch)).items()}
+        shutil.rmtree(folder, ignore_errors=True)
+        return Unit(tensors, {"losses": [line["loss"] for line in run.log], "mean": list(mean), "std": list(std)})
+
+    unit = work.unit(name, key, compute)
+    models = {}
+    for epoch in epochs:
+        network = build(shape[0], shape[1], width, bottleneck)
+        prefix = f"{epoch}/"
+        network.load_state_dict({k[len(prefix) :]: v for k, v in unit.tensors.items() if k.startswith(prefix)})
+        statistics = {key: tuple(unit.notes[key]) for key in ("mean", "std")}
+        models[epoch] = ConvAutoencoder(network.to(work.device), name=name, **statistics)
+    return Trained(models, tuple(unit.notes["losses"]))
+
+
+class _ConvRun(Run):
+    """The shared training loop with a loss from outside; keeps the weights of chosen epochs."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: ConvNetwork,
+        images: TrainingImages,
+        out: Path,
+        loss: Loss,
+        at: frozenset[int],
+    ) -> None:
+        super().__init__(config, network, dict(network.named_parameters()), images, out, quiet=True)
+        self._network, self._loss, self._at = network, loss, at
+        self._saved = time.monotonic()
+
+    def finish(self, on_epoch: Callable[[], object]) -> None:
+        self.resume(fresh=False)
+        if not self.log:
+            self._keep(0)
+        for _ in self.log:
+            on_epoch()
+        for epoch in range(len(self.log), self.config.recipe.epochs):
+            self.epoch(epoch)
+            on_epoch()
+
+    def announce(self, line: dict[str, float]) -> None:
+        """Nothing: the question's own bar counts epochs."""
+
+    def loss(self, rows: Tensor, draws: torch.Generator) -> Tensor:
+        return self._loss(self._network, self.batch(rows, draws), draws)
+
+    def _save(self) -> None:
+        self._keep(len(self.log))  # first: a checkpoint without its snapshot could never make it again
+        last = len(self.log) == self.config.recipe.epochs
+        if last or time.monotonic() - self._saved > _CHECKPOINT_SECONDS:
+            super()._save()
+            self._saved = time.monotonic()
+
+    def snapshot(self, epoch: int) -> Path:
+        return self.out / f"epoch-{epoch:05d}.safetensors"
+
+    def _keep(self, epoch: int) -> None:
+        if epoch in self._at:
+            weights = {k: v.detach().cpu().contiguous() for k, v in self._network.state_dict().items()}
+            write_atomic(self.snapshot(epoch), save(weights))
+
+
+def settle(
+    autoencoder: Autoencoder,
+    start: Tensor,
+    ids: tuple[str, ...],
+    *,
+    tol: float = PAPER_TOL,
+    max_steps: int = PAPER_STEPS,
+    observers: Iterable[Observer] = (),
+) -> tuple[AttractorDictionary, Trajectory]:
+    """Iterate f from ``start`` (N, *L): the end points as a dictionary, and the trajectories.
+
+    Args:
+        autoencoder: whose f. start: latents. ids: N names of the starts.
+        tol, max_steps: of :func:`traj_ood.iterate`; the defaults are the paper's for these models (App. D).
+        observers: see :func:`traj_ood.iterate`.
+    """
+    trajectory = iterate(
+        autoencoder.self_map,
+        start.to(autoencoder.device),
+        tol=tol,
+        max_steps=max_steps,
+        observers=observers,
+        chunk=autoencoder.chunk,
+    )
+    return AttractorDictionary.from_trajectory(start.to(trajectory.final.device), trajectory, ids), trajectory

@@ -1,0 +1,130 @@
+"""Memorisation by overfitting: attractors against the number of training images, at one bottleneck."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from traj_ood.analysis.base import Answer, register
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, spearman
+from traj_ood.analysis.memory import memory, reference, settle_images
+from traj_ood.analysis.workspace import Unit, Workspace
+
+
+@register
+@dataclass(frozen=True)
+class Overfitting(Budget):
+    """Options of ``overfitting``, beyond :class:`traj_ood.analysis.experiment.Budget`.
+
+    Attributes:
+        bottleneck: k. Default 128, the paper's.
+        sizes: numbers of training images, ascending. A larger set contains the smaller ones.
+        steps: gradient steps for every size; 0 trains each size for ``epochs``, as the paper does. Default 1,600: at
+            few epochs a small set would see a handful of steps, and what it shows would be a lack of training.
+    """
+
+    name: ClassVar[str] = "overfitting"
+    figure: ClassVar[str] = "Fig. 14, App. B.6"
+    summary: ClassVar[str] = "how close decoded attractors come to training images, over the number of these"
+    choices: ClassVar[tuple[str, ...]] = (
+        *MEMORY_CHOICES,
+        "The sizes are not stated.",
+        "Among fewer images the closest is farther away, memorised or not: each row holds the coefficient of unseen "
+        "images in the same training set beside that of the attractors (reference).",
+    )
+    unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "starts", "sizes")
+
+    bottleneck: int = 128
+    sizes: tuple[int, ...] = (4, 16, 64, 256, 1024, 4096)
+    steps: int = 1600
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.expect(self.bottleneck >= 1, "bottleneck", "at least 1")
+        self.expect(self.steps >= 0, "steps", "0 (epochs decide) or more")
+        rising = list(self.sizes) == sorted(set(self.sizes))
+        self.expect(bool(self.sizes) and rising and self.sizes[0] >= 2, "sizes", "ascending, at least 2")
+
+    @classmethod
+    def paper(cls) -> Overfitting:
+        return cls(**cls.paper_budget(), steps=0)
+
+    def shown(self, option: str, value: Any) -> str:
+        return "set by epochs" if option == "steps" and value == 0 else super().shown(option, value)
+
+    def answer(self, work: Workspace) -> Answer:
+        rows: list[dict[str, Any]] = []
+        pictures: dict[str, dict[str, Tensor]] = {}
+        with work.bar(len(self.sizes), "overfitting", "model") as bar:
+            for size in self.sizes:
+                row, pictures[f"{size:,} images"] = self._row(work, size)
+                rows.append(row)
+                bar.update()
+        return Answer(
+            {"rows": rows, "trends": {"memorization": spearman(self.sizes, [r["memorization"] for r in rows])}},
+            _sentence(rows),
+            {"overfitting.png": lambda p: _curves(rows, self, p)}
+            | ({"attractors.png": lambda p: _gallery(pictures, p)} if any(pictures.values()) else {}),
+        )
+
+    def _row(self, work: Workspace, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Train on ``size`` images and measure."""
+        data = self.load(work, size)
+        epochs = self.epochs
+        if self.steps:
+            epochs = math.ceil(self.steps / max(1, size // self.batch))
+        trained = self.train(work, data.train, data.shape, bottleneck=self.bottleneck, recipe=self.recipe(epochs))
+
+        def measure() -> Unit:
+            starts = data.probe.training[data.probe.starts]
+            ends = settle_images(trained.final, starts, self.tol, self.max_steps)
+            found, shown = memory(trained.final, data.probe, ends)
+            return Unit(shown, {"reference": reference(data.probe), **found})
+
+        unit = work.unit("memory", self.measure_key(trained.final, data), measure)
+        return {"size": size, "epochs": epochs, "train_loss": trained.losses[-1], **unit.notes}, dict(unit.tensors)
+
+
+def _sentence(rows: list[dict[str, Any]]) -> str:
+    known = [row for row in rows if row["memorization"] is not None]
+    if not known:
+        return "No trajectory stayed finite at any size: these models have no attractors to compare."
+    first, last = known[0], known[-1]
+    ends = ", ".join(f"{row['converged']:.0%}" for row in rows)
+    return (
+        f"From {first['size']:,} to {last['size']:,} training images the memorisation coefficient goes from "
+        f"{first['memorization']:.3f} to {last['memorization']:.3f}, while unseen images go from "
+        f"{first['reference']:.3f} to {last['reference']:.3f}; {first['own']:.0%} and {last['own']:.0%} of attractors "
+        f"are closest to the image they started from; trajectories converge for {ends} of the starts."
+    )
+
+
+def _curves(rows: list[dict[str, Any]], asked: Overfitting, path: Path) -> None:
+    from traj_ood.analysis.draw import Curve, Panel, curves
+
+    x = [row["size"] for row in rows]
+
+    def line(label: str, name: str, spread: str | None = None) -> Curve:
+        return Curve(label, x, [r[name] for r in rows], None if spread is None else [r[spread] for r in rows])
+
+    axis = "training images"
+    panels = [
+        Panel("Memorisation (Fig. 14)", axis, "cosine to closest training image",
+              [line("attractors (± std)", "memorization", "memorization_std"), line("unseen test images", "reference")],
+              "2"),
+        Panel("Generalisation", axis, "squared error per pixel",
+              [line("test", "test_error"), line("training", "train_error")], "2"),
+        Panel("Do trajectories end, and where?", axis, "share of starts",
+              [line("converged", "converged"), line("closest to their start", "own")], "2", limits=(-0.03, 1.03)),
+    ]  # fmt: skip
+    curves(panels, f"Memorisation over training-set size, {asked.data}, k = {asked.bottleneck}", path)
+
+
+def _gallery(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
+    from traj_ood.analysis.draw import attractor_rows
+
+    attractor_rows(pictures, path)

@@ -1,0 +1,486 @@
+"""Data-free probing (§4.1): attractors of Gaussian noise as a dictionary for images that the model may never have seen.
+
+No data enters the dictionary: N starts from N(0, I) are iterated to their attractors, and those alone must reconstruct
+the latents of test images by orthogonal matching pursuit. The yardstick is a random orthogonal basis of the latent
+space. With the paper's models, where there is a network and a GPU::
+
+    traj-ood analyze probe --paper --device cuda --data-root FOLDER_OF_IMAGE_FOLDERS        # Fig. 4, 7-9, 18
+    traj-ood analyze probe --paper --device cuda --data-root … --option model=sdxl-vae      # Fig. 15
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.images import stack
+from traj_ood.analysis.models import settle
+from traj_ood.analysis.sources import NamedImages, named_images
+from traj_ood.analysis.subjects import TRAINED, Training, subject
+from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.autoencoders import Autoencoder, load_autoencoder
+from traj_ood.engine import apply_in_chunks
+from traj_ood.errors import TrajOODError
+from traj_ood.trajectory import Status
+
+Floats = NDArray[np.float64]
+
+ORTHOGONAL, ATTRACTORS, ONE_STEP = "orthogonal basis", "attractors", "one step"
+DICTIONARIES = (ORTHOGONAL, ATTRACTORS, ONE_STEP)
+_BATCH = 512  # starts per unit of work: what an interruption can cost
+_SHARE_SHOWN = 0.05
+"""Of the atoms, in pictures and in the sentence: Fig. 4a's."""
+_GALLERY = 24
+_GROUP = 16  # images whose reconstructions are decoded together: 0.3 GB at 256 × 256 pixels
+
+
+@register
+@dataclass(frozen=True)
+class Probe(Question):
+    """How well do attractors of noise reconstruct images, against atoms that know nothing of the model?
+
+    Attributes:
+        model: as for :func:`traj_ood.load_autoencoder`, default the bundled one; or ``conv``, an autoencoder of Table 4
+            that is trained first, on ``train_images`` (0: all) of the image set ``trained_on``, with ``epochs``,
+            ``bottleneck`` and ``width``.
+        data: benchmarks (their test and OOD splits), ``fashion-mnist``, ``mnist``, ``cifar10``, or folders of images,
+            also below --data-root.
+        images: of each set, at most. Default 50.
+        atoms: N, the size of each dictionary; none is the latent's dimension, as in the paper.
+        shares: of N, how many atoms a reconstruction may use, ascending.
+        tol, max_steps: of the iteration from noise; the defaults are the paper's (App. D).
+        examples: images of each set in the pictures. pictured: sets in them.
+    """
+
+    name: ClassVar[str] = "probe"
+    figure: ClassVar[str] = "Figs 4, 7-9, 15, 18"
+    summary: ClassVar[str] = (
+        "attractors of noise as a data-free dictionary of images, against a random orthogonal basis"
+    )
+    choices: ClassVar[tuple[str, ...]] = (
+        "The error is that of decoded images against the images, in the model's normalised pixel units; the paper does "
+        "not say against what. The error in latent space, and that of D(E(x)), which no dictionary undercuts by much, "
+        "stand beside it.",
+        "Atoms have length 1 and are not centred. Attractors share a common part, the mean latent, that a random basis "
+        "lacks. The dictionary 'one step' shares it, too: f applied once to the same noise. What attractors do better "
+        "than that is due to the iteration.",
+        "The shares of the atoms on the paper's axis are not stated but for 5 %.",
+        "A latent is E(x); for AutoencoderKL the posterior's mean, unscaled, since sampling would make f random.",
+        "Atoms beyond the rank of the attractors only differ by how far they had converged; the pursuit may still use "
+        "those differences, as it would in the paper.",
+    )
+
+    unstated: ClassVar[tuple[str, ...]] = ("shares", "trained_on", "train_images", "epochs", "bottleneck", "width")
+
+    model: str = "fashion-mae"
+    data: tuple[str, ...] = ("fashion",)
+    images: int = 50
+    atoms: int | None = None
+    shares: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1)
+    tol: float = 1e-5
+    max_steps: int = 500
+    examples: int = 5
+    pictured: int = 3
+    trained_on: str = "cifar10"
+    train_images: int = 10_000
+    epochs: int = 10
+    bottleneck: int = 256
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        self.expect(self.images >= 1, "images", "at least 1")
+        self.expect(self.atoms is None or self.atoms >= 2, "atoms", "at least 2, or none")
+        ascending = all(a < b for a, b in zip(self.shares, self.shares[1:], strict=False))
+        self.expect(bool(self.shares) and ascending, "shares", "at least one, ascending")
+        self.expect(all(0 < s <= 1 for s in self.shares), "shares", "parts of the atoms, above 0 and at most 1")
+        self.expect(self.tol > 0, "tol", "a squared residual above 0")
+        self.expect(self.max_steps >= 2, "max_steps", "at least 2")
+        self.expect(self.examples >= 1, "examples", "at least 1")
+        self.expect(self.pictured >= 0, "pictured", "at least 0")
+        self.expect(bool(self.data), "data", "at least one set of images")
+
+    @classmethod
+    def paper(cls) -> Probe:
+        """§4.1: Stable Diffusion's autoencoder, N = k = 4096, 500 images of each of six sets, given as folders."""
+        folders = ("LAION2B", "ImageNet1k", "EuroSAT", "CIFAR100", "PatchCamelyon", "Places365")
+        return cls(model="sd-vae", data=folders, images=500)
+
+    def shown(self, option: str, value: Any) -> str:
+        return "as many as the latent has dimensions" if value is None else super().shown(option, value)
+
+    def answer(self, work: Workspace) -> Answer:
+        model = self._model(work)
+        sets = named_images(self.data, work.data_root, self.images)
+        zeros = model.encode(torch.zeros(1, *model.input_shape))
+        dimension = zeros[0].numel()
+        count = self.atoms or dimension
+        self.expect(count <= dimension, "atoms", f"at most {dimension}, the dimension of {model.name}'s latents")
+        _check_images(model, zeros)
+        key = {
+            "model": model.fingerprint(),
+            "atoms": count,
+            "seed": self.seed,
+            "tol": self.tol,
+            "max_steps": self.max_steps,
+        }
+        noise = self._attractors(work, model, tuple(zeros.shape[1:]), count, key)
+        bases = {
+            ORTHOGONAL: random_basis(count, dimension, self.seed),
+            ATTRACTORS: noise.dictionary.usable().flatten(1),
+            ONE_STEP: noise.first.flatten(1),
+        }
+        coder = _Coder(model, {name: OMPDictionary(atoms) for name, atoms in bases.items()}, self._levels(count))
+        found = [self._of_set(work, coder, images, key) for images in sets]
+        return _Report(self, model, noise, coder, found).answer()
+
+    def _model(self, work: Workspace) -> Autoencoder:
+        if self.model != TRAINED:
+            return load_autoencoder(self.model).to(work.device)
+        training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
+        return subject(work, TRAINED, self.trained_on, self.seed, training).model
+
+    def _levels(self, count: int) -> tuple[int, ...]:
+        return tuple(sorted({max(1, round(share * count)) for share in self.shares}))
+
+    def _attractors(
+        self, work: Workspace, model: Autoencoder, shape: tuple[int, ...], count: int, key: Mapping[str, Any]
+    ) -> _Noise:
+        """Where N starts from N(0, I) end, batch by batch."""
+        parts, first = [], []
+        with work.bar(count, "attractors of noise", "start") as bar:
+            for batch, begin in enumerate(range(0, count, _BATCH)):
+                size = min(_BATCH, count - begin)
+                ids = tuple(f"noise/{begin + i}" for i in range(size))
+
+                def compute(batch: int = batch, size: int = size, ids: tuple[str, ...] = ids) -> Unit:
+                    draws = torch.Generator().manual_seed(self.seed * 1_000_003 + batch)
+                    start = torch.randn(size, *shape, generator=draws).to(model.device)
+                    with torch.inference_mode():
+                        once = apply_in_chunks(model.self_map, start, model.chunk)
+                    ends, _ = settle(model, start, ids, tol=self.tol, max_steps=self.max_steps)
+                    return Unit({**ends.tensors(), "once": once})
+
+                unit = work.unit("noise", {**key, "batch": batch}, compute)
+                tensors = dict(unit.tensors)
+                first.append(tensors.pop("once"))
+                parts.append(AttractorDictionary(ids=ids, provenance={}, **tensors))
+                bar.update(size)
+        ends = AttractorDictionary.concatenate(parts)
+        usable = torch.cat(first)
+        return _Noise(ends, usable[usable.flatten(1).isfinite().all(dim=1)])
+
+    def _of_set(self, work: Workspace, coder: _Coder, images: NamedImages, key: Mapping[str, Any]) -> _Errors:
+        """Errors of every dictionary at every level on one set of images."""
+        levels = {"images": images.source.digest(), "levels": list(coder.levels), "examples": self.examples}
+
+        def compute() -> Unit:
+            with work.bar(len(images.source), images.name, "image") as bar:
+                return coder.measure(images, self.examples, bar.update)
+
+        unit = work.unit("reconstructions", {**key, **levels}, compute)
+        return _Errors(images.name, dict(unit.tensors))
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """What became of the noise: end points, and (N, *L) finite images of one step."""
+
+    dictionary: AttractorDictionary
+    first: Tensor
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """Of one set: ``image`` and ``latent`` (B, dictionaries, levels) mean squared errors, ``used`` (B, dictionaries)
+    atoms that OMP could use, ``decoded`` (B,) error of D(E(x)), and ``inputs`` and ``pictures`` to draw."""
+
+    name: str
+    tensors: dict[str, Tensor]
+
+    def means(self, kind: str) -> Tensor:
+        """(dictionaries, levels) mean over the images."""
+        return self.tensors[kind].mean(dim=0)
+
+
+def random_basis(count: int, dimension: int, seed: int) -> Tensor:
+    """(count, dimension) float64: the first rows of a random orthogonal basis, uniform over all of them.
+
+    QR of a Gaussian matrix, with the signs that make the distribution uniform (Haar).
+    """
+    draws = torch.Generator().manual_seed(seed * 1_000_003 + 999_983)
+    gaussian = torch.randn(dimension, count, generator=draws, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * r.diagonal().sign()).T.contiguous()
+
+
+class OMPDictionary:
+    """Atoms for orthogonal matching pursuit.
+
+    Args:
+        atoms: (N, k); scaled to length 1, computed with in float64.
+    Raises:
+        TrajOODError: no atoms, or one of length zero or not finite.
+    """
+
+    def __init__(self, atoms: Tensor) -> None:
+        raw = atoms.detach().cpu().double()
+        lengths = raw.norm(dim=1) if raw.ndim == 2 else torch.zeros(1)
+        if not len(raw) or not bool(((lengths > 0) & lengths.isfinite()).all()):
+            raise TrajOODError(f"dictionary: expected (N, k) finite atoms that are not 0, got {tuple(raw.shape)}")
+        self.atoms: Floats = (raw / lengths[:, None]).numpy()
+        self.gram: Floats = self.atoms @ self.atoms.T
+
+    def __len__(self) -> int:
+        return len(self.atoms)
+
+    def reconstruct(self, target: Floats, levels: Sequence[int]) -> tuple[Floats, int]:
+        """Approximate one latent with few atoms, by scikit-learn's ``orthogonal_mp_gram``.
+
+        The pursuit takes the atom most correlated with what is left, solves least squares over all taken so far, and
+        repeats: a reconstruction of m atoms is the m-th on the way to more.
+
+        Args:
+            target: (k,). levels: numbers of atoms, ascending.
+        Returns:
+            (levels, k) reconstructions, and how many atoms could be used: fewer than asked for once the target is
+            exact or every further atom depends on those taken. Later levels then repeat the last reconstruction.
+        """
+        from sklearn.linear_model import orthogonal_mp_gram
+
+        most = min(max(levels), len(self))
+        with warnings.catch_warnings():  # that it ends early is what ``used`` says
+            warnings.simplefilter("ignore", RuntimeWarning)
+            path = orthogonal_mp_gram(
+                self.gram, self.atoms @ target, n_nonzero_coefs=most, return_path=True, copy_Gram=True
+            )
+        path = np.asarray(path, dtype=np.float64).reshape(len(self), -1)
+        used = int((np.abs(path).sum(axis=0) > 0).sum())
+        if not used:
+            return np.zeros((len(levels), len(target))), 0
+        columns = [min(level, used) - 1 for level in levels]
+        return path[:, columns].T @ self.atoms, used
+
+    def spectrum(self) -> tuple[int, int]:
+        """Numerical rank, and how many directions hold 90 % of the atoms' energy."""
+        values = np.sort(np.linalg.eigvalsh(self.gram))[::-1].clip(min=0)
+        # Atoms are computed in float32: a singular value below its rounding is no direction.
+        least = values[0] * (len(values) * np.finfo(np.float32).eps) ** 2
+        rank = int((values > least).sum())
+        return rank, int(np.searchsorted(np.cumsum(values) / values.sum(), 0.9) + 1)
+
+
+@dataclass(frozen=True)
+class _Coder:
+    """Latents of images through the dictionaries and back to images."""
+
+    model: Autoencoder
+    dictionaries: Mapping[str, OMPDictionary]
+    levels: tuple[int, ...]
+
+    def measure(self, images: NamedImages, examples: int, tick: Callable[[int], object]) -> Unit:
+        """All that :class:`_Errors` holds."""
+        found: dict[str, list[Tensor]] = {k: [] for k in ("image", "latent", "used", "decoded", "inputs", "pictures")}
+        for begin in range(0, len(images.source), _GROUP):
+            rows = list(range(begin, min(begin + _GROUP, len(images.source))))
+            pixels = stack(self.model, images.source.select(rows))
+            latents = self.model.encode(pixels).cpu()
+            coded = [self._guesses(latent) for latent in latents]
+            guesses = torch.stack([guess for guess, _ in coded])  # (n, dictionaries, levels, *L)
+            decoded = self.model.decode(guesses.flatten(0, 2).to(latents)).cpu().unflatten(0, guesses.shape[:3])
+            shown = max(0, examples - begin)
+            found["inputs"].append(pixels[:shown])
+            found["pictures"].append(decoded[:shown])
+            found["decoded"].append(_errors(self.model.decode(latents).cpu() - pixels, 1))
+            found["image"].append(_errors(decoded - pixels[:, None, None], 3))
+            found["latent"].append(_errors(guesses - latents[:, None, None], 3))
+            found["used"].append(torch.tensor([used for _, used in coded]))
+            tick(len(rows))
+        return Unit({key: torch.cat(parts) for key, parts in found.items()})
+
+    def _guesses(self, latent: Tensor) -> tuple[Tensor, list[int]]:
+        """(dictionaries, levels, *L) float64 reconstructions of one latent (*L), and the atoms each could use."""
+        target = latent.double().flatten().numpy()
+        found = [d.reconstruct(target, self.levels) for d in self.dictionaries.values()]
+        guesses = torch.from_numpy(np.stack([guess for guess, _ in found]))
+        return guesses.unflatten(2, latent.shape), [used for _, used in found]
+
+
+def _errors(differences: Tensor, dimensions: int) -> Tensor:
+    """Mean squares over all but the first ``dimensions``, float64."""
+    return differences.double().square().flatten(dimensions).mean(dim=dimensions)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Figures, sentence and pictures."""
+
+    question: Probe
+    model: Autoencoder
+    noise: _Noise
+    coder: _Coder
+    sets: Sequence[_Errors]
+
+    def answer(self) -> Answer:
+        rows = [row for errors in self.sets for row in self._rows(errors)]
+        at = self._shown_level()
+        ratios = {name: [self._ratio(errors, name, at) for errors in self.sets] for name in (ATTRACTORS, ONE_STEP)}
+        ends = self.noise.dictionary
+        figures = {
+            "model": self.model.name,
+            "latent_dimension": int(ends.points[0].numel()),
+            "atoms": len(ends),
+            "converged": float((ends.statuses == Status.CONVERGED).double().mean()),
+            "median_steps": float(ends.steps.double().median()),
+            "distinct_attractors": len(ends.distinct()),
+            "dictionaries": [self._about(name) for name in DICTIONARIES],
+            "unit": "mean squared error in the model's normalised pixel units, mean over images",
+            "rows": rows,
+            "ratio_at_5_percent": {
+                name: dict(zip([e.name for e in self.sets], r, strict=True)) for name, r in ratios.items()
+            },
+        }
+        return Answer(figures, self._sentence(ratios, at), self._pictures(at))
+
+    def _shown_level(self) -> int:
+        """Place of the level nearest to 5 % of the atoms."""
+        wanted = _SHARE_SHOWN * len(self.noise.dictionary)
+        return min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
+
+    def _ratio(self, errors: _Errors, name: str, at: int) -> float:
+        means = errors.means("image")[:, at]
+        return float(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
+
+    def _about(self, name: str) -> dict[str, Any]:
+        dictionary = self.coder.dictionaries[name]
+        rank, energy = dictionary.spectrum()
+        used = torch.cat([e.tensors["used"][:, DICTIONARIES.index(name)] for e in self.sets]).double()
+        return {
+            "dictionary": name,
+            "atoms": len(dictionary),
+            "rank": rank,
+            "directions_of_90_percent": energy,
+            "median_atoms_used": float(used.median()),
+        }
+
+    def _rows(self, errors: _Errors) -> list[dict[str, Any]]:
+        image, latent = errors.means("image"), errors.means("latent")
+        count = len(self.noise.dictionary)
+        return [
+            {
+                "set": errors.name,
+                "images": int(errors.tensors["decoded"].numel()),
+                "dictionary": name,
+                "atoms": level,
+                "share": level / count,
+                "image_mse": float(image[d, i]),
+                "latent_mse": float(latent[d, i]),
+                "image_mse_of_D(E(x))": float(errors.tensors["decoded"].mean()),
+            }
+            for d, name in enumerate(DICTIONARIES)
+            for i, level in enumerate(self.coder.levels)
+        ]
+
+    def _sentence(self, ratios: Mapping[str, list[float]], at: int) -> str:
+        level, ends = self.coder.levels[at], self.noise.dictionary
+        names = [errors.name for errors in self.sets]
+        better = {key: [n for n, r in zip(names, values, strict=True) if r < 1] for key, values in ratios.items()}
+        closer = [n for n, a, b in zip(names, ratios[ATTRACTORS], ratios[ONE_STEP], strict=True) if a < b]
+        return (
+            f"{len(ends):,} starts from noise end at {len(ends.distinct()):,} distinct attractors; {level} of these "
+            f"atoms ({level / len(ends):.1%}) reconstruct {_told(better[ATTRACTORS], len(names))} with a lower error "
+            f"than {level} of a random orthogonal basis (median ratio {median(ratios[ATTRACTORS]):.2f}). f applied "
+            f"once to the noise does so on {_told(better[ONE_STEP], len(names))} ({median(ratios[ONE_STEP]):.2f}); "
+            f"attractors have a lower error than that on {_told(closer, len(names))}."
+        )
+
+    def _pictures(self, at: int) -> dict[str, Callable[[Path], None]]:
+        found: dict[str, Callable[[Path], None]] = {"probe.png": self._draw_errors, "atoms.png": self._draw_atoms}
+        if self.question.pictured:
+            found["reconstructions.png"] = lambda path: self._draw_reconstructions(at, path)
+            found["growth.png"] = self._draw_growth
+        return found
+
+    def _draw_errors(self, path: Path) -> None:
+        from traj_ood.analysis.draw import Curve, Panel, curves
+
+        panels = []
+        for errors in self.sets:
+            means, levels = errors.means("image"), [float(level) for level in self.coder.levels]
+            lines = [Curve(name, levels, means[d].tolist()) for d, name in enumerate(DICTIONARIES)]
+            floor = float(errors.tensors["decoded"].mean())
+            lines.append(Curve("D(E(x))", levels, [floor] * len(levels)))
+            panels.append(Panel(errors.name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=True))
+        title = f"Data-free probing of {self.model.name}: {len(self.noise.dictionary):,} atoms a dictionary"
+        curves(panels, title, path)
+
+    def _draw_reconstructions(self, at: int, path: Path) -> None:
+        from traj_ood.analysis.draw import PictureRow, picture_rows
+
+        rows = []
+        for errors in self.sets[: self.question.pictured]:
+            rows.append(PictureRow(errors.name, errors.tensors["inputs"].numpy(), self._limits()))
+            for d, name in enumerate(DICTIONARIES):
+                rows.append(PictureRow(_broken(name), errors.tensors["pictures"][:, d, at].numpy(), self._limits()))
+        level = self.coder.levels[at]
+        share = level / len(self.noise.dictionary)
+        picture_rows(rows, f"{self.model.name}: reconstructions with {level} atoms ({share:.1%})", path)
+
+    def _draw_growth(self, path: Path) -> None:
+        from traj_ood.analysis.draw import PictureRow, picture_rows
+
+        rows = []
+        for errors in self.sets[: self.question.pictured]:
+            for d, name in enumerate(DICTIONARIES):
+                line = torch.cat([errors.tensors["pictures"][0, d], errors.tensors["inputs"][:1]])
+                captions = [*(f"{level} atoms" for level in self.coder.levels), "input"]
+                label = f"{errors.name}\n{_broken(name)}" if d == 0 else _broken(name)
+                rows.append(PictureRow(label, line.numpy(), self._limits(), captions if d == 0 else ()))
+        picture_rows(rows, f"{self.model.name}: one image of a set with more and more atoms", path)
+
+    def _draw_atoms(self, path: Path) -> None:
+        from traj_ood.analysis.draw import PictureRow, picture_rows
+
+        ends = self.noise.dictionary
+        kept = ends.distinct()[:_GALLERY]
+        images = self.model.decode(ends.usable()[kept].to(self.model.device)).cpu()
+        title = f"{self.model.name}: decoded attractors of noise, {len(kept)} of {len(ends.distinct()):,} distinct ones"
+        rows = [PictureRow("", part.numpy(), self._limits()) for part in images.split(8)]
+        picture_rows(rows, title, path)
+
+    def _limits(self) -> Floats:
+        """(2, C): black and white in the model's units."""
+        ends = [
+            self.model.transform(Image.new("RGB", (8, 8), colour)).flatten(1)[:, 0] for colour in ("black", "white")
+        ]
+        return torch.stack(ends).double().numpy()
+
+
+def _told(names: Sequence[str], count: int) -> str:
+    """Which of the sets, in words."""
+    some = f" ({', '.join(names)})" if 0 < len(names) < count else ""
+    return f"{len(names)} of {count} sets of images{some}"
+
+
+def _broken(name: str) -> str:
+    return name.replace(" ", "\n")
+
+
+def _check_images(model: Autoencoder, latents: Tensor) -> None:
+    shape = tuple(model.decode(latents).shape[1:])
+    if shape != model.input_shape:
+        raise TrajOODError(
+            f"probe: expected a model that decodes to images {model.input_shape}, {model.name} decodes to {shape}; "
+            "a surrogate reconstructs features: use the autoencoder of images"
+        )

@@ -1,0 +1,290 @@
+"""The autoencoder variants of Table 3 on equal budgets: does each contract, and what is that good for?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.experiment import read_pixels, spearman
+from traj_ood.analysis.memory import Probe, memory, normalised, reference
+from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_RATE, paper_recipe, train_conv
+from traj_ood.analysis.variants import Variant, variants
+from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.autoencoders import ConvAutoencoder
+from traj_ood.data import Benchmark, load_benchmark
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.metrics import compute_metrics
+from traj_ood.postprocessors import create_postprocessor
+from traj_ood.scoring import ScorerSet
+from traj_ood.trajectory import Status
+
+SCORERS = ("trajectory", "trajectory:horizon=16", "field", "mahalanobis", "reconstruction")
+"""The paper's score, its first 16 steps, the field alone, and two that need no dynamics."""
+_ALL = tuple(v.name for v in variants())
+_POINTS = 16  # Jacobians at held-out latents, and at most as many at attractors
+
+
+@register
+@dataclass(frozen=True)
+class Regularizers(Question):
+    """Options of ``regularizers``.
+
+    Attributes:
+        variants: names of Table 3's rows, see :mod:`traj_ood.analysis.variants`. Default: all ten.
+        strength: multiplies every λ. Default 1.
+        benchmark: whose ID training images are learned and whose OOD sets are scored. Default ``fashion``.
+        images, epochs, batch, rate: of the training, the same for all. Defaults: 16 epochs of 4,000 images.
+        width: d of Table 4. Default 16.
+        bottleneck: k of all variants but ``bottleneck``, whose k is ``narrow``. Defaults 64 and 8.
+        starts: training images the scorers learn from and attractors come from. Default 200.
+        per_set: test images, and images per OOD set. Default 50: an AUROC is then known to ± 4 points (one standard
+            error), the mean over eight sets to about ± 2.
+        tol, max_steps: of the iteration. Defaults: the benchmark's 1e-5, and 300 steps.
+    """
+
+    name: ClassVar[str] = "regularizers"
+    figure: ClassVar[str] = "Table 3, App. C"
+    summary: ClassVar[str] = "Table 3's autoencoders: contraction, health, memorisation and OOD detection of each"
+    choices: ClassVar[tuple[str, ...]] = (
+        "The paper lists these objectives and measures nothing on them: networks, data and every λ are ours.",
+        "Equal budgets: the same images, epochs, batches and learning rate; a penalty on a Jacobian costs about twice "
+        "the time for them.",
+        "Only the variant weight-decay has any weight decay.",
+        "An encoder without tied weights can shrink its latents, and with them J_E or ‖E(x)‖₁, while the decoder "
+        "stretches them again: such a penalty need not touch f.",
+        "Masked: error on all pixels, as Eq. (2) has it; Table 3 prints the error on M ⊙ (…).",
+    )
+    unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "bottleneck", "narrow", "starts", "per_set", "images")
+
+    variants: tuple[str, ...] = _ALL
+    strength: float = 1.0
+    benchmark: str = "fashion"
+    images: int = 4000
+    epochs: int = 16
+    batch: int = 64
+    rate: float = 2e-3
+    width: int = 16
+    bottleneck: int = 64
+    narrow: int = 8
+    starts: int = 200
+    per_set: int = 50
+    tol: float = 1e-5
+    max_steps: int = 300
+
+    def __post_init__(self) -> None:
+        for name in self.variants:
+            if name not in _ALL:
+                raise unknown_name(f"{self.name}: variant", name, _ALL)
+        self.expect(len(set(self.variants)) == len(self.variants) > 0, "variants", "at least one, none twice")
+        for option in ("epochs", "batch", "width", "bottleneck", "narrow", "per_set", "max_steps"):
+            self.expect(getattr(self, option) >= 1, option, "at least 1")
+        for option in ("rate", "tol", "strength"):
+            self.expect(getattr(self, option) > 0, option, "above 0")
+        self.expect(2 <= self.starts <= self.images, "starts", f"2 to {self.images} (images)")
+        for label in SCORERS:
+            create_postprocessor(label).check_training_size(self.starts)
+
+    @classmethod
+    def paper(cls) -> Regularizers:
+        """App. D's training and §4.2's iteration, as far as either goes."""
+        return cls(epochs=PAPER_EPOCHS, rate=PAPER_RATE, batch=128, width=32, bottleneck=128, images=20_000,
+                   starts=2000, per_set=1000, max_steps=500)  # fmt: skip
+
+    def answer(self, work: Workspace) -> Answer:
+        data = load_benchmark(self.benchmark, work.data_root)
+        data = data.subsample(train=self.images, per_set=self.per_set, seed=self.seed)
+        rows: list[dict[str, Any]] = []
+        pictures: dict[str, dict[str, Tensor]] = {}
+        with work.bar(len(self.variants), "regularizers", "model") as bar:
+            for variant in variants(self.strength):
+                if variant.name in self.variants:
+                    row, pictures[variant.name] = self._row(work, variant, data)
+                    rows.append(row)
+                    bar.update()
+        probe = self._probe(data)
+        return Answer(
+            {"rows": rows, "reference": reference(probe), "trends": _trends(rows)},
+            _sentence(rows),
+            {"regularizers.png": lambda p: _bars(rows, self.benchmark, p)}
+            | ({"attractors.png": lambda p: _gallery(pictures, p)} if any(pictures.values()) else {}),
+        )
+
+    def _row(self, work: Workspace, variant: Variant, data: Benchmark) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Train one variant and measure it."""
+        k = self.narrow if variant.narrow else self.bottleneck
+        trained = train_conv(
+            work,
+            variant.name,
+            data.train.images,
+            _shape(data),
+            paper_recipe(self.epochs, self.batch, self.rate, variant.decay),
+            width=self.width,
+            bottleneck=k,
+            seed=self.seed,
+            loss=variant.loss,
+            build=variant.build,
+            variant={"name": variant.name, **variant.options},
+        )
+        key = {
+            "model": trained.final.fingerprint(),
+            "data": {name: d["sha256"] for name, d in data.digests().items()},
+            "starts": self.starts,
+            "tol": self.tol,
+            "max_steps": self.max_steps,
+            "seed": self.seed,
+        }
+        unit = work.unit("variant", key, lambda: self._measure(trained.final, data))
+        about = {"variant": variant.name, "regularizer": variant.regularizer, "bottleneck": k}
+        return {**about, "train_loss": trained.losses[-1], **unit.notes}, dict(unit.tensors)
+
+    def _measure(self, model: ConvAutoencoder, data: Benchmark) -> Unit:
+        """Contraction, health, memorisation and detection of one model."""
+        probe = self._probe(data)
+        starts = normalised(model, probe.training[probe.starts])
+        scorers = ScorerSet(model, SCORERS, tol=self.tol, max_steps=self.max_steps)
+        try:
+            scorers.fit(starts)
+        except TrajOODError as error:  # a model without one finite attractor has nothing to fit; that is a result
+            return Unit({}, {"refused": str(error)})
+        assert scorers.dictionary is not None
+        health = scorers.dictionary.health()
+        found, shown = memory(model, probe, scorers.dictionary)
+        test = _scores(scorers, normalised(model, probe.test))
+        per_set = {s.name: _aurocs(test, _scores(scorers, _images(model, s.images))) for s in data.ood}
+        aurocs = {label: _mean([row[label] for row in per_set.values()]) for label in SCORERS}
+        return Unit(
+            shown,
+            {
+                **found,
+                "verdict": health.verdict.word,
+                "healthy": health.healthy,
+                "displacement": health.displacement_quantiles[2] if health.displacement_quantiles else None,
+                **_contraction(model, model.encode(normalised(model, probe.test)), scorers),
+                "auroc": aurocs,
+                "auroc_per_set": per_set,
+                "refused": None,
+            },
+        )
+
+    def _probe(self, data: Benchmark) -> Probe:
+        shape = _shape(data)
+        starts = torch.arange(0, self.images, self.images // self.starts)[: self.starts]
+        return Probe(read_pixels(data.train.images, shape), starts, read_pixels(data.test.images, shape))
+
+
+def _shape(data: Benchmark) -> tuple[int, int, int]:
+    """(C, H, W) of the benchmark's images, from the first training image.
+
+    Raises:
+        TrajOODError: it is not square.
+    """
+    first = data.train.images.load(0)
+    if first.width != first.height:
+        raise TrajOODError(f"regularizers: expected square images, {data.name} has {first.width} × {first.height}")
+    return (1 if first.mode == "L" else 3), first.height, first.width
+
+
+def _images(model: ConvAutoencoder, images: Any) -> Tensor:
+    return torch.stack([model.transform(images.load(i)) for i in range(len(images))])
+
+
+def _scores(scorers: ScorerSet, images: Tensor) -> dict[str, Tensor]:
+    found = scorers.score(images).scores
+    return dict(zip(SCORERS, (found[label] for label in scorers.labels), strict=True))
+
+
+def _aurocs(test: dict[str, Tensor], ood: dict[str, Tensor]) -> dict[str, float | None]:
+    """AUROC by scorer; None where a score is not finite."""
+    found: dict[str, float | None] = {}
+    for label in SCORERS:
+        finite = bool(test[label].isfinite().all()) and bool(ood[label].isfinite().all())
+        found[label] = compute_metrics(test[label].numpy(), ood[label].numpy()).auroc if finite else None
+    return found
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _contraction(model: ConvAutoencoder, latents: Tensor, scorers: ScorerSet) -> dict[str, float | None]:
+    """Median spectral norm of J_f at latents of test images, and median spectral radius at converged attractors."""
+    assert scorers.dictionary is not None
+    known = scorers.dictionary
+    norms = torch.linalg.matrix_norm(jacobians(model, latents[:_POINTS]), 2)
+    settled = known.points[known.statuses == Status.CONVERGED]
+    found: dict[str, float | None] = {"norm_at_data": float(norms.median()), "radius_at_attractors": None}
+    if len(settled):
+        stride = max(1, len(settled) // _POINTS)
+        at = jacobians(model, settled[::stride][:_POINTS])
+        found["radius_at_attractors"] = float(torch.linalg.eigvals(at).abs().amax(dim=1).median())
+    return found
+
+
+def jacobians(model: ConvAutoencoder, points: Tensor) -> Tensor:
+    """(P, k, k) float64 Jacobians of f at latents (P, k), exact: k is small."""
+    points = points.to(model.device).clone()  # what inference mode made, no derivative can use
+
+    def f(z: Tensor) -> Tensor:
+        return model.self_map(z[None])[0]
+
+    return torch.stack([torch.func.jacrev(f)(z) for z in points]).detach().cpu().double()
+
+
+def _trends(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Spearman correlation over the variants of the trajectory score's AUROC with what might explain it."""
+    known = [row for row in rows if not row["refused"]]
+    aurocs = [row["auroc"]["trajectory"] for row in known]
+    return {
+        name: spearman([row[name] for row in known], aurocs)
+        for name in ("norm_at_data", "converged", "memorization", "test_error")
+    }
+
+
+def _sentence(rows: list[dict[str, Any]]) -> str:
+    known = [row for row in rows if not row["refused"] and row["auroc"]["trajectory"] is not None]
+    if not known:
+        return "No variant has finite attractors and scores: nothing to compare."
+    healthy = [row["variant"] for row in rows if row.get("healthy")]
+    contracting = [row["variant"] for row in known if row["norm_at_data"] < 1]
+    best = max(known, key=lambda row: row["auroc"]["trajectory"])
+    worst = min(known, key=lambda row: row["auroc"]["trajectory"])
+    lead = sum(row["auroc"]["trajectory"] > (row["auroc"]["mahalanobis"] or 0.0) for row in known)
+    return (
+        f"Of {len(rows)} variants {len(healthy)} have healthy attractors ({', '.join(healthy) or 'none'}) and "
+        f"{len(contracting)} contract at test images ({', '.join(contracting) or 'none'}); the trajectory score's mean "
+        f"AUROC runs from {worst['auroc']['trajectory']:.1%} ({worst['variant']}) to {best['auroc']['trajectory']:.1%} "
+        f"({best['variant']}) and is above Mahalanobis's on {lead} of {len(known)}."
+    )
+
+
+def _bars(rows: list[dict[str, Any]], benchmark: str, path: Path) -> None:
+    from traj_ood.analysis.draw_bars import BarPanel, bars
+
+    names = [row["variant"] for row in rows]
+
+    def column(name: str) -> list[float | None]:
+        return [row.get(name) for row in rows]
+
+    def auroc(label: str) -> list[float | None]:
+        return [None if row["refused"] else row["auroc"][label] for row in rows]
+
+    panels = [
+        BarPanel("Contraction: 1 is the border", {"‖J_f‖ at test latents": column("norm_at_data"),
+                                                  "radius at attractors": column("radius_at_attractors")}, mark=1.0),
+        BarPanel("Trajectories that converge", {"share": column("converged")}, limits=(0, 1)),
+        BarPanel("Memorisation", {"cosine to closest training image": column("memorization")}, limits=(0, 1)),
+        BarPanel("Mean AUROC", {label: auroc(label) for label in SCORERS}, mark=0.5, limits=(0, 1)),
+    ]  # fmt: skip
+    bars(names, panels, f"Table 3's autoencoders on {benchmark}", path)
+
+
+def _gallery(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
+    from traj_ood.analysis.draw import attractor_rows
+
+    attractor_rows(pictures, path)

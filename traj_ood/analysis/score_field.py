@@ -1,0 +1,318 @@
+"""Does the latent vector field point along the score? Theorem 1 where the truth is known: mixtures of Gaussians.
+
+An autoencoder with two latent units learns to remove Gaussian noise from points of the plane. There the density p, its
+smoothed form p_σ and the best possible denoiser are known (:mod:`traj_ood.analysis.mixtures`). Two statements are kept
+apart:
+
+* in data space, F(x) − x against ∇ log p_σ(x) (Alain and Bengio 2014: exact for the best denoiser) and ∇ log p(x);
+* in latent space, f(z) − z against ∇ log q(z), q the density of z = E(x) (Theorem 1), known through the change of
+  variables q(E(x)) = p(x) / |det J_E(x)|.
+
+The second holds where the first does and E is close to a similarity: f(z) − z ≈ J_E (F(x) − x), a vector, while a score
+changes coordinates by J_E⁻ᵀ and gains a term from the volume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.grid import plane
+from traj_ood.analysis.mixtures import Mixture, named_mixture
+from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.engine import iterate
+
+_ENDS = 300  # trajectories that are followed to their end
+_MARGIN = 1.5  # of the box around the samples that is drawn and measured, in the data's own units
+
+
+@register
+@dataclass(frozen=True)
+class ScoreField(Question):
+    """Options of ``score-field``.
+
+    Attributes:
+        mixtures: names of :data:`traj_ood.analysis.mixtures.MIXTURES`.
+        noise: standard deviations σ of the training noise, in the data's units (components are 0.25 to 0.8 wide).
+        width: hidden units per layer. steps, batch, rate: of the training.
+        samples: points at which angles are measured. grid: points per side of the map.
+    """
+
+    name: ClassVar[str] = "score-field"
+    figure: ClassVar[str] = "§3.1, Theorem 1"
+    summary: ClassVar[str] = "angle between f(z) − z and the score, where the density is known"
+    choices: ClassVar[tuple[str, ...]] = (
+        "The paper proves Theorem 1 and measures nothing for it: densities, networks and noise levels are ours.",
+        "Latent dimension = data dimension = 2, so that q(z) follows from p(x) by a change of variables.",
+        "The theorem's penalty on the Jacobian is the noise of a denoising autoencoder (their Table 3).",
+    )
+
+    mixtures: tuple[str, ...] = ("triangle", "ring")
+    noise: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
+    width: int = 64
+    steps: int = 8000
+    batch: int = 512
+    rate: float = 3e-3
+    samples: int = 2000
+    grid: int = 41
+
+    def __post_init__(self) -> None:
+        self.expect(bool(self.mixtures), "mixtures", "at least one name")
+        for name in self.mixtures:
+            named_mixture(name)
+        self.expect(bool(self.noise) and min(self.noise, default=0) > 0, "noise", "standard deviations above 0")
+        for option, least in (("width", 1), ("steps", 1), ("batch", 1), ("samples", 10), ("grid", 2)):
+            self.expect(getattr(self, option) >= least, option, f"at least {least}")
+        self.expect(self.rate > 0, "rate", "a learning rate above 0")
+
+    @classmethod
+    def paper(cls) -> ScoreField:
+        return cls()
+
+    def answer(self, work: Workspace) -> Answer:
+        rows, maps = [], {}
+        with work.bar(len(self.mixtures) * len(self.noise), "score-field", "model") as bar:
+            for name in self.mixtures:
+                for sigma in self.noise:
+                    unit = work.unit("score-field", self._key(name, sigma), partial(self._measure, name, sigma))
+                    rows.append({"mixture": name, "noise": sigma, **unit.notes})
+                    maps[name, sigma] = unit.tensors
+                    bar.update()
+        pictures: dict[str, Callable[[Path], None]] = {"score-field.png": partial(_draw_angles, rows)}
+        for name in self.mixtures:
+            pictures[f"score-field-{name}.png"] = partial(_draw_maps, name, {s: maps[name, s] for s in self.noise})
+        return Answer(figures={"rows": rows}, sentence=_sentence(rows), pictures=pictures)
+
+    def _key(self, name: str, sigma: float) -> dict[str, Any]:
+        chosen = ("width", "steps", "batch", "rate", "samples", "grid", "seed")
+        return {"mixture": name, "noise": sigma, **{key: getattr(self, key) for key in chosen}}
+
+    def _measure(self, name: str, sigma: float) -> Unit:
+        """Train one model, and compare both of its fields with the truth."""
+        mixture = named_mixture(name)
+        model = train_denoiser(mixture, sigma, self.width, self.steps, self.batch, self.rate, self.seed)
+        draws = torch.Generator().manual_seed(self.seed + 1)
+        clean = mixture.sample(self.samples, draws)
+        noisy = clean + sigma * torch.randn(clean.shape, generator=draws, dtype=torch.float64)
+        notes = data_space(model, mixture, sigma, noisy)
+        latent = latent_space(model, mixture, sigma, clean)
+        notes |= latent.figures | journey(model, mixture, sigma, clean[:_ENDS])
+        low, high = clean.amin(dim=0) - _MARGIN, clean.amax(dim=0) + _MARGIN
+        points = plane(low, high, self.grid)
+        field = model(points) - points
+        truth = mixture.smoothed(sigma).score(points)
+        notes["box_angle"] = _median(angles(field, truth))
+        tensors = {
+            "plane": points,
+            "field": field,
+            "plane_angle": angles(field, truth),
+            "plane_density": mixture.smoothed(sigma).log_density(points),
+            "codes": latent.codes,
+            "code_angle": latent.angles,
+        }
+        return Unit(tensors, notes)
+
+
+class PlaneAutoencoder(nn.Module):
+    """E and D are perceptrons dim → width → width → dim with SiLU between: smooth, so that J_E has derivatives too."""
+
+    def __init__(self, dim: int = 2, width: int = 64) -> None:
+        super().__init__()
+
+        def perceptron() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
+            )
+
+        self.encode, self.decode = perceptron(), perceptron()
+
+    def forward(self, points: Tensor) -> Tensor:
+        """F = D∘E on (B, dim)."""
+        return self.decode(self.encode(points))
+
+    def self_map(self, latents: Tensor) -> Tensor:
+        """f = E∘D on (B, dim)."""
+        return self.encode(self.decode(latents))
+
+
+def train_denoiser(
+    mixture: Mixture, sigma: float, width: int, steps: int, batch: int, rate: float, seed: int
+) -> PlaneAutoencoder:
+    """Minimise E‖F(x + σε) − x‖² over fresh samples of ``mixture``; Adam, rate falling to 0 along a cosine.
+
+    Returns the model in float64, ready to be differentiated.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = PlaneAutoencoder(mixture.dim, width)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        clean = mixture.sample(batch, draws).float()
+        noisy = clean + sigma * torch.randn(clean.shape, generator=draws)
+        loss = (model(noisy) - clean).square().sum(dim=1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.double().eval().requires_grad_(False)
+
+
+def angles(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) degrees between the rows of a and b (B, d), float64; NaN where one of them is 0.
+
+    Through the half angle, whose tangent is ‖â − b̂‖ / ‖â + b̂‖: the arc cosine loses half of the digits near 0.
+    """
+    a, b = (v.double() / v.double().norm(dim=1, keepdim=True) for v in (a, b))
+    return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)))
+
+
+def data_space(model: Callable[[Tensor], Tensor], mixture: Mixture, sigma: float, points: Tensor) -> dict[str, Any]:
+    """F(x) − x at noisy ``points`` (B, d) against the truth.
+
+    Returns medians in degrees (``angle``: to ∇ log p_σ; ``angle_clean``: to ∇ log p; ``oracle_clean``: what the best
+    possible denoiser has to ∇ log p), ``angle_q90``, ``length_ratio`` = median ‖F(x) − x‖ / σ²‖∇ log p_σ‖ (1 for the
+    best), and ``oracle_error``, the largest ‖f*(x) − x − σ²∇ log p_σ(x)‖ relative to the median length of σ²∇ log p_σ:
+    rounding alone.
+    """
+    field, best = model(points) - points, mixture.denoise(points, sigma) - points
+    clean, smooth = mixture.score(points), mixture.smoothed(sigma).score(points)
+    lengths = sigma**2 * smooth.norm(dim=1)
+    found = angles(field, smooth)
+    return {
+        "angle": _median(found),
+        "angle_q90": float(found.nanquantile(0.9)),
+        "angle_clean": _median(angles(field, clean)),
+        "oracle_clean": _median(angles(best, clean)),
+        "length_ratio": _median(field.norm(dim=1) / lengths),
+        "oracle_error": float((best - sigma**2 * smooth).norm(dim=1).max() / lengths.median()),
+    }
+
+
+@dataclass(frozen=True)
+class LatentField:
+    """Theorem 1 at latent codes: ``codes`` (B, d), ``angles`` (B,) degrees between f(z) − z and ∇ log q, ``figures``.
+
+    ``latent_angle``: median of the angles. ``latent_ascent``: share of codes with ⟨∇ log q, f(z) − z⟩ > 0 (Lemma A.5).
+    ``latent_carried``: median angle to J_E ∇ log p_σ, the data-space score carried along as a vector. ``contractive``:
+    share of codes with ‖J_f(z)‖_σ < 1, what the theorem assumes. ``one_sheet``: share of codes at which det J_E has
+    its more frequent sign; below 1 E folds the plane, and q has further terms there.
+    """
+
+    codes: Tensor
+    angles: Tensor
+    figures: dict[str, Any]
+
+
+def latent_space(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Tensor) -> LatentField:
+    """f(z) − z at z = E(x), x = ``points`` (B, d) drawn from p, against the score of q; see :class:`LatentField`."""
+    codes = model.encode(points)
+    field = model.self_map(codes) - codes
+    truth, jacobians = carried_score(model.encode, mixture.score(points), points)
+    found = angles(field, truth)
+    carried = (jacobians @ mixture.smoothed(sigma).score(points)[..., None])[..., 0]
+    positive = torch.linalg.det(jacobians) > 0
+    stretch = torch.linalg.matrix_norm(jacobians_at(model.self_map, codes), ord=2)
+    figures = {
+        "latent_angle": _median(found),
+        "latent_ascent": _share((field * truth).sum(dim=1) > 0),
+        "latent_carried": _median(angles(field, carried)),
+        "contractive": _share(stretch < 1),
+        "one_sheet": max(_share(positive), 1 - _share(positive)),
+    }
+    return LatentField(codes, found, figures)
+
+
+def jacobians_at(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """(B, m, d) explicit Jacobians of a row-wise ``function`` at ``points`` (B, d)."""
+    return torch.func.vmap(torch.func.jacrev(lambda x: function(x[None])[0]))(points)
+
+
+def carried_score(encode: Callable[[Tensor], Tensor], score: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """∇_z log q at z = E(x) from ∇_x log p: J⁻ᵀ (∇_x log p − ∇_x log|det J|), with J = J_E(x).
+
+    Args:
+        encode: E, (B, d) → (B, d), twice differentiable and locally invertible.
+        score: (B, d) ∇ log p at ``points`` (B, d).
+    Returns:
+        The scores (B, d) and the Jacobians (B, d, d).
+    """
+
+    def log_volume(x: Tensor) -> Tensor:
+        return torch.linalg.slogdet(torch.func.jacrev(lambda y: encode(y[None])[0])(x)).logabsdet
+
+    jacobians = jacobians_at(encode, points)
+    volumes = torch.func.vmap(torch.func.grad(log_volume))(points)
+    return torch.linalg.solve(jacobians.transpose(1, 2), (score - volumes)[..., None])[..., 0], jacobians
+
+
+def journey(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Tensor) -> dict[str, Any]:
+    """Where z ← f(z) leads from E(``points``), and how far from the modes of p_σ it starts and ends, in data space.
+
+    Theorem A.6 has every trajectory end at a mode. Modes are the fixed points of the best denoiser, which climbs p_σ.
+    """
+    modes = iterate(lambda z: mixture.denoise(z, sigma), mixture.means, tol=1e-16, max_steps=5000, chunk=8).final
+    path = iterate(model.self_map, model.encode(points), tol=1e-12, max_steps=2000, chunk=len(points))
+    starts, ends = (torch.cdist(x, modes).amin(dim=1) for x in (points, model.decode(path.final)))
+    return {
+        "converged": _share(path.converged),
+        "start_to_mode": _median(starts),
+        "end_to_mode": _median(ends),
+    }
+
+
+def _median(values: Tensor) -> float:
+    return float(values.nanmedian())
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.double().mean())
+
+
+def _sentence(rows: list[dict[str, Any]]) -> str:
+    """Over all models: how close to the smoothed score, to the clean one, and to the latent one."""
+
+    def span(key: str, scale: float = 1.0) -> str:
+        low, high = (scale * extreme(row[key] for row in rows) for extreme in (min, max))
+        return f"{low:.0f}" if math.isclose(low, high, abs_tol=0.5) else f"{low:.0f} to {high:.0f}"
+
+    return (
+        f"Over {len(rows)} denoising autoencoders the residual in data space stands {span('angle')}° (medians) from "
+        f"the score of the noised density, {span('angle_clean')}° from that of the data (the best possible denoiser: "
+        f"{span('oracle_clean')}°); in latent space f(z) − z stands {span('latent_angle')}° from ∇ log q, and "
+        f"{span('latent_ascent', 100)} % of the codes ascend q."
+    )
+
+
+def _draw_angles(rows: list[dict[str, Any]], path: Path) -> None:
+    from traj_ood.analysis.draw import Curve, Panel, curves
+
+    lines = {
+        "angle": r"data space, to $\nabla\,\log\,p_\sigma$",
+        "angle_clean": r"data space, to $\nabla\,\log\,p$",
+        "oracle_clean": r"best denoiser, to $\nabla\,\log\,p$",
+        "latent_angle": r"latent space, to $\nabla\,\log\,q$",
+        "latent_carried": r"latent space, to $J_E \nabla\,\log\,p_\sigma$",
+    }
+    panels = []
+    for name in dict.fromkeys(row["mixture"] for row in rows):
+        some = [row for row in rows if row["mixture"] == name]
+        noise = [row["noise"] for row in some]
+        drawn = [Curve(label, noise, [row[key] for row in some]) for key, label in lines.items()]
+        panels.append(Panel(name, "noise σ", "median angle (degrees)", drawn, limits=(0, 90)))
+    curves(panels, "Angle between the vector field and the score (90° is chance)", path)
+
+
+def _draw_maps(name: str, maps: dict[float, Mapping[str, Tensor]], path: Path) -> None:
+    from traj_ood.analysis.draw_score_field import score_maps
+
+    score_maps(name, {sigma: {k: v.numpy() for k, v in tensors.items()} for sigma, tensors in maps.items()}, path)

@@ -1,0 +1,85 @@
+"""Sets of images by name, for questions that can be asked of any: benchmarks, whole image sets, folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from traj_ood.analysis.images import load_images, sample
+from traj_ood.data import Benchmark, ImageSource, list_benchmarks, load_benchmark, read_folder
+from traj_ood.data.benchmark import TEST_SEED, sample_indices
+from traj_ood.errors import TrajOODError, unknown_name
+
+WHOLE = ("fashion-mnist", "mnist", "cifar10")
+"""Of these the test images, all classes. ``cifar10`` is here the image set, not OpenOOD's benchmark."""
+
+
+@dataclass(frozen=True)
+class NamedImages:
+    """Images with the name that results give them."""
+
+    name: str
+    source: ImageSource
+
+
+def named_images(names: Sequence[str], root: Path | None, most: int) -> list[NamedImages]:
+    """At most ``most`` images of each set, the same ones on every machine.
+
+    Args:
+        names: each a folder of images (as it is, or below ``root``), one of :data:`WHOLE`, or a benchmark: a name or a
+            YAML file, of which the test split and every OOD set are taken.
+        root: of the data, as for :func:`traj_ood.load_benchmark`.
+        most: images of each set, drawn by a fixed seed.
+    Raises:
+        TrajOODError: a name that is nothing of these, or data that are missing or malformed.
+    """
+    found = [images for name in names for images in _of(name, root)]
+    twice = next((a.name for i, a in enumerate(found) if a.name in {b.name for b in found[:i]}), None)
+    if twice is not None:
+        raise TrajOODError(f"data: two sets of images are called {twice!r}; leave one out or rename its folder")
+    return [NamedImages(images.name, _sampled(images, most)) for images in found]
+
+
+def training_images(name: str, root: Path | None, size: int, seed: int) -> ImageSource:
+    """``size`` images drawn by ``seed``: of a folder, or of the training images of an image set or a benchmark.
+
+    Raises:
+        TrajOODError: as :func:`named_images`, or fewer images than asked for.
+    """
+    folder = _folder(name, root)
+    if folder is not None:
+        return sample(read_folder(folder, prefix=folder.name), size, seed, name)
+    if name in WHOLE:
+        return sample(load_images(name, root).train, size, seed, name)
+    return sample(_benchmark(name, root).train.images, size, seed, name)
+
+
+def _of(name: str, root: Path | None) -> list[NamedImages]:
+    folder = _folder(name, root)
+    if folder is not None:
+        return [NamedImages(folder.name, read_folder(folder, prefix=folder.name))]
+    if name in WHOLE:
+        return [NamedImages(name, load_images(name, root).test)]
+    benchmark = _benchmark(name, root)
+    own = NamedImages(f"{benchmark.name} test", benchmark.test.images)
+    return [own, *(NamedImages(split.name, split.images) for split in benchmark.ood)]
+
+
+def _folder(name: str, root: Path | None) -> Path | None:
+    places = (Path(name).expanduser(), *([root / name] if root is not None and name not in WHOLE else []))
+    return next((folder for folder in places if folder.is_dir()), None)
+
+
+def _benchmark(name: str, root: Path | None) -> Benchmark:
+    known = [info.name for info in list_benchmarks()]
+    if name in known or name.lower().endswith((".yaml", ".yml")):
+        return load_benchmark(name, root)
+    raise unknown_name("set of images", name, [*known, *WHOLE, "a folder of images", "a benchmark's .yaml file"])
+
+
+def _sampled(images: NamedImages, most: int) -> ImageSource:
+    count = len(images.source)
+    if most >= count:
+        return images.source
+    return images.source.select(sample_indices(count, most, TEST_SEED, images.name))

@@ -1,0 +1,77 @@
+"""What a question is asked about: a model, loaded by name or trained for it, with training and test images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from traj_ood.analysis.images import ImageData, load_images, sample
+from traj_ood.analysis.models import paper_recipe, train_conv
+from traj_ood.analysis.workspace import Workspace
+from traj_ood.autoencoders import Autoencoder, load_autoencoder
+from traj_ood.data import ImageSource, load_benchmark
+from traj_ood.errors import TrajOODError
+
+IMAGE_SETS = ("fashion-mnist", "mnist", "cifar10")
+TRAINED = "conv"
+"""The model name that stands for an autoencoder of Table 4, trained here."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an autoencoder of Table 4 is trained where the model is :data:`TRAINED`.
+
+    Attributes:
+        images: of the training set, drawn by the seed; 0 takes all. epochs, bottleneck, width: k and d of Table 4.
+    """
+
+    images: int
+    epochs: int
+    bottleneck: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with in-distribution images: ``train``, which its attractors come from, and ``test``."""
+
+    model: Autoencoder
+    train: ImageSource
+    test: ImageSource
+
+
+def subject(work: Workspace, model: str, data: str, seed: int, training: Training) -> Subject:
+    """Load, or train, what a question is about.
+
+    Args:
+        work: see :class:`Workspace`.
+        model: as for :func:`traj_ood.load_autoencoder`, or ``conv``.
+        data: an image set (:data:`IMAGE_SETS`, all classes), else a benchmark's name or YAML file (its ID splits).
+        seed: of the training and of the training sample.
+        training: how, for ``conv``.
+    Raises:
+        TrajOODError: unknown model or data, data that cannot be had, ``conv`` on a benchmark (whose images have no
+            common size).
+    """
+    images = load_images(data, work.data_root) if data in IMAGE_SETS else None
+    if model == TRAINED:
+        if images is None:
+            raise TrajOODError(
+                f"model conv: expected data of {', '.join(IMAGE_SETS)} to train on, got {data!r}: train it with "
+                "traj-ood train and give its folder as the model"
+            )
+        return _trained(work, images, seed, training)
+    loaded = load_autoencoder(model).to(work.device)
+    if images is not None:
+        return Subject(loaded, images.train, images.test)
+    benchmark = load_benchmark(data, work.data_root)
+    return Subject(loaded, benchmark.train.images, benchmark.test.images)
+
+
+def _trained(work: Workspace, images: ImageData, seed: int, training: Training) -> Subject:
+    train = sample(images.train, training.images, seed, "train")
+    recipe = paper_recipe(training.epochs)
+    name = f"conv-{images.name}-k{training.bottleneck}"
+    trained = train_conv(
+        work, name, train, images.shape, recipe, width=training.width, bottleneck=training.bottleneck, seed=seed
+    )
+    return Subject(trained.final, train, images.test)

@@ -1,0 +1,203 @@
+"""Memorisation and generalisation across training: attractors of training, test and noise starts, epoch by epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.analysis.base import Answer, register
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, Sampled
+from traj_ood.analysis.measures import chamfer_similarity
+from traj_ood.analysis.memory import memory, normalised, reference
+from traj_ood.analysis.models import settle
+from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.attractors import AttractorDictionary, NearestAttractor
+from traj_ood.autoencoders import ConvAutoencoder
+from traj_ood.metrics import compute_metrics
+from traj_ood.trajectory import Status, Trajectory
+
+_GROUPS = ("train", "test", "noise")
+
+
+@register
+@dataclass(frozen=True)
+class Training(Budget):
+    """Options of ``training``, beyond :class:`traj_ood.analysis.experiment.Budget`.
+
+    ``starts`` counts each of training images, test images and N(0, I).
+
+    Attributes:
+        images: training images, drawn by the seed; 0 is all. Default 4,000, half a minute a model on a slow core.
+        bottleneck: k. Default 128, the paper's.
+        at: epochs at which the model is measured, ascending; 0 is the initialisation. Default: powers of two, because
+            most changes early. The last epoch of the training is measured in any case.
+    """
+
+    name: ClassVar[str] = "training"
+    figure: ClassVar[str] = "Figs 3b-d and 13 (right), §3.2.2"
+    summary: ClassVar[str] = "attractors of training, test and noise starts, and their trajectories, epoch by epoch"
+    choices: ClassVar[tuple[str, ...]] = (
+        *MEMORY_CHOICES,
+        "Chamfer symmetric similarity is named without a formula: mean cosine to the nearest attractor of the other "
+        "set, both ways, averaged.",
+        "FPR95: the threshold keeps 95 % of training trajectories; their own attractors stay in the dictionary, as the "
+        "paper's formula has it. fpr95_test does the same for unseen images, which no dictionary favours.",
+        "Epochs of measurement are not stated.",
+    )
+    unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "at")
+    paper_data: ClassVar[tuple[str, ...]] = ("mnist",)
+
+    epochs: int = 32
+    max_steps: int = 500
+    images: int = 4000
+    bottleneck: int = 128
+    at: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.expect(self.images >= 0, "images", "0 (all) or more")
+        self.expect(self.bottleneck >= 1, "bottleneck", "at least 1")
+        rising = list(self.at) == sorted(set(self.at))
+        good = rising and all(0 <= epoch <= self.epochs for epoch in self.at)
+        self.expect(good, "at", f"ascending epochs from 0 to {self.epochs}")
+
+    @classmethod
+    def paper(cls) -> Training:
+        budget = cls.paper_budget("mnist")
+        return cls(**budget, images=0, at=(0, 1, 2, 5, 10, 20, 50, 100, 200, 300, 400))
+
+    def answer(self, work: Workspace) -> Answer:
+        data = self.load(work, self.images)
+        trained = self.train(work, data.train, data.shape, bottleneck=self.bottleneck, at=self.at)
+        rows: list[dict[str, Any]] = []
+        pictures: dict[int, dict[str, Tensor]] = {}
+        with work.bar(len(trained.models), "training: measuring", "epoch") as bar:
+            for epoch, model in trained.models.items():
+
+                def measure(model: ConvAutoencoder = model) -> Unit:
+                    return self._measure(model, data)
+
+                unit = work.unit("epoch", self.measure_key(model, data, seed=self.seed), measure)
+                loss = trained.losses[epoch - 1] if epoch else None
+                rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
+                pictures[epoch] = dict(unit.tensors)
+                bar.update()
+        closest = reference(data.probe)
+        return Answer(
+            {"rows": rows, "reference": closest},
+            _sentence(rows),
+            {"training.png": lambda p: _curves(rows, closest, self, p)}
+            | ({"attractors.png": lambda p: _gallery(pictures, p)} if any(pictures.values()) else {}),
+        )
+
+    def _measure(self, model: ConvAutoencoder, data: Sampled) -> Unit:
+        """Figures of the model after one epoch, see :func:`traj_ood.analysis.memory.memory`, and of its noise."""
+        starts = self._starts(model, data)
+        known = self._settle(model, starts["train"])[0]
+        found, shown = memory(model, data.probe, known)
+        found["distinct_train"] = found["distinct"]
+        nothing = ("distinct_test", "distinct_noise", "chamfer", "fpr95", "auroc", "fpr95_test")
+        if not bool((known.statuses != Status.NON_FINITE).any()):
+            return Unit(shown, found | dict.fromkeys(nothing))
+        nearest = NearestAttractor(model, known.index(model), "tokens")
+        ends, scores = {}, {}
+        for group in _GROUPS:
+            ends[group], walked = self._settle(model, starts[group], nearest)
+            scores[group] = walked.mean_over_path(nearest.name)
+            if group != "train":
+                found[f"distinct_{group}"] = _distinct(ends[group])
+        found["chamfer"] = _similarity(ends["train"], ends["noise"])
+        return Unit(shown, found | _separation(scores))
+
+    def _starts(self, model: ConvAutoencoder, data: Sampled) -> dict[str, Tensor]:
+        """(n, k) latents of training and test images, and draws of N(0, I), of one number where data allow."""
+        probe = data.probe
+        draws = torch.Generator().manual_seed(self.seed)
+        return {
+            "train": model.encode(normalised(model, probe.training[probe.starts])),
+            "test": model.encode(normalised(model, probe.test[: len(probe.starts)])),
+            "noise": torch.randn(len(probe.starts), self.bottleneck, generator=draws).to(model.device),
+        }
+
+    def _settle(
+        self, model: ConvAutoencoder, start: Tensor, *observers: NearestAttractor
+    ) -> tuple[AttractorDictionary, Trajectory]:
+        ids = tuple(map(str, range(len(start))))
+        return settle(model, start, ids, tol=self.tol, max_steps=self.max_steps, observers=observers)
+
+
+def _distinct(ends: AttractorDictionary) -> int | None:
+    """Distinct attractors at cosine 0.99; None where no trajectory stayed finite."""
+    return len(ends.distinct()) if bool((ends.statuses != Status.NON_FINITE).any()) else None
+
+
+def _similarity(a: AttractorDictionary, b: AttractorDictionary) -> float | None:
+    known = all(bool((ends.statuses != Status.NON_FINITE).any()) for ends in (a, b))
+    return chamfer_similarity(a.usable(), b.usable()) if known else None
+
+
+def _separation(scores: dict[str, Tensor]) -> dict[str, float | None]:
+    """How well the trajectory score tells noise from training and from test trajectories."""
+    if not all(bool(s.isfinite().all()) for s in scores.values()):
+        return dict.fromkeys(("fpr95", "auroc", "fpr95_test"))
+    paper = compute_metrics(scores["train"].numpy(), scores["noise"].numpy())
+    unseen = compute_metrics(scores["test"].numpy(), scores["noise"].numpy())
+    return {"fpr95": paper.fpr95, "auroc": paper.auroc, "fpr95_test": unseen.fpr95}
+
+
+def _sentence(rows: list[dict[str, Any]]) -> str:
+    first, last = rows[0], rows[-1]
+
+    def change(name: str, form: str) -> str:
+        return " to ".join("none" if row[name] is None else format(row[name], form) for row in (first, last))
+
+    return (
+        f"From epoch {first['epoch']} to {last['epoch']} the memorisation coefficient goes from "
+        f"{change('memorization', '.3f')}, the test error from {change('test_error', '.4f')}; distinct attractors of "
+        f"{last['starts']} training, test and noise starts go from {change('distinct_train', 'd')}, "
+        f"{change('distinct_test', 'd')} and {change('distinct_noise', 'd')}; train and noise attractors go from a "
+        f"Chamfer similarity of {change('chamfer', '.3f')}, the FPR95 of noise against training trajectories from "
+        f"{change('fpr95', '.0%')}; {last['converged']:.0%} of training trajectories converge at the end."
+    )
+
+
+def _curves(rows: list[dict[str, Any]], closest: float, asked: Training, path: Path) -> None:
+    from traj_ood.analysis.draw import Curve, Panel, curves
+
+    # Epoch 0 has no place on a logarithmic axis; a linear one would hide the first epochs. Drawn at 1/2.
+    x = [row["epoch"] or 0.5 for row in rows]
+
+    def line(label: str, name: str, spread: str | None = None) -> Curve:
+        return Curve(label, x, [r[name] for r in rows], None if spread is None else [r[spread] for r in rows])
+
+    shares = [
+        Curve(f"{group} starts", x, [None if r[f"distinct_{group}"] is None else r[f"distinct_{group}"] / r["starts"]
+                                     for r in rows])
+        for group in _GROUPS
+    ]  # fmt: skip
+    axis = "epoch (0 drawn at 1/2)"
+    panels = [
+        Panel("Memorisation (Fig. 3b)", axis, "cosine to closest training image",
+              [line("attractors (± std)", "memorization", "memorization_std"),
+               Curve("unseen test images", x, [closest] * len(x))], "2"),
+        Panel("Generalisation (Fig. 3b)", axis, "squared error per pixel",
+              [line("test", "test_error"), line("training", "train_error")], "2"),
+        Panel("Distinct attractors (Fig. 3c)", axis, "share of starts", shares, "2", limits=(-0.03, 1.03)),
+        Panel("Train and noise attractors (Fig. 3d)", axis, "Chamfer similarity", [line("similarity", "chamfer")],
+              "2"),
+        Panel("Noise against known trajectories (Fig. 3d)", axis, "FPR95 (lower is better)",
+              [line("training", "fpr95"), line("test", "fpr95_test")], "2", limits=(-0.03, 1.03)),
+        Panel("Rank of decoded attractors (Fig. 13)", axis, "directions for 90 % of variance",
+              [line("as they are", "rank90"), line("scaled to length 1", "rank90_unit")], "2"),
+    ]  # fmt: skip
+    curves(panels, f"Across training, {asked.data}, k = {asked.bottleneck}", path)
+
+
+def _gallery(pictures: dict[int, dict[str, Tensor]], path: Path) -> None:
+    from traj_ood.analysis.draw import attractor_rows
+
+    attractor_rows({f"epoch {epoch}": shown for epoch, shown in pictures.items()}, path)

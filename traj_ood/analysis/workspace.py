@@ -1,0 +1,117 @@
+"""Where a question works: a folder whose finished units of work survive an interruption, a device, a progress bar."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from traj_ood.errors import TrajOODError
+from traj_ood.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one unit of work leaves: tensors by name, and notes that JSON can hold (no NaN)."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Workspace:
+    """A folder of finished units, and how to compute the others.
+
+    Attributes:
+        folder: holds ``<name>-<hash of its key>.safetensors`` for each finished unit. Deleting it starts over, which
+            a change of the code calls for: keys do not know about code.
+        device: where networks run.
+        data_root: as for :func:`traj_ood.load_benchmark`; None looks in each data set's own places.
+        quiet: no progress bars.
+        resumed: seconds that units found here had cost an earlier run.
+    """
+
+    folder: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    data_root: Path | None = None
+    quiet: bool = True
+    resumed: float = field(default=0.0, init=False)
+
+    def unit(self, name: str, key: Mapping[str, Any], compute: Callable[[], Unit]) -> Unit:
+        """The unit ``name`` of configuration ``key``: read from the folder where it is finished, else computed.
+
+        Two units are the same exactly when name and key are. The key therefore names everything that decides the
+        numbers: options, seed, fingerprints or digests of what it was computed from.
+
+        Args:
+            name: letters, digits, ``-`` and ``_``; part of the file name.
+            key: plain data for JSON.
+            compute: called with nothing when the unit is not there. What it raises leaves no file.
+        Raises:
+            TrajOODError: a damaged unit (its file is named), a name or key that cannot be stored, an unwritable folder.
+        """
+        wanted = self._plain(name, key)
+        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.folder / f"{name}-{digest}.safetensors"
+        found = self._read(path, wanted)
+        if found is not None:
+            return found
+        began = time.perf_counter()
+        made = compute()
+        notes = self._plain(name, made.notes)
+        header = {"key": wanted, "notes": notes, "seconds": round(time.perf_counter() - began, 2)}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in made.tensors.items()}
+        write_atomic(path, save(tensors, metadata={k: json.dumps(v) for k, v in header.items()}))
+        return Unit(tensors, notes)
+
+    def scratch(self, name: str, key: Mapping[str, Any]) -> Path:
+        """A folder for what a unit keeps while it is being made (checkpoints of a training); remove it afterwards."""
+        digest = hashlib.sha256(json.dumps(self._plain(name, key), sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / f"{name}-{digest}"
+
+    def bar(self, total: int, description: str, unit: str = "unit") -> tqdm[Any]:
+        """A progress bar on stderr that shows up after two seconds, as everywhere in traj_ood."""
+        return tqdm(total=total, desc=description, unit=unit, delay=2, disable=self.quiet, dynamic_ncols=True)
+
+    def discard(self) -> None:
+        """Forget every finished unit."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _plain(name: str, tree: Mapping[str, Any]) -> Any:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise TrajOODError(f"unit name {name!r}: expected letters, digits, '_' and '-'; choose another name")
+        try:
+            return json.loads(json.dumps(dict(tree), sort_keys=True, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise TrajOODError(f"unit {name}: expected plain data that JSON can hold, got: {error}") from error
+
+    def _read(self, path: Path, wanted: Any) -> Unit | None:
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = {k: json.loads(v) for k, v in file.metadata().items()}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+            notes, seconds, key = header["notes"], float(header["seconds"]), header["key"]
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise TrajOODError(
+                f"{path}: damaged unit of work ({reason}): delete this file to compute it again"
+            ) from error
+        if key != wanted:
+            raise TrajOODError(f"{path}: expected the unit of another configuration: delete this file")
+        self.resumed += seconds
+        return Unit(tensors, notes)

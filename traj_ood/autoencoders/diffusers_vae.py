@@ -1,0 +1,120 @@
+"""``AutoencoderKL`` of diffusers: the autoencoders of Stable Diffusion and SDXL (§4.1, Figs 4, 7–9, 15, 18).
+
+Never run here on the published weights, which this project could not download; tests build small random ones and check
+them against diffusers itself, old names of weights included.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor
+
+from traj_ood.autoencoders.base import Autoencoder
+from traj_ood.autoencoders.hub import local_copy, one_line, read_config
+from traj_ood.errors import TrajOODError
+from traj_ood.pixels import image_to_tensor
+from traj_ood.weights import check_weights
+
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+PAPER_SIZE = 256
+"""Side of the paper's images (Table 2)."""
+_PIXELS_A_CALL = 2**18
+"""Four images of 256 × 256 a call: at this geometry a call then takes about 4 GB."""
+
+
+class DiffusersVAE(Autoencoder):
+    """A diffusers ``AutoencoderKL`` with its posterior's mean as E(x), so that f = E∘D is deterministic.
+
+    Latents are (B, channels, h, w), which counts as one token. Images are in [−1, 1], as these models were trained.
+
+    Args:
+        model: a ``diffusers.AutoencoderKL``.
+        image_size: side of the images. Default: the config's ``sample_size``, but at most 256, the paper's (SDXL's
+            1024 costs 16 times as much).
+        scaled: False (default) leaves latents as E makes them, which is the paper's f = E∘D read plainly. True puts
+            them into the units of the diffusion model, (z − shift) · scaling_factor: images' latents then have about
+            unit variance, as starts from N(0, I) do. The dynamics are the same; starts and tolerance are not.
+    Raises:
+        TrajOODError: an image size that the strides do not divide, or ``scaled`` without a scaling factor.
+    """
+
+    family: ClassVar[str] = "diffusers"
+
+    def __init__(
+        self, model: Any, *, name: str = "diffusers-vae", image_size: int | None = None, scaled: bool = False
+    ) -> None:
+        config = model.config
+        side = int(image_size or min(int(config.sample_size), PAPER_SIZE))
+        stride = 2 ** (len(config.block_out_channels) - 1)
+        if side < stride or side % stride:
+            raise TrajOODError(f"{name}: image_size: expected a multiple of {stride}, got {side}")
+        if scaled and not config.scaling_factor:
+            raise TrajOODError(f"{name}: scaled: its config has no scaling_factor; use scaled=False")
+        self.name, self.module = name, model.eval().requires_grad_(False)
+        self.input_shape = (int(config.in_channels), side, side)
+        self.scaled = bool(scaled)
+        self._factor = float(config.scaling_factor) if scaled else 1.0
+        self._shift = float(getattr(config, "shift_factor", None) or 0.0) if scaled else 0.0
+        self.chunk = max(1, min(64, _PIXELS_A_CALL // side**2))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> DiffusersVAE:
+        """Load ``config.json`` and ``diffusion_pytorch_model.safetensors``; ``source`` as for :func:`local_copy`.
+
+        Raises:
+            TrajOODError: diffusers is not installed; files missing, damaged or of another architecture; NaN weights.
+        """
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise TrajOODError(
+                f"model {source}: diffusers is not installed: pip install 'traj_ood[diffusers]'"
+            ) from error
+
+        folder = local_copy(str(source), FILES)
+        kind = read_config(folder).get("_class_name")
+        if kind != "AutoencoderKL":
+            raise TrajOODError(f"{folder}/config.json: expected _class_name 'AutoencoderKL', got {kind!r}")
+        path = folder / FILES[1]
+        if not path.is_file():
+            raise TrajOODError(
+                f"{path}: expected the weights as safetensors, found nothing; pickled ones are never read"
+            )
+        try:
+            # Without the meta device: what a file lacks would stay there, and be found only when it is used.
+            model, report = AutoencoderKL.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+            )
+        except Exception as error:  # diffusers, safetensors and torch each have error classes of their own
+            raise TrajOODError(f"{folder}: cannot be read as an AutoencoderKL ({one_line(error)})") from error
+        for problem in ("missing", "unexpected", "mismatched"):
+            keys = sorted(map(str, report[f"{problem}_keys"]))
+            if keys:
+                raise TrajOODError(
+                    f"{path}: weights of another architecture: {len(keys)} tensors {problem} (first: {keys[0]})"
+                )
+        model = model.float()
+        check_weights(model.state_dict(), model, str(path))
+        options.setdefault("name", Path(source).name if Path(source).expanduser().is_dir() else str(source))
+        return cls(model, **options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what :meth:`from_pretrained` reads, through diffusers; ``image_size`` and ``scaled`` are not stored."""
+        self.module.save_pretrained(folder)  # type: ignore[operator]
+
+    def options(self) -> dict[str, Any]:
+        return {"image_size": self.input_shape[1], "scaled": self.scaled}
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        posterior = self.module.encode(images).latent_dist  # type: ignore[operator]
+        return (posterior.mode() - self._shift) * self._factor
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        return self.module.decode(latents / self._factor + self._shift).sample  # type: ignore[operator]
+
+    def transform(self, image: Image.Image) -> Tensor:
+        channels = self.input_shape[0]
+        return image_to_tensor(image, self.input_shape, (0.5,) * channels, (0.5,) * channels)

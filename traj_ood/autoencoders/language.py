@@ -1,0 +1,166 @@
+"""Causal language models as self-maps: f carries the embedding's output through the whole residual stream.
+
+App. B.8.2 (Fig. 17): f goes from "the embedding layer to the final layer before the softmax". There is no decoder and
+there are no images, so this is no :class:`~traj_ood.autoencoders.Autoencoder`: it offers what
+:func:`traj_ood.iterate` needs, starts and a self-map, and nothing else::
+
+    model = load_language_model("causal-lm:HuggingFaceTB/SmolLM2-1.7B", tokens=64)
+    trajectory = iterate(model.self_map, model.start(texts), tol=0, max_steps=300, chunk=model.chunk)
+
+Never run here on published weights, which this project could not download; tests build small random GPT-2, Llama and
+Qwen3 models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.autoencoders.hub import one_line
+from traj_ood.engine import apply_in_chunks
+from traj_ood.errors import TrajOODError
+from traj_ood.weights import check_weights, fingerprint
+
+PREFIX = "causal-lm:"
+Encode = Callable[[str], Sequence[int]]
+"""Text → token ids, with what the model expects at the start of a text."""
+_TOKENS_A_CALL = 2048
+
+
+class LanguageModel:
+    """A causal transformer without its head: f = embeddings of a text → last hidden states, of the same shape.
+
+    Position is not part of z: the model adds or rotates it in anew at every step. The last hidden state comes after the
+    final norm, so ‖f(z)‖ is bounded by construction; bounded norms alone prove nothing.
+
+    Args:
+        model: a transformers model without head (``AutoModel``), causal, in memory.
+        encode: text → token ids.
+        tokens: T, of each text exactly its first T tokens are used: no padding, so no text sees another's length.
+            Default 64; the paper does not say.
+        name: what results call it.
+    Raises:
+        TrajOODError: fewer than 1 token, more than the model has positions for, or hidden states of another width than
+            the embeddings.
+    """
+
+    def __init__(self, model: nn.Module, encode: Encode, *, tokens: int = 64, name: str = "language-model") -> None:
+        config: Any = model.config
+        most = int(getattr(config, "max_position_embeddings", None) or tokens)
+        if not 1 <= tokens <= most:
+            raise TrajOODError(f"{name}: tokens: expected 1 to {most}, the model's positions, got {tokens}")
+        self.name, self.module, self.tokens = name, model.eval().requires_grad_(False), tokens
+        self._encode = encode
+        self.chunk = max(1, min(64, _TOKENS_A_CALL // tokens))
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
+        width = table.weight.shape[1]
+        with torch.inference_mode():
+            image = self.self_map(torch.zeros(1, 1, width, device=self.device))
+        if image.shape[2] != width:
+            raise TrajOODError(
+                f"{name}: expected hidden states as wide as the embeddings, {width}, got {image.shape[2]}: f needs that"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def to(self, device: torch.device | str) -> LanguageModel:
+        self.module.to(device)
+        return self
+
+    def fits(self, text: str) -> bool:
+        """Whether ``text`` has enough tokens."""
+        return len(self._encode(text)) >= self.tokens
+
+    def start(self, texts: Sequence[str]) -> Tensor:
+        """z_0: (B, T, d) embeddings of the first T tokens of each text.
+
+        Raises:
+            TrajOODError: a text with fewer tokens; its place and beginning are named.
+        """
+        ids = torch.empty(len(texts), self.tokens, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            found = list(self._encode(text))[: self.tokens]
+            if len(found) < self.tokens:
+                raise TrajOODError(
+                    f"{self.name}: text {row} ({text[:30]!r}…): expected at least {self.tokens} tokens, got "
+                    f"{len(found)}; leave it out or ask for fewer tokens"
+                )
+            ids[row] = torch.tensor(found)
+        table: Any = self.module.get_input_embeddings()  # type: ignore[operator]
+        with torch.inference_mode():
+            return apply_in_chunks(lambda rows: table(rows), ids.to(self.device), self.chunk)
+
+    def self_map(self, latents: Tensor) -> Tensor:
+        """f on one chunk of latents (n, T, d); :func:`traj_ood.iterate` does the chunking."""
+        return self.module(inputs_embeds=latents, use_cache=False).last_hidden_state
+
+    def fingerprint(self) -> str:
+        """sha256 over every weight and T."""
+        return fingerprint(self.module, ["causal-lm", self.tokens])
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+
+def load_language_model(spec: str, *, tokens: int = 64, name: str | None = None) -> LanguageModel:
+    """Any transformers causal language model, ``causal-lm:SOURCE``, by hub name or local folder, in float32.
+
+    Args:
+        spec: for instance ``causal-lm:Qwen/Qwen3-0.6B``; the prefix may be left out.
+        tokens: see :class:`LanguageModel`.
+    Raises:
+        TrajOODError: not to be had, no causal language model, pickled or missing weights, NaN weights.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    source = spec.removeprefix(PREFIX)
+    folder = Path(source).expanduser()
+    shown = name or f"{PREFIX}{folder.resolve().name if folder.is_dir() else source}"
+    where = str(folder) if folder.is_dir() else source
+    if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise TrajOODError(f"{shown}: no such folder; expected one with config.json, model.safetensors and a tokenizer")
+    config = _fetched(shown, "config.json", lambda: AutoConfig.from_pretrained(where))
+    if not _is_causal(config):
+        raise TrajOODError(
+            f"{shown}: expected a causal language model, got {config.model_type} "
+            f"({', '.join(config.architectures or ['?'])})"
+        )
+    tokenizer = _fetched(shown, "its tokenizer", lambda: AutoTokenizer.from_pretrained(where))
+    model, report = _fetched(
+        shown,
+        "model.safetensors",
+        lambda: AutoModel.from_pretrained(where, config=config, use_safetensors=True, output_loading_info=True),
+    )
+    missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    if missing:
+        raise TrajOODError(
+            f"{shown}: {len(missing)} weights are missing from its file or of another shape (first: {missing[0]})"
+        )
+    model = model.float()
+    check_weights(model.state_dict(), model, shown)
+    return LanguageModel(model, lambda text: tokenizer(text)["input_ids"], tokens=tokens, name=shown)
+
+
+def _is_causal(config: Any) -> bool:
+    """Whether the checkpoint was made as a causal model; where it does not say, whether its kind can be one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.architectures:
+        return any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _fetched(name: str, file: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:  # hub, network, file and configuration errors of many classes
+        raise TrajOODError(
+            f"{name}: {file} cannot be read here or fetched ({one_line(error)}); give a local folder with config.json, "
+            f"model.safetensors and tokenizer files: {PREFIX}<folder>"
+        ) from error

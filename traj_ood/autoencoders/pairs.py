@@ -1,0 +1,511 @@
+"""Encoders with separately trained decoders: DINOv2 and SigLIP2 with the decoders of RAE, and pairs of one's own.
+
+Zheng et al. (2025), "Diffusion Transformers with Representation Autoencoders", train ViT decoders for frozen encoders;
+App. B.8.1 of the paper iterates E∘D of those (Fig. 16). Three ways to have one::
+
+    load_autoencoder("diffusers:nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08")  # published for diffusers' AutoencoderRAE
+    pair = PairAutoencoder.from_parts(  # the files that github.com/bytetriper/RAE publishes
+        "facebook/dinov2-with-registers-base",
+        "models/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+        "models/stats/dinov2/wReg_base/imagenet1k/stat.pt",
+        encoder_size=224,
+    )
+    pair.save_pretrained(Path("runs/rae-dinov2"))  # then load_autoencoder("runs/rae-dinov2")
+    PairAutoencoder(my_encoder, my_decoder, input_shape=(3, 64, 64))  # any two modules
+
+Never run here on published weights, which this project could not download. The layouts are those of their sources
+(bytetriper/RAE, January 2026; diffusers 0.42); tests hold our decoder to diffusers' own, at equal small random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from traj_ood.autoencoders.base import Autoencoder
+from traj_ood.autoencoders.hub import local_copy, one_line, read_config
+from traj_ood.autoencoders.vit_mae import sine_cosine_table
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.files import write_atomic
+from traj_ood.pixels import check_statistics, image_to_tensor
+from traj_ood.weights import check_weights, put_weights, read_weights
+
+MODEL_TYPE = "traj_ood_pair"
+HEADS = 16
+"""Attention heads of RAE's ViT-L and ViT-XL decoders, the published ones; the only number their weights do not tell."""
+RAE_EPS = 1e-5
+"""RAE divides by √(variance + ε), its port to diffusers by deviation + ε, with the same ε."""
+_TOKENS_A_CALL = 4096
+
+
+class ViTDecoder(nn.Module):
+    """RAE's decoder: the latent tokens and a learned class token through a ViT, a linear layer to pixels per patch.
+
+    Latents (B, N, width) → images (B, channels, √N · patch, √N · patch). Its parameters are named as in RAE's
+    checkpoints (those of ViT-MAE in transformers 4), so that these load as they are.
+
+    Args:
+        latent_width: of a latent token. width, layers, heads, hidden: of the ViT.
+        tokens: N, a square. patch: pixels a side of what one token becomes.
+    """
+
+    def __init__(
+        self,
+        latent_width: int,
+        tokens: int,
+        *,
+        width: int = 1152,
+        layers: int = 28,
+        heads: int = HEADS,
+        hidden: int = 4096,
+        patch: int = 16,
+        channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise TrajOODError(f"ViT decoder: expected a square number of tokens, got {tokens}")
+        if width % heads:
+            raise TrajOODError(f"ViT decoder: expected a width that {heads} heads divide, got {width}")
+        self.patch, self.channels = patch, channels
+        self.decoder_embed = nn.Linear(latent_width, width)
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_layers = nn.ModuleList(_Block(width, heads, hidden) for _ in range(layers))
+        self.decoder_norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.decoder_pred = nn.Linear(width, patch**2 * channels)
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor], heads: int, where: str) -> ViTDecoder:
+        """The decoder that ``weights`` describe, in RAE's names or diffusers'.
+
+        Raises:
+            TrajOODError: weights of another architecture; names ``where``.
+        """
+        weights = {_rae_name(key): value for key, value in weights.items()}
+        try:
+            width, latent_width = weights["decoder_embed.weight"].shape
+            hidden = len(weights["decoder_layers.0.intermediate.dense.bias"])
+            pixels = len(weights["decoder_pred.bias"])
+            tokens = weights["decoder_pos_embed"].shape[1] - 1
+        except KeyError as error:
+            raise TrajOODError(
+                f"{where}: expected the weights of an RAE decoder, {error.args[0]} is missing"
+            ) from error
+        layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("decoder_layers."))
+        patch = math.isqrt(pixels // 3)
+        decoder = cls(latent_width, tokens, width=width, layers=layers, heads=heads, hidden=hidden, patch=patch)
+        put_weights(decoder, weights, where)
+        return decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        tokens = self.decoder_embed(latents)
+        first = self.trainable_cls_token.expand(len(tokens), -1, -1)
+        tokens = torch.cat([first, tokens], dim=1) + self.decoder_pos_embed
+        for layer in self.decoder_layers:
+            tokens = layer(tokens)
+        pixels = self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+        side = math.isqrt(pixels.shape[1])
+        squares = pixels.unflatten(1, (side, side)).unflatten(3, (self.patch, self.patch, self.channels))
+        return squares.permute(0, 5, 1, 3, 2, 4).reshape(len(latents), self.channels, side * self.patch, -1)
+
+
+_NORM_EPS = 1e-12
+
+
+class _Block(nn.Module):
+    """A pre-norm transformer layer; the nesting is that of the checkpoints' names."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self._heads = heads
+        products = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
+        self.attention = nn.ModuleDict(
+            {"attention": nn.ModuleDict(products), "output": nn.ModuleDict({"dense": nn.Linear(width, width)})}
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
+        self.layernorm_before = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.layernorm_after = nn.LayerNorm(width, eps=_NORM_EPS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self._attend(self.layernorm_before(tokens))
+        hidden = functional.gelu(self.intermediate["dense"](self.layernorm_after(tokens)))
+        return tokens + self.output["dense"](hidden)
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        products: Any = self.attention["attention"]
+        q, k, v = (
+            products[name](tokens).unflatten(2, (self._heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
+        )
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return self.attention["output"]["dense"](mixed.transpose(1, 2).flatten(2))  # type: ignore[index]
+
+
+class VisionTokens(nn.Module):
+    """The patch tokens (B, N, d) of a transformers vision model: CLS and register tokens are left out.
+
+    Args:
+        model: such as ``Dinov2WithRegistersModel``, ``SiglipVisionModel``, ``ViTModel``.
+        size: side of the images it is shown.
+        plain_norm: take the gain and bias off its last LayerNorm, as RAE does with every encoder. Default True.
+    Raises:
+        TrajOODError: no LayerNorm to change, or an output that is not one token per patch behind some others.
+    """
+
+    def __init__(self, model: nn.Module, size: int, *, plain_norm: bool = True) -> None:
+        super().__init__()
+        config: Any = model.config
+        self.model, self.size, self.plain_norm = model, size, plain_norm
+        if plain_norm:
+            norm = next((getattr(model, n) for n in ("layernorm", "post_layernorm") if hasattr(model, n)), None)
+            if norm is None:
+                raise TrajOODError(f"{type(model).__name__}: it has no final LayerNorm; pass plain_norm=False")
+            with torch.no_grad():  # the same function as without the two, and weights of an unchanged architecture
+                norm.weight.fill_(1.0)
+                norm.bias.zero_()
+        self._options = {"interpolate_pos_encoding": True} if _interpolates(model) else {}
+        patches = (size // int(config.patch_size)) ** 2
+        with torch.inference_mode():
+            tokens = self._tokens(torch.zeros(1, int(config.num_channels), size, size)).shape[1]
+        if size % int(config.patch_size) or not patches <= tokens <= patches + 64:
+            raise TrajOODError(
+                f"{type(model).__name__}: expected one token per patch of {config.patch_size} pixels, got {tokens} "
+                f"tokens for images of {size}"
+            )
+        self._others = tokens - patches
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images, **self._options).last_hidden_state
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._tokens(images)[:, self._others :]
+
+
+class _Pair(nn.Module):
+    """Encoder, decoder, and what standardises the latents between them."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, centre: Tensor, spread: Tensor) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.register_buffer("centre", centre)
+        self.register_buffer("spread", spread)
+
+
+class PairAutoencoder(Autoencoder):
+    """An encoder and a decoder that were trained apart; f = E∘D, with images between D and E.
+
+    Args:
+        encoder: images (B, C, s, s) in normalised units → latents (B, *L).
+        decoder: latents (B, *L) → images (B, C, H, W) in the same units.
+        input_shape: (C, H, W) of the decoder's images.
+        encoder_size: s. Where it is not H, images are resized (bicubic, as in RAE) on their way from D to E: part of f.
+        mean, std: per channel, of the pixels in [0, 1], the encoder's.
+        centre, spread: latents are (E(x) − centre) / spread; tensors that broadcast to L. Default 0 and 1.
+        has_cls: see :class:`Autoencoder`.
+    Raises:
+        TrajOODError: a decoder whose images have another shape, or an encoder that cannot take them.
+    """
+
+    family: ClassVar[str] = "pair"
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        input_shape: tuple[int, int, int],
+        *,
+        name: str = "pair",
+        encoder_size: int | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        centre: Tensor | None = None,
+        spread: Tensor | None = None,
+        has_cls: bool = False,
+        chunk: int | None = None,
+    ) -> None:
+        channels = input_shape[0]
+        self.name, self.input_shape, self.has_cls = name, input_shape, has_cls
+        self.encoder_size = encoder_size or input_shape[1]
+        self.mean, self.std = tuple(mean or (0.5,) * channels), tuple(std or (0.5,) * channels)
+        check_statistics(name, channels, self.mean, self.std)
+        centre = torch.zeros(()) if centre is None else centre.float()
+        spread = torch.ones(()) if spread is None else spread.float()
+        if not bool((spread > 0).all()):
+            raise TrajOODError(f"{name}: expected a positive spread of every latent, got {float(spread.min()):g}")
+        self.module = _Pair(encoder, decoder, centre, spread).eval().requires_grad_(False)
+        self.chunk = 1
+        self.chunk = chunk or self._tried()
+
+    def _tried(self) -> int:
+        """Rows per call, after one image has gone through both networks."""
+        try:
+            with torch.inference_mode():
+                latents = self.encode_batch(torch.zeros(1, *self.input_shape, device=self.device))
+                images = self.decode_batch(latents)
+        except TrajOODError:
+            raise
+        except Exception as error:  # shapes that do not fit end in errors of any class
+            raise TrajOODError(
+                f"{self.name}: encoder and decoder do not fit images of shape {self.input_shape} ({one_line(error)})"
+            ) from error
+        if tuple(images.shape[1:]) != self.input_shape:
+            raise TrajOODError(
+                f"{self.name}: expected a decoder of images {self.input_shape}, got {tuple(images.shape[1:])}"
+            )
+        tokens = latents.shape[1] if latents.ndim == 3 else 16
+        return max(1, min(64, _TOKENS_A_CALL // tokens))
+
+    @classmethod
+    def from_parts(
+        cls,
+        encoder: str | Path,
+        decoder: str | Path,
+        statistics: str | Path | None = None,
+        *,
+        encoder_size: int | None = None,
+        heads: int = HEADS,
+        plain_norm: bool = True,
+        **options: Any,
+    ) -> PairAutoencoder:
+        """A transformers encoder with an RAE decoder, from where each of them is published.
+
+        Args:
+            encoder: hub name or local folder, with its preprocessor_config.json.
+            decoder: file of weights (``model.pt`` of RAE, or safetensors).
+            statistics: file with ``mean`` and ``var`` of the latents, (d, √N, √N) or (d,); None standardises nothing.
+            encoder_size: side of the encoder's images. Default: its config's; RAE's DINOv2 decoders need 224.
+            heads: of the decoder; its weights do not tell. plain_norm: see :class:`VisionTokens`.
+        Raises:
+            TrajOODError: files missing, damaged, or of another architecture.
+        """
+        model = load_vision_model(str(encoder))
+        tokens = VisionTokens(model, int(encoder_size or _config_size(model)), plain_norm=plain_norm)
+        decoding = ViTDecoder.from_weights(read_weights(decoder), heads, str(decoder))
+        if statistics is not None:
+            stored = read_weights(statistics)
+            if not {"mean", "var"} <= stored.keys():
+                raise TrajOODError(f"{statistics}: expected the tensors mean and var, got {', '.join(sorted(stored))}")
+            options |= {"centre": _as_tokens(stored["mean"]), "spread": _as_tokens((stored["var"] + RAE_EPS).sqrt())}
+        folder = local_copy(str(encoder), ("preprocessor_config.json",))
+        for key in ("mean", "std"):
+            options.setdefault(key, _processor(folder)[key])
+        options.setdefault("name", f"{Path(encoder).name}+{Path(decoder).parent.name or 'decoder'}")
+        return cls._of(tokens, decoding, options)
+
+    @classmethod
+    def _of(cls, encoder: VisionTokens, decoder: ViTDecoder, options: dict[str, Any]) -> PairAutoencoder:
+        side = math.isqrt(decoder.decoder_pos_embed.shape[1] - 1) * decoder.patch
+        return cls(encoder, decoder, (decoder.channels, side, side), encoder_size=encoder.size, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> PairAutoencoder:
+        """Load what :meth:`save_pretrained` wrote, or a folder that diffusers' ``AutoencoderRAE`` wrote.
+
+        Raises:
+            TrajOODError: files missing, damaged, or of another architecture.
+        """
+        folder = local_copy(str(folder), ("config.json", "diffusion_pytorch_model.safetensors"))
+        config = read_config(folder)
+        options.setdefault("name", folder.name)
+        if config.get("_class_name") == "AutoencoderRAE":
+            return cls._from_diffusers(folder, config, options)
+        if config.get("model_type") != MODEL_TYPE:
+            raise TrajOODError(
+                f"{folder}/config.json: expected model_type {MODEL_TYPE!r}, got {config.get('model_type')!r}"
+            )
+        try:
+            heads, size, plain = int(config["heads"]), int(config["encoder_size"]), bool(config["plain_norm"])
+            statistics = {key: tuple(float(v) for v in config[key]) for key in ("mean", "std")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrajOODError(f"{folder}/config.json: impossible or missing entry ({one_line(error)})") from error
+        encoder = VisionTokens(load_vision_model(str(folder / "encoder")), size, plain_norm=plain)
+        weights = read_weights(folder / "model.safetensors")
+        between = {key: weights.pop(key, None) for key in ("centre", "spread")}
+        decoder = ViTDecoder.from_weights(weights, heads, str(folder / "model.safetensors"))
+        return cls._of(encoder, decoder, {**statistics, **between, **options})
+
+    @classmethod
+    def _from_diffusers(cls, folder: Path, config: dict[str, Any], options: dict[str, Any]) -> PairAutoencoder:
+        """Read without diffusers: its ``AutoencoderRAE`` (0.42) builds the encoder from the installed transformers and
+        then expects that version's names, while the published files have those of transformers 4."""
+        path = folder / "diffusion_pytorch_model.safetensors"
+        weights = read_weights(path)
+        kind = str(config.get("encoder_type"))
+        if kind not in _RAE_ENCODERS:
+            raise unknown_name("RAE encoder", kind, _RAE_ENCODERS)
+        model = _encoder_from_weights(kind, config, _below("encoder.", weights), str(path))
+        encoder = VisionTokens(model, int(config["encoder_input_size"]))
+        parts = _below("decoder.", weights)
+        tokens = (encoder.size // int(config["encoder_patch_size"])) ** 2
+        # At RAE's usual 16 × 16 tokens this is also diffusers' table; for other grids diffusers scales positions to 16,
+        # unlike RAE, whose decoders were trained with this one.
+        parts.setdefault("decoder_pos_embed", sine_cosine_table(math.isqrt(tokens), int(config["decoder_hidden_size"])))
+        decoder = ViTDecoder.from_weights(parts, int(config["decoder_num_attention_heads"]), str(path))
+        scale = float(config.get("scaling_factor") or 1.0)
+        centre, deviation = (_as_tokens(weights[f"_latents_{key}"]) for key in ("mean", "std"))
+        options = {"centre": centre, "spread": (deviation + RAE_EPS) / scale, **options}
+        for key in ("mean", "std"):
+            options.setdefault(key, tuple(float(v) for v in weights[f"encoder_{key}"].flatten()))
+        return cls._of(encoder, decoder, options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write ``encoder/`` (transformers can read it), ``model.safetensors`` (the rest) and ``config.json``.
+
+        Raises:
+            TrajOODError: a pair of one's own modules, which only their own code can write.
+        """
+        parts: Any = self.module
+        if not (isinstance(parts.encoder, VisionTokens) and isinstance(parts.decoder, ViTDecoder)):
+            raise TrajOODError(
+                f"{self.name}: only a transformers encoder with a ViTDecoder can be saved; save your modules"
+            )
+        (folder / "encoder").mkdir(parents=True, exist_ok=True)
+        encoder: Any = parts.encoder.model
+        encoder.save_pretrained(folder / "encoder")
+        weights = {k: v.detach().cpu().contiguous() for k, v in parts.decoder.state_dict().items()}
+        between = {"centre": parts.centre.cpu().contiguous(), "spread": parts.spread.cpu().contiguous()}
+        write_atomic(folder / "model.safetensors", save({**weights, **between}, metadata={"format": "pt"}))
+        config = {
+            "model_type": MODEL_TYPE,
+            "heads": parts.decoder.decoder_layers[0]._heads,
+            "encoder_size": self.encoder_size,
+            "plain_norm": parts.encoder.plain_norm,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    def options(self) -> dict[str, Any]:
+        return {"mean": list(self.mean), "std": list(self.std), "encoder_size": self.encoder_size}
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        parts: Any = self.module
+        if images.shape[-1] != self.encoder_size:
+            images = functional.interpolate(images, (self.encoder_size,) * 2, mode="bicubic", align_corners=False)
+        return (parts.encoder(images) - parts.centre) / parts.spread
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        parts: Any = self.module
+        return parts.decoder(latents * parts.spread + parts.centre)
+
+    def transform(self, image: Image.Image) -> Tensor:
+        return image_to_tensor(image, self.input_shape, self.mean, self.std)
+
+
+def load_vision_model(source: str) -> Any:
+    """A transformers vision encoder by hub name or local folder, with every weight from its file.
+
+    Of a model of images and texts (SigLIP2) the vision tower is taken.
+
+    Raises:
+        TrajOODError: not to be had, or weights that are missing or NaN.
+    """
+    from transformers import AutoModel
+
+    try:
+        model, report = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    except Exception as error:
+        raise TrajOODError(
+            f"encoder {source!r}: neither a local folder nor loadable from the hub ({one_line(error)}); download it "
+            "where there is a network and pass the folder"
+        ) from error
+    missing = sorted(key for key in map(str, report["missing_keys"]) if "pooler" not in key and "head." not in key)
+    if missing:
+        raise TrajOODError(
+            f"encoder {source!r}: {len(missing)} weights are missing from its file (first: {missing[0]})"
+        )
+    model = getattr(model, "vision_model", model).float()
+    check_weights(model.state_dict(), model, f"encoder {source!r}")
+    return model
+
+
+_RAE_ENCODERS = {
+    "dinov2": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", 518, "layernorm"),
+    "siglip2": ("SiglipVisionConfig", "SiglipVisionModel", 256, "post_layernorm"),
+}
+"""Config, model, the size its position embeddings are made for, and its last LayerNorm (which the files leave out).
+RAE's third encoder, ViT-MAE, is an autoencoder of its own here."""
+
+
+def _encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> nn.Module:
+    """The encoder of a diffusers folder; transformers itself translates the names of weights between its versions."""
+    import transformers
+
+    config_name, model_name, size, norm = _RAE_ENCODERS[kind]
+    width = int(config["encoder_hidden_size"])
+    geometry = getattr(transformers, config_name)(
+        hidden_size=width,
+        intermediate_size=4 * width if kind == "dinov2" else _siglip_hidden(weights, width),
+        patch_size=int(config["encoder_patch_size"]),
+        image_size=size,
+        num_attention_heads=max(1, width // 64),
+        num_hidden_layers=int(config["encoder_num_hidden_layers"]),
+    )
+    gain = next((k for k in weights if k.endswith(f"{norm}.weight")), None)
+    if gain is None:  # RAE takes gain and bias off
+        prefix = "vision_model." if any(k.startswith("vision_model.") for k in weights) else ""
+        weights |= {f"{prefix}{norm}.weight": torch.ones(width), f"{prefix}{norm}.bias": torch.zeros(width)}
+    try:
+        model, report = getattr(transformers, model_name).from_pretrained(
+            None, config=geometry, state_dict=weights, output_loading_info=True
+        )
+    except Exception as error:
+        raise TrajOODError(f"{where}: its encoder cannot be read as {model_name} ({one_line(error)})") from error
+    wrong = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    if wrong:
+        raise TrajOODError(f"{where}: {len(wrong)} weights of the encoder are missing or misshapen, first {wrong[0]}")
+    model = model.float()
+    check_weights(model.state_dict(), model, where)
+    return model
+
+
+def _siglip_hidden(weights: Mapping[str, Tensor], width: int) -> int:
+    return next((len(v) for k, v in weights.items() if k.endswith("mlp.fc1.bias") and ".head." not in k), 4 * width)
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _rae_name(key: str) -> str:
+    """RAE's name of a decoder weight that diffusers or RAE call ``key``."""
+    names = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
+    found = re.fullmatch(r"(decoder_layers\.\d+\.attention)\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)", key)
+    return f"{found[1]}.{names[found[2]]}.{found[3]}" if found else key
+
+
+def _as_tokens(statistic: Tensor) -> Tensor:
+    """Statistics (d, h, w), also with a leading 1, as (h · w, d); (d,) and single numbers as they are."""
+    statistic = statistic.float().squeeze()
+    return statistic.flatten(1).T.contiguous() if statistic.ndim == 3 else statistic
+
+
+def _interpolates(model: nn.Module) -> bool:
+    """Whether forward has to be told that images are not of the config's size."""
+    import inspect
+
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+
+
+def _config_size(model: Any) -> int:
+    size = model.config.image_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _processor(folder: Path) -> dict[str, tuple[float, ...]]:
+    path = folder / "preprocessor_config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {key: tuple(float(v) for v in stored[f"image_{key}"]) for key in ("mean", "std")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrajOODError(f"{path}: expected numbers image_mean and image_std ({one_line(error)})") from error
