@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -158,7 +159,7 @@ class Postprocessor(ABC):
         return 0.0
 
     def fit(self, train: Evidence) -> Postprocessor:
-        self._state = self.learn(train)
+        self._state = {name: _row_major(value) for name, value in self.learn(train).items()}
         return self
 
     @property
@@ -192,7 +193,7 @@ class Postprocessor(ABC):
     def save(self, path: Path) -> None:
         """Write the learnt tensors and the options as one safetensors file, atomically."""
         header = {"scorer": self.name, "options": json.dumps(self.options(), sort_keys=True)}
-        write_atomic(path, save({k: v.contiguous() for k, v in self.state.items()}, metadata=header))
+        write_atomic(path, save(self.state, metadata=header))
 
     def load(self, path: Path) -> Postprocessor:
         """Read what :meth:`save` wrote into this scorer.
@@ -230,6 +231,17 @@ class FeatureScorer(Postprocessor):
     def features(self, evidence: Evidence) -> Tensor:
         """(B, d) features of the declared view."""
         return evidence.features[self.view]
+
+
+def _row_major(value: Tensor) -> Tensor:
+    """The tensor in the layout in which a file holds it.
+
+    BLAS takes another kernel, which rounds otherwise, for other strides: scores after loading would not be the same.
+    ``contiguous`` is no help, because it leaves the strides of dimensions of size 1 as they are.
+    """
+    if value.stride() == torch.empty(value.shape, device="meta").stride():
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def _text(value: Any) -> str:
