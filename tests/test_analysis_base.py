@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tiny_digits import write_digits
 
 from traj_ood.analysis import NAMES, Answer, Finding, Question, Unit, Workspace, base, find_question, options_from
-from traj_ood.analysis.images import load_images, sample
+from traj_ood.analysis.images import load_images, sample, spread
 from traj_ood.cli import main
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
@@ -68,6 +68,8 @@ def test_options_are_parsed_by_the_kind_of_their_field() -> None:
         ("size", "toy: expected options as key=value, got 'size'"),
         ("sise=3", "unknown option of toy 'sise': did you mean"),
         ("size=many", "toy: size: expected int, got 'many'"),
+        ("scale=inf", "toy: scale: expected float, got 'inf'"),
+        ("scale=nan", "toy: scale: expected float, got 'nan'"),
         ("flag=yes", "toy: flag: expected bool, got 'yes'"),
         ("counts=1,x", "toy: counts: expected int, got 'x'"),
         ("size=0", "toy: size: expected at least 1, got 0"),
@@ -179,8 +181,46 @@ def test_what_interrupts_a_unit_leaves_the_finished_ones_and_no_other(tmp_path: 
         work.unit("part", {"k": 2}, interrupted)
     assert len(list(tmp_path.iterdir())) == 1
     assert Workspace(tmp_path).unit("part", {"k": 1}, interrupted).notes == {"value": 1}
+
+
+def test_discarding_units_leaves_everything_else(tmp_path: Path) -> None:
+    work = Workspace(tmp_path)
+    work.discard()  # of nothing
+    work.unit("part", {"k": 1}, Unit)
+    (work.scratch("part", {"k": 2})).mkdir()
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "model.safetensors").touch()
     work.discard()
-    assert not tmp_path.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "thesis", "thesis.txt"]
+
+
+def test_units_of_other_code_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traj_ood.analysis.workspace.git_commit", lambda folder: "a" * 40)
+    monkeypatch.setattr("traj_ood.analysis.base.git_commit", lambda folder: "a" * 40)
+    Toy().run(Workspace(tmp_path / "units"), tmp_path)
+    assert "code: " not in " ".join(Toy().run(Workspace(tmp_path / "units"), tmp_path).differences)
+    monkeypatch.setattr("traj_ood.analysis.base.git_commit", lambda folder: "b" * 40)
+    finding = Toy().run(Workspace(tmp_path / "units"), tmp_path)
+    assert finding.differences[-1] == f"code: some units of work were computed at commit {'a' * 40}"
+    assert finding.commit == "b" * 40
+
+
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path) -> None:
+    for seed in (-1, 2**31):
+        with raises(f"toy: seed: expected 0 to 2147483647, got {seed}"):
+            Toy(seed=seed).run(Workspace(tmp_path / "units"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_drawn_is_recorded_first(tmp_path: Path) -> None:
+    class Undrawn(Toy):
+        def answer(self, work: Workspace) -> Answer:
+            return Answer({"x": 1}, "", {"toy.png": lambda path: [][0]})
+
+    with pytest.raises(IndexError):
+        Undrawn().run(Workspace(tmp_path / "units"), tmp_path)
+    assert Finding.load(tmp_path).figures == {"x": 1}
 
 
 def test_damaged_units_and_unfit_keys_are_named(tmp_path: Path) -> None:
@@ -210,6 +250,16 @@ def test_mnist_is_read_from_a_folder_and_not_mistaken_for_fashion(tmp_path: Path
         load_images("mnist", write_digits(tmp_path / "c", bright=0.5))
     with raises("MNIST: expected train-images-idx3-ubyte[.gz]"):
         load_images("mnist", tmp_path)
+    with raises("expected Fashion-MNIST's clothes, got images of which 20% is not black, as in MNIST"):
+        load_images("fashion-mnist", tmp_path / "a")
+
+
+def test_one_root_serves_sets_of_the_same_file_names(tmp_path: Path) -> None:
+    write_digits(tmp_path / "mnist")
+    write_digits(tmp_path / "fashion-mnist", bright=0.5)
+    digits, clothes = load_images("mnist", tmp_path), load_images("fashion-mnist", tmp_path)
+    assert digits.train.digest() != clothes.train.digest()
+    assert digits.train.digest() == load_images("mnist", tmp_path / "mnist").train.digest()
 
 
 def test_cifar10_folders_are_checked(tmp_path: Path) -> None:
@@ -224,8 +274,17 @@ def test_samples_grow_with_their_size_and_refuse_more_than_there_is(tmp_path: Pa
     small, large = sample(images, 5, 1, "train"), sample(images, 9, 1, "train")
     assert set(small.ids) < set(large.ids)
     assert sample(images, 0, 1, "train") is images
-    with raises("train: expected 1 to 40 images (0: all), got 41; ask for fewer"):
+    with raises("train: expected 1 to 40 images, got 41; ask for fewer"):
         sample(images, 41, 1, "train")
+
+
+def test_places_at_even_distances() -> None:
+    assert spread(10, 1) == (0,)
+    assert spread(10, 2) == (0, 9)
+    assert spread(5, 5) == (0, 1, 2, 3, 4)
+    places = torch.tensor(spread(4000, 2100))  # more than half of them: a stride would take the first 2,100
+    assert len(set(places.tolist())) == 2100
+    assert set(places.diff().tolist()) == {1, 2}
 
 
 # ---------------------------------------------------------------------------------------------- the command

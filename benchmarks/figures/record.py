@@ -31,14 +31,19 @@ def record(question: str, *defaults: str) -> None:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--fresh", action="store_true", help="discard the finished units of an earlier run")
     parser.add_argument("--quiet", action="store_true")
     chosen = parser.parse_args()
+    if chosen.threads is not None and chosen.threads < 1:
+        sys.exit(f"error: --threads: expected at least 1, got {chosen.threads}")
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     try:
         pairs = [*([] if chosen.paper else defaults), f"seed={chosen.seed}", *chosen.option]
         asked = options_from(find_question(question), pairs, paper=chosen.paper)
         work = Workspace(chosen.work, resolve_device(chosen.device), chosen.data_root, chosen.quiet)
+        if chosen.fresh:
+            work.discard()
         command = shlex.join(["python", f"benchmarks/figures/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         finding = asked.run(work, chosen.out, command=command)
     except TrajOODError as error:

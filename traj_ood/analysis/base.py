@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -189,7 +190,8 @@ class Question(ABC):
         Raises:
             TrajOODError: bad options or data, an unwritable folder.
         """
-        began = time.perf_counter()
+        self.expect(0 <= self.seed < 2**31, "seed", f"0 to {2**31 - 1}")
+        began, commit = time.perf_counter(), git_commit(Path(__file__).parent)
         answer = self.answer(work)
         finding = Finding(
             question=self.name,
@@ -197,19 +199,19 @@ class Question(ABC):
             options=self.options(),
             figures=answer.figures,
             sentence=answer.sentence,
-            differences=(*self.differences(), *answer.differences),
+            differences=(*self.differences(), *answer.differences, *_other_code(work, commit)),
             choices=self.choices,
             pictures=tuple(answer.pictures),
             seed=self.seed,
             command=command,
-            commit=git_commit(Path(__file__).parent),
+            commit=commit,
             versions=environment(),
             seconds=round(time.perf_counter() - began + work.resumed, 1),
         )
         finding.text()  # before anything is drawn: are the figures fit to be recorded?
+        finding.save(folder)
         for file, draw in answer.pictures.items():
             draw(folder / file)
-        finding.save(folder)
         return finding
 
     def options(self) -> dict[str, Any]:
@@ -302,10 +304,19 @@ def _parsed(where: str, kind: str, text: str) -> Any:
         if kind.startswith("int"):
             return int(text)
         if kind.startswith("float"):
-            return float(text)
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError(text)
+            return value
     except (KeyError, ValueError) as error:
         raise TrajOODError(f"{where}: expected {kind}, got {text!r}") from error
     return text
+
+
+def _other_code(work: Workspace, commit: str | None) -> tuple[str, ...]:
+    """A sentence where finished units of work are those of another state of the code."""
+    others = sorted(str(other) for other in work.commits - {commit})
+    return (f"code: some units of work were computed at commit {', '.join(others)}",) if others else ()
 
 
 def _shown(value: Any) -> str:

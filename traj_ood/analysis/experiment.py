@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Question
-from traj_ood.analysis.images import IMAGE_SETS, load_images, sample
+from traj_ood.analysis.images import IMAGE_SETS, load_images, sample, spread
 from traj_ood.analysis.memory import Probe
 from traj_ood.analysis.models import (
     PAPER_DECAY,
@@ -36,6 +36,7 @@ MEMORY_CHOICES = (
     "Cosines are of pixels in [0, 1], not centred: the paper does not say.",
     "Table 4's width d, its activation (ReLU), the batch size and how many training images start trajectories are not "
     "stated.",
+    "Weight decay is Adam's, on the weights of all layers and not on biases.",
     "'Linear step' schedule: the rate falls linearly to 0 over all steps.",
     "Rank: of decoded attractors centred at their mean, since 90 % is said of the variance.",
 )
@@ -126,9 +127,8 @@ class Budget(Question):
         """
         data = load_images(self.data, work.data_root)
         train = sample(data.train, size, self.seed, f"{self.data} training images")
-        count = min(self.starts, len(train))
         test = sample(data.test, self.test, 0, f"{self.data} test images")
-        return Sampled(data.shape, train, tuple(range(0, len(train), max(1, len(train) // count)))[:count], test)
+        return Sampled(data.shape, train, spread(len(train), min(self.starts, len(train))), test)
 
     def train(
         self, work: Workspace, images: ImageSource, shape: tuple[int, int, int], *, bottleneck: int, **options: Any
@@ -153,6 +153,11 @@ class Budget(Question):
             "max_steps": self.max_steps,
             **further,
         }
+
+
+def change(first: Mapping[str, Any], last: Mapping[str, Any], name: str, form: str) -> str:
+    """``a to b`` for a sentence; none where a row has no such figure."""
+    return " to ".join("none" if row[name] is None else format(row[name], form) for row in (first, last))
 
 
 def spearman(x: Sequence[float], y: Sequence[float | None]) -> float | None:

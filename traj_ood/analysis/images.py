@@ -39,9 +39,10 @@ def load_images(name: str, root: Path | None = None) -> ImageData:
 
     Args:
         name: of the set.
-        root: where its files lie; None is each set's own places: Fashion-MNIST is fetched where it is nowhere, MNIST
-            through torchvision, CIFAR-10 must lie as ``cifar10/{train,test}/CLASS/*.jpg`` in ``$TRAJ_OOD_DATA`` or
-            ``./data`` (the layout of the benchmark ``cifar10-local``).
+        root: where its files lie, or a folder of the set's name with them. None is each set's own places:
+            Fashion-MNIST is fetched where it is nowhere, MNIST through torchvision, CIFAR-10 must lie as
+            ``cifar10/{train,test}/CLASS/*.jpg`` in ``$TRAJ_OOD_DATA`` or ``./data`` (the layout of the benchmark
+            ``cifar10-local``).
     Raises:
         TrajOODError: unknown name, or files that are missing or malformed.
     """
@@ -61,8 +62,16 @@ def sample(images: ImageSource, size: int, seed: int, stream: str) -> ImageSourc
     if size == 0:
         return images
     if not 1 <= size <= len(images):
-        raise TrajOODError(f"{stream}: expected 1 to {len(images):,} images (0: all), got {size:,}; ask for fewer")
+        raise TrajOODError(f"{stream}: expected 1 to {len(images):,} images, got {size:,}; ask for fewer")
     return images.select(sample_indices(len(images), size, seed, stream))
+
+
+def spread(length: int, count: int) -> tuple[int, ...]:
+    """``count`` places of 0 … length − 1 at even distances, both ends among them.
+
+    Lists of images are often sorted by class: their first images are no sample of them.
+    """
+    return tuple(torch.linspace(0, length - 1, count, dtype=torch.float64).round().long().tolist())
 
 
 def stack(autoencoder: Autoencoder, images: ImageSource) -> Tensor:
@@ -71,11 +80,11 @@ def stack(autoencoder: Autoencoder, images: ImageSource) -> Tensor:
 
 
 def _fashion_mnist(root: Path | None) -> ImageData:
-    return _idx("fashion-mnist", obtain_fashion_mnist(root))
+    return _idx("fashion-mnist", obtain_fashion_mnist(_own_folder(root, "fashion-mnist")))
 
 
 def _mnist(root: Path | None) -> ImageData:
-    cache = cache_folder() / "mnist"
+    cache, root = cache_folder() / "mnist", _own_folder(root, "mnist")
     bases = [Path(root)] if root is not None else [cache]
     folder = _find_mnist(bases)
     if folder is None and root is None:
@@ -91,7 +100,8 @@ def _mnist(root: Path | None) -> ImageData:
     if folder is None:
         raise TrajOODError(
             f"MNIST: expected {', '.join(f + '[.gz]' for f in FILES)} in {bases[0]} or in MNIST/raw below it, found "
-            "not all four, nor could torchvision download them; put them there, or give their folder with --data-root"
+            f"not all four{', nor could torchvision download them' if root is None else ''}; put them there, or give "
+            "their folder with --data-root"
         )
     return _idx("mnist", folder)
 
@@ -105,8 +115,7 @@ def _find_mnist(bases: list[Path]) -> Path | None:
 
 
 def _idx(name: str, folder: Path) -> ImageData:
-    if name == "mnist":
-        _check_not_fashion(folder)
+    _check_is(name, folder)
     parts = []
     for part, prefix in (("train", "train"), ("t10k", "test")):
         array, labels = read_fashion_mnist(folder, part)
@@ -115,17 +124,25 @@ def _idx(name: str, folder: Path) -> ImageData:
     return ImageData(name, (1, 28, 28), parts[0], parts[1])
 
 
-def _check_not_fashion(folder: Path) -> None:
+def _own_folder(root: Path | None, name: str) -> Path | None:
+    """The set's own folder below ``root`` where there is one, so that one root serves sets of the same file names."""
+    return root if root is None or not (Path(root) / name).is_dir() else Path(root) / name
+
+
+def _check_is(name: str, folder: Path) -> None:
     """MNIST and Fashion-MNIST have the same file names; digits have few bright pixels, clothes many.
 
     Raises:
-        TrajOODError: a share of bright pixels that no set of handwritten digits has (19 % there, 50 % on clothes).
+        TrajOODError: a share of bright pixels that this set does not have (19 % on digits, 50 % on clothes).
     """
     path = next(p for p in (folder / FILES[2], folder / f"{FILES[2]}.gz") if p.is_file())
     share = float((read_idx(path) > 0).mean())
-    if share > 0.35:
+    found = "mnist" if share <= 0.35 else "fashion-mnist"
+    if found != name:
+        wanted, looks = ("MNIST's digits", "Fashion-MNIST") if name == "mnist" else ("Fashion-MNIST's clothes", "MNIST")
         raise TrajOODError(
-            f"{folder}: expected MNIST's digits, got images of which {share:.0%} is not black, as in Fashion-MNIST"
+            f"{folder}: expected {wanted}, got images of which {share:.0%} is not black, as in {looks}; where both lie "
+            f"below one --data-root, put each into a folder of its name ({name})"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, spearman
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, spearman
 from traj_ood.analysis.memory import memory, reference, settle_images
 from traj_ood.analysis.workspace import Unit, Workspace
 
@@ -27,7 +27,8 @@ class Memorization(Budget):
     name: ClassVar[str] = "memorization"
     figure: ClassVar[str] = "Figs 2 and 13 (left), §3.2.1"
     summary: ClassVar[str] = "how close decoded attractors come to training images, over the bottleneck's width"
-    choices: ClassVar[tuple[str, ...]] = MEMORY_CHOICES
+    choices: ClassVar[tuple[str, ...]] = (*MEMORY_CHOICES, "Of k the range is stated, 2 to 512, and not the values.")
+    unstated: ClassVar[tuple[str, ...]] = (*Budget.unstated, "bottlenecks")
 
     images: int = 4000
     bottlenecks: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -83,15 +84,12 @@ def _sentence(rows: list[dict[str, Any]], closest: float) -> str:
     if not known:
         return "No trajectory stayed finite at any bottleneck: these models have no attractors to compare."
     first, last = known[0], known[-1]
-    settled = [str(row["bottleneck"]) for row in rows if row["converged"] >= 0.9]
-    ends = f"end points converge for k in {{{', '.join(settled)}}} only" if settled else "no k converges"
-    if len(settled) == len(rows):
-        ends = "trajectories converge at every k"
+    ends = ", ".join(f"{row['converged']:.0%}" for row in rows)
     return (
         f"From k = {first['bottleneck']} to {last['bottleneck']} the memorisation coefficient goes from "
-        f"{first['memorization']:.3f} to {last['memorization']:.3f} (an unseen test image: {closest:.3f}), the test "
-        f"error from {first['test_error']:.4f} to {last['test_error']:.4f}, and the rank that explains 90 % of decoded "
-        f"attractors from {first['rank90']} to {last['rank90']}; {ends}."
+        f"{change(first, last, 'memorization', '.3f')} (an unseen test image: {closest:.3f}), the test error from "
+        f"{change(first, last, 'test_error', '.4f')}, and the rank that explains 90 % of decoded end points from "
+        f"{change(first, last, 'rank90', 'd')}; of the trajectories {ends} converge."
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, spearman
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, spearman
 from traj_ood.analysis.memory import memory, reference, settle_images
 from traj_ood.analysis.workspace import Unit, Workspace
 
@@ -56,6 +56,10 @@ class Overfitting(Budget):
     def shown(self, option: str, value: Any) -> str:
         return "set by epochs" if option == "steps" and value == 0 else super().shown(option, value)
 
+    def differences(self) -> tuple[str, ...]:
+        found = super().differences()
+        return tuple(d for d in found if not (self.steps and d.startswith("epochs: ")))  # the steps decide
+
     def answer(self, work: Workspace) -> Answer:
         rows: list[dict[str, Any]] = []
         pictures: dict[str, dict[str, Tensor]] = {}
@@ -97,7 +101,7 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     ends = ", ".join(f"{row['converged']:.0%}" for row in rows)
     return (
         f"From {first['size']:,} to {last['size']:,} training images the memorisation coefficient goes from "
-        f"{first['memorization']:.3f} to {last['memorization']:.3f}, while unseen images go from "
+        f"{change(first, last, 'memorization', '.3f')}, while unseen images go from "
         f"{first['reference']:.3f} to {last['reference']:.3f}; {first['own']:.0%} and {last['own']:.0%} of attractors "
         f"are closest to the image they started from; trajectories converge for {ends} of the starts."
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.experiment import read_pixels, spearman
+from traj_ood.analysis.images import spread
 from traj_ood.analysis.memory import Probe, memory, normalised, reference
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_RATE, paper_recipe, train_conv
 from traj_ood.analysis.variants import Variant, variants
@@ -59,7 +60,10 @@ class Regularizers(Question):
         "stretches them again: such a penalty need not touch f.",
         "Masked: error on all pixels, as Eq. (2) has it; Table 3 prints the error on M ⊙ (…).",
     )
-    unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "bottleneck", "narrow", "starts", "per_set", "images")
+    unstated: ClassVar[tuple[str, ...]] = (
+        "variants", "strength", "benchmark", "images", "epochs", "batch", "rate", "width", "bottleneck", "narrow",
+        "starts", "per_set", "tol", "max_steps",
+    )  # fmt: skip
 
     variants: tuple[str, ...] = _ALL
     strength: float = 1.0
@@ -173,7 +177,7 @@ class Regularizers(Question):
 
     def _probe(self, data: Benchmark) -> Probe:
         shape = _shape(data)
-        starts = torch.arange(0, self.images, self.images // self.starts)[: self.starts]
+        starts = torch.tensor(spread(self.images, self.starts))
         return Probe(read_pixels(data.train.images, shape), starts, read_pixels(data.test.images, shape))
 
 
@@ -216,13 +220,15 @@ def _contraction(model: ConvAutoencoder, latents: Tensor, scorers: ScorerSet) ->
     """Median spectral norm of J_f at latents of test images, and median spectral radius at converged attractors."""
     assert scorers.dictionary is not None
     known = scorers.dictionary
-    norms = torch.linalg.matrix_norm(jacobians(model, latents[:_POINTS]), 2)
+    found: dict[str, float | None] = {"norm_at_data": None, "radius_at_attractors": None}
+    at_data = jacobians(model, latents[list(spread(len(latents), min(_POINTS, len(latents))))])
+    if bool(at_data.isfinite().all()):  # LAPACK raises or worse on what is not
+        found["norm_at_data"] = float(torch.linalg.matrix_norm(at_data, 2).median())
     settled = known.points[known.statuses == Status.CONVERGED]
-    found: dict[str, float | None] = {"norm_at_data": float(norms.median()), "radius_at_attractors": None}
     if len(settled):
-        stride = max(1, len(settled) // _POINTS)
-        at = jacobians(model, settled[::stride][:_POINTS])
-        found["radius_at_attractors"] = float(torch.linalg.eigvals(at).abs().amax(dim=1).median())
+        at = jacobians(model, settled[list(spread(len(settled), min(_POINTS, len(settled))))])
+        if bool(at.isfinite().all()):
+            found["radius_at_attractors"] = float(torch.linalg.eigvals(at).abs().amax(dim=1).median())
     return found
 
 
@@ -238,7 +244,7 @@ def jacobians(model: ConvAutoencoder, points: Tensor) -> Tensor:
 
 def _trends(rows: list[dict[str, Any]]) -> dict[str, float | None]:
     """Spearman correlation over the variants of the trajectory score's AUROC with what might explain it."""
-    known = [row for row in rows if not row["refused"]]
+    known = [row for row in rows if not row["refused"] and row["norm_at_data"] is not None]
     aurocs = [row["auroc"]["trajectory"] for row in known]
     return {
         name: spearman([row[name] for row in known], aurocs)
@@ -251,7 +257,9 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     if not known:
         return "No variant has finite attractors and scores: nothing to compare."
     healthy = [row["variant"] for row in rows if row.get("healthy")]
-    contracting = [row["variant"] for row in known if row["norm_at_data"] < 1]
+    contracting = [row["variant"] for row in known if row["norm_at_data"] is not None and row["norm_at_data"] < 1]
+    lost = [row["variant"] for row in rows if row not in known]
+    without = f"; without finite attractors or scores: {', '.join(lost)}" if lost else ""
     best = max(known, key=lambda row: row["auroc"]["trajectory"])
     worst = min(known, key=lambda row: row["auroc"]["trajectory"])
     lead = sum(row["auroc"]["trajectory"] > (row["auroc"]["mahalanobis"] or 0.0) for row in known)
@@ -259,7 +267,7 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
         f"Of {len(rows)} variants {len(healthy)} have healthy attractors ({', '.join(healthy) or 'none'}) and "
         f"{len(contracting)} contract at test images ({', '.join(contracting) or 'none'}); the trajectory score's mean "
         f"AUROC runs from {worst['auroc']['trajectory']:.1%} ({worst['variant']}) to {best['auroc']['trajectory']:.1%} "
-        f"({best['variant']}) and is above Mahalanobis's on {lead} of {len(known)}."
+        f"({best['variant']}) and is above Mahalanobis's on {lead} of {len(known)}{without}."
     )
 
 

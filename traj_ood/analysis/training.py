@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, Sampled
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, Sampled, change
+from traj_ood.analysis.images import spread
 from traj_ood.analysis.measures import chamfer_similarity
 from traj_ood.analysis.memory import memory, normalised, reference
 from traj_ood.analysis.models import settle
@@ -34,7 +35,7 @@ class Training(Budget):
         images: training images, drawn by the seed; 0 is all. Default 4,000, half a minute a model on a slow core.
         bottleneck: k. Default 128, the paper's.
         at: epochs at which the model is measured, ascending; 0 is the initialisation. Default: powers of two, because
-            most changes early. The last epoch of the training is measured in any case.
+            most changes early. The last epoch of the training is measured in any case, and none after it.
     """
 
     name: ClassVar[str] = "training"
@@ -48,7 +49,7 @@ class Training(Budget):
         "paper's formula has it. fpr95_test does the same for unseen images, which no dictionary favours.",
         "Epochs of measurement are not stated.",
     )
-    unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "at")
+    unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "at", "test")
     paper_data: ClassVar[tuple[str, ...]] = ("mnist",)
 
     epochs: int = 32
@@ -62,8 +63,7 @@ class Training(Budget):
         self.expect(self.images >= 0, "images", "0 (all) or more")
         self.expect(self.bottleneck >= 1, "bottleneck", "at least 1")
         rising = list(self.at) == sorted(set(self.at))
-        good = rising and all(0 <= epoch <= self.epochs for epoch in self.at)
-        self.expect(good, "at", f"ascending epochs from 0 to {self.epochs}")
+        self.expect(rising and all(epoch >= 0 for epoch in self.at), "at", "ascending epochs from 0")
 
     @classmethod
     def paper(cls) -> Training:
@@ -72,7 +72,8 @@ class Training(Budget):
 
     def answer(self, work: Workspace) -> Answer:
         data = self.load(work, self.images)
-        trained = self.train(work, data.train, data.shape, bottleneck=self.bottleneck, at=self.at)
+        at = [epoch for epoch in self.at if epoch <= self.epochs]
+        trained = self.train(work, data.train, data.shape, bottleneck=self.bottleneck, at=at)
         rows: list[dict[str, Any]] = []
         pictures: dict[int, dict[str, Tensor]] = {}
         with work.bar(len(trained.models), "training: measuring", "epoch") as bar:
@@ -99,7 +100,7 @@ class Training(Budget):
         starts = self._starts(model, data)
         known = self._settle(model, starts["train"])[0]
         found, shown = memory(model, data.probe, known)
-        found["distinct_train"] = found["distinct"]
+        found |= {"distinct_train": found["distinct"], "starts_test": len(starts["test"])}
         nothing = ("distinct_test", "distinct_noise", "chamfer", "fpr95", "auroc", "fpr95_test")
         if not bool((known.statuses != Status.NON_FINITE).any()):
             return Unit(shown, found | dict.fromkeys(nothing))
@@ -116,10 +117,11 @@ class Training(Budget):
     def _starts(self, model: ConvAutoencoder, data: Sampled) -> dict[str, Tensor]:
         """(n, k) latents of training and test images, and draws of N(0, I), of one number where data allow."""
         probe = data.probe
+        unseen = list(spread(len(probe.test), min(len(probe.starts), len(probe.test))))
         draws = torch.Generator().manual_seed(self.seed)
         return {
             "train": model.encode(normalised(model, probe.training[probe.starts])),
-            "test": model.encode(normalised(model, probe.test[: len(probe.starts)])),
+            "test": model.encode(normalised(model, probe.test[unseen])),
             "noise": torch.randn(len(probe.starts), self.bottleneck, generator=draws).to(model.device),
         }
 
@@ -141,27 +143,31 @@ def _similarity(a: AttractorDictionary, b: AttractorDictionary) -> float | None:
 
 
 def _separation(scores: dict[str, Tensor]) -> dict[str, float | None]:
-    """How well the trajectory score tells noise from training and from test trajectories."""
-    if not all(bool(s.isfinite().all()) for s in scores.values()):
-        return dict.fromkeys(("fpr95", "auroc", "fpr95_test"))
-    paper = compute_metrics(scores["train"].numpy(), scores["noise"].numpy())
-    unseen = compute_metrics(scores["test"].numpy(), scores["noise"].numpy())
-    return {"fpr95": paper.fpr95, "auroc": paper.auroc, "fpr95_test": unseen.fpr95}
+    """How well the trajectory score tells noise from training and from test trajectories; None if one is infinite."""
+    known = {group: s.numpy() for group, s in scores.items() if bool(s.isfinite().all())}
+    paper = compute_metrics(known["train"], known["noise"]) if {"train", "noise"} <= set(known) else None
+    unseen = compute_metrics(known["test"], known["noise"]) if {"test", "noise"} <= set(known) else None
+    return {
+        "fpr95": None if paper is None else paper.fpr95,
+        "auroc": None if paper is None else paper.auroc,
+        "fpr95_test": None if unseen is None else unseen.fpr95,
+    }
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:
     first, last = rows[0], rows[-1]
 
-    def change(name: str, form: str) -> str:
-        return " to ".join("none" if row[name] is None else format(row[name], form) for row in (first, last))
+    def went(name: str, form: str) -> str:
+        return change(first, last, name, form)
 
     return (
         f"From epoch {first['epoch']} to {last['epoch']} the memorisation coefficient goes from "
-        f"{change('memorization', '.3f')}, the test error from {change('test_error', '.4f')}; distinct attractors of "
-        f"{last['starts']} training, test and noise starts go from {change('distinct_train', 'd')}, "
-        f"{change('distinct_test', 'd')} and {change('distinct_noise', 'd')}; train and noise attractors go from a "
-        f"Chamfer similarity of {change('chamfer', '.3f')}, the FPR95 of noise against training trajectories from "
-        f"{change('fpr95', '.0%')}; {last['converged']:.0%} of training trajectories converge at the end."
+        f"{went('memorization', '.3f')}, the test error from {went('test_error', '.4f')}; distinct end points of "
+        f"{last['starts']} training, {last['starts_test']} test and {last['starts']} noise starts go from "
+        f"{went('distinct_train', 'd')}, {went('distinct_test', 'd')} and {went('distinct_noise', 'd')}; train and "
+        f"noise end points go from a Chamfer similarity of {went('chamfer', '.3f')}, the FPR95 of noise against "
+        f"training trajectories from {went('fpr95', '.0%')}; {last['converged']:.0%} of training trajectories converge "
+        "at the end."
     )
 
 
@@ -174,11 +180,11 @@ def _curves(rows: list[dict[str, Any]], closest: float, asked: Training, path: P
     def line(label: str, name: str, spread: str | None = None) -> Curve:
         return Curve(label, x, [r[name] for r in rows], None if spread is None else [r[spread] for r in rows])
 
-    shares = [
-        Curve(f"{group} starts", x, [None if r[f"distinct_{group}"] is None else r[f"distinct_{group}"] / r["starts"]
-                                     for r in rows])
-        for group in _GROUPS
-    ]  # fmt: skip
+    def share(group: str) -> list[float | None]:
+        count = "starts_test" if group == "test" else "starts"
+        return [None if r[f"distinct_{group}"] is None else r[f"distinct_{group}"] / r[count] for r in rows]
+
+    shares = [Curve(f"{group} starts", x, share(group)) for group in _GROUPS]
     axis = "epoch (0 drawn at 1/2)"
     panels = [
         Panel("Memorisation (Fig. 3b)", axis, "cosine to closest training image",

@@ -20,6 +20,10 @@ from tqdm import tqdm
 
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
+from traj_ood.results import git_commit
+
+_SCRATCH = re.compile(r"[\w-]+-[0-9a-f]{16}")
+_UNIT = re.compile(_SCRATCH.pattern + r"\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Workspace:
         data_root: as for :func:`traj_ood.load_benchmark`; None looks in each data set's own places.
         quiet: no progress bars.
         resumed: seconds that units found here had cost an earlier run.
+        commits: of the code that computed the units found here; None for code outside a checkout.
     """
 
     folder: Path
@@ -48,6 +53,7 @@ class Workspace:
     data_root: Path | None = None
     quiet: bool = True
     resumed: float = field(default=0.0, init=False)
+    commits: set[str | None] = field(default_factory=set, init=False)
 
     def unit(self, name: str, key: Mapping[str, Any], compute: Callable[[], Unit]) -> Unit:
         """The unit ``name`` of configuration ``key``: read from the folder where it is finished, else computed.
@@ -71,7 +77,12 @@ class Workspace:
         began = time.perf_counter()
         made = compute()
         notes = self._plain(name, made.notes)
-        header = {"key": wanted, "notes": notes, "seconds": round(time.perf_counter() - began, 2)}
+        header = {
+            "key": wanted,
+            "notes": notes,
+            "seconds": round(time.perf_counter() - began, 2),
+            "commit": git_commit(Path(__file__).parent),
+        }
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in made.tensors.items()}
         write_atomic(path, save(tensors, metadata={k: json.dumps(v) for k, v in header.items()}))
         return Unit(tensors, notes)
@@ -86,8 +97,14 @@ class Workspace:
         return tqdm(total=total, desc=description, unit=unit, delay=2, disable=self.quiet, dynamic_ncols=True)
 
     def discard(self) -> None:
-        """Forget every finished unit."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget every unit, finished or begun. What else lies in the folder stays: it may be anybody's."""
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            if _UNIT.fullmatch(path.name):
+                path.unlink()
+            elif _SCRATCH.fullmatch(path.name) and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
     @staticmethod
     def _plain(name: str, tree: Mapping[str, Any]) -> Any:
@@ -105,7 +122,7 @@ class Workspace:
             with safe_open(path, framework="pt") as file:
                 header = {k: json.loads(v) for k, v in file.metadata().items()}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            notes, seconds, key = header["notes"], float(header["seconds"]), header["key"]
+            notes, seconds, key, commit = header["notes"], float(header["seconds"]), header["key"], header["commit"]
         except Exception as error:
             reason = " ".join(str(error).split())
             raise TrajOODError(
@@ -114,4 +131,5 @@ class Workspace:
         if key != wanted:
             raise TrajOODError(f"{path}: expected the unit of another configuration: delete this file")
         self.resumed += seconds
+        self.commits.add(commit)
         return Unit(tensors, notes)

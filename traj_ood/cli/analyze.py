@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--work", type=click.Path(path_type=Path), help="Finished units of work.  [default: OUT/units]")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where the images are.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
 @click.option("--fresh", is_flag=True, help="Discard the finished units of an earlier run.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
 @one_line_errors
@@ -56,10 +56,11 @@ def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: boo
 
 
 def _show(asked: Question) -> None:
-    theirs = asked.paper().options()
+    theirs, where = asked.paper().options(), {key: "--paper, not stated" for key in asked.unstated}
     click.echo(f"{asked.name}: {asked.summary} ({asked.figure})")
     for key, value in asked.options().items():
-        note = "" if theirs[key] == value or key == "seed" else f"   (paper: {_text(theirs[key])})"
+        same = theirs[key] == value or key == "seed"
+        note = "" if same else f"   ({where.get(key, 'paper')}: {asked.shown(key, theirs[key])})"
         click.echo(f"  {key:<14} {_text(value)}{note}")
     for choice in asked.choices:
         click.echo(f"  - {choice}")
