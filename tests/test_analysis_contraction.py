@@ -80,12 +80,12 @@ def test_both_outputs_in_both_modes() -> None:
     assert network.norm.momentum == 0.1
 
 
-def test_a_short_last_batch_joins_the_one_before() -> None:
+def test_batches_are_as_equal_as_can_be_and_never_above_the_option() -> None:
     sizes: list[int] = []
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     network.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
     logits, features = respond(network, noise(9, 3, 1, 1), 4, "batch")
-    assert sizes == [5, 4]
+    assert sizes == [3, 3, 3]
     assert (len(logits), len(features)) == (9, 9)
 
 

@@ -7,21 +7,35 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import pearsonr
 from tiny_digits import write_digits
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from traj_ood.analysis import Workspace, find_question, options_from
-from traj_ood.analysis.convergence import Convergence, errors_on_the_way, first_below, pearson, predicted_steps
-from traj_ood.analysis.singular import spectral_norms
-from traj_ood.autoencoders import CallableAutoencoder
+from traj_ood.analysis import Workspace, convergence, find_question, options_from
+from traj_ood.analysis.convergence import (
+    Convergence,
+    curve_figures,
+    errors_on_the_way,
+    first_below,
+    pearson,
+    predicted_steps,
+)
+from traj_ood.analysis.draw_convergence import _against, predictions
+from traj_ood.analysis.images import sample, stack
+from traj_ood.analysis.singular import explicit_norms, explicit_radii, spectral_norms
+from traj_ood.autoencoders import CallableAutoencoder, load_autoencoder
+from traj_ood.curves import curve_quantiles
+from traj_ood.data import ArrayImages, Split, read_folder
 from traj_ood.engine import iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.jacobian import spectral_radii
+from traj_ood.parts import Part
 
 
 def raises(text: str):  # type: ignore[no-untyped-def]
@@ -32,7 +46,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def explicit_norms(function: nn.Module, points: Tensor) -> Tensor:
+def norms_by_reverse_mode(function: nn.Module, points: Tensor) -> Tensor:
     def one(z: Tensor) -> Tensor:
         return function(z[None])[0].flatten()
 
@@ -50,15 +64,16 @@ def test_norms_are_those_of_the_explicit_jacobian(sizes: tuple[int, int]) -> Non
     network = nn.Sequential(nn.Linear(sizes[0], 32), nn.Tanh(), nn.Linear(32, sizes[1])).double().requires_grad_(False)
     points = noise(7, sizes[0])
     found = spectral_norms(network, points, chunk=3)
-    torch.testing.assert_close(found.values, explicit_norms(network, points), rtol=0.01, atol=0)
-    assert bool((found.values <= explicit_norms(network, points) * (1 + 1e-9)).all())  # power iteration: from below
+    expected = norms_by_reverse_mode(network, points)
+    torch.testing.assert_close(found.values, expected, rtol=0.01, atol=0)
+    assert bool((found.values <= expected * (1 + 1e-9)).all())  # power iteration: from below
 
 
 def test_norms_of_a_transformers_self_map() -> None:
     model = tiny.vit()
     points = model.encode(tiny.images(1))
     found = spectral_norms(model.self_map, points, chunk=model.chunk)
-    expected = explicit_norms(model.self_map, points.clone())  # type: ignore[arg-type]
+    expected = norms_by_reverse_mode(model.self_map, points.clone())  # type: ignore[arg-type]
     torch.testing.assert_close(found.values.float(), expected, rtol=0.01, atol=0)
     radii = spectral_radii(model.self_map, points, chunk=model.chunk)
     assert bool((radii.values <= found.values * 1.03).all())  # ρ(J) ≤ ‖J‖
@@ -75,6 +90,23 @@ def test_a_matrix_that_is_not_normal_has_a_norm_above_its_radius() -> None:
     torch.testing.assert_close(found.values, expected, rtol=1e-6, atol=0)
     assert bool(found.settled.all())
     torch.testing.assert_close(spectral_radii(f, noise(2, 2)).values, torch.full((2,), 0.5).double(), rtol=0.03, atol=0)
+
+
+def test_products_that_overflow_are_infinite_and_never_zero() -> None:
+    """Entries of ±1e25: the products of float32 leave the finite numbers, or their lengths do."""
+    signs = noise(3, 3, seed=4).sign().float()
+    for size in (1e19, 1e25, 1e38):
+        found = spectral_norms(lambda z, m=size * signs: z @ m.T, noise(4, 3).float())
+        assert found.values.tolist() == [math.inf] * 4
+        assert not bool(found.settled.any())
+    mixed = spectral_norms(lambda z: torch.where(z > 0, 1e25, 0.5) * z, torch.tensor([[1.0], [-1.0]]))
+    assert mixed.values.tolist() == [math.inf, pytest.approx(0.5)]
+    assert mixed.settled.tolist() == [False, True]
+
+
+def test_explicit_matrices_that_are_not_finite_are_infinite() -> None:
+    matrices = torch.stack([torch.diag(torch.tensor([0.5, -2.0])), torch.full((2, 2), torch.nan)])
+    assert explicit_norms(matrices).tolist() == explicit_radii(matrices).tolist() == [2, math.inf]
 
 
 def test_a_constant_map_has_norm_zero_and_bad_input_is_refused() -> None:
@@ -221,7 +253,79 @@ def test_a_model_trained_for_the_question(tmp_path: Path) -> None:
     work = Workspace(tmp_path / "work", data_root=write_digits(tmp_path / "digits"))
     finding = options_from(find_question("convergence"), [*pairs, "curve_steps=5"]).run(work, tmp_path / "out")
     assert finding.figures["model"] == "conv-mnist-k2"
-    assert "epochs: 1 here, 500 in the paper" in finding.differences
+    assert "epochs: 1 here, 500 with --paper (the paper does not state it)" in finding.differences
+    assert "train_images: 20 here, all in the paper" in finding.differences
+    assert set(Convergence.unstated) < set(Convergence().options())
+    assert Convergence.paper().differences() == ()
+
+
+def test_chunks_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = saved_conv(tmp_path / "model"), tiny.write_benchmark(tmp_path / "data")
+    question = Convergence(model=str(model), data=str(data), images=11, tol=1e-13, epsilon=0.01, curve_steps=9)
+    figures = []
+    for size in (1000, 1):  # the model's own chunk of rows is the least
+        monkeypatch.setattr(convergence, "_BATCH", size)
+        work = Workspace(tmp_path / f"work-{size}")
+        figures.append(question.run(work, tmp_path / "out").figures)
+        units = len(list(work.folder.glob("trajectories-*")))
+        assert units == (1 if size == 1000 else -(-11 // load_autoencoder(model).chunk))
+    assert figures[0] == figures[1]
+
+
+def test_a_folder_gives_the_curves_alone(tmp_path: Path) -> None:
+    model = saved_conv(tmp_path / "model", gain=4)
+    tiny.write_images(tmp_path / "root" / "photos", 6, seed=1)
+    pairs = [f"model={model}", "data=photos", "images=5", "predict=false", "curve_steps=3", "curve_tol=1e-30"]
+    work = Workspace(tmp_path / "work", data_root=tmp_path / "root")
+    finding = options_from(find_question("convergence"), pairs).run(work, tmp_path / "out")
+    assert finding.pictures == ("curves.png",)
+    curves = finding.figures["curves"]
+    loaded = load_autoencoder(model)
+    chosen = sample(read_folder(tmp_path / "root" / "photos", prefix="photos"), 5, 0, "convergence")
+    z = loaded.encode(stack(loaded, chosen))
+    for step in range(3):
+        image = loaded.self_map(z.clone()).detach()
+        expected = [np.quantile(v.flatten(1).norm(dim=1).double().numpy(), 0.5) for v in (z, image - z)]
+        assert [curves["norm"]["q50"][step], curves["residual"]["q50"][step]] == pytest.approx(expected, rel=1e-3)
+        z = image
+    assert curves["running"] == [1] * 3
+    assert "5 images, 3 steps" in finding.sentence
+
+
+def test_curves_of_the_record_are_thin_and_keep_both_ends() -> None:
+    residuals = 0.9 ** torch.arange(250).double().repeat(4, 1)
+    tensors = {"steps": torch.full((4,), 250), "residuals": residuals, "norm": torch.ones(4, 251).double()}
+    table = curve_quantiles(
+        Split("train", "train", ArrayImages(("a",), np.zeros((1, 8, 8), np.uint8))), [Part((), [], tensors, {})], 1e-5
+    )
+    found = curve_figures(table)
+    assert len(found["steps"]) == 100
+    assert (found["steps"][0], found["steps"][-1]) == (0, 249)
+    assert found["residual"]["q50"][:2] == pytest.approx([0.9 ** (t / 2) for t in found["steps"][:2]], rel=1e-5)
+    assert found["residual"]["q50"][-1] is None  # below the tolerance
+    assert set(found["norm"]["q05"]) == {1}
+
+
+def test_the_sentence_counts_the_images_that_settled() -> None:
+    rows = [{"from": f, "rate": r, "points": 0, "pearson": None} for f in ("start", "last factor of ten")
+            for r in ("norm", "radius")]  # fmt: skip
+    told = convergence._sentence(
+        {"model": "m", "converged": 0.8, "norm_below_1": 1.0, "radius_below_1": 1.0, "predictions": rows}
+    )
+    assert told.startswith("m: 80% of the images settled; of these the spectral norm is below 1 at the end points of")
+
+
+@pytest.mark.parametrize(
+    ("predicted", "reason"),
+    [([], "no image to compare"), ([np.nan], "it is 1 or more"), ([0.0, np.nan], "no step predicted or measured")],
+)
+def test_the_picture_says_why_there_is_no_prediction(predicted: list[float], reason: str, tmp_path: Path) -> None:
+    axis = Figure().subplots()
+    _against(axis, pd.Series([3.0] * len(predicted)), pd.Series(predicted, dtype=float), "black", "o", "by the norm")
+    assert axis.get_lines()[0].get_label() == f"by the norm: none, {reason}"
+    names = [f"{prefix}{name}" for prefix in ("", "last ") for name in ("measured", "by norm", "by radius")]
+    predictions(pd.DataFrame({name: predicted for name in ("error", *names)}, dtype=float), "", tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:

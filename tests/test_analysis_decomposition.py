@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,8 +12,18 @@ import tiny
 import torch
 from torch import Tensor
 
-from traj_ood.analysis import Workspace, find_question, options_from
-from traj_ood.analysis.decomposition import Decomposition, bounds, lipschitz, nearest, summary, terms
+from traj_ood.analysis import Workspace, decomposition, find_question, options_from
+from traj_ood.analysis.decomposition import (
+    Decomposition,
+    _draw,
+    _sentence,
+    bounds,
+    elsewhere,
+    lipschitz,
+    nearest,
+    summary,
+    terms,
+)
 from traj_ood.analysis.singular import spectral_norms
 from traj_ood.errors import TrajOODError
 
@@ -33,11 +44,50 @@ def test_the_stated_form_fails_although_its_assumptions_hold() -> None:
     x, z, prototype = (torch.full((1, 1), value, dtype=torch.float64) for value in (0.0, 2.0, 1.0))
     found = terms(x, z, prototype, z, prototype)
     assert {k: v.item() for k, v in found.items()} == {"error": 4, "prototype": 1, "distortion": 1, "gap": 1}
-    row = summary(**found, lipschitz=torch.ones(()))
+    row = summary(**found, lipschitz=torch.ones(()), elsewhere=torch.full((1,), 0.5).double())
     assert row["forms"]["proof step"] == {"holds": 0, "median_ratio": 0.5, "worst_ratio": 0.5}
     assert row["forms"]["stated"] == {"holds": 0, "median_ratio": 0.5, "worst_ratio": 0.5}
     assert row["forms"]["corrected"] == {"holds": 1, "median_ratio": 1, "worst_ratio": 1}  # and is attained
+    assert row["forms"]["held out"] == {"holds": 0, "median_ratio": 0.625, "worst_ratio": 0.625}
     assert row["needed"] == pytest.approx(3**0.5)
+
+
+def lengths(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_exact_reconstructions_have_no_ratio() -> None:
+    """Second image: no error at all, and the form holds."""
+    parts = {"prototype": lengths(1, 0), "distortion": lengths(1, 0), "gap": lengths(1, 0), "elsewhere": lengths(1, 1)}
+    row = summary(error=lengths(4, 0), lipschitz=torch.ones(()).double(), **parts)
+    assert row["forms"]["proof step"] == {"holds": 0.5, "median_ratio": 0.5, "worst_ratio": 0.5}
+    row = summary(error=lengths(0, 0), lipschitz=torch.ones(()).double(), **parts)
+    assert row["forms"]["proof step"] == {"holds": 1, "median_ratio": None, "worst_ratio": None}
+    told = _sentence("m", {**row, "attractors": 2})
+    assert "worst" not in told
+    assert "100.0%" in told
+
+
+def test_a_constant_that_is_not_finite_is_told_and_drawn(tmp_path: Path) -> None:
+    parts = {"error": lengths(4, 1), "prototype": lengths(1, 1), "distortion": lengths(1, 1), "gap": lengths(0, 1)}
+    row = summary(**parts, lipschitz=lengths(torch.inf)[0], elsewhere=lengths(1, torch.inf))
+    assert (row["lipschitz"], row["coverage"]) == (None, None)
+    assert row["needed"] is None  # z lies on the attractor: no L_D makes up for the missing 3
+    assert row["forms"]["stated"] == {"holds": None, "median_ratio": None, "worst_ratio": None}
+    assert row["forms"]["proof step"]["holds"] == 0.5
+    json.dumps(row, allow_nan=False)
+    assert "L_D is not finite" in _sentence("m", {**row, "attractors": 2})
+    terms_of = {**parts, "lipschitz": lengths(torch.inf)[0], "elsewhere": lengths(1, torch.inf)}
+    _draw([{**row, "attractors": 2}], terms_of, "m", tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_held_out_constants_are_those_of_the_other_half() -> None:
+    distortion, gap = lengths(4, 9, 16, 1), lengths(1, 1, 1, 0)
+    norms, places = lengths(1, 5), torch.tensor([0, 3])
+    assert elsewhere(distortion, gap, norms, places).tolist() == [5, 4, 5, 4]
+    assert elsewhere(distortion, gap, norms[:1], places[:1]).tolist() == [3, 4, 3, 4]
+    assert float(lipschitz(distortion, gap, lengths(torch.nan))) == float("inf")
 
 
 def test_with_the_true_constant_the_corrected_form_holds_for_every_linear_decoder() -> None:
@@ -47,7 +97,8 @@ def test_with_the_true_constant_the_corrected_form_holds_for_every_linear_decode
         images = noise(50, 6, seed=seed + 130)
         found = terms(images, codes @ decoder.T, prototypes @ decoder.T, codes, prototypes)
         true = torch.linalg.matrix_norm(decoder, ord=2)
-        sides = bounds(found["prototype"], found["distortion"], found["gap"], true)
+        sides = bounds(found["prototype"], found["distortion"], found["gap"], true, true.expand(50))
+        assert torch.equal(sides["corrected"], sides["held out"])
         assert bool((sides["corrected"] >= found["error"]).all())
         failing.append(float((sides["proof step"] < found["error"]).double().mean()))
     assert 0.05 < sum(failing) / len(failing) < 0.5  # the step of the proof is no inequality
@@ -101,6 +152,40 @@ def test_the_question_is_answered_drawn_and_resumed(tmp_path: Path, pairs: list[
     work = Workspace(tmp_path / "work")
     assert question.run(work, tmp_path / "again").figures == finding.figures
     assert work.resumed > 0
+
+
+def test_chunks_change_no_number(tmp_path: Path, pairs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny.write_benchmark(tmp_path / "data")
+    tiny.conv().save_pretrained(tmp_path / "model")
+    question = Decomposition(
+        model=str(tmp_path / "model"), data=str(data), attractors=11, sizes=(2,), images=6, points=2
+    )
+    figures = []
+    for size in (1000, 1):  # the model's own chunk of rows is the least
+        monkeypatch.setattr(decomposition, "_BATCH", size)
+        work = Workspace(tmp_path / f"work-{size}")
+        figures.append(question.run(work, tmp_path / "out").figures)
+    assert figures[0] == figures[1]
+
+
+def test_only_what_settled_is_counted(tmp_path: Path, pairs: list[str]) -> None:
+    question = options_from(find_question("decomposition"), [*pairs, "tol=1e-9", "max_steps=9"])
+    figures = question.run(Workspace(tmp_path / "work"), tmp_path / "out").figures
+    assert figures["distinct"] <= round(10 * figures["converged"])
+
+
+def test_a_folder_has_no_test_images(tmp_path: Path, pairs: list[str]) -> None:
+    tiny.write_images(tmp_path / "photos", 12, seed=1)
+    question = options_from(find_question("decomposition"), [*pairs, f"data={tmp_path / 'photos'}"])
+    with raises("decomposition: data: expected an image set or a benchmark"):
+        question.run(Workspace(tmp_path / "work"), tmp_path / "out")
+
+
+def test_differences_claim_nothing_of_the_paper() -> None:
+    told = Decomposition().differences()
+    assert "train_images: 10000 here, all with --paper (the paper does not state it)" in told
+    assert not any(line.endswith("in the paper") for line in told)
+    assert {"seed", *Decomposition.unstated} == set(Decomposition().options())
 
 
 def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path, pairs: list[str]) -> None:

@@ -11,6 +11,7 @@ import tiny
 import torch
 
 from traj_ood.analysis import Finding, Workspace, dynamics
+from traj_ood.analysis.draw import CYCLE
 from traj_ood.analysis.dynamics import Dynamics, OutputResidual, read_texts
 from traj_ood.autoencoders import CallableAutoencoder, rehearsals
 from traj_ood.engine import iterate
@@ -27,11 +28,11 @@ def halving() -> CallableAutoencoder:
 def test_a_map_that_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.write_images(tmp_path / "images", 6, 0, size=2)
     monkeypatch.setattr(dynamics, "load_autoencoder", lambda _: halving())
-    question = Dynamics(models=("half",), images=str(tmp_path / "images"), image_samples=6, steps=60)
+    question = Dynamics(models=("tiny/half",), images=str(tmp_path / "images"), image_samples=6, steps=60)
     finding = question.run(Workspace(tmp_path / "work"), tmp_path / "out")
     source = dynamics.training_images(str(tmp_path / "images"), None, 6, 0)
     start = torch.stack([halving().transform(source.load(i)).flatten() for i in range(6)]).norm(dim=1).mean().item()
-    curves = finding.figures["curves"]["half"]
+    curves = finding.figures["curves"]["tiny/half"]
     assert curves["latent"][:3] == pytest.approx([start / 2, start / 4, start / 8], rel=1e-4)
     assert curves["output"][:3] == pytest.approx([start / 4, start / 8, start / 16], rel=1e-4)
     assert curves["norm"][:3] == pytest.approx([start, start / 2, start / 4], rel=1e-4)
@@ -41,7 +42,7 @@ def test_a_map_that_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (row["samples"], row["latent_residual_falls_until_step"]) == (6, 60)
     assert row["left_the_finite_numbers"] == 0
     assert (finding.figures["rehearsal"], row["rehearsal"]) == (False, False)
-    assert "changes by a factor of 0.500 a step at the end" in finding.sentence
+    assert "changes by a factor of 0.5 a step at the end" in finding.sentence
     assert finding.pictures == ("pairs.png",)
     assert Finding.load(tmp_path / "out").figures == finding.figures
 
@@ -52,11 +53,72 @@ def test_trajectories_that_leave_the_finite_numbers_end_there(tmp_path: Path, mo
     )
     tiny.write_images(tmp_path / "images", 5, 0, size=2)
     monkeypatch.setattr(dynamics, "load_autoencoder", lambda _: grows)
-    question = Dynamics(models=("grows",), images=str(tmp_path / "images"), image_samples=5, steps=8)
-    figures = question.run(Workspace(tmp_path / "work"), tmp_path / "out").figures
+    question = Dynamics(models=("tiny/grows",), images=str(tmp_path / "images"), image_samples=5, steps=8)
+    finding = question.run(Workspace(tmp_path / "work"), tmp_path / "out")
+    figures = finding.figures
+    assert finding.sentence == (
+        "The mean latent residual over 8 steps: tiny/grows: leaves the finite numbers (5 of 5 samples)."
+    )
     assert figures["rows"][0]["left_the_finite_numbers"] == 5
-    assert figures["curves"]["grows"]["norm"][-1] is None
+    assert figures["curves"]["tiny/grows"]["norm"][-1] is None
     assert figures["rows"][0]["last_factor"] is None
+
+
+def row(model: str, lost: int, last: float | None, spread: float | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"model": model, "rehearsal": False, "samples": 4, "left_the_finite_numbers": lost}
+    told |= {"latent_residual_first": 2.0, "latent_residual_last": last, "norm_spread": spread}
+    return told | {"last_factor": 0.5 if last else None}
+
+
+def test_bounded_norms_are_claimed_only_where_no_sample_is_lost() -> None:
+    told = dynamics._sentence([row("a", 0, 1.0, 1.00001), row("b", 1, 1.0, 9.0), row("c", 0, 0.0, None)], 7)
+    assert told == (
+        "The mean latent residual over 7 steps: a: ends at 0.5 of its first value and changes by a factor of 0.5 a "
+        "step at the end; b: ends at 0.5 of its first value and changes by a factor of 0.5 a step at the end (of those "
+        "still finite; 1 of 4 samples leave the finite numbers); c: vanishes. "
+        "From the first step on, the largest mean norm of a is at most 1.001 times its smallest."
+    )
+    assert "of every model is at most 2 times" in dynamics._sentence([row("a", 0, 1.0, 2.0)], 7)
+
+
+def test_more_models_than_colours_are_refused_at_once() -> None:
+    assert len(CYCLE) == dynamics._MOST
+    Dynamics(models=tuple(f"{kind}{i}" for kind in ("a/", "causal-lm:") for i in range(6)))
+    for kind in ("a/", "causal-lm:"):
+        with pytest.raises(TrajOODError, match="models: expected at most 6 autoencoders and 6 language models"):
+            Dynamics(models=tuple(f"{kind}{i}" for i in range(7)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rehearsal-dino", "did you mean 'rehearsal-dinov2'.*Known: .*causal-lm:SOURCE, .*rehearsal-llama"),
+        ("causal-lm:", "unknown model of dynamics 'causal-lm:'"),
+        ("diffusers:vae", "unknown model of dynamics 'diffusers:vae'"),
+        (
+            "causal-lm:./nowhere",
+            r"expected a name or a folder, \./nowhere is no folder; correct 'causal-lm:\./nowhere'",
+        ),
+        ("a/b/c", "a/b/c is no folder"),
+    ],
+)
+def test_all_names_are_checked_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr(Dynamics, "_measured", lambda *_: pytest.fail("computed"))
+    with pytest.raises(TrajOODError, match=message):
+        Dynamics(models=("fashion-mae", name)).run(Workspace(tmp_path / "work"), tmp_path / "out")
+
+
+def test_names_that_a_loader_may_take(tmp_path: Path) -> None:
+    for name in (*Dynamics.paper().models, "sd-vae", "causal-lm:gpt2", "diffusers:a/b/vae", str(tmp_path)):
+        dynamics._check_name(name)
+
+
+def test_texts_in_words() -> None:
+    assert "texts: the documentation of the Python language here, the Pile (pile.jsonl) in the paper" in (
+        Dynamics().differences()
+    )
 
 
 def test_output_residuals_are_those_of_decoded_points() -> None:

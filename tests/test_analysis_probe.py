@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from traj_ood.analysis import Finding, Workspace, find_question, options_from, probe, sources, subjects
 from traj_ood.analysis.probe import ATTRACTORS, DICTIONARIES, ORTHOGONAL, OMPDictionary, Probe, random_basis
+from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.errors import TrajOODError
+from traj_ood.trajectory import Status
 
 
 def pursuit(atoms: NDArray[np.float64], target: NDArray[np.float64], count: int) -> list[NDArray[np.float64]]:
@@ -127,7 +129,9 @@ def test_a_whole_basis_loses_nothing(folders: Path) -> None:
     assert {p.name for p in (folders / "out").iterdir()} == {"finding.json", *finding.pictures}
     assert set(finding.pictures) == {"probe.png", "atoms.png", "reconstructions.png", "growth.png"}
     assert Finding.load(folders / "out").figures == finding.figures
-    assert "starts from noise end at" in finding.sentence
+    assert finding.sentence.startswith("Of 6 starts from noise ")
+    assert (finding.figures["ratio_atoms"], finding.figures["ratio_share"]) == (1, pytest.approx(1 / 6))
+    assert set(finding.figures["ratio"][ATTRACTORS]) == {"dark", "bright"}
 
 
 def test_errors_are_those_of_the_images(folders: Path) -> None:
@@ -171,9 +175,98 @@ def test_attractors_of_a_model_that_has_sixteen(tmp_path: Path, monkeypatch: pyt
     assert (figures["latent_dimension"], figures["atoms"], figures["converged"]) == (4, 4, 1.0)
     draws = torch.Generator().manual_seed(0)
     signs = torch.randn(4, 4, generator=draws).sign()
-    assert figures["distinct_attractors"] == len({tuple(row) for row in signs.tolist()})
+    assert figures["distinct_end_points"] == len({tuple(row) for row in signs.tolist()})
     about = next(d for d in figures["dictionaries"] if d["dictionary"] == ATTRACTORS)
     assert about["rank"] == np.linalg.matrix_rank(signs.numpy())
+
+
+def linear(rate: float) -> CallableAutoencoder:
+    """f(z) = rate · z."""
+    return CallableAutoencoder(
+        lambda x: x.flatten(1), lambda z: (rate * z).reshape(-1, 1, 2, 2), (1, 2, 2), name="linear", chunk=4
+    )
+
+
+def of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, **options: Any) -> Finding:
+    monkeypatch.setattr(probe, "load_autoencoder", lambda _: linear(rate))
+    tiny.write_images(tmp_path / "images", 3, 0, size=2)
+    question = Probe(data=(str(tmp_path / "images"),), shares=(0.5, 1.0), examples=1, pictured=0, **options)
+    return question.run(Workspace(tmp_path / f"work{rate}"), tmp_path / "out")
+
+
+def test_points_that_never_settle_are_not_said_to_converge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = of(tmp_path, monkeypatch, 1.5, max_steps=20)
+    assert (finding.figures["converged"], finding.figures["finite"]) == (0.0, 1.0)
+    assert finding.sentence.startswith(
+        "Of 4 starts from noise 0 (0.0%) converged within 20 steps and 0 left the finite numbers; the finite end "
+        "points (4, distinct: 4) are the atoms"
+    )
+    assert "With at most 2 atoms (50.0% of the starts; 2 in the median reconstruction" in finding.sentence
+
+
+def test_atoms_that_the_pursuit_could_not_use_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled = probe.settle
+
+    def three_lost(*arguments: Any, **options: Any) -> Any:
+        ends, path = settled(*arguments, **options)
+        ends.statuses[1:] = int(Status.NON_FINITE)
+        return ends, path
+
+    monkeypatch.setattr(probe, "settle", three_lost)
+    finding = of(tmp_path, monkeypatch, 0.5)
+    assert finding.figures["finite"] == 0.25
+    assert "3 left the finite numbers; the finite end points (1, distinct: 1)" in finding.sentence
+    assert "With at most 2 atoms (50.0% of the starts; 1 in the median reconstruction, 2 of the" in finding.sentence
+    used = [r["median_atoms_used"] for r in finding.figures["rows"] if r["dictionary"] == ATTRACTORS]
+    assert used == [1, 1]
+
+
+def test_noise_that_is_no_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        TrajOODError,
+        match=r"probe: attractors: .*got 4 of 4 that are 0; .* take another \(traj-ood diagnose fashion-mae\)",
+    ):
+        of(tmp_path, monkeypatch, 0.0)
+    with pytest.raises(TrajOODError, match=r"probe: attractors: .*got none: all 4 starts left the finite numbers; "):
+        of(tmp_path, monkeypatch, 1e15)
+
+
+def test_the_starts_do_not_depend_on_the_units() -> None:
+    whole = [
+        torch.randn(n, 3, generator=torch.Generator().manual_seed(2 * 1_000_003 + i)) for i, n in [(0, 512), (1, 88)]
+    ]
+    for size in (64, 100, 1000):
+        rows = probe._parts(600, size)
+        assert [i for part in rows for i in part] == list(range(600))
+        assert max(map(len, rows)) <= size
+        assert torch.equal(torch.cat([probe._noise(part, 600, (3,), 2) for part in rows]), torch.cat(whole))
+
+
+def test_units_are_small_and_an_interruption_costs_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_UNIT", 1)
+    monkeypatch.setattr(probe, "_GROUP", 3)
+    chunked = tiny.conv()
+    chunked.chunk = 2
+    monkeypatch.setattr(probe, "load_autoencoder", lambda _: chunked)
+    measure, calls = probe._Coder.measure, []
+
+    def breaks(self: probe._Coder, images: sources.NamedImages, rows: range, shown: int) -> Any:
+        calls.append((images.name, rows, shown))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(self, images, rows, shown)
+
+    monkeypatch.setattr(probe._Coder, "measure", breaks)
+    question = asked(folders, images=5, examples=4, data=("dark",))
+    with pytest.raises(KeyboardInterrupt):
+        question.run(work(folders), folders / "out")
+    assert len(list((folders / "work").glob("noise-*"))) == 3
+    assert len(list((folders / "work").glob("reconstructions-*"))) == 1
+    found = question.run(work(folders), folders / "out")
+    assert calls == [("dark", range(3), 3), *[("dark", range(3, 5), 1)] * 2]
+    monkeypatch.setattr(probe, "_UNIT", 64)
+    at_once = question.run(Workspace(folders / "other", data_root=folders), folders / "out")
+    assert at_once.figures == found.figures
 
 
 def test_a_model_that_is_trained_first(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +319,12 @@ def test_options_as_text_and_the_papers(folders: Path) -> None:
     assert (question.atoms, question.shares, question.data) == (None, (0.05, 0.1), ("fashion", "cifar10"))  # type: ignore[attr-defined]
     smaller = Probe(atoms=64).differences()
     assert "atoms: 64 here, as many as the latent has dimensions in the paper" in smaller
+    words = Probe(pictured=0, train_images=0).differences()
+    assert "pictured: no set here, 6 with --paper (the paper does not state it)" in words
+    assert "train_images: all here, 10000 with --paper (the paper does not state it)" in words
     paper = Probe.paper()
     assert paper.differences() == ()
+    assert paper.pictured == len(paper.data)
     assert (paper.model, paper.images, paper.tol, paper.max_steps, len(paper.data)) == ("sd-vae", 500, 1e-5, 500, 6)
 
 
@@ -239,5 +336,5 @@ def test_sets_of_images_by_name(tmp_path: Path) -> None:
     drawn = sources.training_images(str(yaml), None, 3, seed=1)
     assert len(drawn) == 3
     assert all("train" in image_id for image_id in drawn.ids)
-    with pytest.raises(TrajOODError, match=r"expected 1 to 12 images .*, got 13"):
+    with pytest.raises(TrajOODError, match=r"expected 1 to 12 images.*, got 13"):
         sources.training_images(str(yaml), None, 13, seed=1)

@@ -16,6 +16,7 @@ from traj_ood.analysis.grid import plane
 from traj_ood.analysis.mixtures import MIXTURES, Mixture, named_mixture
 from traj_ood.analysis.score_field import (
     ScoreField,
+    _sentence,
     angles,
     carried_score,
     data_space,
@@ -107,6 +108,8 @@ def test_mixtures_that_are_none_are_refused() -> None:
     one = torch.ones(1).double()
     with raises("mixture: expected positive weights of sum 1, got [2.0]"):
         Mixture(2 * one, torch.zeros(1, 2).double(), torch.eye(2).double()[None])
+    with raises("positive definite"):
+        Mixture(one, torch.zeros(1, 2).double(), torch.full((1, 2, 2), torch.nan).double())
     with raises("positive definite"):
         Mixture(one, torch.zeros(1, 2).double(), -torch.eye(2).double()[None])
     with raises("got (1,), (1, 2) and (1, 3, 3)"):
@@ -222,7 +225,38 @@ def test_the_question_is_answered_drawn_and_resumed(tmp_path: Path) -> None:
     assert work.resumed > 0
 
 
+def test_a_training_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+    for rate in ("1e9", "1e30"):
+        question = options_from(find_question("score-field"), [*TINY, f"rate={rate}", "steps=40"])
+        with raises("choose a "):
+            question.run(Workspace(tmp_path / "work"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_without_an_inverse_has_no_score() -> None:
+    points = torch.randn(4, 2, dtype=torch.float64, generator=draws())
+    for encode in (lambda x: 0 * x, lambda x: x * torch.inf):
+        with raises("a Jacobian that is singular or not finite at 4 of 4 points"):
+            carried_score(encode, points, points)
+
+
+def test_what_has_no_median_is_none_and_told() -> None:
+    mixture = gaussian(1.0, 1.0)
+    found = data_space(lambda x: x, mixture, 0.5, mixture.sample(10, draws()))  # F = id: no direction
+    assert (found["angle"], found["angle_q90"], found["length_ratio"]) == (None, None, 0)
+    latent = {"latent_angle": None, "latent_ascent": 0.0}
+    assert "an unknown number of°" in _sentence([{**found, **latent}])
+
+
+def test_differences_claim_nothing_of_the_paper() -> None:
+    told = ScoreField(steps=40_000).differences()
+    assert told == ("steps: 40000 here, 8000 with --paper (the paper does not state it)",)
+    assert {"seed", *ScoreField.unstated} == set(ScoreField().options())
+
+
 def test_options_are_checked() -> None:
+    with raises("score-field: noise: expected standard deviations above 0, got inf"):
+        ScoreField(noise=(float("inf"),))
     with raises("score-field: noise: expected standard deviations above 0, got 0.1, 0.0"):
         ScoreField(noise=(0.1, 0.0))
     with raises("score-field: samples: expected at least 10, got 3"):

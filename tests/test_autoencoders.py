@@ -513,6 +513,13 @@ def test_views() -> None:
         plain.view(latents, "cls")
     for view in ("tokens", "cls", "mean"):
         assert torch.equal(plain.view(latents[:, 0], view), latents[:, 0])  # type: ignore[arg-type]
+    maps = torch.arange(2 * 3 * 8 * 6.0).reshape(2, 3, 8, 6)
+    assert torch.equal(plain.view(maps, "mean"), maps.mean(dim=(2, 3)))
+    assert torch.equal(plain.view(maps, "tokens"), maps.flatten(1))
+    grid = plain.grid(maps)  # 4 × 4 cells of 2 rows and, of 6 columns, 2 overlapping ones
+    assert grid.shape == (2, 16, 3)
+    assert torch.equal(grid[1, 5], maps[1, :, 2:4, 1:3].mean(dim=(1, 2)))
+    assert torch.equal(plain.grid(maps[:, :, :2, :1]), maps[:, :, :2, 0].transpose(1, 2))
     with pytest.raises(TrajOODError, match="latent view: expected one of tokens, cls, mean, got 'patch'"):
         model.view(latents, "patch")  # type: ignore[arg-type]
 

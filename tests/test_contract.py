@@ -603,7 +603,8 @@ def test_a_registered_scorer_works_by_name(registry: dict[str, type[Postprocesso
         def score(self, evidence: Evidence) -> Tensor:
             return self.gain * evidence.features["tokens"].double().mean(dim=1)
 
-    result = ScorerSet(tiny.toy(), ["test-only:gain=2.5"]).fit(torch.ones(2, 1, 2, 2)).score(torch.ones(3, 1, 2, 2))
+    images = torch.stack([torch.ones(1, 2, 2), torch.zeros(1, 2, 2)])
+    result = ScorerSet(tiny.toy(), ["test-only:gain=2.5"]).fit(images).score(torch.ones(3, 1, 2, 2))
     assert result.scores["test-only:gain=2.5"].tolist() == [2.5] * 3
     with pytest.raises(TrajOODError, match="scorer test-only, option gain: expected float, got 'x'"):
         create_postprocessor("test-only:gain=x")

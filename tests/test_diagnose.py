@@ -228,10 +228,10 @@ def test_known_attractors_and_cautions() -> None:
 
 def test_numbers_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tiny.vit(), benchmark(train=20, val=15, side=8)
-    whole = diagnose(model, data, images=15, max_steps=30)
-    assert diagnose(model, data, images=15, max_steps=30, seed=1).as_dict() != whole.as_dict()
+    whole = diagnose(model, data, images=20, max_steps=30)
+    assert diagnose(model, data, images=20, max_steps=30, seed=1).as_dict() != whole.as_dict()
     monkeypatch.setattr("traj_ood.diagnose._BATCH", 7)
-    assert diagnose(model, data, images=15, max_steps=30).as_dict() == whole.as_dict()
+    assert diagnose(model, data, images=20, max_steps=30).as_dict() == whole.as_dict()
 
 
 def test_without_val_half_of_the_training_images_are_held_out() -> None:
@@ -352,12 +352,12 @@ def test_the_verdict_in_one_line() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(TrajOODError, match="diagnose: expected at least 10 images, got 9: ask for more"):
-        diagnose(toy(), benchmark(), images=9)
+    with pytest.raises(TrajOODError, match="diagnose: expected at least 20 images, got 19: ask for more"):
+        diagnose(toy(), benchmark(), images=19)
     with pytest.raises(
-        TrajOODError, match=r"expected at least 10 images of benchmark 'tiny' to learn from, got 8 \(its"
+        TrajOODError, match=r"expected at least 20 images of benchmark 'tiny' to learn from, got 8 \(its"
     ):
-        diagnose(toy(), benchmark(train=16, val=None))
+        diagnose(toy(), benchmark(train=16, val=None))  # half of them is held out
     for noise in (0.0, -1.0, math.nan):
         with pytest.raises(TrajOODError, match="diagnose: expected noise above 0, got"):
             diagnose(toy(), benchmark(), noise=noise)

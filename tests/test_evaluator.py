@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork, load_autoencoder
+from traj_ood.autoencoders import CallableAutoencoder, SurrogateAutoencoder, SurrogateNetwork, load_autoencoder
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import load_benchmark
@@ -369,6 +369,38 @@ def test_skipped_images_are_counted(broken: Path, batch_size: int) -> None:
     assert counts == {"test": 9, "dim": 9, "bright": 8}
     assert result.scorers["knn:k=3"].sets["bright"].count == 8
     assert result.dictionary["count"] == 11
+
+
+def exploding() -> CallableAutoencoder:
+    """f halves dark images and has no finite value at bright ones."""
+
+    def decode(latents: Tensor) -> Tensor:
+        bright = latents.mean(dim=1, keepdim=True) > 0.6
+        return torch.where(bright, torch.inf, 0.5 * latents).reshape(-1, 1, 8, 8)
+
+    return CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 8, 8), name="mae", chunk=8)
+
+
+@pytest.mark.parametrize("scorer", ["early-path", "first-residual"])
+def test_an_image_without_a_score_is_refused_or_counted(place: Path, tmp_path: Path, scorer: str) -> None:
+    with pytest.raises(TrajOODError, match=rf"scorer {scorer}: \d score\(s\) of split 'bright' are not finite.*skip"):
+        evaluator(place, tmp_path / "a", scorers=(scorer,), model=exploding()).run()
+    run = evaluator(place, tmp_path / "b", scorers=(scorer, "mahalanobis"), model=exploding(), on_error="skip")
+    result = run.run()
+    assert result.failures
+    assert {f["error"] for f in result.failures} == {f"scorer {scorer}: the score is not finite"}
+    kept = table(run)
+    assert len(kept[kept["split"] == "bright"]) == 9 - len(result.failures)
+    assert kept[[scorer, "mahalanobis"]].notna().all(axis=None)
+
+
+def test_training_images_that_nothing_can_be_learnt_from(place: Path, tmp_path: Path) -> None:
+    blind = CallableAutoencoder(lambda x: 0 * x.flatten(1), lambda z: z.reshape(-1, 1, 8, 8), (1, 8, 8), name="mae")
+    with pytest.raises(TrajOODError, match=r"mae: the features \(mean\) of all 12 training images are the same"):
+        evaluator(place, tmp_path / "a", scorers=("mahalanobis",), model=blind).run()
+    lost = CallableAutoencoder(lambda x: x.flatten(1) / 0, lambda z: z.reshape(-1, 1, 8, 8), (1, 8, 8), name="mae")
+    with pytest.raises(TrajOODError, match=r"mae: features \(mean\) of 12 of 12 training images not finite, first"):
+        evaluator(place, tmp_path / "b", scorers=("mahalanobis",), model=lost).run()
 
 
 def test_raise_names_the_file(broken: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors import Evidence, create_postprocessor
-from traj_ood.postprocessors.field import Field
+from traj_ood.postprocessors.field import Field, _folds
 from traj_ood.postprocessors.gaussians import learn_gaussians
 from traj_ood.scoring import ScorerSet
 
@@ -79,8 +79,9 @@ def by_hand(train: Evidence, queries: Evidence) -> np.ndarray:
     """score = a / E[a] + b / E[b], each half of the training images measured by the other, averaged over both."""
     known, asked = arrays(train), arrays(queries)
     total = np.zeros(len(asked["length"]))
+    half = _folds(train.features["grid"]).numpy()
     for k in range(2):
-        mine, other = ({n: v[h::2] for n, v in known.items()} for h in (k, 1 - k))
+        mine, other = ({n: v[half == h] for n, v in known.items()} for h in (k, 1 - k))
         far, lengths = measured(mine, other)
         usual = LedoitWolf().fit(lengths)
         a, own = measured(mine, asked)
@@ -108,7 +109,8 @@ def test_the_control_is_the_definition_without_the_field() -> None:
     known, asked = arrays(train), arrays(queries)
     total = np.zeros(40)
     for k in range(2):
-        mine, other = ({n: v[h::2] for n, v in known.items()} for h in (k, 1 - k))
+        half = _folds(train.features["grid"]).numpy()
+        mine, other = ({n: v[half == h] for n, v in known.items()} for h in (k, 1 - k))
         held, new = (
             np.stack(
                 [
@@ -230,6 +232,33 @@ def test_too_few_training_images() -> None:
     with pytest.raises(TrajOODError, match=text):
         ScorerSet(tiny.vit(), ["field"]).fit(tiny.images(7))
     assert Field().fit(evidence(8, 0)).score(evidence(3, 1)).isfinite().all()
+
+
+def test_halves_are_equal_random_and_the_same_in_any_order() -> None:
+    vectors = evidence(201, 0).features["grid"]
+    fold, order = _folds(vectors), torch.randperm(201, generator=torch.Generator().manual_seed(5))
+    assert fold.bincount().tolist() == [101, 100]
+    assert torch.equal(_folds(vectors[order]), fold[order])
+    assert 60 < int((fold[1:] != fold[:-1]).sum()) < 140  # neither in blocks nor in turns
+
+
+def test_the_order_of_the_training_images_does_not_matter() -> None:
+    """Two kinds of images in turns (left and right, before and after): each half must learn both."""
+    one, other, queries = evidence(100, 0), evidence(100, 1), evidence(50, 2)
+    other = of(other.features["grid"] + 40, other.points["grid", 1] + 40)
+    start, end = (
+        torch.stack([of_one, of_other], dim=1).flatten(0, 1)
+        for of_one, of_other in (
+            (one.features["grid"], other.features["grid"]),
+            (one.points["grid", 1], other.points["grid", 1]),
+        )
+    )
+    order = torch.arange(200).reshape(100, 2).T.flatten()  # one kind after the other
+    in_turns, in_blocks = Field().fit(of(start, end)), Field().fit(of(start[order], end[order]))
+    torch.testing.assert_close(in_turns.score(queries), in_blocks.score(queries), rtol=1e-9, atol=0)
+    outside = of(queries.features["grid"] + 20, queries.points["grid", 1] + 20)  # between the two kinds, as neither
+    assert in_turns.score(queries).max() < 10
+    assert in_turns.score(outside).isfinite().all()
 
 
 @pytest.mark.parametrize("still", ["field", "cell", "everything"])

@@ -44,6 +44,7 @@ COMMON = 0.5
 """Least share of held-out images at known attractors, and of images that keep theirs under noise. Below it the
 verdict stands, but scores depend on which training images were drawn, or on noise nobody sees: a caution."""
 
+_LEAST = 2 * HEALTHY_DISTINCT  # of fewer images, hardly any model has 10 distinct attractors
 _BATCH = 512  # the last, slow trajectories of a batch run in chunks of their own: the fewer batches, the fewer chunks
 _NOISY = 200  # images of the noise test: ± 3.5 % (one standard error) at worst
 _SHOWN = 16  # attractors whose radius is measured and whose picture is drawn
@@ -419,14 +420,14 @@ class _Walker:
 
 def _splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]:
     """Training images for the attractors and held-out ID images: val, else other training images."""
-    if images < HEALTHY_DISTINCT:
-        raise TrajOODError(f"diagnose: expected at least {HEALTHY_DISTINCT} images, got {images}: ask for more")
+    if images < _LEAST:
+        raise TrajOODError(f"diagnose: expected at least {_LEAST} images, got {images}: ask for more")
     split = benchmark.train
     available = len(split.images) if benchmark.val is not None else len(split.images) // 2
     count = min(images, available)
-    if count < HEALTHY_DISTINCT:
+    if count < _LEAST:
         raise TrajOODError(
-            f"diagnose: expected at least {HEALTHY_DISTINCT} images of benchmark {benchmark.name!r} to learn from, got "
+            f"diagnose: expected at least {_LEAST} images of benchmark {benchmark.name!r} to learn from, got "
             f"{count} (its training split has {len(split.images)}, half of it held out where there is no val split)"
         )
     if benchmark.val is not None:
@@ -434,8 +435,9 @@ def _splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]
         assert sample.val is not None
         return sample.train, sample.val
     both = benchmark.subsample(train=2 * count, per_set=None, seed=seed).train.images
-    # Lists are often sorted by class: every other image keeps the classes alike.
-    halves = [both.select(range(first, 2 * count, 2)) for first in (0, 1)]
+    # Lists are often sorted by class, or alternate between two kinds.
+    drawn = torch.randperm(2 * count, generator=torch.Generator().manual_seed(seed)).tolist()
+    halves = [both.select(sorted(part)) for part in (drawn[:count], drawn[count:])]
     return Split(split.name, "train", halves[0]), Split(f"{split.name}-held-out", "val", halves[1])
 
 

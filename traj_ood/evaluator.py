@@ -323,16 +323,23 @@ class Evaluator:
         if encoding is None:
             return Part(ids, failures, {}, {})
         scored = self.scorers.score(encoding, bar.on_step(indices))
+        good = torch.ones(len(ids), dtype=torch.bool)
         for label, values in scored.scores.items():
             bad = (~values.isfinite()).nonzero()[:, 0]
-            if len(bad):
+            if len(bad) and self.config.on_error == "raise":
                 raise TrajOODError(
                     f"scorer {label}: {len(bad)} score(s) of split {split.name!r} are not finite, first for image "
-                    f"{ids[int(bad[0])]!r}: its trajectory leaves the finite numbers at once; check the model"
+                    f"{ids[int(bad[0])]!r}: its trajectory leaves the finite numbers at once; check the model, or "
+                    "leave such images out with --on-error skip"
                 )
-        tensors = {f"score/{label}": values for label, values in scored.scores.items()}
+            # The first scorer that fails names the reason; no scorer is measured on an image that another cannot score.
+            new = [i for i in bad.tolist() if good[i]]
+            failures += [{"id": ids[i], "error": f"scorer {label}: the score is not finite"} for i in new]
+            good[new] = False
+        tensors = {f"score/{label}": values for label, values in scored.scores.items()} | _curves_of(scored.evidence)
         cost = {s.label: s.f_evaluations(scored.evidence) for s in self.scorers.scorers}
-        return Part(ids, failures, {**tensors, **_curves_of(scored.evidence)}, {"f_evaluations": cost})
+        kept = tuple(name for name, fine in zip(ids, good.tolist(), strict=True) if fine)
+        return Part(kept, failures, {k: v[good] for k, v in tensors.items()}, {"f_evaluations": cost})
 
     def _examine(self, split: Split, indices: range) -> tuple[tuple[str, ...], Encoding | None, list[dict[str, str]]]:
         """Ids, what the model makes of them (None where no image could be read) and failures of one batch."""

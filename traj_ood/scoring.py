@@ -128,8 +128,10 @@ class ScorerSet:
         """Fit every scorer on what :meth:`explore` returned; ``train.labels`` are the caller's to add.
 
         Raises:
-            TrajOODError: fewer than 2 training images, no labels where a scorer needs them, or what a scorer refuses.
+            TrajOODError: fewer than 2 training images, no labels where a scorer needs them, training images that the
+                model does not tell apart or whose features are not finite, or what a scorer refuses.
         """
+        _check_training(self.autoencoder.name, train)
         if self.needs.labels and train.labels is None:
             asking = next(s.label for s in self.scorers if s.needs().labels)
             raise TrajOODError(f"scorer {asking}: expected class labels of the training images, got none")
@@ -203,7 +205,7 @@ class ScorerSet:
                 low_precision=low_precision,
             )
             for keeper in keepers:
-                points |= keeper.points(trajectory.final)
+                points |= keeper.points(trajectory)
         features = {view: _features(model, encoding, view) for view in sorted(self.needs.features)}
         logits = encoding.logits if self.needs.logits else None
         return Evidence(features, reconstruction, trajectory, points, logits=logits)  # type: ignore[arg-type]
@@ -245,15 +247,39 @@ class _Points:
         if step in self._seen:
             self._seen[step].append((rows, _latent_view(self._model, latents, self._view).cpu()))
 
-    def points(self, final: Tensor) -> dict[tuple[FeatureView, int], Tensor]:
-        """What was kept; a sample that ended before t is at its end then."""
-        end = _latent_view(self._model, final, self._view).cpu()
+    def points(self, path: Trajectory) -> dict[tuple[FeatureView, int], Tensor]:
+        """What was kept; a sample that ended before t is at its end then, one that left the finite numbers nowhere."""
+        end = _latent_view(self._model, path.final, self._view).cpu()
+        end[path.status == Status.NON_FINITE] = torch.nan
         found = {}
         for step, pieces in self._seen.items():
             found[self._view, step] = end.clone()
             for rows, values in pieces:
                 found[self._view, step][rows] = values
         return found
+
+
+def _check_training(model: str, train: Evidence) -> None:
+    """Refuse training images that no scorer can learn from.
+
+    Raises:
+        TrajOODError: features or points of the path that are not finite, or features that are all the same.
+    """
+    read = {f"features ({view})": f for view, f in train.features.items()}
+    read |= {f"point z{t} ({view})": points for (view, t), points in train.points.items()}
+    for name, values in read.items():
+        odd = (~values.flatten(1).isfinite().all(dim=1)).nonzero()[:, 0]
+        if len(odd):
+            raise TrajOODError(
+                f"{model}: {name} of {len(odd)} of {len(values)} training images not finite, first of image "
+                f"{int(odd[0])} (from 0): check the model's weights and the images' normalisation"
+            )
+    for view, features in train.features.items():
+        if len(features) > 1 and bool((features == features[:1]).all()):
+            raise TrajOODError(
+                f"{model}: the features ({view}) of all {len(features)} training images are the same: expected images "
+                "that differ, and a model that tells them apart"
+            )
 
 
 def _views(points: frozenset[tuple[FeatureView, int]]) -> list[FeatureView]:

@@ -7,6 +7,7 @@ reported beside it: the mean over outputs of the variance across images. Only th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,8 @@ class Contraction(Question):
     Attributes:
         models: names of torchvision's classifiers. runs: initialisations of each, with the seeds from ``seed`` on.
         images: samples of N(0, I). size: side of the images, in pixels.
-        batch: images per forward pass; with batch statistics it decides the numbers.
+        batch: images per forward pass, at most, in passes of sizes as equal as can be; with batch statistics it
+            decides the numbers.
     """
 
     name: ClassVar[str] = "contraction"
@@ -61,11 +63,13 @@ class Contraction(Question):
         "Which output is not stated, so both are measured: the 1,000 logits, and the input of the last layer. "
         "torchvision gives many classifiers small weights of their own (ViT's are 0), which the logits' ratio shows; "
         "where a LayerNorm comes last (ConvNeXt, ViT) the features' own variance is 1 by construction.",
-        "The images' size is not stated: 224 pixels, torchvision's own, count as the paper's.",
+        "The images' size is not stated: --paper takes 224 pixels, torchvision's own.",
+        "The batch, which decides batch statistics, is not stated: at most 32 images.",
         "The mode is not stated, so both are measured: 'running' is evaluation mode, where an untrained batch "
         "normalisation does nothing; 'batch' normalises by the batch, as the first training step does.",
         "Which variance is not stated: that of all output numbers, and beside it the variance between images.",
     )
+    unstated: ClassVar[tuple[str, ...]] = ("models", "size", "batch")
 
     models: tuple[str, ...] = BACKBONES
     runs: int = 10
@@ -74,11 +78,14 @@ class Contraction(Question):
     batch: int = 32
 
     def __post_init__(self) -> None:
-        self.expect(bool(self.models), "models", "at least one name")
+        different = len(set(self.models)) == len(self.models)
+        self.expect(bool(self.models) and different, "models", "at least one name, and none twice")
         self.expect(self.runs >= 1, "runs", "at least 1")
         self.expect(self.images >= 2, "images", "at least 2: a variance needs two")
         self.expect(self.size >= _LEAST, "size", f"at least {_LEAST} pixels")
         self.expect(self.batch >= 2, "batch", "at least 2: batch statistics need two")
+        alone = self.batch == 2 and self.images % 2 == 1
+        self.expect(not alone, "batch", "at least 3 with an odd number of images, or one would be alone in its batch")
 
     @classmethod
     def paper(cls) -> Contraction:
@@ -162,7 +169,8 @@ def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> 
     Dropout is off.
 
     Args:
-        batch: rows per call. With batch statistics a last, smaller batch joins the one before.
+        batch: most rows per call; the calls' sizes differ by at most one, so that no row is alone unless ``batch`` is
+            1, or 2 with an odd number of rows.
         statistics: ``running`` or ``batch``, of batch normalisations; their running ones stay as they are.
     """
     network.eval()
@@ -175,7 +183,7 @@ def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> 
         for module in normalisations:
             module.train()
             module.momentum = 0.0  # else the statistics of this call would stay behind
-    cuts = max(1, len(inputs) // batch)
+    cuts = math.ceil(len(inputs) / batch)
     try:
         with torch.inference_mode():
             logits = [network(part) for part in inputs.tensor_split(cuts)]

@@ -3,13 +3,13 @@
 e_t = z_t − z*. The Jacobian's spectral norm bounds every single step near z*; its spectral radius is the rate at which
 the last steps of almost every trajectory shrink, and the norm exceeds it wherever J is not normal. Both predictions are
 compared with the steps that trajectories really take: from their start, as Fig. 11, and over the last factor of ten,
-where the linear approximation should hold.
+where the linear approximation should hold. Residuals and norms on the way are those of Fig. 12.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from traj_ood.analysis.singular import spectral_norms
 from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.curves import curve_quantiles
-from traj_ood.data import Split
+from traj_ood.curves import QUANTILES, curve_quantiles
+from traj_ood.data import ImageSource, Split
 from traj_ood.engine import Norm, iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.index import greedy_leaders
@@ -38,7 +38,8 @@ from traj_ood.trajectory import Trajectory
 
 _CLOSE = 0.1  # an end point is an attractor when its own remaining error is at most this share of ε
 _STRETCH = 10.0  # the last stretch: from the first error of at most 10 ε to ε
-_BATCH = 256
+_BATCH = 64  # images per unit of work, or the model's chunk where that is more
+_CURVE_POINTS = 100  # steps of a curve in the record, at most
 _JACOBIANS = 32  # points per unit of work
 
 
@@ -49,8 +50,9 @@ class Convergence(Question):
 
     Attributes:
         model: as for :func:`traj_ood.load_autoencoder`, or ``conv``, trained here.
-        data: an image set or a benchmark, see :func:`traj_ood.analysis.subjects.subject`.
+        data: an image set, a benchmark or a folder, see :func:`traj_ood.analysis.subjects.subject`.
         images: training images whose trajectories are measured.
+        predict: compare steps with Prop. A.9; false leaves the residual and norm curves (Fig. 12), far less work.
         epsilon: ε as a share of the median ‖e₀‖.
         tol, max_steps: of the iteration that finds the attractors; tol is on the squared residual.
         curve_tol, curve_steps: tolerance and number of steps of the residual and norm curves.
@@ -62,13 +64,18 @@ class Convergence(Question):
     summary: ClassVar[str] = "steps predicted from the Jacobian at the attractor against steps measured"
     choices: ClassVar[tuple[str, ...]] = (
         "ε is not stated: a thousandth of the median initial error.",
-        "The number of points in Fig. 11 is not stated.",
+        "The number of points in Fig. 11, the tolerance, and how its model was trained are not stated: trained as "
+        "App. D states for Figs 2, 3 and 14.",
         "Prop. A.9 has no answer where the norm is 1 or more; such points are counted and left out.",
     )
+    unstated: ClassVar[tuple[str, ...]] = (
+        "images", "predict", "epsilon", "tol", "max_steps", "curve_tol", "curve_steps", "epochs", "width"
+    )  # fmt: skip
 
     model: str = "fashion-mae"
     data: str = "fashion"
     images: int = 128
+    predict: bool = True
     epsilon: float = 1e-3
     tol: float = 1e-10
     max_steps: int = 2000
@@ -92,69 +99,101 @@ class Convergence(Question):
 
     @classmethod
     def paper(cls) -> Convergence:
-        return cls(model=TRAINED, data="mnist", train_images=0, epochs=PAPER_EPOCHS)
+        return cls(model=TRAINED, data="mnist", train_images=0, epochs=PAPER_EPOCHS, width=32)
+
+    def shown(self, option: str, value: Any) -> str:
+        return "all" if option == "train_images" and value == 0 else super().shown(option, value)
 
     def answer(self, work: Workspace) -> Answer:
         training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
         about = subject(work, self.model, self.data, self.seed, training)
-        settings = ("images", "epsilon", "tol", "max_steps", "curve_tol", "curve_steps", "seed")
-        key = {k: getattr(self, k) for k in settings} | {
+        chosen = sample(about.train, self.images, self.seed, "convergence")
+        curves = self._curves(work, about.model, chosen)
+        table = curve_quantiles(Split("train", "train", about.train), curves, self.curve_tol)
+        common = {"model": about.model.name, "images": len(chosen)}
+        recorded = {"curves": curve_figures(table)}
+        pictures: dict[str, Callable[[Path], None]] = {"curves.png": partial(_draw_curves, table, self.curve_tol)}
+        if not self.predict:
+            return Answer(common | recorded, _told_curves(common, table), pictures)
+        key = {k: getattr(self, k) for k in ("images", "epsilon", "tol", "max_steps", "seed")} | {
             "model": about.model.fingerprint(),
             "data": about.train.digest(),
         }
-        paths = work.unit("paths", key, partial(self._paths, work, about))
+        paths = self._paths(work, about.model, chosen)
         jacobians = self._jacobians(work, key, about, paths)
-        table, figures = self._compare(paths, jacobians)
-        figures = {"model": about.model.name, "images": self.images, **paths.notes, **figures}
-        return Answer(
-            figures=figures,
-            sentence=_sentence(figures),
-            pictures={
-                "convergence.png": partial(_draw_steps, table, about.model.name),
-                "curves.png": partial(_draw_curves, about, paths, self.curve_tol),
-            },
-        )
+        steps, figures = self._compare(paths, jacobians)
+        figures = common | dict(paths.notes) | figures | recorded
+        drawn: dict[str, Callable[[Path], None]] = {
+            "convergence.png": partial(_draw_steps, steps, about.model.name),
+            **pictures,
+        }
+        return Answer(figures, _sentence(figures), drawn)
 
-    def _paths(self, work: Workspace, about: Subject) -> Unit:
-        """End points of the trajectories of a sample, and the errors ‖z_t − z*‖ on the way there."""
-        model = about.model
-        start = model.encode(stack(model, sample(about.train, self.images, self.seed, "convergence")))
+    def _chunks(
+        self, work: Workspace, name: str, model: Autoencoder, images: ImageSource, key: dict[str, Any],
+        measure: Callable[[Tensor], dict[str, Tensor]],
+    ) -> list[dict[str, Tensor]]:  # fmt: skip
+        """What ``measure`` makes of the codes of all images, a chunk a unit: no trajectory depends on batch-mates."""
+        size = max(_BATCH, model.chunk)
+        key = {"model": model.fingerprint(), "images": images.digest(), **key}
         found = []
-        with work.bar(2 * len(start), "trajectories", "image") as bar:
-            for batch in start.split(_BATCH):
-                found.append(errors_on_the_way(model, batch, tol=self.tol, max_steps=self.max_steps))
-                bar.update(len(batch))
-            tensors = self._curves(model, start)
-            bar.update(len(start))
-        width = max(errors.shape[1] for _, errors in found)
-        errors = torch.cat([_padded(errors, width) for _, errors in found])
-        converged = torch.cat([path.converged for path, _ in found])
+        with work.bar(len(images), name, "image") as bar:
+            for first in range(0, len(images), size):
+                rows = range(first, min(first + size, len(images)))
+
+                def compute(rows: range = rows) -> Unit:
+                    return Unit(measure(model.encode(stack(model, images.select(list(rows))))))
+
+                unit = work.unit(name, {**key, "rows": [rows.start, rows.stop]}, compute)
+                found.append(dict(unit.tensors))
+                bar.update(len(rows))
+        return found
+
+    def _paths(self, work: Workspace, model: Autoencoder, images: ImageSource) -> Unit:
+        """End points of the trajectories of a sample, and the errors ‖z_t − z*‖ on the way there."""
+
+        def measure(start: Tensor) -> dict[str, Tensor]:
+            path, errors = errors_on_the_way(model, start, tol=self.tol, max_steps=self.max_steps)
+            return {
+                "ends": path.final,
+                "last": _last_residual(path),
+                "errors": errors,
+                "converged": path.converged,
+            }
+
+        found = self._chunks(
+            work, "trajectories", model, images, {"tol": self.tol, "max_steps": self.max_steps}, measure
+        )
+        width = max(part["errors"].shape[1] for part in found)
+        tensors = {name: torch.cat([part[name] for part in found]) for name in ("ends", "last", "converged")}
+        errors = torch.cat([_padded(part["errors"], width) for part in found])
+        converged = tensors["converged"]
         median = float(errors[converged, 0].median()) if bool(converged.any()) else 0.0
         if not median > 0:
             raise TrajOODError(
                 f"convergence: expected trajectories that move and settle, got {int(converged.sum())} of "
                 f"{len(converged)} settled with a median initial error of {median:g}: allow more max_steps or a larger "
-                f"tol, or see traj-ood diagnose {model.name}"
+                f"tol, see traj-ood diagnose {model.name}, or draw the curves alone with predict=false"
             )
-        tensors |= {
-            "ends": torch.cat([path.final for path, _ in found]),
-            "last": torch.cat([_last_residual(path) for path, _ in found]),
-            "errors": errors,
-            "converged": converged,
-        }
-        return Unit(tensors, {"converged": float(converged.double().mean()), "epsilon": self.epsilon * median})
+        notes = {"converged": float(converged.double().mean()), "epsilon": self.epsilon * median}
+        return Unit({**tensors, "errors": errors}, notes)
 
-    def _curves(self, model: Autoencoder, start: Tensor) -> dict[str, Tensor]:
+    def _curves(self, work: Workspace, model: Autoencoder, images: ImageSource) -> list[Part]:
         """What the curves of Fig. 12 are made of."""
-        path = iterate(
-            model.self_map,
-            start,
-            tol=self.curve_tol,
-            max_steps=self.curve_steps,
-            observers=[Norm()],
-            chunk=model.chunk,
-        )
-        return {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
+
+        def measure(start: Tensor) -> dict[str, Tensor]:
+            path = iterate(
+                model.self_map,
+                start,
+                tol=self.curve_tol,
+                max_steps=self.curve_steps,
+                observers=[Norm()],
+                chunk=model.chunk,
+            )
+            return {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
+
+        key = {"curve_tol": self.curve_tol, "curve_steps": self.curve_steps}
+        return [Part((), [], part, {}) for part in self._chunks(work, "curves", model, images, key, measure)]
 
     def _jacobians(self, work: Workspace, key: dict[str, Any], about: Subject, paths: Unit) -> dict[str, Tensor]:
         """Spectral norm and radius of each image's attractor; ends within ε of each other share one Jacobian."""
@@ -305,6 +344,50 @@ def _quantiles(values: Tensor) -> list[float | None]:
     return [v if math.isfinite(v) else None for v in found.tolist()]
 
 
+def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
+    """The curves of Fig. 12 for the record, at no more than 100 steps.
+
+    ``steps`` t; ``residual`` quantiles of ‖z_{t+1} − z_t‖ over the samples, None where one has fallen below the
+    tolerance; ``norm`` those of ‖z_t‖; ``running``: the share of samples that had not stopped before the step.
+
+    Args:
+        table: of :func:`traj_ood.curves.curve_quantiles`, of one split.
+    """
+    every = table["step"].unique()
+    steps = every[np.unique(np.linspace(0, len(every) - 1, min(len(every), _CURVE_POINTS)).round().astype(int))]
+    thin = table[table["step"].isin(steps)]
+    columns = [f"q{round(100 * q):02d}" for q in QUANTILES]
+
+    def quantiles(quantity: str, power: float) -> dict[str, list[float | None]]:
+        rows = thin[thin["quantity"] == quantity]
+        return {c: [_rounded(v**power) for v in rows[c].tolist()] for c in columns}
+
+    return {
+        "steps": [int(step) for step in steps],
+        "residual": quantiles("residual_sq", 0.5),
+        "norm": quantiles("norm", 1.0),
+        "running": quantiles("running", 1.0)["q50"],
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _told_curves(common: dict[str, Any], table: pd.DataFrame) -> str:
+    """The curves in a sentence: the medians, first and where they are last known."""
+    medians = {quantity: rows["q50"].dropna() for quantity, rows in table.groupby("quantity")}
+    steps = int(table["step"].max()) + 1
+
+    def ends(values: pd.Series) -> str:
+        return f"{values.iloc[0]:.3g} to {values.iloc[-1]:.3g}" if len(values) else "not measurable"
+
+    return (
+        f"{common['model']}, {common['images']} images, {steps} steps: median residual, as far as it is above the "
+        f"tolerance: {ends(medians['residual_sq'] ** 0.5)}; median norm: {ends(medians['norm'])}."
+    )
+
+
 def _sentence(figures: dict[str, Any]) -> str:
     start, last = (
         {row["rate"]: row for row in figures["predictions"] if row["from"] == where}
@@ -320,8 +403,9 @@ def _sentence(figures: dict[str, Any]) -> str:
         )
 
     return (
-        f"{figures['model']}: the spectral norm is below 1 at the attractors of {figures['norm_below_1']:.0%} of the "
-        f"images, the radius at those of {figures['radius_below_1']:.0%}; steps from the start by the norm: "
+        f"{figures['model']}: {figures['converged']:.0%} of the images settled; of these the spectral norm is below 1 "
+        f"at the end points of {figures['norm_below_1']:.0%}, the radius at those of "
+        f"{figures['radius_below_1']:.0%}; steps from the start by the norm: "
         f"{told(start['norm'])}; by the radius: {told(start['radius'])}; over the last factor of ten by the radius: "
         f"{told(last['radius'])}."
     )
@@ -333,9 +417,7 @@ def _draw_steps(table: pd.DataFrame, model: str, path: Path) -> None:
     predictions(table, f"Steps to the attractor (Prop. A.9): {model}", path)
 
 
-def _draw_curves(about: Subject, paths: Unit, tol: float, path: Path) -> None:
+def _draw_curves(table: pd.DataFrame, tol: float, path: Path) -> None:
     from traj_ood.plots import dynamics_curves
 
-    tensors = {name: paths.tensors[name] for name in ("steps", "residuals", "norm")}
-    split = Split("train", "train", about.train)
-    dynamics_curves(curve_quantiles(split, [Part((), [], tensors, {})], tol), tol, path)
+    dynamics_curves(table, tol, path)

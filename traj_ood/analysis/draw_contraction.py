@@ -32,6 +32,8 @@ def ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: the PNG to write.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
+    measured = [row[f"{key}_{ratio}"] for row in rows for key in _PANELS for ratio in _RATIOS]
+    largest = 3 * max([30.0, *(x for x in measured if x is not None)])
     canvas, axes = figure(
         2, 2, 5.0, 0.24 * len(models) + 1.0, "Variance at initialisation: output over input, on N(0, I)"
     )
@@ -41,7 +43,7 @@ def ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             drawn = np.array([(max(x, _LEAST), y - shift) for x, y in pairs if x is not None]).reshape(-1, 2)
             axis.plot(drawn[:, 0], drawn[:, 1], marker, color=colour, markersize=4, alpha=0.6, label=text)
         axis.axvline(1, color=_GREY, linestyle="--", linewidth=1)
-        axis.set(xscale="log", xlim=(_LEAST / 3, 100), ylim=(len(models) - 0.5, -0.5))
+        axis.set(xscale="log", xlim=(_LEAST / 3, largest), ylim=(len(models) - 0.5, -0.5))
         axis.set_xlabel(f"variance ratio ({_LEAST:g}: that or less)", fontsize=9)
         axis.set_title(label, fontsize=10)
         axis.tick_params(labelsize=8)

@@ -49,8 +49,15 @@ def predictions(table: pd.DataFrame, title: str, path: Path) -> None:
 
 def _against(axis: Axes, measured: pd.Series, predicted: pd.Series, colour: str, marker: str, label: str) -> None:
     shown = predicted.notna() & (predicted > 0) & (measured > 0)
-    text = f"{label} (n = {int(shown.sum())})" if shown.any() else f"{label}: none, it is 1 or more"
+    text = f"{label} (n = {int(shown.sum())})" if shown.any() else f"{label}: none, {_reason(predicted)}"
     axis.plot(measured[shown], predicted[shown], marker, color=colour, markersize=4, alpha=0.6, label=text)
+
+
+def _reason(predicted: pd.Series) -> str:
+    """Why there is nothing to show: no image at all, no prediction, or none with a step on both sides."""
+    if predicted.empty:
+        return "no image to compare"
+    return "it is 1 or more" if predicted.isna().all() else "no step predicted or measured"
 
 
 def _diagonal(axis: Axes, steps: pd.DataFrame) -> None:

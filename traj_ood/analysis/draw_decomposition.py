@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from traj_ood.analysis.draw import CYCLE, figure, save
+from traj_ood.analysis.draw import CYCLE, _floats, figure, save
 
 _GREY = "#555555"
 _TERMS = {
@@ -38,14 +38,14 @@ def decomposition(
     canvas, (means, holds, ratios) = figure(1, 3, 4.4, 3.4, title)
     sizes = [row["attractors"] for row in rows]
     for i, (key, label) in enumerate(_TERMS.items()):
-        means.plot(sizes, [row[key] for row in rows], marker="o", markersize=4, color=CYCLE[i], label=label)
+        means.plot(sizes, _floats([row[key] for row in rows]), marker="o", markersize=4, color=CYCLE[i], label=label)
     means.set(xscale="log", yscale="log", xlabel="attractors in the dictionary", ylabel="mean over test images")
     means.set_title("terms", fontsize=10)
     for i, form in enumerate(sides):
-        share = [100 * row["forms"][form]["holds"] for row in rows]
+        share = 100 * _floats([row["forms"][form]["holds"] for row in rows])
         # Forms that always hold lie on one line: the later ones are smaller, so that all can be seen.
-        holds.plot(sizes, share, marker="o", markersize=9 - 3 * i, linewidth=4 - 1.5 * i, color=CYCLE[i], label=form)
-        _shares(ratios, sides[form] / np.maximum(error, 1e-300), CYCLE[i], form)
+        holds.plot(sizes, share, marker="o", markersize=9 - 2 * i, linewidth=4 - i, color=CYCLE[i], label=form)
+        _shares(ratios, sides[form][error > 0] / error[error > 0], CYCLE[i], form)
     holds.set(
         xscale="log", ylim=(-3, 103), xlabel="attractors in the dictionary", ylabel="images for which it holds (%)"
     )
@@ -59,6 +59,6 @@ def decomposition(
 
 
 def _shares(axis: Axes, ratio: NDArray[np.float64], colour: str, label: str) -> None:
-    """The cumulative distribution of ``ratio`` in percent."""
-    ordered = np.sort(ratio)
+    """The cumulative distribution of ``ratio`` in percent; nothing where L_D, and so a ratio, is not finite."""
+    ordered = np.sort(ratio) if np.isfinite(ratio).all() else np.empty(0)
     axis.step(ordered, 100 * np.arange(1, len(ordered) + 1) / len(ordered), color=colour, where="post", label=label)

@@ -26,16 +26,18 @@ def step_curves(
     """
     counts = [len(lines) for lines in panels.values()]
     if not counts or max(counts) > len(CYCLE):
-        raise TrajOODError(f"plot: expected panels of at most {len(CYCLE)} curves, got {counts}")
+        raise TrajOODError(f"plot: expected panels of at most {len(CYCLE)} curves, got {counts}; leave some out")
     canvas, axes = figure(1, len(panels), 4.2, 3.3, title)
     for axis, (name, lines) in zip(axes, panels.items(), strict=True):
         for colour, (label, values) in zip(CYCLE, lines.items(), strict=False):
             y = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-            y[y <= 0] = np.nan
+            if name != linear:
+                y[y <= 0] = np.nan
             axis.plot(np.arange(steps + 1 - len(y), steps + 1), y, color=colour, linewidth=1.5, label=label)
         axis.set(xlabel="step")
         if name == linear:
-            axis.set_ylim(0, 1.1 * axis.dataLim.y1)
+            top = float(axis.dataLim.y1)  # -inf where no value is finite
+            axis.set_ylim(0, 1.1 * top if 0 < top < np.inf else 1)
         else:
             axis.set_yscale("log")
         axis.set_title(name, fontsize=10)

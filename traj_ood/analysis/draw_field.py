@@ -34,14 +34,14 @@ def fields(panels: Sequence[tuple[str, Mapping[str, NDArray[np.float64]]]], titl
         axis.set_visible(False)
     handles = [
         Line2D([], [], color="white", markeredgecolor="#555555", marker=".", linestyle="", label="codes of images"),
-        Line2D([], [], color=CYCLE[1], marker="*", markersize=10, linestyle="", label="attractors"),
+        Line2D([], [], color=CYCLE[1], marker="*", markersize=10, linestyle="", label="attractors found"),
     ]
     canvas.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save(canvas, path)
 
 
 def _titled(name: str, count: int) -> str:
-    return f"{name}: {count} attractor{'' if count == 1 else 's'}"
+    return f"{name}: {count} attractor{'' if count == 1 else 's'} found"
 
 
 def _field(axis: Axes, tensors: Mapping[str, NDArray[np.float64]]) -> None:

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,17 +27,19 @@ from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.images import stack
 from traj_ood.analysis.sources import training_images
 from traj_ood.analysis.workspace import Unit, Workspace
-from traj_ood.autoencoders import Autoencoder, load_autoencoder, rehearsals
+from traj_ood.autoencoders import DIFFUSERS, MODELS, Autoencoder, load_autoencoder, rehearsals
 from traj_ood.autoencoders.language import PREFIX as LANGUAGE_PREFIX
 from traj_ood.autoencoders.language import LanguageModel, load_language_model
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.engine import Norm, Observer, iterate
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, unknown_name
 
 DOCUMENTATION = "documentation"
 _LAST = 50  # steps whose mean factor says whether the residual still falls
 _PIECE = 1000  # characters of a text of the documentation
+_MOST = 6  # models of a kind: draw.py, which only pictures may import, has that many colours
+_PILE = "pile.jsonl"
 
 
 @register
@@ -47,7 +50,8 @@ class Dynamics(Question):
     Attributes:
         models: autoencoders as for :func:`traj_ood.load_autoencoder`; ``causal-lm:SOURCE`` for language models, see
             :func:`traj_ood.autoencoders.language.load_language_model`; ``rehearsal-dinov2``, ``-siglip2``, ``-qwen3``
-            and ``-llama`` for small random models of the paper's architectures.
+            and ``-llama`` for small random models of the paper's architectures. At most 6 autoencoders, 6 language
+            models.
         images: whose training images autoencoders start from: a benchmark, ``fashion-mnist``, ``mnist``, ``cifar10``,
             or a folder. texts: what language models start from: a file, a text per line, or of JSON lines with the key
             ``text``; ``documentation``: that of the Python language, which is on every machine.
@@ -59,9 +63,11 @@ class Dynamics(Question):
     summary: ClassVar[str] = "residuals and norms over 300 steps of encoders with decoders and of language models"
     choices: ClassVar[tuple[str, ...]] = (
         "Curves are means over the samples of Euclidean norms of the whole latent (all tokens) and the whole image.",
-        "No trajectory stops early: all take every step.",
-        "Both kinds end in a normalisation (the encoder's last LayerNorm, the language model's last RMSNorm), so that "
-        "norms are bounded by construction; bounded norms alone do not show that a field is well behaved.",
+        "No tolerance ends a trajectory: each takes every step unless it leaves the finite numbers before; means are "
+        "over the samples that are still finite.",
+        "The paper's models end in a normalisation (the encoder's last LayerNorm, the language model's last RMSNorm), "
+        "so that their norms are bounded by construction, which other models need not be; bounded norms alone do not "
+        "show that a field is well behaved.",
         "How many tokens the paper's texts have is not stated: the first 64.",
         "Of RAE's decoders the paper names the publication only: those with a ViT-XL and DINOv2 or SigLIP2 base.",
     )
@@ -80,6 +86,11 @@ class Dynamics(Question):
         for option in ("image_samples", "text_samples", "tokens"):
             self.expect(getattr(self, option) >= 1, option, "at least 1")
         self.expect(self.steps >= 2, "steps", "at least 2")
+        language = sum(map(_is_language, self.models))
+        most = max(language, len(self.models) - language)
+        self.expect(
+            most <= _MOST, "models", f"at most {_MOST} autoencoders and {_MOST} language models (a figure each)"
+        )
 
     @classmethod
     def paper(cls) -> Dynamics:
@@ -88,12 +99,18 @@ class Dynamics(Question):
         return cls(
             models=("rae-dinov2", "rae-siglip2", *language),
             images="ImageNet1k",
-            texts="pile.jsonl",
+            texts=_PILE,
             image_samples=500,
             text_samples=1000,
         )
 
+    def shown(self, option: str, value: Any) -> str:
+        words = {DOCUMENTATION: "the documentation of the Python language", _PILE: f"the Pile ({_PILE})"}
+        return words.get(value, str(value)) if option == "texts" else super().shown(option, value)
+
     def answer(self, work: Workspace) -> Answer:
+        for name in self.models:  # all of them before hours are spent on the first
+            _check_name(name)
         found = [self._measured(work, name) for name in self.models]
         rows = [curves.summary() for curves in found]
         rehearsed = [c.name for c in found if c.rehearsal]
@@ -146,7 +163,7 @@ class Dynamics(Question):
         if name in rehearsals.LANGUAGE:
             random = rehearsals.rehearsal_language_model(name, tokens=self.tokens, seed=self.seed)
             return _Texts(random, *self._texts(work, random))
-        if name.startswith(LANGUAGE_PREFIX):
+        if _is_language(name):
             model = load_language_model(name, tokens=self.tokens)
             return _Texts(model, *self._texts(work, model))
         rehearsed = name in rehearsals.PAIRS
@@ -317,18 +334,56 @@ def _spread(curve: Sequence[float | None]) -> float | None:
     return max(values) / min(values) if values and min(values) > 0 else None
 
 
+def _is_language(name: str) -> bool:
+    return name in rehearsals.LANGUAGE or name.startswith(LANGUAGE_PREFIX)
+
+
+def _check_name(name: str) -> None:
+    """Refuse what no loader takes, without loading: a name is known, a folder, or may be one of the hub.
+
+    Raises:
+        TrajOODError: an unknown name (with near ones), or a folder that is not there.
+    """
+    prefix = next((p for p in (LANGUAGE_PREFIX, DIFFUSERS) if name.startswith(p)), "")
+    source = name.removeprefix(prefix)
+    named = (*MODELS, *rehearsals.PAIRS, *rehearsals.LANGUAGE)
+    if name in named or (source and Path(source).expanduser().is_dir()):
+        return
+    most = 2 if prefix == DIFFUSERS else 1  # slashes of a hub name: diffusers' may end in a folder of the repository
+    if source.startswith((".", "/", "~")) or source.count("/") > most:
+        raise TrajOODError(
+            f"dynamics: models: expected a name or a folder, {source} is no folder; correct {name!r} in models"
+        )
+    if not source or not (prefix == LANGUAGE_PREFIX or "/" in source):
+        known = (*named, f"{LANGUAGE_PREFIX}SOURCE", f"{DIFFUSERS}SOURCE", "owner/name", "a folder")
+        raise unknown_name("model of dynamics", name, known)
+
+
 def _sentence(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
-    told = []
-    for row in rows:
-        first, last, factor = row["latent_residual_first"], row["latent_residual_last"], row["last_factor"]
-        share = "vanishes" if not last or not first else f"ends at {last / first:.2g} of its first value"
-        slope = "" if factor is None else f" and changes by a factor of {factor:.3f} a step at the end"
-        told.append(f"{row['model']}{' (random weights)' if row['rehearsal'] else ''}: {share}{slope}")
-    spread = max((row["norm_spread"] for row in rows if row["norm_spread"] is not None), default=1.0)
-    return (
-        f"The mean latent residual over {steps} steps: {'; '.join(told)}. From the first step on, no model's mean norm "
-        f"varies by more than {spread - 1:.1%}."
-    )
+    return f"The mean latent residual over {steps} steps: {'; '.join(map(_told, rows))}.{_told_norms(rows)}"
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """What becomes of one model's residual."""
+    first, last, factor = row["latent_residual_first"], row["latent_residual_last"], row["last_factor"]
+    name = f"{row['model']}{' (random weights)' if row['rehearsal'] else ''}"
+    lost = f"{row['left_the_finite_numbers']} of {row['samples']} samples"
+    if last is None:
+        return f"{name}: leaves the finite numbers ({lost})"
+    slope = "" if factor is None else f" and changes by a factor of {factor:.4g} a step at the end"
+    share = f"ends at {last / first:.2g} of its first value" if first and last else "vanishes"
+    some = f" (of those still finite; {lost} leave the finite numbers)" if row["left_the_finite_numbers"] else ""
+    return f"{name}: {share}{slope}{some}"
+
+
+def _told_norms(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How far the norms stay apart, of the models all of whose samples stay finite; others have no bound to tell."""
+    kept = {r["model"]: r["norm_spread"] for r in rows if not r["left_the_finite_numbers"] and r["norm_spread"]}
+    if not kept:
+        return ""
+    most = Context(prec=4, rounding=ROUND_CEILING).create_decimal(max(kept.values()))  # up: "at most" has to be true
+    of = "every model" if len(kept) == len(rows) else ", ".join(kept)
+    return f" From the first step on, the largest mean norm of {of} is at most {most} times its smallest."
 
 
 def _pictures(found: Sequence[_Curves]) -> dict[str, Callable[[Path], None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +15,21 @@ from torch import Tensor
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.grid import box, plane
 from traj_ood.analysis.images import load_images, sample, stack
-from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL, paper_recipe, settle, train_conv
+from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL, paper_recipe, train_conv
+from traj_ood.analysis.singular import explicit_norms, explicit_radii
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
-from traj_ood.engine import SelfMap, apply_in_chunks
+from traj_ood.engine import SelfMap, apply_in_chunks, iterate
+from traj_ood.errors import TrajOODError
 from traj_ood.index import greedy_leaders
+from traj_ood.trajectory import Status
 
 _STARTS = 15  # grid points per side that trajectories start from; the codes of images are further starts
 _SAME = 0.01  # of the box's diagonal: end points closer than that are one attractor
+_CLOSE = _SAME / 2  # as near an end must be to its attractor: two ends of one attractor are then never counted as two
+_REST = 1e-5  # of the diagonal: shorter steps are rest. An end with a radius of up to 1 − _REST / _CLOSE is then close
+_COSINE = 0.99  # §3.2: end points at least that similar are one attractor
 _CHUNK = 32  # rows per call of f: the few slow trajectories of the plane would run in chunks of 128 otherwise
 
 
@@ -37,7 +44,8 @@ class Field(Question):
         runs: models of different initialisation. width: d of Table 4.
         reach: the box is [−reach, reach]²; 0 fits it to the encoder's support.
         grid: points per side at which f is evaluated. codes: training images whose codes show the support.
-        tol, max_steps: of the iteration that finds attractors.
+        tol, max_steps: of the iteration that finds attractors; tol, on the squared residual, is lowered where the box
+            is so small that it would end trajectories on their way.
     """
 
     name: ClassVar[str] = "field"
@@ -45,10 +53,13 @@ class Field(Question):
     summary: ClassVar[str] = "two-dimensional vector fields across training and initialisations"
     choices: ClassVar[tuple[str, ...]] = (
         "The width d of Table 4, the epochs of Fig. 3a, the number of models and the batch size (128) are not stated.",
+        "An end point is an attractor where the Jacobian's spectral radius ρ is below 1 and what is left of the way, "
+        "the last step / (1 − ρ), is at most 0.5 % of the box's diagonal; other trajectories have not settled.",
         "Fig. 1 draws [−8, 8]²; the box fits the codes here, since their scale depends on the training.",
         "Two end points are one attractor within 1 % of the box's diagonal; the paper's cosine of 0.99 would merge all "
         "points of one direction, which in the plane are many. Its count is given beside.",
     )
+    unstated: ClassVar[tuple[str, ...]] = ("at", "runs", "width", "grid", "codes")
 
     data: str = "fashion-mnist"
     train_images: int = 5_000
@@ -65,7 +76,7 @@ class Field(Question):
         self.expect(bool(self.at) and min(self.at, default=0) >= 0 and max(self.at, default=0) >= 1, "at",
                     "epochs of at least 0, the last at least 1")  # fmt: skip
         self.expect(self.train_images >= 0, "train_images", "0 (all) or more")
-        self.expect(self.reach >= 0, "reach", "0 (fit) or more")
+        self.expect(0 <= self.reach < math.inf, "reach", "0 (fit) or more")
         self.expect(self.tol > 0, "tol", "a tolerance above 0")
         for option, least in (("runs", 1), ("width", 1), ("grid", 2), ("codes", 10), ("max_steps", 2)):
             self.expect(getattr(self, option) >= least, option, f"at least {least}")
@@ -76,9 +87,20 @@ class Field(Question):
             data="mnist",
             train_images=0,
             at=(0, 2, 10, 40, PAPER_EPOCHS),
+            width=32,
             reach=8.0,
             max_steps=PAPER_STEPS,
         )
+
+    def shown(self, option: str, value: Any) -> str:
+        words = {"train_images": "all", "reach": "fitted to the codes"}
+        return words[option] if option in words and value == 0 else super().shown(option, value)
+
+    def differences(self) -> tuple[str, ...]:
+        """Of the epochs in ``at``, the paper states where training ends."""
+        last = max(self.at)
+        ends = () if last == PAPER_EPOCHS else (f"training ends after epoch {last} here, {PAPER_EPOCHS} in the paper",)
+        return (*super().differences(), *ends)
 
     def answer(self, work: Workspace) -> Answer:
         images = load_images(self.data, work.data_root)
@@ -96,7 +118,7 @@ class Field(Question):
                 model.chunk = _CHUNK
                 shown = sample(train, min(self.codes, len(train)), self.seed, "field")
                 key = {"model": model.fingerprint(), "images": shown.digest(), **self._measured()}
-                unit = work.unit("field", key, partial(self._measure, model, shown))
+                unit = work.unit("plane", key, partial(self._measure, model, shown))
                 rows.append({"run": run, "seed": seed, "epoch": epoch, **unit.notes})
                 panels.append((f"run {run + 1}, epoch {epoch}", unit.tensors))
         figures = {"rows": rows}
@@ -109,37 +131,49 @@ class Field(Question):
     def _measure(self, model: Autoencoder, images: ImageSource) -> Unit:
         """The field of one model, its attractors and the encoder's support."""
         codes = model.encode(stack(model, images))
+        if not bool(codes.isfinite().all()):
+            raise TrajOODError(
+                f"field: expected finite codes, got {int((~codes.isfinite()).any(dim=1).sum())} of {len(codes)} that "
+                f"are not, from {model.name}: its training diverged; try another seed or fewer epochs"
+            )
         low, high = box(codes, self.reach)
         points = plane(low, high, self.grid).to(codes)
         vectors = vector_field(model.self_map, points, model.chunk)
         starts = torch.cat([plane(low, high, _STARTS).to(codes), codes])
-        dictionary, path = settle(
-            model, starts, tuple(map(str, range(len(starts)))), tol=self.tol, max_steps=self.max_steps
-        )
         diagonal = float((high - low).norm())
-        ends = dictionary.points[path.converged]
+        ends = settled_ends(model.self_map, starts, diagonal, self.tol, self.max_steps, model.chunk)
         leaders, group = greedy_leaders(ends.double(), _SAME * diagonal)
         spots = ends[leaders]
+        directions = torch.nn.functional.normalize(ends.double(), dim=1)
         notes: dict[str, Any] = {
-            "converged": float(path.converged.double().mean()),
+            "settled": len(ends) / len(starts),
             "attractors": len(spots),
-            "attractors_cosine": len(dictionary.distinct()) if len(ends) else 0,
-            "norm_on_codes": float(vector_field(model.self_map, codes, model.chunk).norm(dim=1).median()),
-            "norm_in_box": float(vectors.norm(dim=1).median()),
+            "attractors_cosine": len(greedy_leaders(directions, (2 - 2 * _COSINE) ** 0.5)[0]),
+            "norm_on_codes": _median_norm(vector_field(model.self_map, codes, model.chunk)),
+            "norm_in_box": _median_norm(vectors),
             "contractive_codes": _contractive(model, codes),
-            "stable_attractors": None,
             "box": [*low.tolist(), *high.tolist()],
         }
-        tensors = {"points": points, "vectors": vectors, "codes": codes, "attractors": spots}
-        if len(spots):
-            radii = (
-                torch.linalg.eigvals(planar_jacobians(model.self_map, spots.to(model.device), model.chunk))
-                .abs()
-                .amax(dim=1)
-            )
-            notes["stable_attractors"] = float((radii < 1).double().mean())
-            tensors["visits"] = torch.bincount(group, minlength=len(spots))
+        visits = torch.bincount(group, minlength=len(spots))
+        tensors = {"points": points, "vectors": vectors, "codes": codes, "attractors": spots, "visits": visits}
         return Unit(tensors, notes)
+
+
+def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float, max_steps: int, chunk: int) -> Tensor:
+    """(E, 2) on the CPU: end points of the trajectories from ``starts`` (P, 2) that are as good as at an attractor.
+
+    A short step alone proves nothing: where each step is ρ times the one before, a step of length r leaves up to
+    r / (1 − ρ) to go. ρ is the Jacobian's spectral radius at the end point, and what is left must be short in the box.
+
+    Args:
+        diagonal: of the box. tol, max_steps: of the iteration, see :class:`Field`. chunk: rows per call of f.
+    """
+    path = iterate(self_map, starts, tol=min(tol, (_REST * diagonal) ** 2), max_steps=max_steps, chunk=chunk)
+    last = path.residuals.gather(1, (path.steps - 1).clamp(min=0)[:, None])[:, 0].sqrt()
+    radii = explicit_radii(planar_jacobians(self_map, path.final, chunk))
+    left = last / (1 - radii)
+    settled = (path.status != Status.NON_FINITE) & (radii < 1) & (left <= _CLOSE * diagonal)
+    return path.final.cpu()[settled]
 
 
 def vector_field(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:
@@ -166,22 +200,27 @@ def planar_jacobians(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:
 
 def _contractive(model: Autoencoder, codes: Tensor) -> float:
     """Share of the codes at which ‖J_f‖_σ < 1."""
-    norms = torch.linalg.matrix_norm(planar_jacobians(model.self_map, codes, model.chunk), ord=2)
-    return float((norms < 1).double().mean())
+    return float((explicit_norms(planar_jacobians(model.self_map, codes, model.chunk)) < 1).double().mean())
+
+
+def _median_norm(vectors: Tensor) -> float | None:
+    """None where f left the finite numbers at half of the points."""
+    median = float(vectors.norm(dim=1).nan_to_num(nan=torch.inf).median())
+    return median if math.isfinite(median) else None
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:
     first = [row for row in rows if row["run"] == 0]
-    contractive = [f"{row['contractive_codes']:.0%}" for row in first]
+    contractive, settled = ([f"{row[key]:.0%}" for row in first] for key in ("contractive_codes", "settled"))
     last = [row for row in rows if row["epoch"] == first[-1]["epoch"]]
 
     def listed(values: list[Any]) -> str:
         return ", ".join(map(str, values))
 
     return (
-        f"At epochs {listed([row['epoch'] for row in first])} the plane has "
-        f"{listed([row['attractors'] for row in first])} attractors, and f contracts at "
-        f"{listed(contractive)} of the codes; attractors of each initialisation at the end: "
+        f"At epochs {listed([row['epoch'] for row in first])}, {listed(settled)} of the trajectories in the plane "
+        f"settled; attractors found: {listed([row['attractors'] for row in first])}; f contracts at "
+        f"{listed(contractive)} of the codes; attractors found for each initialisation at the end: "
         f"{listed([row['attractors'] for row in last])}."
     )
 

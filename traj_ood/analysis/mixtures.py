@@ -37,7 +37,8 @@ class Mixture:
             )
         if not bool((self.weights > 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-9:
             raise TrajOODError(f"mixture: expected positive weights of sum 1, got {self.weights.tolist()}")
-        if not bool((torch.linalg.eigvalsh(self.covariances) > 0).all()):
+        finite = bool(self.covariances.isfinite().all())  # LAPACK refuses others
+        if not finite or not bool((torch.linalg.eigvalsh(self.covariances) > 0).all()):
             raise TrajOODError("mixture: expected positive definite covariances, got one that is not")
 
     @property

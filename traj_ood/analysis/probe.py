@@ -39,7 +39,8 @@ Floats = NDArray[np.float64]
 
 ORTHOGONAL, ATTRACTORS, ONE_STEP = "orthogonal basis", "attractors", "one step"
 DICTIONARIES = (ORTHOGONAL, ATTRACTORS, ONE_STEP)
-_BATCH = 512  # starts per unit of work: what an interruption can cost
+_DRAWN = 512  # starts drawn from one seed, whatever the units of work
+_UNIT = 64  # starts per unit of work, or the model's chunk where that is more: what an interruption can cost
 _SHARE_SHOWN = 0.05
 """Of the atoms, in pictures and in the sentence: Fig. 4a's."""
 _GALLERY = 24
@@ -61,7 +62,7 @@ class Probe(Question):
         atoms: N, the size of each dictionary; none is the latent's dimension, as in the paper.
         shares: of N, how many atoms a reconstruction may use, ascending.
         tol, max_steps: of the iteration from noise; the defaults are the paper's (App. D).
-        examples: images of each set in the pictures. pictured: sets in them.
+        examples: images of each set in the pictures. pictured: sets in them, the first of ``data``; 0 draws neither.
     """
 
     name: ClassVar[str] = "probe"
@@ -76,13 +77,20 @@ class Probe(Question):
         "Atoms have length 1 and are not centred. Attractors share a common part, the mean latent, that a random basis "
         "lacks. The dictionary 'one step' shares it, too: f applied once to the same noise. What attractors do better "
         "than that is due to the iteration.",
+        "The paper calls its baseline both 'the initial orthogonal samples' and 'a random orthogonal basis'; here it "
+        "is a random orthogonal basis that is independent of the starts of the noise, which are not orthogonal.",
         "The shares of the atoms on the paper's axis are not stated but for 5 %.",
+        "The paper pictures LAION, ImageNet and Camelyon (Figs 7-9), with five images each; with --paper every set is "
+        "pictured. reconstructions.png shows the examples of a set at one number of atoms, growth.png a single one of "
+        "them at every number, where the paper shows five.",
         "A latent is E(x); for AutoencoderKL the posterior's mean, unscaled, since sampling would make f random.",
         "Atoms beyond the rank of the attractors only differ by how far they had converged; the pursuit may still use "
         "those differences, as it would in the paper.",
     )
 
-    unstated: ClassVar[tuple[str, ...]] = ("shares", "trained_on", "train_images", "epochs", "bottleneck", "width")
+    unstated: ClassVar[tuple[str, ...]] = (
+        "shares", "pictured", "trained_on", "train_images", "epochs", "bottleneck", "width"
+    )  # fmt: skip
 
     model: str = "fashion-mae"
     data: tuple[str, ...] = ("fashion",)
@@ -115,10 +123,13 @@ class Probe(Question):
     def paper(cls) -> Probe:
         """§4.1: Stable Diffusion's autoencoder, N = k = 4096, 500 images of each of six sets, given as folders."""
         folders = ("LAION2B", "ImageNet1k", "EuroSAT", "CIFAR100", "PatchCamelyon", "Places365")
-        return cls(model="sd-vae", data=folders, images=500)
+        return cls(model="sd-vae", data=folders, images=500, pictured=len(folders))
 
     def shown(self, option: str, value: Any) -> str:
-        return "as many as the latent has dimensions" if value is None else super().shown(option, value)
+        if option == "atoms" and value is None:
+            return "as many as the latent has dimensions"
+        words = {"train_images": "all", "pictured": "no set"}
+        return words[option] if option in words and value == 0 else super().shown(option, value)
 
     def answer(self, work: Workspace) -> Answer:
         model = self._model(work)
@@ -138,9 +149,11 @@ class Probe(Question):
         noise = self._attractors(work, model, tuple(zeros.shape[1:]), count, key)
         bases = {
             ORTHOGONAL: random_basis(count, dimension, self.seed),
-            ATTRACTORS: noise.dictionary.usable().flatten(1),
+            ATTRACTORS: noise.dictionary.points[noise.dictionary.statuses != Status.NON_FINITE].flatten(1),
             ONE_STEP: noise.first.flatten(1),
         }
+        for name, atoms in bases.items():
+            self._check_atoms(name, atoms, count)
         coder = _Coder(model, {name: OMPDictionary(atoms) for name, atoms in bases.items()}, self._levels(count))
         found = [self._of_set(work, coder, images, key) for images in sets]
         return _Report(self, model, noise, coder, found).answer()
@@ -151,46 +164,62 @@ class Probe(Question):
         training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
         return subject(work, TRAINED, self.trained_on, self.seed, training).model
 
+    def _check_atoms(self, name: str, atoms: Tensor, starts: int) -> None:
+        """Refuse atoms of which no image can be made: none is left, or one has no direction."""
+        zero = int((atoms.double().norm(dim=1) == 0).sum())
+        if len(atoms) and not zero:
+            return
+        got = f"{zero} of {len(atoms)} that are 0" if zero else f"none: all {starts} starts left the finite numbers"
+        advice = "other training options" if self.model == TRAINED else f"another (traj-ood diagnose {self.model})"
+        raise TrajOODError(
+            f"probe: {name}: expected finite atoms that are not 0, got {got}; noise yields no dictionary of the model "
+            f"{self.model}: take {advice}"
+        )
+
     def _levels(self, count: int) -> tuple[int, ...]:
         return tuple(sorted({max(1, round(share * count)) for share in self.shares}))
 
     def _attractors(
         self, work: Workspace, model: Autoencoder, shape: tuple[int, ...], count: int, key: Mapping[str, Any]
     ) -> _Noise:
-        """Where N starts from N(0, I) end, batch by batch."""
+        """Where N starts from N(0, I) end, some starts a unit."""
         parts, first = [], []
         with work.bar(count, "attractors of noise", "start") as bar:
-            for batch, begin in enumerate(range(0, count, _BATCH)):
-                size = min(_BATCH, count - begin)
-                ids = tuple(f"noise/{begin + i}" for i in range(size))
+            for rows in _parts(count, max(_UNIT, model.chunk)):
+                ids = tuple(f"noise/{i}" for i in rows)
 
-                def compute(batch: int = batch, size: int = size, ids: tuple[str, ...] = ids) -> Unit:
-                    draws = torch.Generator().manual_seed(self.seed * 1_000_003 + batch)
-                    start = torch.randn(size, *shape, generator=draws).to(model.device)
+                def compute(rows: range = rows, ids: tuple[str, ...] = ids) -> Unit:
+                    start = _noise(rows, count, shape, self.seed).to(model.device)
                     with torch.inference_mode():
                         once = apply_in_chunks(model.self_map, start, model.chunk)
                     ends, _ = settle(model, start, ids, tol=self.tol, max_steps=self.max_steps)
                     return Unit({**ends.tensors(), "once": once})
 
-                unit = work.unit("noise", {**key, "batch": batch}, compute)
+                unit = work.unit("noise", {**key, "rows": [rows.start, rows.stop]}, compute)
                 tensors = dict(unit.tensors)
                 first.append(tensors.pop("once"))
                 parts.append(AttractorDictionary(ids=ids, provenance={}, **tensors))
-                bar.update(size)
+                bar.update(len(rows))
         ends = AttractorDictionary.concatenate(parts)
         usable = torch.cat(first)
         return _Noise(ends, usable[usable.flatten(1).isfinite().all(dim=1)])
 
     def _of_set(self, work: Workspace, coder: _Coder, images: NamedImages, key: Mapping[str, Any]) -> _Errors:
-        """Errors of every dictionary at every level on one set of images."""
-        levels = {"images": images.source.digest(), "levels": list(coder.levels), "examples": self.examples}
+        """Errors of every dictionary at every level on one set of images, a group of images a unit."""
+        key = {**key, "images": images.source.digest(), "levels": list(coder.levels)}
+        parts: list[Mapping[str, Tensor]] = []
+        with work.bar(len(images.source), images.name, "image") as bar:
+            for begin in range(0, len(images.source), _GROUP):
+                rows = range(begin, min(begin + _GROUP, len(images.source)))
+                shown = min(len(rows), max(0, self.examples - begin))
 
-        def compute() -> Unit:
-            with work.bar(len(images.source), images.name, "image") as bar:
-                return coder.measure(images, self.examples, bar.update)
+                def compute(rows: range = rows, shown: int = shown) -> Unit:
+                    return coder.measure(images, rows, shown)
 
-        unit = work.unit("reconstructions", {**key, **levels}, compute)
-        return _Errors(images.name, dict(unit.tensors))
+                unit = work.unit("reconstructions", {**key, "rows": [rows.start, rows.stop], "shown": shown}, compute)
+                parts.append(unit.tensors)
+                bar.update(len(rows))
+        return _Errors(images.name, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 @dataclass(frozen=True)
@@ -212,6 +241,24 @@ class _Errors:
     def means(self, kind: str) -> Tensor:
         """(dictionaries, levels) mean over the images."""
         return self.tensors[kind].mean(dim=0)
+
+
+def _parts(count: int, size: int) -> list[range]:
+    """The places of ``count`` starts, at most ``size`` a part; no part reaches over two draws."""
+    return [
+        range(begin, min(begin + size, drawn + _DRAWN, count))
+        for drawn in range(0, count, _DRAWN)
+        for begin in range(drawn, min(drawn + _DRAWN, count), size)
+    ]
+
+
+def _noise(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """(n, *L) the starts at ``rows`` of ``count``: part of one draw, so that no number depends on the parts."""
+    draw = rows.start // _DRAWN
+    draws = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+    begin = draw * _DRAWN
+    whole = torch.randn(min(_DRAWN, count - begin), *shape, generator=draws)
+    return whole[rows.start - begin : rows.stop - begin]
 
 
 def random_basis(count: int, dimension: int, seed: int) -> Tensor:
@@ -238,7 +285,10 @@ class OMPDictionary:
         raw = atoms.detach().cpu().double()
         lengths = raw.norm(dim=1) if raw.ndim == 2 else torch.zeros(1)
         if not len(raw) or not bool(((lengths > 0) & lengths.isfinite()).all()):
-            raise TrajOODError(f"dictionary: expected (N, k) finite atoms that are not 0, got {tuple(raw.shape)}")
+            raise TrajOODError(
+                f"dictionary: expected (N, k) finite atoms that are not 0, got shape {tuple(raw.shape)}, "
+                f"{int((~((lengths > 0) & lengths.isfinite())).sum())} of them 0 or not finite; leave those out"
+            )
         self.atoms: Floats = (raw / lengths[:, None]).numpy()
         self.gram: Floats = self.atoms @ self.atoms.T
 
@@ -289,25 +339,23 @@ class _Coder:
     dictionaries: Mapping[str, OMPDictionary]
     levels: tuple[int, ...]
 
-    def measure(self, images: NamedImages, examples: int, tick: Callable[[int], object]) -> Unit:
-        """All that :class:`_Errors` holds."""
-        found: dict[str, list[Tensor]] = {k: [] for k in ("image", "latent", "used", "decoded", "inputs", "pictures")}
-        for begin in range(0, len(images.source), _GROUP):
-            rows = list(range(begin, min(begin + _GROUP, len(images.source))))
-            pixels = stack(self.model, images.source.select(rows))
-            latents = self.model.encode(pixels).cpu()
-            coded = [self._guesses(latent) for latent in latents]
-            guesses = torch.stack([guess for guess, _ in coded])  # (n, dictionaries, levels, *L)
-            decoded = self.model.decode(guesses.flatten(0, 2).to(latents)).cpu().unflatten(0, guesses.shape[:3])
-            shown = max(0, examples - begin)
-            found["inputs"].append(pixels[:shown])
-            found["pictures"].append(decoded[:shown])
-            found["decoded"].append(_errors(self.model.decode(latents).cpu() - pixels, 1))
-            found["image"].append(_errors(decoded - pixels[:, None, None], 3))
-            found["latent"].append(_errors(guesses - latents[:, None, None], 3))
-            found["used"].append(torch.tensor([used for _, used in coded]))
-            tick(len(rows))
-        return Unit({key: torch.cat(parts) for key, parts in found.items()})
+    def measure(self, images: NamedImages, rows: range, shown: int) -> Unit:
+        """All that :class:`_Errors` holds of the images at ``rows``, the first ``shown`` of them to draw."""
+        pixels = stack(self.model, images.source.select(list(rows)))
+        latents = self.model.encode(pixels).cpu()
+        coded = [self._guesses(latent) for latent in latents]
+        guesses = torch.stack([guess for guess, _ in coded])  # (n, dictionaries, levels, *L)
+        decoded = self.model.decode(guesses.flatten(0, 2).to(latents)).cpu().unflatten(0, guesses.shape[:3])
+        return Unit(
+            {
+                "inputs": pixels[:shown],
+                "pictures": decoded[:shown],
+                "decoded": _errors(self.model.decode(latents).cpu() - pixels, 1),
+                "image": _errors(decoded - pixels[:, None, None], 3),
+                "latent": _errors(guesses - latents[:, None, None], 3),
+                "used": torch.tensor([used for _, used in coded]),
+            }
+        )
 
     def _guesses(self, latent: Tensor) -> tuple[Tensor, list[int]]:
         """(dictionaries, levels, *L) float64 reconstructions of one latent (*L), and the atoms each could use."""
@@ -341,17 +389,27 @@ class _Report:
             "model": self.model.name,
             "latent_dimension": int(ends.points[0].numel()),
             "atoms": len(ends),
-            "converged": float((ends.statuses == Status.CONVERGED).double().mean()),
+            "converged": self._share(Status.CONVERGED),
+            "finite": 1 - self._share(Status.NON_FINITE),
             "median_steps": float(ends.steps.double().median()),
-            "distinct_attractors": len(ends.distinct()),
+            "distinct_end_points": len(ends.distinct()),
             "dictionaries": [self._about(name) for name in DICTIONARIES],
             "unit": "mean squared error in the model's normalised pixel units, mean over images",
             "rows": rows,
-            "ratio_at_5_percent": {
-                name: dict(zip([e.name for e in self.sets], r, strict=True)) for name, r in ratios.items()
-            },
+            "ratio": {name: dict(zip([e.name for e in self.sets], r, strict=True)) for name, r in ratios.items()},
+            "ratio_atoms": self.coder.levels[at],
+            "ratio_share": self.coder.levels[at] / len(ends),
         }
         return Answer(figures, self._sentence(ratios, at), self._pictures(at))
+
+    def _share(self, status: Status) -> float:
+        """Of the starts from noise, those that ended so."""
+        return float((self.noise.dictionary.statuses == status).double().mean())
+
+    def _used(self, errors: Sequence[_Errors], name: str, level: int) -> float:
+        """Atoms in a reconstruction that may have ``level``, the median over the images: a pursuit may end before."""
+        used = torch.cat([e.tensors["used"][:, DICTIONARIES.index(name)] for e in errors])
+        return float(used.clamp(max=level).double().median())
 
     def _shown_level(self) -> int:
         """Place of the level nearest to 5 % of the atoms."""
@@ -365,13 +423,12 @@ class _Report:
     def _about(self, name: str) -> dict[str, Any]:
         dictionary = self.coder.dictionaries[name]
         rank, energy = dictionary.spectrum()
-        used = torch.cat([e.tensors["used"][:, DICTIONARIES.index(name)] for e in self.sets]).double()
         return {
             "dictionary": name,
             "atoms": len(dictionary),
             "rank": rank,
             "directions_of_90_percent": energy,
-            "median_atoms_used": float(used.median()),
+            "median_atoms_used": self._used(self.sets, name, len(dictionary)),
         }
 
     def _rows(self, errors: _Errors) -> list[dict[str, Any]]:
@@ -384,6 +441,7 @@ class _Report:
                 "dictionary": name,
                 "atoms": level,
                 "share": level / count,
+                "median_atoms_used": self._used([errors], name, level),
                 "image_mse": float(image[d, i]),
                 "latent_mse": float(latent[d, i]),
                 "image_mse_of_D(E(x))": float(errors.tensors["decoded"].mean()),
@@ -397,12 +455,17 @@ class _Report:
         names = [errors.name for errors in self.sets]
         better = {key: [n for n, r in zip(names, values, strict=True) if r < 1] for key, values in ratios.items()}
         closer = [n for n, a, b in zip(names, ratios[ATTRACTORS], ratios[ONE_STEP], strict=True) if a < b]
+        converged, lost = (int((ends.statuses == s).sum()) for s in (Status.CONVERGED, Status.NON_FINITE))
+        used = {name: f"{self._used(self.sets, name, level):g}" for name in DICTIONARIES}
         return (
-            f"{len(ends):,} starts from noise end at {len(ends.distinct()):,} distinct attractors; {level} of these "
-            f"atoms ({level / len(ends):.1%}) reconstruct {_told(better[ATTRACTORS], len(names))} with a lower error "
-            f"than {level} of a random orthogonal basis (median ratio {median(ratios[ATTRACTORS]):.2f}). f applied "
-            f"once to the noise does so on {_told(better[ONE_STEP], len(names))} ({median(ratios[ONE_STEP]):.2f}); "
-            f"attractors have a lower error than that on {_told(closer, len(names))}."
+            f"Of {len(ends):,} starts from noise {converged:,} ({converged / len(ends):.1%}) converged within "
+            f"{self.question.max_steps:,} steps and {lost:,} left the finite numbers; the finite end points "
+            f"({len(ends) - lost:,}, distinct: {len(ends.distinct()):,}) are the atoms called attractors. With at most "
+            f"{level:,} atoms ({level / len(ends):.1%} of the starts; {used[ATTRACTORS]} in the median reconstruction, "
+            f"{used[ORTHOGONAL]} of the random basis) they have a lower error than a random orthogonal basis on "
+            f"{_told(better[ATTRACTORS], len(names))} (median ratio {median(ratios[ATTRACTORS]):.2g}). f applied once "
+            f"to the noise does so on {_told(better[ONE_STEP], len(names))} ({median(ratios[ONE_STEP]):.2g}; "
+            f"{used[ONE_STEP]} atoms); attractors have a lower error than that on {_told(closer, len(names))}."
         )
 
     def _pictures(self, at: int) -> dict[str, Callable[[Path], None]]:
@@ -422,7 +485,7 @@ class _Report:
             floor = float(errors.tensors["decoded"].mean())
             lines.append(Curve("D(E(x))", levels, [floor] * len(levels)))
             panels.append(Panel(errors.name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=True))
-        title = f"Data-free probing of {self.model.name}: {len(self.noise.dictionary):,} atoms a dictionary"
+        title = f"Data-free probing of {self.model.name}: {len(self.noise.dictionary):,} starts from noise"
         curves(panels, title, path)
 
     def _draw_reconstructions(self, at: int, path: Path) -> None:
@@ -435,7 +498,7 @@ class _Report:
                 rows.append(PictureRow(_broken(name), errors.tensors["pictures"][:, d, at].numpy(), self._limits()))
         level = self.coder.levels[at]
         share = level / len(self.noise.dictionary)
-        picture_rows(rows, f"{self.model.name}: reconstructions with {level} atoms ({share:.1%})", path)
+        picture_rows(rows, f"{self.model.name}: reconstructions with at most {level} atoms ({share:.1%})", path)
 
     def _draw_growth(self, path: Path) -> None:
         from traj_ood.analysis.draw import PictureRow, picture_rows
@@ -455,7 +518,10 @@ class _Report:
         ends = self.noise.dictionary
         kept = ends.distinct()[:_GALLERY]
         images = self.model.decode(ends.usable()[kept].to(self.model.device)).cpu()
-        title = f"{self.model.name}: decoded attractors of noise, {len(kept)} of {len(ends.distinct()):,} distinct ones"
+        title = (
+            f"{self.model.name}: where noise ends, decoded ({self._share(Status.CONVERGED):.1%} converged), "
+            f"{len(kept)} of {len(ends.distinct()):,} distinct points"
+        )
         rows = [PictureRow("", part.numpy(), self._limits()) for part in images.split(8)]
         picture_rows(rows, title, path)
 

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.grid import plane
 from traj_ood.analysis.mixtures import Mixture, named_mixture
+from traj_ood.analysis.singular import explicit_norms
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.engine import iterate
+from traj_ood.errors import TrajOODError
 
 _ENDS = 300  # trajectories that are followed to their end
 _MARGIN = 1.5  # of the box around the samples that is drawn and measured, in the data's own units
@@ -54,6 +56,9 @@ class ScoreField(Question):
         "Latent dimension = data dimension = 2, so that q(z) follows from p(x) by a change of variables.",
         "The theorem's penalty on the Jacobian is the noise of a denoising autoencoder (their Table 3).",
     )
+    unstated: ClassVar[tuple[str, ...]] = (
+        "mixtures", "noise", "width", "steps", "batch", "rate", "samples", "grid"
+    )  # fmt: skip
 
     mixtures: tuple[str, ...] = ("triangle", "ring")
     noise: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
@@ -68,7 +73,8 @@ class ScoreField(Question):
         self.expect(bool(self.mixtures), "mixtures", "at least one name")
         for name in self.mixtures:
             named_mixture(name)
-        self.expect(bool(self.noise) and min(self.noise, default=0) > 0, "noise", "standard deviations above 0")
+        finite = bool(self.noise) and all(0 < sigma < math.inf for sigma in self.noise)
+        self.expect(finite, "noise", "standard deviations above 0")
         for option, least in (("width", 1), ("steps", 1), ("batch", 1), ("samples", 10), ("grid", 2)):
             self.expect(getattr(self, option) >= least, option, f"at least {least}")
         self.expect(self.rate > 0, "rate", "a learning rate above 0")
@@ -149,6 +155,9 @@ def train_denoiser(
     """Minimise E‖F(x + σε) − x‖² over fresh samples of ``mixture``; Adam, rate falling to 0 along a cosine.
 
     Returns the model in float64, ready to be differentiated.
+
+    Raises:
+        TrajOODError: weights that are not finite.
     """
     draws = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -164,6 +173,12 @@ def train_denoiser(
         loss.backward()
         optimizer.step()
         schedule.step()
+    lost = [name for name, weights in model.named_parameters() if not bool(weights.isfinite().all())]
+    if lost:
+        raise TrajOODError(
+            f"score-field: expected finite weights after {steps} steps, got some that are not in {len(lost)} of the "
+            f"model's parameters (noise {sigma:g}, last loss {float(loss.detach()):g}): choose a rate below {rate:g}"
+        )
     return model.double().eval().requires_grad_(False)
 
 
@@ -190,11 +205,11 @@ def data_space(model: Callable[[Tensor], Tensor], mixture: Mixture, sigma: float
     found = angles(field, smooth)
     return {
         "angle": _median(found),
-        "angle_q90": float(found.nanquantile(0.9)),
+        "angle_q90": _finite(found.nanquantile(0.9)),
         "angle_clean": _median(angles(field, clean)),
         "oracle_clean": _median(angles(best, clean)),
         "length_ratio": _median(field.norm(dim=1) / lengths),
-        "oracle_error": float((best - sigma**2 * smooth).norm(dim=1).max() / lengths.median()),
+        "oracle_error": _finite((best - sigma**2 * smooth).norm(dim=1).max() / lengths.median()),
     }
 
 
@@ -221,7 +236,7 @@ def latent_space(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points
     found = angles(field, truth)
     carried = (jacobians @ mixture.smoothed(sigma).score(points)[..., None])[..., 0]
     positive = torch.linalg.det(jacobians) > 0
-    stretch = torch.linalg.matrix_norm(jacobians_at(model.self_map, codes), ord=2)
+    stretch = explicit_norms(jacobians_at(model.self_map, codes))
     figures = {
         "latent_angle": _median(found),
         "latent_ascent": _share((field * truth).sum(dim=1) > 0),
@@ -245,12 +260,20 @@ def carried_score(encode: Callable[[Tensor], Tensor], score: Tensor, points: Ten
         score: (B, d) ∇ log p at ``points`` (B, d).
     Returns:
         The scores (B, d) and the Jacobians (B, d, d).
+    Raises:
+        TrajOODError: a Jacobian that is not finite, or that cannot be inverted: q has no density there.
     """
 
     def log_volume(x: Tensor) -> Tensor:
         return torch.linalg.slogdet(torch.func.jacrev(lambda y: encode(y[None])[0])(x)).logabsdet
 
     jacobians = jacobians_at(encode, points)
+    bad = ~(jacobians.isfinite().all(dim=(1, 2)) & torch.linalg.det(jacobians.nan_to_num()).ne(0))
+    if bool(bad.any()):
+        raise TrajOODError(
+            f"score-field: expected an encoder that can be inverted locally, got a Jacobian that is singular or not "
+            f"finite at {int(bad.sum())} of {len(points)} points: its training failed; choose a smaller rate"
+        )
     volumes = torch.func.vmap(torch.func.grad(log_volume))(points)
     return torch.linalg.solve(jacobians.transpose(1, 2), (score - volumes)[..., None])[..., 0], jacobians
 
@@ -270,8 +293,12 @@ def journey(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Ten
     }
 
 
-def _median(values: Tensor) -> float:
-    return float(values.nanmedian())
+def _median(values: Tensor) -> float | None:
+    return _finite(values.nanmedian())
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _share(mask: Tensor) -> float:
@@ -282,7 +309,10 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     """Over all models: how close to the smoothed score, to the clean one, and to the latent one."""
 
     def span(key: str, scale: float = 1.0) -> str:
-        low, high = (scale * extreme(row[key] for row in rows) for extreme in (min, max))
+        known = [row[key] for row in rows if row[key] is not None]
+        if not known:
+            return "an unknown number of"
+        low, high = (scale * extreme(known) for extreme in (min, max))
         return f"{low:.0f}" if math.isclose(low, high, abs_tol=0.5) else f"{low:.0f} to {high:.0f}"
 
     return (

@@ -1,4 +1,4 @@
-"""The spectral norm of a map's Jacobian: the most that the map stretches any small step at a point."""
+"""The spectral norm of a Jacobian, by products or explicit: the most that the map stretches any small step there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Norms:
     """Spectral norms of the Jacobian, each from below (power iteration never overshoots).
 
     Attributes:
-        values: (P,) float64; infinite where the products left the finite numbers.
+        values: (P,) float64; infinite where the products, or their lengths, left the finite numbers.
         settled: (P,) bool: the last step changed the value by less than the tolerance.
     """
 
@@ -57,19 +57,36 @@ def spectral_norms(
     directions = start / _lengths(start)
     values = torch.full((len(points),), -1.0, dtype=torch.float64)
     settled = torch.zeros(len(points), dtype=torch.bool)
+    escaped = torch.zeros(len(points), dtype=torch.bool)
     for _ in range(steps):
         # vᵀJᵀJv = ‖Jv‖² of the direction before the step.
         images = _normal_products(function, points, directions, min(chunk, len(points)))
         squares = (images * directions).flatten(1).sum(dim=1).cpu().double()
         found = squares.clamp(min=0).sqrt()
-        settled = (found - values).abs() <= tolerance * found
-        values = found
-        if bool(settled.all()):
-            break
         length = _lengths(images)
+        # Remembered: a direction scaled by an infinite length is 0, and from then on would pass for a norm of 0.
+        escaped |= ~(squares.isfinite() & length.flatten().isfinite().cpu())
+        settled = ((found - values).abs() <= tolerance * found) & ~escaped
+        values = found
+        if bool((settled | escaped).all()):
+            break
         # JᵀJ v = 0 stays zero: the norm along it is 0, and so is what it becomes.
         directions = torch.where(length > 0, images / length, torch.zeros_like(images))
-    return Norms(torch.where(values.isnan(), torch.inf, values), settled)
+    return Norms(torch.where(escaped, torch.inf, values), settled)
+
+
+def explicit_norms(matrices: Tensor) -> Tensor:
+    """(P,) spectral norms of explicit Jacobians (P, m, n), infinite where one is not finite (LAPACK refuses those)."""
+    finite = matrices.isfinite().all(dim=(1, 2))
+    norms = torch.linalg.matrix_norm(torch.where(finite[:, None, None], matrices, 0.0), ord=2)
+    return torch.where(finite, norms, torch.inf)
+
+
+def explicit_radii(matrices: Tensor) -> Tensor:
+    """(P,) spectral radii of explicit Jacobians (P, n, n), infinite where one is not finite."""
+    finite = matrices.isfinite().all(dim=(1, 2))
+    radii = torch.linalg.eigvals(torch.where(finite[:, None, None], matrices, 0.0)).abs().amax(dim=1)
+    return torch.where(finite, radii, torch.inf)
 
 
 def _normal_products(function: Map, points: Tensor, directions: Tensor, chunk: int) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from traj_ood.analysis.images import ImageData, load_images, sample
 from traj_ood.analysis.models import paper_recipe, train_conv
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
-from traj_ood.data import ImageSource, load_benchmark
+from traj_ood.data import ImageSource, list_benchmarks, load_benchmark, read_folder
 from traj_ood.errors import TrajOODError
 
 IMAGE_SETS = ("fashion-mnist", "mnist", "cifar10")
@@ -32,7 +33,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with in-distribution images: ``train``, which its attractors come from, and ``test``."""
+    """A model with in-distribution images: ``train``, which its attractors come from, and ``test``.
+
+    Of a folder of images both are the same: a question that needs images the attractors do not come from refuses it.
+    """
 
     model: Autoencoder
     train: ImageSource
@@ -45,7 +49,8 @@ def subject(work: Workspace, model: str, data: str, seed: int, training: Trainin
     Args:
         work: see :class:`Workspace`.
         model: as for :func:`traj_ood.load_autoencoder`, or ``conv``.
-        data: an image set (:data:`IMAGE_SETS`, all classes), else a benchmark's name or YAML file (its ID splits).
+        data: an image set (:data:`IMAGE_SETS`, all classes), a benchmark's name or YAML file (its ID splits), or a
+            folder of images, as it is or below the root of the data.
         seed: of the training and of the training sample.
         training: how, for ``conv``.
     Raises:
@@ -63,8 +68,20 @@ def subject(work: Workspace, model: str, data: str, seed: int, training: Trainin
     loaded = load_autoencoder(model).to(work.device)
     if images is not None:
         return Subject(loaded, images.train, images.test)
+    folder = _folder(data, work.data_root)
+    if folder is not None:
+        every = read_folder(folder, prefix=folder.name)
+        return Subject(loaded, every, every)
     benchmark = load_benchmark(data, work.data_root)
     return Subject(loaded, benchmark.train.images, benchmark.test.images)
+
+
+def _folder(data: str, root: Path | None) -> Path | None:
+    """The folder that ``data`` names; a benchmark's name is never one."""
+    if data in [info.name for info in list_benchmarks()]:
+        return None
+    places = (Path(data).expanduser(), *([root / data] if root is not None else []))
+    return next((place for place in places if place.is_dir()), None)
 
 
 def _trained(work: Workspace, images: ImageData, seed: int, training: Training) -> Subject:

@@ -158,13 +158,16 @@ class Autoencoder(ABC):
 
     def view(self, latents: Tensor, name: View) -> Tensor:
         """(B, d) view of latents (B, *L): ``tokens`` = all of them, flattened; ``cls`` = the first token; ``mean`` =
-        the mean of the patch tokens. For a latent of a single token the three are the same.
+        the mean of the patch tokens, or over the places of a feature map (B, C, H, W). For a latent of a single token
+        the three are the same.
 
         Raises:
             TrajOODError: unknown view, or ``cls`` of tokens that have no CLS token.
         """
         if name not in VIEWS:
             raise TrajOODError(f"latent view: expected one of {', '.join(VIEWS)}, got {name!r}")
+        if name == "mean" and latents.ndim == 4:
+            return latents.flatten(2).mean(dim=2)
         if name == "tokens" or latents.ndim != 3:
             return latents.flatten(1)
         if name == "cls":
@@ -174,11 +177,14 @@ class Autoencoder(ABC):
         return latents[:, int(self.has_cls) :].mean(dim=1)
 
     def grid(self, latents: Tensor) -> Tensor:
-        """(B, cells, d) view ``grid`` of latents (B, *L): patch tokens averaged over at most 4 × 4 cells of the image,
-        so that statistics may differ from place to place; any other latent is one cell.
+        """(B, cells, d) view ``grid`` of latents (B, *L): patch tokens, or a feature map (B, C, H, W), averaged over at
+        most 4 × 4 cells of the image, so that statistics may differ from place to place; any other latent is one cell.
 
         Tokens whose number is no square (a masked encoder's) have no known place: they are one cell, their mean.
         """
+        if latents.ndim == 4:
+            cells = (min(GRID, latents.shape[2]), min(GRID, latents.shape[3]))
+            return nn.functional.adaptive_avg_pool2d(latents, cells).flatten(2).transpose(1, 2)
         if latents.ndim != 3:
             return latents.flatten(1)[:, None]
         patches = latents[:, int(self.has_cls) :]

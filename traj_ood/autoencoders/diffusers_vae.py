@@ -106,7 +106,16 @@ class DiffusersVAE(Autoencoder):
         self.module.save_pretrained(folder)  # type: ignore[operator]
 
     def options(self) -> dict[str, Any]:
-        return {"image_size": self.input_shape[1], "scaled": self.scaled}
+        """What the weights do not tell; without ``scaled`` the config's factor and shift decide nothing."""
+        config: Any = self.module.config
+        return {
+            "image_size": self.input_shape[1],
+            "scaled": self.scaled,
+            "factor": self._factor,
+            "shift": self._shift,
+            "norm_num_groups": config.norm_num_groups,
+            "act_fn": config.act_fn,
+        }
 
     def encode_batch(self, images: Tensor) -> Tensor:
         posterior = self.module.encode(images).latent_dist  # type: ignore[operator]

@@ -29,6 +29,8 @@ PREFIX = "causal-lm:"
 Encode = Callable[[str], Sequence[int]]
 """Text → token ids, with what the model expects at the start of a text."""
 _TOKENS_A_CALL = 2048
+_BOOKKEEPING = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Entries of a config that say where and how a checkpoint was stored; f is computed in float32 whatever they say."""
 
 
 class LanguageModel:
@@ -101,8 +103,14 @@ class LanguageModel:
         return self.module(inputs_embeds=latents, use_cache=False).last_hidden_state
 
     def fingerprint(self) -> str:
-        """sha256 over every weight and T."""
-        return fingerprint(self.module, ["causal-lm", self.tokens])
+        """sha256 over every weight, T, and the architecture's config (heads, rotary base, … change no weight)."""
+        return fingerprint(self.module, ["causal-lm", self.options()])
+
+    def options(self) -> dict[str, Any]:
+        """What decides f beside the weights; part of the fingerprint."""
+        config: Any = self.module.config
+        told = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+        return {"tokens": self.tokens, "config": {k: v for k, v in told.items() if k not in _BOOKKEEPING}}
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.module.parameters())

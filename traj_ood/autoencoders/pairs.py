@@ -46,6 +46,9 @@ HEADS = 16
 RAE_EPS = 1e-5
 """RAE divides by √(variance + ε), its port to diffusers by deviation + ε, with the same ε."""
 _TOKENS_A_CALL = 4096
+_WEIGHTLESS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size")
+"""Entries of a vision encoder's config that change E and no weight's shape. Not the whole config, which grows from one
+version of transformers to the next: a fingerprint must not."""
 
 
 class ViTDecoder(nn.Module):
@@ -76,7 +79,7 @@ class ViTDecoder(nn.Module):
             raise TrajOODError(f"ViT decoder: expected a square number of tokens, got {tokens}")
         if width % heads:
             raise TrajOODError(f"ViT decoder: expected a width that {heads} heads divide, got {width}")
-        self.patch, self.channels = patch, channels
+        self.patch, self.channels, self.heads = patch, channels, heads
         self.decoder_embed = nn.Linear(latent_width, width)
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -377,7 +380,7 @@ class PairAutoencoder(Autoencoder):
         write_atomic(folder / "model.safetensors", save({**weights, **between}, metadata={"format": "pt"}))
         config = {
             "model_type": MODEL_TYPE,
-            "heads": parts.decoder.decoder_layers[0]._heads,
+            "heads": parts.decoder.heads,
             "encoder_size": self.encoder_size,
             "plain_norm": parts.encoder.plain_norm,
             "mean": list(self.mean),
@@ -386,7 +389,15 @@ class PairAutoencoder(Autoencoder):
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     def options(self) -> dict[str, Any]:
-        return {"mean": list(self.mean), "std": list(self.std), "encoder_size": self.encoder_size}
+        """What the weights do not tell. Of modules of one's own, only their weights can be known."""
+        parts: Any = self.module
+        told: dict[str, Any] = {"mean": list(self.mean), "std": list(self.std), "encoder_size": self.encoder_size}
+        if isinstance(parts.decoder, ViTDecoder):
+            told["heads"] = parts.decoder.heads
+        if isinstance(parts.encoder, VisionTokens):
+            config: Any = parts.encoder.model.config
+            told["encoder"] = {key: getattr(config, key) for key in _WEIGHTLESS if hasattr(config, key)}
+        return told
 
     def encode_batch(self, images: Tensor) -> Tensor:
         parts: Any = self.module
