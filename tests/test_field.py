@@ -282,3 +282,13 @@ def test_fitting_leaves_its_input_alone() -> None:
     before = vectors.clone()
     learn_gaussians(vectors)
     assert torch.equal(vectors, before)
+
+
+def test_a_score_does_not_follow_the_images_place_in_the_batch() -> None:
+    scorer, queries = Field().fit(evidence(100, 0, cells=16)), evidence(101, 1, cells=16)
+    order = torch.randperm(101, generator=torch.Generator().manual_seed(0))
+    moved = Evidence(
+        features={k: v[order] for k, v in queries.features.items()},
+        points={k: v[order] for k, v in queries.points.items()},
+    )
+    assert torch.equal(scorer.score(moved), scorer.score(queries)[order])

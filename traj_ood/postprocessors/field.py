@@ -159,7 +159,7 @@ def _distances(state: dict[str, Tensor], fold: int, parts: _Parts) -> tuple[Tens
     }
     lengths = [length for name, length in found.items() if name != _BOTH]
     lengths += [] if parts.length is None else [parts.length]
-    return found[parts.far], torch.stack(lengths, dim=1).clamp(min=_TINY).log()
+    return found[parts.far], in_rows(lambda part: part.clamp(min=_TINY).log(), torch.stack(lengths, dim=1))
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
