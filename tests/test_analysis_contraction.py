@@ -89,6 +89,21 @@ def test_batches_are_as_equal_as_can_be_and_never_above_the_option() -> None:
     assert (len(logits), len(features)) == (9, 9)
 
 
+def test_no_allowed_batch_leaves_an_image_alone() -> None:
+    sizes: list[int] = []
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1, 1))
+    network.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    for images in range(2, 30):
+        for batch in range(2, 12):
+            if batch == 2 and images % 2:
+                continue
+            Contraction(images=images, batch=batch)
+            sizes.clear()
+            respond(network, noise(images, 1, 1, 1), batch, "batch")
+            assert sum(sizes) == images
+            assert all(2 <= size <= batch for size in sizes)
+
+
 def test_networks_are_seeded_and_leave_the_global_generator_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -112,6 +127,10 @@ def test_names_and_options_are_checked(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with raises("contraction: size: expected at least 64 pixels, got 32"):
         Contraction(size=32)
+    with raises("contraction: models: expected at least one name, and none twice, got vgg11, vgg11"):
+        Contraction(models=("vgg11", "vgg11"))
+    with raises("contraction: batch: expected at least 3 with an odd number of images, or one would be alone"):
+        Contraction(images=5, batch=2)
     with raises("contraction: images: expected at least 2: a variance needs two, got 1"):
         Contraction(images=1)
 
@@ -127,6 +146,9 @@ def test_the_question_is_answered_drawn_and_resumed(tmp_path: Path) -> None:
     assert set(KEYS) < set(summary)
     assert (tmp_path / "out" / "contraction.png").read_bytes().startswith(b"\x89PNG")
     assert "images: 2 here, 1000 in the paper" in finding.differences
+    for option, told in {"models": "squeezenet1_1 here, alexnet, ", "size": "64 here, 224 ", "batch": "2 here"}.items():
+        (difference,) = (text for text in finding.differences if text.startswith(f"{option}: {told}"))
+        assert difference.endswith("with --paper (the paper does not state it)")  # none of these is its own
     work = Workspace(tmp_path / "work")
     assert question.run(work, tmp_path / "again").figures == finding.figures
     assert work.resumed > 0

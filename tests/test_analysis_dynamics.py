@@ -12,6 +12,7 @@ import torch
 
 from traj_ood.analysis import Finding, Workspace, dynamics
 from traj_ood.analysis.draw import CYCLE
+from traj_ood.analysis.draw_dynamics import step_curves
 from traj_ood.analysis.dynamics import Dynamics, OutputResidual, read_texts
 from traj_ood.autoencoders import CallableAutoencoder, rehearsals
 from traj_ood.engine import iterate
@@ -79,6 +80,40 @@ def test_bounded_norms_are_claimed_only_where_no_sample_is_lost() -> None:
         "From the first step on, the largest mean norm of a is at most 1.001 times its smallest."
     )
     assert "of every model is at most 2 times" in dynamics._sentence([row("a", 0, 1.0, 2.0)], 7)
+
+
+def test_a_factor_is_of_the_same_samples_and_a_spread_of_every_step() -> None:
+    """One of two samples is lost within the last steps: the mean then jumps to that of the other."""
+    latent = torch.tensor([0.5, 0.25]).double() ** torch.arange(1, 61)[:, None]
+    norm = torch.ones(2, 61, dtype=torch.float64)
+    table = {"latent": latent.T.clone(), "norm": norm.clone()}
+    whole = dynamics._Curves("a", False, table).summary()
+    assert (whole["last_factor"], whole["norm_spread"]) == (pytest.approx(0.5, rel=1e-3), 1)
+    table["norm"][1, 30] = torch.inf  # a norm that overflows: every number is still finite
+    overflown = dynamics._Curves("a", False, table).summary()
+    assert (overflown["left_the_finite_numbers"], overflown["norm_spread"]) == (0, None)
+    table["latent"][0, 40:] = table["norm"][0, 41:] = torch.nan
+    lost = dynamics._Curves("a", False, table).summary()
+    assert (lost["left_the_finite_numbers"], lost["last_factor"]) == (1, None)
+
+
+def test_curves_without_a_finite_value_are_drawn(tmp_path: Path) -> None:
+    curves = {"none": [None] * 5, "zero": [0.0] * 5}
+    step_curves({"norm": curves, "latent": curves}, 4, "norm", "title", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_missing_data_are_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dynamics, "_measured", lambda *_: pytest.fail("computed"))
+    tiny.write_images(tmp_path / "images", 3, 0)
+    models = ("fashion-mae", "rehearsal-llama")
+    for options, message in (
+        ({"texts": "nowhere.txt"}, r"nowhere\.txt: expected a text per line"),
+        ({"image_samples": 4}, "expected 1 to 3 images"),
+    ):
+        settings: dict[str, Any] = {"images": "images", "image_samples": 3, **options}
+        with pytest.raises(TrajOODError, match=message):
+            Dynamics(models=models, **settings).run(Workspace(tmp_path / "work", data_root=tmp_path), tmp_path / "out")
 
 
 def test_more_models_than_colours_are_refused_at_once() -> None:
@@ -194,6 +229,8 @@ def test_texts_of_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t, "meta": 1}) for t in ("one", "two\nlines")))
     assert read_texts(tmp_path / "a.txt") == ["one", "two"]
     assert read_texts(tmp_path / "a.jsonl") == ["one", "two\nlines"]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf-8")
+    assert read_texts(tmp_path / "c.jsonl") == ["a\u2028b\x85c"]
     (tmp_path / "b.jsonl").write_text('{"words": 1}')
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")

@@ -231,6 +231,37 @@ def test_noise_that_is_no_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyP
         of(tmp_path, monkeypatch, 1e15)
 
 
+def test_images_that_the_model_makes_nothing_finite_of_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = linear(0.5)
+    tiny.write_images(tmp_path / "images", 3, 0, size=2)
+    encode = made._encode
+    # Only images have the value 77, so that noise is finite and images are not.
+    monkeypatch.setattr(made, "_transform", lambda _: torch.full((1, 2, 2), 77.0))
+    monkeypatch.setattr(made, "_encode", lambda x: encode(x) / (x.flatten(1) != 77))
+    monkeypatch.setattr(probe, "load_autoencoder", lambda _: made)
+    question = Probe(data=(str(tmp_path / "images"),), shares=(0.5, 1.0))
+    with pytest.raises(TrajOODError, match=r"expected finite latents, linear gives NaN or infinity for images/000"):
+        question.run(Workspace(tmp_path / "work"), tmp_path / "out")
+
+
+def test_a_basis_without_error_has_no_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Black images: E(x) = 0 needs no atom."""
+    monkeypatch.setattr(probe, "load_autoencoder", lambda _: linear(0.5))
+    tiny.write_images(tmp_path / "images", 3, 0, size=2, high=1)
+    question = Probe(data=(str(tmp_path / "images"),), shares=(0.5, 1.0), pictured=0)
+    finding = question.run(Workspace(tmp_path / "work"), tmp_path / "out")
+    assert set(finding.figures["ratio"][ATTRACTORS].values()) == {None}
+    assert "on 0 of 1 sets of images (median ratio none: the basis makes no error)" in finding.sentence
+
+
+def test_data_are_checked_before_a_model_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "subject", lambda *_: pytest.fail("trained"))
+    with pytest.raises(TrajOODError, match="unknown set of images 'nowhere'"):
+        Probe(model="conv", data=("nowhere",)).run(Workspace(tmp_path / "work"), tmp_path / "out")
+
+
 def test_the_starts_do_not_depend_on_the_units() -> None:
     whole = [
         torch.randn(n, 3, generator=torch.Generator().manual_seed(2 * 1_000_003 + i)) for i, n in [(0, 512), (1, 88)]

@@ -86,6 +86,18 @@ def test_scaled_latents_are_the_same_dynamics_in_other_units() -> None:
     assert plain.fingerprint() != scaled.fingerprint()
 
 
+def test_the_fingerprint_covers_what_no_weight_tells() -> None:
+    def differ(one: dict[str, Any], other: dict[str, Any], scaled: bool = False) -> bool:
+        a, b = (DiffusersVAE(kl(**changes), scaled=scaled).fingerprint() for changes in (one, other))
+        return a != b
+
+    for one, other in (({"scaling_factor": 0.25}, {"scaling_factor": 0.5}), ({"shift_factor": 0.25}, {})):
+        assert differ(one, other, scaled=True)
+        assert not differ(one, other)  # f knows nothing of them
+    assert differ({"norm_num_groups": 2}, {"norm_num_groups": 4})
+    assert differ({"act_fn": "silu"}, {"act_fn": "relu"})
+
+
 def test_trajectories_do_not_depend_on_batch_mates() -> None:
     model = DiffusersVAE(kl())
     model.chunk = 4

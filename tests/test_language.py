@@ -65,6 +65,24 @@ def test_no_text_changes_anothers_trajectory(kind: str) -> None:
     assert torch.equal(together.residuals[2], alone.residuals[0])
 
 
+def test_the_config_changes_f_and_therefore_the_fingerprint() -> None:
+    """Heads and the rotary base are in no weight; what a file says of itself is not in f."""
+    import transformers as t
+
+    def model(**changes: Any) -> LanguageModel:
+        torch.manual_seed(0)
+        config = t.LlamaConfig(**{**SIZES, "vocab_size": 256, "num_key_value_heads": 2, "head_dim": 8, **changes})
+        return LanguageModel(t.LlamaModel(config), ids, tokens=12)
+
+    plain = model()
+    assert model(architectures=["LlamaForCausalLM"]).fingerprint() == plain.fingerprint()
+    for changes in ({"rms_norm_eps": 1e-2}, {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}):
+        other = model(**changes)
+        start = plain.start(TEXTS)
+        assert not torch.allclose(other.self_map(start), plain.self_map(start))
+        assert other.fingerprint() != plain.fingerprint()
+
+
 def test_later_tokens_do_not_reach_earlier_ones() -> None:
     """Causality holds along the whole trajectory: the first half of z_t is that of the shorter text."""
     model, half = (LanguageModel(body(causal("llama")), ids, tokens=n) for n in (12, 6))

@@ -220,6 +220,21 @@ def test_saved_and_loaded_it_is_the_same_pair(tmp_path: Path) -> None:
     assert torch.equal(again.encode(images), model.encode(images))
 
 
+def test_heads_change_f_and_therefore_the_fingerprint(tmp_path: Path) -> None:
+    """No weight's shape tells them, neither the decoder's nor the encoder's."""
+    four = pair(tmp_path)
+    files = (tmp_path / "encoder", tmp_path / "model.pt", tmp_path / "stat.pt")
+    two = PairAutoencoder.from_parts(*files, encoder_size=56, heads=2)
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    other = PairAutoencoder.from_parts(*files, encoder_size=56, heads=4)
+    images = torch.randn(2, 3, 16, 16)
+    latents = four.encode(images)
+    assert not torch.allclose(four.decode(latents), two.decode(latents))
+    assert not torch.allclose(latents, other.encode(images))
+    assert len({model.fingerprint() for model in (four, two, other)}) == 3
+
+
 def test_trajectories_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     model = pair(tmp_path)
     model.chunk = 4

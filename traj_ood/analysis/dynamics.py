@@ -68,7 +68,7 @@ class Dynamics(Question):
         "The paper's models end in a normalisation (the encoder's last LayerNorm, the language model's last RMSNorm), "
         "so that their norms are bounded by construction, which other models need not be; bounded norms alone do not "
         "show that a field is well behaved.",
-        "How many tokens the paper's texts have is not stated: the first 64.",
+        "How many tokens the paper's texts have is not stated: the first 64, of texts that have as many.",
         "Of RAE's decoders the paper names the publication only: those with a ViT-XL and DINOv2 or SigLIP2 base.",
     )
     unstated: ClassVar[tuple[str, ...]] = ("tokens",)
@@ -111,6 +111,7 @@ class Dynamics(Question):
     def answer(self, work: Workspace) -> Answer:
         for name in self.models:  # all of them before hours are spent on the first
             _check_name(name)
+        self._check_data(work)
         found = [self._measured(work, name) for name in self.models]
         rows = [curves.summary() for curves in found]
         rehearsed = [c.name for c in found if c.rehearsal]
@@ -170,11 +171,25 @@ class Dynamics(Question):
         autoencoder = rehearsals.rehearsal_pair(name, self.seed) if rehearsed else load_autoencoder(name)
         return _Images(autoencoder, training_images(self.images, work.data_root, self.image_samples, self.seed))
 
+    def _check_data(self, work: Workspace) -> None:
+        """Whether there are images and texts to start from, before hours are spent on models that need only the other.
+
+        Raises:
+            TrajOODError: missing or malformed data, or too few.
+        """
+        language = [_is_language(name) for name in self.models]
+        if not all(language):
+            training_images(self.images, work.data_root, self.image_samples, self.seed)
+        if any(language):
+            self._every_text(work)
+
+    def _every_text(self, work: Workspace) -> list[str]:
+        where = self.texts if work.data_root is None else str(work.data_root / self.texts)
+        return _documentation() if self.texts == DOCUMENTATION else read_texts(Path(where))
+
     def _texts(self, work: Workspace, model: LanguageModel) -> tuple[tuple[str, ...], str]:
         """Texts that are long enough, and the digest of those drawn."""
-        where = self.texts if work.data_root is None else str(work.data_root / self.texts)
-        every = _documentation() if self.texts == DOCUMENTATION else read_texts(Path(where))
-        fitting = [text for text in every if model.fits(text)]
+        fitting = [text for text in self._every_text(work) if model.fits(text)]
         if len(fitting) < self.text_samples:
             raise TrajOODError(
                 f"dynamics: texts: expected {self.text_samples} of at least {self.tokens} tokens, {self.texts} has "
@@ -264,15 +279,18 @@ class _Curves:
     def summary(self) -> dict[str, Any]:
         """A row of numbers about the curves."""
         latent, norm = self.mean("latent"), self.mean("norm")
+        # Residuals tell who is left: a norm in float32 can overflow while every number of z_t is finite.
+        residuals = self.tables["latent"]
+        same = bool((residuals[:, -_LAST - 1 :][:, 0].isfinite() == residuals[:, -1].isfinite()).all())
         row: dict[str, Any] = {
             "model": self.name,
             "rehearsal": self.rehearsal,
             "samples": len(self.tables["norm"]),
-            "left_the_finite_numbers": int((~self.tables["norm"][:, -1].isfinite()).sum()),
+            "left_the_finite_numbers": int((~residuals[:, -1].isfinite()).sum()),
             "latent_residual_first": latent[0],
             "latent_residual_last": latent[-1],
             "latent_residual_falls_until_step": _falls_until(latent),
-            "last_factor": _factor(latent),
+            "last_factor": _factor(latent) if same else None,  # else of one mean to that of other samples
             "norm_first": norm[0],
             "norm_last": norm[-1],
             "norm_spread": _spread(norm[1:]),
@@ -290,7 +308,8 @@ def read_texts(path: Path) -> list[str]:
         TrajOODError: missing, not UTF-8, not JSON, or no texts.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines, which also ends a line at characters that a JSON string may hold as they are.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         texts = [str(json.loads(line)["text"]) for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrajOODError(
@@ -329,9 +348,9 @@ def _factor(curve: Sequence[float | None]) -> float | None:
 
 
 def _spread(curve: Sequence[float | None]) -> float | None:
-    """Largest over smallest value; None where there is none, or a 0."""
+    """Largest over smallest value; None where one is missing, or 0."""
     values = [v for v in curve if v is not None]
-    return max(values) / min(values) if values and min(values) > 0 else None
+    return max(values) / min(values) if len(values) == len(curve) and min(values) > 0 else None
 
 
 def _is_language(name: str) -> bool:

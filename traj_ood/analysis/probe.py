@@ -10,6 +10,7 @@ space. With the paper's models, where there is a network and a GPU::
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,8 +133,8 @@ class Probe(Question):
         return words[option] if option in words and value == 0 else super().shown(option, value)
 
     def answer(self, work: Workspace) -> Answer:
+        sets = named_images(self.data, work.data_root, self.images)  # before a model is trained for them
         model = self._model(work)
-        sets = named_images(self.data, work.data_root, self.images)
         zeros = model.encode(torch.zeros(1, *model.input_shape))
         dimension = zeros[0].numel()
         count = self.atoms or dimension
@@ -340,22 +341,38 @@ class _Coder:
     levels: tuple[int, ...]
 
     def measure(self, images: NamedImages, rows: range, shown: int) -> Unit:
-        """All that :class:`_Errors` holds of the images at ``rows``, the first ``shown`` of them to draw."""
-        pixels = stack(self.model, images.source.select(list(rows)))
+        """All that :class:`_Errors` holds of the images at ``rows``, the first ``shown`` of them to draw.
+
+        Raises:
+            TrajOODError: the model makes of an image what is not finite; it is named.
+        """
+        source = images.source.select(list(rows))
+        pixels = stack(self.model, source)
         latents = self.model.encode(pixels).cpu()
+        self._check_finite("latents", latents, source.ids)
         coded = [self._guesses(latent) for latent in latents]
         guesses = torch.stack([guess for guess, _ in coded])  # (n, dictionaries, levels, *L)
         decoded = self.model.decode(guesses.flatten(0, 2).to(latents)).cpu().unflatten(0, guesses.shape[:3])
+        own = self.model.decode(latents).cpu()
+        self._check_finite("images decoded", torch.cat([decoded.flatten(1), own.flatten(1)], dim=1), source.ids)
         return Unit(
             {
                 "inputs": pixels[:shown],
                 "pictures": decoded[:shown],
-                "decoded": _errors(self.model.decode(latents).cpu() - pixels, 1),
+                "decoded": _errors(own - pixels, 1),
                 "image": _errors(decoded - pixels[:, None, None], 3),
                 "latent": _errors(guesses - latents[:, None, None], 3),
                 "used": torch.tensor([used for _, used in coded]),
             }
         )
+
+    def _check_finite(self, what: str, values: Tensor, ids: Sequence[str]) -> None:
+        bad = (~values.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise TrajOODError(
+                f"probe: expected finite {what}, {self.model.name} gives NaN or infinity for {ids[bad[0]]}; leave such "
+                "images out, or take another model"
+            )
 
     def _guesses(self, latent: Tensor) -> tuple[Tensor, list[int]]:
         """(dictionaries, levels, *L) float64 reconstructions of one latent (*L), and the atoms each could use."""
@@ -416,9 +433,11 @@ class _Report:
         wanted = _SHARE_SHOWN * len(self.noise.dictionary)
         return min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
 
-    def _ratio(self, errors: _Errors, name: str, at: int) -> float:
+    def _ratio(self, errors: _Errors, name: str, at: int) -> float | None:
+        """Error over that of the random basis; None where the basis makes no error to compare with."""
         means = errors.means("image")[:, at]
-        return float(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
+        ratio = float(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
+        return ratio if math.isfinite(ratio) else None
 
     def _about(self, name: str) -> dict[str, Any]:
         dictionary = self.coder.dictionaries[name]
@@ -450,11 +469,15 @@ class _Report:
             for i, level in enumerate(self.coder.levels)
         ]
 
-    def _sentence(self, ratios: Mapping[str, list[float]], at: int) -> str:
+    def _sentence(self, ratios: Mapping[str, list[float | None]], at: int) -> str:
         level, ends = self.coder.levels[at], self.noise.dictionary
         names = [errors.name for errors in self.sets]
-        better = {key: [n for n, r in zip(names, values, strict=True) if r < 1] for key, values in ratios.items()}
-        closer = [n for n, a, b in zip(names, ratios[ATTRACTORS], ratios[ONE_STEP], strict=True) if a < b]
+        means = [errors.means("image")[:, at].tolist() for errors in self.sets]
+
+        def lower(one: str, other: str) -> str:
+            a, b = DICTIONARIES.index(one), DICTIONARIES.index(other)
+            return _told([n for n, errors in zip(names, means, strict=True) if errors[a] < errors[b]], len(names))
+
         converged, lost = (int((ends.statuses == s).sum()) for s in (Status.CONVERGED, Status.NON_FINITE))
         used = {name: f"{self._used(self.sets, name, level):g}" for name in DICTIONARIES}
         return (
@@ -463,9 +486,9 @@ class _Report:
             f"({len(ends) - lost:,}, distinct: {len(ends.distinct()):,}) are the atoms called attractors. With at most "
             f"{level:,} atoms ({level / len(ends):.1%} of the starts; {used[ATTRACTORS]} in the median reconstruction, "
             f"{used[ORTHOGONAL]} of the random basis) they have a lower error than a random orthogonal basis on "
-            f"{_told(better[ATTRACTORS], len(names))} (median ratio {median(ratios[ATTRACTORS]):.2g}). f applied once "
-            f"to the noise does so on {_told(better[ONE_STEP], len(names))} ({median(ratios[ONE_STEP]):.2g}; "
-            f"{used[ONE_STEP]} atoms); attractors have a lower error than that on {_told(closer, len(names))}."
+            f"{lower(ATTRACTORS, ORTHOGONAL)} (median ratio {_median(ratios[ATTRACTORS])}). f applied once "
+            f"to the noise does so on {lower(ONE_STEP, ORTHOGONAL)} ({_median(ratios[ONE_STEP])}; "
+            f"{used[ONE_STEP]} atoms); attractors have a lower error than that on {lower(ATTRACTORS, ONE_STEP)}."
         )
 
     def _pictures(self, at: int) -> dict[str, Callable[[Path], None]]:
@@ -484,7 +507,8 @@ class _Report:
             lines = [Curve(name, levels, means[d].tolist()) for d, name in enumerate(DICTIONARIES)]
             floor = float(errors.tensors["decoded"].mean())
             lines.append(Curve("D(E(x))", levels, [floor] * len(levels)))
-            panels.append(Panel(errors.name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=True))
+            log_y = floor > 0 or bool((means > 0).any())
+            panels.append(Panel(errors.name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=log_y))
         title = f"Data-free probing of {self.model.name}: {len(self.noise.dictionary):,} starts from noise"
         curves(panels, title, path)
 
@@ -531,6 +555,12 @@ class _Report:
             self.model.transform(Image.new("RGB", (8, 8), colour)).flatten(1)[:, 0] for colour in ("black", "white")
         ]
         return torch.stack(ends).double().numpy()
+
+
+def _median(ratios: Sequence[float | None]) -> str:
+    """Of those that could be measured, in words."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return f"{median(known):.2g}" if known else "none: the basis makes no error"
 
 
 def _told(names: Sequence[str], count: int) -> str:
