@@ -56,4 +56,5 @@ def silence_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # torch's own derivatives use it
     warnings.showwarning = lambda message, *_, **__: click.echo(f"traj-ood: warning: {message}", err=True)

@@ -103,7 +103,8 @@ def bench(benchmark: str, **options: Any) -> None:
     if not result.dictionary["healthy"]:
         stored = result.dictionary.get("verdict")  # results older than the verdict hold its reasons alone
         text = Verdict(**stored).text if stored else "; ".join(result.dictionary["warnings"])
-        click.echo(f"traj-ood: warning: unhealthy attractors: {text}", err=True)
+        more = f"traj-ood diagnose {options['model']} --benchmark {benchmark}"
+        click.echo(f"traj-ood: warning: unhealthy attractors: {text} More: {more}", err=True)
     if result.failures:
         click.echo(f"traj-ood: warning: {len(result.failures)} image(s) skipped, see {evaluator.folder}", err=True)
     click.echo(f"Written to {evaluator.folder}", err=True)
