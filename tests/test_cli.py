@@ -457,7 +457,8 @@ def test_options_that_change_scores_are_another_run(place: Path, option: tuple[s
 
 def test_diagnose_says_when_scores_would_be_meaningless(place: Path) -> None:
     out = place / "diagnosis"
-    options = ("--benchmark", place / "tiny.yaml", "--images", 10, "--max-steps", 5, "--out", out, "-q")
+    tiny.write_benchmark(place, train=30)
+    options = ("--benchmark", place / "tiny.yaml", "--images", 20, "--max-steps", 5, "--out", out, "-q")
     done = call("diagnose", place / "mae", *options)
     assert done.exit_code == 1, done.output
     record = json.loads((out / "diagnosis.json").read_text())
