@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,13 @@ def test_delong_refuses(vectors: Any, text: str) -> None:
 # ---------------------------------------------------------------------------------------------- bootstrap
 
 
+def picked_images(suite: PairedScores, name: str, draws: np.random.Generator) -> list[int]:
+    """Images of a set one by one; where they are crops, pictures one by one and all the crops of each."""
+    numbers = suite.pictures.get(name, np.arange(suite.ood[name].shape[2]))
+    drawn = draws.integers(max(numbers) + 1, size=max(numbers) + 1)
+    return [i for picture in drawn for i in range(len(numbers)) if numbers[i] == picture]
+
+
 def resampled_by_hand(suites: list[PairedScores], resamples: int, seed: int) -> np.ndarray:
     """(B, suites × sets, 2 figures, 2 scorers): compute_metrics on images picked one by one, the same streams."""
     streams = np.random.SeedSequence(seed).spawn(len(suites))
@@ -127,8 +135,8 @@ def resampled_by_hand(suites: list[PairedScores], resamples: int, seed: int) -> 
         figures = []
         for suite, (own, *others) in zip(suites, generators, strict=True):
             picked = own.integers(suite.id.shape[2], size=suite.id.shape[2])
-            for scores, draws in zip(suite.ood.values(), others, strict=True):
-                chosen = draws.integers(scores.shape[2], size=scores.shape[2])
+            for (name, scores), draws in zip(suite.ood.items(), others, strict=True):
+                chosen = picked_images(suite, name, draws)
                 each = [[compute_metrics(suite.id[s, r, picked], scores[s, r, chosen]) for r in range(suite.runs)]
                         for s in range(2)]  # fmt: skip
                 figures.append([[np.mean([getattr(m, k) for m in runs]) for runs in each] for k in ("auroc", "fpr95")])
@@ -147,9 +155,13 @@ def several(seed: int, runs: int, sizes: dict[str, int], ties: bool, n: int = 30
     return PairedScores(noisy(base), {name: noisy(1.5 + rng.normal(size=m)) for name, m in sizes.items()})
 
 
+@pytest.mark.parametrize("crops", [False, True])
 @pytest.mark.parametrize("ties", [False, True])
-def test_bootstrap_is_the_metrics_on_images_picked_one_by_one(ties: bool) -> None:
+def test_bootstrap_is_the_metrics_on_images_picked_one_by_one(ties: bool, crops: bool) -> None:
     suites = [several(1, 3, {"u": 20, "v": 11}, ties), several(2, 2, {"w": 15}, ties, n=23)]
+    if crops:  # pictures with different numbers of crops, in mixed order
+        numbers = np.array([0, 1, 0, 2, 2, 0, 0, 1, 0, 3, 0])
+        suites = [replace(suites[0], pictures={"v": numbers}), replace(suites[1], pictures={"w": np.arange(15) // 6})]
     found = paired_bootstrap(suites, resamples=25, seed=7)
     expected = resampled_by_hand(suites, 25, seed=7)
     places = [(found.mean, [0, 1, 2]), (found.suites[0], [0, 1]), (found.suites[1], [2])]
@@ -161,6 +173,18 @@ def test_bootstrap_is_the_metrics_on_images_picked_one_by_one(ties: bool) -> Non
             assert [figure.low, figure.high] == pytest.approx(np.quantile(difference, [0.025, 0.975]), abs=1e-12)
             beyond = min((difference <= 1e-15).sum(), (difference >= -1e-15).sum()) + 1
             assert figure.p == pytest.approx(min(1.0, 2 * beyond / 26))
+    for k, key in enumerate(("auroc", "fpr95")):
+        one_by_one = expected[:, :, k, 0] - expected[:, :, k, 1]  # (B, sets)
+        points = [getattr(c, key).difference for sets in found.sets for c in sets.values()]
+        for comparison, value, draws in (
+            (found.without((0, "v")), np.mean([points[0], points[2]]), one_by_one[:, [0, 2]].mean(axis=1)),
+            (found.without((0, "u"), (1, "w")), points[1], one_by_one[:, 1]),
+            (found.median(), np.median(points), np.median(one_by_one, axis=1)),
+        ):
+            figure = getattr(comparison, key)
+            assert figure.difference == pytest.approx(value, abs=1e-12)
+            assert [figure.low, figure.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=1e-12)
+    assert found.without() == found.mean
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -204,6 +228,16 @@ def test_draws_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> No
     assert paired_bootstrap([suite], resamples=50, seed=3) != whole
 
 
+def test_copies_of_a_crop_are_no_more_images() -> None:
+    """Ten copies of every OOD image, each a crop of one picture, say what the images say alone: no narrower."""
+    alone = several(3, 2, {"u": 25}, ties=False)
+    copied = replace(alone, ood={"u": np.repeat(alone.ood["u"], 10, axis=2)})
+    together = replace(copied, pictures={"u": np.repeat(np.arange(25), 10)})
+    one, ten, naive = (paired_bootstrap([s], resamples=300, seed=4).mean.auroc for s in (alone, together, copied))
+    assert [ten.difference, ten.low, ten.high] == pytest.approx([one.difference, one.low, one.high], abs=1e-12)
+    assert naive.high - naive.low < 0.9 * (one.high - one.low)
+
+
 def test_a_scorer_against_itself_and_against_a_much_better_one() -> None:
     id_a, ood_a, *_ = draw(400, 300)
     same = paired_bootstrap([paired((id_a, ood_a, id_a, ood_a))], resamples=99).mean
@@ -237,6 +271,16 @@ def test_tables_are_lined_up_by_image() -> None:
     np.testing.assert_array_equal(straight.ood["dim"][1, 0], table(0).query("split == 'dim'")["knn:view=cls"])
 
 
+def test_crops_are_told_by_their_ids() -> None:
+    names = {"dim": ["skimage/lfw/0000", "skimage/lfw/0001", "noise/uniform/0000", "a/b", "skimage/brick", "x", "y"]}
+    names["bright"] = ["skimage/grass/0000", "skimage/brick/0000", "skimage/grass/0001", "skimage/brick/0001", "own"]
+    changed = table()
+    for split, ids in names.items():
+        changed.loc[changed["split"] == split, "id"] = ids
+    pair = PairedScores.from_tables([changed], "field", "knn:view=cls")
+    assert {k: v.tolist() for k, v in pair.pictures.items()} == {"bright": [0, 1, 1, 2, 2]}  # sorted: own, brick, grass
+
+
 @pytest.mark.parametrize(
     ("tables", "text"),
     [
@@ -265,6 +309,18 @@ def test_what_the_bootstrap_refuses() -> None:
             paired_bootstrap(**arguments)  # type: ignore[arg-type]
     with pytest.raises(TrajOODError, match=re.escape("paired scores of u: expected shape (2, runs, images)")):
         PairedScores(np.zeros((2, 3, 4)), {"u": np.zeros((2, 2, 4))})
+    for pictures, text in (
+        ({"u": np.array([0, 1, 1, 3, 3])}, "pictures of u: expected a number from 0 without gaps for each of 5 images"),
+        ({"u": np.array([0, 1])}, "pictures of u: expected a number from 0 without gaps for each of 5 images"),
+        ({"uu": np.zeros(5, dtype=np.int64)}, "unknown OOD set with pictures 'uu'"),
+    ):
+        with pytest.raises(TrajOODError, match=re.escape(text)):
+            replace(suite, pictures=pictures)
+    found = paired_bootstrap([suite], resamples=3)
+    with pytest.raises(TrajOODError, match=re.escape("expected to keep at least 1 of 1 sets, got all left out")):
+        found.without((0, "u"))
+    with pytest.raises(TrajOODError, match=re.escape("sets left out: expected some of [(0, 'u')], got [(1, 'u')]")):
+        found.without((1, "u"))
 
 
 def test_the_order_of_sets_is_kept() -> None:

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,6 +159,65 @@ def test_comparisons_are_the_tests_of_the_published_scores(summary: dict[str, An
     assert len({(r["scope"], r["rival"]) for r in summary["comparisons"]}) == len(scopes), "each rival once"
 
 
+def test_leaving_sets_out(summary: dict[str, Any], finished: Path) -> None:
+    tables = [pd.read_parquet(p) for p in sorted((finished / "tiny").glob("*.parquet"))]
+    text = (finished / "tables.md").read_text()
+    found = {entry["rival"]: entry for entry in summary["leaving_out"]}
+    assert set(found) == {*summary["rivals"]["overall"].values(), "field:start_only=true"}
+    for rival, entry in found.items():
+        own = paired_bootstrap([PairedScores.from_tables(tables, "field", rival)], resamples=50)
+        assert entry["control"] == (rival == "field:start_only=true")
+        rows = {(*row["out"], row["statistic"]): row for row in entry["rows"]}
+        assert set(rows) == {("mean",), ("tiny/dim", "mean"), ("tiny/bright", "mean"), ("median",)}
+        expected = {("mean",): own.mean, ("median",): own.median(), ("tiny/dim", "mean"): own.sets[0]["bright"]}
+        for name, comparison in expected.items():
+            assert rows[name]["auroc"] == pytest.approx(asdict(comparison.auroc))
+            assert rows[name]["fpr95"] == pytest.approx(asdict(comparison.fpr95))
+        for key, sign in (("auroc", 1), ("fpr95", -1)):
+            gains = {name: sign * getattr(own.sets[0][name], key).difference for name in ("dim", "bright")}
+            costs = [row["out"] for row in entry["rows"] if f"costs most {key}" in row["extreme"]]
+            assert len(costs) == 1
+            (name,) = costs[0]
+            assert gains[name.removeprefix("tiny/")] == pytest.approx(max(gains.values()))
+            assert entry["sets"][key] == {
+                "ahead": sum(g > 1e-12 for g in gains.values()),
+                "level": sum(abs(g) <= 1e-12 for g in gains.values()),
+                "behind": sum(g < -1e-12 for g in gains.values()),
+            }
+        assert f"- Against `{rival}`" in text
+    assert "## Leaving sets out" in text
+    assert "its lead is no blind result" in text
+
+
+def test_sets_of_crops_are_left_out_together(script: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    scores = {
+        suite: pd.concat(
+            pd.DataFrame({"split": split, "role": role, "id": [f"{prefix}/{i:04d}" for i in range(12)]}
+                         | {k: rng.normal(size=12) for k in ("field", "knn")})
+            for split, role, prefix in (("test", "test", "t"), ("near", "near", "n"), ("crops", "far", "skimage/brick"))
+        )
+        for suite in ("one", "two")
+    }  # fmt: skip
+    contest = script.contest("knn", {suite: [table] for suite, table in scores.items()}, 20)
+    suites = [script.Stored(suite, (), ()) for suite in scores]
+    (entry,) = script.leaving_out(suites, script.Rivals({"auroc": "knn", "fpr95": "knn"}, {}, {}), [], {"knn": contest})
+    assert len(entry["rows"]) == 1 + 4 + 1 + 1
+    row = entry["rows"][-2]
+    assert row["out"] == ["one/crops", "two/crops"]
+    near = [sets["near"].auroc.difference for sets in contest.bootstrap.sets]
+    assert row["auroc"]["difference"] == pytest.approx(np.mean(near))
+
+
+def test_a_control_is_no_rival(script: ModuleType, summary: dict[str, Any]) -> None:
+    control = "field:start_only=true"
+    assert [script.kind_of(s) for s in ("field", control, "knn:view=cls")] == ["path", "control", "static"]
+    assert {r["scorer"] for r in summary["suites"]["tiny"]["scorers"] if r["kind"] == "control"} == {control}
+    assert control not in json.dumps(summary["rivals"])
+    rows = [r for r in summary["comparisons"] if r["rival"] == control]
+    assert [r["chosen"] for r in rows] == [script.CONTROL] * 4, "all suites, the suite and both sets"
+
+
 def test_the_claim_is_not_met_by_half_a_protocol(summary: dict[str, Any], finished: Path) -> None:
     target = summary["target"]
     assert not target["met"]
@@ -263,7 +323,10 @@ def test_what_the_claim_asks(script: ModuleType, worse: str | None) -> None:
         "fpr95": {"difference": 0.01 if worse == "fpr95" else -0.01, "p": 0.001},
     }
     suites = [script.Stored(name, (None,) * 9, ()) for name in script.SUITES]
-    found = script.target([row], 17.0 if worse == "cost" else 1.0, suites)
+    row["chosen"] = "best auroc"
+    figures = {"auroc": {"difference": -1.0, "p": 1.0}, "fpr95": {"difference": 1.0, "p": 1.0}}
+    control = {"scope": "all suites", "rival": "field:start_only=true", "chosen": script.CONTROL, **figures}
+    found = script.target([row, control], 17.0 if worse == "cost" else 1.0, suites)
     assert found["met"] == (worse is None)
     assert len(found["wanting"]) == (worse is not None)
 

@@ -11,8 +11,9 @@ which their standard deviation answers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,6 +29,9 @@ RESAMPLES = 1000
 """Default: the smallest p it can give is 2 / 1,001, well below 0.01, and 25 draws lie beyond either end of a 95 %
 interval."""
 
+# Ids of crops (traj_ood.data.fashion.crops): all with the same prefix are parts of one picture. The faces are named
+# alike, but each of them is a picture of its own.
+_CROP = re.compile(r"(skimage/(?!lfw/)[^/]+)/\d+")
 _CHUNK_COUNTS = 2**20  # counts per array of a chunk of resamples: 8 MiB each, a dozen at a time
 
 
@@ -106,13 +110,16 @@ class PairedScores:
     Attributes:
         id: (2, R, n) float64 of the n ID test images.
         ood: for each OOD set (2, R, m).
+        pictures: for each OOD set made of crops (m,), the number 0, 1, … of the picture that an image was cut from.
+            The images of the other sets, and ID images, are independent of each other.
 
     Raises:
-        TrajOODError: no OOD set, other shapes, or scores that are not finite.
+        TrajOODError: no OOD set, other shapes, numbers of pictures with gaps, or scores that are not finite.
     """
 
     id: Floats
     ood: Mapping[str, Floats]
+    pictures: Mapping[str, Counts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.ood:
@@ -125,6 +132,14 @@ class PairedScores:
                     f"{scores.shape}"
                 )
             check_scores(scores.reshape(-1), name)
+        for name, numbers in self.pictures.items():
+            if name not in self.ood:
+                raise unknown_name("OOD set with pictures", name, list(self.ood))
+            if numbers.shape != self.ood[name].shape[2:] or set(numbers) != set(range(int(numbers.max()) + 1)):
+                raise TrajOODError(
+                    f"pictures of {name}: expected a number from 0 without gaps for each of {self.ood[name].shape[2]} "
+                    f"images, got {len(set(numbers.ravel()))} different ones, shape {numbers.shape}"
+                )
 
     @property
     def runs(self) -> int:
@@ -167,7 +182,16 @@ class PairedScores:
         tests = [split for split, role in roles.items() if role == "test"]
         if len(tests) != 1:
             raise TrajOODError(f"paired scores: expected one split of role test, got {', '.join(tests) or 'none'}")
-        return cls(stacked[tests[0]], {s: v for s, v in stacked.items() if roles[s] in ("near", "far")})
+        ood = {s: v for s, v in stacked.items() if roles[s] in ("near", "far")}
+        numbered = {s: _numbered_pictures(first[s]) for s in ood}
+        return cls(stacked[tests[0]], ood, {s: n for s, n in numbered.items() if n.max() + 1 < len(n)})
+
+
+def _numbered_pictures(ids: Sequence[str]) -> Counts:
+    """(m,): the picture that each image is cut from, in order of appearance; an image that is no crop is its own."""
+    numbers: dict[str, int] = {}
+    matches = ((i, _CROP.fullmatch(i)) for i in ids)
+    return np.array([numbers.setdefault(m[1] if m else i, len(numbers)) for i, m in matches], dtype=np.int64)
 
 
 def _scorers(table: pd.DataFrame) -> list[str]:
@@ -182,7 +206,7 @@ def _scorers(table: pd.DataFrame) -> list[str]:
 class Difference:
     """One figure of both scorers, ``a − b`` with its interval ``low`` … ``high``, and the two-sided p of no difference.
 
-    All but p are fractions in [−1, 1], means over runs (and sets).
+    All but p are fractions in [−1, 1], means over runs (and sets), or medians over sets.
     """
 
     a: float
@@ -204,11 +228,38 @@ class Comparison:
 @dataclass(frozen=True)
 class BootstrapComparison:
     """``mean`` is over all sets of all suites, each set with equal weight; ``suites`` are the means within each suite
-    and ``sets`` single sets, both in the order given."""
+    and ``sets`` single sets, both in the order given. ``points`` (S, 2, 2), all sets × figures × scorers, and ``draws``
+    (S, 2, 2, B) are what they were made from: other summaries of the same resamples come from them."""
 
     mean: Comparison
     suites: tuple[Comparison, ...]
     sets: tuple[dict[str, Comparison], ...]
+    points: Floats = field(repr=False, compare=False)
+    draws: Floats = field(repr=False, compare=False)
+    level: float = 0.95
+
+    def without(self, *left_out: tuple[int, str]) -> Comparison:
+        """Means over all sets but these, each given as the number of its suite and its name.
+
+        Raises:
+            TrajOODError: a set that is not there, or none is left.
+        """
+        names = [(number, name) for number, suite in enumerate(self.sets) for name in suite]
+        absent = [pair for pair in left_out if pair not in names]
+        if absent:
+            raise TrajOODError(f"sets left out: expected some of {names}, got {absent}")
+        kept = [i for i, pair in enumerate(names) if pair not in left_out]
+        if not kept:
+            raise TrajOODError(f"sets left out: expected to keep at least 1 of {len(names)} sets, got all left out")
+        return _compare(self.points[kept], self.draws[kept], self.level)
+
+    def median(self) -> Comparison:
+        """The median over sets of the difference on each; ``a`` and ``b`` are each scorer's own median, whose
+        difference is another number."""
+        own, points = np.median(self.points, axis=0), np.median(self.points[:, :, 0] - self.points[:, :, 1], axis=0)
+        draws = np.median(self.draws[:, :, 0] - self.draws[:, :, 1], axis=0)
+        found = (_difference(own[k, 0], own[k, 1], draws[k], self.level) for k in range(2))
+        return Comparison(*(replace(d, difference=float(points[k])) for k, d in enumerate(found)))
 
 
 def paired_bootstrap(
@@ -219,6 +270,10 @@ def paired_bootstrap(
     In each resample the ID images of every suite and the images of every OOD set are drawn with replacement, once, for
     both scorers and for all runs: an image is a cluster, whatever the number of runs that scored it. A run's ID images
     are the same draw for all of its sets. Figures are averaged over runs, then over sets.
+
+    Where images are crops of ``pictures``, the pictures are drawn, as many as there are, and each brings all of its
+    crops: 1,000 crops of three pictures are three observations. So few clusters make a rough interval, rather too
+    narrow than too wide. Sets are drawn independently, also two that were cut from the same pictures.
 
     p is two-sided from the share of resamples on the other side of zero, 2 · min(#{d ≤ 0} + 1, #{d ≥ 0} + 1) /
     (resamples + 1), at most 1: never 0. The interval is the percentiles'. Sets get p-values of their own, which are
@@ -241,19 +296,24 @@ def paired_bootstrap(
     streams = np.random.SeedSequence(seed).spawn(len(suites))
     measured = [_figures(suite, resamples, stream) for suite, stream in zip(suites, streams, strict=True)]
 
-    def compare(points: Floats, draws: Floats) -> Comparison:
-        """From (S, 2, 2) and (S, 2, 2, B), sets × figures × scorers, to the means over the sets."""
-        figures = zip(points.mean(axis=0), draws.mean(axis=0), strict=True)
-        return Comparison(*(_difference(p[0], p[1], d[0] - d[1], level) for p, d in figures))
-
+    all_points, all_draws = (np.concatenate([m[k] for m in measured]) for k in range(2))
     return BootstrapComparison(
-        mean=compare(*(np.concatenate([m[k] for m in measured]) for k in range(2))),
-        suites=tuple(compare(*m) for m in measured),
+        mean=_compare(all_points, all_draws, level),
+        suites=tuple(_compare(*m, level) for m in measured),
         sets=tuple(
-            {name: compare(points[i : i + 1], draws[i : i + 1]) for i, name in enumerate(suite.ood)}
+            {name: _compare(points[i : i + 1], draws[i : i + 1], level) for i, name in enumerate(suite.ood)}
             for suite, (points, draws) in zip(suites, measured, strict=True)
         ),
+        points=all_points,
+        draws=all_draws,
+        level=level,
     )
+
+
+def _compare(points: Floats, draws: Floats, level: float) -> Comparison:
+    """From (S, 2, 2) and (S, 2, 2, B), sets × figures × scorers, to the means over the sets."""
+    figures = zip(points.mean(axis=0), draws.mean(axis=0), strict=True)
+    return Comparison(*(_difference(p[0], p[1], d[0] - d[1], level) for p, d in figures))
 
 
 def _difference(a: float, b: float, draws: Floats, level: float) -> Difference:
@@ -277,12 +337,14 @@ def _figures(suite: PairedScores, resamples: int, stream: np.random.SeedSequence
     once = average({name: _ones(m) for name, m in sizes.items()}, _ones(suite.id.shape[2]))
     # One stream per split: the draws do not depend on the size of a chunk.
     own, *others = (np.random.default_rng(s) for s in stream.spawn(1 + len(sizes)))
+    pictures = [suite.pictures.get(name) for name in sizes]
     width = max(1, _CHUNK_COUNTS // max(suite.id.shape[2], *sizes.values()))
     chunks = []
     for start in range(0, resamples, width):
         count = min(width, resamples - start)
         id_counts = _resample(suite.id.shape[2], count, own)
-        counts = {name: _resample(m, count, draws) for (name, m), draws in zip(sizes.items(), others, strict=True)}
+        each = zip(sizes.items(), others, pictures, strict=True)
+        counts = {name: _resample(m, count, draws, numbers) for (name, m), draws, numbers in each}
         chunks.append(average(counts, id_counts))
     return once[..., 0], np.concatenate(chunks, axis=-1)
 
@@ -291,8 +353,10 @@ def _ones(count: int) -> Counts:
     return np.ones((count, 1), dtype=np.int64)
 
 
-def _resample(images: int, count: int, draws: np.random.Generator) -> Counts:
-    """(images, count): how often each image was drawn, in ``count`` resamples."""
+def _resample(images: int, count: int, draws: np.random.Generator, pictures: Counts | None = None) -> Counts:
+    """(images, count): how often each image was drawn, in ``count`` resamples; with its picture where it has one."""
+    if pictures is not None:
+        return _resample(int(pictures.max()) + 1, count, draws)[pictures]
     drawn = draws.integers(images, size=(count, images))
     drawn += images * np.arange(count)[:, None]
     return np.ascontiguousarray(np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).T)
@@ -331,7 +395,7 @@ class _SortedSet:
         own = counts[self._order]
         # Weighted rank sum: an ID image below an OOD image wins, one at the same score counts half.
         wins = np.einsum("mb,mb->b", own, below[self._left] + below[self._right])
-        total = int(counts[:, 0].sum())
+        total = own.sum(axis=0)  # differs between resamples where pictures have different numbers of crops
         accepted = np.zeros((len(own) + 1, own.shape[1]), dtype=np.int64)
         np.cumsum(own, axis=0, out=accepted[1:])
         last = np.searchsorted(self._scores, threshold, side="right")
