@@ -56,7 +56,8 @@ class RunConfig:
         tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
         resamples: bootstrap resamples for the 95 % intervals; 0 for none.
         precision, approximate: see :class:`traj_ood.ScorerSet`; exact float32 by default.
-        on_error: ``raise`` (default) or ``skip`` images that cannot be read, which are then counted in the result.
+        on_error: ``raise`` (default) or ``skip`` images that cannot be read or have no finite score, which are
+            then counted in the result.
     """
 
     scorers: tuple[str, ...] = ("all",)
