@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from traj_ood.analysis import Finding, Workspace, find_question, options_from, probe, sources, subjects
-from traj_ood.analysis.probe import ATTRACTORS, DICTIONARIES, ORTHOGONAL, OMPDictionary, Probe, random_basis
+from traj_ood.analysis.omp import OMPDictionary, random_basis
+from traj_ood.analysis.probe import ATTRACTORS, DICTIONARIES, ORTHOGONAL, Probe
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.errors import TrajOODError
 from traj_ood.trajectory import Status

@@ -11,7 +11,6 @@ space. With the paper's models, where there is a network and a GPU::
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.images import stack
 from traj_ood.analysis.models import settle
+from traj_ood.analysis.omp import Floats, OMPDictionary, random_basis
 from traj_ood.analysis.sources import NamedImages, named_images
 from traj_ood.analysis.subjects import TRAINED, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
@@ -35,8 +34,6 @@ from traj_ood.autoencoders import Autoencoder, load_autoencoder
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.trajectory import Status
-
-Floats = NDArray[np.float64]
 
 ORTHOGONAL, ATTRACTORS, ONE_STEP = "orthogonal basis", "attractors", "one step"
 DICTIONARIES = (ORTHOGONAL, ATTRACTORS, ONE_STEP)
@@ -260,76 +257,6 @@ def _noise(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor
     begin = draw * _DRAWN
     whole = torch.randn(min(_DRAWN, count - begin), *shape, generator=draws)
     return whole[rows.start - begin : rows.stop - begin]
-
-
-def random_basis(count: int, dimension: int, seed: int) -> Tensor:
-    """(count, dimension) float64: the first rows of a random orthogonal basis, uniform over all of them.
-
-    QR of a Gaussian matrix, with the signs that make the distribution uniform (Haar).
-    """
-    draws = torch.Generator().manual_seed(seed * 1_000_003 + 999_983)
-    gaussian = torch.randn(dimension, count, generator=draws, dtype=torch.float64)
-    q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).T.contiguous()
-
-
-class OMPDictionary:
-    """Atoms for orthogonal matching pursuit.
-
-    Args:
-        atoms: (N, k); scaled to length 1, computed with in float64.
-    Raises:
-        TrajOODError: no atoms, or one of length zero or not finite.
-    """
-
-    def __init__(self, atoms: Tensor) -> None:
-        raw = atoms.detach().cpu().double()
-        lengths = raw.norm(dim=1) if raw.ndim == 2 else torch.zeros(1)
-        if not len(raw) or not bool(((lengths > 0) & lengths.isfinite()).all()):
-            raise TrajOODError(
-                f"dictionary: expected (N, k) finite atoms that are not 0, got shape {tuple(raw.shape)}, "
-                f"{int((~((lengths > 0) & lengths.isfinite())).sum())} of them 0 or not finite; leave those out"
-            )
-        self.atoms: Floats = (raw / lengths[:, None]).numpy()
-        self.gram: Floats = self.atoms @ self.atoms.T
-
-    def __len__(self) -> int:
-        return len(self.atoms)
-
-    def reconstruct(self, target: Floats, levels: Sequence[int]) -> tuple[Floats, int]:
-        """Approximate one latent with few atoms, by scikit-learn's ``orthogonal_mp_gram``.
-
-        The pursuit takes the atom most correlated with what is left, solves least squares over all taken so far, and
-        repeats: a reconstruction of m atoms is the m-th on the way to more.
-
-        Args:
-            target: (k,). levels: numbers of atoms, ascending.
-        Returns:
-            (levels, k) reconstructions, and how many atoms could be used: fewer than asked for once the target is
-            exact or every further atom depends on those taken. Later levels then repeat the last reconstruction.
-        """
-        from sklearn.linear_model import orthogonal_mp_gram
-
-        most = min(max(levels), len(self))
-        with warnings.catch_warnings():  # that it ends early is what ``used`` says
-            warnings.simplefilter("ignore", RuntimeWarning)
-            path = orthogonal_mp_gram(
-                self.gram, self.atoms @ target, n_nonzero_coefs=most, return_path=True, copy_Gram=True
-            )
-        path = np.asarray(path, dtype=np.float64).reshape(len(self), -1)
-        used = int((np.abs(path).sum(axis=0) > 0).sum())
-        if not used:
-            return np.zeros((len(levels), len(target))), 0
-        columns = [min(level, used) - 1 for level in levels]
-        return path[:, columns].T @ self.atoms, used
-
-    def spectrum(self) -> tuple[int, int]:
-        """Numerical rank, and how many directions hold 90 % of the atoms' energy."""
-        values = np.sort(np.linalg.eigvalsh(self.gram))[::-1].clip(min=0)
-        # Atoms are computed in float32: a singular value below its rounding is no direction.
-        least = values[0] * (len(values) * np.finfo(np.float32).eps) ** 2
-        rank = int((values > least).sum())
-        return rank, int(np.searchsorted(np.cumsum(values) / values.sum(), 0.9) + 1)
 
 
 @dataclass(frozen=True)
