@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -677,6 +678,34 @@ def test_rows_of_another_input_detector_or_image_are_not_continued(
     (folder / "003.png").write_bytes(image)
     write(judge, walk(str(folder)), out, resume=True)
     assert out.read_bytes().split(b"\n") == lines
+
+
+class Rounding:
+    """A detector whose scores are off by a factor, as those of a GPU may be by rounding when batches differ."""
+
+    def __init__(self, detector: Detector, factor: float) -> None:
+        self.autoencoder, self._detector, self._factor = detector.autoencoder, detector, factor
+
+    def judge(self, images: Tensor) -> Any:
+        said = self._detector.judge(images)
+        known = self._detector.calibration
+        assert known is not None
+        scores = said.scores * self._factor
+        return replace(said, scores=scores, p_values=known.p_values(scores), decisions=known.decide(scores))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_rows_that_differ_by_rounding_are_continued(judge: Detector, folder: Path, tmp_path: Path, suffix: str) -> None:
+    out, part = tmp_path / f"out.{suffix}", tmp_path / f"out.{suffix}.part"
+    write(judge, walk(str(folder)), out)
+    whole = out.read_bytes()
+    out.rename(part)
+    write(Rounding(judge, 1 + 1e-9), walk(str(folder)), out, resume=True)
+    assert out.read_bytes() == whole
+    out.rename(part)
+    with pytest.raises(TrajOODError, match=r"expected what this detector says of '.*000\.png'"):
+        write(Rounding(judge, 1 + 1e-5), walk(str(folder)), out, resume=True)
+    assert part.read_bytes() == whole
 
 
 def test_damaged_rows_are_refused(judge: Detector, folder: Path, tmp_path: Path) -> None:

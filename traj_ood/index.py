@@ -35,8 +35,8 @@ SHARD_ABOVE = 8 * 2**30
 _UNIT = 2.0**-24  # float32 rounding
 # Errors of the float32 form reach 15 · _UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
 _ERROR_FACTOR = 32.0
-# search: squared distances whose rounding bound is a larger share than this are computed again in float64. Actual
-# errors are several times smaller than the bound: float32 distances that stay agree with float64 to 1e-5.
+# Squared distances of a float64 product whose rounding bound is a larger share than this are computed again by direct
+# difference.
 _RELATIVE = 1e-4
 _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rounding, far below any score
 _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
@@ -180,19 +180,26 @@ class NeighborIndex:
         )
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
-        """The k nearest points of each query (B, d).
+        """The k nearest points of each query (B, d); the distances of a query are the same to the last bit whatever
+        other queries come with it.
 
         Raises:
             TrajOODError: k outside 1 … N, wrong dimension, non-finite queries.
         """
         if not 1 <= k <= len(self):
             raise TrajOODError(f"k: expected 1 to {len(self)} (the number of indexed points), got {k}")
-        if k + _SPARE <= min(_MAX_CANDIDATES, len(self)):
+        is_wide = k + _SPARE > min(_MAX_CANDIDATES, len(self))
+        if not is_wide:
             self._ensure_all()
         elif math.isnan(self._norm):
             self._centred()
         queries, centred, error = self._prepare(queries)
-        return self._in_blocks(partial(self._search_block, k), queries, centred, error, self._points.shape[1])
+        search = partial(self._search_wide if is_wide else self._search_block, k)
+        return self._in_blocks(search, queries, centred, error, self._points.shape[1])
+
+    def _search_wide(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances and indices (B, k) where direct differences to so many would take longer than they are worth."""
+        return self._dense(queries, k)
 
     def _in_blocks(
         self, search: Callable[..., tuple[Tensor, Tensor]], queries: Tensor, centred: Tensor, error: Tensor, width: int
@@ -206,18 +213,22 @@ class NeighborIndex:
     def _search_block(
         self, k: int, queries: Tensor, centred: Tensor, error: Tensor, spare: int = _SPARE
     ) -> tuple[Tensor, Tensor]:
-        """Distances and indices (B, k). Float32 proposes; for queries that its rounding bound cannot settle it proposes
-        more, and where that does not help, as among collapsed points, and in wide searches float64 decides."""
+        """Distances and indices (B, k) by direct difference. Float32 proposes whom to look at; for queries that its
+        rounding bound cannot settle it proposes more, and where that does not help, as among collapsed points, float64
+        proposes. FAISS's float32 values follow the batch in their last bits, so none of them is handed out."""
         width = k + spare
         if width > min(_MAX_CANDIDATES, len(self)) or not len(queries):
-            return self._dense(queries, k)
+            _, indices = self._dense(queries, min(k + _SPARE, len(self)))
+            rows = torch.arange(len(queries), device=self.device).repeat_interleave(indices.shape[1])
+            return _smallest(self._exact(queries, rows, indices.flatten()).view_as(indices), indices, k)
         squared, indices = self._all.topk(centred, width)
-        distances = squared.double().clamp(min=0).sqrt()
-        rows, columns = (error[:, None] > _RELATIVE * squared).nonzero(as_tuple=True)
+        squared, slack = squared.double(), error[:, None]
+        # k of those listed are no farther than this; who certainly is, is not among the nearest k.
+        rows, columns = (squared - slack <= squared[:, k - 1 : k] + slack).nonzero(as_tuple=True)
+        distances = torch.full_like(squared, torch.inf)
         distances[rows, columns] = self._exact(queries, rows, indices[rows, columns])
-        order = distances.argsort(dim=1, stable=True)[:, :k]
-        distances, indices = distances.gather(1, order), indices.gather(1, order)
-        unseen = squared[:, -1].double() - error  # no point that is not listed can be closer than this, squared
+        distances, indices = _smallest(distances, indices, k)
+        unseen = squared[:, -1] - error  # no point that is not listed can be closer than this, squared
         unsettled = unseen < distances[:, -1].square()
         if bool(unsettled.any()):
             more = self._search_block(k, queries[unsettled], centred[unsettled], error[unsettled], 8 * spare)
@@ -231,7 +242,7 @@ class NeighborIndex:
 
     def _dense_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         centred = queries.double() - self._mean
-        own = centred.square().sum(dim=1, keepdim=True)
+        own = _row_sums(centred.square())[:, None]
         parts = []
         for points in self._points.split(max(1, _BLOCK // self._points.shape[1])):
             other = points.double() - self._mean
@@ -264,9 +275,7 @@ class NeighborIndex:
         for i in range(0, len(rows), step):
             part = slice(i, i + step)
             difference = queries[rows[part]].double() - self._points[points[part]]
-            if len(difference) == 1:  # torch splits the sum of a single long row over its threads, and rounds otherwise
-                difference = difference.expand(2, -1).contiguous()
-            out[part] = difference.square_().sum(dim=1).sqrt_()[: len(out[part])]
+            out[part] = _row_sums(difference.square_()).sqrt_()
         return out
 
     def _nearest_block(self, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -648,6 +657,21 @@ def _may_be_smallest(values: Tensor, doubt: Tensor, groups: Tensor, count: int) 
     limit = torch.full((count,), torch.inf, dtype=torch.float64, device=values.device)
     limit.scatter_reduce_(0, groups, values + doubt, "amin")
     return values - doubt <= limit[groups]
+
+
+def _smallest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of each row, ascending; of equal ones, those with the lowest index first."""
+    by_index = indices.argsort(dim=1)
+    distances, indices = distances.gather(1, by_index), indices.gather(1, by_index)
+    order = distances.argsort(dim=1, stable=True)[:, :k]
+    return distances.gather(1, order), indices.gather(1, order)
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """(B,) of (B, d). Torch splits the sum of a single long row over its threads, and so rounds it otherwise than the
+    same row among others."""
+    padded = values.expand(2, -1).contiguous() if len(values) == 1 else values
+    return padded.sum(dim=1)[: len(values)]
 
 
 def _refuse_non_finite(values: Tensor, what: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors.base import Evidence, FeatureScorer
 from traj_ood.postprocessors.registry import register
+from traj_ood.postprocessors.rows import in_rows
 
 
 @register
@@ -52,7 +53,10 @@ class IsolationForest(FeatureScorer):
         return state | {"expected": _unsuccessful_search(np.array([forest.max_samples_]))}
 
     def score(self, evidence: Evidence) -> Tensor:
-        features, trees = self.features(evidence).cpu().float().double(), self.state
+        return in_rows(self._scores, self.features(evidence).cpu().float().double())
+
+    def _scores(self, features: Tensor) -> Tensor:
+        trees = self.state
         tree = torch.arange(len(trees["left"]))
         node = torch.zeros(len(features), len(tree), dtype=torch.int64)
         while True:

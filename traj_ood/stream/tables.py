@@ -5,18 +5,19 @@ it is whole. CSV and JSON lines can be resumed from their ``.part``: a row count
 
 A row is its own evidence, so there is no second file that says whose rows these are and could be lost or out of date:
 :meth:`Table.match` compares every path with the input's, and the caller judges the first images again, which have to
-give the same bytes (:meth:`Resumed.check`). That notices another detector, calibration, device or image.
+come out the same (:meth:`Resumed.check`). That notices another detector, calibration or image.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +28,7 @@ from traj_ood.stream.rows import COLUMNS, Row, Tally
 
 FORMATS = (*TEXT_FORMATS, "parquet")
 _ROW_GROUP = 8192
+_ROUNDING = 1e-6  # of a score, relative: what float32 leaves of it when the batch changes
 
 
 @dataclass(frozen=True)
@@ -35,24 +37,25 @@ class Resumed:
 
     Attributes:
         tally: of its whole rows.
-        first: the entries of the first of them, and their records.
-        encode: a row to a record of the same kind.
+        first: the entries of the first of them, and their rows.
         where: the file, for errors.
     """
 
     tally: Tally = field(default_factory=Tally)
-    first: tuple[tuple[Entry, bytes], ...] = ()
-    encode: Callable[[Row], bytes] = lambda row: b""
+    first: tuple[tuple[Entry, Row], ...] = ()
     where: str = ""
 
     def check(self, rows: Iterable[Row]) -> None:
         """Compare ``rows``, made anew from the entries in ``first``, with what is there.
 
+        Scores may differ by rounding: those of a model or a scorer that is not ours, or on a GPU, may follow the batch.
+        What depends on where a score stands among others is then left out, since rounding can turn it over.
+
         Raises:
             TrajOODError: a row differs.
         """
-        for (entry, record), row in zip(self.first, rows, strict=True):
-            if self.encode(row) != record:
+        for (entry, there), row in zip(self.first, rows, strict=True):
+            if row != there and not _same_but_for_rounding(row, there):
                 now = f"status {row.status}" if row.score is None else f"score {row.score}"
                 raise TrajOODError(
                     f"{self.where}: expected what this detector says of {entry.path!r} ({now}), found another row; "
@@ -351,7 +354,7 @@ def _format(path: Path | None, format: str | None) -> str:
 def _match(form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entry], first: int) -> tuple[Resumed, int]:
     """What the file holds of the input, and where its last whole row ends; ``entries`` stands behind that row."""
     tally, end = Tally(), len(form.header)
-    held: list[tuple[Entry, bytes]] = []
+    held: list[tuple[Entry, Row]] = []
     with open(file.fileno(), "rb", closefd=False) as reader:
         if reader.read(end) != form.header:
             if os.fstat(file.fileno()).st_size < end:  # broken off before its first row
@@ -363,13 +366,23 @@ def _match(form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entr
                 entry = _same(path, tally.count + 1, row.path, next(entries, None))
                 tally, end = tally.plus([row]), end + len(record)
                 if len(held) < first:
-                    held.append((entry, record))
+                    held.append((entry, row))
         except ValueError as error:
             if isinstance(error, TrajOODError):
                 raise
             damage = f"row {tally.count + 1} is damaged ({error})"
             raise TrajOODError(f"{path}: {damage}; start again with --overwrite") from error
-    return Resumed(tally, tuple(held), form.encode, str(path)), end
+    return Resumed(tally, tuple(held), str(path)), end
+
+
+def _same_but_for_rounding(row: Row, there: Row) -> bool:
+    """Whether two rows say the same, with scores that differ, but by little."""
+    if row.score is None or there.score is None or row.score == there.score:
+        return False
+    near = math.isclose(row.score, there.score, rel_tol=_ROUNDING)
+    return near and replace(row, score=None, p_value=None, decision=None) == replace(
+        there, score=None, p_value=None, decision=None
+    )
 
 
 def _same(path: Path, number: int, there: str, entry: Entry | None) -> Entry:
