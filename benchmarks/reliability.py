@@ -5,8 +5,9 @@ Every part works on a benchmark of generated images, a model with random weights
 in a temporary folder (--place names another file system). Results are compared byte by byte with those of a run that
 nobody disturbed.
 
-kill       `bench` and `score` get SIGKILL at random moments, a quarter of them before anything is written, and are
-           started again (`score` with --resume). At no moment may a file of a final name be anything but whole.
+kill       `bench` and `score` get SIGKILL at random moments, a quarter of them before anything is written, the others
+           between the first part or row and the end, and are started again (`score` with --resume). At no moment may a
+           file of a final name be anything but whole. `score` judges thousands of paths, in batches of its own choice.
 disk       they run on file systems that are full or read-only: one line of error, exit code 2, earlier results intact,
            and the same command goes on when there is space again. Needs permission to mount a tmpfs; otherwise a limit
            on the size of files stands in for the full disk, and read-only is left out.
@@ -48,6 +49,7 @@ from traj_ood.results import FILE_NAME, Result, environment, git_commit
 PARTS = ("kill", "disk", "corrupt", "together", "soak")
 RUN = "tiny--model--seed0"
 FINAL = ("scores.parquet", "curves.parquet", "attractors.safetensors")  # and result.json, which holds times
+_QUIET = ("--quiet", "--device", "cpu", "--threads", 1)
 _PATIENCE = 600  # seconds for one command; none takes more than some
 
 
@@ -196,17 +198,25 @@ class Place:
     def bench(self, out: Path, *more: object) -> list[object]:
         options = ("--scorers", "trajectory,field,knn:k=3", "--max-steps", 40, "--bootstrap", 10, "--batch-size", 10)
         # FAISS's threads would hang in a copy of a process that has used them.
-        flags = ("--no-plots", "--quiet", "--device", "cpu", "--threads", 1, "--index", "torch")
+        flags = ("--no-plots", *_QUIET, "--index", "torch")
         model = ("--model", self.folder / "model")
         return ["bench", self.folder / "tiny.yaml", *model, "--out", out, *options, *flags, *more]
 
     def score(self, out: Path, *more: object) -> list[object]:
-        flags = ("--batch-size", 8, "--quiet", "--device", "cpu", "--threads", 1)
+        flags = ("--batch-size", 8, *_QUIET)
         return ["score", self.folder / "detector", self.folder / "pool", "--out", out, *flags, *more]
 
+    def score_many(self, out: Path, images: int, *more: object) -> list[object]:
+        """So many paths of the pool, over and over, in batches of the default size."""
+        pool = sorted(path.name for path in (self.folder / "pool").iterdir())
+        listed = self.folder / f"{images}.txt"
+        if not listed.exists():
+            listed.write_text("".join(f"{pool[k % len(pool)]}\n" for k in range(images)))
+        source = ("--list", listed, "--root", self.folder / "pool")
+        return ["score", self.folder / "detector", *source, "--out", out, *_QUIET, *more]
+
     def fit(self, out: Path, *more: object) -> list[object]:
-        flags = ("--quiet", "--device", "cpu", "--threads", 1)
-        return ["fit", self.folder / "images" / "train", "--model", self.folder / "model", "--out", out, *flags, *more]
+        return ["fit", self.folder / "images" / "train", "--model", self.folder / "model", "--out", out, *_QUIET, *more]
 
 
 def content(path: Path) -> Any:
@@ -238,10 +248,11 @@ def answers(detector: Path) -> bytes:
 # ---------------------------------------------------------------------- kill
 
 
-def kill(place: Place, moments: int, seed: int) -> dict[str, Any]:
+def kill(place: Place, moments: int, seed: int, images: int = 20_000) -> dict[str, Any]:
+    """Both commands; ``images`` are judged by ``score``."""
     return {
         "bench": _kill_all(place, _BenchTrial(place), moments, seed),
-        "score": _kill_all(place, _ScoreTrial(place), moments, seed),
+        "score": {"images": images, **_kill_all(place, _ScoreTrial(place, images), moments, seed)},
     }
 
 
@@ -271,7 +282,8 @@ class _BenchTrial:
             Result.load(run / FILE_NAME)
             expect(contents(run) == self._whole, f"{FILE_NAME} is there, but not everything that it vouches for")
             return "finished"
-        return f"{len(list((run / 'parts').glob('*.safetensors')))} parts" if run.exists() else "nothing"
+        parts = len(list((run / "parts").glob("*.safetensors")))
+        return f"{parts} parts" if parts else "nothing"
 
     def check_whole(self, out: Path) -> None:
         Result.load(out / RUN / FILE_NAME)
@@ -281,14 +293,18 @@ class _BenchTrial:
 
 
 class _ScoreTrial:
-    def __init__(self, place: Place) -> None:
-        self._place, self._whole = place, b""
+    def __init__(self, place: Place, images: int | None = None) -> None:
+        self._place, self._images, self._whole = place, images, b""
 
     def words(self, out: Path, again: bool) -> list[object]:
-        return self._place.score(out / "scores.csv", *(["--resume"] if again else []))
+        more = ["--resume"] if again else []
+        if self._images is None:
+            return self._place.score(out / "scores.csv", *more)
+        return self._place.score_many(out / "scores.csv", self._images, *more)
 
     def has_begun(self, out: Path) -> bool:
-        return (out / "scores.csv.part").exists()
+        part = out / "scores.csv.part"
+        return part.exists() and part.stat().st_size > 0
 
     def keep(self, out: Path) -> None:
         self._whole = (out / "scores.csv").read_bytes()
@@ -298,11 +314,9 @@ class _ScoreTrial:
         if final.exists():
             expect(final.read_bytes() == self._whole, "scores.csv is there, but not whole")
             return "finished"
-        if not part.exists():
-            return "nothing"
-        rows = part.read_bytes()
+        rows = part.read_bytes() if part.exists() else b""
         expect(self._whole.startswith(rows), "the unfinished file is not the beginning of the whole one")
-        return f"{rows.count(bytes([10]))} lines"
+        return f"{rows.count(bytes([10])) - 1} rows" if rows else "nothing"  # one line is the header
 
     def check_whole(self, out: Path) -> None:
         expect((out / "scores.csv").read_bytes() == self._whole, "scores.csv differs from the undisturbed run's")
@@ -317,39 +331,53 @@ def _kill_all(place: Place, trial: _Trial, moments: int, seed: int) -> dict[str,
     before, working = _undisturbed(place, trial, out)
     draw = random.Random(seed)
     early = -(-moments // 4)
-    plan = [(False, before * (k + draw.random()) / early) for k in range(early)]
-    plan += [(True, working * (k + draw.random()) / (moments - early)) for k in range(moments - early)]
     left: list[str] = []
-    for number, (wait_for_work, seconds) in enumerate(plan):
+    too_late = 0
+    while len(left) < moments:
+        number = len(left)
         out = place.folder / "kill" / f"{trial.words(Path(), False)[0]}-{number}"
         command = place.run(*trial.words(out, False))
-        while wait_for_work and command.running() and not trial.has_begun(out):
-            time.sleep(0.001)
-        time.sleep(seconds)
-        command.kill()
-        left.append(trial.check_killed(out))
-        place.run(*trial.words(out, True)).must_end(0)
+        if number < early:
+            time.sleep(before * (number + draw.random()) / early)
+        else:
+            _wait_for_work(command, trial, out)
+            time.sleep(working * (number - early + draw.random()) / (moments - early))
+        if command.running():
+            command.kill()
+            left.append(trial.check_killed(out))
+            place.run(*trial.words(out, True)).must_end(0)
+        else:  # faster than the run that was timed: nothing was killed
+            command.must_end(0)
+            too_late, working = too_late + 1, 0.9 * working
         trial.check_whole(out)
         shutil.rmtree(out)
+    resumed = sum(text not in ("nothing", "finished") for text in left)
+    expect(2 * resumed >= moments - early, f"hardly a run was killed at work: {left}")
     return {
         "moments": moments,
         "identical_after_resuming": len(left),
+        "resumed_from_parts_or_rows": resumed,
         "killed_when_there_was": left,
+        "ended_before_the_moment": too_late,
         "seconds_before_work": round(before, 2),
         "seconds_of_work": round(working, 2),
     }
+
+
+def _wait_for_work(command: Command, trial: _Trial, out: Path) -> None:
+    while command.running() and not trial.has_begun(out):
+        time.sleep(0.001)
 
 
 def _undisturbed(place: Place, trial: _Trial, out: Path) -> tuple[float, float]:
     """Run once; the seconds until something is written, and from then to the end."""
     began = time.perf_counter()
     command = place.run(*trial.words(out, False))
-    while command.running() and not trial.has_begun(out):
-        time.sleep(0.001)
+    _wait_for_work(command, trial, out)
     work = time.perf_counter()
     command.must_end(0)
-    trial.keep(out)
     ended = time.perf_counter()
+    trial.keep(out)
     trial.check_whole(out)
     shutil.rmtree(out)
     return work - began, ended - work

@@ -66,8 +66,11 @@ def place(reliability: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_killed_runs_resume_to_the_same_bytes(reliability: Any, place: Any) -> None:
-    record = reliability.kill(place, moments=3, seed=0)
+    record = reliability.kill(place, moments=3, seed=0, images=3000)
     assert {name: record[name]["identical_after_resuming"] for name in record} == {"bench": 3, "score": 3}
+    rows = [int(text.split()[0]) for text in record["score"]["killed_when_there_was"] if text.endswith("rows")]
+    assert rows
+    assert all(0 < count <= 3000 for count in rows)
 
 
 def test_full_and_read_only_disks(reliability: Any, place: Any) -> None:
