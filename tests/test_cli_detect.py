@@ -134,7 +134,7 @@ def test_fit_on_lists_and_calibration_images_of_ones_own(place: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"source": "fashoin"}, ["unknown benchmark 'fashoin': did you mean 'fashion'"]),
+        ({"source": "fashoin"}, ["fashoin: no such folder or image list; unknown benchmark", "did you mean 'fashion'"]),
         ({"--model": "fashion-mea"}, ["unknown model 'fashion-mea': did you mean 'fashion-mae'"]),
         ({"--scorer": "feild"}, ["unknown scorer 'feild': did you mean 'field'"]),
         ({"--images": "42"}, ["expected between 2 and 41 images to learn from", "got 42"]),
@@ -143,6 +143,8 @@ def test_fit_on_lists_and_calibration_images_of_ones_own(place: Path, tmp_path: 
         ({"--seed": "-1"}, ["seed: expected 0 or more, got -1"]),
         ({"--device": "cuda:99"}, ["device 'cuda:99' is not available here"]),
         ({"--workers": "0"}, ["workers: expected at least 1, got 0"]),
+        ({"--tpr": "0.99"}, ["expected at least 198 images, 99 of them to be held out for calibration, got 60"]),
+        ({"--out": "/proc/nowhere/d"}, ["/proc/nowhere/d: expected a folder that can be written, got: "]),
     ],
 )
 def test_fit_refuses_bad_input_and_writes_nothing(
@@ -186,11 +188,55 @@ def test_what_is_held_out_is_capped_drawn_by_the_seed_and_never_more_than_half(t
     assert not set(one.train.ids) & set(one.calibration.ids)
     assert (one.fit.ids, one.calibration.ids) == (two.fit.ids, two.calibration.ids)
     assert one.calibration.ids != other.calibration.ids
-    (tmp_path / "short.txt").write_text("\n".join(f"{i}.png" for i in range(10)))
-    assert len(choose_id_images(str(tmp_path / "short.txt"), least=19).calibration) == 5
+    (tmp_path / "short.txt").write_text("\n".join(f"{i}.png" for i in range(38)))
+    assert len(choose_id_images(str(tmp_path / "short.txt"), least=19).calibration) == 19
+    with pytest.raises(TrajOODError, match=r"short\.txt: expected at least 40 images, 20 of them to be held out for"):
+        choose_id_images(str(tmp_path / "short.txt"), least=20)
     (tmp_path / "one.txt").write_text("1.png")
-    with pytest.raises(TrajOODError, match=r"one\.txt: expected between 2 and 1 images"):
+    with pytest.raises(TrajOODError, match=r"one\.txt: expected at least 2 images, 1 of them to be held out"):
         choose_id_images(str(tmp_path / "one.txt"))
+
+
+def test_fit_on_images_that_are_there_twice_leaves_them_out_of_the_calibration(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "id", tmp_path / "id" / "a")
+    shutil.copytree(place / "id", tmp_path / "id" / "b")
+    options = ["--model", place / "mae", "--out", tmp_path / "d", *FAST]
+    result = call("fit", tmp_path / "id", *options, "--tpr", 0.5)
+    assert result.exit_code == 0, result.output
+    detector = Detector.load(tmp_path / "d", device="cpu")
+    assert f"{24 - len(detector.calibration)} of 24 images are pixel by pixel training images" in result.stderr
+    assert "and are left out" in result.stderr
+    refused = call("fit", tmp_path / "id", *options, "--overwrite")
+    assert_refused(refused, "remove images that are there twice, or give calibration images of their own")
+
+
+def test_lists_may_not_reach_out_of_their_root_by_links_unless_allowed(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "there").symlink_to(place / "id")
+    (tmp_path / "list.txt").write_text("".join(f"there/{i:03d}.png\n" for i in range(60)))
+    options = ["--model", place / "mae", "--data-root", tmp_path / "root", *FAST]
+    words = "there/000.png: a link on the way leads out of"
+    assert_refused(call("fit", tmp_path / "list.txt", *options, "--out", tmp_path / "d"), words, "--follow-links")
+    assert not (tmp_path / "d").exists()
+    result = call("fit", tmp_path / "list.txt", *options, "--out", tmp_path / "d", "--follow-links")
+    assert result.exit_code == 0, result.output
+
+    tiny.write_images(tmp_path / "root" / "far", 12, seed=3)
+    lists = {"train": range(30), "test": range(30, 42)}
+    for name, rows_ in lists.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"there/{i:03d}.png\n" for i in rows_))
+    (tmp_path / "linked.yaml").write_text("train: {list: train.txt}\ntest: {list: test.txt}\nfar: {far: far}\n")
+    bench = ["bench", tmp_path / "linked.yaml", *options, "--out", tmp_path / "runs", "--scorers", "knn:k=3"]
+    assert_refused(call(*bench, "--no-plots"), words)
+    result = call(*bench, "--no-plots", "--follow-links", "--bootstrap", 0)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", ["bench", "diagnose", "export", "fit", "score", "train"])
+def test_numbers_of_threads_that_are_none_are_refused(command: str) -> None:
+    result = call(command, "x", "--threads", -1)
+    assert result.exit_code == 2
+    assert "Invalid value for '--threads': -1 is not in the range x>=1" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------- score
@@ -312,8 +358,12 @@ def test_score_refuses_bad_usage_and_leaves_nothing(place: Path, photos: Path, t
         ([detector, photos, "--workers", "0", "--out", tmp_path / "x.csv"], "workers: expected at least 1, got 0"),
         ([tmp_path / "gone", photos, "--out", tmp_path / "x.csv"], "gone: expected a folder with detector.json"),
         ([detector, "--list", tmp_path / "gone.txt", "--out", tmp_path / "x.csv"], "gone.txt: cannot be read"),
+        ([detector, photos, "--out", detector / "x.csv"], f"x.csv: lies in the detector {detector}"),
+        ([detector, photos, "--out", detector / "model" / "x.csv"], f"x.csv: lies in the detector {detector}"),
     ):
         assert_refused(call("score", *arguments, *FAST), words)
+    (row,) = rows(call("score", detector, f"{tmp_path}/nowhere/", *FAST).stdout)
+    assert row["error"] == "expected an image file, found nothing; restore it or take it out of the set"
     assert [p.name for p in tmp_path.iterdir()] == ["photos"]
 
 

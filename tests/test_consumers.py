@@ -14,10 +14,12 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from traj_ood import Detector
 
@@ -94,6 +96,7 @@ def test_the_service_refuses_by_name(service: Any, photos: Path) -> None:
     assert ask(service, "POST", "/score", (photos / "torn.png").read_bytes())[0] == 400
     assert ask(service, "POST", "/score", b"")[0] == 400
     assert ask(service, "POST", "/score", b"x", **{"Content-Length": "99999999999"})[0] == 413
+    assert ask(service, "POST", "/score", b"x", **{"Content-Length": "9" * 5000})[0] == 413
     assert ask(service, "GET", "/nothing") == (404, {"error": "no /nothing: GET /health or POST /score"})
     assert ask(service, "GET", "/health")[0] == 200  # and lives on
 
@@ -109,6 +112,15 @@ def test_onnx_runtime_needs_neither_torch_nor_traj_ood(detector: Detector, photo
     model = tmp_path / "detector.onnx"
     export_detector(detector, model, "onnx", images=2 * torch.rand(4, 1, 8, 8) - 1)  # mean and deviation are 0.5
     paths = [str(photos / name) for name in ("grey/000.png", "torn.png", "colour/000.png", "grey/001.png")]
+    deep = np.linspace(0, 65535, 400).astype(np.uint16).reshape(20, 20)
+    Image.fromarray(deep).save(photos / "deep.png")
+    frames = [Image.new("L", (20, 20), shade) for shade in (0, 255)]
+    frames[0].save(photos / "moving.gif", save_all=True, append_images=frames[1:])
+    whole_png = (photos / "grey" / "000.png").read_bytes()
+    (photos / "odd.png").write_bytes(whole_png[:30] + b"\xff" * 8 + whole_png[38:])  # Pillow: SyntaxError
+    (photos / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    Image.new("1", (10_000, 10_000)).save(photos / "bomb.png")
+    paths += [str(photos / name) for name in ("deep.png", "moving.gif", "odd.png", "program.png", "bomb.png")]
     bare = "import runpy, sys; sys.modules.update(torch=None, traj_ood=None, pandas=None); sys.argv = sys.argv[1:]; "
     command = [sys.executable, "-c", bare + "runpy.run_path(sys.argv[0], run_name='__main__')"]
     command += [str(CONSUMERS / "onnx_runtime.py"), str(model), *paths]
@@ -118,6 +130,9 @@ def test_onnx_runtime_needs_neither_torch_nor_traj_ood(detector: Detector, photo
     assert [row["path"] for row in rows] == paths
     assert rows[1]["score"] == ""
     assert rows[1]["error"]
+    assert [bool(row["error"]) for row in rows[4:]] == [False, True, True, True, True]
+    assert "several frames" in rows[5]["error"]
+    assert "at most 89478485 pixels" in rows[8]["error"]
     whole = [row for row in rows if not row["error"]]
     said = detector.judge([row["path"] for row in whole])
     assert [float(row["score"]) for row in whole] == pytest.approx(said.scores.tolist(), rel=1e-4)
@@ -133,6 +148,9 @@ def test_the_batch_job_writes_a_row_for_every_file(
 ) -> None:
     job = load("batch_job")
     monkeypatch.setattr(job, "BATCH", 2)
+    held: list[tuple[int, ...]] = []
+    judge = detector.judge
+    monkeypatch.setattr(detector, "judge", lambda images: held.append(tuple(images.shape)) or judge(images))
     monkeypatch.setattr(job.Detector, "load", lambda folder: detector)
     out = tmp_path / f"scores{suffix}"
     monkeypatch.setattr(sys, "argv", ["batch_job.py", "detector", str(photos), str(out)])
@@ -142,7 +160,8 @@ def test_the_batch_job_writes_a_row_for_every_file(
     table = pd.read_parquet(out) if suffix == ".parquet" else pd.read_csv(out)
     assert list(table.columns) == job.COLUMNS
     assert table["path"].tolist() == ["colour/000.png", "grey/000.png", "grey/001.png", "torn.png"]
-    said = detector.judge([photos / p for p in table["path"][:3]])
+    assert held == [(2, 1, 8, 8), (1, 1, 8, 8)]  # of the model's size, not of the photographs'
+    said = judge([photos / p for p in table["path"][:3]])
     assert table["score"][:3].tolist() == pytest.approx(said.scores.tolist(), rel=1e-12)
     assert table["ood"][:3].tolist() == said.decisions.tolist()
     assert table["error"].notna().tolist() == [False, False, False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -33,7 +34,7 @@ from traj_ood.postprocessors import POSTPROCESSORS, create_postprocessor
 from traj_ood.scoring import ScorerSet
 from traj_ood.trajectory import Status
 
-pytestmark = pytest.mark.filterwarnings("ignore:detector with .* unhealthy attractors")
+pytestmark = pytest.mark.filterwarnings("ignore:.* unhealthy attractors")
 TRAIN, HELD_OUT, NEW = 30, 20, 9
 VARIANTS = [
     "trajectory:horizon=3",
@@ -283,6 +284,47 @@ def test_what_is_no_images(given: Any, text: str) -> None:
         _conv().predict(given)
 
 
+def moving() -> Image.Image:
+    """A GIF of two frames."""
+    file = io.BytesIO()
+    frames = [Image.new("L", (8, 8), shade) for shade in (0, 255)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return Image.open(file)
+
+
+def cut_off() -> Image.Image:
+    """Opened, not decoded: the second half of its file is missing."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    return Image.open(io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2]))
+
+
+def closed() -> Image.Image:
+    image = cut_off()
+    image.fp.close()
+    return image
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Image.new("L", (0, 8)), r"the one at place 1: expected an image, got one of 0 x 8 pixels"),
+        (lambda: Image.new("1", (10_000, 10_000)), r"the one at place 1: expected an image of at most \d+ pixels, got"),
+        (moving, r"the one at place 1: expected a single image, got several frames or pages \(GIF\)"),
+        (cut_off, r"the one at place 1: cannot be decoded \(.*truncated"),
+        (closed, r"the one at place 1: cannot be decoded \("),
+    ],
+)
+def test_pictures_in_memory_are_refused_for_what_files_are_refused_for(make: Any, text: str) -> None:
+    good = Image.new("L", (8, 8), 100)
+    with pytest.raises(TrajOODError, match=text) as error:
+        _conv().score([good, make()])
+    assert "\n" not in str(error.value)
+    (batch,) = batches(_conv().autoencoder, [good, make(), good], on_error="skip")
+    assert batch.ids == ("0", "2")
+    assert [failure["id"] for failure in batch.failures] == ["1"]
+
+
 @cache
 def _conv() -> Detector:
     return calibrated("conv", "field")
@@ -295,7 +337,7 @@ def test_unreadable_images_are_errors_or_are_left_out_and_counted(folder: Path) 
         Detector.fit(tiny.conv(), source, "knn")
     (folder / "train" / "005.png").write_bytes(b"")
     with pytest.raises(
-        TrajOODError, match=r"1 of 30 files are absent or empty, first .*005\.png: restore them or pass"
+        TrajOODError, match=r"1 of 30 files are absent or empty, first .*005\.png: restore them, or leave them out"
     ):
         Detector.fit(tiny.conv(), source, "knn")
     detector = Detector.fit(tiny.conv(), source, "knn", on_error="skip", batch_size=4)
@@ -437,10 +479,13 @@ def test_without_calibration_there_are_scores_alone() -> None:
 def test_training_images_do_not_calibrate(folder: Path) -> None:
     detector = fitted("conv", "knn")
     train, held_out = images(detector.autoencoder, TRAIN, 1), images(detector.autoencoder, 200, 2)
-    with pytest.raises(TrajOODError, match="30 of 30 images are training images of this detector, which score too low"):
+    with pytest.raises(
+        TrajOODError,
+        match=r"30 of 30 images are pixel by pixel training images of this detector \(first: '0'\), which score too low",
+    ):
         detector.calibrate(train)
     assert detector.calibration is None
-    with pytest.raises(TrajOODError, match="3 of 203 images are training images"):
+    with pytest.raises(TrajOODError, match="3 of 203 images are pixel by pixel training images"):
         detector.calibrate(torch.cat([held_out, train[:3]]))
     with pytest.warns(UserWarning, match="2 of 202 images are pixel by pixel training images"):
         detector.calibrate(torch.cat([held_out, train[:2]]))
@@ -449,14 +494,40 @@ def test_training_images_do_not_calibrate(folder: Path) -> None:
     shutil.copytree(folder / "train", folder / "copy")
     by_path.save(folder / "detector")
     for one in (by_path, Detector.load(folder / "detector", device="cpu")):
-        with pytest.raises(TrajOODError, match="30 of 30 images are training images"):
+        with pytest.raises(TrajOODError, match=r"30 of 30 images are pixel by pixel training .*copy/000\.png"):
             one.calibrate(sorted((folder / "copy").iterdir()))
 
 
-def test_unhealthy_attractors_are_told_of() -> None:
+def test_training_images_among_held_out_ones_can_be_left_out() -> None:
+    detector = fitted("conv", "knn")
+    train, held_out = images(detector.autoencoder, TRAIN, 1), images(detector.autoencoder, 25, 2)
+    with pytest.warns(UserWarning, match=r"20 of 45 images are pixel by pixel training .*, and are left out"):
+        detector.calibrate(torch.cat([train[:20], held_out]), on_known="skip")
+    both = detector.calibration
+    assert torch.equal(both.scores, detector.calibrate(held_out).calibration.scores)
+    with pytest.raises(TrajOODError, match=r"20 of 38 .* the 18 others are fewer than the 19 .* there twice"):
+        detector.calibrate(torch.cat([train[:20], held_out[:18]]), on_known="skip")
+    with pytest.raises(TrajOODError, match="unknown value of on_known 'drop': .*Known: raise, skip"):
+        detector.calibrate(held_out, on_known="drop")
+
+
+def test_unhealthy_attractors_are_told_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="detector with trajectory: unhealthy attractors: "):
         detector = fitted("conv", "trajectory")
     assert detector.training["attractors"]["healthy"] is False
+    detector.save(tmp_path / "d")
+    with pytest.warns(UserWarning, match=r"d: fitted on unhealthy attractors, its scores may mean nothing: .*distinct"):
+        Detector.load(tmp_path / "d", device="cpu")
+
+
+def test_nothing_is_written_into_a_detectors_folder(saved: Path) -> None:
+    for path in (saved / "inner", saved / "deep" / "er"):
+        with pytest.raises(
+            TrajOODError, match=r"lies in the detector .*, which would be refused as damaged .* outside"
+        ):
+            Detector.load(saved, device="cpu").save(path)
+    Detector.load(saved, device="cpu").save(saved)
+    assert Detector.load(saved, device="cpu")
 
 
 # ---------------------------------------------------------------------------------------------- not finite

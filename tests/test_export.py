@@ -150,6 +150,9 @@ def test_the_module_is_one_for_a_pipeline() -> None:
     statistics = as_module(fitted(tiny.vit(), "mahalanobis")).half().statistics.all()
     assert {t.dtype for t in statistics.values()} == {torch.float64}
     assert as_module(fitted(tiny.conv(), "field"), 7).steps == 1  # it reads no more
+    for scorer in ("trajectory:horizon=2", "knn", "reconstruction"):
+        nothing = as_module(fitted(tiny.conv(), scorer))(torch.empty(0, 1, 8, 8))
+        assert (nothing.shape, nothing.dtype) == ((0,), torch.float64)
 
 
 def test_neighbours_are_exact_next_to_a_point_far_from_the_origin() -> None:
@@ -394,6 +397,10 @@ def test_the_command_prints_the_check_the_size_and_the_latency(tmp_path: Path) -
     assert "Agrees with the detector on 3 images: largest relative difference" in done.output
     assert "ms for one image" in done.output
     assert f"Written to {out}, {out.stat().st_size / 1e6:.1f} MB" in done.output
+    inside = tmp_path / "field" / "field.pt2"
+    done = CliRunner().invoke(main, [*command[:5], str(inside), "--images", str(tmp_path / "images")])
+    assert (done.exit_code, inside.exists()) == (2, False)
+    assert f"{inside}: lies in the detector {tmp_path / 'field'}" in done.stderr
     done = CliRunner().invoke(main, ["export", str(tmp_path / "isolation-forest"), "--format", "torch", "--out", "x"])
     assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1

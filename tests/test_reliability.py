@@ -342,13 +342,15 @@ def test_what_is_no_number_is_refused_and_never_scored(
 
 @FEW
 @given(
-    shape=st.lists(st.integers(0, 9), max_size=5),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.uint8, torch.int64, torch.bool]),
+    shape=st.one_of(st.integers(0, 9).map(lambda count: [count, 1, 8, 8]), st.lists(st.integers(0, 9), max_size=5)),
+    dtype=st.sampled_from(
+        [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int64, torch.bool]
+    ),
 )
-def test_other_shapes_and_dtypes_are_refused_in_one_line(
+def test_other_shapes_and_dtypes_are_scored_as_float32_or_refused_in_one_line(
     detectors: list[Detector], shape: list[int], dtype: torch.dtype
 ) -> None:
-    images = torch.zeros(shape, dtype=dtype)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for detector in detectors:
         if shape[1:] == [1, 8, 8] and dtype.is_floating_point:
             assert same(detector.score(images), detector.score(images.float()))
@@ -356,6 +358,15 @@ def test_other_shapes_and_dtypes_are_refused_in_one_line(
         with pytest.raises(TrajOODError) as refused:
             detector.score(images)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_numbers_beyond_the_weights_type_are_no_pixels(detectors: list[Detector], value: float) -> None:
+    images = tiny.images(3).double()
+    images[1, 0, 2, 2] = value
+    for detector in detectors:
+        with pytest.raises(TrajOODError, match=r"1 image\(s\) hold NaN or infinite pixels, first at row 1"):
+            detector.score(images)
 
 
 @pytest.fixture(scope="module")

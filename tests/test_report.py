@@ -413,6 +413,12 @@ def test_a_run_that_is_result_json_alone_still_has_its_tables(tmp_path: Path) ->
     assert body(Reader(text).tables[0]).keys() == set(SCORERS)
 
 
+def test_no_scorers_are_none_to_show(place: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(place), "--scorers", " , "])
+    assert result.exit_code == 2
+    assert result.stderr == "traj-ood: error: --scorers: expected labels, got none: give some, all, or leave it out\n"
+
+
 def test_scorers_can_be_chosen(place: Path) -> None:
     text = write_report(place / "one", place / "chosen.html", ["msp", "field"]).read_text(encoding="utf-8")
     assert re.findall(r'<span class="name">(.*?)</span>', text) == ["msp", "field"]

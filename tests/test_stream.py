@@ -239,6 +239,9 @@ def test_a_list_may_not_leave_its_root(tmp_path: Path) -> None:
     entries = list(read_list(tmp_path / "list.txt", tmp_path / "root"))
     good = str(tmp_path / "root" / "1.png")
     assert entries[:2] == [Entry(good), Entry(good)]
+    (tmp_path / "null.txt").write_bytes(b"1.png\0")
+    with pytest.raises(TrajOODError, match=r"null\.txt: expected lines of text, got a NUL byte; give a text file, one"):
+        list(read_list(tmp_path / "null.txt", tmp_path / "root"))
     assert [e.error for e in entries[2:]] == [
         f"line 4 of {tmp_path / 'list.txt'}: '../secret.png' leaves the image root through '..'; keep every path below "
         "the root",
@@ -395,9 +398,19 @@ def test_too_little_memory_is_told(judge: Detector, folder: Path) -> None:
     def fail(images: Tensor) -> Any:
         raise MemoryError
 
-    greedy = SimpleNamespace(autoencoder=judge.autoencoder, judge=fail)
-    with pytest.raises(TrajOODError, match=r"out of memory while judging 1 images: give a smaller --batch-size"):
-        rows_of(greedy, [Entry(str(folder / "001.png"))])
+    def fail_in_torch(images: Tensor) -> Any:
+        return torch.empty(2**60)
+
+    for greed in (fail, fail_in_torch):
+        greedy = SimpleNamespace(autoencoder=judge.autoencoder, judge=greed)
+        with pytest.raises(TrajOODError, match=r"out of memory while judging 1 images: give a smaller --batch-size"):
+            rows_of(greedy, [Entry(str(folder / "001.png"))])
+
+    def break_down(images: Tensor) -> Any:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):  # which is nobody's input
+        rows_of(SimpleNamespace(autoencoder=judge.autoencoder, judge=break_down), [Entry(str(folder / "001.png"))])
 
 
 def test_rows_without_calibration_or_iteration_leave_columns_empty(folder: Path) -> None:

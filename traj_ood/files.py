@@ -46,6 +46,23 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
             temporary.unlink()
 
 
+def check_writable(folder: str | Path) -> None:
+    """Refuse a place where ``folder`` could not be made, or replaced, before hours of work for it; nothing is left.
+
+    Raises ``TrajOODError`` naming the folder.
+    """
+    folder = Path(folder).expanduser()
+    made = [path for path in folder.parents if not path.exists()]
+    probe = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with _folder_errors(folder):
+            probe.mkdir(parents=True)
+    finally:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for path in (probe, *made):
+                path.rmdir()
+
+
 @contextlib.contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
     """This process alone works in ``folder``, until the block ends or the process dies, however it dies.

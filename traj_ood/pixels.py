@@ -6,7 +6,7 @@ import math
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from traj_ood.errors import TrajOODError
 
@@ -25,6 +25,20 @@ def check_images(name: str, images: Tensor, shape: tuple[int, int, int], prepare
     bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero()[:, 0]
     if len(bad):
         raise TrajOODError(f"{name}: {len(bad)} image(s) hold NaN or infinite pixels, first at row {bad[0]}")
+
+
+def network_input(name: str, images: Tensor, shape: tuple[int, int, int], prepare: str, module: nn.Module) -> Tensor:
+    """Images as ``module`` takes them: checked, on its device, and of the type of its weights, since float64 or float16
+    images are images of its shape, too. A module without weights says nothing of types: then they stay as they are.
+
+    Raises:
+        TrajOODError: as :func:`check_images`, numbers beyond the range of the weights' type included.
+    """
+    weights = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weights is not None and images.is_floating_point():
+        images = images.to(weights.device, weights.dtype)
+    check_images(name, images, shape, prepare)
+    return images
 
 
 def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

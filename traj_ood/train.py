@@ -31,6 +31,7 @@ def train_model(
     out: Path,
     *,
     data_root: Path | None = None,
+    follow_links: bool = False,
     device: torch.device | None = None,
     fresh: bool = False,
     quiet: bool = False,
@@ -46,8 +47,10 @@ def train_model(
         TrajOODError: bad data or settings, an unwritable folder, or a checkpoint of other settings.
     """
     if config.family == "classifier":
-        return train_classifier(config, out, data_root=data_root, device=device, fresh=fresh, quiet=quiet)
-    benchmark = load_benchmark(config.benchmark, data_root)
+        return train_classifier(
+            config, out, data_root=data_root, follow_links=follow_links, device=device, fresh=fresh, quiet=quiet
+        )
+    benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links)
     preflight(benchmark)
     began = time.perf_counter()
     images = TrainingImages(benchmark.train.images, (config.channels, config.image_size, config.image_size))

@@ -31,6 +31,7 @@ def train_classifier(
     out: Path,
     *,
     data_root: Path | None = None,
+    follow_links: bool = False,
     device: torch.device | None = None,
     fresh: bool = False,
     quiet: bool = False,
@@ -42,7 +43,8 @@ def train_classifier(
 
     Args:
         config: of family ``classifier``; ``model`` holds ``architecture`` (a timm name) and timm's arguments for it.
-        out: folder for everything. data_root: where the benchmark's images are. device: default the CPU.
+        out: folder for everything. data_root, follow_links: of :func:`traj_ood.load_benchmark`.
+        device: default the CPU.
         fresh: disregard a checkpoint. quiet: no progress bars.
     Returns:
         The trained backbone, loaded back from ``out``.
@@ -51,7 +53,7 @@ def train_classifier(
             settings.
     """
     _check_config(config)
-    benchmark = load_benchmark(config.benchmark, data_root)
+    benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links)
     preflight(benchmark)
     classes = class_names(benchmark)
     for split in _measured(benchmark):  # before hours of training: are these labels the same classes?

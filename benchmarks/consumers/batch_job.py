@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from traj_ood import Detector, Status, TrajOODError
 from traj_ood.data.images import open_image, read_folder
@@ -40,12 +41,13 @@ def _judge(detector: Detector, folder: Path, paths: list[str]) -> pd.DataFrame:
     images, errors = {}, {}
     for path in paths:
         try:
-            images[path] = open_image(folder / path)
+            # Prepared at once: 256 photographs as they are would take gigabytes.
+            images[path] = detector.autoencoder.transform(open_image(folder / path))
         except TrajOODError as error:
             errors[path] = str(error)
     table = pd.DataFrame({"path": paths, "error": [errors.get(p) for p in paths]}).set_index("path")
     if images:
-        said = detector.judge(list(images.values()))
+        said = detector.judge(torch.stack(list(images.values())))
         known: dict[str, list[Any]] = {"score": said.scores.tolist()}
         if said.steps is not None and said.status is not None:  # a scorer of trajectories
             known["steps"] = said.steps.tolist()

@@ -23,6 +23,10 @@ import onnxruntime
 from PIL import Image
 
 BATCH = 32
+MAX_PIXELS = 89_478_485  # decoding more could exhaust the memory
+# Known by their bytes. Others stay closed: Pillow would hand an EPS file to Ghostscript, which runs it as a program.
+Image.init()
+FORMATS = [name for name in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN]
 
 
 class Model:
@@ -44,7 +48,7 @@ class Model:
         """(C, H, W) float32 in [0, 1]."""
         how = self.metadata["preprocessing"]
         channels, height, width = how["shape"]
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             image = _flat(file).convert(how["mode"])
         resample = Image.Resampling[how["filter"].upper()]
         if how["resize"] == "direct":
@@ -75,8 +79,8 @@ def rows(model: Model, paths: list[str]) -> Iterator[tuple[str, str, str, str]]:
         for path in paths[start : start + BATCH]:
             try:
                 read[path] = model.pixels(path)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                failed[path] = " ".join(str(error).split())
+            except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
+                failed[path] = " ".join(str(error).split()) or type(error).__name__
         scores = dict(zip(read, model.scores(np.stack(list(read.values()))).tolist(), strict=True)) if read else {}
         for path in paths[start : start + BATCH]:
             if path in failed:
@@ -90,10 +94,20 @@ def rows(model: Model, paths: list[str]) -> Iterator[tuple[str, str, str, str]]:
 
 def _flat(image: Image.Image) -> Image.Image:
     """8 bits a channel without alpha, as traj_ood reads files; what it refuses, this refuses."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError(f"expected a single image, got several frames or pages ({image.format})")
+    image.load()
     if image.mode in ("L", "RGB"):
         return image
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"expected 8 bits per channel, got mode {image.mode}")
+    if image.mode == "F":
+        raise ValueError("expected 8 or 16 bits per channel, got floating point")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"expected grey of 8 or 16 bits, got integers from {grey.min()} to {grey.max()}")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     return (image.convert("RGBA") if image.mode == "P" else image).convert("L" if image.mode in ("1", "LA") else "RGB")
 
 

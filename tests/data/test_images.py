@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,33 @@ def test_a_missing_or_binary_image_list_is_named(tmp_path: Path) -> None:
 def test_a_path_inside_the_root_may_use_dots(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a/../b.jpg 0\n..c/d.jpg 1\n")
     assert read_image_list(tmp_path / "list.txt", tmp_path).paths == ("b.jpg", "..c/d.jpg")
+
+
+def test_links_do_not_lead_out_of_a_lists_root_unless_allowed(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for name in ("root/real/1.png", "outside/2.png"):
+        save(tmp_path / name)
+    (root / "same.png").symlink_to(root / "real" / "1.png")
+    (root / "file.png").symlink_to(outside / "2.png")
+    (root / "folder").symlink_to(outside)
+    (tmp_path / "alias").symlink_to(root)  # the root itself may be a link
+    (tmp_path / "list.txt").write_text("real/1.png 0\nsame.png 0\nfile.png 1\nfolder/2.png 1\ngone.png 1\n")
+    for start in (root, tmp_path / "alias"):
+        images = read_image_list(tmp_path / "list.txt", start)
+        assert images.load(0).size == images.load(1).size == (16, 12)
+        for index, name in ((2, "file.png"), (3, "folder/2.png")):
+            for ask in (partial(images.load, index), partial(images.select([index]).load, 0)):
+                with pytest.raises(
+                    TrajOODError, match=rf"{name}: a link on the way leads out of {start}; .*--follow-l"
+                ):
+                    ask()
+        with pytest.raises(TrajOODError, match=r"file\.png: a link"):
+            images.check_links()
+        images.select([0, 1, 4]).check_links()
+        free = read_image_list(tmp_path / "list.txt", start, follow_links=True)
+        free.check_links()
+        assert [free.load(i).size for i in (2, 3)] == [(16, 12)] * 2
+        assert free.digest() == images.digest()
 
 
 def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:

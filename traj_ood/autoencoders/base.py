@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
-from traj_ood.pixels import check_images, image_to_tensor
+from traj_ood.pixels import image_to_tensor, network_input
 from traj_ood.weights import fingerprint
 
 View = Literal["tokens", "cls", "mean"]
@@ -131,9 +131,8 @@ class Autoencoder(ABC):
         Raises:
             TrajOODError: the images are not float (B, C, H, W) of the model's shape, or not finite.
         """
-        check_images(self.name, images, self.input_shape, "autoencoder.transform")
         with torch.inference_mode():
-            return apply_in_chunks(self.encode_batch, images.to(self.device), self.chunk)
+            return apply_in_chunks(self.encode_batch, self._input(images), self.chunk)
 
     def decode(self, latents: Tensor) -> Tensor:
         """D on any number of latents (B, *L) → images (B, C, H, W)."""
@@ -150,7 +149,11 @@ class Autoencoder(ABC):
         Raises:
             TrajOODError: as :meth:`encode`.
         """
+        images = self._input(images)
         return Encoding(latents=self.encode(images), target=images)
+
+    def _input(self, images: Tensor) -> Tensor:
+        return network_input(self.name, images, self.input_shape, "autoencoder.transform", self.module)
 
     def head(self) -> tuple[Tensor, Tensor] | None:
         """Weight (classes, feature_dim) and bias (classes,) of a linear classifier over the features, or None."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
-from traj_ood.pixels import check_images, image_to_tensor
+from traj_ood.pixels import image_to_tensor, network_input
 from traj_ood.weights import fingerprint
 
 
@@ -92,9 +92,9 @@ class Backbone(ABC):
             TrajOODError: the images are not finite floats (B, C, H, W) of :attr:`input_shape`, or the network answers
                 with other shapes than it declared or with NaN.
         """
-        check_images(self.name, images, self.input_shape, "backbone.transform")
+        images = network_input(self.name, images, self.input_shape, "backbone.transform", self.module)
         with torch.inference_mode():
-            joint = apply_in_chunks(self._joint, images.to(self.device), self.chunk)
+            joint = apply_in_chunks(self._joint, images, self.chunk)
         bad = (~joint.isfinite().all(dim=1)).nonzero()[:, 0]
         if len(bad):
             raise TrajOODError(

@@ -48,11 +48,12 @@ if TYPE_CHECKING:
 @click.option("--mask-seed", type=int, help="Draws that mask.  [default: 0]")
 @click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Results folder.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Faster, coarser products on NVIDIA GPUs.")
 @click.option(
     "--precision",
@@ -125,7 +126,7 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     quiet = options["quiet"] or not team.is_main
     if not quiet:
         click.echo(f"Loading {options['model']} and the image lists of {benchmark}", err=True)
-    data = load_benchmark(benchmark, options["data_root"])
+    data = load_benchmark(benchmark, options["data_root"], follow_links=options["follow_links"])
     device = resolve_device(team.device(options["device"]), tf32=options["tf32"])
     model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}
     backbone = is_backbone_spec(options["model"])

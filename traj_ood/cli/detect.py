@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -49,12 +49,13 @@ _BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
 )
 @click.option("--tpr", type=float, default=0.95, show_default=True, help="Share of ID images to accept.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where the images of a benchmark or list are.")
+@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
 @click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the detector.")
 @click.option("--overwrite", is_flag=True, help="Replace the detector that is in OUT.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
@@ -85,6 +86,7 @@ def fit(source: str, **options: Any) -> None:
         calibration=options["calibration"],
         least=images_needed(options["tpr"]),
         root=options["data_root"],
+        follow_links=options["follow_links"],
     )
     check_count(len(chosen.calibration), options["tpr"])  # before anything is computed
     detector = Detector.fit(
@@ -95,7 +97,9 @@ def fit(source: str, **options: Any) -> None:
     )
     if not quiet:
         click.echo(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}", err=True)
-    detector.calibrate(chosen.calibration, options["tpr"], on_error=on_error)
+    # Data sets hold images twice: what was held out of one may be learnt from all the same.
+    on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
+    detector.calibrate(chosen.calibration, options["tpr"], on_error=on_error, on_known=on_known)
     detector.save(options["out"])
     click.echo(_fitted(detector, chosen))
     click.echo(f"Written to {options['out']}", err=True)
@@ -103,13 +107,16 @@ def fit(source: str, **options: Any) -> None:
 
 def _check_target(out: Path, overwrite: bool) -> None:
     """Refuse a place that is taken, before anything is computed."""
-    from traj_ood.detector import FILE_NAME
+    from traj_ood.detector import FILE_NAME, refuse_inside
+    from traj_ood.files import check_writable
 
+    refuse_inside(out)
     is_detector = (out / FILE_NAME).is_file()
     if is_detector and not overwrite:
         raise TrajOODError(f"{out}: holds a detector already; choose another --out, or replace it with --overwrite")
     if not is_detector and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise TrajOODError(f"{out}: expected a new or empty folder, or a detector to replace; choose another --out")
+    check_writable(out)
 
 
 def _fitted(detector: Detector, chosen: IDImages) -> str:
@@ -173,7 +180,7 @@ class _TrainingSplit:
 @click.option("--resume", is_flag=True, help="Continue what an interrupted run left beside --out, if anything.")
 @click.option("--overwrite", is_flag=True, help="Start again, and replace --out in the end.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
@@ -207,10 +214,12 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
     import torch
     from tqdm import tqdm
 
-    from traj_ood.detector import Detector
+    from traj_ood.detector import Detector, refuse_inside
     from traj_ood.stream import open_table, write_scores
 
     silence_libraries()
+    if options["out"] is not None:
+        refuse_inside(options["out"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     resume, out = options["resume"], options["out"]

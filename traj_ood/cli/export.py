@@ -41,7 +41,7 @@ _MOST = 32
     type=click.Path(path_type=Path),
     help="Folder whose first 32 images are compared.  [default: scikit-image's photographs and textures]",
 )
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
 @one_line_errors
 def export(detector: Path, form: str, out: Path, steps: int | None, images: Path | None, threads: int | None) -> None:
     """Write DETECTOR (a folder) as one file that takes images (B, C, H, W) and returns scores.

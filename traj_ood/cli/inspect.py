@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--benchmark", required=True, help="Whose ID images to look at: a name or a YAML file.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @click.option("--images", type=int, default=500, show_default=True, help="Training and held-out images, at most.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the training sample and the noise.")
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
 @click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/<benchmark>--<model>--diagnosis]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar; for logs.")
 @one_line_errors
@@ -51,7 +52,8 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     silence_libraries()
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    data, device = load_benchmark(benchmark, data_root), resolve_device(options["device"])
+    data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"])
+    device = resolve_device(options["device"])
     autoencoder: Autoencoder
     if is_backbone_spec(model):
         autoencoder = surrogate_for(model, data, device=device, quiet=options["quiet"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from traj_ood.cli.base import examples, main, one_line_errors
+from traj_ood.errors import TrajOODError
 
 
 @main.command(
@@ -32,5 +33,7 @@ def report(results: Path, out: Path | None, scorers: str | None) -> None:
     from traj_ood.report import write_report
 
     labels = None if scorers is None else [s.strip() for s in scorers.split(",") if s.strip()]
+    if labels == []:
+        raise TrajOODError("--scorers: expected labels, got none: give some, all, or leave it out")
     path = write_report(results, out, labels)
     click.echo(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

@@ -19,8 +19,9 @@ from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
 @click.argument("config")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for model, log and checkpoint.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=int, help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
 @click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
 @one_line_errors

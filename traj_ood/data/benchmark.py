@@ -125,6 +125,23 @@ class Benchmark:
             ood=tuple(_sampled(split, per_set, TEST_SEED) for split in self.ood),
         )
 
+    def following_links(self) -> Benchmark:
+        """The same, where image lists may reach out of their roots by links; see :func:`read_image_list`."""
+
+        def following(split: Split) -> Split:
+            images = split.images
+            return (
+                replace(split, images=replace(images, follow_links=True)) if isinstance(images, FileImages) else split
+            )
+
+        return replace(
+            self,
+            train=following(self.train),
+            val=None if self.val is None else following(self.val),
+            test=following(self.test),
+            ood=tuple(following(split) for split in self.ood),
+        )
+
     def digests(self) -> dict[str, dict[str, str | int]]:
         """For each split name its role, number of images and the SHA-256 of its list: the identity of the data."""
         return {

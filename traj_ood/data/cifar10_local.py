@@ -24,7 +24,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,11 +168,6 @@ class CentreSquares(FileImages):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-
-    def select(self, indices: Sequence[int]) -> CentreSquares:
-        """The files at ``indices``, in that order."""
-        part = super().select(indices)
-        return CentreSquares(part.root, part.paths, part.ids, part.labels)
 
 
 def _cifar(base: Path, part: str, classes: tuple[str, ...]) -> FileImages:

@@ -8,7 +8,7 @@ from pathlib import Path
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.images import FileImages, ImageSource, read_folder, read_image_list
 from traj_ood.data.registry import list_benchmarks, load_benchmark
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, unknown_name
 
 HELD_OUT = 0.2
 """Share of the ID images that is held out for calibration where none are given."""
@@ -44,6 +44,7 @@ def choose_id_images(
     calibration: str | None = None,
     least: int = 1,
     root: str | Path | None = None,
+    follow_links: bool = False,
 ) -> IDImages:
     """ID images from a benchmark, a folder or an image list.
 
@@ -53,23 +54,30 @@ def choose_id_images(
         seed: of that draw and of what is held out.
         calibration: a folder or list of images to calibrate on, all of them. Default: the benchmark's val split, else a
             fifth of the images, drawn by ``seed``; of either at most 2,000.
-        least: calibration images that are needed: where a fifth of the images is fewer, more are held out, up to half.
+        least: calibration images that are needed: where a fifth of the images is fewer, more are held out. Default 1.
         root: where a benchmark's data are, and where the paths of image lists start. Default: each benchmark's own
             places, and the list's own folder.
+        follow_links: let image lists reach out of their roots by links. Default false.
     Raises:
-        TrajOODError: nothing of that name, images that cannot be told apart, or fewer images than ``count``.
+        TrajOODError: nothing of that name, a link out of a list's root, images that cannot be told apart, fewer images
+            than ``count``, or fewer than two for each that is held out.
     """
-    name, images, val, protocol = _read(source, root)
+    name, images, val, protocol = _read(source, root, follow_links)
     if seed < 0:
         raise TrajOODError(f"seed: expected 0 or more, got {seed}")
     held: ImageSource
     if calibration is not None:
-        held, origin = _read_files(calibration, root), f"images of {calibration}"
+        held, origin = _read_files(calibration, root, follow_links), f"images of {calibration}"
         _check_disjoint(images, held, source, calibration)
     elif val is not None:
         held, origin = _at_most(val, MOST_CALIBRATION, seed, "calibration"), "images of the val split"
     else:
-        size = min(max(least, min(MOST_CALIBRATION, round(HELD_OUT * len(images)))), len(images) // 2)
+        if len(images) < 2 * least:
+            raise TrajOODError(
+                f"{source}: expected at least {2 * least} images, {least} of them to be held out for calibration, got "
+                f"{len(images)}: give more images, a smaller tpr, or calibration images of their own (--calibrate)"
+            )
+        size = max(least, min(MOST_CALIBRATION, round(HELD_OUT * len(images))))
         chosen = set(sample_indices(len(images), size, seed, "calibration"))
         held = images.select(sorted(chosen))
         images = images.select([i for i in range(len(images)) if i not in chosen])
@@ -84,19 +92,28 @@ def choose_id_images(
     return IDImages(name, images, _at_most(images, count, seed, "fit"), held, origin)
 
 
-def _read(source: str, root: str | Path | None) -> tuple[str, ImageSource, ImageSource | None, int | None]:
+def _read(
+    source: str, root: str | Path | None, follow_links: bool
+) -> tuple[str, ImageSource, ImageSource | None, int | None]:
     """Name, training images, val images and the protocol's number of training images, the last two where there are."""
     is_benchmark = source in [info.name for info in list_benchmarks()] or source.lower().endswith((".yaml", ".yml"))
-    if is_benchmark or not Path(source).exists():
-        benchmark = load_benchmark(source, root)
+    if not is_benchmark and not Path(source).exists():
+        known = [info.name for info in list_benchmarks()]
+        raise TrajOODError(f"{source}: no such folder or image list; {unknown_name('benchmark', source, known)}")
+    if is_benchmark:
+        benchmark = load_benchmark(source, root, follow_links=follow_links)
         val = None if benchmark.val is None else benchmark.val.images
         return benchmark.name, benchmark.train.images, val, benchmark.train_size
-    return Path(source).resolve().name, _read_files(source, root), None, None
+    return Path(source).resolve().name, _read_files(source, root, follow_links), None, None
 
 
-def _read_files(source: str, root: str | Path | None) -> FileImages:
+def _read_files(source: str, root: str | Path | None, follow_links: bool) -> FileImages:
     path = Path(source)
-    return read_image_list(path, root or path.parent) if path.is_file() else read_folder(path)
+    if not path.is_file():
+        return read_folder(path)
+    images = read_image_list(path, root or path.parent, follow_links=follow_links)
+    images.check_links()  # before anything is computed
+    return images
 
 
 def _at_most(images: ImageSource, count: int, seed: int, stream: str) -> ImageSource:

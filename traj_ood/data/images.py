@@ -11,7 +11,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -130,6 +130,8 @@ class FileImages:
         ids: N unique ids.
         labels: N texts as the image list gives them, or empty when there is no list. Class-conditional scorers and the
             training of classifiers read them.
+        follow_links: read also what links on the way lead to outside ``root``. Default true, for folders that somebody
+            filled and named; false for image lists, which may come from anybody (see :func:`read_image_list`).
 
     Raises:
         TrajOODError: ids or labels do not match the paths.
@@ -139,6 +141,7 @@ class FileImages:
     paths: tuple[str, ...]
     ids: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    follow_links: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
@@ -151,7 +154,8 @@ class FileImages:
         return len(self.paths)
 
     def load(self, index: int) -> Image.Image:
-        """Read and fully decode file ``index``; see :func:`open_image` for the errors."""
+        """Read and fully decode file ``index``; see :func:`open_image` for the errors, and :meth:`check_links`."""
+        self.check_links([index])
         return open_image(self.root / self.paths[index])
 
     def digest(self) -> str:
@@ -160,12 +164,29 @@ class FileImages:
 
     def select(self, indices: Sequence[int]) -> FileImages:
         """The files at ``indices``, in that order."""
-        return FileImages(
-            self.root,
-            tuple(self.paths[i] for i in indices),
-            tuple(self.ids[i] for i in indices),
-            tuple(self.labels[i] for i in indices) if self.labels else (),
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in indices),
+            ids=tuple(self.ids[i] for i in indices),
+            labels=tuple(self.labels[i] for i in indices) if self.labels else (),
         )
+
+    def check_links(self, indices: Sequence[int] | None = None) -> None:
+        """Refuse files (default: any of all) that a link on the way puts outside ``root``, unless links are followed.
+
+        Raises:
+            TrajOODError: names the first of them.
+        """
+        if self.follow_links:
+            return
+        part = self if indices is None else self.select(indices)
+        root = os.path.realpath(self.root)
+        for path, real in zip(part.paths, part.resolved(), strict=True):
+            if os.path.commonpath([real, root]) != root:
+                raise TrajOODError(
+                    f"{os.path.join(self.root, path)}: a link on the way leads out of {self.root}; put the file there, "
+                    "or allow such links with --follow-links (in Python: follow_links=True)"
+                )
 
     def missing(self) -> list[str]:
         """Full paths that are absent, empty or not a file, in list order."""
@@ -202,13 +223,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         _check_is_filled_file(path)
         with Image.open(path, formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _too_large(path, f"{image.width} x {image.height} pixels")
-            if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise TrajOODError(
-                    f"{path}: expected a single image, got several frames or pages ({image.format}); save the one that "
-                    "is meant as a file of its own"
-                )
+            check_picture(image, str(path))
             image.load()  # decodes to the end: Image.open only reads the header, and truncation shows here
             return _grey_or_rgb(image, path)
     except TrajOODError:
@@ -216,13 +231,33 @@ def open_image(path: Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise TrajOODError(f"{path}: expected an image, found no format that Pillow knows; replace the file") from error
     except Image.DecompressionBombError as error:
-        raise _too_large(path, "more than twice that") from error
+        raise _too_large(str(path), "more than twice that") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, … on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TrajOODError(f"{path}: the image cannot be decoded ({reason}); replace the file or remove it") from error
 
 
-def read_image_list(list_path: str | Path, root: str | Path) -> FileImages:
+def check_picture(image: Image.Image, where: str) -> None:
+    """Refuse an image that is opened, but not decoded yet, for what its header says; ``where`` is for the error.
+
+    Raises:
+        TrajOODError: no pixels, more than ``MAX_PIXELS``, or several frames.
+    """
+    pixels = image.width * image.height
+    if pixels == 0:
+        raise TrajOODError(
+            f"{where}: expected an image, got one of {image.width} x {image.height} pixels; leave it out"
+        )
+    if pixels > MAX_PIXELS:
+        raise _too_large(where, f"{image.width} x {image.height} pixels")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise TrajOODError(
+            f"{where}: expected a single image, got several frames or pages ({image.format}); save the one that "
+            "is meant as a file of its own"
+        )
+
+
+def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bool = False) -> FileImages:
     """Read an image list in OpenOOD's format: one ``relative/path label`` per line.
 
     The path ends at the first space; the label (a class number, −1, a dict literal, or nothing) is kept for the digest
@@ -230,11 +265,14 @@ def read_image_list(list_path: str | Path, root: str | Path) -> FileImages:
 
     Args:
         list_path: the text file, UTF-8.
-        root: the folder the paths start from. It need not exist yet: preflight reports missing files all at once.
+        root: the folder the paths start from, and may not leave. It need not exist yet: preflight reports missing
+            files all at once. It may itself be a link.
+        follow_links: read also files that links below ``root`` put elsewhere. Default false: they are refused when
+            they are looked for (by preflight, ``fit``) or loaded.
 
     Raises:
-        TrajOODError: the list is missing, unreadable or empty, a path is absolute or leaves ``root``, or a path
-            appears twice.
+        TrajOODError: the list is missing, unreadable or empty, a path is absolute or leaves ``root`` through '..', or a
+            path appears twice.
     """
     list_path = Path(list_path)
     try:
@@ -260,7 +298,7 @@ def read_image_list(list_path: str | Path, root: str | Path) -> FileImages:
     if not first_line:
         raise TrajOODError(f"image list {list_path}: expected lines 'relative/path label', found none; fill the list")
     paths = tuple(first_line)
-    return FileImages(Path(root), paths, paths, tuple(labels))
+    return FileImages(Path(root), paths, paths, tuple(labels), follow_links)
 
 
 def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
@@ -308,7 +346,8 @@ def inside_root(written: str, where: str) -> str:
     """The normalised form of a relative path as an image list gives it; ``where`` it stands is for the error.
 
     Raises:
-        TrajOODError: the path is absolute or leaves its root through '..'. Links are another matter: see ``resolved``.
+        TrajOODError: the path is absolute or leaves its root through '..'. Links are another matter:
+            see ``check_links``.
     """
     path = posixpath.normpath(written)
     if path.startswith("/") or os.path.isabs(path):
@@ -349,9 +388,9 @@ def _to_8_bits(pixels: np.ndarray, path: Path) -> np.ndarray:
     return ((pixels.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
-def _too_large(path: Path, size: str) -> TrajOODError:
+def _too_large(where: str, size: str) -> TrajOODError:
     return TrajOODError(
-        f"{path}: expected an image of at most {MAX_PIXELS} pixels, got {size}; scale it down or remove it "
+        f"{where}: expected an image of at most {MAX_PIXELS} pixels, got {size}; scale it down or remove it "
         "(decoding it could exhaust the memory)"
     )
 

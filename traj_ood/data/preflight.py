@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from traj_ood.data.benchmark import Benchmark
+from traj_ood.data.images import FileImages
 from traj_ood.errors import TrajOODError
 
 SHOWN = 3  # paths in the one-line message; `details` holds them all
@@ -28,7 +29,7 @@ def preflight(benchmark: Benchmark) -> None:
     Raises:
         MissingDataError: files are missing or empty; the message says how many in which splits, the first few paths
             and how to get them.
-        TrajOODError: a first image cannot be decoded.
+        TrajOODError: a first image cannot be decoded, or a link leads out of the root of an image list.
     """
     counts: list[str] = []
     details: list[str] = []
@@ -48,6 +49,8 @@ def preflight(benchmark: Benchmark) -> None:
         )
     for split in benchmark.splits():
         try:
+            if isinstance(split.images, FileImages):
+                split.images.check_links()
             split.images.load(0)
         except TrajOODError as error:
             raise TrajOODError(f"benchmark {benchmark.name!r}, split {split.name!r}: {error}") from error

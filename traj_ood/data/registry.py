@@ -83,21 +83,25 @@ _REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[[str | Path | None], Benchmar
 }
 
 
-def load_benchmark(name_or_yaml: str, root: str | Path | None = None) -> Benchmark:
+def load_benchmark(name_or_yaml: str, root: str | Path | None = None, *, follow_links: bool = False) -> Benchmark:
     """A benchmark by registered name, or from a path that ends in ``.yaml`` or ``.yml``.
 
     Args:
         name_or_yaml: e.g. ``"fashion"`` or ``"my/pets.yaml"``.
         root: where the data lie; default: each benchmark's own places.
+        follow_links: let image lists reach out of their roots by links. Default false, see
+            :func:`traj_ood.data.read_image_list`.
 
     Raises:
         TrajOODError: an unknown name (the nearest names are given), or data that are missing or malformed.
     """
     if str(name_or_yaml).lower().endswith((".yaml", ".yml")):
-        return load_custom(name_or_yaml, root)
-    if name_or_yaml not in _REGISTRY:
+        benchmark = load_custom(name_or_yaml, root)
+    elif name_or_yaml in _REGISTRY:
+        benchmark = _REGISTRY[name_or_yaml][1](root)
+    else:
         raise unknown_name("benchmark", name_or_yaml, [*_REGISTRY, "a path to your own .yaml file"])
-    return _REGISTRY[name_or_yaml][1](root)
+    return benchmark.following_links() if follow_links else benchmark
 
 
 def list_benchmarks() -> list[BenchmarkInfo]:

@@ -2,6 +2,6 @@
 
 from traj_ood.detector.batches import Batch, Images, batches
 from traj_ood.detector.core import Detector, Judgement
-from traj_ood.detector.folder import FILE_NAME, SCHEMA
+from traj_ood.detector.folder import FILE_NAME, SCHEMA, refuse_inside
 
-__all__ = ["FILE_NAME", "SCHEMA", "Batch", "Detector", "Images", "Judgement", "batches"]
+__all__ = ["FILE_NAME", "SCHEMA", "Batch", "Detector", "Images", "Judgement", "batches", "refuse_inside"]

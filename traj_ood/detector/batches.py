@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.data.images import ImageSource, open_image
+from traj_ood.data.images import ImageSource, check_picture, open_image
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.pixels import check_images
 
@@ -98,8 +98,8 @@ def batches(
         missing = cast("ImageSource", images).missing()
         if missing:
             raise TrajOODError(
-                f"images: {len(missing)} of {count} files are absent or empty, first {missing[0]}: restore them or "
-                "pass on_error='skip'"
+                f"images: {len(missing)} of {count} files are absent or empty, first {missing[0]}: restore them, or "
+                "leave them out with on_error='skip' (--on-error skip)"
             )
     return _read(autoencoder, images, ranges, workers, on_error)
 
@@ -163,7 +163,14 @@ def _source_of(images: Any) -> tuple[Callable[[int], Image.Image], Callable[[int
 
 
 def _plain(image: Image.Image, index: int) -> Image.Image:
-    """As the reader of files makes it: mode 'L' or 'RGB', alpha dropped."""
+    """As the reader of files makes it, which refuses the same: decoded, mode 'L' or 'RGB', alpha dropped."""
+    where = f"images: the one at place {index}"
+    check_picture(image, where)
+    try:
+        image.load()  # one that was opened, but not decoded, may be cut off, or its file closed by now
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TrajOODError(f"{where}: cannot be decoded ({reason}); replace it or leave it out") from error
     if image.mode in ("L", "RGB"):
         return image
     if image.mode == "1":

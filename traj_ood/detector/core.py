@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,18 @@ from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.conformal import Calibration, check_count
+from traj_ood.conformal import Calibration, check_count, images_needed
 from traj_ood.detector.batches import Batch, Images, OnError, batches, count_of
 from traj_ood.detector.folder import Parts, read_detector, write_detector
 from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import digests_of
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import Approximate, Backend
 from traj_ood.postprocessors import Evidence, Postprocessor
 from traj_ood.scoring import Scored, ScorerSet, join_evidence
 from traj_ood.trajectory import Status
 
+OnKnown = Literal["raise", "skip"]
 _MOST_SEEN = 0.01
 
 
@@ -161,7 +162,9 @@ class Detector:
         _warn_of_attractors(scorers, health)
         return cls(scorers, training=training, seen=torch.cat(found.seen), batch_size=batch_size, workers=workers)
 
-    def calibrate(self, images: Images, tpr: float = 0.95, *, on_error: OnError = "raise") -> Detector:
+    def calibrate(
+        self, images: Images, tpr: float = 0.95, *, on_error: OnError = "raise", on_known: OnKnown = "raise"
+    ) -> Detector:
         """Set the threshold and make p-values possible, from ID images alone.
 
         Args:
@@ -172,34 +175,45 @@ class Detector:
                 was trained on cannot be recognised.
             tpr: share of new ID images to accept, at least. Default 0.95, as in FPR95.
             on_error: see :meth:`fit`.
+            on_known: ``raise`` (default), or ``skip`` the scorer's training images, however many, with a warning: for
+                images that were held out of a set which holds images twice.
         Returns:
             This detector.
         Raises:
             TrajOODError: too few images for ``tpr`` (the message says how many are needed), training images among
                 them, or scores that are not finite.
         """
+        if on_known not in get_args(OnKnown):
+            raise unknown_name("value of on_known", str(on_known), get_args(OnKnown))
         check_count(count_of(images), tpr)
-        scores, digests = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
+        scores, known = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.bool)]
+        ids: list[str] = []
         for batch, scored in self._scored(images, on_error):
             scores.append(scored.scores[self.scorer.label])
-            digests.append(digests_of(batch.images))
-        calibration = Calibration(torch.cat(scores), tpr)
-        self._refuse_training_images(torch.cat(digests))
-        self.calibration = calibration
+            known.append(torch.isin(digests_of(batch.images), self._seen))
+            ids += batch.ids
+        self.calibration = Calibration(self._unknown(torch.cat(scores), torch.cat(known), ids, tpr, on_known), tpr)
         return self
 
-    def _refuse_training_images(self, digests: Tensor) -> None:
-        known = int(torch.isin(digests, self._seen).sum())
-        if known > _MOST_SEEN * len(digests):
+    def _unknown(self, scores: Tensor, known: Tensor, ids: Sequence[str], tpr: float, on_known: OnKnown) -> Tensor:
+        """The scores to calibrate on: all, or with ``skip`` those of images that the scorer has not learnt from."""
+        count = int(known.sum())
+        if not count:
+            return scores
+        what = (
+            f"calibration: {count} of {len(ids)} images are pixel by pixel training images of this detector (first: "
+            f"{ids[int(known.nonzero()[0])]!r})"
+        )
+        if on_known == "raise" and count > _MOST_SEEN * len(ids):
+            raise TrajOODError(f"{what}, which score too low: calibrate with ID images that nothing was trained on")
+        if on_known == "skip" and len(ids) - count < images_needed(tpr):
             raise TrajOODError(
-                f"calibration: {known} of {len(digests)} images are training images of this detector, which score too "
-                "low: calibrate with ID images that nothing was trained on"
+                f"{what} and cannot be used, and the {len(ids) - count} others are fewer than the {images_needed(tpr)} "
+                f"that accepting {tpr:.6g} of new ID images needs: remove images that are there twice, or give "
+                "calibration images of their own"
             )
-        if known:
-            warnings.warn(
-                f"calibration: {known} of {len(digests)} images are pixel by pixel training images of this detector",
-                stacklevel=3,
-            )
+        warnings.warn(what + (", and are left out" if on_known == "skip" else ""), stacklevel=3)
+        return scores[~known] if on_known == "skip" else scores
 
     # ------------------------------------------------------------------ judging
 

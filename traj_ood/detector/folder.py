@@ -8,6 +8,7 @@ calibration.safetensors.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Parts:
 def write_detector(parts: Parts, folder: Path) -> None:
     """Write ``folder``, or replace the detector in it; see :meth:`traj_ood.Detector.save` for the errors."""
     scorers = parts.scorers
+    refuse_inside(folder)
     with replaced_folder(folder, FILE_NAME, _KNOWN) as fresh:
         tensors = {_SCORER: scorers.scorers[0].state, _TRAINING: {"digests": parts.seen}}
         scorers.scorers[0].save(fresh / _SCORER)
@@ -119,6 +121,20 @@ def _record(parts: Parts) -> dict[str, Any]:
     }
 
 
+def refuse_inside(path: str | Path) -> None:
+    """Refuse to write ``path`` into a detector's folder, which holds what its seal names and nothing else.
+
+    Raises:
+        TrajOODError: names the detector.
+    """
+    for folder in Path(os.path.realpath(Path(path).expanduser())).parents:
+        if (folder / FILE_NAME).is_file():
+            raise TrajOODError(
+                f"{path}: lies in the detector {folder}, which would be refused as damaged with another file in it; "
+                "choose a place outside"
+            )
+
+
 def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) -> Parts:
     """Read and check ``folder``; see :meth:`traj_ood.Detector.load` for the errors."""
     record = open_sealed(folder, FILE_NAME, SCHEMA)
@@ -139,6 +155,7 @@ def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) ->
     )
     check_probe(scorers, field_of(record, "probe", dict, where), where)
     _compare_versions(field_of(record, "versions", dict, where), folder)
+    _warn_of_attractors(parts.training, folder)
     return parts
 
 
@@ -190,6 +207,14 @@ def _calibration(record: Mapping[str, Any], stored: Mapping[str, Any], folder: P
             f"{facts['threshold']!r}: damaged"
         )
     return calibration
+
+
+def _warn_of_attractors(training: Mapping[str, Any], folder: Path) -> None:
+    """Who loads a detector need not have seen what was said when it was fitted."""
+    health = training.get("attractors")
+    if isinstance(health, dict) and health.get("healthy") is False:
+        reasons = "; ".join(map(str, health.get("warnings", [])))
+        warnings.warn(f"{folder}: fitted on unhealthy attractors, its scores may mean nothing: {reasons}", stacklevel=4)
 
 
 def _compare_versions(stored: Mapping[str, Any], folder: Path) -> None:

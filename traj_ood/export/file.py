@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from traj_ood.detector import refuse_inside
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.export.check import ALLOWED, Agreement, agreement, real_images
 from traj_ood.export.fixed import reference, same_score
@@ -43,7 +44,7 @@ def export_detector(
     steps: int | None = None,
     images: Tensor | None = None,
 ) -> Exported:
-    """Write a detector as one file that takes pixels (B, C, H, W) in [0, 1] and returns scores; see
+    """Write a detector as one file that takes pixels (B, C, H, W) in [0, 1], B >= 1, and returns scores; see
     :class:`DetectorModule`.
 
     The file is run and compared with the detector at the same number of steps before it takes its place, so that what
@@ -58,7 +59,8 @@ def export_detector(
         steps: see :func:`as_module`.
         images: (N, C, H, W) in the model's units to compare on, at least one. Default: :func:`real_images`.
     Raises:
-        TrajOODError: a scorer, model or runtime that cannot, a model on another device, or scores that disagree (then
+        TrajOODError: a path inside a detector's folder, a scorer, model or runtime that cannot, a model on another
+            device, or scores that disagree (then
             nothing is written).
     """
     if form not in FORMATS:
@@ -68,6 +70,7 @@ def export_detector(
             f"export: expected the model on the CPU, where graphs are recorded and compared, got "
             f"{detector.autoencoder.device}: use Detector.load(folder, device='cpu')"
         )
+    refuse_inside(path)
     module = as_module(detector, steps)
     metadata = describe(detector, module)
     compared = real_images(detector.autoencoder) if images is None else images
@@ -93,6 +96,7 @@ def describe(detector: HasScorers, module: DetectorModule) -> dict[str, Any]:
             "name": INPUT,
             "dtype": "float32",
             "shape": ["batch", *module.preprocessing.shape],
+            "batch": "1 or more",
             "range": [0, 1],
         },
         "preprocessing": {**module.preprocessing.as_dict(), "normalisation": "inside: give pixels in [0, 1]"},

@@ -73,7 +73,7 @@ class DetectorModule(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float32 → (B,) float64.
+        """(B, C, H, W) float32 → (B,) float64. A graph recorded of it, and so an exported file, takes B >= 1.
 
         Raises:
             TrajOODError: another shape or type.
@@ -86,6 +86,8 @@ class DetectorModule(nn.Module):
             )
         if torch.compiler.is_compiling():  # whoever records the graph has gradients off: no operation for it
             return self._scores(images)
+        if len(images) == 0:  # libraries reshape and search, and a graph's batch has no beginning
+            return torch.empty(0, dtype=torch.float64, device=images.device)
         with torch.no_grad():
             return self._scores(images)
 

@@ -18,6 +18,7 @@ from typing import Protocol
 from traj_ood.data.images import IMAGE_SUFFIXES, inside_root
 from traj_ood.errors import TrajOODError
 
+_STDIN = "standard input"
 _READ = 65536
 _LONGEST = 2**20  # bytes of one path; a file without any separator must not be taken into memory whole
 
@@ -87,7 +88,7 @@ def read_paths(stream: ByteStream, *, null: bool = False) -> Iterator[Entry]:
     Raises:
         TrajOODError: a megabyte without a separator, or a NUL byte in lines of text.
     """
-    for record in _records(stream, b"\0" if null else b"\n", "standard input"):
+    for record in _records(stream, b"\0" if null else b"\n", _STDIN):
         path = os.fsdecode(record if null else record.removesuffix(b"\r"))
         if path:
             yield Entry(path)
@@ -135,14 +136,14 @@ def _records(stream: ByteStream, separator: bytes, name: str) -> Iterator[bytes]
     rest = b""
     while block := stream.read(_READ):
         if separator != b"\0" and b"\0" in block:
-            raise TrajOODError(f"{name}: expected lines of text, got a NUL byte; paths that end in one need --null")
+            hint = "paths that end in one need --null" if name == _STDIN else "give a text file, one path a line"
+            raise TrajOODError(f"{name}: expected lines of text, got a NUL byte; {hint}")
         *whole, rest = (rest + block).split(separator)
         yield from whole
         if len(rest) > _LONGEST:
             kind = "NUL bytes" if separator == b"\0" else "lines"
-            raise TrajOODError(
-                f"{name}: expected paths separated by {kind}, got {len(rest)} bytes without one; check --null"
-            )
+            hint = "check --null" if name == _STDIN else "give a text file, one path a line"
+            raise TrajOODError(f"{name}: expected paths separated by {kind}, got {len(rest)} bytes without one; {hint}")
     yield rest
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -161,12 +162,15 @@ def _judge_images(detector: Detector, images: list[Tensor]) -> list[Row]:
         return []
     try:
         return _rows(detector.judge(torch.stack(images)))
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise TrajOODError(f"out of memory while judging {len(images)} images: give a smaller --batch-size") from error
     except TrajOODError as error:
         if len(images) == 1:
             return [Row("", error=_line(str(error), ""))]
         return [row for image in images for row in _judge_images(detector, [image])]
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU torch has no class of its own for it.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise TrajOODError(f"out of memory while judging {len(images)} images: give a smaller --batch-size") from error
 
 
 def _rows(judgement: Judgement) -> list[Row]:
@@ -186,7 +190,7 @@ def _rows(judgement: Judgement) -> list[Row]:
 
 
 def _line(text: str, path: str) -> str:
-    return " ".join(text.removeprefix(f"{path}: ").split())
+    return " ".join(text.removeprefix(f"{Path(path)}: ").split())  # errors name it without a "/" at its end
 
 
 def _taken(batch: deque[_Queued]) -> Iterator[_Queued]:
