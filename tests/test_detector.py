@@ -481,7 +481,7 @@ def test_training_images_do_not_calibrate(folder: Path) -> None:
     train, held_out = images(detector.autoencoder, TRAIN, 1), images(detector.autoencoder, 200, 2)
     with pytest.raises(
         TrajOODError,
-        match=r"30 of 30 images are pixel by pixel training images of this detector \(first: '0'\), which score too low",
+        match=r"30 of 30 images are .* training images .* \(first: '0'\), which score too low",
     ):
         detector.calibrate(train)
     assert detector.calibration is None
@@ -507,7 +507,7 @@ def test_training_images_among_held_out_ones_can_be_left_out() -> None:
     assert torch.equal(both.scores, detector.calibrate(held_out).calibration.scores)
     with pytest.raises(TrajOODError, match=r"20 of 38 .* the 18 others are fewer than the 19 .* there twice"):
         detector.calibrate(torch.cat([train[:20], held_out[:18]]), on_known="skip")
-    with pytest.raises(TrajOODError, match="unknown value of on_known 'drop': .*Known: raise, skip"):
+    with pytest.raises(TrajOODError, match=r"unknown value of on_known 'drop': .*Known: raise, skip"):
         detector.calibrate(held_out, on_known="drop")
 
 

@@ -414,6 +414,8 @@ def test_a_run_that_is_result_json_alone_still_has_its_tables(tmp_path: Path) ->
 
 
 def test_no_scorers_are_none_to_show(place: Path) -> None:
+    from traj_ood.cli import main
+
     result = CliRunner().invoke(main, ["report", str(place), "--scorers", " , "])
     assert result.exit_code == 2
     assert result.stderr == "traj-ood: error: --scorers: expected labels, got none: give some, all, or leave it out\n"
