@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from traj_ood import index
 from traj_ood.files import write_atomic
-from traj_ood.index import NeighborIndex
+from traj_ood.index import Approximate, NeighborIndex, search
 from traj_ood.metrics import compute_metrics
 from traj_ood.results import environment, git_commit
 
@@ -58,14 +57,14 @@ def queries(points: Tensor, count: int, pull: float, seed: int) -> Tensor:
     return places + lengths * torch.randn(start.shape, generator=draw)
 
 
-def measure(kind: index.Approximate, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(kind: Approximate, arguments: argparse.Namespace) -> dict[str, Any]:
     """One index: its times, its recall, and the nearest distances of ID-like and OOD-like queries."""
     points = attractors(arguments.points, arguments.dimension, arguments.seed)
     asked = {
         name: queries(points, arguments.queries // 2, pull, arguments.seed + offset)
         for offset, (name, pull) in enumerate(PULLS.items(), start=1)
     }
-    index.APPROXIMATE_FROM = 0  # so that a small rehearsal measures the same code
+    search.APPROXIMATE_FROM = 0  # so that a small rehearsal measures the same code
     began = time.perf_counter()
     built = NeighborIndex(points, backend="faiss", approximate=kind)
     groups = built.groups  # made when first asked for

@@ -11,22 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from traj_ood import index as index_module
 from traj_ood.errors import TrajOODError
-from traj_ood.index import (
-    _ERROR_FACTOR,
-    _UNIT,
-    SHARD_ABOVE,
-    Approximate,
-    NeighborIndex,
-    Neighbors,
-    Recall,
-    _FaissFlat,
-    _flat_backend,
-    _to_gpu,
-    _TorchFlat,
-    greedy_leaders,
-)
+from traj_ood.index import Approximate, NeighborIndex, Neighbors, Recall, flat, greedy_leaders, search
+from traj_ood.index.flat import SHARD_ABOVE, FaissFlat, TorchFlat, _to_gpu, flat_backend
+from traj_ood.index.search import _ERROR_FACTOR, _UNIT
 
 DISTANCES = (0.0, 1e-4, 1e-3, 1e-2, 1.0, 400.0)
 
@@ -287,7 +275,7 @@ def test_rounding_stays_below_the_bound(backend: str, dimension: int) -> None:
     ):
         points = gaussian(count, dimension, scale, seed) + gaussian(1, dimension, offset, 99)
         queries = moved(points, 1e-3, seed) if near else gaussian(count, dimension, 2 * scale, seed + 50)
-        flat = (_TorchFlat if backend == "torch" else _FaissFlat)(points)
+        flat = (TorchFlat if backend == "torch" else FaissFlat)(points)
         squared, indices = flat.topk(queries, count)
         truth = brute(points, queries).square().gather(1, indices)
         norms = queries.double().norm(dim=1, keepdim=True) + points.double().norm(dim=1)[indices]
@@ -307,7 +295,7 @@ def crowd() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "APPROXIMATE_FROM", 1000)
+    monkeypatch.setattr(search, "APPROXIMATE_FROM", 1000)
 
 
 @needs_faiss
@@ -360,7 +348,7 @@ def test_recall(monkeypatch: pytest.MonkeyPatch) -> None:
     points, queries = crowd()
     assert NeighborIndex(points).recall(queries) == Recall(60, 1.0, 0.0, 0.0)
     assert NeighborIndex(points, backend="torch").recall(queries) == Recall(60, 1.0, 0.0, 0.0)
-    monkeypatch.setattr(index_module, "_PROBED_CELLS", 1)
+    monkeypatch.setattr(flat, "_PROBED_CELLS", 1)
     built = NeighborIndex(points, approximate="ivf")
     measured = built.recall(queries)
     assert measured == built.recall(queries)
@@ -393,7 +381,7 @@ def test_few_attractors_are_searched_exactly(monkeypatch: pytest.MonkeyPatch) ->
     points, queries = crowd()
     assert NeighborIndex(points).approximate == "none"
     for limit in (len(points) + 1, 3500):  # too few points; enough of them, but on too few attractors
-        monkeypatch.setattr(index_module, "APPROXIMATE_FROM", limit)
+        monkeypatch.setattr(search, "APPROXIMATE_FROM", limit)
         built = NeighborIndex(points, approximate="ivf")
         assert built.approximate == "none"
         assert_exact(built.nearest(queries), points, brute(points, queries))
@@ -458,20 +446,20 @@ def test_among_several_processes_each_keeps_to_its_own_gpu(monkeypatch: pytest.M
 
 
 def test_the_gpu_is_used_only_where_faiss_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpus, expected in ((0, _TorchFlat), (1, _FaissFlat)):
+    for gpus, expected in ((0, TorchFlat), (1, FaissFlat)):
         fake_faiss(monkeypatch, gpus)
-        assert _flat_backend("auto", torch.device("cuda")) is expected
-        assert _flat_backend("faiss", torch.device("cuda")) is expected
-        assert _flat_backend("auto", torch.device("cpu")) is _FaissFlat
+        assert flat_backend("auto", torch.device("cuda")) is expected
+        assert flat_backend("faiss", torch.device("cuda")) is expected
+        assert flat_backend("auto", torch.device("cpu")) is FaissFlat
 
 
 @needs_faiss
 def test_more_neighbours_than_faiss_allows_on_a_gpu_are_found_by_torch() -> None:
     points = gaussian(3000, 4)
-    flat = _FaissFlat(points)
+    flat = FaissFlat(points)
     flat._fallback, flat._index = points, None  # as on a GPU, where FAISS would refuse
     squared, _ = flat.topk(points[:3], 2049)
-    torch.testing.assert_close(squared, _TorchFlat(points).topk(points[:3], 2049)[0])
+    torch.testing.assert_close(squared, TorchFlat(points).topk(points[:3], 2049)[0])
 
 
 # ---------------------------------------------------------------------------------------------- greedy_leaders
@@ -520,9 +508,9 @@ def test_non_finite_input(value: float) -> None:
     with pytest.raises(TrajOODError, match="index points: 1 of 10 rows are not finite, first at row 3"):
         NeighborIndex(bad(points, 3, value))
     built = NeighborIndex(points)
-    for search in (built.nearest, lambda q: built.search(q, 2)):
+    for look_up in (built.nearest, lambda q: built.search(q, 2)):
         with pytest.raises(TrajOODError, match="index queries: 1 of 10 rows are not finite, first at row 7"):
-            search(bad(points, 7, value))
+            look_up(bad(points, 7, value))
 
 
 @pytest.mark.parametrize("k", [0, -1, 11])
@@ -549,7 +537,6 @@ def test_wrong_shapes_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         TrajOODError, match=r"index backend 'faiss' is not importable .*pip install 'traj_ood\[faiss-cpu"
     ):
         NeighborIndex(gaussian(10, 4), backend="faiss")
-    assert index_module.NeighborIndex is NeighborIndex
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -570,6 +557,6 @@ def test_queries_far_from_collapsed_points_are_exact(backend: Any, monkeypatch: 
 
     nearby = points[:200] + 1e-2 * torch.randn(200, 400, generator=draws)
     whole = index.nearest(nearby)
-    monkeypatch.setattr(index_module, "_BLOCK", 2**10)  # in pieces of a few pairs
+    monkeypatch.setattr(search, "_BLOCK", 2**10)  # in pieces of a few pairs
     assert torch.equal(index.nearest(nearby).distances, whole.distances)
     assert torch.equal(index.nearest(nearby).indices, whole.indices)

@@ -2,35 +2,30 @@
 
 ‖x‖² + ‖y‖² − 2x·y, the form that FAISS, BLAS and ``cdist`` use, cancels when x is close to y: in float32 at
 d = 151,296 and ‖x‖ ≈ 400 a true distance of 0.01 comes out as 0.085. Here that form only proposes candidates, on
-centred points, with a bound on its rounding error; distances that the bound cannot vouch for are computed again by
-direct difference in float64. Every distance that :meth:`NeighborIndex.nearest` returns is such a direct difference.
+centred points, with a bound on its rounding error that says which of them may be among the nearest; what is returned
+are direct differences in float64. Only searches for hundreds of neighbours use the form itself, in float64, and
+differences where even that cancels.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from traj_ood.engine import apply_in_chunks
-from traj_ood.errors import TrajOODError, unknown_name
-
-Backend = Literal["auto", "faiss", "torch"]
-Approximate = Literal["none", "ivf", "hnsw"]
+from traj_ood.errors import TrajOODError
+from traj_ood.index.flat import ROWS, Approximate, Backend, FaissApproximate, check_approximate, flat_backend
+from traj_ood.index.groups import greedy_leaders, leaders_in_cells
 
 # Groups of points (distinct attractors) from which an approximate index is used where it is asked for. Below, the
 # exact search of a query (one product with 100,000 points) is too short for the recall to be worth losing.
 APPROXIMATE_FROM = 100_000
-# Bytes of points above which several GPUs share them: a third of a 24 GB card, on which the points lie twice (torch's
-# copy and FAISS's) beside the model. 14,000 attractors of ViT-MAE base.
-SHARD_ABOVE = 8 * 2**30
 
 _UNIT = 2.0**-24  # float32 rounding
 # Errors of the float32 form reach 15 · _UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
@@ -41,16 +36,9 @@ _RELATIVE = 1e-4
 _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rounding, far below any score
 _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
 _MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
-_ROWS = 32  # of a float64 product, or of one without FAISS
 _SPARE = 8  # candidates beyond k: they settle nearly every query
 _FEW = 16  # candidate groups, or a 16th of all: looking into more of them costs more than a float64 product
 _CROWD = 4  # members of a group left open by float32; settling more by direct difference costs more than float64
-_FAISS_GPU_MAX_K = 2048
-_INSTALL = "pip install 'traj_ood[faiss-cpu]' or, with an NVIDIA GPU, 'traj_ood[faiss-gpu]'"
-_SEED = 0  # of k-means
-_CELL_SAMPLE = 64  # points per cell that k-means sees: FAISS asks for 39 or more, and its time grows with them
-_PROBED_CELLS = 32  # of 4·√N: 2 % of the cells at 100,000 points
-_HNSW_LINKS, _HNSW_BUILD, _HNSW_SEARCH = 32, 80, 64  # twice FAISS's breadths: the defaults (40, 16) lose more points
 
 
 @dataclass(frozen=True)
@@ -125,10 +113,10 @@ class NeighborIndex:
         self._points = points.to(device, torch.float32)
         self._mean = self._points.mean(dim=0)  # any point near the middle would do
         self._norm = math.nan
-        self._make_flat = _flat_backend(backend, device)
+        self._make_flat = flat_backend(backend, device)
         self.backend = self._make_flat.name
         self._all: Any = None
-        _check_approximate(approximate, backend)
+        check_approximate(approximate, backend)
         self._permitted, self._grouped = approximate, False
 
     def __len__(self) -> int:
@@ -247,7 +235,7 @@ class NeighborIndex:
         for points in self._points.split(max(1, _BLOCK // self._points.shape[1])):
             other = points.double() - self._mean
             # In fixed numbers of rows: a product's rounding must not depend on how many queries come along.
-            cross = apply_in_chunks(partial(torch.matmul, other=other.T), centred, _ROWS)
+            cross = apply_in_chunks(partial(torch.matmul, other=other.T), centred, ROWS)
             parts.append(other.square().sum(dim=1) + own - 2 * cross)
         squared, indices = torch.cat(parts, dim=1).clamp_(min=0).topk(k, dim=1, largest=False)
         distances = squared.sqrt()
@@ -422,7 +410,7 @@ class NeighborIndex:
     def _build_groups(self, centred: Tensor, approximate: Approximate) -> None:
         radius = _GROUP_RADIUS * float(centred.norm(dim=1).square().mean().sqrt())
         if approximate != "none" and len(self) >= APPROXIMATE_FROM:
-            leaders, assigned = _leaders_in_cells(centred, radius)
+            leaders, assigned = leaders_in_cells(centred, radius)
         else:
             leaders, assigned = greedy_leaders(centred, radius)
         self._leaders = leaders
@@ -430,7 +418,7 @@ class NeighborIndex:
         heads = centred if len(leaders) == len(self) else centred[leaders]
         self._approximate: Approximate = approximate if len(leaders) >= APPROXIMATE_FROM else "none"
         self._flat = (
-            self._make_flat(heads) if self._approximate == "none" else _FaissApproximate(heads, self._approximate)
+            self._make_flat(heads) if self._approximate == "none" else FaissApproximate(heads, self._approximate)
         )
         everyone = torch.arange(len(self), device=self.device)
         distances = self._exact(self._points, everyone, leaders[assigned])
@@ -445,211 +433,6 @@ class NeighborIndex:
         self._radii = torch.zeros(len(leaders), dtype=torch.float64, device=self.device)
         self._radii.scatter_reduce_(0, assigned, distances, "amax")
         self._max_radius = float(self._radii.max())
-
-
-def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Group points (N, d) greedily: in order, a point within ``radius`` of an earlier leader joins the first such one.
-
-    Returns:
-        leaders (G,) int64 indices of the leaders, and assigned (N,) int64, each point's position in ``leaders``.
-    """
-    count, device = len(points), points.device
-    squared_norms = points.square().sum(dim=1)
-    assigned = torch.full((count,), -1, dtype=torch.int64, device=device)
-    leaders = torch.empty(0, dtype=torch.int64, device=device)
-    for block in torch.arange(count, device=device).split(1024):
-
-        def near(others: Tensor, block: Tensor = block) -> Tensor:
-            cross = points[block] @ points[others].T
-            return squared_norms[block, None] + squared_norms[others] - 2 * cross <= radius**2
-
-        if len(leaders):
-            places = torch.arange(len(leaders), device=device, dtype=torch.int32)
-            first = torch.where(near(leaders), places, len(leaders)).min(dim=1).values
-            joined = first < len(leaders)
-            assigned[block[joined]] = first[joined].long()
-            block = block[~joined]
-        # Within a block the order decides, one point after the other.
-        inside = near(block, block).cpu()
-        new: list[int] = []
-        places_inside: list[int] = []
-        for i in range(len(block)):
-            hits = inside[i, new].nonzero()[:, 0]
-            places_inside.append(len(leaders) + (int(hits[0]) if len(hits) else len(new)))
-            if not len(hits):
-                new.append(i)
-        assigned[block] = torch.tensor(places_inside, dtype=torch.int64, device=device)
-        leaders = torch.cat([leaders, block[new]])
-    return leaders, assigned
-
-
-def _leaders_in_cells(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """:func:`greedy_leaders` within each cell of a k-means partition: √N times faster with N leaders. A group on a
-    border is cut into two, which costs time later but no exactness; leaders are not in the order of the points."""
-    import faiss
-
-    vectors = points.cpu().numpy()
-    kmeans = faiss.Kmeans(
-        vectors.shape[1], _cell_count(len(points), 1), niter=10, seed=_SEED, max_points_per_centroid=_CELL_SAMPLE
-    )
-    kmeans.train(vectors)
-    cells = torch.from_numpy(kmeans.index.search(vectors, 1)[1])[:, 0].to(points.device)
-    assigned = torch.empty_like(cells)
-    leaders: list[Tensor] = []
-    count = 0
-    for members in cells.argsort(stable=True).split(
-        cells.sort().values.unique_consecutive(return_counts=True)[1].tolist()
-    ):
-        own, places = greedy_leaders(points[members], radius)
-        assigned[members] = places + count
-        leaders.append(members[own])
-        count += len(own)
-    return torch.cat(leaders), assigned
-
-
-def _cell_count(count: int, factor: int) -> int:
-    """``factor``·√N cells, fewer where that leaves too few points for k-means."""
-    return max(1, min(int(factor * count**0.5), count // _CELL_SAMPLE))
-
-
-class _TorchFlat:
-    """Top-k by the float32 expansion, in blocks."""
-
-    name = "torch"
-
-    def __init__(self, points: Tensor) -> None:
-        self._points, self._squared = points, points.square().sum(dim=1)
-
-    def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        step = max(1, 2**25 // len(self._points))
-        parts = []
-        for block in queries.split(step):
-            cross = apply_in_chunks(partial(torch.matmul, other=self._points.T), block, _ROWS)
-            squared = block.square().sum(dim=1, keepdim=True) + self._squared - 2 * cross
-            parts.append(squared.topk(k, dim=1, largest=False))
-        return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
-
-
-class _FaissFlat:
-    """FAISS IndexFlatL2 (squared distances), on the GPU when the points are there."""
-
-    name = "faiss"
-
-    def __init__(self, points: Tensor) -> None:
-        import faiss
-
-        self._device = points.device
-        index: Any = faiss.IndexFlatL2(points.shape[1])
-        index.add(points.cpu().numpy())
-        if points.device.type == "cuda":
-            index = _to_gpu(index, points.device.index or 0, points.numel() * points.element_size())
-        self._index = index
-        self._fallback = points if points.device.type == "cuda" else None
-
-    def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if self._fallback is not None and k > _FAISS_GPU_MAX_K:
-            return _TorchFlat(self._fallback).topk(queries, k)
-        squared, indices = self._index.search(queries.cpu().numpy(), k)
-        return torch.from_numpy(squared).to(self._device), torch.from_numpy(indices).to(self._device)
-
-
-def _to_gpu(index: Any, gpu: int, size: int) -> Any:
-    """A flat index of ``size`` bytes on one GPU, or in shards on all of them. Whole copies on every GPU would only
-    speed up batches far larger than a chunk of trajectories. Among several processes each keeps to its own GPU."""
-    import faiss
-
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if alone and faiss.get_num_gpus() > 1 and size > SHARD_ABOVE:
-        options = faiss.GpuMultipleClonerOptions()
-        options.shard = True
-        return faiss.index_cpu_to_all_gpus(index, co=options)
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
-
-
-class _FaissApproximate:
-    """FAISS's IVF or HNSW over (N, d) points, on the CPU; what a query finds is independent of its batch."""
-
-    def __init__(self, points: Tensor, kind: Approximate) -> None:
-        import faiss
-
-        self._device = points.device
-        vectors, dimension = points.cpu().numpy(), points.shape[1]
-        self._index: Any
-        if kind == "hnsw":
-            self._index = faiss.IndexHNSWFlat(dimension, _HNSW_LINKS)
-            self._index.hnsw.efConstruction, self._index.hnsw.efSearch = _HNSW_BUILD, _HNSW_SEARCH
-            threads = faiss.omp_get_max_threads()
-            faiss.omp_set_num_threads(1)  # several would link the points in an order that no seed fixes
-            try:
-                self._index.add(vectors)
-            finally:
-                faiss.omp_set_num_threads(threads)
-        else:
-            self._cells = faiss.IndexFlatL2(dimension)  # the index does not keep it alive
-            self._index = faiss.IndexIVFFlat(self._cells, dimension, _cell_count(len(points), 4))
-            self._index.cp.seed, self._index.cp.max_points_per_centroid = _SEED, _CELL_SAMPLE
-            self._index.nprobe = _PROBED_CELLS
-            self._index.train(vectors)
-            self._index.add(vectors)
-
-    def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        # One query with one cell at a time: a product of the whole batch rounds by the batch's size, which would let a
-        # query visit other cells beside other queries.
-        with _faiss_setting("distance_compute_blas_threshold", 2**31 - 1):
-            squared, indices = self._index.search(queries.cpu().numpy(), k)
-        return torch.from_numpy(squared).to(self._device), torch.from_numpy(indices).to(self._device)
-
-
-@contextmanager
-def _faiss_setting(name: str, value: int) -> Iterator[None]:
-    """One of FAISS's global numbers, for the length of a search."""
-    import faiss
-
-    before = getattr(faiss.cvar, name)
-    setattr(faiss.cvar, name, value)
-    try:
-        yield
-    finally:
-        setattr(faiss.cvar, name, before)
-
-
-def _flat_backend(backend: Backend, device: torch.device) -> type[_TorchFlat] | type[_FaissFlat]:
-    if backend not in ("auto", "faiss", "torch"):
-        raise unknown_name("index backend", backend, ("auto", "faiss", "torch"))
-    if backend == "torch":
-        return _TorchFlat
-    try:
-        import faiss
-    except (ImportError, RuntimeError) as error:  # faiss-gpu without its CUDA libraries raises RuntimeError
-        if backend == "faiss":
-            raise TrajOODError(
-                f"index backend 'faiss' is not importable ({error}): {_INSTALL}; or use backend 'torch'"
-            ) from error
-        return _TorchFlat
-    # The only safe gate: StandardGpuResources exists even without a GPU.
-    if device.type == "cuda" and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0):
-        return _TorchFlat
-    return _FaissFlat
-
-
-def _check_approximate(approximate: Approximate, backend: Backend) -> None:
-    """Refused at any size, so that a run does not fail only once its dictionary has grown."""
-    if approximate == "none":
-        return
-    if approximate not in ("ivf", "hnsw"):
-        raise unknown_name("approximate index", approximate, ("none", "ivf", "hnsw"))
-    if backend == "torch":
-        raise TrajOODError(
-            f"approximate index {approximate!r} is part of FAISS, but the index backend is 'torch': use backend 'auto' "
-            "or 'faiss', or approximate 'none'"
-        )
-    try:
-        import faiss  # noqa: F401
-    except (ImportError, RuntimeError) as error:
-        raise TrajOODError(
-            f"approximate index {approximate!r} needs faiss, which is not importable ({error}): {_INSTALL}; or use "
-            "approximate 'none'"
-        ) from error
 
 
 def _may_be_smallest(values: Tensor, doubt: Tensor, groups: Tensor, count: int) -> Tensor:

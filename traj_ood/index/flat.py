@@ -1,0 +1,178 @@
+"""What proposes candidates: the k nearest of a set of points in float32, by torch or FAISS, exact or approximate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from traj_ood.engine import apply_in_chunks
+from traj_ood.errors import TrajOODError, unknown_name
+
+Backend = Literal["auto", "faiss", "torch"]
+Approximate = Literal["none", "ivf", "hnsw"]
+
+# Bytes of points above which several GPUs share them: a third of a 24 GB card, on which the points lie twice (torch's
+# copy and FAISS's) beside the model. 14,000 attractors of ViT-MAE base.
+SHARD_ABOVE = 8 * 2**30
+ROWS = 32
+"""Rows of a product over many points, whatever the number of queries."""
+SEED = 0
+"""Of k-means."""
+CELL_SAMPLE = 64
+"""Points per cell that k-means sees: FAISS asks for 39 or more, and its time grows with them."""
+
+_FAISS_GPU_MAX_K = 2048
+_INSTALL = "pip install 'traj_ood[faiss-cpu]' or, with an NVIDIA GPU, 'traj_ood[faiss-gpu]'"
+_PROBED_CELLS = 32  # of 4·√N: 2 % of the cells at 100,000 points
+_HNSW_LINKS, _HNSW_BUILD, _HNSW_SEARCH = 32, 80, 64  # twice FAISS's breadths: the defaults (40, 16) lose more points
+
+
+def flat_backend(backend: Backend, device: torch.device) -> type[TorchFlat] | type[FaissFlat]:
+    if backend not in ("auto", "faiss", "torch"):
+        raise unknown_name("index backend", backend, ("auto", "faiss", "torch"))
+    if backend == "torch":
+        return TorchFlat
+    try:
+        import faiss
+    except (ImportError, RuntimeError) as error:  # faiss-gpu without its CUDA libraries raises RuntimeError
+        if backend == "faiss":
+            raise TrajOODError(
+                f"index backend 'faiss' is not importable ({error}): {_INSTALL}; or use backend 'torch'"
+            ) from error
+        return TorchFlat
+    # The only safe gate: StandardGpuResources exists even without a GPU.
+    if device.type == "cuda" and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0):
+        return TorchFlat
+    return FaissFlat
+
+
+def check_approximate(approximate: Approximate, backend: Backend) -> None:
+    """Refused at any size, so that a run does not fail only once its dictionary has grown."""
+    if approximate == "none":
+        return
+    if approximate not in ("ivf", "hnsw"):
+        raise unknown_name("approximate index", approximate, ("none", "ivf", "hnsw"))
+    if backend == "torch":
+        raise TrajOODError(
+            f"approximate index {approximate!r} is part of FAISS, but the index backend is 'torch': use backend 'auto' "
+            "or 'faiss', or approximate 'none'"
+        )
+    try:
+        import faiss  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise TrajOODError(
+            f"approximate index {approximate!r} needs faiss, which is not importable ({error}): {_INSTALL}; or use "
+            "approximate 'none'"
+        ) from error
+
+
+class TorchFlat:
+    """Top-k by the float32 expansion, in blocks."""
+
+    name = "torch"
+
+    def __init__(self, points: Tensor) -> None:
+        self._points, self._squared = points, points.square().sum(dim=1)
+
+    def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        step = max(1, 2**25 // len(self._points))
+        parts = []
+        for block in queries.split(step):
+            cross = apply_in_chunks(partial(torch.matmul, other=self._points.T), block, ROWS)
+            squared = block.square().sum(dim=1, keepdim=True) + self._squared - 2 * cross
+            parts.append(squared.topk(k, dim=1, largest=False))
+        return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+class FaissFlat:
+    """FAISS IndexFlatL2 (squared distances), on the GPU when the points are there."""
+
+    name = "faiss"
+
+    def __init__(self, points: Tensor) -> None:
+        import faiss
+
+        self._device = points.device
+        index: Any = faiss.IndexFlatL2(points.shape[1])
+        index.add(points.cpu().numpy())
+        if points.device.type == "cuda":
+            index = _to_gpu(index, points.device.index or 0, points.numel() * points.element_size())
+        self._index = index
+        self._fallback = points if points.device.type == "cuda" else None
+
+    def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if self._fallback is not None and k > _FAISS_GPU_MAX_K:
+            return TorchFlat(self._fallback).topk(queries, k)
+        squared, indices = self._index.search(queries.cpu().numpy(), k)
+        return torch.from_numpy(squared).to(self._device), torch.from_numpy(indices).to(self._device)
+
+
+def _to_gpu(index: Any, gpu: int, size: int) -> Any:
+    """A flat index of ``size`` bytes on one GPU, or in shards on all of them. Whole copies on every GPU would only
+    speed up batches far larger than a chunk of trajectories. Among several processes each keeps to its own GPU."""
+    import faiss
+
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone and faiss.get_num_gpus() > 1 and size > SHARD_ABOVE:
+        options = faiss.GpuMultipleClonerOptions()
+        options.shard = True
+        return faiss.index_cpu_to_all_gpus(index, co=options)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
+
+
+class FaissApproximate:
+    """FAISS's IVF or HNSW over (N, d) points, on the CPU; what a query finds is independent of its batch."""
+
+    def __init__(self, points: Tensor, kind: Approximate) -> None:
+        import faiss
+
+        self._device = points.device
+        vectors, dimension = points.cpu().numpy(), points.shape[1]
+        self._index: Any
+        if kind == "hnsw":
+            self._index = faiss.IndexHNSWFlat(dimension, _HNSW_LINKS)
+            self._index.hnsw.efConstruction, self._index.hnsw.efSearch = _HNSW_BUILD, _HNSW_SEARCH
+            threads = faiss.omp_get_max_threads()
+            faiss.omp_set_num_threads(1)  # several would link the points in an order that no seed fixes
+            try:
+                self._index.add(vectors)
+            finally:
+                faiss.omp_set_num_threads(threads)
+        else:
+            self._cells = faiss.IndexFlatL2(dimension)  # the index does not keep it alive
+            self._index = faiss.IndexIVFFlat(self._cells, dimension, cell_count(len(points), 4))
+            self._index.cp.seed, self._index.cp.max_points_per_centroid = SEED, CELL_SAMPLE
+            self._index.nprobe = _PROBED_CELLS
+            self._index.train(vectors)
+            self._index.add(vectors)
+
+    def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        # One query with one cell at a time: a product of the whole batch rounds by the batch's size, which would let a
+        # query visit other cells beside other queries.
+        with _faiss_setting("distance_compute_blas_threshold", 2**31 - 1):
+            squared, indices = self._index.search(queries.cpu().numpy(), k)
+        return torch.from_numpy(squared).to(self._device), torch.from_numpy(indices).to(self._device)
+
+
+@contextmanager
+def _faiss_setting(name: str, value: int) -> Iterator[None]:
+    """One of FAISS's global numbers, for the length of a search."""
+    import faiss
+
+    before = getattr(faiss.cvar, name)
+    setattr(faiss.cvar, name, value)
+    try:
+        yield
+    finally:
+        setattr(faiss.cvar, name, before)
+
+
+def cell_count(count: int, factor: int) -> int:
+    """``factor``·√N cells, fewer where that leaves too few points for k-means."""
+    return max(1, min(int(factor * count**0.5), count // CELL_SAMPLE))
