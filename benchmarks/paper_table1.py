@@ -149,7 +149,7 @@ def load_model(arguments: argparse.Namespace, mask_ratio: float) -> Autoencoder:
 def benchmark_of(arguments: argparse.Namespace) -> Iterator[Benchmark]:
     """The benchmark; that of a rehearsal has files for as long as the context lasts, and a name of its own."""
     if arguments.rehearsal is None:
-        yield load_benchmark(BENCHMARK, arguments.data_root)
+        yield load_benchmark(BENCHMARK, arguments.data_root, follow_links=arguments.follow_links)
         return
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -450,6 +450,7 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, help="OpenOOD's data folder; default: $TRAJ_OOD_DATA, then ./data")
+    parser.add_argument("--follow-links", action="store_true", help="data folders may be links to other places")
     parser.add_argument("--model", help=f"name or local folder of a ViT-MAE; default: {MODEL}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--out", type=Path, help="default: results/paper-table1, or runs/rehearsal-paper-table1")
