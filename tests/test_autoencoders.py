@@ -182,6 +182,8 @@ def test_zero_position_tables_are_refused(part: str, folder: Path) -> None:
 def test_impossible_mask_ratio(ratio: float) -> None:
     with pytest.raises(TrajOODError, match="mask_ratio: expected 0 <= ratio < 1, got"):
         tiny.vit(mask_ratio=ratio)
+    with pytest.raises(TrajOODError, match=r"mask_ratio: expected one that leaves .* of 4 patches visible, got 0\.9"):
+        tiny.vit(mask_ratio=0.9)
 
 
 def test_hidden_size_must_fit_the_table() -> None:
@@ -522,6 +524,24 @@ def test_views() -> None:
     assert torch.equal(plain.grid(maps[:, :, :2, :1]), maps[:, :, :2, 0].transpose(1, 2))
     with pytest.raises(TrajOODError, match="latent view: expected one of tokens, cls, mean, got 'patch'"):
         model.view(latents, "patch")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("side", "ratio", "cells"), [(5, 0.3, 13), (5, 0.36, 12), (3, 0.5, 4), (9, 0.9, 6), (8, 0, 16)]
+)
+def test_the_grid_under_a_mask_is_where_the_visible_patches_are(side: int, ratio: float, cells: int) -> None:
+    model = tiny.vit(changes={"image_size": 4 * side}, mask_ratio=ratio, mask_seed=2)
+    numbers = torch.arange(side**2, dtype=torch.float32)[None, :, None].expand(2, -1, 16)  # each patch says which it is
+    model.module.vit.embeddings.config.mask_ratio = float(ratio)  # as at every call of the encoder
+    visible = model.module.vit.embeddings.random_masking(numbers, noise=model._noise.expand(2, -1))[0]
+    found = model.grid(torch.cat([torch.full((2, 1, 16), -1e6), visible], dim=1))
+    places: dict[tuple[int, int], list[int]] = {}
+    for patch in visible[0, :, 0].int().tolist():
+        row, column = patch // side, patch % side
+        places.setdefault((4 * row // side, 4 * column // side) if side > 4 else (row, column), []).append(patch)
+    assert len(places) == cells
+    expected = torch.tensor([sum(own) / len(own) for _, own in sorted(places.items())])
+    torch.testing.assert_close(found, expected[None, :, None].expand(2, -1, 16))
 
 
 @pytest.mark.parametrize("make", [tiny.vit, tiny.conv])

@@ -183,7 +183,7 @@ class Autoencoder(ABC):
         """(B, cells, d) view ``grid`` of latents (B, *L): patch tokens, or a feature map (B, C, H, W), averaged over at
         most 4 × 4 cells of the image, so that statistics may differ from place to place; any other latent is one cell.
 
-        Tokens whose number is no square (a masked encoder's) have no known place: they are one cell, their mean.
+        Tokens whose number is no square have no known place: they are one cell, their mean.
         """
         if latents.ndim == 4:
             cells = (min(GRID, latents.shape[2]), min(GRID, latents.shape[3]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from traj_ood.autoencoders.base import Autoencoder
+from traj_ood.autoencoders.base import GRID, Autoencoder
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
@@ -74,12 +75,18 @@ class ViTMAE(Autoencoder):
         self.mean, self.std = tuple(mean or default_mean), tuple(std or default_std)
         check_statistics(name, channels, self.mean, self.std)
         self.patches = model.vit.embeddings.patch_embeddings.num_patches
+        visible = int(self.patches * (1 - self.mask_ratio))  # as transformers counts them
+        if not visible:
+            raise TrajOODError(
+                f"mask_ratio: expected one that leaves at least one of {self.patches} patches visible, got {mask_ratio}"
+            )
         # About two thousand tokens a call fill the matrix products of a CPU.
         self.chunk = _power_of_two(2048 / (self.patches + 1), 4, 128)
         # The mask ratio is a field of the shared config that the embedding reads at every call: own it.
         model.vit.embeddings.config = copy.copy(config)
         self._noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)
         self._restore = self._noise.argsort().argsort()
+        self._cells = _cells_of(self._noise, visible) if self.mask_ratio else None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ViTMAE:
@@ -167,6 +174,14 @@ class ViTMAE(Autoencoder):
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         return self._decode(latents, self._restore.to(latents.device).expand(latents.shape[0], -1))
+
+    def grid(self, latents: Tensor) -> Tensor:
+        """As :meth:`Autoencoder.grid`; under a mask, which is the same for all images, the mean of the visible patches
+        of each cell, without cells that have none."""
+        if self._cells is None:
+            return super().grid(latents)
+        patches = latents[:, 1:]
+        return torch.stack([patches[:, tokens].mean(dim=1) for tokens in self._cells], dim=1)
 
     def transform(self, image: Image.Image) -> Tensor:
         return image_to_tensor(image, self.input_shape, self.mean, self.std)
@@ -333,6 +348,17 @@ def _fixed_order(patches: int, ratio: float, seed: int) -> Tensor:
     order = torch.arange(patches, dtype=torch.float32)
     order[hidden] += patches
     return order.argsort().argsort().float()
+
+
+def _cells_of(noise: Tensor, visible: int) -> list[list[int]]:
+    """Which of the ``visible`` patch tokens lie in each cell of ``GRID`` x ``GRID``, those without any left out."""
+    side = math.isqrt(len(noise))
+    cells: dict[tuple[int, int], list[int]] = {}
+    for token, patch in enumerate(noise.argsort()[:visible].tolist()):
+        row, column = divmod(patch, side)
+        place = (row * GRID // side, column * GRID // side) if side > GRID else (row, column)
+        cells.setdefault(place, []).append(token)
+    return [cells[place] for place in sorted(cells)]
 
 
 def _power_of_two(target: float, low: int, high: int) -> int:
