@@ -742,15 +742,18 @@ def main() -> None:
         "soak": lambda place: soak(place, arguments.images),
     }
     record = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    commit = git_commit(Path(__file__).parent)  # before the record is written, which may be part of it
     for name in arguments.part:
         began = time.perf_counter()
         with temporary_place(arguments.place) as place:
-            found = parts[name](place)
-        record[name] = {
+            # Errors name places that nobody else has.
+            found = json.loads(json.dumps(parts[name](place)).replace(str(place.folder), "PLACE"))
+        longer = name == "soak" and arguments.images != parser.get_default("images")
+        record[f"soak_{arguments.images}" if longer else name] = {
             **found,
             "seconds": round(time.perf_counter() - began, 1),
             "command": " ".join(["python", "benchmarks/reliability.py", *sys.argv[1:]]),
-            "commit": git_commit(Path(__file__).parent),
+            "commit": commit,
             "versions": environment(),
         }
         write_atomic(arguments.out, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
