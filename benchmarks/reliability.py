@@ -721,6 +721,16 @@ def temporary_place(parent: Path | None) -> Iterator[Place]:
         yield Place(Path(folder))
 
 
+def _command(arguments: argparse.Namespace) -> str:
+    """What decides the numbers, without the folders of this machine."""
+    texts = [
+        f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in vars(arguments).items()
+        if key not in ("out", "place")
+    ]
+    return " ".join(["python benchmarks/reliability.py", *texts])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
@@ -752,7 +762,7 @@ def main() -> None:
         record[f"soak_{arguments.images}" if longer else name] = {
             **found,
             "seconds": round(time.perf_counter() - began, 1),
-            "command": " ".join(["python", "benchmarks/reliability.py", *sys.argv[1:]]),
+            "command": _command(arguments),
             "commit": commit,
             "versions": environment(),
         }

@@ -43,9 +43,10 @@ class SurrogateNetwork(nn.Module):
     Args:
         features: n.
         hidden: widths between n and k. Default: one layer of 2n units, within 256 … 512. One layer contracts as well as
-            two, and 1,024 units (measured at n = 512) contract no better than 512, at twice the time.
-        bottleneck: k. Default: n/2, within 16 … 128. Measured at n = 256 and 512, half of that left fewer attractors
-            on features with few classes, and up to half of the trajectories unsettled on features with many modes.
+            two, and 1,024 units contract no better than 512, at twice the time (tried at n = 512, not recorded).
+        bottleneck: k. Default: n/2, within 16 … 128. Half of that left fewer attractors on features with few classes,
+            and up to half of the trajectories unsettled on features with many modes (tried at n = 256 and 512, not
+            recorded).
         activation: between the layers; ``gelu`` (default, smooth like f should be), ``relu``, or ``identity``, which
             makes f linear up to the LayerNorm.
         latent_norm: the LayerNorm at the encoder's end. Default true; see above.
@@ -160,8 +161,8 @@ class SurrogateAutoencoder(Autoencoder):
         self.name, self.module = name or backbone.name, self.network
         self.input_shape = backbone.input_shape
         self.feature_dim, self.classes = backbone.feature_dim, backbone.classes
-        # 1,024 rows take 10 to 20 % longer in calls of 128 than at once; larger chunks would drag more idle rows along
-        # with the few trajectories that settle last.
+        # Calls of 128 rows take no longer than one of 1,024 (benchmarks/surrogate_training.py); larger chunks would drag
+        # more idle rows along with the few trajectories that settle last.
         self.chunk = 128
         self.record: Mapping[str, Any] = {}
         if network.features != backbone.feature_dim:

@@ -45,7 +45,8 @@ class Field(Postprocessor):
     outliers of ID validation images (blends, jigsaws, rotations, inversions, blurs, CutMix), see results/README.md.
 
     With fewer than about 20 training images b drowns a, because its mean over the images it was learnt from is then far
-    below that of new ones: ``early-path`` is the better choice there.
+    below that of new ones: ``early-path`` is the better choice there (tried while this was developed, not recorded; the
+    recorded counts begin at 50, results/ablations).
 
     Cost: one evaluation of f, and 16 · (2d)² numbers for latents of d dimensions a token.
 
