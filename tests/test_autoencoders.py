@@ -544,6 +544,24 @@ def test_the_grid_under_a_mask_is_where_the_visible_patches_are(side: int, ratio
     torch.testing.assert_close(found, expected[None, :, None].expand(2, -1, 16))
 
 
+def test_weights_of_several_types_take_float32() -> None:
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+            self.down, self.up = torch.nn.Linear(64, 4), torch.nn.Linear(4, 64)
+
+        def encode(self, images: Tensor) -> Tensor:
+            return self.down(images.flatten(1)) * self.temperature.float()
+
+        def decode(self, latents: Tensor) -> Tensor:
+            return self.up(latents).reshape(-1, 1, 8, 8)
+
+    model = CallableAutoencoder.from_module(Mixed(), (1, 8, 8))
+    images = tiny.images(3)
+    assert torch.equal(model.encode(images.double()), model.encode(images))
+
+
 @pytest.mark.parametrize("make", [tiny.vit, tiny.conv])
 def test_wrong_images(make: Callable[[], Any]) -> None:
     model = make()

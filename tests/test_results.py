@@ -280,3 +280,13 @@ def test_git_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git_commit(repository) == commit + "-dirty"
     monkeypatch.setenv("PATH", "")
     assert git_commit(repository) is None
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, found in (("pipe", "a device or pipe"), ("folder", "a folder")):
+        with pytest.raises(TrajOODError, match=rf"{name}: expected a file to write, found {found}; choose another"):
+            write_atomic(tmp_path / name, b"")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()

@@ -377,7 +377,11 @@ def test_scores_beyond_all_numbers_stay_above_every_threshold(
     said = Judgement(
         torch.tensor([math.inf, 1.5]), torch.tensor([0.05, 0.5]), torch.tensor([True, False]), steps, status
     )
-    beyond = SimpleNamespace(autoencoder=judge.autoencoder, judge=lambda images: said)
+    known = SimpleNamespace(
+        p_values=lambda scores: said.p_values[scores.isfinite().long()],  # type: ignore[index]
+        decide=lambda scores: said.decisions[scores.isfinite().long()],  # type: ignore[index]
+    )
+    beyond = SimpleNamespace(autoencoder=judge.autoencoder, judge=lambda images: said, calibration=known)
     entries = [Entry(str(folder / "001.png")), Entry(str(folder / "002.png"))]
     for suffix in ("csv", "jsonl", "parquet"):
         tally, _ = write(beyond, entries, tmp_path / f"out.{suffix}")
@@ -680,11 +684,11 @@ def test_rows_of_another_input_detector_or_image_are_not_continued(
     )
     assert part.read_bytes() == left
     refused(
-        r"expected what this detector says of '.*000\.png' \(score .*\), found another row",
+        r"row 1: expected the p-value and decision that belong to its score, found others; resume with the calibration",
         detector=make(calibration=3),
     )
-    refused("expected what this detector says of", detector=make(calibration=None))
-    refused("expected what this detector says of", detector=make("mahalanobis"))
+    refused("row 1: expected the p-value and decision", detector=make(calibration=None))
+    refused(r"row 1: expected the p-value|expected what this detector says of", detector=make("mahalanobis"))
     image = (folder / "003.png").read_bytes()
     (folder / "003.png").write_bytes((folder / "004.png").read_bytes())
     refused(r"says of '.*003\.png'")
@@ -697,11 +701,12 @@ class Rounding:
     """A detector whose scores are off by a factor, as those of a GPU may be by rounding when batches differ."""
 
     def __init__(self, detector: Detector, factor: float) -> None:
-        self.autoencoder, self._detector, self._factor = detector.autoencoder, detector, factor
+        self.autoencoder, self.calibration = detector.autoencoder, detector.calibration
+        self._detector, self._factor = detector, factor
 
     def judge(self, images: Tensor) -> Any:
         said = self._detector.judge(images)
-        known = self._detector.calibration
+        known = self.calibration
         assert known is not None
         scores = said.scores * self._factor
         return replace(said, scores=scores, p_values=known.p_values(scores), decisions=known.decide(scores))
@@ -719,6 +724,37 @@ def test_rows_that_differ_by_rounding_are_continued(judge: Detector, folder: Pat
     with pytest.raises(TrajOODError, match=r"expected what this detector says of '.*000\.png'"):
         write(Rounding(judge, 1 + 1e-5), walk(str(folder)), out, resume=True)
     assert part.read_bytes() == whole
+
+
+def test_rows_of_another_calibration_are_found_wherever_they_differ(judge: Detector, tmp_path: Path) -> None:
+    """The first 64 images look stranger than all others: any calibration says the same of them."""
+    tiny.write_images(tmp_path / "t", 10, seed=1)
+    (tmp_path / "s").mkdir()
+    other, draw, number = make(calibration=3), np.random.default_rng(0), 0
+    while number < 70:
+        image = Image.fromarray((255 * draw.integers(0, 2, (8, 8))).astype(np.uint8))
+        if all(float(one.p_value([image])) == 1 / 21 for one in (judge, other)):
+            image.save(tmp_path / "s" / f"{number:03d}.png")
+            number += 1
+    out = tmp_path / "out.csv"
+    entries = [*walk(str(tmp_path / "s")), *walk(str(tmp_path / "t"))]
+    write(judge, entries, out)
+    whole = out.read_bytes()
+    out.rename(tmp_path / "out.csv.part")
+    with pytest.raises(TrajOODError, match=r"out\.csv\.part: row 7\d: expected the p-value and decision that"):
+        write(other, entries, out, resume=True)
+    assert (tmp_path / "out.csv.part").read_bytes() == whole
+
+
+def test_the_unfinished_file_is_no_link_and_no_pipe(judge: Detector, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "out.csv.part").symlink_to(tmp_path / "victim")
+    with pytest.raises(TrajOODError, match=r"expected a folder that can be written \(for out\.csv\.part\)"):
+        write(judge, walk(str(folder)), tmp_path / "out.csv", overwrite=True)
+    assert (tmp_path / "victim").read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe.csv.part")
+    with pytest.raises(TrajOODError, match=r"pipe\.csv\.part: expected a file that an earlier run left"):
+        write(judge, walk(str(folder)), tmp_path / "pipe.csv", overwrite=True)
 
 
 def test_damaged_rows_are_refused(judge: Detector, folder: Path, tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ def iterate(
         tol: on the squared residual. Default 1e-5, the paper's for foundation models.
         max_steps: most evaluations of f per sample. Default 500, the paper's.
         observers: measure every point z_0 … z_N; memory grows with one number per point, not with the latents.
-        chunk: rows per call of f. Default 32: more would fill matrix products better, but drag more idle rows along with
-            the few samples that settle last. Each :class:`Autoencoder` knows a number that suits it.
+        chunk: rows per call of f. Default 32: more would fill matrix products better, but drag more idle rows along
+            with the few samples that settle last. Each :class:`Autoencoder` knows a number that suits it.
         on_step: called as ``on_step(step, still_running)`` after each step, for progress bars.
         low_precision: cheaper first steps, see :class:`LowPrecision`. Default None: f alone. In a step in which both
             maps are at work each fills up its own last chunk, so the gain needs batches of several chunks.

@@ -19,10 +19,14 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
     The bytes go to a hidden file in the same folder (a rename across file systems is not atomic), reach the disk, and
     take the place of ``path`` in one step. Missing folders are made. On any failure the hidden file is removed.
 
-    Raises ``TrajOODError`` naming the folder when it cannot be written (no permission, disk full); any error of the
-    callable other than OSError passes through.
+    Raises ``TrajOODError`` naming the folder when it cannot be written (no permission, disk full), and for a ``path``
+    that is there and no regular file: a rename would replace a device by a file. Any error of the callable other than
+    OSError passes through.
     """
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "a device or pipe"
+        raise TrajOODError(f"{path}: expected a file to write, found {found}; choose another name")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +55,8 @@ def check_writable(folder: str | Path) -> None:
 
     Raises ``TrajOODError`` naming the folder.
     """
-    folder = Path(folder).expanduser()
-    made = [path for path in folder.parents if not path.exists()]
+    folder = Path(os.path.realpath(Path(folder).expanduser()))
+    made = [path for path in folder.parents if not os.path.exists(path)]
     probe = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with _folder_errors(folder):

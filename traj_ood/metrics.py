@@ -35,7 +35,8 @@ class Metrics:
     ``fpr95``           the paper's: the threshold keeps at least 95 % of ID; share of OOD accepted as ID.
     ``fpr95_openood``   OpenOOD's: the threshold catches at least 95 % of OOD; share of ID rejected as OOD.
 
-    The two FPRs answer different questions (38.7 % and 29.6 % on the same scores of ``knn:view=tokens``, results/paper) and must never be compared.
+    The two FPRs answer different questions (38.7 % and 29.6 % on the same scores of ``knn:view=tokens``, results/paper)
+    and must never be compared.
     """
 
     auroc: float

@@ -29,14 +29,18 @@ def check_images(name: str, images: Tensor, shape: tuple[int, int, int], prepare
 
 def network_input(name: str, images: Tensor, shape: tuple[int, int, int], prepare: str, module: nn.Module) -> Tensor:
     """Images as ``module`` takes them: checked, on its device, and of the type of its weights, since float64 or float16
-    images are images of its shape, too. A module without weights says nothing of types: then they stay as they are.
+    images are images of its shape, too. A module without weights says nothing of types, so they stay as they are; one
+    with weights of several types takes float32, which is what transforms make.
 
     Raises:
         TrajOODError: as :func:`check_images`, numbers beyond the range of the weights' type included.
     """
-    weights = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if weights is not None and images.is_floating_point():
-        images = images.to(weights.device, weights.dtype)
+    parameters = list(module.parameters())
+    types = {p.dtype for p in parameters if p.is_floating_point()}
+    if types and images.is_floating_point():
+        images = images.to(types.pop() if len(types) == 1 else torch.float32)
+    if parameters:
+        images = images.to(parameters[0].device)
     check_images(name, images, shape, prepare)
     return images
 

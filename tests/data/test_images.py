@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 import zlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,6 +222,29 @@ def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
     assert images.ids == ("set/a/1.JPEG", "set/a/10.jpg", "set/b/2.PNG", "set/z.jpg")
     assert images.missing() == []
     assert images.load(3).size == (16, 12)
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.png", "b/2.png"):
+        save(tmp_path / name)
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(TrajOODError, match=r"b: the folder cannot be listed \(Permission denied\); fix its perm"):
+        read_folder(tmp_path)
+
+
+def test_wide_integers_that_may_be_8_bits_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 2), 200, np.int32)).save(tmp_path / "wide.tif")
+    with pytest.raises(TrajOODError, match=r"wide\.tif: expected greyscale of 8 or 16 bits, got integers of 32 bits"):
+        open_image(tmp_path / "wide.tif")
+    Image.fromarray(np.full((2, 2), 65535, np.int32)).save(tmp_path / "deep.tif")
+    assert open_image(tmp_path / "deep.tif").getpixel((0, 0)) == 255
 
 
 def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:

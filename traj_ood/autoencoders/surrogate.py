@@ -161,8 +161,8 @@ class SurrogateAutoencoder(Autoencoder):
         self.name, self.module = name or backbone.name, self.network
         self.input_shape = backbone.input_shape
         self.feature_dim, self.classes = backbone.feature_dim, backbone.classes
-        # Calls of 128 rows take no longer than one of 1,024 (benchmarks/surrogate_training.py); larger chunks would drag
-        # more idle rows along with the few trajectories that settle last.
+        # Calls of 128 rows take no longer than one of 1,024 (benchmarks/surrogate_training.py); larger chunks would
+        # drag more idle rows along with the few trajectories that settle last.
         self.chunk = 128
         self.record: Mapping[str, Any] = {}
         if network.features != backbone.feature_dim:

@@ -330,7 +330,7 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
 def _walk(folder: Path) -> Iterator[str]:
     """Relative posix paths of the image files below ``folder``, in a fixed order."""
     seen: set[str] = set()
-    for current, folders, files in os.walk(folder, followlinks=True):
+    for current, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(current)
         if real in seen:  # a link back to a folder already walked: without this a loop never ends
             folders.clear()
@@ -340,6 +340,12 @@ def _walk(folder: Path) -> Iterator[str]:
         for name in files:
             if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
                 yield Path(current, name).relative_to(folder).as_posix()
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise TrajOODError(
+        f"{error.filename}: the folder cannot be listed ({error.strerror}); fix its permissions"
+    ) from error
 
 
 def inside_root(written: str, where: str) -> str:
@@ -381,6 +387,11 @@ def _grey_or_rgb(image: Image.Image, path: Path) -> Image.Image:
 def _to_8_bits(pixels: np.ndarray, path: Path) -> np.ndarray:
     """16-bit greyscale (H, W) of any integer dtype to uint8, rounded: 65535 / 255 = 257."""
     low, high = int(pixels.min()), int(pixels.max())
+    if pixels.dtype.itemsize > 2 and 0 < high < 256 and low >= 0:
+        raise TrajOODError(
+            f"{path}: expected greyscale of 8 or 16 bits, got integers of 32 bits from {low} to {high}, which may be "
+            "meant as either; save it as 8 or 16 bit"
+        )
     if low < 0 or high > 65535:
         raise TrajOODError(
             f"{path}: expected greyscale of 8 or 16 bits, got integers from {low} to {high}; save it as 8 or 16 bit"

@@ -30,7 +30,7 @@ from traj_ood.trajectory import Status
 if TYPE_CHECKING:
     from traj_ood.detector import Detector, Judgement
 
-ERROR, OOD = "error", "ood"
+ERROR, OOD, ID = "error", "ood", "id"
 SCORED = "scored"
 _STATUS = {Status.CONVERGED: "converged", Status.STEP_LIMIT: "step_limit", Status.NON_FINITE: "non_finite"}
 _LINGER = 1.0  # seconds that a batch waits for more when the input is slow, say a folder watched by another program
@@ -183,7 +183,7 @@ def _rows(judgement: Judgement) -> list[Row]:
     rows = []
     for k, score in enumerate(judgement.scores.tolist()):
         status = SCORED if statuses[k] is None else _STATUS[Status(statuses[k])]
-        decision = None if decisions[k] is None else OOD if decisions[k] else "id"
+        decision = None if decisions[k] is None else OOD if decisions[k] else ID
         status = _STATUS[Status.NON_FINITE] if math.isinf(score) else status
         rows.append(Row("", score, p_values[k], decision, steps[k], status))
     return rows

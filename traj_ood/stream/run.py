@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import torch
+
 from traj_ood.stream.paths import Entry
-from traj_ood.stream.rows import Row, Tally, default_batch_size, score_rows
+from traj_ood.stream.rows import ID, OOD, Row, Tally, default_batch_size, score_rows
 from traj_ood.stream.tables import Table
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ def write_scores(
     entries = iter(entries)
     earlier = Tally()
     if resume:
-        held = table.match(entries, _JUDGED_AGAIN)
+        held = table.match(entries, _JUDGED_AGAIN, partial(_calibrated, detector))
         with closing(score_rows(detector, [e for e, _ in held.first], batch_size=size, workers=workers)) as again:
             held.check(chain.from_iterable(again))
         earlier = held.tally
@@ -60,3 +63,12 @@ def write_scores(
             tally = tally.plus(rows)
     table.finish()
     return tally, earlier
+
+
+def _calibrated(detector: Detector, score: float) -> tuple[float | None, str | None]:
+    """What the detector's calibration says of a score."""
+    known = detector.calibration
+    if known is None:
+        return None, None
+    one = torch.tensor([score], dtype=torch.float64)
+    return float(known.p_values(one)), OOD if bool(known.decide(one)) else ID

@@ -5,7 +5,8 @@ it is whole. CSV and JSON lines can be resumed from their ``.part``: a row count
 
 A row is its own evidence, so there is no second file that says whose rows these are and could be lost or out of date:
 :meth:`Table.match` compares every path with the input's, and the caller judges the first images again, which have to
-come out the same (:meth:`Resumed.check`). That notices another detector, calibration or image.
+come out the same (:meth:`Resumed.check`); p-value and decision of every row have to be those of its score. That notices
+another detector, calibration or image.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import contextlib
 import io
 import math
 import os
+import stat
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +29,7 @@ from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import COLUMNS, Row, Tally
 
 FORMATS = (*TEXT_FORMATS, "parquet")
+Calibrated = Callable[[float], tuple[float | None, str | None]]
 _ROW_GROUP = 8192
 _ROUNDING = 1e-6  # of a score, relative: what float32 leaves of it when the batch changes
 
@@ -49,13 +52,13 @@ class Resumed:
         """Compare ``rows``, made anew from the entries in ``first``, with what is there.
 
         Scores may differ by rounding: those of a model or a scorer that is not ours, or on a GPU, may follow the batch.
-        What depends on where a score stands among others is then left out, since rounding can turn it over.
+        P-value and decision follow from the score, and :meth:`Table.match` has compared them.
 
         Raises:
             TrajOODError: a row differs.
         """
         for (entry, there), row in zip(self.first, rows, strict=True):
-            if row != there and not _same_but_for_rounding(row, there):
+            if not _same_but_for_rounding(row, there):
                 now = f"status {row.status}" if row.score is None else f"score {row.score}"
                 raise TrajOODError(
                     f"{self.where}: expected what this detector says of {entry.path!r} ({now}), found another row; "
@@ -72,14 +75,15 @@ class Table(ABC):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def match(self, entries: Iterator[Entry], first: int) -> Resumed:
+    def match(self, entries: Iterator[Entry], first: int, calibrated: Calibrated) -> Resumed:
         """Take from ``entries`` those that have a whole row here already; the next row goes behind these.
 
         Args:
             entries: the input, from its start.
             first: rows to hold for :meth:`Resumed.check`.
+            calibrated: p-value and decision that belong to a score.
         Raises:
-            TrajOODError: rows that do not match the start of the input, or are damaged.
+            TrajOODError: rows that do not match the start of the input, or the calibration, or are damaged.
         """
         return Resumed()
 
@@ -194,10 +198,10 @@ class FileTable(Table):
         self._form, self._path, self._part, self._file = form, path, part, file
         self._is_worthless = os.fstat(file.fileno()).st_size == 0
 
-    def match(self, entries: Iterator[Entry], first: int) -> Resumed:
+    def match(self, entries: Iterator[Entry], first: int, calibrated: Calibrated) -> Resumed:
         with _disk_errors(self._path):
             self._file.seek(0)
-            resumed, end = _match(self._form, self._part, self._file, entries, first)
+            resumed, end = _match(self._form, self._part, self._file, entries, first, calibrated)
             self._file.truncate(end)
             self._file.seek(end)
         return resumed
@@ -234,9 +238,9 @@ class FinishedTable(Table):
     def is_finished(self) -> bool:
         return True
 
-    def match(self, entries: Iterator[Entry], first: int) -> Resumed:
+    def match(self, entries: Iterator[Entry], first: int, calibrated: Calibrated) -> Resumed:
         with _disk_errors(self._path), open(self._path, "rb", buffering=0) as file:
-            resumed, end = _match(self._form, self._path, file, entries, first)
+            resumed, end = _match(self._form, self._path, file, entries, first, calibrated)
             size = os.fstat(file.fileno()).st_size
         rest = next(entries, None)
         if rest is not None or end != size:
@@ -351,7 +355,9 @@ def _format(path: Path | None, format: str | None) -> str:
     return suffix
 
 
-def _match(form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entry], first: int) -> tuple[Resumed, int]:
+def _match(
+    form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entry], first: int, calibrated: Calibrated
+) -> tuple[Resumed, int]:
     """What the file holds of the input, and where its last whole row ends; ``entries`` stands behind that row."""
     tally, end = Tally(), len(form.header)
     held: list[tuple[Entry, Row]] = []
@@ -364,6 +370,12 @@ def _match(form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entr
             for record in form.records(reader):
                 row = form.decode(record)
                 entry = _same(path, tally.count + 1, row.path, next(entries, None))
+                if row.score is not None and (row.p_value, row.decision) != calibrated(row.score):
+                    raise TrajOODError(
+                        f"{path}: row {tally.count + 1}: expected the p-value and decision that belong to its score, "
+                        "found others; resume with the calibration that it was made with, or start again with "
+                        "--overwrite"
+                    )
                 tally, end = tally.plus([row]), end + len(record)
                 if len(held) < first:
                     held.append((entry, row))
@@ -376,13 +388,11 @@ def _match(form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entr
 
 
 def _same_but_for_rounding(row: Row, there: Row) -> bool:
-    """Whether two rows say the same, with scores that differ, but by little."""
-    if row.score is None or there.score is None or row.score == there.score:
-        return False
+    """Whether two rows say the same, apart from what follows from the score."""
+    if row.score is None or there.score is None:
+        return row == there
     near = math.isclose(row.score, there.score, rel_tol=_ROUNDING)
-    return near and replace(row, score=None, p_value=None, decision=None) == replace(
-        there, score=None, p_value=None, decision=None
-    )
+    return near and (row.path, row.steps, row.status) == (there.path, there.steps, there.status)
 
 
 def _same(path: Path, number: int, there: str, entry: Entry | None) -> Entry:
@@ -400,7 +410,14 @@ def _open_part(part: Path) -> io.FileIO:
     """The unfinished file, made where there is none, for this process alone; the system lets go of it at any death."""
     with _disk_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
-        file = io.FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        # Neither through a link, which could lead to any file, nor into a pipe, which would wait for a reader.
+        opened = os.open(
+            part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666
+        )
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise TrajOODError(f"{part}: expected a file that an earlier run left, or nothing, found a pipe or device")
+    file = io.FileIO(opened, "r+b")
     try:
         _lock(file)
         # The run that held it may have finished between our open and our lock: this is then its finished file.
