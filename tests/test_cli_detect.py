@@ -34,7 +34,7 @@ PATIENCE = 300  # seconds for a process that takes three, on a machine that is b
 
 
 def call(*arguments: object, stdin: bytes | None = None) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin, prog_name="traj-ood")
 
 
 def assert_refused(result: Result, *texts: str) -> None:
@@ -140,7 +140,17 @@ def test_fit_on_lists_and_calibration_images_of_ones_own(place: Path, tmp_path: 
         ({"--images": "42"}, ["expected between 2 and 41 images to learn from", "got 42"]),
         ({"--tpr": "1"}, ["tpr: expected a share of ID images between 0 and 1, such as 0.95, got 1.0"]),
         ({"--calibrate": "/nowhere"}, ["image folder /nowhere: expected a folder of images, found nothing"]),
-        ({"--seed": "-1"}, ["seed: expected 0 or more, got -1"]),
+        ({"--seed": "-1"}, ["Invalid value for '--seed': -1 is not in the range 0<=x<=4294967295."]),
+        ({"--seed": str(10**23)}, ["is not in the range 0<=x<=4294967295."]),
+        ({"--scorer": "gmm:seed=-1"}, ["scorer gmm: expected a seed from 0 to 4294967295, got -1"]),
+        ({"--scorer": f"trajectory:horizon={10**20}"}, ["scorer trajectory, option horizon: expected int"]),
+        ({"--tol": "inf"}, ["tol"]),
+        ({"--device": "meta"}, ["device 'meta' is not available here (it computes nothing)"]),
+        ({"--model": ""}, ["Invalid value for '--model': expected a name, got an empty one"]),
+        ({"--model": "m" * 300}, ["File name too long"]),
+        ({"--out": ""}, ["Invalid value for '--out': expected a name, got an empty one"]),
+        ({"source": ""}, ["Invalid value for 'IMAGES': expected a name, got an empty one"]),
+        ({"source": "s" * 300}, ["error: File name too long: " + "s" * 80 + ": expected"]),
         ({"--device": "cuda:99"}, ["device 'cuda:99' is not available here"]),
         ({"--workers": "0"}, ["workers: expected at least 1, got 0"]),
         ({"--tpr": "0.99"}, ["expected at least 198 images, 99 of them to be held out for calibration, got 60"]),
@@ -232,11 +242,72 @@ def test_lists_may_not_reach_out_of_their_root_by_links_unless_allowed(place: Pa
     assert result.exit_code == 0, result.output
 
 
+def test_a_detector_that_came_between_is_not_replaced_unless_that_is_asked_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate = Detector.calibrate
+
+    def slowly(self: Detector, *arguments: Any, **options: Any) -> Detector:
+        if not (tmp_path / "d").exists():
+            shutil.copytree(place / "detector", tmp_path / "d")  # what another process did meanwhile
+        return calibrate(self, *arguments, **options)
+
+    monkeypatch.setattr(Detector, "calibrate", slowly)
+    arguments = ["fit", place / "id", "--model", place / "mae", "--out", tmp_path / "d", "--seed", 3, *FAST]
+    before = (place / "detector" / "detector.json").read_bytes()
+    assert_refused(call(*arguments), f"{tmp_path / 'd'}: was made by another process meanwhile")
+    assert (tmp_path / "d" / "detector.json").read_bytes() == before
+    assert call(*arguments, "--overwrite").exit_code == 0
+    assert (tmp_path / "d" / "detector.json").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_no_command_writes_into_a_detector(place: Path, tmp_path: Path) -> None:
+    inside, model = place / "detector" / "sub", place / "mae"
+    yaml = tiny.write_benchmark(tmp_path)
+    for arguments in (
+        ["bench", yaml, "--model", model, "--out", inside],
+        ["diagnose", model, "--benchmark", yaml, "--out", place / "detector"],
+        ["fit", place / "id", "--model", model, "--out", inside],
+        ["leaderboard", tmp_path, "--csv", inside],
+        ["report", tmp_path, "--out", inside],
+        ["train", "fashion-mae", "--out", inside],
+    ):
+        assert_refused(call(*arguments), f"expected a place outside of any detector, found {place / 'detector'}")
+    assert not inside.exists()
+    assert Detector.load(place / "detector", device="cpu")
+    (tmp_path / "detector.json").write_text("{}")  # any file may be called so
+    assert call("fit", place / "id", "--model", model, "--out", tmp_path / "d", *FAST).exit_code == 0
+
+
 @pytest.mark.parametrize("command", ["bench", "diagnose", "export", "fit", "score", "train"])
 def test_numbers_of_threads_that_are_none_are_refused(command: str) -> None:
-    result = call(command, "x", "--threads", -1)
-    assert result.exit_code == 2
-    assert "Invalid value for '--threads': -1 is not in the range x>=1" in result.stderr
+    for number in (-1, 0, 3_000_000_000):
+        assert_refused(
+            call(command, "x", "--threads", number),
+            f"Invalid value for '--threads': {number} is not in the range 1<=x<=1024. See traj-ood {command} --help.",
+        )
+
+
+def test_what_nobody_foresaw_is_one_line_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("several\nlines")
+
+    monkeypatch.setattr("traj_ood.cli.detect._check_sources", fail)
+    result = call("score", "x", "y")
+    assert result.exit_code == 70
+    assert result.stderr == (
+        "traj-ood: error: a fault of traj_ood's own: RuntimeError: several lines; TRAJ_OOD_TRACEBACK=1 shows where; "
+        "please report it\n"
+    )
+    monkeypatch.setenv("TRAJ_OOD_TRACEBACK", "1")
+    assert isinstance(call("score", "x", "y").exception, RuntimeError)
+
+
+def test_commands_without_a_name_say_what_there_is() -> None:
+    assert_refused(call("scoer"), "No such command 'scoer'.", "See traj-ood --help.")
+    assert "Commands:" in call().output
+    assert call("--help").exit_code == call("fit", "--help").exit_code == 0
 
 
 # ---------------------------------------------------------------------------------------------- score
@@ -358,8 +429,11 @@ def test_score_refuses_bad_usage_and_leaves_nothing(place: Path, photos: Path, t
         ([detector, photos, "--workers", "0", "--out", tmp_path / "x.csv"], "workers: expected at least 1, got 0"),
         ([tmp_path / "gone", photos, "--out", tmp_path / "x.csv"], "gone: expected a folder with detector.json"),
         ([detector, "--list", tmp_path / "gone.txt", "--out", tmp_path / "x.csv"], "gone.txt: cannot be read"),
-        ([detector, photos, "--out", detector / "x.csv"], f"x.csv: lies in the detector {detector}"),
-        ([detector, photos, "--out", detector / "model" / "x.csv"], f"x.csv: lies in the detector {detector}"),
+        (
+            [detector, photos, "--out", detector / "x.csv"],
+            f"expected a place outside of any detector, found {detector}",
+        ),
+        ([detector, photos, "--out", detector / "model" / "x.csv"], f"outside of any detector, found {detector}"),
     ):
         assert_refused(call("score", *arguments, *FAST), words)
     (row,) = rows(call("score", detector, f"{tmp_path}/nowhere/", *FAST).stdout)

@@ -523,7 +523,7 @@ def test_unhealthy_attractors_are_told_of(tmp_path: Path) -> None:
 def test_nothing_is_written_into_a_detectors_folder(saved: Path) -> None:
     for path in (saved / "inner", saved / "deep" / "er"):
         with pytest.raises(
-            TrajOODError, match=r"lies in the detector .*, which would be refused as damaged .* outside"
+            TrajOODError, match=r"expected a place outside of any detector, found .* refused as damaged"
         ):
             Detector.load(saved, device="cpu").save(path)
     Detector.load(saved, device="cpu").save(saved)

@@ -395,8 +395,9 @@ def test_record_ends_and_length() -> None:
     [
         ({"start": torch.ones(3)}, r"start: expected floating-point latents of shape \(B, \*L\), got torch.float32"),
         ({"start": torch.ones(3, 2, dtype=torch.int64)}, "start: expected floating-point latents .* got torch.int64"),
-        ({"tol": -1e-9}, "tol: expected a squared residual >= 0, got -1e-09"),
-        ({"tol": NAN}, "tol: expected a squared residual >= 0, got nan"),
+        ({"tol": -1e-9}, "tol: expected a finite squared residual >= 0, got -1e-09"),
+        ({"tol": NAN}, "tol: expected a finite squared residual >= 0, got nan"),
+        ({"tol": float("inf")}, "tol: expected a finite squared residual >= 0, got inf"),
         ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
         ({"chunk": 0}, "chunk: expected at least 1 row, got 0"),
     ],

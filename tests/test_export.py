@@ -382,9 +382,11 @@ def test_the_command_prints_the_check_the_size_and_the_latency(tmp_path: Path) -
     from traj_ood.cli import main
 
     model = tiny.conv()
-    for scorer in ("field", "isolation-forest"):
+    for scorer in ("field", "isolation-forest", "trajectory"):
         detector = Detector.fit(model, tiny.images(30, model.input_shape), scorer)
-        detector.calibrate(tiny.images(40, model.input_shape, seed=9)).save(tmp_path / scorer)
+        detector.calibrate(tiny.images(40, model.input_shape, seed=9)).save(
+            tmp_path / ("path" if scorer == "trajectory" else scorer)
+        )
     tiny.write_images(tmp_path / "images", 3, seed=0)
     out = tmp_path / "field.pt2"
     command = ["export", str(tmp_path / "field"), "--format", "torch", "--out", str(out), "--images"]
@@ -400,7 +402,18 @@ def test_the_command_prints_the_check_the_size_and_the_latency(tmp_path: Path) -
     inside = tmp_path / "field" / "field.pt2"
     done = CliRunner().invoke(main, [*command[:5], str(inside), "--images", str(tmp_path / "images")])
     assert (done.exit_code, inside.exists()) == (2, False)
-    assert f"{inside}: lies in the detector {tmp_path / 'field'}" in done.stderr
+    assert f"expected a place outside of any detector, found {tmp_path / 'field'}" in done.stderr
+    done = CliRunner().invoke(main, [*command, str(tmp_path / "images")])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"{out}: there already; choose another --out, or replace it with --overwrite" in done.stderr
+    assert CliRunner().invoke(main, [*command, str(tmp_path / "images"), "--overwrite"]).exit_code == 0
+    path = ["export", str(tmp_path / "path"), "--format", "torch", "--out", str(tmp_path / "path.pt2"), "--steps"]
+    done = CliRunner().invoke(main, [*path, "2", "--images", str(tmp_path / "images")])
+    assert done.exit_code == 0, done.output
+    said = "Agrees with trajectory:horizon=2 in Python, which is not the detector's own trajectory, on 3 images"
+    assert said in done.output
+    done = CliRunner().invoke(main, [*path[:-2], str(tmp_path / "more.pt2"), "--steps", "501"])
+    assert "export: expected at most 500 steps, the detector's own limit, got 501" in done.stderr
     done = CliRunner().invoke(main, ["export", str(tmp_path / "isolation-forest"), "--format", "torch", "--out", "x"])
     assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1

@@ -166,3 +166,11 @@ def test_shrinkage_of_white_noise_is_whole() -> None:
         torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]), torch.zeros(1, 2).double(), torch.zeros(4).long()
     )
     torch.testing.assert_close(ledoit_wolf(sample), 0.5 * torch.eye(2, dtype=torch.float64))
+
+
+def test_classes_of_one_image_each_measure_nothing() -> None:
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    train = Evidence(features={"mean": features}, labels=torch.arange(6))
+    for covariance in ("ledoit-wolf", "empirical"):
+        with pytest.raises(TrajOODError, match=r"do not vary within their classes \(6 classes of 6 images\)"):
+            Mahalanobis(classes=True, covariance=covariance).fit(train)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -411,6 +412,34 @@ def test_a_run_that_is_result_json_alone_still_has_its_tables(tmp_path: Path) ->
     assert "(scores.parquet) were not kept" in text
     assert "(curves.parquet) were not kept" in text
     assert body(Reader(text).tables[0]).keys() == set(SCORERS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_no_run_leaves_are_refused(place: Path, tmp_path: Path, value: float) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    path = next((tmp_path / "copy").rglob("scores.parquet"))
+    table = pd.read_parquet(path)
+    label = table.columns[-1]
+    table.loc[3, label] = value
+    table.to_parquet(path)
+    with pytest.raises(
+        TrajOODError, match=r"scores\.parquet: expected finite scores .* 1 of \d+ rows .*; run it again"
+    ):
+        write_report(tmp_path / "copy", tmp_path / "r.html")
+    table[:0].to_parquet(path)
+    with pytest.raises(TrajOODError, match=r"scores\.parquet: expected finite scores of every image, got no row"):
+        write_report(tmp_path / "copy", tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_curves_that_cannot_be_drawn_are_one_error(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("curves.parquet"):
+        table = pd.read_parquet(path)
+        table["step"] = np.nan
+        table.to_parquet(path)
+    with pytest.raises(TrajOODError, match=r"copy: cannot be drawn|copy: its runs cannot be drawn"):
+        write_report(tmp_path / "copy", tmp_path / "r.html")
 
 
 def test_no_scorers_are_none_to_show(place: Path) -> None:

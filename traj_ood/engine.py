@@ -6,6 +6,7 @@ squared, 1e-5 for foundation models) or after ``max_steps`` (500 there).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -284,8 +285,8 @@ def _check_arguments(start: Tensor, tol: float, max_steps: int, chunk: int) -> N
         raise TrajOODError(
             f"start: expected floating-point latents of shape (B, *L), got {start.dtype} of shape {tuple(start.shape)}"
         )
-    if not tol >= 0:
-        raise TrajOODError(f"tol: expected a squared residual >= 0, got {tol}")
+    if not 0 <= tol < math.inf:
+        raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol}")
     if max_steps < 1:
         raise TrajOODError(f"max_steps: expected at least 1, got {max_steps}")
     if chunk < 1:

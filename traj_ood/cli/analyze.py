@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import PATH, THREADS, examples, main, one_line_errors, silence_libraries
 
 if TYPE_CHECKING:
     from traj_ood.analysis import Question
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 @click.option("--option", "-o", "pairs", multiple=True, metavar="KEY=VALUE", help="Repeatable; see --show.")
 @click.option("--paper", is_flag=True, help="Start from the paper's settings instead of those for two cores.")
 @click.option("--show", is_flag=True, help="Print the options, the paper's values and the choices; compute nothing.")
-@click.option("--out", type=click.Path(path_type=Path), help="Results folder.  [default: runs/analysis/<question>]")
-@click.option("--work", type=click.Path(path_type=Path), help="Finished units of work.  [default: OUT/units]")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where the images are.")
+@click.option("--out", type=PATH, help="Results folder.  [default: runs/analysis/<question>]")
+@click.option("--work", type=PATH, help="Finished units of work.  [default: OUT/units]")
+@click.option("--data-root", type=PATH, help="Where the images are.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
 @click.option("--fresh", is_flag=True, help="Discard the finished units of an earlier run.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
 @one_line_errors

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,7 +17,63 @@ import click
 from traj_ood.errors import TrajOODError
 from traj_ood.parallel import TeammateError, is_main_process
 
+_MOST_THREADS = 1024  # OpenMP aborts the process when it is asked for many more
+_LARGEST_SEED = 2**32 - 1  # what NumPy and scikit-learn take
+_TRACEBACK = "TRAJ_OOD_TRACEBACK"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class _Name(click.ParamType):
+    """A text that is not empty: as a path, an empty one would mean the working directory."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value or "\0" in value:
+            self.fail("expected a name, got an empty one" if not value else "expected a name without NUL", param, ctx)
+        return str(value)
+
+
+class _PathName(_Name):
+    """A path that is not empty."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # type: ignore[override]
+        return value if isinstance(value, Path) else Path(super().convert(value, param, ctx))
+
+
+NAME, PATH = _Name(), _PathName()
+SEED, THREADS = click.IntRange(0, _LARGEST_SEED), click.IntRange(1, _MOST_THREADS)
+
+
+class _OneLine(click.Group):
+    """click's own errors as one line, like all others."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # `traj-ood` alone; older versions of click have no class
+                error.show()
+                sys.exit(error.exit_code)
+            context = getattr(error, "ctx", None)
+            more = f" See {context.command_path} --help." if context is not None else ""
+            click.echo(f"traj-ood: error: {' '.join(error.format_message().split())}{more}", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("traj-ood: interrupted", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def examples(*lines: str) -> str:
@@ -23,7 +82,10 @@ def examples(*lines: str) -> str:
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Bad input ends in one line on stderr and exit code 2; an interruption says that nothing is lost."""
+    """Bad input ends in one line on stderr and exit code 2; an interruption says that nothing is lost.
+
+    What nobody foresaw is one line, too, with exit code 70: a traceback is for us; ``TRAJ_OOD_TRACEBACK=1`` shows it.
+    """
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -38,11 +100,36 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             if is_main_process():
                 click.echo("traj-ood: interrupted; the same command continues where this one stopped", err=True)
             sys.exit(130)
+        except (OSError, MemoryError, OverflowError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            _refuse(f"{_words(error)}: expected names, sizes and numbers that this machine can take", error, 2)
+        except Exception as error:
+            if re.search("out of memory|can't allocate memory", str(error)):  # of which torch makes a RuntimeError
+                _refuse(f"{_words(error)}: give a smaller --batch-size, or fewer images", error, 2)
+            _refuse(
+                f"a fault of traj_ood's own: {_words(error)}; {_TRACEBACK}=1 shows where; please report it", error, 70
+            )
 
     return wrapped
 
 
-@click.group(context_settings=_CONTEXT, epilog=examples("traj-ood list", "traj-ood bench fashion --quick"))
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {str(error.filename or '')[:80]}".removesuffix(": ")
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+
+
+def _refuse(line: str, error: BaseException, code: int) -> None:
+    if os.environ.get(_TRACEBACK):
+        raise error
+    click.echo(f"traj-ood: error: {line}", err=True)
+    sys.exit(code)
+
+
+@click.group(
+    cls=_OneLine, context_settings=_CONTEXT, epilog=examples("traj-ood list", "traj-ood bench fashion --quick")
+)
 @click.version_option(package_name="traj_ood", prog_name="traj-ood")
 def main() -> None:
     """Out-of-distribution detection with the latent dynamics of autoencoders, and honest comparisons of OOD scorers."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import NAME, PATH, SEED, THREADS, examples, main, one_line_errors, silence_libraries
 from traj_ood.errors import TrajOODError
 from traj_ood.parallel import Team
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         "traj-ood bench my-images.yaml --model runs/my-mae --on-error skip --quiet",
     )
 )
-@click.argument("benchmark")
+@click.argument("benchmark", type=NAME)
 @click.option(
     "--model",
     default="fashion-mae",
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
 @click.option("--attractors", type=int, help="ID training images to learn from.  [default: the benchmark's protocol]")
 @click.option("--per-set", type=int, help="Most images per test and OOD set.  [default: the benchmark's protocol]")
 @click.option("--quick", is_flag=True, help="Short for --attractors 1000 --per-set 300.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the training sample.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training sample.")
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
 @click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
 @click.option("--mask-ratio", type=float, help="Fixed mask of a ViT-MAE.  [default: none]")
-@click.option("--mask-seed", type=int, help="Draws that mask.  [default: 0]")
+@click.option("--mask-seed", type=SEED, help="Draws that mask.  [default: 0]")
 @click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Results folder.")
+@click.option("--out", type=PATH, default=Path("runs"), show_default=True, help="Results folder.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Faster, coarser products on NVIDIA GPUs.")
 @click.option(
     "--precision",
@@ -86,12 +86,14 @@ def bench(benchmark: str, **options: Any) -> None:
     import torch
 
     from traj_ood.attractors import Verdict
+    from traj_ood.detector import refuse_inside
     from traj_ood.leaderboard import render_markdown
     from traj_ood.plots import plot_run
 
     silence_libraries()
     if options["threads"]:
         torch.set_num_threads(options["threads"])
+    refuse_inside(options["out"])
     team = Team.join()
     with team.together():
         evaluator = _evaluator(benchmark, options, team)
@@ -181,9 +183,9 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
         "traj-ood leaderboard results --format openood",
     )
 )
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("results"))
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Also write the full table as CSV.")
-@click.option("--readme", type=click.Path(path_type=Path), help="Also put the table between this file's markers.")
+@click.argument("folder", type=PATH, default=Path("results"))
+@click.option("--csv", "csv_path", type=PATH, help="Also write the full table as CSV.")
+@click.option("--readme", type=PATH, help="Also put the table between this file's markers.")
 @click.option(
     "--format",
     "form",
@@ -195,11 +197,14 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
 @one_line_errors
 def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str) -> None:
     """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
+    from traj_ood.detector import refuse_inside
     from traj_ood.leaderboard import openood_csv, render_markdown, update_readme, write_csv, write_openood_csv
     from traj_ood.results import Result
 
     if form == "openood" and readme is not None:
         raise TrajOODError("--readme takes the Markdown table: leave out --format openood, or --readme")
+    if csv_path is not None:
+        refuse_inside(csv_path.parent)
     results = Result.load_all(folder)
     if form == "openood":
         if csv_path is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import NAME, PATH, SEED, THREADS, examples, main, one_line_errors, silence_libraries
 from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
@@ -35,27 +35,30 @@ _BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
         "traj-ood fit train.txt --data-root /data --model timm:resnet50 --scorer mahalanobis --calibrate val/ --out d",
     )
 )
-@click.argument("source", metavar="IMAGES")
-@click.option("--model", required=True, help="As for `traj-ood bench`; a backbone gets a surrogate trained on IMAGES.")
+@click.argument("source", metavar="IMAGES", type=NAME)
+@click.option(
+    "--model", type=NAME, required=True, help="As for `traj-ood bench`; a backbone gets a surrogate trained on IMAGES."
+)
 @click.option("--scorer", default="field", show_default=True, help="Options as name:key=value.")
 @click.option("--images", "count", type=int, help="Images to learn from.  [default: the benchmark's protocol, or all]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of that sample and of what is held out.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of that sample and of what is held out.")
 @click.option(
     "--calibrate",
     "calibration",
+    type=NAME,
     metavar="FOLDER|LIST",
     help="ID images that neither the detector nor the model has learnt from.  [default: the benchmark's val split, "
     "else a fifth of IMAGES, held out; at most 2,000]",
 )
 @click.option("--tpr", type=float, default=0.95, show_default=True, help="Share of ID images to accept.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where the images of a benchmark or list are.")
+@click.option("--data-root", type=PATH, help="Where the images of a benchmark or list are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
 @click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the detector.")
+@click.option("--out", type=PATH, required=True, help="Folder for the detector.")
 @click.option("--overwrite", is_flag=True, help="Replace the detector that is in OUT.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
@@ -100,7 +103,7 @@ def fit(source: str, **options: Any) -> None:
     # Data sets hold images twice: what was held out of one may be learnt from all the same.
     on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
     detector.calibrate(chosen.calibration, options["tpr"], on_error=on_error, on_known=on_known)
-    detector.save(options["out"])
+    detector.save(options["out"], overwrite=options["overwrite"])
     click.echo(_fitted(detector, chosen))
     click.echo(f"Written to {options['out']}", err=True)
 
@@ -110,7 +113,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     from traj_ood.detector import FILE_NAME, refuse_inside
     from traj_ood.files import check_writable
 
-    refuse_inside(out)
+    refuse_inside(out.expanduser().absolute().parent)
     is_detector = (out / FILE_NAME).is_file()
     if is_detector and not overwrite:
         raise TrajOODError(f"{out}: holds a detector already; choose another --out, or replace it with --overwrite")
@@ -167,20 +170,24 @@ class _TrainingSplit:
         "traj-ood score my.detector --list lists/test.txt --root /data | grep ,ood,",
     )
 )
-@click.argument("detector")
+@click.argument("detector", type=NAME)
 @click.argument("sources", nargs=-1, metavar="[FILES|FOLDERS|-]...")
-@click.option("--list", "list_path", help="Image list, `relative/path label` per line; read after FILES and FOLDERS.")
-@click.option("--root", help="Where the list's paths start, and what they may not leave.  [default: the list's folder]")
+@click.option(
+    "--list", "list_path", type=NAME, help="Image list, `relative/path label` per line; read after FILES and FOLDERS."
+)
+@click.option(
+    "--root", type=NAME, help="Where the list's paths start, and what they may not leave.  [default: the list's folder]"
+)
 @click.option("--null", is_flag=True, help="Paths on standard input end in NUL bytes, as of find -print0.")
 @click.option("--follow-links", is_flag=True, help="Also links that lead out of their folder, or out of the root.")
-@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: standard output]")
+@click.option("--out", type=PATH, help="File to write.  [default: standard output]")
 @click.option(
     "--format", type=click.Choice(["csv", "jsonl", "parquet"]), help="[default: by the suffix of --out, else csv]"
 )
 @click.option("--resume", is_flag=True, help="Continue what an interrupted run left beside --out, if anything.")
 @click.option("--overwrite", is_flag=True, help="Start again, and replace --out in the end.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
@@ -219,7 +226,7 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
 
     silence_libraries()
     if options["out"] is not None:
-        refuse_inside(options["out"])
+        refuse_inside(options["out"].parent)
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     resume, out = options["resume"], options["out"]
@@ -259,6 +266,10 @@ def _check_sources(sources: tuple[str, ...], options: dict[str, Any]) -> None:
         raise TrajOODError("standard input (-) can be read only once: leave the others out")
     if options["root"] is not None and options["list_path"] is None:
         raise TrajOODError("--root belongs to --list: give a list, or leave it out")
+    if options["list_path"] is not None and not os.path.exists(options["list_path"]):
+        raise TrajOODError(
+            f"image list {options['list_path']}: cannot be read (No such file); give a text file of paths"
+        )
     if options["null"] and "-" not in sources:
         raise TrajOODError("--null belongs to paths on standard input: add - to the sources, or leave it out")
 
@@ -268,6 +279,8 @@ def _entries(sources: tuple[str, ...], options: dict[str, Any]) -> Iterator[Entr
 
     for source in sources:
         if source == "-":
+            if sys.stdin is None:
+                raise TrajOODError("standard input (-) is closed: give files or folders, or paths on standard input")
             # Unbuffered: a thread that waits for more input inside a buffer's lock would disturb Python's exit.
             yield from read_paths(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), null=options["null"])
         elif os.path.isdir(source):

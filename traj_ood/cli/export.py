@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +28,7 @@ _MOST = 32
         "traj-ood export runs/trajectory-detector --format onnx --out detector.onnx --steps 16",
     ),
 )
-@click.argument("detector", type=click.Path(path_type=Path))
+@click.argument("detector", type=PATH)
 @click.option(
     "--format",
     "form",
@@ -34,16 +36,19 @@ _MOST = 32
     required=True,
     help="onnx for ONNX Runtime; torch for torch.export.load, from people you trust.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, .onnx or .pt2 by custom.")
+@click.option("--out", type=PATH, required=True, help="File to write, .onnx or .pt2 by custom.")
+@click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
 @click.option("--steps", type=int, help="Evaluations of f.  [default: as many as the scorer reads]")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder whose first 32 images are compared.  [default: scikit-image's photographs and textures]",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
 @one_line_errors
-def export(detector: Path, form: str, out: Path, steps: int | None, images: Path | None, threads: int | None) -> None:
+def export(
+    detector: Path, form: str, out: Path, overwrite: bool, steps: int | None, images: Path | None, threads: int | None
+) -> None:
     """Write DETECTOR (a folder) as one file that takes images (B, C, H, W) and returns scores.
 
     Pixels are float32 in [0, 1]; normalisation, network, attractors and scorer are inside, the threshold is in the
@@ -55,6 +60,8 @@ def export(detector: Path, form: str, out: Path, steps: int | None, images: Path
     from traj_ood.export import export_detector
 
     silence_libraries()
+    if os.path.exists(out) and not overwrite:
+        raise TrajOODError(f"{out}: there already; choose another --out, or replace it with --overwrite")
     if threads:
         torch.set_num_threads(threads)
     loaded = Detector.load(detector, device="cpu")
@@ -83,13 +90,15 @@ def _report(made: Exported) -> list[str]:
     from traj_ood.export import ALLOWED
 
     what, found = made.metadata, made.agreement
+    own = what["scorer"]["is_fitted"]
+    other = f"{what['scorer']['label']} in Python, which is not the detector's own {what['scorer']['fitted']},"
     shape = ", ".join(map(str, what["input"]["shape"][1:]))
     threshold = what["calibration"]["threshold"] if what["calibration"] else None
     return [
         f"{what['scorer']['label']} on {what['model']['name']}, {what['steps']} evaluation(s) of f: "
         f"images (B, {shape}) float32 in [0, 1] -> scores (B,) {what['output']['dtype']}",
-        f"Agrees with the detector on {found.images} images: largest relative difference {found.difference:.1e} "
-        f"(allowed {ALLOWED:.0e})",
+        f"Agrees with {'the detector' if own else other} on {found.images} images: largest relative difference "
+        f"{found.difference:.1e} (allowed {ALLOWED:.0e})",
         f"Latency: {found.one[0]:.1f} ms for one image (detector {found.one[1]:.1f}), {found.many[0]:.1f} ms for "
         f"{found.images} (detector {found.many[1]:.1f})",
         f"Threshold: {f'{threshold:.6g}' if threshold is not None else 'none'}",

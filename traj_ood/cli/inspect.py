@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import NAME, PATH, SEED, THREADS, examples, main, one_line_errors, silence_libraries
 
 if TYPE_CHECKING:
     from traj_ood.autoencoders import Autoencoder
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
         "traj-ood diagnose runs/my-mae --benchmark my-images.yaml --images 2000 --out runs/my-diagnosis",
     )
 )
-@click.argument("model")
-@click.option("--benchmark", required=True, help="Whose ID images to look at: a name or a YAML file.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.argument("model", type=NAME)
+@click.option("--benchmark", type=NAME, required=True, help="Whose ID images to look at: a name or a YAML file.")
+@click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @click.option("--images", type=int, default=500, show_default=True, help="Training and held-out images, at most.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the training sample and the noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training sample and the noise.")
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
 @click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/<benchmark>--<model>--diagnosis]")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@click.option("--out", type=PATH, help="Folder.  [default: runs/<benchmark>--<model>--diagnosis]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar; for logs.")
 @one_line_errors
 def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | None, **options: Any) -> None:
@@ -45,11 +45,14 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     from traj_ood.autoencoders import load_autoencoder
     from traj_ood.backbones import is_backbone_spec
     from traj_ood.data import load_benchmark
+    from traj_ood.detector import refuse_inside
     from traj_ood.device import resolve_device
     from traj_ood.diagnose import diagnose as run_diagnosis
     from traj_ood.fit_surrogate import surrogate_for
 
     silence_libraries()
+    if out is not None:
+        refuse_inside(out)
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from traj_ood.cli.base import examples, main, one_line_errors
+from traj_ood.cli.base import PATH, examples, main, one_line_errors
 from traj_ood.errors import TrajOODError
 
 
@@ -17,8 +17,8 @@ from traj_ood.errors import TrajOODError
         "traj-ood report results --scorers field,knn,mahalanobis",
     )
 )
-@click.argument("results", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: report.html in RESULTS]")
+@click.argument("results", type=PATH)
+@click.option("--out", type=PATH, help="The page.  [default: report.html in RESULTS]")
 @click.option(
     "--scorers",
     help="Comma-separated labels to show in detail, or all.  [default: the best three, field and the paper's]",
@@ -30,8 +30,10 @@ def report(results: Path, out: Path | None, scorers: str | None) -> None:
     The page holds all it needs and asks nothing of a network; it is drawn from the runs' own folders, without the model
     and without the data.
     """
+    from traj_ood.detector import refuse_inside
     from traj_ood.report import write_report
 
+    refuse_inside(results if out is None else out.parent)
     labels = None if scorers is None else [s.strip() for s in scorers.split(",") if s.strip()]
     if labels == []:
         raise TrajOODError("--scorers: expected labels, got none: give some, all, or leave it out")

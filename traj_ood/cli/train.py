@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import NAME, PATH, THREADS, examples, main, one_line_errors, silence_libraries
 
 
 @main.command(
@@ -16,12 +16,12 @@ from traj_ood.cli.base import examples, main, one_line_errors, silence_libraries
         "traj-ood train my-config.yaml --out runs/my-mae --device cuda",
     )
 )
-@click.argument("config")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for model, log and checkpoint.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where the benchmark's images are.")
+@click.argument("config", type=NAME)
+@click.option("--out", type=PATH, required=True, help="Folder for model, log and checkpoint.")
+@click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that compute.  [default: all]")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
 @click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
 @one_line_errors
@@ -32,10 +32,12 @@ def train(config: str, out: Path, data_root: Path | None, device: str, threads: 
     """
     import torch
 
+    from traj_ood.detector import refuse_inside
     from traj_ood.device import resolve_device
     from traj_ood.train import TrainConfig, train_model
 
     silence_libraries()
+    refuse_inside(out)
     if threads:
         torch.set_num_threads(threads)
     settings = TrainConfig.load(config)

@@ -293,15 +293,18 @@ class Detector:
 
     # ------------------------------------------------------------------ files
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, overwrite: bool = True) -> None:
         """Write the detector: safetensors, JSON and a model card, whole or not at all.
 
         Args:
             folder: new, empty, or holding a detector, which is replaced.
+            overwrite: whether it is replaced; default true.
         Raises:
-            TrajOODError: another kind of folder, no permission or space, or a backbone that cannot be rebuilt.
+            TrajOODError: another kind of folder, one inside a detector, no permission or space, or a backbone that
+                cannot be rebuilt.
         """
-        write_detector(Parts(self.scorers, self.training, self._seen, self.calibration), Path(folder))
+        parts = Parts(self.scorers, self.training, self._seen, self.calibration)
+        write_detector(parts, Path(folder), overwrite)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", autoencoder: Autoencoder | None = None) -> Detector:

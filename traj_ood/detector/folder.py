@@ -62,11 +62,11 @@ class Parts:
     calibration: Calibration | None
 
 
-def write_detector(parts: Parts, folder: Path) -> None:
+def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
     """Write ``folder``, or replace the detector in it; see :meth:`traj_ood.Detector.save` for the errors."""
     scorers = parts.scorers
-    refuse_inside(folder)
-    with replaced_folder(folder, FILE_NAME, _KNOWN) as fresh:
+    refuse_inside(folder.expanduser().absolute().parent)
+    with replaced_folder(folder, FILE_NAME, _KNOWN, overwrite) as fresh:
         tensors = {_SCORER: scorers.scorers[0].state, _TRAINING: {"digests": parts.seen}}
         scorers.scorers[0].save(fresh / _SCORER)
         write_atomic(fresh / _TRAINING, save(tensors[_TRAINING]))
@@ -121,18 +121,28 @@ def _record(parts: Parts) -> dict[str, Any]:
     }
 
 
-def refuse_inside(path: str | Path) -> None:
-    """Refuse to write ``path`` into a detector's folder, which holds what its seal names and nothing else.
+def refuse_inside(folder: str | Path) -> None:
+    """Refuse to write files into ``folder`` where that is a detector, which holds what its seal names and nothing else,
+    or lies in one.
 
     Raises:
         TrajOODError: names the detector.
     """
-    for folder in Path(os.path.realpath(Path(path).expanduser())).parents:
-        if (folder / FILE_NAME).is_file():
+    place = Path(os.path.realpath(Path(folder).expanduser()))
+    for above in (place, *place.parents):
+        if _is_detector(above):
             raise TrajOODError(
-                f"{path}: lies in the detector {folder}, which would be refused as damaged with another file in it; "
-                "choose a place outside"
+                f"{folder}: expected a place outside of any detector, found {above}, which would be refused as damaged "
+                "with another file in it; choose another place"
             )
+
+
+def _is_detector(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and str(record.get("schema", "")).startswith(SCHEMA.split("/")[0])
 
 
 def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) -> Parts:

@@ -5,6 +5,7 @@ The seal finds damage and half copies. It is no signature: who can write the fol
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ _MOST_JSON = 2**26
 
 
 @contextmanager
-def replaced_folder(folder: str | Path, name: str, known: Collection[str]) -> Iterator[Path]:
+def replaced_folder(folder: str | Path, name: str, known: Collection[str], overwrite: bool = True) -> Iterator[Path]:
     """A new folder beside ``folder`` to write into, which takes its place in the end; on any failure nothing changes.
 
     A crash leaves the old folder or the new one. Only one that comes between two renames leaves neither under this
@@ -33,6 +34,7 @@ def replaced_folder(folder: str | Path, name: str, known: Collection[str]) -> It
     Args:
         name: of the JSON that marks a folder which may be replaced; only an empty one may lack it.
         known: all names that ``folder`` may hold now. It is deleted, so anything else in it is refused.
+        overwrite: false takes an empty folder or none, also when another process has filled it meanwhile.
     Raises:
         TrajOODError: strangers in ``folder``, or no permission or space to write.
     """
@@ -42,7 +44,10 @@ def replaced_folder(folder: str | Path, name: str, known: Collection[str]) -> It
         _refuse_strangers(target, name, known)
         fresh.mkdir(parents=True)
         yield fresh
-        _swap(fresh, target)
+        if overwrite:
+            _swap(fresh, target)
+        else:
+            _take(fresh, target)
     except OSError as error:
         raise TrajOODError(
             f"{target}: expected a folder that can be written, got: {error.strerror or error}; free space, fix the "
@@ -61,6 +66,16 @@ def _refuse_strangers(target: Path, name: str, known: Collection[str]) -> None:
         raise TrajOODError(
             f"{target}: holds {strangers[0]!r}, which is no part of what would be replaced: choose an empty folder"
         )
+
+
+def _take(fresh: Path, target: Path) -> None:
+    """The name ``target``, which the system gives to one process alone."""
+    try:
+        os.rename(fresh, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise TrajOODError(f"{target}: was made by another process meanwhile; choose another folder") from error
 
 
 def _swap(fresh: Path, target: Path) -> None:

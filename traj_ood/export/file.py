@@ -70,7 +70,7 @@ def export_detector(
             f"export: expected the model on the CPU, where graphs are recorded and compared, got "
             f"{detector.autoencoder.device}: use Detector.load(folder, device='cpu')"
         )
-    refuse_inside(path)
+    refuse_inside(Path(path).parent)
     module = as_module(detector, steps)
     metadata = describe(detector, module)
     compared = real_images(detector.autoencoder) if images is None else images
@@ -101,7 +101,12 @@ def describe(detector: HasScorers, module: DetectorModule) -> dict[str, Any]:
         },
         "preprocessing": {**module.preprocessing.as_dict(), "normalisation": "inside: give pixels in [0, 1]"},
         "output": {"name": OUTPUT, "dtype": "float64", "higher": "more OOD", "nan": "not an image in [0, 1]"},
-        "scorer": {"label": scorer.label, "options": scorer.options(), "fitted": detector.scorers.labels[0]},
+        "scorer": {
+            "label": scorer.label,
+            "options": scorer.options(),
+            "fitted": detector.scorers.labels[0],
+            "is_fitted": same_score(detector.scorers, module.steps),  # or one of another number of steps
+        },
         "steps": module.steps,
         "tol": detector.scorers.tol,
         "model": {"name": model.name, "family": model.family, "fingerprint": model.fingerprint()},

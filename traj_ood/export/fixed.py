@@ -49,12 +49,18 @@ def steps_of(scorers: ScorerSet, steps: int | None) -> int:
     Args:
         steps: the limit asked for. None takes what the scorer reads under the detector's own limit.
     Raises:
-        TrajOODError: none given for a scorer that reads the path until it settles, or below 1.
+        TrajOODError: none given for a scorer that reads the path until it settles, below 1, or above the detector's
+            limit.
     """
     scorer = one_scorer(scorers)
     reads = scorer.needs().steps
     if steps is not None and steps < 1:
         raise TrajOODError(f"export: expected at least 1 step, got {steps}")
+    if steps is not None and steps > scorers.max_steps:
+        raise TrajOODError(
+            f"export: expected at most {scorers.max_steps} steps, the detector's own limit, got {steps}: fit one with "
+            "a higher --max-steps"
+        )
     if steps is None and reads == WHOLE_PATH:
         raise TrajOODError(
             f"export: scorer {scorer.label} reads a path until it settles, and a graph has a fixed number of steps: "

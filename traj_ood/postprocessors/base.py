@@ -134,6 +134,9 @@ class Postprocessor(ABC):
         view = getattr(self, "view", None)
         if view is not None and view not in self.views:
             raise unknown_name(f"view of scorer {self.name}", str(view), self.views)
+        seed = getattr(self, "seed", 0)
+        if not 0 <= seed < 2**32:
+            raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
 
     @abstractmethod
     def needs(self) -> Needs:

@@ -67,6 +67,11 @@ class Mahalanobis(FeatureScorer):
         classes = self._classes(train, len(features))
         means = class_means(features, classes, int(classes.max()) + 1)
         sample = moments(features, means, classes)
+        if len(means) > 1 and not float(sample.covariance.trace()) > 0:
+            raise TrajOODError(
+                f"scorer {self.label}: the training features do not vary within their classes ({len(means)} classes of "
+                f"{len(features)} images), so no distance can be measured: use more images of each class"
+            )
         factor = whitening(ledoit_wolf(sample) if self.covariance == "ledoit-wolf" else sample.covariance)
         centre = means.mean(dim=0)
         return {"centre": centre, "factor": factor, "means": (means - centre) @ factor}

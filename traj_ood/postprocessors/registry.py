@@ -12,6 +12,7 @@ from traj_ood.postprocessors.base import FeatureScorer, Postprocessor
 
 POSTPROCESSORS: dict[str, type[Postprocessor]] = {}
 
+_LARGEST = 2**32 - 1  # the largest seed that NumPy and scikit-learn take; nothing else is as large
 _P = TypeVar("_P", bound=type[Postprocessor])
 
 
@@ -112,7 +113,10 @@ def _parse(where: str, kind: str, text: str) -> Any:
         if "bool" in kind:
             return {"true": True, "false": False}[text.lower()]
         if "int" in kind:
-            return int(text)
+            number = int(text)
+            if abs(number) > _LARGEST:
+                raise ValueError(text)
+            return number
         if "float" in kind:
             return float(text)
     except (KeyError, ValueError) as error:

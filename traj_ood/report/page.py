@@ -43,7 +43,17 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorers: Seq
         TrajOODError: no runs, a damaged file, an unknown scorer, or a place that cannot be written.
     """
     path = Path(folder) / FILE_NAME if out is None else Path(out)
-    write_atomic(path, render(Run.load_all(folder), scorers).encode())
+    runs = Run.load_all(folder)
+    try:
+        page = render(runs, scorers)
+    except TrajOODError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:  # of numbers that no run writes
+        reason = " ".join(str(error).split())[:200]
+        raise TrajOODError(
+            f"{folder}: its runs cannot be drawn ({reason}): a file was changed; run it again"
+        ) from error
+    write_atomic(path, page.encode())
     return path
 
 

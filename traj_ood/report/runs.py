@@ -40,10 +40,13 @@ class Run:
         """The run in ``folder``, shown under the name ``place``. Raises ``TrajOODError`` when a file is damaged."""
         gallery = folder / GALLERY_NAME
         result = Result.load(folder / FILE_NAME)
+        scores = _table(folder / "scores.parquet", {"split", "role", "id", *result.scorers})
+        if scores is not None:
+            _check_scores(scores[[*result.scorers]], folder / "scores.parquet")
         return cls(
             place=place.as_posix() if place.parts else result.name,
             result=result,
-            scores=_table(folder / "scores.parquet", {"split", "role", "id", *result.scorers}),
+            scores=scores,
             curves=_table(folder / "curves.parquet", {"split", "role", "step", "quantity", "q25", "q50", "q75"}),
             pictures=Pictures.load(gallery) if gallery.is_file() else None,
         )
@@ -60,6 +63,15 @@ class Run:
         values = self.scores[label].to_numpy(dtype=np.float64)
         split, role = (self.scores[key].to_numpy() for key in ("split", "role"))
         return values[role == "test"], {name: values[split == name] for name in self.sets()}
+
+
+def _check_scores(scores: pd.DataFrame, path: Path) -> None:
+    """Raises ``TrajOODError`` for scores that no run leaves: not finite, or none at all."""
+    values = scores.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
+    bad = int((~np.isfinite(values)).any(axis=1).sum())
+    if bad or not len(values):
+        what = f"{bad} of {len(values)} rows with scores that are not" if len(values) else "no row"
+        raise TrajOODError(f"{path}: expected finite scores of every image, got {what}; run it again")
 
 
 def _table(path: Path, columns: set[str]) -> pd.DataFrame | None:
