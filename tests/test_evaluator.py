@@ -476,6 +476,8 @@ def test_colour_images_and_other_sizes_are_converted(tmp_path: Path) -> None:
         ({"workers": 0}, "workers"),
         ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
         ({"tol": -1.0}, "tol: expected at least 0"),
+        ({"tol": float("inf")}, r"tol: expected at most 1\.79769e\+308, got inf"),
+        ({"resamples": 10**9}, r"resamples: expected at most 1e\+06, got 1000000000"),
         ({"resamples": -1}, "resamples"),
         ({"scorers": ("trajectory:horizon=-1",)}, "horizon"),
     ],

@@ -41,6 +41,7 @@ from traj_ood.scoring import Precision, ScorerSet, join_evidence
 OnError = Literal["raise", "skip"]
 _LATENT_BYTES = 2**28
 _MAX_BATCH = 2048
+_MOST_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seems to hang
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class RunConfig:
         _at_least("tol", self.tol, 0)
         _at_least("max_steps", self.max_steps, 1)
         _at_least("resamples", self.resamples, 0)
+        _at_most("tol", self.tol, sys.float_info.max)
+        _at_most("resamples", self.resamples, _MOST_RESAMPLES)
         if self.on_error not in get_args(OnError):
             raise unknown_name("value of on_error", str(self.on_error), get_args(OnError))
 
@@ -499,6 +502,11 @@ class _Bar:
 def _at_least(name: str, value: float, least: float) -> None:
     if not value >= least:  # NaN is refused, too
         raise TrajOODError(f"{name}: expected at least {least}, got {value}")
+
+
+def _at_most(name: str, value: float, most: float) -> None:
+    if not value <= most:
+        raise TrajOODError(f"{name}: expected at most {most:g}, got {value}")
 
 
 def _batches(count: int, size: int) -> list[range]:
