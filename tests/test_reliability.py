@@ -101,6 +101,7 @@ def test_a_broken_promise_is_noticed(reliability: Any, place: Any, tmp_path: Pat
     assert "expected a folder with detector.json, found nothing" in refused.must_be_refused("nothing")
 
 
+@pytest.mark.filterwarnings("ignore:.*(unhealthy attractors|saved with)")  # of what is damaged on purpose
 @pytest.mark.parametrize(
     "name",
     [
