@@ -18,10 +18,12 @@ from traj_ood.attractors import Health, Verdict
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.data import ArrayImages, Benchmark, Split
-from traj_ood.diagnose import FILE_NAME, Diagnosis, _cautions, _Facts, _splits, diagnose, judge
+from traj_ood.diagnose import FILE_NAME, Diagnosis, _cautions, _Facts, _splits, diagnose
 from traj_ood.engine import iterate
 from traj_ood.errors import TrajOODError
+from traj_ood.evaluator import Evaluator, RunConfig
 from traj_ood.jacobian import spectral_radii
+from traj_ood.verdict import judge
 
 
 def rotation(angle: float) -> Tensor:
@@ -127,12 +129,12 @@ def source(name: str, count: int, shape: tuple[int, ...], seed: int) -> ArrayIma
     return ArrayImages(tuple(f"{name}/{i}" for i in range(count)), pixels)
 
 
-def benchmark(train: int = 60, val: int | None = 40, side: int = 2) -> Benchmark:
+def benchmark(train: int = 60, val: int | None = 40, side: int = 2, test: int = 5) -> Benchmark:
     def split(role: Any, count: int, seed: int) -> Split:
         return Split(role, role, source(role, count, (side, side), seed))
 
     held = None if val is None else split("val", val, 1)
-    return Benchmark("tiny", split("train", train, 0), held, split("test", 5, 2), (split("near", 5, 3),))
+    return Benchmark("tiny", split("train", train, 0), held, split("test", test, 2), (split("near", 5, 3),))
 
 
 def signed(image: Any) -> Tensor:
@@ -176,6 +178,35 @@ def test_every_verdict(word: str) -> None:
     assert bool(got.verdict.remedy) is (word != "healthy")
     assert f"Verdict: {word}: {got.verdict.reason}" in got.report()
     assert ("Scores against these attractors mean nothing" in got.report()) is (word != "healthy")
+
+
+@pytest.mark.parametrize("word", [w for w in WORDS if w != "diverging"])  # which cannot be scored at all
+def test_a_benchmark_run_says_the_same(word: str, tmp_path: Path) -> None:
+    model = WORDS[word]
+    limits: dict[str, Any] = {"tol": 1e-9, "max_steps": 60} if word == "slow" else {}
+    config = RunConfig(scorers=("trajectory",), resamples=0, **limits)
+    data = benchmark(side=model.input_shape[-1], test=40)
+    run = Evaluator(model, data, config, out=tmp_path, quiet=True, pictures=False)
+    found = run.run().dictionary
+    assert found["verdict"]["word"] == word
+    assert found["healthy"] is (word == "healthy")
+    assert bool(found["warnings"]) is (word != "healthy")
+
+
+def test_a_run_looks_at_the_attractors_where_their_health_is_good(tmp_path: Path) -> None:
+    """Trajectories that settle because f is slow near 16 unstable points: only the radii tell."""
+
+    def decode(z: Tensor) -> Tensor:  # away from ±1, by little enough to meet the tolerance at once
+        return (z + 1e-4 * (z - z.sign()) + 0.5 * (z.sign() - z) * ((z - z.sign()).abs() > 0.1)).reshape(-1, 1, 2, 2)
+
+    model = CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 2, 2), transform=signed)
+    run = Evaluator(
+        model, benchmark(), RunConfig(scorers=("trajectory",), resamples=0), out=tmp_path, quiet=True, pictures=False
+    )
+    found = run.run().dictionary
+    assert found["verdict"]["word"] == diagnose(model, benchmark()).verdict.word == "unstable"
+    assert found["warnings"] == [found["verdict"]["reason"]]
+    assert not found["healthy"]
 
 
 def test_findings_of_the_toy() -> None:

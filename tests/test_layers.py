@@ -25,7 +25,7 @@ LAYERS = [
     ("index",),
     ("attractors",),
     ("postprocessors",),
-    ("data", "metrics", "parts", "packing", "conformal"),
+    ("data", "metrics", "parts", "packing", "conformal", "verdict"),
     ("scoring", "curves", "results", "features", "training"),
     ("leaderboard", "plots", "model_card", "compare", "gallery"),
     ("detector",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,25 +22,25 @@ from traj_ood.data import Benchmark, ImageSource, Split
 from traj_ood.engine import Norm, iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
-from traj_ood.index import greedy_leaders
 from traj_ood.jacobian import Derivative, spectral_radii
 from traj_ood.parts import Part
 from traj_ood.trajectory import Status
+from traj_ood.verdict import (
+    RANDOM_EXPLAINED,
+    SAME,
+    Facts,
+    directions,
+    drawn_attractors,
+    explained,
+    explained_hidden,
+    judge,
+    reconstruction_errors,
+    share_stable,
+    still_falling,
+)
 
 FILE_NAME = "diagnosis.json"
 
-SAME = 0.99
-"""Cosine from which two end points count as one attractor: the paper's (§3.2), as in AttractorDictionary.distinct."""
-RANDOM_EXPLAINED = 0.1
-"""D(E(x)) that explains less of the images' variance than this does no better than the mean image, as random weights
-do (measured: −72 %). A trained model is far above: two latent units explain 58 % of Fashion-MNIST's ID classes."""
-STILL_FALLING = 0.1
-"""A residual below this share of its value at half the path is on its way: the tolerance is a matter of more steps.
-Those of limit cycles and wandering samples stay within a factor of a few."""
-STABLE = 0.5
-"""Least share of attractors with a spectral radius below 1. Iteration cannot settle at an unstable point except by
-creeping, so at a healthy model nearly all are stable; most of them unstable means that the tolerance was met by
-slowness, not by arrival."""
 COMMON = 0.5
 """Least share of held-out images at known attractors, and of images that keep theirs under noise. Below it the
 verdict stands, but scores depend on which training images were drawn, or on noise nobody sees: a caution."""
@@ -47,7 +48,6 @@ verdict stands, but scores depend on which training images were drawn, or on noi
 _LEAST = 2 * HEALTHY_DISTINCT  # of fewer images, hardly any model has 10 distinct attractors
 _BATCH = 512  # the last, slow trajectories of a batch run in chunks of their own: the fewer batches, the fewer chunks
 _NOISY = 200  # images of the noise test: ± 3.5 % (one standard error) at worst
-_SHOWN = 16  # attractors whose radius is measured and whose picture is drawn
 
 
 @dataclass(frozen=True)
@@ -187,18 +187,18 @@ def diagnose(
         unseen = walker.walk(held)
         agreement = walker.agreement(held, unseen, noise, seed)
     health = known.dictionary.health()
-    explained, hidden = _explained(autoencoder, known, unseen)
+    share, hidden = _explained(autoencoder, known, unseen)
     gallery, derivative = _gallery(autoencoder, train, known, seed)
     radii = gallery.radii if gallery is not None else ()
     facts = _Facts(
         held_out_converged=float((unseen.dictionary.statuses == Status.CONVERGED).double().mean()),
-        still_falling=_still_falling(known),
+        still_falling=still_falling(known.residuals, known.dictionary.statuses),
         known=_known_share(known.dictionary, unseen.dictionary),
         agreement=agreement,
         radii=radii,
-        stable=sum(r < 1 for r in radii) / len(radii) if radii else None,
+        stable=share_stable(radii),
         derivative=derivative,
-        explained=explained,
+        explained=share,
         explained_hidden=hidden,
     )
     verdict = judge(health, facts)
@@ -228,47 +228,13 @@ def diagnose(
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _Facts(Facts):
     """The measurements beyond the dictionary's health; see :class:`Diagnosis`."""
 
     held_out_converged: float
-    still_falling: float | None
     known: float | None
     agreement: float | None
-    radii: tuple[float, ...]
-    stable: float | None
     derivative: Derivative | None
-    explained: float
-    explained_hidden: float | None
-
-
-def judge(health: Health, facts: _Facts) -> Verdict:
-    """The dictionary's own verdict, unless the other measurements explain it, or contradict a good one."""
-    verdict = health.verdict
-    hidden = facts.explained_hidden
-    blind = facts.explained < RANDOM_EXPLAINED
-    if blind and not (hidden is not None and hidden >= RANDOM_EXPLAINED):
-        reason = (
-            f"D(E(x)) explains {facts.explained:.0%} of the variance of held-out images (healthy: at least "
-            f"{RANDOM_EXPLAINED:.0%}), no more than the mean image would, as with random weights"
-        )
-        return Verdict("random-like", reason, "train the model, or check that its trained weights were loaded")
-    if verdict.word == "not converging" and (facts.still_falling or 0.0) > 0.5:
-        reason = f"{verdict.reason}, but {facts.still_falling:.0%} of the others were still approaching"
-        return Verdict("slow", reason, "raise max_steps, or train with more input noise for a faster contraction")
-    if blind and not verdict.meaningful:
-        reason = (
-            f"{verdict.reason}, and D(E(x)) explains {facts.explained:.0%} of the variance without a mask but "
-            f"{hidden:.0%} of hidden patches, as after training on hidden patches alone"
-        )
-        return Verdict(verdict.word, reason, "train with the loss on all pixels and input noise (loss: all)")
-    if verdict.meaningful and facts.stable is not None and facts.stable < STABLE:
-        reason = (
-            f"only {facts.stable:.0%} of {len(facts.radii)} attractors have a spectral radius below 1 (healthy: at "
-            f"least {STABLE:.0%}): trajectories pass there slowly and do not end"
-        )
-        return Verdict("unstable", reason, "lower tol and raise max_steps, or train with more input noise")
-    return verdict
 
 
 def _cautions(verdict: Verdict, facts: _Facts, noise: float) -> tuple[str, ...]:
@@ -376,8 +342,7 @@ class _Walker:
             ids = tuple(split.images.ids[i] for i in rows)
             encoding = self.model.examine(images[rows])
             dictionary, part = self._iterate(encoding.latents, ids)
-            difference = self.model.decode(encoding.latents) - encoding.target.to(self.model.device)
-            errors.append(difference.flatten(1).square().sum(dim=1).cpu().double())
+            errors.append(reconstruction_errors(self.model, encoding))
             targets.append(encoding.target.cpu())
             dictionaries.append(dictionary)
             parts.append(part)
@@ -400,7 +365,7 @@ class _Walker:
         counted = clean.converged[rows]
         if not bool(counted.any()):
             return None
-        cosine = (_directions(clean.dictionary.points[rows]) * _directions(disturbed.points)).sum(dim=1)
+        cosine = (directions(clean.dictionary.points[rows]) * directions(disturbed.points)).sum(dim=1)
         same = (cosine >= SAME) & (disturbed.statuses == Status.CONVERGED)
         return float(same[counted].double().mean())
 
@@ -449,41 +414,21 @@ def _padded(values: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=torch.nan)
 
 
-def _directions(points: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(points.flatten(1), dim=1)
-
-
-def _still_falling(walk: _Walk) -> float | None:
-    """See :class:`Diagnosis`; the residual's median over a tenth of the path damps a single odd step."""
-    limited = walk.residuals[walk.dictionary.statuses == Status.STEP_LIMIT]
-    steps = limited.shape[1]
-    if not len(limited) or steps < 2:
-        return None
-    width = max(1, steps // 10)
-    middle = limited[:, steps // 2 - width // 2 :][:, :width].median(dim=1).values
-    end = limited[:, -width:].median(dim=1).values
-    return float((end < STILL_FALLING * middle).double().mean())
-
-
 def _known_share(known: AttractorDictionary, unseen: AttractorDictionary) -> float | None:
     attractors = known.points[known.statuses == Status.CONVERGED]
     if not len(attractors):
         return None
-    cosines = (_directions(unseen.points) @ _directions(attractors).T).amax(dim=1)
+    cosines = (directions(unseen.points) @ directions(attractors).T).amax(dim=1)
     return float(((cosines >= SAME) & (unseen.statuses == Status.CONVERGED)).double().mean())
 
 
 def _explained(model: Autoencoder, known: _Walk, unseen: _Walk) -> tuple[float, float | None]:
     """Shares of the held-out targets' variance about the training mean that D(E(x)) explains: all, hidden patches."""
-    deviations = unseen.targets.double() - known.targets.double().mean(dim=0)
-    variance = float(deviations.square().sum())
-    if not variance > 0:
+    mean = known.targets.double().mean(dim=0)
+    share = explained(unseen.errors, unseen.targets, mean)
+    if math.isnan(share):
         raise TrajOODError("diagnose: the held-out images are all alike: expected different ID images")
-    explained = 1 - float(unseen.errors.sum()) / variance
-    if not model.reconstruction_masks():
-        return explained, None
-    hidden = float(model.reconstruct_masked(unseen.targets).sum()) * (unseen.targets[0].numel() / variance)
-    return explained, 1 - hidden
+    return share, explained_hidden(model, unseen.targets, mean)
 
 
 def _gallery(model: Autoencoder, split: Split, walk: _Walk, seed: int) -> tuple[Gallery | None, Derivative | None]:
@@ -491,12 +436,8 @@ def _gallery(model: Autoencoder, split: Split, walk: _Walk, seed: int) -> tuple[
     ends = walk.dictionary.points[walk.converged]
     if not len(ends):
         return None, None
-    leaders, group = greedy_leaders(_directions(ends), (2 - 2 * SAME) ** 0.5)
-    order = torch.randperm(len(ends), generator=torch.Generator().manual_seed(seed))
-    drawn = list(dict.fromkeys(group[order].tolist()))[:_SHOWN]
-    visits = torch.bincount(group).tolist()
-    drawn.sort(key=lambda g: -visits[g])
-    points = ends[leaders[drawn]].to(model.device)
+    drawn = drawn_attractors(ends, seed)
+    points = ends[[leader for leader, _ in drawn]].to(model.device)
     radii = spectral_radii(model.self_map, points, chunk=model.chunk, seed=seed)
     decoded = model.decode(points).cpu()
     nearest = torch.cdist(decoded.flatten(1).double(), walk.targets.flatten(1).double()).argmin(dim=1)
@@ -505,7 +446,7 @@ def _gallery(model: Autoencoder, split: Split, walk: _Walk, seed: int) -> tuple[
         decoded=decoded if tuple(decoded.shape[1:]) == tuple(model.input_shape) else None,
         nearest=walk.images[nearest],
         ids=_ids(split.images.ids, nearest),
-        visits=tuple(visits[g] for g in drawn),
+        visits=tuple(visits for _, visits in drawn),
         radii=tuple(radii.values.tolist()),
         limits=torch.stack([shown.amin(dim=1), shown.amax(dim=1)]),
     )

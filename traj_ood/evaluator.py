@@ -31,16 +31,29 @@ from traj_ood.files import alone_in, empty_folder, write_atomic
 from traj_ood.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.gallery import keep_pictures
 from traj_ood.index import Approximate, Backend
+from traj_ood.jacobian import spectral_radii
 from traj_ood.metrics import bootstrap, check_scores, compute_metrics
 from traj_ood.parallel import Team
 from traj_ood.parts import Part, PartFolder
 from traj_ood.postprocessors import Evidence
 from traj_ood.results import FILE_NAME, Result, ScorerResult, SetScore, environment, git_commit
 from traj_ood.scoring import Precision, ScorerSet, join_evidence
+from traj_ood.trajectory import Status
+from traj_ood.verdict import (
+    Facts,
+    drawn_attractors,
+    explained,
+    explained_hidden,
+    judge,
+    reconstruction_errors,
+    share_stable,
+    still_falling,
+)
 
 OnError = Literal["raise", "skip"]
 _LATENT_BYTES = 2**28
 _MAX_BATCH = 2048
+_SEEN = 200  # ID images whose reconstruction is looked at: a share of their variance is known to a few percent
 _MOST_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seems to hang
 
 
@@ -142,6 +155,7 @@ class Evaluator:
         self.folder = self.out / self.name
         self.parts = PartFolder(self.folder / "parts")
         self.failures: list[dict[str, str]] = []
+        self._still_falling: float | None = None
 
     def run(self, fresh: bool = False) -> Result:
         """Compute what is missing, write everything, and return the result; a finished run is returned as it is.
@@ -270,6 +284,7 @@ class Evaluator:
         dictionary = None
         if self.scorers.needs_dictionary:
             dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
+            self._still_falling = still_falling(_residuals_of(pieces), dictionary.statuses)
             if self.team.is_main:
                 dictionary.save(self.folder / "attractors.safetensors")
         self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
@@ -387,7 +402,7 @@ class Evaluator:
         dictionary = self.scorers.dictionary
         health: dict[str, Any] = {"used": False, "healthy": True, "warnings": []}
         if dictionary is not None:
-            health = {"used": True, **dictionary.health().as_dict()}
+            health = {"used": True, **self._judged(dictionary)}
         scorers = self._measure(table, scored)
         splits = {s.name: s for s in self.sample.splits()}
         frames = [curves, *(curve_quantiles(splits[n], pieces, self.config.tol) for n, pieces in scored.items())]
@@ -410,6 +425,33 @@ class Evaluator:
         )
         result.save(self.folder / FILE_NAME)  # last: its presence says that everything else is there
         return result
+
+    def _judged(self, dictionary: AttractorDictionary) -> dict[str, Any]:
+        """The dictionary's health with the verdict of ``traj-ood diagnose``, which can find fault where it finds none.
+
+        ID test images take the place of the held-out ones. A radius is looked for only where it may decide.
+        """
+        health, model = dictionary.health(), self.autoencoder
+        count = len(self.sample.test.images)
+        # All over the list, which may be sorted by class. Cached features of all images cost less than reading a few.
+        step = 1 if self.cache is not None else -(-count // _SEEN)
+        encoding = self._examine(self.sample.test, range(0, count, step))[1]
+        share, hidden = math.nan, None
+        if encoding is not None:
+            mean = encoding.target.cpu().double().mean(dim=0)
+            share = explained(reconstruction_errors(model, encoding), encoding.target, mean)
+            hidden = explained_hidden(model, encoding.target, mean)
+        radii: tuple[float, ...] = ()
+        if health.verdict.meaningful:
+            ends = dictionary.points[dictionary.statuses == Status.CONVERGED]
+            drawn = torch.tensor([leader for leader, _ in drawn_attractors(ends, self.config.seed)])
+            points = ends[drawn].to(model.device)
+            radii = tuple(spectral_radii(model.self_map, points, chunk=model.chunk).values.tolist())
+        verdict = judge(health, Facts(self._still_falling, radii, share_stable(radii), share, hidden))
+        found = health.as_dict() | {"verdict": asdict(verdict), "healthy": verdict.meaningful}
+        if not verdict.meaningful and not found["warnings"]:
+            found["warnings"] = [verdict.reason]
+        return found
 
     def _add_pictures(self, result: Result) -> None:
         """What a finished run lacks because it is older than pictures, or was run without them."""
@@ -530,6 +572,13 @@ def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
         return {}
     curves = {"residuals": path.residuals.float(), "norm": path.measure("norm").float()}
     return {"steps": path.steps, "status": path.status, **curves}
+
+
+def _residuals_of(pieces: list[Part]) -> Tensor:
+    """(N, T) squared residuals of all batches, NaN beyond the end of the shorter ones."""
+    found = [p.tensors["residuals"] for p in pieces if p.ids]
+    width = max(r.shape[1] for r in found)
+    return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=torch.nan) for r in found])
 
 
 def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:

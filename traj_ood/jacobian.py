@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +111,10 @@ def _in_chunks(product: Callable[[Tensor, Tensor], Tensor], points: Tensor, chun
 
 def _forward(self_map: SelfMap, points: Tensor, directions: Tensor) -> Tensor:
     # Fused attention has no forward derivative; the plain products it stands for do.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"`torch\.jit\.script` is deprecated"
+        )  # torch's own derivatives use it
         product: Tensor = torch.func.jvp(self_map, (points,), (directions,))[1]
     return product.detach()
 
