@@ -576,6 +576,11 @@ def test_bad_specs(spec: str, text: str) -> None:
         create_postprocessor(spec)
 
 
+def test_an_option_is_given_once() -> None:
+    with pytest.raises(TrajOODError, match="scorer 'knn:k=3:k=4': option k is given twice: leave one out"):
+        create_postprocessor("knn:k=3:k=4")
+
+
 def test_lists_of_scorers() -> None:
     autoencoder = model("vit")
     with pytest.raises(TrajOODError, match="scorers: expected at least one, got none"):

@@ -313,6 +313,7 @@ def closed() -> Image.Image:
         (moving, r"the one at place 1: expected a single image, got several frames or pages \(GIF\)"),
         (cut_off, r"the one at place 1: cannot be decoded \(.*truncated"),
         (closed, r"the one at place 1: cannot be decoded \("),
+        (lambda: Image.new("La", (8, 8)), r"the one at place 1: cannot be decoded \(conversion"),
     ],
 )
 def test_pictures_in_memory_are_refused_for_what_files_are_refused_for(make: Any, text: str) -> None:
@@ -394,7 +395,12 @@ def test_classes_may_be_numbers_texts_or_the_lists_own(tmp_path: Path) -> None:
     spec = "mahalanobis:classes=true"
     expected = Detector.fit(model, x, spec, labels=labels()).scorer.state
     texts = ["cat", "dog", "mouse"]
-    given: list[Any] = [labels().tolist(), [texts[i] for i in labels()], [10 + i for i in labels().tolist()]]
+    given: list[Any] = [
+        labels().tolist(),
+        labels().numpy(),
+        [texts[i] for i in labels()],
+        [10 + i for i in labels().tolist()],
+    ]
     for way in given:
         detector = Detector.fit(model, x, spec, labels=way)
         assert detector.training["classes"] == 3
@@ -760,7 +766,10 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("scorer", "name", value="knn"), "unknown option of scorer knn"),
         (put("scorer", "options", "horizon", value=-4), "horizon must be a number of steps >= 0"),
         (put("scorer", "options", "horizon", value=4), "expected a scorer file of"),
-        (put("scorer", "options", "horizon", value="3:view=cls"), "options of trajectory: expected"),
+        (
+            put("scorer", "options", "horizon", value="3:view=cls"),
+            "options of trajectory: expected|option view is given twice",
+        ),
         (put("scorer", "options", value=3), "options: expected dict, got int"),
         (put("settings", "tol", value=-1.0), "tol: expected a squared residual >= 0"),
         (put("settings", "tol", value="1e-5"), "tol: expected float, got str"),

@@ -100,10 +100,12 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             if is_main_process():
                 click.echo("traj-ood: interrupted; the same command continues where this one stopped", err=True)
             sys.exit(130)
-        except (OSError, MemoryError, OverflowError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            _refuse(f"{_words(error)}: expected names, sizes and numbers that this machine can take", error, 2)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _refuse(f"{_words(error)}: correct the name, or fix its permissions", error, 2)
+        except (MemoryError, OverflowError) as error:
+            _refuse(f"{_words(error)}: expected sizes and numbers that this machine can take", error, 2)
         except Exception as error:
             if re.search("out of memory|can't allocate memory", str(error)):  # of which torch makes a RuntimeError
                 _refuse(f"{_words(error)}: give a smaller --batch-size, or fewer images", error, 2)

@@ -166,18 +166,18 @@ def _plain(image: Image.Image, index: int) -> Image.Image:
     """As the reader of files makes it, which refuses the same: decoded, mode 'L' or 'RGB', alpha dropped."""
     where = f"images: the one at place {index}"
     check_picture(image, where)
-    try:
-        image.load()  # one that was opened, but not decoded, may be cut off, or its file closed by now
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrajOODError(f"{where}: cannot be decoded ({reason}); replace it or leave it out") from error
-    if image.mode in ("L", "RGB"):
-        return image
-    if image.mode == "1":
-        return image.convert("L")
     if image.mode.startswith(("I", "F")):  # convert() would clip 16 bits to white
         raise TrajOODError(
             f"images: expected 8 bits per channel, got mode {image.mode!r} at place {index}: give its path, or scale "
             "it to mode 'L'"
         )
-    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    try:
+        image.load()  # one that was opened, but not decoded, may be cut off, or its file closed by now
+        if image.mode in ("L", "RGB"):
+            return image
+        if image.mode == "1":
+            return image.convert("L")
+        return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TrajOODError(f"{where}: cannot be decoded ({reason}); replace it or leave it out") from error

@@ -336,7 +336,7 @@ def _classes(scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] 
                 "images from a list with classes (traj_ood.data.read_image_list)"
             )
         return None
-    values = given.tolist() if isinstance(given, Tensor) else list(given)
+    values = given.tolist() if hasattr(given, "tolist") else list(given)  # tensors, NumPy arrays, pandas columns
     if len(values) != count or any(not isinstance(v, int | str) or isinstance(v, bool) for v in values):
         raise TrajOODError(
             f"labels: expected {count} whole numbers or texts, one per image, got {len(values)} of "

@@ -223,7 +223,7 @@ def _warn_of_attractors(training: Mapping[str, Any], folder: Path) -> None:
     """Who loads a detector need not have seen what was said when it was fitted."""
     health = training.get("attractors")
     if isinstance(health, dict) and health.get("healthy") is False:
-        reasons = "; ".join(map(str, health.get("warnings", [])))
+        reasons = "; ".join(map(str, field_of(health, "warnings", list, str(folder / FILE_NAME))))
         warnings.warn(f"{folder}: fitted on unhealthy attractors, its scores may mean nothing: {reasons}", stacklevel=4)
 
 

@@ -51,6 +51,8 @@ def create_postprocessor(spec: str) -> Postprocessor:
             raise TrajOODError(f"scorer {spec!r}: expected options as key=value, got {pair!r}")
         if key not in defaults:
             raise unknown_name(f"option of scorer {name}", key, defaults or ["(none)"])
+        if key in options:
+            raise TrajOODError(f"scorer {spec!r}: option {key} is given twice: leave one out")
         options[key] = _parse(f"scorer {name}, option {key}", types[key], text)
     return cls(**options)
 
