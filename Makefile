@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Both create .venv, install the package and do everything else.
+# `make test-all` adds the tests that are marked as slow.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,19 +8,26 @@ FAISS ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo faiss-gpu || ec
 # Without a GPU the CPU build of torch, where pip's index offers one, is a tenth of the download: set e.g.
 # PIP_EXTRA_INDEX_URL before calling make.
 PIP = $(BIN)/python -m pip --disable-pip-version-check
+# One process per core, at most four; `make test JOBS=1` for one after the other in a single process.
+JOBS ?= logical
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint install install-dev results clean
+.PHONY: demo test test-all test-slow lint install install-dev results clean
 
 demo: install
 	$(BIN)/traj-ood bench fashion --quick --out demo
 	$(BIN)/traj-ood report demo
 	@echo "Per-image scores, the JSON and the plots are in demo/fashion--fashion-mae--seed0, the report is demo/report.html"
 
-test: install-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest
+test: lint
+	$(PYTEST) --quick
+
+test-all: lint
+	$(PYTEST)
+
+# What test-all adds to test.
+test-slow: install-dev
+	$(PYTEST) -m slow
 
 lint: install-dev
 	$(BIN)/ruff check .

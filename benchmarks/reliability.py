@@ -50,7 +50,7 @@ PARTS = ("kill", "disk", "corrupt", "together", "soak")
 RUN = "tiny--model--seed0"
 FINAL = ("scores.parquet", "curves.parquet", "attractors.safetensors")  # and result.json, which holds times
 _QUIET = ("--quiet", "--device", "cpu", "--threads", 1)
-_PATIENCE = 600  # seconds for one command; none takes more than some
+_PATIENCE = 3600  # seconds until a command is taken to hang; none takes more than some
 
 
 class BrokenPromiseError(AssertionError):

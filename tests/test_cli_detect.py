@@ -30,7 +30,6 @@ from traj_ood.errors import TrajOODError
 from traj_ood.stream import COLUMNS
 
 FAST = ["--device", "cpu", "--quiet"]
-PATIENCE = 300  # seconds for a process that takes three, on a machine that is busy
 
 
 def call(*arguments: object, stdin: bytes | None = None) -> Result:
@@ -486,7 +485,7 @@ def test_rows_come_while_the_input_is_open_and_a_closed_pipe_ends_quietly(place:
         process.stdout.close()  # as head does
         process.stdin.write(f"{photos}/001.png\n".encode())
         process.stdin.flush()  # and stays open: nothing may wait for its end
-        assert process.wait(PATIENCE) == 141
+        assert process.wait(tiny.PATIENCE) == 141
         noise = [line for line in process.stderr.read().split(b"\r") if line.strip() and b"img" not in line]
         assert noise == []
 
@@ -494,7 +493,7 @@ def test_rows_come_while_the_input_is_open_and_a_closed_pipe_ends_quietly(place:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_full_disk_behind_standard_output_is_one_line(place: Path, photos: Path) -> None:
     with open("/dev/full", "wb") as full, start("score", place / "detector", photos, *FAST, stdout=full) as process:
-        assert process.wait(PATIENCE) == 2
+        assert process.wait(tiny.PATIENCE) == 2
         assert process.stderr is not None
         assert process.stderr.read().decode() == (
             "traj-ood: error: standard output cannot be written (No space left on device); what is there is whole up "
@@ -510,7 +509,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(place: Path, photos: Path, tm
         while process.poll() is None and not (part.exists() and part.stat().st_size > 3000):
             time.sleep(0.005)
         process.kill()
-        assert process.wait(PATIENCE) == -9
+        assert process.wait(tiny.PATIENCE) == -9
     assert not out.exists()
     left = part.read_bytes()
     assert len(left) > 3000

@@ -64,7 +64,7 @@ def service(detector: Detector) -> Iterator[Any]:
 
 
 def ask(server: Any, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
-    connection = HTTPConnection(*server.server_address, timeout=60)
+    connection = HTTPConnection(*server.server_address, timeout=tiny.PATIENCE)
     try:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
@@ -124,7 +124,7 @@ def test_onnx_runtime_needs_neither_torch_nor_traj_ood(detector: Detector, photo
     bare = "import runpy, sys; sys.modules.update(torch=None, traj_ood=None, pandas=None); sys.argv = sys.argv[1:]; "
     command = [sys.executable, "-c", bare + "runpy.run_path(sys.argv[0], run_name='__main__')"]
     command += [str(CONSUMERS / "onnx_runtime.py"), str(model), *paths]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=tiny.PATIENCE, check=False)
     assert done.returncode == 3, done.stderr  # one image could not be read
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [row["path"] for row in rows] == paths
@@ -178,11 +178,11 @@ def test_the_batch_job_loads_a_folder_and_raises_the_alarm(detector: Detector, p
         [*command, str(tmp_path / "scores.csv"), "--alarm", "-1"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=tiny.PATIENCE,
         check=False,
     )
     assert done.returncode == 4, done.stderr
     assert done.stdout.startswith("3 images, 0 unreadable, ")
-    done = subprocess.run([*command, "scores.txt"], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*command, "scores.txt"], capture_output=True, text=True, timeout=tiny.PATIENCE, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("batch_job: error: scores.txt: expected a name that ends in .parquet or .csv")

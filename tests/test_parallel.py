@@ -58,7 +58,7 @@ def early():
     with team.together():
         if team.rank == 1:
             raise TrajOODError("early")
-        for _ in range(6000):
+        for _ in range(100 * 3600):
             team.check()
             time.sleep(0.01)
 
@@ -122,7 +122,7 @@ def launch(place: Path, *steps: tuple[str, dict[str, Any]]) -> tuple[list[str], 
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=tiny.PATIENCE,
     )
     logs = [json.loads(p.read_text()) if p.is_file() else [] for p in (place / f"log-{r}.json" for r in (0, 1))]
     assert any(logs), done.stderr

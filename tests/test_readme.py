@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
 from traj_ood.data.fashion_mnist import find_fashion_mnist
@@ -22,7 +23,9 @@ def test_the_python_example_runs():
         pytest.skip("needs Fashion-MNIST on this machine (run `make demo` once, or set TRAJ_OOD_DATA)")
     (example,) = _blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, check=False, timeout=tiny.PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert "converged=" in done.stdout
     assert {"test", "sandal", "noise"} <= {line.split()[0] for line in done.stdout.splitlines()}

@@ -451,7 +451,7 @@ def test_reading_ahead_is_bounded_and_ends_with_its_reader(judge: Detector, fold
             time.sleep(0.05)
             bound = taken
         assert bound <= 3 * 4 + (4 + 2) + 2
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + tiny.PATIENCE
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.02)
     assert threading.active_count() <= threads
@@ -462,7 +462,7 @@ def test_a_slow_input_gets_its_rows_before_its_end(judge: Detector, folder: Path
 
     def entries() -> Iterator[Entry]:
         yield Entry(str(folder / "001.png"))
-        assert more.wait(20)
+        assert more.wait(tiny.PATIENCE)
         yield Entry(str(folder / "002.png"))
 
     batches = score_rows(judge, entries(), batch_size=50, linger=0.05)

@@ -14,6 +14,7 @@ from torch import Tensor
 from traj_ood.autoencoders import CallableAutoencoder, ConvAutoencoder, ConvNetwork, ViTMAE
 from traj_ood.autoencoders.vit_mae import build_model
 
+PATIENCE = 3600  # seconds until a process is taken to hang: no machine is so busy that one of these tests needs them
 VIT: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 4,
