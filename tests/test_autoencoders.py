@@ -213,7 +213,7 @@ def test_vit_round_trip_and_transformers_reads_it(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode(x), model.encode(x))
     from transformers import ViTMAEForPreTraining
 
-    theirs = ViTMAEForPreTraining.from_pretrained(tmp_path / "deep" / "mine")
+    theirs = ViTMAEForPreTraining.from_pretrained(tmp_path / "deep" / "mine", trust_remote_code=False)
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, model.module.state_dict()[key]), key
     assert load_autoencoder(tmp_path / "deep" / "mine", mask_ratio=0.5).options()["mask_ratio"] == 0.5

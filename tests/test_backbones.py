@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from traj_ood.backbones import Backbone, CallableBackbone, Features, is_backbone_spec, load_backbone
 from traj_ood.backbones.timm_models import TimmBackbone, new_network, save_folder
+from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError
-from traj_ood.weights import fingerprint, put_weights, read_weights
+from traj_ood.weights import fingerprint, put_weights
 
 DATA = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
 
@@ -399,7 +400,7 @@ def test_transformers_classifiers(tmp_path: Path, kind: str, feature_dim: int) -
     assert (backbone.name, backbone.classes) == ("transformers:net", 4)
     assert (backbone.feature_dim, backbone.input_shape) == (feature_dim, (3, 16, 16))
     image = backbone.transform(picture(0))
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "net")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "net", trust_remote_code=False)
     assert torch.equal(image, processor(images=picture(0), return_tensors="pt")["pixel_values"][0])
     answer = backbone.extract(image[None])
     with torch.no_grad():
@@ -450,9 +451,18 @@ def test_transformers_refusals(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "preprocessor_config.json").unlink()
     refuse(r"preprocessor_config\.json cannot be read here or fetched .*transformers:<folder>")
+
+
+def test_transformers_pickled_weights_are_plain_tensors_or_refused(tmp_path: Path) -> None:
+    save_transformer(tmp_path, "vit")
+    expected = load_backbone(f"transformers:{tmp_path}").fingerprint()
+    weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    refuse(r"model\.safetensors cannot be read here or fetched")
+    assert load_backbone(f"transformers:{tmp_path}").fingerprint() == expected
+    torch.save({**weights, "more": Path("x")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(TrajOODError, match=r"pickled weights cannot be read \(it asks for the Python object pathlib"):
+        load_backbone(f"transformers:{tmp_path}")
 
 
 def test_vit_mae_is_no_backbone(tmp_path: Path) -> None:

@@ -115,7 +115,9 @@ def test_loaded_from_a_folder_with_its_tokenizer(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     whole = causal("llama")
-    inputs = AutoTokenizer.from_pretrained(folder)([t[:8] for t in TEXTS], return_tensors="pt")["input_ids"]
+    inputs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
+        [t[:8] for t in TEXTS], return_tensors="pt"
+    )["input_ids"]
     with torch.inference_mode():
         expected = whole(input_ids=inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(model.start(TEXTS), expected[0])

@@ -17,7 +17,8 @@ PACKAGE = Path(traj_ood.__file__).parent
 # Folders count as one module; within a folder only cycles are forbidden.
 LAYERS = [
     ("errors",),
-    ("files", "device", "weights", "pixels", "parallel"),
+    ("files", "device", "checkpoints", "weights", "pixels", "parallel"),
+    ("pretrained",),
     ("trajectory",),
     ("engine",),
     ("jacobian", "backbones"),

@@ -29,9 +29,10 @@ from traj_ood.autoencoders import (
 from traj_ood.autoencoders.pairs import VisionTokens, ViTDecoder
 from traj_ood.backbones import LIBRARIES, Backbone
 from traj_ood.backbones.network import NetworkBackbone, one_line, trial_images
+from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
-from traj_ood.weights import put_weights, read_weights
+from traj_ood.weights import put_weights
 
 SURROGATE, CALLABLE = "surrogate", "callable"
 # Families that write themselves into a folder, and the options that they do not write with them.

@@ -1,9 +1,11 @@
-"""Weights as files and as facts: what a module must be given, and the hash that says which weights it has."""
+"""Weights as facts: what a module must be given, and the hash that says which weights it has."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from traj_ood.errors import TrajOODError
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+_COUNTER = "num_batches_tracked"
 _SEAL = "traj_ood_sha256"
 # What libraries write into a config of their own accord, and what decides nothing.
 _UNSEALED = ("_name_or_path", "transformers_version")
@@ -107,86 +109,97 @@ def check_weights(weights: Mapping[str, Tensor], module: nn.Module, where: str) 
     """
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or extra:
-        raise TrajOODError(
-            f"{where}: weights of another architecture: {len(missing)} tensors missing (first: "
-            f"{missing[0] if missing else '-'}), {len(extra)} unexpected (first: {extra[0] if extra else '-'})"
-        )
+    _refuse_names(missing, extra, where)
     for key, value in weights.items():
         if value.shape != expected[key].shape:
             raise TrajOODError(
                 f"{where}: weights of another architecture: {key} expected {tuple(expected[key].shape)}, "
                 f"got {tuple(value.shape)}"
             )
+    _check_finite(weights, where)
+
+
+def _refuse_names(missing: Sequence[str], extra: Sequence[str], where: str) -> None:
+    if missing or extra:
+        raise TrajOODError(
+            f"{where}: weights of another architecture: {len(missing)} tensors missing (first: "
+            f"{missing[0] if missing else '-'}), {len(extra)} unexpected (first: {extra[0] if extra else '-'})"
+        )
+
+
+def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    for key, value in weights.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise TrajOODError(
                 f"{where}: {key} holds NaN or infinite weights: the file is damaged or training diverged"
             )
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of a PyTorch checkpoint, without running any code in it.
-
-    A checkpoint may keep its tensors under ``state_dict``, ``model``, ``model_state_dict`` or ``net``; the prefix
-    ``module.`` that nn.DataParallel leaves on every name is taken off.
-
-    Raises:
-        TrajOODError: missing, damaged, or holding something else than named tensors.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise TrajOODError(
-            f"{path}: expected a file of weights (.safetensors or .pth), found {found}; correct the path"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, zipfile, pickle and torch each have error classes of their own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise TrajOODError(
-            f"{path}: cannot be read as plain weights ({reason}); expected a whole .safetensors file or a state dict "
-            "saved by torch.save"
-        ) from error
-    return _tensors(tree, path)
-
-
-def _tensors(tree: Any, path: Path) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            tree = tree[key]
-    if not isinstance(tree, Mapping) or not tree or not all(isinstance(v, Tensor) for v in tree.values()):
-        raise TrajOODError(f"{path}: expected a state dict (names to tensors), got {_describe(tree)}")
-    weights = {str(key): value for key, value in tree.items()}
-    if all(key.startswith("module.") for key in weights):
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    return weights
-
-
-def _describe(tree: Any) -> str:
-    if isinstance(tree, Mapping):
-        odd = next((k for k, v in tree.items() if not isinstance(v, Tensor)), None)
-        return f"a mapping whose {odd!r} is a {type(tree[odd]).__name__}" if tree else "an empty one"
-    return f"a {type(tree).__name__}"
-
-
 def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load ``weights`` into ``module``, all of them or none.
+    """Load ``weights`` into ``module``, every one that it has, by the module's own loader.
 
-    Batch norms' ``num_batches_tracked`` may be missing: it is for training only, and older checkpoints lack it.
+    They may stand under one prefix, such as ``model.`` of Lightning or ``encoder.``: what the file holds beside it is
+    left out then. Batch norms' ``num_batches_tracked`` may be missing: it is for training only, and older checkpoints
+    lack it.
+
+    Args:
+        module: new; after an error its weights are undefined.
+        weights: as :func:`traj_ood.checkpoints.read_weights` returns them.
+    Raises:
+        TrajOODError: as :func:`check_weights`; also two sets of weights under different prefixes.
+    """
+    expected = module.state_dict()
+    prefix = _prefix(weights, [key for key in expected if not key.endswith(_COUNTER)], where)
+    own = _below(prefix, weights)
+    where = f"{where}, below {prefix!r}" if prefix else where
+    _check_finite(own, where)
+    try:
+        report = module.load_state_dict(own, strict=False)
+    except Exception as error:  # shapes, and versions that a module's own loader does not take
+        check_weights({**{k: v for k, v in expected.items() if k.endswith(_COUNTER)}, **own}, module, where)
+        line = " ".join(str(error).split())[:200]
+        raise TrajOODError(f"{where}: weights of another architecture or version ({line})") from error
+    _refuse_names([key for key in report.missing_keys if not key.endswith(_COUNTER)], report.unexpected_keys, where)
+
+
+def prefix_of(weights: Mapping[str, Tensor], name: str) -> str:
+    """What stands before ``name`` in the shortest key that ends with it; empty where none does."""
+    found = [key for key in weights if key == name or key.endswith(f".{name}")]
+    return min(found, key=len).removesuffix(name) if found else ""
+
+
+def _prefix(weights: Mapping[str, Tensor], names: Sequence[str], where: str) -> str:
+    """The prefix under which at least half of ``names`` are found, more than under any other.
 
     Raises:
-        TrajOODError: as :func:`check_weights`.
+        TrajOODError: all of them are found under several.
     """
-    counters = {k: v for k, v in module.state_dict().items() if k.endswith("num_batches_tracked")}
-    whole = {**counters, **weights}
-    check_weights(whole, module, where)
-    module.load_state_dict(whole)
+    known = set(names)
+    counts: Counter[str] = Counter()
+    for key in weights:
+        places = [0, *(place.end() for place in re.finditer(r"\.", key))]
+        counts.update(key[:place] for place in places if key[place:] in known)
+    most = max(counts.values(), default=0)
+    if counts[""] == most or 2 * most < len(known):
+        return ""
+    best = sorted(prefix for prefix, count in counts.items() if count == most)
+    if len(best) > 1 and most == len(known):
+        raise TrajOODError(
+            f"{where}: holds {len(best)} sets of weights of this architecture, below {best[0]!r} and {best[1]!r}: save "
+            "the one that is meant as a file of its own"
+        )
+    return best[0]
 
 
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """:func:`read_weights` into ``module``; see :func:`put_weights`."""
-    put_weights(module, read_weights(path), str(path))
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it, and with the versions of their modules."""
+    own = OrderedDict((key.removeprefix(prefix), value) for key, value in weights.items() if key.startswith(prefix))
+    versions = getattr(weights, "_metadata", None)
+    if versions is not None:
+        below = {
+            f"{key}.".removeprefix(prefix).removesuffix("."): v
+            for key, v in versions.items()
+            if f"{key}.".startswith(prefix)
+        }
+        own._metadata = below  # type: ignore[attr-defined]
+    return own

@@ -16,6 +16,7 @@ from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import local_copy, one_line, read_config
 from traj_ood.errors import TrajOODError
 from traj_ood.pixels import image_to_tensor
+from traj_ood.pretrained import from_pretrained, use_safetensors
 from traj_ood.weights import check_weights
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -62,7 +63,9 @@ class DiffusersVAE(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DiffusersVAE:
-        """Load ``config.json`` and ``diffusion_pytorch_model.safetensors``; ``source`` as for :func:`local_copy`.
+        """Load ``config.json`` and the weights, from a folder also the library's ``.bin``, as plain tensors.
+
+        ``source`` as for :func:`local_copy`.
 
         Raises:
             TrajOODError: diffusers is not installed; files missing, damaged or of another architecture; NaN weights.
@@ -78,26 +81,25 @@ class DiffusersVAE(Autoencoder):
         kind = read_config(folder).get("_class_name")
         if kind != "AutoencoderKL":
             raise TrajOODError(f"{folder}/config.json: expected _class_name 'AutoencoderKL', got {kind!r}")
-        path = folder / FILES[1]
-        if not path.is_file():
-            raise TrajOODError(
-                f"{path}: expected the weights as safetensors, found nothing; pickled ones are never read"
-            )
+        if not any(folder.glob("diffusion_pytorch_model.*")):
+            raise TrajOODError(f"{folder / FILES[1]}: expected the weights, found nothing; download them, too")
         try:
             # Without the meta device: what a file lacks would stay there, and be found only when it is used.
-            model, report = AutoencoderKL.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+            model, report = from_pretrained(
+                AutoencoderKL, folder, output_loading_info=True, low_cpu_mem_usage=False, **use_safetensors(folder)
             )
+        except TrajOODError:
+            raise
         except Exception as error:  # diffusers, safetensors and torch each have error classes of their own
             raise TrajOODError(f"{folder}: cannot be read as an AutoencoderKL ({one_line(error)})") from error
         for problem in ("missing", "unexpected", "mismatched"):
             keys = sorted(map(str, report[f"{problem}_keys"]))
             if keys:
                 raise TrajOODError(
-                    f"{path}: weights of another architecture: {len(keys)} tensors {problem} (first: {keys[0]})"
+                    f"{folder}: weights of another architecture: {len(keys)} tensors {problem} (first: {keys[0]})"
                 )
         model = model.float()
-        check_weights(model.state_dict(), model, str(path))
+        check_weights(model.state_dict(), model, str(folder))
         options.setdefault("name", Path(source).name if Path(source).expanduser().is_dir() else str(source))
         return cls(model, **options)
 

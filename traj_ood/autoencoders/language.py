@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from traj_ood.autoencoders.hub import one_line
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.pretrained import from_pretrained, use_safetensors
 from traj_ood.weights import check_weights, fingerprint
 
 PREFIX = "causal-lm:"
@@ -133,17 +134,17 @@ def load_language_model(spec: str, *, tokens: int = 64, name: str | None = None)
     where = str(folder) if folder.is_dir() else source
     if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise TrajOODError(f"{shown}: no such folder; expected one with config.json, model.safetensors and a tokenizer")
-    config = _fetched(shown, "config.json", lambda: AutoConfig.from_pretrained(where))
+    config = _fetched(shown, "config.json", lambda: from_pretrained(AutoConfig, where))
     if not _is_causal(config):
         raise TrajOODError(
             f"{shown}: expected a causal language model, got {config.model_type} "
             f"({', '.join(config.architectures or ['?'])})"
         )
-    tokenizer = _fetched(shown, "its tokenizer", lambda: AutoTokenizer.from_pretrained(where))
+    tokenizer = _fetched(shown, "its tokenizer", lambda: from_pretrained(AutoTokenizer, where))
     model, report = _fetched(
         shown,
         "model.safetensors",
-        lambda: AutoModel.from_pretrained(where, config=config, use_safetensors=True, output_loading_info=True),
+        lambda: from_pretrained(AutoModel, where, config=config, output_loading_info=True, **use_safetensors(where)),
     )
     missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
     if missing:
@@ -167,6 +168,8 @@ def _is_causal(config: Any) -> bool:
 def _fetched(name: str, file: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
+    except TrajOODError as error:
+        raise TrajOODError(f"{name}: {error}") from error
     except Exception as error:  # hub, network, file and configuration errors of many classes
         raise TrajOODError(
             f"{name}: {file} cannot be read here or fetched ({one_line(error)}); give a local folder with config.json, "

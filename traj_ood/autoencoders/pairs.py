@@ -35,10 +35,12 @@ from torch.nn import functional
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import local_copy, one_line, read_config
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
+from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.pixels import check_statistics, image_to_tensor
-from traj_ood.weights import check_weights, put_weights, read_weights
+from traj_ood.pretrained import from_pretrained, use_safetensors
+from traj_ood.weights import check_weights, put_weights
 
 MODEL_TYPE = "traj_ood_pair"
 HEADS = 16
@@ -421,10 +423,15 @@ def load_vision_model(source: str) -> Any:
     Raises:
         TrajOODError: not to be had, or weights that are missing or NaN.
     """
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
     try:
-        model, report = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        config = from_pretrained(AutoConfig, source)
+        model, report = from_pretrained(
+            AutoModel, source, config=config, output_loading_info=True, **use_safetensors(source)
+        )
+    except TrajOODError as error:
+        raise TrajOODError(f"encoder {error}") from error
     except Exception as error:
         raise TrajOODError(
             f"encoder {source!r}: neither a local folder nor loadable from the hub ({one_line(error)}); download it "
@@ -468,7 +475,7 @@ def _encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[st
         weights |= {f"{prefix}{norm}.weight": torch.ones(width), f"{prefix}{norm}.bias": torch.zeros(width)}
     try:
         model, report = getattr(transformers, model_name).from_pretrained(
-            None, config=geometry, state_dict=weights, output_loading_info=True
+            None, config=geometry, state_dict=weights, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
         raise TrajOODError(f"{where}: its encoder cannot be read as {model_name} ({one_line(error)})") from error

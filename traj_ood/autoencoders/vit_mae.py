@@ -15,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from traj_ood.autoencoders.base import GRID, Autoencoder
+from traj_ood.checkpoints import read_weights
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.pixels import check_statistics, image_to_tensor
-from traj_ood.weights import check_seal, check_weights, fingerprint, read_weights, refuse_larger, sealed
+from traj_ood.pretrained import from_pretrained, use_safetensors
+from traj_ood.weights import check_seal, check_weights, fingerprint, refuse_larger, sealed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4
@@ -137,7 +139,9 @@ class ViTMAE(Autoencoder):
         from transformers import ViTMAEForPreTraining
 
         try:
-            model, report = ViTMAEForPreTraining.from_pretrained(source, output_loading_info=True)
+            model, report = from_pretrained(
+                ViTMAEForPreTraining, source, output_loading_info=True, **use_safetensors(source)
+            )
         except Exception as error:
             raise TrajOODError(
                 f"model {source!r}: neither a local folder nor loadable from the hub ({_one_line(error)}); download it "

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
 from traj_ood.backbones.network import NetworkBackbone, one_line
+from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.weights import put_weights, read_weights
+from traj_ood.weights import prefix_of, put_weights
 
 INSTALL = "pip install git+https://github.com/Jingkang50/OpenOOD"
 _HEADS = ("fc", "heads.head", "head")  # where OpenOOD's networks keep their classifier
@@ -122,7 +123,8 @@ def load(
     kind = NETWORKS[network]
     build = _class_of(kind)
     weights = read_weights(checkpoint)
-    classes = next((len(weights[f"{head}.weight"]) for head in _HEADS if f"{head}.weight" in weights), None)
+    heads = [f"{prefix_of(weights, f'{head}.weight')}{head}.weight" for head in _HEADS]
+    classes = next((len(weights[head]) for head in heads if head in weights), None)
     module = _built(build, kind, classes, f"openood:{network}")
     put_weights(module, weights, checkpoint)
     chosen = data or (("cifar100" if classes == 100 else "cifar10") if kind.small else "imagenet")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
 from traj_ood.backbones.network import NetworkBackbone, one_line, unknown_model
+from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
-from traj_ood.weights import check_weights, load_weights, put_weights, read_weights
+from traj_ood.weights import check_weights, prefix_of, put_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _LOCAL_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "model.pth")
@@ -160,7 +161,7 @@ def _from_folder(folder: Path) -> nn.Module:
         network = create_model(f"local-dir:{folder}", pretrained=False)
     except Exception as error:
         raise TrajOODError(f"{path}: timm cannot build this model ({one_line(error)})") from error
-    load_weights(network, weights)  # ours, since timm adapts or drops what does not fit
+    put_weights(network, read_weights(weights), str(weights))  # ours, since timm adapts or drops what does not fit
     return network
 
 
@@ -198,9 +199,11 @@ def _shapes_from(weights: Mapping[str, Tensor], architecture: str) -> dict[str, 
 
     cfg = get_pretrained_cfg(architecture)
     last, first = (_layer(getattr(cfg, key, None)) for key in ("classifier", "first_conv"))
-    shapes = {"num_classes": len(weights[f"{last}.weight"]) if f"{last}.weight" in weights else 0}
-    if f"{first}.weight" in weights:
-        shapes["in_chans"] = weights[f"{first}.weight"].shape[1]
+    prefix = prefix_of(weights, f"{first}.weight")
+    classifier, convolution = (weights.get(f"{prefix}{layer}.weight") for layer in (last, first))
+    shapes = {"num_classes": 0 if classifier is None else len(classifier)}
+    if convolution is not None:
+        shapes["in_chans"] = convolution.shape[1]
     return shapes
 
 

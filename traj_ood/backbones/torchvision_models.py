@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from traj_ood.backbones.network import (
     ClassifierInputBackbone,
@@ -15,8 +16,9 @@ from traj_ood.backbones.network import (
     trial_images,
     unknown_model,
 )
+from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.weights import check_weights, put_weights, read_weights
+from traj_ood.weights import check_weights, prefix_of, put_weights
 
 
 class TorchvisionBackbone(ClassifierInputBackbone):
@@ -87,14 +89,23 @@ def _download(architecture: str, entry: Any) -> nn.Module:
 
 def _from_file(architecture: str, path: Path, shape: tuple[int, int, int]) -> nn.Module:
     """The architecture with the file's own number of classes."""
-    weights = read_weights(path)
+    weights = _renamed(read_weights(path))
     network = _build(architecture)
+    prefix = prefix_of(weights, next(iter(network.state_dict())))
     last = name_of(network, find_classifier(f"torchvision:{architecture}", network, network, trial_images(shape)))
-    rows = len(weights[f"{last}.weight"]) if f"{last}.weight" in weights else 1000
+    rows = len(weights[f"{prefix}{last}.weight"]) if f"{prefix}{last}.weight" in weights else 1000
     if rows != 1000:
         network = _build(architecture, num_classes=rows)
     put_weights(network, weights, str(path))
     return network
+
+
+def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's own densenet files have names like ``denselayer1.norm.1.weight``, which its loader changes, too."""
+    old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+    return (
+        {old.sub(r"\1\2", key): value for key, value in weights.items()} if any(map(old.search, weights)) else weights
+    )
 
 
 def _build(architecture: str, **arguments: Any) -> nn.Module:

@@ -19,6 +19,7 @@ from traj_ood.backbones.network import (
     trial_images,
 )
 from traj_ood.errors import TrajOODError
+from traj_ood.pretrained import from_pretrained, use_safetensors
 from traj_ood.weights import check_weights
 
 _CLASSIFIER = "ForImageClassification"
@@ -47,7 +48,8 @@ class TransformersEncoder(NetworkBackbone):
 def load(model: str, *, name: str | None = None) -> NetworkBackbone:
     """A local folder (config.json, model.safetensors, preprocessor_config.json) or a name on the Hugging Face hub.
 
-    Pickled weights are never read: convert them to safetensors. Neither is code of the repository.
+    Pickled weights are read only from a folder without others, and only as plain tensors. Code that comes with the
+    model is never run.
 
     Raises:
         TrajOODError: files missing, damaged or of another architecture; no network; a model of another kind.
@@ -62,13 +64,13 @@ def load(model: str, *, name: str | None = None) -> NetworkBackbone:
         )
     source = str(folder) if folder.is_dir() else model
     shown = name or f"transformers:{folder.resolve().name if folder.is_dir() else model}"
-    config = _fetch(shown, "config.json", lambda: AutoConfig.from_pretrained(source))
+    config = _fetch(shown, "config.json", lambda: from_pretrained(AutoConfig, source))
     if config.model_type == "vit_mae":
         raise TrajOODError(
             f"{shown}: ViT-MAE masks at random and is an autoencoder itself: use it as the model, without transformers:"
         )
     network = _network(shown, source, config)
-    processor = _fetch(shown, "preprocessor_config.json", lambda: AutoImageProcessor.from_pretrained(source))
+    processor = _fetch(shown, "preprocessor_config.json", lambda: from_pretrained(AutoImageProcessor, source))
     settings: dict[str, Any] = {
         "name": shown,
         "spec": f"transformers:{model}",
@@ -95,7 +97,9 @@ def _network(name: str, source: str, config: Any) -> nn.Module:
     kind = AutoModelForImageClassification if classifier else AutoModel
 
     def read(**options: Any) -> Any:
-        return kind.from_pretrained(source, config=config, use_safetensors=True, output_loading_info=True, **options)
+        return from_pretrained(
+            kind, source, config=config, output_loading_info=True, **use_safetensors(source), **options
+        )
 
     network, report = _fetch(name, "model.safetensors", read)
     missing = sorted(report["missing_keys"])
@@ -116,6 +120,8 @@ def _network(name: str, source: str, config: Any) -> nn.Module:
 def _fetch(name: str, file: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
+    except TrajOODError as error:
+        raise TrajOODError(f"{name}: {error}") from error
     except Exception as error:  # hub, network, file and configuration errors of many classes
         raise TrajOODError(
             f"{name}: {file} cannot be read here or fetched ({one_line(error)}); give a local folder with config.json, "

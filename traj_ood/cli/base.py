@@ -140,8 +140,10 @@ def main() -> None:
 def silence_libraries() -> None:
     """transformers announces its loading and the hub every retry; our own bars and errors say what matters. What is
     warned of becomes a line like the others."""
+    from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # in place of a question on standard input: no
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

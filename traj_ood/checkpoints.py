@@ -1,0 +1,208 @@
+"""Files of weights as training scripts and libraries write them, read as plain tensors; no code in them runs."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+
+# Where checkpoints keep their tensors, in timm's order of preference: the averaged weights (EMA) before the raw ones.
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+# Put before names by torch.compile, nn.DataParallel and DistributedDataParallel, in any order.
+_WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")
+_AVERAGING = "n_averaged"  # how often torch's AveragedModel has averaged; no weight
+# Settings and counters that training scripts save beside the weights. Nothing of these classes is imported: while a
+# file is read, the first stand for dictionaries, the others for objects that keep nothing.
+_DICTIONARIES = (
+    "collections.defaultdict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+_RECORDS = (
+    "argparse.Namespace",
+    "builtins.bool",
+    "builtins.dict",
+    "builtins.float",
+    "builtins.int",
+    "builtins.list",
+    "builtins.str",
+    "builtins.tuple",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.AnyNode",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+    "types.SimpleNamespace",
+    "typing.Any",
+)
+
+
+class _Dictionary:
+    """Makes a plain dictionary, whatever it is called with."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+class _Record:
+    """Takes any arguments and any state, and keeps none."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a PyTorch checkpoint, whatever its name says, without running code in it.
+
+    A checkpoint may keep its tensors under ``state_dict``, ``model``, ``model_state_dict`` or ``net``. Averaged weights
+    (``state_dict_ema``, ``model_ema``) are taken before the raw ones, as timm does. The prefixes of wrappers,
+    ``module.`` and ``_orig_mod.``, are taken off; what else is in the file (epoch, optimizer, arguments) is passed
+    over.
+
+    Args:
+        path: the file, or an index of shards (``*.index.json``) with the shards beside it.
+    Returns:
+        Name → tensor on the CPU; with the attribute ``_metadata`` (the versions of modules) where the file has it.
+    Raises:
+        TrajOODError: missing, damaged, holding something else than named tensors, or needing Python objects that are
+            no plain data; the message names the first of them.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise TrajOODError(
+            f"{path}: expected a file of weights (.safetensors or .pth), found {found}; correct the path"
+        )
+    if path.name.endswith(".index.json"):
+        return {key: value for shard in _shards(path) for key, value in read_weights(shard).items()}
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+        other = _other_content(head, path)
+        if other:
+            raise ValueError(other)
+        if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with _plain_data(), open(path, "rb") as file:  # by its path, newer versions of torch go by the suffix
+            tree = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zipfile, pickle and torch each have error classes of their own
+        raise TrajOODError(
+            f"{path}: cannot be read as plain weights ({reason_of(error)}); expected a whole .safetensors file or a "
+            "state dict saved by torch.save"
+        ) from error
+    return _tensors(tree, path)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why weights could not be read, in words; of pickled ones, which Python object they ask for."""
+    cause: BaseException | None = error
+    while cause is not None:
+        found = re.search(r"GLOBAL ([\w.]+)|unrecognized function (.+)", str(cause))
+        if found:
+            wanted = found[1] or found[2]
+            return (
+                f"it asks for the Python object {wanted[:100]}, and no code in a file is run: save state_dict() alone"
+            )
+        if "Unsupported operand" in str(cause):
+            return "it is a pickle that torch.save did not write"
+        if re.search(r"central directory|unexpected EOF|Ran out of input|not fully covered", str(cause)):
+            return "it is cut off: copy or download it again"
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+
+
+def _other_content(head: bytes, path: Path) -> str:
+    """What a file that cannot hold weights is instead, from its first bytes; empty for all others."""
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer in place of the file: run git lfs pull"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return "it is a web page: download the file itself"
+    if head.startswith(b"\x89HDF"):
+        return "it is an HDF5 file, as Keras writes"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
+        return "it is compressed: unpack it first"
+    if head.startswith(b"\x93NUMPY") or path.suffix in (".npz", ".npy"):
+        return "it is a NumPy archive, as JAX training writes: convert it"
+    if head.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return "it is a TorchScript program: save state_dict() alone"
+    return ""
+
+
+def _plain_data() -> AbstractContextManager[Any]:
+    """While it is open, torch's restricted unpickler takes the names above for inert objects."""
+    allow = getattr(torch.serialization, "safe_globals", None)  # torch 2.5
+    if allow is None:
+        return nullcontext()
+    stands: list[Any] = []
+    for base, names in ((_Dictionary, _DICTIONARIES), (_Record, _RECORDS)):
+        for name in names:
+            module, _, own = name.rpartition(".")
+            stands.append(type(own, (base,), {"__module__": module, "__qualname__": own}))
+    return allow(stands)
+
+
+def _shards(index: Path) -> Iterator[Path]:
+    import json
+
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError("a shard that is not beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TrajOODError(f"{index}: expected the weight_map of a sharded checkpoint, got none ({error})") from error
+    yield from (index.parent / name for name in names)
+
+
+def _tensors(tree: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(tree, Mapping):
+        inner = next((tree[key] for key in _NESTS if isinstance(tree.get(key), Mapping)), None)
+        if inner is None:
+            break
+        tree = inner
+    found = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)} if isinstance(tree, Mapping) else {}
+    if not found:
+        raise TrajOODError(f"{path}: expected a state dict (names to tensors), got {_describe(tree)}")
+    weights: OrderedDict[str, Tensor] = OrderedDict()
+    for key, value in found.items():
+        name = _WRAPPERS.sub("", key)
+        if name in weights:
+            raise TrajOODError(f"{path}: holds {name} twice, with and without the prefix of a wrapper: save it again")
+        if name != _AVERAGING:
+            weights[name] = value
+    versions = getattr(tree, "_metadata", None)
+    if isinstance(versions, Mapping):
+        weights._metadata = {_WRAPPERS.sub("", f"{key}.").removesuffix("."): v for key, v in versions.items()}  # type: ignore[attr-defined]
+    return weights
+
+
+def _describe(tree: Any) -> str:
+    if isinstance(tree, Mapping):
+        odd = next((k for k, v in tree.items() if not isinstance(v, Tensor)), None)
+        return f"a mapping whose {odd!r} is a {type(tree[odd]).__name__}" if tree else "an empty one"
+    return f"a {type(tree).__name__}"
