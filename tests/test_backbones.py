@@ -66,7 +66,6 @@ def test_extract_gives_the_networks_features_and_logits() -> None:
     torch.testing.assert_close(answer.logits, backbone.module[3](hidden))  # type: ignore[index]
     assert len(answer) == 11
     assert answer.features.dtype == torch.float32
-    assert not any(p.requires_grad for p in backbone.module.parameters())
     assert len(backbone.extract(images[:0])) == 0
 
 
@@ -100,7 +99,7 @@ def test_bad_images(images: Tensor, text: str) -> None:
 
 
 def test_answers_of_another_shape_or_nan() -> None:
-    with pytest.raises(TrajOODError, match=r"expected features \(4, 6\) and logits \(4, 3\) of 4 images, got .*None"):
+    with pytest.raises(TrajOODError, match=r"expected features \(2, 6\) and logits \(2, 3\) of 2 images, got .*None"):
         toy(forward=lambda x: Features(x.flatten(1)[:, :6], None)).extract(torch.randn(2, 3, 2, 2))
     wrong = toy(classes=0, forward=lambda x: Features(torch.log(x.flatten(1)[:, :6]), None))
     images = torch.ones(3, 3, 2, 2)
@@ -321,7 +320,7 @@ def test_a_network_that_draws_random_numbers_is_refused() -> None:
     network = new_network("test_resnet", num_classes=5)
     original = network.forward_features
     network.forward_features = lambda x: original(x) + torch.rand(1)  # type: ignore[method-assign, assignment, operator]
-    with pytest.raises(TrajOODError, match="gives other features the second time: it draws random numbers"):
+    with pytest.raises(TrajOODError, match="dice draws random numbers: two calls on the same images differ"):
         TimmBackbone(network, name="dice", spec="dice", data={"input_size": (3, 32, 32)})
 
 

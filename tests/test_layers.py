@@ -19,7 +19,7 @@ LAYERS = [
     ("errors",),
     ("files", "device", "checkpoints", "weights", "pixels", "parallel"),
     ("pretrained",),
-    ("trajectory",),
+    ("fixed_function", "trajectory"),
     ("engine",),
     ("jacobian", "backbones"),
     ("autoencoders",),
@@ -134,7 +134,7 @@ def test_heavy_libraries_stay_in_their_room(library: str) -> None:
 def test_the_engine_knows_torch_and_nothing_else() -> None:
     roots = {name.split(".")[0] for name in imports("engine.py")} - set(sys.stdlib_module_names)
     assert roots == {"torch", "traj_ood"}
-    assert {n.split(".")[0] for n in internal("engine.py")} == {"errors", "trajectory"}
+    assert {n.split(".")[0] for n in internal("engine.py")} == {"errors", "fixed_function", "trajectory"}
 
 
 def test_nothing_imports_the_bridge_or_the_command_line() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
+from traj_ood.fixed_function import check_answer, fixed_around, name_around
 from traj_ood.trajectory import Status, Trajectory
 
 SelfMap = Callable[[Tensor], Tensor]
@@ -100,7 +101,9 @@ def iterate(
     differently and a residual next to the tolerance would then stop one step earlier or later.
 
     Args:
-        self_map: f, called under ``torch.inference_mode`` on (chunk, *L).
+        self_map: f, called under ``torch.inference_mode`` on (chunk, *L), and under
+            :func:`traj_ood.device.standard_settings`. A method of a model, such as ``autoencoder.self_map``, also has
+            that model in evaluation mode meanwhile; what a function of your own calls is yours to switch.
         start: z_0, (B, *L) floating point, on the device where f runs.
         tol: on the squared residual. Default 1e-5, the paper's for foundation models.
         max_steps: most evaluations of f per sample. Default 500, the paper's.
@@ -113,10 +116,21 @@ def iterate(
     Returns:
         The :class:`Trajectory`. The stopping test needs two consecutive images of f, so N >= 2 unless max_steps = 1.
     Raises:
-        TrajOODError: impossible arguments, or a self-map that changes the latent's shape.
+        TrajOODError: impossible arguments, or a self-map that changes the latent's shape or type.
     """
     _check_arguments(start, tol, max_steps, chunk)
-    watchers = list(observers)
+    with fixed_around(self_map):
+        return _run(_Maps(self_map, low_precision, chunk, len(start)), start, tol, max_steps, list(observers), on_step)
+
+
+def _run(
+    maps: _Maps,
+    start: Tensor,
+    tol: float,
+    max_steps: int,
+    watchers: list[Observer],
+    on_step: Callable[[int, int], None] | None,
+) -> Trajectory:
     count = len(start)
     # Everything that decides lives on the CPU (MPS has no float64); only latents stay on the device.
     steps = torch.zeros(count, dtype=torch.int64)
@@ -129,7 +143,6 @@ def iterate(
     status[~finite] = int(Status.NON_FINITE)
     rows = finite.nonzero()[:, 0]
     latents = _take(start, finite)
-    maps = _Maps(self_map, low_precision, chunk, count)
     with torch.inference_mode():
         for w in watchers if len(rows) else ():
             measures[w.name].add(0, rows, w.observe(0, rows, latents))
@@ -167,29 +180,40 @@ def iterate(
     )
 
 
-def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
+def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int, name: str = "f") -> Tensor:
     """``function`` on exactly ``chunk`` rows at a time: one shape, hence one rounding, whatever the batch.
 
     A last chunk that is short is filled up with copies of its last row, and their results are dropped.
+
+    Raises:
+        TrajOODError: an answer that is no tensor of ``chunk`` rows, or chunks whose answers do not go together; calls
+            the function ``name``.
     """
     if not len(inputs):
-        return function(inputs.new_zeros(chunk, *inputs.shape[1:]))[:0]
-    outputs = []
+        return check_answer(name, function(inputs.new_zeros(chunk, *inputs.shape[1:])), chunk)[:0]
+    outputs: list[Tensor] = []
     for part in inputs.split(chunk):
         short = chunk - len(part)
-        if short:
-            filler = part[-1:].expand(short, *part.shape[1:])
-            outputs.append(function(torch.cat([part, filler]))[: len(part)])
-        else:
-            outputs.append(function(part.contiguous()))
+        full = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else part.contiguous()
+        answer = check_answer(name, function(full), chunk)
+        if outputs and _kind(answer) != _kind(outputs[0]):
+            raise TrajOODError(
+                f"{name}: expected rows alike in every chunk, got {_kind(outputs[0])} and then {_kind(answer)}: return "
+                "one shape, type and device"
+            )
+        outputs.append(answer[: len(part)])
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+
+def _kind(rows: Tensor) -> str:
+    return f"{str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape[1:])} on {rows.device}"
 
 
 class _Maps:
     """f for every sample, or its cheap copy for those that are still far from their end."""
 
     def __init__(self, self_map: SelfMap, low: LowPrecision | None, chunk: int, count: int) -> None:
-        self._map, self._low, self._chunk = self_map, low, chunk
+        self._map, self._low, self._chunk, self._name = self_map, low, chunk, name_around(self_map)
         self._cheap = torch.full((count,), low is not None)
         self._best = torch.full((count,), torch.inf, dtype=torch.float64)
         self._best_step = torch.zeros(count, dtype=torch.int64)
@@ -232,13 +256,20 @@ class _Maps:
         return resolved & (step - self._best_step[rows] < low.patience) & (step < low.max_steps)
 
     def _images(self, function: SelfMap, latents: Tensor) -> Tensor:
-        images = apply_in_chunks(function, latents, self._chunk)
+        images = apply_in_chunks(function, latents, self._chunk, self._name)
         if images.shape != latents.shape:
             raise TrajOODError(
-                f"f must keep the latent's shape {tuple(latents.shape[1:])}, got {tuple(images.shape[1:])}: "
+                f"{self._name} must keep the latent's shape {tuple(latents.shape[1:])}, got {tuple(images.shape[1:])}: "
                 "encode(decode(z)) has to end where it started"
             )
-        return images if function is self._map else images.to(latents.dtype)
+        if function is not self._map:
+            return images.to(latents.dtype)
+        if _kind(images) != _kind(latents):
+            raise TrajOODError(
+                f"{self._name}: expected latents like those it was given, {_kind(latents)}, got {_kind(images)}: "
+                "convert the model with .float(), and give both in its type"
+            )
+        return images
 
 
 class _Columns:

@@ -466,7 +466,7 @@ def _vector_field(model: Autoencoder, start: Tensor, paths: Floats, attractors: 
         return np.empty((0, 4), dtype=np.float32)
     axes = [np.linspace(a, b, _FIELD_SIDE) for a, b in zip(*view_limits(paths, attractors), strict=True)]
     grid = torch.from_numpy(np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)).float()
-    with torch.inference_mode():
+    with model.fixed(), torch.inference_mode():
         images = apply_in_chunks(model.self_map, grid.reshape(-1, *start.shape[1:]).to(start.device), model.chunk)
     moved = images.flatten(1).cpu() - grid
     whole = moved.isfinite().all(dim=1)

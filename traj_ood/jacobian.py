@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traj_ood.engine import SelfMap, apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.fixed_function import fixed_around
 
 Derivative = Literal["forward", "differences"]
 _STEP = 1e-3
@@ -70,14 +71,15 @@ def spectral_radii(
     draws = torch.Generator().manual_seed(seed)
     start = torch.randn(points.shape[1:], generator=draws).to(points).expand_as(points)
     directions = start / _lengths(start)
-    product, derivative = _product(self_map, points, directions, min(chunk, len(points)))
     logs = torch.zeros(burn + window, len(points), dtype=torch.float64)
-    for k in range(burn + window):
-        images = product(directions)
-        length = _lengths(images)
-        logs[k] = length.flatten().cpu().double().log()
-        # A length of zero (J v = 0) stays zero: log 0 and the radius 0 below are what that means.
-        directions = torch.where(length > 0, images / length, torch.zeros_like(images))
+    with fixed_around(self_map):
+        product, derivative = _product(self_map, points, directions, min(chunk, len(points)))
+        for k in range(burn + window):
+            images = product(directions)
+            length = _lengths(images)
+            logs[k] = length.flatten().cpu().double().log()
+            # A length of zero (J v = 0) stays zero: log 0 and the radius 0 below are what that means.
+            directions = torch.where(length > 0, images / length, torch.zeros_like(images))
     values = _slopes(logs.cumsum(dim=0)[burn:]).exp()
     vanished = (logs == -torch.inf).any(dim=0)
     values = torch.where(vanished, 0.0, values)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.fixed_function import FixedFunction, check_function, float_type, trial_rows
 from traj_ood.pixels import image_to_tensor, network_input
 from traj_ood.weights import fingerprint
 
@@ -46,15 +47,19 @@ class Encoding:
         return len(self.latents)
 
 
-class Autoencoder(ABC):
+class Autoencoder(FixedFunction, ABC):
     """An encoder E and a decoder D with one latent space, and hence a self-map f = E∘D.
 
     Subclasses implement :meth:`encode_batch` and :meth:`decode_batch` and set the attributes below. Users call
     :meth:`encode`, :meth:`decode` and :meth:`self_map`, which hand those two a constant number of rows.
 
+    Both are fixed functions while traj_ood uses them: evaluation mode, no autocast, float32 or the model's own float64,
+    one thread at a time; see :meth:`fixed`. The first :meth:`encode` tries E and f on two images of noise and refuses a
+    model that draws random numbers or whose answer for an image depends on the images beside it.
+
     Attributes:
         name: what tables call the model.
-        module: the nn.Module(s) whose weights define the model; in eval mode, on :attr:`device`.
+        module: the nn.Module(s) whose weights define the model, on :attr:`device`.
         input_shape: (C, H, W) that :meth:`encode` takes.
         chunk: rows per call of the network (see :func:`traj_ood.iterate`). It belongs to the model because it must
             not follow the batch size: floating-point rounding follows the shape of the call.
@@ -129,19 +134,41 @@ class Autoencoder(ABC):
         """E on any number of images (B, C, H, W) → latents (B, *L) on :attr:`device`.
 
         Raises:
-            TrajOODError: the images are not float (B, C, H, W) of the model's shape, or not finite.
+            TrajOODError: the images are not float (B, C, H, W) of the model's shape, or not finite; or the model is no
+                fixed function (see the class), or answers with another number of rows than it was given.
         """
-        with torch.inference_mode():
-            return apply_in_chunks(self.encode_batch, self._input(images), self.chunk)
+        with self.fixed(), torch.inference_mode():
+            images = self._input(images)
+            self.try_once()
+            latents = apply_in_chunks(self.encode_batch, images, self.chunk, f"{self.name}: encode")
+        _check_floats(f"{self.name}: encode", latents)
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """D on any number of latents (B, *L) → images (B, C, H, W)."""
-        with torch.inference_mode():
-            return apply_in_chunks(self.decode_batch, latents.to(self.device), self.chunk)
+        """D on any number of latents (B, *L) → images (B, C, H, W).
+
+        Raises:
+            TrajOODError: an answer of another number of rows, or that is not float32 or float64.
+        """
+        with self.fixed(), torch.inference_mode():
+            latents = latents.to(self.device, float_type(self.module) or latents.dtype)
+            images = apply_in_chunks(self.decode_batch, latents, self.chunk, f"{self.name}: decode")
+        _check_floats(f"{self.name}: decode", images)
+        return images
 
     def self_map(self, latents: Tensor) -> Tensor:
         """f(z) = E(D(z)) on one chunk of latents; :func:`traj_ood.iterate` does the chunking."""
         return self.encode_batch(self.decode_batch(latents))
+
+    def try_out(self) -> None:
+        images = trial_rows(self.input_shape, self.module)
+        latents = check_function(f"{self.name}: encode", self.encode_batch, images, self.chunk)
+        try:
+            check_function(f"{self.name}: encode(decode(z))", self.self_map, latents, self.chunk)
+        except TrajOODError:
+            raise
+        except Exception:  # whoever uses f hears of it; scorers that read z0 alone need none
+            return
 
     def examine(self, images: Tensor) -> Encoding:
         """E, and whatever else one pass through the model tells of images (B, C, H, W).
@@ -207,6 +234,14 @@ class Autoencoder(ABC):
         return sum(p.numel() for p in self.module.parameters())
 
 
+def _check_floats(name: str, answer: Tensor) -> None:
+    if answer.dtype not in (torch.float32, torch.float64):
+        raise TrajOODError(
+            f"{name}: expected float32 or float64, got {str(answer.dtype).removeprefix('torch.')}: convert the model "
+            "with .float(), or its answer"
+        )
+
+
 class CallableAutoencoder(Autoencoder):
     """Bring your own: two callables, or an nn.Module with ``encode`` and ``decode``.
 
@@ -234,7 +269,7 @@ class CallableAutoencoder(Autoencoder):
         self._encode, self._decode = encode, decode
         self._transform = transform
         self.input_shape, self.name, self.has_cls, self.chunk = input_shape, name, has_cls, chunk
-        self.module = (module or nn.Module()).eval()
+        self.module = nn.Module() if module is None else module
 
     @classmethod
     def from_module(cls, module: nn.Module, input_shape: tuple[int, int, int], **options: Any) -> CallableAutoencoder:

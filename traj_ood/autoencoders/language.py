@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from traj_ood.autoencoders.hub import one_line
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.fixed_function import FixedFunction
 from traj_ood.pretrained import from_pretrained, use_safetensors
 from traj_ood.weights import check_weights, fingerprint
 
@@ -34,7 +35,7 @@ _BOOKKEEPING = ("_name_or_path", "transformers_version", "architectures", "dtype
 """Entries of a config that say where and how a checkpoint was stored; f is computed in float32 whatever they say."""
 
 
-class LanguageModel:
+class LanguageModel(FixedFunction):
     """A causal transformer without its head: f = embeddings of a text → last hidden states, of the same shape.
 
     Position is not part of z: the model adds or rotates it in anew at every step. The last hidden state comes after the
@@ -61,7 +62,7 @@ class LanguageModel:
         self.chunk = max(1, min(64, _TOKENS_A_CALL // tokens))
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         width = table.weight.shape[1]
-        with torch.inference_mode():
+        with self.fixed(), torch.inference_mode():
             image = self.self_map(torch.zeros(1, 1, width, device=self.device))
         if image.shape[2] != width:
             raise TrajOODError(
@@ -96,8 +97,8 @@ class LanguageModel:
                 )
             ids[row] = torch.tensor(found)
         table: Any = self.module.get_input_embeddings()  # type: ignore[operator]
-        with torch.inference_mode():
-            return apply_in_chunks(lambda rows: table(rows), ids.to(self.device), self.chunk)
+        with self.fixed(), torch.inference_mode():
+            return apply_in_chunks(lambda rows: table(rows), ids.to(self.device), self.chunk, f"{self.name}: embedding")
 
     def self_map(self, latents: Tensor) -> Tensor:
         """f on one chunk of latents (n, T, d); :func:`traj_ood.iterate` does the chunking."""

@@ -180,6 +180,9 @@ class SurrogateAutoencoder(Autoencoder):
         if not bool((network.std > 0).all()):
             raise TrajOODError(f"{self.name}: expected positive deviations of the features: the network is damaged")
 
+    def modules_used(self) -> tuple[nn.Module, ...]:
+        return self.backbone.module, self.network
+
     # ------------------------------------------------------------------ the map
 
     def examine(self, images: Tensor) -> Encoding:
@@ -198,9 +201,9 @@ class SurrogateAutoencoder(Autoencoder):
         """
         values = features.features
         check_features(self.name, values, self.feature_dim)
-        with torch.inference_mode():
-            target = self.network.standardise(values.to(self.device).float())
-            latents = apply_in_chunks(self.network.encode, target, self.chunk)
+        with self.fixed(), torch.inference_mode():
+            target = self.network.standardise(values.to(self.device, self.network.mean.dtype))
+            latents = apply_in_chunks(self.network.encode, target, self.chunk, f"{self.name}: encode")
         return Encoding(latents=latents, target=target, features=values, logits=features.logits)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -208,7 +211,7 @@ class SurrogateAutoencoder(Autoencoder):
         return self.examine(images).latents
 
     def encode_batch(self, images: Tensor) -> Tensor:
-        features = self.backbone.extract(images).features.to(self.device)
+        features = self.backbone.extract(images).features.to(self.device, self.network.mean.dtype)
         return self.network.encode(self.network.standardise(features))
 
     def decode_batch(self, latents: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -84,8 +83,6 @@ class ViTMAE(Autoencoder):
             )
         # About two thousand tokens a call fill the matrix products of a CPU.
         self.chunk = _power_of_two(2048 / (self.patches + 1), 4, 128)
-        # The mask ratio is a field of the shared config that the embedding reads at every call: own it.
-        model.vit.embeddings.config = copy.copy(config)
         self._noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)
         self._restore = self._noise.argsort().argsort()
         self._cells = _cells_of(self._noise, visible) if self.mask_ratio else None
@@ -224,7 +221,7 @@ class ViTMAE(Autoencoder):
             patch_error = self._patchify(self._decode(latents, restore) - batch).square().mean(dim=-1)
             return (patch_error * hidden).sum(dim=1) / hidden.sum(dim=1)
 
-        with torch.inference_mode():
+        with self.fixed(), torch.inference_mode():
             return apply_in_chunks(error, images.to(self.device), self.chunk).cpu().double()  # MPS has no float64
 
     def _patchify(self, images: Tensor) -> Tensor:
@@ -233,8 +230,13 @@ class ViTMAE(Autoencoder):
     def _encode(self, images: Tensor, noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, hidden-patch mask (B, patches), ids_restore — transformers' encoder with our patch order."""
         vit: Any = self.module.vit
-        vit.embeddings.config.mask_ratio = float(ratio)  # transformers rejects the int 0
-        out = vit(images, noise=noise.to(images.device).expand(images.shape[0], -1))
+        # The embedding reads the ratio from a config that whoever made the model, and others that wrap it, use, too.
+        config = vit.embeddings.config
+        before, config.mask_ratio = config.mask_ratio, float(ratio)  # transformers rejects the int 0
+        try:
+            out = vit(images, noise=noise.to(images.device).expand(images.shape[0], -1))
+        finally:
+            config.mask_ratio = before
         return out.last_hidden_state, out.mask, out.ids_restore
 
     def _decode(self, latents: Tensor, restore: Tensor) -> Tensor:

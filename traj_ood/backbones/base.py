@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.fixed_function import FixedFunction, check_function, trial_rows
 from traj_ood.pixels import image_to_tensor, network_input
 from traj_ood.weights import fingerprint
 
@@ -22,8 +23,8 @@ class Features:
     """What a frozen backbone says of B images.
 
     Attributes:
-        features: (B, n) float32, the input of the classifier (penultimate features).
-        logits: (B, c) float32; None without a classifier.
+        features: (B, n) float32 or the network's own float64, the input of the classifier (penultimate features).
+        logits: (B, c) of the same type; None without a classifier.
     """
 
     features: Tensor
@@ -33,7 +34,7 @@ class Features:
         return len(self.features)
 
 
-class Backbone(ABC):
+class Backbone(FixedFunction, ABC):
     """A frozen network with the image transform it was trained with.
 
     Subclasses implement :meth:`forward_batch` and :meth:`transform` and set the attributes below. Users call
@@ -43,7 +44,7 @@ class Backbone(ABC):
         library: whose network it is: ``timm``, ``torchvision``, ``transformers``, ``openood`` or ``custom``.
         name: what tables call it, such as ``timm:resnet18``; never a machine's path.
         spec: what :func:`traj_ood.backbones.load_backbone` takes to make it again; may hold a path.
-        module: the network, in eval mode, without gradients, on :attr:`device`.
+        module: the network, on :attr:`device`.
         input_shape: (C, H, W) that :meth:`extract` takes.
         feature_dim: n, width of the features.
         classes: c, number of logits; 0 without a classifier.
@@ -86,15 +87,18 @@ class Backbone(ABC):
     def extract(self, images: Tensor) -> Features:
         """Features and logits of any number of images (B, C, H, W), on :attr:`device`.
 
-        A row never depends on its batch: the network is only called on exactly :attr:`chunk` rows.
+        A row never depends on its batch: the network is only called on exactly :attr:`chunk` rows, in evaluation mode
+        and under :meth:`fixed`.
 
         Raises:
             TrajOODError: the images are not finite floats (B, C, H, W) of :attr:`input_shape`, or the network answers
-                with other shapes than it declared or with NaN.
+                with other shapes than it declared or with NaN, draws random numbers, or looks at other images of the
+                batch.
         """
         images = network_input(self.name, images, self.input_shape, "backbone.transform", self.module)
-        with torch.inference_mode():
-            joint = apply_in_chunks(self._joint, images, self.chunk)
+        with self.fixed(), torch.inference_mode():
+            self.try_once()
+            joint = apply_in_chunks(self._joint, images, self.chunk, self.name)
         bad = (~joint.isfinite().all(dim=1)).nonzero()[:, 0]
         if len(bad):
             raise TrajOODError(
@@ -105,8 +109,11 @@ class Backbone(ABC):
         features, logits = joint[:, : self.feature_dim].clone(), joint[:, self.feature_dim :].clone()
         return Features(features, logits if self.classes else None)
 
+    def try_out(self) -> None:
+        check_function(self.name, self._joint, trial_rows(self.input_shape, self.module), self.chunk)
+
     def _joint(self, images: Tensor) -> Tensor:
-        """(chunk, n + c) float32: one tensor, because chunks are put together row by row."""
+        """(chunk, n + c): one tensor, because chunks are put together row by row."""
         answer = self.forward_batch(images)
         got = (tuple(answer.features.shape), tuple(answer.logits.shape) if answer.logits is not None else None)
         rows = len(images)
@@ -117,7 +124,7 @@ class Backbone(ABC):
                 f"{got[0]} and logits {got[1]}"
             )
         parts = [answer.features] if answer.logits is None else [answer.features, answer.logits]
-        return torch.cat([part.float() for part in parts], dim=1)
+        return torch.cat(parts, dim=1)
 
     def fingerprint(self) -> str:
         """sha256 over every weight and the options: two backbones agree exactly when this does."""
@@ -133,7 +140,7 @@ class CallableBackbone(Backbone):
     Args:
         forward: images (chunk, C, H, W) → :class:`Features`; each row must depend on its own image alone.
         input_shape: (C, H, W). feature_dim, classes: see :class:`Backbone`.
-        module: fingerprinted and moved between devices; put into eval mode without gradients.
+        module: fingerprinted, moved between devices, and in evaluation mode while it is used.
         transform: PIL image → (C, H, W) tensor. Default: resize to ``input_shape``, pixels in [0, 1]. It is not part
             of the fingerprint; name backbones apart when only their transforms differ.
         head: weight (c, n) and bias (c,) when the logits are linear in the features; default None.
@@ -156,7 +163,7 @@ class CallableBackbone(Backbone):
         self._forward, self._transform, self._head = forward, transform, head
         self.input_shape, self.feature_dim, self.classes, self.chunk = input_shape, feature_dim, classes, chunk
         self.name = self.spec = name
-        self.module = module.eval().requires_grad_(False)
+        self.module = module
 
     def forward_batch(self, images: Tensor) -> Features:
         return self._forward(images)

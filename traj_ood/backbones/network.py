@@ -22,8 +22,8 @@ _TRIAL_ROWS = 2
 class NetworkBackbone(Backbone):
     """A backbone around a network of some library. Subclasses implement :meth:`forward_batch`.
 
-    Construction runs two random images through the network twice: widths, the linear head and the absence of random
-    numbers are facts then, and a transform that does not fit the network is found before any data is read.
+    Construction runs two random images through the network: widths, the linear head and the absence of random numbers
+    are facts then, and a transform that does not fit the network is found before any data is read.
 
     Args:
         module: the network with its weights; put into eval mode without gradients.
@@ -56,33 +56,28 @@ class NetworkBackbone(Backbone):
         if trial.ndim != 3 or trial.shape[0] != channels:
             raise TrajOODError(f"{name}: expected a transform to ({channels}, H, W), got {tuple(trial.shape)}")
         self.input_shape = (channels, int(trial.shape[1]), int(trial.shape[2]))
-        answer = self._try()
-        self.feature_dim = answer.features.shape[1]
-        self.classes = answer.logits.shape[1] if answer.logits is not None else 0
-        self._classifier = classifier if classifier is not None and _is_linear_in(answer, classifier) else None
+        with self.fixed(), torch.inference_mode():
+            answer = self._first_answer()
+            self.feature_dim = answer.features.shape[1]
+            self.classes = answer.logits.shape[1] if answer.logits is not None else 0
+            self._classifier = classifier if classifier is not None and _is_linear_in(answer, classifier) else None
+            self.try_once()
 
-    def _try(self) -> Features:
-        images = trial_images(self.input_shape)
-        with torch.inference_mode():
-            try:
-                first, second = self.forward_batch(images), self.forward_batch(images)
-            except TrajOODError:
-                raise
-            except Exception as error:  # any library's code, any error
-                raise TrajOODError(
-                    f"{self.name}: cannot process images of shape {self.input_shape}, which its transform makes "
-                    f"({one_line(error)})"
-                ) from error
-        if first.features.ndim != 2:
+    def _first_answer(self) -> Features:
+        try:
+            answer = self.forward_batch(trial_images(self.input_shape))
+        except TrajOODError:
+            raise
+        except Exception as error:  # any library's code, any error
             raise TrajOODError(
-                f"{self.name}: expected one feature vector per image, got shape {tuple(first.features.shape)}"
-            )
-        if not torch.equal(first.features, second.features):
+                f"{self.name}: cannot process images of shape {self.input_shape}, which its transform makes "
+                f"({one_line(error)})"
+            ) from error
+        if answer.features.ndim != 2:
             raise TrajOODError(
-                f"{self.name}: gives other features the second time: it draws random numbers in eval mode and cannot "
-                "be a frozen backbone"
+                f"{self.name}: expected one feature vector per image, got shape {tuple(answer.features.shape)}"
             )
-        return first
+        return answer
 
     def transform(self, image: Image.Image) -> Tensor:
         """PIL image → float32 of :attr:`input_shape`, by the library's own transform.

@@ -37,12 +37,14 @@ def write(form: Format, module: DetectorModule, metadata: Mapping[str, Any], fil
     Raises:
         TrajOODError: libraries missing, an operation that cannot be recorded, or too large a file for ONNX.
     """
-    if form == "onnx":
-        _need("onnx", "onnxscript")
-        file.write(_onnx_bytes(module, json.dumps(metadata)))
-    else:
-        with _quiet():
-            torch.export.save(record(module), file, extra_files={f"{METADATA}.json": json.dumps(metadata)})
+    text = json.dumps(metadata)
+    with module.recording():
+        if form == "onnx":
+            _need("onnx", "onnxscript")
+            file.write(_onnx_bytes(module, text))
+        else:
+            with _quiet():
+                torch.export.save(record(module), file, extra_files={f"{METADATA}.json": text})
 
 
 def open_file(form: Format, path: Path) -> tuple[Runner, dict[str, Any]]:

@@ -3,6 +3,8 @@ numbers themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -36,7 +38,7 @@ class DetectorModule(nn.Module):
 
     Weights are those of the detector's own network, not copies: moving this module moves them. Attractors are buffers.
     The scorer's float64 statistics are buffers that stay on the CPU, as in the detector: not every device has float64.
-    The module is always in eval mode and keeps no gradients.
+    The module keeps no gradients; the network is in evaluation mode while it computes, whatever mode it was left in.
 
     Attributes:
         steps: evaluations of f. scorer: what is computed, with its options. preprocessing: see
@@ -66,7 +68,7 @@ class DetectorModule(nn.Module):
         self.step = Step(autoencoder, Tensors(_attractors(autoencoder, scorers)), self._kept, scorers.tol)
         self._loops: list[Loop] = [plain_loop(self.step)]
         self.to(autoencoder.device)
-        self.train(False)
+        self.training = False
 
     def train(self, mode: bool = True) -> DetectorModule:
         """Stays in eval mode: dropout and batch statistics have no place in a score."""
@@ -76,7 +78,7 @@ class DetectorModule(nn.Module):
         """(B, C, H, W) float32 → (B,) float64. A graph recorded of it, and so an exported file, takes B >= 1.
 
         Raises:
-            TrajOODError: another shape or type.
+            TrajOODError: another shape or type, or a graph recorded of a network in training mode.
         """
         shape = self.preprocessing.shape
         if images.ndim != 4 or tuple(images.shape[1:]) != shape or images.dtype != torch.float32:
@@ -85,11 +87,28 @@ class DetectorModule(nn.Module):
                 f"), got {images.dtype} of shape {tuple(images.shape)}"
             )
         if torch.compiler.is_compiling():  # whoever records the graph has gradients off: no operation for it
+            if any(part.training for network in self._autoencoder.modules_used() for part in network.modules()):
+                raise TrajOODError(
+                    f"{self._autoencoder.name}: in training mode: call eval() before a graph is recorded"
+                )
             return self._scores(images)
         if len(images) == 0:  # libraries reshape and search, and a graph's batch has no beginning
             return torch.empty(0, dtype=torch.float64, device=images.device)
-        with torch.no_grad():
+        with self._autoencoder.fixed(), torch.no_grad():
             return self._scores(images)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """For recording a graph: evaluation mode, and no weight that asks for gradients, which would be in it, too."""
+        learnable = [p for p in self.parameters() if p.requires_grad]
+        with self._autoencoder.fixed():
+            for parameter in learnable:
+                parameter.requires_grad_(False)
+            try:
+                yield
+            finally:
+                for parameter in learnable:
+                    parameter.requires_grad_(True)
 
     def _scores(self, images: Tensor) -> Tensor:
         low, high = PIXELS

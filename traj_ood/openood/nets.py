@@ -84,7 +84,7 @@ class _Transform:
 def backbone_of(net: nn.Module, shape: tuple[int, ...]) -> Backbone:
     """An OpenOOD classifier as a frozen backbone: ``net(x, return_feature=True)`` gives logits and features.
 
-    The net is left as it was, gradients included. The head is taken from its ``get_fc`` where the logits are that
+    The net is left as it was. The head is taken from its ``get_fc`` where the logits are that
     linear function of the features.
 
     Args:
@@ -102,8 +102,7 @@ def backbone_of(net: nn.Module, shape: tuple[int, ...]) -> Backbone:
     with torch.inference_mode():
         logits, features = _features_of(net, probe)
         head = _head_of(net, features, logits)
-    learnable = [p for p in net.parameters() if p.requires_grad]
-    made = CallableBackbone(
+    return CallableBackbone(
         forward,
         (shape[0], shape[1], shape[2]),
         features.shape[1],
@@ -112,9 +111,6 @@ def backbone_of(net: nn.Module, shape: tuple[int, ...]) -> Backbone:
         name=type(net).__name__,
         head=head,
     )
-    for parameter in learnable:  # other postprocessors of OpenOOD may need their gradients
-        parameter.requires_grad_(True)
-    return made
 
 
 def _features_of(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

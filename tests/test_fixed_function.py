@@ -1,0 +1,305 @@
+"""A model is a fixed function while traj_ood uses it, and its owner finds everything as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import tiny
+from traj_ood import CallableAutoencoder, Detector, TrajOODError, iterate
+from traj_ood.backbones import CallableBackbone, Features
+from traj_ood.device import set_tf32, standard_settings
+from traj_ood.fixed_function import FixedFunction
+from traj_ood.jacobian import spectral_radii
+
+SHAPE = (1, 8, 8)
+
+
+class Net(nn.Module):
+    """With everything that training mode changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.down = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Tanh())
+            self.up = nn.Linear(6, 64)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.down(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.up(latents).view(-1, *SHAPE)
+
+
+def wrapped(net: nn.Module, **options: Any) -> CallableAutoencoder:
+    return CallableAutoencoder.from_module(net, SHAPE, **options)
+
+
+def by_hand(net: nn.Module, images: Tensor) -> Tensor:
+    """The formula of Net.encode in float64, from its weights."""
+    linear, norm = net.down[1].double(), net.down[2].double()  # type: ignore[index]
+    hidden = images.double().flatten(1) @ linear.weight.T + linear.bias
+    scaled = (hidden - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    return scaled.tanh().detach()
+
+
+def flags(net: nn.Module) -> list[bool]:
+    return [part.training for part in net.modules()]
+
+
+# ---------------------------------------------------------------------------------------------- the caller's settings
+
+
+def settings() -> tuple[Any, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.is_grad_enabled(),
+    )
+
+
+def test_standard_settings_and_back() -> None:
+    began = settings()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            before = settings()
+            with contextlib.suppress(KeyError), standard_settings(), standard_settings():
+                assert settings()[:4] == (torch.float32, torch.device("cpu"), False, "highest")
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+                raise KeyError
+            assert settings() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        torch.set_float32_matmul_precision("highest")
+    assert settings() == began
+
+
+def test_the_packages_own_tf32_outlives_the_callers_setting() -> None:
+    kept = torch.backends.cudnn.allow_tf32
+    set_tf32(True)
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with standard_settings():
+            assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        set_tf32(False)
+        set_tf32_of_cudnn(kept)
+
+
+def set_tf32_of_cudnn(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = allowed
+    for operation in (getattr(torch.backends.cudnn, name, None) for name in ("conv", "rnn")):
+        if operation is not None:
+            operation.fp32_precision = "tf32" if allowed else "ieee"
+
+
+@pytest.mark.parametrize("surroundings", ["train", "autocast", "float64", "precision"])
+def test_nothing_around_a_call_reaches_the_model(surroundings: str) -> None:
+    net = Net()
+    net.down[2].running_mean.fill_(0.3)  # type: ignore[index, union-attr, operator]
+    images = tiny.images(9)
+    model = wrapped(net)
+    detector = Detector.fit(model, images, "field", max_steps=3)
+    scores, latents = detector.score(images), model.encode(images)
+    ends = iterate(model.self_map, latents, max_steps=3).final
+    net.train()
+    net.up.eval()  # an owner's own choice
+    before = flags(net)
+    if surroundings == "float64":
+        torch.set_default_dtype(torch.float64)
+    if surroundings == "precision":
+        torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=surroundings == "autocast"):
+            assert torch.equal(detector.score(images), scores)
+            found = model.encode(images)
+            assert torch.equal(found, latents)
+            assert torch.equal(iterate(model.self_map, latents, max_steps=3).final, ends)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+    assert flags(net) == before
+    torch.testing.assert_close(found.double(), by_hand(net, images), rtol=1e-5, atol=1e-6)
+    assert float(net.down[2].running_mean[0]) == pytest.approx(0.3)  # type: ignore[index]
+
+
+def test_training_goes_on_after_a_score() -> None:
+    net = Net().train()
+    model = wrapped(net)
+    model.encode(tiny.images(3))
+    assert net.training
+    assert all(p.requires_grad for p in net.parameters())
+    before = net.down[2].num_batches_tracked.clone()  # type: ignore[index]
+    net.decode(net.encode(tiny.images(4))).square().mean().backward()
+    assert net.up.weight.grad is not None
+    assert int(net.down[2].num_batches_tracked) == int(before) + 1  # type: ignore[index]
+
+
+def test_flags_come_back_after_an_error_and_with_shared_parts() -> None:
+    net = Net().train()
+
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net
+
+        def encode(self, images: Tensor) -> Tensor:
+            assert not net.training
+            raise KeyError("mine")
+
+        decode = encode
+
+    whole, part = wrapped(Fails()), wrapped(net)
+    with pytest.raises(KeyError, match="mine"):
+        whole.encode(tiny.images(2))
+    assert all(flags(whole.module))
+    outer, inner = whole.fixed(), part.fixed()
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert not any(flags(net))  # still in use by the other
+    inner.__exit__(None, None, None)
+    assert all(flags(net))
+
+
+def test_radii_are_those_of_evaluation_mode() -> None:
+    net = Net().train()
+    model = wrapped(net)
+    start = model.encode(tiny.images(2))
+    found = spectral_radii(model.self_map, start).values
+    net.eval()
+    expected = [
+        torch.linalg.eigvals(torch.func.jacrev(lambda z: model.self_map(z[None])[0])(z)).abs().max().item()
+        for z in start.clone()
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------- what is none
+
+
+class Loses(Net):
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images)[:-1]
+
+
+class LosesInDecode(Net):
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents)[1:]
+
+
+class Samples(Net):
+    def encode(self, images: Tensor) -> Tensor:
+        latents = super().encode(images)
+        return latents + 1e-4 * torch.randn_like(latents)
+
+
+class SamplesInDecode(Net):
+    def decode(self, latents: Tensor) -> Tensor:
+        return nn.functional.dropout(super().decode(latents), 0.5, training=True)
+
+
+class LooksAround(Net):
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images / images.amax())
+
+
+class Turns(Net):
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images).flip(0)
+
+
+class Pair(Net):
+    def encode(self, images: Tensor) -> Any:
+        return {"z": super().encode(images)}
+
+
+@pytest.mark.parametrize(
+    ("net", "text"),
+    [
+        (Loses, r"Loses: encode: expected 2 rows for 2 rows, got shape \(1, 6\): return one row for each"),
+        (LosesInDecode, r"LosesInDecode: encode\(decode\(z\)\): expected 2 rows for 2 rows, got shape \(1, 6\)"),
+        (Samples, r"Samples: encode draws random numbers: two calls .* differ by .*: return the mean"),
+        (SamplesInDecode, r"SamplesInDecode: encode\(decode\(z\)\) draws random numbers"),
+        (LooksAround, r"LooksAround: encode depends on batch-mates: .*BatchNorm with track_running_stats"),
+        (Turns, r"Turns: encode depends on batch-mates"),
+        (lambda: Net().half(), r"Net: expected float32 or float64 weights, got float16: convert the model with .float"),
+        (lambda: Net().bfloat16(), r"expected float32 or float64 weights, got bfloat16"),
+        (Pair, r"Pair: encode: expected one tensor, got dict"),
+    ],
+)
+def test_refused_by_name_at_fit(net: Callable[[], nn.Module], text: str) -> None:
+    with pytest.raises(TrajOODError, match=text):
+        Detector.fit(wrapped(net()), tiny.images(8), "field")
+
+
+def test_batch_statistics_are_found_although_the_module_is_in_evaluation_mode() -> None:
+    net = Net()
+    net.down[2] = nn.BatchNorm1d(6, track_running_stats=False)
+    with pytest.raises(TrajOODError, match="Net: encode depends on batch-mates"):
+        wrapped(net).encode(tiny.images(3))
+
+
+def test_rows_that_change_between_chunks_and_halves() -> None:
+    calls: list[int] = []
+
+    def encode(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        wide = 3 if len(calls) > 9 else 2  # eight calls of the trial, one chunk
+        return images.flatten(1)[:, :wide]
+
+    model = CallableAutoencoder(encode, lambda z: z[:, :1, None, None].expand(-1, *SHAPE), SHAPE, chunk=1)
+    with pytest.raises(TrajOODError, match=r"custom: encode: expected rows alike in every chunk, got float32 \(2,\)"):
+        model.encode(tiny.images(2))
+    short = CallableAutoencoder(lambda x: x.flatten(1).half(), lambda z: z.float().view(-1, *SHAPE), SHAPE)
+    with pytest.raises(TrajOODError, match="custom: encode: expected float32 or float64, got float16"):
+        short.encode(tiny.images(2))
+
+
+def test_a_backbone_is_held_to_the_same() -> None:
+    linear = nn.Linear(64, 3)
+
+    def backbone(forward: Callable[[Tensor], Tensor]) -> CallableBackbone:
+        return CallableBackbone(lambda x: Features(forward(x.flatten(1)), None), SHAPE, 3, module=linear)
+
+    linear.train()
+    images = tiny.images(5)
+    torch.testing.assert_close(backbone(linear).extract(images).features, linear(images.flatten(1)))
+    assert linear.training
+    assert linear.weight.requires_grad
+    with pytest.raises(TrajOODError, match="custom draws random numbers"):
+        backbone(lambda x: linear(x) + torch.rand(1)).extract(images)
+    with pytest.raises(TrajOODError, match="custom depends on batch-mates"):
+        backbone(lambda x: linear(x - x.mean())).extract(images)
+
+
+def test_a_network_of_one_batch_size_is_tried_on_that() -> None:
+    class Fixed(Net):
+        def encode(self, images: Tensor) -> Tensor:
+            return super().encode(images.reshape(4, *SHAPE))
+
+    assert wrapped(Fixed(), chunk=4).encode(tiny.images(6)).shape == (6, 6)
+
+
+def test_float64_stays_float64() -> None:
+    net = Net().double()
+    model = wrapped(net)
+    images = tiny.images(5)
+    latents = model.encode(images)
+    assert latents.dtype == model.decode(latents).dtype == torch.float64
+    torch.testing.assert_close(latents, by_hand(net, images), rtol=1e-13, atol=1e-13)
+    assert issubclass(CallableAutoencoder, FixedFunction)
