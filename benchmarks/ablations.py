@@ -37,7 +37,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from traj_ood import AttractorDictionary, Autoencoder, ScorerSet, TrajOODError, load_autoencoder, load_benchmark
+from traj_ood import (
+    AttractorDictionary,
+    Autoencoder,
+    Normalised,
+    ScorerSet,
+    TrajOODError,
+    load_autoencoder,
+    load_benchmark,
+)
 from traj_ood.data import Benchmark, Split
 from traj_ood.files import write_atomic
 from traj_ood.metrics import compute_metrics
@@ -102,8 +110,8 @@ class Workplace:
         return ScorerSet(model, specs, tol=tol, max_steps=self.arguments.max_steps)
 
 
-def images_of(model: Autoencoder, split: Split) -> Tensor:
-    return torch.stack([model.transform(split.images.load(i)) for i in range(len(split.images))])
+def images_of(model: Autoencoder, split: Split) -> Normalised:
+    return Normalised(torch.stack([model.transform(split.images.load(i)) for i in range(len(split.images))]))
 
 
 def fit(scorers: ScorerSet, split: Split) -> ScorerSet:
@@ -170,7 +178,7 @@ def attractors(work: Workplace) -> Iterator[Row]:
     counts = sorted({min(n, most) for n in (work.arguments.counts or COUNTS)})
     largest = work.train_images(counts[-1])
     scorers = work.scorers(work.model, SHORT)
-    encoding = work.model.examine(images_of(work.model, largest))
+    encoding = work.model.examine(images_of(work.model, largest).images)
     dictionary, evidence = scorers.explore(encoding, tuple(largest.images.ids))
     assert dictionary is not None  # the trajectory score needs one
     place = {image: row for row, image in enumerate(largest.images.ids)}

@@ -295,11 +295,12 @@ def detector_subjects(place: Path) -> list[Subject]:
     import torch
 
     from traj_ood.detector import Detector
+    from traj_ood.preprocessing import Normalised
 
     new = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(9))
 
     def use(folder: Path) -> Any:
-        judged = Detector.load(folder, device="cpu").judge(new)
+        judged = Detector.load(folder, device="cpu").judge(Normalised(new))
         assert judged.p_values is not None
         return judged.scores.numpy().tobytes(), judged.p_values.numpy().tobytes()
 
@@ -308,7 +309,9 @@ def detector_subjects(place: Path) -> list[Subject]:
         folder = place / f"detector-{model}"
         draw = torch.Generator().manual_seed(3)
         fit, held_out = (torch.randn(n, 1, 8, 8, generator=draw) for n in (24, 20))
-        Detector.fit(small_model(model), fit, scorer, max_steps=8).calibrate(held_out).save(folder)
+        Detector.fit(small_model(model), Normalised(fit), scorer, max_steps=8).calibrate(Normalised(held_out)).save(
+            folder
+        )
         found.append(Subject(f"detector {model} {scorer}", folder, use))
         # Who can write the folder can write its seal, too: any valid detector may come of it, but nothing worse.
         kinds = ("sealed value", "sealed key")

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from traj_ood import AttractorDictionary, Autoencoder, Norm, ScorerSet, ViTMAE, iterate, load_autoencoder
+from traj_ood import AttractorDictionary, Autoencoder, Norm, Normalised, ScorerSet, ViTMAE, iterate, load_autoencoder
 from traj_ood.attractors import NearestAttractor
 from traj_ood.data import ImageSource, load_benchmark
 from traj_ood.engine import apply_in_chunks
@@ -90,7 +90,7 @@ def score_engine() -> dict[str, Any]:
     images = _images(model, load_benchmark("fashion").test.images, BATCH)
     scorers = ScorerSet(model, ["trajectory"]).learn(dictionary, _no_evidence())
     began = time.perf_counter()
-    scores = scorers.score(images).scores["trajectory"]
+    scores = scorers.score(Normalised(images)).scores["trajectory"]
     return {"seconds": time.perf_counter() - began, "scores": scores.tolist()}
 
 

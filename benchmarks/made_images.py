@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from traj_ood import ScorerSet, TrajOODError, load_autoencoder, load_benchmark
+from traj_ood import Normalised, ScorerSet, TrajOODError, load_autoencoder, load_benchmark
 from traj_ood.data import ImageSource
 from traj_ood.data.outliers import OUTLIERS, SIMPLE, made_sets
 from traj_ood.files import write_atomic
@@ -46,8 +46,8 @@ def main() -> None:
     if split is None:
         raise TrajOODError(f"benchmark {data.name}: expected an ID validation split to make outliers from, got none")
 
-    def images(source: ImageSource) -> torch.Tensor:
-        return torch.stack([model.transform(source.load(i)) for i in range(len(source))])
+    def images(source: ImageSource) -> Normalised:
+        return Normalised(torch.stack([model.transform(source.load(i)) for i in range(len(source))]))
 
     scorers = ScorerSet(model, SCORERS[options.kinds]).fit(images(data.train.images))
     field = next(s for s in scorers.scorers if isinstance(s, Field))

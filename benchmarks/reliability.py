@@ -240,9 +240,10 @@ def answers(detector: Path) -> bytes:
     import torch
 
     from traj_ood.detector import Detector
+    from traj_ood.preprocessing import Normalised
 
     images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-    return Detector.load(detector, device="cpu").score(images).numpy().tobytes()
+    return Detector.load(detector, device="cpu").score(Normalised(images)).numpy().tobytes()
 
 
 # ---------------------------------------------------------------------- kill

@@ -18,6 +18,7 @@ from tiny import VIT, vit, write_benchmark
 
 from traj_ood import ScorerSet, load_autoencoder, load_benchmark
 from traj_ood.metrics import compute_metrics
+from traj_ood.preprocessing import Normalised
 
 MEASURED = ["--attractors", "14", "--counts", "10", "14", "20", "--per-set", "8", "--max-steps", "25", "--epochs", "1"]
 
@@ -87,8 +88,10 @@ def direct(place: Path, spec: str, train: int = 14, tol: float = 1e-5, **options
     def images(split: Any) -> torch.Tensor:
         return torch.stack([model.transform(split.images.load(i)) for i in range(len(split.images))])
 
-    scorers = ScorerSet(model, [spec], tol=tol, max_steps=25).fit(images(data.train))
-    test, *sets = (next(iter(scorers.score(images(s)).scores.values())).numpy() for s in (data.test, *data.ood))
+    scorers = ScorerSet(model, [spec], tol=tol, max_steps=25).fit(Normalised(images(data.train)))
+    test, *sets = (
+        next(iter(scorers.score(Normalised(images(s))).scores.values())).numpy() for s in (data.test, *data.ood)
+    )
     return sum(compute_metrics(test, s).auroc for s in sets) / len(sets)
 
 

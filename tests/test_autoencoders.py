@@ -24,9 +24,9 @@ from traj_ood.autoencoders import (
     ViTMAE,
     load_autoencoder,
 )
-from traj_ood.autoencoders.base import image_to_tensor
 from traj_ood.autoencoders.vit_mae import build_model, own_name
 from traj_ood.errors import TrajOODError
+from traj_ood.preprocessing import Preprocessing
 
 RGB = {"num_channels": 3, "image_size": 16, "patch_size": 4, "num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
 
@@ -308,11 +308,20 @@ def test_impossible_geometry_in_a_config(folder: Path, changes: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", '{"image_mean": [0.5]}', '{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}']
+    ("settings", "text"),
+    [
+        ({}, "its images are 224 x 224, and the network takes 8 x 8"),
+        ({"size": 8, "image_mean": [0.5] * 3, "image_std": [1.0] * 3}, "for each of 1 channels"),
+        ({"size": 8, "image_mean": "grey"}, "expected numbers image_mean and image_std, got 'grey'"),
+        ({"size": 8, "do_pad": True}, "do_pad: expected a setting that is known here, got True"),
+        ({"size": {"shortest_edge": 8}}, "size: expected do_center_crop with shortest_edge"),
+        ({"size": 8, "resample": 77}, "expected one of Pillow's filters, got 77"),
+        ({"size": 8, "image_processor_type": "ImageGPTImageProcessor"}, "expected a ViTImageProcessor, got 'ImageGPT"),
+    ],
 )
-def test_preprocessing_that_does_not_fit(folder: Path, content: str) -> None:
-    (folder / "preprocessor_config.json").write_text(content)
-    with pytest.raises(TrajOODError, match="mean"):
+def test_preprocessing_that_does_not_fit(folder: Path, settings: dict[str, Any], text: str) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TrajOODError, match=rf"preprocessor_config\.json: .*{text}"):
         load_autoencoder(folder)
 
 
@@ -328,11 +337,19 @@ class Hub:
         return tiny.vit_model(), {"missing_keys": self.missing}
 
 
-def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
     from transformers import ViTMAEForPreTraining
 
+    stored = tmp_path / "preprocessor_config.json"
+    stored.write_text(json.dumps({"size": 8, "image_mean": [0.1], "image_std": [0.2]}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda source, file: stored)
     monkeypatch.setattr(ViTMAEForPreTraining, "from_pretrained", Hub([]))
-    assert load_autoencoder("owner/good").name == "owner/good"
+    model = load_autoencoder("owner/good")
+    assert (model.name, model.options()["mean"], model.options()["std"]) == ("owner/good", [0.1], [0.2])
+    stored.unlink()
+    with pytest.raises(TrajOODError, match=r"preprocessor_config\.json"):
+        load_autoencoder("owner/good")
     with pytest.raises(
         TrajOODError, match=r"model 'owner/bad': neither a local folder nor loadable from the hub \(own"
     ):
@@ -587,7 +604,7 @@ def test_empty_batch(make: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("size", [(28, 20), (64, 64), (9, 31), (500, 333)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_image_to_tensor_is_torchvisions_resize_and_normalize(channels: int, size: tuple[int, int]) -> None:
+def test_a_direct_resize_is_torchvisions_resize_and_normalize(channels: int, size: tuple[int, int]) -> None:
     from sklearn.datasets import load_sample_images
     from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
@@ -596,15 +613,15 @@ def test_image_to_tensor_is_torchvisions_resize_and_normalize(channels: int, siz
     reference = Compose([Resize((24, 24), InterpolationMode.BILINEAR), ToTensor(), Normalize(mean, std)])
     mode = image.convert("L") if channels == 1 else image
     expected = reference(mode)
-    torch.testing.assert_close(image_to_tensor(image, (channels, 24, 24), mean, std), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(Preprocessing((channels, 24, 24), mean, std)(image), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_image_to_tensor_converts_channels_and_keeps_an_image_of_the_right_size() -> None:
+def test_a_preprocessing_converts_channels_and_keeps_an_image_of_the_right_size() -> None:
     grey, colour = Image.new("L", (4, 4), 51), Image.new("RGB", (4, 4), (255, 0, 0))
-    assert torch.equal(image_to_tensor(grey, (3, 4, 4), (0.0,) * 3, (1.0,) * 3), torch.full((3, 4, 4), 0.2))
-    luma = image_to_tensor(colour, (1, 4, 4), (0.0,), (1.0,))
+    assert torch.equal(Preprocessing((3, 4, 4), (0.0,) * 3, (1.0,) * 3)(grey), torch.full((3, 4, 4), 0.2))
+    luma = Preprocessing((1, 4, 4), (0.0,), (1.0,))(colour)
     assert torch.equal(luma, torch.full((1, 4, 4), 76 / 255))
-    assert image_to_tensor(colour, (3, 2, 6), (0.0,) * 3, (1.0,) * 3).shape == (3, 2, 6)
+    assert Preprocessing((3, 2, 6), (0.0,) * 3, (1.0,) * 3)(colour).shape == (3, 2, 6)
 
 
 PUBLISHED = (  # names in the published files and in transformers 4

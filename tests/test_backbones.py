@@ -400,7 +400,8 @@ def test_transformers_classifiers(tmp_path: Path, kind: str, feature_dim: int) -
     assert (backbone.feature_dim, backbone.input_shape) == (feature_dim, (3, 16, 16))
     image = backbone.transform(picture(0))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "net", trust_remote_code=False)
-    assert torch.equal(image, processor(images=picture(0), return_tensors="pt")["pixel_values"][0])
+    theirs = processor(images=picture(0), return_tensors="pt")["pixel_values"][0]
+    assert float((image - theirs).abs().max()) <= 1.001 / 255 / 0.5  # a byte that was rounded the other way
     answer = backbone.extract(image[None])
     with torch.no_grad():
         torch.testing.assert_close(answer.logits, model(pixel_values=image[None]).logits, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ import tiny
 import torch
 from PIL import Image
 
-from traj_ood import Detector
+from traj_ood import Detector, Normalised
 
 CONSUMERS = Path(__file__).parents[1] / "benchmarks" / "consumers"
 
@@ -38,8 +38,8 @@ def load(name: str) -> Any:
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     model = tiny.conv()
-    made = Detector.fit(model, tiny.images(30, model.input_shape), "field")
-    return made.calibrate(tiny.images(40, model.input_shape, seed=9))
+    made = Detector.fit(model, Normalised(tiny.images(30, model.input_shape)), "field")
+    return made.calibrate(Normalised(tiny.images(40, model.input_shape, seed=9)))
 
 
 @pytest.fixture

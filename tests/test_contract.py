@@ -30,6 +30,7 @@ from traj_ood.postprocessors import (
     default_suite,
     register,
 )
+from traj_ood.preprocessing import Normalised
 from traj_ood.scoring import Scored, ScorerSet
 from traj_ood.trajectory import Status, Trajectory
 
@@ -160,11 +161,11 @@ def test_scores_are_finite_float64_one_per_image(family: str, spec: str) -> None
 def test_scores_are_deterministic_and_independent_of_batch_and_order(family: str) -> None:
     scorers, x, expected = fitted(family), probe_images(), scored(family).scores
     torch.manual_seed(123)
-    again = scorers.score(x).scores
+    again = scorers.score(Normalised(x)).scores
     for label, values in again.items():
         assert torch.equal(values, expected[label]), label
     order = torch.randperm(TEST, generator=torch.Generator().manual_seed(0))
-    shuffled = scorers.score(x[order]).scores
+    shuffled = scorers.score(Normalised(x[order])).scores
     split = [scorers.score(part).scores for part in (x[:1], x[1:6], x[6:])]
     for label, values in expected.items():
         torch.testing.assert_close(shuffled[label], values[order], rtol=1e-5, atol=0, msg=label)
@@ -287,8 +288,10 @@ def test_default_suite_runs_and_holds_every_registered_scorer(make: Callable[[],
     labels = [s.label for s in create_postprocessors(["all"], make())]
     assert [label.replace(":view=backbone", "") for label in labels] == suite
     assert any("view=backbone" in label for label in labels) is bool(make().feature_dim)
-    scorers = ScorerSet(make(), ["all"], max_steps=4).fit(tiny.images(12, make().input_shape))
-    assert all(v.isfinite().all() for v in scorers.score(tiny.images(3, make().input_shape)).scores.values())
+    scorers = ScorerSet(make(), ["all"], max_steps=4).fit(Normalised(tiny.images(12, make().input_shape)))
+    assert all(
+        v.isfinite().all() for v in scorers.score(Normalised(tiny.images(3, make().input_shape))).scores.values()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- sign
@@ -344,8 +347,8 @@ def test_steps_counts_samples_that_never_settle_as_slowest() -> None:
 
 def toy_run(specs: list[str], tol: float = 1e-5) -> tuple[Tensor, Tensor, Scored]:
     train, test = toy_images(15, 1, 0.3, 0.8), toy_images(12, 2, -0.2, 1.0)
-    scorers = ScorerSet(tiny.toy(), specs, tol=tol).fit(train)
-    return train.flatten(1).double(), test.flatten(1).double(), scorers.score(test)
+    scorers = ScorerSet(tiny.toy(), specs, tol=tol).fit(Normalised(train))
+    return train.flatten(1).double(), test.flatten(1).double(), scorers.score(Normalised(test))
 
 
 def follow(z: Tensor, tol: float) -> list[Tensor]:
@@ -532,7 +535,7 @@ def test_one_diverging_image_does_not_stop_the_others() -> None:
 
     split = CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 2, 2), chunk=4)
     specs = ["trajectory", "end-distance", "start-distance", "steps"]
-    scorers = ScorerSet(split, specs).fit(tiny.images(6, (1, 2, 2)))
+    scorers = ScorerSet(split, specs).fit(Normalised(tiny.images(6, (1, 2, 2))))
     good, bad = torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), 6.0)
     alone, together = scorers.score(good), scorers.score(torch.cat([bad, good]))
     assert together.evidence.path().status.tolist() == [Status.NON_FINITE, Status.CONVERGED]

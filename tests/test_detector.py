@@ -31,6 +31,7 @@ from traj_ood.detector import FILE_NAME, Detector, Judgement, batches
 from traj_ood.detector import folder as detector_folder
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors import POSTPROCESSORS, create_postprocessor
+from traj_ood.preprocessing import Normalised
 from traj_ood.scoring import ScorerSet
 from traj_ood.trajectory import Status
 
@@ -99,12 +100,12 @@ def specs_of(family: str) -> list[str]:
 
 def fitted(family: str, spec: str, count: int = TRAIN, **options: Any) -> Detector:
     model = MODELS[family]()
-    return Detector.fit(model, images(model, count, 1), spec, labels=labels(), max_steps=30, **options)
+    return Detector.fit(model, Normalised(images(model, count, 1)), spec, labels=labels(), max_steps=30, **options)
 
 
 def calibrated(family: str = "conv", spec: str = "field") -> Detector:
     detector = fitted(family, spec)
-    return detector.calibrate(images(detector.autoencoder, HELD_OUT, 2))
+    return detector.calibrate(Normalised(images(detector.autoencoder, HELD_OUT, 2)))
 
 
 def assert_equal(a: Judgement, b: Judgement) -> None:
@@ -129,29 +130,29 @@ def test_every_scorer_fits_calibrates_saves_and_loads(family: str, spec: str, tm
     detector = calibrated(family, spec)
     model = detector.autoencoder
     new = 1.5 * images(model, NEW, 3)
-    judged = detector.judge(new)
+    judged = detector.judge(Normalised(new))
     assert len(judged) == NEW
     assert judged.scores.dtype == torch.float64
     assert judged.scores.isfinite().all()
 
     # The same numbers as a ScorerSet's, which sees all training images at once.
-    direct = ScorerSet(model, [spec], max_steps=30).fit(images(model, TRAIN, 1), labels=labels())
-    torch.testing.assert_close(judged.scores, direct.score(new).scores[direct.labels[0]], rtol=0, atol=0)
+    direct = ScorerSet(model, [spec], max_steps=30).fit(Normalised(images(model, TRAIN, 1)), labels=labels())
+    torch.testing.assert_close(judged.scores, direct.score(Normalised(new)).scores[direct.labels[0]], rtol=0, atol=0)
 
-    assert torch.equal(judged.scores, detector.score(new))
-    assert torch.equal(judged.p_values, detector.p_value(new))
-    assert torch.equal(judged.decisions, detector.predict(new))
+    assert torch.equal(judged.scores, detector.score(Normalised(new)))
+    assert torch.equal(judged.p_values, detector.p_value(Normalised(new)))
+    assert torch.equal(judged.decisions, detector.predict(Normalised(new)))
     assert torch.equal(judged.decisions, judged.p_values <= detector.calibration.level)
     assert (judged.steps is None) is (judged.status is None) is (create_postprocessor(spec).needs().steps == 0)
 
     detector.save(tmp_path / "d")
     own = {"autoencoder": model} if family == "callable" else {}
     loaded = Detector.load(tmp_path / "d", device="cpu", **own)
-    assert_equal(judged, loaded.judge(new))
+    assert_equal(judged, loaded.judge(Normalised(new)))
     assert repr(loaded) == repr(detector)
     assert loaded.scorer.options() == detector.scorer.options()
     loaded.save(tmp_path / "again")
-    assert_equal(judged, Detector.load(tmp_path / "again", device="cpu", **own).judge(new))
+    assert_equal(judged, Detector.load(tmp_path / "again", device="cpu", **own).judge(Normalised(new)))
     names = [p.relative_to(tmp_path / "d").as_posix() for p in sorted((tmp_path / "d").rglob("*")) if p.is_file()]
     assert names == [
         p.relative_to(tmp_path / "again").as_posix() for p in sorted((tmp_path / "again").rglob("*")) if p.is_file()
@@ -167,7 +168,7 @@ def test_no_result_depends_on_batches(spec: str) -> None:
     for key, value in whole.scorer.state.items():
         assert torch.equal(value, small.scorer.state[key]), key
     new = images(whole.autoencoder, NEW, 3)
-    assert_equal(whole.judge(new), small.judge(new))
+    assert_equal(whole.judge(Normalised(new)), small.judge(Normalised(new)))
 
 
 @settings(deadline=None, max_examples=25)
@@ -176,8 +177,10 @@ def test_any_split_of_any_images_gives_the_same(cuts: list[int], size: int, spec
     detector = _toy(spec)
     new = 3 * images(detector.autoencoder, sum(cuts), 4)
     detector.batch_size = size
-    whole = detector.judge(new)
-    parts = [detector.judge(part) for part in new.split(cuts)] if cuts else [detector.judge(new)]
+    whole = detector.judge(Normalised(new))
+    parts = (
+        [detector.judge(Normalised(part)) for part in new.split(cuts)] if cuts else [detector.judge(Normalised(new))]
+    )
     together = torch.cat([part.scores for part in parts])
     torch.testing.assert_close(together, whole.scores, rtol=1e-13, atol=0)  # sums over paths: padding shifts a last bit
     for name in ("p_values", "decisions", *(("steps", "status") if whole.steps is not None else ())):
@@ -198,17 +201,17 @@ def test_nothing_in_nothing_out(spec: str) -> None:
         assert judged.scores.dtype == judged.p_values.dtype == torch.float64
         assert judged.decisions.dtype == torch.bool
         assert judged.steps is None or judged.steps.shape == judged.status.shape == (0,)
-    with pytest.raises(TrajOODError, match=r"toy: expected float images \(B, 1, 2, 2\), got"):
+    with pytest.raises(TrajOODError, match=r"toy: expected images \(B, 1, 2, 2\), got shape"):
         detector.score(torch.empty(0, 3, 2, 2))
 
 
 def test_far_images_are_ood_and_new_id_images_are_not() -> None:
-    detector = fitted("callable", "field").calibrate(images(tiny.toy(), 200, 5), tpr=0.9)
+    detector = fitted("callable", "field").calibrate(Normalised(images(tiny.toy(), 200, 5)), tpr=0.9)
     new, far = images(tiny.toy(), 2000, 6), 20 + images(tiny.toy(), 50, 7)
     low, high = detector.calibration.acceptance(0.999)
-    assert low < 1 - detector.predict(new).double().mean() < high
-    assert detector.predict(far).all()
-    assert (detector.p_value(far) == 1 / 201).all()
+    assert low < 1 - detector.predict(Normalised(new)).double().mean() < high
+    assert detector.predict(Normalised(far)).all()
+    assert (detector.p_value(Normalised(far)) == 1 / 201).all()
 
 
 def test_p_values_of_held_out_id_images_are_uniform() -> None:
@@ -219,8 +222,8 @@ def test_p_values_of_held_out_id_images_are_uniform() -> None:
     ps = []
     for seed in range(300):
         drawn = images(detector.autoencoder, 41, 1000 + seed)
-        detector.calibrate(drawn[1:], tpr=0.5)
-        p = detector.p_value(drawn[:1]).item()
+        detector.calibrate(Normalised(drawn[1:]), tpr=0.5)
+        p = detector.p_value(Normalised(drawn[:1])).item()
         ps.append(p - np.random.default_rng(seed).uniform() / 41)  # from its 41 steps to the continuous law
     assert stats.kstest(ps, "uniform").pvalue > 0.001
 
@@ -243,7 +246,7 @@ def test_tensors_sources_paths_and_pictures_say_the_same(folder: Path) -> None:
     assert detector.training["list"] == source.digest()
     paths = sorted((folder / "new").iterdir())
     pictures = [Image.open(path) for path in paths]
-    expected = detector.judge(torch.stack([model.transform(picture) for picture in pictures]))
+    expected = detector.judge(Normalised(torch.stack([model.transform(picture) for picture in pictures])))
     array = np.stack([np.asarray(picture) for picture in pictures])
     kinds: list[Any] = [paths, [str(p) for p in paths], tuple(pictures), read_folder(folder / "new")]
     kinds += [ArrayImages(tuple(p.name for p in paths), array), [p.convert("RGBA") for p in pictures]]
@@ -261,16 +264,25 @@ def test_tensors_sources_paths_and_pictures_say_the_same(folder: Path) -> None:
         ),
         (Path("photo.png"), "expected many, got one (Posix|Windows)?Path"),
         (Image.new("L", (8, 8)), "expected many, got one Image"),
-        (torch.zeros(1, 8, 8), r"expected a tensor \(B, C, H, W\), got shape \(1, 8, 8\)"),
-        (torch.zeros(2, 3, 8, 8), r"conv: expected float images \(B, 1, 8, 8\), got torch.float32"),
-        (torch.zeros(2, 1, 8, 8).byte(), "got torch.uint8 .*: prepare them with autoencoder.transform"),
+        (torch.zeros(8, 8), r"expected uint8 or float pixels in \[0, 1\] of shape \(B, C, H, W\).* got .*\(8, 8\)"),
+        (torch.zeros(2, 4, 8, 8), r"conv: expected images of 1 or 3 channels, got shape \(4, 8, 8\)"),
+        (torch.zeros(2, 1, 8, 8).long(), r"expected uint8 or float pixels .* got torch.int64"),
+        (torch.full((2, 1, 8, 8), 255.0), r"in \[0, 1\], got values from 255 to 255: divide 0 … 255 by 255"),
+        (torch.full((2, 1, 8, 8), -0.5), r"got values from -0.5 to -0.5: .* traj_ood.Normalised\(images\)"),
+        (Normalised(torch.zeros(2, 3, 8, 8)), r"conv: expected float images \(B, 1, 8, 8\), got torch.float32"),
+        (np.zeros((2, 1, 8, 8), np.uint16), r"expected uint8 or float pixels, got uint16: scale them"),
+        (np.zeros((2, 1, 8, 8), int), r"expected an array of uint8 or float pixels .* got int64 of shape"),
         (torch.full((2, 1, 8, 8), torch.nan), r"conv: 2 image\(s\) hold NaN or infinite pixels, first at row 0"),
         (torch.full((2, 1, 8, 8), torch.inf), "hold NaN or infinite pixels"),
-        (iter([]), "an ImageSource, or a list of PIL images or paths, got list_iterator: make a list of it"),
+        (
+            iter([]),
+            "an ImageSource, a Dataset .* or a list of PIL images or paths, got list_iterator: make a list of it",
+        ),
         (7, "got int: make a list of it"),
         (None, "got NoneType"),
-        (b"abc", "got bytes"),
-        ([torch.zeros(1, 8, 8)], "expected PIL images or paths, got Tensor at place 0"),
+        (b"abc", "got one bytes"),
+        ([torch.zeros(8, 8)], r"expected one image \(C, H, W\), got shape \(8, 8\) at place 0"),
+        ([7], "expected PIL images, paths or pixels, got int at place 0"),
         ([Image.new("I;16", (8, 8))], "expected 8 bits per channel, got mode 'I;16' at place 0"),
         (["no/such/photo.png"], "no/such/photo.png: expected an image file, found nothing"),
     ],
@@ -391,7 +403,7 @@ def test_no_more_than_two_batches_are_read_at_a_time() -> None:
 
 
 def test_classes_may_be_numbers_texts_or_the_lists_own(tmp_path: Path) -> None:
-    model, x = tiny.conv(), images(tiny.conv(), TRAIN, 1)
+    model, x = tiny.conv(), Normalised(images(tiny.conv(), TRAIN, 1))
     spec = "mahalanobis:classes=true"
     expected = Detector.fit(model, x, spec, labels=labels()).scorer.state
     texts = ["cat", "dog", "mouse"]
@@ -423,7 +435,7 @@ def test_classes_may_be_numbers_texts_or_the_lists_own(tmp_path: Path) -> None:
 )
 def test_labels_that_are_none(given: Any, text: str) -> None:
     with pytest.raises(TrajOODError, match=text):
-        Detector.fit(tiny.conv(), images(tiny.conv(), TRAIN, 1), "mahalanobis:classes=true", labels=given)
+        Detector.fit(tiny.conv(), Normalised(images(tiny.conv(), TRAIN, 1)), "mahalanobis:classes=true", labels=given)
 
 
 # ---------------------------------------------------------------------------------------------- fit and calibrate
@@ -447,7 +459,7 @@ def test_labels_that_are_none(given: Any, text: str) -> None:
 )
 def test_impossible_settings(options: dict[str, Any], text: str) -> None:
     with pytest.raises(TrajOODError, match=text):
-        Detector.fit(tiny.conv(), images(tiny.conv(), TRAIN, 1), **options)
+        Detector.fit(tiny.conv(), Normalised(images(tiny.conv(), TRAIN, 1)), **options)
 
 
 def test_too_few_training_images() -> None:
@@ -461,20 +473,20 @@ def test_too_few_calibration_images_say_how_many_are_needed() -> None:
     detector = fitted("conv", "first-residual")
     model = detector.autoencoder
     with pytest.raises(TrajOODError, match=r"accepting 0\.95 of new ID images needs at least 19 ID images .* got 18"):
-        detector.calibrate(images(model, 18, 2))
-    assert detector.calibrate(images(model, 19, 2)) is detector
+        detector.calibrate(Normalised(images(model, 18, 2)))
+    assert detector.calibrate(Normalised(images(model, 19, 2))) is detector
     assert len(detector.calibration) == 19
     with pytest.raises(TrajOODError, match="needs at least 99 ID images that were not trained on, got 19"):
-        detector.calibrate(images(model, 19, 2), tpr=0.99)
+        detector.calibrate(Normalised(images(model, 19, 2)), tpr=0.99)
     assert detector.calibration.tpr == 0.95  # what was there stays
     with pytest.raises(TrajOODError, match="tpr: expected a share"):
-        detector.calibrate(images(model, 19, 2), tpr=95)
+        detector.calibrate(Normalised(images(model, 19, 2)), tpr=95)
 
 
 def test_without_calibration_there_are_scores_alone() -> None:
     detector = fitted("conv", "field")
     new = images(detector.autoencoder, 3, 3)
-    judged = detector.judge(new)
+    judged = detector.judge(Normalised(new))
     assert judged.p_values is None
     assert judged.decisions is None
     for ask in (detector.predict, detector.p_value):
@@ -489,12 +501,12 @@ def test_training_images_do_not_calibrate(folder: Path) -> None:
         TrajOODError,
         match=r"30 of 30 images are .* training images .* \(first: '0'\), which score too low",
     ):
-        detector.calibrate(train)
+        detector.calibrate(Normalised(train))
     assert detector.calibration is None
     with pytest.raises(TrajOODError, match="3 of 203 images are pixel by pixel training images"):
-        detector.calibrate(torch.cat([held_out, train[:3]]))
+        detector.calibrate(Normalised(torch.cat([held_out, train[:3]])))
     with pytest.warns(UserWarning, match="2 of 202 images are pixel by pixel training images"):
-        detector.calibrate(torch.cat([held_out, train[:2]]))
+        detector.calibrate(Normalised(torch.cat([held_out, train[:2]])))
     # Known again by their pixels: under another path, and after loading.
     by_path = Detector.fit(tiny.conv(), read_folder(folder / "train"), "knn")
     shutil.copytree(folder / "train", folder / "copy")
@@ -508,13 +520,13 @@ def test_training_images_among_held_out_ones_can_be_left_out() -> None:
     detector = fitted("conv", "knn")
     train, held_out = images(detector.autoencoder, TRAIN, 1), images(detector.autoencoder, 25, 2)
     with pytest.warns(UserWarning, match=r"20 of 45 images are pixel by pixel training .*, and are left out"):
-        detector.calibrate(torch.cat([train[:20], held_out]), on_known="skip")
+        detector.calibrate(Normalised(torch.cat([train[:20], held_out])), on_known="skip")
     both = detector.calibration
-    assert torch.equal(both.scores, detector.calibrate(held_out).calibration.scores)
+    assert torch.equal(both.scores, detector.calibrate(Normalised(held_out)).calibration.scores)
     with pytest.raises(TrajOODError, match=r"20 of 38 .* the 18 others are fewer than the 19 .* there twice"):
-        detector.calibrate(torch.cat([train[:20], held_out[:18]]), on_known="skip")
+        detector.calibrate(Normalised(torch.cat([train[:20], held_out[:18]])), on_known="skip")
     with pytest.raises(TrajOODError, match=r"unknown value of on_known 'drop': .*Known: raise, skip"):
-        detector.calibrate(held_out, on_known="drop")
+        detector.calibrate(Normalised(held_out), on_known="drop")
 
 
 def test_unhealthy_attractors_are_told_of(tmp_path: Path) -> None:
@@ -551,18 +563,20 @@ def overflowing(seed: int = 0) -> CallableAutoencoder:
 @pytest.mark.parametrize("spec", ["first-residual", "path-energy"])
 def test_an_image_that_overflows_is_ood_by_rule(spec: str) -> None:
     model = overflowing()
-    detector = Detector.fit(model, tiny.images(TRAIN, (1, 2, 2), 1), spec).calibrate(tiny.images(40, (1, 2, 2), 2))
+    detector = Detector.fit(model, Normalised(tiny.images(TRAIN, (1, 2, 2), 1)), spec).calibrate(
+        Normalised(tiny.images(40, (1, 2, 2), 2))
+    )
     new = tiny.images(4, (1, 2, 2), 3)
-    alone = detector.judge(new[:3])
+    alone = detector.judge(Normalised(new[:3]))
     new[3, 0, 0, 0] = 9
-    judged = detector.judge(new)
+    judged = detector.judge(Normalised(new))
     assert judged.scores[3] == torch.inf
     assert judged.p_values[3] == 1 / 41
     assert judged.decisions[3]
     assert judged.status[3] == Status.NON_FINITE
     assert torch.equal(judged.scores[:3], alone.scores)
     with pytest.raises(TrajOODError, match="1 of 44 ID images have scores that are not finite"):
-        detector.calibrate(torch.cat([tiny.images(40, (1, 2, 2), 2), new]))
+        detector.calibrate(Normalised(torch.cat([tiny.images(40, (1, 2, 2), 2), new])))
 
 
 def test_training_images_on_which_the_model_overflows_are_refused() -> None:
@@ -570,7 +584,7 @@ def test_training_images_on_which_the_model_overflows_are_refused() -> None:
         lambda x: x.flatten(1) * 1e38, lambda z: z.reshape(-1, 1, 2, 2), (1, 2, 2), name="big", chunk=4
     )
     with pytest.raises(TrajOODError, match=r"training image '\d+': the model leaves the finite numbers on it"):
-        Detector.fit(model, 100 * tiny.images(TRAIN, (1, 2, 2), 1), "mahalanobis")
+        Detector.fit(model, Normalised(100 * tiny.images(TRAIN, (1, 2, 2), 1)), "mahalanobis")
 
 
 # ---------------------------------------------------------------------------------------------- the folder
@@ -827,11 +841,11 @@ def test_a_scorer_of_another_width_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_other_versions_are_a_warning(saved: Path) -> None:
-    expected = Detector.load(saved, device="cpu").score(images(tiny.conv(), 3, 3))
+    expected = Detector.load(saved, device="cpu").score(Normalised(images(tiny.conv(), 3, 3)))
     reseal(saved, put("versions", "torch", value="1.13.0"))
     with pytest.warns(UserWarning, match=r"saved with torch 1\.13\.0 \(here .*its numbers for two test images agree"):
         loaded = Detector.load(saved, device="cpu")
-    assert torch.equal(loaded.score(images(tiny.conv(), 3, 3)), expected)
+    assert torch.equal(loaded.score(Normalised(images(tiny.conv(), 3, 3))), expected)
 
 
 # ---------------------------------------------------------------------------------------------- a model of one's own
@@ -871,7 +885,7 @@ def test_a_module_that_was_passed_is_known_by_its_weights(tmp_path: Path) -> Non
             return z.reshape(-1, 1, 2, 2)
 
     models = [CallableAutoencoder.from_module(Net(seed), (1, 2, 2), chunk=4) for seed in (0, 0, 1)]
-    Detector.fit(models[0], tiny.images(TRAIN, (1, 2, 2)), "knn").save(tmp_path / "d")
+    Detector.fit(models[0], Normalised(tiny.images(TRAIN, (1, 2, 2))), "knn").save(tmp_path / "d")
     Detector.load(tmp_path / "d", autoencoder=models[1])
     with pytest.raises(TrajOODError, match="its weights differ"):
         Detector.load(tmp_path / "d", autoencoder=models[2])
@@ -973,7 +987,10 @@ def test_another_device_gives_the_same_scores_to_rounding(spec: str, tmp_path: P
     new = images(detector.autoencoder, NEW, 3)
     for device in other_devices():
         torch.testing.assert_close(
-            Detector.load(tmp_path / "d", device=device).score(new), detector.score(new), rtol=1e-4, atol=1e-4
+            Detector.load(tmp_path / "d", device=device).score(Normalised(new)),
+            detector.score(Normalised(new)),
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 

@@ -22,6 +22,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.evaluator import Evaluator, RunConfig, _batches, _even_size
 from traj_ood.features import FeatureCache
 from traj_ood.parts import Part
+from traj_ood.preprocessing import Normalised
 from traj_ood.results import Result
 from traj_ood.scoring import Scored, ScorerSet
 
@@ -72,7 +73,7 @@ def test_scores_are_those_of_a_scorer_set(done: tuple[Evaluator, Result], place:
     def images(split: Any) -> Tensor:
         return torch.stack([model.transform(split.images.load(i)) for i in range(len(split.images))])
 
-    scorers = ScorerSet(model, SCORERS, max_steps=12).fit(images(bench.train))
+    scorers = ScorerSet(model, SCORERS, max_steps=12).fit(Normalised(images(bench.train)))
     frame = table(run)
     # the scorer `steps` and the trajectory's own number of steps share a column
     assert list(frame.columns) == list(
@@ -83,7 +84,7 @@ def test_scores_are_those_of_a_scorer_set(done: tuple[Evaluator, Result], place:
         rows = frame[frame["split"] == split.name]
         assert rows["id"].tolist() == list(split.images.ids)
         assert set(rows["role"]) == {split.role}
-        scored = scorers.score(images(split))
+        scored = scorers.score(Normalised(images(split)))
         assert rows["trajectory_steps"].tolist() == scored.evidence.path().steps.tolist()
         for label, values in scored.scores.items():
             np.testing.assert_allclose(rows[label], values.numpy(), rtol=1e-5, err_msg=label)

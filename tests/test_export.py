@@ -21,13 +21,13 @@ from traj_ood.export import (
     ALLOWED,
     as_module,
     export_detector,
-    find_preprocessing,
     open_file,
     relative_difference,
 )
 from traj_ood.export.fixed import reference
 from traj_ood.export.neighbours import DenseIndex
 from traj_ood.postprocessors import default_suite
+from traj_ood.preprocessing import Normalised, Preprocessing
 from traj_ood.scoring import ScorerSet
 
 REFUSED = {"isolation-forest", "steps", "reconstruction:masked=true"}
@@ -57,7 +57,7 @@ MODELS: dict[str, Any] = {"vit": tiny.vit, "conv": tiny.conv, "surrogate": surro
 def fitted(model: Autoencoder, scorer: str, **settings: Any) -> Any:
     """What of a detector is exported; :class:`Detector` itself takes longer to make."""
     scorers = ScorerSet(model, [scorer], **({"max_steps": 8} | settings))
-    scorers.fit(tiny.images(24, model.input_shape), labels=torch.arange(24) % 3)
+    scorers.fit(Normalised(tiny.images(24, model.input_shape)), labels=torch.arange(24) % 3)
     return SimpleNamespace(autoencoder=model, scorers=scorers, calibration=None)
 
 
@@ -65,7 +65,7 @@ def exploding(factor: float) -> CallableAutoencoder:
     return CallableAutoencoder(lambda x: x.flatten(1), lambda z: (factor * z).reshape(-1, 1, 2, 2), (1, 2, 2))
 
 
-def photographs(model: Autoencoder, count: int = 7) -> tuple[Tensor, Tensor]:
+def photographs(model: Autoencoder, count: int = 7) -> tuple[Tensor, Normalised]:
     """Crops of a real photograph as pixels (B, C, H, W) in [0, 1] and in the model's units, independently made."""
     path = Path(pytest.importorskip("skimage").__file__).parent / "data" / "astronaut.png"
     channels, height, width = model.input_shape
@@ -74,10 +74,10 @@ def photographs(model: Autoencoder, count: int = 7) -> tuple[Tensor, Tensor]:
     crops = [whole.crop((50 * i, 40 * i, 50 * i + 90, 40 * i + 90)) for i in range(count)]
     pixels = [np.asarray(c.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255 for c in crops]
     stacked = torch.from_numpy(np.stack(pixels)).reshape(count, height, width, channels).permute(0, 3, 1, 2)
-    return stacked.contiguous(), torch.stack([model.transform(c) for c in crops])
+    return stacked.contiguous(), Normalised(torch.stack([model.transform(c) for c in crops]))
 
 
-def in_python(detector: Any, steps: int, units: Tensor) -> Tensor:
+def in_python(detector: Any, steps: int, units: Normalised) -> Tensor:
     (scores,) = reference(detector.scorers, steps).score(units).scores.values()
     return scores
 
@@ -125,11 +125,11 @@ def test_what_is_no_image_has_no_score_and_does_not_touch_its_batch_mates() -> N
     spoilt = pixels.clone()
     spoilt[1, 0, 3, 3] = torch.nan
     spoilt[2] = 255 * pixels[2]
-    spoilt[3, 0, 0, 0] = -torch.inf
+    spoilt[3, 0, 0, 0] = -0.01
     scores = module(spoilt)
     assert scores.isnan().tolist() == [False, True, True, True, False, False, False]
     assert torch.equal(scores[[0, 4, 5, 6]], module(pixels)[[0, 4, 5, 6]])
-    for wrong in (pixels[0], pixels.double(), (255 * pixels).to(torch.uint8), pixels[:, :, :4]):
+    for wrong in (pixels[0, 0], (255 * pixels).long(), pixels[:, :, :4]):
         with pytest.raises(
             TrajOODError, match=r"conv: expected float32 pixels in \[0, 1\] of shape \(B, 1, 8, 8\), got"
         ):
@@ -225,7 +225,7 @@ def test_a_path_of_its_own_length_is_exported_at_the_steps_asked_for() -> None:
     detector = fitted(tiny.conv(), "trajectory", max_steps=20)
     pixels, units = photographs(detector.autoencoder)
     other = ScorerSet(detector.autoencoder, ["trajectory:horizon=4"], max_steps=20)
-    other.fit(tiny.images(24, detector.autoencoder.input_shape))
+    other.fit(Normalised(tiny.images(24, detector.autoencoder.input_shape)))
     module = as_module(detector, 4)
     assert module.scorer.label == "trajectory:horizon=4"
     torch.testing.assert_close(module(pixels), other.score(units).scores["trajectory:horizon=4"], rtol=1e-5, atol=0)
@@ -246,9 +246,9 @@ def test_the_threshold_is_in_the_file_where_it_is_one_of_this_score() -> None:
     from traj_ood.export import describe
 
     model = tiny.conv()
-    detector = Detector.fit(model, tiny.images(30, model.input_shape), "field")
+    detector = Detector.fit(model, Normalised(tiny.images(30, model.input_shape)), "field")
     assert describe(detector, detector.as_module())["calibration"] is None
-    detector.calibrate(tiny.images(40, model.input_shape, seed=9), tpr=0.9)
+    detector.calibrate(Normalised(tiny.images(40, model.input_shape, seed=9)), tpr=0.9)
     known = describe(detector, detector.as_module())["calibration"]
     assert known["threshold"] == detector.calibration.threshold
     assert known["images"] == 40
@@ -294,9 +294,9 @@ def test_a_set_of_several_scorers_or_an_unfitted_one_is_no_detector(tmp_path: Pa
         export_detector(several, tmp_path / "x", "onx")  # type: ignore[arg-type]
 
 
-def test_images_to_compare_on_are_in_the_models_units(tmp_path: Path) -> None:
+def test_images_to_compare_on_are_pixels(tmp_path: Path) -> None:
     detector = fitted(tiny.conv(), "first-residual")
-    with pytest.raises(TrajOODError, match=r"in the model's units .* got pixels from 0\.5 to 128"):
+    with pytest.raises(TrajOODError, match=r"expected float pixels in \[0, 1\], got values from 0 to 255"):
         export_detector(detector, tmp_path / "x", "torch", images=torch.linspace(0, 255, 128).reshape(2, 1, 8, 8))
     assert not list(tmp_path.iterdir())
 
@@ -330,39 +330,44 @@ def test_a_network_that_looks_at_its_data_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- preprocessing
 
 
-def custom(transform: Any, shape: tuple[int, int, int] = (3, 32, 32)) -> CallableAutoencoder:
-    return CallableAutoencoder(lambda x: x.flatten(1), lambda z: z.reshape(-1, *shape), shape, transform=transform)
+def test_uint8_pixels_and_one_image_are_taken_as_well() -> None:
+    module = as_module(fitted(tiny.conv(), "knn"))
+    pixels = torch.randint(0, 256, (5, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    scores = module(pixels.float() / 255)
+    torch.testing.assert_close(module(pixels), scores, rtol=1e-12, atol=0)
+    torch.testing.assert_close(module(pixels.double() / 255), scores, rtol=1e-6, atol=0)
+    torch.testing.assert_close(module(pixels[3]), scores[3:4], rtol=1e-5, atol=1e-6)
 
 
-def test_the_transform_is_found_by_trying_it() -> None:
-    found = find_preprocessing(tiny.vit(mean=(0.3,), std=(0.2,)))
-    assert (found.mode, found.resize, found.filter, found.short_side) == ("L", "direct", "bilinear", None)
-    np.testing.assert_allclose([*found.mean, *found.std], [0.3, 0.2], rtol=1e-5)
-
-    transforms = pytest.importorskip("torchvision.transforms")
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    usual = transforms.Compose(
-        [
-            transforms.Resize(36, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(32),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
+def test_a_file_says_how_pictures_become_its_pixels(tmp_path: Path) -> None:
+    model = CallableAutoencoder(
+        lambda x: x.flatten(1),
+        lambda z: 0.5 * z.reshape(-1, 3, 32, 32),
+        (3, 32, 32),
+        preprocessing=Preprocessing(
+            (3, 32, 32), (127.5,) * 3, (51.0,) * 3, "crop", "bicubic", short_side=36, offset="floor", rescale=1.0
+        ),
     )
-    found = find_preprocessing(custom(usual))
-    assert (found.mode, found.resize, found.filter, found.short_side) == ("RGB", "crop", "bicubic", 36)
-    np.testing.assert_allclose([*found.mean, *found.std], [*mean, *std], rtol=1e-5)
+    pixels, _ = photographs(model)
+    found = export_detector(fitted(model, "first-residual"), tmp_path / "x", "torch", images=pixels).metadata
+    said = found["preprocessing"]
+    assert {k: said[k] for k in ("mode", "resize", "filter", "short_side", "offset")} == {
+        "mode": "RGB",
+        "resize": "crop",
+        "filter": "bicubic",
+        "short_side": 36,
+        "offset": "floor",
+    }
+    np.testing.assert_allclose([*said["mean"], *said["std"]], [0.5] * 3 + [0.2] * 3, rtol=1e-12)
 
-    mirrored = transforms.Compose([transforms.Resize((32, 32)), lambda i: i.transpose(0), transforms.ToTensor()])
-    assert find_preprocessing(custom(mirrored)).resize == "own"
 
-
-def test_a_transform_that_is_no_normalisation_is_refused() -> None:
-    transforms = pytest.importorskip("torchvision.transforms")
-    plain = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
-    for odd in (lambda i: plain(i).square(), lambda i: plain(i).mean(dim=0, keepdim=True).expand(3, -1, -1)):
-        with pytest.raises(TrajOODError, match=r"expected a transform of custom that maps .* \(x - mean\) / std"):
-            find_preprocessing(custom(odd))
+def test_a_transform_of_ones_own_code_cannot_be_taken_over() -> None:
+    shape = (1, 2, 2)
+    model = CallableAutoencoder(
+        lambda x: x.flatten(1), lambda z: 0.5 * z.reshape(-1, *shape), shape, transform=lambda i: torch.zeros(shape)
+    )
+    with pytest.raises(TrajOODError, match=r"got a transform of your own code: make custom with preprocessing="):
+        as_module(fitted(model, "first-residual"))
 
 
 def test_relative_difference() -> None:
@@ -383,8 +388,8 @@ def test_the_command_prints_the_check_the_size_and_the_latency(tmp_path: Path) -
 
     model = tiny.conv()
     for scorer in ("field", "isolation-forest", "trajectory"):
-        detector = Detector.fit(model, tiny.images(30, model.input_shape), scorer)
-        detector.calibrate(tiny.images(40, model.input_shape, seed=9)).save(
+        detector = Detector.fit(model, Normalised(tiny.images(30, model.input_shape)), scorer)
+        detector.calibrate(Normalised(tiny.images(40, model.input_shape, seed=9))).save(
             tmp_path / ("path" if scorer == "trajectory" else scorer)
         )
     tiny.write_images(tmp_path / "images", 3, seed=0)

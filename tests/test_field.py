@@ -16,6 +16,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors import Evidence, create_postprocessor
 from traj_ood.postprocessors.field import Field, _folds
 from traj_ood.postprocessors.gaussians import learn_gaussians
+from traj_ood.preprocessing import Normalised
 from traj_ood.scoring import ScorerSet
 
 CELLS, D = 4, 6
@@ -138,7 +139,7 @@ def test_the_control_is_the_definition_without_the_field() -> None:
 def test_a_whole_pass_leaves_it_what_it_reads(make: type) -> None:
     model = make()
     images, probes = tiny.images(30, seed=1), 1.5 * tiny.images(9, seed=2)
-    found = ScorerSet(model, ["field"]).fit(images).score(probes)
+    found = ScorerSet(model, ["field"]).fit(images).score(Normalised(probes))
 
     def after_one_step(x: Tensor) -> Evidence:
         start = model.encode(x)
@@ -218,9 +219,9 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_it_costs_one_evaluation_and_no_attractors() -> None:
-    scorers = ScorerSet(tiny.vit(), ["field"]).fit(tiny.images(10, seed=1))
+    scorers = ScorerSet(tiny.vit(), ["field"]).fit(Normalised(tiny.images(10, seed=1)))
     assert not scorers.needs_dictionary
-    scored = scorers.score(tiny.images(4, seed=2))
+    scored = scorers.score(Normalised(tiny.images(4, seed=2)))
     assert scored.evidence.path().residuals.shape[1] == 1
     assert scorers.scorers[0].f_evaluations(scored.evidence) == 1.0
 
@@ -230,7 +231,7 @@ def test_too_few_training_images() -> None:
     with pytest.raises(TrajOODError, match=text):
         Field().fit(evidence(7, 0))
     with pytest.raises(TrajOODError, match=text):
-        ScorerSet(tiny.vit(), ["field"]).fit(tiny.images(7))
+        ScorerSet(tiny.vit(), ["field"]).fit(Normalised(tiny.images(7)))
     assert Field().fit(evidence(8, 0)).score(evidence(3, 1)).isfinite().all()
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(traj_ood.__file__).parent
 # Folders count as one module; within a folder only cycles are forbidden.
 LAYERS = [
     ("errors",),
-    ("files", "device", "checkpoints", "weights", "pixels", "parallel"),
+    ("files", "device", "checkpoints", "weights", "preprocessing", "parallel"),
     ("pretrained",),
     ("fixed_function", "trajectory"),
     ("engine",),

@@ -356,7 +356,7 @@ def test_descriptions_that_do_not_fit(path: str, value: Any, text: str, tmp_path
         ("backbone/recipe/arguments/pretrained_cfg", {"url": "http://x"}, "'pretrained_cfg' is not one that"),
         ("backbone/recipe/arguments/num_classes", 9, "weights of another architecture"),
         ("backbone/recipe/arguments/colour", 9, "cannot be built with"),
-        ("backbone/options/transform/crop_pct", 0.5, "has another fingerprint than when it was packed"),
+        ("backbone/options/transform/interpolation", "bicubic", "has another fingerprint than when it was packed"),
         ("backbone/options", {}, "timm cannot rebuild the backbone 'timm:origin'"),
         ("backbone/fingerprint", "0" * 64, "has another fingerprint than when it was packed"),
         ("backbone", None, "backbone: expected dict, got nothing"),

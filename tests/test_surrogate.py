@@ -17,6 +17,7 @@ from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.engine import iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors import default_suite
+from traj_ood.preprocessing import Normalised
 from traj_ood.scoring import ScorerSet
 from traj_ood.trajectory import Status
 
@@ -145,7 +146,7 @@ def test_examine_encode_and_the_definition_agree() -> None:
 
 def test_f_never_touches_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = surrogate()
-    fitted = ScorerSet(model, ["trajectory"], max_steps=20).fit(tiny.images(12))
+    fitted = ScorerSet(model, ["trajectory"], max_steps=20).fit(Normalised(tiny.images(12)))
     encoding = model.examine(tiny.images(5, seed=3))
 
     def refuse(*args: object) -> None:
@@ -158,7 +159,7 @@ def test_f_never_touches_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_result_depends_on_the_batch() -> None:
     model = surrogate()
-    scorers = ScorerSet(model, ["all"], max_steps=60).fit(tiny.images(20, seed=1))
+    scorers = ScorerSet(model, ["all"], max_steps=60).fit(Normalised(tiny.images(20, seed=1)))
     images = tiny.images(11, seed=2)
     whole = scorers.score(images)
     for rows in ([0], [3, 7], [10, 2, 5, 6]):
@@ -174,8 +175,8 @@ def test_no_result_depends_on_the_batch() -> None:
 def test_every_scorer_of_the_default_suite_runs() -> None:
     model = surrogate()
     labels = torch.arange(20) % CLASSES
-    scorers = ScorerSet(model, ["all"], max_steps=30).fit(tiny.images(20, seed=1), labels=labels)
-    scored = scorers.score(3 * tiny.images(6, seed=2))
+    scorers = ScorerSet(model, ["all"], max_steps=30).fit(Normalised(tiny.images(20, seed=1)), labels=labels)
+    scored = scorers.score(Normalised(3 * tiny.images(6, seed=2)))
     assert len(scored.scores) >= len(set(default_suite(model))) >= 10
     for label, values in scored.scores.items():
         assert values.shape == (6,), label
@@ -184,7 +185,7 @@ def test_every_scorer_of_the_default_suite_runs() -> None:
 
 def test_reconstruction_is_measured_in_standardised_features() -> None:
     model, images = surrogate(), tiny.images(6, seed=2)
-    scored = ScorerSet(model, ["reconstruction"]).fit(tiny.images(8)).score(images)
+    scored = ScorerSet(model, ["reconstruction"]).fit(Normalised(tiny.images(8))).score(images)
     standard = model.network.standardise(model.backbone.extract(images).features)
     expected = (model.network.decode(model.network.encode(standard)) - standard).square().mean(dim=1)
     torch.testing.assert_close(scored.scores["reconstruction"], expected.double(), rtol=1e-5, atol=0)

@@ -16,7 +16,7 @@ from traj_ood import train_classifier as room
 from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.data import load_benchmark
 from traj_ood.errors import TrajOODError
-from traj_ood.pixels import image_to_tensor
+from traj_ood.preprocessing import Preprocessing
 from traj_ood.train import TrainConfig, train_model
 
 SIZE = 16
@@ -108,7 +108,7 @@ def test_the_declared_transform_is_that_of_training(place: Path) -> None:
     backbone = train(place, "net", recipe={"epochs": 1})
     declared = backbone.options()["transform"]
     odd = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 23)).astype(np.uint8))
-    expected = image_to_tensor(odd, (1, SIZE, SIZE), tuple(declared["mean"]), tuple(declared["std"]))
+    expected = Preprocessing((1, SIZE, SIZE), tuple(declared["mean"]), tuple(declared["std"]))(odd)
     torch.testing.assert_close(backbone.transform(odd), expected)
 
 

@@ -20,6 +20,7 @@ from traj_ood.postprocessors.early_trajectory import EarlyTrajectory
 from traj_ood.postprocessors.path import held, log_distances, log_lengths
 from traj_ood.postprocessors.path_energy import PathEnergy
 from traj_ood.postprocessors.signature import Signature
+from traj_ood.preprocessing import Normalised
 from traj_ood.scoring import ScorerSet
 from traj_ood.trajectory import Trajectory
 
@@ -73,9 +74,9 @@ def path(lengths: list[list[float]], norm: float = 10.0, distances: list[list[fl
 def test_together_and_alone_whole_and_in_parts(make: type, tmp_path: Path) -> None:
     model = make()
     specs = SPECS if model.has_cls else GRIDLESS
-    scorers = ScorerSet(model, [*specs, "trajectory"], max_steps=30).fit(tiny.images(14, seed=1))
+    scorers = ScorerSet(model, [*specs, "trajectory"], max_steps=30).fit(Normalised(tiny.images(14, seed=1)))
     probes = 1.5 * tiny.images(9, seed=2)
-    whole = scorers.score(probes)
+    whole = scorers.score(Normalised(probes))
     parts = [scorers.score(p).scores for p in (probes[:1], probes[1:5], probes[5:])]
     steps = whole.evidence.path().steps
     for scorer, spec in zip(scorers.scorers, specs, strict=False):
@@ -91,7 +92,9 @@ def test_together_and_alone_whole_and_in_parts(make: type, tmp_path: Path) -> No
         loaded = create_postprocessor(spec).load(tmp_path / "s.safetensors")
         assert torch.equal(loaded.score(whole.evidence), values), spec
     for spec in specs:
-        alone = ScorerSet(model, [spec], max_steps=30).fit(tiny.images(14, seed=1)).score(probes)
+        alone = (
+            ScorerSet(model, [spec], max_steps=30).fit(Normalised(tiny.images(14, seed=1))).score(Normalised(probes))
+        )
         torch.testing.assert_close(alone.scores[spec], whole.scores[spec], rtol=1e-5, atol=1e-7, msg=spec)
 
 

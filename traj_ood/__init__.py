@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from traj_ood.index import NeighborIndex, Neighbors, Recall
     from traj_ood.metrics import Metrics, bootstrap, compute_metrics
     from traj_ood.postprocessors import Evidence, Postprocessor, create_postprocessor, register
+    from traj_ood.preprocessing import Normalised, Preprocessing
     from traj_ood.results import Result
     from traj_ood.scoring import Scored, ScorerSet
     from traj_ood.trajectory import Status, Trajectory
@@ -60,6 +61,7 @@ _HOME = {
     "index": ("NeighborIndex", "Neighbors", "Recall"),
     "metrics": ("Metrics", "bootstrap", "compute_metrics"),
     "postprocessors": ("Evidence", "Postprocessor", "create_postprocessor", "register"),
+    "preprocessing": ("Normalised", "Preprocessing"),
     "results": ("Result",),
     "scoring": ("Scored", "ScorerSet"),
     "trajectory": ("Status", "Trajectory"),

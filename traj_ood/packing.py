@@ -32,6 +32,7 @@ from traj_ood.backbones.network import NetworkBackbone, one_line, trial_images
 from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
+from traj_ood.preprocessing import preprocessing_differences, preprocessing_record
 from traj_ood.weights import put_weights
 
 SURROGATE, CALLABLE = "surrogate", "callable"
@@ -40,7 +41,7 @@ _Writable = ViTMAE | ConvAutoencoder | DiffusersVAE | PairAutoencoder
 _FAMILIES: dict[str, tuple[type[_Writable], dict[str, type]]] = {
     "vit_mae": (ViTMAE, {"mask_ratio": float, "mask_seed": int}),
     "conv": (ConvAutoencoder, {}),
-    "diffusers": (DiffusersVAE, {"image_size": int, "scaled": bool}),
+    "diffusers": (DiffusersVAE, {"image_size": int, "scaled": bool, "interpolation": str}),
     "pair": (PairAutoencoder, {}),
 }
 KINDS = (*_FAMILIES, SURROGATE, CALLABLE)
@@ -65,7 +66,7 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
         folder: made when something is written.
     Returns:
         A JSON-able description: ``kind`` (one of :data:`KINDS`), ``family``, ``name``, ``options``, ``fingerprint``,
-        ``input_shape``, ``chunk`` (results follow it, by rounding) and what the kind needs.
+        ``input_shape``, ``preprocessing``, ``chunk`` (results follow it, by rounding) and what the kind needs.
     Raises:
         TrajOODError: the folder cannot be written, or a backbone cannot be rebuilt from its library.
     """
@@ -76,6 +77,7 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
         "options": json.loads(json.dumps(autoencoder.options(), default=str)),
         "fingerprint": autoencoder.fingerprint(),
         "input_shape": list(autoencoder.input_shape),
+        "preprocessing": preprocessing_record(autoencoder),
         "chunk": autoencoder.chunk,
     }
     if isinstance(autoencoder, SurrogateAutoencoder) and described["kind"] == SURROGATE:
@@ -133,7 +135,7 @@ def check_same(description: Mapping[str, Any], autoencoder: Autoencoder, where: 
     """Refuse a model that is not the one described.
 
     Raises:
-        TrajOODError: another input shape or fingerprint, and which options differ.
+        TrajOODError: another input shape, preprocessing or fingerprint, and which options differ.
     """
     shape = field_of(description, "input_shape", list, where)
     if shape != list(autoencoder.input_shape):
@@ -141,6 +143,13 @@ def check_same(description: Mapping[str, Any], autoencoder: Autoencoder, where: 
             f"{where}: expected a model for images {str(tuple(shape))[:60]}, got {autoencoder.name} for "
             f"{autoencoder.input_shape}"
         )
+    if "preprocessing" in description:  # which older versions did not write
+        other = preprocessing_differences(field_of(description, "preprocessing", dict, where), autoencoder)
+        if other:
+            raise TrajOODError(
+                f"{where}: expected {autoencoder.name} with the preprocessing that it was saved with, got another "
+                f"({', '.join(other)} differ): scores of the same pictures would be others; pass the model as it was"
+            )
     expected = field_of(description, "fingerprint", str, where)
     found = autoencoder.fingerprint()
     if found != expected:
@@ -186,6 +195,8 @@ def _kind(autoencoder: Autoencoder) -> str:
 
 def _model(kind: str, name: str, options: dict[str, Any], folder: Path, where: str) -> Autoencoder:
     family, unwritten = _FAMILIES[kind]
+    if kind == "diffusers":  # what is not said was bilinear in older versions, and is left out where it is
+        options = {"interpolation": "bilinear", **options}
     own: dict[str, Any] = {key: field_of(options, key, of, where) for key, of in unwritten.items() if key in options}
     return family.from_pretrained(folder, name=name, **own)
 

@@ -17,6 +17,7 @@ from traj_ood.engine import LowPrecision, Norm, Observer, iterate
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.postprocessors import WHOLE_PATH, Evidence, Needs, Postprocessor, create_postprocessors
+from traj_ood.preprocessing import Pixels, prepare
 from traj_ood.trajectory import Status, Trajectory
 
 OnStep = Callable[[int, int], None]
@@ -93,7 +94,7 @@ class ScorerSet:
 
     def fit(
         self,
-        images: Tensor,
+        images: Pixels,
         ids: Sequence[str] | None = None,
         labels: Tensor | None = None,
         on_step: OnStep | None = None,
@@ -101,16 +102,17 @@ class ScorerSet:
         """Learn from ID training images.
 
         Args:
-            images: (N, C, H, W) in the model's normalised units (``autoencoder.transform``).
+            images: (N, C, H, W) uint8 pixels, or floats in [0, 1]; or :class:`traj_ood.Normalised`, in the model's
+                own units. See :func:`traj_ood.preprocessing.prepare`.
             ids: N names for the attractors. Default: their numbers.
             labels: (N,) int64 classes; only class-conditional scorers read them.
             on_step: see :func:`traj_ood.iterate`.
         Raises:
-            TrajOODError: fewer than 2 images, or what a scorer refuses.
+            TrajOODError: fewer than 2 images, what is no image, or what a scorer refuses.
         """
-        self.check_training_size(len(images))
-        encoding = self.autoencoder.examine(images)
-        dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(images)))), on_step)
+        encoding = self._examined(images)
+        self.check_training_size(len(encoding))
+        dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(encoding)))), on_step)
         return self.learn(dictionary, replace(evidence, labels=labels))
 
     def explore(
@@ -162,18 +164,21 @@ class ScorerSet:
                 for view in sorted(self.needs.distances)
             }
 
-    def score(self, images: Tensor | Encoding, on_step: OnStep | None = None) -> Scored:
-        """Score images (B, C, H, W), or what the model made of them; each image's scores depend on that image alone.
+    def score(self, images: Pixels | Encoding, on_step: OnStep | None = None) -> Scored:
+        """Score images, as in :meth:`fit`, or what the model made of them; each image's scores depend on it alone.
 
         Raises:
-            TrajOODError: not fitted, or images of the wrong shape.
+            TrajOODError: not fitted, or what is no image.
         """
         if self.needs_dictionary and self.dictionary is None:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")
-        encoding = self.autoencoder.examine(images) if isinstance(images, Tensor) else images
+        encoding = images if isinstance(images, Encoding) else self._examined(images)
         watchers = [NearestAttractor(self.autoencoder, index, view) for view, index in self._indices.items()]
         evidence = self._evidence(encoding, watchers, self.needs.steps, on_step, self._low_precision())
         return Scored({s.label: s.score(evidence) for s in self.scorers}, evidence)
+
+    def _examined(self, images: Pixels) -> Encoding:
+        return self.autoencoder.examine(prepare(self.autoencoder, images))
 
     def _evidence(
         self,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from traj_ood.data import ImageSource
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
-from traj_ood.pixels import image_to_tensor
+from traj_ood.preprocessing import Preprocessing
 
 Family = Literal["vit_mae", "conv", "classifier"]
 CONFIGS = Path(__file__).parent / "configs"
@@ -296,11 +296,10 @@ class TrainingImages:
         return self._cache[indices] if self._cache is not None else self._read(indices.tolist())
 
     def _read(self, indices: range | list[int]) -> Tensor:
-        channels = self._shape[0]
+        preprocessing = Preprocessing(self._shape)
 
         def read(index: int) -> Tensor:
-            unit = image_to_tensor(self._source.load(index), self._shape, (0.0,) * channels, (1.0,) * channels)
-            return (unit * 255).round().to(torch.uint8)
+            return preprocessing.pixels(self._source.load(index))
 
         with ThreadPoolExecutor(self._workers) as pool:
             return torch.stack(list(pool.map(read, indices)))

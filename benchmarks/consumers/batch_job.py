@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from traj_ood import Detector, Status, TrajOODError
+from traj_ood import Detector, Normalised, Status, TrajOODError
 from traj_ood.data.images import open_image, read_folder
 from traj_ood.files import write_atomic
 
@@ -47,7 +47,7 @@ def _judge(detector: Detector, folder: Path, paths: list[str]) -> pd.DataFrame:
             errors[path] = str(error)
     table = pd.DataFrame({"path": paths, "error": [errors.get(p) for p in paths]}).set_index("path")
     if images:
-        said = detector.judge(torch.stack(list(images.values())))
+        said = detector.judge(Normalised(torch.stack(list(images.values()))))
         known: dict[str, list[Any]] = {"score": said.scores.tolist()}
         if said.steps is not None and said.status is not None:  # a scorer of trajectories
             known["steps"] = said.steps.tolist()

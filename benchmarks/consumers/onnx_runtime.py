@@ -39,10 +39,6 @@ class Model:
     def __init__(self, path: str) -> None:
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.metadata: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map["traj_ood"])
-        if self.metadata["preprocessing"]["resize"] == "own":
-            raise SystemExit(
-                f"{path}: its model resizes in a way of its own: {self.metadata['preprocessing']['declared']}"
-            )
 
     def pixels(self, path: str) -> np.ndarray:
         """(C, H, W) float32 in [0, 1]."""
@@ -50,14 +46,17 @@ class Model:
         channels, height, width = how["shape"]
         with Image.open(path, formats=FORMATS) as file:
             image = _flat(file).convert(how["mode"])
+        if how["resize"] == "none" and image.size != (width, height):
+            raise ValueError(f"expected {width} x {height} pixels, since this model resizes none, got {image.size}")
         resample = Image.Resampling[how["filter"].upper()]
-        if how["resize"] == "direct":
+        if how["resize"] != "crop":
             image = image if image.size == (width, height) else image.resize((width, height), resample)
         else:
             short = min(image.size)
             size = [how["short_side"] if s == short else int(how["short_side"] * s / short) for s in image.size]
             image = image.resize((size[0], size[1]), resample)
-            left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+            rests = (size[0] - width, size[1] - height)
+            left, top = (rest // 2 if how["offset"] == "floor" else round(rest / 2) for rest in rests)
             image = image.crop((left, top, left + width, top + height))
         pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))

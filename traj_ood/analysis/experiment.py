@@ -27,7 +27,7 @@ from traj_ood.analysis.workspace import Workspace
 from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.data import ImageSource
 from traj_ood.errors import unknown_name
-from traj_ood.pixels import image_to_tensor
+from traj_ood.preprocessing import Preprocessing
 from traj_ood.training import Recipe
 
 MEMORY_CHOICES = (
@@ -181,5 +181,5 @@ def _ranks(values: Iterable[float]) -> Tensor:
 
 def read_pixels(images: ImageSource, shape: tuple[int, int, int]) -> Tensor:
     """(N, C, H, W) pixels in [0, 1], in the channels and size of ``shape``."""
-    zero, one = (0.0,) * shape[0], (1.0,) * shape[0]
-    return torch.stack([image_to_tensor(images.load(i), shape, zero, one) for i in range(len(images))])
+    preprocessing = Preprocessing(shape)
+    return torch.stack([preprocessing(images.load(i)) for i in range(len(images))])

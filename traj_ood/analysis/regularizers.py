@@ -21,6 +21,7 @@ from traj_ood.data import Benchmark, load_benchmark
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.metrics import compute_metrics
 from traj_ood.postprocessors import create_postprocessor
+from traj_ood.preprocessing import Normalised
 from traj_ood.scoring import ScorerSet
 from traj_ood.trajectory import Status
 
@@ -198,7 +199,7 @@ def _images(model: ConvAutoencoder, images: Any) -> Tensor:
 
 
 def _scores(scorers: ScorerSet, images: Tensor) -> dict[str, Tensor]:
-    found = scorers.score(images).scores
+    found = scorers.score(Normalised(images)).scores
     return dict(zip(SCORERS, (found[label] for label in scorers.labels), strict=True))
 
 

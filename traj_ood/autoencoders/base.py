@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.fixed_function import FixedFunction, check_function, float_type, trial_rows
-from traj_ood.pixels import image_to_tensor, network_input
+from traj_ood.preprocessing import Preprocessing, declared_preprocessing, network_input
 from traj_ood.weights import fingerprint
 
 View = Literal["tokens", "cls", "mean"]
@@ -61,6 +61,7 @@ class Autoencoder(FixedFunction, ABC):
         name: what tables call the model.
         module: the nn.Module(s) whose weights define the model, on :attr:`device`.
         input_shape: (C, H, W) that :meth:`encode` takes.
+        preprocessing: what is done to a picture; None where :meth:`transform` is code of the user's own.
         chunk: rows per call of the network (see :func:`traj_ood.iterate`). It belongs to the model because it must
             not follow the batch size: floating-point rounding follows the shape of the call.
         has_cls: whether the first latent token summarises the image (a CLS token). Latents of shape (B, T, d) are T
@@ -73,6 +74,7 @@ class Autoencoder(FixedFunction, ABC):
     name: str
     module: nn.Module
     input_shape: tuple[int, int, int]
+    preprocessing: Preprocessing | None = None
     chunk: int = 32
     has_cls: bool = False
     feature_dim: int = 0
@@ -86,9 +88,15 @@ class Autoencoder(FixedFunction, ABC):
     def decode_batch(self, latents: Tensor) -> Tensor:
         """D: latents (chunk, *L) → images (chunk, C, H, W)."""
 
-    @abstractmethod
     def transform(self, image: Image.Image) -> Tensor:
-        """PIL image → (C, H, W) float32 in the model's normalised units."""
+        """PIL image → (C, H, W) float32 in the model's normalised units: its :attr:`preprocessing`.
+
+        Raises:
+            TrajOODError: the model declares no preprocessing.
+        """
+        if self.preprocessing is None:
+            raise TrajOODError(f"{self.name}: declares no preprocessing: set it, or override transform")
+        return self.preprocessing(image)
 
     def options(self) -> dict[str, Any]:
         """The declared options that change f (masking, …); part of the fingerprint."""
@@ -248,7 +256,9 @@ class CallableAutoencoder(Autoencoder):
     Args:
         encode, decode: E and D on batches; each row must depend on its own input row alone (eval mode).
         input_shape: (C, H, W) of the images.
-        transform: PIL image → (C, H, W) tensor. Default: resize to ``input_shape``, pixels in [0, 1].
+        preprocessing: from a picture to what ``encode`` takes. Default: resize to ``input_shape``, pixels in [0, 1].
+        transform: PIL image → (C, H, W) tensor, in the place of ``preprocessing``, for what that does not cover. A
+            detector can be saved and loaded with it, but not exported.
         module: whose weights are fingerprinted and moved between devices; pass it whenever the callables use one.
         has_cls: see :class:`Autoencoder`.
         chunk: rows per call. Default 64: small models need many rows to fill a matrix product.
@@ -261,6 +271,7 @@ class CallableAutoencoder(Autoencoder):
         input_shape: tuple[int, int, int],
         *,
         name: str = "custom",
+        preprocessing: Preprocessing | None = None,
         transform: Callable[[Image.Image], Tensor] | None = None,
         module: nn.Module | None = None,
         has_cls: bool = False,
@@ -268,6 +279,7 @@ class CallableAutoencoder(Autoencoder):
     ) -> None:
         self._encode, self._decode = encode, decode
         self._transform = transform
+        self.preprocessing = declared_preprocessing(name, input_shape, preprocessing, transform)
         self.input_shape, self.name, self.has_cls, self.chunk = input_shape, name, has_cls, chunk
         self.module = nn.Module() if module is None else module
 
@@ -280,6 +292,11 @@ class CallableAutoencoder(Autoencoder):
         options.setdefault("name", type(module).__name__)
         return cls(module.encode, module.decode, input_shape, module=module, **options)  # type: ignore[arg-type]
 
+    def options(self) -> dict[str, Any]:
+        known = self.preprocessing
+        plain = known is None or known == Preprocessing(self.input_shape)
+        return {} if plain or known is None else {"preprocessing": known.as_dict()}
+
     def encode_batch(self, images: Tensor) -> Tensor:
         return self._encode(images)
 
@@ -287,7 +304,4 @@ class CallableAutoencoder(Autoencoder):
         return self._decode(latents)
 
     def transform(self, image: Image.Image) -> Tensor:
-        if self._transform is not None:
-            return self._transform(image)
-        channels = self.input_shape[0]
-        return image_to_tensor(image, self.input_shape, (0.0,) * channels, (1.0,) * channels)
+        return self._transform(image) if self._transform is not None else super().transform(image)

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
-from traj_ood.pixels import check_statistics, image_to_tensor
+from traj_ood.preprocessing import Preprocessing, check_statistics
 from traj_ood.weights import check_seal, check_weights, refuse_larger, sealed
 
 STRIDES = 4
@@ -83,6 +82,7 @@ class ConvAutoencoder(Autoencoder):
         self.input_shape = (channels, network.size, network.size)
         self.mean, self.std = tuple(mean) or (0.5,) * channels, tuple(std) or (0.5,) * channels
         check_statistics(name, channels, self.mean, self.std)
+        self.preprocessing = Preprocessing(self.input_shape, self.mean, self.std)
         self.chunk = 128
 
     @classmethod
@@ -146,6 +146,3 @@ class ConvAutoencoder(Autoencoder):
             )
         corrupted = images + input_noise * torch.randn(images.shape, generator=generator).to(images.device)
         return self.decode_batch(self.encode_batch(corrupted)), None
-
-    def transform(self, image: Image.Image) -> Tensor:
-        return image_to_tensor(image, self.input_shape, self.mean, self.std)

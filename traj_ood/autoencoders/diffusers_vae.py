@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image
 from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import local_copy, one_line, read_config
 from traj_ood.errors import TrajOODError
-from traj_ood.pixels import image_to_tensor
+from traj_ood.preprocessing import Interpolation, Preprocessing
 from traj_ood.pretrained import from_pretrained, use_safetensors
 from traj_ood.weights import check_weights
 
@@ -29,7 +28,8 @@ _PIXELS_A_CALL = 2**18
 class DiffusersVAE(Autoencoder):
     """A diffusers ``AutoencoderKL`` with its posterior's mean as E(x), so that f = E∘D is deterministic.
 
-    Latents are (B, channels, h, w), which counts as one token. Images are in [−1, 1], as these models were trained.
+    Latents are (B, channels, h, w), which counts as one token. Images are in [−1, 1], as these models were trained, and
+    resized as diffusers' ``VaeImageProcessor`` does.
 
     Args:
         model: a ``diffusers.AutoencoderKL``.
@@ -38,6 +38,7 @@ class DiffusersVAE(Autoencoder):
         scaled: False (default) leaves latents as E makes them, which is the paper's f = E∘D read plainly. True puts
             them into the units of the diffusion model, (z − shift) · scaling_factor: images' latents then have about
             unit variance, as starts from N(0, I) do. The dynamics are the same; starts and tolerance are not.
+        interpolation: of the direct resize. Default ``lanczos``, ``VaeImageProcessor``'s.
     Raises:
         TrajOODError: an image size that the strides do not divide, or ``scaled`` without a scaling factor.
     """
@@ -45,7 +46,13 @@ class DiffusersVAE(Autoencoder):
     family: ClassVar[str] = "diffusers"
 
     def __init__(
-        self, model: Any, *, name: str = "diffusers-vae", image_size: int | None = None, scaled: bool = False
+        self,
+        model: Any,
+        *,
+        name: str = "diffusers-vae",
+        image_size: int | None = None,
+        scaled: bool = False,
+        interpolation: Interpolation = "lanczos",
     ) -> None:
         config = model.config
         side = int(image_size or min(int(config.sample_size), PAPER_SIZE))
@@ -56,6 +63,8 @@ class DiffusersVAE(Autoencoder):
             raise TrajOODError(f"{name}: scaled: its config has no scaling_factor; use scaled=False")
         self.name, self.module = name, model.eval().requires_grad_(False)
         self.input_shape = (int(config.in_channels), side, side)
+        half = (0.5,) * self.input_shape[0]
+        self.preprocessing = Preprocessing(self.input_shape, half, half, interpolation=interpolation)
         self.scaled = bool(scaled)
         self._factor = float(config.scaling_factor) if scaled else 1.0
         self._shift = float(getattr(config, "shift_factor", None) or 0.0) if scaled else 0.0
@@ -110,7 +119,9 @@ class DiffusersVAE(Autoencoder):
     def options(self) -> dict[str, Any]:
         """What the weights do not tell; without ``scaled`` the config's factor and shift decide nothing."""
         config: Any = self.module.config
-        return {
+        assert self.preprocessing is not None  # made with the model
+        own = {} if self.preprocessing.is_plain else {"interpolation": self.preprocessing.interpolation}
+        return own | {
             "image_size": self.input_shape[1],
             "scaled": self.scaled,
             "factor": self._factor,
@@ -125,7 +136,3 @@ class DiffusersVAE(Autoencoder):
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         return self.module.decode(latents / self._factor + self._shift).sample  # type: ignore[operator]
-
-    def transform(self, image: Image.Image) -> Tensor:
-        channels = self.input_shape[0]
-        return image_to_tensor(image, self.input_shape, (0.5,) * channels, (0.5,) * channels)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,10 +34,11 @@ from torch.nn import functional
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import local_copy, one_line, read_config
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
+from traj_ood.backbones.image_processor import from_processor
 from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
-from traj_ood.pixels import check_statistics, image_to_tensor
+from traj_ood.preprocessing import Preprocessing, check_statistics
 from traj_ood.pretrained import from_pretrained, use_safetensors
 from traj_ood.weights import check_weights, put_weights
 
@@ -243,6 +243,7 @@ class PairAutoencoder(Autoencoder):
         self.encoder_size = encoder_size or input_shape[1]
         self.mean, self.std = tuple(mean or (0.5,) * channels), tuple(std or (0.5,) * channels)
         check_statistics(name, channels, self.mean, self.std)
+        self.preprocessing = Preprocessing(input_shape, self.mean, self.std)
         centre = torch.zeros(()) if centre is None else centre.float()
         spread = torch.ones(()) if spread is None else spread.float()
         if not bool((spread > 0).all()):
@@ -302,8 +303,8 @@ class PairAutoencoder(Autoencoder):
                 raise TrajOODError(f"{statistics}: expected the tensors mean and var, got {', '.join(sorted(stored))}")
             options |= {"centre": _as_tokens(stored["mean"]), "spread": _as_tokens((stored["var"] + RAE_EPS).sqrt())}
         folder = local_copy(str(encoder), ("preprocessor_config.json",))
-        for key in ("mean", "std"):
-            options.setdefault(key, _processor(folder)[key])
+        mean, std = _statistics_of(folder, decoding.channels)
+        options = {"mean": mean, "std": std, **options}
         options.setdefault("name", f"{Path(encoder).name}+{Path(decoder).parent.name or 'decoder'}")
         return cls._of(tokens, decoding, options)
 
@@ -411,9 +412,6 @@ class PairAutoencoder(Autoencoder):
         parts: Any = self.module
         return parts.decoder(latents * parts.spread + parts.centre)
 
-    def transform(self, image: Image.Image) -> Tensor:
-        return image_to_tensor(image, self.input_shape, self.mean, self.std)
-
 
 def load_vision_model(source: str) -> Any:
     """A transformers vision encoder by hub name or local folder, with every weight from its file.
@@ -520,10 +518,15 @@ def _config_size(model: Any) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def _processor(folder: Path) -> dict[str, tuple[float, ...]]:
+def _statistics_of(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, of pixels in [0, 1], that the encoder's own image processor normalises by; its sizes are the
+    encoder's, and not those of the images that D makes."""
     path = folder / "preprocessor_config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {key: tuple(float(v) for v in stored[f"image_{key}"]) for key in ("mean", "std")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrajOODError(f"{path}: expected numbers image_mean and image_std ({one_line(error)})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrajOODError(f"{path}: expected the encoder's image processor ({one_line(error)})") from error
+    if not isinstance(stored, dict):
+        raise TrajOODError(f"{path}: expected a JSON object, got {type(stored).__name__}")
+    any_size = {"do_resize": True, "size": 1, "do_center_crop": False, "crop_pct": None}
+    return from_processor({**stored, **any_size}, (channels, 1, 1), str(path)).affine

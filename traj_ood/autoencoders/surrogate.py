@@ -159,7 +159,7 @@ class SurrogateAutoencoder(Autoencoder):
     ) -> None:
         self.backbone, self.network = backbone, network.eval().requires_grad_(False)
         self.name, self.module = name or backbone.name, self.network
-        self.input_shape = backbone.input_shape
+        self.input_shape, self.preprocessing = backbone.input_shape, backbone.preprocessing
         self.feature_dim, self.classes = backbone.feature_dim, backbone.classes
         # Calls of 128 rows take no longer than one of 1,024 (benchmarks/surrogate_training.py); larger chunks would
         # drag more idle rows along with the few trajectories that settle last.

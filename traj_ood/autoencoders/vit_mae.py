@@ -6,19 +6,20 @@ import json
 import math
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from traj_ood.autoencoders.base import GRID, Autoencoder
+from traj_ood.backbones.image_processor import from_processor, to_processor
 from traj_ood.checkpoints import read_weights
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
-from traj_ood.pixels import check_statistics, image_to_tensor
+from traj_ood.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
 from traj_ood.pretrained import from_pretrained, use_safetensors
 from traj_ood.weights import check_seal, check_weights, fingerprint, refuse_larger, sealed
 
@@ -40,7 +41,9 @@ class ViTMAE(Autoencoder):
             whole image and no choice of a mask enters the score. Above 0 the same patches are hidden at every step
             and for every image.
         mask_seed: draws the fixed mask. Only used when ``mask_ratio`` > 0.
-        mean, std: per channel, of the pixels in [0, 1]. Default: ImageNet's, as all public checkpoints use.
+        mean, std: per channel, of the rescaled pixels. Default: those of ``preprocessing``, else ImageNet's, as all
+            public checkpoints use.
+        preprocessing: from a picture to the network's input. Default: bilinear direct resize, pixels in [0, 1].
     """
 
     family: ClassVar[str] = "vit_mae"
@@ -55,6 +58,7 @@ class ViTMAE(Autoencoder):
         mask_seed: int = 0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         config = model.config
         if not 0 <= mask_ratio < 1:
@@ -67,14 +71,17 @@ class ViTMAE(Autoencoder):
             )
         assert_position_embeddings(model, name)
         channels, side = config.num_channels, config.image_size
-        default_mean, default_std = (
-            (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
-        )
+        half = (0.5,) * channels
+        defaults = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (half, half)
+        if preprocessing is not None:
+            defaults = preprocessing.mean, preprocessing.std
         self.name, self.module = name, model.eval().requires_grad_(False)
         self.input_shape = (channels, side, side)
         self.mask_ratio, self.mask_seed = float(mask_ratio), mask_seed
-        self.mean, self.std = tuple(mean or default_mean), tuple(std or default_std)
+        self.mean, self.std = tuple(mean or defaults[0]), tuple(std or defaults[1])
         check_statistics(name, channels, self.mean, self.std)
+        given = fitting_preprocessing(name, self.input_shape, preprocessing)
+        self.preprocessing = replace(given, mean=self.mean, std=self.std)
         self.patches = model.vit.embeddings.patch_embeddings.num_patches
         visible = int(self.patches * (1 - self.mask_ratio))  # as transformers counts them
         if not visible:
@@ -116,17 +123,10 @@ class ViTMAE(Autoencoder):
         except Exception as error:  # transformers has error classes of its own, and arithmetic does the rest
             raise TrajOODError(f"{folder}/config.json: impossible geometry ({_one_line(error)})") from error
         model.load_state_dict(weights)
-        preprocessing = folder / "preprocessor_config.json"
         stored: dict[str, Any] = {}
-        if preprocessing.is_file():
-            stored = _read_json(preprocessing)
-            for key in ("mean", "std"):
-                values = stored.get(f"image_{key}")
-                if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
-                    raise TrajOODError(
-                        f"{preprocessing}: expected numbers image_mean and image_std, got {key} {values!r}"
-                    )
-                options.setdefault(key, tuple(float(v) for v in values))
+        if (folder / PROCESSOR).is_file():
+            stored = _read_json(folder / PROCESSOR)
+            options.setdefault("preprocessing", _preprocessing(stored, model.config, str(folder / PROCESSOR)))
         autoencoder = cls(model, **options)
         check_seal(path, written, raw, stored)  # last: the other errors say more
         return autoencoder
@@ -151,6 +151,8 @@ class ViTMAE(Autoencoder):
                 f"would stay random; {_NEED_DECODER}"
             )
         check_weights(model.state_dict(), model, source)
+        where = f"model {source!r}: {PROCESSOR}"
+        options.setdefault("preprocessing", _preprocessing(_fetched_processor(source), model.config, where))
         return cls(model, **options)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -159,16 +161,19 @@ class ViTMAE(Autoencoder):
         text = config.to_json_string()
         write_atomic(folder / "config.json", text.encode())
         weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
-        stored = {"image_mean": list(self.mean), "image_std": list(self.std), "size": list(self.input_shape[1:])}
+        assert self.preprocessing is not None  # made with the model
+        stored = to_processor(self.preprocessing)
         write_atomic(folder / "model.safetensors", sealed(weights, json.loads(text), stored))
-        write_atomic(folder / "preprocessor_config.json", (json.dumps(stored, indent=2) + "\n").encode())
+        write_atomic(folder / PROCESSOR, (json.dumps(stored, indent=2) + "\n").encode())
 
     def fingerprint(self) -> str:
         return fingerprint(self.module, [self.family, self.options()], own_name)
 
     def options(self) -> dict[str, Any]:
         mask = {"mask_ratio": self.mask_ratio} | ({"mask_seed": self.mask_seed} if self.mask_ratio else {})
-        return {**mask, "mean": list(self.mean), "std": list(self.std)}
+        assert self.preprocessing is not None  # made with the model
+        own = {} if self.preprocessing.is_plain else {"preprocessing": self.preprocessing.as_dict()}
+        return {**mask, "mean": list(self.mean), "std": list(self.std), **own}
 
     def encode_batch(self, images: Tensor) -> Tensor:
         return self._encode(images, self._noise, self.mask_ratio)[0]
@@ -183,9 +188,6 @@ class ViTMAE(Autoencoder):
             return super().grid(latents)
         patches = latents[:, 1:]
         return torch.stack([patches[:, tokens].mean(dim=1) for tokens in self._cells], dim=1)
-
-    def transform(self, image: Image.Image) -> Tensor:
-        return image_to_tensor(image, self.input_shape, self.mean, self.std)
 
     def reconstruction_masks(self) -> int:
         return RECONSTRUCTION_MASKS
@@ -244,7 +246,34 @@ class ViTMAE(Autoencoder):
         return self.module.unpatchify(decoder(latents, restore).logits)  # type: ignore[operator]
 
 
+PROCESSOR = "preprocessor_config.json"
+_PROCESSORS = ("ViTImageProcessor", "ViTFeatureExtractor")  # with and without "Fast"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
+
+
+def _preprocessing(stored: dict[str, Any], config: Any, where: str) -> Preprocessing:
+    """Of the checkpoint's own image processor."""
+    kind = str(stored.get("image_processor_type") or stored.get("feature_extractor_type") or _PROCESSORS[0])
+    if kind.removesuffix("Fast").removesuffix("Pil") not in _PROCESSORS:
+        raise TrajOODError(f"{where}: expected a {_PROCESSORS[0]}, got {kind!r}: its images cannot be made here")
+    return from_processor(stored, (config.num_channels, config.image_size, config.image_size), where)
+
+
+def _fetched_processor(source: str) -> dict[str, Any]:
+    """``preprocessor_config.json`` of a repository on the hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _read_json(Path(hf_hub_download(source, PROCESSOR)))
+    except TrajOODError:
+        raise
+    except Exception as error:
+        raise TrajOODError(
+            f"model {source!r}: its {PROCESSOR}, which says how images are prepared, cannot be had "
+            f"({_one_line(error)}); download the repository and pass the folder"
+        ) from error
+
+
 # transformers 5 gave ViT-MAE's tensors other names than the published files and transformers 4 have.
 _RENAMED = (
     (r"^vit\.encoder\.layer\.", "vit.layers."),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.fixed_function import FixedFunction, check_function, trial_rows
-from traj_ood.pixels import image_to_tensor, network_input
+from traj_ood.preprocessing import Preprocessing, declared_preprocessing, network_input
 from traj_ood.weights import fingerprint
 
 
@@ -46,6 +46,7 @@ class Backbone(FixedFunction, ABC):
         spec: what :func:`traj_ood.backbones.load_backbone` takes to make it again; may hold a path.
         module: the network, on :attr:`device`.
         input_shape: (C, H, W) that :meth:`extract` takes.
+        preprocessing: what is done to a picture; None where :meth:`transform` is code of the user's own.
         feature_dim: n, width of the features.
         classes: c, number of logits; 0 without a classifier.
         chunk: rows per call of the network (see :class:`traj_ood.Autoencoder`).
@@ -56,6 +57,7 @@ class Backbone(FixedFunction, ABC):
     spec: str
     module: nn.Module
     input_shape: tuple[int, int, int]
+    preprocessing: Preprocessing | None = None
     feature_dim: int
     classes: int = 0
     chunk: int = 32
@@ -64,9 +66,15 @@ class Backbone(FixedFunction, ABC):
     def forward_batch(self, images: Tensor) -> Features:
         """Images (chunk, C, H, W) in the network's normalised units → what it says of them."""
 
-    @abstractmethod
     def transform(self, image: Image.Image) -> Tensor:
-        """PIL image → (C, H, W) float32 in the network's normalised units."""
+        """PIL image → (C, H, W) float32 in the network's normalised units: its :attr:`preprocessing`.
+
+        Raises:
+            TrajOODError: the backbone declares no preprocessing.
+        """
+        if self.preprocessing is None:
+            raise TrajOODError(f"{self.name}: declares no preprocessing: set it, or override transform")
+        return self.preprocessing(image)
 
     def options(self) -> dict[str, Any]:
         """Everything besides the weights that decides the features (transform, pooling), JSON-able; fingerprinted."""
@@ -141,8 +149,9 @@ class CallableBackbone(Backbone):
         forward: images (chunk, C, H, W) → :class:`Features`; each row must depend on its own image alone.
         input_shape: (C, H, W). feature_dim, classes: see :class:`Backbone`.
         module: fingerprinted, moved between devices, and in evaluation mode while it is used.
-        transform: PIL image → (C, H, W) tensor. Default: resize to ``input_shape``, pixels in [0, 1]. It is not part
-            of the fingerprint; name backbones apart when only their transforms differ.
+        preprocessing: from a picture to what ``forward`` takes. Default: resize to ``input_shape``, pixels in [0, 1].
+        transform: PIL image → (C, H, W) tensor, in the place of ``preprocessing``, for what that does not cover. It is
+            not part of the fingerprint; name backbones apart when only their transforms differ.
         head: weight (c, n) and bias (c,) when the logits are linear in the features; default None.
         chunk: rows per call. Default 32.
     """
@@ -156,12 +165,14 @@ class CallableBackbone(Backbone):
         classes: int = 0,
         module: nn.Module,
         name: str = "custom",
+        preprocessing: Preprocessing | None = None,
         transform: Callable[[Image.Image], Tensor] | None = None,
         head: tuple[Tensor, Tensor] | None = None,
         chunk: int = 32,
     ) -> None:
         self._forward, self._transform, self._head = forward, transform, head
         self.input_shape, self.feature_dim, self.classes, self.chunk = input_shape, feature_dim, classes, chunk
+        self.preprocessing = declared_preprocessing(name, input_shape, preprocessing, transform)
         self.name = self.spec = name
         self.module = module
 
@@ -169,13 +180,12 @@ class CallableBackbone(Backbone):
         return self._forward(images)
 
     def transform(self, image: Image.Image) -> Tensor:
-        if self._transform is not None:
-            return self._transform(image)
-        channels = self.input_shape[0]
-        return image_to_tensor(image, self.input_shape, (0.0,) * channels, (1.0,) * channels)
+        return self._transform(image) if self._transform is not None else super().transform(image)
 
     def options(self) -> dict[str, Any]:
-        return {"name": self.name}
+        known = self.preprocessing
+        plain = known is None or known == Preprocessing(self.input_shape)
+        return {"name": self.name} | ({} if plain or known is None else {"preprocessing": known.as_dict()})
 
     def head(self) -> tuple[Tensor, Tensor] | None:
         return self._head

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from traj_ood.backbones.base import Backbone, Features
 from traj_ood.errors import TrajOODError
+from traj_ood.preprocessing import Preprocessing
 
-_TRIAL_SIZE = (320, 280)  # width and height of the image that tells the transform's output shape
 _TRIAL_ROWS = 2
 
 
@@ -23,14 +22,14 @@ class NetworkBackbone(Backbone):
     """A backbone around a network of some library. Subclasses implement :meth:`forward_batch`.
 
     Construction runs two random images through the network: widths, the linear head and the absence of random numbers
-    are facts then, and a transform that does not fit the network is found before any data is read.
+    are facts then, and a preprocessing that does not fit the network is found before any data is read.
 
     Args:
         module: the network with its weights; put into eval mode without gradients.
         name, spec: see :class:`Backbone`.
-        prepare: PIL image of mode 'L' (one channel) or 'RGB' → (C, H, W) tensor.
-        channels: 1 or 3.
-        options: everything that decides the transform and the pooling.
+        preprocessing: from a picture to the network's input.
+        options: everything that decides the features beside the weights: the library's own settings of its transform,
+            and the pooling.
         classifier: the linear layer that makes the logits, where there is one; checked against the logits.
     Raises:
         TrajOODError: the network cannot process what the transform makes, or answers at random.
@@ -42,20 +41,15 @@ class NetworkBackbone(Backbone):
         *,
         name: str,
         spec: str,
-        prepare: Callable[[Image.Image], Tensor],
-        channels: int,
+        preprocessing: Preprocessing,
         options: Mapping[str, Any],
         classifier: nn.Linear | None = None,
     ) -> None:
-        if channels not in (1, 3):
-            raise TrajOODError(f"{name}: expected a network of 1 or 3 input channels, got {channels}")
         self.module = module.eval().requires_grad_(False)
         self.name, self.spec = name, spec
-        self._prepare, self._mode, self._options = prepare, "L" if channels == 1 else "RGB", dict(options)
-        trial = self._prepared(Image.new(self._mode, _TRIAL_SIZE))
-        if trial.ndim != 3 or trial.shape[0] != channels:
-            raise TrajOODError(f"{name}: expected a transform to ({channels}, H, W), got {tuple(trial.shape)}")
-        self.input_shape = (channels, int(trial.shape[1]), int(trial.shape[2]))
+        self.preprocessing, self.input_shape, self._options = preprocessing, preprocessing.shape, dict(options)
+        if self.input_shape[0] not in (1, 3):
+            raise TrajOODError(f"{name}: expected a network of 1 or 3 input channels, got {self.input_shape[0]}")
         with self.fixed(), torch.inference_mode():
             answer = self._first_answer()
             self.feature_dim = answer.features.shape[1]
@@ -70,7 +64,7 @@ class NetworkBackbone(Backbone):
             raise
         except Exception as error:  # any library's code, any error
             raise TrajOODError(
-                f"{self.name}: cannot process images of shape {self.input_shape}, which its transform makes "
+                f"{self.name}: cannot process images of shape {self.input_shape}, which its preprocessing makes "
                 f"({one_line(error)})"
             ) from error
         if answer.features.ndim != 2:
@@ -78,23 +72,6 @@ class NetworkBackbone(Backbone):
                 f"{self.name}: expected one feature vector per image, got shape {tuple(answer.features.shape)}"
             )
         return answer
-
-    def transform(self, image: Image.Image) -> Tensor:
-        """PIL image → float32 of :attr:`input_shape`, by the library's own transform.
-
-        Raises:
-            TrajOODError: the transform gives this image another shape, since it keeps the aspect ratio.
-        """
-        pixels = self._prepared(image.convert(self._mode))
-        if tuple(pixels.shape) != self.input_shape:
-            raise TrajOODError(
-                f"{self.name}: the transform makes {tuple(pixels.shape)} of an image of {image.width} x "
-                f"{image.height}, but {self.input_shape} of others: use one that resizes to a fixed size"
-            )
-        return pixels
-
-    def _prepared(self, image: Image.Image) -> Tensor:
-        return self._prepare(image).float()
 
     def options(self) -> dict[str, Any]:
         return self._options

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
 from traj_ood.backbones.network import NetworkBackbone, one_line
 from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.preprocessing import Preprocessing
 from traj_ood.weights import prefix_of, put_weights
 
 INSTALL = "pip install git+https://github.com/Jingkang50/OpenOOD"
@@ -138,30 +138,16 @@ def load(
         module,
         name=name or f"openood:{network}:{Path(checkpoint).stem}",
         spec=f"openood:{model}",
-        prepare=_Prepare(preparation),
-        channels=3,
+        preprocessing=Preprocessing(
+            shape=(3, preparation.size, preparation.size),
+            mean=preparation.mean,
+            std=preparation.std,
+            resize="crop",
+            short_side=preparation.pre_size,
+        ),
         options={"transform": {"data": chosen, **_plain(preparation)}, "pooling": "return_feature"},
         classifier=_classifier(module),
     )
-
-
-class _Prepare:
-    """OpenOOD's test transform, from torchvision's parts as there."""
-
-    def __init__(self, preparation: Preparation) -> None:
-        from torchvision import transforms
-
-        self._transform: Any = transforms.Compose(
-            [
-                transforms.Resize(preparation.pre_size, interpolation=transforms.InterpolationMode.BILINEAR),
-                transforms.CenterCrop(preparation.size),
-                transforms.ToTensor(),
-                transforms.Normalize(preparation.mean, preparation.std),
-            ]
-        )
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self._transform(image)
 
 
 def _plain(preparation: Preparation) -> dict[str, Any]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
+from traj_ood.backbones.image_processor import check_agreement, interpolation_of
 from traj_ood.backbones.network import NetworkBackbone, one_line, unknown_model
 from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
+from traj_ood.preprocessing import Preprocessing
 from traj_ood.weights import check_weights, prefix_of, put_weights
 
+DEFAULT_CROP = 0.875  # timm's, for a config that has none
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _LOCAL_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "model.pth")
 
@@ -47,13 +50,15 @@ class TimmBackbone(NetworkBackbone):
                 f"{name}: expected a mean and a std for each of {channels} input channel(s), got mean "
                 f"{list(settings['mean'])}: state them in a timm folder's config.json or as options mean= and std="
             )
+        preprocessing = _preprocessing(settings, name)
+        transform = create_transform(**settings, is_training=False)
+        check_agreement(preprocessing, transform, f"{name}: transform {_short(settings)}")
         classifier = network.get_classifier()  # type: ignore[operator]  # checked above
         super().__init__(
             network,
             name=name,
             spec=spec,
-            prepare=_Prepare(create_transform(**settings, is_training=False)),
-            channels=channels,
+            preprocessing=preprocessing,
             options={"transform": json.loads(json.dumps(settings)), "pooling": "pre_logits"},
             classifier=classifier if isinstance(classifier, nn.Linear) else None,
         )
@@ -65,14 +70,30 @@ class TimmBackbone(NetworkBackbone):
         return Features(features, network.forward_head(maps) if network.num_classes > 0 else None)
 
 
-class _Prepare:
-    """timm's transform, typed."""
+def _preprocessing(settings: Mapping[str, Any], name: str) -> Preprocessing:
+    """Of timm's data config, in evaluation: the shorter side to size / crop_pct and the centre, or squashed."""
+    channels, height, width = (int(n) for n in settings["input_size"])
+    squashed = settings.get("crop_mode") == "squash"
+    short = math.floor(height / float(settings.get("crop_pct") or DEFAULT_CROP))
+    if not squashed and height != width:
+        raise TrajOODError(f"{name}: expected square images, got {height} x {width}: use crop_mode='squash'")
+    if squashed and short != height:
+        raise TrajOODError(f"{name}: crop_mode 'squash': expected crop_pct 1, got {settings.get('crop_pct')}")
+    try:
+        return Preprocessing(
+            shape=(channels, height, width),
+            mean=tuple(settings["mean"]),
+            std=tuple(settings["std"]),
+            resize="direct" if squashed else "crop",
+            interpolation=interpolation_of(settings["interpolation"]),
+            short_side=None if squashed else short,
+        )
+    except TrajOODError as error:
+        raise TrajOODError(f"{name}: {error}") from error
 
-    def __init__(self, transform: Any) -> None:
-        self._transform = transform
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self._transform(image)
+def _short(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {settings[key]}" for key in ("interpolation", "crop_pct", "crop_mode") if key in settings)
 
 
 def load(model: str, *, name: str | None = None, **data: Any) -> TimmBackbone:

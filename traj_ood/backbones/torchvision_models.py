@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from traj_ood.backbones.image_processor import check_agreement, interpolation_of
 from traj_ood.backbones.network import (
     ClassifierInputBackbone,
     find_classifier,
@@ -18,6 +19,7 @@ from traj_ood.backbones.network import (
 )
 from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.preprocessing import Preprocessing
 from traj_ood.weights import check_weights, prefix_of, put_weights
 
 
@@ -48,7 +50,9 @@ def load(model: str, *, name: str | None = None, weights: str = "DEFAULT") -> To
     if weights not in entries.__members__:
         raise unknown_name(f"torchvision weights of {architecture}", weights, entries.__members__)
     transform = entries[weights].transforms()
-    shape = (3, int(transform.crop_size[0]), int(transform.crop_size[0]))
+    preprocessing = _preprocessing(transform)
+    check_agreement(preprocessing, transform, f"torchvision weights of {architecture} {weights}")
+    shape = preprocessing.shape
     if file:
         network = _from_file(architecture, Path(file).expanduser(), shape)
     else:
@@ -61,8 +65,7 @@ def load(model: str, *, name: str | None = None, weights: str = "DEFAULT") -> To
         find_classifier(shown, network, network, trial_images(shape)),
         name=shown,
         spec=spec,
-        prepare=transform,
-        channels=3,
+        preprocessing=preprocessing,
         options={"transform": _declared(transform), "pooling": "input of the last linear layer"},
     )
 
@@ -71,6 +74,19 @@ def _declared(transform: Any) -> dict[str, Any]:
     """What torchvision's ImageClassification preset was made with, JSON-able."""
     keys = ("resize_size", "crop_size", "mean", "std", "antialias")
     return {**{key: getattr(transform, key) for key in keys}, "interpolation": transform.interpolation.value}
+
+
+def _preprocessing(transform: Any) -> Preprocessing:
+    """Of torchvision's ImageClassification preset."""
+    side = int(transform.crop_size[0])
+    return Preprocessing(
+        shape=(3, side, side),
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        resize="crop",
+        interpolation=interpolation_of(transform.interpolation.value),
+        short_side=int(transform.resize_size[0]),
+    )
 
 
 def _download(architecture: str, entry: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
+from traj_ood.backbones.image_processor import check_agreement, from_processor
 from traj_ood.backbones.network import (
     ClassifierInputBackbone,
     NetworkBackbone,
@@ -19,6 +20,7 @@ from traj_ood.backbones.network import (
     trial_images,
 )
 from traj_ood.errors import TrajOODError
+from traj_ood.preprocessing import Preprocessing, trial_pictures
 from traj_ood.pretrained import from_pretrained, use_safetensors
 from traj_ood.weights import check_weights
 
@@ -71,11 +73,11 @@ def load(model: str, *, name: str | None = None) -> NetworkBackbone:
         )
     network = _network(shown, source, config)
     processor = _fetch(shown, "preprocessor_config.json", lambda: from_pretrained(AutoImageProcessor, source))
+    preprocessing = _preprocessing(processor, int(getattr(config, "num_channels", 3)), shown)
     settings: dict[str, Any] = {
         "name": shown,
         "spec": f"transformers:{model}",
-        "prepare": _Prepare(processor),
-        "channels": int(getattr(config, "num_channels", 3)),
+        "preprocessing": preprocessing,
         "options": {"transform": _declared(processor), "pooling": type(network).__name__},
     }
     if not type(network).__name__.endswith(_CLASSIFIER):
@@ -84,8 +86,7 @@ def load(model: str, *, name: str | None = None) -> NetworkBackbone:
     def call(images: Tensor) -> Tensor:
         return network(pixel_values=images).logits
 
-    shape = _Prepare(processor)(Image.new("L" if settings["channels"] == 1 else "RGB", (320, 280))).shape
-    layer = find_classifier(shown, network, call, trial_images((shape[0], shape[1], shape[2])))
+    layer = find_classifier(shown, network, call, trial_images(preprocessing.shape))
     return TransformersClassifier(network, call, layer, **settings)
 
 
@@ -127,6 +128,22 @@ def _fetch(name: str, file: str, read: Callable[[], Any]) -> Any:
             f"{name}: {file} cannot be read here or fetched ({one_line(error)}); give a local folder with config.json, "
             "model.safetensors and preprocessor_config.json: transformers:<folder>"
         ) from error
+
+
+def _preprocessing(processor: Any, channels: int, name: str) -> Preprocessing:
+    """Of an image processor, compared with the processor itself."""
+    prepare = _Prepare(processor)
+    mode = "L" if channels == 1 else "RGB"
+    shapes = {tuple(prepare(picture).shape) for picture in trial_pictures(mode)}
+    where = f"{name}: preprocessor_config.json"
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[0] != channels:
+        raise TrajOODError(
+            f"{where}: expected pictures of any size to become {channels} x H x W of one size, as a resize to height "
+            "and width or a crop makes them: correct do_resize, size, do_center_crop and crop_size"
+        )
+    made = from_processor(_declared(processor), (shape[0], shape[1], shape[2]), where)
+    check_agreement(made, prepare, where)
+    return made
 
 
 class _Prepare:

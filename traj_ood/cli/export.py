@@ -58,6 +58,7 @@ def export(
 
     from traj_ood.detector import Detector
     from traj_ood.export import export_detector
+    from traj_ood.preprocessing import Normalised
 
     silence_libraries()
     if os.path.exists(out) and not overwrite:
@@ -65,7 +66,7 @@ def export(
     if threads:
         torch.set_num_threads(threads)
     loaded = Detector.load(detector, device="cpu")
-    compared = _images(loaded.autoencoder, images) if images is not None else None
+    compared = Normalised(_images(loaded.autoencoder, images)) if images is not None else None
     made = export_detector(loaded, out, form, steps=steps, images=compared)  # type: ignore[arg-type]
     for line in _report(made):
         click.echo(line)

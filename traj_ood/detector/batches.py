@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,11 +16,16 @@ from torch import Tensor
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.images import ImageSource, check_picture, open_image
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.pixels import check_images
+from traj_ood.preprocessing import Normalised, Pixels, check_images, prepare
 
-Images: TypeAlias = "Tensor | ImageSource | Sequence[Image.Image | str | Path]"
-"""(B, C, H, W) in the model's normalised units, an ImageSource, or a list of PIL images or of paths of image files."""
+Images: TypeAlias = "Pixels | ImageSource | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Any"
+"""Pixels in memory (uint8, or floats in [0, 1]; tensors or arrays, (B, C, H, W) or one (C, H, W)), an ImageSource, a
+list of Pillow images, paths or single images of pixels, a ``torch.utils.data`` Dataset of images or of tuples that
+begin with one, a DataLoader of such, or :class:`traj_ood.Normalised`."""
 OnError = Literal["raise", "skip"]
+IMAGE_KEYS = ("image", "img", "pixel_values", "data")
+"""Where the items of a data set that are mappings hold the image; the first that is there."""
+LABEL_KEYS = ("label", "labels", "target")
 _BYTES = 2**27  # of pixels at a time; the latents of usual models are of about that size, too
 _MOST = 1024
 
@@ -33,12 +39,14 @@ class Batch:
         rows: B places in what was given; all of them unless images were skipped.
         images: (B, C, H, W) float32 in the model's units; B may be 0.
         failures: {id, error} of each image that was skipped.
+        labels: B classes, where a data set or loader gives them with the images; else empty.
     """
 
     ids: tuple[str, ...]
     rows: tuple[int, ...]
     images: Tensor
     failures: list[dict[str, str]] = field(default_factory=list)
+    labels: tuple[Any, ...] = ()
 
 
 def count_of(images: Images) -> int:
@@ -47,24 +55,32 @@ def count_of(images: Images) -> int:
     Raises:
         TrajOODError: nothing that a detector takes, such as a single path.
     """
-    if isinstance(images, Tensor):
-        if images.ndim != 4:
-            raise TrajOODError(
-                f"images: expected a tensor (B, C, H, W), got shape {tuple(images.shape)}: give a batch in the model's "
-                "units (autoencoder.transform)"
-            )
-        return len(images)
-    if isinstance(images, str | Path | Image.Image):
+    if isinstance(images, Tensor | np.ndarray):
+        return 1 if images.ndim == 3 else len(images) if images.ndim else 0
+    if isinstance(images, str | bytes | Path | Image.Image):
         raise TrajOODError(
             f"images: expected many, got one {type(images).__name__}: put it into a list, or read a folder with "
             "traj_ood.data.read_folder"
         )
-    if _is_source(images) or (isinstance(images, Sequence) and not isinstance(images, bytes)):
-        return len(images)
+    try:
+        if isinstance(images, torch.utils.data.DataLoader):
+            whole = images.drop_last and images.batch_size
+            return len(images) * images.batch_size if whole else len(images.sampler)  # type: ignore[operator, arg-type]
+        indexed = hasattr(images, "__getitem__") and not isinstance(images, Mapping)
+        if indexed or isinstance(images, Normalised) or _is_source(images):
+            return len(images)
+    except TypeError as error:
+        raise TrajOODError(f"images: expected a number of images that is known, got {error}: make a list") from error
     raise TrajOODError(
-        f"images: expected a tensor (B, C, H, W), an ImageSource, or a list of PIL images or paths, got "
-        f"{type(images).__name__}: make a list of it"
+        "images: expected pixels (B, C, H, W), an ImageSource, a Dataset or DataLoader, or a list of PIL images or "
+        f"paths, got {type(images).__name__}: make a list of it"
     )
+
+
+def has_own_labels(images: Images) -> bool:
+    """Whether images may come with a class each, as the items of a Dataset or DataLoader do."""
+    known = Tensor | np.ndarray | Normalised | list | tuple
+    return not isinstance(images, known) and not _is_source(images)
 
 
 def batches(
@@ -74,17 +90,19 @@ def batches(
     workers: int = 2,
     on_error: OnError = "raise",
 ) -> Iterator[Batch]:
-    """Read and transform images, one batch ahead of the caller; no more than two batches are in memory.
+    """Read and prepare images, one batch ahead of the caller; no more than two batches are in memory.
 
     Args:
-        size: most images at a time. Default: 128 MiB of pixels, at most 1,024 images. Results do not depend on it.
-        workers: threads that read. Default 2.
+        size: most images at a time. Default: 128 MiB of pixels, at most 1,024 images. Results do not depend on it. A
+            DataLoader's batches are as it makes them.
+        workers: threads that read. Default 2. A Dataset is read by one, since its code need not be made for more.
         on_error: ``raise`` (default) or ``skip`` images that cannot be read, which are then in ``failures``. It is
             about reading: a tensor of the wrong shape or with NaN is always an error.
     Raises:
         TrajOODError: what cannot be read, or is no image.
     """
     count = count_of(images)
+    images = images.to_list() if hasattr(images, "to_list") else images  # a column of paths, whatever its index
     if on_error not in get_args(OnError):
         raise unknown_name("value of on_error", str(on_error), get_args(OnError))
     for name, value in (("batch size", size), ("workers", workers)):
@@ -92,8 +110,10 @@ def batches(
             raise TrajOODError(f"{name}: expected at least 1, got {value}")
     step = size or _default_size(autoencoder)
     ranges = [range(i, min(i + step, count)) for i in range(0, count, step)]
-    if isinstance(images, Tensor):
+    if isinstance(images, Tensor | np.ndarray | Normalised):
         return _slices(autoencoder, images, ranges)
+    if isinstance(images, torch.utils.data.DataLoader):
+        return _loaded(autoencoder, images)
     if on_error == "raise" and _is_source(images):
         missing = cast("ImageSource", images).missing()
         if missing:
@@ -110,56 +130,124 @@ def _default_size(autoencoder: Autoencoder) -> int:
     return max(1, most // autoencoder.chunk) * autoencoder.chunk
 
 
-def _slices(autoencoder: Autoencoder, images: Tensor, ranges: list[range]) -> Iterator[Batch]:
+def _slices(autoencoder: Autoencoder, images: Pixels, ranges: list[range]) -> Iterator[Batch]:
+    if isinstance(images, np.ndarray | Tensor) and images.ndim == 3:
+        images = images[None]
+    rest = images.images if isinstance(images, Normalised) else images
     if not ranges:
-        check_images(autoencoder.name, images, autoencoder.input_shape, "autoencoder.transform")
+        made = prepare(autoencoder, images)
+        check_images(autoencoder.name, made, autoencoder.input_shape, "autoencoder.transform")
     for rows in ranges:
-        yield Batch(tuple(map(str, rows)), tuple(rows), images[rows.start : rows.stop])
+        part: Any = rest[rows.start : rows.stop]
+        made = prepare(autoencoder, Normalised(part) if isinstance(images, Normalised) else part)
+        yield Batch(tuple(map(str, rows)), tuple(rows), made)
+
+
+def _loaded(autoencoder: Autoencoder, loader: Any) -> Iterator[Batch]:
+    """The batches of a DataLoader: images, or tuples and mappings that hold images and perhaps labels."""
+    start = 0
+    for item in loader:
+        pixels, labels = _parts(item, "the loader's batch")
+        if not isinstance(pixels, Tensor | np.ndarray) or pixels.ndim != 4:
+            raise TrajOODError(
+                f"images: expected a loader's batches to be pixels (B, C, H, W), got {_what(pixels)}: its data set "
+                "needs a transform to tensors, such as torchvision's ToTensor"
+            )
+        rows = range(start, start + len(pixels))
+        start = rows.stop
+        own = labels.tolist() if hasattr(labels, "tolist") else list(labels) if labels is not None else []
+        yield Batch(tuple(map(str, rows)), tuple(rows), prepare(autoencoder, pixels), labels=tuple(own))
 
 
 def _read(
     autoencoder: Autoencoder, images: Any, ranges: list[range], workers: int, on_error: OnError
 ) -> Iterator[Batch]:
-    load, name = _source_of(images)
+    foreign = has_own_labels(images)
 
-    def one(index: int) -> Tensor | TrajOODError:
+    def one(index: int) -> tuple[Tensor, Any] | TrajOODError:
         try:
-            return autoencoder.transform(load(index))
+            item, label = _item(images, index, foreign)
+            if isinstance(item, Image.Image):
+                return autoencoder.transform(item), label
+            return prepare(autoencoder, item)[0], label
         except TrajOODError as error:
             if on_error == "raise":
                 raise
             return error
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(1 if foreign else workers) as pool:
         ahead = pool.map(one, ranges[0]) if ranges else iter(())
         for number, rows in enumerate(ranges):
             outcomes = dict(zip(rows, ahead, strict=True))
             if number + 1 < len(ranges):
                 ahead = pool.map(one, ranges[number + 1])
-            good = {i: o for i, o in outcomes.items() if isinstance(o, Tensor)}
-            failures = [{"id": name(i), "error": str(o)} for i, o in outcomes.items() if not isinstance(o, Tensor)]
-            stack = torch.stack(list(good.values())) if good else torch.empty(0, *autoencoder.input_shape)
-            yield Batch(tuple(name(i) for i in good), tuple(good), stack, failures)
+            good = {i: o for i, o in outcomes.items() if not isinstance(o, TrajOODError)}
+            failures = [{"id": _name(images, i), "error": str(outcomes[i])} for i in outcomes if i not in good]
+            stack = [pixels for pixels, _ in good.values()]
+            labels = tuple(label for _, label in good.values())
+            yield Batch(
+                ids=tuple(_name(images, i) for i in good),
+                rows=tuple(good),
+                images=torch.stack(stack) if stack else torch.empty(0, *autoencoder.input_shape),
+                failures=failures,
+                labels=() if any(label is None for label in labels) else labels,
+            )
 
 
 def _is_source(images: object) -> bool:
     return all(hasattr(images, name) for name in ("load", "ids", "missing"))
 
 
-def _source_of(images: Any) -> tuple[Callable[[int], Image.Image], Callable[[int], str]]:
-    """How to get image i, and what to call it."""
+def _item(images: Any, index: int, foreign: bool) -> tuple[Image.Image | Tensor | np.ndarray, Any]:
+    """Image ``index``, decoded, and its label where it has one."""
     if _is_source(images):
-        return images.load, lambda i: images.ids[i]
-
-    def load(index: int) -> Image.Image:
+        return images.load(index), None
+    label = None
+    if foreign:
+        try:
+            item, label = _parts(images[index], f"item {index} of {type(images).__name__}")
+        except TrajOODError:
+            raise
+        except Exception as error:  # a data set's code may be anybody's
+            raise TrajOODError(f"images: item {index} of {type(images).__name__} cannot be read: {error!r}") from error
+    else:
         item = images[index]
-        if isinstance(item, str | Path):
-            return open_image(Path(item))
-        if isinstance(item, Image.Image):
-            return _plain(item, index)
-        raise TrajOODError(f"images: expected PIL images or paths, got {type(item).__name__} at place {index}")
+    if isinstance(item, str | Path):
+        return open_image(Path(item)), label
+    if isinstance(item, Image.Image):
+        return _plain(item, index), label
+    if isinstance(item, Tensor | np.ndarray):
+        if item.ndim != 3:
+            raise TrajOODError(f"images: expected one image (C, H, W), got shape {tuple(item.shape)} at place {index}")
+        return item, label
+    raise TrajOODError(f"images: expected PIL images, paths or pixels, got {type(item).__name__} at place {index}")
 
-    return load, lambda i: str(images[i]) if isinstance(images[i], str | Path) else str(i)
+
+def _name(images: Any, index: int) -> str:
+    if _is_source(images):
+        return str(images.ids[index])
+    if isinstance(images, list | tuple) and isinstance(images[index], str | Path):
+        return str(images[index])
+    return str(index)
+
+
+def _parts(item: Any, where: str) -> tuple[Any, Any]:
+    """The image (or images) and the label of what a data set or loader gives."""
+    if isinstance(item, Mapping):
+        key = next((k for k in IMAGE_KEYS if k in item), None)
+        if key is None:
+            raise TrajOODError(f"images: {where}: expected a key of {', '.join(IMAGE_KEYS)}, got {_what(item)}")
+        return item[key], next((item[k] for k in LABEL_KEYS if k in item), None)
+    if isinstance(item, tuple | list) and len(item):
+        label = item[1] if len(item) > 1 else None
+        return item[0], label.item() if isinstance(label, Tensor) and label.ndim == 0 else label
+    return item, None
+
+
+def _what(item: Any) -> str:
+    if isinstance(item, Tensor | np.ndarray):
+        return f"shape {tuple(item.shape)}"
+    return f"keys {', '.join(map(str, item))}"[:80] if isinstance(item, Mapping) else f"a {type(item).__name__}"
 
 
 def _plain(image: Image.Image, index: int) -> Image.Image:

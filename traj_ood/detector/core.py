@@ -17,13 +17,14 @@ from tqdm import tqdm
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.conformal import Calibration, check_count, images_needed
-from traj_ood.detector.batches import Batch, Images, OnError, batches, count_of
+from traj_ood.detector.batches import Batch, Images, OnError, batches, count_of, has_own_labels
 from traj_ood.detector.folder import Parts, read_detector, write_detector
 from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import digests_of
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import Approximate, Backend
 from traj_ood.postprocessors import Evidence, Postprocessor
+from traj_ood.preprocessing import Normalised
 from traj_ood.scoring import Scored, ScorerSet, join_evidence
 from traj_ood.trajectory import Status
 
@@ -65,8 +66,10 @@ class Detector:
     >>> detector.save("my-detector")                                    # doctest: +SKIP
     >>> Detector.load("my-detector").judge(new_images)                  # doctest: +SKIP
 
-    Images are given as a tensor (B, C, H, W) in the model's normalised units, as an ImageSource, or as a list of PIL
-    images or of paths; they are read in batches, so memory does not grow with their number.
+    Images are given as pixels in memory (uint8, or floats in [0, 1]; tensors or arrays of shape (B, C, H, W), or one
+    (C, H, W)), as an ImageSource, a list of PIL images or of paths, a Dataset or a DataLoader. Pixels of the model's
+    own size count as resized and cropped; all others go the way of a file. Tensors in the model's own units are given
+    as :class:`traj_ood.Normalised`. Images are read in batches, so memory does not grow with their number.
 
     Attributes:
         scorers: the :class:`traj_ood.ScorerSet` of the model and its one scorer.
@@ -130,7 +133,8 @@ class Detector:
             images: ID training images.
             scorer: name with options, see :func:`traj_ood.create_postprocessor`. Default ``field``: it needs no
                 attractors, so it does not depend on whether the dynamics converge.
-            labels: N classes (whole numbers or texts) for class-conditional scorers. Default: the source's own.
+            labels: N classes (whole numbers or texts) for class-conditional scorers. Default: those that the source,
+                Dataset or DataLoader gives.
             tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
             backend, approximate: of :class:`traj_ood.NeighborIndex`.
             batch_size, workers: see the class.
@@ -148,7 +152,11 @@ class Detector:
         with tqdm(total=count, desc=f"fit {scorers.labels[0]}", unit="img", delay=2, disable=quiet) as bar:
             found = _explore(scorers, reading, bar)
         dictionary = AttractorDictionary.concatenate(found.dictionaries) if found.dictionaries else None
-        train = replace(join_evidence(found.evidence), labels=None if classes is None else classes[found.rows])
+        if classes is None and scorers.needs.labels:
+            classes = _numbered(found.labels, len(found.rows), scorers)
+        elif classes is not None:
+            classes = classes[found.rows]
+        train = replace(join_evidence(found.evidence), labels=classes)
         scorers.learn(dictionary, train)
         forget_fit(scorers)
         health = None if dictionary is None else json.loads(json.dumps(dictionary.health().as_dict()))
@@ -156,7 +164,7 @@ class Detector:
             "images": len(found.rows),
             "skipped": found.skipped,
             "classes": None if classes is None else len(classes.unique()),
-            "list": images.digest() if not isinstance(images, Tensor) and hasattr(images, "digest") else None,
+            "list": images.digest() if hasattr(images, "digest") else None,
             "attractors": health,
         }
         _warn_of_attractors(scorers, health)
@@ -274,7 +282,7 @@ class Detector:
     def _scored(self, images: Images, on_error: OnError = "raise") -> Iterator[tuple[Batch, Scored]]:
         for batch in batches(self.autoencoder, images, self.batch_size, self.workers, on_error):
             if batch.ids:
-                yield batch, self.scorers.score(batch.images)
+                yield batch, self.scorers.score(Normalised(batch.images))
 
     def _judged(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scores (B,) with +inf for what is not finite, and steps and status (B,) where the scorer reads steps."""
@@ -327,15 +335,26 @@ class Detector:
 
 
 def _classes(scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int) -> Tensor | None:
-    """(N,) int64 classes 0 … C − 1 of the images given, or None."""
-    given = labels if labels is not None else getattr(images, "labels", ())
+    """(N,) int64 classes 0 … C − 1 of the images given, or None where there are none, or where they come with the
+    images."""
+    own = has_own_labels(images)
+    given = labels if labels is not None else () if own else getattr(images, "labels", ())
     if labels is None and len(given) == 0:
-        if scorers.needs.labels:
-            raise TrajOODError(
-                f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or "
-                "images from a list with classes (traj_ood.data.read_image_list)"
-            )
-        return None
+        return None if own else _numbered((), count, scorers) if scorers.needs.labels else None
+    return _numbered(given, count, scorers)
+
+
+def _numbered(given: Any, count: int, scorers: ScorerSet) -> Tensor:
+    """(N,) int64 classes 0 … C − 1.
+
+    Raises:
+        TrajOODError: none, another number of them, or what is no class.
+    """
+    if len(given) == 0 and count:
+        raise TrajOODError(
+            f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or images "
+            "from a list with classes (traj_ood.data.read_image_list)"
+        )
     values = given.tolist() if hasattr(given, "tolist") else list(given)  # tensors, NumPy arrays, pandas columns
     if len(values) != count or any(not isinstance(v, int | str) or isinstance(v, bool) for v in values):
         raise TrajOODError(
@@ -355,6 +374,7 @@ class _Explored:
     evidence: list[Evidence] = field(default_factory=list)
     dictionaries: list[AttractorDictionary] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     skipped: int = 0
 
@@ -374,6 +394,7 @@ def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _E
             found.dictionaries += [ends] if ends is not None else []
             found.seen.append(digests_of(batch.images))
             found.rows += batch.rows
+            found.labels += batch.labels
         bar.update(len(batch.ids) + len(batch.failures))
     scorers.check_training_size(len(found.rows))
     return found

@@ -4,7 +4,6 @@ from traj_ood.export.check import ALLOWED, Agreement, real_images, relative_diff
 from traj_ood.export.file import SCHEMA, Exported, describe, export_detector
 from traj_ood.export.formats import FORMATS, Format, open_file
 from traj_ood.export.module import DetectorModule, as_module
-from traj_ood.export.preprocessing import Preprocessing, find_preprocessing
 
 __all__ = [
     "ALLOWED",
@@ -14,11 +13,9 @@ __all__ = [
     "DetectorModule",
     "Exported",
     "Format",
-    "Preprocessing",
     "as_module",
     "describe",
     "export_detector",
-    "find_preprocessing",
     "open_file",
     "real_images",
     "relative_difference",

@@ -36,7 +36,7 @@ class Agreement:
 
 
 def real_images(autoencoder: Autoencoder) -> Tensor:
-    """(32, C, H, W) in the model's units: crops of scikit-image's photographs and textures, one black, one white.
+    """(32, C, H, W) float32 in [0, 1]: crops of scikit-image's photographs and textures, one black, one white.
 
     Raises:
         TrajOODError: scikit-image's files are not there.
@@ -45,7 +45,9 @@ def real_images(autoencoder: Autoencoder) -> Tensor:
     textures = crops(TEXTURES, TEXTURE_SIDES, "textures", scaled_to=_SIDE, mode="RGB")
     images = [photos.load(i) for i in range(_PHOTOS)] + [textures.load(i) for i in range(_TEXTURES)]
     images += [Image.new("RGB", (_SIDE, _SIDE), shade) for shade in ("black", "white")]
-    return torch.stack([autoencoder.transform(image) for image in images])
+    preprocessing = autoencoder.preprocessing
+    assert preprocessing is not None  # a module has been made
+    return torch.stack([preprocessing.pixels(image) for image in images]).float() / 255
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
@@ -62,14 +64,14 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
     return float(((got[both] - expected[both]).abs() / scale).max())
 
 
-def agreement(file: Runner, pixels: Tensor, detector: Runner, images: Tensor) -> Agreement:
-    """Compare what a file says of pixels (B, C, H, W) with what the detector says of the same images in the model's
-    units, as one batch and alone, and time both."""
-    expected = detector(images)
+def agreement(file: Runner, detector: Runner, pixels: Tensor) -> Agreement:
+    """Compare what a file says of pixels (B, C, H, W) with what the detector says of them, as one batch and alone, and
+    time both."""
+    expected = detector(pixels)
     alone = torch.cat([file(pixels[:1]), expected[1:]])
     difference = max(relative_difference(file(pixels), expected), relative_difference(alone, expected))
-    one, many = ((_median_time(file, pixels[:n]), _median_time(detector, images[:n])) for n in (1, len(images)))
-    return Agreement(len(images), difference, one, many)
+    one, many = ((_median_time(file, pixels[:n]), _median_time(detector, pixels[:n])) for n in (1, len(pixels)))
+    return Agreement(len(pixels), difference, one, many)
 
 
 def _median_time(run: Runner, images: Tensor) -> float:

@@ -14,8 +14,9 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.export.check import ALLOWED, Agreement, agreement, real_images
 from traj_ood.export.fixed import reference, same_score
 from traj_ood.export.formats import FORMATS, INPUT, OUTPUT, Format, open_file, write
-from traj_ood.export.module import PIXELS, DetectorModule, HasScorers, as_module
+from traj_ood.export.module import DetectorModule, HasScorers, as_module
 from traj_ood.files import write_atomic
+from traj_ood.preprocessing import Pixels, Preprocessing, as_pixels, prepare
 from traj_ood.results import environment
 
 SCHEMA = "traj_ood.export/1"
@@ -42,7 +43,7 @@ def export_detector(
     form: Format = "onnx",
     *,
     steps: int | None = None,
-    images: Tensor | None = None,
+    images: Pixels | None = None,
 ) -> Exported:
     """Write a detector as one file that takes pixels (B, C, H, W) in [0, 1], B >= 1, and returns scores; see
     :class:`DetectorModule`.
@@ -57,7 +58,7 @@ def export_detector(
             ``torch.export.save`` writes, for ``torch.export.load`` and AOTInductor. We put tensors, a JSON graph and
             JSON metadata into it and no Python objects, but loading it can run pickle: accept such files from nobody.
         steps: see :func:`as_module`.
-        images: (N, C, H, W) in the model's units to compare on, at least one. Default: :func:`real_images`.
+        images: what to compare on, at least one. Default: :func:`real_images`.
     Raises:
         TrajOODError: a path inside a detector's folder, a scorer, model or runtime that cannot, a model on another
             device, or scores that disagree (then
@@ -73,8 +74,7 @@ def export_detector(
     refuse_inside(Path(path).parent)
     module = as_module(detector, steps)
     metadata = describe(detector, module)
-    compared = real_images(detector.autoencoder) if images is None else images
-    _check_range(module.preprocessing.pixels(compared))
+    compared = real_images(detector.autoencoder) if images is None else _pixels(detector, images)
     found: list[Agreement] = []
 
     def write_and_check(file: BinaryIO) -> None:
@@ -99,7 +99,7 @@ def describe(detector: HasScorers, module: DetectorModule) -> dict[str, Any]:
             "batch": "1 or more",
             "range": [0, 1],
         },
-        "preprocessing": {**module.preprocessing.as_dict(), "normalisation": "inside: give pixels in [0, 1]"},
+        "preprocessing": _how(module.preprocessing),
         "output": {"name": OUTPUT, "dtype": "float64", "higher": "more OOD", "nan": "not an image in [0, 1]"},
         "scorer": {
             "label": scorer.label,
@@ -130,24 +130,43 @@ def _calibration(detector: HasScorers) -> dict[str, Any] | None:
     }
 
 
-def _check_range(pixels: Tensor) -> None:
-    low, high = PIXELS
-    if not bool(((pixels >= low) & (pixels <= high)).all()):
-        raise TrajOODError(
-            f"export: expected images to compare on in the model's units (autoencoder.transform), whose pixels lie in "
-            f"[0, 1], got pixels from {float(pixels.min()):.3g} to {float(pixels.max()):.3g}"
-        )
+def _how(preprocessing: Preprocessing) -> dict[str, Any]:
+    """How a caller makes pixels of a picture; mean and std are of pixels in [0, 1]."""
+    mean, std = preprocessing.affine
+    return {
+        "shape": list(preprocessing.shape),
+        "mode": preprocessing.mode,
+        "resize": preprocessing.resize,
+        "filter": preprocessing.interpolation,
+        "short_side": preprocessing.short_side,
+        "offset": preprocessing.offset,
+        "mean": list(mean),
+        "std": list(std),
+        "normalisation": "inside: give pixels in [0, 1]",
+    }
+
+
+def _pixels(detector: HasScorers, images: Pixels) -> Tensor:
+    """(N, C, H, W) float32 in [0, 1], resized and cropped.
+
+    Raises:
+        TrajOODError: what is no image.
+    """
+    preprocessing = detector.autoencoder.preprocessing
+    assert preprocessing is not None  # a module has been made
+    pixels = preprocessing.unnormalise(prepare(detector.autoencoder, images).cpu().double())
+    return as_pixels(detector.autoencoder.name, pixels).clamp(0, 1)
 
 
 def _checked(detector: HasScorers, module: DetectorModule, form: Format, path: Path, images: Tensor) -> Agreement:
     run, _ = open_file(form, path)
     scorers = reference(detector.scorers, module.steps)
 
-    def in_python(units: Tensor) -> Tensor:
-        scores = scorers.score(units).scores[module.scorer.label]
+    def in_python(pixels: Tensor) -> Tensor:
+        scores = scorers.score(pixels).scores[module.scorer.label]
         return torch.where(scores.isfinite(), scores, torch.inf)
 
-    found = agreement(run, module.preprocessing.pixels(images), in_python, images)
+    found = agreement(run, in_python, images)
     if not found.difference <= ALLOWED:
         raise TrajOODError(
             f"export: expected scores within {ALLOWED:g} (relative) of the detector's, got a difference of "

@@ -14,26 +14,24 @@ from traj_ood.autoencoders import Autoencoder, Encoding, SurrogateAutoencoder
 from traj_ood.errors import TrajOODError
 from traj_ood.export.fixed import at_fixed_steps, check_exportable, one_scorer, steps_of
 from traj_ood.export.neighbours import DenseIndex
-from traj_ood.export.preprocessing import Preprocessing, find_preprocessing
 from traj_ood.export.step import Loop, RecordedStep, Step, latent_view, lengths, plain_loop
 from traj_ood.export.tensors import PinnedTensors, Tensors
 from traj_ood.postprocessors import Evidence
 from traj_ood.postprocessors.bank import SearchingScorer
+from traj_ood.preprocessing import PIXEL_SLACK, Preprocessing
 from traj_ood.trajectory import Status, Trajectory
 
 if TYPE_CHECKING:
     from traj_ood.conformal import Calibration
     from traj_ood.scoring import ScorerSet
 
-PIXELS = (-0.5, 1.5)
-"""Pixels outside are no pixels in [0, 1]: half a range is left for filters that overshoot."""
-
 
 class DetectorModule(nn.Module):
     """Pixels (B, C, H, W) float32 in [0, 1] of the model's size → scores (B,) float64, higher = more OOD.
 
-    The model's normalisation is inside. An image with a NaN, or with a pixel far outside [0, 1] (such as 0 … 255), has
-    the score NaN: a graph cannot raise. One on which the model leaves the finite numbers has +inf, as in
+    The model's normalisation is inside. An image with a NaN, or with a pixel outside [0, 1], has the score NaN: a graph
+    cannot raise. As a module, but not as a recorded graph, it takes uint8 pixels, floats of other widths and one image
+    (C, H, W), too. One on which the model leaves the finite numbers has +inf, as in
     :class:`traj_ood.Judgement`. Scores follow the batch as far as rounding goes; those of a detector do not.
 
     Weights are those of the detector's own network, not copies: moving this module moves them. Attractors are buffers.
@@ -42,7 +40,7 @@ class DetectorModule(nn.Module):
 
     Attributes:
         steps: evaluations of f. scorer: what is computed, with its options. preprocessing: see
-            :class:`traj_ood.export.preprocessing.Preprocessing`.
+            :class:`traj_ood.preprocessing.Preprocessing`.
     """
 
     mean: Tensor
@@ -56,11 +54,11 @@ class DetectorModule(nn.Module):
         check_exportable(scorer)
         self.steps = steps_of(scorers, steps)
         self.scorer = scorer = at_fixed_steps(scorer, self.steps)
-        self.preprocessing: Preprocessing = find_preprocessing(autoencoder)
+        self.preprocessing = _declared(autoencoder)
         if isinstance(autoencoder, SurrogateAutoencoder):
             self.backbone = autoencoder.backbone.module
-        self.register_buffer("mean", torch.tensor(self.preprocessing.mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(self.preprocessing.std).view(-1, 1, 1))
+        for name, values in zip(("mean", "std"), self.preprocessing.affine, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
         self.statistics = PinnedTensors(scorer.state)
         self.searched = PinnedTensors({"points": scorer.points()} if isinstance(scorer, SearchingScorer) else {})
         self._autoencoder = autoencoder
@@ -81,6 +79,10 @@ class DetectorModule(nn.Module):
             TrajOODError: another shape or type, or a graph recorded of a network in training mode.
         """
         shape = self.preprocessing.shape
+        if not torch.compiler.is_compiling():
+            images = images[None] if images.ndim == 3 else images
+            images = images.float() / 255 if images.dtype == torch.uint8 else images
+            images = images.float() if images.is_floating_point() else images
         if images.ndim != 4 or tuple(images.shape[1:]) != shape or images.dtype != torch.float32:
             raise TrajOODError(
                 f"{self._autoencoder.name}: expected float32 pixels in [0, 1] of shape (B, {', '.join(map(str, shape))}"
@@ -111,8 +113,7 @@ class DetectorModule(nn.Module):
                     parameter.requires_grad_(True)
 
     def _scores(self, images: Tensor) -> Tensor:
-        low, high = PIXELS
-        valid = ((images >= low) & (images <= high)).flatten(1).all(dim=1)  # a NaN is neither
+        valid = ((images >= -PIXEL_SLACK) & (images <= 1 + PIXEL_SLACK)).flatten(1).all(dim=1)  # a NaN is neither
         pixels = torch.where(valid[:, None, None, None], images, 0.5)
         scorer = self.scorer.with_state(self.statistics.all())
         if isinstance(scorer, SearchingScorer):
@@ -216,6 +217,15 @@ def _attractors(autoencoder: Autoencoder, scorers: ScorerSet) -> dict[str, Tenso
         return {}
     ends = scorers.dictionary.usable().to(autoencoder.device)
     return {view: autoencoder.view(ends, view).clone() for view in sorted(scorers.needs.distances)}
+
+
+def _declared(autoencoder: Autoencoder) -> Preprocessing:
+    if autoencoder.preprocessing is None:
+        raise TrajOODError(
+            f"export: expected a model that declares its preprocessing, which a graph can take over, got a transform "
+            f"of your own code: make {autoencoder.name} with preprocessing=traj_ood.Preprocessing(...)"
+        )
+    return autoencoder.preprocessing
 
 
 def _check_model(autoencoder: Autoencoder) -> None:

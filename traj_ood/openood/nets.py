@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.backbones import Backbone, CallableBackbone, Features
 from traj_ood.errors import TrajOODError
+from traj_ood.preprocessing import Preprocessing
 
 
 class AutoencoderNet(nn.Module):
@@ -72,10 +73,9 @@ class _Transform:
     """The autoencoder's transform with the statistics that OpenOOD looks for."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
-        channels = autoencoder.input_shape[0]
         self._transform = autoencoder.transform
-        self.mean = list(getattr(autoencoder, "mean", (0.0,) * channels))
-        self.std = list(getattr(autoencoder, "std", (1.0,) * channels))
+        known = autoencoder.preprocessing or Preprocessing(autoencoder.input_shape)
+        self.mean, self.std = map(list, known.affine)
 
     def __call__(self, image: Any) -> Tensor:
         return self._transform(image)
@@ -154,6 +154,7 @@ class FeatureModel(Autoencoder):
     def __init__(self, backbone: Backbone) -> None:
         self.backbone, self.name, self.module = backbone, backbone.name, backbone.module
         self.input_shape, self.chunk = backbone.input_shape, backbone.chunk
+        self.preprocessing = backbone.preprocessing
         self.feature_dim, self.classes = backbone.feature_dim, backbone.classes
 
     def encode_batch(self, images: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.images import open_image
 from traj_ood.errors import TrajOODError
+from traj_ood.preprocessing import Normalised
 from traj_ood.stream.paths import Entry
 from traj_ood.trajectory import Status
 
@@ -161,7 +162,7 @@ def _judge_images(detector: Detector, images: list[Tensor]) -> list[Row]:
     if not images:
         return []
     try:
-        return _rows(detector.judge(torch.stack(images)))
+        return _rows(detector.judge(Normalised(torch.stack(images))))
     except TrajOODError as error:
         if len(images) == 1:
             return [Row("", error=_line(str(error), ""))]
