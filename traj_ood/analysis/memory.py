@@ -47,14 +47,14 @@ class Probe:
 
 def pixels(model: ConvAutoencoder, images: Tensor) -> Tensor:
     """Images in the model's normalised units, as pixels; D's output may leave [0, 1]."""
-    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (model.mean, model.std))
-    return (images * std + mean).cpu()
+    assert model.preprocessing is not None  # every ConvAutoencoder declares one
+    return model.preprocessing.unnormalise(images).cpu()
 
 
 def normalised(model: ConvAutoencoder, images: Tensor) -> Tensor:
-    """Pixels in [0, 1] in the model's normalised units: what :meth:`ConvAutoencoder.transform` does, for a batch."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (model.mean, model.std))
-    return (images - mean) / std
+    """Pixels in [0, 1] in the model's normalised units."""
+    assert model.preprocessing is not None  # every ConvAutoencoder declares one
+    return model.preprocessing.normalise(images)
 
 
 def settle_images(model: ConvAutoencoder, images: Tensor, tol: float, max_steps: int) -> AttractorDictionary:

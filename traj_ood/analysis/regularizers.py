@@ -153,7 +153,7 @@ class Regularizers(Question):
         starts = normalised(model, probe.training[probe.starts])
         scorers = ScorerSet(model, SCORERS, tol=self.tol, max_steps=self.max_steps)
         try:
-            scorers.fit(starts)
+            scorers.fit(Normalised(starts))
         except TrajOODError as error:  # a model without one finite attractor has nothing to fit; that is a result
             return Unit({}, {"refused": str(error)})
         assert scorers.dictionary is not None

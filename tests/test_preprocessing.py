@@ -1,0 +1,316 @@
+"""One preprocessing for each model, equal to its library's own; one convention for pixels in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor
+
+from traj_ood import CallableAutoencoder, Detector, Normalised, Preprocessing, ScorerSet, TrajOODError, load_autoencoder
+from traj_ood.backbones.image_processor import LARGEST_DIFFERENCE, from_processor, interpolation_of
+from traj_ood.preprocessing import largest_difference, prepare, trial_pictures
+
+GREY = (1, 8, 8)
+
+
+# ---------------------------------------------------------------------- as the libraries do
+
+
+def processors() -> dict[str, Any]:
+    import transformers as tf
+
+    square, short = {"height": 32, "width": 32}, {"shortest_edge": 40}
+    crop = {"height": 32, "width": 32}
+    return {
+        "vit": tf.ViTImageProcessor(size=square),
+        "vit, bicubic": tf.ViTImageProcessor(size=square, resample=3),
+        "vit, lanczos": tf.ViTImageProcessor(size=square, resample=1),
+        "vit, not normalised": tf.ViTImageProcessor(size=square, do_normalize=False),
+        "vit, own statistics": tf.ViTImageProcessor(size=square, image_mean=[0.1, 0.2, 0.3], image_std=[0.9, 0.8, 0.7]),
+        "vit, 0 … 255": tf.ViTImageProcessor(
+            size=square, do_rescale=False, image_mean=[100.0] * 3, image_std=[50.0] * 3
+        ),
+        "vit, rescaled otherwise": tf.ViTImageProcessor(size=square, rescale_factor=1 / 127.5),
+        "bit": tf.BitImageProcessor(size=short, crop_size=crop),
+        "clip": tf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=crop),
+        "convnext, small": tf.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.8),
+        "convnext, large": tf.ConvNextImageProcessor(size={"shortest_edge": 384}),
+        "siglip": tf.SiglipImageProcessor(size=square),
+    }
+
+
+@pytest.mark.parametrize("name", list(processors()))
+def test_an_image_processor_is_followed_to_one_level_of_a_byte(name: str) -> None:
+    processor = processors()[name]
+
+    def theirs(image: Image.Image) -> Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    shape = tuple(theirs(trial_pictures("RGB")[0]).shape)
+    settings = json.loads(json.dumps(processor.to_dict(), default=str))
+    ours = from_processor(settings, (shape[0], shape[1], shape[2]), name)
+    enlarged = shape[1] > 300  # by the bicubic filter, whose two passes round once each
+    assert largest_difference(ours, theirs) <= (LARGEST_DIFFERENCE if enlarged else 1.0) + 1e-3
+    assert largest_difference(Preprocessing((3, *shape[1:]), (0.5,) * 3, (0.2,) * 3), theirs) > 5  # it can fail
+
+
+def test_a_vit_mae_folder_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessor
+
+    model = tiny.vit(changes={"num_channels": 3})
+    for number, options in enumerate(({}, {"do_normalize": False}, {"resample": 3}, {"do_rescale": False})):
+        folder = tmp_path / str(number)
+        model.module.save_pretrained(folder)  # type: ignore[operator]
+        processor = ViTImageProcessor(size={"height": 8, "width": 8}, **options)
+        processor.save_pretrained(folder)
+        loaded = load_autoencoder(folder)
+        picture = trial_pictures("RGB")[0]
+        theirs = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        level = theirs.abs().max() / 255 * 2
+        assert float((loaded.transform(picture) - theirs).abs().max()) <= level
+        loaded.save_pretrained(tmp_path / "again")  # type: ignore[attr-defined]
+        again = load_autoencoder(tmp_path / "again")
+        assert again.preprocessing == loaded.preprocessing
+        own = ViTImageProcessor.from_pretrained(tmp_path / "again")
+        theirs = own(images=picture, return_tensors="pt")["pixel_values"][0]
+        assert float((loaded.transform(picture) - theirs).abs().max()) <= level
+
+
+def test_diffusers_convention_is_its_own_image_processor() -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    from traj_ood.autoencoders import DiffusersVAE
+
+    torch.manual_seed(0)
+    network = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, sample_size=16, latent_channels=2)
+    model = DiffusersVAE(network)
+    processor = VaeImageProcessor(vae_scale_factor=2)
+
+    def theirs(image: Image.Image) -> Tensor:
+        return processor.preprocess(image, height=16, width=16)[0]
+
+    assert model.preprocessing is not None
+    assert largest_difference(model.preprocessing, theirs) <= 1e-3
+
+
+@pytest.mark.parametrize("value", ["bicubic", 3, "3", Image.Resampling.BICUBIC])
+def test_filters_by_name_and_number(value: Any) -> None:
+    assert interpolation_of(value) == "bicubic"
+
+
+# ---------------------------------------------------------------------- the record itself
+
+
+def test_it_is_the_affine_map_that_it_says() -> None:
+    made = Preprocessing((3, 4, 6), (100.0, 110.0, 120.0), (50.0, 60.0, 70.0), rescale=1.0)
+    picture = trial_pictures("RGB")[0]
+    bytes_ = np.asarray(picture.resize((6, 4), Image.Resampling.BILINEAR), dtype=np.float64).transpose(2, 0, 1)
+    expected = (bytes_ - np.array([100, 110, 120])[:, None, None]) / np.array([50, 60, 70])[:, None, None]
+    np.testing.assert_allclose(made(picture).numpy(), expected, rtol=1e-5, atol=1e-6)
+    pixels = torch.from_numpy(bytes_ / 255)
+    np.testing.assert_allclose(made.normalise(pixels).numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(made.unnormalise(made.normalise(pixels)).numpy(), pixels.numpy(), atol=1e-6)
+
+
+def test_nothing_is_resized_where_that_is_declared() -> None:
+    made = Preprocessing(GREY, resize="none")
+    assert made(Image.new("L", (8, 8), 51)).mean() == pytest.approx(0.2)
+    with pytest.raises(TrajOODError, match="a picture of 8 x 8 pixels, since this model resizes none, got 9 x 8"):
+        made(Image.new("L", (9, 8)))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"shape": (1, 8)}, r"expected a shape \(C, H, W\)"),
+        ({"std": (0.0,)}, "positive standard deviation"),
+        ({"mean": (0.1, 0.2)}, "for each of 1 channels"),
+        ({"resize": "squeeze"}, "unknown preprocessing: resize 'squeeze'"),
+        ({"interpolation": "bicubik"}, "did you mean 'bicubic'"),
+        ({"rescale": 0.0}, "rescale: expected a positive factor"),
+        ({"short_side": 9}, "short_side with resize 'crop' alone"),
+        ({"resize": "crop", "short_side": 7}, r"at least the crop \(8, 8\), got 7"),
+    ],
+)
+def test_impossible_preprocessings(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(TrajOODError, match=text):
+        Preprocessing(**{"shape": GREY, **options})
+
+
+def test_either_a_preprocessing_or_a_transform() -> None:
+    def model(**options: Any) -> CallableAutoencoder:
+        return CallableAutoencoder(lambda x: x.flatten(1), lambda z: z.reshape(-1, *GREY), GREY, **options)
+
+    with pytest.raises(TrajOODError, match="either a preprocessing or a transform"):
+        model(preprocessing=Preprocessing(GREY), transform=lambda image: torch.zeros(GREY))
+    with pytest.raises(TrajOODError, match=r"expected a preprocessing to \(1, 8, 8\), got one to \(1, 9, 9\)"):
+        model(preprocessing=Preprocessing((1, 9, 9)))
+    assert model().fingerprint() == model(preprocessing=Preprocessing(GREY)).fingerprint()
+    assert model().fingerprint() != model(preprocessing=Preprocessing(GREY, (0.5,), (0.5,))).fingerprint()
+
+
+# ---------------------------------------------------------------------- pixels in memory
+
+
+class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Grey pictures as a user's data set: (image, label) through a transform."""
+
+    def __init__(self, arrays: np.ndarray, transform: Any = None) -> None:
+        self.arrays, self.transform = arrays, transform
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __getitem__(self, index: int) -> Any:
+        picture = Image.fromarray(self.arrays[index])
+        return (self.transform(picture) if self.transform else picture), index % 3
+
+
+class Endless(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        yield torch.zeros(GREY)
+
+
+@pytest.fixture(scope="module")
+def arrays() -> np.ndarray:
+    """(20, 8, 8) bytes: the model's own size, so that no resize stands between a file and its pixels."""
+    return np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    model = tiny.conv(mean=(0.3,), std=(0.2,))
+    return Detector.fit(model, Normalised(tiny.images(30, GREY, 1)), "knn")
+
+
+def test_every_way_to_give_the_same_pictures_gives_the_same_scores(
+    detector: Detector, arrays: np.ndarray, tmp_path: Path
+) -> None:
+    from torchvision.transforms import ToTensor
+
+    model = detector.autoencoder
+    pictures = [Image.fromarray(a) for a in arrays]
+    paths = []
+    for i, picture in enumerate(pictures):
+        paths.append(tmp_path / f"{i:02d}.png")
+        picture.save(paths[-1])
+    expected = detector.score(paths)
+    pixels = torch.from_numpy(arrays)[:, None]
+    ways = {
+        "uint8": pixels,
+        "float32": pixels.float() / 255,
+        "float64": pixels.double() / 255,
+        "uint8 array": arrays[:, None],
+        "channels last": arrays[..., None],
+        "float array": arrays[:, None] / 255,
+        "pictures": pictures,
+        "single tensors": list(pixels),
+        "single arrays": list(arrays[..., None]),
+        "data set of pictures": Pictures(arrays),
+        "data set of tensors": Pictures(arrays, ToTensor()),
+        "loader": torch.utils.data.DataLoader(Pictures(arrays, ToTensor()), batch_size=7),
+        "normalised": Normalised(torch.stack([model.transform(p) for p in pictures])),
+    }
+    for name, given in ways.items():
+        torch.testing.assert_close(detector.score(given), expected, rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(detector.score(pixels[3]), expected[3:4], rtol=1e-5, atol=1e-6)
+    scorers = ScorerSet(model, ["knn"]).fit(Normalised(tiny.images(30, GREY, 1)))
+    torch.testing.assert_close(scorers.score(pixels).scores["knn"], expected, rtol=1e-5, atol=1e-6)
+    fitted = ScorerSet(model, ["knn"]).fit(pixels.float() / 255).score(arrays[:, None]).scores["knn"]
+    by_path = Detector.fit(model, paths, "knn").score(paths)
+    torch.testing.assert_close(fitted, by_path, rtol=1e-5, atol=1e-6)
+
+
+def test_pixels_of_another_size_or_colour_go_the_way_of_a_file(detector: Detector, tmp_path: Path) -> None:
+    colour = np.random.default_rng(1).integers(0, 256, (2, 3, 20, 13)).astype(np.uint8)
+    paths = []
+    for i, array in enumerate(colour):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(array.transpose(1, 2, 0)).save(paths[-1])
+    expected = detector.score(paths)
+    for given in (colour, colour / 255, torch.from_numpy(colour), colour.transpose(0, 2, 3, 1)):
+        torch.testing.assert_close(detector.score(given), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_of_a_data_set_and_of_a_loader_are_used(arrays: np.ndarray) -> None:
+    from torchvision.transforms import ToTensor
+
+    model, spec = tiny.conv(), "mahalanobis:classes=true"
+    labels = [i % 3 for i in range(20)]
+    expected = Detector.fit(model, arrays[:, None], spec, labels=labels).scorer.state
+    loader = torch.utils.data.DataLoader(Pictures(arrays, ToTensor()), batch_size=6)
+    for given in (Pictures(arrays), loader):
+        state = Detector.fit(model, given, spec).scorer.state
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TrajOODError, match="needs the class of every training image, got none"):
+        Detector.fit(model, [Image.fromarray(a) for a in arrays], spec)
+
+
+def test_what_a_data_set_gives_wrongly_is_named(detector: Detector, arrays: np.ndarray) -> None:
+    from torchvision.transforms import Compose, Normalize, ToTensor
+
+    class Broken(Pictures):
+        def __getitem__(self, index: int) -> Any:
+            raise KeyError("no such shard")
+
+    with pytest.raises(TrajOODError, match=r"item 0 of Broken cannot be read: KeyError\('no such shard'\)"):
+        detector.score(Broken(arrays))
+    normalised = Pictures(arrays, Compose([ToTensor(), Normalize((0.3,), (0.2,))]))
+    with pytest.raises(TrajOODError, match=r"got values from -1.* traj_ood.Normalised\(images\)"):
+        detector.score(normalised)
+    with pytest.raises(TrajOODError, match="expected a key of image, img, pixel_values, data, got keys photo"):
+        detector.score(torch.utils.data.DataLoader([{"photo": torch.zeros(GREY)}]))  # type: ignore[arg-type]
+    with pytest.raises(TrajOODError, match="expected a number of images that is known"):
+        detector.score(torch.utils.data.DataLoader(Endless()))
+
+
+def test_prepare_leaves_units_alone_and_checks_pixels() -> None:
+    model = tiny.conv(mean=(0.3,), std=(0.2,))
+    units = tiny.images(3, GREY)
+    assert prepare(model, Normalised(units)) is units
+    ones = prepare(model, torch.ones(GREY))
+    assert ones.shape == (1, *GREY)
+    assert float(ones.mean()) == pytest.approx((1 - 0.3) / 0.2, rel=1e-6)
+    for high in (1.01, 255.0, math.nan):
+        with pytest.raises(TrajOODError, match=r"\[0, 1\]|NaN"):
+            prepare(model, torch.full((1, *GREY), high))
+    with pytest.raises(TrajOODError, match="Normalised: expected a float tensor"):
+        prepare(model, Normalised(torch.zeros(1, *GREY).byte()))
+
+
+# ---------------------------------------------------------------------- detectors remember it
+
+
+def test_a_detector_is_refused_to_a_model_that_prepares_pictures_otherwise(tmp_path: Path) -> None:
+    def model(**options: Any) -> CallableAutoencoder:
+        return CallableAutoencoder(lambda x: x.flatten(1), lambda z: 0.5 * z.reshape(-1, *GREY), GREY, **options)
+
+    def shade(image: Image.Image) -> Tensor:
+        return Preprocessing(GREY)(image)
+
+    def brighter(image: Image.Image) -> Tensor:
+        return 1.1 * Preprocessing(GREY)(image)
+
+    for number, (saved, other) in enumerate(
+        (
+            ({}, {"preprocessing": Preprocessing(GREY, interpolation="bicubic")}),
+            ({"transform": shade}, {"transform": brighter}),
+            ({}, {"transform": shade}),
+        )
+    ):
+        folder = tmp_path / str(number)
+        Detector.fit(model(**saved), torch.rand(20, *GREY), "first-residual").save(folder)
+        Detector.load(folder, device="cpu", autoencoder=model(**saved))
+        with pytest.raises(TrajOODError, match="with the preprocessing that it was saved with, got another"):
+            Detector.load(folder, device="cpu", autoencoder=model(**other))
