@@ -139,7 +139,7 @@ def test_the_control_is_the_definition_without_the_field() -> None:
 def test_a_whole_pass_leaves_it_what_it_reads(make: type) -> None:
     model = make()
     images, probes = tiny.images(30, seed=1), 1.5 * tiny.images(9, seed=2)
-    found = ScorerSet(model, ["field"]).fit(images).score(Normalised(probes))
+    found = ScorerSet(model, ["field"]).fit(Normalised(images)).score(Normalised(probes))
 
     def after_one_step(x: Tensor) -> Evidence:
         start = model.encode(x)

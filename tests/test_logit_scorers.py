@@ -12,7 +12,6 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors import Energy, Evidence, MaxLogit, MaxSoftmax, ViM
-from traj_ood.preprocessing import Normalised
 
 detector = pytest.fixture(lambda: pytest.importorskip("pytorch_ood.detector", reason="pytorch-ood is not installed"))
 
@@ -138,7 +137,7 @@ def test_vims_default_dimension(width: int, dim: int) -> None:
 
 
 def test_vim_scores_what_leaves_the_principal_space() -> None:
-    scorer = ViM(4).fit(Normalised(images(600, 0)))
+    scorer = ViM(4).fit(images(600, 0))
     near = images(50, 1)
     away = scorer.state["residual"][:, 0].float()
     far = Evidence(features={"backbone": near.features["backbone"] + 5 * away}, logits=near.logits)
@@ -146,7 +145,7 @@ def test_vim_scores_what_leaves_the_principal_space() -> None:
 
 
 def test_vim_does_not_depend_on_the_batch() -> None:
-    scorer, test = ViM().fit(Normalised(images(300, 0))), images(200, 1)
+    scorer, test = ViM().fit(images(300, 0)), images(200, 1)
     assert test.logits is not None
     parts = [
         scorer.score(Evidence(features={"backbone": features}, logits=logits))
@@ -157,12 +156,12 @@ def test_vim_does_not_depend_on_the_batch() -> None:
 
 def test_vim_of_too_few_training_images() -> None:
     with pytest.raises(TrajOODError, match="scorer vim: the 12 training images lie in their 12 principal directions"):
-        ViM().fit(Normalised(images(12, 0)))
+        ViM().fit(images(12, 0))
 
 
 def test_vim_with_too_wide_a_principal_space() -> None:
     with pytest.raises(TrajOODError, match="scorer vim:dim=24: dim must be below the 24 features, got 24"):
-        ViM(24).fit(Normalised(images(50, 0)))
+        ViM(24).fit(images(50, 0))
 
 
 def test_vim_without_a_head() -> None:
@@ -173,4 +172,4 @@ def test_vim_without_a_head() -> None:
 
 def test_vim_says_when_its_scale_is_negative() -> None:
     with pytest.warns(UserWarning, match=r"scorer vim: the training images' largest logit is negative on average"):
-        ViM().fit(Normalised(images(300, 0, shift=-50.0)))
+        ViM().fit(images(300, 0, shift=-50.0))

@@ -161,9 +161,9 @@ def test_no_result_depends_on_the_batch() -> None:
     model = surrogate()
     scorers = ScorerSet(model, ["all"], max_steps=60).fit(Normalised(tiny.images(20, seed=1)))
     images = tiny.images(11, seed=2)
-    whole = scorers.score(images)
+    whole = scorers.score(Normalised(images))
     for rows in ([0], [3, 7], [10, 2, 5, 6]):
-        part = scorers.score(images[rows])
+        part = scorers.score(Normalised(images[rows]))
         for label, values in whole.scores.items():
             assert torch.equal(values[rows], part.scores[label]), label
     halves = [model.examine(images[:4]), model.examine(images[4:])]
@@ -185,7 +185,7 @@ def test_every_scorer_of_the_default_suite_runs() -> None:
 
 def test_reconstruction_is_measured_in_standardised_features() -> None:
     model, images = surrogate(), tiny.images(6, seed=2)
-    scored = ScorerSet(model, ["reconstruction"]).fit(Normalised(tiny.images(8))).score(images)
+    scored = ScorerSet(model, ["reconstruction"]).fit(Normalised(tiny.images(8))).score(Normalised(images))
     standard = model.network.standardise(model.backbone.extract(images).features)
     expected = (model.network.decode(model.network.encode(standard)) - standard).square().mean(dim=1)
     torch.testing.assert_close(scored.scores["reconstruction"], expected.double(), rtol=1e-5, atol=0)

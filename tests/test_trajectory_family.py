@@ -77,7 +77,7 @@ def test_together_and_alone_whole_and_in_parts(make: type, tmp_path: Path) -> No
     scorers = ScorerSet(model, [*specs, "trajectory"], max_steps=30).fit(Normalised(tiny.images(14, seed=1)))
     probes = 1.5 * tiny.images(9, seed=2)
     whole = scorers.score(Normalised(probes))
-    parts = [scorers.score(p).scores for p in (probes[:1], probes[1:5], probes[5:])]
+    parts = [scorers.score(Normalised(p)).scores for p in (probes[:1], probes[1:5], probes[5:])]
     steps = whole.evidence.path().steps
     for scorer, spec in zip(scorers.scorers, specs, strict=False):
         values = whole.scores[scorer.label]
@@ -106,8 +106,8 @@ def test_images_in_another_basin_score_higher(spec: str) -> None:
     def around(centre: float, seed: int) -> Tensor:
         return centre + 0.05 * tiny.images(10, (1, 2, 2), seed)
 
-    scorers = ScorerSet(tiny.toy(), [spec]).fit(torch.cat([around(1.0, 1), around(1.0, 4)]))
-    (near,), (far,) = (scorers.score(around(c, s)).scores.values() for c, s in ((1.0, 2), (-9.0, 3)))
+    scorers = ScorerSet(tiny.toy(), [spec]).fit(Normalised(torch.cat([around(1.0, 1), around(1.0, 4)])))
+    (near,), (far,) = (scorers.score(Normalised(around(c, s))).scores.values() for c, s in ((1.0, 2), (-9.0, 3)))
     assert near.max() < far.min()
 
 
