@@ -501,7 +501,7 @@ def test_callable_from_module() -> None:
     )
     x = tiny.images(2, (1, 2, 3))
     torch.testing.assert_close(model.decode(model.encode(x)), x)
-    assert (model.name, model.parameter_count(), module.training) == ("Mine", 1, False)
+    assert (model.name, model.parameter_count(), module.training) == ("Mine", 1, True)  # the caller's own mode
     assert float(model.transform(Image.new("L", (9, 9)))[0, 0, 0]) == 9
     before = model.fingerprint()
     with torch.no_grad():

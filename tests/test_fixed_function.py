@@ -16,6 +16,7 @@ from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.device import set_tf32, standard_settings
 from traj_ood.fixed_function import FixedFunction
 from traj_ood.jacobian import spectral_radii
+from traj_ood.preprocessing import Normalised
 
 SHAPE = (1, 8, 8)
 
@@ -113,8 +114,8 @@ def test_nothing_around_a_call_reaches_the_model(surroundings: str) -> None:
     net.down[2].running_mean.fill_(0.3)  # type: ignore[index, union-attr, operator]
     images = tiny.images(9)
     model = wrapped(net)
-    detector = Detector.fit(model, images, "field", max_steps=3)
-    scores, latents = detector.score(images), model.encode(images)
+    detector = Detector.fit(model, Normalised(images), "field", max_steps=3)
+    scores, latents = detector.score(Normalised(images)), model.encode(images)
     ends = iterate(model.self_map, latents, max_steps=3).final
     net.train()
     net.up.eval()  # an owner's own choice
@@ -125,7 +126,7 @@ def test_nothing_around_a_call_reaches_the_model(surroundings: str) -> None:
         torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=surroundings == "autocast"):
-            assert torch.equal(detector.score(images), scores)
+            assert torch.equal(detector.score(Normalised(images)), scores)
             found = model.encode(images)
             assert torch.equal(found, latents)
             assert torch.equal(iterate(model.self_map, latents, max_steps=3).final, ends)
@@ -244,7 +245,7 @@ class Pair(Net):
 )
 def test_refused_by_name_at_fit(net: Callable[[], nn.Module], text: str) -> None:
     with pytest.raises(TrajOODError, match=text):
-        Detector.fit(wrapped(net()), tiny.images(8), "field")
+        Detector.fit(wrapped(net()), Normalised(tiny.images(8)), "field")
 
 
 def test_batch_statistics_are_found_although_the_module_is_in_evaluation_mode() -> None:
