@@ -28,11 +28,14 @@ def assert_plot(path: Path) -> None:
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert round(image.info["dpi"][0]) == 150
-        pixels = np.asarray(image.convert("RGB"))
+        image = image.convert("RGB")
+    colours = image.getcolors(image.width * image.height)  # far faster than np.unique over pixels
+    pixels = np.asarray(image)
     assert min(pixels.shape[:2]) > 250
     assert pixels[0, 0].tolist() == [255, 255, 255]
     assert 0.5 < np.mean(pixels == 255) < 0.99
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    assert colours is not None
+    assert len(colours) > 50
 
 
 def curves(sets: dict[str, str]) -> pd.DataFrame:

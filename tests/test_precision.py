@@ -90,14 +90,12 @@ def paths() -> Paths:
     dictionary = AttractorDictionary.from_trajectory(train, ends, tuple(map(str, range(TRAIN))))
     index = dictionary.index(model, "tokens", "torch")
 
-    def run(f: SelfMap, low_precision: LowPrecision | None = None, max_steps: int = 500) -> Trajectory:
+    def run(low_precision: LowPrecision | None) -> Trajectory:
         observers = [Norm(), NearestAttractor(model, index, "tokens")]
-        return iterate(
-            f, start, chunk=model.chunk, observers=observers, low_precision=low_precision, max_steps=max_steps
-        )
+        return iterate(model.self_map, start, chunk=model.chunk, observers=observers, low_precision=low_precision)
 
-    exact, polished = run(model.self_map), run(model.self_map, LowPrecision(low))
-    return Paths(model, start, exact, polished, run(low, max_steps=100))
+    cheap = iterate(low, start[: model.chunk], chunk=model.chunk, observers=[Norm()], max_steps=100)
+    return Paths(model, start, run(None), run(LowPrecision(low)), cheap)
 
 
 # ---------------------------------------------------------------------------------------------- the bundled model
