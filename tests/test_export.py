@@ -191,8 +191,8 @@ def torch_scores(path: Path, pixels: Tensor) -> Tensor:
         ("onnx", "vit", "trajectory", 3),  # a loop over f, whose network has constants of its own
         ("torch", "conv", "field", None),
         ("onnx", "surrogate", "vim", None),
-        ("torch", "surrogate", "signature:horizon=3", None),
-        ("onnx", "conv", "early-path:steps=1+3", None),
+        pytest.param("torch", "surrogate", "signature:horizon=3", None, marks=pytest.mark.slow),
+        pytest.param("onnx", "conv", "early-path:steps=1+3", None, marks=pytest.mark.slow),
     ],
 )
 def test_a_runtime_agrees_with_the_detector(

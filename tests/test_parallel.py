@@ -194,6 +194,7 @@ def test_two_processes_equal_one(place: Path) -> None:
         assert Result.load(place / out / NAME / "result.json").versions["processes"] == "2"
 
 
+@pytest.mark.slow
 @launched
 def test_damaged_image_stops_both_and_the_run_continues(place: Path) -> None:
     reference = alone(place, "alone").run()
@@ -219,7 +220,7 @@ def test_damaged_image_stops_both_and_the_run_continues(place: Path) -> None:
 
 
 @launched
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killed_process_stops_the_other_and_the_run_continues(place: Path, victim: int) -> None:
     reference = alone(place, "alone").run()
     printed, logs = launch(place, ("bench", {"out": "two", "batch_size": 3, "kill": [victim, "dim"], **CONFIG}))

@@ -33,7 +33,6 @@ from traj_ood.scoring import ScorerSet
 from traj_ood.training import TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, file locks and /proc are tested on Linux")
-CASES = 30  # of damage to each of eight kinds of file
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -65,14 +64,16 @@ def place(reliability: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 # ---------------------------------------------------------------------------------------------- the script in small
 
 
-def test_killed_runs_resume_to_the_same_bytes(reliability: Any, place: Any) -> None:
-    record = reliability.kill(place, moments=3, seed=0, images=3000)
-    assert {name: record[name]["identical_after_resuming"] for name in record} == {"bench": 3, "score": 3}
+@pytest.mark.parametrize(("moments", "images"), [(3, 2000), pytest.param(8, 5000, marks=pytest.mark.slow)])
+def test_killed_runs_resume_to_the_same_bytes(reliability: Any, place: Any, moments: int, images: int) -> None:
+    record = reliability.kill(place, moments, seed=0, images=images)
+    assert {name: record[name]["identical_after_resuming"] for name in record} == {"bench": moments, "score": moments}
     rows = [int(text.split()[0]) for text in record["score"]["killed_when_there_was"] if text.endswith("rows")]
     assert rows
-    assert all(0 < count <= 3000 for count in rows)
+    assert all(0 < count <= images for count in rows)
 
 
+@pytest.mark.slow
 def test_full_and_read_only_disks(reliability: Any, place: Any) -> None:
     record = reliability.disk(place, shares=[0.5])
     assert record.keys() in ({"full", "read_only"}, {"tmpfs", "file_limit"})
@@ -82,11 +83,13 @@ def test_files_of_limited_size_stand_in_for_a_full_disk(reliability: Any, place:
     assert len(reliability._limited_files(place)) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder(reliability: Any, place: Any) -> None:
     record = reliability.together(place, rounds=1, seed=0)
     assert record.keys() == {"bench", "score", "bench --fresh of other settings", "fit"}
 
 
+@pytest.mark.slow
 def test_soak_in_small(reliability: Any, place: Any) -> None:
     record = reliability.soak(place, images=1000, seconds_between=0.05)
     assert record["images"] == 1000
@@ -102,6 +105,7 @@ def test_a_broken_promise_is_noticed(reliability: Any, place: Any, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:.*(unhealthy attractors|saved with)")  # of what is damaged on purpose
+@pytest.mark.parametrize("cases", [8, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
     [
@@ -117,11 +121,11 @@ def test_a_broken_promise_is_noticed(reliability: Any, place: Any, tmp_path: Pat
         "images",
     ],
 )
-def test_damage_is_refused_or_harmless(subjects: dict[str, Any], scripts: dict[str, ModuleType], name: str) -> None:
-    found = scripts["corruptions"].run_cases(subjects[name], CASES, seed=1)
+def test_damage_is_refused_or_harmless(subjects: dict[str, Any], scripts: dict[str, ModuleType], name: str, cases: int) -> None:
+    found = scripts["corruptions"].run_cases(subjects[name], cases, seed=1)
     assert found.findings == []
     record = found.record()
-    assert record["cases"] == CASES
+    assert record["cases"] == cases
     assert record["refused"] > 0
 
 
