@@ -121,7 +121,9 @@ def test_a_broken_promise_is_noticed(reliability: Any, place: Any, tmp_path: Pat
         "images",
     ],
 )
-def test_damage_is_refused_or_harmless(subjects: dict[str, Any], scripts: dict[str, ModuleType], name: str, cases: int) -> None:
+def test_damage_is_refused_or_harmless(
+    subjects: dict[str, Any], scripts: dict[str, ModuleType], name: str, cases: int
+) -> None:
     found = scripts["corruptions"].run_cases(subjects[name], cases, seed=1)
     assert found.findings == []
     record = found.record()
