@@ -18,6 +18,6 @@ def write_digits(folder: Path, train: int = 40, test: int = 20, bright: float = 
         labels = draw.integers(0, 10, count)
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-            content = gzip.compress(header + array.astype(np.uint8).tobytes())
+            content = gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0)
             (folder / f"{part}-{name}-ubyte.gz").write_bytes(content)
     return folder
