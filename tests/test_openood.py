@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from traj_ood.data.benchmark import sample_indices
 from traj_ood.errors import TrajOODError
 from traj_ood.openood import AutoencoderNet, config_root, openood_names, register
 from traj_ood.openood.bridge import Bridge, postprocessor_class
+from traj_ood.openood.loaders import check_normalisation
 from traj_ood.openood.nets import backbone_of
 from traj_ood.openood.settings import Settings, config_section, config_text
 from traj_ood.postprocessors import POSTPROCESSORS
@@ -175,8 +176,8 @@ def test_confidences_are_the_scores_with_their_sign_flipped(fake: Path) -> None:
         post = made(spec)
         post.setup(AutoencoderNet(model), ids, oods)
         predictions, confidences, labels = post.inference(AutoencoderNet(model), ids["test"], progress=False)
-        own = ScorerSet(model, [spec], max_steps=20).fit(ids["train"].dataset.data)
-        expected = own.score(ids["test"].dataset.data).scores[spec]
+        own = ScorerSet(model, [spec], max_steps=20).fit(Normalised(ids["train"].dataset.data))
+        expected = own.score(Normalised(ids["test"].dataset.data)).scores[spec]
         assert confidences.dtype == np.float64
         assert np.array_equal(confidences, -expected.numpy())  # bitwise, though the batches differ
         assert np.array_equal(labels, [i % 3 for i in range(11)])
@@ -195,7 +196,12 @@ def test_training_images_are_drawn_by_place_whatever_the_loaders_order(fake: Pat
         post.setup(AutoencoderNet(model), ids, oods)
         results.append(post.inference(AutoencoderNet(model), ids["test"], False)[1])
     chosen = ids["train"].dataset.data[sample_indices(40, 15, 4, "train")]  # the sample of traj_ood's own Evaluator
-    own = ScorerSet(model, ["knn:k=3"]).fit(chosen).score(ids["test"].dataset.data).scores["knn:k=3"]
+    own = (
+        ScorerSet(model, ["knn:k=3"])
+        .fit(Normalised(chosen))
+        .score(Normalised(ids["test"].dataset.data))
+        .scores["knn:k=3"]
+    )
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], -own.numpy())
 
@@ -428,6 +434,23 @@ def test_accuracy_of_a_model_without_classes_is_not_a_number() -> None:
     assert predictions.tolist() == [-1] * 5
     assert np.isnan((predictions == torch.arange(5)).sum().item())
     assert {id(p) for p in net.parameters()} == {id(p) for p in net.autoencoder.module.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["compose", "preprocessor", "subset"])
+def test_images_normalised_for_another_network_are_refused(kind: str) -> None:
+    from torchvision.transforms import Compose, Normalize, ToTensor
+
+    def data(mean: float) -> Any:
+        transform: Any = Compose([ToTensor(), Normalize((mean,), (0.5,))])
+        if kind == "preprocessor":
+            return SimpleNamespace(dataset=SimpleNamespace(preprocessor=SimpleNamespace(transform=transform)))
+        made = SimpleNamespace(transform=transform)
+        return SimpleNamespace(dataset=SimpleNamespace(dataset=made) if kind == "subset" else made)
+
+    check_normalisation(data(0.5), vit())
+    check_normalisation(loader(2, 0), vit())  # one that does not tell
+    with pytest.raises(TrajOODError, match=r"mean \[0\.5\] and std \[0\.5\], got a loader with mean \[0\.1307\]"):
+        check_normalisation(data(0.1307), vit())
 
 
 def test_preprocessor_is_the_autoencoders_transform(tmp_path: Path) -> None:

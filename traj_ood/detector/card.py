@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -64,7 +64,7 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
         "score": "; ".join(filter(None, [scorer["summary"], _listed(scorer["options"])])),
         "model": f"{model['name']} ({model['family']}, {model['parameters']:,} parameters), fingerprint "
         f"`{model['fingerprint'][:16]}…`",
-        "images": " × ".join(map(str, model["input_shape"])) + " (C × H × W)",
+        "images": " × ".join(map(str, model["input_shape"])) + " (C × H × W)" + _prepared(model.get("preprocessing")),
         "training images": f"{training['images']:,}{skipped}"
         + (f", {training['classes']} classes" if training["classes"] else ""),
     }
@@ -77,6 +77,25 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
     if health is not None:
         rows["attractors"] = f"{health['distinct']} distinct, {health['converged']:.1%} of the trajectories converged"
     return rows
+
+
+def _prepared(how: Mapping[str, Any] | None) -> str:
+    """How pictures become images of that shape; nothing for detectors of older versions."""
+    if how is None:
+        return ""
+    if "own" in how:
+        return ", by a transform of the model's own code"
+    sized = {
+        "direct": f"resized ({how['interpolation']})",
+        "crop": f"shorter side to {how['short_side']} ({how['interpolation']}), centre crop",
+        "none": "not resized",
+    }[how["resize"]]
+    unit = "" if how["rescale"] == 1 / 255 else f", times {how['rescale']:g} of 0 … 255"
+    return f", {sized}{unit}, mean {_numbers(how['mean'])}, std {_numbers(how['std'])}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
 
 
 def _threshold(known: Mapping[str, Any] | None) -> list[str]:

@@ -18,7 +18,7 @@ from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.errors import TrajOODError
 from traj_ood.openood.library import load_library
-from traj_ood.openood.loaders import count_of, ids_of, read
+from traj_ood.openood.loaders import check_normalisation, count_of, ids_of, read
 from traj_ood.openood.nets import AutoencoderNet, FeatureModel, backbone_of, device_of
 from traj_ood.openood.settings import Settings
 from traj_ood.postprocessors import Evidence, Needs, create_postprocessor
@@ -151,6 +151,7 @@ class Bridge:
         """The model that the scorer reads: an autoencoder as it is, a classifier with what the scorer needs of it."""
         self._surrogate = None
         if isinstance(net, AutoencoderNet):
+            check_normalisation(loader, net.autoencoder)
             return net.autoencoder
         self._shape = tuple(next(read(loader, [0]))["data"].shape[1:])
         backbone = backbone_of(net, self._shape)
@@ -201,6 +202,8 @@ class Bridge:
 
         scorers = self._scorers(tuple(specs))
         predictions, scores, labels = [], [], []
+        if isinstance(self._net, AutoencoderNet):
+            check_normalisation(loader, self._net.autoencoder)
         for batch in tqdm(loader, disable=not progress):
             predicted, values = self._score(scorers, batch["data"])
             predictions.append(predicted)

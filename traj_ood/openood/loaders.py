@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError
 
 
@@ -30,6 +33,44 @@ def read(loader: Any, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         num_workers=loader.num_workers if len(indices) > 1 else 0,
         collate_fn=loader.collate_fn,
     )
+
+
+def check_normalisation(loader: Any, model: Autoencoder) -> None:
+    """Refuse images that a data set normalises otherwise than an autoencoder of ours does, where its transform tells.
+
+    OpenOOD's tensors are in its own units, not pixels in [0, 1], so that nothing in the numbers shows the difference.
+
+    Raises:
+        TrajOODError: means or deviations differ.
+    """
+    found = _normalisation(loader)
+    if found is None or model.preprocessing is None:
+        return
+    own = model.preprocessing.affine
+    same = all(len(a) == len(b) and np.allclose(a, b, atol=1e-3) for a, b in zip(found, own, strict=True))
+    if not same:
+        mean, std = ([round(float(v), 4) for v in values] for values in found)
+        raise TrajOODError(
+            f"{model.name}: expected images normalised by mean {list(own[0])} and std {list(own[1])}, got a loader "
+            f"with mean {mean} and std {std}: use traj_ood.openood.preprocessor(net) as the preprocessor"
+        )
+
+
+def _normalisation(loader: Any) -> tuple[Any, Any] | None:
+    """Mean and deviation of the loader's transform, or None where it does not tell them."""
+    data: Any = getattr(loader, "dataset", None)
+    while hasattr(data, "dataset"):  # torch's Subset
+        data = data.dataset
+    for name in ("preprocessor", "transform_image", "transform"):
+        transform = getattr(data, name, None)
+        parts = [
+            *getattr(transform, "transforms", ()),
+            *getattr(getattr(transform, "transform", None), "transforms", ()),
+        ]
+        for part in (*reversed(parts), transform):
+            if hasattr(part, "mean") and hasattr(part, "std"):
+                return np.atleast_1d(part.mean), np.atleast_1d(part.std)
+    return None
 
 
 def ids_of(batch: Mapping[str, Any]) -> tuple[str, ...]:
