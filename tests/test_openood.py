@@ -30,6 +30,7 @@ from traj_ood.openood.loaders import check_normalisation
 from traj_ood.openood.nets import backbone_of
 from traj_ood.openood.settings import Settings, config_section, config_text
 from traj_ood.postprocessors import POSTPROCESSORS
+from traj_ood.preprocessing import Normalised
 
 SHAPE = (1, 8, 8)
 
@@ -196,12 +197,8 @@ def test_training_images_are_drawn_by_place_whatever_the_loaders_order(fake: Pat
         post.setup(AutoencoderNet(model), ids, oods)
         results.append(post.inference(AutoencoderNet(model), ids["test"], False)[1])
     chosen = ids["train"].dataset.data[sample_indices(40, 15, 4, "train")]  # the sample of traj_ood's own Evaluator
-    own = (
-        ScorerSet(model, ["knn:k=3"])
-        .fit(Normalised(chosen))
-        .score(Normalised(ids["test"].dataset.data))
-        .scores["knn:k=3"]
-    )
+    scorers = ScorerSet(model, ["knn:k=3"]).fit(Normalised(chosen))
+    own = scorers.score(Normalised(ids["test"].dataset.data)).scores["knn:k=3"]
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], -own.numpy())
 
