@@ -392,7 +392,7 @@ def text_subjects(place: Path) -> list[Subject]:
 
 def image_subject(place: Path) -> Subject:
     """One file of every format that is read; the answer is every file's pixels, or its error."""
-    from traj_ood.data.images import open_image
+    from traj_ood.data.decoding import open_image
 
     folder = place / "pictures"
     write_pictures(folder)

@@ -283,7 +283,8 @@ def test_tensors_sources_paths_and_pictures_say_the_same(folder: Path) -> None:
         (b"abc", "got one bytes"),
         ([torch.zeros(8, 8)], r"expected one image \(C, H, W\), got shape \(8, 8\) at place 0"),
         ([7], "expected PIL images, paths or pixels, got int at place 0"),
-        ([Image.new("I;16", (8, 8))], "expected 8 bits per channel, got mode 'I;16' at place 0"),
+        ([Image.new("F", (8, 8))], "place 0: expected an image of 8 or 16 bits per channel, got floating"),
+        ([Image.new("I;16", (8, 8), 700)], "the one at place 0: no 16-bit value is 4096 or more"),
         (["no/such/photo.png"], "no/such/photo.png: expected an image file, found nothing"),
     ],
 )
@@ -323,9 +324,9 @@ def closed() -> Image.Image:
         (lambda: Image.new("L", (0, 8)), r"the one at place 1: expected an image, got one of 0 x 8 pixels"),
         (lambda: Image.new("1", (10_000, 10_000)), r"the one at place 1: expected an image of at most \d+ pixels, got"),
         (moving, r"the one at place 1: expected a single image, got several frames or pages \(GIF\)"),
-        (cut_off, r"the one at place 1: cannot be decoded \(.*truncated"),
-        (closed, r"the one at place 1: cannot be decoded \("),
-        (lambda: Image.new("La", (8, 8)), r"the one at place 1: cannot be decoded \(conversion"),
+        (cut_off, r"the one at place 1: the image cannot be decoded \(.*truncated"),
+        (closed, r"the one at place 1: the image cannot be decoded \("),
+        (lambda: Image.new("LAB", (8, 8)), r"the one at place 1: expected grey or RGB, got LAB colours"),
     ],
 )
 def test_pictures_in_memory_are_refused_for_what_files_are_refused_for(make: Any, text: str) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.data import read_folder, read_image_list
-from traj_ood.data.images import open_image
+from traj_ood.data.decoding import open_image
 from traj_ood.detector import Detector, Judgement
 from traj_ood.errors import TrajOODError
 from traj_ood.stream import (
@@ -175,7 +175,7 @@ def test_a_folder_without_images_or_rights_is_an_entry_with_an_error(tmp_path: P
     (tmp_path / "notes.txt").touch()
     (entry,) = walk(str(tmp_path))
     assert entry.path == str(tmp_path)
-    assert entry.error.startswith("expected a folder with images (.bmp ")
+    assert entry.error.startswith("expected a folder with images (.avif ")
     (gone,) = (e for e in walk(str(tmp_path / "gone")) if "listed" in e.error)
     assert gone == Entry(
         str(tmp_path / "gone"), "the folder cannot be listed (No such file or directory); fix its permissions"
@@ -309,7 +309,7 @@ def test_files_that_are_programs_pipes_or_folders_are_not_opened(tmp_path: Path)
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     (tmp_path / "folder.png").mkdir()
     for name, words in {
-        "program.png": "found no format that Pillow knows",
+        "program.png": "found PostScript: convert it",
         "pipe.png": "expected an image file, found a pipe or device; give regular files",
         "folder.png": "expected an image file, found a folder; give regular files",
     }.items():
@@ -361,7 +361,7 @@ def test_an_image_that_a_batch_is_refused_for_is_found(judge: Detector, folder: 
             raise TrajOODError("too odd:  \n take another")
         return judgement
 
-    picky = SimpleNamespace(autoencoder=judge.autoencoder, judge=strict_judge)
+    picky = SimpleNamespace(autoencoder=judge.autoencoder, reading=judge.reading, judge=strict_judge)
     strict = rows_of(picky, walk(str(folder)), batch_size=8)
     odd = [i for i, row in enumerate(strict) if row.error == "too odd: take another"]
     assert odd == [i for i, row in enumerate(plain) if row.score is not None and row.score > middle]
@@ -381,7 +381,9 @@ def test_scores_beyond_all_numbers_stay_above_every_threshold(
         p_values=lambda scores: said.p_values[scores.isfinite().long()],  # type: ignore[index]
         decide=lambda scores: said.decisions[scores.isfinite().long()],  # type: ignore[index]
     )
-    beyond = SimpleNamespace(autoencoder=judge.autoencoder, judge=lambda images: said, calibration=known)
+    beyond = SimpleNamespace(
+        autoencoder=judge.autoencoder, reading=judge.reading, judge=lambda images: said, calibration=known
+    )
     entries = [Entry(str(folder / "001.png")), Entry(str(folder / "002.png"))]
     for suffix in ("csv", "jsonl", "parquet"):
         tally, _ = write(beyond, entries, tmp_path / f"out.{suffix}")
@@ -406,7 +408,7 @@ def test_too_little_memory_is_told(judge: Detector, folder: Path) -> None:
         return torch.empty(2**60)
 
     for greed in (fail, fail_in_torch):
-        greedy = SimpleNamespace(autoencoder=judge.autoencoder, judge=greed)
+        greedy = SimpleNamespace(autoencoder=judge.autoencoder, reading=judge.reading, judge=greed)
         with pytest.raises(TrajOODError, match=r"out of memory while judging 1 images: give a smaller --batch-size"):
             rows_of(greedy, [Entry(str(folder / "001.png"))])
 
@@ -414,7 +416,10 @@ def test_too_little_memory_is_told(judge: Detector, folder: Path) -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):  # which is nobody's input
-        rows_of(SimpleNamespace(autoencoder=judge.autoencoder, judge=break_down), [Entry(str(folder / "001.png"))])
+        rows_of(
+            SimpleNamespace(autoencoder=judge.autoencoder, reading=judge.reading, judge=break_down),
+            [Entry(str(folder / "001.png"))],
+        )
 
 
 def test_rows_without_calibration_or_iteration_leave_columns_empty(folder: Path) -> None:
@@ -430,7 +435,7 @@ def test_a_transform_that_fails_is_a_row(judge: Detector, folder: Path) -> None:
     def transform(image: Image.Image) -> Tensor:
         raise ZeroDivisionError("odd\nimage")
 
-    odd = SimpleNamespace(autoencoder=SimpleNamespace(transform=transform), judge=judge.judge)
+    odd = SimpleNamespace(autoencoder=SimpleNamespace(transform=transform), reading=judge.reading, judge=judge.judge)
     (row,) = rows_of(odd, [Entry(str(folder / "001.png"))], batch_size=2)
     assert row.error == "the model's transform failed on 8 x 8 pixels: ZeroDivisionError('odd\\nimage')"
 
@@ -702,7 +707,7 @@ class Rounding:
 
     def __init__(self, detector: Detector, factor: float) -> None:
         self.autoencoder, self.calibration = detector.autoencoder, detector.calibration
-        self._detector, self._factor = detector, factor
+        self.reading, self._detector, self._factor = detector.reading, detector, factor
 
     def judge(self, images: Tensor) -> Any:
         said = self._detector.judge(images)
@@ -859,7 +864,9 @@ def test_no_more_images_are_held_than_promised(judge: Detector, folder: Path, tm
         weakref.finalize(prepared, count, -1)
         return prepared
 
-    watched = SimpleNamespace(autoencoder=SimpleNamespace(transform=transform), judge=judge.judge)
+    watched = SimpleNamespace(
+        autoencoder=SimpleNamespace(transform=transform), reading=judge.reading, judge=judge.judge
+    )
     entries = (Entry(str(folder / "001.png")) for _ in range(600))
     with open_table(tmp_path / "out.csv") as table:
         tally, _ = write_scores(watched, entries, table, batch_size=16, workers=3)

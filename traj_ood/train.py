@@ -14,6 +14,7 @@ from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork, ViT
 from traj_ood.autoencoders.vit_mae import assert_position_embeddings, build_model, geometry_keys
 from traj_ood.backbones import Backbone
 from traj_ood.data import Benchmark, Split, load_benchmark, preflight
+from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.model_card import model_card
@@ -32,6 +33,7 @@ def train_model(
     *,
     data_root: Path | None = None,
     follow_links: bool = False,
+    reading: Reading = AS_STORED,
     device: torch.device | None = None,
     fresh: bool = False,
     quiet: bool = False,
@@ -48,9 +50,16 @@ def train_model(
     """
     if config.family == "classifier":
         return train_classifier(
-            config, out, data_root=data_root, follow_links=follow_links, device=device, fresh=fresh, quiet=quiet
+            config,
+            out,
+            data_root=data_root,
+            follow_links=follow_links,
+            reading=reading,
+            device=device,
+            fresh=fresh,
+            quiet=quiet,
         )
-    benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links)
+    benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links, reading=reading)
     preflight(benchmark)
     began = time.perf_counter()
     images = TrainingImages(benchmark.train.images, (config.channels, config.image_size, config.image_size))

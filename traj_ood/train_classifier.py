@@ -18,6 +18,7 @@ from torch.nn import functional
 from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.data import Benchmark, Split, load_benchmark, preflight
+from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.results import environment, git_commit
@@ -32,6 +33,7 @@ def train_classifier(
     *,
     data_root: Path | None = None,
     follow_links: bool = False,
+    reading: Reading = AS_STORED,
     device: torch.device | None = None,
     fresh: bool = False,
     quiet: bool = False,
@@ -43,7 +45,7 @@ def train_classifier(
 
     Args:
         config: of family ``classifier``; ``model`` holds ``architecture`` (a timm name) and timm's arguments for it.
-        out: folder for everything. data_root, follow_links: of :func:`traj_ood.load_benchmark`.
+        out: folder for everything. data_root, follow_links, reading: of :func:`traj_ood.load_benchmark`.
         device: default the CPU.
         fresh: disregard a checkpoint. quiet: no progress bars.
     Returns:
@@ -53,7 +55,7 @@ def train_classifier(
             settings.
     """
     _check_config(config)
-    benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links)
+    benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links, reading=reading)
     preflight(benchmark)
     classes = class_names(benchmark)
     for split in _measured(benchmark):  # before hours of training: are these labels the same classes?

@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 
 from traj_ood import Detector, Normalised, Status, TrajOODError
-from traj_ood.data.images import open_image, read_folder
+from traj_ood.data import read_folder
+from traj_ood.data.decoding import open_image
 from traj_ood.files import write_atomic
 
 BATCH = 256
@@ -42,7 +43,7 @@ def _judge(detector: Detector, folder: Path, paths: list[str]) -> pd.DataFrame:
     for path in paths:
         try:
             # Prepared at once: 256 photographs as they are would take gigabytes.
-            images[path] = detector.autoencoder.transform(open_image(folder / path))
+            images[path] = detector.autoencoder.transform(open_image(folder / path, detector.reading))
         except TrajOODError as error:
             errors[path] = str(error)
     table = pd.DataFrame({"path": paths, "error": [errors.get(p) for p in paths]}).set_index("path")

@@ -26,7 +26,7 @@ BATCH = 32
 MAX_PIXELS = 89_478_485  # decoding more could exhaust the memory
 # Known by their bytes. Others stay closed: Pillow would hand an EPS file to Ghostscript, which runs it as a program.
 Image.init()
-FORMATS = [name for name in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN]
+FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN]
 
 
 class Model:
@@ -97,7 +97,12 @@ def _flat(image: Image.Image) -> Image.Image:
         raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}")
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise ValueError(f"expected a single image, got several frames or pages ({image.format})")
+    tags = getattr(image, "tag_v2", {})
+    white_is_zero = tags.get(262) == 0  # of 16-bit TIFFs; those of 8 bits Pillow turns itself
+    deep = max(tags.get(258) or (8,)) > 8 or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     image.load()
+    if deep and not image.mode.startswith(("I", "F")) and 0 < np.asarray(image.convert("RGB")).max() < 16:
+        raise ValueError("no 16-bit colour is 4096 or more, as in images of 10 or 12 bits: save it as 8 bit")
     if image.mode in ("L", "RGB"):
         return image
     if image.mode == "F":
@@ -106,6 +111,10 @@ def _flat(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(f"expected grey of 8 or 16 bits, got integers from {grey.min()} to {grey.max()}")
+        if 0 < grey.max() < 4096:
+            raise ValueError("no 16-bit value is 4096 or more, as in images of 10 or 12 bits: save it as 8 bit")
+        if white_is_zero:
+            grey = 65535 - grey
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     return (image.convert("RGBA") if image.mode == "P" else image).convert("L" if image.mode in ("1", "LA") else "RGB")
 

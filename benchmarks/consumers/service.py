@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from traj_ood import Detector, Status, TrajOODError
-from traj_ood.data.images import open_image
+from traj_ood.data.decoding import open_image
 
 MOST_BYTES = 32 * 2**20
 _PATIENCE = 30  # seconds a client may take to send its image
@@ -50,7 +50,7 @@ class Service(ThreadingHTTPServer):
             file.write(body)
             file.flush()
             try:
-                image = open_image(Path(file.name))
+                image = open_image(Path(file.name), self.detector.reading)
             except TrajOODError as error:
                 raise TrajOODError(str(error).replace(file.name, "the body")) from error
         with self.turn:

@@ -6,16 +6,18 @@ import os
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import tifffile
+from PIL import Image, features
 
-from traj_ood.data import ArrayImages, FileImages, read_folder, read_image_list
-from traj_ood.data.images import MAX_PIXELS, open_image
+from traj_ood.data import ArrayImages, FileImages, decoding, read_folder, read_image_list
+from traj_ood.data.decoding import AS_STORED, MAX_PIXELS, Reading, decode, open_image
 from traj_ood.errors import TrajOODError
 
 
@@ -317,3 +319,242 @@ def test_bad_arrays_are_refused(ids: tuple[str, ...], array: np.ndarray, message
     with pytest.raises(TrajOODError) as error:
         ArrayImages(ids, array)
     assert message in one_line(error)
+
+
+# ---------------------------------------------------------------------------- what files say of values
+
+
+GREY = np.random.default_rng(5).integers(0, 256, (12, 16), dtype=np.uint8)
+COLOUR = np.random.default_rng(6).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+DEEP = GREY.astype(np.uint16) * 257
+
+
+def write_png(path: Path, values: np.ndarray, kind: int, significant: bytes = b"") -> Path:
+    """A 16-bit PNG by hand: Pillow writes no colour of that depth and no sBIT."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    sbit = chunk(b"sBIT", significant) if significant else b""
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + sbit + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def difference(path: Path, expected: np.ndarray, reading: Reading = AS_STORED) -> int:
+    """The largest, to ``expected``; the picture as a Pillow image in memory has to be the same as the file."""
+    found = open_image(path, reading)
+    with Image.open(path) as image:
+        assert decode(image, "memory", reading).tobytes() == found.tobytes()
+    return int(np.abs(np.asarray(found).astype(int) - expected).max())
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("bits", [1, 8, 16])
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib", "predictor": False}, {"tile": (16, 16)}])
+def test_tiff_of_either_polarity_is_the_picture(tmp_path: Path, photometric: str, bits: int, options: Any) -> None:
+    picture = {1: (GREY > 128) * 255, 8: GREY, 16: GREY}[bits]
+    stored = {1: GREY > 128, 8: GREY, 16: DEEP}[bits]
+    if photometric == "miniswhite":
+        stored = ~stored
+    tifffile.imwrite(tmp_path / "x.tif", stored, photometric=photometric, **options)
+    assert difference(tmp_path / "x.tif", picture) == 0
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiff_of_either_byte_order(tmp_path: Path, order: Any) -> None:
+    tifffile.imwrite(tmp_path / "x.tif", DEEP, byteorder=order, photometric="minisblack")
+    assert difference(tmp_path / "x.tif", GREY) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tile": (16, 16)}, {"planarconfig": "separate"}, {"compression": "zlib"}, {"rowsperstrip": 3}]
+)
+def test_tiff_colours_are_those_that_tifffile_reads(tmp_path: Path, options: dict[str, Any]) -> None:
+    planes = "planarconfig" in options
+    tifffile.imwrite(tmp_path / "x.tif", COLOUR.transpose(2, 0, 1) if planes else COLOUR, photometric="rgb", **options)
+    theirs = tifffile.imread(tmp_path / "x.tif")
+    assert difference(tmp_path / "x.tif", theirs.transpose(1, 2, 0) if planes else theirs) == 0
+
+
+def test_16_bit_colours(tmp_path: Path) -> None:
+    deep = np.random.default_rng(7).integers(0, 65536, (12, 16, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", deep, photometric="rgb")
+    for path in (tmp_path / "x.tif", write_png(tmp_path / "x.png", deep, 2)):
+        assert difference(path, deep / 257) <= 1
+    write_png(tmp_path / "alpha.png", np.dstack([deep, deep[..., :1]]), 6)
+    assert difference(tmp_path / "alpha.png", deep / 257) <= 1
+    tifffile.imwrite(tmp_path / "x.tif", deep.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+    with pytest.raises(TrajOODError, match=r"x\.tif: expected 16-bit colours pixel by pixel, got planes"):
+        open_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_10_and_12_bits_in_16_are_never_dark_in_silence(tmp_path: Path, bits: int) -> None:
+    values = DEEP >> (16 - bits)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    for name in ("x.png", "x.tif"):
+        with pytest.raises(TrajOODError, match=rf"{name}: no 16-bit value is 4096 or more .*: --bit-depth 10, 12"):
+            open_image(tmp_path / name)
+        assert difference(tmp_path / name, GREY, Reading(bit_depth=bits)) <= 1
+        assert difference(tmp_path / name, values / 257, Reading(bit_depth=16)) <= 1
+    write_png(tmp_path / "colour.png", COLOUR.astype(np.uint16) * 257 >> (16 - bits), 2)
+    with pytest.raises(TrajOODError, match=r"colour\.png: no 16-bit colour is 4096 or more"):
+        open_image(tmp_path / "colour.png")
+    with pytest.raises(TrajOODError, match=r"can be scaled in grey images only, got 16-bit colours"):
+        open_image(tmp_path / "colour.png", Reading(bit_depth=bits))
+
+
+def test_a_bit_depth_that_the_file_states_is_used(tmp_path: Path) -> None:
+    values = DEEP >> 4
+    write_png(tmp_path / "x.png", values, 0, b"\x0c")
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="minisblack", extratags=[(281, 3, 1, 4095, True)])
+    white = 4095 - values
+    tifffile.imwrite(tmp_path / "w.tif", white, photometric="miniswhite", extratags=[(281, 3, 1, 4095, True)])
+    for name in ("x.png", "x.tif", "w.tif"):
+        assert difference(tmp_path / name, GREY) <= 1
+    write_png(tmp_path / "scaled.png", values << 4, 0, b"\x0c")  # as PNG's own rule has it
+    assert difference(tmp_path / "scaled.png", GREY) <= 1
+
+
+def test_12_bits_packed_into_bytes(tmp_path: Path) -> None:
+    values = (DEEP >> 4).astype(int)
+    pairs = values.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    data = packed.astype(np.uint8).tobytes()
+    height, width = values.shape
+    tags = [
+        (256, width),
+        (257, height),
+        (258, 12),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, height),
+        (279, len(data)),
+    ]
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    header = b"II*\0" + struct.pack("<I", 8 + len(data))
+    (tmp_path / "x.tif").write_bytes(header + data + struct.pack("<H", len(tags)) + table + struct.pack("<I", 0))
+    assert difference(tmp_path / "x.tif", GREY) <= 1
+
+
+def test_a_wrong_bit_depth_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(DEEP).save(tmp_path / "x.png")
+    with pytest.raises(TrajOODError, match=r"x\.png: expected values up to 4095 at a bit depth of 12, got \d+"):
+        open_image(tmp_path / "x.png", Reading(bit_depth=12))
+    with pytest.raises(TrajOODError, match="bit depth: expected one of 10, 12, 14, 16, got 9"):
+        FileImages(tmp_path, ("x.png",), ("x",), bit_depth=9)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_signed_values_are_refused(tmp_path: Path, dtype: Any) -> None:
+    tifffile.imwrite(tmp_path / "x.tif", (GREY // 2).astype(dtype), photometric="minisblack")
+    with pytest.raises(TrajOODError, match=r"x\.tif: expected values from 0, got signed ones"):
+        open_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "P", "1", "I;16"])
+def test_images_of_every_mode_in_memory(mode: str) -> None:
+    opaque = Image.fromarray(COLOUR)
+    image = {
+        "La": lambda: opaque.convert("LA").convert("La"),
+        "PA": lambda: opaque.convert("P").convert("PA"),
+        "RGBa": lambda: opaque.convert("RGBA").convert("RGBa"),
+        "I;16": lambda: Image.fromarray(DEEP),
+    }.get(mode, lambda: opaque.convert(mode))()
+    assert image.mode == mode
+    found = decode(image, "memory")
+    target = "L" if mode in ("1", "I;16") else "RGB"
+    expected = {
+        "I;16": lambda: Image.fromarray(GREY),
+        "La": lambda: opaque.convert("L").convert("RGB"),
+        "RGBa": lambda: opaque,
+    }.get(mode, lambda: image.convert(target))()
+    assert found.mode == target
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_hidden_colours_under_alpha_show(tmp_path: Path) -> None:
+    Image.new("RGBA", (2, 2), (200, 10, 30, 0)).save(tmp_path / "x.png")
+    assert open_image(tmp_path / "x.png").getpixel((0, 0)) == (200, 10, 30)
+
+
+def test_cmyk_of_adobe_is_not_negative(tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16, 3), (220, 30, 40), np.uint8)).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
+    assert np.abs(np.array(open_image(tmp_path / "x.jpg").getpixel((8, 8))) - (220, 30, 40)).max() <= 6
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(tmp_path / "x.avif", quality=95)
+    assert read_folder(tmp_path).paths == ("x.avif",)
+    assert np.abs(np.array(open_image(tmp_path / "x.avif").getpixel((8, 8))) - (200, 100, 50)).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"\0\0\0\x1cftypheic\0\0", "found HEIC, which Pillow cannot decode: convert it"),
+        (b"%PDF-1.7 ", "found a PDF: convert its pages"),
+        (b"version https://git-lfs.github.com/spec/v1", "found a Git LFS pointer in place of the file"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(tmp_path: Path, content: bytes, text: str) -> None:
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(TrajOODError, match=text):
+        open_image(tmp_path / "x.jpg")
+
+
+def test_without_avif_in_pillow_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_formats", lambda: ("PNG",))
+    (tmp_path / "x.avif").write_bytes(b"\0\0\0\x1cftypavif\0\0")
+    with pytest.raises(TrajOODError, match="found AVIF, which this Pillow cannot decode: install pillow"):
+        open_image(tmp_path / "x.avif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_photographs_are_turned_upright_when_asked(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """The picture has a bright corner at the top left; the file shows it as a camera held that way stores it."""
+    upright = np.full((24, 32, 3), 20, np.uint8)
+    upright[:8, :8] = 230
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright.transpose(1, 0, 2), 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / f"x{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    assert difference(path, upright, Reading(exif=True)) <= 16  # JPEG and WebP lose some
+    assert difference(path, upright if suffix == ".tif" else stored) <= 16
+
+
+def test_how_files_are_read_is_part_of_the_digest(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    images = read_folder(tmp_path)
+    read = [replace(images, exif=True), replace(images, bit_depth=12), replace(images, bit_depth=16)]
+    assert len({source.digest() for source in [images, *read]}) == 4
+    assert read[1].select([0]).bit_depth == 12
+
+
+def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "b/c.png"):
+        save(tmp_path / name)
+    for name in ("notes.txt", "b/more.TXT", "b/photo.heic", "README", ".hidden"):
+        (tmp_path / name).write_text("no image")
+    with pytest.warns(UserWarning, match=r"left out 4 file\(s\) that are no images: \.txt 2, .*\.heic 1") as caught:
+        assert len(read_folder(tmp_path)) == 2
+    assert len(caught) == 1

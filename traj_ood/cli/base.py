@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from traj_ood.errors import TrajOODError
 from traj_ood.parallel import TeammateError, is_main_process
+
+if TYPE_CHECKING:
+    from traj_ood.data import Reading
 
 _MOST_THREADS = 1024  # OpenMP aborts the process when it is asked for many more
 _LARGEST_SEED = 2**32 - 1  # what NumPy and scikit-learn take
@@ -127,6 +130,26 @@ def _refuse(line: str, error: BaseException, code: int) -> None:
         raise error
     click.echo(f"traj-ood: error: {line}", err=True)
     sys.exit(code)
+
+
+BIT_DEPTH = click.Choice(["10", "12", "14", "16"])
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--exif`` and ``--bit-depth``, for every command that reads image files."""
+    for option in (
+        click.option("--bit-depth", type=BIT_DEPTH, help="Bits used in 16-bit files.  [default: as the files say]"),
+        click.option("--exif", is_flag=True, help="Turn photographs upright, as EXIF says."),
+    ):
+        command = option(command)
+    return command
+
+
+def reading_of(exif: bool, bit_depth: str | None) -> Reading:
+    """What these options ask for."""
+    from traj_ood.data.decoding import Reading
+
+    return Reading(exif, None if bit_depth is None else int(bit_depth))
 
 
 @click.group(

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, SEED, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import (
+    NAME,
+    PATH,
+    SEED,
+    THREADS,
+    examples,
+    main,
+    one_line_errors,
+    reading_of,
+    reading_options,
+    silence_libraries,
+)
 from traj_ood.errors import TrajOODError
 from traj_ood.parallel import Team
 
@@ -49,6 +60,7 @@ if TYPE_CHECKING:
 @click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
 @click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@reading_options
 @click.option("--out", type=PATH, default=Path("runs"), show_default=True, help="Results folder.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
@@ -128,7 +140,8 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     quiet = options["quiet"] or not team.is_main
     if not quiet:
         click.echo(f"Loading {options['model']} and the image lists of {benchmark}", err=True)
-    data = load_benchmark(benchmark, options["data_root"], follow_links=options["follow_links"])
+    reading = reading_of(options["exif"], options["bit_depth"])
+    data = load_benchmark(benchmark, options["data_root"], follow_links=options["follow_links"], reading=reading)
     device = resolve_device(team.device(options["device"]), tf32=options["tf32"])
     model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}
     backbone = is_backbone_spec(options["model"])

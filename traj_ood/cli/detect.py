@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,25 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, SEED, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import (
+    NAME,
+    PATH,
+    SEED,
+    THREADS,
+    examples,
+    main,
+    one_line_errors,
+    reading_of,
+    reading_options,
+    silence_libraries,
+)
 from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
     import torch
 
     from traj_ood.autoencoders import Autoencoder
-    from traj_ood.data import Benchmark, Split
+    from traj_ood.data import Benchmark, Reading, Split
     from traj_ood.data.id_images import IDImages
     from traj_ood.detector import Detector
     from traj_ood.stream import Entry, Tally
@@ -53,6 +65,7 @@ _BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
 @click.option("--tpr", type=float, default=0.95, show_default=True, help="Share of ID images to accept.")
 @click.option("--data-root", type=PATH, help="Where the images of a benchmark or list are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@reading_options
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
 @click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
 @click.option("--out", type=PATH, required=True, help="Folder for the detector.")
@@ -90,6 +103,7 @@ def fit(source: str, **options: Any) -> None:
         least=images_needed(options["tpr"]),
         root=options["data_root"],
         follow_links=options["follow_links"],
+        reading=reading_of(options["exif"], options["bit_depth"]),
     )
     check_count(len(chosen.calibration), options["tpr"])  # before anything is computed
     detector = Detector.fit(
@@ -180,6 +194,12 @@ class _TrainingSplit:
 )
 @click.option("--null", is_flag=True, help="Paths on standard input end in NUL bytes, as of find -print0.")
 @click.option("--follow-links", is_flag=True, help="Also links that lead out of their folder, or out of the root.")
+@click.option("--exif/--no-exif", default=None, help="Turn photographs upright.  [default: as DETECTOR's were]")
+@click.option(
+    "--bit-depth",
+    type=click.Choice(["10", "12", "14", "16"]),
+    help="Bits used in 16-bit files.  [default: as DETECTOR's]",
+)
 @click.option("--out", type=PATH, help="File to write.  [default: standard output]")
 @click.option(
     "--format", type=click.Choice(["csv", "jsonl", "parquet"]), help="[default: by the suffix of --out, else csv]"
@@ -221,6 +241,7 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
     import torch
     from tqdm import tqdm
 
+    from traj_ood.data.images import left_out
     from traj_ood.detector import Detector, refuse_inside
     from traj_ood.stream import open_table, write_scores
 
@@ -232,24 +253,35 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
     resume, out = options["resume"], options["out"]
     with open_table(out, options["format"], resume=resume, overwrite=options["overwrite"]) as table:
         detector = Detector.load(Path(folder), device=options["device"])
+        detector.reading = _reading(detector.reading, options)
         if detector.calibration is None:
             click.echo(f"traj-ood: warning: {folder} is not calibrated: p_value and decision stay empty", err=True)
+        others: dict[str, Counter[str]] = {}
         began = time.perf_counter()
         # On a terminal, rows and a bar would write over each other.
         silent = options["quiet"] or (out is None and sys.stdout.isatty())
         with tqdm(unit="img", delay=2, disable=silent, dynamic_ncols=True, leave=False) as bar:
             tally, earlier = write_scores(
                 detector,
-                _entries(sources, options),
+                _entries(sources, options, others),
                 table,
                 resume=resume,
                 batch_size=options["batch_size"],
                 workers=options["workers"],
                 on_rows=lambda rows: bar.update(len(rows)),
             )
+    for source, found in others.items():
+        if found:
+            click.echo(f"traj-ood: warning: {left_out(source, found)}", err=True)
     if not options["quiet"]:
         click.echo(_summary(tally, earlier, time.perf_counter() - began, out), err=True)
     return tally
+
+
+def _reading(own: Reading, options: dict[str, Any]) -> Reading:
+    """The detector's own, but for what is asked for."""
+    exif = own.exif if options["exif"] is None else options["exif"]
+    return reading_of(exif, options["bit_depth"] or (str(own.bit_depth) if own.bit_depth else None))
 
 
 def _summary(tally: Tally, earlier: Tally, seconds: float, out: Path | None) -> str:
@@ -274,7 +306,8 @@ def _check_sources(sources: tuple[str, ...], options: dict[str, Any]) -> None:
         raise TrajOODError("--null belongs to paths on standard input: add - to the sources, or leave it out")
 
 
-def _entries(sources: tuple[str, ...], options: dict[str, Any]) -> Iterator[Entry]:
+def _entries(sources: tuple[str, ...], options: dict[str, Any], others: dict[str, Counter[str]]) -> Iterator[Entry]:
+    """What there is to score; ``others`` counts files that are no images, by folder and suffix."""
     from traj_ood.stream import Entry, read_list, read_paths, walk
 
     for source in sources:
@@ -284,7 +317,8 @@ def _entries(sources: tuple[str, ...], options: dict[str, Any]) -> Iterator[Entr
             # Unbuffered: a thread that waits for more input inside a buffer's lock would disturb Python's exit.
             yield from read_paths(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), null=options["null"])
         elif os.path.isdir(source):
-            yield from walk(source, follow_links=options["follow_links"])
+            others[source] = Counter()
+            yield from walk(source, follow_links=options["follow_links"], others=others[source])
         else:
             yield Entry(source)
     if options["list_path"] is not None:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, SEED, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import (
+    NAME,
+    PATH,
+    SEED,
+    THREADS,
+    examples,
+    main,
+    one_line_errors,
+    reading_of,
+    reading_options,
+    silence_libraries,
+)
 
 if TYPE_CHECKING:
     from traj_ood.autoencoders import Autoencoder
@@ -25,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--benchmark", type=NAME, required=True, help="Whose ID images to look at: a name or a YAML file.")
 @click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@reading_options
 @click.option("--images", type=int, default=500, show_default=True, help="Training and held-out images, at most.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training sample and the noise.")
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
@@ -55,7 +67,8 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
         refuse_inside(out)
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"])
+    reading = reading_of(options["exif"], options["bit_depth"])
+    data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"], reading=reading)
     device = resolve_device(options["device"])
     autoencoder: Autoencoder
     if is_backbone_spec(model):

@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import (
+    NAME,
+    PATH,
+    THREADS,
+    examples,
+    main,
+    one_line_errors,
+    reading_of,
+    reading_options,
+    silence_libraries,
+)
 
 
 @main.command(
@@ -20,12 +30,22 @@ from traj_ood.cli.base import NAME, PATH, THREADS, examples, main, one_line_erro
 @click.option("--out", type=PATH, required=True, help="Folder for model, log and checkpoint.")
 @click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@reading_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
 @click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
 @one_line_errors
-def train(config: str, out: Path, data_root: Path | None, device: str, threads: int | None, **options: Any) -> None:
+def train(
+    config: str,
+    out: Path,
+    data_root: Path | None,
+    exif: bool,
+    bit_depth: str | None,
+    device: str,
+    threads: int | None,
+    **options: Any,
+) -> None:
     """Train an autoencoder on a benchmark's ID training split as CONFIG says (a YAML file or a bundled name).
 
     Resumes from the checkpoint in OUT when there is one. OUT can then be given to `traj-ood bench --model`.
@@ -41,5 +61,6 @@ def train(config: str, out: Path, data_root: Path | None, device: str, threads: 
     if threads:
         torch.set_num_threads(threads)
     settings = TrainConfig.load(config)
-    train_model(settings, out, data_root=data_root, device=resolve_device(device), **options)
+    reading = reading_of(exif, bit_depth)
+    train_model(settings, out, data_root=data_root, reading=reading, device=resolve_device(device), **options)
     click.echo(f"Written to {out}", err=True)

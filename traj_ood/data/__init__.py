@@ -1,6 +1,7 @@
 """Images with stable ids, splits, and the named benchmarks made of them."""
 
 from traj_ood.data.benchmark import Benchmark, Role, Split
+from traj_ood.data.decoding import Reading
 from traj_ood.data.images import ArrayImages, FileImages, ImageSource, read_folder, read_image_list
 from traj_ood.data.preflight import MissingDataError, preflight
 from traj_ood.data.registry import BenchmarkInfo, list_benchmarks, load_benchmark
@@ -12,6 +13,7 @@ __all__ = [
     "FileImages",
     "ImageSource",
     "MissingDataError",
+    "Reading",
     "Role",
     "Split",
     "list_benchmarks",

@@ -6,10 +6,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from traj_ood.data.decoding import Reading
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.errors import TrajOODError
 
@@ -127,19 +128,23 @@ class Benchmark:
 
     def following_links(self) -> Benchmark:
         """The same, where image lists may reach out of their roots by links; see :func:`read_image_list`."""
+        return self._with_files(follow_links=True)
 
-        def following(split: Split) -> Split:
+    def reading(self, how: Reading) -> Benchmark:
+        """The same, whose image files become pixels as ``how`` says."""
+        return self._with_files(exif=how.exif, bit_depth=how.bit_depth)
+
+    def _with_files(self, **changes: Any) -> Benchmark:
+        def changed(split: Split) -> Split:
             images = split.images
-            return (
-                replace(split, images=replace(images, follow_links=True)) if isinstance(images, FileImages) else split
-            )
+            return replace(split, images=replace(images, **changes)) if isinstance(images, FileImages) else split
 
         return replace(
             self,
-            train=following(self.train),
-            val=None if self.val is None else following(self.val),
-            test=following(self.test),
-            ood=tuple(following(split) for split in self.ood),
+            train=changed(self.train),
+            val=None if self.val is None else changed(self.val),
+            test=changed(self.test),
+            ood=tuple(changed(split) for split in self.ood),
         )
 
     def digests(self) -> dict[str, dict[str, str | int]]:

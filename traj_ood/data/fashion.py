@@ -15,8 +15,9 @@ from typing import Literal
 import numpy as np
 
 from traj_ood.data.benchmark import Benchmark, Split, sample_indices
+from traj_ood.data.decoding import open_image
 from traj_ood.data.fashion_mnist import obtain_fashion_mnist, read_fashion_mnist
-from traj_ood.data.images import ArrayImages, open_image
+from traj_ood.data.images import ArrayImages
 from traj_ood.errors import TrajOODError
 
 ID_CLASSES = (0, 1, 2, 3, 4, 6, 9)  # t-shirt, trouser, pullover, dress, coat, shirt, ankle boot

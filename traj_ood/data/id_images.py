@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from traj_ood.data.benchmark import sample_indices
+from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.images import FileImages, ImageSource, read_folder, read_image_list
 from traj_ood.data.registry import list_benchmarks, load_benchmark
 from traj_ood.errors import TrajOODError, unknown_name
@@ -45,6 +46,7 @@ def choose_id_images(
     least: int = 1,
     root: str | Path | None = None,
     follow_links: bool = False,
+    reading: Reading = AS_STORED,
 ) -> IDImages:
     """ID images from a benchmark, a folder or an image list.
 
@@ -58,16 +60,17 @@ def choose_id_images(
         root: where a benchmark's data are, and where the paths of image lists start. Default: each benchmark's own
             places, and the list's own folder.
         follow_links: let image lists reach out of their roots by links. Default false.
+        reading: how image files become pixels.
     Raises:
         TrajOODError: nothing of that name, a link out of a list's root, images that cannot be told apart, fewer images
             than ``count``, or fewer than two for each that is held out.
     """
-    name, images, val, protocol = _read(source, root, follow_links)
+    name, images, val, protocol = _read(source, root, follow_links, reading)
     if seed < 0:
         raise TrajOODError(f"seed: expected 0 or more, got {seed}")
     held: ImageSource
     if calibration is not None:
-        held, origin = _read_files(calibration, root, follow_links), f"images of {calibration}"
+        held, origin = _read_files(calibration, root, follow_links, reading), f"images of {calibration}"
         _check_disjoint(images, held, source, calibration)
     elif val is not None:
         held, origin = _at_most(val, MOST_CALIBRATION, seed, "calibration"), "images of the val split"
@@ -93,7 +96,7 @@ def choose_id_images(
 
 
 def _read(
-    source: str, root: str | Path | None, follow_links: bool
+    source: str, root: str | Path | None, follow_links: bool, reading: Reading
 ) -> tuple[str, ImageSource, ImageSource | None, int | None]:
     """Name, training images, val images and the protocol's number of training images, the last two where there are."""
     is_benchmark = source in [info.name for info in list_benchmarks()] or source.lower().endswith((".yaml", ".yml"))
@@ -101,19 +104,20 @@ def _read(
         known = [info.name for info in list_benchmarks()]
         raise TrajOODError(f"{source}: no such folder or image list; {unknown_name('benchmark', source, known)}")
     if is_benchmark:
-        benchmark = load_benchmark(source, root, follow_links=follow_links)
+        benchmark = load_benchmark(source, root, follow_links=follow_links, reading=reading)
         val = None if benchmark.val is None else benchmark.val.images
         return benchmark.name, benchmark.train.images, val, benchmark.train_size
-    return Path(source).resolve().name, _read_files(source, root, follow_links), None, None
+    return Path(source).resolve().name, _read_files(source, root, follow_links, reading), None, None
 
 
-def _read_files(source: str, root: str | Path | None, follow_links: bool) -> FileImages:
+def _read_files(source: str, root: str | Path | None, follow_links: bool, reading: Reading) -> FileImages:
     path = Path(source)
     if not path.is_file():
-        return read_folder(path)
-    images = read_image_list(path, root or path.parent, follow_links=follow_links)
-    images.check_links()  # before anything is computed
-    return images
+        images = read_folder(path)
+    else:
+        images = read_image_list(path, root or path.parent, follow_links=follow_links)
+        images.check_links()  # before anything is computed
+    return replace(images, exif=reading.exif, bit_depth=reading.bit_depth)
 
 
 def _at_most(images: ImageSource, count: int, seed: int, stream: str) -> ImageSource:

@@ -9,26 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from traj_ood.data.decoding import Reading, open_image
 from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Pillow's own warning limit (a 256 MiB RGB image). Ours stands apart from Pillow's global, which any library may lift.
-MAX_PIXELS = 89_478_485
-# Files are known by their bytes, whatever their name says. Formats beyond those of the suffixes stay closed: Pillow
-# would hand an EPS file to Ghostscript, which runs the program that such a file is.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class ImageSource(Protocol):
@@ -132,9 +128,10 @@ class FileImages:
             training of classifiers read them.
         follow_links: read also what links on the way lead to outside ``root``. Default true, for folders that somebody
             filled and named; false for image lists, which may come from anybody (see :func:`read_image_list`).
+        exif, bit_depth: how files become pixels, see :class:`traj_ood.data.Reading`; part of the digest.
 
     Raises:
-        TrajOODError: ids or labels do not match the paths.
+        TrajOODError: ids or labels do not match the paths, or an unknown bit depth.
     """
 
     root: Path
@@ -142,8 +139,11 @@ class FileImages:
     ids: tuple[str, ...]
     labels: tuple[str, ...] = ()
     follow_links: bool = True
+    exif: bool = False
+    bit_depth: int | None = None
 
     def __post_init__(self) -> None:
+        Reading(self.exif, self.bit_depth)
         object.__setattr__(self, "root", Path(self.root))
         for field in ("paths", "ids", "labels"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -156,11 +156,16 @@ class FileImages:
     def load(self, index: int) -> Image.Image:
         """Read and fully decode file ``index``; see :func:`open_image` for the errors, and :meth:`check_links`."""
         self.check_links([index])
-        return open_image(self.root / self.paths[index])
+        return open_image(self.root / self.paths[index], Reading(self.exif, self.bit_depth))
+
+    def reading(self) -> dict[str, Any]:
+        """What decides the loaded images besides the bytes of the files, JSON-able; part of the digest."""
+        return Reading(self.exif, self.bit_depth).options()
 
     def digest(self) -> str:
         """SHA-256 over ids, relative paths and labels: the list, not the bytes of possibly a million files."""
-        return _digest_of(self.ids, self.paths, self.labels).hexdigest()
+        how = [[str(self.reading())]] if self.reading() else []
+        return _digest_of(self.ids, self.paths, self.labels, *how).hexdigest()
 
     def select(self, indices: Sequence[int]) -> FileImages:
         """The files at ``indices``, in that order."""
@@ -204,57 +209,6 @@ class FileImages:
                 folders[folder] = os.path.realpath(os.path.join(self.root, folder))
             full = os.path.join(folders[folder], name)
             yield os.path.realpath(full) if os.path.islink(full) else full
-
-
-def open_image(path: Path) -> Image.Image:
-    """Decode one image file completely, as mode 'L' (greyscale) or 'RGB'.
-
-    Like OpenOOD, palette, CMYK and alpha images become RGB with alpha dropped, and EXIF orientation is not applied.
-    Unlike OpenOOD, truncated files are errors (a grey half would be scored as if it were the image), 16-bit greyscale
-    is scaled to 8 bits (Pillow's ``convert`` clips it to white), and animations and files of several pages are refused:
-    which of their frames is meant, nobody has said. The extra pictures that cameras hide in a JPEG are passed over.
-
-    Raises:
-        TrajOODError: missing, empty, no regular file, truncated, undecodable, several frames or too large; the message
-            names the path.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        _check_is_filled_file(path)
-        with Image.open(path, formats=_formats()) as image:
-            check_picture(image, str(path))
-            image.load()  # decodes to the end: Image.open only reads the header, and truncation shows here
-            return _grey_or_rgb(image, path)
-    except TrajOODError:
-        raise
-    except UnidentifiedImageError as error:
-        raise TrajOODError(f"{path}: expected an image, found no format that Pillow knows; replace the file") from error
-    except Image.DecompressionBombError as error:
-        raise _too_large(str(path), "more than twice that") from error
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, … on damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrajOODError(f"{path}: the image cannot be decoded ({reason}); replace the file or remove it") from error
-
-
-def check_picture(image: Image.Image, where: str) -> None:
-    """Refuse an image that is opened, but not decoded yet, for what its header says; ``where`` is for the error.
-
-    Raises:
-        TrajOODError: no pixels, more than ``MAX_PIXELS``, or several frames.
-    """
-    pixels = image.width * image.height
-    if pixels == 0:
-        raise TrajOODError(
-            f"{where}: expected an image, got one of {image.width} x {image.height} pixels; leave it out"
-        )
-    if pixels > MAX_PIXELS:
-        raise _too_large(where, f"{image.width} x {image.height} pixels")
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise TrajOODError(
-            f"{where}: expected a single image, got several frames or pages ({image.format}); save the one that "
-            "is meant as a file of its own"
-        )
 
 
 def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bool = False) -> FileImages:
@@ -304,8 +258,9 @@ def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bo
 def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
     """All image files in and below ``folder``, sorted by relative path.
 
-    Image files are known by their suffix, in any case. Hidden files and folders are passed over (macOS leaves
-    ``._name.jpg`` files that are no images); linked folders are followed, each real folder once.
+    Image files are known by their suffix, in any case; other files are left out, with a warning that counts them.
+    Hidden files and folders are passed over (macOS leaves ``._name.jpg`` files that are no images); linked folders are
+    followed, each real folder once.
 
     Args:
         folder: where to look.
@@ -318,17 +273,33 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise TrajOODError(f"image folder {folder}: expected a folder of images, found {found}; correct the path")
-    paths = sorted(_walk(folder))
+    others: Counter[str] = Counter()
+    paths = sorted(_walk(folder, others))
     if not paths:
         raise TrajOODError(
             f"image folder {folder}: expected at least one image ({' '.join(IMAGE_SUFFIXES)}), found none; "
             "fill the folder or correct the path"
         )
+    if others:
+        warnings.warn(left_out(folder, others), stacklevel=2)
     return FileImages(folder, tuple(paths), tuple(posixpath.join(prefix, path) for path in paths))
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Relative posix paths of the image files below ``folder``, in a fixed order."""
+def left_out(folder: str | Path, others: Counter[str]) -> str:
+    """What to say of files by suffix that are no images, the most frequent first."""
+    total, kinds = sum(others.values()), [f"{suffix or 'no suffix'} {n}" for suffix, n in others.most_common(5)]
+    more = ", …" if len(others) > len(kinds) else ""
+    return f"{folder}: left out {total} file(s) that are no images: {', '.join(kinds)}{more}"
+
+
+def suffix_of(name: str) -> str:
+    """The suffix by which files that are no images are counted, short and printable."""
+    suffix = posixpath.splitext(name)[1].lower()
+    return suffix if suffix.isprintable() and len(suffix) <= 12 else ".…"
+
+
+def _walk(folder: Path, others: Counter[str]) -> Iterator[str]:
+    """Relative posix paths of the image files below ``folder``, in a fixed order; ``others`` counts what is none."""
     seen: set[str] = set()
     for current, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(current)
@@ -338,8 +309,12 @@ def _walk(folder: Path) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(IMAGE_SUFFIXES):
                 yield Path(current, name).relative_to(folder).as_posix()
+            else:
+                others[suffix_of(name)] += 1
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -361,68 +336,6 @@ def inside_root(written: str, where: str) -> str:
     if path.split("/", 1)[0] == "..":
         raise TrajOODError(f"{where}: {written!r} leaves the image root through '..'; keep every path below the root")
     return path
-
-
-def _grey_or_rgb(image: Image.Image, path: Path) -> Image.Image:
-    """A loaded image of any mode as a plain 'L' or 'RGB' image."""
-    from PIL import Image
-
-    mode = image.mode
-    if mode in ("L", "RGB"):
-        return image.copy()
-    if mode == "1":
-        return image.convert("L")
-    if mode == "F":
-        raise TrajOODError(
-            f"{path}: expected an image of 8 or 16 bits per channel, got floating point; its range is unknown, so save "
-            "it as 8 or 16 bit"
-        )
-    if mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image), path))
-    if mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # same colours; going to RGB directly makes Pillow warn
-    return image.convert("RGB")
-
-
-def _to_8_bits(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """16-bit greyscale (H, W) of any integer dtype to uint8, rounded: 65535 / 255 = 257."""
-    low, high = int(pixels.min()), int(pixels.max())
-    if pixels.dtype.itemsize > 2 and 0 < high < 256 and low >= 0:
-        raise TrajOODError(
-            f"{path}: expected greyscale of 8 or 16 bits, got integers of 32 bits from {low} to {high}, which may be "
-            "meant as either; save it as 8 or 16 bit"
-        )
-    if low < 0 or high > 65535:
-        raise TrajOODError(
-            f"{path}: expected greyscale of 8 or 16 bits, got integers from {low} to {high}; save it as 8 or 16 bit"
-        )
-    return ((pixels.astype(np.int64) + 128) // 257).astype(np.uint8)
-
-
-def _too_large(where: str, size: str) -> TrajOODError:
-    return TrajOODError(
-        f"{where}: expected an image of at most {MAX_PIXELS} pixels, got {size}; scale it down or remove it "
-        "(decoding it could exhaust the memory)"
-    )
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those of ``FORMATS`` that this Pillow was built with; naming any other would be a KeyError."""
-    from PIL import Image
-
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _check_is_filled_file(path: Path) -> None:
-    if not path.exists():
-        raise TrajOODError(f"{path}: expected an image file, found nothing; restore it or take it out of the set")
-    if not path.is_file():  # reading from a pipe or a device could go on for ever
-        found = "a folder" if path.is_dir() else "a pipe or device"
-        raise TrajOODError(f"{path}: expected an image file, found {found}; give regular files")
-    if path.stat().st_size == 0:
-        raise TrajOODError(f"{path}: expected an image, found an empty file (0 bytes); restore it or remove it")
 
 
 def _is_filled_file(path: str) -> bool:

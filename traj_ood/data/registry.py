@@ -10,6 +10,7 @@ from pathlib import Path
 from traj_ood.data.benchmark import Benchmark
 from traj_ood.data.cifar10_local import load_cifar10_local
 from traj_ood.data.custom import load_custom
+from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.fashion import load_fashion
 from traj_ood.data.openood import load_openood
 from traj_ood.errors import unknown_name
@@ -83,7 +84,13 @@ _REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[[str | Path | None], Benchmar
 }
 
 
-def load_benchmark(name_or_yaml: str, root: str | Path | None = None, *, follow_links: bool = False) -> Benchmark:
+def load_benchmark(
+    name_or_yaml: str,
+    root: str | Path | None = None,
+    *,
+    follow_links: bool = False,
+    reading: Reading = AS_STORED,
+) -> Benchmark:
     """A benchmark by registered name, or from a path that ends in ``.yaml`` or ``.yml``.
 
     Args:
@@ -91,6 +98,7 @@ def load_benchmark(name_or_yaml: str, root: str | Path | None = None, *, follow_
         root: where the data lie; default: each benchmark's own places.
         follow_links: let image lists reach out of their roots by links. Default false, see
             :func:`traj_ood.data.read_image_list`.
+        reading: how image files become pixels: EXIF orientation and bit depth.
 
     Raises:
         TrajOODError: an unknown name (the nearest names are given), or data that are missing or malformed.
@@ -101,6 +109,7 @@ def load_benchmark(name_or_yaml: str, root: str | Path | None = None, *, follow_
         benchmark = _REGISTRY[name_or_yaml][1](root)
     else:
         raise unknown_name("benchmark", name_or_yaml, [*_REGISTRY, "a path to your own .yaml file"])
+    benchmark = benchmark.reading(reading) if reading != AS_STORED else benchmark
     return benchmark.following_links() if follow_links else benchmark
 
 

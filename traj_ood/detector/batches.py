@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.data.images import ImageSource, check_picture, open_image
+from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
+from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.preprocessing import Normalised, Pixels, check_images, prepare
 
@@ -28,6 +30,7 @@ IMAGE_KEYS = ("image", "img", "pixel_values", "data")
 LABEL_KEYS = ("label", "labels", "target")
 _BYTES = 2**27  # of pixels at a time; the latents of usual models are of about that size, too
 _MOST = 1024
+_DECODING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def batches(
     size: int | None = None,
     workers: int = 2,
     on_error: OnError = "raise",
+    reading: Reading = AS_STORED,
 ) -> Iterator[Batch]:
     """Read and prepare images, one batch ahead of the caller; no more than two batches are in memory.
 
@@ -98,6 +102,7 @@ def batches(
         workers: threads that read. Default 2. A Dataset is read by one, since its code need not be made for more.
         on_error: ``raise`` (default) or ``skip`` images that cannot be read, which are then in ``failures``. It is
             about reading: a tensor of the wrong shape or with NaN is always an error.
+        reading: how paths and Pillow images become pixels. Image files of a source have to be read so, too.
     Raises:
         TrajOODError: what cannot be read, or is no image.
     """
@@ -108,6 +113,11 @@ def batches(
     for name, value in (("batch size", size), ("workers", workers)):
         if value is not None and value < 1:
             raise TrajOODError(f"{name}: expected at least 1, got {value}")
+    if isinstance(images, FileImages) and Reading(images.exif, images.bit_depth) != reading:
+        raise TrajOODError(
+            f"images: expected files read with {reading}, as the detector's training images were, got "
+            f"exif={images.exif}, bit_depth={images.bit_depth}: read them in the same way"
+        )
     step = size or _default_size(autoencoder)
     ranges = [range(i, min(i + step, count)) for i in range(0, count, step)]
     if isinstance(images, Tensor | np.ndarray | Normalised):
@@ -121,7 +131,7 @@ def batches(
                 f"images: {len(missing)} of {count} files are absent or empty, first {missing[0]}: restore them, or "
                 "leave them out with on_error='skip' (--on-error skip)"
             )
-    return _read(autoencoder, images, ranges, workers, on_error)
+    return _read(autoencoder, images, ranges, workers, on_error, reading)
 
 
 def _default_size(autoencoder: Autoencoder) -> int:
@@ -160,13 +170,13 @@ def _loaded(autoencoder: Autoencoder, loader: Any) -> Iterator[Batch]:
 
 
 def _read(
-    autoencoder: Autoencoder, images: Any, ranges: list[range], workers: int, on_error: OnError
+    autoencoder: Autoencoder, images: Any, ranges: list[range], workers: int, on_error: OnError, reading: Reading
 ) -> Iterator[Batch]:
     foreign = has_own_labels(images)
 
     def one(index: int) -> tuple[Tensor, Any] | TrajOODError:
         try:
-            item, label = _item(images, index, foreign)
+            item, label = _item(images, index, foreign, reading)
             if isinstance(item, Image.Image):
                 return autoencoder.transform(item), label
             return prepare(autoencoder, item)[0], label
@@ -198,7 +208,7 @@ def _is_source(images: object) -> bool:
     return all(hasattr(images, name) for name in ("load", "ids", "missing"))
 
 
-def _item(images: Any, index: int, foreign: bool) -> tuple[Image.Image | Tensor | np.ndarray, Any]:
+def _item(images: Any, index: int, foreign: bool, reading: Reading) -> tuple[Image.Image | Tensor | np.ndarray, Any]:
     """Image ``index``, decoded, and its label where it has one."""
     if _is_source(images):
         return images.load(index), None
@@ -213,9 +223,10 @@ def _item(images: Any, index: int, foreign: bool) -> tuple[Image.Image | Tensor 
     else:
         item = images[index]
     if isinstance(item, str | Path):
-        return open_image(Path(item)), label
+        return open_image(Path(item), reading), label
     if isinstance(item, Image.Image):
-        return _plain(item, index), label
+        with _DECODING:  # the same picture may be in a list twice
+            return decode(item, f"images: the one at place {index}", reading), label
     if isinstance(item, Tensor | np.ndarray):
         if item.ndim != 3:
             raise TrajOODError(f"images: expected one image (C, H, W), got shape {tuple(item.shape)} at place {index}")
@@ -248,24 +259,3 @@ def _what(item: Any) -> str:
     if isinstance(item, Tensor | np.ndarray):
         return f"shape {tuple(item.shape)}"
     return f"keys {', '.join(map(str, item))}"[:80] if isinstance(item, Mapping) else f"a {type(item).__name__}"
-
-
-def _plain(image: Image.Image, index: int) -> Image.Image:
-    """As the reader of files makes it, which refuses the same: decoded, mode 'L' or 'RGB', alpha dropped."""
-    where = f"images: the one at place {index}"
-    check_picture(image, where)
-    if image.mode.startswith(("I", "F")):  # convert() would clip 16 bits to white
-        raise TrajOODError(
-            f"images: expected 8 bits per channel, got mode {image.mode!r} at place {index}: give its path, or scale "
-            "it to mode 'L'"
-        )
-    try:
-        image.load()  # one that was opened, but not decoded, may be cut off, or its file closed by now
-        if image.mode in ("L", "RGB"):
-            return image
-        if image.mode == "1":
-            return image.convert("L")
-        return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrajOODError(f"{where}: cannot be decoded ({reason}); replace it or leave it out") from error

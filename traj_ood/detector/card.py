@@ -71,6 +71,8 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
     if scorer["steps"]:
         steps = "1 step" if scorer["steps"] == 1 else f"at most {scorer['steps']} steps"
         rows["trajectories"] = f"{steps}, tolerance {settings['tol']:g} on the squared residual"
+    if training.get("reading"):
+        rows["image files"] = "read with " + ", ".join(f"{key} = {value}" for key, value in training["reading"].items())
     if training["list"]:
         rows["training list"] = f"sha256 `{training['list'][:16]}…`"
     health = training["attractors"]

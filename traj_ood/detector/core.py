@@ -17,6 +17,8 @@ from tqdm import tqdm
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.conformal import Calibration, check_count, images_needed
+from traj_ood.data.decoding import AS_STORED, Reading
+from traj_ood.data.images import FileImages
 from traj_ood.detector.batches import Batch, Images, OnError, batches, count_of, has_own_labels
 from traj_ood.detector.folder import Parts, read_detector, write_detector
 from traj_ood.detector.scorer import forget_fit, one_scorer
@@ -76,6 +78,7 @@ class Detector:
         calibration: None until :meth:`calibrate`.
         training: JSON-able facts of the fit, for the model card.
         batch_size, workers: of reading, see :func:`traj_ood.detector.batches`. They change time and memory, no result.
+        reading: how image files become pixels, a :class:`traj_ood.data.Reading`: as those of the training images did.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Detector:
         self.scorers, self.calibration = scorers, calibration
         self.training, self.batch_size, self.workers = dict(training), batch_size, workers
         self._seen = seen
+        self.reading = Reading(**self.training.get("reading", {}))
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -148,7 +152,8 @@ class Detector:
         count = count_of(images)
         scorers.check_training_size(count)
         classes = _classes(scorers, images, labels, count)
-        reading = batches(autoencoder, images, batch_size, workers, on_error)
+        files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages) else AS_STORED
+        reading = batches(autoencoder, images, batch_size, workers, on_error, files)
         with tqdm(total=count, desc=f"fit {scorers.labels[0]}", unit="img", delay=2, disable=quiet) as bar:
             found = _explore(scorers, reading, bar)
         dictionary = AttractorDictionary.concatenate(found.dictionaries) if found.dictionaries else None
@@ -166,6 +171,7 @@ class Detector:
             "classes": None if classes is None else len(classes.unique()),
             "list": images.digest() if hasattr(images, "digest") else None,
             "attractors": health,
+            **({"reading": files.options()} if files != AS_STORED else {}),
         }
         _warn_of_attractors(scorers, health)
         return cls(scorers, training=training, seen=torch.cat(found.seen), batch_size=batch_size, workers=workers)
@@ -280,7 +286,7 @@ class Detector:
         return self.calibration
 
     def _scored(self, images: Images, on_error: OnError = "raise") -> Iterator[tuple[Batch, Scored]]:
-        for batch in batches(self.autoencoder, images, self.batch_size, self.workers, on_error):
+        for batch in batches(self.autoencoder, images, self.batch_size, self.workers, on_error, self.reading):
             if batch.ids:
                 yield batch, self.scorers.score(Normalised(batch.images))
 

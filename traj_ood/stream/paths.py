@@ -10,12 +10,13 @@ Paths are text in which bytes that are not UTF-8 stand as lone surrogates (PEP 3
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from traj_ood.data.images import IMAGE_SUFFIXES, inside_root
+from traj_ood.data.images import IMAGE_SUFFIXES, inside_root, suffix_of
 from traj_ood.errors import TrajOODError
 
 _STDIN = "standard input"
@@ -42,7 +43,7 @@ class ByteStream(Protocol):
     def read(self, size: int = ..., /) -> bytes | None: ...
 
 
-def walk(folder: str, *, follow_links: bool = False) -> Iterator[Entry]:
+def walk(folder: str, *, follow_links: bool = False, others: Counter[str] | None = None) -> Iterator[Entry]:
     """Image files in and below ``folder``, by suffix, in the order of :func:`traj_ood.data.read_folder`.
 
     Hidden files and folders are passed over; each real folder is entered once, so a loop of links ends. A folder that
@@ -51,6 +52,7 @@ def walk(folder: str, *, follow_links: bool = False) -> Iterator[Entry]:
     Args:
         folder: where to start; may itself be a link.
         follow_links: also follow links to places outside ``folder``. Default: they are entries with an error.
+        others: counts by suffix the files that are no images, as they are met.
     """
     root = os.path.realpath(folder)
     seen = {_identity(root)}
@@ -75,6 +77,8 @@ def walk(folder: str, *, follow_links: bool = False) -> Iterator[Entry]:
         elif _has_image_suffix(item.name):
             found = True
             yield Entry(item.path)
+        elif others is not None:
+            others[suffix_of(item.name)] += 1
     if not found:
         yield Entry(folder, f"expected a folder with images ({' '.join(IMAGE_SUFFIXES)}), found none in it")
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.data.images import open_image
+from traj_ood.data.decoding import Reading, open_image
 from traj_ood.errors import TrajOODError
 from traj_ood.preprocessing import Normalised
 from traj_ood.stream.paths import Entry
@@ -120,7 +120,7 @@ def score_rows(
             raise TrajOODError(f"{name}: expected at least 1, got {value}")
 
     def load(entry: Entry) -> Tensor | str:
-        return _load(entry, detector.autoencoder.transform)
+        return _load(entry, detector.autoencoder.transform, detector.reading)
 
     for batch in _read_ahead(entries, load, size, workers, linger):
         rows = _judge(detector, batch)
@@ -128,12 +128,12 @@ def score_rows(
         yield rows
 
 
-def _load(entry: Entry, transform: Callable[..., Tensor]) -> Tensor | str:
+def _load(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> Tensor | str:
     """The prepared image (C, H, W), or the error in one line, without the path that the row names already."""
     if entry.error:
         return _line(entry.error, entry.path)
     try:
-        image = open_image(Path(entry.path))
+        image = open_image(Path(entry.path), reading)
     except TrajOODError as error:
         return _line(str(error), entry.path)
     try:
