@@ -266,7 +266,9 @@ def _expect_one_protocol(suite: Stored) -> None:
     for result, other in suite.runs[1:]:
         config = {k: v for k, v in result.config.items() if k != "model_options"}
         wanted = {k: v for k, v in first.config.items() if k != "model_options"}
-        tests = [{k: v for k, v in r.data.items() if v["role"] != "train"} for r in (result, first)]
+        tests = [
+            {k: (v["count"], v["sha256"]) for k, v in r.data.items() if v["role"] != "train"} for r in (result, first)
+        ]
         if config != wanted or tests[0] != tests[1]:
             different = [k for k in wanted if config.get(k) != wanted[k]] or ["data"]
             raise TrajOODError(

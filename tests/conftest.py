@@ -9,8 +9,13 @@ import os
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
-import pytest  # noqa: E402 (the threads come first)
+from collections.abc import Iterator  # noqa: E402 (the threads come first)
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from traj_ood.data import contents  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -32,3 +37,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     count = sum(NOT_RUN in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
     if count:
         terminalreporter.line(f"{count} slow tests were not run: make test-all")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_hashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes what this machine remembers of files; ``$TRAJ_OOD_DATA`` still says where it is."""
+    folder = tmp_path_factory.mktemp("hashes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contents, "cache_folder", lambda: Path(os.environ.get("TRAJ_OOD_DATA") or folder))
+        yield

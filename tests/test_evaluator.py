@@ -61,8 +61,8 @@ def done(place: Path) -> tuple[Evaluator, Result]:
 def test_folder_and_files(done: tuple[Evaluator, Result]) -> None:
     run, result = done
     assert run.folder.name == result.name == "tiny--mae--seed0"
-    names = ["attractors.safetensors", "curves.parquet", "gallery.safetensors", "result.json", "scores.parquet"]
-    assert sorted(p.name for p in run.folder.rglob("*")) == names
+    names = ["attractors.safetensors", "curves.parquet", "gallery.safetensors", "images.parquet", "result.json"]
+    assert sorted(p.name for p in run.folder.rglob("*")) == [*names, "scores.parquet"]
     assert Result.load(run.folder / "result.json") == result
 
 
@@ -169,7 +169,7 @@ def test_finished_run_returns_at_once(
 def test_other_settings_in_the_same_folder(
     done: tuple[Evaluator, Result], place: Path, changes: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(TrajOODError, match=f"tiny--mae--seed0: holds a run with {text}: choose another --out"):
+    with pytest.raises(TrajOODError, match=f"tiny--mae--seed0: holds a run with {text}: choose"):
         evaluator(place, place / "done", **changes).run()
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(traj_ood.__file__).parent
 # Folders count as one module; within a folder only cycles are forbidden.
 LAYERS = [
     ("errors",),
-    ("files", "device", "checkpoints", "weights", "preprocessing", "parallel"),
+    ("files", "device", "checkpoints", "weights", "preprocessing", "parallel", "provenance", "behaviour"),
     ("pretrained",),
     ("fixed_function", "trajectory"),
     ("engine",),
@@ -27,7 +27,7 @@ LAYERS = [
     ("attractors",),
     ("postprocessors",),
     ("data", "metrics", "parts", "packing", "conformal", "verdict"),
-    ("scoring", "curves", "results", "features", "training"),
+    ("scoring", "curves", "results", "features", "training", "snapshot"),
     ("leaderboard", "plots", "model_card", "compare", "gallery"),
     ("detector",),
     ("train_classifier", "fit_surrogate", "report", "export", "stream"),

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,8 +24,10 @@ from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateAutoencoder
+from traj_ood.behaviour import agree, answers, transform_digest
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import Benchmark, Split, preflight
+from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.features import FeatureCache
 from traj_ood.files import alone_in, empty_folder, write_atomic
@@ -36,8 +39,10 @@ from traj_ood.metrics import bootstrap, check_scores, compute_metrics
 from traj_ood.parallel import Team
 from traj_ood.parts import Part, PartFolder
 from traj_ood.postprocessors import Evidence
+from traj_ood.provenance import code_digest
 from traj_ood.results import FILE_NAME, Result, ScorerResult, SetScore, environment, git_commit
 from traj_ood.scoring import Precision, ScorerSet, join_evidence
+from traj_ood.snapshot import Snapshot
 from traj_ood.trajectory import Status
 from traj_ood.verdict import (
     Facts,
@@ -51,9 +56,11 @@ from traj_ood.verdict import (
 )
 
 OnError = Literal["raise", "skip"]
+OnDuplicates = Literal["error", "warn"]
 _LATENT_BYTES = 2**28
 _MAX_BATCH = 2048
 _SEEN = 200  # ID images whose reconstruction is looked at: a share of their variance is known to a few percent
+_FEW_COPIES = 0.01  # share of a split; CIFAR and ImageNet hold a few images twice, and stay usable
 _MOST_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seems to hang
 
 
@@ -113,6 +120,9 @@ class Evaluator:
         cache: where a surrogate's backbone keeps its features; default: nowhere. It changes time, not results.
         team: the processes that share the work, see :meth:`traj_ood.parallel.Team.join`; default: this one alone.
             Each builds its own evaluator of the same settings, and ``out`` is a folder that all of them see.
+        on_duplicates: ``error`` or ``warn`` of images that two splits share by content (see
+            :meth:`traj_ood.data.Benchmark.copies`). The default warns of up to 1 % of a split and refuses more: real
+            data sets hold a few images twice; a test set that was trained on says nothing. The result counts them.
         pictures: keep what a report shows (:mod:`traj_ood.gallery`: some images of the benchmark, made small). It
             takes seconds and changes no result; a finished run without them gets them when it is run again.
     """
@@ -129,6 +139,7 @@ class Evaluator:
     cache: FeatureCache | None = None
     team: Team = field(default_factory=Team)
     pictures: bool = True
+    on_duplicates: OnDuplicates | None = None
     _seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +147,8 @@ class Evaluator:
         _at_least("workers", self.workers, 1)
         if self.batch_size is not None:
             _at_least("batch size", self.batch_size, 1)
+        if self.on_duplicates not in (None, *get_args(OnDuplicates)):
+            raise unknown_name("value of on_duplicates", str(self.on_duplicates), get_args(OnDuplicates))
         self.sample = bench.subsample(
             train=config.attractors if config.attractors is not None else _protocol(bench),
             per_set=config.per_set if config.per_set is not None else bench.test_size,
@@ -160,19 +173,25 @@ class Evaluator:
     def run(self, fresh: bool = False) -> Result:
         """Compute what is missing, write everything, and return the result; a finished run is returned as it is.
 
+        A finished run is known by its images' contents, its model and its settings. One that other code of this package
+        has made is returned, too, with a warning that says so; an unfinished one is refused.
+
         Args:
-            fresh: discard what an earlier run left in the folder.
+            fresh: discard what an earlier run left in the folder, and believe no cache: images are hashed and features
+                extracted anew.
         Raises:
-            TrajOODError: bad data, a folder that cannot be written, one that holds a run with other settings or where
-                another run is at work, more processes than images, or a process that failed (see
+            TrajOODError: bad data, images that two splits share (see ``on_duplicates``) or that change during the run,
+                a folder that cannot be written, one that holds a run of other images, settings or code or where another
+                run is at work, more processes than images, or a process that failed (see
                 :meth:`traj_ood.parallel.Team.together`).
+        Warns:
+            UserWarning: images that two splits share, or a finished run that other code has made.
         """
         # The main process speaks for its team: a second team would mix its batches with ours, or discard them.
         alone = alone_in(self.folder) if self.team.is_main else nullcontext()
         with self.team.together(), alone:
             self._refuse_idle_processes()
-            identity = self._identity()
-            batch_sizes = self.team.main_first(lambda: self._open(identity, fresh))
+            identity, batch_sizes = self.team.main_first(lambda: self._open(fresh))
             result = None if batch_sizes is None else self._compute(identity, batch_sizes)
             result = result or Result.load(self.folder / FILE_NAME)
             self._add_pictures(result)
@@ -197,25 +216,70 @@ class Evaluator:
                 f"most {len(smallest.images)}; start fewer processes"
             )
 
-    def _open(self, identity: dict[str, Any], fresh: bool) -> dict[str, int] | None:
-        """The batch size of each split, those of the unfinished run if there is one; None for a finished run."""
-        if fresh and self.team.is_main:
-            empty_folder(self.folder, first=FILE_NAME)  # the result says that the rest is there
+    def _open(self, fresh: bool) -> tuple[dict[str, Any], dict[str, int] | None]:
+        """Identity, and the batch size of each split, those of the unfinished run if there is one; None for a finished
+        run."""
+        if fresh:
+            if self.team.is_main:
+                empty_folder(self.folder, first=FILE_NAME)  # the result says that the rest is there
+            if self.cache is not None:
+                self.cache.distrust()
+        self._snapshot = Snapshot(self.sample.splits(), fresh=fresh and self.team.is_main)
+        identity = self._identity()
         finished = self.folder / FILE_NAME
         if finished.is_file():
-            self._refuse_other(identity, _identity_of(Result.load(finished)))
-            return None
+            self._check_finished(identity, Result.load(finished))
+            return identity, None
         if self.team.is_main:
             self._check_images()
+            self._check_copies()
         elif not self.parts.is_open():
             raise TrajOODError(
                 f"{self.folder}: process {self.team.rank} does not see what the main process wrote there: expected "
                 "--out to be one folder that all processes share"
             )
-        stored = self.parts.open({**identity, "batch_sizes": self._batch_sizes()})
+        mine = {**identity, "code": code_digest()}
+        stored = self.parts.open({**mine, "batch_sizes": self._batch_sizes()})
         batch_sizes = stored.pop("batch_sizes")
-        self._refuse_other(identity, stored)
-        return batch_sizes
+        if self.team.is_main and self._are_repaired(mine, stored, batch_sizes):
+            stored = mine
+            self.parts.claim({**mine, "batch_sizes": batch_sizes})
+        self._refuse_other(mine, stored)
+        if self.team.is_main:
+            self._snapshot.save(self.folder)
+        return identity, batch_sizes
+
+    def _are_repaired(self, mine: dict[str, Any], stored: dict[str, Any], batch_sizes: dict[str, int]) -> bool:
+        """Whether all that differs are images that no part was made of, such as the damaged one that ended the run."""
+        changed = self._snapshot.changed(self.folder)
+        lists = [{name: split["sha256"] for name, split in some["data"].items()} for some in (mine, stored)]
+        other = [key for key in mine if key != "data" and _comparable(mine[key], stored[key]) != stored[key]]
+        if not changed or not any(changed.values()) or lists[0] != lists[1] or other:
+            return False
+        places = ((name, i // size * size) for name, size in batch_sizes.items() for i in changed[name])
+        return not any(self.parts.has(name, start) for name, start in places)
+
+    def _check_finished(self, identity: dict[str, Any], result: Result) -> None:
+        """Refuse a run of something else; say when it is one of other code, whose numbers these are then."""
+        self._refuse_other(identity, _identity_of(result))
+        if result.versions.get("code") != code_digest() and self.team.is_main:
+            version = f"traj_ood {result.versions.get('traj_ood')}, commit {(result.commit or 'unknown')[:12]}"
+            warnings.warn(
+                f"{self.folder}: a finished run that other code has made ({version}): these are its numbers; --fresh "
+                "computes them with the code that is installed",
+                stacklevel=4,
+            )
+
+    def _check_copies(self) -> None:
+        found = self.sample.copies()
+        bad = [c for c in found if self.on_duplicates == "error" or c.count > _FEW_COPIES * c.total]
+        if bad and self.on_duplicates != "warn":
+            raise TrajOODError(
+                f"benchmark {self.benchmark.name!r}: {'; '.join(map(str, bad))}: take them out of one of the two, or "
+                "run it all the same with --on-duplicates warn"
+            )
+        for copies in found:
+            warnings.warn(f"benchmark {self.benchmark.name!r}: {copies}", stacklevel=4)
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must share to be one run."""
@@ -226,29 +290,38 @@ class Evaluator:
             "per_set": self.config.per_set if self.config.per_set is not None else self.benchmark.test_size,
             "model_options": self.autoencoder.options(),
         }
-        return json.loads(
-            json.dumps(
-                {
-                    "benchmark": self.benchmark.name,
-                    "model": {
-                        "name": self.autoencoder.name,
-                        "family": self.autoencoder.family,
-                        "fingerprint": self.autoencoder.fingerprint(),
-                        "parameters": self.autoencoder.parameter_count(),
-                    },
-                    "config": config,
-                    "seed": self.config.seed,
-                    "data": self.sample.digests(),
-                }
-            )
-        )
+        data = self.sample.digests()
+        for copies in self.sample.copies():
+            data[copies.second].setdefault("copies", {})[copies.first] = copies.count
+        model = {
+            "name": self.autoencoder.name,
+            "family": self.autoencoder.family,
+            "fingerprint": self.autoencoder.fingerprint(),
+            "parameters": self.autoencoder.parameter_count(),
+            "transform": transform_digest(self.autoencoder.transform),
+        }
+        if _is_own_code(self.autoencoder):
+            model["answers"] = answers(self._answer, self.autoencoder.input_shape)
+        identity = {"benchmark": self.benchmark.name, "model": model, "config": config, "seed": self.config.seed}
+        return json.loads(json.dumps({**identity, "data": data}))
+
+    def _answer(self, images: Tensor) -> Tensor:
+        """What the model makes of images: where trajectories start, and one step."""
+        model = self.autoencoder
+        start = model.examine(images).latents
+        with torch.inference_mode():
+            step = apply_in_chunks(model.self_map, start, model.chunk)
+        return torch.cat([start.flatten(1), step.flatten(1)], dim=1)
 
     def _refuse_other(self, mine: dict[str, Any], other: dict[str, Any]) -> None:
+        mine = {key: _comparable(value, other.get(key)) for key, value in mine.items()}
         different = [key for key in mine if mine[key] != other.get(key)]
         if different:
+            changed = self._snapshot.changed(self.folder) if "data" in different else None
+            words = f" ({self._snapshot.words(changed)})" if changed and any(changed.values()) else ""
             raise TrajOODError(
-                f"{self.folder}: holds a run with another {', '.join(different)}: choose another --out, or discard it "
-                "with --fresh"
+                f"{self.folder}: holds a run with another {', '.join(different)}{words}: choose another --out, or "
+                "discard it with --fresh"
             )
 
     def _check_images(self) -> None:
@@ -305,6 +378,7 @@ class Evaluator:
                 part = self.parts.load(split.name, indices.start)
                 if part is None:
                     part = compute(split, indices, bar)
+                    self._snapshot.check(split, indices)
                     self.parts.save(split.name, indices.start, part)
                 bar.set_done(indices.stop)
                 pieces[indices.start] = part
@@ -457,6 +531,8 @@ class Evaluator:
         """What a finished run lacks because it is older than pictures, or was run without them."""
         scores, attractors = self.folder / "scores.parquet", self.folder / "attractors.safetensors"
         if not (self.pictures and self.team.is_main and scores.is_file()) or self._gallery.is_file():
+            return
+        if result.versions.get("code") != code_digest():  # what this code draws need not be what that one measured
             return
         dictionary = AttractorDictionary.load(attractors) if attractors.is_file() else None
         self._keep_pictures(pd.read_parquet(scores), result.scorers, dictionary)
@@ -613,6 +689,23 @@ def _dictionary_of(part: Part) -> AttractorDictionary:
 def _mean_cost(label: str, pieces: list[Part]) -> float:
     weights = np.array([len(p.ids) for p in pieces], dtype=float)
     return float(np.average([p.notes["f_evaluations"][label] for p in pieces], weights=weights))
+
+
+def _is_own_code(model: Autoencoder) -> bool:
+    """Whether the model, or the backbone under it, is a user's callable, which weights and options do not tell of."""
+    backbone = model.backbone if isinstance(model, SurrogateAutoencoder) else None
+    return model.family == "custom" or (backbone is not None and backbone.library == "custom")
+
+
+def _comparable(mine: Any, other: Any) -> Any:
+    """``mine`` as ``other`` may hold it: without what older results do not record, and with the same answers where they
+    are equal but for rounding."""
+    if not isinstance(mine, dict) or not isinstance(other, dict):
+        return mine
+    if "answers" in mine and agree(other.get("answers"), mine["answers"]):
+        mine = {**mine, "answers": other["answers"]}
+    newer = {"transform", "answers", "contents", "copies"} - other.keys()
+    return {key: _comparable(value, other.get(key)) for key, value in mine.items() if key not in newer}
 
 
 def _identity_of(result: Result) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from traj_ood.backbones import Backbone, Features
+from traj_ood.behaviour import agree, answers, transform_digest
 from traj_ood.data import ImageSource
+from traj_ood.data.images import check_unchanged
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
+from traj_ood.provenance import code_digest
 
 Failures = list[dict[str, str]]
 Read = Callable[[range], tuple[tuple[str, ...], Tensor, Failures]]
@@ -31,11 +34,10 @@ IDENTITY = "cache.json"
 class FeatureCache:
     """``folder/<backbone>-<images>/``: cache.json, which says whose features these are, and one file per block.
 
-    The key is the backbone's fingerprint (weights, transform, pooling) and the digest of the list of images, and both
-    stand in cache.json in full. Blocks are the same whatever the caller's batches, and a row of features never depends
-    on its batch; so two processes that fill one cache write the same bytes, and each block is whole or absent.
-
-    A digest of files covers names and labels, not bytes: delete the cache after changing images in place.
+    The key is the backbone's fingerprint (weights, options), what its transform does, and the digest of the images'
+    contents, and all of them stand in cache.json in full. A block that other code of this package has written counts as
+    absent. Blocks are the same whatever the caller's batches, and a row of features never depends on its batch; so two
+    processes that fill one cache write the same bytes, and each block is whole or absent.
 
     Args:
         folder: made when the first block is written.
@@ -43,7 +45,12 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
+        self._own: set[Path] | None = None
         self._recent: tuple[Backbone, ImageSource, _Store] | None = None
+
+    def distrust(self) -> None:
+        """From now on believe only blocks that this object writes from now on."""
+        self._own, self._recent = set(), None
 
     def extract(
         self, backbone: Backbone, images: ImageSource, indices: range, read: Read
@@ -60,7 +67,7 @@ class FeatureCache:
             None in place of features when no image could be read.
         Raises:
             TrajOODError: indices outside the list, a cache of something else, a damaged file, an unwritable folder,
-                or what ``read`` raises.
+                images that changed since the first call, or what ``read`` raises.
         """
         if indices.step != 1 or (len(indices) and not 0 <= indices.start <= indices.stop <= len(images)):
             raise TrajOODError(f"features: expected consecutive indices within {len(images)} images, got {indices}")
@@ -79,7 +86,7 @@ class FeatureCache:
     def _store(self, backbone: Backbone, images: ImageSource) -> _Store:
         """The store of the last call when it is asked for again: hashing weights and pixels takes a while."""
         if self._recent is None or self._recent[0] is not backbone or self._recent[1] is not images:
-            self._recent = (backbone, images, _Store(self._folder, backbone, images))
+            self._recent = (backbone, images, _Store(self._folder, backbone, images, self._own))
         return self._recent[2]
 
 
@@ -103,21 +110,27 @@ class _Block:
 
 
 class _Store:
-    """The blocks of one backbone over one list of images."""
+    """The blocks of one backbone over one list of images.
 
-    def __init__(self, folder: Path, backbone: Backbone, images: ImageSource) -> None:
-        self._backbone, self._images = backbone, images
+    Args:
+        own: blocks that alone are believed, to which those written here are added; None believes all.
+    """
+
+    def __init__(self, folder: Path, backbone: Backbone, images: ImageSource, own: set[Path] | None) -> None:
+        self._backbone, self._images, self._own = backbone, images, own
+        self._contents = images.contents()
         self._identity: dict[str, Any] = {
             "backbone": backbone.name,
             "fingerprint": backbone.fingerprint(),
             "options": backbone.options(),
+            "transform": transform_digest(backbone.transform),
             "feature_dim": backbone.feature_dim,
             "classes": backbone.classes,
             "images": images.digest(),
             "count": len(images),
             "block": BLOCK,
         }
-        key = (self._identity["fingerprint"], self._identity["images"])
+        key = (self._identity[name] for name in ("fingerprint", "images", "transform"))
         self._folder = folder / "-".join(part[:16] for part in key)
         self._recent: tuple[int, _Block] | None = None
         self._claim()
@@ -126,11 +139,12 @@ class _Store:
         """Write cache.json, or check that the one that is there says the same."""
         path = self._folder / IDENTITY
         mine = json.loads(json.dumps(self._identity, default=str))
+        said = backbone_answers(self._backbone)
         if not path.is_file():
             strangers = sorted(self._folder.glob("*.safetensors"))
             if strangers and not path.is_file():  # another process may have written it meanwhile
                 raise TrajOODError(f"{strangers[0]}: features without {IDENTITY} beside them: delete {self._folder}")
-            write_atomic(path, (json.dumps(mine, indent=2, sort_keys=True) + "\n").encode())
+            write_atomic(path, (json.dumps({**mine, "answers": said}, indent=2, sort_keys=True) + "\n").encode())
             return
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -144,16 +158,26 @@ class _Store:
                 f"{path}: holds features of backbone {_short(stored)}, expected those of {_short(mine)} (other "
                 f"{', '.join(different)}): choose another cache folder, or delete {self._folder}"
             )
+        if said is not None and not agree(stored.get("answers"), said):
+            raise TrajOODError(
+                f"{path}: holds features of a backbone with the name {mine['backbone']!r} and the weights of this one "
+                f"that computes something else of them: give this one another name, or delete {self._folder}"
+            )
 
     def block(self, number: int, read: Read) -> _Block:
         if self._recent is not None and self._recent[0] == number:
             return self._recent[1]
         path = self._folder / f"{number * BLOCK:08d}.safetensors"
         indices = range(number * BLOCK, min((number + 1) * BLOCK, len(self._images)))
-        block = self._load(path, indices) if path.is_file() else self._extract(path, indices, read)
+        block = self._load(path, indices) if self._is_believed(path) else None
+        if block is None:
+            block = self._extract(path, indices, read)
         if not block.failures:
             self._recent = (number, block)
         return block
+
+    def _is_believed(self, path: Path) -> bool:
+        return path.is_file() and (self._own is None or path in self._own)
 
     def _extract(self, path: Path, indices: range, read: Read) -> _Block:
         ids: list[str] = []
@@ -170,16 +194,22 @@ class _Store:
         widths = (self._backbone.feature_dim, self._backbone.classes)
         features, logits = (torch.cat([torch.empty(0, w), *c]) for w, c in zip(widths, columns, strict=True))
         block = _Block(tuple(ids), features, logits, failures)
+        check_unchanged(self._images, indices, self._contents)
         if not failures:
             tensors = {"features": features, "logits": logits}
-            header = {"ids": json.dumps(ids), "sha256": _checksum(features, logits)}
+            header = {"ids": json.dumps(ids), "sha256": _checksum(features, logits), "code": code_digest()}
             write_atomic(path, save(tensors, metadata=header))
+            if self._own is not None:
+                self._own.add(path)
         return block
 
-    def _load(self, path: Path, indices: range) -> _Block:
+    def _load(self, path: Path, indices: range) -> _Block | None:
+        """The block, or None where other code has written it."""
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata()
+                if header.get("code") != code_digest():
+                    return None
                 features, logits = file.get_tensor("features"), file.get_tensor("logits")
             ids = tuple(json.loads(header["ids"]))
             whole = header["sha256"] == _checksum(features, logits)
@@ -195,9 +225,21 @@ class _Store:
         return _Block(ids, features, logits, [])
 
 
+def backbone_answers(backbone: Backbone) -> list[float | None] | None:
+    """What a backbone of the user's own answers, which nothing else tells of its code; None for the libraries'."""
+    if backbone.library != "custom":
+        return None
+
+    def joint(images: Tensor) -> Tensor:
+        found = backbone.extract(images)
+        return found.features if found.logits is None else torch.cat([found.features, found.logits], dim=1)
+
+    return answers(joint, backbone.input_shape)
+
+
 def _short(identity: dict[str, Any]) -> str:
     fingerprint, images = (str(identity.get(key))[:12] for key in ("fingerprint", "images"))
-    return f"{identity.get('backbone')} ({fingerprint}) over the list {images}"
+    return f"{identity.get('backbone')} ({fingerprint}) over the images {images}"
 
 
 def _checksum(*tensors: Tensor) -> str:

@@ -22,12 +22,15 @@ from tqdm import tqdm
 from traj_ood.attractors import Health
 from traj_ood.autoencoders.surrogate import Activation, SurrogateAutoencoder, SurrogateNetwork, check_features
 from traj_ood.backbones import Backbone, Features, load_backbone
+from traj_ood.behaviour import agree, transform_digest
 from traj_ood.data import Benchmark, ImageSource, preflight
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.fashion_mnist import cache_folder
+from traj_ood.data.images import FileImages
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.features import BLOCK, FeatureCache
+from traj_ood.features import BLOCK, FeatureCache, backbone_answers
 from traj_ood.files import write_atomic
+from traj_ood.provenance import code_digest
 from traj_ood.results import environment, git_commit
 from traj_ood.scoring import ScorerSet
 
@@ -187,14 +190,15 @@ def surrogate_for(
         backbone: a spec such as ``timm:resnet18`` (see :func:`traj_ood.backbones.load_backbone`), or a backbone.
         benchmark: its training split alone is read.
         out: features go to ``out/features``, the surrogate to a folder of ``out/surrogates`` that is named after the
-            backbone's fingerprint, the list of images, recipe and seed. Default: ``$TRAJ_OOD_DATA``, or
-            ``~/.cache/traj_ood``.
+            backbone's fingerprint and transform, the images' contents, recipe and seed; one that other code of this
+            package has trained is trained again. Default: ``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``.
         recipe, seed, quiet: see :func:`fit_surrogate`.
         workers: threads that read images.
         on_error: ``raise`` (default) or ``skip`` images that cannot be read.
         limit: most training images; a larger split is sampled, the same whatever the seed. Default 50,000.
         device: where backbone and surrogate run. Default: where the backbone is.
-        fresh: train again even when a finished surrogate or a checkpoint is there; features stay cached.
+        fresh: train again even when a finished surrogate or a checkpoint is there, on features that are extracted
+            again of images that are hashed again.
     Raises:
         TrajOODError: see :func:`fit_surrogate`; also images that are missing or cannot be read, damaged files in
             ``out``, and impossible arguments.
@@ -214,23 +218,40 @@ def surrogate_for(
     _check_count(backbone, len(images))
     if len(images) > limit:
         images = images.select(sample_indices(len(images), limit, _SAMPLE_SEED, f"surrogate/{benchmark.train.name}"))
+    if fresh and isinstance(images, FileImages):
+        images.contents(fresh=True)
     data = {
         "benchmark": benchmark.name,
         "split": benchmark.train.name,
         "count": len(images),
         "sha256": images.digest(),
     }
-    folder = root / "surrogates" / _folder_name(backbone, [data["sha256"], asdict(recipe), seed])
+    transform = transform_digest(backbone.transform)
+    folder = root / "surrogates" / _folder_name(backbone, [data["sha256"], transform, asdict(recipe), seed])
     if not fresh and (folder / "training.json").is_file():
         model = SurrogateAutoencoder.from_pretrained(folder, backbone)
-        if on_error == "skip" or not model.record.get("data", {}).get("skipped"):
+        if _is_wanted(model, on_error):
             _warn(model)
-            return model  # else it was made without images that the caller wants read or reported
+            return model
     if on_error == "raise":
         preflight(benchmark)
-    features, failures = _extract(backbone, images, FeatureCache(root / "features"), workers, on_error, quiet)
+    cache = FeatureCache(root / "features")
+    if fresh:
+        cache.distrust()
+    features, failures = _extract(backbone, images, cache, workers, on_error, quiet)
     data |= {"skipped": len(failures)}
     return fit_surrogate(backbone, features, recipe, seed=seed, out=folder, data=data, fresh=fresh, quiet=quiet)
+
+
+def _is_wanted(model: SurrogateAutoencoder, on_error: str) -> bool:
+    """Whether a finished surrogate is what training would give now: made by this code, of this backbone's answers, and
+    not without images that the caller wants read or reported."""
+    record, own = model.record, backbone_answers(model.backbone)
+    return (
+        record.get("versions", {}).get("code") == code_digest()
+        and (own is None or agree(record.get("backbone", {}).get("answers"), own))
+        and (on_error == "skip" or not record.get("data", {}).get("skipped"))
+    )
 
 
 def surrogate_health(model: SurrogateAutoencoder, features: Tensor, *, seed: int = 0, quiet: bool = True) -> Health:
@@ -274,6 +295,7 @@ class _Run:
             "seed": seed,
             "backbone": model.backbone_fingerprint,
             "features": _digest(features) if out is not None else "",
+            "code": code_digest(),
         }
 
     # ------------------------------------------------------------------ where it stands
@@ -474,7 +496,11 @@ def _record(
     health = surrogate_health(model, features[run.rows], seed=run.seed, quiet=quiet).as_dict()
     return {
         "name": model.name,
-        "backbone": {"name": model.backbone.name, "fingerprint": model.backbone_fingerprint},
+        "backbone": {
+            "name": model.backbone.name,
+            "fingerprint": model.backbone_fingerprint,
+            "answers": backbone_answers(model.backbone),
+        },
         "network": model.network.geometry(),
         "recipe": run.identity["recipe"],
         "input_noise": run.recipe.noise(model.feature_dim),

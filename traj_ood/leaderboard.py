@@ -7,7 +7,7 @@ scorer options and test images (by hash). Everything else gets a row of its own 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,14 +191,27 @@ def update_readme(readme_path: str | Path, markdown: str) -> None:
 # ---------------------------------------------------------------------------------------------- grouping
 
 
-def _run_identity(result: Result) -> dict[str, str]:
+def _run_identity(result: Result, ambiguous: Set[str]) -> dict[str, str]:
     """What runs must share to be compared or averaged, flat, as text by dotted name.
 
-    The seed is left out, and what no score depends on: which other scorers ran, and the bootstrap's resamples.
+    The seed is left out, and what no score depends on: which other scorers ran, and the bootstrap's resamples. Images
+    are those of one list, and of one content where a list is ``ambiguous``: older results hold only the list.
     """
     config = {key: value for key, value in result.config.items() if key not in ("seed", "scorers", "resamples")}
-    tests = {name: data["sha256"] for name, data in result.data.items() if data["role"] in ("test", "near", "far")}
+    tests = {
+        name: data.get("contents", data["sha256"]) if data["sha256"] in ambiguous else data["sha256"]
+        for name, data in result.data.items()
+        if data["role"] in ("test", "near", "far")
+    }
     return _flat({"model": result.model["fingerprint"], "config": config, "data": tests})
+
+
+def _ambiguous_lists(results: Sequence[Result]) -> set[str]:
+    """Lists of images that stand for several contents: the same names, other pictures."""
+    contents: dict[str, set[str]] = {}
+    for data in (data for result in results for data in result.data.values() if "contents" in data):
+        contents.setdefault(data["sha256"], set()).add(data["contents"])
+    return {listed for listed, found in contents.items() if len(found) > 1}
 
 
 def _scorer_identity(scorer: ScorerResult) -> dict[str, str]:
@@ -224,11 +237,12 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
     """
     if not results:
         raise TrajOODError("leaderboard: expected at least 1 result, got 0; run `traj-ood bench` first")
+    ambiguous = _ambiguous_lists(results)
     members: dict[str, list[Result]] = {}
     runs: dict[tuple[str, ...], list[dict[str, str]]] = {}  # identities by (benchmark, model)
     scorers: dict[tuple[str, ...], list[dict[str, str]]] = {}  # identities by (benchmark, model, scorer)
     for result in results:
-        place, run = (result.benchmark, result.model["name"]), _run_identity(result)
+        place, run = (result.benchmark, result.model["name"]), _run_identity(result, ambiguous)
         runs.setdefault(place, []).append(run)
         for name, scorer in result.scorers.items():
             own = _scorer_identity(scorer)
@@ -299,6 +313,7 @@ def render_markdown(results: Sequence[Result], *, columns: Sequence[str] = DEFAU
         here = sets[(sets["benchmark"] == benchmark) & (sets["model"] == model)]
         parts.append(f"### {benchmark} · {model}")
         parts += _means_table(rows, columns)
+        parts += _copies([r for r in results if (r.benchmark, r.model["name"]) == (benchmark, model)])
         parts.append("AUROC by OOD set:")
         parts.append(_sets_table(rows, here))
     return "\n\n".join([*parts, *_NOTES]) + "\n"
@@ -326,6 +341,19 @@ def _means_table(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
         for number, reason in enumerate(reasons, 1)
     ]
     return [_table(header, lines), *footnotes]
+
+
+def _copies(results: Sequence[Result]) -> list[str]:
+    """A line for each two splits that share images by content: the most that one of the runs has found."""
+    most: dict[tuple[str, str], tuple[int, int]] = {}
+    for result in results:
+        for name, data in result.data.items():
+            for other, count in data.get("copies", {}).items():
+                most[name, other] = max(most.get((name, other), (0, 0)), (count, data["count"]))
+    return [
+        f"⚠ {count} of {total} images of `{name}` are copies of images of `{other}`."
+        for (name, other), (count, total) in most.items()
+    ]
 
 
 def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> str:

@@ -53,8 +53,20 @@ class PartFolder:
             if not isinstance(stored, dict) or stored.keys() != identity.keys():
                 raise TrajOODError(f"{path}: damaged or of another version: discard the unfinished run with --fresh")
             return stored
-        write_atomic(path, json.dumps(identity, indent=2, sort_keys=True).encode())
+        self.claim(identity)
         return json.loads(json.dumps(identity))
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Say whose parts these are, whatever was said before.
+
+        Raises:
+            TrajOODError: the folder cannot be written.
+        """
+        write_atomic(self._folder / "run.json", json.dumps(identity, indent=2, sort_keys=True).encode())
+
+    def has(self, split: str, start: int) -> bool:
+        """Whether that batch has been computed."""
+        return self._path(split, start).is_file()
 
     def save(self, split: str, start: int, part: Part) -> None:
         header = {k: json.dumps(getattr(part, k)) for k in ("ids", "failures", "notes")}

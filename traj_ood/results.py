@@ -22,6 +22,7 @@ from typing import Any
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.metrics import METRIC_NAMES, Metrics, mean_metrics
+from traj_ood.provenance import code_digest
 
 SCHEMA = 1
 FILE_NAME = "result.json"
@@ -81,7 +82,9 @@ class ScorerResult:
 class Result:
     """Everything one run says about itself; see ``results/README.md`` for each key.
 
-    ``model`` holds at least ``name`` and ``fingerprint``; ``data`` maps a split to ``{role, count, sha256}``;
+    ``model`` holds at least ``name`` and ``fingerprint``; ``data`` maps a split to ``{role, count, sha256}``,
+    since content digests also ``contents`` and, where there are any, ``copies``: how many of its images another split
+    holds, too;
     ``dictionary`` holds the health figures of the attractors with at least ``healthy`` (bool) and ``warnings``
     (list of str); ``failures`` lists ``{id, error}`` of images that could not be scored; ``created`` is ISO 8601 in
     UTC; ``seconds`` are wall-clock times by stage.
@@ -271,12 +274,13 @@ def environment() -> dict[str, str]:
     """Versions of what can change a number, by name, from package metadata: nothing heavy is imported.
 
     ``faiss`` names the installed package and its version, or ``none`` (the torch index then does the search);
-    ``threads`` is OMP_NUM_THREADS where set, else the number of CPUs.
+    ``threads`` is OMP_NUM_THREADS where set, else the number of CPUs; ``code`` is :func:`code_digest`.
     """
     faiss = [f"{name} {_version(name)}" for name in _FAISS_PACKAGES if _version(name) != "none"]
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
+        "code": code_digest(),
         "faiss": " + ".join(faiss) or "none",
         "platform": f"{sys.platform} {platform.machine()}",
         "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1),

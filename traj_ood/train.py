@@ -124,7 +124,7 @@ def _finish(config: TrainConfig, run: _Run, benchmark: Benchmark, seconds: float
         "log": run.log,
         "parameters": model.parameter_count(),
         "fingerprint": model.fingerprint(),
-        "data": {benchmark.train.name: benchmark.digests()[benchmark.train.name]},
+        "data": {benchmark.train.name: benchmark.train.digests()},
         "health": health,
         "validation_loss": _validation_loss(model, benchmark.val),
         "commit": git_commit(Path(__file__).parent),

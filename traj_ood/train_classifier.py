@@ -183,7 +183,7 @@ def _record(
         "feature_dim": backbone.feature_dim,
         "input": backbone.options(),
         "fingerprint": backbone.fingerprint(),
-        "data": {benchmark.train.name: benchmark.digests()[benchmark.train.name]},
+        "data": {benchmark.train.name: benchmark.train.digests()},
         "accuracy": measured,
         "commit": git_commit(Path(__file__).parent),
         "versions": {**environment(), "timm": version("timm")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import warnings
@@ -266,19 +267,28 @@ def test_missing_lists_absent_and_empty_files(tmp_path: Path) -> None:
     assert images.select([0]).missing() == []
 
 
-def test_file_digest_follows_the_list_and_not_the_machine(tmp_path: Path) -> None:
-    images = FileImages(tmp_path, ("a.jpg", "b.jpg"), ("a.jpg", "b.jpg"), ("0", "1"))
-    same = FileImages(tmp_path / "elsewhere", images.paths, images.ids, images.labels)
-    others = [
-        FileImages(tmp_path, ("a.jpg", "c.jpg"), ("a.jpg", "c.jpg"), ("0", "1")),
-        FileImages(tmp_path, images.paths, images.ids, ("0", "2")),
-        FileImages(tmp_path, images.paths, ("x", "y"), images.labels),
-        images.select([1, 0]),
-        images.select([0]),
-    ]
-    assert same.digest() == images.digest()
-    assert len({images.digest(), *(other.digest() for other in others)}) == 6
+def test_file_digests_follow_bytes_or_the_list_and_not_the_machine(tmp_path: Path) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for name, data in (("a.jpg", b"one"), ("b.jpg", b"two"), ("c.jpg", b"three")):
+            (tmp_path / folder / name).write_bytes(data)
+    images = FileImages(tmp_path / "here", ("a.jpg", "b.jpg"), ("a.jpg", "b.jpg"), ("0", "1"))
+    same = FileImages(tmp_path / "there", images.paths, images.ids, images.labels)
+    assert (same.digest(), same.list_digest(), same.contents()) == (
+        images.digest(),
+        images.list_digest(),
+        tuple(hashlib.sha256(data).hexdigest() for data in (b"one", b"two")),
+    )
+    relabelled = replace(images, labels=("0", "2"))
+    renamed = replace(images, ids=("x", "y"))
+    others = [replace(images, paths=("a.jpg", "c.jpg")), renamed, images.select([1, 0]), images.select([0])]
+    assert len({images.digest(), *(other.digest() for other in others)}) == 5
+    assert relabelled.digest() == images.digest()
+    assert len({images.list_digest(), relabelled.list_digest(), *(o.list_digest() for o in others)}) == 6
     assert images.select([1, 0]).labels == ("1", "0")
+    (tmp_path / "there" / "a.jpg").write_bytes(b"another")
+    assert same.digest() != images.digest()
+    assert same.list_digest() == images.list_digest()
 
 
 def test_array_digest_follows_ids_and_bytes() -> None:

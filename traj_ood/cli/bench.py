@@ -84,7 +84,18 @@ if TYPE_CHECKING:
     help="Allow an approximate search among 100,000 attractors or more.",
 )
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
-@click.option("--fresh", is_flag=True, help="Discard what an earlier run left in the run's folder.")
+@click.option(
+    "--on-duplicates",
+    type=click.Choice(["error", "warn"]),
+    help="Images that training, test and OOD sets share: files of the same bytes, whatever their names; a picture that "
+    "was saved again is not recognised.  [default: warn of up to 1 % of a set, error beyond]",
+)
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Discard what an earlier run left in the run's folder, and believe no cache: images are hashed, features "
+    "extracted and a surrogate trained again.",
+)
 @click.option("--no-plots", is_flag=True, help="Skip the plots.")
 @click.option("--no-pictures", is_flag=True, help="Keep no thumbnails, paths and frames for `traj-ood report`.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
@@ -151,7 +162,8 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
         )
     model: Autoencoder
     if backbone:
-        settings = {"workers": options["workers"], "on_error": options["on_error"], "device": device, "quiet": quiet}
+        settings = {key: options[key] for key in ("workers", "on_error")} | {"device": device, "quiet": quiet}
+        settings["fresh"] = options["fresh"] and team.is_main  # the others take what the main process has made
         model = team.main_first(lambda: surrogate_for(options["model"], data, **settings))
     else:
         model = team.main_first(lambda: load_autoencoder(options["model"], **model_options))
@@ -168,6 +180,7 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
         cache=FeatureCache(cache_folder() / "features") if backbone else None,
         team=team,
         pictures=not options["no_pictures"],
+        on_duplicates=options["on_duplicates"],
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from traj_ood.data.contents import ABSENT
 from traj_ood.data.decoding import Reading
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.errors import TrajOODError
@@ -18,6 +22,7 @@ Role = Literal["train", "val", "test", "near", "far"]
 # Test and OOD images are drawn with this seed whatever the attractor seed, so that runs over several attractor seeds
 # are compared on the same images.
 TEST_SEED = 0
+_EMPTY = hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,36 @@ class Split:
             raise TrajOODError(f"split {self.name!r}: expected a role of {get_args(Role)}, got {self.role!r}")
         if len(self.images) == 0:
             raise TrajOODError(f"split {self.name!r}: expected at least one image, it is empty; fill or remove it")
+
+    def digests(self) -> dict[str, Any]:
+        """Role, number of images, ``sha256`` of the list (of the pixels for arrays), and ``contents``, the SHA-256 of
+        images and labels, which is the same on every machine.
+
+        Results older than content digests hold the first three; the list is what they can be compared by.
+        """
+        images = self.images
+        listed = images.list_digest() if isinstance(images, FileImages) else images.digest()
+        contents = hashlib.sha256(json.dumps([images.digest(), list(images.labels)]).encode()).hexdigest()
+        return {"role": self.role, "count": len(images), "sha256": listed, "contents": contents}
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Images of the split ``second`` that are in ``first``, too: how many of how many, and the ids of one such pair
+    (in ``second``, in ``first``)."""
+
+    first: str
+    second: str
+    count: int
+    total: int
+    example: tuple[str, str]
+
+    def __str__(self) -> str:
+        mine, theirs = self.example
+        return (
+            f"{self.count} of {self.total} images of {self.second!r} are copies of images of {self.first!r} (first: "
+            f"{mine!r} of {theirs!r})"
+        )
 
 
 @dataclass(frozen=True)
@@ -147,12 +182,29 @@ class Benchmark:
             ood=tuple(changed(split) for split in self.ood),
         )
 
-    def digests(self) -> dict[str, dict[str, str | int]]:
-        """For each split name its role, number of images and the SHA-256 of its list: the identity of the data."""
-        return {
-            split.name: {"role": split.role, "count": len(split.images), "sha256": split.images.digest()}
-            for split in self.splits()
-        }
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """The identity of the data: :meth:`Split.digests` by name."""
+        return {split.name: split.digests() for split in self.splits()}
+
+    def copies(self) -> list[Copies]:
+        """Images of equal content in two splits, unless both are OOD sets: byte by byte the same file, or the same
+        pixels in memory. A file that was saved again is another one here.
+
+        It follows :meth:`splits`: what test images share with training images stands before what OOD sets share.
+        """
+        contents = {split.name: split.images.contents() for split in self.splits()}
+        found = []
+        for first, second in combinations(self.splits(), 2):
+            if _is_ood(first) and _is_ood(second):
+                continue
+            theirs = dict(zip(contents[first.name], first.images.ids, strict=True))
+            for unreadable in (ABSENT, _EMPTY):
+                theirs.pop(unreadable, None)
+            mine = zip(contents[second.name], second.images.ids, strict=True)
+            pairs = [(image_id, theirs[content]) for content, image_id in mine if content in theirs]
+            if pairs:
+                found.append(Copies(first.name, second.name, len(pairs), len(second.images), pairs[0]))
+        return found
 
     def _id_splits(self) -> list[Split]:
         return [self.train, *([self.val] if self.val is not None else []), self.test]

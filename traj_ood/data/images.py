@@ -7,6 +7,7 @@ about palettes, alpha channels or 16-bit greyscale.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import posixpath
 import warnings
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from traj_ood.data.contents import hash_files
 from traj_ood.data.decoding import Reading, open_image
 from traj_ood.errors import TrajOODError
 
@@ -47,8 +49,11 @@ class ImageSource(Protocol):
             TrajOODError: the image is missing, empty, truncated or cannot be decoded; the message names it.
         """
 
+    def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
+        """What is in each image (default: all), as a text that is the same for images of the same content alone."""
+
     def digest(self) -> str:
-        """SHA-256 (hex) over the ids and what identifies the content: pixel bytes, or relative paths and labels."""
+        """SHA-256 (hex) over the ids and the content of every image; the same on every machine."""
 
     def select(self, indices: Sequence[int]) -> ImageSource:
         """The images at ``indices``, in that order, with the ids they have here."""
@@ -94,6 +99,12 @@ class ArrayImages:
         from PIL import Image
 
         return Image.fromarray(np.ascontiguousarray(self.array[index]))
+
+    def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
+        """SHA-256 of the shape and the pixels of each image."""
+        rows = range(len(self)) if indices is None else indices
+        shape = repr(self.array.shape[1:]).encode()
+        return tuple(hashlib.sha256(shape + np.ascontiguousarray(self.array[i]).tobytes()).hexdigest() for i in rows)
 
     def digest(self) -> str:
         """SHA-256 over the ids, the shape and the pixel bytes; labels are left out, since no image depends on them."""
@@ -162,8 +173,21 @@ class FileImages:
         """What decides the loaded images besides the bytes of the files, JSON-able; part of the digest."""
         return Reading(self.exif, self.bit_depth).options()
 
+    def contents(self, indices: Sequence[int] | None = None, *, fresh: bool = False) -> tuple[str, ...]:
+        """SHA-256 of the bytes of each file, empty for one that cannot be read; see :func:`hash_files`.
+
+        ``fresh`` reads all of them, whatever is remembered.
+        """
+        part = self if indices is None else self.select(indices)
+        return hash_files(list(part.resolved()), fresh=fresh)
+
     def digest(self) -> str:
-        """SHA-256 over ids, relative paths and labels: the list, not the bytes of possibly a million files."""
+        """SHA-256 over ids, bytes and :meth:`reading`. Neither root nor labels are in it: no image depends on them."""
+        how = json.dumps([type(self).__name__, self.reading()], sort_keys=True)
+        return _digest_of(self.ids, self.contents(), [how]).hexdigest()
+
+    def list_digest(self) -> str:
+        """SHA-256 over ids, relative paths, labels and :meth:`reading`: which files these are, whatever they hold."""
         how = [[str(self.reading())]] if self.reading() else []
         return _digest_of(self.ids, self.paths, self.labels, *how).hexdigest()
 
@@ -209,6 +233,23 @@ class FileImages:
                 folders[folder] = os.path.realpath(os.path.join(self.root, folder))
             full = os.path.join(folders[folder], name)
             yield os.path.realpath(full) if os.path.islink(full) else full
+
+
+def check_unchanged(images: ImageSource, indices: Sequence[int], contents: Sequence[str]) -> None:
+    """Refuse what was made of the images ``indices`` when they are not what they were.
+
+    Args:
+        contents: of all images, when the work began.
+    Raises:
+        TrajOODError: says how many have changed, and names the first.
+    """
+    found = images.contents(indices)
+    changed = [images.ids[i] for i, now in zip(indices, found, strict=True) if contents[i] != now]
+    if changed:
+        raise TrajOODError(
+            f"{len(changed)} image(s) changed while they were being read, first {changed[0]!r}: start the same command "
+            "again when nothing writes them any more"
+        )
 
 
 def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bool = False) -> FileImages:

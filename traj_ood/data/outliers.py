@@ -6,6 +6,7 @@ so nothing of a test set enters the choice; whether they stand for real OOD imag
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
@@ -147,10 +148,14 @@ class MadeImages:
             other = self.source.load(partner).convert(image.mode).resize(image.size)
         return {**OUTLIERS, **SIMPLE}[self.kind](image, other, draws)
 
+    def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
+        """Of the image that each is made from, the kind, the seed and the place, by which partners are drawn."""
+        rows = range(len(self)) if indices is None else indices
+        made = zip(rows, self.source.contents(rows), strict=True)
+        return tuple(hashlib.sha256(f"{found} {self.kind} {self.seed} {i}".encode()).hexdigest() for i, found in made)
+
     def digest(self) -> str:
         """Of the source, the kind and the seed."""
-        import hashlib
-
         return hashlib.sha256(f"{self.source.digest()} {self.kind} {self.seed}".encode()).hexdigest()
 
     def select(self, indices: Sequence[int]) -> ImageSource:
