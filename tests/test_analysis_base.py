@@ -195,15 +195,19 @@ def test_discarding_units_leaves_everything_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "thesis", "thesis.txt"]
 
 
-def test_units_of_other_code_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("traj_ood.analysis.workspace.git_commit", lambda folder: "a" * 40)
-    monkeypatch.setattr("traj_ood.analysis.base.git_commit", lambda folder: "a" * 40)
-    Toy().run(Workspace(tmp_path / "units"), tmp_path)
-    assert "code: " not in " ".join(Toy().run(Workspace(tmp_path / "units"), tmp_path).differences)
-    monkeypatch.setattr("traj_ood.analysis.base.git_commit", lambda folder: "b" * 40)
-    finding = Toy().run(Workspace(tmp_path / "units"), tmp_path)
-    assert finding.differences[-1] == f"code: some units of work were computed at commit {'a' * 40}"
-    assert finding.commit == "b" * 40
+def test_units_of_other_code_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def compute() -> Unit:
+        made.append(len(made))
+        return Unit(notes={"value": made[-1]})
+
+    for code in ("a", "a", "b", "b"):
+        monkeypatch.setattr("traj_ood.analysis.workspace.code_digest", lambda code=code: code)
+        work = Workspace(tmp_path)
+        assert work.unit("part", {"k": 1}, compute).notes == {"value": "ab".index(code)}
+    assert made == [0, 1]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path) -> None:

@@ -555,7 +555,7 @@ def test_a_file_has_its_name_when_it_is_whole(judge: Detector, folder: Path, tmp
     out, part = tmp_path / "new" / "out.csv", tmp_path / "new" / "out.csv.part"
     with open_table(out) as table:
         table.write([Row("a", 1.0, status="scored")])
-        assert part.read_bytes() == (",".join(COLUMNS) + "\na,1.0,,,,scored,\n").encode()  # a reader sees it at once
+        assert part.read_bytes() == (",".join(COLUMNS) + "\na,1.0,,,,scored,,\n").encode()  # a reader sees it at once
         assert not out.exists()
     assert part.exists()
     with pytest.raises(
@@ -598,7 +598,7 @@ def test_a_file_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
             with pytest.raises(TrajOODError, match=r"out\.csv\.part: another process is writing it; wait for it"):
                 open_table(tmp_path / "out.csv", **options)
         table.finish()
-    assert (tmp_path / "out.csv").read_bytes().endswith(b"a,1.0,,,,error,\n")
+    assert (tmp_path / "out.csv").read_bytes().endswith(b"a,1.0,,,,error,,\n")
 
 
 def test_impossible_tables_are_refused(tmp_path: Path) -> None:
@@ -696,7 +696,7 @@ def test_rows_of_another_input_detector_or_image_are_not_continued(
     refused(r"row 1: expected the p-value|expected what this detector says of", detector=make("mahalanobis"))
     image = (folder / "003.png").read_bytes()
     (folder / "003.png").write_bytes((folder / "004.png").read_bytes())
-    refused(r"says of '.*003\.png'")
+    refused(r"row 4: '.*003\.png' has changed since it was judged; start again with --overwrite")
     (folder / "003.png").write_bytes(image)
     write(judge, walk(str(folder)), out, resume=True)
     assert out.read_bytes().split(b"\n") == lines
@@ -770,11 +770,11 @@ def test_damaged_rows_are_refused(judge: Detector, folder: Path, tmp_path: Path)
         (b"\0" * 300, "expected a table that starts with"),
         (header.replace(b"score", b"value"), "expected a table that starts with"),
         (header + first + b",1.0\n", r"row 1 is damaged \(2 columns\); start again with --overwrite"),
-        (header + b'"' + first + b'"x,,,,,,\n', "row 1 is damaged"),
-        (header + first + b",1.00,,,1,scored,\n", r"row 1 is damaged \(not as it was written\)"),
-        (header + first + b",,,,1,scored,\n", "row 1 is damaged"),
-        (header + first + b",nan,,,1,scored,\n", "row 1 is damaged"),
-        (header + first + b",one,,,1,scored,\n", "row 1 is damaged"),
+        (header + b'"' + first + b'"x,,,,,,,\n', "row 1 is damaged"),
+        (header + first + b",1.00,,,1,scored,,\n", r"row 1 is damaged \(not as it was written\)"),
+        (header + first + b",,,,1,scored,,\n", "row 1 is damaged"),
+        (header + first + b",nan,,,1,scored,,\n", "row 1 is damaged"),
+        (header + first + b",one,,,1,scored,,\n", "row 1 is damaged"),
         (header + b'"' + b"x\n" * 2**20, r"row 1 is damaged \(a row without an end\)"),
     ):
         out.with_name("out.csv.part").write_bytes(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from traj_ood.data import ImageSource
+from traj_ood.data.images import check_unchanged
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing
+from traj_ood.provenance import code_digest
 
 Family = Literal["vit_mae", "conv", "classifier"]
 CONFIGS = Path(__file__).parent / "configs"
@@ -162,6 +165,12 @@ class Run(ABC):
             {"params": decayed, "weight_decay": config.recipe.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
+        self._identity = {
+            "config": plain(config),
+            "images": images.digest,
+            "labels": hashlib.sha256(json.dumps(list(images.labels)).encode()).hexdigest(),
+            "code": code_digest(),
+        }
         rate = config.recipe.learning_rate
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
@@ -181,7 +190,8 @@ class Run(ABC):
         """All epochs that are not in the checkpoint yet; ``fresh`` disregards it.
 
         Raises:
-            TrajOODError: an unwritable folder, a damaged or foreign checkpoint, or a loss that is not finite.
+            TrajOODError: an unwritable folder, a damaged checkpoint or one of another config, other images or other
+                code, images that change meanwhile, or a loss that is not finite.
         """
         self.resume(fresh)
         self.write_log()  # before hours of work: is the folder writable at all?
@@ -195,8 +205,12 @@ class Run(ABC):
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         except Exception as error:
             raise TrajOODError(f"{self.checkpoint}: damaged checkpoint ({error}): start over with --fresh") from error
-        if state["config"] != plain(self.config):
-            raise TrajOODError(f"{self.checkpoint}: made with another config: choose another --out or use --fresh")
+        stored = state.get("identity", {"config": state.get("config")})  # older ones tell of the config alone
+        different = [key for key, value in self._identity.items() if stored.get(key) != value]
+        if different:
+            raise TrajOODError(
+                f"{self.checkpoint}: made with another {', '.join(different)}: choose another --out or use --fresh"
+            )
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.log = state["log"]
@@ -254,8 +268,9 @@ class Run(ABC):
         write_atomic(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
 
     def _save(self) -> None:
+        self.images.check()
         state = {
-            "config": plain(self.config),
+            "identity": self._identity,
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "log": self.log,
@@ -267,17 +282,31 @@ class Run(ABC):
 
 
 class TrainingImages:
-    """Resized training images by index: kept as uint8 where they fit into 1 GiB, else read when needed."""
+    """Resized training images by index: kept as uint8 where they fit into 1 GiB, else read when needed.
+
+    Attributes:
+        digest: of the source, when it was first looked at. labels: the source's.
+    """
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int], workers: int = 4) -> None:
         self._source, self._shape, self._workers = source, shape, workers
+        self._contents, self.digest, self.labels = source.contents(), source.digest(), tuple(source.labels)
         self._mean, self._std = (0.0,) * shape[0], (1.0,) * shape[0]
         self._cache: Tensor | None = None
         if len(source) * math.prod(shape) <= _CACHE_BYTES:
             self._cache = self._read(range(len(source)))
+            self.check()
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def check(self) -> None:
+        """Refuse images that have changed since they were first looked at, unless all of them are kept here.
+
+        Raises:
+            TrajOODError: says how many, and names the first.
+        """
+        check_unchanged(self._source, range(len(self)), self._contents)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel of the pixels in [0, 1], over at most 10,000 images, evenly taken."""

@@ -199,7 +199,7 @@ class Question(ABC):
             options=self.options(),
             figures=answer.figures,
             sentence=answer.sentence,
-            differences=(*self.differences(), *answer.differences, *_other_code(work, commit)),
+            differences=(*self.differences(), *answer.differences),
             choices=self.choices,
             pictures=tuple(answer.pictures),
             seed=self.seed,
@@ -311,12 +311,6 @@ def _parsed(where: str, kind: str, text: str) -> Any:
     except (KeyError, ValueError) as error:
         raise TrajOODError(f"{where}: expected {kind}, got {text!r}") from error
     return text
-
-
-def _other_code(work: Workspace, commit: str | None) -> tuple[str, ...]:
-    """A sentence where finished units of work are those of another state of the code."""
-    others = sorted(str(other) for other in work.commits - {commit})
-    return (f"code: some units of work were computed at commit {', '.join(others)}",) if others else ()
 
 
 def _shown(value: Any) -> str:

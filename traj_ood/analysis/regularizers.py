@@ -137,7 +137,7 @@ class Regularizers(Question):
         )
         key = {
             "model": trained.final.fingerprint(),
-            "data": {name: d["sha256"] for name, d in data.digests().items()},
+            "data": {name: d["contents"] for name, d in data.digests().items()},
             "starts": self.starts,
             "tol": self.tol,
             "max_steps": self.max_steps,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
-from traj_ood.results import git_commit
+from traj_ood.provenance import code_digest
 
 _SCRATCH = re.compile(r"[\w-]+-[0-9a-f]{16}")
 _UNIT = re.compile(_SCRATCH.pattern + r"\.safetensors")
@@ -39,13 +39,12 @@ class Workspace:
     """A folder of finished units, and how to compute the others.
 
     Attributes:
-        folder: holds ``<name>-<hash of its key>.safetensors`` for each finished unit. Deleting it starts over, which
-            a change of the code calls for: keys do not know about code.
+        folder: holds ``<name>-<hash of its key>.safetensors`` for each finished unit. Deleting it starts over; a unit
+            that other code of this package has computed is computed again.
         device: where networks run.
         data_root: as for :func:`traj_ood.load_benchmark`; None looks in each data set's own places.
         quiet: no progress bars.
         resumed: seconds that units found here had cost an earlier run.
-        commits: of the code that computed the units found here; None for code outside a checkout.
     """
 
     folder: Path
@@ -53,7 +52,6 @@ class Workspace:
     data_root: Path | None = None
     quiet: bool = True
     resumed: float = field(default=0.0, init=False)
-    commits: set[str | None] = field(default_factory=set, init=False)
 
     def unit(self, name: str, key: Mapping[str, Any], compute: Callable[[], Unit]) -> Unit:
         """The unit ``name`` of configuration ``key``: read from the folder where it is finished, else computed.
@@ -81,7 +79,7 @@ class Workspace:
             "key": wanted,
             "notes": notes,
             "seconds": round(time.perf_counter() - began, 2),
-            "commit": git_commit(Path(__file__).parent),
+            "code": code_digest(),
         }
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in made.tensors.items()}
         write_atomic(path, save(tensors, metadata={k: json.dumps(v) for k, v in header.items()}))
@@ -122,7 +120,7 @@ class Workspace:
             with safe_open(path, framework="pt") as file:
                 header = {k: json.loads(v) for k, v in file.metadata().items()}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            notes, seconds, key, commit = header["notes"], float(header["seconds"]), header["key"], header["commit"]
+            notes, seconds, key = header["notes"], float(header["seconds"]), header["key"]
         except Exception as error:
             reason = " ".join(str(error).split())
             raise TrajOODError(
@@ -130,6 +128,7 @@ class Workspace:
             ) from error
         if key != wanted:
             raise TrajOODError(f"{path}: expected the unit of another configuration: delete this file")
+        if header.get("code") != code_digest():
+            return None
         self.resumed += seconds
-        self.commits.add(commit)
         return Unit(tensors, notes)

@@ -215,7 +215,8 @@ class _TrainingSplit:
 def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     """Let DETECTOR (a folder that `traj-ood fit` wrote) judge images: files, folders, or - for paths on standard input.
 
-    One row per image, in order: path, score (higher = more OOD), p_value, decision (id or ood), steps, status, error.
+    One row per image, in order: path, score (higher = more OOD), p_value, decision (id or ood), steps, status, error,
+    content (of the file, by which --resume knows one that has changed).
     An image that cannot be judged has a row that says why; the run goes on and ends with exit code 3. Folders are
     searched recursively, hidden files left out.
 

@@ -81,7 +81,7 @@ class CSVFormat(TextFormat):
             raise ValueError(str(damage)) from damage
         if len(fields) != len(COLUMNS):
             raise ValueError(f"{len(fields)} columns")
-        path, score, p_value, decision, steps, status, error = fields
+        path, score, p_value, decision, steps, status, error, content = fields
         number, share, count = float(score or "nan"), float(p_value or "nan"), int(steps or -1)
         return Row(
             path,
@@ -91,6 +91,7 @@ class CSVFormat(TextFormat):
             count if steps else None,
             status,
             error or None,
+            content or None,
         )
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders import Autoencoder
+from traj_ood.data.contents import hash_file, stamp
 from traj_ood.data.decoding import Reading, open_image
 from traj_ood.errors import TrajOODError
 from traj_ood.preprocessing import Normalised
@@ -36,8 +37,8 @@ SCORED = "scored"
 _STATUS = {Status.CONVERGED: "converged", Status.STEP_LIMIT: "step_limit", Status.NON_FINITE: "non_finite"}
 _LINGER = 1.0  # seconds that a batch waits for more when the input is slow, say a folder watched by another program
 _LATENT_BYTES = 2**27
-_Queued = tuple[Entry, "Future[Tensor | str]"]
 _MAX_BATCH = 512
+_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Row:
         status: why the trajectory ended: ``converged``, ``step_limit`` (the detector's, or that of a scorer which reads
             the first steps only) or ``non_finite``; ``scored`` for scorers that do not iterate; ``error``.
         error: one line; None where the image was scored.
+        content: the first 16 hex digits of the SHA-256 of the file that was judged; None where none could be read. By
+            it ``--resume`` knows a file that has changed since.
     """
 
     path: str
@@ -64,6 +67,7 @@ class Row:
     steps: int | None = None
     status: str = ERROR
     error: str | None = None
+    content: str | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -82,6 +86,22 @@ class Tally:
         for row in rows:
             count, failed, ood = count + 1, failed + (row.status == ERROR), ood + (row.decision == OOD)
         return Tally(count, failed, ood)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The prepared image (C, H, W), or the error in one line; and the ``content`` of its row."""
+
+    image: Tensor | str
+    content: str | None = None
+
+
+_Queued = tuple[Entry, "Future[_Loaded]"]
+
+
+def content_of(digest: str) -> str | None:
+    """The ``content`` of a row, from a SHA-256 in hex or :data:`traj_ood.data.contents.ABSENT`."""
+    return digest[:_DIGITS] or None
 
 
 def default_batch_size(model: Autoencoder) -> int:
@@ -119,7 +139,7 @@ def score_rows(
         if value < 1:
             raise TrajOODError(f"{name}: expected at least 1, got {value}")
 
-    def load(entry: Entry) -> Tensor | str:
+    def load(entry: Entry) -> _Loaded:
         return _load(entry, detector.autoencoder.transform, detector.reading)
 
     for batch in _read_ahead(entries, load, size, workers, linger):
@@ -128,28 +148,37 @@ def score_rows(
         yield rows
 
 
-def _load(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> Tensor | str:
-    """The prepared image (C, H, W), or the error in one line, without the path that the row names already."""
+def _load(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> _Loaded:
     if entry.error:
-        return _line(entry.error, entry.path)
+        return _Loaded(_line(entry.error, entry.path))
+    before = stamp(entry.path)
+    image = _prepare(entry.path, transform, reading)
+    content = content_of(hash_file(entry.path))  # its second read comes from memory
+    if stamp(entry.path) != before:
+        return _Loaded("the file changed while it was being read; judge it again")
+    return _Loaded(image, content)
+
+
+def _prepare(path: str, transform: Callable[..., Tensor], reading: Reading) -> Tensor | str:
+    """The prepared image, or the error in one line, without the path that the row names already."""
     try:
-        image = open_image(Path(entry.path), reading)
+        image = open_image(Path(path), reading)
     except TrajOODError as error:
-        return _line(str(error), entry.path)
+        return _line(str(error), path)
     try:
         return transform(image)
     except Exception as error:  # a transform may be anybody's, and the images of a stream too
-        return _line(f"the model's transform failed on {image.width} x {image.height} pixels: {error!r}", entry.path)
+        return _line(f"the model's transform failed on {image.width} x {image.height} pixels: {error!r}", path)
 
 
-def _judge(detector: Detector, batch: list[tuple[Entry, Tensor | str]]) -> list[Row]:
+def _judge(detector: Detector, batch: list[tuple[Entry, _Loaded]]) -> list[Row]:
     """One row for each of a batch."""
-    images = [loaded for _, loaded in batch if isinstance(loaded, Tensor)]
+    images = [loaded.image for _, loaded in batch if isinstance(loaded.image, Tensor)]
     judged = iter(_judge_images(detector, images))
     rows = []
     for entry, loaded in batch:
-        values = Row("", error=loaded) if isinstance(loaded, str) else next(judged)
-        rows.append(Row(entry.path, *(getattr(values, name) for name in COLUMNS[1:])))
+        row = Row("", error=loaded.image) if isinstance(loaded.image, str) else next(judged)
+        rows.append(replace(row, path=entry.path, content=loaded.content))
     return rows
 
 
@@ -208,8 +237,8 @@ class _End:
 
 
 def _read_ahead(
-    entries: Iterable[Entry], load: Callable[[Entry], Tensor | str], size: int, workers: int, linger: float
-) -> Iterator[list[tuple[Entry, Tensor | str]]]:
+    entries: Iterable[Entry], load: Callable[[Entry], _Loaded], size: int, workers: int, linger: float
+) -> Iterator[list[tuple[Entry, _Loaded]]]:
     """Batches of up to ``size`` entries with what ``load`` made of them, in order.
 
     A thread of its own reads the entries, since standard input may block for ever, and hands them to the pool; the

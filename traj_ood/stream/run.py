@@ -35,8 +35,8 @@ def write_scores(
     Args:
         entries: the input, from its start also when an earlier run is resumed.
         table: of :func:`open_table`; closing it is the caller's part.
-        resume: keep the rows that the table holds. Their paths have to be the entries', and the first 64 images are
-            judged again: their rows have to come out the same, scores to a relative 1e-6.
+        resume: keep the rows that the table holds. Their paths have to be the entries', their files unchanged, and the
+            first 64 images are judged again: their rows have to come out the same, scores to a relative 1e-6.
         batch_size, workers: of :func:`score_rows`.
         on_rows: called with every batch of new rows, after it is written.
     Returns:

@@ -5,8 +5,8 @@ it is whole. CSV and JSON lines can be resumed from their ``.part``: a row count
 
 A row is its own evidence, so there is no second file that says whose rows these are and could be lost or out of date:
 :meth:`Table.match` compares every path with the input's, and the caller judges the first images again, which have to
-come out the same (:meth:`Resumed.check`); p-value and decision of every row have to be those of its score. That notices
-another detector, calibration or image.
+come out the same (:meth:`Resumed.check`); p-value and decision of every row have to be those of its score, and its file
+has to hold what it held. That notices another detector, calibration or image.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from traj_ood.data.contents import hash_files
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.stream.formats import TEXT_FORMATS, TextFormat
 from traj_ood.stream.paths import Entry
-from traj_ood.stream.rows import COLUMNS, Row, Tally
+from traj_ood.stream.rows import COLUMNS, Row, Tally, content_of
 
 FORMATS = (*TEXT_FORMATS, "parquet")
 Calibrated = Callable[[float], tuple[float | None, str | None]]
 _ROW_GROUP = 8192
+_LOOKED_AT = 1024  # files at a time, whose bytes are compared with their rows
 _ROUNDING = 1e-6  # of a score, relative: what float32 leaves of it when the batch changes
 
 
@@ -83,7 +85,7 @@ class Table(ABC):
             first: rows to hold for :meth:`Resumed.check`.
             calibrated: p-value and decision that belong to a score.
         Raises:
-            TrajOODError: rows that do not match the start of the input, or the calibration, or are damaged.
+            TrajOODError: rows that do not match the start of the input, its files or the calibration, or are damaged.
         """
         return Resumed()
 
@@ -361,11 +363,15 @@ def _match(
     """What the file holds of the input, and where its last whole row ends; ``entries`` stands behind that row."""
     tally, end = Tally(), len(form.header)
     held: list[tuple[Entry, Row]] = []
+    unseen: list[tuple[Entry, Row]] = []
     with open(file.fileno(), "rb", closefd=False) as reader:
         if reader.read(end) != form.header:
             if os.fstat(file.fileno()).st_size < end:  # broken off before its first row
                 return Resumed(), 0
-            raise TrajOODError(f"{path}: expected a table that starts with {form.header!r}; choose another --out")
+            raise TrajOODError(
+                f"{path}: expected a table that starts with {form.header!r}, as this version writes it; choose another "
+                "--out, or start again with --overwrite"
+            )
         try:
             for record in form.records(reader):
                 row = form.decode(record)
@@ -379,12 +385,27 @@ def _match(
                 tally, end = tally.plus([row]), end + len(record)
                 if len(held) < first:
                     held.append((entry, row))
+                unseen.append((entry, row))
+                if len(unseen) == _LOOKED_AT:
+                    _refuse_changed(path, tally.count, unseen)
+                    unseen = []
+            _refuse_changed(path, tally.count, unseen)
         except ValueError as error:
             if isinstance(error, TrajOODError):
                 raise
             damage = f"row {tally.count + 1} is damaged ({error})"
             raise TrajOODError(f"{path}: {damage}; start again with --overwrite") from error
     return Resumed(tally, tuple(held), str(path)), end
+
+
+def _refuse_changed(path: Path, last: int, rows: Sequence[tuple[Entry, Row]]) -> None:
+    """Refuse rows, the last of them number ``last``, of files that do not hold what was judged."""
+    places = [os.path.realpath(entry.path) for entry, _ in rows]
+    for number, ((entry, row), digest) in enumerate(zip(rows, hash_files(places), strict=True), last - len(rows) + 1):
+        if not entry.error and content_of(digest) != row.content:
+            raise TrajOODError(
+                f"{path}: row {number}: {entry.path!r} has changed since it was judged; start again with --overwrite"
+            )
 
 
 def _same_but_for_rounding(row: Row, there: Row) -> bool:
