@@ -1,0 +1,399 @@
+"""Identity is content: no cache and no resumed run gives numbers of other images, another transform or other code.
+
+Each right value is computed again in an empty folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from traj_ood import evaluator as evaluator_module
+from traj_ood import features as features_module
+from traj_ood import fit_surrogate as fit_surrogate_module
+from traj_ood import provenance, surrogate_for
+from traj_ood.autoencoders import CallableAutoencoder
+from traj_ood.backbones import CallableBackbone, Features
+from traj_ood.behaviour import transform_digest
+from traj_ood.data import ArrayImages, Benchmark, FileImages, Split, load_benchmark, read_folder
+from traj_ood.errors import TrajOODError
+from traj_ood.evaluator import Evaluator, RunConfig
+from traj_ood.features import FeatureCache
+from traj_ood.fit_surrogate import SurrogateRecipe
+from traj_ood.leaderboard import leaderboard, render_markdown
+from traj_ood.pixels import image_to_tensor
+from traj_ood.results import Result
+from traj_ood.scoring import ScorerSet
+
+QUICK = SurrogateRecipe(steps=4, check_every=2, hidden=(8,), bottleneck=4)
+
+
+def darker(image: Image.Image) -> Tensor:
+    return image_to_tensor(image, (1, 8, 8), (0.0,), (4.0,))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    tiny.write_benchmark(tmp_path)
+    return tmp_path
+
+
+def run_of(place: Path, out: str = "out", *, model: Any = None, batch_size: int = 3, **options: Any) -> Evaluator:
+    bench = load_benchmark(str(place / "tiny.yaml"))
+    config = RunConfig(scorers=("knn:k=3", "first-residual"), max_steps=4, resamples=0)
+    settings = {"quiet": True, "pictures": False, "batch_size": batch_size} | options
+    return Evaluator(model or tiny.conv(), bench, config, place / out, **settings)
+
+
+def scores(run: Evaluator) -> pd.DataFrame:
+    return pd.read_parquet(run.folder / "scores.parquet")
+
+
+def other_picture(path: Path, seed: int = 99) -> None:
+    """Another picture under the same name, with the old time of modification."""
+    old = path.stat()
+    tiny.write_images(path.parent / "new", 1, seed)
+    (path.parent / "new" / "000.png").replace(path)
+    (path.parent / "new").rmdir()
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Interrupt scoring before that batch (counted over test and OOD sets)."""
+    score, calls = ScorerSet.score, []
+
+    def counting(self: ScorerSet, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == batch:
+            raise KeyboardInterrupt
+        return score(self, *args, **options)
+
+    monkeypatch.setattr(ScorerSet, "score", counting)
+
+
+def same(one: Evaluator, other: Evaluator) -> bool:
+    return scores(one).equals(scores(other))
+
+
+# ---------------------------------------------------------------------------------------------- bench
+
+
+@pytest.mark.parametrize("name", ["train/004.png", "test/001.png", "far/008.png"])
+def test_a_finished_run_is_not_that_of_other_pictures(place: Path, name: str) -> None:
+    run_of(place).run()
+    other_picture(place / "images" / name)
+    split = {"train": "train", "test": "test", "far": "bright"}[name.split("/")[0]]
+    with pytest.raises(
+        TrajOODError,
+        match=rf"holds a run with another data \(1 of \d+ images of split '{split}' have changed: '{split}/"
+        rf"{name.split('/')[1]}'\): choose another --out, or discard it with --fresh",
+    ):
+        run_of(place).run()
+    again = run_of(place)
+    again.run(fresh=True)
+    fresh = run_of(place, "elsewhere")
+    fresh.run()
+    assert same(again, fresh)
+
+
+def test_many_changes_are_counted_and_the_first_are_named(place: Path) -> None:
+    run_of(place).run()
+    tiny.write_images(place / "images" / "far", 9, seed=77)
+    other_picture(place / "images" / "test" / "000.png")
+    words = (
+        r"1 of 10 images of split 'test' have changed: 'test/000\.png'; 9 of 9 images of split 'bright' have changed: "
+        r"'bright/000\.png', 'bright/001\.png', 'bright/002\.png', …\)"
+    )
+    with pytest.raises(TrajOODError, match=words):
+        run_of(place).run()
+
+
+def test_a_killed_run_never_mixes_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)  # of the test images, 000 to 005 have their scores
+        with pytest.raises(KeyboardInterrupt):
+            run_of(place).run()
+    read, unread = place / "images" / "test" / "001.png", place / "images" / "test" / "009.png"
+    before = read.read_bytes()
+    other_picture(read)
+    with pytest.raises(TrajOODError, match=r"another data \(1 of 10 images of split 'test' have changed: 'test/001"):
+        run_of(place).run()
+    read.write_bytes(before)
+    other_picture(unread)  # no score was made of it: the run goes on with what is there
+    resumed = run_of(place)
+    resumed.run()
+    fresh = run_of(place, "elsewhere")
+    fresh.run()
+    assert same(resumed, fresh)
+    other_picture(unread, seed=5)
+    with pytest.raises(TrajOODError, match=r"1 of 10 images of split 'test' have changed: 'test/009\.png'"):
+        run_of(place).run()
+
+
+def test_pictures_replaced_while_the_run_is_at_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score, path = ScorerSet.score, place / "images" / "test" / "004.png"
+    before = path.read_bytes()
+
+    def replaced_meanwhile(self: ScorerSet, *args: Any, **options: Any) -> Any:
+        other_picture(path)
+        return score(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScorerSet, "score", replaced_meanwhile)
+        with pytest.raises(TrajOODError, match=r"split 'test': 1 image\(s\) changed while .*, first 'test/004\.png'"):
+            run_of(place, batch_size=5).run()
+    path.write_bytes(before)  # whoever puts the old one back must not get scores of the new one
+    resumed = run_of(place, batch_size=5)
+    resumed.run()
+    fresh = run_of(place, "elsewhere", batch_size=5)
+    fresh.run()
+    assert same(resumed, fresh)
+
+
+def test_runs_of_other_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_of(place)
+    result = first.run()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_of(place, "killed").run()
+    monkeypatch.setattr(evaluator_module, "code_digest", lambda: "0" * 16)
+    with pytest.warns(UserWarning, match=r"a finished run that other code has made \(traj_ood .*, commit .*\): these"):
+        assert run_of(place, pictures=True).run() == result
+    assert not (first.folder / "gallery.safetensors").exists()
+    with pytest.raises(TrajOODError, match="holds a run with another code: choose another --out"):
+        run_of(place, "killed").run()
+
+
+def test_results_older_than_digests_of_contents(place: Path) -> None:
+    first = run_of(place)
+    result = first.run()
+    data = {name: {k: entry[k] for k in ("role", "count", "sha256")} for name, entry in result.data.items()}
+    versions = {k: v for k, v in result.versions.items() if k != "code"}
+    model = {k: result.model[k] for k in ("name", "family", "fingerprint", "parameters")}
+    old = replace(result, data=data, versions=versions, model=model)
+    old.save(first.folder / "result.json")
+    (first.folder / "images.parquet").unlink()
+    with pytest.warns(UserWarning, match="a finished run that other code has made"):
+        assert run_of(place).run() == old
+    assert set(leaderboard([old, replace(result, seed=1)])["seeds"]) == {2}  # of the same list, as before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"transform": darker},
+        {"encode": lambda x: x.flatten(1) * 2},
+        {"decode": lambda z: z.reshape(-1, 1, 8, 8) / 3},
+    ],
+    ids=["transform", "encode", "decode"],
+)
+def test_callables_are_known_by_what_they_do(place: Path, other: dict[str, Callable[..., Tensor]]) -> None:
+    def model(**changes: Any) -> CallableAutoencoder:
+        parts = {"encode": lambda x: x.flatten(1), "decode": lambda z: z.reshape(-1, 1, 8, 8) / 2} | changes
+        return CallableAutoencoder(parts.pop("encode"), parts.pop("decode"), (1, 8, 8), **parts)
+
+    first = run_of(place, model=model()).run()
+    assert run_of(place, model=model()).run() == first  # other functions that do the same
+    with pytest.raises(TrajOODError, match="holds a run with another model: choose another --out"):
+        run_of(place, model=model(**other)).run()
+
+
+# ---------------------------------------------------------------------------------------------- copies
+
+
+def copy(place: Path, source: str, *targets: str) -> None:
+    for target in targets:
+        (place / "images" / target).write_bytes((place / "images" / source).read_bytes())
+
+
+def test_copies_are_counted_named_and_refused_or_warned_of(place: Path) -> None:
+    copy(place, "train/003.png", "test/000.png", "test/007.png", "far/002.png")
+    words = (
+        r"2 of 10 images of 'test' are copies of images of 'train' \(first: 'test/000\.png' of 'train/003\.png'\); "
+        r"1 of 9 images of 'bright' are copies of images of 'train' .*; 1 of 9 images of 'bright' .* 'test'"
+    )
+    for default in (None, "error"):
+        with pytest.raises(TrajOODError, match=rf"benchmark 'tiny': {words}.*--on-duplicates warn"):
+            run_of(place, on_duplicates=default).run()
+    with pytest.warns(UserWarning, match="2 of 10 images of 'test' are copies of images of 'train'"):
+        result = run_of(place, on_duplicates="warn").run()
+    assert result.data["test"]["copies"] == {"train": 2}
+    assert result.data["bright"]["copies"] == {"train": 1, "test": 1}
+    assert "copies" not in result.data["dim"]
+    assert Result.load(place / "out" / result.name / "result.json") == result
+    assert "⚠ 2 of 10 images of `test` are copies of images of `train`." in render_markdown([result])
+    with pytest.raises(TrajOODError, match="unknown value of on_duplicates 'eror': did you mean 'error'"):
+        run_of(place, on_duplicates="eror")
+
+
+def test_a_few_copies_are_a_warning_and_none_are_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy(place, "near/003.png", "far/000.png")  # OOD sets may share images
+    assert load_benchmark(str(place / "tiny.yaml")).copies() == []
+    copy(place, "train/003.png", "test/000.png")
+    monkeypatch.setattr(evaluator_module, "_FEW_COPIES", 0.1)
+    with pytest.warns(UserWarning, match="1 of 10 images of 'test' are copies"):
+        run_of(place).run()
+    with pytest.raises(TrajOODError, match="1 of 10 images of 'test' are copies"):
+        run_of(place, "strict", on_duplicates="error").run()
+
+
+def test_copies_in_memory_and_files_of_no_bytes(place: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8)).astype(np.uint8)
+    pixels[7] = pixels[2]
+
+    def split(name: str, role: Any, rows: slice) -> Split:
+        return Split(name, role, ArrayImages(tuple(f"{name}/{i}" for i in range(rows.start, rows.stop)), pixels[rows]))
+
+    parts = split("train", "train", slice(0, 3)), split("test", "test", slice(3, 6)), split("far", "far", slice(6, 9))
+    bench = Benchmark("memory", parts[0], None, parts[1], (parts[2],))
+    assert [(str(c), c.count) for c in bench.copies()] == [
+        ("1 of 3 images of 'far' are copies of images of 'train' (first: 'far/7' of 'train/2')", 1)
+    ]
+    for name in ("train/000.png", "test/000.png"):
+        (place / "images" / name).write_bytes(b"")
+    assert load_benchmark(str(place / "tiny.yaml")).copies() == []
+
+
+def test_the_same_list_with_other_pictures_is_another_row(place: Path) -> None:
+    one = run_of(place).run()
+    other_picture(place / "images" / "far" / "000.png")
+    two = replace(run_of(place, "elsewhere").run(), seed=1)
+    assert one.data["bright"]["sha256"] == two.data["bright"]["sha256"]
+    table = leaderboard([one, two])
+    assert set(table["seeds"]) == {1}
+    assert all(text.startswith("data.bright=") for text in table["variant"])
+
+
+# ---------------------------------------------------------------------------------------------- features, surrogates
+
+
+def backbone(transform: Any = None, scale: float = 1.0) -> CallableBackbone:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU())
+    return CallableBackbone(
+        lambda x: Features(scale * body(x), None), (1, 8, 8), 6, module=body, name="b", transform=transform, chunk=8
+    )
+
+
+def extracted(cache: FeatureCache, net: CallableBackbone, images: FileImages) -> tuple[Tensor, int]:
+    """Features of all images through the cache, and how many images it read."""
+    asked: list[int] = []
+
+    def read(indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
+        asked.extend(indices)
+        return tuple(images.ids[i] for i in indices), torch.stack([net.transform(images.load(i)) for i in indices]), []
+
+    answer = cache.extract(net, images, range(len(images)), read)[1]
+    assert answer is not None
+    return answer.features, len(asked)
+
+
+def direct(net: CallableBackbone, images: FileImages) -> Tensor:
+    return net.extract(torch.stack([net.transform(images.load(i)) for i in range(len(images))])).features
+
+
+def test_features_belong_to_bytes_transform_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("a", "b")):
+        tiny.write_images(tmp_path / name, 5, seed)
+    a, b, cache = read_folder(tmp_path / "a"), read_folder(tmp_path / "b"), tmp_path / "cache"
+    for images, net in ((a, backbone()), (b, backbone()), (a, backbone(darker))):  # equal names, equal weights
+        found, read = extracted(FeatureCache(cache), net, images)
+        assert read == 5
+        torch.testing.assert_close(found, direct(net, images))
+        assert extracted(FeatureCache(cache), net, images)[1] == 0
+    other_picture(tmp_path / "a" / "002.png")
+    found, read = extracted(FeatureCache(cache), backbone(), a)
+    assert read == 5
+    torch.testing.assert_close(found, direct(backbone(), a))
+    with pytest.raises(TrajOODError, match="with the name 'b' and the weights of this one that computes something"):
+        extracted(FeatureCache(cache), backbone(scale=2.0), a)
+    distrusting = FeatureCache(cache)
+    distrusting.distrust()
+    assert [extracted(distrusting, backbone(), a)[1] for _ in range(2)] == [5, 0]
+    monkeypatch.setattr(features_module, "code_digest", lambda: "0" * 16)
+    assert [extracted(FeatureCache(cache), backbone(), a)[1] for _ in range(2)] == [5, 0]
+
+
+def test_features_of_images_that_change_meanwhile_are_not_kept(tmp_path: Path) -> None:
+    tiny.write_images(tmp_path / "a", 5, 0)
+    images, net = read_folder(tmp_path / "a"), backbone()
+
+    def read(indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
+        batch = torch.stack([net.transform(images.load(i)) for i in indices])
+        other_picture(tmp_path / "a" / "003.png")
+        return tuple(images.ids[i] for i in indices), batch, []
+
+    with pytest.raises(TrajOODError, match=r"1 image\(s\) changed while they were being read, first '003\.png'"):
+        FeatureCache(tmp_path / "cache").extract(net, images, range(5), read)
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
+
+
+def test_surrogates_belong_to_bytes_transform_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load_benchmark(str(tiny.write_benchmark(tmp_path, train=33)))
+
+    def fitted(cache: str, transform: Any = None, fresh: bool = False) -> dict[str, Any]:
+        out = tmp_path / cache
+        model = surrogate_for(backbone(transform), bench, out=out, recipe=QUICK, quiet=True, fresh=fresh)
+        return model.record
+
+    first = fitted("cache")
+    assert fitted("cache")["log"] == first["log"]  # seconds included: it was loaded
+    other_picture(tmp_path / "images" / "train" / "007.png")
+    replaced, alone = fitted("cache"), fitted("empty")
+    assert replaced["fingerprint"] == alone["fingerprint"] != first["fingerprint"]
+    assert fitted("cache", darker)["fingerprint"] == fitted("empty2", darker)["fingerprint"]
+    for module in (fit_surrogate_module, features_module):
+        monkeypatch.setattr(module, "code_digest", lambda: "0" * 16)
+    monkeypatch.setattr("traj_ood.results.code_digest", lambda: "0" * 16)
+    later = fitted("cache")
+    assert later["versions"]["code"] == "0" * 16
+    assert later["fingerprint"] == replaced["fingerprint"]
+    assert fitted("cache")["log"] == later["log"]
+
+
+# ---------------------------------------------------------------------------------------------- transforms and code
+
+
+def test_transforms_are_told_apart_and_may_refuse() -> None:
+    def refuse(image: Image.Image) -> Tensor:
+        raise ValueError(image.mode)
+
+    functions = [darker, refuse, lambda image: darker(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), lambda _: None]
+    assert len({transform_digest(f) for f in functions}) == 4  # type: ignore[arg-type]
+    assert transform_digest(darker) == transform_digest(lambda image: darker(image))
+
+
+def test_the_code_that_decides_numbers_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {path.relative_to(provenance.PACKAGE).as_posix() for path in provenance.deciding_files()}
+    assert {"engine.py", "data/images.py", "backbones/base.py", "postprocessors/base.py", "training.py"} <= names
+    assert not {name for name in names if name.startswith(("cli/", "report/", "plots"))}
+    for start in provenance._DECIDES_NOTHING:
+        assert list(provenance.PACKAGE.glob(f"{start}*")), f"{start} is no longer there"
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    (tmp_path / "cli").mkdir()
+    digests = []
+    for name, text in (
+        ("a.py", "1"),
+        ("a.py", "2"),
+        ("b.py", "1"),
+        ("cli/x.py", "1"),
+        ("b.py", "1\r\n"),
+        ("b.py", "1\n"),
+    ):
+        (tmp_path / name).write_bytes(text.encode())
+        digests.append(provenance.code_digest.__wrapped__())
+    assert len(set(digests[:3])) == 3
+    assert digests[3] == digests[2]
+    assert digests[5] == digests[4]
