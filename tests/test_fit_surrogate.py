@@ -364,7 +364,16 @@ def make(net: CallableBackbone, benchmark: Benchmark, out: Path, **options: Any)
     return surrogate_for(net, benchmark, out=out, **({"recipe": QUICK, "quiet": True} | options))
 
 
-def test_a_finished_surrogate_is_loaded(benchmark: Benchmark, tmp_path: Path) -> None:
+def refuse_to_read(patch: pytest.MonkeyPatch) -> None:
+    """No image is read any more: features come from the cache."""
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("extracted again")
+
+    patch.setattr("traj_ood.features._Store._extract", refuse)
+
+
+def test_a_finished_surrogate_is_loaded(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, net = tmp_path / "cache", backbone()
     first = make(net, benchmark, out)
     assert net.calls > 0
@@ -373,9 +382,10 @@ def test_a_finished_surrogate_is_loaded(benchmark: Benchmark, tmp_path: Path) ->
     record = json.loads((folder / "training.json").read_text())
     assert record["data"]["sha256"] == benchmark.train.images.digest()
     assert (record["data"]["count"], record["data"]["skipped"]) == (40, 0)
-    again = backbone()
-    second = make(again, benchmark, out)
-    assert again.calls == 1, "asked once what it answers; neither features nor weights were computed again"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit_surrogate", None)
+        refuse_to_read(patch)
+        second = make(backbone(), benchmark, out)
     assert second.fingerprint() == first.fingerprint()
     assert second.record["health"] == first.record["health"]
     # the same as by hand
@@ -384,14 +394,17 @@ def test_a_finished_surrogate_is_loaded(benchmark: Benchmark, tmp_path: Path) ->
     assert by_hand.fingerprint() == first.fingerprint()
 
 
-def test_features_are_extracted_once_for_several_recipes_and_seeds(benchmark: Benchmark, tmp_path: Path) -> None:
+def test_features_are_extracted_once_for_several_recipes_and_seeds(
+    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(backbone(), benchmark, tmp_path / "cache", limit=33)
-    later = backbone()
-    make(later, benchmark, tmp_path / "cache", limit=33, seed=1)
-    make(later, benchmark, tmp_path / "cache", limit=33, recipe=SurrogateRecipe(steps=5, hidden=(8,), bottleneck=4))
-    assert later.calls == 4, "asked what it answers, for features and record; no image was extracted"
-    make(later, benchmark, tmp_path / "cache", limit=33, fresh=True)
-    assert later.calls > 4 + 33 // 8
+    other = SurrogateRecipe(steps=5, hidden=(8,), bottleneck=4)
+    with monkeypatch.context() as patch:
+        refuse_to_read(patch)
+        make(backbone(), benchmark, tmp_path / "cache", limit=33, seed=1)
+        make(backbone(), benchmark, tmp_path / "cache", limit=33, recipe=other)
+        with pytest.raises(AssertionError, match="extracted again"):
+            make(backbone(), benchmark, tmp_path / "cache", limit=33, fresh=True)
     assert len(list((tmp_path / "cache" / "surrogates").iterdir())) == 3
     make(backbone(seed=1), benchmark, tmp_path / "cache", limit=33)
     assert len(list((tmp_path / "cache" / "surrogates").iterdir())) == 4

@@ -32,7 +32,6 @@ from traj_ood.evaluator import Evaluator, RunConfig
 from traj_ood.features import FeatureCache
 from traj_ood.fit_surrogate import SurrogateRecipe
 from traj_ood.leaderboard import leaderboard, render_markdown
-from traj_ood.pixels import image_to_tensor
 from traj_ood.results import Result
 from traj_ood.scoring import ScorerSet
 
@@ -40,7 +39,7 @@ QUICK = SurrogateRecipe(steps=4, check_every=2, hidden=(8,), bottleneck=4)
 
 
 def darker(image: Image.Image) -> Tensor:
-    return image_to_tensor(image, (1, 8, 8), (0.0,), (4.0,))
+    return torch.from_numpy(np.asarray(image.convert("L").resize((8, 8)), dtype=np.float32))[None] / 1000
 
 
 @pytest.fixture

@@ -143,8 +143,8 @@ def alone(place: Path, out: str, batch_size: int | None = None, **changes: Any) 
 def check_same(place: Path, out: str, reference: Result) -> None:
     """Every column of every image, the curves and the metrics, bit by bit; and nothing else in the folder."""
     ours, theirs = place / out / NAME, place / "alone" / NAME
-    names = ["attractors.safetensors", "curves.parquet", "gallery.safetensors", "result.json", "scores.parquet"]
-    assert sorted(p.name for p in ours.iterdir()) == names
+    names = ["attractors.safetensors", "curves.parquet", "gallery.safetensors", "images.parquet", "result.json"]
+    assert sorted(p.name for p in ours.iterdir()) == [*names, "scores.parquet"]
     for name in ("scores.parquet", "curves.parquet"):
         pd.testing.assert_frame_equal(pd.read_parquet(ours / name), pd.read_parquet(theirs / name), check_exact=True)
     result = Result.load(ours / "result.json")

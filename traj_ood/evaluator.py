@@ -27,7 +27,7 @@ from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateA
 from traj_ood.behaviour import agree, answers, transform_digest
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import Benchmark, Split, preflight
-from traj_ood.engine import apply_in_chunks
+from traj_ood.data.benchmark import Copies
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.features import FeatureCache
 from traj_ood.files import alone_in, empty_folder, write_atomic
@@ -225,14 +225,15 @@ class Evaluator:
             if self.cache is not None:
                 self.cache.distrust()
         self._snapshot = Snapshot(self.sample.splits(), fresh=fresh and self.team.is_main)
-        identity = self._identity()
+        copies = self.sample.copies(self._snapshot.contents)
+        identity = self._identity(copies)
         finished = self.folder / FILE_NAME
         if finished.is_file():
             self._check_finished(identity, Result.load(finished))
             return identity, None
         if self.team.is_main:
             self._check_images()
-            self._check_copies()
+            self._check_copies(copies)
         elif not self.parts.is_open():
             raise TrajOODError(
                 f"{self.folder}: process {self.team.rank} does not see what the main process wrote there: expected "
@@ -270,8 +271,7 @@ class Evaluator:
                 stacklevel=4,
             )
 
-    def _check_copies(self) -> None:
-        found = self.sample.copies()
+    def _check_copies(self, found: list[Copies]) -> None:
         bad = [c for c in found if self.on_duplicates == "error" or c.count > _FEW_COPIES * c.total]
         if bad and self.on_duplicates != "warn":
             raise TrajOODError(
@@ -281,7 +281,7 @@ class Evaluator:
         for copies in found:
             warnings.warn(f"benchmark {self.benchmark.name!r}: {copies}", stacklevel=4)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, found: list[Copies]) -> dict[str, Any]:
         """What two runs must share to be one run."""
         config = {k: v for k, v in asdict(self.config).items() if k != "seed"}
         config |= {
@@ -290,8 +290,8 @@ class Evaluator:
             "per_set": self.config.per_set if self.config.per_set is not None else self.benchmark.test_size,
             "model_options": self.autoencoder.options(),
         }
-        data = self.sample.digests()
-        for copies in self.sample.copies():
+        data = self.sample.digests(self._snapshot.contents)
+        for copies in found:
             data[copies.second].setdefault("copies", {})[copies.first] = copies.count
         model = {
             "name": self.autoencoder.name,
@@ -306,12 +306,9 @@ class Evaluator:
         return json.loads(json.dumps({**identity, "data": data}))
 
     def _answer(self, images: Tensor) -> Tensor:
-        """What the model makes of images: where trajectories start, and one step."""
-        model = self.autoencoder
-        start = model.examine(images).latents
-        with torch.inference_mode():
-            step = apply_in_chunks(model.self_map, start, model.chunk)
-        return torch.cat([start.flatten(1), step.flatten(1)], dim=1)
+        """What the model makes of images: E, and D of that."""
+        start = self.autoencoder.examine(images).latents
+        return torch.cat([start.flatten(1), self.autoencoder.decode(start).flatten(1)], dim=1)
 
     def _refuse_other(self, mine: dict[str, Any], other: dict[str, Any]) -> None:
         mine = {key: _comparable(value, other.get(key)) for key, value in mine.items()}

@@ -24,11 +24,14 @@ class Snapshot:
     Args:
         splits: of distinct names.
         fresh: read every file, also those whose contents are remembered (see :mod:`traj_ood.data.contents`).
+
+    Attributes:
+        contents: by split, see :meth:`traj_ood.data.ImageSource.contents`.
     """
 
     def __init__(self, splits: Sequence[Split], *, fresh: bool = False) -> None:
         self._splits = splits
-        self._contents = {split.name: _contents(split, fresh) for split in splits}
+        self.contents = {split.name: _contents(split, fresh) for split in splits}
 
     def check(self, split: Split, indices: Sequence[int]) -> None:
         """Refuse images that have changed since.
@@ -37,7 +40,7 @@ class Snapshot:
             TrajOODError: names the split and the first of them.
         """
         try:
-            check_unchanged(split.images, indices, self._contents[split.name])
+            check_unchanged(split.images, indices, self.contents[split.name])
         except TrajOODError as error:
             raise TrajOODError(f"split {split.name!r}: {error}") from error
 
@@ -70,7 +73,7 @@ class Snapshot:
         )
 
     def _table(self, split: Split) -> pd.DataFrame:
-        contents = [content[:_DIGITS] for content in self._contents[split.name]]
+        contents = [content[:_DIGITS] for content in self.contents[split.name]]
         return pd.DataFrame({"split": split.name, "id": list(split.images.ids), "content": contents})
 
 

@@ -151,7 +151,7 @@ class CallableBackbone(Backbone):
         module: fingerprinted, moved between devices, and in evaluation mode while it is used.
         preprocessing: from a picture to what ``forward`` takes. Default: resize to ``input_shape``, pixels in [0, 1].
         transform: PIL image → (C, H, W) tensor, in the place of ``preprocessing``, for what that does not cover. It is
-            not part of the fingerprint; name backbones apart when only their transforms differ.
+            not part of the fingerprint; caches know it by what it makes of fixed pictures.
         head: weight (c, n) and bias (c,) when the logits are linear in the features; default None.
         chunk: rows per call. Default 32.
     """

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, get_args
@@ -50,16 +50,23 @@ class Split:
         if len(self.images) == 0:
             raise TrajOODError(f"split {self.name!r}: expected at least one image, it is empty; fill or remove it")
 
-    def digests(self) -> dict[str, Any]:
+    def digests(self, contents: Sequence[str] | None = None) -> dict[str, Any]:
         """Role, number of images, ``sha256`` of the list (of the pixels for arrays), and ``contents``, the SHA-256 of
         images and labels, which is the same on every machine.
 
         Results older than content digests hold the first three; the list is what they can be compared by.
+
+        Args:
+            contents: of all images, where they are known already.
         """
         images = self.images
-        listed = images.list_digest() if isinstance(images, FileImages) else images.digest()
-        contents = hashlib.sha256(json.dumps([images.digest(), list(images.labels)]).encode()).hexdigest()
-        return {"role": self.role, "count": len(images), "sha256": listed, "contents": contents}
+        listed, reading = images.digest, {}
+        if isinstance(images, FileImages):
+            listed, reading = images.list_digest, images.reading()
+        held = images.contents() if contents is None else contents
+        whole = [type(images).__name__, reading, list(images.ids), list(images.labels), list(held)]
+        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        return {"role": self.role, "count": len(images), "sha256": listed(), "contents": digest}
 
 
 @dataclass(frozen=True)
@@ -182,17 +189,22 @@ class Benchmark:
             ood=tuple(changed(split) for split in self.ood),
         )
 
-    def digests(self) -> dict[str, dict[str, Any]]:
-        """The identity of the data: :meth:`Split.digests` by name."""
-        return {split.name: split.digests() for split in self.splits()}
+    def contents(self) -> dict[str, Sequence[str]]:
+        """What every image holds, by split; see :meth:`ImageSource.contents`."""
+        return {split.name: split.images.contents() for split in self.splits()}
 
-    def copies(self) -> list[Copies]:
+    def digests(self, contents: Mapping[str, Sequence[str]] | None = None) -> dict[str, dict[str, Any]]:
+        """The identity of the data: :meth:`Split.digests` by name; ``contents`` where they are known already."""
+        contents = self.contents() if contents is None else contents
+        return {split.name: split.digests(contents[split.name]) for split in self.splits()}
+
+    def copies(self, contents: Mapping[str, Sequence[str]] | None = None) -> list[Copies]:
         """Images of equal content in two splits, unless both are OOD sets: byte by byte the same file, or the same
         pixels in memory. A file that was saved again is another one here.
 
         It follows :meth:`splits`: what test images share with training images stands before what OOD sets share.
         """
-        contents = {split.name: split.images.contents() for split in self.splits()}
+        contents = self.contents() if contents is None else contents
         found = []
         for first, second in combinations(self.splits(), 2):
             if _is_ood(first) and _is_ood(second):

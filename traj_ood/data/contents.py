@@ -88,7 +88,8 @@ def hash_files(paths: Sequence[str], *, fresh: bool = False) -> tuple[str, ...]:
 
 
 def _hash_part(paths: Sequence[str], fresh: bool) -> list[str]:
-    keys = [_key(path) for path in paths]
+    found = [(path, stamp(path)) for path in paths]
+    keys = [None if marks is None else _key(path, marks) for path, marks in found]
     wanted = [key for key in keys if key is not None]
     known: dict[_Key, str] = {}
     if not fresh:
@@ -100,7 +101,8 @@ def _hash_part(paths: Sequence[str], fresh: bool) -> list[str]:
     for path, key, digest in _read(new):
         known[key] = digest
         # What changed while it was read has the digest of neither state: the next question reads it again.
-        if digest != ABSENT and _is_settled(path) and _key(path) == key:
+        marks = stamp(path)
+        if digest != ABSENT and marks is not None and _is_settled(marks) and _key(path, marks) == key:
             made[key] = digest
     if made and _ask(lambda store: _remember(store, made)) is None:
         _remember(_memory, made)
@@ -116,19 +118,13 @@ def _read(files: Sequence[tuple[str, _Key]]) -> Iterator[tuple[str, _Key, str]]:
             yield from done
 
 
-def _key(path: str) -> _Key | None:
-    marks = stamp(path)
-    if marks is None:
-        return None
+def _key(path: str, marks: tuple[int, ...]) -> _Key:
     name = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).digest()
     return name, hashlib.blake2b(repr(marks).encode(), digest_size=16).digest()
 
 
-def _is_settled(path: str) -> bool:
+def _is_settled(marks: tuple[int, ...]) -> bool:
     """Whether a change of the file from now on would get another time than it has. Some file systems count seconds."""
-    marks = stamp(path)
-    if marks is None:
-        return False
     changed = marks[1] if os.name == "nt" else marks[2]  # on Windows the last one is the time of creation
     return time.time_ns() - changed > (_FINE if changed % 1_000_000_000 else _COARSE)
 
