@@ -13,14 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from traj_ood.backbones import load_backbone
 from traj_ood.backbones.timm_models import new_network
 from traj_ood.checkpoints import read_weights
+from traj_ood.cli import main
 from traj_ood.errors import TrajOODError
+from traj_ood.packing import pack, unpack
 from traj_ood.weights import put_weights
 
 NAME = "test_resnet"
@@ -228,3 +232,47 @@ def test_the_versions_of_modules_reach_their_loader(tmp_path: Path, prefix: str)
     assert all(torch.equal(target.state_dict()[key], value) for key, value in source.state_dict().items())
     with pytest.raises(TrajOODError, match=r"w: weights of another architecture or version \(.*version"):
         put_weights(target, dict(source.state_dict()), "w")
+
+
+# ---------------------------------------------------------------------------------------------- the size of images
+
+
+def vit_file(folder: Path, side: int) -> Path:
+    torch.manual_seed(0)
+    torch.save(new_network("test_vit", num_classes=5, img_size=side).state_dict(), folder / "vit.pth")
+    return folder / "vit.pth"
+
+
+def test_a_vit_of_another_image_size_is_the_one_that_timm_builds(tmp_path: Path) -> None:
+    from timm import create_model
+
+    path = vit_file(tmp_path, 96)
+    with pytest.raises(TrajOODError, match=r"pos_embed expected .* made for another image size\? .*--input-size"):
+        load_backbone(f"timm:test_vit:{path}")
+    backbone = load_backbone(f"timm:test_vit:{path}", input_size=96)
+    assert backbone.input_shape == (3, 96, 96)
+    theirs = create_model("test_vit", num_classes=5, img_size=96, checkpoint_path=str(path)).eval()
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(backbone.extract(images).features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_surrogate_finds_its_backbone_of_another_image_size_again(tmp_path: Path) -> None:
+    from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
+
+    backbone = load_backbone(f"timm:test_vit:{vit_file(tmp_path, 96)}", input_size=96)
+    made = SurrogateAutoencoder(backbone, SurrogateNetwork(backbone.feature_dim))
+    made.save_pretrained(tmp_path / "s")
+    found = SurrogateAutoencoder.from_pretrained(tmp_path / "s")
+    assert found.fingerprint() == made.fingerprint()
+    described = pack(made, tmp_path / "packed")
+    assert unpack(described, tmp_path / "packed").input_shape == (3, 96, 96)
+
+
+def test_an_image_size_belongs_to_timm(tmp_path: Path) -> None:
+    yaml = tiny.write_benchmark(tmp_path)
+    for model in ("fashion-mae", "torchvision:resnet18"):
+        result = CliRunner().invoke(main, ["bench", str(yaml), "--model", model, "--input-size", "96"])
+        assert result.exit_code == 2
+        assert f"--input-size belongs to timm: models, not to {model}" in result.stderr

@@ -273,6 +273,7 @@ class SurrogateAutoencoder(Autoencoder):
                     f"{folder}/config.json: expected model_type {MODEL_TYPE!r}, got {config['model_type']!r}"
                 )
             trained_on = {key: str(config["backbone"][key]) for key in ("spec", "name", "fingerprint")}
+            asked = dict(config["backbone"].get("options") or {})
             weights = load_file(path)
             refuse_larger(config["network"], weights, f"{folder}/config.json")
             with torch.device("meta"):  # shapes first: a damaged config could ask for any amount of memory
@@ -290,7 +291,7 @@ class SurrogateAutoencoder(Autoencoder):
                 f"({' '.join(str(error).split()) or type(error).__name__})"
             ) from error
         network.load_state_dict(weights)
-        model = cls(backbone or _backbone_of(folder, trained_on), network, **options)
+        model = cls(backbone or _backbone_of(folder, trained_on, asked), network, **options)
         if model.backbone_fingerprint != trained_on["fingerprint"]:
             raise TrajOODError(
                 f"{folder}: trained on the features of {trained_on['name']} (fingerprint "
@@ -309,6 +310,7 @@ class SurrogateAutoencoder(Autoencoder):
                 "spec": self.backbone.spec,
                 "name": self.backbone.name,
                 "fingerprint": self.backbone_fingerprint,
+                **({"options": dict(self.backbone.load_options)} if self.backbone.load_options else {}),
             },
             "network": self.network.geometry(),
             "recipe": dict(recipe or {}),
@@ -337,12 +339,12 @@ def check_features(name: str, features: Tensor, width: int) -> None:
             )
 
 
-def _backbone_of(folder: Path, trained_on: Mapping[str, str]) -> Backbone:
+def _backbone_of(folder: Path, trained_on: Mapping[str, str], options: Mapping[str, Any]) -> Backbone:
     if not is_backbone_spec(trained_on["spec"]):
         raise TrajOODError(
             f"{folder}: trained on the features of {trained_on['name']!r}, a backbone of your own: pass it as backbone="
         )
-    return load_backbone(trained_on["spec"])
+    return load_backbone(trained_on["spec"], **options)
 
 
 def _mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,7 @@ class Backbone(FixedFunction, ABC):
         preprocessing: what is done to a picture; None where :meth:`transform` is code of the user's own.
         feature_dim: n, width of the features.
         classes: c, number of logits; 0 without a classifier.
+        load_options: options of :func:`traj_ood.backbones.load_backbone` that go with ``spec``, JSON-able.
         chunk: rows per call of the network (see :class:`traj_ood.Autoencoder`).
     """
 
@@ -60,6 +62,7 @@ class Backbone(FixedFunction, ABC):
     preprocessing: Preprocessing | None = None
     feature_dim: int
     classes: int = 0
+    load_options: Mapping[str, Any] = MappingProxyType({})
     chunk: int = 32
 
     @abstractmethod

@@ -21,6 +21,7 @@ from traj_ood.weights import check_weights, prefix_of, put_weights
 
 DEFAULT_CROP = 0.875  # timm's, for a config that has none
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_OPTIONS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _LOCAL_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "model.pth")
 
 
@@ -30,8 +31,8 @@ class TimmBackbone(NetworkBackbone):
     Args:
         network: a timm model with its weights.
         name, spec: see :class:`traj_ood.backbones.Backbone`.
-        data: changes to the transform timm declares for the model: ``input_size``, ``mean``, ``std``,
-            ``interpolation``, ``crop_pct``, ``crop_mode``.
+        data: changes to the transform timm declares for the model: ``input_size`` (a side, or (C, H, W)), ``mean``,
+            ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
     """
 
     library = "timm"
@@ -43,7 +44,11 @@ class TimmBackbone(NetworkBackbone):
             if not callable(getattr(network, method, None)):
                 raise TrajOODError(f"{name}: this timm model has no {method}, so it tells no penultimate features")
         settings = resolve_model_data_config(network)
+        channels = int(settings["input_size"][0])
+        self.load_options = {key: value for key, value in (data or {}).items() if key in _OPTIONS}
         settings.update(data or {})
+        if isinstance(settings["input_size"], int):
+            settings["input_size"] = (channels, settings["input_size"], settings["input_size"])
         channels = int(settings["input_size"][0])
         if len(settings["mean"]) != channels or len(settings["std"]) != channels:
             raise TrajOODError(
@@ -99,29 +104,32 @@ def _short(settings: Mapping[str, Any]) -> str:
 def load(model: str, *, name: str | None = None, **data: Any) -> TimmBackbone:
     """``<name>`` (timm's weights, downloaded once), ``<name>:<weights file>``, ``hf-hub:<repository>`` or ``<folder>``.
 
-    A weights file decides the number of classes and of input channels. ``data`` as in :class:`TimmBackbone`.
+    A weights file decides the number of classes and of input channels. ``data`` as in :class:`TimmBackbone`; networks
+    of a fixed image size, such as ViTs, are built for ``input_size``.
 
     Raises:
         TrajOODError: unknown model; weights missing, damaged or of another architecture; no network.
     """
     for key in data:
-        if key not in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
+        if key not in _OPTIONS:
             raise TypeError(f"timm.load() got an unexpected keyword argument '{key}'")
-    spec = f"timm:{model}"
+    spec, size = f"timm:{model}", data.get("input_size")
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return TimmBackbone(_from_folder(folder), name=name or f"timm:{folder.resolve().name}", spec=spec, data=data)
+        return TimmBackbone(
+            _from_folder(folder, size), name=name or f"timm:{folder.resolve().name}", spec=spec, data=data
+        )
     architecture, _, weights = model.partition(":")
     if architecture == "hf-hub":
-        return TimmBackbone(_from_hub(model), name=name or spec, spec=spec, data=data)
+        return TimmBackbone(_from_hub(model, size), name=name or spec, spec=spec, data=data)
     if "/" in architecture or architecture.startswith((".", "~")):
         raise TrajOODError(
             f"{spec}: no such folder; expected one with {CONFIG} and {WEIGHTS}, or <timm name>:<weights file>"
         )
     _assert_known(architecture)
     if not weights:
-        return TimmBackbone(_from_hub(architecture), name=name or spec, spec=spec, data=data)
-    network = _from_file(architecture, Path(weights).expanduser())
+        return TimmBackbone(_from_hub(architecture, size), name=name or spec, spec=spec, data=data)
+    network = _from_file(architecture, Path(weights).expanduser(), size)
     return TimmBackbone(network, name=name or f"timm:{architecture}:{Path(weights).stem}", spec=spec, data=data)
 
 
@@ -166,7 +174,7 @@ def save_folder(
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _from_folder(folder: Path, size: Any) -> nn.Module:
     from timm import create_model
 
     path = folder / CONFIG
@@ -179,18 +187,18 @@ def _from_folder(folder: Path) -> nn.Module:
     if weights is None:
         raise TrajOODError(f"{folder}: expected weights in {' or '.join(_LOCAL_WEIGHTS)}, found none")
     try:
-        network = create_model(f"local-dir:{folder}", pretrained=False)
+        network = create_model(f"local-dir:{folder}", pretrained=False, **_sized(str(architecture), size))
     except Exception as error:
         raise TrajOODError(f"{path}: timm cannot build this model ({one_line(error)})") from error
     put_weights(network, read_weights(weights), str(weights))  # ours, since timm adapts or drops what does not fit
     return network
 
 
-def _from_hub(model: str) -> nn.Module:
+def _from_hub(model: str, size: Any) -> nn.Module:
     from timm import create_model
 
     try:
-        network = create_model(model, pretrained=True)
+        network = create_model(model, pretrained=True, **_sized(model, size))
     except Exception as error:  # hub, network and file errors of many classes
         raise TrajOODError(
             f"timm:{model}: its weights are not on this machine and cannot be fetched ({one_line(error)}); give local "
@@ -200,13 +208,30 @@ def _from_hub(model: str) -> nn.Module:
     return network
 
 
-def _from_file(architecture: str, path: Path) -> nn.Module:
+def _from_file(architecture: str, path: Path, size: Any) -> nn.Module:
     weights = read_weights(path)
-    network: Any = new_network(architecture, **_shapes_from(weights, architecture))
-    put_weights(network, weights, str(path))
+    network: Any = new_network(architecture, **_shapes_from(weights, architecture), **_sized(architecture, size))
+    try:
+        put_weights(network, weights, str(path))
+    except TrajOODError as error:
+        if "pos_embed" not in str(error):
+            raise
+        raise TrajOODError(
+            f"{error}: made for another image size? Give it: --input-size (in Python: input_size=)"
+        ) from error
     settings = network.pretrained_cfg
     settings["input_size"] = (_channels(network, settings), *settings["input_size"][1:])
     return network
+
+
+def _sized(architecture: str, size: Any) -> dict[str, Any]:
+    """How to build a network for images of ``size`` (a side, or (C, H, W)), where it takes one size only."""
+    from timm.models import get_pretrained_cfg, is_model
+
+    cfg = get_pretrained_cfg(architecture) if is_model(architecture.split(".")[0]) else None
+    if size is None or not getattr(cfg, "fixed_input_size", False):
+        return {}
+    return {"img_size": (size, size) if isinstance(size, int) else tuple(size[1:])}
 
 
 def _channels(network: nn.Module, settings: Mapping[str, Any]) -> int:

@@ -18,6 +18,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.parallel import TeammateError, is_main_process
 
 if TYPE_CHECKING:
+    from traj_ood.backbones import Backbone
     from traj_ood.data import Reading
 
 _MOST_THREADS = 1024  # OpenMP aborts the process when it is asked for many more
@@ -143,6 +144,30 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+input_size_option = click.option(
+    "--input-size", type=click.IntRange(1), help="Side of a timm: model's images.  [default: as timm declares]"
+)
+
+
+def check_input_size(model: str, size: int | None) -> None:
+    """Refuse ``--input-size`` for other models than timm's.
+
+    Raises:
+        TrajOODError: says so.
+    """
+    if size is not None and not model.startswith("timm:"):
+        raise TrajOODError(
+            f"--input-size belongs to timm: models, not to {model}, which has a size of its own: leave it out"
+        )
+
+
+def sized(model: str, size: int | None) -> str | Backbone:
+    """A backbone's name as it is, or the backbone itself where a size of its images is asked for."""
+    from traj_ood.backbones import load_backbone
+
+    return model if size is None else load_backbone(model, input_size=size)
 
 
 def reading_of(exif: bool, bit_depth: str | None) -> Reading:

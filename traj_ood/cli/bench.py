@@ -14,12 +14,15 @@ from traj_ood.cli.base import (
     PATH,
     SEED,
     THREADS,
+    check_input_size,
     examples,
+    input_size_option,
     main,
     one_line_errors,
     reading_of,
     reading_options,
     silence_libraries,
+    sized,
 )
 from traj_ood.errors import TrajOODError
 from traj_ood.parallel import Team
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
 @click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @reading_options
+@input_size_option
 @click.option("--out", type=PATH, default=Path("runs"), show_default=True, help="Results folder.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
@@ -155,6 +159,7 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     data = load_benchmark(benchmark, options["data_root"], follow_links=options["follow_links"], reading=reading)
     device = resolve_device(team.device(options["device"]), tf32=options["tf32"])
     model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}
+    check_input_size(options["model"], options["input_size"])
     backbone = is_backbone_spec(options["model"])
     if backbone and model_options:
         raise TrajOODError(
@@ -164,7 +169,8 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     if backbone:
         settings = {key: options[key] for key in ("workers", "on_error")} | {"device": device, "quiet": quiet}
         settings["fresh"] = options["fresh"] and team.is_main  # the others take what the main process has made
-        model = team.main_first(lambda: surrogate_for(options["model"], data, **settings))
+        found = team.main_first(lambda: sized(options["model"], options["input_size"]))
+        model = team.main_first(lambda: surrogate_for(found, data, **settings))
     else:
         model = team.main_first(lambda: load_autoencoder(options["model"], **model_options))
     return Evaluator(

@@ -18,12 +18,15 @@ from traj_ood.cli.base import (
     PATH,
     SEED,
     THREADS,
+    check_input_size,
     examples,
+    input_size_option,
     main,
     one_line_errors,
     reading_of,
     reading_options,
     silence_libraries,
+    sized,
 )
 from traj_ood.errors import TrajOODError
 
@@ -66,6 +69,7 @@ _BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
 @click.option("--data-root", type=PATH, help="Where the images of a benchmark or list are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @reading_options
+@input_size_option
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
 @click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
 @click.option("--out", type=PATH, required=True, help="Folder for the detector.")
@@ -157,11 +161,12 @@ def _model(options: dict[str, Any], chosen: IDImages, device: torch.device) -> A
     from traj_ood.data import Split
     from traj_ood.fit_surrogate import surrogate_for
 
+    check_input_size(options["model"], options["input_size"])
     if not is_backbone_spec(options["model"]):
         return load_autoencoder(options["model"]).to(device)
     train = cast("Benchmark", _TrainingSplit(chosen.name, Split("train", "train", chosen.train)))
     settings = {key: options[key] for key in ("workers", "on_error", "quiet")}
-    return surrogate_for(options["model"], train, device=device, **settings)
+    return surrogate_for(sized(options["model"], options["input_size"]), train, device=device, **settings)
 
 
 @dataclass(frozen=True)

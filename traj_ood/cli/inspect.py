@@ -14,12 +14,15 @@ from traj_ood.cli.base import (
     PATH,
     SEED,
     THREADS,
+    check_input_size,
     examples,
+    input_size_option,
     main,
     one_line_errors,
     reading_of,
     reading_options,
     silence_libraries,
+    sized,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
 @reading_options
+@input_size_option
 @click.option("--images", type=int, default=500, show_default=True, help="Training and held-out images, at most.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training sample and the noise.")
 @click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
@@ -70,9 +74,11 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     reading = reading_of(options["exif"], options["bit_depth"])
     data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"], reading=reading)
     device = resolve_device(options["device"])
+    check_input_size(model, options["input_size"])
     autoencoder: Autoencoder
     if is_backbone_spec(model):
-        autoencoder = surrogate_for(model, data, device=device, quiet=options["quiet"])
+        backbone = sized(model, options["input_size"])
+        autoencoder = surrogate_for(backbone, data, device=device, quiet=options["quiet"])
     else:
         autoencoder = load_autoencoder(model).to(device)
     settings = {key: options[key] for key in ("images", "seed", "tol", "max_steps", "quiet")}
