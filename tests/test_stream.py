@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -872,3 +873,44 @@ def test_no_more_images_are_held_than_promised(judge: Detector, folder: Path, tm
         tally, _ = write_scores(watched, entries, table, batch_size=16, workers=3)
     assert tally.count == 600
     assert 16 <= most <= 2 * 16 + 3 + 1
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_file_that_changed_far_behind_the_first_rows_is_noticed(
+    judge: Detector, tmp_path: Path, suffix: str, finished: bool
+) -> None:
+    """Among the first 64 rows, which are judged again, the score would tell; behind them only the bytes do."""
+    tiny.write_images(tmp_path / "many", 70, seed=3)
+    out, part, late = tmp_path / f"out.{suffix}", tmp_path / f"out.{suffix}.part", tmp_path / "many" / "068.png"
+    write(judge, walk(str(tmp_path / "many")), out)
+    whole, before, old = out.read_bytes(), late.read_bytes(), late.stat()
+    if not finished:
+        out.rename(part)
+    late.write_bytes((tmp_path / "many" / "001.png").read_bytes())
+    os.utime(late, ns=(old.st_atime_ns, old.st_mtime_ns))
+    words = r"row 69: '.*068\.png' has changed since it was judged; start again with --overwrite"
+    with pytest.raises(TrajOODError, match=words):
+        write(judge, walk(str(tmp_path / "many")), out, resume=True)
+    assert (out if finished else part).read_bytes() == whole
+    late.write_bytes(before)  # the same bytes again, whatever its time says
+    assert write(judge, walk(str(tmp_path / "many")), out, resume=True)[1].count == 70
+    assert out.read_bytes() == whole
+
+
+def test_a_file_that_changes_while_it_is_judged_has_no_score(
+    judge: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_images(tmp_path / "many", 2, seed=3)
+    path = tmp_path / "many" / "001.png"
+    whole = rows_of(judge, [Entry(str(path))])
+    assert whole[0].content == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+    def replaced(name: Path, reading: Any) -> Image.Image:
+        image = open_image(name, reading)
+        name.write_bytes((tmp_path / "many" / "000.png").read_bytes())
+        return image
+
+    monkeypatch.setattr("traj_ood.stream.rows.open_image", replaced)
+    (row,) = rows_of(judge, [Entry(str(path))])
+    assert (row.score, row.error) == (None, "the file changed while it was being read; judge it again")

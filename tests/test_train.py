@@ -192,6 +192,21 @@ def test_another_config_is_refused(place: Path) -> None:
     assert train(place, "out", seed=7, fresh=True).fingerprint() == expected.fingerprint()
 
 
+def test_other_images_or_other_code_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(place)
+    path = next((place / "images" / "train").iterdir())
+    before = path.read_bytes()
+    path.write_bytes((place / "images" / "far" / "001.png").read_bytes())
+    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another images: choose another --out or use"):
+        train(place, "out")
+    path.write_bytes(before)
+    with monkeypatch.context() as patch:
+        patch.setattr("traj_ood.training.code_digest", lambda: "0" * 16)
+        with pytest.raises(TrajOODError, match="made with another code: choose another --out or use --fresh"):
+            train(place, "out")
+    train(place, "out")
+
+
 @pytest.mark.parametrize("content", [b"", b"rubbish", None])
 def test_damaged_checkpoint(place: Path, content: bytes | None) -> None:
     interrupted(place)
