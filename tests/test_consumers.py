@@ -121,16 +121,17 @@ def test_onnx_runtime_needs_neither_torch_nor_traj_ood(detector: Detector, photo
     (photos / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
     Image.new("1", (10_000, 10_000)).save(photos / "bomb.png")
     paths += [str(photos / name) for name in ("deep.png", "moving.gif", "odd.png", "program.png", "bomb.png")]
+    paths += ["=1+1.png"]
     bare = "import runpy, sys; sys.modules.update(torch=None, traj_ood=None, pandas=None); sys.argv = sys.argv[1:]; "
     command = [sys.executable, "-c", bare + "runpy.run_path(sys.argv[0], run_name='__main__')"]
     command += [str(CONSUMERS / "onnx_runtime.py"), str(model), *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=tiny.PATIENCE, check=False)
     assert done.returncode == 3, done.stderr  # one image could not be read
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    assert [row["path"] for row in rows] == paths
+    assert [row["path"] for row in rows] == [*paths[:-1], "'=1+1.png"]  # which no spreadsheet runs
     assert rows[1]["score"] == ""
     assert rows[1]["error"]
-    assert [bool(row["error"]) for row in rows[4:]] == [False, True, True, True, True]
+    assert [bool(row["error"]) for row in rows[4:]] == [False, True, True, True, True, True]
     assert "several frames" in rows[5]["error"]
     assert "at most 89478485 pixels" in rows[8]["error"]
     whole = [row for row in rows if not row["error"]]
@@ -172,7 +173,8 @@ def test_the_batch_job_writes_a_row_for_every_file(
 
 def test_the_batch_job_loads_a_folder_and_raises_the_alarm(detector: Detector, photos: Path, tmp_path: Path) -> None:
     detector.save(tmp_path / "detector")
-    (photos / "torn.png").unlink()
+    (photos / "torn.png").rename(photos / "=1+1.png")
+    (photos / "=1+1.png").write_bytes((photos / "grey" / "000.png").read_bytes())
     command = [sys.executable, str(CONSUMERS / "batch_job.py"), str(tmp_path / "detector"), str(photos)]
     done = subprocess.run(
         [*command, str(tmp_path / "scores.csv"), "--alarm", "-1"],
@@ -182,7 +184,8 @@ def test_the_batch_job_loads_a_folder_and_raises_the_alarm(detector: Detector, p
         check=False,
     )
     assert done.returncode == 4, done.stderr
-    assert done.stdout.startswith("3 images, 0 unreadable, ")
+    assert done.stdout.startswith("4 images, 0 unreadable, ")
+    assert pd.read_csv(tmp_path / "scores.csv")["path"].tolist()[0] == "'=1+1.png"
     done = subprocess.run([*command, "scores.txt"], capture_output=True, text=True, timeout=tiny.PATIENCE, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("batch_job: error: scores.txt: expected a name that ends in .parquet or .csv")

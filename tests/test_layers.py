@@ -16,6 +16,7 @@ PACKAGE = Path(traj_ood.__file__).parent
 # A module may import what stands on a line above its own; modules of one line may not import each other.
 # Folders count as one module; within a folder only cycles are forbidden.
 LAYERS = [
+    ("text",),
     ("errors",),
     ("files", "device", "checkpoints", "weights", "preprocessing", "parallel", "provenance", "behaviour"),
     ("pretrained",),

@@ -214,6 +214,19 @@ def test_csv_holds_the_leaderboard(tmp_path: Path) -> None:
     assert read["near_auroc"][0] == pytest.approx(0.65)
 
 
+def test_texts_of_a_csv_that_a_spreadsheet_would_run_are_quoted(tmp_path: Path) -> None:
+    odd = run(model={"name": "=1+1", "fingerprint": "a"}, benchmark="-3\x1b[2J\n|")
+    write_csv([odd], tmp_path / "a.csv")
+    write_csv([odd], tmp_path / "b.csv", quote_formulas=False)
+    quoted, plain = (pd.read_csv(tmp_path / name) for name in ("a.csv", "b.csv"))
+    assert (quoted["model"][0], plain["model"][0]) == ("'=1+1", "=1+1")
+    assert quoted["benchmark"][0] == "'-3\x1b[2J\n|"  # a data file keeps the name
+    assert quoted["all_auroc"].tolist() == plain["all_auroc"].tolist()
+    assert ",'=1+1," in openood_csv([odd])
+    assert ",=1+1," in openood_csv([odd], quote_formulas=False)
+    assert "### -3\\x1b[2J\\n|" in render_markdown([odd])
+
+
 def test_readme_is_replaced_between_its_markers(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")

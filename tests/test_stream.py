@@ -47,6 +47,7 @@ from traj_ood.stream import (
     write_scores,
 )
 from traj_ood.stream.formats import CSVFormat
+from traj_ood.text import unquote_formula
 from traj_ood.trajectory import Status
 
 pytestmark = pytest.mark.filterwarnings("ignore:detector with .* unhealthy attractors")
@@ -394,11 +395,16 @@ def test_scores_beyond_all_numbers_stay_above_every_threshold(
         pd.read_parquet(tmp_path / "out.parquet"),
         pd.DataFrame(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())),
     ):
-        assert table["score"].tolist() == [math.inf, 1.5]
+        assert table["score"].astype(float).tolist() == [math.inf, 1.5]
         assert table["decision"].tolist() == ["ood", "id"]
         assert table["status"].tolist() == ["non_finite", "scored" if status is None else "converged"]
     for suffix in ("csv", "jsonl"):
         assert write(beyond, entries, tmp_path / f"out.{suffix}", resume=True)[1].count == 2
+    lines = (tmp_path / "out.jsonl").read_text()
+    assert json.loads(lines.splitlines()[0], parse_constant=lambda name: pytest.fail(name))["score"] == "Infinity"
+    (tmp_path / "out.jsonl").write_text(lines.replace('"Infinity"', "1e999"))  # which parsers disagree on
+    with pytest.raises(TrajOODError, match=r"row 1 is damaged \(the score 1e999 of an earlier version, now written as"):
+        write(beyond, entries, tmp_path / "out.jsonl", resume=True)
 
 
 def test_too_little_memory_is_told(judge: Detector, folder: Path) -> None:
@@ -514,6 +520,33 @@ def test_strange_names_round_trip_in_every_format(judge: Detector, tmp_path: Pat
     ]
     assert names == expected
     assert table["path_bytes"].notna().sum() == 1
+
+
+@pytest.mark.parametrize("quoted", [True, False])
+def test_texts_that_a_spreadsheet_would_run_are_quoted_and_resumed(
+    judge: Detector, tmp_path: Path, quoted: bool
+) -> None:
+    names = ["=1+1.png", "'=1.png", "-2.png", "@x.png", "+.png", "\t.png", "'a.png", "a=.png", "＝1.png"]
+    rows = [Row(name, -1.5, 0.25, "ood", 3, "converged") for name in names] + [Row("gone.png", error="= no file")]
+    entries, out = [Entry(row.path) for row in rows], tmp_path / "out.csv"
+    with open_table(out, quote_formulas=quoted) as table:
+        table.write(rows)
+    with open(tmp_path / "out.csv.part", encoding="utf-8", newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert [cell["path"] for cell in cells[:-1]] == (
+        ["'=1+1.png", "''=1.png", "'-2.png", "'@x.png", "'+.png", "'\t.png", "'a.png", "a=.png", "'＝1.png"]
+        if quoted
+        else names
+    )
+    assert [unquote_formula(cell["path"]) if quoted else cell["path"] for cell in cells[:-1]] == names
+    assert {cell["score"] for cell in cells} == {"-1.5", ""}  # a number stays one
+    with open_table(out, resume=True, quote_formulas=quoted) as table:
+        assert table.match(iter(entries), 64, lambda score: (0.25, "ood")).sample == tuple(
+            zip(entries, rows, strict=True)
+        )
+    words = r"row 1 is of \"'=1\+1.png\"" if quoted else r"row 1 is damaged \(.* not quoted: add --no-quote-formulas\)"
+    with open_table(out, resume=True, quote_formulas=not quoted) as table, pytest.raises(TrajOODError, match=words):
+        table.match(iter(entries), 64, lambda score: (0.25, "ood"))
 
 
 def test_parquet_csv_and_json_lines_say_the_same(judge: Detector, folder: Path, tmp_path: Path) -> None:
@@ -750,6 +783,40 @@ def test_rows_of_another_calibration_are_found_wherever_they_differ(judge: Detec
     with pytest.raises(TrajOODError, match=r"out\.csv\.part: row 7\d: expected the p-value and decision that"):
         write(other, entries, out, resume=True)
     assert (tmp_path / "out.csv.part").read_bytes() == whole
+
+
+@pytest.mark.parametrize("broken", [0, 70])
+def test_rows_of_another_detector_are_found_behind_errors_and_behind_a_start_that_agrees(
+    folder: Path, tmp_path: Path, broken: int
+) -> None:
+    """Two detectors that say the same of dark images; one calls every other image stranger than it is."""
+    judge = make(calibration=None)
+    (tmp_path / "s").mkdir()
+    pictures = [(folder / "000.png").read_bytes() if i < 75 else (folder / "001.png").read_bytes() for i in range(150)]
+    for i, content in enumerate(pictures):
+        (tmp_path / "s" / f"{i:03d}.png").write_bytes(b"" if i < broken else content)
+
+    def elsewhere(images: Tensor) -> Judgement:
+        said, known = judge.judge(images), judge.autoencoder.transform(open_image(folder / "000.png"))
+        same = (images == known).flatten(1).all(dim=1)
+        return replace(said, scores=torch.where(same, said.scores, said.scores + 1))
+
+    other = SimpleNamespace(autoencoder=judge.autoencoder, judge=elsewhere, calibration=None)
+    out = tmp_path / "out.csv"
+    write(judge, walk(str(tmp_path / "s")), out)
+    out.rename(tmp_path / "out.csv.part")
+    with pytest.raises(TrajOODError, match="expected what this detector says of"):
+        write(other, walk(str(tmp_path / "s")), out, resume=True)
+    assert write(judge, walk(str(tmp_path / "s")), out, resume=True)[1] == Tally(150, broken, 0)
+
+
+def test_a_repaired_image_behind_many_scored_ones_is_noticed(judge: Detector, folder: Path, tmp_path: Path) -> None:
+    entries = [Entry(str(folder / "001.png"))] * 70 + [Entry(str(folder / "005.png"))]
+    out = tmp_path / "out.csv"
+    write(judge, entries, out)
+    (folder / "005.png").write_bytes((folder / "006.png").read_bytes())
+    with pytest.raises(TrajOODError, match=r"expected what this detector says of '.*005\.png' \(score .*\), found"):
+        write(judge, entries, out, resume=True)
 
 
 def test_the_unfinished_file_is_no_link_and_no_pipe(judge: Detector, folder: Path, tmp_path: Path) -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from traj_ood.text import one_line
+
 
 class TrajOODError(ValueError):
     """Bad input or a bad environment, told in one line: what was expected, what arrived, what to do next.
 
-    The command line prints the line and exits with code 2; a library user catches it as a ``ValueError``.
+    The command line prints the line and exits with code 2; a library user catches it as a ``ValueError``. Whatever
+    names, values and other libraries' words go into it, it is one printable line below 2 kB (see
+    :func:`traj_ood.text.one_line`).
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> TrajOODError:

@@ -18,6 +18,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.metrics import METRIC_NAMES, Metrics
 from traj_ood.results import Result, ScorerResult
+from traj_ood.text import printable, quote_formula
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,18 +129,24 @@ def per_set(results: Sequence[Result]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def write_csv(results: Sequence[Result], path: str | Path) -> None:
-    """``leaderboard(results)`` as a CSV file, fractions with 6 decimals. Raises as it and as ``write_atomic``."""
-    write_atomic(path, leaderboard(results).to_csv(index=False, float_format="%.6f").encode())
+def write_csv(results: Sequence[Result], path: str | Path, *, quote_formulas: bool = True) -> None:
+    """``leaderboard(results)`` as a CSV file, fractions with 6 decimals. Raises as it and as ``write_atomic``.
+
+    Args:
+        quote_formulas: put a ``'`` before texts that a spreadsheet would run, such as a model named ``=1+1``
+            (:func:`traj_ood.text.quote_formula`). Default True: names are anybody's. Numbers stay numbers.
+    """
+    write_atomic(path, _csv(leaderboard(results), quote_formulas, float_format="%.6f").encode())
 
 
-def openood_csv(results: Sequence[Result]) -> str:
+def openood_csv(results: Sequence[Result], *, quote_formulas: bool = True) -> str:
     """The rows of ``leaderboard`` in the columns of the OpenOOD leaderboard's own CSV files, to submit there.
 
     AUROCs in percent with 2 decimals, ``±`` over seeds; ``Training`` is the model's family and ``Arch`` its name. What
     does not exist is ``/``, as there: a mean over no sets, and the accuracy, which results do not hold. No scorer here
     learns from outliers. OpenOOD keeps one file per benchmark: the description begins with the benchmark's name and
-    ends with what a reader must know (variant, an unhealthy dictionary). Raises as ``leaderboard``.
+    ends with what a reader must know (variant, an unhealthy dictionary). ``quote_formulas`` as in :func:`write_csv`.
+    Raises as ``leaderboard``.
     """
     import pandas as pd
 
@@ -161,12 +168,21 @@ def openood_csv(results: Sequence[Result]) -> str:
                 "Additional_Description": "; ".join(note for note in notes if note),
             }
         )
-    return pd.DataFrame(rows, columns=list(OPENOOD_COLUMNS)).to_csv(index=False)
+    return _csv(pd.DataFrame(rows, columns=list(OPENOOD_COLUMNS)), quote_formulas)
 
 
-def write_openood_csv(results: Sequence[Result], path: str | Path) -> None:
+def write_openood_csv(results: Sequence[Result], path: str | Path, *, quote_formulas: bool = True) -> None:
     """``openood_csv(results)`` as a file. Raises as it and as ``write_atomic``."""
-    write_atomic(path, openood_csv(results).encode())
+    write_atomic(path, openood_csv(results, quote_formulas=quote_formulas).encode())
+
+
+def _csv(table: pd.DataFrame, quote_formulas: bool, **options: Any) -> str:
+    texts = {
+        name: [quote_formula(cell) if isinstance(cell, str) else cell for cell in table[name]]
+        for name in table.columns
+        if table[name].dtype.kind not in "biuf"
+    }
+    return str((table.assign(**texts) if quote_formulas else table).to_csv(index=False, **options))
 
 
 def update_readme(readme_path: str | Path, markdown: str) -> None:
@@ -311,7 +327,7 @@ def render_markdown(results: Sequence[Result], *, columns: Sequence[str] = DEFAU
     parts = []
     for (benchmark, model), rows in means.groupby(["benchmark", "model"], sort=False):
         here = sets[(sets["benchmark"] == benchmark) & (sets["model"] == model)]
-        parts.append(f"### {benchmark} · {model}")
+        parts.append(f"### {printable(str(benchmark))} · {printable(str(model))}")
         parts += _means_table(rows, columns)
         parts += _copies([r for r in results if (r.benchmark, r.model["name"]) == (benchmark, model)])
         parts.append("AUROC by OOD set:")
@@ -390,4 +406,9 @@ def _openood_percent(mean: float, std: float) -> str:
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table, first column to the left, figures to the right; a bar inside a cell is escaped."""
     rows = [header, [":--", *["--:"] * (len(header) - 1)], *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    """A name may hold anything, also a line break, which would end the row."""
+    return printable(text).replace("|", "\\|")

@@ -22,6 +22,7 @@ from traj_ood import Detector, Normalised, Status, TrajOODError
 from traj_ood.data import read_folder
 from traj_ood.data.decoding import open_image
 from traj_ood.files import write_atomic
+from traj_ood.text import quote_formula
 
 BATCH = 256
 COLUMNS = ["path", "score", "p_value", "ood", "steps", "status", "error"]
@@ -63,12 +64,18 @@ def _judge(detector: Detector, folder: Path, paths: list[str]) -> pd.DataFrame:
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """As the suffix says.
 
+    In CSV, a path or error that a spreadsheet would run has a ``'`` before it; names that are not UTF-8 keep their
+    bytes there, and have their odd bytes as ``\\udcXX`` in Parquet.
+
     Raises:
         TrajOODError: another suffix, or a folder that cannot be written.
     """
     if path.suffix == ".csv":
-        write_atomic(path, table.to_csv(index=False).encode())
+        safe = {name: table[name].map(quote_formula, na_action="ignore") for name in ("path", "error")}
+        write_atomic(path, table.assign(**safe).to_csv(index=False).encode("utf-8", "surrogateescape"))
     elif path.suffix == ".parquet":
+        names = table["path"].map(lambda name: name.encode("utf-8", "backslashreplace").decode())
+        table = table.assign(path=names)
         write_atomic(path, lambda file: table.to_parquet(file, index=False))
     else:
         raise TrajOODError(f"{path}: expected a name that ends in .parquet or .csv")

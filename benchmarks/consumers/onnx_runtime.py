@@ -119,17 +119,23 @@ def _flat(image: Image.Image) -> Image.Image:
     return (image.convert("RGBA") if image.mode == "P" else image).convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
+def _quoted(text: str) -> str:
+    """No spreadsheet may take a path for a formula; what begins with quotes before such a sign gets one more."""
+    return "'" + text if text.lstrip("'")[:1] in tuple("=+-@\t\r\n") else text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a file that `traj-ood export --format onnx` wrote")
     parser.add_argument("images", nargs="+", help="image files")
     options = parser.parse_args()
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # any name
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(("path", "score", "ood", "error"))
     broken = False
-    for row in rows(Model(options.model), options.images):
-        writer.writerow(row)
-        broken |= bool(row[3])
+    for path, score, ood, error in rows(Model(options.model), options.images):
+        writer.writerow((_quoted(path), score, ood, _quoted(error)))
+        broken |= bool(error)
     if broken:
         sys.exit(3)
 

@@ -51,6 +51,14 @@ NAME, PATH = _Name(), _PathName()
 SEED, THREADS = click.IntRange(0, _LARGEST_SEED), click.IntRange(1, _MOST_THREADS)
 
 
+quote_formulas_option = click.option(
+    "--quote-formulas/--no-quote-formulas",
+    default=True,
+    show_default=True,
+    help="In CSV, put ' before texts that a spreadsheet would run (they begin with = + - @).",
+)
+
+
 class _OneLine(click.Group):
     """click's own errors as one line, like all others."""
 

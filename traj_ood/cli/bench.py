@@ -19,6 +19,7 @@ from traj_ood.cli.base import (
     input_size_option,
     main,
     one_line_errors,
+    quote_formulas_option,
     reading_of,
     reading_options,
     silence_libraries,
@@ -226,8 +227,9 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
     show_default=True,
     help="openood: rows in the columns of OpenOOD's leaderboard CSV.",
 )
+@quote_formulas_option
 @one_line_errors
-def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str) -> None:
+def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, quote_formulas: bool) -> None:
     """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
     from traj_ood.detector import refuse_inside
     from traj_ood.leaderboard import openood_csv, render_markdown, update_readme, write_csv, write_openood_csv
@@ -240,12 +242,12 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
     results = Result.load_all(folder)
     if form == "openood":
         if csv_path is not None:
-            write_openood_csv(results, csv_path)
-        click.echo(openood_csv(results), nl=False)
+            write_openood_csv(results, csv_path, quote_formulas=quote_formulas)
+        click.echo(openood_csv(results, quote_formulas=quote_formulas), nl=False)
         return
     markdown = render_markdown(results)
     if csv_path is not None:
-        write_csv(results, csv_path)
+        write_csv(results, csv_path, quote_formulas=quote_formulas)
     if readme is not None:
         update_readme(readme, markdown)
     click.echo(markdown)

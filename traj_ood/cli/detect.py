@@ -23,6 +23,7 @@ from traj_ood.cli.base import (
     input_size_option,
     main,
     one_line_errors,
+    quote_formulas_option,
     reading_of,
     reading_options,
     silence_libraries,
@@ -211,6 +212,7 @@ class _TrainingSplit:
 )
 @click.option("--resume", is_flag=True, help="Continue what an interrupted run left beside --out, if anything.")
 @click.option("--overwrite", is_flag=True, help="Start again, and replace --out in the end.")
+@quote_formulas_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
@@ -257,7 +259,8 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     resume, out = options["resume"], options["out"]
-    with open_table(out, options["format"], resume=resume, overwrite=options["overwrite"]) as table:
+    asked = {key: options[key] for key in ("format", "resume", "overwrite", "quote_formulas")}
+    with open_table(out, **asked) as table:
         detector = Detector.load(Path(folder), device=options["device"])
         detector.reading = _reading(detector.reading, options)
         if detector.calibration is None:

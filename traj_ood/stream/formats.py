@@ -1,7 +1,8 @@
 """A row as one line of text, and back: CSV and JSON lines.
 
 How names that are not UTF-8 are written: CSV holds their bytes as they are (read it with
-``errors="surrogateescape"``), JSON lines lone surrogates as ``\\udcXX``, which Python's json reads back.
+``errors="surrogateescape"``), JSON lines lone surrogates as ``\\udcXX``, which Python's json reads back. In CSV,
+texts that a spreadsheet would run are quoted; ``traj_ood.text.unquote_formula`` gives them back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from dataclasses import asdict
 from typing import Any, BinaryIO
 
 from traj_ood.stream.rows import COLUMNS, ERROR, Row
+from traj_ood.text import quote_formula, unquote_formula
 
+_INFINITIES = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _LONGEST = 2**20  # bytes of one record; a damaged file must not be taken into memory whole
 
 
@@ -45,9 +48,10 @@ class TextFormat(ABC):
         """
         try:
             row = self.parse(record)
-            numbers = [value for value in (row.score, row.p_value) if value is not None]
-            whole = self.encode(row) == record and not any(map(math.isnan, numbers))
-        except (TypeError, RecursionError) as error:  # JSON of another kind, or nested without end
+            number = row.score is None or not math.isnan(row.score)
+            share = row.p_value is None or 0 <= row.p_value <= 1
+            whole = self.encode(row) == record and number and share
+        except (TypeError, LookupError, RecursionError) as error:  # JSON of another kind, or nested without end
             raise ValueError(str(error)) from error
         if not whole or (row.score is None) != (row.status == ERROR):
             raise ValueError("not as it was written")
@@ -65,13 +69,20 @@ class TextFormat(ABC):
 
 
 class CSVFormat(TextFormat):
-    """Comma-separated, quoted where needed, one ``\\n`` after each row; empty is None."""
+    """Comma-separated, quoted where needed, one ``\\n`` after each row; empty is None.
 
-    def __init__(self) -> None:
+    Args:
+        quote_formulas: write texts that a spreadsheet would run (a path ``=1+1.png``) with a ``'`` before them, and
+            read them so. Default True: CSV is opened in spreadsheets, and names are anybody's. Numbers stay numbers.
+    """
+
+    def __init__(self, quote_formulas: bool = True) -> None:
+        self._quotes = quote_formulas
         self.header = self._line(COLUMNS)
 
     def encode(self, row: Row) -> bytes:
-        return self._line([getattr(row, name) for name in COLUMNS])
+        cells = [getattr(row, name) for name in COLUMNS]
+        return self._line([quote_formula(c) if self._quotes and isinstance(c, str) else c for c in cells])
 
     def parse(self, record: bytes) -> Row:
         text = record.decode("utf-8", "surrogateescape")
@@ -81,6 +92,10 @@ class CSVFormat(TextFormat):
             raise ValueError(str(damage)) from damage
         if len(fields) != len(COLUMNS):
             raise ValueError(f"{len(fields)} columns")
+        if self._quotes:
+            if any(quote_formula(unquote_formula(cell)) != cell for cell in (fields[0], *fields[5:])):
+                raise ValueError("a text that a spreadsheet would run, not quoted: add --no-quote-formulas")
+            fields = [unquote_formula(cell) if k in (0, 5, 6) else cell for k, cell in enumerate(fields)]
         path, score, p_value, decision, steps, status, error, content = fields
         number, share, count = float(score or "nan"), float(p_value or "nan"), int(steps or -1)
         return Row(
@@ -114,20 +129,31 @@ class CSVFormat(TextFormat):
 
 
 class JSONLinesFormat(TextFormat):
-    """One JSON object per line, ASCII only; null is None, and an infinite score the number 1e999.
+    """One JSON object per line, ASCII only; null is None, and an infinite score the text "Infinity".
 
-    JSON has no infinity; readers make one of a number beyond their range, so that it still is above every threshold.
+    JSON has no infinity, and parsers disagree on a number beyond their range. The text is that of protobuf's JSON;
+    ``float`` of Python and ``Number`` of JavaScript make it the number that is above every threshold.
     """
 
     def encode(self, row: Row) -> bytes:
-        text = json.dumps(asdict(row))
-        return text.replace('"score": Infinity', '"score": 1e999').encode() + b"\n"  # in a path, quotes are escaped
+        cells = asdict(row)
+        cells["score"] = _INFINITIES.get(cells["score"], cells["score"])
+        return json.dumps(cells, allow_nan=False).encode() + b"\n"
 
     def parse(self, record: bytes) -> Row:
-        return Row(**json.loads(record))
+        cells = json.loads(record)
+        if cells["score"] in _INFINITIES:
+            raise ValueError("the score 1e999 of an earlier version, now written as the text Infinity")
+        words = {text: number for number, text in _INFINITIES.items()}
+        return Row(**{**cells, "score": words.get(cells["score"], cells["score"])})
 
 
-TEXT_FORMATS: dict[str, type[TextFormat]] = {"csv": CSVFormat, "jsonl": JSONLinesFormat}
+TEXT_FORMATS = ("csv", "jsonl")
+
+
+def text_format(name: str, quote_formulas: bool = True) -> TextFormat:
+    """The format of a name in ``TEXT_FORMATS``."""
+    return CSVFormat(quote_formulas) if name == "csv" else JSONLinesFormat()
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

@@ -27,6 +27,7 @@ from traj_ood.data.decoding import Reading, open_image
 from traj_ood.errors import TrajOODError
 from traj_ood.preprocessing import Normalised
 from traj_ood.stream.paths import Entry
+from traj_ood.text import one_line
 from traj_ood.trajectory import Status
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def _rows(judgement: Judgement) -> list[Row]:
 
 
 def _line(text: str, path: str) -> str:
-    return " ".join(text.removeprefix(f"{Path(path)}: ").split())  # errors name it without a "/" at its end
+    return one_line(text).removeprefix(one_line(f"{Path(path)}:")).strip()  # errors name it as one_line writes it
 
 
 def _taken(batch: deque[_Queued]) -> Iterator[_Queued]:

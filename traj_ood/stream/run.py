@@ -35,8 +35,9 @@ def write_scores(
     Args:
         entries: the input, from its start also when an earlier run is resumed.
         table: of :func:`open_table`; closing it is the caller's part.
-        resume: keep the rows that the table holds. Their paths have to be the entries', their files unchanged, and the
-            first 64 images are judged again: their rows have to come out the same, scores to a relative 1e-6.
+        resume: keep the rows that the table holds. Their paths have to be the entries', their files unchanged, and 64
+            images with a score and 64 with an error, spread over all, are judged again: their rows have to come out the
+            same, scores to a relative 1e-6.
         batch_size, workers: of :func:`score_rows`.
         on_rows: called with every batch of new rows, after it is written.
     Returns:
@@ -50,7 +51,7 @@ def write_scores(
     earlier = Tally()
     if resume:
         held = table.match(entries, _JUDGED_AGAIN, partial(_calibrated, detector))
-        with closing(score_rows(detector, [e for e, _ in held.first], batch_size=size, workers=workers)) as again:
+        with closing(score_rows(detector, [e for e, _ in held.sample], batch_size=size, workers=workers)) as again:
             held.check(chain.from_iterable(again))
         earlier = held.tally
         if table.is_finished:

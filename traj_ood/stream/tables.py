@@ -4,9 +4,11 @@ A file is written as ``NAME.part`` and gets its name when its last row is on the
 it is whole. CSV and JSON lines can be resumed from their ``.part``: a row counts as whole when its line is.
 
 A row is its own evidence, so there is no second file that says whose rows these are and could be lost or out of date:
-:meth:`Table.match` compares every path with the input's, and the caller judges the first images again, which have to
+:meth:`Table.match` compares every path with the input's, and the caller judges some of the images again, which have to
 come out the same (:meth:`Resumed.check`); p-value and decision of every row have to be those of its score, and its file
-has to hold what it held. That notices another detector, calibration or image.
+has to hold what it held. That notices another detector, calibration or image. The images judged again are spread over
+all the rows, and there are as many with a score as with an error: neither a start of unreadable files nor one that two
+detectors agree on hides the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any, BinaryIO
 
 from traj_ood.data.contents import hash_files
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.stream.formats import TEXT_FORMATS, TextFormat
+from traj_ood.stream.formats import TEXT_FORMATS, TextFormat, text_format
 from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import COLUMNS, Row, Tally, content_of
 
@@ -42,16 +44,16 @@ class Resumed:
 
     Attributes:
         tally: of its whole rows.
-        first: the entries of the first of them, and their rows.
+        sample: some of them with their entries, spread over all, in order.
         where: the file, for errors.
     """
 
     tally: Tally = field(default_factory=Tally)
-    first: tuple[tuple[Entry, Row], ...] = ()
+    sample: tuple[tuple[Entry, Row], ...] = ()
     where: str = ""
 
     def check(self, rows: Iterable[Row]) -> None:
-        """Compare ``rows``, made anew from the entries in ``first``, with what is there.
+        """Compare ``rows``, made anew from the entries in ``sample``, with what is there.
 
         Scores may differ by rounding: those of a model or a scorer that is not ours, or on a GPU, may follow the batch.
         P-value and decision follow from the score, and :meth:`Table.match` has compared them.
@@ -59,7 +61,7 @@ class Resumed:
         Raises:
             TrajOODError: a row differs.
         """
-        for (entry, there), row in zip(self.first, rows, strict=True):
+        for (entry, there), row in zip(self.sample, rows, strict=True):
             if not _same_but_for_rounding(row, there):
                 now = f"status {row.status}" if row.score is None else f"score {row.score}"
                 raise TrajOODError(
@@ -77,12 +79,12 @@ class Table(ABC):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def match(self, entries: Iterator[Entry], first: int, calibrated: Calibrated) -> Resumed:
+    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
         """Take from ``entries`` those that have a whole row here already; the next row goes behind these.
 
         Args:
             entries: the input, from its start.
-            first: rows to hold for :meth:`Resumed.check`.
+            most: rows with a score, and rows with an error, to hold for :meth:`Resumed.check`.
             calibrated: p-value and decision that belong to a score.
         Raises:
             TrajOODError: rows that do not match the start of the input, its files or the calibration, or are damaged.
@@ -115,7 +117,14 @@ class Table(ABC):
         """Let go of the file, finished or not."""
 
 
-def open_table(path: Path | None, format: str | None = None, *, resume: bool = False, overwrite: bool = False) -> Table:
+def open_table(
+    path: Path | None,
+    format: str | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quote_formulas: bool = True,
+) -> Table:
     """A table at ``path``, or on standard output.
 
     Args:
@@ -123,6 +132,7 @@ def open_table(path: Path | None, format: str | None = None, *, resume: bool = F
         format: one of ``FORMATS``. Default: by the suffix of ``path``; ``csv`` on standard output.
         resume: continue an unfinished file when there is one; CSV and JSON lines only.
         overwrite: start again, and at the end replace a file that is there.
+        quote_formulas: of :class:`traj_ood.stream.formats.CSVFormat`.
     Raises:
         TrajOODError: impossible combinations, a file that is there already or that another process writes, or a folder
             that cannot be written.
@@ -134,7 +144,10 @@ def open_table(path: Path | None, format: str | None = None, *, resume: bool = F
         if form == "parquet" or resume:
             what = "Parquet" if form == "parquet" else "--resume"
             raise TrajOODError(f"{what}: expected a file to write, got standard output; name one with --out")
-        return OutputTable(TEXT_FORMATS[form](), sys.stdout.buffer)
+        stream = getattr(sys.stdout, "buffer", None)
+        if stream is None:
+            raise TrajOODError("standard output is closed: expected somewhere to write rows; name a file with --out")
+        return OutputTable(text_format(form, quote_formulas), stream)
     if resume and form == "parquet":
         raise TrajOODError(
             f"{path}: Parquet cannot be resumed, as its index is written last; use --out with .csv or .jsonl to resume"
@@ -143,14 +156,14 @@ def open_table(path: Path | None, format: str | None = None, *, resume: bool = F
         raise TrajOODError(f"{path}: expected a file to write, found a folder or device; choose another --out")
     part = path.with_name(path.name + ".part")
     if resume and path.exists() and not part.exists():
-        return FinishedTable(TEXT_FORMATS[form](), path)
+        return FinishedTable(text_format(form, quote_formulas), path)
     file = _open_part(part)
     try:
         if not resume:
             _start_again(file, path, part, overwrite)
         if form == "parquet":
             return ParquetTable(path, part, file)
-        return FileTable(TEXT_FORMATS[form](), path, part, file)
+        return FileTable(text_format(form, quote_formulas), path, part, file)
     except BaseException:
         file.close()
         raise
@@ -200,10 +213,10 @@ class FileTable(Table):
         self._form, self._path, self._part, self._file = form, path, part, file
         self._is_worthless = os.fstat(file.fileno()).st_size == 0
 
-    def match(self, entries: Iterator[Entry], first: int, calibrated: Calibrated) -> Resumed:
+    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
         with _disk_errors(self._path):
             self._file.seek(0)
-            resumed, end = _match(self._form, self._part, self._file, entries, first, calibrated)
+            resumed, end = _match(self._form, self._part, self._file, entries, most, calibrated)
             self._file.truncate(end)
             self._file.seek(end)
         return resumed
@@ -240,9 +253,9 @@ class FinishedTable(Table):
     def is_finished(self) -> bool:
         return True
 
-    def match(self, entries: Iterator[Entry], first: int, calibrated: Calibrated) -> Resumed:
+    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
         with _disk_errors(self._path), open(self._path, "rb", buffering=0) as file:
-            resumed, end = _match(self._form, self._path, file, entries, first, calibrated)
+            resumed, end = _match(self._form, self._path, file, entries, most, calibrated)
             size = os.fstat(file.fileno()).st_size
         rest = next(entries, None)
         if rest is not None or end != size:
@@ -358,11 +371,11 @@ def _format(path: Path | None, format: str | None) -> str:
 
 
 def _match(
-    form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entry], first: int, calibrated: Calibrated
+    form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entry], most: int, calibrated: Calibrated
 ) -> tuple[Resumed, int]:
     """What the file holds of the input, and where its last whole row ends; ``entries`` stands behind that row."""
     tally, end = Tally(), len(form.header)
-    held: list[tuple[Entry, Row]] = []
+    scored, failed = _Spread(most), _Spread(most)
     unseen: list[tuple[Entry, Row]] = []
     with open(file.fileno(), "rb", closefd=False) as reader:
         if reader.read(end) != form.header:
@@ -382,9 +395,8 @@ def _match(
                         "found others; resume with the calibration that it was made with, or start again with "
                         "--overwrite"
                     )
+                (failed if row.score is None else scored).add(tally.count, entry, row)
                 tally, end = tally.plus([row]), end + len(record)
-                if len(held) < first:
-                    held.append((entry, row))
                 unseen.append((entry, row))
                 if len(unseen) == _LOOKED_AT:
                     _refuse_changed(path, tally.count, unseen)
@@ -395,7 +407,25 @@ def _match(
                 raise
             damage = f"row {tally.count + 1} is damaged ({error})"
             raise TrajOODError(f"{path}: {damage}; start again with --overwrite") from error
-    return Resumed(tally, tuple(held), str(path)), end
+    sample = sorted(scored.held + failed.held, key=lambda item: item[0])
+    return Resumed(tally, tuple((entry, row) for _, entry, row in sample), str(path)), end
+
+
+class _Spread:
+    """At most ``most`` of the rows that come, the first and then at equal distances, however many there will be."""
+
+    def __init__(self, most: int) -> None:
+        self.held: list[tuple[int, Entry, Row]] = []
+        self._most, self._seen, self._stride = most, 0, 1
+
+    def add(self, number: int, entry: Entry, row: Row) -> None:
+        if self._seen % self._stride == 0:
+            if len(self.held) == self._most:
+                self.held = self.held[::2]
+                self._stride *= 2
+            if self._seen % self._stride == 0:
+                self.held.append((number, entry, row))
+        self._seen += 1
 
 
 def _refuse_changed(path: Path, last: int, rows: Sequence[tuple[Entry, Row]]) -> None:
