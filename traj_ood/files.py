@@ -12,6 +12,22 @@ from typing import BinaryIO
 
 from traj_ood.errors import TrajOODError
 
+CACHE_VARIABLE = "TRAJ_OOD_DATA"
+
+
+def cache_folder() -> Path:
+    """``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``; what cannot be written there is an error that names the variable.
+
+    Raises ``TrajOODError`` when the variable is not set and this user has no home folder.
+    """
+    try:
+        # Absolute, because apt runs in another working folder.
+        return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "traj_ood").absolute()
+    except RuntimeError as error:
+        raise TrajOODError(
+            f"expected a home folder for the cache, found none: set {CACHE_VARIABLE} to a folder that can be written"
+        ) from error
+
 
 def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write ``content`` (bytes, or a callable given an open binary file) so that ``path`` is whole or unchanged.
@@ -43,7 +59,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
         reason = error.strerror or str(error)
         raise TrajOODError(
             f"{path.parent}: expected a folder that can be written (for {path.name}), got: {reason}; "
-            "free space, fix its permissions or choose another folder"
+            f"free space, fix its permissions or {_elsewhere(path.parent)}"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -134,6 +150,14 @@ def _folder_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise TrajOODError(
-            f"{folder}: expected a folder that can be written, got: {reason}; fix its permissions or choose another "
-            "folder"
+            f"{folder}: expected a folder that can be written, got: {reason}; fix its permissions or "
+            f"{_elsewhere(folder)}"
         ) from error
+
+
+def _elsewhere(folder: Path) -> str:
+    """How to have something written elsewhere."""
+    with contextlib.suppress(TrajOODError):
+        if folder.absolute().is_relative_to(cache_folder()):
+            return f"set {CACHE_VARIABLE} to another folder for the cache"
+    return "choose another folder"

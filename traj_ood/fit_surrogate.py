@@ -25,11 +25,10 @@ from traj_ood.backbones import Backbone, Features, load_backbone
 from traj_ood.behaviour import agree, transform_digest
 from traj_ood.data import Benchmark, ImageSource, preflight
 from traj_ood.data.benchmark import sample_indices
-from traj_ood.data.fashion_mnist import cache_folder
 from traj_ood.data.images import FileImages
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.features import BLOCK, FeatureCache, backbone_answers
-from traj_ood.files import write_atomic
+from traj_ood.files import cache_folder, write_atomic
 from traj_ood.provenance import code_digest
 from traj_ood.results import environment, git_commit
 from traj_ood.scoring import ScorerSet

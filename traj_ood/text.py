@@ -41,7 +41,7 @@ def one_line(text: str) -> str:
     """
     if len(text) > 2 * MAX_MESSAGE:  # may be megabytes: the middle is not even looked at
         text = text[:MAX_MESSAGE] + _GAP + text[-MAX_MESSAGE:]
-    line = printable(_BREAKS.sub(" ", text.strip()))
+    line = printable(_BREAKS.sub(" ", text.rstrip().lstrip("\n\r\t\v\f")))  # what is indented stays so
     if _bytes(line) <= MAX_MESSAGE:
         return line
     end = _within(line[::-1], MAX_MESSAGE - _HEAD - len(_GAP))[::-1]

@@ -17,9 +17,10 @@ from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.cifar10_local import CIFAR, ID_CLASSES, NEAR_CLASSES, PER_CLASS
-from traj_ood.data.fashion_mnist import FILES, cache_folder, obtain_fashion_mnist, read_fashion_mnist, read_idx
+from traj_ood.data.fashion_mnist import FILES, obtain_fashion_mnist, read_fashion_mnist, read_idx
 from traj_ood.data.images import ArrayImages, FileImages, read_folder
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.files import cache_folder, check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def _mnist(root: Path | None) -> ImageData:
     bases = [Path(root)] if root is not None else [cache]
     folder = _find_mnist(bases)
     if folder is None and root is None:
+        check_writable(cache)
         # Whatever stops a download (no network, a moved mirror, a wrong checksum), the way out is the same.
         try:
             from torchvision.datasets import MNIST

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from traj_ood.cli.base import PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.console import note, say
 
 if TYPE_CHECKING:
     from traj_ood.analysis import Question
@@ -46,7 +47,7 @@ def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: boo
     if question is None:
         for name in NAMES:
             found = find_question(name)
-            click.echo(f"  {name:<14} {found.summary} ({found.figure})")
+            say(f"  {name:<14} {found.summary} ({found.figure})")
         return
     asked = options_from(find_question(question), pairs, paper=paper)
     if show:
@@ -57,13 +58,13 @@ def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: boo
 
 def _show(asked: Question) -> None:
     theirs, where = asked.paper().options(), {key: "--paper, not stated" for key in asked.unstated}
-    click.echo(f"{asked.name}: {asked.summary} ({asked.figure})")
+    say(f"{asked.name}: {asked.summary} ({asked.figure})")
     for key, value in asked.options().items():
         same = theirs[key] == value or key == "seed"
         note = "" if same else f"   ({where.get(key, 'paper')}: {asked.shown(key, theirs[key])})"
-        click.echo(f"  {key:<14} {_text(value)}{note}")
+        say(f"  {key:<14} {_text(value)}{note}")
     for choice in asked.choices:
-        click.echo(f"  - {choice}")
+        say(f"  - {choice}")
 
 
 def _text(value: Any) -> str:
@@ -95,7 +96,7 @@ def _run(
     if fresh:
         space.discard()
     finding = asked.run(space, folder, command="traj-ood " + shlex.join(sys.argv[1:]))
-    click.echo(finding.sentence)
+    say(finding.sentence, kept=f"all results are in {folder}")
     for difference in finding.differences:
-        click.echo(f"  differs: {difference}", err=True)
-    click.echo(f"Written to {folder}", err=True)
+        note(f"  differs: {difference}")
+    note(f"Written to {folder}")

@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from traj_ood.cli.console import fail, lost, note, prepare
 from traj_ood.errors import TrajOODError
 from traj_ood.parallel import TeammateError, is_main_process
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _MOST_THREADS = 1024  # OpenMP aborts the process when it is asked for many more
 _LARGEST_SEED = 2**32 - 1  # what NumPy and scikit-learn take
+_BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
 _TRACEBACK = "TRAJ_OOD_TRACEBACK"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -72,6 +74,7 @@ class _OneLine(click.Group):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        prepare()
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.ClickException as error:
@@ -80,11 +83,12 @@ class _OneLine(click.Group):
                 sys.exit(error.exit_code)
             context = getattr(error, "ctx", None)
             more = f" See {context.command_path} --help." if context is not None else ""
-            click.echo(f"traj-ood: error: {' '.join(error.format_message().split())}{more}", err=True)
-            sys.exit(error.exit_code)
+            fail(f"{error.format_message()}{more}", error.exit_code)
         except click.Abort:
-            click.echo("traj-ood: interrupted", err=True)
+            note("traj-ood: interrupted")
             sys.exit(130)
+        except OSError as error:  # of --help and --version, which click itself writes
+            fail(lost(error), 2)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -106,14 +110,13 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except TeammateError:
             sys.exit(2)  # another process tells what went wrong
         except TrajOODError as error:
-            click.echo(f"traj-ood: error: {' '.join(str(error).split())}", err=True)
-            sys.exit(2)
+            fail(str(error), 2)
         except KeyboardInterrupt:
             if is_main_process():
-                click.echo("traj-ood: interrupted; the same command continues where this one stopped", err=True)
+                note("traj-ood: interrupted; the same command continues where this one stopped")
             sys.exit(130)
         except BrokenPipeError:
-            raise
+            sys.exit(_BROKEN_PIPE)
         except OSError as error:
             _refuse(f"{_words(error)}: correct the name, or fix its permissions", error, 2)
         except (MemoryError, OverflowError) as error:
@@ -121,6 +124,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if re.search("out of memory|can't allocate memory", str(error)):  # of which torch makes a RuntimeError
                 _refuse(f"{_words(error)}: give a smaller --batch-size, or fewer images", error, 2)
+            if isinstance(error, RuntimeError) and "home directory" in str(error):
+                _refuse(f"{_words(error)}: write the path without ~, or set HOME", error, 2)
             _refuse(
                 f"a fault of traj_ood's own: {_words(error)}; {_TRACEBACK}=1 shows where; please report it", error, 70
             )
@@ -134,11 +139,10 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
-def _refuse(line: str, error: BaseException, code: int) -> None:
+def _refuse(line: str, error: BaseException, code: int) -> NoReturn:
     if os.environ.get(_TRACEBACK):
         raise error
-    click.echo(f"traj-ood: error: {line}", err=True)
-    sys.exit(code)
+    fail(line, code)
 
 
 BIT_DEPTH = click.Choice(["10", "12", "14", "16"])
@@ -194,8 +198,7 @@ def main() -> None:
 
 
 def silence_libraries() -> None:
-    """transformers announces its loading and the hub every retry; our own bars and errors say what matters. What is
-    warned of becomes a line like the others."""
+    """transformers announces its loading and the hub every retry; our own bars and errors say what matters."""
     from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
@@ -204,4 +207,3 @@ def silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # torch's own derivatives use it
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"traj-ood: warning: {message}", err=True)

@@ -25,6 +25,7 @@ from traj_ood.cli.base import (
     silence_libraries,
     sized,
 )
+from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
 from traj_ood.parallel import Team
 
@@ -130,15 +131,15 @@ def bench(benchmark: str, **options: Any) -> None:
         return
     if not options["no_plots"]:
         plot_run(result, evaluator.folder, quiet=options["quiet"])
-    click.echo(render_markdown([result]))
+    say(render_markdown([result]), kept=f"all results are in {evaluator.folder}")
     if not result.dictionary["healthy"]:
         stored = result.dictionary.get("verdict")  # results older than the verdict hold its reasons alone
         text = Verdict(**stored).text if stored else "; ".join(result.dictionary["warnings"])
         more = f"traj-ood diagnose {options['model']} --benchmark {benchmark}"
-        click.echo(f"traj-ood: warning: unhealthy attractors: {text} More: {more}", err=True)
+        warn(f"unhealthy attractors: {text} More: {more}")
     if result.failures:
-        click.echo(f"traj-ood: warning: {len(result.failures)} image(s) skipped, see {evaluator.folder}", err=True)
-    click.echo(f"Written to {evaluator.folder}", err=True)
+        warn(f"{len(result.failures)} image(s) skipped, see {evaluator.folder}")
+    note(f"Written to {evaluator.folder}")
 
 
 def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator:
@@ -146,16 +147,16 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     from traj_ood.autoencoders import load_autoencoder
     from traj_ood.backbones import is_backbone_spec
     from traj_ood.data import load_benchmark
-    from traj_ood.data.fashion_mnist import cache_folder
     from traj_ood.device import resolve_device
     from traj_ood.evaluator import Evaluator
     from traj_ood.features import FeatureCache
+    from traj_ood.files import cache_folder
     from traj_ood.fit_surrogate import surrogate_for
 
     config = _run_config(options)
     quiet = options["quiet"] or not team.is_main
     if not quiet:
-        click.echo(f"Loading {options['model']} and the image lists of {benchmark}", err=True)
+        note(f"Loading {options['model']} and the image lists of {benchmark}")
     reading = reading_of(options["exif"], options["bit_depth"])
     data = load_benchmark(benchmark, options["data_root"], follow_links=options["follow_links"], reading=reading)
     device = resolve_device(team.device(options["device"]), tf32=options["tf32"])
@@ -243,11 +244,11 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
     if form == "openood":
         if csv_path is not None:
             write_openood_csv(results, csv_path, quote_formulas=quote_formulas)
-        click.echo(openood_csv(results, quote_formulas=quote_formulas), nl=False)
+        say(openood_csv(results, quote_formulas=quote_formulas), end="")
         return
     markdown = render_markdown(results)
     if csv_path is not None:
         write_csv(results, csv_path, quote_formulas=quote_formulas)
     if readme is not None:
         update_readme(readme, markdown)
-    click.echo(markdown)
+    say(markdown)

@@ -29,6 +29,7 @@ from traj_ood.cli.base import (
     silence_libraries,
     sized,
 )
+from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from traj_ood.stream import Entry, Tally
 
 _FAILED = 3  # exit code: every image has its row, some of them an error
-_BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
 
 
 @main.command(
@@ -118,13 +118,13 @@ def fit(source: str, **options: Any) -> None:
         **{key: options[key] for key in ("tol", "max_steps", "batch_size", "workers", "on_error", "quiet")},
     )
     if not quiet:
-        click.echo(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}", err=True)
+        note(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}")
     # Data sets hold images twice: what was held out of one may be learnt from all the same.
     on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
     detector.calibrate(chosen.calibration, options["tpr"], on_error=on_error, on_known=on_known)
     detector.save(options["out"], overwrite=options["overwrite"])
-    click.echo(_fitted(detector, chosen))
-    click.echo(f"Written to {options['out']}", err=True)
+    say(_fitted(detector, chosen), kept=f"the detector is in {options['out']}")
+    note(f"Written to {options['out']}")
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -232,16 +232,14 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     _check_sources(sources, options)
     try:
         tally = _score(detector, sources, options)
-    except BrokenPipeError:
-        sys.exit(_BROKEN_PIPE)
     except KeyboardInterrupt:
         part = Path(f"{options['out']}.part")
         kept = f"; rows so far are in {part}: continue with --resume" if part.exists() else ""
-        click.echo(f"traj-ood: interrupted{kept}", err=True)
+        note(f"traj-ood: interrupted{kept}")
         sys.exit(130)
     if tally.failed:
         if not options["quiet"]:
-            click.echo(f"traj-ood: warning: {tally.failed} image(s) failed, see the column error", err=True)
+            warn(f"{tally.failed} image(s) failed, see the column error")
         sys.exit(_FAILED)
 
 
@@ -264,7 +262,7 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
         detector = Detector.load(Path(folder), device=options["device"])
         detector.reading = _reading(detector.reading, options)
         if detector.calibration is None:
-            click.echo(f"traj-ood: warning: {folder} is not calibrated: p_value and decision stay empty", err=True)
+            warn(f"{folder} is not calibrated: p_value and decision stay empty")
         others: dict[str, Counter[str]] = {}
         began = time.perf_counter()
         # On a terminal, rows and a bar would write over each other.
@@ -281,9 +279,9 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
             )
     for source, found in others.items():
         if found:
-            click.echo(f"traj-ood: warning: {left_out(source, found)}", err=True)
+            warn(left_out(source, found))
     if not options["quiet"]:
-        click.echo(_summary(tally, earlier, time.perf_counter() - began, out), err=True)
+        note(_summary(tally, earlier, time.perf_counter() - began, out))
     return tally
 
 

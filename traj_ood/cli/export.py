@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from traj_ood.cli.base import PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.console import say, warn
 from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
@@ -68,13 +69,11 @@ def export(
     loaded = Detector.load(detector, device="cpu")
     compared = Normalised(_images(loaded.autoencoder, images)) if images is not None else None
     made = export_detector(loaded, out, form, steps=steps, images=compared)  # type: ignore[arg-type]
-    for line in _report(made):
-        click.echo(line)
+    say("\n".join(_report(made)), kept=f"the file is {made.path}")
     if loaded.calibration is not None and made.metadata["calibration"] is None:
-        click.echo(
-            "traj-ood: warning: the detector's threshold is of another number of steps and is not in the file: fit and "
-            "calibrate a scorer with a horizon of as many steps",
-            err=True,
+        warn(
+            "the detector's threshold is of another number of steps and is not in the file: fit and calibrate a scorer "
+            "with a horizon of as many steps"
         )
 
 

@@ -24,6 +24,7 @@ from traj_ood.cli.base import (
     silence_libraries,
     sized,
 )
+from traj_ood.cli.console import note, say
 
 if TYPE_CHECKING:
     from traj_ood.autoencoders import Autoencoder
@@ -85,8 +86,8 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     found = run_diagnosis(autoencoder, data, **settings)
     folder = out or Path("runs") / f"{data.name}--{re.sub('[/:]', '-', autoencoder.name)}--diagnosis"
     found.save(folder)
-    click.echo(found.report())
-    click.echo(f"Written to {folder}", err=True)
+    say(found.report(), kept=f"all results are in {folder}")
+    note(f"Written to {folder}")
     if not found.meaningful:
         sys.exit(1)
 
@@ -111,6 +112,4 @@ def list_(what: str) -> None:
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> None:
-    click.echo(f"{title}:")
-    for name, text in rows:
-        click.echo(f"  {name:<18} {text}")
+    say("\n".join([f"{title}:", *(f"  {name:<18} {text}" for name, text in rows)]))

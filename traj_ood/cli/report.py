@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from traj_ood.cli.base import PATH, examples, main, one_line_errors
+from traj_ood.cli.console import say
 from traj_ood.errors import TrajOODError
 
 
@@ -38,4 +39,4 @@ def report(results: Path, out: Path | None, scorers: str | None) -> None:
     if labels == []:
         raise TrajOODError("--scorers: expected labels, got none: give some, all, or leave it out")
     path = write_report(results, out, labels)
-    click.echo(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    say(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)", kept=f"the page is {path}")

@@ -18,6 +18,7 @@ from traj_ood.cli.base import (
     reading_options,
     silence_libraries,
 )
+from traj_ood.cli.console import note
 
 
 @main.command(
@@ -63,4 +64,4 @@ def train(
     settings = TrainConfig.load(config)
     reading = reading_of(exif, bit_depth)
     train_model(settings, out, data_root=data_root, reading=reading, device=resolve_device(device), **options)
-    click.echo(f"Written to {out}", err=True)
+    note(f"Written to {out}")

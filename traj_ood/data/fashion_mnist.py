@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import io
 import logging
-import os
 import shutil
 import socket
 import struct
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from traj_ood.errors import TrajOODError
+from traj_ood.files import cache_folder, check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +34,22 @@ SOCKET_TIMEOUT = 10.0  # seconds without an answer; a machine without network mu
 APT_TIMEOUT = 300.0  # seconds for one apt-get call: package lists and 30 MB over a slow line
 
 
-def cache_folder() -> Path:
-    """``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``."""
-    # Absolute, because apt runs in another working folder.
-    return Path(os.environ.get("TRAJ_OOD_DATA") or Path.home() / ".cache" / "traj_ood").absolute()
-
-
 def find_fashion_mnist(root: str | Path | None = None) -> Path | None:
     """The folder that holds the four files, or None. Never downloads.
 
     Looks in ``root`` alone when it is given, else in Debian's folder and the cache. Files may be gzipped or not, and
     may lie in torchvision's ``FashionMNIST/raw`` below these folders.
     """
-    cache = cache_folder()
-    bases = [Path(root)] if root is not None else [DEBIAN_FOLDER, cache / "fashion-mnist", cache]
-    for base in bases:
+    for base in [Path(root)] if root is not None else _own_places():
         for folder in (base, base / "FashionMNIST" / "raw"):
             if all(_idx_path(folder, name) is not None for name in FILES):
                 return folder
     return None
+
+
+def _own_places() -> Iterator[Path]:
+    yield DEBIAN_FOLDER
+    yield from (cache_folder() / "fashion-mnist", cache_folder())  # asked for last: there may be no home folder
 
 
 def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
@@ -62,7 +59,8 @@ def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
     unpacked without root rights.
 
     Raises:
-        TrajOODError: ``root`` is given without the files in it, or no way works; the message lists the ways.
+        TrajOODError: ``root`` is given without the files in it, the cache cannot be written, or no way works; the
+            message lists the ways.
     """
     found = find_fashion_mnist(root)
     if found is not None:
@@ -73,6 +71,7 @@ def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
             "below it, found not all four; correct the root, or leave it out to let them be fetched"
         )
     target = cache_folder() / "fashion-mnist"
+    check_writable(target)
     for fetch in (_fetch_torchvision, _fetch_debian):
         if _into_cache(target, fetch):
             return target
