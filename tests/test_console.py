@@ -15,7 +15,7 @@ import pytest
 from tqdm import tqdm
 
 from traj_ood.cli import main
-from traj_ood.cli.console import note, prepare, say
+from traj_ood.cli.console import abandon, note, prepare, say
 from traj_ood.data.fashion_mnist import find_fashion_mnist, obtain_fashion_mnist
 from traj_ood.errors import TrajOODError
 from traj_ood.files import cache_folder, write_atomic
@@ -99,6 +99,7 @@ def test_what_goes_to_standard_error_may_be_lost(console: Any, monkeypatch: pyte
         for _ in tqdm(range(2), file=sys.stderr, mininterval=0):
             pass
         warnings.warn("x" * 10_000, stacklevel=1)
+        abandon(device)
     assert made.out.getvalue().startswith(b"models:\n")
 
 
