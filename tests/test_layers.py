@@ -18,7 +18,7 @@ PACKAGE = Path(traj_ood.__file__).parent
 LAYERS = [
     ("text",),
     ("errors",),
-    ("files", "device", "checkpoints", "weights", "preprocessing", "parallel", "provenance", "behaviour"),
+    ("files", "device", "checkpoints", "weights", "preprocessing", "parallel", "trees", "provenance", "behaviour"),
     ("pretrained",),
     ("fixed_function", "trajectory"),
     ("engine",),

@@ -33,6 +33,7 @@ from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import preprocessing_differences, preprocessing_record
+from traj_ood.trees import MAX_CONFIG, read_json
 from traj_ood.weights import put_weights
 
 SURROGATE, CALLABLE = "surrogate", "callable"
@@ -219,13 +220,7 @@ def _forget_paths(folder: Path) -> None:
 
 
 def _json_of(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrajOODError(f"{path}: expected a JSON object ({one_line(error)}): copy the folder again") from error
-    return content
+    return read_json(path, "a description of a model", "copy the folder again", limit=MAX_CONFIG)
 
 
 def _surrogate(description: dict[str, Any], options: dict[str, Any], folder: Path, where: str) -> SurrogateAutoencoder:
@@ -308,8 +303,8 @@ def _timm_folder_arguments(spec: str) -> dict[str, Any]:
     """What older versions of timm do not keep of a network that was read from a folder."""
     path = Path(spec.partition(":")[2]).expanduser() / "config.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).get("model_args") or {})
-    except (OSError, ValueError, TypeError, AttributeError):
+        return dict(_json_of(path).get("model_args") or {})
+    except (ValueError, TypeError):
         return {}
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.metrics import METRIC_NAMES, Metrics, mean_metrics
 from traj_ood.provenance import code_digest
+from traj_ood.trees import read_json
 
 SCHEMA = 1
 FILE_NAME = "result.json"
@@ -138,15 +138,8 @@ class Result:
         of the wrong type, NaN, or means that do not follow from the sets.
         """
         path = Path(path)
-        try:
-            tree = json.loads(path.read_bytes(), parse_constant=partial(_refuse_constant, path))
-        except OSError as error:
-            raise TrajOODError(f"{path}: expected a result file, got {error.strerror}; check the path") from error
-        except TrajOODError:
-            raise
-        except (ValueError, RecursionError) as error:  # JSON or UTF-8
-            raise TrajOODError(f"{path}: expected JSON, got {error}; restore the file or run again") from error
-        schema = tree.get("schema") if isinstance(tree, dict) else None
+        tree = read_json(path, "a result file", "restore the file or run again")
+        schema = tree.get("schema")
         if schema != SCHEMA:
             raise TrajOODError(f"{path}: expected a result of schema {SCHEMA}, got schema {schema}; run it again")
         return _result(tree, path)
@@ -167,10 +160,6 @@ class Result:
 
 
 # ---------------------------------------------------------------------------------------------- reading
-
-
-def _refuse_constant(path: Path, constant: str) -> None:
-    raise TrajOODError(f"{path}: expected finite numbers, got {constant}; run it again")
 
 
 def _result(tree: dict[str, Any], path: Path) -> Result:

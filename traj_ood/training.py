@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing
 from traj_ood.provenance import code_digest
+from traj_ood.trees import read_yaml
 
 Family = Literal["vit_mae", "conv", "classifier"]
 CONFIGS = Path(__file__).parent / "configs"
@@ -114,10 +114,7 @@ class TrainConfig:
             if path.parent == CONFIGS:
                 raise unknown_name("training config", source, [p.stem for p in CONFIGS.glob("*.yaml")])
             raise TrajOODError(f"{path}: no such training config")
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none, endless nesting
-            raise TrajOODError(f"{path}: not YAML ({' '.join(str(error).split())[:500]})") from error
+        tree = read_yaml(path, "the training config")
         if not isinstance(tree, dict):
             raise TrajOODError(f"{path}: expected a mapping with {', '.join(f.name for f in fields(cls))}")
         recipe, model = tree.pop("recipe", None) or {}, tree.pop("model", None) or {}

@@ -39,6 +39,7 @@ from traj_ood.analysis.workspace import Workspace
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.results import environment, git_commit
+from traj_ood.trees import read_json
 
 FILE_NAME = "finding.json"
 SCHEMA = "traj_ood.finding/1"
@@ -136,13 +137,8 @@ class Finding:
             TrajOODError: no such file, not JSON, another schema, or missing keys.
         """
         path = path / FILE_NAME if path.is_dir() else path
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise TrajOODError(f"{path}: expected a finding, got: {error.strerror}; run traj-ood analyze") from error
-        except ValueError as error:
-            raise TrajOODError(f"{path}: expected JSON, got {error}; run the question again") from error
-        schema = tree.pop("schema", None) if isinstance(tree, dict) else None
+        tree = read_json(path, "a finding", "run traj-ood analyze again")
+        schema = tree.pop("schema", None)
         names = {f.name for f in fields(cls)}
         if schema != SCHEMA or set(tree) != names:
             raise TrajOODError(f"{path}: expected a finding of schema {SCHEMA}, got schema {schema}; run it again")

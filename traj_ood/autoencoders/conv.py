@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder
+from traj_ood.autoencoders.hub import read_config
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing, check_statistics
@@ -95,7 +96,7 @@ class ConvAutoencoder(Autoencoder):
         folder = Path(folder)
         path = folder / "model.safetensors"
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = read_config(folder)
             weights = load_file(path)
             refuse_larger(config["network"], weights, f"{folder}/config.json")
             with torch.device("meta"):  # shapes first: a damaged config could ask for any amount of memory

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError
+from traj_ood.trees import MAX_CONFIG, read_json
 
 
 def local_copy(source: str, files: Sequence[str]) -> Path:
@@ -49,14 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         TrajOODError: missing, not JSON, or no object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrajOODError(f"{path}: expected the config of a model ({one_line(error)}); correct the folder") from error
-    if not isinstance(config, dict):
-        raise TrajOODError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return read_json(folder / "config.json", "the config of a model", "correct the folder", limit=MAX_CONFIG)
 
 
 def one_line(error: Exception) -> str:

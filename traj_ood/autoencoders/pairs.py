@@ -40,6 +40,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing, check_statistics
 from traj_ood.pretrained import from_pretrained, use_safetensors
+from traj_ood.trees import MAX_CONFIG, read_json
 from traj_ood.weights import check_weights, put_weights
 
 MODEL_TYPE = "traj_ood_pair"
@@ -522,11 +523,6 @@ def _statistics_of(folder: Path, channels: int) -> tuple[tuple[float, ...], tupl
     """Mean and deviation, of pixels in [0, 1], that the encoder's own image processor normalises by; its sizes are the
     encoder's, and not those of the images that D makes."""
     path = folder / "preprocessor_config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrajOODError(f"{path}: expected the encoder's image processor ({one_line(error)})") from error
-    if not isinstance(stored, dict):
-        raise TrajOODError(f"{path}: expected a JSON object, got {type(stored).__name__}")
+    stored = read_json(path, "the encoder's image processor", "correct the folder", limit=MAX_CONFIG)
     any_size = {"do_resize": True, "size": 1, "do_center_crop": False, "crop_pct": None}
     return from_processor({**stored, **any_size}, (channels, 1, 1), str(path)).affine

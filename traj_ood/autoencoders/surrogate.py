@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder, Encoding
+from traj_ood.autoencoders.hub import read_config
 from traj_ood.backbones import Backbone, Features, is_backbone_spec, load_backbone
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
+from traj_ood.trees import read_json
 from traj_ood.weights import check_seal, check_weights, refuse_larger, sealed
 
 MODEL_TYPE = "traj_ood_surrogate"
@@ -267,7 +269,7 @@ class SurrogateAutoencoder(Autoencoder):
         folder = Path(folder)
         path = folder / "model.safetensors"
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = read_config(folder)
             if config["model_type"] != MODEL_TYPE:
                 raise TrajOODError(
                     f"{folder}/config.json: expected model_type {MODEL_TYPE!r}, got {config['model_type']!r}"
@@ -280,9 +282,7 @@ class SurrogateAutoencoder(Autoencoder):
                 check_weights(weights, SurrogateNetwork(**config["network"]), str(path))
             network = SurrogateNetwork(**config["network"])
             record = folder / "training.json"
-            known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-            if not isinstance(known, dict):
-                raise ValueError("training.json is not an object")
+            known = read_json(record, "the record of a training", "delete the folder") if record.is_file() else {}
         except TrajOODError:
             raise
         except Exception as error:

@@ -21,6 +21,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
 from traj_ood.pretrained import from_pretrained, use_safetensors
+from traj_ood.trees import MAX_CONFIG, read_json
 from traj_ood.weights import check_seal, check_weights, fingerprint, refuse_larger, sealed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -405,10 +406,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrajOODError(f"{path}: expected a JSON file of a transformers checkpoint ({error})") from error
-    if not isinstance(content, dict):
-        raise TrajOODError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return read_json(path, "a JSON file of a transformers checkpoint", "correct the folder", limit=MAX_CONFIG)

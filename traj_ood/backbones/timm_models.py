@@ -17,6 +17,7 @@ from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing
+from traj_ood.trees import MAX_CONFIG, read_json
 from traj_ood.weights import check_weights, prefix_of, put_weights
 
 DEFAULT_CROP = 0.875  # timm's, for a config that has none
@@ -179,8 +180,8 @@ def _from_folder(folder: Path, size: Any) -> nn.Module:
 
     path = folder / CONFIG
     try:
-        architecture = json.loads(path.read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        architecture = read_json(path, "timm's config", "correct the folder", limit=MAX_CONFIG)["architecture"]
+    except KeyError as error:
         raise TrajOODError(f"{path}: expected timm's config.json with an architecture ({one_line(error)})") from error
     _assert_known(str(architecture).split(".")[0])
     weights = next((folder / file for file in _LOCAL_WEIGHTS if (folder / file).is_file()), None)

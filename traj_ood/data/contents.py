@@ -20,7 +20,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
-from traj_ood.data.fashion_mnist import cache_folder
 
 FILE_NAME = "contents.sqlite"
 ABSENT = ""

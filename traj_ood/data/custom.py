@@ -19,11 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from traj_ood.data.benchmark import Benchmark, Role, Split
 from traj_ood.data.images import FileImages, read_folder, read_image_list
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.trees import read_yaml
 
 KEYS = ("name", "root", "train", "val", "test", "near", "far")
 LIST_KEYS = ("list", "root")
@@ -74,31 +73,8 @@ def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchm
     )
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice; plain YAML keeps the last one and drops the rest in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.value[position][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader: builds no objects
-    except OSError as error:
-        raise TrajOODError(f"{path}: the benchmark file cannot be read ({error.strerror}); correct the path") from error
-    except UnicodeDecodeError as error:
-        raise TrajOODError(f"{path}: expected a YAML file in UTF-8, got other bytes; save it as UTF-8") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none, nesting without end
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        problem = " ".join(str(getattr(error, "problem", None) or "not readable").split())
-        raise TrajOODError(f"{path}{line}: malformed YAML ({problem}); correct the line") from error
+    config = read_yaml(path, "the benchmark file")
     if not isinstance(config, dict):
         raise TrajOODError(
             f"{path}: expected the keys {', '.join(KEYS)}, got {_kind(config)}; name at least train and test"
