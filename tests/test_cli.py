@@ -381,7 +381,7 @@ def test_train_bad_input(place: Path) -> None:
     assert_refused(call("train", "fashion-me", "--out", place / "m"), "unknown training config 'fashion-me'")
     assert_refused(call("train", place / "none.yaml", "--out", place / "m"), "none.yaml: no such training config")
     (place / "bad.yaml").write_text("name: [1\n")
-    assert_refused(call("train", place / "bad.yaml", "--out", place / "m"), "bad.yaml: not YAML")
+    assert_refused(call("train", place / "bad.yaml", "--out", place / "m"), "bad.yaml line 2: malformed YAML")
     (place / "c.yaml").write_text(
         f"name: c\nbenchmark: {place / 'tiny.yaml'}\nfamily: conv\nimage_size: 8\nchannels: 1\nhealth_images: 2\n"
         "model: {width: 2, bottleneck: 3}\nrecipe: {epochs: 1, batch_size: 4}\n"

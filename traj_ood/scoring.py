@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class ScorerSet:
         self,
         images: Pixels,
         ids: Sequence[str] | None = None,
-        labels: Tensor | None = None,
+        labels: Tensor | Sequence[Any] | None = None,
         on_step: OnStep | None = None,
     ) -> ScorerSet:
         """Learn from ID training images.
@@ -105,7 +105,8 @@ class ScorerSet:
             images: (N, C, H, W) uint8 pixels, or floats in [0, 1]; or :class:`traj_ood.Normalised`, in the model's
                 own units. See :func:`traj_ood.preprocessing.prepare`.
             ids: N names for the attractors. Default: their numbers.
-            labels: (N,) int64 classes; only class-conditional scorers read them.
+            labels: N classes, (N,) int64 from 0 on, or whole numbers or texts in a list or array; only
+                class-conditional scorers read them.
             on_step: see :func:`traj_ood.iterate`.
         Raises:
             TrajOODError: fewer than 2 images, what is no image, or what a scorer refuses.
@@ -113,7 +114,7 @@ class ScorerSet:
         encoding = self._examined(images)
         self.check_training_size(len(encoding))
         dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(encoding)))), on_step)
-        return self.learn(dictionary, replace(evidence, labels=labels))
+        return self.learn(dictionary, replace(evidence, labels=_numbered(labels, len(encoding))))
 
     def explore(
         self, encoding: Encoding, ids: tuple[str, ...], on_step: OnStep | None = None
@@ -225,7 +226,8 @@ class ScorerSet:
     def _walk_again(self, dictionary: AttractorDictionary, train: Evidence) -> Trajectory:
         """The training trajectories once more, now that there are attractors to measure their distance to."""
         model = self.autoencoder
-        start = train.features["tokens"].reshape(-1, *dictionary.points.shape[1:]).to(model.device)
+        start = train.features["tokens"].reshape(-1, *dictionary.points.shape[1:])
+        start = start.to(model.device, dictionary.points.dtype)  # features are float32, a model may be float64
         own = torch.full((len(start),), -1)
         kept = dictionary.statuses != Status.NON_FINITE
         own[kept] = torch.arange(int(kept.sum()))
@@ -262,6 +264,28 @@ class _Points:
             for rows, values in pieces:
                 found[self._view, step][rows] = values
         return found
+
+
+def class_numbers(labels: Any, count: int) -> Tensor:
+    """(N,) int64 classes 0 … C − 1 of N whole numbers or texts: a list, tensor, NumPy array or pandas column.
+
+    Raises:
+        TrajOODError: not ``count`` of them, or of another kind.
+    """
+    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if len(values) != count or any(not isinstance(v, int | str) or isinstance(v, bool) for v in values):
+        raise TrajOODError(
+            f"labels: expected {count} whole numbers or texts, one per image, got {len(values)} of "
+            f"{', '.join(sorted({type(v).__name__ for v in values})) or 'nothing'}"
+        )
+    # Sorted as numbers where they are: the same classes have the same numbers however they are written.
+    order = sorted({str(v) for v in values}, key=lambda text: (len(text), text))
+    number = {text: i for i, text in enumerate(order)}
+    return torch.tensor([number[str(v)] for v in values])
+
+
+def _numbered(labels: Any, count: int) -> Tensor | None:
+    return labels if labels is None or isinstance(labels, Tensor) else class_numbers(labels, count)
 
 
 def _check_training(model: str, train: Evidence) -> None:

@@ -27,7 +27,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import Approximate, Backend
 from traj_ood.postprocessors import Evidence, Postprocessor
 from traj_ood.preprocessing import Normalised
-from traj_ood.scoring import Scored, ScorerSet, join_evidence
+from traj_ood.scoring import Scored, ScorerSet, class_numbers, join_evidence
 from traj_ood.trajectory import Status
 
 OnKnown = Literal["raise", "skip"]
@@ -361,16 +361,7 @@ def _numbered(given: Any, count: int, scorers: ScorerSet) -> Tensor:
             f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or images "
             "from a list with classes (traj_ood.data.read_image_list)"
         )
-    values = given.tolist() if hasattr(given, "tolist") else list(given)  # tensors, NumPy arrays, pandas columns
-    if len(values) != count or any(not isinstance(v, int | str) or isinstance(v, bool) for v in values):
-        raise TrajOODError(
-            f"labels: expected {count} whole numbers or texts, one per image, got {len(values)} of "
-            f"{', '.join(sorted({type(v).__name__ for v in values})) or 'nothing'}"
-        )
-    # Sorted as numbers where they are: the same classes have the same numbers however they are written.
-    order = sorted({str(v) for v in values}, key=lambda text: (len(text), text))
-    number = {text: i for i, text in enumerate(order)}
-    return torch.tensor([number[str(v)] for v in values])
+    return class_numbers(given, count)
 
 
 @dataclass

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders import View
-from traj_ood.errors import unknown_name
 from traj_ood.postprocessors.bank import SearchingScorer
 from traj_ood.postprocessors.base import Evidence, Needs
 from traj_ood.postprocessors.registry import register
-
-TARGETS = ("attractor", "mean")
 
 
 @register
@@ -37,11 +34,6 @@ class Alignment(SearchingScorer):
     summary: ClassVar[str] = "negated cosine between the first step and the way to the nearest attractor"
     view: View = "mean"
     target: Literal["attractor", "mean"] = "attractor"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target not in TARGETS:
-            raise unknown_name(f"target of scorer {self.name}", self.target, TARGETS)
 
     def needs(self) -> Needs:
         view = frozenset({self.view})

@@ -6,7 +6,7 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from traj_ood.autoencoders import VIEWS, FeatureView, View
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
+from traj_ood.postprocessors.options import check_options, option_defaults, write_option
 from traj_ood.trajectory import Trajectory
 
 ReconstructionKind = Literal["plain", "masked"]
@@ -137,6 +138,7 @@ class Postprocessor(ABC):
         seed = getattr(self, "seed", 0)
         if not 0 <= seed < 2**32:
             raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
+        check_options(type(self), self.name, vars(self))  # else the label would recreate another scorer
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -188,9 +190,8 @@ class Postprocessor(ABC):
     @property
     def label(self) -> str:
         """The name with the options that differ from their defaults, as ``traj-ood bench --scorers`` takes it."""
-        changed = [
-            f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
-        ]
+        mine = {key: (getattr(self, key), default) for key, default in option_defaults(type(self)).items()}
+        changed = [f"{key}={write_option(value)}" for key, (value, default) in mine.items() if value != default]
         return ":".join([self.name, *changed])
 
     def save(self, path: Path) -> None:
@@ -245,7 +246,3 @@ def _row_major(value: Tensor) -> Tensor:
     if value.stride() == torch.empty(value.shape, device="meta").stride():
         return value
     return value.clone(memory_format=torch.contiguous_format)
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders import View
-from traj_ood.errors import unknown_name
 from traj_ood.index import NeighborIndex
 from traj_ood.postprocessors.bank import SearchingScorer
 from traj_ood.postprocessors.base import Evidence, Needs
@@ -17,8 +16,6 @@ from traj_ood.postprocessors.covariance import class_means, ledoit_wolf, moments
 from traj_ood.postprocessors.path import evaluations, parse_steps
 from traj_ood.postprocessors.registry import register
 from traj_ood.postprocessors.rows import in_rows
-
-REFERENCES = ("attractors", "features", "centroids")
 
 
 @register
@@ -53,8 +50,6 @@ class EarlyTrajectory(SearchingScorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reference not in REFERENCES:
-            raise unknown_name(f"reference of scorer {self.name}", self.reference, REFERENCES)
         self._steps = parse_steps(self.name, self.steps, 0)
 
     def needs(self) -> Needs:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from traj_ood.autoencoders import FeatureView
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors.bank import BankScorer
 from traj_ood.postprocessors.base import Evidence
 from traj_ood.postprocessors.registry import register
@@ -38,8 +38,6 @@ class KNN(BankScorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduce not in ("kth", "mean"):
-            raise unknown_name(f"reduce of scorer {self.name}", self.reduce, ("kth", "mean"))
         if self.k is not None and self.k < 1:
             raise TrajOODError(f"scorer {self.name}: k must be at least 1, got {self.k}")
 

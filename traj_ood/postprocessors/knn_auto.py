@@ -64,6 +64,6 @@ class KNNAuto(BankScorer):
     def _reference(self, bank: Tensor) -> Tensor:
         """(1000, d) unit vectors. Gaussian weights of the centred features have their covariance, whatever d."""
         draw = torch.Generator().manual_seed(self.seed)
-        weights = torch.randn(_REFERENCES, len(bank), generator=draw) / len(bank) ** 0.5
+        weights = torch.randn(_REFERENCES, len(bank), generator=draw, dtype=bank.dtype) / len(bank) ** 0.5
         mean = bank.mean(dim=0)
         return normalize(mean + weights @ (bank - mean), dim=1)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, TypeVar
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.postprocessors.base import FeatureScorer, Postprocessor
+from traj_ood.postprocessors.options import option_types, parse_options
 
 POSTPROCESSORS: dict[str, type[Postprocessor]] = {}
 
-_LARGEST = 2**32 - 1  # the largest seed that NumPy and scikit-learn take; nothing else is as large
 _P = TypeVar("_P", bound=type[Postprocessor])
 
 
 def register(cls: _P) -> _P:
     """Class decorator: make a scorer available by its ``name``; a name is taken once.
 
+    It goes above ``@dataclass``.
+
     Raises:
-        TrajOODError: the name is taken by another class.
+        TrajOODError: no scorer that could be made and named: another kind of class, an abstract one, one without
+            ``name`` or ``summary``, options that are no dataclass fields or of kinds that have no text (see
+            :mod:`traj_ood.postprocessors.options`); or the name is taken by another class.
     """
+    _check_class(cls)
     taken = POSTPROCESSORS.get(cls.name)
     home = (cls.__module__, cls.__qualname__)
     if taken is not None and (taken.__module__, taken.__qualname__) != home:  # a reloaded module may register again
@@ -30,6 +35,32 @@ def register(cls: _P) -> _P:
         )
     POSTPROCESSORS[cls.name] = cls
     return cls
+
+
+def _check_class(cls: type[Any]) -> None:
+    """Refuse what would fail only when it is first asked for."""
+    where = f"scorer class {getattr(cls, '__qualname__', cls)}"
+    if not (isinstance(cls, type) and issubclass(cls, Postprocessor)):
+        raise TrajOODError(f"{where}: expected a subclass of traj_ood.Postprocessor: derive it from that")
+    missing = sorted(cls.__abstractmethods__)
+    if missing:
+        raise TrajOODError(f"{where} is abstract: expected {', '.join(f'{m}()' for m in missing)}: define them")
+    for key, example in (("name", "my-scorer"), ("summary", "what it measures, in a line")):
+        text = getattr(cls, key, None)
+        if not isinstance(text, str) or not text.strip():
+            raise TrajOODError(f'{where}: expected its {key}: write {key}: ClassVar[str] = "{example}" in the class')
+    if cls.name == "all" or set(cls.name) & set(":,=") or cls.name.split() != [cls.name]:
+        raise TrajOODError(
+            f"{where}: expected a name without spaces, ':', ',' and '=', other than 'all', got {cls.name!r}"
+        )
+    known = option_types(cls)
+    plain = [
+        key
+        for key, kind in inspect.get_annotations(cls).items()
+        if key not in known and "ClassVar" not in str(kind) and not key.startswith("_")
+    ]
+    if plain:
+        raise TrajOODError(f"{where}: {', '.join(plain)} would not be its options: put @dataclass below @register")
 
 
 def create_postprocessor(spec: str) -> Postprocessor:
@@ -42,19 +73,15 @@ def create_postprocessor(spec: str) -> Postprocessor:
     if name not in POSTPROCESSORS:
         raise unknown_name("scorer", name, POSTPROCESSORS)
     cls = POSTPROCESSORS[name]
-    defaults = {f.name: f.default for f in fields(cls)}
-    types = {f.name: str(f.type) for f in fields(cls)}
-    options = {}
+    options: dict[str, str] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise TrajOODError(f"scorer {spec!r}: expected options as key=value, got {pair!r}")
-        if key not in defaults:
-            raise unknown_name(f"option of scorer {name}", key, defaults or ["(none)"])
         if key in options:
             raise TrajOODError(f"scorer {spec!r}: option {key} is given twice: leave one out")
-        options[key] = _parse(f"scorer {name}, option {key}", types[key], text)
-    return cls(**options)
+        options[key] = text
+    return cls(**parse_options(cls, name, options))
 
 
 def create_postprocessors(specs: Sequence[str], autoencoder: Autoencoder) -> list[Postprocessor]:
@@ -106,21 +133,3 @@ def default_suite(autoencoder: Autoencoder) -> list[str]:
         suite += ["msp", "max-logit", "energy"]
         suite += ["vim"] if autoencoder.head() is not None else []
     return suite
-
-
-def _parse(where: str, kind: str, text: str) -> Any:
-    if text == "none" and "None" in kind:
-        return None
-    try:
-        if "bool" in kind:
-            return {"true": True, "false": False}[text.lower()]
-        if "int" in kind:
-            number = int(text)
-            if abs(number) > _LARGEST:
-                raise ValueError(text)
-            return number
-        if "float" in kind:
-            return float(text)
-    except (KeyError, ValueError) as error:
-        raise TrajOODError(f"{where}: expected {kind}, got {text!r}") from error
-    return text
