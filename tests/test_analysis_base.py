@@ -116,7 +116,7 @@ def test_figures_that_are_no_numbers_are_refused_and_nothing_is_written(tmp_path
 
 
 def test_records_that_are_none_are_refused(tmp_path: Path) -> None:
-    with raises("finding.json: expected a finding, got: No such file"):
+    with raises("finding.json: expected a finding, got No such file"):
         Finding.load(tmp_path / "finding.json")
     (tmp_path / "finding.json").write_text("{")
     with raises("finding.json: expected JSON"):

@@ -291,7 +291,7 @@ def test_what_is_refused_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(TrajOODError, match="neither a local folder nor loadable from the hub"):
         PairAutoencoder.from_parts(tmp_path / "nowhere", tmp_path / "model.pt")
     (tmp_path / "encoder" / "preprocessor_config.json").unlink()
-    with pytest.raises(TrajOODError, match=r"preprocessor_config\.json: the encoder's image processor cannot be read"):
+    with pytest.raises(TrajOODError, match=r"preprocessor_config\.json: expected the encoder's image processor"):
         PairAutoencoder.from_parts(tmp_path / "encoder", tmp_path / "model.pt", heads=4)
 
 

@@ -327,15 +327,15 @@ def _damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ("no config", r"expected config\.json and model\.safetensors of a surrogate"),
+        ("no config", r"config\.json: expected the config of a model, got No such file"),
         ("no weights", r"expected config\.json and model\.safetensors of a surrogate"),
         ("truncated", r"expected config\.json and model\.safetensors of a surrogate"),
-        ("not json", r"expected config\.json and model\.safetensors of a surrogate"),
+        ("not json", r"config\.json: expected JSON, got"),
         ("no backbone", r"of a surrogate \('backbone'\)"),
         ("other family", r"config\.json: expected model_type 'traj_ood_surrogate', got 'traj_ood_conv'"),
         ("unknown key", r"of a surrogate \(.*widht"),
         ("other width", r"model\.safetensors: weights of another architecture"),
-        ("record", r"training\.json is not an object"),
+        ("record", r"training\.json: expected a JSON object, got list"),
         ("nan", r"encoder\.0\.bias holds NaN or infinite weights"),
         ("zero std", "expected positive deviations of the features"),
     ],

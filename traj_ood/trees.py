@@ -63,7 +63,7 @@ def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict
     Raises:
         TrajOODError: unreadable, not JSON, no object, or beyond the bounds above.
     """
-    content = _content(path, what, limit)
+    content = _content(path, what, limit, fix)
     try:
         tree = json.loads(content, parse_constant=_no_number)
         _check_depth(tree)
@@ -74,13 +74,13 @@ def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict
     return tree
 
 
-def _content(path: Path, what: str, limit: int) -> bytes:
+def _content(path: Path, what: str, limit: int, fix: str = "correct the path") -> bytes:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             content = file.read(limit + 1)  # a device says that it is empty, and never ends
     except OSError as error:
-        raise TrajOODError(f"{path}: {what} cannot be read ({error.strerror}); correct the path") from error
+        raise TrajOODError(f"{path}: expected {what}, got {error.strerror}; {fix}") from error
     if len(content) > limit:
         raise TrajOODError(f"{path}: {what}: expected at most {limit} bytes, got {max(size, len(content))}; shorten it")
     return content
