@@ -184,9 +184,7 @@ def test_cut_missing_and_foreign_files_are_refused_by_name(tmp_path: Path) -> No
     path.write_text("[]")
     with pytest.raises(TrajOODError, match="expected a JSON object, got list; restore the file or run again"):
         Result.load(path)
-    with pytest.raises(
-        TrajOODError, match=r"gone\.json: expected a result file, got No such file or directory"
-    ):
+    with pytest.raises(TrajOODError, match=r"gone\.json: expected a result file, got No such file or directory"):
         Result.load(tmp_path / "gone.json")
 
 

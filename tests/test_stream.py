@@ -796,12 +796,12 @@ def test_rows_of_another_detector_are_found_behind_errors_and_behind_a_start_tha
     for i, content in enumerate(pictures):
         (tmp_path / "s" / f"{i:03d}.png").write_bytes(b"" if i < broken else content)
 
-    def elsewhere(images: Tensor) -> Judgement:
+    def elsewhere(images: Any) -> Judgement:
         said, known = judge.judge(images), judge.autoencoder.transform(open_image(folder / "000.png"))
-        same = (images == known).flatten(1).all(dim=1)
+        same = (images.images == known).flatten(1).all(dim=1)
         return replace(said, scores=torch.where(same, said.scores, said.scores + 1))
 
-    other = SimpleNamespace(autoencoder=judge.autoencoder, judge=elsewhere, calibration=None)
+    other = SimpleNamespace(autoencoder=judge.autoencoder, judge=elsewhere, calibration=None, reading=judge.reading)
     out = tmp_path / "out.csv"
     write(judge, walk(str(tmp_path / "s")), out)
     out.rename(tmp_path / "out.csv.part")
