@@ -810,15 +810,6 @@ def test_rows_of_another_detector_are_found_behind_errors_and_behind_a_start_tha
     assert write(judge, walk(str(tmp_path / "s")), out, resume=True)[1] == Tally(150, broken, 0)
 
 
-def test_a_repaired_image_behind_many_scored_ones_is_noticed(judge: Detector, folder: Path, tmp_path: Path) -> None:
-    entries = [Entry(str(folder / "001.png"))] * 70 + [Entry(str(folder / "005.png"))]
-    out = tmp_path / "out.csv"
-    write(judge, entries, out)
-    (folder / "005.png").write_bytes((folder / "006.png").read_bytes())
-    with pytest.raises(TrajOODError, match=r"expected what this detector says of '.*005\.png' \(score .*\), found"):
-        write(judge, entries, out, resume=True)
-
-
 def test_the_unfinished_file_is_no_link_and_no_pipe(judge: Detector, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "out.csv.part").symlink_to(tmp_path / "victim")

@@ -20,6 +20,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
+from traj_ood.errors import TrajOODError
+from traj_ood.files import cache_folder
 
 FILE_NAME = "contents.sqlite"
 ABSENT = ""
@@ -137,12 +139,13 @@ def _parts(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
 
 def _ask(question: Callable[[sqlite3.Connection], _T]) -> _T | None:
     """The answer of the file; None, and a warning, where it has none to give."""
-    path = cache_folder() / FILE_NAME
+    path = Path(FILE_NAME)
     try:
+        path = cache_folder() / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=_WAIT, isolation_level=None)) as store:
             return question(store)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, TrajOODError) as error:  # the last: no home folder
         _warn(path, error)
         return None
 
