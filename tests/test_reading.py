@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 from dataclasses import replace
@@ -21,6 +22,7 @@ from traj_ood.cli import main
 from traj_ood.data import Reading, read_folder
 from traj_ood.data.decoding import AS_STORED
 from traj_ood.errors import TrajOODError
+from traj_ood.export import export_detector
 
 
 def photographs(folder: Path, count: int = 24) -> Path:
@@ -119,3 +121,21 @@ def test_a_benchmark_is_read_as_asked(tmp_path: Path, command: str, monkeypatch:
     first = yaml if command == "bench" else tmp_path / "conv"
     result = call(command, first, *model, "--exif", "--bit-depth", "12", "--out", tmp_path / "out")
     assert (result.exit_code, asked) == (2, [Reading(True, 12)]), result.output
+
+
+def test_an_exported_file_says_how_images_are_read_and_its_reader_turns_them(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    where = Path(__file__).parents[1] / "benchmarks" / "consumers" / "onnx_runtime.py"
+    spec = importlib.util.spec_from_file_location("consumer", where)
+    assert spec is not None
+    assert spec.loader is not None
+    consumer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(consumer)
+    folder = photographs(tmp_path / "photos")
+    images = replace(read_folder(folder), exif=True)
+    detector = Detector.fit(tiny.conv(), images, "field")
+    made = export_detector(detector, tmp_path / "x.onnx", "onnx")
+    assert made.metadata["reading"] == {"exif": True}
+    model = consumer.Model(str(tmp_path / "x.onnx"))
+    found = model.scores(np.stack([model.pixels(str(folder / path)) for path in images.paths[:3]]))
+    np.testing.assert_allclose(found, detector.score(images.select(range(3))).numpy(), rtol=1e-4)

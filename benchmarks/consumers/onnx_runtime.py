@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 BATCH = 32
 MAX_PIXELS = 89_478_485  # decoding more could exhaust the memory
@@ -39,13 +39,19 @@ class Model:
     def __init__(self, path: str) -> None:
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.metadata: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map["traj_ood"])
+        if self.metadata.get("reading", {}).get("bit_depth"):
+            raise SystemExit(f"{path}: for images of another bit depth, which this program does not scale")
 
     def pixels(self, path: str) -> np.ndarray:
         """(C, H, W) float32 in [0, 1]."""
         how = self.metadata["preprocessing"]
         channels, height, width = how["shape"]
         with Image.open(path, formats=FORMATS) as file:
-            image = _flat(file).convert(how["mode"])
+            image = _flat(file)
+            if self.metadata.get("reading", {}).get("exif"):
+                image.getexif().update(file.getexif())
+                image = ImageOps.exif_transpose(image)
+            image = image.convert(how["mode"])
         if how["resize"] == "none" and image.size != (width, height):
             raise ValueError(f"expected {width} x {height} pixels, since this model resizes none, got {image.size}")
         resample = Image.Resampling[how["filter"].upper()]

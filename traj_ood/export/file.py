@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from traj_ood.data.decoding import AS_STORED
 from traj_ood.detector import refuse_inside
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.export.check import ALLOWED, Agreement, agreement, real_images
@@ -100,6 +101,7 @@ def describe(detector: HasScorers, module: DetectorModule) -> dict[str, Any]:
             "range": [0, 1],
         },
         "preprocessing": _how(module.preprocessing),
+        "reading": getattr(detector, "reading", AS_STORED).options(),  # of files: EXIF orientation, bit depth
         "output": {"name": OUTPUT, "dtype": "float64", "higher": "more OOD", "nan": "not an image in [0, 1]"},
         "scorer": {
             "label": scorer.label,
