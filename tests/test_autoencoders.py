@@ -514,7 +514,7 @@ def test_callable_from_module() -> None:
 def test_module_without_a_method(method: str) -> None:
     other = {"encode": "decode", "decode": "encode"}[method]
     half = type("Half", (nn.Module,), {other: lambda self, x: x})()
-    with pytest.raises(TrajOODError, match=f"Half has no method '{method}': it needs encode and decode"):
+    with pytest.raises(TrajOODError, match=f"Half: expected methods encode and decode, .* found {other}: wrap it:"):
         CallableAutoencoder.from_module(half, (1, 2, 3))
 
 

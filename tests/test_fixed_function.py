@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
+import traj_ood
 from tests import tiny
 from traj_ood import CallableAutoencoder, Detector, TrajOODError, iterate
+from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.device import set_tf32, standard_settings
+from traj_ood.fit_surrogate import SurrogateRecipe, fit_surrogate
 from traj_ood.fixed_function import FixedFunction
 from traj_ood.jacobian import spectral_radii
 from traj_ood.preprocessing import Normalised
@@ -304,3 +311,178 @@ def test_float64_stays_float64() -> None:
     assert latents.dtype == model.decode(latents).dtype == torch.float64
     torch.testing.assert_close(latents, by_hand(net, images), rtol=1e-13, atol=1e-13)
     assert issubclass(CallableAutoencoder, FixedFunction)
+
+
+# ---------------------------------------------------------------------------------------------- weights since the fit
+
+
+def plus_one(net: Net) -> None:
+    with torch.no_grad():
+        net.up.bias += 1
+
+
+def past_the_counters(net: Net) -> None:
+    net.up.weight.data[5] *= 2
+
+
+def replaced(net: Net) -> None:
+    net.up.bias = nn.Parameter(net.up.bias.detach() + 1)
+
+
+def batch_statistics(net: Net) -> None:
+    net.train()
+    net.encode(tiny.images(4))
+    net.eval()
+
+
+def other_checkpoint(net: Net) -> None:
+    net.load_state_dict({key: value + 1 for key, value in net.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [plus_one, past_the_counters, replaced, batch_statistics, other_checkpoint])
+def test_weights_that_changed_since_the_fit_are_noticed(change: Callable[[Net], None]) -> None:
+    net, images = Net(), tiny.images(8)
+    detector = Detector.fit(wrapped(net), images, "field")
+    module = detector.as_module()
+    kept = {key: value.clone() for key, value in net.state_dict().items()}
+    scores = detector.score(images)
+    change(net)
+    for use in (lambda: detector.score(images), lambda: detector.judge(images[:1]), lambda: module(images.sigmoid())):
+        with pytest.raises(
+            TrajOODError, match=r"Net: its weights, or batch statistics, have changed since .*: fit again"
+        ):
+            use()
+    net.load_state_dict(kept)  # equal weights are the same weights
+    assert torch.equal(detector.score(images), scores)
+    net.up.bias.data = net.up.bias.data.clone()  # moved, as to another device
+    assert torch.equal(detector.score(images), scores)
+
+
+def test_a_backbones_weights_and_a_loaded_detectors_count_too(tmp_path: Path) -> None:
+    linear = nn.Linear(64, 8)
+    backbone = CallableBackbone(lambda x: Features(linear(x.flatten(1)), None), SHAPE, 8, module=linear)
+    model = SurrogateAutoencoder(backbone, SurrogateNetwork(8, [8], 4))
+    Detector.fit(model, tiny.images(8), "knn:k=1").save(tmp_path / "d")
+    detector = Detector.load(tmp_path / "d", autoencoder=model)
+    detector.score(tiny.images(2))
+    linear.weight.data *= 2
+    with pytest.raises(TrajOODError, match="have changed since the scorer was fitted"):
+        detector.score(tiny.images(2))
+
+
+# ---------------------------------------------------------------------------------------------- modules of one's own
+
+
+class Parts(nn.Module):
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.encoder, self.decoder = net.down, nn.Sequential(net.up, nn.Unflatten(1, SHAPE))
+
+
+class Posterior:
+    """As diffusers' DiagonalGaussianDistribution."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self) -> Tensor:
+        return self.mean + torch.randn_like(self.mean)
+
+
+class Returns(Net):
+    """An encoder and a decoder that return ``make(tensor)``."""
+
+    def __init__(self, make: Callable[[Tensor], Any], made: Callable[[Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.make, self.made = make, made or make
+
+    def encode(self, images: Tensor) -> Any:
+        return self.make(super().encode(images))
+
+    def decode(self, latents: Tensor) -> Any:
+        return self.made(super().decode(latents))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: Parts(Net()),
+        lambda: torch.compile(Net(), backend="eager"),
+        lambda: torch.compile(Parts(Net()), backend="eager"),
+        lambda: Returns(lambda z: SimpleNamespace(latent_dist=Posterior(z)), lambda x: SimpleNamespace(sample=x)),
+        lambda: Returns(lambda z: (Posterior(z),), lambda x: (x,)),
+        lambda: Returns(lambda z: SimpleNamespace(latents=z), lambda x: SimpleNamespace(sample=x)),
+        lambda: Returns(lambda z: BaseModelOutput(last_hidden_state=z), lambda x: SimpleNamespace(sample=x)),
+        lambda: Returns(lambda z: torch.distributions.Normal(z, 1.0), lambda x: x),
+    ],
+)
+def test_what_modules_look_like(module: Callable[[], nn.Module]) -> None:
+    images = tiny.images(5)
+    model = CallableAutoencoder.from_module(module(), list(SHAPE))  # a shape as JSON has it
+    assert model.input_shape == SHAPE
+    latents = model.encode(images)
+    torch.testing.assert_close(latents.double(), by_hand(Net(), images), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.decode(latents), Net().decode(latents.clone()))
+
+
+def test_what_only_the_author_knows_is_refused_with_the_wrapper_to_write() -> None:
+    net = Returns(lambda z: (z, z - 4), lambda x: x)
+    with pytest.raises(TrajOODError, match=r"Returns: encode: expected one tensor, got tuple of 2") as caught:
+        wrapped(net).encode(tiny.images(2))
+    code = str(caught.value).split("wrap it:\n")[1]
+    assert len(code.splitlines()) == 5
+    names: dict[str, Any] = {"torch": torch, "traj_ood": traj_ood, "net": net}
+    exec(code.replace("(3, 32, 32)", str(SHAPE)), names)
+    found = names["model"].encode(tiny.images(2))
+    torch.testing.assert_close(found.double(), by_hand(Net(), tiny.images(2)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(TrajOODError, match=r"Linear: expected methods encode and decode, .* none of them: wrap it"):
+        wrapped(nn.Linear(2, 2))
+    for shape in ((8, 8), (1, 8.5, 8), (0, 8, 8)):
+        with pytest.raises(TrajOODError, match=r"input_shape: expected \(C, H, W\), three positive numbers, got"):
+            CallableAutoencoder.from_module(Net(), shape)  # type: ignore[arg-type]
+
+
+def test_the_module_behind_functions_is_found() -> None:
+    net, images = Net().train(), tiny.images(3)
+    parts = Parts(net)
+    expected = wrapped(net)
+    for encode, decode in (
+        (net.encode, net.decode),
+        (lambda x: net.encode(x), lambda z: net.decode(z)),
+        (partial(Net.encode, net), partial(Net.decode, net)),
+    ):
+        model = CallableAutoencoder(encode, decode, SHAPE)
+        assert model.module is net
+        assert model.fingerprint() == expected.fingerprint()
+        torch.testing.assert_close(model.encode(images).double(), by_hand(Net(), images), rtol=1e-5, atol=1e-6)
+    two = CallableAutoencoder(parts.encoder, parts.decoder, SHAPE)
+    assert {id(m) for m in two.module.children()} == {id(parts.encoder), id(parts.decoder)}
+    assert net.training
+    assert not list(tiny.toy().module.parameters())
+
+
+def test_compiled_parts_have_the_fingerprint_of_plain_ones() -> None:
+    plain, compiled = Parts(Net()), Parts(Net())
+    compiled.encoder = torch.compile(compiled.encoder, backend="eager")  # type: ignore[assignment]
+    assert wrapped(plain).fingerprint() == wrapped(compiled).fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------- training still trains
+
+
+def test_a_surrogate_trains_the_same_inside_autocast_and_without_gradients() -> None:
+    backbone = CallableBackbone(lambda x: Features(x.flatten(1)[:, :8], None), SHAPE, 8, module=nn.Module())
+    recipe = SurrogateRecipe(steps=8, check_every=4, batch_size=16)
+    features = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    expected = fit_surrogate(backbone, features, recipe, quiet=True).network.state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found = fit_surrogate(backbone, features, recipe, quiet=True).network.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)

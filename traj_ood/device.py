@@ -151,6 +151,13 @@ def standard_settings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def training_settings() -> Iterator[None]:
+    """:func:`standard_settings` with gradients, whatever the caller has switched off."""
+    with standard_settings(), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def bfloat16_map(self_map: Callable[[Tensor], Tensor], device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """``self_map`` (n, *L) → (n, *L) under bfloat16 autocast, for :class:`traj_ood.engine.LowPrecision`.
 

@@ -26,6 +26,7 @@ from traj_ood.behaviour import agree, transform_digest
 from traj_ood.data import Benchmark, ImageSource, preflight
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.images import FileImages
+from traj_ood.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.features import BLOCK, FeatureCache, backbone_answers
 from traj_ood.files import cache_folder, write_atomic
@@ -153,15 +154,16 @@ def fit_surrogate(
     recipe = recipe or SurrogateRecipe()
     check_features(f"surrogate of {backbone.name}", features, backbone.feature_dim)
     _check_count(backbone, len(features))
-    features = features.float()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = recipe.network(backbone.feature_dim)
-    network.set_statistics(features)
-    model = SurrogateAutoencoder(backbone, network.to(backbone.device), name=name)
-    run = _Run(model, features, recipe, seed, out)
-    run.resume(fresh)
-    run.train(quiet)
+    with training_settings():
+        features = features.float().clone() if features.is_inference() else features.float()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = recipe.network(backbone.feature_dim)
+        network.set_statistics(features)
+        model = SurrogateAutoencoder(backbone, network.to(backbone.device), name=name)
+        run = _Run(model, features, recipe, seed, out)
+        run.resume(fresh)
+        run.train(quiet)
     model.record = _record(model, run, features, data, quiet)
     if out is not None:
         _write(model, recipe, out)

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from traj_ood.device import standard_settings
 from traj_ood.errors import TrajOODError
+from traj_ood.weights import fingerprint
 
 _ROWS = 2
 """Of a trial: enough for one image to stand beside another."""
 _FLOATS = (torch.float32, torch.float64)
+_SAMPLED, _FEWEST = 2**15, 16
+"""Values of a model's weights that are looked at in all, and at least of a tensor."""
 
 
 class FixedFunction:
@@ -45,6 +48,10 @@ class FixedFunction:
             TrajOODError: weights that are neither float32 nor float64.
         """
         modules = sorted(self.modules_used(), key=id)  # one order for all, so that no two threads wait for each other
+        held: list[nn.Module] = _INSIDE.__dict__.setdefault("modules", [])
+        if all(any(module is other for other in held) for module in modules):  # a pass inside a pass
+            yield
+            return
         for module in modules:
             _check_type(self.name, module)
         with ExitStack() as stack:
@@ -53,6 +60,8 @@ class FixedFunction:
             stack.enter_context(standard_settings())
             for module in modules:
                 stack.enter_context(_evaluation_mode(module))
+            held.extend(modules)
+            stack.callback(held.__delitem__, slice(len(held) - len(modules), None))
             yield
 
     def try_once(self) -> None:
@@ -99,6 +108,8 @@ def _check_type(name: str, module: nn.Module) -> None:
 
 # ---------------------------------------------------------------------- evaluation mode, one thread at a time
 
+_INSIDE = threading.local()
+"""What this thread holds."""
 _GUARD = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _SWITCHED: dict[nn.Module, int] = {}
@@ -203,3 +214,54 @@ def _difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape or not bool(known.any()):
         return 0.0
     return float((a - b)[known].abs().max() / b[known].abs().max().clamp(min=torch.finfo(b.dtype).tiny))
+
+
+# ---------------------------------------------------------------------- are its weights what they were?
+
+
+class KnownWeights:
+    """A model's weights and buffers as they are now, to notice later that they are others.
+
+    A look compares the tensors' identities and version counters and a sample of their values, which also sees what goes
+    past the counters (``parameter.data``). Where those differ a hash of all values decides, so that moving a model, or
+    loading equal weights into it, changes nothing.
+    """
+
+    def __init__(self, model: FixedFunction) -> None:
+        self._name, self._modules = model.name, model.modules_used()
+        self._digest = self._hash()
+        self._mark()
+
+    def check(self) -> None:
+        """Raises ``TrajOODError`` where they are others."""
+        if self._marks == self._look() and torch.equal(self._values, torch.cat(self._sample)):
+            return
+        if self._hash() != self._digest:
+            raise TrajOODError(
+                f"{self._name}: its weights, or batch statistics, have changed since the scorer was fitted: fit again, "
+                "or load the weights that it was fitted with"
+            )
+        self._mark()
+
+    def _mark(self) -> None:
+        tensors = self._tensors()
+        share = max(_FEWEST, _SAMPLED // max(1, len(tensors)))
+        self._marks, self._sample = self._look(), [torch.zeros(1), *(_sample_of(t, share) for t in tensors)]
+        self._values = torch.cat(self._sample)
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for module in self._modules for part in (module.parameters(), module.buffers()) for t in part]
+
+    def _look(self) -> list[tuple[int, int, int]]:
+        return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors()]
+
+    def _hash(self) -> list[str]:
+        return [fingerprint(module, None) for module in self._modules]
+
+
+def _sample_of(tensor: Tensor, count: int) -> Tensor:
+    """A view of at most ``count`` of the values, all over the tensor, whatever order they lie in."""
+    values = tensor.detach()
+    size = min(tensor.numel(), values.untyped_storage().nbytes() // values.element_size() - values.storage_offset())
+    step = -(-size // count) | 1  # odd: rows are of even lengths, and a column is not the tensor
+    return values.as_strided((-(-size // step),), (step,)) if size > 0 else values.flatten()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any, Literal, get_args
+from functools import reduce, wraps
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, View
 from traj_ood.device import bfloat16_map
 from traj_ood.engine import LowPrecision, Norm, Observer, iterate
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.fixed_function import KnownWeights
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.postprocessors import WHOLE_PATH, Evidence, Needs, Postprocessor, create_postprocessors
 from traj_ood.preprocessing import Pixels, prepare
@@ -22,6 +23,19 @@ from traj_ood.trajectory import Status, Trajectory
 
 OnStep = Callable[[int, int], None]
 Precision = Literal["fp32", "bf16"]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _of_fixed_model(method: _Method) -> _Method:
+    """A method of :class:`ScorerSet` under ``autoencoder.fixed()``, after a look at the model's weights."""
+
+    @wraps(method)
+    def guarded(self: ScorerSet, *args: Any, **options: Any) -> Any:
+        with self.autoencoder.fixed():
+            self.check_weights()
+            return method(self, *args, **options)
+
+    return cast("_Method", guarded)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class ScorerSet:
         self.needs: Needs = reduce(lambda a, b: a | b, (s.needs() for s in self.scorers))
         self.dictionary: AttractorDictionary | None = None
         self._indices: dict[View, NeighborIndex] = {}
+        self._weights: KnownWeights | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -92,6 +107,18 @@ class ScorerSet:
         for scorer in self.scorers:
             scorer.check_training_size(count)
 
+    def check_weights(self) -> None:
+        """Refuse a model whose weights or buffers are others than when the scorers learnt from it. Equal weights that
+        were loaded again, or moved to another device, are the same. The first call learns them.
+
+        Raises:
+            TrajOODError: names the model: fit again.
+        """
+        if self._weights is None:
+            self._weights = KnownWeights(self.autoencoder)
+        else:
+            self._weights.check()
+
     def fit(
         self,
         images: Pixels,
@@ -111,11 +138,13 @@ class ScorerSet:
         Raises:
             TrajOODError: fewer than 2 images, what is no image, or what a scorer refuses.
         """
+        self._weights = None
         encoding = self._examined(images)
         self.check_training_size(len(encoding))
         dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(encoding)))), on_step)
         return self.learn(dictionary, replace(evidence, labels=_numbered(labels, len(encoding))))
 
+    @_of_fixed_model
     def explore(
         self, encoding: Encoding, ids: tuple[str, ...], on_step: OnStep | None = None
     ) -> tuple[AttractorDictionary | None, Evidence]:
@@ -127,12 +156,14 @@ class ScorerSet:
         provenance = {"model": self.autoencoder.fingerprint(), "tol": self.tol, "max_steps": self.max_steps}
         return AttractorDictionary.from_trajectory(encoding.latents, evidence.path(), ids, provenance), evidence
 
+    @_of_fixed_model
     def learn(self, dictionary: AttractorDictionary | None, train: Evidence) -> ScorerSet:
         """Fit every scorer on what :meth:`explore` returned; ``train.labels`` are the caller's to add.
 
         Raises:
             TrajOODError: fewer than 2 training images, no labels where a scorer needs them, training images that the
-                model does not tell apart or whose features are not finite, or what a scorer refuses.
+                model does not tell apart or whose features are not finite, weights that changed since :meth:`explore`,
+                or what a scorer refuses.
         """
         _check_training(self.autoencoder.name, train)
         if self.needs.labels and train.labels is None:
@@ -165,11 +196,12 @@ class ScorerSet:
                 for view in sorted(self.needs.distances)
             }
 
+    @_of_fixed_model
     def score(self, images: Pixels | Encoding, on_step: OnStep | None = None) -> Scored:
         """Score images, as in :meth:`fit`, or what the model made of them; each image's scores depend on it alone.
 
         Raises:
-            TrajOODError: not fitted, or what is no image.
+            TrajOODError: not fitted, what is no image, or a model whose weights have changed since.
         """
         if self.needs_dictionary and self.dictionary is None:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")

@@ -15,6 +15,7 @@ from traj_ood.autoencoders.vit_mae import assert_position_embeddings, build_mode
 from traj_ood.backbones import Backbone
 from traj_ood.data import Benchmark, Split, load_benchmark, preflight
 from traj_ood.data.decoding import AS_STORED, Reading
+from traj_ood.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.model_card import model_card
@@ -27,6 +28,7 @@ from traj_ood.training import learning_rate as _learning_rate
 __all__ = ["CONFIGS", "Recipe", "TrainConfig", "_learning_rate", "build_autoencoder", "train_model"]
 
 
+@training_settings()
 def train_model(
     config: TrainConfig,
     out: Path,

@@ -19,6 +19,7 @@ from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.data import Benchmark, Split, load_benchmark, preflight
 from traj_ood.data.decoding import AS_STORED, Reading
+from traj_ood.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.results import environment, git_commit
@@ -27,6 +28,7 @@ from traj_ood.training import Run, TrainConfig, TrainingImages, plain
 _READ = 512
 
 
+@training_settings()
 def train_classifier(
     config: TrainConfig,
     out: Path,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from traj_ood.data import ImageSource
 from traj_ood.data.images import check_unchanged
+from traj_ood.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing
@@ -183,6 +184,7 @@ class Run(ABC):
     def checkpoint(self) -> Path:
         return self.out / "checkpoint.pt"
 
+    @training_settings()
     def finish_epochs(self, fresh: bool) -> None:
         """All epochs that are not in the checkpoint yet; ``fresh`` disregards it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from traj_ood.autoencoders.own_modules import halves_of, module_behind, original, tensor_of
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.fixed_function import FixedFunction, check_function, float_type, trial_rows
@@ -242,6 +243,13 @@ class Autoencoder(FixedFunction, ABC):
         return sum(p.numel() for p in self.module.parameters())
 
 
+def _shape_of(given: Sequence[int]) -> tuple[int, int, int]:
+    if len(given) != 3 or any(int(side) != side or side < 1 for side in given):
+        raise TrajOODError(f"input_shape: expected (C, H, W), three positive numbers, got {given!r}")
+    channels, height, width = (int(side) for side in given)
+    return channels, height, width
+
+
 def _check_floats(name: str, answer: Tensor) -> None:
     if answer.dtype not in (torch.float32, torch.float64):
         raise TrajOODError(
@@ -251,24 +259,30 @@ def _check_floats(name: str, answer: Tensor) -> None:
 
 
 class CallableAutoencoder(Autoencoder):
-    """Bring your own: two callables, or an nn.Module with ``encode`` and ``decode``.
+    """Bring your own: two callables, or an nn.Module with ``encode`` and ``decode``, or ``encoder`` and ``decoder``.
+
+    Your module stays as it is: it is in evaluation mode while it is used, and in its own mode again afterwards.
 
     Args:
-        encode, decode: E and D on batches; each row must depend on its own input row alone (eval mode).
+        encode, decode: E and D on batches; each row must depend on its own input row alone, and not on chance. They
+            return a tensor, or what diffusers and transformers do: of a distribution the mode is taken.
         input_shape: (C, H, W) of the images.
         preprocessing: from a picture to what ``encode`` takes. Default: resize to ``input_shape``, pixels in [0, 1].
         transform: PIL image → (C, H, W) tensor, in the place of ``preprocessing``, for what that does not cover. A
             detector can be saved and loaded with it, but not exported.
-        module: whose weights are fingerprinted and moved between devices; pass it whenever the callables use one.
+        module: whose weights are fingerprinted, moved between devices and put into evaluation mode. Default: what the
+            callables are methods of, close over or name; pass it where they reach their networks in another way.
         has_cls: see :class:`Autoencoder`.
         chunk: rows per call. Default 64: small models need many rows to fill a matrix product.
+    Raises:
+        TrajOODError: an ``input_shape`` of other than three positive numbers.
     """
 
     def __init__(
         self,
-        encode: Callable[[Tensor], Tensor],
-        decode: Callable[[Tensor], Tensor],
-        input_shape: tuple[int, int, int],
+        encode: Callable[[Tensor], Any],
+        decode: Callable[[Tensor], Any],
+        input_shape: Sequence[int],
         *,
         name: str = "custom",
         preprocessing: Preprocessing | None = None,
@@ -279,18 +293,22 @@ class CallableAutoencoder(Autoencoder):
     ) -> None:
         self._encode, self._decode = encode, decode
         self._transform = transform
-        self.preprocessing = declared_preprocessing(name, input_shape, preprocessing, transform)
-        self.input_shape, self.name, self.has_cls, self.chunk = input_shape, name, has_cls, chunk
-        self.module = nn.Module() if module is None else module
+        self.input_shape = _shape_of(input_shape)
+        self.preprocessing = declared_preprocessing(name, self.input_shape, preprocessing, transform)
+        self.name, self.has_cls, self.chunk = name, has_cls, chunk
+        self.module = module_behind(encode, decode) if module is None else original(module)
 
     @classmethod
-    def from_module(cls, module: nn.Module, input_shape: tuple[int, int, int], **options: Any) -> CallableAutoencoder:
-        """Wrap a module that has ``encode`` and ``decode`` methods; ``options`` as in the constructor."""
-        for method in ("encode", "decode"):
-            if not callable(getattr(module, method, None)):
-                raise TrajOODError(f"{type(module).__name__} has no method {method!r}: it needs encode and decode")
+    def from_module(cls, module: nn.Module, input_shape: Sequence[int], **options: Any) -> CallableAutoencoder:
+        """Wrap a module that has ``encode`` and ``decode``, or ``encoder`` and ``decoder``; ``options`` as in the
+        constructor. Of a module that ``torch.compile`` made, the one that it compiled.
+
+        Raises:
+            TrajOODError: it has neither; the message shows the five lines of a wrapper.
+        """
+        module = original(module)
         options.setdefault("name", type(module).__name__)
-        return cls(module.encode, module.decode, input_shape, module=module, **options)  # type: ignore[arg-type]
+        return cls(*halves_of(module), input_shape, module=module, **options)
 
     def options(self) -> dict[str, Any]:
         known = self.preprocessing
@@ -298,10 +316,14 @@ class CallableAutoencoder(Autoencoder):
         return {} if plain or known is None else {"preprocessing": known.as_dict()}
 
     def encode_batch(self, images: Tensor) -> Tensor:
-        return self._encode(images)
+        return tensor_of(f"{self.name}: encode", self._encode(images))
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        return self._decode(latents)
+        return tensor_of(f"{self.name}: decode", self._decode(latents))
+
+    def fingerprint(self) -> str:
+        """As :meth:`Autoencoder.fingerprint`; parts that ``torch.compile`` wrapped are the same parts."""
+        return fingerprint(self.module, [self.family, self.options()], lambda key: key.replace("_orig_mod.", ""))
 
     def transform(self, image: Image.Image) -> Tensor:
         return self._transform(image) if self._transform is not None else super().transform(image)

@@ -61,7 +61,7 @@ class DetectorModule(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
         self.statistics = PinnedTensors(scorer.state)
         self.searched = PinnedTensors({"points": scorer.points()} if isinstance(scorer, SearchingScorer) else {})
-        self._autoencoder = autoencoder
+        self._autoencoder, self._check_weights = autoencoder, scorers.check_weights
         self._kept = sorted({view for view, _ in scorer.needs().points})
         self.step = Step(autoencoder, Tensors(_attractors(autoencoder, scorers)), self._kept, scorers.tol)
         self._loops: list[Loop] = [plain_loop(self.step)]
@@ -76,7 +76,8 @@ class DetectorModule(nn.Module):
         """(B, C, H, W) float32 → (B,) float64. A graph recorded of it, and so an exported file, takes B >= 1.
 
         Raises:
-            TrajOODError: another shape or type, or a graph recorded of a network in training mode.
+            TrajOODError: another shape or type, weights that changed since the fit, or a graph recorded of a network in
+                training mode.
         """
         shape = self.preprocessing.shape
         if not torch.compiler.is_compiling():
@@ -97,6 +98,7 @@ class DetectorModule(nn.Module):
         if len(images) == 0:  # libraries reshape and search, and a graph's batch has no beginning
             return torch.empty(0, dtype=torch.float64, device=images.device)
         with self._autoencoder.fixed(), torch.no_grad():
+            self._check_weights()
             return self._scores(images)
 
     @contextmanager

@@ -10,14 +10,16 @@ differences where even that cancels.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from traj_ood.device import standard_settings
 from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.index.flat import ROWS, Approximate, Backend, FaissApproximate, check_approximate, flat_backend
@@ -39,6 +41,22 @@ _MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float
 _SPARE = 8  # candidates beyond k: they settle nearly every query
 _FEW = 16  # candidate groups, or a 16th of all: looking into more of them costs more than a float64 product
 _CROWD = 4  # members of a group left open by float32; settling more by direct difference costs more than float64
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_SEARCHING = threading.RLock()
+
+
+def _alone(method: _Method) -> _Method:
+    """One search at a time, under torch's standard settings: parts are built when they are first needed, FAISS reads
+    numbers that belong to the process, and its GPU indices are for one thread. Both use all cores by themselves."""
+
+    @wraps(method)
+    def guarded(*args: Any, **options: Any) -> Any:
+        with _SEARCHING, standard_settings():
+            return method(*args, **options)
+
+    return cast("_Method", guarded)
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,7 @@ class NeighborIndex:
         TrajOODError: no points, not (N, d), non-finite points, or an approximate index without FAISS.
     """
 
+    @_alone
     def __init__(
         self,
         points: Tensor,
@@ -123,17 +142,20 @@ class NeighborIndex:
         return len(self._points)
 
     @property
+    @_alone
     def groups(self) -> int:
         """How many groups of (nearly) coinciding points there are."""
         self._ensure_groups()
         return len(self._leaders)
 
     @property
+    @_alone
     def approximate(self) -> Approximate:
         """The approximation that :meth:`nearest` uses, of those permitted."""
         self._ensure_groups()
         return self._approximate
 
+    @_alone
     def nearest(self, queries: Tensor) -> Neighbors:
         """The nearest point of each query (B, d), exact down to the float32 spacing of the inputs; of points exactly as
         near, the first.
@@ -146,6 +168,7 @@ class NeighborIndex:
         width = max(self._points.shape[1], int(self._sizes.max()))
         return self._in_blocks(self._nearest_block, queries, centred, error, width)
 
+    @_alone
     def recall(self, queries: Tensor) -> Recall:
         """What :meth:`nearest` finds of queries (B, d) against a float64 search over all points: costly, so measure on
         a sample; draw it from ID and OOD trajectories, as recall depends on where the queries are.
@@ -167,6 +190,7 @@ class NeighborIndex:
             max_excess=float(excess.max()),
         )
 
+    @_alone
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """The k nearest points of each query (B, d); the distances of a query are the same to the last bit whatever
         other queries come with it.

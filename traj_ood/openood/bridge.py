@@ -17,6 +17,7 @@ from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.errors import TrajOODError
+from traj_ood.fixed_function import KnownWeights
 from traj_ood.openood.library import load_library
 from traj_ood.openood.loaders import check_normalisation, count_of, ids_of, read
 from traj_ood.openood.nets import AutoencoderNet, FeatureModel, backbone_of, device_of
@@ -39,6 +40,7 @@ class Bridge:
 
     _net: nn.Module | None
     _model: Autoencoder | None
+    _weights: KnownWeights | None
     _val: list[Any]  # OpenOOD's two validation loaders
     _sets: dict[tuple[str, ...], ScorerSet]  # fitted scorers by their specs
     _searched: dict[int, tuple[Any, dict[str, Any], Any]]  # what a search has computed, by the loader's id
@@ -86,6 +88,7 @@ class Bridge:
         model = self._model_of(net, loader)
         self._learn(model, loader, indices)
         self._net, self._model, self._fingerprint = net, model, model.fingerprint()
+        self._weights = KnownWeights(model)
         self.setup_flag = True
 
     def inference(
@@ -236,12 +239,14 @@ class Bridge:
 
     def _forget_net(self) -> None:
         self._net, self._model, self._val, self._sets, self._searched = None, None, [], {}, {}
+        self._weights = None
 
     def _bind(self, net: nn.Module) -> None:
         """Score with ``net`` from now on; it has to be the one that was learnt from, or its equal."""
         if not self.setup_flag:
             raise TrajOODError(f"{self.settings.scorer}: call setup with OpenOOD's loaders first")
-        if net is self._net:
+        if net is self._net and self._weights is not None:
+            self._weights.check()
             return
         model = self._rebuilt(net.eval())
         if model.fingerprint() != self._fingerprint:
@@ -250,6 +255,7 @@ class Bridge:
                 "that net, or a new postprocessor"
             )
         self._net, self._model, self._sets, self._searched = net, model, {}, {}
+        self._weights = KnownWeights(model)
 
     def _rebuilt(self, net: nn.Module) -> Autoencoder:
         if isinstance(net, AutoencoderNet):
@@ -264,7 +270,7 @@ class Bridge:
         return SurrogateAutoencoder(backbone, network.to(device_of(net)))
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_net", "_model", "_val", "_sets", "_searched")
+        dropped = ("_net", "_model", "_val", "_sets", "_searched", "_weights")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

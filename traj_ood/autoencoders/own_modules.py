@@ -1,0 +1,97 @@
+"""What a network of one's own is made of: its halves, the module behind a function, the tensor in an answer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from traj_ood.errors import TrajOODError
+
+_HALVES = (("encode", "decode"), ("encoder", "decoder"))
+_TENSORS = ("latents", "latent", "sample", "last_hidden_state")
+"""Where diffusers' and transformers' outputs keep the one tensor that they are about."""
+WRAPPER = """
+class Fixed(torch.nn.Module):
+    def __init__(self, net): super().__init__(); self.net = net
+    def encode(self, x): return self.net.encode(x)[0]  # one tensor: the mean, where it is (mu, logvar)
+    def decode(self, z): return self.net.decode(z)  # one tensor: the images
+model = traj_ood.CallableAutoencoder.from_module(Fixed(net), (3, 32, 32))"""
+"""What to write where this module cannot know."""
+
+
+def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
+    """E and D: the methods ``encode`` and ``decode``, or what ``encoder`` and ``decoder`` are.
+
+    Raises:
+        TrajOODError: neither pair; shows the wrapper to write.
+    """
+    for names in _HALVES:
+        encode, decode = (getattr(module, name, None) for name in names)
+        if callable(encode) and callable(decode):
+            return encode, decode
+    raise TrajOODError(
+        f"{type(module).__name__}: expected methods encode and decode, or modules encoder and decoder, found "
+        f"{', '.join(name for names in _HALVES for name in names if hasattr(module, name)) or 'none of them'}: wrap it:"
+        f"{WRAPPER}"
+    )
+
+
+def tensor_of(name: str, answer: Any) -> Tensor:
+    """The tensor in what a network returned: of a distribution its mode, of a library's output the one it is about.
+
+    Raises:
+        TrajOODError: several tensors, of which only the author knows the right one; shows the wrapper to write.
+    """
+    if isinstance(answer, Tensor):
+        return answer
+    if isinstance(answer, Sequence) and len(answer) == 1:
+        return tensor_of(name, answer[0])
+    distribution = getattr(answer, "latent_dist", answer)  # diffusers' VAEs; torch's and diffusers' have a mode
+    mode = getattr(distribution, "mode", None)
+    found = [mode() if callable(mode) else mode, *(getattr(answer, key, None) for key in _TENSORS)]
+    for value in found:
+        if isinstance(value, Tensor):
+            return value
+    kind = type(answer).__name__
+    parts = f" of {len(answer)}" if isinstance(answer, Sequence) else ""
+    raise TrajOODError(f"{name}: expected one tensor, got {kind}{parts}, and only you know which: wrap it:{WRAPPER}")
+
+
+def module_behind(*functions: Callable[..., Any]) -> nn.Module:
+    """The module whose weights the functions use: their own or their owner's, or those they close over or name.
+
+    One that is part of another is left out; several become one list; without any, an empty module.
+    """
+    found = list({id(m): m for function in functions for m in _reached(function, set())}.values())
+    outer = [m for m in found if not any(m is part for other in found if other is not m for part in other.modules())]
+    return outer[0] if len(outer) == 1 else nn.ModuleList(outer) if outer else nn.Module()
+
+
+def original(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped, which computes the same, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _reached(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield original(value)
+    elif isinstance(value, partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
+            yield from _reached(part, seen)
+    elif inspect.ismethod(value):
+        yield from _reached(value.__self__, seen)
+    elif isinstance(value, FunctionType):
+        names = inspect.getclosurevars(value)
+        for part in (*names.nonlocals.values(), *names.globals.values()):
+            if not isinstance(part, FunctionType) or part.__module__ == value.__module__:  # not into libraries
+                yield from _reached(part, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type) and not inspect.ismodule(value):
+        yield from (original(part) for part in vars(value).values() if isinstance(part, nn.Module))
