@@ -341,13 +341,13 @@ def other_checkpoint(net: Net) -> None:
 
 @pytest.mark.parametrize("change", [plus_one, past_the_counters, replaced, batch_statistics, other_checkpoint])
 def test_weights_that_changed_since_the_fit_are_noticed(change: Callable[[Net], None]) -> None:
-    net, images = Net(), tiny.images(8)
+    net, images = Net(), tiny.images(8).sigmoid()
     detector = Detector.fit(wrapped(net), images, "field")
     module = detector.as_module()
     kept = {key: value.clone() for key, value in net.state_dict().items()}
     scores = detector.score(images)
     change(net)
-    for use in (lambda: detector.score(images), lambda: detector.judge(images[:1]), lambda: module(images.sigmoid())):
+    for use in (lambda: detector.score(images), lambda: detector.judge(images[:1]), lambda: module(images)):
         with pytest.raises(
             TrajOODError, match=r"Net: its weights, or batch statistics, have changed since .*: fit again"
         ):
@@ -362,12 +362,13 @@ def test_a_backbones_weights_and_a_loaded_detectors_count_too(tmp_path: Path) ->
     linear = nn.Linear(64, 8)
     backbone = CallableBackbone(lambda x: Features(linear(x.flatten(1)), None), SHAPE, 8, module=linear)
     model = SurrogateAutoencoder(backbone, SurrogateNetwork(8, [8], 4))
-    Detector.fit(model, tiny.images(8), "knn:k=1").save(tmp_path / "d")
+    images = tiny.images(8).sigmoid()
+    Detector.fit(model, images, "knn:k=1").save(tmp_path / "d")
     detector = Detector.load(tmp_path / "d", autoencoder=model)
-    detector.score(tiny.images(2))
+    detector.score(images[:2])
     linear.weight.data *= 2
     with pytest.raises(TrajOODError, match="have changed since the scorer was fitted"):
-        detector.score(tiny.images(2))
+        detector.score(images[:2])
 
 
 # ---------------------------------------------------------------------------------------------- modules of one's own

@@ -19,6 +19,7 @@ from traj_ood.autoencoders import ViTMAE, load_autoencoder
 from traj_ood.backbones.network import ClassifierInputBackbone
 from traj_ood.device import standard_settings
 from traj_ood.index import search
+from traj_ood.preprocessing import Preprocessing
 
 THREADS = 8
 
@@ -86,8 +87,7 @@ def test_a_layer_watched_by_a_hook() -> None:
         network[3],  # type: ignore[arg-type]
         name="net",
         spec="net",
-        prepare=lambda image: torch.zeros(1, 2, 2),
-        channels=1,
+        preprocessing=Preprocessing((1, 2, 2)),
         options={},
     )
     batches = [tiny.images(5, (1, 2, 2), seed) for seed in range(THREADS)]
@@ -140,7 +140,7 @@ def test_an_index_that_is_built_at_the_first_question(approximate: Any, monkeypa
 def test_one_opened_picture_many_times_in_a_list() -> None:
     """Pillow decodes it at the first question, from one file with one position."""
     model = tiny.conv()
-    detector = Detector.fit(model, tiny.images(12), "field", workers=8)
+    detector = Detector.fit(model, tiny.images(12).sigmoid(), "field", workers=8)
     pixels = torch.randint(0, 256, (64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
