@@ -21,23 +21,29 @@ class Fixed(torch.nn.Module):
     def encode(self, x): return self.net.encode(x)[0]  # one tensor: the mean, where it is (mu, logvar)
     def decode(self, z): return self.net.decode(z)  # one tensor: the images
 model = traj_ood.CallableAutoencoder.from_module(Fixed(net), (3, 32, 32))"""
-"""What to write where this module cannot know."""
+
+
+class WrapperError(TrajOODError):
+    """What only the network's author knows; below the line stand the five lines of code to write."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}:{WRAPPER}"
 
 
 def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
     """E and D: the methods ``encode`` and ``decode``, or what ``encoder`` and ``decoder`` are.
 
     Raises:
-        TrajOODError: neither pair; shows the wrapper to write.
+        WrapperError: neither pair.
     """
     for names in _HALVES:
         encode, decode = (getattr(module, name, None) for name in names)
         if callable(encode) and callable(decode):
             return encode, decode
-    raise TrajOODError(
+    found = [name for names in _HALVES for name in names if hasattr(module, name)]
+    raise WrapperError(
         f"{type(module).__name__}: expected methods encode and decode, or modules encoder and decoder, found "
-        f"{', '.join(name for names in _HALVES for name in names if hasattr(module, name)) or 'none of them'}: wrap it:"
-        f"{WRAPPER}"
+        f"{', '.join(found) or 'none of them'}: wrap it"
     )
 
 
@@ -45,7 +51,7 @@ def tensor_of(name: str, answer: Any) -> Tensor:
     """The tensor in what a network returned: of a distribution its mode, of a library's output the one it is about.
 
     Raises:
-        TrajOODError: several tensors, of which only the author knows the right one; shows the wrapper to write.
+        WrapperError: several tensors, of which only the author knows the right one.
     """
     if isinstance(answer, Tensor):
         return answer
@@ -59,7 +65,7 @@ def tensor_of(name: str, answer: Any) -> Tensor:
             return value
     kind = type(answer).__name__
     parts = f" of {len(answer)}" if isinstance(answer, Sequence) else ""
-    raise TrajOODError(f"{name}: expected one tensor, got {kind}{parts}, and only you know which: wrap it:{WRAPPER}")
+    raise WrapperError(f"{name}: expected one tensor, got {kind}{parts}, and only you know which: wrap it")
 
 
 def module_behind(*functions: Callable[..., Any]) -> nn.Module:
