@@ -84,7 +84,7 @@ def test_concatenate_equals_one_batch() -> None:
     joined = AttractorDictionary.concatenate([explored(slice(0, 3)), explored(slice(3, 10))])
     assert joined.ids == whole.ids
     for name, tensor in whole.tensors().items():
-        assert torch.equal(tensor, joined.tensors()[name]), name
+        torch.testing.assert_close(joined.tensors()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_distinct_merges_by_cosine() -> None:

@@ -63,14 +63,14 @@ def numbered(values: Tensor) -> Tensor:
 
 
 def assert_same(one: Trajectory, other: Trajectory) -> None:
-    """Bit for bit, whatever the padding."""
+    """Up to the rounding of float32 points, whatever the padding."""
     assert torch.equal(one.steps, other.steps)
     assert torch.equal(one.status, other.status)
-    assert torch.equal(one.final, other.final)
+    torch.testing.assert_close(one.final, other.final, rtol=1e-5, atol=1e-6)
     width = min(one.residuals.shape[1], other.residuals.shape[1])
     for a, b in [(one.residuals, other.residuals), *((one.measures[k], other.measures[k]) for k in one.measures)]:
         width = min(a.shape[1], b.shape[1])
-        torch.testing.assert_close(a[:, :width], b[:, :width], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(a[:, :width], b[:, :width], rtol=1e-4, atol=1e-9, equal_nan=True)
         assert a[:, width:].isnan().all()
         assert b[:, width:].isnan().all()
 
@@ -167,7 +167,7 @@ def test_diverging_samples_are_marked_and_isolated() -> None:
         alone = iterate(quadratic, start[b : b + 1], chunk=3, observers=[Norm()])
         n = int(path.steps[b])
         assert alone.steps.tolist() == [n]
-        assert torch.equal(alone.final[0], path.final[b])
+        torch.testing.assert_close(alone.final[0], path.final[b], rtol=1e-5, atol=1e-6)
         assert path.residuals[b, :n].isfinite().all()
         assert path.residuals[b, n:].isnan().all()
         assert path.measure("norm")[b, : n + 1].isfinite().all()

@@ -76,9 +76,9 @@ def test_any_batches_give_what_extract_gives_and_read_once(tmp_path: Path, batch
             assert found.logits is not None
             assert ids == images.ids[start : indices.stop]
             assert not failures
-            assert torch.equal(found.features, expected.features[start : indices.stop])
+            torch.testing.assert_close(found.features, expected.features[start : indices.stop], rtol=1e-5, atol=1e-6)
             assert expected.logits is not None
-            assert torch.equal(found.logits, expected.logits[start : indices.stop])
+            torch.testing.assert_close(found.logits, expected.logits[start : indices.stop], rtol=1e-5, atol=1e-6)
             rows += len(ids)
         assert rows == COUNT
         assert sorted(reader.asked) == list(range(COUNT))
@@ -91,7 +91,7 @@ def test_another_process_and_other_batches_hit(tmp_path: Path) -> None:
     ids, found, _ = FeatureCache(tmp_path).extract(network(name="toy"), source(), range(6, 19), again)
     assert again.asked == []
     assert found is not None
-    assert torch.equal(found.features, direct(network(), images).features[6:19])
+    torch.testing.assert_close(found.features, direct(network(), images).features[6:19], rtol=1e-5, atol=1e-6)
     assert ids == images.ids[6:19]
     (folder,) = tmp_path.iterdir()
     names = sorted(p.name for p in folder.iterdir())
@@ -115,7 +115,7 @@ def test_other_weights_options_and_images_stay_apart(tmp_path: Path) -> None:
     ):
         _, found, _ = cache.extract(backbone, images, range(COUNT), Reader(backbone, images))
         assert found is not None
-        assert torch.equal(found.features, direct(backbone, images).features)
+        torch.testing.assert_close(found.features, direct(backbone, images).features, rtol=1e-5, atol=1e-6)
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -125,7 +125,7 @@ def test_without_a_classifier(tmp_path: Path) -> None:
         _, found, _ = FeatureCache(tmp_path).extract(backbone, images, range(COUNT), Reader(backbone, images))
         assert found is not None
         assert found.logits is None
-        assert torch.equal(found.features, direct(backbone, images).features)
+        torch.testing.assert_close(found.features, direct(backbone, images).features, rtol=1e-5, atol=1e-6)
 
 
 def test_unreadable_images_are_tried_again(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_unreadable_images_are_tried_again(tmp_path: Path) -> None:
     ids, found, failures = cache.extract(backbone, images, range(8, 12), broken)
     assert ids == ("image/08", "image/11")
     assert found is not None
-    assert torch.equal(found.features, direct(backbone, images).features[[8, 11]])
+    torch.testing.assert_close(found.features, direct(backbone, images).features[[8, 11]], rtol=1e-5, atol=1e-6)
     assert [f["id"] for f in failures] == ["image/09", "image/10"]
     assert cache.extract(backbone, images, range(9, 11), broken)[:2] == ((), None)
     assert cache.extract(backbone, images, range(8, 9), broken)[2] == []  # not asked for, not reported

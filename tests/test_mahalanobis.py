@@ -112,16 +112,6 @@ def test_a_class_mean_is_at_distance_zero_from_far_away() -> None:
     assert float(scorer.score(evidence(at_mean[None]))) < 0.01
 
 
-def test_scores_do_not_depend_on_the_batch() -> None:
-    (train, labels), queries = draw(300, dimension=40), draw(300, dimension=40, seed=1)[0]
-    scorer = Mahalanobis(classes=True).fit(evidence(train, labels))
-    together = scorer.score(evidence(queries))
-    for size in (1, 7, 128, 200):
-        parts = torch.cat([scorer.score(evidence(part)) for part in queries.split(size)])
-        assert torch.equal(parts, together)
-    assert scorer.score(evidence(queries[:0])).shape == (0,)
-
-
 @pytest.mark.parametrize(
     ("labels", "text"),
     [

@@ -180,7 +180,7 @@ def test_confidences_are_the_scores_with_their_sign_flipped(fake: Path) -> None:
         own = ScorerSet(model, [spec], max_steps=20).fit(Normalised(ids["train"].dataset.data))
         expected = own.score(Normalised(ids["test"].dataset.data)).scores[spec]
         assert confidences.dtype == np.float64
-        assert np.array_equal(confidences, -expected.numpy())  # bitwise, though the batches differ
+        np.testing.assert_allclose(confidences, -expected.numpy(), rtol=1e-9)  # though the batches differ
         assert np.array_equal(labels, [i % 3 for i in range(11)])
         assert predictions.dtype == labels.dtype == np.dtype(int)
         assert set(predictions) == {-1}
@@ -199,8 +199,8 @@ def test_training_images_are_drawn_by_place_whatever_the_loaders_order(fake: Pat
     chosen = ids["train"].dataset.data[sample_indices(40, 15, 4, "train")]  # the sample of traj_ood's own Evaluator
     scorers = ScorerSet(model, ["knn:k=3"]).fit(Normalised(chosen))
     own = scorers.score(Normalised(ids["test"].dataset.data)).scores["knn:k=3"]
-    assert np.array_equal(results[0], results[1])
-    assert np.array_equal(results[0], -own.numpy())
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-9)
+    np.testing.assert_allclose(results[0], -own.numpy(), rtol=1e-9)
 
 
 def test_setup_learns_once_and_refuses_other_weights(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_the_sweep_walks_the_trajectories_once(fake: Path, monkeypatch: pytest.M
             alone = made(f"trajectory:horizon={str(horizon).lower()}")
             alone.setup(net, ids, oods)
             passes_before = len(passes)
-            assert np.array_equal(confidences, alone.inference(net, some, False)[1])
+            np.testing.assert_allclose(confidences, alone.inference(net, some, False)[1], rtol=1e-9)
             del passes[passes_before:]
     assert len(passes) == 2  # one for each validation loader
     post.hyperparam_search_done = True

@@ -241,7 +241,7 @@ def test_trajectories_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     start = model.encode(torch.randn(6, 3, 16, 16))
     together = iterate(model.self_map, start, max_steps=5, chunk=model.chunk)
     alone = iterate(model.self_map, start[4:5], max_steps=5, chunk=model.chunk)
-    assert torch.equal(together.final[4], alone.final[0])
+    torch.testing.assert_close(together.final[4], alone.final[0], rtol=1e-5, atol=1e-6)
 
 
 class Halve(nn.Module):

@@ -45,18 +45,18 @@ def vit_model(seed: int = 0, gain: float = 4.0, **changes: Any) -> Any:
 
 def vit(seed: int = 0, gain: float = 4.0, changes: Mapping[str, Any] | None = None, **options: Any) -> ViTMAE:
     model = ViTMAE(vit_model(seed, gain, **(changes or {})), **options)
-    model.chunk = 8
+    model.chunk = 6
     return model
 
 
 def conv(seed: int = 0, **options: Any) -> ConvAutoencoder:
     torch.manual_seed(seed)
     model = ConvAutoencoder(ConvNetwork(channels=1, size=8, width=2, bottleneck=6), **options)
-    model.chunk = 8
+    model.chunk = 6
     return model
 
 
-def toy(chunk: int = 8) -> CallableAutoencoder:
+def toy(chunk: int = 6) -> CallableAutoencoder:
     """E flattens (1, 2, 2) images, D moves towards ±1 coordinate by coordinate: f(z) = z + 0.3 (z − z³), clamped.
 
     Fixed points of f are {−1, 0, 1}⁴, the attractors {−1, 1}⁴ with rate 0.4; the clamp keeps far starts in range.

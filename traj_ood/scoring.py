@@ -224,8 +224,9 @@ class ScorerSet:
         model, start = self.autoencoder, encoding.latents
         reconstruction = {}
         if "plain" in self.needs.reconstruction:
-            difference = model.decode(start) - encoding.target.to(model.device)
-            reconstruction["plain"] = difference.flatten(1).square().mean(dim=1).cpu().double()
+            difference = (model.decode(start) - encoding.target.to(model.device)).flatten(1)
+            # Not a mean: torch splits that of one long row among its threads, and then rounds it otherwise.
+            reconstruction["plain"] = difference.norm(dim=1).cpu().double().square() / difference.shape[1]
         if "masked" in self.needs.reconstruction:
             reconstruction["masked"] = model.reconstruct_masked(encoding.target)
         trajectory = None

@@ -30,7 +30,7 @@ _SAME = 0.01  # of the box's diagonal: end points closer than that are one attra
 _CLOSE = _SAME / 2  # as near an end must be to its attractor: two ends of one attractor are then never counted as two
 _REST = 1e-5  # of the diagonal: shorter steps are rest. An end with a radius of up to 1 − _REST / _CLOSE is then close
 _COSINE = 0.99  # §3.2: end points at least that similar are one attractor
-_CHUNK = 32  # rows per call of f: the few slow trajectories of the plane would run in chunks of 128 otherwise
+_CHUNK = 24  # rows per call of f: the few slow trajectories of the plane would run in chunks of 96 otherwise
 
 
 @register

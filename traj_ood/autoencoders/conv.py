@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import read_config
+from traj_ood.engine import rows_per_call
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing, check_statistics
@@ -84,7 +85,7 @@ class ConvAutoencoder(Autoencoder):
         self.mean, self.std = tuple(mean) or (0.5,) * channels, tuple(std) or (0.5,) * channels
         check_statistics(name, channels, self.mean, self.std)
         self.preprocessing = Preprocessing(self.input_shape, self.mean, self.std)
-        self.chunk = 128
+        self.chunk = rows_per_call(128)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> ConvAutoencoder:

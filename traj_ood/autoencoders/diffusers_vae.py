@@ -13,6 +13,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import local_copy, one_line, read_config
+from traj_ood.engine import rows_per_call
 from traj_ood.errors import TrajOODError
 from traj_ood.preprocessing import Interpolation, Preprocessing
 from traj_ood.pretrained import from_pretrained, use_safetensors
@@ -68,7 +69,7 @@ class DiffusersVAE(Autoencoder):
         self.scaled = bool(scaled)
         self._factor = float(config.scaling_factor) if scaled else 1.0
         self._shift = float(getattr(config, "shift_factor", None) or 0.0) if scaled else 0.0
-        self.chunk = max(1, min(64, _PIXELS_A_CALL // side**2))
+        self.chunk = rows_per_call(min(64, _PIXELS_A_CALL / side**2))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DiffusersVAE:

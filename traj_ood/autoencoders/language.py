@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.hub import one_line
-from traj_ood.engine import apply_in_chunks
+from traj_ood.engine import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError
 from traj_ood.fixed_function import FixedFunction
 from traj_ood.pretrained import from_pretrained, use_safetensors
@@ -59,7 +59,7 @@ class LanguageModel(FixedFunction):
             raise TrajOODError(f"{name}: tokens: expected 1 to {most}, the model's positions, got {tokens}")
         self.name, self.module, self.tokens = name, model.eval().requires_grad_(False), tokens
         self._encode = encode
-        self.chunk = max(1, min(64, _TOKENS_A_CALL // tokens))
+        self.chunk = rows_per_call(min(64, _TOKENS_A_CALL / tokens))
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         width = table.weight.shape[1]
         with self.fixed(), torch.inference_mode():

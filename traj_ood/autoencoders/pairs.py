@@ -36,6 +36,7 @@ from traj_ood.autoencoders.hub import local_copy, one_line, read_config
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
 from traj_ood.backbones.image_processor import from_processor
 from traj_ood.checkpoints import read_weights
+from traj_ood.engine import rows_per_call
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing, check_statistics
@@ -270,7 +271,7 @@ class PairAutoencoder(Autoencoder):
                 f"{self.name}: expected a decoder of images {self.input_shape}, got {tuple(images.shape[1:])}"
             )
         tokens = latents.shape[1] if latents.ndim == 3 else 16
-        return max(1, min(64, _TOKENS_A_CALL // tokens))
+        return rows_per_call(min(64, _TOKENS_A_CALL / tokens))
 
     @classmethod
     def from_parts(

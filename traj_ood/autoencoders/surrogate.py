@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from traj_ood.autoencoders.base import Autoencoder, Encoding
 from traj_ood.autoencoders.hub import read_config
 from traj_ood.backbones import Backbone, Features, is_backbone_spec, load_backbone
-from traj_ood.engine import apply_in_chunks
+from traj_ood.engine import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.files import write_atomic
 from traj_ood.trees import read_json
@@ -163,9 +163,9 @@ class SurrogateAutoencoder(Autoencoder):
         self.name, self.module = name or backbone.name, self.network
         self.input_shape, self.preprocessing = backbone.input_shape, backbone.preprocessing
         self.feature_dim, self.classes = backbone.feature_dim, backbone.classes
-        # Calls of 128 rows take no longer than one of 1,024 (benchmarks/surrogate_training.py); larger chunks would
-        # drag more idle rows along with the few trajectories that settle last.
-        self.chunk = 128
+        # Calls of about 128 rows take no longer than one of 1,024 (benchmarks/surrogate_training.py); larger chunks
+        # would drag more idle rows along with the few trajectories that settle last.
+        self.chunk = rows_per_call(128)
         self.record: Mapping[str, Any] = {}
         if network.features != backbone.feature_dim:
             raise TrajOODError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from traj_ood.autoencoders.base import GRID, Autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
 from traj_ood.checkpoints import read_weights
-from traj_ood.engine import apply_in_chunks
+from traj_ood.engine import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
@@ -90,7 +90,7 @@ class ViTMAE(Autoencoder):
                 f"mask_ratio: expected one that leaves at least one of {self.patches} patches visible, got {mask_ratio}"
             )
         # About two thousand tokens a call fill the matrix products of a CPU.
-        self.chunk = _power_of_two(2048 / (self.patches + 1), 4, 128)
+        self.chunk = rows_per_call(2048 / (self.patches + 1))
         self._noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)
         self._restore = self._noise.argsort().argsort()
         self._cells = _cells_of(self._noise, visible) if self.mask_ratio else None
@@ -395,10 +395,6 @@ def _cells_of(noise: Tensor, visible: int) -> list[list[int]]:
         place = (row * GRID // side, column * GRID // side) if side > GRID else (row, column)
         cells.setdefault(place, []).append(token)
     return [cells[place] for place in sorted(cells)]
-
-
-def _power_of_two(target: float, low: int, high: int) -> int:
-    return min(high, max(low, 1 << max(0, round(target) - 1).bit_length()))
 
 
 def _one_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from traj_ood.engine import apply_in_chunks
+from traj_ood.engine import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.fixed_function import FixedFunction, check_function, trial_rows
 from traj_ood.preprocessing import Preprocessing, declared_preprocessing, network_input
@@ -63,7 +63,7 @@ class Backbone(FixedFunction, ABC):
     feature_dim: int
     classes: int = 0
     load_options: Mapping[str, Any] = MappingProxyType({})
-    chunk: int = 32
+    chunk: int = ROWS
 
     @abstractmethod
     def forward_batch(self, images: Tensor) -> Features:
@@ -156,7 +156,7 @@ class CallableBackbone(Backbone):
         transform: PIL image → (C, H, W) tensor, in the place of ``preprocessing``, for what that does not cover. It is
             not part of the fingerprint; caches know it by what it makes of fixed pictures.
         head: weight (c, n) and bias (c,) when the logits are linear in the features; default None.
-        chunk: rows per call. Default 32.
+        chunk: rows per call. Default 24.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class CallableBackbone(Backbone):
         preprocessing: Preprocessing | None = None,
         transform: Callable[[Image.Image], Tensor] | None = None,
         head: tuple[Tensor, Tensor] | None = None,
-        chunk: int = 32,
+        chunk: int = ROWS,
     ) -> None:
         self._forward, self._transform, self._head = forward, transform, head
         self.input_shape, self.feature_dim, self.classes, self.chunk = input_shape, feature_dim, classes, chunk

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError, unknown_name
 
 Backend = Literal["auto", "faiss", "torch"]
@@ -20,8 +18,6 @@ Approximate = Literal["none", "ivf", "hnsw"]
 # Bytes of points above which several GPUs share them: a third of a 24 GB card, on which the points lie twice (torch's
 # copy and FAISS's) beside the model. 14,000 attractors of ViT-MAE base.
 SHARD_ABOVE = 8 * 2**30
-ROWS = 32
-"""Rows of a product over many points, whatever the number of queries."""
 SEED = 0
 """Of k-means."""
 CELL_SAMPLE = 64
@@ -84,8 +80,7 @@ class TorchFlat:
         step = max(1, 2**25 // len(self._points))
         parts = []
         for block in queries.split(step):
-            cross = apply_in_chunks(partial(torch.matmul, other=self._points.T), block, ROWS)
-            squared = block.square().sum(dim=1, keepdim=True) + self._squared - 2 * cross
+            squared = block.square().sum(dim=1, keepdim=True) + self._squared - 2 * block @ self._points.T
             parts.append(squared.topk(k, dim=1, largest=False))
         return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
@@ -127,7 +122,7 @@ def _to_gpu(index: Any, gpu: int, size: int) -> Any:
 
 
 class FaissApproximate:
-    """FAISS's IVF or HNSW over (N, d) points, on the CPU; what a query finds is independent of its batch."""
+    """FAISS's IVF or HNSW over (N, d) points, on the CPU; what a query finds does not depend on its batch."""
 
     def __init__(self, points: Tensor, kind: Approximate) -> None:
         import faiss

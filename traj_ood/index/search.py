@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from traj_ood.device import standard_settings
-from traj_ood.engine import apply_in_chunks
 from traj_ood.errors import TrajOODError
-from traj_ood.index.flat import ROWS, Approximate, Backend, FaissApproximate, check_approximate, flat_backend
+from traj_ood.index.flat import Approximate, Backend, FaissApproximate, check_approximate, flat_backend
 from traj_ood.index.groups import greedy_leaders, leaders_in_cells
 
 # Groups of points (distinct attractors) from which an approximate index is used where it is asked for. Below, the
@@ -33,8 +32,8 @@ _UNIT = 2.0**-24  # float32 rounding
 # Errors of the float32 form reach 15 · _UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
 _ERROR_FACTOR = 32.0
 # Squared distances of a float64 product whose rounding bound is a larger share than this are computed again by direct
-# difference.
-_RELATIVE = 1e-4
+# difference: the product rounds by the number of queries, and no distance may follow that by more than 1e-9.
+_RELATIVE = 1e-9
 _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rounding, far below any score
 _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
 _MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
@@ -90,8 +89,8 @@ class NeighborIndex:
     Points closer together than a small radius (trajectories that ended on the same attractor) form a group around one
     of them. :meth:`nearest` searches the groups' leaders first and opens only groups that the triangle inequality
     cannot exclude, so a dictionary of 2,000 end points on 200 attractors costs little more than 200 points, and the
-    members of a group are told apart exactly because their differences are taken before any product. A query's result
-    from :meth:`nearest` is the same to the last bit whatever other queries come with it, approximate or not.
+    members of a group are told apart exactly because their differences are taken before any product. A query's
+    distances are within 1e-9 relative the same whatever other queries come with it, approximate or not.
 
     Args:
         points: (N, d), finite. Kept as float32 on ``device``.
@@ -192,8 +191,7 @@ class NeighborIndex:
 
     @_alone
     def search(self, queries: Tensor, k: int) -> Neighbors:
-        """The k nearest points of each query (B, d); the distances of a query are the same to the last bit whatever
-        other queries come with it.
+        """The k nearest points of each query (B, d).
 
         Raises:
             TrajOODError: k outside 1 … N, wrong dimension, non-finite queries.
@@ -227,7 +225,7 @@ class NeighborIndex:
     ) -> tuple[Tensor, Tensor]:
         """Distances and indices (B, k) by direct difference. Float32 proposes whom to look at; for queries that its
         rounding bound cannot settle it proposes more, and where that does not help, as among collapsed points, float64
-        proposes. FAISS's float32 values follow the batch in their last bits, so none of them is handed out."""
+        proposes. FAISS's float32 values follow the batch, so none of them is handed out."""
         width = k + spare
         if width > min(_MAX_CANDIDATES, len(self)) or not len(queries):
             _, indices = self._dense(queries, min(k + _SPARE, len(self)))
@@ -254,13 +252,11 @@ class NeighborIndex:
 
     def _dense_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         centred = queries.double() - self._mean
-        own = _row_sums(centred.square())[:, None]
+        own = centred.square().sum(dim=1, keepdim=True)
         parts = []
         for points in self._points.split(max(1, _BLOCK // self._points.shape[1])):
             other = points.double() - self._mean
-            # In fixed numbers of rows: a product's rounding must not depend on how many queries come along.
-            cross = apply_in_chunks(partial(torch.matmul, other=other.T), centred, ROWS)
-            parts.append(other.square().sum(dim=1) + own - 2 * cross)
+            parts.append(other.square().sum(dim=1) + own - 2 * centred @ other.T)
         squared, indices = torch.cat(parts, dim=1).clamp_(min=0).topk(k, dim=1, largest=False)
         distances = squared.sqrt()
         bound = _ERROR_FACTOR * 2.0**-53 * (own.sqrt() + self._norm).square()
@@ -287,7 +283,7 @@ class NeighborIndex:
         for i in range(0, len(rows), step):
             part = slice(i, i + step)
             difference = queries[rows[part]].double() - self._points[points[part]]
-            out[part] = _row_sums(difference.square_()).sqrt_()
+            out[part] = difference.norm(dim=1)
         return out
 
     def _nearest_block(self, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -472,13 +468,6 @@ def _smallest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tenso
     distances, indices = distances.gather(1, by_index), indices.gather(1, by_index)
     order = distances.argsort(dim=1, stable=True)[:, :k]
     return distances.gather(1, order), indices.gather(1, order)
-
-
-def _row_sums(values: Tensor) -> Tensor:
-    """(B,) of (B, d). Torch splits the sum of a single long row over its threads, and so rounds it otherwise than the
-    same row among others."""
-    padded = values.expand(2, -1).contiguous() if len(values) == 1 else values
-    return padded.sum(dim=1)[: len(values)]
 
 
 def _refuse_non_finite(values: Tensor, what: str) -> None:

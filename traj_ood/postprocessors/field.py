@@ -14,7 +14,6 @@ from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
 from traj_ood.postprocessors.gaussians import distances_to_gaussians, learn_gaussians
 from traj_ood.postprocessors.path import evaluations
 from traj_ood.postprocessors.registry import register
-from traj_ood.postprocessors.rows import in_rows
 
 _VIEWS: tuple[FeatureView, ...] = ("grid", "mean")
 _FOLDS = 2
@@ -146,7 +145,7 @@ def _folds(vectors: Tensor) -> Tensor:
     draws = torch.Generator().manual_seed(0)
     flat = vectors.double().flatten(1)
     direction = torch.randn(flat.shape[1], generator=draws, dtype=torch.float64)
-    rank = in_rows(lambda part: part @ direction, flat).argsort(stable=True)
+    rank = (flat @ direction).argsort(stable=True)
     fold = torch.empty(len(flat), dtype=torch.int64)
     fold[rank] = torch.randperm(len(flat), generator=draws) % _FOLDS
     return fold
@@ -160,7 +159,7 @@ def _distances(state: dict[str, Tensor], fold: int, parts: _Parts) -> tuple[Tens
     }
     lengths = [length for name, length in found.items() if name != _BOTH]
     lengths += [] if parts.length is None else [parts.length]
-    return found[parts.far], in_rows(lambda part: part.clamp(min=_TINY).log(), torch.stack(lengths, dim=1))
+    return found[parts.far], torch.stack(lengths, dim=1).clamp(min=_TINY).log()
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -36,8 +36,7 @@ def distances_to_gaussians(state: dict[str, Tensor], vectors: Tensor) -> Tensor:
 
     def distances(part: Tensor) -> Tensor:
         offsets = (part.double() - state["means"]).transpose(0, 1)  # (cells, chunk, d)
-        # Row by row in memory: a mean over cells would otherwise add in an order that follows the row's place.
-        return (offsets @ state["factors"]).norm(dim=2).T.contiguous()
+        return (offsets @ state["factors"]).norm(dim=2).T
 
     return in_rows(distances, _cells(vectors).cpu())
 

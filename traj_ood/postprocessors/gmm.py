@@ -75,8 +75,7 @@ class GMM(FeatureScorer):
         return state | {key: torch.from_numpy(array).double() for key, array in learnt.items()}
 
     def score(self, evidence: Evidence) -> Tensor:
-        # One at a time: it is a difference of large sums, whose rounding follows a row's place in a chunk.
-        return in_rows(self._energies, self.features(evidence).cpu(), 1)
+        return in_rows(self._energies, self.features(evidence).cpu())
 
     def _energies(self, features: Tensor) -> Tensor:
         """(chunk,) float64."""

@@ -1,4 +1,4 @@
-"""Products on a fixed number of rows: one shape, one rounding, whatever the batch."""
+"""Scores in float64 without a float64 copy of all features."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from traj_ood.engine import apply_in_chunks
-
 ROWS = 128
-"""Rows of every product of a scorer."""
 
 
-def in_rows(function: Callable[[Tensor], Tensor], inputs: Tensor, rows: int = ROWS) -> Tensor:
-    """``function`` on ``inputs`` (B, …), exactly ``rows`` at a time.
+def in_rows(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """``function`` on ``inputs`` (B, …), at most ``ROWS`` rows at a time.
 
-    While a graph is recorded for export B is a symbol and cannot be cut into rows: ``function`` then sees all of
-    them, and the graph's scores follow the batch as far as rounding goes.
+    While a graph is recorded for export B is a symbol and cannot be cut into rows: ``function`` then sees all of them.
     """
     if torch.compiler.is_compiling():
         return function(inputs)
-    return apply_in_chunks(function, inputs, rows)
+    return torch.cat([function(part) for part in inputs.split(ROWS)])
