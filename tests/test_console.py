@@ -19,6 +19,7 @@ from traj_ood.cli.console import abandon, note, prepare, say
 from traj_ood.data.fashion_mnist import find_fashion_mnist, obtain_fashion_mnist
 from traj_ood.errors import TrajOODError
 from traj_ood.files import cache_folder, write_atomic
+from traj_ood.report.page import breakable
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -126,6 +127,10 @@ def test_warnings_are_lines_without_controls_and_below_two_kilobytes(console: An
     assert max(map(len, told.splitlines())) < 2000
     assert ended("list", "\x1b" + "z" * 5000) == 2
     assert max(map(len, made.err.getvalue().decode().splitlines())) < 2000
+
+
+def test_the_report_shows_what_a_name_would_do_to_a_reader() -> None:
+    assert str(breakable("a/\x1b[2J<b>\u202e")) == r"a/<wbr>\x1b[2J&lt;b&gt;\u202e"
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_its_variable(

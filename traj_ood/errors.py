@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 from traj_ood.text import one_line
@@ -18,6 +19,11 @@ class TrajOODError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(str(message)))
+
+
+def warn(message: str, stacklevel: int = 1) -> None:
+    """A ``UserWarning`` of one printable line below 2 kB; ``stacklevel`` as ``warnings.warn`` has it."""
+    warnings.warn(one_line(message), stacklevel=stacklevel + 1)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> TrajOODError:

@@ -7,7 +7,6 @@ import math
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from traj_ood.behaviour import agree, answers, transform_digest
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.data.benchmark import Copies
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.features import FeatureCache
 from traj_ood.files import alone_in, empty_folder, write_atomic
 from traj_ood.gallery import FILE_NAME as GALLERY_NAME
@@ -43,6 +42,7 @@ from traj_ood.provenance import code_digest
 from traj_ood.results import FILE_NAME, Result, ScorerResult, SetScore, environment, git_commit
 from traj_ood.scoring import Precision, ScorerSet, join_evidence
 from traj_ood.snapshot import Snapshot
+from traj_ood.text import printable
 from traj_ood.trajectory import Status
 from traj_ood.verdict import (
     Facts,
@@ -265,7 +265,7 @@ class Evaluator:
         self._refuse_other(identity, _identity_of(result))
         if result.versions.get("code") != code_digest() and self.team.is_main:
             version = f"traj_ood {result.versions.get('traj_ood')}, commit {(result.commit or 'unknown')[:12]}"
-            warnings.warn(
+            warn(
                 f"{self.folder}: a finished run that other code has made ({version}): these are its numbers; --fresh "
                 "computes them with the code that is installed",
                 stacklevel=4,
@@ -279,7 +279,7 @@ class Evaluator:
                 "run it all the same with --on-duplicates warn"
             )
         for copies in found:
-            warnings.warn(f"benchmark {self.benchmark.name!r}: {copies}", stacklevel=4)
+            warn(f"benchmark {self.benchmark.name!r}: {copies}", stacklevel=4)
 
     def _identity(self, found: list[Copies]) -> dict[str, Any]:
         """What two runs must share to be one run."""
@@ -594,7 +594,13 @@ class _Bar:
 
     def __init__(self, name: str, split: Split, quiet: bool) -> None:
         self._bar = tqdm(
-            total=len(split.images), desc=name, unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False
+            total=len(split.images),
+            desc=printable(name),
+            unit="img",
+            delay=2,
+            disable=quiet,
+            dynamic_ncols=True,
+            leave=False,
         )
 
     def __enter__(self) -> _Bar:

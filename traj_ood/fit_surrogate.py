@@ -8,7 +8,6 @@ import json
 import math
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,12 +26,13 @@ from traj_ood.data import Benchmark, ImageSource, preflight
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.images import FileImages
 from traj_ood.device import training_settings
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.features import BLOCK, FeatureCache, backbone_answers
 from traj_ood.files import cache_folder, write_atomic
 from traj_ood.provenance import code_digest
 from traj_ood.results import environment, git_commit
 from traj_ood.scoring import ScorerSet
+from traj_ood.text import printable
 
 LIMIT = 50_000
 """Training features a surrogate is trained on at most: 400 MB at 2,048 dimensions."""
@@ -354,7 +354,7 @@ class _Run:
             self.save()  # before minutes of work: is the folder writable at all?
         self.network.requires_grad_(True)
         try:
-            with tqdm(total=self.recipe.steps, desc=self.title, unit="step", delay=2, disable=quiet) as bar:
+            with tqdm(total=self.recipe.steps, desc=printable(self.title), unit="step", delay=2, disable=quiet) as bar:
                 bar.update(self.steps)
                 while not self.finished:
                     self.stretch(bar)
@@ -450,7 +450,9 @@ def _extract(
     parts: list[Tensor] = []
     failures: list[dict[str, str]] = []
     read = _reader(backbone, images, workers, on_error)
-    with tqdm(total=len(images), desc=f"features of {backbone.name}", unit="img", delay=2, disable=quiet) as bar:
+    with tqdm(
+        total=len(images), desc=printable(f"features of {backbone.name}"), unit="img", delay=2, disable=quiet
+    ) as bar:
         for start in range(0, len(images), BLOCK):
             indices = range(start, min(start + BLOCK, len(images)))
             _, answer, failed = cache.extract(backbone, images, indices, read)
@@ -562,7 +564,7 @@ def _card(record: Mapping[str, Any]) -> str:
 
 def _warn(model: SurrogateAutoencoder) -> None:
     for text in model.record.get("health", {}).get("warnings", []):
-        warnings.warn(f"surrogate of {model.backbone.name}: unhealthy attractors: {text}", stacklevel=3)
+        warn(f"surrogate of {model.backbone.name}: unhealthy attractors: {text}", stacklevel=3)
 
 
 def _check_count(backbone: Backbone, count: int) -> None:

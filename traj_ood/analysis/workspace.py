@@ -21,6 +21,7 @@ from tqdm import tqdm
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.provenance import code_digest
+from traj_ood.text import printable
 
 _SCRATCH = re.compile(r"[\w-]+-[0-9a-f]{16}")
 _UNIT = re.compile(_SCRATCH.pattern + r"\.safetensors")
@@ -92,7 +93,9 @@ class Workspace:
 
     def bar(self, total: int, description: str, unit: str = "unit") -> tqdm[Any]:
         """A progress bar on stderr that shows up after two seconds, as everywhere in traj_ood."""
-        return tqdm(total=total, desc=description, unit=unit, delay=2, disable=self.quiet, dynamic_ncols=True)
+        return tqdm(
+            total=total, desc=printable(description), unit=unit, delay=2, disable=self.quiet, dynamic_ncols=True
+        )
 
     def discard(self) -> None:
         """Forget every unit, finished or begun. What else lies in the folder stays: it may be anybody's."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from traj_ood.autoencoders.base import GRID, Autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
 from traj_ood.checkpoints import read_weights
 from traj_ood.engine import apply_in_chunks, rows_per_call
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, warn
 from traj_ood.files import write_atomic
 from traj_ood.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
 from traj_ood.pretrained import from_pretrained, use_safetensors
@@ -65,7 +64,7 @@ class ViTMAE(Autoencoder):
         if not 0 <= mask_ratio < 1:
             raise TrajOODError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
         if config.norm_pix_loss:
-            warnings.warn(
+            warn(
                 f"{name} was trained with norm_pix_loss: its decoder predicts per-patch normalised pixels, so D(z) is "
                 "not an image and E∘D iterates on distorted input; prefer a checkpoint without it",
                 stacklevel=2,

@@ -13,14 +13,13 @@ import sqlite3
 import stat
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, warn
 from traj_ood.files import cache_folder
 
 FILE_NAME = "contents.sqlite"
@@ -154,7 +153,7 @@ def _warn(path: Path, error: Exception) -> None:
     if str(path) in _warned:
         return
     _warned.add(str(path))
-    warnings.warn(
+    warn(
         f"{path}: hashes of files cannot be kept there ({error}): files are read again by every run; delete it if it "
         "is damaged, or name a folder that can be written in $TRAJ_OOD_DATA",
         stacklevel=2,

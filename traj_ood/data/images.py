@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import posixpath
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import numpy as np
 
 from traj_ood.data.contents import hash_files
 from traj_ood.data.decoding import Reading, open_image
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, warn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -322,7 +321,7 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
             "fill the folder or correct the path"
         )
     if others:
-        warnings.warn(left_out(folder, others), stacklevel=2)
+        warn(left_out(folder, others), stacklevel=2)
     return FileImages(folder, tuple(paths), tuple(posixpath.join(prefix, path) for path in paths))
 
 

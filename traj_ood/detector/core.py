@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -23,11 +22,12 @@ from traj_ood.detector.batches import Batch, Images, OnError, batches, count_of,
 from traj_ood.detector.folder import Parts, read_detector, write_detector
 from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import digests_of
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.postprocessors import Evidence, Postprocessor
 from traj_ood.preprocessing import Normalised
 from traj_ood.scoring import Scored, ScorerSet, class_numbers, join_evidence
+from traj_ood.text import printable
 from traj_ood.trajectory import Status
 
 OnKnown = Literal["raise", "skip"]
@@ -154,7 +154,7 @@ class Detector:
         classes = _classes(scorers, images, labels, count)
         files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages) else AS_STORED
         reading = batches(autoencoder, images, batch_size, workers, on_error, files)
-        with tqdm(total=count, desc=f"fit {scorers.labels[0]}", unit="img", delay=2, disable=quiet) as bar:
+        with tqdm(total=count, desc=printable(f"fit {scorers.labels[0]}"), unit="img", delay=2, disable=quiet) as bar:
             found = _explore(scorers, reading, bar)
         dictionary = AttractorDictionary.concatenate(found.dictionaries) if found.dictionaries else None
         if classes is None and scorers.needs.labels:
@@ -226,7 +226,7 @@ class Detector:
                 f"that accepting {tpr:.6g} of new ID images needs: remove images that are there twice, or give "
                 "calibration images of their own"
             )
-        warnings.warn(what + (", and are left out" if on_known == "skip" else ""), stacklevel=3)
+        warn(what + (", and are left out" if on_known == "skip" else ""), stacklevel=3)
         return scores[~known] if on_known == "skip" else scores
 
     # ------------------------------------------------------------------ judging
@@ -423,6 +423,4 @@ def _kept(evidence: Evidence, batch: Batch) -> Evidence:
 
 def _warn_of_attractors(scorers: ScorerSet, health: Mapping[str, Any] | None) -> None:
     if health is not None and not health["healthy"]:
-        warnings.warn(
-            f"detector with {scorers.labels[0]}: unhealthy attractors: {'; '.join(health['warnings'])}", stacklevel=3
-        )
+        warn(f"detector with {scorers.labels[0]}: unhealthy attractors: {'; '.join(health['warnings'])}", stacklevel=3)

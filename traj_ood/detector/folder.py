@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -29,7 +28,7 @@ from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.sealed import open_sealed, replaced_folder, seal
 from traj_ood.detector.tensors import read_tensors, specs_of
 from traj_ood.device import resolve_device
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, warn
 from traj_ood.files import write_atomic
 from traj_ood.packing import check_same, field_of, pack, unpack
 from traj_ood.results import environment
@@ -224,7 +223,7 @@ def _warn_of_attractors(training: Mapping[str, Any], folder: Path) -> None:
     health = training.get("attractors")
     if isinstance(health, dict) and health.get("healthy") is False:
         reasons = "; ".join(map(str, field_of(health, "warnings", list, str(folder / FILE_NAME))))
-        warnings.warn(f"{folder}: fitted on unhealthy attractors, its scores may mean nothing: {reasons}", stacklevel=4)
+        warn(f"{folder}: fitted on unhealthy attractors, its scores may mean nothing: {reasons}", stacklevel=4)
 
 
 def _compare_versions(stored: Mapping[str, Any], folder: Path) -> None:
@@ -237,7 +236,7 @@ def _compare_versions(stored: Mapping[str, Any], folder: Path) -> None:
     changed = [k for k in _COMPARED if k in stored and k in own and release(stored[k]) != release(own[k])]
     if changed:
         text = ", ".join(f"{k} {str(stored[k])[:20]} (here {own[k]})" for k in changed)
-        warnings.warn(
+        warn(
             f"{folder}: saved with {text}: its numbers for two test images agree, others may differ slightly",
             stacklevel=4,
         )

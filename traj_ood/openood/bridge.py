@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.benchmark import sample_indices
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, warn
 from traj_ood.fixed_function import KnownWeights
 from traj_ood.openood.library import load_library
 from traj_ood.openood.loaders import check_normalisation, count_of, ids_of, read
@@ -183,7 +182,7 @@ class Bridge:
         self._train = replace(join_evidence(pieces), labels=classes)
         self._dictionary = AttractorDictionary.concatenate(dictionaries) if dictionaries else None
         for warning in self._dictionary.health().warnings if self._dictionary is not None else ():
-            warnings.warn(f"unhealthy attractors: {warning}", stacklevel=3)
+            warn(f"unhealthy attractors: {warning}", stacklevel=3)
 
     def _scorers(self, specs: tuple[str, ...]) -> ScorerSet:
         """The scorers of these specs, fitted on what was learnt."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, warn
 from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
 from traj_ood.postprocessors.covariance import moments
 from traj_ood.postprocessors.registry import register
@@ -68,7 +67,7 @@ class ViM(Postprocessor):
             )
         alpha = train.class_logits().amax(dim=1).mean() / lengths.mean()
         if alpha <= 0:
-            warnings.warn(
+            warn(
                 f"scorer {self.label}: the training images' largest logit is negative on average, so ViM's alpha is "
                 f"({float(alpha):.3g}) and far from the principal space counts as ID",
                 stacklevel=2,

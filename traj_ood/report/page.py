@@ -24,6 +24,7 @@ from traj_ood.report.figures import QUANTITIES, Panels, histogram_edges, line_of
 from traj_ood.report.runs import Run
 from traj_ood.report.tables import Board, HealthCard, Row, boards, health_card, provenance
 from traj_ood.results import ScorerResult
+from traj_ood.text import printable
 from traj_ood.trajectory import Status
 
 FILE_NAME = "report.html"
@@ -66,6 +67,7 @@ def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
     environment = Environment(
         loader=PackageLoader("traj_ood.report"),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # names are anybody's
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -100,7 +102,7 @@ def breakable(text: str) -> Markup:
     >>> breakable("knn:k=5")
     Markup('knn<wbr>:k=5')
     """
-    return Markup(re.sub(r"(?=:)|(?<=/)", "<wbr>", str(escape(text))))
+    return Markup(re.sub(r"(?=:)|(?<=/)", "<wbr>", str(escape(printable(text)))))
 
 
 def picture_url(png: bytes) -> str:
