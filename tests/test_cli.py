@@ -40,6 +40,8 @@ def place(tmp_path: Path) -> Path:
 
 
 def bench(place: Path, *options: object, yaml: str = "tiny.yaml", model: str = "mae", out: str = "out") -> Result:
+    """A small run, by default of two scorers."""
+    options = options if "--scorers" in options else ("--scorers", "trajectory,knn:k=2", *options)
     return call("bench", place / yaml, "--model", place / model, "--out", place / out, *FAST, *options)
 
 
@@ -97,7 +99,7 @@ def test_bench_ends_with_a_leaderboard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["mae", "conv"])
 def test_all_scorers(place: Path, model: str) -> None:
-    result = bench(place, model=model)
+    result = call("bench", place / "tiny.yaml", "--model", place / model, "--out", place / "out", *FAST)
     assert result.exit_code == 0, result.output
     stored = RunResult.load(place / "out" / f"tiny--{model}--seed0" / "result.json")
     assert sorted(stored.scorers) == sorted(default_suite(load_autoencoder(place / model)))

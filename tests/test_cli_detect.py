@@ -501,6 +501,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(place: Path, photos: Pat
         )
 
 
+@pytest.mark.slow  # the quick one is in test_reliability.py, in copies of the process that runs the tests
 def test_a_killed_run_is_resumed_to_the_same_bytes(place: Path, photos: Path, tmp_path: Path) -> None:
     out, part = tmp_path / "a.csv", tmp_path / "a.csv.part"
     many = [photos / f"{i % 12:03d}.png" for i in range(600)]

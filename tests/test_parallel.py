@@ -106,7 +106,9 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-CONFIG: dict[str, Any] = {"scorers": ["all"], "max_steps": 12, "resamples": 5}
+# One scorer of each kind: of distances, of latents, of the backbone's features; what each of them computes is no matter
+# of processes.
+CONFIG: dict[str, Any] = {"scorers": ["trajectory", "field", "knn:k=3"], "max_steps": 12, "resamples": 5}
 
 
 def launch(place: Path, *steps: tuple[str, dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -133,7 +135,7 @@ def alone(place: Path, out: str, batch_size: int | None = None, **changes: Any) 
     return Evaluator(
         load_autoencoder(place / "mae"),
         load_benchmark(str(place / "tiny.yaml")),
-        RunConfig(**{**CONFIG, "scorers": ("all",), **changes}),
+        RunConfig(**{**CONFIG, "scorers": tuple(CONFIG["scorers"]), **changes}),
         place / out,
         batch_size=batch_size,
         quiet=True,

@@ -92,7 +92,7 @@ class DetectorModule(nn.Module):
         if torch.compiler.is_compiling():  # whoever records the graph has gradients off: no operation for it
             if any(part.training for network in self._autoencoder.modules_used() for part in network.modules()):
                 raise TrajOODError(
-                    f"{self._autoencoder.name}: in training mode: call eval() before a graph is recorded"
+                    f"{self._autoencoder.name}: in training mode: call model.eval() before a graph is recorded"
                 )
             return self._scores(images)
         if len(images) == 0:  # libraries reshape and search, and a graph's batch has no beginning
