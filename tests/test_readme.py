@@ -51,6 +51,21 @@ def test_the_yaml_example_is_a_benchmark_once_its_folders_exist(tmp_path):
     assert all(len(s.images) == 2 for s in benchmark.splits())
 
 
+def test_readme_help_and_docstring_promise_the_same_of_a_score():
+    from traj_ood import Detector
+    from traj_ood.cli.bench import bench
+    from traj_ood.cli.detect import score
+
+    def promise(text: str | None) -> list[str]:
+        words = " ".join((text or "").split())
+        return re.findall(r"An image has the same score .*? by up to its own size\.", words)
+
+    (expected,) = promise(README.read_text(encoding="utf-8"))
+    assert "1e-9 relative" in expected
+    for text in (bench.help, score.help, Detector.__doc__):
+        assert promise(text) == [expected]
+
+
 def test_both_commands_are_named_and_made():
     makefile = (README.parent / "Makefile").read_text()
     for command in ("demo", "test"):
