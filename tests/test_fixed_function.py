@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import traj_ood
 from tests import tiny
-from traj_ood import CallableAutoencoder, Detector, TrajOODError, iterate
+from traj_ood import CallableAutoencoder, Detector, NeighborIndex, TrajOODError, iterate
 from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.device import set_tf32, standard_settings
@@ -487,3 +487,41 @@ def test_a_surrogate_trains_the_same_inside_autocast_and_without_gradients() -> 
         torch.set_default_dtype(torch.float32)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value)
+
+
+class Smooth(Net):
+    """In float64, f(z) = tanh(…) of a linear map: all of it can be written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+
+def test_float64_from_end_to_end(tmp_path: Path) -> None:
+    """What float32 anywhere on the way would round at 1e-8 agrees to 1e-12 with plain float64."""
+    train, images = (tiny.images(count, seed=count).sigmoid().double() for count in (30, 5))
+    model = wrapped(Smooth())
+    first, second = (by_hand(Smooth(), x.float().double()) for x in (train, images))
+    step = by_hand(Smooth(), Smooth().decode(second))
+    near = (nn.functional.normalize(second)[:, None] - nn.functional.normalize(first)).norm(dim=2).kthvalue(2).values
+    expected = {"knn:k=2:view=tokens": near, "first-residual": (step - second).norm(dim=1)}
+    for spec, right in expected.items():
+        detector = Detector.fit(model, train, spec)
+        scores = detector.score(images)
+        torch.testing.assert_close(scores, right, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(detector.as_module()(images.float()), scores, rtol=1e-11, atol=1e-11)
+        detector.save(tmp_path / "d")
+        assert torch.equal(Detector.load(tmp_path / "d", autoencoder=model).score(images), scores)
+
+
+def test_an_index_of_float64_points_is_exact_in_float64() -> None:
+    draws = torch.Generator().manual_seed(0)
+    heads = torch.randn(6, 5, generator=draws, dtype=torch.float64)
+    points = heads.repeat(20, 1) + 1e-11 * torch.randn(120, 5, generator=draws, dtype=torch.float64)
+    queries = points[:9] + 1e-11 * torch.randn(9, 5, generator=draws, dtype=torch.float64)
+    differences = (queries[:, None] - points).norm(dim=2)
+    for backend in ("torch", "auto"):
+        index = NeighborIndex(points, backend=backend)  # type: ignore[arg-type]
+        torch.testing.assert_close(index.nearest(queries).distances[:, 0], differences.amin(dim=1), rtol=1e-6, atol=0)
+        found = index.search(queries, 3).distances
+        torch.testing.assert_close(found, differences.topk(3, largest=False).values, rtol=1e-6, atol=0)

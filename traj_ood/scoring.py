@@ -349,13 +349,13 @@ def _views(points: frozenset[tuple[FeatureView, int]]) -> list[FeatureView]:
 
 
 def _latent_view(model: Autoencoder, latents: Tensor, view: FeatureView) -> Tensor:
-    return (model.grid(latents) if view == "grid" else model.view(latents, view)).float()  # type: ignore[arg-type]
+    return model.grid(latents) if view == "grid" else model.view(latents, view)  # type: ignore[arg-type]
 
 
 def _features(model: Autoencoder, encoding: Encoding, view: FeatureView) -> Tensor:
     if view == "backbone":
         assert encoding.features is not None  # checked for every scorer when the set was made
-        return encoding.features.float()
+        return encoding.features
     return _latent_view(model, encoding.latents, view)
 
 

@@ -16,6 +16,7 @@ from traj_ood.export.fixed import at_fixed_steps, check_exportable, one_scorer, 
 from traj_ood.export.neighbours import DenseIndex
 from traj_ood.export.step import Loop, RecordedStep, Step, latent_view, lengths, plain_loop
 from traj_ood.export.tensors import PinnedTensors, Tensors
+from traj_ood.fixed_function import float_type
 from traj_ood.postprocessors import Evidence
 from traj_ood.postprocessors.bank import SearchingScorer
 from traj_ood.preprocessing import PIXEL_SLACK, Preprocessing
@@ -149,7 +150,7 @@ class DetectorModule(nn.Module):
         features = {}
         for view in sorted(needs.features):
             own = view == "backbone"
-            features[view] = (encoding.features.float() if own else latent_view(model, encoding.latents, view)).cpu()  # type: ignore[union-attr]
+            features[view] = (encoding.features if own else latent_view(model, encoding.latents, view)).cpu()  # type: ignore[union-attr]
         logits = encoding.logits.cpu() if needs.logits and encoding.logits is not None else None
         return Evidence(features, reconstruction, trajectory, points, logits=logits)
 
@@ -157,12 +158,11 @@ class DetectorModule(nn.Module):
         """``Autoencoder.examine`` of all rows at once, unchecked."""
         model = self._autoencoder
         if not isinstance(model, SurrogateAutoencoder):
+            images = images.to(float_type(model.module) or images.dtype)
             return Encoding(latents=model.encode_batch(images), target=images)
-        seen = model.backbone.forward_batch(images)
-        features = seen.features.float()
-        target = model.network.standardise(features)
-        logits = seen.logits.float() if seen.logits is not None else None
-        return Encoding(latents=model.network.encode(target), target=target, features=features, logits=logits)
+        seen = model.backbone.forward_batch(images.to(float_type(model.backbone.module) or images.dtype))
+        target = model.network.standardise(seen.features.to(model.network.mean.dtype))
+        return Encoding(model.network.encode(target), target, features=seen.features, logits=seen.logits)
 
     def _walk(self, start: Tensor) -> tuple[Trajectory, dict[tuple[Any, int], Tensor]]:
         """The trajectory for all steps, and the points that the scorer reads."""

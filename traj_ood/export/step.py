@@ -141,7 +141,7 @@ def lengths(latents: Tensor) -> Tensor:
 
 def latent_view(model: Autoencoder, latents: Tensor, view: Any) -> Tensor:
     """As :class:`traj_ood.ScorerSet` reads it."""
-    return (model.grid(latents) if view == "grid" else model.view(latents, view)).float()
+    return model.grid(latents) if view == "grid" else model.view(latents, view)
 
 
 def _own(step: Step) -> dict[str, Tensor]:

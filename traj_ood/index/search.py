@@ -93,7 +93,7 @@ class NeighborIndex:
     distances are within 1e-9 relative the same whatever other queries come with it, approximate or not.
 
     Args:
-        points: (N, d), finite. Kept as float32 on ``device``.
+        points: (N, d), finite. Kept on ``device`` as float32, or as float64 where they are.
         backend: ``auto`` (default) takes FAISS where it is installed and suits the device, else torch; both give the
             same distances. ``faiss`` runs on the GPU when the points are there and FAISS sees one, on all GPUs in
             shards when there are several and the points exceed ``SHARD_ABOVE`` bytes.
@@ -128,7 +128,7 @@ class NeighborIndex:
         if device.type == "mps":  # no float64 there
             device = torch.device("cpu")
         self.device = device
-        self._points = points.to(device, torch.float32)
+        self._points = points.to(device, torch.float64 if points.dtype == torch.float64 else torch.float32)
         self._mean = self._points.mean(dim=0)  # any point near the middle would do
         self._norm = math.nan
         self._make_flat = flat_backend(backend, device)
@@ -156,7 +156,7 @@ class NeighborIndex:
 
     @_alone
     def nearest(self, queries: Tensor) -> Neighbors:
-        """The nearest point of each query (B, d), exact down to the float32 spacing of the inputs; of points exactly as
+        """The nearest point of each query (B, d), exact down to the spacing of the inputs' type; of points exactly as
         near, the first.
 
         Raises:
@@ -266,12 +266,12 @@ class NeighborIndex:
         return distances.gather(1, order), indices.gather(1, order)
 
     def _prepare(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, d) as float32, the same less the mean, and (B,) float64 bounds on the rounding error of
-        ‖x‖² + ‖y‖² − 2x·y over all points y."""
+        """Queries (B, d) of the points' type, the same less the mean in float32, and (B,) float64 bounds on the error
+        of the rounded ‖x‖² + ‖y‖² − 2x·y over all points y."""
         if queries.ndim != 2 or queries.shape[1] != self._points.shape[1]:
             raise TrajOODError(f"queries: expected (B, {self._points.shape[1]}), got {tuple(queries.shape)}")
-        queries = queries.to(self.device, torch.float32)
-        centred = queries - self._mean
+        queries = queries.to(self._points)
+        centred = (queries - self._mean).float()
         norms = centred.norm(dim=1)
         _refuse_non_finite(norms, "queries")  # a NaN or infinite coordinate makes the norm so, too
         return queries, centred, (_ERROR_FACTOR * _UNIT) * (norms + self._norm).double().square()
@@ -339,7 +339,8 @@ class NeighborIndex:
         collapsed onto one another away from their leader), float64 decides.
         """
         unit = torch.finfo(dtype).eps / 2
-        local = queries[rows].to(dtype) - self._points[self._leaders[groups]]
+        wide = torch.promote_types(dtype, self._points.dtype)
+        local = (queries[rows].to(wide) - self._points[self._leaders[groups]]).to(dtype)
         from_leader = local.square().sum(dim=1)
         sizes = self._sizes[groups]
         pairs = torch.arange(len(rows), device=self.device).repeat_interleave(sizes)  # (M,) of each member looked at
@@ -423,7 +424,7 @@ class NeighborIndex:
 
     def _centred(self) -> Tensor:
         """The points less their mean; what bounds rounding errors is known from here on."""
-        centred = self._points - self._mean
+        centred = (self._points - self._mean).float()
         self._norm = float(centred.norm(dim=1).max())
         return centred
 

@@ -42,8 +42,9 @@ class Alignment(SearchingScorer):
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         if self.target == "attractor":
-            return {"targets": train.attractors[self.view].cpu().float()}
-        return {"targets": train.features[self.view].cpu().mean(dim=0, keepdim=True, dtype=torch.float64).float()}
+            return {"targets": train.attractors[self.view].cpu()}
+        features = train.features[self.view].cpu()
+        return {"targets": features.mean(dim=0, keepdim=True, dtype=torch.float64).to(features.dtype)}
 
     def points(self) -> Tensor:
         return self.state["targets"]

@@ -62,7 +62,7 @@ class EarlyTrajectory(SearchingScorer):
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         features = train.features[self.view].cpu()
-        state = {"reference": self._reference(train, features).float()}
+        state = {"reference": self._reference(train, features).to(features.dtype)}
         if self.whiten:
             together = torch.zeros(len(features), dtype=torch.int64)
             mean = class_means(features, together, 1)
@@ -95,8 +95,8 @@ class EarlyTrajectory(SearchingScorer):
         return torch.from_numpy(kmeans.cluster_centers_)
 
     def _metric(self, points: Tensor) -> Tensor:
-        """(B, d) float32 in the coordinates in which the Euclidean distance is the one to measure."""
+        """(B, d) in the coordinates in which the Euclidean distance is the one to measure."""
         if not self.whiten:
             return points
         mean, factor = self.state["mean"], self.state["factor"]
-        return in_rows(lambda part: ((part.double() - mean) @ factor).float(), points)
+        return in_rows(lambda part: ((part.double() - mean) @ factor).to(points.dtype), points)

@@ -58,7 +58,7 @@ class KNN(BankScorer):
         return distances[:, -1] if self.reduce == "kth" else distances.mean(dim=1)
 
     def features(self, evidence: Evidence) -> Tensor:
-        features = super().features(evidence).float()
+        features = super().features(evidence)
         return normalize(features, dim=1) if self.normalize else features
 
 

@@ -59,7 +59,7 @@ class KNNAuto(BankScorer):
         return self.neighbour_distances(self.features(evidence), int(self.state["k"]))[:, -1]
 
     def features(self, evidence: Evidence) -> Tensor:
-        return normalize(super().features(evidence).float(), dim=1)
+        return normalize(super().features(evidence), dim=1)
 
     def _reference(self, bank: Tensor) -> Tensor:
         """(1000, d) unit vectors. Gaussian weights of the centred features have their covariance, whatever d."""

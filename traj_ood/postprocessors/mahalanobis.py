@@ -83,7 +83,7 @@ class Mahalanobis(FeatureScorer):
         return in_rows(self._distances, features)
 
     def features(self, evidence: Evidence) -> Tensor:
-        features = super().features(evidence).float()
+        features = super().features(evidence)
         return normalize(features, dim=-1) if self.normalize else features
 
     def _distances(self, features: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class PCAResidual(FeatureScorer):
 
     def features(self, evidence: Evidence) -> Tensor:
         features = super().features(evidence)
-        return normalize(features.float(), dim=1) if self.normalize else features
+        return normalize(features, dim=1) if self.normalize else features
 
 
 @register
@@ -109,7 +109,7 @@ class KernelPCA(FeatureScorer):
         return in_rows(errors, self.features(evidence).cpu())
 
     def features(self, evidence: Evidence) -> Tensor:
-        return normalize(super().features(evidence).float(), dim=1)
+        return normalize(super().features(evidence), dim=1)
 
     def _width(self, features: Tensor) -> float:
         some = normalize(features[:: -(-len(features) // _PAIRS)].double(), dim=1)
