@@ -111,7 +111,7 @@ def test_trajectories_do_not_depend_on_batch_mates() -> None:
 def test_images_come_in_minus_one_to_one_at_no_more_than_the_papers_size() -> None:
     model = DiffusersVAE(kl(sample_size=1024))
     assert model.input_shape == (3, 256, 256)
-    assert model.chunk == 4
+    assert model.chunk == 6
     white = model.transform(Image.new("RGB", (20, 30), "white"))
     assert white.shape == (3, 256, 256)
     assert bool((white == 1).all())

@@ -58,7 +58,7 @@ def test_readme_help_and_docstring_promise_the_same_of_a_score():
 
     def promise(text: str | None) -> list[str]:
         words = " ".join((text or "").split())
-        return re.findall(r"An image has the same score .*? by up to its own size\.", words)
+        return re.findall(r"An image has the same score .*? by several times its own size\.", words)
 
     (expected,) = promise(README.read_text(encoding="utf-8"))
     assert "1e-9 relative" in expected

@@ -66,7 +66,7 @@ class Autoencoder(FixedFunction, ABC):
         chunk: rows per call of the network (see :func:`traj_ood.iterate`). It belongs to the model because it must
             not follow the batch size: floating-point rounding follows the shape of the call. Default 24. Choose 1 or a
             multiple of 6: of any other number, processors without AVX-512 round the last rows otherwise, so that a
-            score then moves with the image's place in the batch, by 1e-7 to 1e-5.
+            score then moves with the image's place in the batch, by 1e-7 to 1e-4.
         has_cls: whether the first latent token summarises the image (a CLS token). Latents of shape (B, T, d) are T
             tokens; any other shape counts as one token, for which every view is the whole latent.
         feature_dim: width of the frozen backbone's features; 0 for models that encode the image themselves.

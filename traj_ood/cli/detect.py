@@ -230,9 +230,10 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     --out is written as OUT.part and renamed at the end, so a file of that name is always whole.
 
     An image has the same score in any batch, order and place, within 1e-9 relative; the same batches on the same
-    machine give the same bytes. Another processor or number of threads rounds a float32 network otherwise, which moves
-    scores: on the bundled model most by less than 3e-6, single ones by up to 1e-4, and `end-distance`, the gap between
-    two nearly equal points, by up to its own size.
+    machine give the same bytes. Another processor rounds a float32 network otherwise, and so may another number of
+    threads, which moves scores: on the bundled model most by less than 3e-6, single ones by up to 1e-3, by 0.5 % where
+    a path stops a step earlier, and `end-distance`, the gap between two nearly equal points, by several times its own
+    size.
     """
     _check_sources(sources, options)
     try:
