@@ -23,7 +23,7 @@ FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 PAPER_SIZE = 256
 """Side of the paper's images (Table 2)."""
 _PIXELS_A_CALL = 2**18
-"""Four images of 256 × 256 a call: at this geometry a call then takes about 4 GB."""
+"""Four images of 256 × 256, in calls of six: at this geometry a call takes about 1 GB an image."""
 
 
 class DiffusersVAE(Autoencoder):
