@@ -395,7 +395,7 @@ def test_no_config_without_its_scorer() -> None:
         ({"learning": {"tol": "1e-5"}}, "learning.tol: expected a number, got '1e-5'"),
         ({"postprocessor_sweep": {"k_list": []}}, r"postprocessor_sweep.k_list: expected a list of values, got \[\]"),
         ({"APS_mode": True, "postprocessor_sweep": {}}, "APS_mode asks for a search, but postprocessor_sweep is empty"),
-        ({"APS_mode": True, "postprocessor_sweep": {"k_list": ["x"]}}, "expected int . None, got 'x'"),
+        ({"APS_mode": True, "postprocessor_sweep": {"k_list": ["x"]}}, "option k: expected int or none, got 'x'"),
     ],
 )
 def test_bad_configs_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -247,9 +247,11 @@ def test_dry_run_writes_nothing(
 
 def test_the_hours_are_the_worst_case(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "seconds_per_call", lambda model: (3.6, 2))
-    text = script.expected_hours(script.parse([]), vit())  # chunks of 8: 6 x 250 of them, 505 evaluations each
-    assert f"at most {1500 * 505 * 3.6 / 3600:.3g} hours for the default run (12,000 images)" in text
-    assert f"at most {3 * 1500 * 505 * 3.6 / 3600:.3g} hours for all 3 runs" in text
+    model = vit()
+    model.chunk = 12  # 6 x 167 chunks, 505 evaluations each
+    text = script.expected_hours(script.parse([]), model)
+    assert f"at most {1002 * 505 * 3.6 / 3600:.3g} hours for the default run (12,000 images)" in text
+    assert f"at most {3 * 1002 * 505 * 3.6 / 3600:.3g} hours for all 3 runs" in text
 
 
 def test_dry_run_names_missing_data_and_model_at_once(
