@@ -57,11 +57,11 @@ def timm_surrogate(folder: Path) -> SurrogateAutoencoder:
     data = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", **statistics}
     save_folder(new_network("test_resnet", **arguments), folder, "test_resnet", arguments, data)
     backbone = load_backbone(f"timm:{folder}")
-    backbone.chunk = 8
+    backbone.chunk = 6
     network = SurrogateNetwork(backbone.feature_dim, hidden=(24,), bottleneck=8)
     network.set_statistics(backbone.extract(images(backbone, TRAIN, 1)).features)
     model = SurrogateAutoencoder(backbone, network, name="tiny-surrogate")
-    model.chunk = 8
+    model.chunk = 6
     return model
 
 
@@ -108,8 +108,9 @@ def calibrated(family: str = "conv", spec: str = "field") -> Detector:
     return detector.calibrate(Normalised(images(detector.autoencoder, HELD_OUT, 2)))
 
 
-def assert_equal(a: Judgement, b: Judgement) -> None:
-    for name in ("scores", "p_values", "decisions", "steps", "status"):
+def assert_equal(a: Judgement, b: Judgement, relative: float = 0.0) -> None:
+    torch.testing.assert_close(a.scores, b.scores, rtol=relative, atol=0)
+    for name in ("p_values", "decisions", "steps", "status"):
         one, two = getattr(a, name), getattr(b, name)
         assert (one is None) is (two is None), name
         assert one is None or torch.equal(one, two), name
@@ -166,9 +167,9 @@ def test_no_result_depends_on_batches(spec: str) -> None:
     family = "surrogate" if spec == "msp" else "vit"
     whole, small = fitted(family, spec), fitted(family, spec, batch_size=7)
     for key, value in whole.scorer.state.items():
-        assert torch.equal(value, small.scorer.state[key]), key
+        torch.testing.assert_close(value, small.scorer.state[key], rtol=1e-9, atol=1e-12, msg=key)
     new = images(whole.autoencoder, NEW, 3)
-    assert_equal(whole.judge(Normalised(new)), small.judge(Normalised(new)))
+    assert_equal(whole.judge(Normalised(new)), small.judge(Normalised(new)), relative=1e-9)
 
 
 @settings(deadline=None, max_examples=25)
