@@ -216,13 +216,17 @@ def test_any_batch_and_order_give_the_same_score(family: str) -> None:
     assert_one_score([family])
 
 
+NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
+OLDER = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "2"}
+
+
 @pytest.mark.parametrize(
     "processor",
     [
-        {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"},
-        {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "2"},
+        pytest.param(NO_VECTORS | OLDER, id="both"),
+        pytest.param(NO_VECTORS, id="no vector instructions", marks=pytest.mark.slow),
+        pytest.param(OLDER, id="AVX2", marks=pytest.mark.slow),
     ],
-    ids=["no vector instructions", "AVX2"],
 )
 def test_any_batch_and_order_give_the_same_score_on_other_processors(processor: dict[str, str]) -> None:
     program = "import test_contract; test_contract.assert_one_score([*test_contract.FAMILIES, 'bundled'])"

@@ -158,7 +158,7 @@ def check_same(place: Path, out: str, reference: Result) -> None:
 
 
 @launched
-def test_two_processes_equal_one(place: Path) -> None:
+def test_two_processes_equal_one_until_one_is_killed(place: Path) -> None:
     reference = alone(place, "alone").run()
     begun = alone(place, "begun", batch_size=5)
     with pytest.MonkeyPatch.context() as patch:
@@ -176,7 +176,12 @@ def test_two_processes_equal_one(place: Path) -> None:
         ("bench", {"out": "two", "batch_size": 4, **CONFIG}),
         ("bench", {"out": "begun", "batch_size": None, **CONFIG}),
         ("bench", {"out": "two", "batch_size": 7, **CONFIG}),
+        ("bench", {"out": "killed", "batch_size": 3, "kill": [1, "dim"], **CONFIG}),
     )
+    (how, died), *left = logs[0][7:]
+    assert (how, left, logs[1][7:]) == ("TrajOODError", [], [])
+    assert "died" in died
+    assert died.endswith(KEPT)
 
     few = "2 processes for 1 images of split 'test': expected at most 1; start fewer processes"
     crash = f"process 0 failed with ZeroDivisionError (division by zero); {KEPT}"
@@ -188,9 +193,11 @@ def test_two_processes_equal_one(place: Path) -> None:
         ["ok", 1],
     ]
     assert logs[1][:4] == [["TeammateError", few], ["TeammateError", "early"], ["TeammateError", crash], ["ok", "x"]]
-    assert [[kind, sorted(names)] for log in logs for kind, names in log[4:]] == [["ok", sorted(scorers)]] * 6
-    assert [line.split("error: ")[1] for line in printed] == [few, "early"]
+    assert [[kind, sorted(names)] for log in logs for kind, names in log[4:7]] == [["ok", sorted(scorers)]] * 6
+    assert [line.split("error: ")[1] for line in printed] == [few, "early", died]
     assert not (place / "small").exists()
+    alone(place, "killed").run()
+    check_same(place, "killed", reference)
     for out in ("two", "begun"):
         check_same(place, out, reference)
         assert Result.load(place / out / NAME / "result.json").versions["processes"] == "2"
@@ -221,8 +228,9 @@ def test_damaged_image_stops_both_and_the_run_continues(place: Path) -> None:
     check_same(place, "two", reference)
 
 
+@pytest.mark.slow
 @launched
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_killed_process_stops_the_other_and_the_run_continues(place: Path, victim: int) -> None:
     reference = alone(place, "alone").run()
     printed, logs = launch(place, ("bench", {"out": "two", "batch_size": 3, "kill": [victim, "dim"], **CONFIG}))
