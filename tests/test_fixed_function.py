@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import traj_ood
 from tests import tiny
-from traj_ood import CallableAutoencoder, Detector, NeighborIndex, TrajOODError, iterate
+from traj_ood import CallableAutoencoder, Detector, NeighborIndex, ScorerSet, TrajOODError, iterate
 from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.device import set_tf32, standard_settings
@@ -525,3 +525,26 @@ def test_an_index_of_float64_points_is_exact_in_float64() -> None:
         torch.testing.assert_close(index.nearest(queries).distances[:, 0], differences.amin(dim=1), rtol=1e-6, atol=0)
         found = index.search(queries, 3).distances
         torch.testing.assert_close(found, differences.topk(3, largest=False).values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [12, 5])
+def test_operations_in_place_reach_no_tensor_of_ours_or_the_callers(rows: int) -> None:
+    """A decoder that begins with ``ReLU(inplace=True)`` says what the same one without it says."""
+
+    def model(inplace: bool) -> CallableAutoencoder:
+        torch.manual_seed(0)
+        down = nn.Sequential(nn.LeakyReLU(0.1, inplace=inplace), nn.Flatten(), nn.Linear(64, 6))
+        up = nn.Sequential(nn.ReLU(inplace=inplace), nn.Linear(6, 64), nn.Unflatten(1, (1, 8, 8)))
+        parts = nn.ModuleList([down, up])
+        return CallableAutoencoder(down, up, (1, 8, 8), module=parts, chunk=6, name="in place")
+
+    train, new = tiny.images(24, seed=1), tiny.images(rows, seed=2)
+    given = new.clone()
+    specs = ["field", "mahalanobis", "reconstruction", "trajectory"]
+    found, expected = (
+        ScorerSet(model(inplace), specs, max_steps=4).fit(Normalised(train.clone())).score(Normalised(new)).scores
+        for inplace in (True, False)
+    )
+    for label, values in expected.items():
+        torch.testing.assert_close(found[label], values, rtol=1e-9, atol=0, msg=label)
+    assert torch.equal(new, given)

@@ -196,7 +196,9 @@ def _run(
 def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int, name: str = "f") -> Tensor:
     """``function`` on exactly ``chunk`` rows at a time, whatever the batch: float32 products round by their shape.
 
-    A last chunk that is short is filled up with copies of its last row, and their results are dropped.
+    A last chunk that is short is filled up with copies of its last row, and their results are dropped. Every chunk is a
+    copy: a network may begin with an operation in place, such as ``nn.ReLU(inplace=True)``, and the rows are the
+    caller's.
 
     Raises:
         TrajOODError: an answer that is no tensor of ``chunk`` rows, or chunks whose answers do not go together; calls
@@ -207,7 +209,7 @@ def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk:
     outputs: list[Tensor] = []
     for part in inputs.split(chunk):
         short = chunk - len(part)
-        full = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else part.contiguous()
+        full = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else _copy(part)
         answer = check_answer(name, function(full), chunk)
         if outputs and _kind(answer) != _kind(outputs[0]):
             raise TrajOODError(
@@ -216,6 +218,10 @@ def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk:
             )
         outputs.append(answer[: len(part)])
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+
+def _copy(rows: Tensor) -> Tensor:
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _kind(rows: Tensor) -> str:

@@ -246,7 +246,10 @@ class KnownWeights:
     def _mark(self) -> None:
         tensors = self._tensors()
         share = max(_FEWEST, _SAMPLED // max(1, len(tensors)))
-        self._marks, self._sample = self._look(), [torch.zeros(1), *(_sample_of(t, share) for t in tensors)]
+        self._marks, self._sample = (
+            self._look(),
+            [torch.zeros(1, device="cpu"), *(_sample_of(t, share) for t in tensors)],
+        )
         self._values = torch.cat(self._sample)
 
     def _tensors(self) -> list[Tensor]:

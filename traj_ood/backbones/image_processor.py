@@ -12,8 +12,9 @@ from traj_ood.errors import TrajOODError
 from traj_ood.preprocessing import Interpolation, Preprocessing, largest_difference
 
 LARGEST_DIFFERENCE = 2.0
-"""Most that our pixels may differ from the library's, in 1/255. Both round a resized byte, up or down: 1/255 where a
-picture shrinks; of noise that transformers' torchvision backend enlarges by a bicubic filter, 2/255 were seen."""
+"""Most that our pixels may differ from the library's on the trial pictures, in 1/255; both round a resized byte. They
+equal those of transformers' Pillow backend. Its torchvision backend, with a bicubic filter, differs from that itself:
+2/255 were seen of noise enlarged, 31/255 of thin lines shrunk more in height than in width."""
 _READ = {
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),

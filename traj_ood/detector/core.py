@@ -206,7 +206,10 @@ class Detector:
         if on_known not in get_args(OnKnown):
             raise unknown_name("value of on_known", str(on_known), get_args(OnKnown))
         check_count(count_of(images), tpr)
-        scores, known = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.bool)]
+        scores, known = (
+            [_nothing(torch.float64)],
+            [_nothing(torch.bool)],
+        )
         ids: list[str] = []
         for batch, scored in self._scored(images, on_error):
             scores.append(scored.scores[self.scorer.label])
@@ -298,8 +301,11 @@ class Detector:
 
     def _judged(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scores (B,) with +inf for what is not finite, and steps and status (B,) where the scorer reads steps."""
-        scores = [torch.empty(0, dtype=torch.float64)]
-        steps, status = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+        scores = [_nothing(torch.float64)]
+        steps, status = (
+            [_nothing(torch.int64)],
+            [_nothing(torch.int64)],
+        )
         for _, scored in self._scored(images):
             values, path = scored.scores[self.scorer.label], scored.evidence.trajectory
             finite = values.isfinite()
@@ -344,6 +350,11 @@ class Detector:
         """
         parts = read_detector(Path(folder).expanduser(), device, autoencoder)
         return cls(parts.scorers, training=parts.training, seen=parts.seen, calibration=parts.calibration)
+
+
+def _nothing(kind: torch.dtype) -> Tensor:
+    """On the CPU, whatever the caller's default device."""
+    return torch.empty(0, dtype=kind, device="cpu")
 
 
 def _classes(scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int) -> Tensor | None:

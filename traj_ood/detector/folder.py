@@ -31,6 +31,7 @@ from traj_ood.device import resolve_device
 from traj_ood.errors import TrajOODError, warn
 from traj_ood.files import write_atomic
 from traj_ood.packing import check_same, field_of, pack, unpack
+from traj_ood.postprocessors.options import write_option
 from traj_ood.results import environment
 from traj_ood.scoring import ScorerSet
 
@@ -174,7 +175,7 @@ def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, 
     settings, facts = (field_of(record, key, dict, where) for key in ("settings", "scorer"))
     options = field_of(facts, "options", dict, where)
     # Every option is written out: what a static scorer without a view means depends on the model.
-    spec = ":".join([field_of(facts, "name", str, where), *(f"{k}={_text(v)}" for k, v in options.items())])
+    spec = ":".join([field_of(facts, "name", str, where), *(f"{k}={write_option(v)}" for k, v in options.items())])
     scorers = one_scorer(
         model,
         spec,
@@ -194,11 +195,6 @@ def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, 
         dictionary = AttractorDictionary.load(folder / _ATTRACTORS)
         scorers.attach(dictionary)
     return scorers
-
-
-def _text(value: Any) -> str:
-    """An option as a scorer's spec has it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _calibration(record: Mapping[str, Any], stored: Mapping[str, Any], folder: Path) -> Calibration | None:

@@ -141,7 +141,7 @@ class DetectorModule(nn.Module):
         encoding = self._examine(images)
         reconstruction: dict[Any, Tensor] = {}
         if needs.reconstruction:
-            difference = model.decode_batch(encoding.latents) - encoding.target
+            difference = model.decode_batch(encoding.latents.clone()) - encoding.target
             reconstruction["plain"] = difference.flatten(1).square().mean(dim=1).cpu().double()
         trajectory: Trajectory | None = None
         points: dict[tuple[Any, int], Tensor] = {}
@@ -159,7 +159,7 @@ class DetectorModule(nn.Module):
         model = self._autoencoder
         if not isinstance(model, SurrogateAutoencoder):
             images = images.to(float_type(model.module) or images.dtype)
-            return Encoding(latents=model.encode_batch(images), target=images)
+            return Encoding(latents=model.encode_batch(images.clone()), target=images)
         seen = model.backbone.forward_batch(images.to(float_type(model.backbone.module) or images.dtype))
         target = model.network.standardise(seen.features.to(model.network.mean.dtype))
         return Encoding(model.network.encode(target), target, features=seen.features, logits=seen.logits)

@@ -44,7 +44,7 @@ class Step(nn.Module):
     def forward(self, latents: Tensor, running: Tensor, first: Tensor, *prepared: Tensor) -> tuple[Tensor, ...]:
         """Latents (B, *L), (B,) bool and a bool → the next two, squared residuals (B,), the measures (B,) each, and
         the views (B, …) of the points."""
-        images = self._autoencoder.self_map(latents)
+        images = self._autoencoder.self_map(latents.clone())  # it may begin with an operation in place
         squared = lengths(images - latents).double().square()
         running = running & squared.isfinite() & lengths(images).isfinite()
         moved = torch.where(running.view(-1, *[1] * (latents.ndim - 1)), images, latents)
