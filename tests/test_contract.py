@@ -165,8 +165,9 @@ def test_scores_are_finite_float64_one_per_image(family: str, spec: str) -> None
     assert scores.device.type == "cpu"
 
 
-BATCHES = {257: 257, 1: 3, 2: 4, 3: 6, 7: 14, 128: 128}
-"""Size → how many images are scored in batches of it."""
+IMAGES = 257
+BATCHES = {1: 3, 2: 4, 3: 6, 7: 14, 128: 128}
+"""Size → how many images are scored in batches of it, and compared with all of them in one."""
 
 
 def largest_differences(family: str) -> dict[str, float]:
@@ -185,7 +186,7 @@ def largest_differences(family: str) -> dict[str, float]:
     for size, count in BATCHES.items():
         rows = torch.arange(len(images))[-count:]
         compare(rows, list(rows.split(size)))
-    for moved in (rows.flip(0), rows.roll(1), rows.roll(5)):
+    for moved in (rows.flip(0), rows.roll(5)):
         compare(moved, [moved])
     return worst
 
@@ -196,11 +197,11 @@ def large(family: str) -> tuple[ScorerSet, Tensor]:
         autoencoder = MODELS[family]()
         autoencoder.chunk = 48
         scorers = ScorerSet(autoencoder, specs_of(family), max_steps=6)
-        return scorers.fit(train_images(), labels=train_labels()), 1.5 * tiny.images(max(BATCHES), seed=2)
+        return scorers.fit(train_images(), labels=train_labels()), 1.5 * tiny.images(IMAGES, seed=2)
     autoencoder = load_autoencoder("fashion-mae")
     specs = [*default_suite(autoencoder), "knn:view=tokens:normalize=false"]
     draw = torch.Generator().manual_seed(0)
-    coarse = torch.rand(60 + max(BATCHES), 1, 7, 7, generator=draw)
+    coarse = torch.rand(60 + IMAGES, 1, 7, 7, generator=draw)
     images = torch.nn.functional.interpolate(coarse, size=autoencoder.input_shape[1:], mode="bilinear") * 2 - 0.5
     return ScorerSet(autoencoder, specs, max_steps=3).fit(Normalised(images[:60])), images[60:]
 
