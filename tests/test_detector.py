@@ -285,7 +285,7 @@ def test_tensors_sources_paths_and_pictures_say_the_same(folder: Path) -> None:
         ([torch.zeros(8, 8)], r"expected one image \(C, H, W\), got shape \(8, 8\) at place 0"),
         ([7], "expected PIL images, paths or pixels, got int at place 0"),
         ([Image.new("F", (8, 8))], "place 0: expected an image of 8 or 16 bits per channel, got floating"),
-        ([Image.new("I;16", (8, 8), 700)], "the one at place 0: no 16-bit value is 4096 or more"),
+        ([Image.new("I;16", (8, 8), 700)], "the one at place 0: hardly any 16-bit value is 4096 or more"),
         (["no/such/photo.png"], "no/such/photo.png: expected an image file, found nothing"),
     ],
 )

@@ -396,3 +396,5 @@ def test_the_code_that_decides_numbers_is_known_by_its_source(tmp_path: Path, mo
     assert len(set(digests[:3])) == 3
     assert digests[3] == digests[2]
     assert digests[5] == digests[4]
+    monkeypatch.setattr(provenance.metadata, "version", lambda name: "0.0")  # of the libraries, too
+    assert provenance.code_digest.__wrapped__() != digests[5]

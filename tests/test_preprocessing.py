@@ -225,10 +225,11 @@ def test_every_way_to_give_the_same_pictures_gives_the_same_scores(
         torch.testing.assert_close(detector.score(given), expected, rtol=1e-5, atol=1e-6, msg=name)
     torch.testing.assert_close(detector.score(pixels[3]), expected[3:4], rtol=1e-5, atol=1e-6)
     scorers = ScorerSet(model, ["knn"]).fit(Normalised(tiny.images(30, GREY, 1)))
-    torch.testing.assert_close(scorers.score(pixels).scores["knn"], expected, rtol=1e-5, atol=1e-6)
-    fitted = ScorerSet(model, ["knn"]).fit(pixels.float() / 255).score(arrays[:, None]).scores["knn"]
     by_path = Detector.fit(model, paths, "knn").score(paths)
-    torch.testing.assert_close(fitted, by_path, rtol=1e-5, atol=1e-6)
+    for name, given in ways.items():
+        torch.testing.assert_close(scorers.score(given).scores["knn"], expected, rtol=1e-5, atol=1e-6, msg=name)
+        fitted = ScorerSet(model, ["knn"]).fit(given).score(pixels).scores["knn"]
+        torch.testing.assert_close(fitted, by_path, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_pixels_of_another_size_or_colour_go_the_way_of_a_file(detector: Detector, tmp_path: Path) -> None:
@@ -253,6 +254,9 @@ def test_labels_of_a_data_set_and_of_a_loader_are_used(arrays: np.ndarray) -> No
         state = Detector.fit(model, given, spec).scorer.state
         for key, value in expected.items():
             torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+        learnt = ScorerSet(model, [spec]).fit(given).scorers[0].state
+        for key, value in expected.items():
+            torch.testing.assert_close(learnt[key], value, rtol=1e-5, atol=1e-6)
     with pytest.raises(TrajOODError, match="needs the class of every training image, got none"):
         Detector.fit(model, [Image.fromarray(a) for a in arrays], spec)
 

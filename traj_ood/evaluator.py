@@ -27,6 +27,7 @@ from traj_ood.behaviour import agree, answers, transform_digest
 from traj_ood.curves import curve_quantiles
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.data.benchmark import Copies
+from traj_ood.data.contents import distrust
 from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.features import FeatureCache
 from traj_ood.files import alone_in, empty_folder, write_atomic
@@ -222,9 +223,10 @@ class Evaluator:
         if fresh:
             if self.team.is_main:
                 empty_folder(self.folder, first=FILE_NAME)  # the result says that the rest is there
+                distrust()
             if self.cache is not None:
                 self.cache.distrust()
-        self._snapshot = Snapshot(self.sample.splits(), fresh=fresh and self.team.is_main)
+        self._snapshot = Snapshot(self.sample.splits())
         copies = self.sample.copies(self._snapshot.contents)
         identity = self._identity(copies)
         finished = self.folder / FILE_NAME
@@ -276,7 +278,7 @@ class Evaluator:
         if bad and self.on_duplicates != "warn":
             raise TrajOODError(
                 f"benchmark {self.benchmark.name!r}: {'; '.join(map(str, bad))}: take them out of one of the two, or "
-                "run it all the same with --on-duplicates warn"
+                "run it all the same with --on-duplicates warn (in Python: on_duplicates='warn')"
             )
         for copies in found:
             warn(f"benchmark {self.benchmark.name!r}: {copies}", stacklevel=4)

@@ -24,7 +24,7 @@ from traj_ood.backbones import Backbone, Features, load_backbone
 from traj_ood.behaviour import agree, transform_digest
 from traj_ood.data import Benchmark, ImageSource, preflight
 from traj_ood.data.benchmark import sample_indices
-from traj_ood.data.images import FileImages
+from traj_ood.data.contents import distrust
 from traj_ood.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.features import BLOCK, FeatureCache, backbone_answers
@@ -219,8 +219,8 @@ def surrogate_for(
     _check_count(backbone, len(images))
     if len(images) > limit:
         images = images.select(sample_indices(len(images), limit, _SAMPLE_SEED, f"surrogate/{benchmark.train.name}"))
-    if fresh and isinstance(images, FileImages):
-        images.contents(fresh=True)
+    if fresh:
+        distrust()
     data = {
         "benchmark": benchmark.name,
         "split": benchmark.train.name,

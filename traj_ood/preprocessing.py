@@ -176,10 +176,11 @@ Pixels: TypeAlias = "Tensor | np.ndarray | Normalised"
 
 
 class TakesPictures(Protocol):
-    """What :func:`prepare` reads of an autoencoder or backbone."""
+    """What :func:`prepare` and :func:`traj_ood.data.batches.batches` read of an autoencoder or backbone."""
 
     name: str
     input_shape: tuple[int, int, int]
+    chunk: int
 
     @property
     def preprocessing(self) -> Preprocessing | None: ...

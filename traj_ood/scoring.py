@@ -7,18 +7,20 @@ from dataclasses import dataclass, replace
 from functools import reduce, wraps
 from typing import Any, Literal, TypeVar, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary, NearestAttractor, NearestOther
 from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, View
+from traj_ood.data.batches import Images, batches
 from traj_ood.device import bfloat16_map
 from traj_ood.engine import LowPrecision, Norm, Observer, iterate
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.fixed_function import KnownWeights
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.postprocessors import WHOLE_PATH, Evidence, Needs, Postprocessor, create_postprocessors
-from traj_ood.preprocessing import Pixels, prepare
+from traj_ood.preprocessing import Normalised, prepare
 from traj_ood.trajectory import Status, Trajectory
 
 OnStep = Callable[[int, int], None]
@@ -121,7 +123,7 @@ class ScorerSet:
 
     def fit(
         self,
-        images: Pixels,
+        images: Images,
         ids: Sequence[str] | None = None,
         labels: Tensor | Sequence[Any] | None = None,
         on_step: OnStep | None = None,
@@ -129,17 +131,19 @@ class ScorerSet:
         """Learn from ID training images.
 
         Args:
-            images: (N, C, H, W) uint8 pixels, or floats in [0, 1]; or :class:`traj_ood.Normalised`, in the model's
-                own units. See :func:`traj_ood.preprocessing.prepare`.
+            images: N images of any kind that a detector takes: (N, C, H, W) uint8 pixels or floats in [0, 1], a list
+                of Pillow images or paths, a Dataset or DataLoader, an ImageSource; or :class:`traj_ood.Normalised`, in
+                the model's own units. All of them are in memory at once; for more, use a Detector or an Evaluator.
             ids: N names for the attractors. Default: their numbers.
             labels: N classes, (N,) int64 from 0 on, or whole numbers or texts in a list or array; only
-                class-conditional scorers read them.
+                class-conditional scorers read them. Default: those that a Dataset or DataLoader gives with its images.
             on_step: see :func:`traj_ood.iterate`.
         Raises:
             TrajOODError: fewer than 2 images, what is no image, or what a scorer refuses.
         """
         self._weights = None
-        encoding = self._examined(images)
+        encoding, own = self._examined(images)
+        labels = own if labels is None and self.needs.labels else labels
         self.check_training_size(len(encoding))
         dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(encoding)))), on_step)
         return self.learn(dictionary, replace(evidence, labels=_numbered(labels, len(encoding))))
@@ -197,7 +201,7 @@ class ScorerSet:
             }
 
     @_of_fixed_model
-    def score(self, images: Pixels | Encoding, on_step: OnStep | None = None) -> Scored:
+    def score(self, images: Images | Encoding, on_step: OnStep | None = None) -> Scored:
         """Score images, as in :meth:`fit`, or what the model made of them; each image's scores depend on it alone.
 
         Raises:
@@ -205,13 +209,19 @@ class ScorerSet:
         """
         if self.needs_dictionary and self.dictionary is None:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")
-        encoding = images if isinstance(images, Encoding) else self._examined(images)
+        encoding = images if isinstance(images, Encoding) else self._examined(images)[0]
         watchers = [NearestAttractor(self.autoencoder, index, view) for view, index in self._indices.items()]
         evidence = self._evidence(encoding, watchers, self.needs.steps, on_step, self._low_precision())
         return Scored({s.label: s.score(evidence) for s in self.scorers}, evidence)
 
-    def _examined(self, images: Pixels) -> Encoding:
-        return self.autoencoder.examine(prepare(self.autoencoder, images))
+    def _examined(self, images: Images) -> tuple[Encoding, list[Any] | None]:
+        """What the model makes of images, and their labels where they come with some."""
+        if isinstance(images, Tensor | np.ndarray | Normalised):
+            return self.autoencoder.examine(prepare(self.autoencoder, images)), None
+        read = list(batches(self.autoencoder, images))
+        labels = [label for batch in read for label in batch.labels]
+        pixels = [batch.images for batch in read] or [torch.empty(0, *self.autoencoder.input_shape)]
+        return self.autoencoder.examine(torch.cat(pixels)), labels or None
 
     def _evidence(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from traj_ood.data import FileImages, Split
+from traj_ood.data import Split
 from traj_ood.data.images import check_unchanged
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
@@ -23,15 +23,14 @@ class Snapshot:
 
     Args:
         splits: of distinct names.
-        fresh: read every file, also those whose contents are remembered (see :mod:`traj_ood.data.contents`).
 
     Attributes:
         contents: by split, see :meth:`traj_ood.data.ImageSource.contents`.
     """
 
-    def __init__(self, splits: Sequence[Split], *, fresh: bool = False) -> None:
+    def __init__(self, splits: Sequence[Split]) -> None:
         self._splits = splits
-        self.contents = {split.name: _contents(split, fresh) for split in splits}
+        self.contents = {split.name: split.images.contents() for split in splits}
 
     def check(self, split: Split, indices: Sequence[int]) -> None:
         """Refuse images that have changed since.
@@ -75,8 +74,3 @@ class Snapshot:
     def _table(self, split: Split) -> pd.DataFrame:
         contents = [content[:_DIGITS] for content in self.contents[split.name]]
         return pd.DataFrame({"split": split.name, "id": list(split.images.ids), "content": contents})
-
-
-def _contents(split: Split, fresh: bool) -> tuple[str, ...]:
-    images = split.images
-    return images.contents(fresh=fresh) if isinstance(images, FileImages) else images.contents()

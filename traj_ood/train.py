@@ -14,6 +14,7 @@ from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork, ViT
 from traj_ood.autoencoders.vit_mae import assert_position_embeddings, build_model, geometry_keys
 from traj_ood.backbones import Backbone
 from traj_ood.data import Benchmark, Split, load_benchmark, preflight
+from traj_ood.data.contents import distrust
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name
@@ -61,6 +62,8 @@ def train_model(
             fresh=fresh,
             quiet=quiet,
         )
+    if fresh:
+        distrust()
     benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links, reading=reading)
     preflight(benchmark)
     began = time.perf_counter()

@@ -18,6 +18,7 @@ from torch.nn import functional
 from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.data import Benchmark, Split, load_benchmark, preflight
+from traj_ood.data.contents import distrust
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name
@@ -57,6 +58,8 @@ def train_classifier(
             settings.
     """
     _check_config(config)
+    if fresh:
+        distrust()
     benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links, reading=reading)
     preflight(benchmark)
     classes = class_names(benchmark)

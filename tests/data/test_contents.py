@@ -22,6 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(contents, "_FINE", -1)
     monkeypatch.setattr(contents, "_COARSE", -1)
     monkeypatch.setattr(contents, "_warned", set())
+    monkeypatch.setattr(contents, "_believed", None)
     return tmp_path / "cache"
 
 
@@ -57,8 +58,17 @@ def test_files_are_read_once(cache: Path, files: list[str], monkeypatch: pytest.
     opened.paths.clear()
     assert hash_files(files[::-1]) == truth(files)[::-1]
     assert opened.paths == []
-    assert hash_files(files[:3], fresh=True) == truth(files[:3])
-    assert sorted(opened.paths) == files[:3]
+
+
+def test_distrust_reads_every_file_once_more(cache: Path, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hash_files(files)
+    opened = Opened(monkeypatch)
+    for _ in range(2):
+        contents.distrust()
+        for some in (files[:3], files, files[1:]):
+            assert hash_files(some) == truth(some)
+        assert sorted(opened.paths) == files
+        opened.paths.clear()
 
 
 def test_a_replaced_file_is_noticed_whatever_its_times_say(cache: Path, files: list[str]) -> None:

@@ -408,12 +408,21 @@ def test_10_and_12_bits_in_16_are_never_dark_in_silence(tmp_path: Path, bits: in
     Image.fromarray(values).save(tmp_path / "x.png")
     Image.fromarray(values).save(tmp_path / "x.tif")
     for name in ("x.png", "x.tif"):
-        with pytest.raises(TrajOODError, match=rf"{name}: no 16-bit value is 4096 or more .*: --bit-depth 10, 12"):
+        with pytest.raises(
+            TrajOODError, match=rf"{name}: hardly any 16-bit value is 4096 or more .*: --bit-depth 10, 12"
+        ):
             open_image(tmp_path / name)
         assert difference(tmp_path / name, GREY, Reading(bit_depth=bits)) <= 1
         assert difference(tmp_path / name, values / 257, Reading(bit_depth=16)) <= 1
+    marked = values.copy()
+    marked.flat[::128] = 65535  # dead sensor cells
+    Image.fromarray(marked).save(tmp_path / "marked.tif")
+    with pytest.raises(
+        TrajOODError, match=r"marked\.tif: hardly any 16-bit value is 4096 or more \(the highest is 65535\)"
+    ):
+        open_image(tmp_path / "marked.tif")
     write_png(tmp_path / "colour.png", COLOUR.astype(np.uint16) * 257 >> (16 - bits), 2)
-    with pytest.raises(TrajOODError, match=r"colour\.png: no 16-bit colour is 4096 or more"):
+    with pytest.raises(TrajOODError, match=r"colour\.png: hardly any 16-bit colour is 4096 or more"):
         open_image(tmp_path / "colour.png")
     with pytest.raises(TrajOODError, match=r"can be scaled in grey images only, got 16-bit colours"):
         open_image(tmp_path / "colour.png", Reading(bit_depth=bits))

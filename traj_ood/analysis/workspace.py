@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from traj_ood.data.contents import distrust
 from traj_ood.errors import TrajOODError
 from traj_ood.files import write_atomic
 from traj_ood.provenance import code_digest
@@ -98,7 +99,9 @@ class Workspace:
         )
 
     def discard(self) -> None:
-        """Forget every unit, finished or begun. What else lies in the folder stays: it may be anybody's."""
+        """Forget every unit, finished or begun, and what was remembered of the images. What else lies in the folder
+        stays: it may be anybody's."""
+        distrust()
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():

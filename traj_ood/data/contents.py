@@ -39,6 +39,7 @@ _Key = tuple[bytes, bytes]
 _memory = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
 _lock = threading.Lock()
 _warned: set[str] = set()
+_believed: set[_Key] | None = None  # None: all
 
 
 def stamp(path: str) -> tuple[int, ...] | None:
@@ -71,7 +72,14 @@ def hash_file(path: str) -> str:
     return digest.hexdigest()
 
 
-def hash_files(paths: Sequence[str], *, fresh: bool = False) -> tuple[str, ...]:
+def distrust() -> None:
+    """From now on this process believes only the rows that it writes itself: every file is read once more."""
+    global _believed
+    with _lock:
+        _believed = set()
+
+
+def hash_files(paths: Sequence[str]) -> tuple[str, ...]:
     """SHA-256 (hex) of the bytes of each file, ``ABSENT`` for what cannot be read.
 
     A file whose stamp is that of its row is not read. One that has just been written is not remembered: its bytes may
@@ -79,23 +87,22 @@ def hash_files(paths: Sequence[str], *, fresh: bool = False) -> tuple[str, ...]:
 
     Args:
         paths: resolved ones, links followed.
-        fresh: believe no row, and write them all again.
     """
     found: list[str] = []
     for part in _parts(paths, _PER_COMMIT):
-        found += _hash_part(part, fresh)
+        found += _hash_part(part)
     return tuple(found)
 
 
-def _hash_part(paths: Sequence[str], fresh: bool) -> list[str]:
+def _hash_part(paths: Sequence[str]) -> list[str]:
     found = [(path, stamp(path)) for path in paths]
     keys = [None if marks is None else _key(path, marks) for path, marks in found]
     wanted = [key for key in keys if key is not None]
-    known: dict[_Key, str] = {}
-    if not fresh:
-        known = _ask(lambda store: _lookup(store, wanted)) or {}
-        if len(known) < len(wanted):
-            known |= _lookup(_memory, wanted)
+    known = _ask(lambda store: _lookup(store, wanted)) or {}
+    if len(known) < len(wanted):
+        known |= _lookup(_memory, wanted)
+    if _believed is not None:
+        known = {key: digest for key, digest in known.items() if key in _believed}
     new = [(path, key) for path, key in zip(paths, keys, strict=True) if key is not None and key not in known]
     made: dict[_Key, str] = {}
     for path, key, digest in _read(new):
@@ -104,6 +111,8 @@ def _hash_part(paths: Sequence[str], fresh: bool) -> list[str]:
         marks = stamp(path)
         if digest != ABSENT and marks is not None and _is_settled(marks) and _key(path, marks) == key:
             made[key] = digest
+    if _believed is not None:
+        _believed.update(made)
     if made and _ask(lambda store: _remember(store, made)) is None:
         _remember(_memory, made)
     return [ABSENT if key is None else known[key] for key in keys]

@@ -20,7 +20,8 @@ MAX_PIXELS = 89_478_485
 # file to Ghostscript, which runs the program that such a file is.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BIT_DEPTHS = (10, 12, 14, 16)
-_DARK = 4096  # a 16-bit image without a value as high as this may be one of 10 or 12 bits
+_DARK = 4096  # a 16-bit image with hardly a value as high as this may be one of 10 or 12 bits
+_SATURATED = 0.01  # share of its values that may be higher all the same: dead sensor cells, marks that were written in
 _BITS, _PHOTOMETRIC, _SAMPLES, _MAXIMUM, _PLANES, _FORMAT = 258, 262, 277, 281, 284, 339  # tags of TIFF
 _WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2  # values of the third, of the fifth and of the last
 _ORIENTATION = 274  # tag of EXIF
@@ -42,8 +43,8 @@ class Reading:
         exif: turn photographs upright, as the EXIF orientation says. Default false, as OpenOOD, torchvision and timm
             read them: results stay comparable, and models were trained on images read so.
         bit_depth: 10, 12, 14 or 16, the bits that are used of each value in 16-bit files. Default: as the file says
-            (TIFF's BitsPerSample and MaxSampleValue, PNG's sBIT), else 16; a 16-bit image without any value of 4096 or
-            more is refused then, since as one of 12 bits it would be 16 times as bright.
+            (TIFF's BitsPerSample and MaxSampleValue, PNG's sBIT), else 16; a 16-bit image with hardly a value (at most
+            1 %) of 4096 or more is refused then, since as one of 12 bits it would be 16 times as bright.
 
     Raises:
         TrajOODError: another bit depth.
@@ -243,11 +244,11 @@ def _check_deep_colour(image: Image.Image, stored: _Stored, where: str, reading:
             "it as 8 bit"
         )
     values = np.asarray(image)
-    highest = int((values[..., :-1] if image.mode in ("LA", "RGBA") else values).max())
-    if reading.bit_depth is None and 0 < highest < _DARK // 256:
+    colours = values[..., :-1] if image.mode in ("LA", "RGBA") else values
+    if reading.bit_depth is None and _is_dark(colours, _DARK // 256):
         raise TrajOODError(
-            f"{where}: no 16-bit colour is {_DARK} or more, as in images of 10 or 12 bits; save it as 8 bit, or, if it "
-            "is as dark as that, say --bit-depth 16 (in Python: bit_depth=16)"
+            f"{where}: hardly any 16-bit colour is {_DARK} or more, as in images of 10 or 12 bits; save it as 8 bit, "
+            "or, if it is as dark as that, say --bit-depth 16 (in Python: bit_depth=16)"
         )
 
 
@@ -284,12 +285,17 @@ def _depth(pixels: np.ndarray, stored: _Stored, high: int, where: str, reading: 
     scaled = stored.used and not bool((pixels.astype(np.int64) % 2 ** (16 - stored.used)).any())
     if 8 < stored.used < 16 and high < 2**stored.used and not scaled:
         return stored.used
-    if 0 < high < _DARK:
+    if _is_dark(pixels, _DARK):
         raise TrajOODError(
-            f"{where}: no 16-bit value is {_DARK} or more (the highest is {high}), as in images of 10 or 12 bits; say "
-            "how many bits are used: --bit-depth 10, 12, 14 or 16 (in Python: bit_depth=)"
+            f"{where}: hardly any 16-bit value is {_DARK} or more (the highest is {high}), as in images of 10 or 12 "
+            "bits; say how many bits are used: --bit-depth 10, 12, 14 or 16 (in Python: bit_depth=)"
         )
     return 16
+
+
+def _is_dark(values: np.ndarray, limit: int) -> bool:
+    """Whether nearly all values are below ``limit``, and not all 0."""
+    return bool(values.any() and np.count_nonzero(values >= limit) <= _SATURATED * values.size)
 
 
 def _upright(plain: Image.Image, image: Image.Image) -> Image.Image:

@@ -172,13 +172,10 @@ class FileImages:
         """What decides the loaded images besides the bytes of the files, JSON-able; part of the digest."""
         return Reading(self.exif, self.bit_depth).options()
 
-    def contents(self, indices: Sequence[int] | None = None, *, fresh: bool = False) -> tuple[str, ...]:
-        """SHA-256 of the bytes of each file, empty for one that cannot be read; see :func:`hash_files`.
-
-        ``fresh`` reads all of them, whatever is remembered.
-        """
+    def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
+        """SHA-256 of the bytes of each file, empty for one that cannot be read; see :func:`hash_files`."""
         part = self if indices is None else self.select(indices)
-        return hash_files(list(part.resolved()), fresh=fresh)
+        return hash_files(list(part.resolved()))
 
     def digest(self) -> str:
         """SHA-256 over ids, bytes and :meth:`reading`. Neither root nor labels are in it: no image depends on them."""

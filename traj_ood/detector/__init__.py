@@ -1,6 +1,6 @@
 """From a score to a decision: a model, one scorer and a threshold in one folder that a pipeline loads."""
 
-from traj_ood.detector.batches import Batch, Images, batches
+from traj_ood.data.batches import Batch, Images, batches
 from traj_ood.detector.core import Detector, Judgement
 from traj_ood.detector.folder import FILE_NAME, SCHEMA, refuse_inside
 

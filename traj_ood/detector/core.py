@@ -16,9 +16,9 @@ from tqdm import tqdm
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.conformal import Calibration, check_count, images_needed
+from traj_ood.data.batches import Batch, Images, OnError, batches, count_of, has_own_labels
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.images import FileImages
-from traj_ood.detector.batches import Batch, Images, OnError, batches, count_of, has_own_labels
 from traj_ood.detector.folder import Parts, read_detector, write_detector
 from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import digests_of
@@ -83,7 +83,7 @@ class Detector:
         scorers: the :class:`traj_ood.ScorerSet` of the model and its one scorer.
         calibration: None until :meth:`calibrate`.
         training: JSON-able facts of the fit, for the model card.
-        batch_size, workers: of reading, see :func:`traj_ood.detector.batches`. They change time and memory, no result.
+        batch_size, workers: of reading, see :func:`traj_ood.data.batches`. They change time and memory, no result.
         reading: how image files become pixels, a :class:`traj_ood.data.Reading`: as those of the training images did.
     """
 

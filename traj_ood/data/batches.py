@@ -1,4 +1,4 @@
-"""Images of any kind that a detector takes, a batch at a time in the model's own units."""
+"""Images of any kind that a detector or a scorer set takes, a batch at a time in the model's own units."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.preprocessing import Normalised, Pixels, check_images, prepare
+from traj_ood.preprocessing import Normalised, Pixels, TakesPictures, check_images, prepare
 
 Images: TypeAlias = "Pixels | ImageSource | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Any"
 """Pixels in memory (uint8, or floats in [0, 1]; tensors or arrays, (B, C, H, W) or one (C, H, W)), an ImageSource, a
@@ -87,7 +86,7 @@ def has_own_labels(images: Images) -> bool:
 
 
 def batches(
-    autoencoder: Autoencoder,
+    autoencoder: TakesPictures,
     images: Images,
     size: int | None = None,
     workers: int = 2,
@@ -134,13 +133,13 @@ def batches(
     return _read(autoencoder, images, ranges, workers, on_error, reading)
 
 
-def _default_size(autoencoder: Autoencoder) -> int:
+def _default_size(autoencoder: TakesPictures) -> int:
     channels, height, width = autoencoder.input_shape
     most = min(_MOST, _BYTES // (4 * channels * height * width))
     return max(1, most // autoencoder.chunk) * autoencoder.chunk
 
 
-def _slices(autoencoder: Autoencoder, images: Pixels, ranges: list[range]) -> Iterator[Batch]:
+def _slices(autoencoder: TakesPictures, images: Pixels, ranges: list[range]) -> Iterator[Batch]:
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 3:
         images = images[None]
     rest = images.images if isinstance(images, Normalised) else images
@@ -153,7 +152,7 @@ def _slices(autoencoder: Autoencoder, images: Pixels, ranges: list[range]) -> It
         yield Batch(tuple(map(str, rows)), tuple(rows), made)
 
 
-def _loaded(autoencoder: Autoencoder, loader: Any) -> Iterator[Batch]:
+def _loaded(autoencoder: TakesPictures, loader: Any) -> Iterator[Batch]:
     """The batches of a DataLoader: images, or tuples and mappings that hold images and perhaps labels."""
     start = 0
     for item in loader:
@@ -170,7 +169,7 @@ def _loaded(autoencoder: Autoencoder, loader: Any) -> Iterator[Batch]:
 
 
 def _read(
-    autoencoder: Autoencoder, images: Any, ranges: list[range], workers: int, on_error: OnError, reading: Reading
+    autoencoder: TakesPictures, images: Any, ranges: list[range], workers: int, on_error: OnError, reading: Reading
 ) -> Iterator[Batch]:
     foreign = has_own_labels(images)
 
