@@ -253,7 +253,7 @@ def test_the_same_run_keeps_the_same_bytes(
     run: tuple[Evaluator, Result, Pictures], place: Path, tmp_path: Path
 ) -> None:
     done, _, _ = run
-    again = evaluator(place, tmp_path, batch_size=3)
+    again = evaluator(place, tmp_path)
     again.run()
     assert (again.folder / FILE_NAME).read_bytes() == (done.folder / FILE_NAME).read_bytes()
 
