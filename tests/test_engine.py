@@ -246,6 +246,15 @@ def test_settled_samples_are_not_evaluated_again() -> None:
     assert path.steps[4] == 0
 
 
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_f_sees_the_usual_order_in_memory(count: int, channels: int) -> None:
+    seen = []
+    images = torch.randn(count, channels, 5, 5).to(memory_format=torch.channels_last)
+    apply_in_chunks(lambda x: seen.append(x.stride()) or x, images, 4)  # type: ignore[func-returns-value]
+    assert seen == [torch.empty(4, channels, 5, 5).stride()]
+
+
 def test_apply_in_chunks_keeps_rows_in_order() -> None:
     inputs = torch.arange(11.0)[:, None]
     shapes = []

@@ -257,6 +257,15 @@ def test_what_does_not_move_or_differ_makes_no_nan(still: str) -> None:
     assert scorer.score(of(start, end)).isfinite().all()
 
 
+def test_a_field_below_the_rounding_of_its_place_has_that_length() -> None:
+    scorer = create_postprocessor("field").fit(evidence(60, 1))
+    start = evidence(5, 2).features["grid"]
+    still = scorer.score(of(start, start))
+    hardly = start.clone()
+    hardly[:, 0, 0] = torch.nextafter(start[:, 0, 0], start[:, 0, 0] + 1)
+    torch.testing.assert_close(scorer.score(of(start, hardly)), still, rtol=1e-3, atol=0)
+
+
 def test_fitting_leaves_its_input_alone() -> None:
     """E[b] is read from the very lengths that a Gaussian was fitted to: float64, which need no copy to be centred."""
     vectors = 5 + draw(50, 3, seed=0).double()

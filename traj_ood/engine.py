@@ -208,9 +208,7 @@ def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk:
         return check_answer(name, function(inputs.new_zeros(chunk, *inputs.shape[1:])), chunk)[:0]
     outputs: list[Tensor] = []
     for part in inputs.split(chunk):
-        short = chunk - len(part)
-        full = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else _copy(part)
-        answer = check_answer(name, function(full), chunk)
+        answer = check_answer(name, function(_filled(part, chunk)), chunk)
         if outputs and _kind(answer) != _kind(outputs[0]):
             raise TrajOODError(
                 f"{name}: expected rows alike in every chunk, got {_kind(outputs[0])} and then {_kind(answer)}: return "
@@ -220,8 +218,13 @@ def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk:
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
 
 
-def _copy(rows: Tensor) -> Tensor:
-    return rows.clone(memory_format=torch.contiguous_format)
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """A copy with its last row repeated up to ``count`` rows, in the usual order in memory: convolutions round images
+    whose channels come last otherwise."""
+    full = rows.new_empty((count, *rows.shape[1:]))
+    full[: len(rows)] = rows
+    full[len(rows) :] = rows[-1:]
+    return full
 
 
 def _kind(rows: Tensor) -> str:

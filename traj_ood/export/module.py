@@ -159,7 +159,9 @@ class DetectorModule(nn.Module):
         model = self._autoencoder
         if not isinstance(model, SurrogateAutoencoder):
             images = images.to(float_type(model.module) or images.dtype)
-            return Encoding(latents=model.encode_batch(images.clone()), target=images)
+            return Encoding(
+                latents=model.encode_batch(images.clone(memory_format=torch.contiguous_format)), target=images
+            )
         seen = model.backbone.forward_batch(images.to(float_type(model.backbone.module) or images.dtype))
         target = model.network.standardise(seen.features.to(model.network.mean.dtype))
         return Encoding(model.network.encode(target), target, features=seen.features, logits=seen.logits)

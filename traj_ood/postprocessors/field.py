@@ -12,7 +12,7 @@ from traj_ood.autoencoders import FeatureView
 from traj_ood.errors import TrajOODError
 from traj_ood.postprocessors.base import Evidence, Needs, Postprocessor
 from traj_ood.postprocessors.gaussians import distances_to_gaussians, learn_gaussians
-from traj_ood.postprocessors.path import evaluations
+from traj_ood.postprocessors.path import evaluations, smallest_length
 from traj_ood.postprocessors.registry import register
 
 _VIEWS: tuple[FeatureView, ...] = ("grid", "mean")
@@ -112,7 +112,7 @@ class _Parts:
     Attributes:
         vectors: name → (B, cells, d), or (B, d); by their distance to their Gaussians.
         far: the one of them whose distance is a.
-        length: (B,) float64 ‖v‖; None where the field is left out.
+        length: (B,) float64 ‖v‖, at least the rounding of z_0; None where the field is left out.
     """
 
     vectors: dict[str, Tensor]
@@ -130,7 +130,8 @@ class _Parts:
         for view in views:
             vectors[f"{view}/field"] = evidence.points[view, 1].cpu() - vectors[f"{view}/start"]
         vectors[_BOTH] = torch.cat([vectors["grid/start"], vectors["grid/field"]], dim=-1)
-        return _Parts(vectors, _BOTH, vectors["grid/field"].double().flatten(1).norm(dim=1))
+        start, field = (vectors[f"grid/{name}"].double().flatten(1).norm(dim=1) for name in ("start", "field"))
+        return _Parts(vectors, _BOTH, torch.maximum(field, smallest_length(start)))
 
     def __len__(self) -> int:
         return len(self.vectors["grid/start"])
