@@ -163,9 +163,9 @@ class Command:
         expect(found == code, f"exit code {found} instead of {code}: {self.words[0]}: {self.errors()[-5:]}")
 
     def must_be_refused(self, *texts: str) -> str:
-        """Exit code 2 and one line on standard error, which is returned."""
+        """Exit code 2 and one line of error beside warnings, which is returned."""
         self.must_end(2)
-        lines = self.errors()
+        lines = [line for line in self.errors() if not line.startswith("traj-ood: warning: ")]
         expect(len(lines) == 1 and lines[0].startswith("traj-ood: error: "), f"no line of error: {lines[-5:]}")
         expect(all(text in lines[0] for text in texts), f"{texts} not in {lines[0]!r}")
         return lines[0]
