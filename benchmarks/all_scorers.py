@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from traj_ood.files import write_atomic
-from traj_ood.results import FILE_NAME, Result, environment, git_commit
+from traj_ood.evaluation.results import FILE_NAME, Result
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
 
 # Those that iterate to the end, those that walk the training images' path again, and the dear static ones.
 ALONE = (

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from traj_ood.files import write_atomic
+from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.index import Approximate, NeighborIndex, search
-from traj_ood.metrics import compute_metrics
-from traj_ood.results import environment, git_commit
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
 
 KINDS = ("none", "ivf", "hnsw")
 ATTRACTORS_PER_CLUSTER = 100

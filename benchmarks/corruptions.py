@@ -294,8 +294,8 @@ def subjects(place: Path) -> list[Subject]:
 def detector_subjects(place: Path) -> list[Subject]:
     import torch
 
+    from traj_ood.data.preprocessing import Normalised
     from traj_ood.detector import Detector
-    from traj_ood.preprocessing import Normalised
 
     new = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(9))
 
@@ -344,7 +344,7 @@ def model_subjects(place: Path) -> list[Subject]:
 def text_subjects(place: Path) -> list[Subject]:
     """An image list, a benchmark's YAML (its images stand outside, so only the text is damaged) and training YAML."""
     from traj_ood.data import load_benchmark, preflight, read_image_list
-    from traj_ood.train import TrainConfig, build_autoencoder
+    from traj_ood.training.autoencoder import TrainConfig, build_autoencoder
 
     images = place / "images"
     for k, name in enumerate(("train", "test", "far")):

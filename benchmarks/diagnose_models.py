@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from traj_ood import load_autoencoder, load_benchmark
-from traj_ood.diagnose import diagnose
-from traj_ood.files import write_atomic
-from traj_ood.results import environment, git_commit
-from traj_ood.train import TrainConfig, build_autoencoder, train_model
+from traj_ood.evaluation.diagnose import diagnose
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
+from traj_ood.training.autoencoder import TrainConfig, build_autoencoder, train_model
 
 EXPECTED = {
     "fashion-mae": "healthy",

@@ -28,10 +28,10 @@ import torch
 from traj_ood import AttractorDictionary, Autoencoder, Norm, Normalised, ScorerSet, ViTMAE, iterate, load_autoencoder
 from traj_ood.attractors import NearestAttractor
 from traj_ood.data import ImageSource, load_benchmark
-from traj_ood.engine import apply_in_chunks
-from traj_ood.files import write_atomic
+from traj_ood.dynamics.iterate import apply_in_chunks
 from traj_ood.index import NeighborIndex
-from traj_ood.results import environment, git_commit
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
 
 BATCH, STEPS, ATTRACTORS = 512, 100, 2000
 BASE = {

@@ -22,10 +22,10 @@ import torch
 from traj_ood import Normalised, ScorerSet, TrajOODError, load_autoencoder, load_benchmark
 from traj_ood.data import ImageSource
 from traj_ood.data.outliers import OUTLIERS, SIMPLE, made_sets
-from traj_ood.files import write_atomic
-from traj_ood.metrics import compute_metrics
-from traj_ood.postprocessors import Field
-from traj_ood.results import environment, git_commit
+from traj_ood.evaluation.metrics import compute_metrics
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
+from traj_ood.scorers import Field
 
 SCORERS = {
     "outliers": ("mahalanobis", "mahalanobis:view=grid", "early-path", "field"),

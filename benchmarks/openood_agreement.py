@@ -36,8 +36,8 @@ import yaml
 import traj_ood.openood
 from traj_ood import Evaluator, Result, RunConfig, load_autoencoder, load_benchmark
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.files import write_atomic
-from traj_ood.results import environment, git_commit
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
 
 SCORERS = ("trajectory", "knn", "mahalanobis")
 TOLERANCE = 1e-6

@@ -41,10 +41,10 @@ import torch
 from traj_ood import Autoencoder, Evaluator, RunConfig, TrajOODError, ViTMAE, load_autoencoder, load_benchmark
 from traj_ood.autoencoders.vit_mae import RECONSTRUCTION_MASKS, build_model
 from traj_ood.data import Benchmark, preflight
-from traj_ood.device import resolve_device
-from traj_ood.files import write_atomic
-from traj_ood.metrics import Metrics
-from traj_ood.results import Result, ScorerResult
+from traj_ood.dynamics.device import resolve_device
+from traj_ood.evaluation.metrics import Metrics
+from traj_ood.evaluation.results import Result, ScorerResult
+from traj_ood.io.files import write_atomic
 
 BENCHMARK, MODEL = "imagenet-paper", "vit-mae-base"
 BASE_PARAMETERS = 111_907_840  # of ViT-MAE base with its decoder

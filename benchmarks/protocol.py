@@ -45,14 +45,23 @@ import pandas as pd
 
 from traj_ood import Autoencoder, Evaluator, RunConfig, TrajOODError, load_autoencoder, load_benchmark
 from traj_ood.autoencoders import MODELS
-from traj_ood.compare import BootstrapComparison, Comparison, DeLong, Difference, PairedScores, delong, paired_bootstrap
-from traj_ood.device import resolve_device
-from traj_ood.files import write_atomic
-from traj_ood.metrics import compute_metrics
-from traj_ood.postprocessors import POSTPROCESSORS, create_postprocessor, default_suite
-from traj_ood.postprocessors.base import FeatureScorer, Needs
-from traj_ood.results import FILE_NAME, Result, environment, git_commit
-from traj_ood.train import TrainConfig, build_autoencoder, train_model
+from traj_ood.dynamics.device import resolve_device
+from traj_ood.evaluation.compare import (
+    BootstrapComparison,
+    Comparison,
+    DeLong,
+    Difference,
+    PairedScores,
+    delong,
+    paired_bootstrap,
+)
+from traj_ood.evaluation.metrics import compute_metrics
+from traj_ood.evaluation.results import FILE_NAME, Result
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
+from traj_ood.scorers import SCORERS, create_scorer, default_suite
+from traj_ood.scorers.base import FeatureScorer, Needs
+from traj_ood.training.autoencoder import TrainConfig, build_autoencoder, train_model
 
 CANDIDATE = "field"
 SUITES = {"fashion": "fashion-mae", "cifar10-local": "cifar10-mae"}  # suite → training config of its models
@@ -68,7 +77,7 @@ UNRECORDED = ("out", "runs", "models_dir", "data_root", "quiet", "fresh", "table
 
 def is_static(spec: str) -> bool:
     """Whether a scorer reads neither points of a path nor attractors: nothing that f's repetition makes."""
-    needs = create_postprocessor(spec).needs()
+    needs = create_scorer(spec).needs()
     return needs == Needs(features=needs.features, reconstruction=needs.reconstruction)
 
 
@@ -89,13 +98,13 @@ def declared_scorers(model: Autoencoder, whole_path: bool) -> tuple[str, ...]:
     found = [
         spec
         for spec in suite
-        if not is_static(spec) and (whole_path or create_postprocessor(spec).needs().steps <= MOST_EVALUATIONS)
+        if not is_static(spec) and (whole_path or create_scorer(spec).needs().steps <= MOST_EVALUATIONS)
     ]
     for spec in (s for s in suite if is_static(s) and ":view=" not in s):
-        cls = POSTPROCESSORS[spec.split(":")[0]]
+        cls = SCORERS[spec.split(":")[0]]
         in_views = issubclass(cls, FeatureScorer) and model.has_cls  # a latent of one token has one view
         found += [f"{spec}:view={v}" for v in cls.views if v != "backbone"] if in_views else [spec]
-    return tuple(create_postprocessor(spec).label for spec in found)
+    return tuple(create_scorer(spec).label for spec in found)
 
 
 # ---------------------------------------------------------------------------------------------- models

@@ -45,8 +45,9 @@ from typing import Any
 
 import corruptions
 
-from traj_ood.files import write_atomic
-from traj_ood.results import FILE_NAME, Result, environment, git_commit
+from traj_ood.evaluation.results import FILE_NAME, Result
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
 
 PARTS = ("kill", "disk", "corrupt", "together", "soak")
 RUN = "tiny--model--seed0"
@@ -255,8 +256,8 @@ def answers(detector: Path) -> bytes:
     """Scores of a detector that was read from disk, for images of which it knows nothing."""
     import torch
 
+    from traj_ood.data.preprocessing import Normalised
     from traj_ood.detector import Detector
-    from traj_ood.preprocessing import Normalised
 
     images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     return Detector.load(detector, device="cpu").score(Normalised(images)).numpy().tobytes()

@@ -34,10 +34,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from traj_ood.files import write_atomic
-from traj_ood.metrics import compute_metrics
-from traj_ood.postprocessors import KNN, Evidence, Mahalanobis, Postprocessor
-from traj_ood.results import environment, git_commit
+from traj_ood.evaluation.metrics import compute_metrics
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
+from traj_ood.scorers import KNN, Evidence, Mahalanobis, Scorer
 
 CLASSES = 10
 Way = Callable[["Data"], tuple[float, float, Tensor]]
@@ -72,7 +72,7 @@ def timed(fit: Callable[[], Any], score: Callable[[Tensor], Tensor], data: Data)
     return fitted - began, time.perf_counter() - fitted, scores.double()
 
 
-def ours(make: Callable[[], Postprocessor]) -> Way:
+def ours(make: Callable[[], Scorer]) -> Way:
     def run(data: Data) -> tuple[float, float, Tensor]:
         scorer = make()
         train = Evidence(features={"mean": data.train}, labels=data.labels)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import SurrogateAutoencoder
 from traj_ood.backbones import CallableBackbone, Features
-from traj_ood.engine import apply_in_chunks
-from traj_ood.files import write_atomic
-from traj_ood.fit_surrogate import SurrogateRecipe, fit_surrogate
-from traj_ood.results import environment, git_commit
+from traj_ood.dynamics.iterate import apply_in_chunks
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
+from traj_ood.training.surrogate import SurrogateRecipe, fit_surrogate
 
 CHUNKS = (32, 64, 128, 256, 512, 1024)
 CLUSTERS, RANK = 100, 16

@@ -17,8 +17,8 @@ import yaml
 from tiny import VIT, vit, write_benchmark
 
 from traj_ood import ScorerSet, load_autoencoder, load_benchmark
-from traj_ood.metrics import compute_metrics
-from traj_ood.preprocessing import Normalised
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.evaluation.metrics import compute_metrics
 
 MEASURED = ["--attractors", "14", "--counts", "10", "14", "20", "--per-set", "8", "--max-steps", "25", "--epochs", "1"]
 

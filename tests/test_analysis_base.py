@@ -17,7 +17,7 @@ from traj_ood.analysis import NAMES, Answer, Finding, Question, Unit, Workspace,
 from traj_ood.analysis.images import load_images, sample, spread
 from traj_ood.cli import main
 from traj_ood.errors import TrajOODError
-from traj_ood.files import write_atomic
+from traj_ood.io.files import write_atomic
 
 
 @dataclass(frozen=True)

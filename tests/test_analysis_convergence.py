@@ -30,12 +30,12 @@ from traj_ood.analysis.draw_convergence import _against, predictions
 from traj_ood.analysis.images import sample, stack
 from traj_ood.analysis.singular import explicit_norms, explicit_radii, spectral_norms
 from traj_ood.autoencoders import CallableAutoencoder, load_autoencoder
-from traj_ood.curves import curve_quantiles
 from traj_ood.data import ArrayImages, Split, read_folder
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.errors import TrajOODError
-from traj_ood.jacobian import spectral_radii
-from traj_ood.parts import Part
+from traj_ood.evaluation.curves import curve_quantiles
+from traj_ood.io.parts import Part
 
 
 def raises(text: str):  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ from traj_ood.analysis.draw import CYCLE
 from traj_ood.analysis.draw_dynamics import step_curves
 from traj_ood.analysis.dynamics import Dynamics, OutputResidual, read_texts
 from traj_ood.autoencoders import CallableAutoencoder, rehearsals
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 
 

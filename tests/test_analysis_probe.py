@@ -16,8 +16,8 @@ from traj_ood.analysis import Finding, Workspace, find_question, options_from, p
 from traj_ood.analysis.omp import OMPDictionary, random_basis
 from traj_ood.analysis.probe import ATTRACTORS, DICTIONARIES, ORTHOGONAL, Probe
 from traj_ood.autoencoders import CallableAutoencoder
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
-from traj_ood.trajectory import Status
 
 
 def pursuit(atoms: NDArray[np.float64], target: NDArray[np.float64], count: int) -> list[NDArray[np.float64]]:

@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary, NearestAttractor
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
-from traj_ood.trajectory import Status
 
 
 def make(points: Tensor, statuses: list[int] | None = None, **changes: Any) -> AttractorDictionary:

@@ -25,8 +25,8 @@ from traj_ood.autoencoders import (
     load_autoencoder,
 )
 from traj_ood.autoencoders.vit_mae import build_model, own_name
+from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
-from traj_ood.preprocessing import Preprocessing
 
 RGB = {"num_channels": 3, "image_size": 16, "patch_size": 4, "num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
 

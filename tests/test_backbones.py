@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from traj_ood.backbones import Backbone, CallableBackbone, Features, is_backbone_spec, load_backbone
 from traj_ood.backbones.timm_models import TimmBackbone, new_network, save_folder
-from traj_ood.checkpoints import read_weights
 from traj_ood.errors import TrajOODError
-from traj_ood.weights import fingerprint, put_weights
+from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.weights import fingerprint, put_weights
 
 DATA = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
 

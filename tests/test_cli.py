@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from traj_ood.autoencoders import load_autoencoder
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.cli import main
-from traj_ood.postprocessors import default_suite
-from traj_ood.results import Result as RunResult
-from traj_ood.scoring import ScorerSet
+from traj_ood.evaluation.results import Result as RunResult
+from traj_ood.scorers import default_suite
+from traj_ood.scorers.scorer_set import ScorerSet
 
 FAST = ["--max-steps", "6", "--bootstrap", "10", "--no-plots", "--quiet", "--device", "cpu", "--batch-size", "5"]
 
@@ -444,7 +444,7 @@ def test_leaderboard_in_openood_columns(place: Path) -> None:
     shown = call("leaderboard", place / "out", "--format", "openood", "--csv", place / "rows.csv")
     assert shown.exit_code == 0
     assert shown.stdout == (place / "rows.csv").read_text()
-    assert shown.stdout.startswith("Training,Postprocessor,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,")
+    assert shown.stdout.startswith("Training,Scorer,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,")
     refused = call("leaderboard", place / "out", "--format", "openood", "--readme", place / "README.md")
     assert_refused(refused, "--readme takes the Markdown table")
 

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from traj_ood.compare import BootstrapComparison, PairedScores, delong, paired_bootstrap
 from traj_ood.errors import TrajOODError
-from traj_ood.metrics import compute_metrics
+from traj_ood.evaluation.compare import BootstrapComparison, PairedScores, delong, paired_bootstrap
+from traj_ood.evaluation.metrics import compute_metrics
 
 Vectors = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -223,7 +223,7 @@ def test_runs_on_the_same_images_are_no_more_images() -> None:
 def test_draws_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = several(6, 2, {"u": 20, "v": 31}, ties=True)
     whole = paired_bootstrap([suite], resamples=50, seed=2)
-    monkeypatch.setattr("traj_ood.compare._CHUNK_COUNTS", 100)
+    monkeypatch.setattr("traj_ood.evaluation.compare._CHUNK_COUNTS", 100)
     assert paired_bootstrap([suite], resamples=50, seed=2) == whole
     assert paired_bootstrap([suite], resamples=50, seed=3) != whole
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from traj_ood.conformal import Calibration, check_count, images_needed
+from traj_ood.detector.conformal import Calibration, check_count, images_needed
 from traj_ood.errors import TrajOODError
 
 quick = settings(deadline=None, max_examples=80)  # the first example compiles, and a busy machine is slow

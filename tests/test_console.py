@@ -18,7 +18,7 @@ from traj_ood.cli import main
 from traj_ood.cli.console import abandon, note, prepare, say
 from traj_ood.data.fashion_mnist import find_fashion_mnist, obtain_fashion_mnist
 from traj_ood.errors import TrajOODError
-from traj_ood.files import cache_folder, write_atomic
+from traj_ood.io.files import cache_folder, write_atomic
 from traj_ood.report.page import breakable
 
 REPOSITORY = Path(__file__).parents[1]

@@ -19,23 +19,23 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, Encoding, load_autoencoder
-from traj_ood.engine import apply_in_chunks
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.iterate import apply_in_chunks
+from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import (
+from traj_ood.scorers import (
     KNN,
-    POSTPROCESSORS,
+    SCORERS,
     WHOLE_PATH,
     Evidence,
     Needs,
-    Postprocessor,
-    create_postprocessor,
-    create_postprocessors,
+    Scorer,
+    create_scorer,
+    create_scorers,
     default_suite,
     register,
 )
-from traj_ood.preprocessing import Normalised
-from traj_ood.scoring import Scored, ScorerSet
-from traj_ood.trajectory import Status, Trajectory
+from traj_ood.scorers.scorer_set import Scored, ScorerSet
 
 VARIANTS = [
     "trajectory:view=mean",
@@ -55,7 +55,7 @@ VARIANTS = [
     "start-distance:view=mean",
     "end-distance:view=mean",
 ]
-SPECS = [*POSTPROCESSORS, *VARIANTS]
+SPECS = [*SCORERS, *VARIANTS]
 TRAIN, TEST = 14, 9
 SAME = 1e-9
 """Relative: what no batch, order, place in it or batch-mate may move a score by."""
@@ -119,7 +119,7 @@ def train_labels() -> Tensor:
 
 
 def reads_classifier(spec: str) -> bool:
-    return create_postprocessor(spec).needs().logits
+    return create_scorer(spec).needs().logits
 
 
 def specs_of(family: str) -> list[str]:
@@ -130,9 +130,9 @@ def specs_of(family: str) -> list[str]:
     ]
 
 
-def create(family: str, spec: str) -> Postprocessor:
+def create(family: str, spec: str) -> Scorer:
     """The scorer as a run of this model makes it: on the features of the backbone where there is one."""
-    return create_postprocessors([spec], model(family))[0]
+    return create_scorers([spec], model(family))[0]
 
 
 @cache
@@ -149,7 +149,7 @@ CASES = [(family, spec) for family in FAMILIES for spec in specs_of(family)]
 each = pytest.mark.parametrize(("family", "spec"), CASES)
 
 
-def scorer_of(family: str, spec: str) -> Postprocessor:
+def scorer_of(family: str, spec: str) -> Scorer:
     return next(s for s in fitted(family).scorers if s.label == create(family, spec).label)
 
 
@@ -274,8 +274,8 @@ def test_alone_every_scorer_gives_what_it_gives_in_company(family: str) -> None:
 
 @each
 def test_label_makes_the_same_scorer(family: str, spec: str) -> None:
-    scorer = create_postprocessor(spec)
-    same = create_postprocessor(scorer.label)
+    scorer = create_scorer(spec)
+    same = create_scorer(scorer.label)
     assert type(same) is type(scorer)
     assert same.options() == scorer.options()
     assert same.label == scorer.label
@@ -289,7 +289,7 @@ def test_save_and_load(family: str, spec: str, tmp_path: Path) -> None:
     loaded = create(family, spec).load(path)
     evidence = scored(family).evidence
     torch.testing.assert_close(loaded.score(evidence), scorer_of(family, spec).score(evidence), rtol=0, atol=0)
-    other = create_postprocessor("steps" if loaded.name != "steps" else "first-residual")
+    other = create_scorer("steps" if loaded.name != "steps" else "first-residual")
     with pytest.raises(TrajOODError, match=r"scorer\.safetensors: expected a scorer file of .*'scorer': '"):
         other.load(path)
 
@@ -320,7 +320,7 @@ def test_no_more_of_the_path_is_walked_than_is_read(reader: str, steps: int) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unfitted_set(family: str) -> None:
     for spec in specs_of(family):
-        needs = create_postprocessor(spec).needs()
+        needs = create_scorer(spec).needs()
         if scorer_of(family, spec).state or needs.distances:
             with pytest.raises(TrajOODError, match="not fitted: call fit with ID training images first"):
                 ScorerSet(model(family), [spec]).score(probe_images())
@@ -330,7 +330,7 @@ def test_unfitted_set(family: str) -> None:
 def test_cost_is_a_number_of_evaluations(family: str, spec: str) -> None:
     steps = scored(family).evidence.path().steps.double()
     cost = scorer_of(family, spec).f_evaluations(scored(family).evidence)
-    needs = create_postprocessor(spec).needs()
+    needs = create_scorer(spec).needs()
     assert 0 <= cost <= float(steps.max())
     assert (cost > 0) is (needs.steps > 0)
 
@@ -345,7 +345,7 @@ def test_fewer_than_two_images_are_refused(spec: str) -> None:
 
 
 def test_every_scorer_says_what_it_is() -> None:
-    for name, cls in POSTPROCESSORS.items():
+    for name, cls in SCORERS.items():
         assert cls.name == name
         assert cls.summary
         assert "\n" not in cls.summary
@@ -356,11 +356,11 @@ def test_every_scorer_says_what_it_is() -> None:
 @pytest.mark.parametrize("make", [tiny.vit, tiny.conv, tiny.toy, Classifier, lambda: Classifier(linear=False)])
 def test_default_suite_runs_and_holds_every_registered_scorer(make: Callable[[], Autoencoder]) -> None:
     suite = default_suite(make())
-    known = {n: cls().needs() for n, cls in POSTPROCESSORS.items() if n != "test-only"}
+    known = {n: cls().needs() for n, cls in SCORERS.items() if n != "test-only"}
     possible = {n for n, needs in known.items() if not needs.logits or make().classes}
     possible -= {n for n, needs in known.items() if needs.head and make().head() is None}
     assert {s.split(":")[0] for s in suite} == possible
-    labels = [s.label for s in create_postprocessors(["all"], make())]
+    labels = [s.label for s in create_scorers(["all"], make())]
     assert [label.replace(":view=backbone", "") for label in labels] == suite
     assert any("view=backbone" in label for label in labels) is bool(make().feature_dim)
     scorers = ScorerSet(make(), ["all"], max_steps=4).fit(Normalised(tiny.images(12, make().input_shape)))
@@ -412,7 +412,7 @@ def path_of(steps: list[int], status: list[int]) -> Evidence:
 
 def test_steps_counts_samples_that_never_settle_as_slowest() -> None:
     evidence = path_of([5, 50, 3], [Status.CONVERGED, Status.STEP_LIMIT, Status.NON_FINITE])
-    scores = create_postprocessor("steps").score(evidence)
+    scores = create_scorer("steps").score(evidence)
     assert scores[0] < scores[1]
     assert scores[0] < scores[2], "a diverging trajectory did not converge: it must not count as a fast one"
 
@@ -571,18 +571,18 @@ def test_damaged_file(tmp_path: Path) -> None:
     for write in (lambda: None, lambda: path.write_bytes(b"rubbish")):
         write()
         with pytest.raises(TrajOODError, match=r"s\.safetensors: not a readable scorer file"):
-            create_postprocessor("knn").load(path)
+            create_scorer("knn").load(path)
 
 
 def test_other_options_are_another_file(tmp_path: Path) -> None:
     scorer_of("vit", "knn").save(tmp_path / "s.safetensors")
     with pytest.raises(TrajOODError, match="expected a scorer file of"):
-        create_postprocessor("knn:k=5").load(tmp_path / "s.safetensors")
+        create_scorer("knn:k=5").load(tmp_path / "s.safetensors")
 
 
 def test_pass_without_a_trajectory() -> None:
     with pytest.raises(TrajOODError, match="this scorer reads the trajectory, but the pass did not iterate f"):
-        create_postprocessor("steps").score(Evidence())
+        create_scorer("steps").score(Evidence())
 
 
 def test_images_of_the_wrong_shape() -> None:
@@ -657,46 +657,46 @@ def test_one_diverging_image_does_not_stop_the_others() -> None:
 )
 def test_bad_specs(spec: str, text: str) -> None:
     with pytest.raises(TrajOODError, match=text):
-        create_postprocessor(spec)
+        create_scorer(spec)
 
 
 def test_an_option_is_given_once() -> None:
     with pytest.raises(TrajOODError, match="scorer 'knn:k=3:k=4': option k is given twice: leave one out"):
-        create_postprocessor("knn:k=3:k=4")
+        create_scorer("knn:k=3:k=4")
 
 
 def test_lists_of_scorers() -> None:
     autoencoder = model("vit")
     with pytest.raises(TrajOODError, match="scorers: expected at least one, got none"):
-        create_postprocessors([], autoencoder)
+        create_scorers([], autoencoder)
     for specs in (["knn", "knn"], ["knn", "steps", "knn:k=10"], ["all", "trajectory"], ["knn:k=5:view=cls"] * 2):
         with pytest.raises(TrajOODError, match=r"scorers: (knn|trajectory)\S* is listed twice"):
-            create_postprocessors(specs, autoencoder)
+            create_scorers(specs, autoencoder)
     with pytest.raises(TrajOODError, match="is listed twice"):
-        create_postprocessors(["knn:k=5:view=cls", "knn:view=cls:k=5"], autoencoder)
-    assert [s.label for s in create_postprocessors([" knn ", "knn:k=3"], autoencoder)] == ["knn", "knn:k=3"]
+        create_scorers(["knn:k=5:view=cls", "knn:view=cls:k=5"], autoencoder)
+    assert [s.label for s in create_scorers([" knn ", "knn:k=3"], autoencoder)] == ["knn", "knn:k=3"]
 
 
 @pytest.mark.parametrize("spec", ["knn:k=15", "knn-paper:k=15", "knn:k=2000:reduce=mean"])
 def test_k_larger_than_the_training_set(spec: str) -> None:
-    k = create_postprocessor(spec).options()["k"]
+    k = create_scorer(spec).options()["k"]
     with pytest.raises(TrajOODError, match=f"k = {k} neighbours, but only 14 training images: use more .* or k <= 14"):
         ScorerSet(model("conv"), [spec], max_steps=2).fit(train_images())
     ScorerSet(model("conv"), ["knn:k=14"]).fit(train_images())
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, type[Postprocessor]]]:
-    before = dict(POSTPROCESSORS)
-    yield POSTPROCESSORS
-    POSTPROCESSORS.clear()
-    POSTPROCESSORS.update(before)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, type[Scorer]]]:
+    before = dict(SCORERS)
+    yield SCORERS
+    SCORERS.clear()
+    SCORERS.update(before)
 
 
-def test_a_registered_scorer_works_by_name(registry: dict[str, type[Postprocessor]]) -> None:
+def test_a_registered_scorer_works_by_name(registry: dict[str, type[Scorer]]) -> None:
     @register
     @dataclass
-    class Brightness(Postprocessor):
+    class Brightness(Scorer):
         """Mean of the latent."""
 
         name: ClassVar[str] = "test-only"
@@ -713,28 +713,28 @@ def test_a_registered_scorer_works_by_name(registry: dict[str, type[Postprocesso
     result = ScorerSet(tiny.toy(), ["test-only:gain=2.5"]).fit(images).score(torch.ones(3, 1, 2, 2))
     assert result.scores["test-only:gain=2.5"].tolist() == [2.5] * 3
     with pytest.raises(TrajOODError, match="scorer test-only, option gain: expected float, got 'x'"):
-        create_postprocessor("test-only:gain=x")
+        create_scorer("test-only:gain=x")
 
 
-def test_duplicate_registration_is_refused(registry: dict[str, type[Postprocessor]]) -> None:
+def test_duplicate_registration_is_refused(registry: dict[str, type[Scorer]]) -> None:
     other = type("Other", (KNN,), {})
     with pytest.raises(TrajOODError, match=r"scorer name 'knn' is taken by .*KNN: choose another"):
         register(other)
     assert registry["knn"] is KNN
 
 
-def test_a_class_of_the_same_name_elsewhere_is_another_class(registry: dict[str, type[Postprocessor]]) -> None:
+def test_a_class_of_the_same_name_elsewhere_is_another_class(registry: dict[str, type[Scorer]]) -> None:
     other: Any = type("KNN", (KNN,), {"__module__": "somebody.elses", "__qualname__": "KNN"})
     with pytest.raises(TrajOODError, match="scorer name 'knn' is taken by"):
         register(other)
     assert registry["knn"] is KNN
 
 
-def test_registering_a_class_again_is_harmless(registry: dict[str, type[Postprocessor]]) -> None:
+def test_registering_a_class_again_is_harmless(registry: dict[str, type[Scorer]]) -> None:
     assert register(KNN) is KNN
 
 
 def test_needs_add_up() -> None:
-    both = create_postprocessor("knn").needs() | create_postprocessor("trajectory:view=cls").needs()
+    both = create_scorer("knn").needs() | create_scorer("trajectory:view=cls").needs()
     assert both == Needs(features=frozenset({"mean"}), distances=frozenset({"cls"}), steps=WHOLE_PATH)
     assert replace(both, steps=3) | Needs(steps=WHOLE_PATH) == both

@@ -27,13 +27,13 @@ from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, SurrogateAut
 from traj_ood.backbones import load_backbone
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.data import ArrayImages, read_folder
+from traj_ood.data.preprocessing import Normalised
 from traj_ood.detector import FILE_NAME, Detector, Judgement, batches
 from traj_ood.detector import folder as detector_folder
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import POSTPROCESSORS, create_postprocessor
-from traj_ood.preprocessing import Normalised
-from traj_ood.scoring import ScorerSet
-from traj_ood.trajectory import Status
+from traj_ood.scorers import SCORERS, create_scorer
+from traj_ood.scorers.scorer_set import ScorerSet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* unhealthy attractors")
 TRAIN, HELD_OUT, NEW = 30, 20, 9
@@ -46,7 +46,7 @@ VARIANTS = [
     "pca-residual:normalize=true",
 ]
 # ViM's own rule takes 48 dimensions, and 30 images have no more.
-SPECS = ["vim:dim=8" if name == "vim" else name for name in POSTPROCESSORS if name != "test-only"] + VARIANTS
+SPECS = ["vim:dim=8" if name == "vim" else name for name in SCORERS if name != "test-only"] + VARIANTS
 
 
 def timm_surrogate(folder: Path) -> SurrogateAutoencoder:
@@ -91,7 +91,7 @@ def labels() -> Tensor:
 
 def specs_of(family: str) -> list[str]:
     """Every scorer on some model that can serve it; on each other model one of each kind."""
-    needs = {spec: create_postprocessor(spec).needs() for spec in SPECS}
+    needs = {spec: create_scorer(spec).needs() for spec in SPECS}
     if family == "vit":
         return [spec for spec in SPECS if not (needs[spec].logits or "backbone" in needs[spec].features)]
     readers = [spec for spec in SPECS if needs[spec].logits] if family == "surrogate" else []
@@ -123,7 +123,7 @@ CASES: list[tuple[str, str]] = [(family, spec) for family in MODELS for spec in 
 
 
 def test_no_registered_scorer_is_left_out() -> None:
-    assert {spec.split(":")[0] for _, spec in CASES} == POSTPROCESSORS.keys() - {"test-only"}
+    assert {spec.split(":")[0] for _, spec in CASES} == SCORERS.keys() - {"test-only"}
 
 
 @pytest.mark.parametrize(("family", "spec"), CASES)
@@ -144,7 +144,7 @@ def test_every_scorer_fits_calibrates_saves_and_loads(family: str, spec: str, tm
     assert torch.equal(judged.p_values, detector.p_value(Normalised(new)))
     assert torch.equal(judged.decisions, detector.predict(Normalised(new)))
     assert torch.equal(judged.decisions, judged.p_values <= detector.calibration.level)
-    assert (judged.steps is None) is (judged.status is None) is (create_postprocessor(spec).needs().steps == 0)
+    assert (judged.steps is None) is (judged.status is None) is (create_scorer(spec).needs().steps == 0)
 
     detector.save(tmp_path / "d")
     own = {"autoencoder": model} if family == "callable" else {}
@@ -159,7 +159,7 @@ def test_every_scorer_fits_calibrates_saves_and_loads(family: str, spec: str, tm
         p.relative_to(tmp_path / "again").as_posix() for p in sorted((tmp_path / "again").rglob("*")) if p.is_file()
     ]
     assert {Path(name).suffix for name in names} == {".json", ".md", ".safetensors"}
-    assert ("attractors.safetensors" in names) is bool(create_postprocessor(spec).needs().distances)
+    assert ("attractors.safetensors" in names) is bool(create_scorer(spec).needs().distances)
 
 
 @pytest.mark.parametrize("spec", ["field", "trajectory", "mahalanobis", "isolation-forest", "msp"])
@@ -1004,14 +1004,10 @@ def test_device_names_are_checked(saved: Path) -> None:
         Detector.load(saved, device="tpu9")
 
 
-def test_as_module_is_the_exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    import types
-
-    fake = types.ModuleType("traj_ood.export")
-    fake.as_module = lambda detector, steps: (detector, steps)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "traj_ood.export", fake)
-    assert _conv().as_module(steps=3) == (_conv(), 3)
+def test_as_module_scores_pixels() -> None:
+    detector = _conv()
+    pixels = torch.rand(6, *detector.autoencoder.input_shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(detector.as_module(steps=3)(pixels), detector.score(pixels), rtol=1e-4, atol=0)
 
 
 def test_public_names() -> None:

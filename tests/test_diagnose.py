@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from traj_ood.attractors import Health, Verdict
+from traj_ood.attractors.health import judge
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.data import ArrayImages, Benchmark, Split
-from traj_ood.diagnose import FILE_NAME, Diagnosis, _cautions, _Facts, _splits, diagnose
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluator import Evaluator, RunConfig
-from traj_ood.jacobian import spectral_radii
-from traj_ood.verdict import judge
+from traj_ood.evaluation.diagnose import FILE_NAME, Diagnosis, _cautions, _Facts, _splits, diagnose
+from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 
 
 def rotation(angle: float) -> Tensor:
@@ -261,7 +261,7 @@ def test_numbers_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     model, data = tiny.vit(), benchmark(train=20, val=15, side=8)
     whole = diagnose(model, data, images=20, max_steps=10)
     assert diagnose(model, data, images=20, max_steps=10, seed=1).as_dict() != whole.as_dict()
-    monkeypatch.setattr("traj_ood.diagnose._BATCH", 7)
+    monkeypatch.setattr("traj_ood.evaluation.diagnose._BATCH", 7)
     assert diagnose(model, data, images=20, max_steps=10).as_dict() == whole.as_dict()
 
 

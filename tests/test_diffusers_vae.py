@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from traj_ood.autoencoders import DiffusersVAE, load_autoencoder
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (optional extra traj_ood[diffusers])")

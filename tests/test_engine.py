@@ -11,9 +11,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from traj_ood.engine import Norm, apply_in_chunks, iterate
+from traj_ood.dynamics.iterate import Norm, apply_in_chunks, iterate
+from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
-from traj_ood.trajectory import Status, Trajectory
 
 NAN = float("nan")
 

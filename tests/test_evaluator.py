@@ -16,15 +16,15 @@ from torch import Tensor
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import CallableAutoencoder, SurrogateAutoencoder, SurrogateNetwork, load_autoencoder
 from traj_ood.backbones import CallableBackbone, Features
-from traj_ood.curves import curve_quantiles
+from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import load_benchmark
+from traj_ood.data.preprocessing import Normalised
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluator import Evaluator, RunConfig, _batches, _even_size
-from traj_ood.features import FeatureCache
-from traj_ood.parts import Part
-from traj_ood.preprocessing import Normalised
-from traj_ood.results import Result
-from traj_ood.scoring import Scored, ScorerSet
+from traj_ood.evaluation.curves import curve_quantiles
+from traj_ood.evaluation.evaluator import Evaluator, RunConfig, _batches, _even_size
+from traj_ood.evaluation.results import Result
+from traj_ood.io.parts import Part
+from traj_ood.scorers.scorer_set import Scored, ScorerSet
 
 SCORERS = ("trajectory", "trajectory:horizon=4", "knn:k=3", "mahalanobis", "reconstruction", "steps", "first-residual")
 

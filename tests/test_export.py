@@ -17,6 +17,9 @@ from torch import Tensor
 from traj_ood import Detector, TrajOODError
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
+from traj_ood.data.preprocessing import Normalised, Preprocessing
+from traj_ood.detector.dense_index import DenseIndex
+from traj_ood.detector.fixed_steps import reference
 from traj_ood.export import (
     ALLOWED,
     as_module,
@@ -24,11 +27,8 @@ from traj_ood.export import (
     open_file,
     relative_difference,
 )
-from traj_ood.export.fixed import reference
-from traj_ood.export.neighbours import DenseIndex
-from traj_ood.postprocessors import default_suite
-from traj_ood.preprocessing import Normalised, Preprocessing
-from traj_ood.scoring import ScorerSet
+from traj_ood.scorers import default_suite
+from traj_ood.scorers.scorer_set import ScorerSet
 
 REFUSED = {"isolation-forest", "steps", "reconstruction:masked=true"}
 
@@ -96,7 +96,7 @@ def test_the_module_says_what_the_detector_says_for_every_scorer_of_the_suite(na
         detector = fitted(model, scorer)
         whole_path = detector.scorers.needs.steps > detector.scorers.max_steps
         module = as_module(detector, 5 if whole_path else None)
-        got = module(torch.cat([pixels, pixels[:5]]))[:7]  # 12 rows: see traj_ood.engine.rows_per_call
+        got = module(torch.cat([pixels, pixels[:5]]))[:7]  # 12 rows: see traj_ood.dynamics.iterate.rows_per_call
         assert got.dtype == torch.float64, scorer
         assert got.shape == (7,), scorer
         assert relative_difference(got, in_python(detector, module.steps, units)) < 2e-5, scorer

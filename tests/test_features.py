@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from traj_ood import features as features_module
 from traj_ood.backbones import CallableBackbone, Features
+from traj_ood.backbones import feature_cache as features_module
+from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data.images import ArrayImages
 from traj_ood.errors import TrajOODError
-from traj_ood.features import FeatureCache
 
 COUNT, BLOCK = 23, 8
 

@@ -9,12 +9,12 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
+from traj_ood.data.preprocessing import Normalised
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import Evidence, create_postprocessor
-from traj_ood.postprocessors.field import Field, _folds
-from traj_ood.postprocessors.gaussians import learn_gaussians
-from traj_ood.preprocessing import Normalised
-from traj_ood.scoring import ScorerSet
+from traj_ood.scorers import Evidence, create_scorer
+from traj_ood.scorers.field import Field, _folds
+from traj_ood.scorers.gaussians import learn_gaussians
+from traj_ood.scorers.scorer_set import ScorerSet
 
 CELLS, D = 4, 6
 
@@ -161,7 +161,7 @@ def test_both_sides_are_unusual() -> None:
     assert (scorer.score(evidence(100, 2, spread=2.5)) > limit).all(), "far out"
     still = evidence(100, 3, spread=0.2)  # nearer to the mean, and calmer, than any training image
     assert (scorer.score(still) > limit).all(), "too close"
-    joint = create_postprocessor("early-path").fit(train)
+    joint = create_scorer("early-path").fit(train)
     assert joint.score(still).max() < joint.score(usual).min(), "a distance alone calls these the most usual of all"
 
 
@@ -258,7 +258,7 @@ def test_what_does_not_move_or_differ_makes_no_nan(still: str) -> None:
 
 
 def test_a_field_below_the_rounding_of_its_place_has_that_length() -> None:
-    scorer = create_postprocessor("field").fit(evidence(60, 1))
+    scorer = create_scorer("field").fit(evidence(60, 1))
     start = evidence(5, 2).features["grid"]
     still = scorer.score(of(start, start))
     hardly = start.clone()

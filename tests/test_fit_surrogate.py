@@ -13,12 +13,12 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from traj_ood import fit_surrogate as module
 from traj_ood.autoencoders import SurrogateAutoencoder, load_autoencoder
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.data import Benchmark, load_benchmark
 from traj_ood.errors import TrajOODError
-from traj_ood.fit_surrogate import SurrogateRecipe, fit_surrogate, surrogate_for, surrogate_health
+from traj_ood.training import surrogate as module
+from traj_ood.training.surrogate import SurrogateRecipe, fit_surrogate, surrogate_for, surrogate_health
 
 N = 16
 QUICK = SurrogateRecipe(steps=30, check_every=10, batch_size=32, hidden=(24,), bottleneck=6)
@@ -370,7 +370,7 @@ def refuse_to_read(patch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Any:
         raise AssertionError("extracted again")
 
-    patch.setattr("traj_ood.features._Store._extract", refuse)
+    patch.setattr("traj_ood.backbones.feature_cache._Store._extract", refuse)
 
 
 def test_a_finished_surrogate_is_loaded(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from tests import tiny
 from traj_ood import CallableAutoencoder, Detector, NeighborIndex, ScorerSet, TrajOODError, iterate
 from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
-from traj_ood.device import set_tf32, standard_settings
-from traj_ood.fit_surrogate import SurrogateRecipe, fit_surrogate
-from traj_ood.fixed_function import FixedFunction
-from traj_ood.jacobian import spectral_radii
-from traj_ood.preprocessing import Normalised
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.device import set_tf32, standard_settings
+from traj_ood.dynamics.fixed_function import FixedFunction
+from traj_ood.dynamics.jacobian import spectral_radii
+from traj_ood.training.surrogate import SurrogateRecipe, fit_surrogate
 
 SHAPE = (1, 8, 8)
 

@@ -21,8 +21,8 @@ from traj_ood.autoencoders import CallableAutoencoder, SurrogateAutoencoder, Sur
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.data import Benchmark, load_benchmark
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluator import Evaluator, RunConfig
-from traj_ood.gallery import (
+from traj_ood.evaluation.evaluator import Evaluator, RunConfig
+from traj_ood.evaluation.gallery import (
     FILE_NAME,
     FRAME_STEPS,
     MISTAKES,
@@ -35,8 +35,8 @@ from traj_ood.gallery import (
     keep_pictures,
     view_limits,
 )
-from traj_ood.metrics import Metrics
-from traj_ood.results import Result, ScorerResult, SetScore
+from traj_ood.evaluation.metrics import Metrics
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore
 
 SCORERS = ("trajectory", "knn:k=3", "mahalanobis", "reconstruction")
 

@@ -19,21 +19,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from traj_ood import evaluator as evaluator_module
-from traj_ood import features as features_module
-from traj_ood import fit_surrogate as fit_surrogate_module
-from traj_ood import provenance, surrogate_for
+from traj_ood import surrogate_for
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.backbones import CallableBackbone, Features
-from traj_ood.behaviour import transform_digest
+from traj_ood.backbones import feature_cache as features_module
+from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import ArrayImages, Benchmark, FileImages, Split, load_benchmark, read_folder
+from traj_ood.dynamics.behaviour import transform_digest
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluator import Evaluator, RunConfig
-from traj_ood.features import FeatureCache
-from traj_ood.fit_surrogate import SurrogateRecipe
-from traj_ood.leaderboard import leaderboard, render_markdown
-from traj_ood.results import Result
-from traj_ood.scoring import ScorerSet
+from traj_ood.evaluation import evaluator as evaluator_module
+from traj_ood.evaluation.evaluator import Evaluator, RunConfig
+from traj_ood.evaluation.leaderboard import leaderboard, render_markdown
+from traj_ood.evaluation.results import Result
+from traj_ood.io import provenance
+from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.training import surrogate as fit_surrogate_module
+from traj_ood.training.surrogate import SurrogateRecipe
 
 QUICK = SurrogateRecipe(steps=4, check_every=2, hidden=(8,), bottleneck=4)
 
@@ -355,7 +356,7 @@ def test_surrogates_belong_to_bytes_transform_and_code(tmp_path: Path, monkeypat
     assert fitted("cache", darker)["fingerprint"] == fitted("empty2", darker)["fingerprint"]
     for module in (fit_surrogate_module, features_module):
         monkeypatch.setattr(module, "code_digest", lambda: "0" * 16)
-    monkeypatch.setattr("traj_ood.results.code_digest", lambda: "0" * 16)
+    monkeypatch.setattr("traj_ood.io.provenance.code_digest", lambda: "0" * 16)
     later = fitted("cache")
     assert later["versions"]["code"] == "0" * 16
     assert later["fingerprint"] == replaced["fingerprint"]
@@ -376,8 +377,14 @@ def test_transforms_are_told_apart_and_may_refuse() -> None:
 
 def test_the_code_that_decides_numbers_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {path.relative_to(provenance.PACKAGE).as_posix() for path in provenance.deciding_files()}
-    assert {"engine.py", "data/images.py", "backbones/base.py", "postprocessors/base.py", "training.py"} <= names
-    assert not {name for name in names if name.startswith(("cli/", "report/", "plots"))}
+    assert {
+        "dynamics/iterate.py",
+        "data/images.py",
+        "backbones/base.py",
+        "scorers/base.py",
+        "training/loop.py",
+    } <= names
+    assert not {name for name in names if name.startswith(("cli/", "report/", "evaluation/plots"))}
     for start in provenance._DECIDES_NOTHING:
         assert list(provenance.PACKAGE.glob(f"{start}*")), f"{start} is no longer there"
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.language import LanguageModel, load_language_model
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
-from traj_ood.trajectory import Status
 
 TEXTS = ["the quick brown fox jumps", "over the lazy dog and away", "six words are not enough here"]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from traj_ood.errors import TrajOODError
-from traj_ood.leaderboard import (
+from traj_ood.evaluation.leaderboard import (
     END,
     START,
     leaderboard,
@@ -22,8 +22,8 @@ from traj_ood.leaderboard import (
     write_csv,
     write_openood_csv,
 )
-from traj_ood.metrics import Metrics
-from traj_ood.results import Result, ScorerResult, SetScore
+from traj_ood.evaluation.metrics import Metrics
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore
 
 
 def metrics(auroc: float) -> Metrics:
@@ -259,7 +259,7 @@ def test_openood_rows_in_the_columns_of_its_leaderboard(tmp_path: Path) -> None:
     sick = {"healthy": False, "warnings": ["few distinct end points"]}
     write_openood_csv([run(0, model=model), run(1, model=model), run(2, model=model, dictionary=sick)], tmp_path / "o")
     assert (tmp_path / "o").read_text(encoding="utf-8").splitlines() == [
-        "Training,Postprocessor,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,Additional_Description",
+        "Training,Scorer,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,Additional_Description",
         "vit-mae,Trajectory,70.00 ± 10.00,95.00 ± 0.00,/,No,vitmae,fashion; 3 seeds; unhealthy attractors",
         "vit-mae,KNN,50.00 ± 0.00,85.00 ± 0.00,/,No,vitmae,fashion; 3 seeds; unhealthy attractors",
     ]

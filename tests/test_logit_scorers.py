@@ -11,7 +11,7 @@ from scipy.special import logsumexp, softmax
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import Energy, Evidence, MaxLogit, MaxSoftmax, ViM
+from traj_ood.scorers import Energy, Evidence, MaxLogit, MaxSoftmax, ViM
 
 detector = pytest.fixture(lambda: pytest.importorskip("pytorch_ood.detector", reason="pytorch-ood is not installed"))
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import Evidence, Mahalanobis
-from traj_ood.postprocessors.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.scorers import Evidence, Mahalanobis
+from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
 
 
 def draw(count: int, dimension: int = 12, seed: int = 0, classes: int = 3) -> tuple[Tensor, Tensor]:

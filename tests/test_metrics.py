@@ -9,7 +9,14 @@ import pytest
 from numpy.typing import NDArray
 
 from traj_ood.errors import TrajOODError
-from traj_ood.metrics import METRIC_NAMES, Metrics, _metrics_of_counts, bootstrap, compute_metrics, mean_metrics
+from traj_ood.evaluation.metrics import (
+    METRIC_NAMES,
+    Metrics,
+    _metrics_of_counts,
+    bootstrap,
+    compute_metrics,
+    mean_metrics,
+)
 
 Floats = NDArray[np.float64]
 
@@ -154,7 +161,7 @@ def test_bootstrap_is_deterministic_and_independent_of_the_chunks(monkeypatch: p
     assert list(first) == list(METRIC_NAMES)
     assert bootstrap(id_scores, ood_scores, resamples=60, seed=4) == first
     assert bootstrap(id_scores, ood_scores, resamples=60, seed=5) != first
-    monkeypatch.setattr("traj_ood.metrics._CHUNK_COUNTS", 7 * 154)
+    monkeypatch.setattr("traj_ood.evaluation.metrics._CHUNK_COUNTS", 7 * 154)
     assert bootstrap(id_scores, ood_scores, resamples=60, seed=4) == first
 
 
@@ -190,7 +197,7 @@ def test_bootstrap_computes_its_resamples_many_at_a_time(monkeypatch: pytest.Mon
         sizes.append(len(id_counts))
         return _metrics_of_counts(id_counts, ood_counts)
 
-    monkeypatch.setattr("traj_ood.metrics._metrics_of_counts", counted)
+    monkeypatch.setattr("traj_ood.evaluation.metrics._metrics_of_counts", counted)
     rng = np.random.default_rng(6)
     bootstrap(rng.normal(0, 1, 7000), rng.normal(1, 1, 1000))
     assert sum(sizes) == 500

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from traj_ood import ScorerSet, openood
 from traj_ood.data.benchmark import sample_indices
+from traj_ood.data.preprocessing import Normalised
 from traj_ood.errors import TrajOODError
 from traj_ood.openood import AutoencoderNet, config_root, openood_names, register
 from traj_ood.openood.__main__ import run_script
@@ -30,8 +31,7 @@ from traj_ood.openood.bridge import Bridge, postprocessor_class
 from traj_ood.openood.loaders import check_normalisation
 from traj_ood.openood.nets import backbone_of
 from traj_ood.openood.settings import Settings, config_section, config_text
-from traj_ood.postprocessors import POSTPROCESSORS
-from traj_ood.preprocessing import Normalised
+from traj_ood.scorers import SCORERS
 
 SHAPE = (1, 8, 8)
 
@@ -366,24 +366,18 @@ def test_register_writes_missing_configs_and_keeps_edited_ones(fake: Path, tmp_p
     edited.write_text("mine")
     register(tmp_path / "configs")
     assert edited.read_text() == "mine"
-    assert len(list(edited.parent.iterdir())) == len(POSTPROCESSORS)
+    assert len(list(edited.parent.iterdir())) == len(SCORERS)
 
 
-@pytest.mark.parametrize("scorer", sorted(POSTPROCESSORS))
-def test_shipped_configs_are_the_scorers_defaults(scorer: str) -> None:
-    name = "traj_ood_" + scorer.replace("-", "_")
-    path = Path(config_root(), "postprocessors", f"{name}.yml")
-    how = "python -c \"from traj_ood.openood import *; write_configs(config_root() + '/postprocessors')\""
-    assert path.is_file(), f"a scorer without its yml file: {how}"
-    assert path.read_text() == config_text(scorer), f"not what the scorer says: {how}"
-    settings = Settings.parse(yaml.safe_load(path.read_text()))
-    assert settings == Settings(scorer, settings.options, sweep=settings.sweep)
-    assert not settings.search
-
-
-def test_no_config_without_its_scorer() -> None:
-    shipped = {p.stem for p in Path(config_root(), "postprocessors").glob("*.yml")}
-    assert shipped == set(openood_names())
+def test_configs_are_written_of_every_scorer_that_is_registered() -> None:
+    folder = Path(config_root(), "postprocessors")
+    assert {path.stem for path in folder.iterdir()} == set(openood_names())
+    for name, scorer in openood_names().items():
+        text = (folder / f"{name}.yml").read_text()
+        assert text == config_text(scorer)
+        settings = Settings.parse(yaml.safe_load(text))
+        assert settings == Settings(scorer, settings.options, sweep=settings.sweep)
+        assert not settings.search
 
 
 @pytest.mark.parametrize(

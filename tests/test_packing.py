@@ -27,8 +27,8 @@ from traj_ood.autoencoders import (
 from traj_ood.autoencoders.rehearsals import rehearsal_pair
 from traj_ood.backbones import Backbone, CallableBackbone, Features, load_backbone
 from traj_ood.backbones.timm_models import TimmBackbone, new_network, save_folder
+from traj_ood.detector.packing import pack, unpack
 from traj_ood.errors import TrajOODError
-from traj_ood.packing import pack, unpack
 
 
 @pytest.fixture(autouse=True)

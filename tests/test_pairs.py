@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import PairAutoencoder, load_autoencoder
 from traj_ood.autoencoders.pairs import VisionTokens, ViTDecoder, load_vision_model
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 
 GEOMETRY: dict[str, Any] = {

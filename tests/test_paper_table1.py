@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 from tiny import vit, write_images
 
-from traj_ood.metrics import compute_metrics
-from traj_ood.results import Result
+from traj_ood.evaluation.metrics import compute_metrics
+from traj_ood.evaluation.results import Result
 
 SPLITS = ("test", "sun", "places", "textures", "inaturalist")
 MEASURED = ["--attractors", "12", "--per-set", "5", "--max-steps", "20", "--quiet", "--device", "cpu"]

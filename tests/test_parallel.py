@@ -21,9 +21,9 @@ import torch
 from traj_ood.autoencoders import load_autoencoder
 from traj_ood.data import load_benchmark
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluator import Evaluator, RunConfig
-from traj_ood.parallel import Team, TeammateError
-from traj_ood.results import Result
+from traj_ood.evaluation.evaluator import Evaluator, RunConfig
+from traj_ood.evaluation.parallel import Team, TeammateError
+from traj_ood.evaluation.results import Result
 
 NAME = "tiny--mae--seed0"
 KEPT = "finished batches are kept: start the same command again"
@@ -36,8 +36,8 @@ from pathlib import Path
 from traj_ood.autoencoders import load_autoencoder
 from traj_ood.data import load_benchmark
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluator import Evaluator, RunConfig
-from traj_ood.parallel import Team, TeammateError
+from traj_ood.evaluation.evaluator import Evaluator, RunConfig
+from traj_ood.evaluation.parallel import Team, TeammateError
 
 place, log, team = Path(sys.argv[1]), [], Team.join()
 
@@ -316,6 +316,6 @@ def test_part_that_another_process_did_not_leave(place: Path) -> None:
 
 
 def test_module_is_light() -> None:
-    code = "import traj_ood.parallel as p, sys; p.Team.join(); print({'torch', 'accelerate'} & set(sys.modules))"
+    code = "import sys, traj_ood.evaluation.parallel as p; p.Team.join(); print({*sys.modules} & {'torch', 'timm'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

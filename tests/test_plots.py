@@ -13,9 +13,16 @@ import pytest
 from PIL import Image
 
 from traj_ood.errors import TrajOODError
-from traj_ood.metrics import Metrics
-from traj_ood.plots import attractor_gallery, auroc_bars, dynamics_curves, roc_curves, score_histograms, shared_bins
-from traj_ood.results import Result, ScorerResult, SetScore
+from traj_ood.evaluation.metrics import Metrics
+from traj_ood.evaluation.plots import (
+    attractor_gallery,
+    auroc_bars,
+    dynamics_curves,
+    roc_curves,
+    score_histograms,
+    shared_bins,
+)
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore
 
 RNG = np.random.default_rng(0)
 ID = RNG.gamma(20, 2, 200)
@@ -209,5 +216,5 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
 
 
 def test_plots_never_touch_pyplot() -> None:
-    code = "import sys, traj_ood.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, traj_ood.evaluation.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from traj_ood import CallableAutoencoder, Detector, Normalised, Preprocessing, ScorerSet, TrajOODError, load_autoencoder
 from traj_ood.backbones.image_processor import LARGEST_DIFFERENCE, from_processor, interpolation_of
-from traj_ood.preprocessing import largest_difference, prepare, trial_pictures
+from traj_ood.data.preprocessing import largest_difference, prepare, trial_pictures
 
 GREY = (1, 8, 8)
 

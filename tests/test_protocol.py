@@ -20,8 +20,8 @@ import pytest
 import yaml
 from tiny import VIT, conv, vit, write_benchmark
 
-from traj_ood.compare import PairedScores, delong, paired_bootstrap
-from traj_ood.results import Result
+from traj_ood.evaluation.compare import PairedScores, delong, paired_bootstrap
+from traj_ood.evaluation.results import Result
 
 MEASURED = ["--attractors", "12", "--per-set", "9", "--max-steps", "20", "--device", "cpu", "--quiet"]
 MEASURED += ["--resamples", "50", "--run-resamples", "0"]

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from traj_ood.autoencoders import load_autoencoder
 from traj_ood.data import load_benchmark
+from traj_ood.data.preprocessing import Normalised
 from traj_ood.detector import Detector
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluator import Evaluator, RunConfig
-from traj_ood.files import alone_in
-from traj_ood.parts import Part, PartFolder
-from traj_ood.preprocessing import Normalised
-from traj_ood.results import Result
-from traj_ood.scoring import ScorerSet
-from traj_ood.training import TrainConfig
+from traj_ood.evaluation.evaluator import Evaluator, RunConfig
+from traj_ood.evaluation.results import Result
+from traj_ood.io.files import alone_in
+from traj_ood.io.parts import Part, PartFolder
+from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.training.loop import TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, file locks and /proc are tested on Linux")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -28,14 +28,14 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from traj_ood.errors import TrajOODError
-from traj_ood.gallery import FILE_NAME as GALLERY_NAME
-from traj_ood.gallery import Frames, Mistake, PathSample, Pictures
-from traj_ood.metrics import bootstrap, compute_metrics
+from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
+from traj_ood.evaluation.gallery import Frames, Mistake, PathSample, Pictures
+from traj_ood.evaluation.metrics import bootstrap, compute_metrics
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore
 from traj_ood.report import Run, render, write_report
 from traj_ood.report.figures import Panels, histogram_edges
 from traj_ood.report.svg import INKS, inline_svg
 from traj_ood.report.tables import boards, health_card
-from traj_ood.results import Result, ScorerResult, SetScore
 
 EVIL = "<script>window.hacked=1</script>"
 EVIL_ID = '"><img src=x onerror=window.hacked=1>'

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from traj_ood.errors import TrajOODError
-from traj_ood.files import write_atomic
-from traj_ood.metrics import METRIC_NAMES, Metrics
-from traj_ood.results import Result, ScorerResult, SetScore, environment, git_commit
+from traj_ood.evaluation.metrics import METRIC_NAMES, Metrics
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
 
 
 def make_result(**changes: Any) -> Result:

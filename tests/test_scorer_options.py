@@ -14,19 +14,19 @@ from torch import Tensor
 
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import POSTPROCESSORS, Evidence, Needs, Postprocessor, create_postprocessor, register
-from traj_ood.scoring import ScorerSet
+from traj_ood.scorers import SCORERS, Evidence, Needs, Scorer, create_scorer, register
+from traj_ood.scorers.scorer_set import ScorerSet
 
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[None]:
-    before = dict(POSTPROCESSORS)
+    before = dict(SCORERS)
     yield
-    POSTPROCESSORS.clear()
-    POSTPROCESSORS.update(before)
+    SCORERS.clear()
+    SCORERS.update(before)
 
 
-class Constant(Postprocessor):
+class Constant(Scorer):
     """What every class below needs to be a scorer."""
 
     summary: ClassVar[str] = "nothing"
@@ -75,10 +75,10 @@ class Every(Constant):
 )
 def test_a_label_recreates_its_scorer(option: str, value: Any) -> None:
     register(Every)
-    made = create_postprocessor(f"every:{option}")
+    made = create_scorer(f"every:{option}")
     assert getattr(made, option.partition("=")[0]) == value
     assert type(getattr(made, option.partition("=")[0])) is type(value)
-    assert create_postprocessor(made.label) == made
+    assert create_scorer(made.label) == made
     assert made.label.startswith("every:")
     assert made == Every(**{option.partition("=")[0]: value})
 
@@ -106,7 +106,7 @@ def test_a_label_recreates_its_scorer(option: str, value: Any) -> None:
 def test_values_of_another_kind_are_refused_with_what_is_allowed(option: str, words: str) -> None:
     register(Every)
     with pytest.raises(TrajOODError, match=words):
-        create_postprocessor(f"every:{option}")
+        create_scorer(f"every:{option}")
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_values_whose_label_would_be_another_scorer_are_refused_in_python_too(op
 
 
 def test_every_scorer_of_the_package_is_recreated_by_its_label() -> None:
-    for name, cls in POSTPROCESSORS.items():
-        assert create_postprocessor(name) == cls()
+    for name, cls in SCORERS.items():
+        assert create_scorer(name) == cls()
         assert cls().label == name
     for spec in ("knn:k=none", "knn:reduce=mean", "alignment:target=mean", "early-trajectory:steps=0+1"):
-        assert create_postprocessor(spec).label == spec
+        assert create_scorer(spec).label == spec
 
 
 def test_an_option_without_default_is_asked_for() -> None:
@@ -141,15 +141,15 @@ def test_an_option_without_default_is_asked_for() -> None:
         name: ClassVar[str] = "required"
         k: int
 
-    assert create_postprocessor("required:k=3").label == "required:k=3"
+    assert create_scorer("required:k=3").label == "required:k=3"
     with pytest.raises(TrajOODError, match="scorer required: option k has no default: write required:k="):
-        create_postprocessor("required")
+        create_scorer("required")
 
 
 def bad_classes() -> Iterator[tuple[type, str]]:
     """Classes that are no scorers, with what is said of them."""
 
-    class Abstract(Postprocessor):
+    class Abstract(Scorer):
         name: ClassVar[str] = "abstract"
         summary: ClassVar[str] = "x"
 
@@ -195,15 +195,15 @@ def bad_classes() -> Iterator[tuple[type, str]]:
     yield Unwritable, "Unwritable, option table: expected bool, int, .* got dict"
     yield Unknown, "the annotations of its options cannot be read"
     yield Knn, "scorer name 'knn' is taken by"
-    yield dict, "expected a subclass of traj_ood.Postprocessor"
+    yield dict, "expected a subclass of traj_ood.Scorer"
 
 
 @pytest.mark.parametrize(("cls", "words"), [pytest.param(c, w, id=c.__name__) for c, w in bad_classes()])
 def test_register_refuses_at_once_and_says_what_is_missing(cls: type, words: str) -> None:
-    before = dict(POSTPROCESSORS)
+    before = dict(SCORERS)
     with pytest.raises(TrajOODError, match=words):
         register(cls)
-    assert before == POSTPROCESSORS
+    assert before == SCORERS
 
 
 # ---------------------------------------------------------------------------------------------- labels and dtypes
@@ -236,13 +236,13 @@ def _model(dtype: torch.dtype) -> CallableAutoencoder:
     )
 
 
-SCORERS = ["signature", "knn-auto", "contraction-rate:two_sided=true", "field", "trajectory"]
+CHANGED = ["signature", "knn-auto", "contraction-rate:two_sided=true", "field", "trajectory"]
 
 
 def _scores(dtype: torch.dtype) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(1)
     train, test = (torch.rand(n, 1, 8, 8, generator=draw, dtype=torch.float32) for n in (40, 6))
-    return ScorerSet(_model(dtype), SCORERS, max_steps=20).fit(train).score(test).scores
+    return ScorerSet(_model(dtype), CHANGED, max_steps=20).fit(train).score(test).scores
 
 
 @pytest.mark.parametrize("case", ["a float64 model", "a float64 default"])

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import Evidence, Postprocessor, create_postprocessor
-from traj_ood.postprocessors.feature_norm import FeatureNorm
-from traj_ood.postprocessors.gaussians import distances_to_gaussians, learn_gaussians
-from traj_ood.postprocessors.gmm import GMM
-from traj_ood.postprocessors.isolation_forest import IsolationForest
-from traj_ood.postprocessors.knn_auto import KNNAuto
-from traj_ood.postprocessors.lid import LID
-from traj_ood.postprocessors.pca import KernelPCA, PCAResidual
-from traj_ood.postprocessors.principal import principal_axes
+from traj_ood.scorers import Evidence, Scorer, create_scorer
+from traj_ood.scorers.feature_norm import FeatureNorm
+from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.gmm import GMM
+from traj_ood.scorers.isolation_forest import IsolationForest
+from traj_ood.scorers.knn_auto import KNNAuto
+from traj_ood.scorers.lid import LID
+from traj_ood.scorers.pca import KernelPCA, PCAResidual
+from traj_ood.scorers.principal import principal_axes
 
 SPECS = [
     "pca-residual",
@@ -43,7 +43,7 @@ def evidence(features: Tensor) -> Evidence:
     return Evidence(features={"mean": features})
 
 
-def scores(scorer: Postprocessor, train: Tensor, queries: Tensor) -> np.ndarray:
+def scores(scorer: Scorer, train: Tensor, queries: Tensor) -> np.ndarray:
     return scorer.fit(evidence(train)).score(evidence(queries)).numpy()
 
 
@@ -55,7 +55,7 @@ def scores(scorer: Postprocessor, train: Tensor, queries: Tensor) -> np.ndarray:
 def test_save_load_and_batch_invariance(spec: str, count: int, dimension: int, tmp_path: Path) -> None:
     if dimension == 1 and spec.startswith(("gmm", "kernel", "knn", "pca-residual:")):
         return  # a single number has one direction
-    scorer = create_postprocessor(spec).fit(evidence(draw(count, dimension)))
+    scorer = create_scorer(spec).fit(evidence(draw(count, dimension)))
     queries = draw(140, dimension, seed=1)
     together = scorer.score(evidence(queries))
     assert together.dtype == torch.float64
@@ -64,15 +64,15 @@ def test_save_load_and_batch_invariance(spec: str, count: int, dimension: int, t
     alone = torch.cat([scorer.score(evidence(q)) for q in (queries[:1], queries[1:77], queries[77:])])
     torch.testing.assert_close(alone, together, rtol=1e-9, atol=0)
     scorer.save(tmp_path / "s.safetensors")
-    loaded = create_postprocessor(spec).load(tmp_path / "s.safetensors")
+    loaded = create_scorer(spec).load(tmp_path / "s.safetensors")
     assert torch.equal(loaded.score(evidence(queries)), together)
-    again = create_postprocessor(spec).fit(evidence(draw(count, dimension)))
+    again = create_scorer(spec).fit(evidence(draw(count, dimension)))
     torch.testing.assert_close(again.score(evidence(queries)), together, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s != "feature-norm"])
 def test_far_features_score_higher(spec: str) -> None:
-    scorer = create_postprocessor(spec).fit(evidence(draw(150)))
+    scorer = create_scorer(spec).fit(evidence(draw(150)))
     away = draw(50, seed=1) * torch.linspace(-4, 4, 12)
     assert scorer.score(evidence(draw(50, seed=2))).median() < scorer.score(evidence(away)).median()
 
@@ -90,13 +90,13 @@ def test_far_features_score_higher(spec: str) -> None:
 )
 def test_options_that_cannot_be(spec: str, text: str) -> None:
     with pytest.raises(TrajOODError, match=text):
-        create_postprocessor(spec)
+        create_scorer(spec)
 
 
 @pytest.mark.parametrize("spec", ["pca-residual", "gmm", "kernel-pca"])
 def test_features_that_do_not_differ(spec: str) -> None:
     with pytest.raises(TrajOODError, match=f"scorer {spec}: expected training features "):
-        create_postprocessor(spec).fit(evidence(torch.ones(20, 5)))
+        create_scorer(spec).fit(evidence(torch.ones(20, 5)))
 
 
 # ---------------------------------------------------------------------------------------------- one by one
@@ -166,7 +166,7 @@ def test_one_component_is_the_mahalanobis_distance() -> None:
     scorer = GMM().fit(evidence(train))
     assert len(scorer.state["weights"]) == 1, "a Gaussian needs one component"
     ours = scorer.score(evidence(queries))
-    squared = create_postprocessor("mahalanobis").fit(evidence(train)).score(evidence(queries)).square() / 2
+    squared = create_scorer("mahalanobis").fit(evidence(train)).score(evidence(queries)).square() / 2
     # Up to the normalisation, and the shrinkage of the variances inside the axes.
     torch.testing.assert_close(ours - ours.mean(), squared - squared.mean(), rtol=0, atol=0.02)
 
@@ -243,7 +243,7 @@ def test_knn_auto_is_knn_with_the_k_it_chose() -> None:
     auto = KNNAuto().fit(evidence(train))
     k = int(auto.state["k"])
     assert k in (1, 5, 10, 20, 50)
-    knn = create_postprocessor(f"knn:k={k}").fit(evidence(train))
+    knn = create_scorer(f"knn:k={k}").fit(evidence(train))
     torch.testing.assert_close(auto.score(evidence(queries)), knn.score(evidence(queries)), rtol=1e-9, atol=0)
 
 
@@ -287,15 +287,15 @@ def test_mahalanobis_plus_plus_is_scikit_learns_on_normalised_features() -> None
     train, queries = draw(90), draw(20, seed=1)
     fit = LedoitWolf().fit(normalize(train.double().numpy()))
     expected = np.sqrt(fit.mahalanobis(normalize(queries.double().numpy())))
-    ours = scores(create_postprocessor("mahalanobis:normalize=true"), train, queries)
+    ours = scores(create_scorer("mahalanobis:normalize=true"), train, queries)
     np.testing.assert_allclose(ours, expected, rtol=1e-4)  # we normalise in float32
 
 
 def test_mahalanobis_of_cells_is_their_mean() -> None:
     train, queries = (draw(n * 3, 6, seed=s).reshape(n, 3, 6) for n, s in ((50, 0), (20, 1)))
-    scorer = create_postprocessor("mahalanobis:view=grid")
+    scorer = create_scorer("mahalanobis:view=grid")
     grid = scorer.fit(Evidence(features={"grid": train})).score(Evidence(features={"grid": queries}))
-    cells = [scores(create_postprocessor("mahalanobis"), train[:, c], queries[:, c]) for c in range(3)]
+    cells = [scores(create_scorer("mahalanobis"), train[:, c], queries[:, c]) for c in range(3)]
     np.testing.assert_allclose(grid.numpy(), np.mean(cells, axis=0), rtol=1e-9)
     with pytest.raises(TrajOODError, match="scorer mahalanobis: view=grid has no classes: use view=mean"):
-        create_postprocessor("mahalanobis:view=grid:classes=true")
+        create_scorer("mahalanobis:view=grid:classes=true")

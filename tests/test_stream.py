@@ -33,6 +33,7 @@ from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.data import read_folder, read_image_list
 from traj_ood.data.decoding import open_image
 from traj_ood.detector import Detector, Judgement
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
 from traj_ood.stream import (
     COLUMNS,
@@ -47,7 +48,6 @@ from traj_ood.stream import (
     write_scores,
 )
 from traj_ood.text import unquote_formula
-from traj_ood.trajectory import Status
 
 pytestmark = pytest.mark.filterwarnings("ignore:detector with .* unhealthy attractors")
 STRANGE = [

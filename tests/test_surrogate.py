@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork, load_autoencoder
 from traj_ood.backbones import CallableBackbone, Features
-from traj_ood.engine import iterate
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import default_suite
-from traj_ood.preprocessing import Normalised
-from traj_ood.scoring import ScorerSet
-from traj_ood.trajectory import Status
+from traj_ood.scorers import default_suite
+from traj_ood.scorers.scorer_set import ScorerSet
 
 N, K, CLASSES = 12, 5, 3
 

@@ -17,9 +17,9 @@ from tests import tiny
 from traj_ood import CallableAutoencoder, Detector, NeighborIndex
 from traj_ood.autoencoders import ViTMAE, load_autoencoder
 from traj_ood.backbones.network import ClassifierInputBackbone
-from traj_ood.device import standard_settings
+from traj_ood.data.preprocessing import Preprocessing
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.index import search
-from traj_ood.preprocessing import Preprocessing
 
 THREADS = 8
 

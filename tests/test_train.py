@@ -13,10 +13,10 @@ import tiny
 import torch
 import yaml
 
-from traj_ood import train as train_module
 from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ViTMAE, load_autoencoder
 from traj_ood.errors import TrajOODError
-from traj_ood.train import CONFIGS, Recipe, TrainConfig, _learning_rate, build_autoencoder, train_model
+from traj_ood.training import autoencoder as train_module
+from traj_ood.training.autoencoder import CONFIGS, Recipe, TrainConfig, _learning_rate, build_autoencoder, train_model
 
 VIT = {k: v for k, v in tiny.VIT.items() if k not in ("image_size", "num_channels")}
 RECIPE = {"epochs": 3, "batch_size": 8, "learning_rate": 0.005, "input_noise": 0.1}
@@ -201,7 +201,7 @@ def test_other_images_or_other_code_are_refused(place: Path, monkeypatch: pytest
         train(place, "out")
     path.write_bytes(before)
     with monkeypatch.context() as patch:
-        patch.setattr("traj_ood.training.code_digest", lambda: "0" * 16)
+        patch.setattr("traj_ood.training.loop.code_digest", lambda: "0" * 16)
         with pytest.raises(TrajOODError, match="made with another code: choose another --out or use --fresh"):
             train(place, "out")
     train(place, "out")

@@ -12,12 +12,12 @@ import torch
 import yaml
 from PIL import Image
 
-from traj_ood import train_classifier as room
 from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.data import load_benchmark
+from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
-from traj_ood.preprocessing import Preprocessing
-from traj_ood.train import TrainConfig, train_model
+from traj_ood.training import classifier as room
+from traj_ood.training.autoencoder import TrainConfig, train_model
 
 SIZE = 16
 MODEL = {"architecture": "test_resnet"}

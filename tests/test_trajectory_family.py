@@ -11,18 +11,18 @@ import tiny
 import torch
 from torch import Tensor
 
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.trajectory import Trajectory
 from traj_ood.errors import TrajOODError
-from traj_ood.postprocessors import Evidence, create_postprocessor
-from traj_ood.postprocessors.alignment import Alignment
-from traj_ood.postprocessors.contraction_rate import ContractionRate
-from traj_ood.postprocessors.early_path import EarlyPath
-from traj_ood.postprocessors.early_trajectory import EarlyTrajectory
-from traj_ood.postprocessors.path import held, log_distances, log_lengths
-from traj_ood.postprocessors.path_energy import PathEnergy
-from traj_ood.postprocessors.signature import Signature
-from traj_ood.preprocessing import Normalised
-from traj_ood.scoring import ScorerSet
-from traj_ood.trajectory import Trajectory
+from traj_ood.scorers import Evidence, create_scorer
+from traj_ood.scorers.alignment import Alignment
+from traj_ood.scorers.contraction_rate import ContractionRate
+from traj_ood.scorers.early_path import EarlyPath
+from traj_ood.scorers.early_trajectory import EarlyTrajectory
+from traj_ood.scorers.path import held, log_distances, log_lengths
+from traj_ood.scorers.path_energy import PathEnergy
+from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.scorers.signature import Signature
 
 SPECS = [
     "early-path",
@@ -89,7 +89,7 @@ def test_together_and_alone_whole_and_in_parts(make: type, tmp_path: Path) -> No
         cost, read = scorer.f_evaluations(whole.evidence), scorer.needs().steps
         assert cost == pytest.approx(float(steps.clamp(max=read).double().mean())), spec
         scorer.save(tmp_path / "s.safetensors")
-        loaded = create_postprocessor(spec).load(tmp_path / "s.safetensors")
+        loaded = create_scorer(spec).load(tmp_path / "s.safetensors")
         assert torch.equal(loaded.score(whole.evidence), values), spec
     for spec in specs:
         alone = (
@@ -127,7 +127,7 @@ def test_images_in_another_basin_score_higher(spec: str) -> None:
 )
 def test_options_that_cannot_be(spec: str, text: str) -> None:
     with pytest.raises(TrajOODError, match=text):
-        create_postprocessor(spec)
+        create_scorer(spec)
 
 
 # ---------------------------------------------------------------------------------------------- curves

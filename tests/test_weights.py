@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from traj_ood.backbones import load_backbone
 from traj_ood.backbones.timm_models import new_network
-from traj_ood.checkpoints import read_weights
 from traj_ood.cli import main
+from traj_ood.detector.packing import pack, unpack
 from traj_ood.errors import TrajOODError
-from traj_ood.packing import pack, unpack
-from traj_ood.weights import put_weights
+from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.weights import put_weights
 
 NAME = "test_resnet"
 

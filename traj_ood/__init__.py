@@ -5,6 +5,7 @@ The names below are the public API. They load on first use, so that ``import tra
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,24 +23,29 @@ if TYPE_CHECKING:
     )
     from traj_ood.backbones import Backbone, CallableBackbone, load_backbone
     from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark
+    from traj_ood.data.preprocessing import Normalised, Preprocessing
     from traj_ood.detector import Detector, Judgement
-    from traj_ood.diagnose import Diagnosis
-    from traj_ood.engine import LowPrecision, Norm, Observer, iterate
+    from traj_ood.dynamics.iterate import LowPrecision, Norm, Observer, iterate
+    from traj_ood.dynamics.trajectory import Status, Trajectory
     from traj_ood.errors import TrajOODError
-    from traj_ood.evaluator import Evaluator, RunConfig
-    from traj_ood.fit_surrogate import SurrogateRecipe, surrogate_for
+    from traj_ood.evaluation.diagnose import Diagnosis
+    from traj_ood.evaluation.evaluator import Evaluator, RunConfig
+    from traj_ood.evaluation.metrics import Metrics, bootstrap, compute_metrics
+    from traj_ood.evaluation.results import Result
     from traj_ood.index import NeighborIndex, Neighbors, Recall
-    from traj_ood.metrics import Metrics, bootstrap, compute_metrics
-    from traj_ood.postprocessors import Evidence, Postprocessor, create_postprocessor, register
-    from traj_ood.preprocessing import Normalised, Preprocessing
-    from traj_ood.results import Result
-    from traj_ood.scoring import Scored, ScorerSet
-    from traj_ood.trajectory import Status, Trajectory
+    from traj_ood.scorers import Evidence, Scorer, create_scorer, register
+    from traj_ood.scorers.scorer_set import Scored, ScorerSet
+    from traj_ood.training.surrogate import SurrogateRecipe, surrogate_for
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "attractors": ("AttractorDictionary", "Health", "NearestAttractor", "Verdict"),
+    "attractors": (
+        "AttractorDictionary",
+        "Health",
+        "NearestAttractor",
+        "Verdict",
+    ),
     "autoencoders": (
         "Autoencoder",
         "CallableAutoencoder",
@@ -50,28 +56,78 @@ _HOME = {
         "ViTMAE",
         "load_autoencoder",
     ),
-    "backbones": ("Backbone", "CallableBackbone", "load_backbone"),
-    "data": ("Benchmark", "Split", "list_benchmarks", "load_benchmark"),
-    "detector": ("Detector", "Judgement"),
-    "diagnose": ("Diagnosis",),
-    "engine": ("LowPrecision", "Norm", "Observer", "iterate"),
+    "backbones": (
+        "Backbone",
+        "CallableBackbone",
+        "load_backbone",
+    ),
+    "data": (
+        "Benchmark",
+        "Split",
+        "list_benchmarks",
+        "load_benchmark",
+    ),
+    "data.preprocessing": (
+        "Normalised",
+        "Preprocessing",
+    ),
+    "detector": (
+        "Detector",
+        "Judgement",
+    ),
+    "dynamics.iterate": (
+        "LowPrecision",
+        "Norm",
+        "Observer",
+        "iterate",
+    ),
+    "dynamics.trajectory": (
+        "Status",
+        "Trajectory",
+    ),
     "errors": ("TrajOODError",),
-    "evaluator": ("Evaluator", "RunConfig"),
-    "fit_surrogate": ("SurrogateRecipe", "surrogate_for"),
-    "index": ("NeighborIndex", "Neighbors", "Recall"),
-    "metrics": ("Metrics", "bootstrap", "compute_metrics"),
-    "postprocessors": ("Evidence", "Postprocessor", "create_postprocessor", "register"),
-    "preprocessing": ("Normalised", "Preprocessing"),
-    "results": ("Result",),
-    "scoring": ("Scored", "ScorerSet"),
-    "trajectory": ("Status", "Trajectory"),
+    "evaluation.diagnose": ("Diagnosis",),
+    "evaluation.evaluator": (
+        "Evaluator",
+        "RunConfig",
+    ),
+    "evaluation.metrics": (
+        "Metrics",
+        "bootstrap",
+        "compute_metrics",
+    ),
+    "evaluation.results": ("Result",),
+    "index": (
+        "NeighborIndex",
+        "Neighbors",
+        "Recall",
+    ),
+    "scorers": (
+        "Evidence",
+        "Scorer",
+        "create_scorer",
+        "register",
+    ),
+    "scorers.scorer_set": (
+        "Scored",
+        "ScorerSet",
+    ),
+    "training.surrogate": (
+        "SurrogateRecipe",
+        "surrogate_for",
+    ),
 }
+# The words of the first releases; OpenOOD says postprocessor, too.
+_FORMER = {"Postprocessor": "Scorer", "create_postprocessor": "create_scorer"}
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FORMER:
+        warnings.warn(f"traj_ood.{name} is now traj_ood.{_FORMER[name]}", DeprecationWarning, stacklevel=2)
+        name = _FORMER[name]
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'traj_ood' has no attribute {name!r}")
     return getattr(import_module(f"traj_ood.{_MODULE_OF[name]}"), name)

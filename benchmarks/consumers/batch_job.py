@@ -21,7 +21,7 @@ import torch
 from traj_ood import Detector, Normalised, Status, TrajOODError
 from traj_ood.data import read_folder
 from traj_ood.data.decoding import open_image
-from traj_ood.files import write_atomic
+from traj_ood.io.files import write_atomic
 from traj_ood.text import quote_formula
 
 BATCH = 256

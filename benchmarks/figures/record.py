@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from traj_ood.analysis import Workspace, find_question, options_from
-from traj_ood.device import resolve_device
+from traj_ood.dynamics.device import resolve_device
 from traj_ood.errors import TrajOODError
 
 

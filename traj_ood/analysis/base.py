@@ -37,9 +37,9 @@ from typing import Any, ClassVar, TypeVar
 
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.files import write_atomic
-from traj_ood.results import environment, git_commit
-from traj_ood.trees import read_json
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment, git_commit
+from traj_ood.io.trees import read_json
 
 FILE_NAME = "finding.json"
 SCHEMA = "traj_ood.finding/1"
@@ -187,7 +187,7 @@ class Question(ABC):
             TrajOODError: bad options or data, an unwritable folder.
         """
         self.expect(0 <= self.seed < 2**31, "seed", f"0 to {2**31 - 1}")
-        began, commit = time.perf_counter(), git_commit(Path(__file__).parent)
+        began, commit = time.perf_counter(), git_commit()
         answer = self.answer(work)
         finding = Finding(
             question=self.name,

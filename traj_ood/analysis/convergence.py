@@ -27,14 +27,14 @@ from traj_ood.analysis.singular import spectral_norms
 from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.curves import QUANTILES, curve_quantiles
 from traj_ood.data import ImageSource, Split
-from traj_ood.engine import Norm, iterate
+from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.jacobian import spectral_radii
+from traj_ood.dynamics.trajectory import Trajectory
 from traj_ood.errors import TrajOODError
+from traj_ood.evaluation.curves import QUANTILES, curve_quantiles
 from traj_ood.index import greedy_leaders
-from traj_ood.jacobian import spectral_radii
-from traj_ood.parts import Part
-from traj_ood.trajectory import Trajectory
+from traj_ood.io.parts import Part
 
 _CLOSE = 0.1  # an end point is an attractor when its own remaining error is at most this share of ε
 _STRETCH = 10.0  # the last stretch: from the first error of at most 10 ε to ε
@@ -351,7 +351,7 @@ def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
     tolerance; ``norm`` those of ‖z_t‖; ``running``: the share of samples that had not stopped before the step.
 
     Args:
-        table: of :func:`traj_ood.curves.curve_quantiles`, of one split.
+        table: of :func:`traj_ood.evaluation.curves.curve_quantiles`, of one split.
     """
     every = table["step"].unique()
     steps = every[np.unique(np.linspace(0, len(every) - 1, min(len(every), _CURVE_POINTS)).round().astype(int))]
@@ -418,6 +418,6 @@ def _draw_steps(table: pd.DataFrame, model: str, path: Path) -> None:
 
 
 def _draw_curves(table: pd.DataFrame, tol: float, path: Path) -> None:
-    from traj_ood.plots import dynamics_curves
+    from traj_ood.evaluation.plots import dynamics_curves
 
     dynamics_curves(table, tol, path)

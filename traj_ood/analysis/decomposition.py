@@ -29,7 +29,7 @@ from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL
 from traj_ood.analysis.singular import spectral_norms
 from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.index import NeighborIndex, greedy_leaders
 

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
-from traj_ood.plots import _BLUE, _GREEN, _ORANGE, _PINK, _SKY, _VERMILION, _picture
-from traj_ood.plots import _figure as figure
-from traj_ood.plots import _save as save
+from traj_ood.evaluation.plots import _BLUE, _GREEN, _ORANGE, _PINK, _SKY, _VERMILION, _picture
+from traj_ood.evaluation.plots import _figure as figure
+from traj_ood.evaluation.plots import _save as save
 
 __all__ = ["CYCLE", "Curve", "Panel", "PictureRow", "attractor_rows", "curves", "figure", "picture_rows", "save"]
 

@@ -32,7 +32,7 @@ from traj_ood.autoencoders.language import PREFIX as LANGUAGE_PREFIX
 from traj_ood.autoencoders.language import LanguageModel, load_language_model
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import sample_indices
-from traj_ood.engine import Norm, Observer, iterate
+from traj_ood.dynamics.iterate import Norm, Observer, iterate
 from traj_ood.errors import TrajOODError, unknown_name
 
 DOCUMENTATION = "documentation"

@@ -26,9 +26,9 @@ from traj_ood.analysis.models import (
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.data import ImageSource
+from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import unknown_name
-from traj_ood.preprocessing import Preprocessing
-from traj_ood.training import Recipe
+from traj_ood.training.loop import Recipe
 
 MEMORY_CHOICES = (
     "Memorisation coefficient: cosine to the CLOSEST training image, as the paper's sentence says; its formula prints "

@@ -20,10 +20,10 @@ from traj_ood.analysis.singular import explicit_norms, explicit_radii
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
-from traj_ood.engine import SelfMap, apply_in_chunks, iterate
+from traj_ood.dynamics.iterate import SelfMap, apply_in_chunks, iterate
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
 from traj_ood.index import greedy_leaders
-from traj_ood.trajectory import Status
 
 _STARTS = 15  # grid points per side that trajectories start from; the codes of images are further starts
 _SAME = 0.01  # of the box's diagonal: end points closer than that are one attractor

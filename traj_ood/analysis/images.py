@@ -20,7 +20,7 @@ from traj_ood.data.cifar10_local import CIFAR, ID_CLASSES, NEAR_CLASSES, PER_CLA
 from traj_ood.data.fashion_mnist import FILES, obtain_fashion_mnist, read_fashion_mnist, read_idx
 from traj_ood.data.images import ArrayImages, FileImages, read_folder
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.files import cache_folder, check_writable
+from traj_ood.io.files import cache_folder, check_writable
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from traj_ood.analysis.measures import memorization_coefficients, rank_explainin
 from traj_ood.analysis.models import settle
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import ConvAutoencoder
-from traj_ood.trajectory import Status
+from traj_ood.dynamics.trajectory import Status
 
 SHOWN = 10
 """Decoded attractors that are kept as pictures."""

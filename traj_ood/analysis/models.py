@@ -17,10 +17,10 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork
 from traj_ood.data import ImageSource
-from traj_ood.engine import Observer, iterate
-from traj_ood.files import write_atomic
-from traj_ood.training import Recipe, Run, TrainConfig, TrainingImages
-from traj_ood.trajectory import Trajectory
+from traj_ood.dynamics.iterate import Observer, iterate
+from traj_ood.dynamics.trajectory import Trajectory
+from traj_ood.io.files import write_atomic
+from traj_ood.training.loop import Recipe, Run, TrainConfig, TrainingImages
 
 Loss = Callable[[ConvNetwork, Tensor, torch.Generator], Tensor]
 """(network in training mode, images (B, C, H, W), source of all randomness) → scalar loss."""

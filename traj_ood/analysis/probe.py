@@ -31,9 +31,9 @@ from traj_ood.analysis.subjects import TRAINED, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
-from traj_ood.engine import apply_in_chunks
+from traj_ood.dynamics.iterate import apply_in_chunks
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
-from traj_ood.trajectory import Status
 
 ORTHOGONAL, ATTRACTORS, ONE_STEP = "orthogonal basis", "attractors", "one step"
 DICTIONARIES = (ORTHOGONAL, ATTRACTORS, ONE_STEP)

@@ -18,12 +18,12 @@ from traj_ood.analysis.variants import Variant, variants
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.data import Benchmark, load_benchmark
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.metrics import compute_metrics
-from traj_ood.postprocessors import create_postprocessor
-from traj_ood.preprocessing import Normalised
-from traj_ood.scoring import ScorerSet
-from traj_ood.trajectory import Status
+from traj_ood.evaluation.metrics import compute_metrics
+from traj_ood.scorers import create_scorer
+from traj_ood.scorers.scorer_set import ScorerSet
 
 SCORERS = ("trajectory", "trajectory:horizon=16", "field", "mahalanobis", "reconstruction")
 """The paper's score, its first 16 steps, the field alone, and two that need no dynamics."""
@@ -92,7 +92,7 @@ class Regularizers(Question):
             self.expect(getattr(self, option) > 0, option, "above 0")
         self.expect(2 <= self.starts <= self.images, "starts", f"2 to {self.images} (images)")
         for label in SCORERS:
-            create_postprocessor(label).check_training_size(self.starts)
+            create_scorer(label).check_training_size(self.starts)
 
     @classmethod
     def paper(cls) -> Regularizers:

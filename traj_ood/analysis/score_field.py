@@ -29,7 +29,7 @@ from traj_ood.analysis.grid import plane
 from traj_ood.analysis.mixtures import Mixture, named_mixture
 from traj_ood.analysis.singular import explicit_norms
 from traj_ood.analysis.workspace import Unit, Workspace
-from traj_ood.engine import iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 
 _ENDS = 300  # trajectories that are followed to their end

@@ -18,8 +18,8 @@ from traj_ood.analysis.models import settle
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary, NearestAttractor
 from traj_ood.autoencoders import ConvAutoencoder
-from traj_ood.metrics import compute_metrics
-from traj_ood.trajectory import Status, Trajectory
+from traj_ood.dynamics.trajectory import Status, Trajectory
+from traj_ood.evaluation.metrics import compute_metrics
 
 _GROUPS = ("train", "test", "noise")
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from traj_ood.data.contents import distrust
 from traj_ood.errors import TrajOODError
-from traj_ood.files import write_atomic
-from traj_ood.provenance import code_digest
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import code_digest
 from traj_ood.text import printable
 
 _SCRATCH = re.compile(r"[\w-]+-[0-9a-f]{16}")

@@ -25,6 +25,7 @@ from traj_ood.autoencoders.pairs import PairAutoencoder
 from traj_ood.autoencoders.surrogate import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.autoencoders.vit_mae import ViTMAE
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.provenance import PACKAGE
 
 __all__ = [
     "FEATURE_VIEWS",
@@ -46,7 +47,7 @@ __all__ = [
     "load_autoencoder",
 ]
 
-_BUNDLED = Path(__file__).parents[1] / "models"
+_BUNDLED = PACKAGE / "models"
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.own_modules import halves_of, module_behind, original, tensor_of
-from traj_ood.engine import ROWS, apply_in_chunks
+from traj_ood.data.preprocessing import Preprocessing, declared_preprocessing, network_input
+from traj_ood.dynamics.fixed_function import FixedFunction, check_function, float_type, trial_rows
+from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
-from traj_ood.fixed_function import FixedFunction, check_function, float_type, trial_rows
-from traj_ood.preprocessing import Preprocessing, declared_preprocessing, network_input
-from traj_ood.weights import fingerprint
+from traj_ood.io.weights import fingerprint
 
 View = Literal["tokens", "cls", "mean"]
 VIEWS: tuple[View, ...] = get_args(View)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import read_config
-from traj_ood.engine import rows_per_call
+from traj_ood.data.preprocessing import Preprocessing, check_statistics
+from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError
-from traj_ood.files import write_atomic
-from traj_ood.preprocessing import Preprocessing, check_statistics
-from traj_ood.weights import check_seal, check_weights, refuse_larger, sealed
+from traj_ood.io.files import write_atomic
+from traj_ood.io.weights import check_seal, check_weights, refuse_larger, sealed
 
 STRIDES = 4
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import local_copy, one_line, read_config
-from traj_ood.engine import rows_per_call
+from traj_ood.data.preprocessing import Interpolation, Preprocessing
+from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError
-from traj_ood.preprocessing import Interpolation, Preprocessing
-from traj_ood.pretrained import from_pretrained, use_safetensors
-from traj_ood.weights import check_weights
+from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.weights import check_weights
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 PAPER_SIZE = 256

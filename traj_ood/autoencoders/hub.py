@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError
-from traj_ood.trees import MAX_CONFIG, read_json
+from traj_ood.io.trees import MAX_CONFIG, read_json
 
 
 def local_copy(source: str, files: Sequence[str]) -> Path:

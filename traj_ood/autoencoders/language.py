@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.hub import one_line
-from traj_ood.engine import apply_in_chunks, rows_per_call
+from traj_ood.dynamics.fixed_function import FixedFunction
+from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError
-from traj_ood.fixed_function import FixedFunction
-from traj_ood.pretrained import from_pretrained, use_safetensors
-from traj_ood.weights import check_weights, fingerprint
+from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.weights import check_weights, fingerprint
 
 PREFIX = "causal-lm:"
 Encode = Callable[[str], Sequence[int]]

@@ -35,14 +35,14 @@ from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import local_copy, one_line, read_config
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
 from traj_ood.backbones.image_processor import from_processor
-from traj_ood.checkpoints import read_weights
-from traj_ood.engine import rows_per_call
+from traj_ood.data.preprocessing import Preprocessing, check_statistics
+from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.files import write_atomic
-from traj_ood.preprocessing import Preprocessing, check_statistics
-from traj_ood.pretrained import from_pretrained, use_safetensors
-from traj_ood.trees import MAX_CONFIG, read_json
-from traj_ood.weights import check_weights, put_weights
+from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.files import write_atomic
+from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.weights import check_weights, put_weights
 
 MODEL_TYPE = "traj_ood_pair"
 HEADS = 16

@@ -1,7 +1,8 @@
 """SurrogateAutoencoder: an autoencoder of a frozen backbone's features, whose self-map carries the trajectories.
 
 A classifier has no decoder, so E∘D does not exist for it. The paper's way out (§6.1) is a surrogate autoencoder in the
-latent space of the model of interest, whatever that model was trained for. Training is :mod:`traj_ood.fit_surrogate`.
+latent space of the model of interest, whatever that model was trained for. :mod:`traj_ood.training.surrogate`
+trains it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from traj_ood.autoencoders.base import Autoencoder, Encoding
 from traj_ood.autoencoders.hub import read_config
 from traj_ood.backbones import Backbone, Features, is_backbone_spec, load_backbone
-from traj_ood.engine import apply_in_chunks, rows_per_call
+from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.files import write_atomic
-from traj_ood.trees import read_json
-from traj_ood.weights import check_seal, check_weights, refuse_larger, sealed
+from traj_ood.io.files import write_atomic
+from traj_ood.io.trees import read_json
+from traj_ood.io.weights import check_seal, check_weights, refuse_larger, sealed
 
 MODEL_TYPE = "traj_ood_surrogate"
 Activation = Literal["gelu", "relu", "identity"]

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from traj_ood.autoencoders.base import GRID, Autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
-from traj_ood.checkpoints import read_weights
-from traj_ood.engine import apply_in_chunks, rows_per_call
+from traj_ood.data.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
+from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, warn
-from traj_ood.files import write_atomic
-from traj_ood.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
-from traj_ood.pretrained import from_pretrained, use_safetensors
-from traj_ood.trees import MAX_CONFIG, read_json
-from traj_ood.weights import check_seal, check_weights, fingerprint, refuse_larger, sealed
+from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.files import write_atomic
+from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.weights import check_seal, check_weights, fingerprint, refuse_larger, sealed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from traj_ood.engine import ROWS, apply_in_chunks
+from traj_ood.data.preprocessing import Preprocessing, declared_preprocessing, network_input
+from traj_ood.dynamics.fixed_function import FixedFunction, check_function, trial_rows
+from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
-from traj_ood.fixed_function import FixedFunction, check_function, trial_rows
-from traj_ood.preprocessing import Preprocessing, declared_preprocessing, network_input
-from traj_ood.weights import fingerprint
+from traj_ood.io.weights import fingerprint
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""transformers' image processors (``preprocessor_config.json``) as a :class:`~traj_ood.preprocessing.Preprocessing`."""
+"""transformers' image processors (``preprocessor_config.json``) as a :class:`traj_ood.Preprocessing`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from traj_ood.data.preprocessing import Interpolation, Preprocessing, largest_difference
 from traj_ood.errors import TrajOODError
-from traj_ood.preprocessing import Interpolation, Preprocessing, largest_difference
 
 LARGEST_DIFFERENCE = 2.0
 """Most that our pixels may differ from the library's on the trial pictures, in 1/255; both round a resized byte. They

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from traj_ood.backbones.base import Backbone, Features
+from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
-from traj_ood.preprocessing import Preprocessing
 
 _TRIAL_ROWS = 2
 

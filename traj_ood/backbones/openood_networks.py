@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
 from traj_ood.backbones.network import NetworkBackbone, one_line
-from traj_ood.checkpoints import read_weights
+from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.preprocessing import Preprocessing
-from traj_ood.weights import prefix_of, put_weights
+from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.weights import prefix_of, put_weights
 
 INSTALL = "pip install git+https://github.com/Jingkang50/OpenOOD"
 _HEADS = ("fc", "heads.head", "head")  # where OpenOOD's networks keep their classifier

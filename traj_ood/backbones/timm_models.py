@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from traj_ood.backbones.base import Features
 from traj_ood.backbones.image_processor import check_agreement, interpolation_of
 from traj_ood.backbones.network import NetworkBackbone, one_line, unknown_model
-from traj_ood.checkpoints import read_weights
+from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
-from traj_ood.files import write_atomic
-from traj_ood.preprocessing import Preprocessing
-from traj_ood.trees import MAX_CONFIG, read_json
-from traj_ood.weights import check_weights, prefix_of, put_weights
+from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.files import write_atomic
+from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.weights import check_weights, prefix_of, put_weights
 
 DEFAULT_CROP = 0.875  # timm's, for a config that has none
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -17,10 +17,10 @@ from traj_ood.backbones.network import (
     trial_images,
     unknown_model,
 )
-from traj_ood.checkpoints import read_weights
+from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.preprocessing import Preprocessing
-from traj_ood.weights import check_weights, prefix_of, put_weights
+from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.weights import check_weights, prefix_of, put_weights
 
 
 class TorchvisionBackbone(ClassifierInputBackbone):

@@ -19,10 +19,10 @@ from traj_ood.backbones.network import (
     one_line,
     trial_images,
 )
+from traj_ood.data.preprocessing import Preprocessing, trial_pictures
 from traj_ood.errors import TrajOODError
-from traj_ood.preprocessing import Preprocessing, trial_pictures
-from traj_ood.pretrained import from_pretrained, use_safetensors
-from traj_ood.weights import check_weights
+from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.weights import check_weights
 
 _CLASSIFIER = "ForImageClassification"
 

@@ -86,7 +86,7 @@ def _run(
     import torch
 
     from traj_ood.analysis import Workspace
-    from traj_ood.device import resolve_device
+    from traj_ood.dynamics.device import resolve_device
 
     silence_libraries()
     if threads:

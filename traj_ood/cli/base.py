@@ -16,7 +16,7 @@ import click
 
 from traj_ood.cli.console import fail, lost, note, prepare
 from traj_ood.errors import TrajOODError
-from traj_ood.parallel import TeammateError, is_main_process
+from traj_ood.evaluation.parallel import TeammateError, is_main_process
 
 if TYPE_CHECKING:
     from traj_ood.backbones import Backbone

@@ -27,11 +27,11 @@ from traj_ood.cli.base import (
 )
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
-from traj_ood.parallel import Team
+from traj_ood.evaluation.parallel import Team
 
 if TYPE_CHECKING:
     from traj_ood.autoencoders import Autoencoder
-    from traj_ood.evaluator import Evaluator, RunConfig
+    from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 
 
 @main.command(
@@ -122,8 +122,8 @@ def bench(benchmark: str, **options: Any) -> None:
 
     from traj_ood.attractors import Verdict
     from traj_ood.detector import refuse_inside
-    from traj_ood.leaderboard import render_markdown
-    from traj_ood.plots import plot_run
+    from traj_ood.evaluation.leaderboard import render_markdown
+    from traj_ood.evaluation.plots import plot_run
 
     silence_libraries()
     if options["threads"]:
@@ -152,12 +152,12 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     """What `bench` runs: its data, its model (a surrogate is trained where a backbone is asked for) and settings."""
     from traj_ood.autoencoders import load_autoencoder
     from traj_ood.backbones import is_backbone_spec
+    from traj_ood.backbones.feature_cache import FeatureCache
     from traj_ood.data import load_benchmark
-    from traj_ood.device import resolve_device
-    from traj_ood.evaluator import Evaluator
-    from traj_ood.features import FeatureCache
-    from traj_ood.files import cache_folder
-    from traj_ood.fit_surrogate import surrogate_for
+    from traj_ood.dynamics.device import resolve_device
+    from traj_ood.evaluation.evaluator import Evaluator
+    from traj_ood.io.files import cache_folder
+    from traj_ood.training.surrogate import surrogate_for
 
     config = _run_config(options)
     quiet = options["quiet"] or not team.is_main
@@ -199,7 +199,7 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
 
 
 def _run_config(options: dict[str, Any]) -> RunConfig:
-    from traj_ood.evaluator import RunConfig
+    from traj_ood.evaluation.evaluator import RunConfig
 
     quick = {"attractors": 1000, "per_set": 300} if options["quick"] else {}
     return RunConfig(
@@ -239,8 +239,14 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
 def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, quote_formulas: bool) -> None:
     """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
     from traj_ood.detector import refuse_inside
-    from traj_ood.leaderboard import openood_csv, render_markdown, update_readme, write_csv, write_openood_csv
-    from traj_ood.results import Result
+    from traj_ood.evaluation.leaderboard import (
+        openood_csv,
+        render_markdown,
+        update_readme,
+        write_csv,
+        write_openood_csv,
+    )
+    from traj_ood.evaluation.results import Result
 
     if form == "openood" and readme is not None:
         raise TrajOODError("--readme takes the Markdown table: leave out --format openood, or --readme")

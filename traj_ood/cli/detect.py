@@ -90,10 +90,10 @@ def fit(source: str, **options: Any) -> None:
     """
     import torch
 
-    from traj_ood.conformal import check_count, images_needed
     from traj_ood.data.id_images import choose_id_images
     from traj_ood.detector import Detector
-    from traj_ood.device import resolve_device
+    from traj_ood.detector.conformal import check_count, images_needed
+    from traj_ood.dynamics.device import resolve_device
 
     silence_libraries()
     _check_target(options["out"], options["overwrite"])
@@ -130,7 +130,7 @@ def fit(source: str, **options: Any) -> None:
 def _check_target(out: Path, overwrite: bool) -> None:
     """Refuse a place that is taken, before anything is computed."""
     from traj_ood.detector import FILE_NAME, refuse_inside
-    from traj_ood.files import check_writable
+    from traj_ood.io.files import check_writable
 
     refuse_inside(out.expanduser().absolute().parent)
     is_detector = (out / FILE_NAME).is_file()
@@ -160,7 +160,7 @@ def _model(options: dict[str, Any], chosen: IDImages, device: torch.device) -> A
     from traj_ood.autoencoders import load_autoencoder
     from traj_ood.backbones import is_backbone_spec
     from traj_ood.data import Split
-    from traj_ood.fit_surrogate import surrogate_for
+    from traj_ood.training.surrogate import surrogate_for
 
     check_input_size(options["model"], options["input_size"])
     if not is_backbone_spec(options["model"]):

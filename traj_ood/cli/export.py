@@ -57,9 +57,9 @@ def export(
     """
     import torch
 
+    from traj_ood.data.preprocessing import Normalised
     from traj_ood.detector import Detector
     from traj_ood.export import export_detector
-    from traj_ood.preprocessing import Normalised
 
     silence_libraries()
     if os.path.exists(out) and not overwrite:

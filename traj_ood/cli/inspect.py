@@ -63,9 +63,9 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     from traj_ood.backbones import is_backbone_spec
     from traj_ood.data import load_benchmark
     from traj_ood.detector import refuse_inside
-    from traj_ood.device import resolve_device
-    from traj_ood.diagnose import diagnose as run_diagnosis
-    from traj_ood.fit_surrogate import surrogate_for
+    from traj_ood.dynamics.device import resolve_device
+    from traj_ood.evaluation.diagnose import diagnose as run_diagnosis
+    from traj_ood.training.surrogate import surrogate_for
 
     silence_libraries()
     if out is not None:
@@ -102,9 +102,9 @@ def list_(what: str) -> None:
 
         _section("benchmarks", [(b.name, f"{b.summary}; needs {b.needs}") for b in list_benchmarks()])
     if what in ("scorers", "all"):
-        from traj_ood.postprocessors import POSTPROCESSORS
+        from traj_ood.scorers import SCORERS
 
-        _section("scorers", [(name, f"{c.summary}; options {c().options()}") for name, c in POSTPROCESSORS.items()])
+        _section("scorers", [(name, f"{c.summary}; options {c().options()}") for name, c in SCORERS.items()])
     if what in ("models", "all"):
         from traj_ood.autoencoders import MODELS
 

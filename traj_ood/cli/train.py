@@ -54,8 +54,8 @@ def train(
     import torch
 
     from traj_ood.detector import refuse_inside
-    from traj_ood.device import resolve_device
-    from traj_ood.train import TrainConfig, train_model
+    from traj_ood.dynamics.device import resolve_device
+    from traj_ood.training.autoencoder import TrainConfig, train_model
 
     silence_libraries()
     refuse_inside(out)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
 from traj_ood.data.images import FileImages, ImageSource
+from traj_ood.data.preprocessing import Normalised, Pixels, TakesPictures, check_images, prepare
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.preprocessing import Normalised, Pixels, TakesPictures, check_images, prepare
 
 Images: TypeAlias = "Pixels | ImageSource | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Any"
 """Pixels in memory (uint8, or floats in [0, 1]; tensors or arrays, (B, C, H, W) or one (C, H, W)), an ImageSource, a

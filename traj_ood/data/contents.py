@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from traj_ood.errors import TrajOODError, warn
-from traj_ood.files import cache_folder
+from traj_ood.io.files import cache_folder
 
 FILE_NAME = "contents.sqlite"
 ABSENT = ""

@@ -22,7 +22,7 @@ from typing import Any
 from traj_ood.data.benchmark import Benchmark, Role, Split
 from traj_ood.data.images import FileImages, read_folder, read_image_list
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.trees import read_yaml
+from traj_ood.io.trees import read_yaml
 
 KEYS = ("name", "root", "train", "val", "test", "near", "far")
 LIST_KEYS = ("list", "root")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from traj_ood.errors import TrajOODError
-from traj_ood.files import cache_folder, check_writable
+from traj_ood.io.files import cache_folder, check_writable
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,20 +14,21 @@ from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.conformal import Calibration, check_count, images_needed
 from traj_ood.data.batches import Batch, Images, OnError, batches, count_of, has_own_labels
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.images import FileImages
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.detector.conformal import Calibration, check_count, images_needed
 from traj_ood.detector.folder import Parts, read_detector, write_detector
+from traj_ood.detector.module import as_module
 from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import digests_of
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.index import Approximate, Backend
-from traj_ood.postprocessors import Evidence, Postprocessor
-from traj_ood.preprocessing import Normalised
-from traj_ood.scoring import Scored, ScorerSet, class_numbers, join_evidence
+from traj_ood.scorers import Evidence, Scorer
+from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers, join_evidence
 from traj_ood.text import printable
-from traj_ood.trajectory import Status
 
 OnKnown = Literal["raise", "skip"]
 _MOST_SEEN = 0.01
@@ -41,7 +41,7 @@ class Judgement:
     Attributes:
         scores: (B,) float64, higher = more OOD. +inf stands for every score that is not finite: on such an image the
             model leaves the finite numbers, which no ID image may do, so by rule it is more OOD than any other.
-        p_values: (B,) float64, see :mod:`traj_ood.conformal`; None without calibration.
+        p_values: (B,) float64, see :mod:`traj_ood.detector.conformal`; None without calibration.
         decisions: (B,) bool, True = OOD; None without calibration.
         steps: (B,) int64 evaluations of f; None for scorers that read no step.
         status: (B,) int64, a :class:`traj_ood.Status` each; None for scorers that read no step. The step limit may be
@@ -109,7 +109,7 @@ class Detector:
         return self.scorers.autoencoder
 
     @property
-    def scorer(self) -> Postprocessor:
+    def scorer(self) -> Scorer:
         """The fitted scorer."""
         return self.scorers.scorers[0]
 
@@ -141,7 +141,7 @@ class Detector:
         Args:
             autoencoder: the model, on the device to compute on.
             images: ID training images.
-            scorer: name with options, see :func:`traj_ood.create_postprocessor`. Default ``field``: it needs no
+            scorer: name with options, see :func:`traj_ood.create_scorer`. Default ``field``: it needs no
                 attractors, so it does not depend on whether the dynamics converge.
             labels: N classes (whole numbers or texts) for class-conditional scorers. Default: those that the source,
                 Dataset or DataLoader gives.
@@ -278,13 +278,12 @@ class Detector:
         return Judgement(scores, self.calibration.p_values(scores), self.calibration.decide(scores), steps, status)
 
     def as_module(self, steps: int | None = None) -> nn.Module:
-        """This detector as an nn.Module on image batches; see :func:`traj_ood.export.as_module`.
+        """This detector as an nn.Module on image batches; see :func:`traj_ood.detector.module.as_module`.
 
         Raises:
             TrajOODError: a scorer that cannot be exported.
         """
-        # By name: export stands above the detector, and this is no more than a way to find it.
-        return import_module("traj_ood.export").as_module(self, steps)
+        return as_module(self, steps)
 
     def _calibrated(self) -> Calibration:
         if self.calibration is None:
@@ -341,7 +340,8 @@ class Detector:
         fixed images. Versions of libraries that differ are a warning only: those numbers say whether they matter.
 
         Args:
-            device: see :func:`traj_ood.device.resolve_device`; scores on another device agree to rounding, about 1e-4.
+            device: see :func:`traj_ood.dynamics.device.resolve_device`; scores on another device agree to rounding,
+                about 1e-4.
             autoencoder: the model the detector was fitted with. Needed when its code is your own; it stays on its
                 device when ``device`` is ``auto``.
         Raises:

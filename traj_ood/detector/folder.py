@@ -1,6 +1,6 @@
 """A detector's folder: what is in it, how it is written, and everything that is checked before it is used.
 
-detector.json (the record and the seal), README.md, model/ (see :mod:`traj_ood.packing`), scorer.safetensors,
+detector.json (the record and the seal), README.md, model/ (see :mod:`traj_ood.detector.packing`), scorer.safetensors,
 training.safetensors (digests of the training images), and where there are any attractors.safetensors and
 calibration.safetensors.
 """
@@ -21,19 +21,19 @@ from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.conformal import Calibration
 from traj_ood.detector.card import card
+from traj_ood.detector.conformal import Calibration
+from traj_ood.detector.packing import check_same, field_of, pack, unpack
 from traj_ood.detector.probe import check_probe, probe
 from traj_ood.detector.scorer import forget_fit, one_scorer
-from traj_ood.detector.sealed import open_sealed, replaced_folder, seal
 from traj_ood.detector.tensors import read_tensors, specs_of
-from traj_ood.device import resolve_device
+from traj_ood.dynamics.device import resolve_device
 from traj_ood.errors import TrajOODError, warn
-from traj_ood.files import write_atomic
-from traj_ood.packing import check_same, field_of, pack, unpack
-from traj_ood.postprocessors.options import write_option
-from traj_ood.results import environment
-from traj_ood.scoring import ScorerSet
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment
+from traj_ood.io.sealed import open_sealed, replaced_folder, seal
+from traj_ood.scorers.options import write_option
+from traj_ood.scorers.scorer_set import ScorerSet
 
 FILE_NAME = "detector.json"
 SCHEMA = "traj_ood.detector/1"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from traj_ood.backbones.network import one_line
 from traj_ood.errors import TrajOODError
-from traj_ood.scoring import ScorerSet
+from traj_ood.scorers.scorer_set import ScorerSet
 
 _STEPS = 2  # few enough that no chaos has magnified the rounding of another device
 _COORDINATES = 16

@@ -9,8 +9,8 @@ from typing import get_args
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import Approximate, Backend
-from traj_ood.postprocessors import WHOLE_PATH
-from traj_ood.scoring import ScorerSet
+from traj_ood.scorers import WHOLE_PATH
+from traj_ood.scorers.scorer_set import ScorerSet
 
 
 def one_scorer(

@@ -1,9 +1,9 @@
 """A detector as one file for other runtimes, or as an nn.Module: fixed steps, any batch size, attractors inside."""
 
+from traj_ood.detector.module import DetectorModule, as_module
 from traj_ood.export.check import ALLOWED, Agreement, real_images, relative_difference
 from traj_ood.export.file import SCHEMA, Exported, describe, export_detector
 from traj_ood.export.formats import FORMATS, Format, open_file
-from traj_ood.export.module import DetectorModule, as_module
 
 __all__ = [
     "ALLOWED",

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from traj_ood.data.decoding import AS_STORED
+from traj_ood.data.preprocessing import Pixels, Preprocessing, as_pixels, prepare
 from traj_ood.detector import refuse_inside
+from traj_ood.detector.fixed_steps import reference, same_score
+from traj_ood.detector.module import DetectorModule, HasScorers, as_module
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.export.check import ALLOWED, Agreement, agreement, real_images
-from traj_ood.export.fixed import reference, same_score
 from traj_ood.export.formats import FORMATS, INPUT, OUTPUT, Format, open_file, write
-from traj_ood.export.module import DetectorModule, HasScorers, as_module
-from traj_ood.files import write_atomic
-from traj_ood.preprocessing import Pixels, Preprocessing, as_pixels, prepare
-from traj_ood.results import environment
+from traj_ood.io.files import write_atomic
+from traj_ood.io.provenance import environment
 
 SCHEMA = "traj_ood.export/1"
 _QUANTILES = 100

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, Literal, get_args
 import torch
 from torch import Tensor
 
+from traj_ood.detector.module import DetectorModule
+from traj_ood.detector.step import can_scan
 from traj_ood.errors import TrajOODError
-from traj_ood.export.module import DetectorModule
-from traj_ood.export.step import can_scan
 
 Format = Literal["onnx", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from traj_ood.device import standard_settings
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.errors import TrajOODError
 from traj_ood.index.flat import Approximate, Backend, FaissApproximate, check_approximate, flat_backend
 from traj_ood.index.groups import greedy_leaders, leaders_in_cells

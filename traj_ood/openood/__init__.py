@@ -15,7 +15,11 @@ openood is imported when a function here needs it, and never before.
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +45,6 @@ __all__ = [
     "register",
     "write_configs",
 ]
-
-_CONFIGS = Path(__file__).parent.parent / "configs" / "openood"
 
 
 def register(config_root: str | Path | None = None) -> list[str]:
@@ -73,11 +75,24 @@ def register(config_root: str | Path | None = None) -> list[str]:
 
 
 def config_root() -> str:
-    """The folder with the yml files of this package's own scorers, for ``Evaluator(config_root=…)``.
+    """A folder with the yml files of all scorers that are registered, for ``Evaluator(config_root=…)``.
 
     It holds no others: given this folder and one of OpenOOD's own names, OpenOOD downloads that yml file into it.
     """
-    return str(_CONFIGS)
+    folder = _own_configs()
+    write_configs(folder / "postprocessors", keep=True)  # a scorer may have been registered since
+    return str(folder)
+
+
+@cache
+def _own_configs() -> Path:
+    """A folder of this process, which goes when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="traj_ood-openood-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+_own_root = config_root  # an argument has its name below
 
 
 def evaluator(
@@ -113,7 +128,7 @@ def evaluator(
     if isinstance(net, AutoencoderNet):
         options.setdefault("preprocessor", preprocessor(net))
     if isinstance(postprocessor, str):
-        own = _CONFIGS if postprocessor in openood_names() else None
+        own = _own_root() if postprocessor in openood_names() else None
         folder = config_root or own  # None lets OpenOOD find its own
         options |= {"postprocessor_name": postprocessor, "config_root": str(folder) if folder else None}
     else:
@@ -141,7 +156,7 @@ def postprocessor(
     """A scorer such as ``trajectory:horizon=16`` as the instance that ``Evaluator(postprocessor=…)`` takes.
 
     Args:
-        spec: see :func:`traj_ood.create_postprocessor`.
+        spec: see :func:`traj_ood.create_scorer`.
         attractors, seed, tol, max_steps: see :class:`Settings`.
         sweep: option → values, which turns OpenOOD's automatic parameter search on. Default: none.
     Raises:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.benchmark import sample_indices
+from traj_ood.dynamics.fixed_function import KnownWeights
 from traj_ood.errors import TrajOODError, warn
-from traj_ood.fixed_function import KnownWeights
 from traj_ood.openood.library import load_library
 from traj_ood.openood.loaders import check_normalisation, count_of, ids_of, read
 from traj_ood.openood.nets import AutoencoderNet, FeatureModel, backbone_of, device_of
 from traj_ood.openood.settings import Settings
-from traj_ood.postprocessors import Evidence, Needs, create_postprocessor
-from traj_ood.scoring import ScorerSet, join_evidence
+from traj_ood.scorers import Evidence, Needs, create_scorer
+from traj_ood.scorers.scorer_set import ScorerSet, join_evidence
 
 
 class Bridge:
@@ -124,7 +124,7 @@ class Bridge:
                 f", got {list(hyperparam)}"
             )
         chosen = dict(zip(self.settings.sweep, hyperparam, strict=True))
-        create_postprocessor(self.settings.spec(**chosen))
+        create_scorer(self.settings.spec(**chosen))
         self._chosen = chosen
 
     def get_hyperparam(self) -> list[Any]:
@@ -147,7 +147,7 @@ class Bridge:
         self.args_dict = dict(possible)
 
     def _needs(self) -> Needs:
-        return functools.reduce(lambda a, b: a | b, (create_postprocessor(s).needs() for s in self.settings.grid()))
+        return functools.reduce(lambda a, b: a | b, (create_scorer(s).needs() for s in self.settings.grid()))
 
     def _model_of(self, net: nn.Module, loader: Any) -> Autoencoder:
         """The model that the scorer reads: an autoencoder as it is, a classifier with what the scorer needs of it."""
@@ -160,7 +160,7 @@ class Bridge:
         needs = self._needs()
         if not (needs.distances or needs.steps or needs.reconstruction):
             return FeatureModel(backbone)
-        from traj_ood.fit_surrogate import fit_surrogate
+        from traj_ood.training.surrogate import fit_surrogate
 
         parts = [backbone.extract(batch["data"]).features.cpu() for batch in read(loader, range(count_of(loader)))]
         model = fit_surrogate(backbone, torch.cat(parts), seed=self.settings.seed)
@@ -302,7 +302,7 @@ def _on_cpu(evidence: Evidence) -> Evidence:
 def _refusal(spec: str, count: int) -> TrajOODError | None:
     """Why a scorer cannot learn from ``count`` images, or None."""
     try:
-        create_postprocessor(spec).check_training_size(count)
+        create_scorer(spec).check_training_size(count)
     except TrajOODError as error:
         return error
     return None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.backbones import Backbone, CallableBackbone, Features
+from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
-from traj_ood.preprocessing import Preprocessing
 
 
 class AutoencoderNet(nn.Module):

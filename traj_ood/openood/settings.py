@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.files import write_atomic
-from traj_ood.postprocessors import POSTPROCESSORS, create_postprocessor
-from traj_ood.postprocessors.base import FeatureScorer
+from traj_ood.io.files import write_atomic
+from traj_ood.scorers import SCORERS, create_scorer
+from traj_ood.scorers.base import FeatureScorer
 
 PREFIX = "traj_ood_"
 """Of every name here: OpenOOD has a ``knn``, ``vim``, ``msp``, … of its own."""
@@ -33,7 +33,7 @@ _LEARNING = ("attractors", "seed", "tol", "max_steps")
 
 def openood_names() -> dict[str, str]:
     """OpenOOD's name → traj_ood's, for every registered scorer."""
-    return {PREFIX + name.replace("-", "_"): name for name in POSTPROCESSORS}
+    return {PREFIX + name.replace("-", "_"): name for name in SCORERS}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Settings:
             raise TrajOODError(f"{where}: APS_mode asks for a search, but postprocessor_sweep is empty: turn it off")
         made = cls(openood_names()[name], options, **learning, sweep=sweep, search=search)
         for spec in made.grid():
-            create_postprocessor(spec)
+            create_scorer(spec)
         return made
 
     def spec(self, **changes: Any) -> str:
@@ -113,13 +113,13 @@ def config_section(spec: str, *, search: bool, sweep: Mapping[str, Sequence[Any]
     """What stands under ``postprocessor`` in a yml file: a scorer's options written out, and how it learns.
 
     Args:
-        spec: see :func:`traj_ood.create_postprocessor`.
+        spec: see :func:`traj_ood.create_scorer`.
         search, sweep: see :class:`Settings`.
         learning: ``attractors``, ``seed``, ``tol``, ``max_steps``. Default: those of :class:`Settings`.
     Raises:
         TrajOODError: a bad spec.
     """
-    scorer = create_postprocessor(spec)
+    scorer = create_scorer(spec)
     options = scorer.options()
     if isinstance(scorer, FeatureScorer) and ":view=" not in spec:
         options["view"] = AUTO
@@ -137,9 +137,7 @@ def config_text(scorer: str) -> str:
     import yaml
 
     section = config_section(scorer, search=False, sweep=SWEEPS.get(scorer, {}))
-    note = (
-        f"# {POSTPROCESSORS[scorer].summary}\n# Written by traj_ood.openood.write_configs from the scorer's defaults.\n"
-    )
+    note = f"# {SCORERS[scorer].summary}\n# Written by traj_ood.openood.write_configs from the scorer's defaults.\n"
     return note + yaml.safe_dump({"postprocessor": section}, sort_keys=False, default_flow_style=None, width=100)
 
 

@@ -19,9 +19,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from traj_ood.gallery import Pictures, view_limits
-from traj_ood.metrics import RECALL
-from traj_ood.plots import down_to_tolerance, shared_bins
+from traj_ood.evaluation.gallery import Pictures, view_limits
+from traj_ood.evaluation.metrics import RECALL
+from traj_ood.evaluation.plots import down_to_tolerance, shared_bins
 from traj_ood.report.svg import INKS, inline_svg
 
 Floats = NDArray[np.float64]
@@ -170,7 +170,7 @@ def line_of(n: int) -> tuple[str, str]:
 
 
 def histogram_edges(id_scores: Floats, sets: Mapping[str, Floats]) -> Floats:
-    """Bin edges that all panels of a scorer share, see :func:`traj_ood.plots.shared_bins`."""
+    """Bin edges that all panels of a scorer share, see :func:`traj_ood.evaluation.plots.shared_bins`."""
     return shared_bins([id_scores, *sets.values()], bins=40)
 
 

@@ -17,15 +17,15 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.files import write_atomic
-from traj_ood.gallery import Frames, Mistake, Pictures, chosen_scorers
+from traj_ood.evaluation.gallery import Frames, Mistake, Pictures, chosen_scorers
+from traj_ood.evaluation.results import ScorerResult
+from traj_ood.io.files import write_atomic
 from traj_ood.report.figures import QUANTITIES, Panels, histogram_edges, line_of
 from traj_ood.report.runs import Run
 from traj_ood.report.tables import Board, HealthCard, Row, boards, health_card, provenance
-from traj_ood.results import ScorerResult
 from traj_ood.text import printable
-from traj_ood.trajectory import Status
 
 FILE_NAME = "report.html"
 
@@ -39,7 +39,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorers: Seq
         folder: results, of one run or of many.
         out: the page. Default: ``report.html`` in ``folder``.
         scorers: labels to show in detail, in this order, or ``["all"]``; default: those of
-            :func:`traj_ood.gallery.chosen_scorers`.
+            :func:`traj_ood.evaluation.gallery.chosen_scorers`.
     Raises:
         TrajOODError: no runs, a damaged file, an unknown scorer, or a place that cannot be written.
     """

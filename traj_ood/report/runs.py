@@ -10,9 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from traj_ood.errors import TrajOODError
-from traj_ood.gallery import FILE_NAME as GALLERY_NAME
-from traj_ood.gallery import Pictures
-from traj_ood.results import FILE_NAME, Result
+from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
+from traj_ood.evaluation.gallery import Pictures
+from traj_ood.evaluation.results import FILE_NAME, Result
 
 
 @dataclass(frozen=True)

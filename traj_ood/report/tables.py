@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from traj_ood.attractors import Verdict
-from traj_ood.leaderboard import REGIONS, groups_of, leaderboard
-from traj_ood.metrics import METRIC_NAMES
+from traj_ood.evaluation.leaderboard import REGIONS, groups_of, leaderboard
+from traj_ood.evaluation.metrics import METRIC_NAMES
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore
 from traj_ood.report.runs import Run
-from traj_ood.results import Result, ScorerResult, SetScore
 
 NAN = float("nan")
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.contents import hash_file, stamp
 from traj_ood.data.decoding import Reading, open_image
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
-from traj_ood.preprocessing import Normalised
 from traj_ood.stream.paths import Entry
 from traj_ood.text import one_line
-from traj_ood.trajectory import Status
 
 if TYPE_CHECKING:
     from traj_ood.detector import Detector, Judgement

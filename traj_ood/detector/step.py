@@ -1,0 +1,149 @@
+"""One step of f with all that is measured there, and the loop over it, which a graph holds once for all steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+
+from traj_ood.autoencoders import Autoencoder, FeatureView
+from traj_ood.detector.dense_index import DenseIndex
+from traj_ood.detector.pinned_tensors import Tensors
+
+_ROWS = 3  # of the example while a step is recorded: 0 and 1 would count as constants
+
+
+class Step(nn.Module):
+    """As one round of :func:`traj_ood.iterate`, with every sample in it: one that has settled stays where it is, and
+    what it would measure is NaN, as everywhere past a sample's end.
+
+    Args:
+        autoencoder: the model. attractors: by view in which distances are measured.
+        views: of the points that are kept. tol: on the squared residual.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, attractors: Tensors, views: Sequence[FeatureView], tol: float) -> None:
+        super().__init__()
+        self.network, self.attractors = autoencoder.module, attractors
+        self._autoencoder, self._tol, self._views = autoencoder, tol, tuple(views)
+
+    @property
+    def names(self) -> list[str]:
+        """Of what :meth:`measure` returns."""
+        return ["norm", *(f"distance/{view}" for view in self.attractors.all())]
+
+    def prepare(self) -> list[Tensor]:
+        """What every step needs and no step changes: float64 copies of the attractors, and their squared lengths."""
+        return [t for points in self.attractors.all().values() for t in DenseIndex(points).prepared]
+
+    def forward(self, latents: Tensor, running: Tensor, first: Tensor, *prepared: Tensor) -> tuple[Tensor, ...]:
+        """Latents (B, *L), (B,) bool and a bool → the next two, squared residuals (B,), the measures (B,) each, and
+        the views (B, …) of the points."""
+        images = self._autoencoder.self_map(latents.clone())  # it may begin with an operation in place
+        squared = lengths(images - latents).double().square()
+        running = running & squared.isfinite() & lengths(images).isfinite()
+        moved = torch.where(running.view(-1, *[1] * (latents.ndim - 1)), images, latents)
+        residuals = torch.where(running, squared, torch.nan)
+        measures = self.measure(moved, running, *prepared)
+        points = [latent_view(self._autoencoder, moved, view).clone() for view in self._views]  # scan shares no memory
+        # A first residual is no difference of two images of f: it settles nothing.
+        return moved, running & ((squared >= self._tol) | first), residuals, *measures, *points
+
+    def measure(self, latents: Tensor, running: Tensor, *prepared: Tensor) -> list[Tensor]:
+        """(B,) float64 each: ‖z‖, and the distance to the nearest attractor in each view."""
+        found = [lengths(latents).double()]
+        for number, (view, points) in enumerate(self.attractors.all().items()):
+            index = DenseIndex(points, (prepared[2 * number], prepared[2 * number + 1]))
+            found.append(index.nearest(latent_view(self._autoencoder, latents, view)).distances[:, 0])
+        return [torch.where(running, values, torch.nan) for values in found]
+
+
+Loop = Callable[[Tensor, Tensor, int, list[Tensor]], list[Tensor]]
+"""(latents, running, steps, prepared) → what :class:`Step` returns: the last two, the rest stacked (steps, B, …)."""
+
+
+def plain_loop(step: Step) -> Loop:
+    """One call of ``step`` after the other."""
+
+    def run(latents: Tensor, running: Tensor, steps: int, prepared: list[Tensor]) -> list[Tensor]:
+        columns: list[tuple[Tensor, ...]] = []
+        for number in range(steps):
+            first = torch.tensor(number == 0, device=latents.device)
+            latents, running, *rest = step(latents, running, first, *prepared)
+            columns.append(tuple(rest))
+        return [latents, running, *(torch.stack(column) for column in zip(*columns, strict=True))]
+
+    return run
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """``step`` as a graph of tensors alone, for torch's ``scan``: its body may refer to nothing outside.
+
+    Attributes:
+        graph: tensors, then latents, running, first and what is prepared → as :class:`Step`.
+        names: of the tensors that are the step's own parameters and buffers, None for a constant.
+        constants: those that are no one's, such as a fixed order of patches, in their order.
+    """
+
+    step: Step
+    graph: Any
+    names: tuple[str | None, ...]
+    constants: Tensors
+
+    @classmethod
+    def of(cls, step: Step, latents: Tensor) -> RecordedStep:
+        """Record ``step`` at latents (B, *L) for any B."""
+        batch = {0: torch.export.Dim("batch")}
+        start = latents[:1].expand(_ROWS, *latents.shape[1:]).contiguous()
+        running, first, prepared = torch.ones(_ROWS, dtype=torch.bool), torch.tensor(True), step.prepare()
+        shapes: tuple[Any, ...] = (batch, batch, None, *([tuple(None for _ in prepared)] if prepared else []))
+        program = torch.export.export(step, (start, running, first, *prepared), dynamic_shapes=shapes, strict=False)
+        specs = [s for s in program.graph_signature.input_specs if s.kind != InputKind.USER_INPUT]
+        own = _own(step)
+        loose = {str(s.target): program.constants[str(s.target)] for s in specs if str(s.target) not in own}
+        names = tuple(str(s.target) if str(s.target) in own else None for s in specs)
+        return cls(step, program.graph_module, names, Tensors(loose))
+
+    def loop(self) -> Loop:
+        """A ``scan`` over the graph."""
+        scan = import_module("torch._higher_order_ops.scan").scan_op
+
+        def run(latents: Tensor, running: Tensor, steps: int, prepared: list[Tensor]) -> list[Tensor]:
+            own, loose = _own(self.step), iter(self.constants.all().values())
+            tensors = [next(loose) if name is None else own[name] for name in self.names]
+            count = len(tensors)
+
+            def body(latents: Tensor, running: Tensor, first: Tensor, *rest: Tensor) -> list[Tensor]:
+                return list(self.graph(*rest[:count], latents, running, first, *rest[count:]))
+
+            first = torch.arange(steps, device=latents.device) == 0
+            return list(scan(body, [latents, running], [first], (*tensors, *prepared)))
+
+        return run
+
+
+def can_scan() -> bool:
+    """Whether this torch has a ``scan`` that both files can hold; it is a prototype there."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= (2, 9)
+
+
+def lengths(latents: Tensor) -> Tensor:
+    """(B,) ‖z‖."""
+    return latents.flatten(1).norm(dim=1)
+
+
+def latent_view(model: Autoencoder, latents: Tensor, view: Any) -> Tensor:
+    """As :class:`traj_ood.ScorerSet` reads it."""
+    return model.grid(latents) if view == "grid" else model.view(latents, view)
+
+
+def _own(step: Step) -> dict[str, Tensor]:
+    named = step.named_parameters(remove_duplicate=False), step.named_buffers(remove_duplicate=False)
+    return {name: tensor for part in named for name, tensor in part}

@@ -1,0 +1,270 @@
+"""A network as a fixed function: evaluation mode, torch's standard settings, one thread at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.dynamics.device import standard_settings
+from traj_ood.errors import TrajOODError
+from traj_ood.io.weights import fingerprint
+
+_ROWS = 2
+"""Of a trial: enough for one image to stand beside another."""
+_FLOATS = (torch.float32, torch.float64)
+_SAMPLED, _FEWEST = 2**15, 16
+"""Values of a model's weights that are looked at in all, and at least of a tensor."""
+
+
+class FixedFunction:
+    """What wraps a network: a name and a module. :meth:`fixed` is around every pass through it.
+
+    Attributes:
+        name: what errors call it. module: the network.
+    """
+
+    name: str
+    module: nn.Module
+    _is_tried: bool = False
+
+    def modules_used(self) -> tuple[nn.Module, ...]:
+        """Every network whose weights and training flags decide what comes out."""
+        return (self.module,)
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Evaluation mode for all modules and the device's ``standard_settings``, in one thread at a time.
+
+        The caller's training flags and settings come back at the end, also after an error. Re-entrant. Entered once a
+        pass, not once a step. Gradients are left as they are.
+
+        Raises:
+            TrajOODError: weights that are neither float32 nor float64.
+        """
+        modules = sorted(self.modules_used(), key=id)  # one order for all, so that no two threads wait for each other
+        held: list[nn.Module] = _INSIDE.__dict__.setdefault("modules", [])
+        if all(any(module is other for other in held) for module in modules):  # a pass inside a pass
+            yield
+            return
+        for module in modules:
+            _check_type(self.name, module)
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(_lock_of(module))
+            stack.enter_context(standard_settings())
+            for module in modules:
+                stack.enter_context(_evaluation_mode(module))
+            held.extend(modules)
+            stack.callback(held.__delitem__, slice(len(held) - len(modules), None))
+            yield
+
+    def try_once(self) -> None:
+        """:meth:`try_out`, the first time that this model is used."""
+        if not self._is_tried:
+            self.try_out()
+            self._is_tried = True
+
+    def try_out(self) -> None:
+        """Refuse a network that is no fixed function; called under :meth:`fixed` and without gradients.
+
+        Raises:
+            TrajOODError: see :func:`check_function`.
+        """
+
+
+def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
+    """:meth:`FixedFunction.fixed` of the model whose method ``function`` is; standard settings for any other one."""
+    owner = getattr(function, "__self__", None)
+    return owner.fixed() if isinstance(owner, FixedFunction) else standard_settings()
+
+
+def name_around(function: Callable[..., Any]) -> str:
+    """What errors call ``function``: f, with its model's name where it is a model's."""
+    owner = getattr(function, "__self__", None)
+    return f"{owner.name}: f" if isinstance(owner, FixedFunction) else "f"
+
+
+def float_type(module: nn.Module) -> torch.dtype | None:
+    """What a module takes: the type of its weights, float32 where they are of several, None where it has none."""
+    types = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return (types.pop() if len(types) == 1 else torch.float32) if types else None
+
+
+def _check_type(name: str, module: nn.Module) -> None:
+    short = {p.dtype for p in module.parameters() if p.is_floating_point()} - set(_FLOATS)
+    if short:
+        found = " and ".join(sorted(str(t).removeprefix("torch.") for t in short))
+        raise TrajOODError(
+            f"{name}: expected float32 or float64 weights, got {found}: convert the model with .float(); steps as "
+            "short as the tolerance need it"
+        )
+
+
+# ---------------------------------------------------------------------- evaluation mode, one thread at a time
+
+_INSIDE = threading.local()
+"""What this thread holds."""
+_GUARD = threading.Lock()
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_SWITCHED: dict[nn.Module, int] = {}
+"""Modules that were in training mode, and how many passes hold them in evaluation mode: parts may be shared."""
+
+
+def _lock_of(module: nn.Module) -> threading.RLock:
+    with _GUARD:
+        return _LOCKS.setdefault(getattr(module, "_orig_mod", module), threading.RLock())  # what torch.compile wraps
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """The flags alone: a module's own ``eval`` and ``train`` may do more, and could not be undone."""
+    with _GUARD:
+        held = [part for part in module.modules() if getattr(part, "training", False) or part in _SWITCHED]
+        for part in held:
+            _SWITCHED[part] = _SWITCHED.get(part, 0) + 1
+            part.training = False
+    try:
+        yield
+    finally:
+        with _GUARD:
+            for part in held:
+                _SWITCHED[part] -= 1
+                if not _SWITCHED[part]:
+                    del _SWITCHED[part]
+                    part.training = True
+
+
+# ---------------------------------------------------------------------- is it one?
+
+
+def check_answer(name: str, answer: object, rows: int) -> Tensor:
+    """``answer`` as the tensor of ``rows`` rows that it has to be.
+
+    Raises:
+        TrajOODError: names the function, what it returned, and what to return.
+    """
+    if not isinstance(answer, Tensor):
+        raise TrajOODError(f"{name}: expected one tensor, got {type(answer).__name__}: return the tensor alone")
+    if not answer.ndim or len(answer) != rows:
+        raise TrajOODError(
+            f"{name}: expected {rows} rows for {rows} rows, got shape {tuple(answer.shape)}: return one row for each, "
+            "in their order"
+        )
+    return answer
+
+
+def check_function(name: str, function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
+    """Refuse a function of rows (n, …) whose answer to a row is not that row's alone, or not the same twice.
+
+    Rounding is let pass: 16 units in the last place between two calls of one shape, half of the digits between places
+    in a batch. A network that takes no other batches than ``chunk`` rows is tried on as many.
+
+    Returns:
+        The answers to two rows.
+    Raises:
+        TrajOODError: it draws random numbers, or looks at other rows of the batch; says what to do.
+    """
+
+    def call(rows: Tensor) -> Tensor:
+        return check_answer(name, function(rows), len(rows))
+
+    rows = inputs[:_ROWS]
+    try:
+        first = call(rows)
+    except TrajOODError:
+        raise
+    except Exception:  # any network, any error: the caller's own call names it, if this one has it, too
+        rows = rows.repeat(-(-chunk // len(rows)), *[1] * (rows.ndim - 1))[:chunk]
+        first = call(rows)
+    eps = torch.finfo(first.dtype).eps if first.is_floating_point() else 1.0
+    moved = _difference(call(rows), first)
+    if moved > 16 * eps:
+        raise TrajOODError(
+            f"{name} draws random numbers: two calls on the same images differ by {moved:.1e} of the largest value: "
+            "return the mean in place of a sample, and switch off dropout and noise in evaluation mode"
+        )
+    copies = [call(rows[i : i + 1].expand_as(rows).contiguous()) for i in range(len(inputs[:_ROWS]))]
+    moved = max(_difference(answer, first[i : i + 1].expand_as(answer)) for i, answer in enumerate(copies))
+    if moved > eps**0.5:
+        raise TrajOODError(
+            f"{name} depends on batch-mates: an image among others and among copies of itself differ by {moved:.1e} of "
+            "the largest value: let every row depend on its own image alone, such as with running statistics in place "
+            "of the batch's (BatchNorm with track_running_stats, LayerNorm, GroupNorm)"
+        )
+    return first[:_ROWS]
+
+
+def trial_rows(shape: tuple[int, ...], like: nn.Module) -> Tensor:
+    """A dark and a bright image (2, C, H, W) of noise in [0, 1], always the same, as ``like`` takes them."""
+    noise = torch.rand(_ROWS, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    images = (noise + torch.arange(_ROWS).view(-1, *[1] * len(shape))) / _ROWS
+    device = next((p.device for p in like.parameters()), images.device)
+    return images.to(device, float_type(like) or images.dtype)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest |a − b| as a share of the largest |b|, where both are finite."""
+    known = a.isfinite() & b.isfinite()
+    if a.shape != b.shape or not bool(known.any()):
+        return 0.0
+    return float((a - b)[known].abs().max() / b[known].abs().max().clamp(min=torch.finfo(b.dtype).tiny))
+
+
+# ---------------------------------------------------------------------- are its weights what they were?
+
+
+class KnownWeights:
+    """A model's weights and buffers as they are now, to notice later that they are others.
+
+    A look compares the tensors' identities and version counters and a sample of their values, which also sees what goes
+    past the counters (``parameter.data``). Where those differ a hash of all values decides, so that moving a model, or
+    loading equal weights into it, changes nothing.
+    """
+
+    def __init__(self, model: FixedFunction) -> None:
+        self._name, self._modules = model.name, model.modules_used()
+        self._digest = self._hash()
+        self._mark()
+
+    def check(self) -> None:
+        """Raises ``TrajOODError`` where they are others."""
+        if self._marks == self._look() and torch.equal(self._values, torch.cat(self._sample)):
+            return
+        if self._hash() != self._digest:
+            raise TrajOODError(
+                f"{self._name}: its weights, or batch statistics, have changed since the scorer was fitted: fit again, "
+                "or load the weights that it was fitted with"
+            )
+        self._mark()
+
+    def _mark(self) -> None:
+        tensors = self._tensors()
+        share = max(_FEWEST, _SAMPLED // max(1, len(tensors)))
+        self._marks, self._sample = (
+            self._look(),
+            [torch.zeros(1, device="cpu"), *(_sample_of(t, share) for t in tensors)],
+        )
+        self._values = torch.cat(self._sample)
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for module in self._modules for part in (module.parameters(), module.buffers()) for t in part]
+
+    def _look(self) -> list[tuple[int, int, int]]:
+        return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors()]
+
+    def _hash(self) -> list[str]:
+        return [fingerprint(module, None) for module in self._modules]
+
+
+def _sample_of(tensor: Tensor, count: int) -> Tensor:
+    """A view of at most ``count`` of the values, all over the tensor, whatever order they lie in."""
+    values = tensor.detach()
+    size = min(tensor.numel(), values.untyped_storage().nbytes() // values.element_size() - values.storage_offset())
+    step = -(-size // count) | 1  # odd: rows are of even lengths, and a column is not the tensor
+    return values.as_strided((-(-size // step),), (step,)) if size > 0 else values.flatten()

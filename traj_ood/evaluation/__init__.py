@@ -1,0 +1,1 @@
+"""Tables from a benchmark: the evaluator, metrics, results, leaderboards, comparisons and plots."""

@@ -1,0 +1,403 @@
+"""Is one scorer better than another on the same images? DeLong's test on one set, a paired bootstrap over many.
+
+Both tests are paired: the two scorers saw the same images, and an image that is hard for one is often hard for the
+other. Scores are float64 and HIGHER = MORE OOD; only their ranks count. A difference is always a − b.
+
+Neither test knows of the chance of training: over several models or attractor samples they say whether a difference
+of the *mean over these very runs* could be an accident of the test images. How much runs differ is another question,
+which their standard deviation answers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.evaluation.metrics import RECALL, Counts, Floats, check_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESAMPLES = 1000
+"""Default: the smallest p it can give is 2 / 1,001, well below 0.01, and 25 draws lie beyond either end of a 95 %
+interval."""
+
+# Ids of crops (traj_ood.data.fashion.crops): all with the same prefix are parts of one picture. The faces are named
+# alike, but each of them is a picture of its own.
+_CROP = re.compile(r"(skimage/(?!lfw/)[^/]+)/\d+")
+_CHUNK_COUNTS = 2**20  # counts per array of a chunk of resamples: 8 MiB each, a dozen at a time
+
+
+class DeLong(NamedTuple):
+    """Two AUROCs on the same images, and the test of their difference; see :func:`delong`."""
+
+    auroc_a: float
+    auroc_b: float
+    z: float
+    p: float
+
+
+def delong(id_scores_a: ArrayLike, ood_scores_a: ArrayLike, id_scores_b: ArrayLike, ood_scores_b: ArrayLike) -> DeLong:
+    """DeLong's test of two correlated AUROCs (DeLong et al. 1988), in O(N log N) as Sun and Xu (2014).
+
+    The placement of an OOD image is the share of ID images it scores above, ties counted half, and the reverse for an
+    ID image; a scorer's AUROC is the mean of either. With D the differences of placements between the scorers,
+    Var(AUROC_a − AUROC_b) = var(D over OOD)/m + var(D over ID)/n, and z is normal under the hypothesis of no
+    difference. Sun and Xu read placements from ranks; binary search in the sorted other side gives the same numbers.
+
+    Args:
+        id_scores_a, id_scores_b: (n,) of the two scorers, the same n >= 2 images in the same order.
+        ood_scores_a, ood_scores_b: (m,), likewise m >= 2.
+    Returns:
+        ``(auroc_a, auroc_b, z, p)``, z > 0 where a is better, p two-sided. Where no image's placement differs in any
+        other way than all others' the variance is 0: then z = 0 and p = 1 for equal AUROCs (two perfect scorers), and
+        z = ±∞ and p = 0 for unequal ones.
+    Raises:
+        TrajOODError: empty or non-finite scores, vectors of different length, or a single image.
+    """
+    id_a, id_b = _paired("ID", id_scores_a, id_scores_b)
+    ood_a, ood_b = _paired("OOD", ood_scores_a, ood_scores_b)
+    above_a, below_a = _placements(id_a, ood_a)
+    above_b, below_b = _placements(id_b, ood_b)
+    difference = float(np.mean(above_a - above_b))
+    variance = np.var(above_a - above_b, ddof=1) / len(ood_a) + np.var(below_a - below_b, ddof=1) / len(id_a)
+    # Placements are multiples of 1/2n and 1/2m: what is smaller than these allow is rounding.
+    if abs(difference) < 0.25 / (len(id_a) * len(ood_a)):
+        difference = 0.0
+    deviation = math.sqrt(float(variance)) if variance > 1e-24 else 0.0
+    z = difference / deviation if deviation else math.copysign(math.inf, difference) if difference else 0.0
+    return DeLong(float(np.mean(above_a)), float(np.mean(above_b)), z, math.erfc(abs(z) / math.sqrt(2)))
+
+
+def _paired(name: str, a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
+    first, second = check_scores(a, f"{name} (a)"), check_scores(b, f"{name} (b)")
+    if len(first) != len(second):
+        raise TrajOODError(
+            f"paired test: expected both scorers on the same {name} images, got {len(first)} and {len(second)} scores; "
+            "score the same images with both"
+        )
+    if len(first) < 2:
+        raise TrajOODError(f"paired test: expected at least 2 {name} images, got 1; one image has no variance")
+    return first, second
+
+
+def _placements(id_scores: Floats, ood_scores: Floats) -> tuple[Floats, Floats]:
+    """For each OOD image the share of ID images below it (m,), for each ID image that of OOD images above it (n,)."""
+
+    def below(values: Floats, others: Floats) -> Floats:
+        ordered = np.sort(others)
+        return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (
+            2.0 * len(others)
+        )
+
+    return below(ood_scores, id_scores), 1.0 - below(id_scores, ood_scores)
+
+
+# ---------------------------------------------------------------------------------------------- paired scores
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """Scores of two scorers, a and b, on the images of one benchmark, in R runs (models, attractor samples).
+
+    Attributes:
+        id: (2, R, n) float64 of the n ID test images.
+        ood: for each OOD set (2, R, m).
+        pictures: for each OOD set made of crops (m,), the number 0, 1, … of the picture that an image was cut from.
+            The images of the other sets, and ID images, are independent of each other.
+
+    Raises:
+        TrajOODError: no OOD set, other shapes, numbers of pictures with gaps, or scores that are not finite.
+    """
+
+    id: Floats
+    ood: Mapping[str, Floats]
+    pictures: Mapping[str, Counts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.ood:
+            raise TrajOODError("paired scores: expected at least 1 OOD set, got none; name one")
+        runs = self.id.shape[1] if self.id.ndim == 3 else 0
+        for name, scores in (("ID", self.id), *self.ood.items()):
+            if scores.ndim != 3 or scores.shape[:2] != (2, runs) or scores.size == 0:
+                raise TrajOODError(
+                    f"paired scores of {name}: expected shape (2, runs, images) with the same runs for every set, got "
+                    f"{scores.shape}"
+                )
+            check_scores(scores.reshape(-1), name)
+        for name, numbers in self.pictures.items():
+            if name not in self.ood:
+                raise unknown_name("OOD set with pictures", name, list(self.ood))
+            if numbers.shape != self.ood[name].shape[2:] or set(numbers) != set(range(int(numbers.max()) + 1)):
+                raise TrajOODError(
+                    f"pictures of {name}: expected a number from 0 without gaps for each of {self.ood[name].shape[2]} "
+                    f"images, got {len(set(numbers.ravel()))} different ones, shape {numbers.shape}"
+                )
+
+    @property
+    def runs(self) -> int:
+        return self.id.shape[1]
+
+    @classmethod
+    def from_tables(cls, tables: Sequence[pd.DataFrame], a: str, b: str) -> PairedScores:
+        """From the ``scores.parquet`` tables of one or several runs on the same images.
+
+        Args:
+            tables: columns ``split``, ``role``, ``id`` and one per scorer; rows may stand in any order.
+            a, b: columns of the two scorers.
+        Raises:
+            TrajOODError: no table, a scorer that a table lacks (with near names), images that differ between runs, a
+                table without ID test images or without an OOD set, or scores that are not finite.
+        """
+        if not tables:
+            raise TrajOODError("paired scores: expected the scores of at least 1 run, got none")
+        blocks: dict[str, list[Floats]] = {}
+        roles: dict[str, str] = {}
+        first: dict[str, list[str]] = {}
+        for number, table in enumerate(tables):
+            for label in (a, b):
+                if label not in table.columns:
+                    raise unknown_name(f"scorer of run {number}", label, _scorers(table))
+            for (split, role), rows in table.groupby(["split", "role"], sort=False):
+                part = rows.sort_values("id")
+                ids = part["id"].tolist()
+                if number and ids != first.get(str(split)):
+                    raise TrajOODError(
+                        f"paired scores: the images of {split} in run {number} are not those of run 0: compare runs on "
+                        "the same images only"
+                    )
+                first[str(split)], roles[str(split)] = ids, str(role)
+                blocks.setdefault(str(split), []).append(part[[a, b]].to_numpy(dtype=np.float64).T)
+        short = next((s for s, found in blocks.items() if len(found) != len(tables)), None)
+        if short is not None:
+            raise TrajOODError(f"paired scores: expected the split {short} in all {len(tables)} runs, got it in fewer")
+        stacked = {split: np.stack(found, axis=1) for split, found in blocks.items()}
+        tests = [split for split, role in roles.items() if role == "test"]
+        if len(tests) != 1:
+            raise TrajOODError(f"paired scores: expected one split of role test, got {', '.join(tests) or 'none'}")
+        ood = {s: v for s, v in stacked.items() if roles[s] in ("near", "far")}
+        numbered = {s: _numbered_pictures(first[s]) for s in ood}
+        return cls(stacked[tests[0]], ood, {s: n for s, n in numbered.items() if n.max() + 1 < len(n)})
+
+
+def _numbered_pictures(ids: Sequence[str]) -> Counts:
+    """(m,): the picture that each image is cut from, in order of appearance; an image that is no crop is its own."""
+    numbers: dict[str, int] = {}
+    matches = ((i, _CROP.fullmatch(i)) for i in ids)
+    return np.array([numbers.setdefault(m[1] if m else i, len(numbers)) for i, m in matches], dtype=np.int64)
+
+
+def _scorers(table: pd.DataFrame) -> list[str]:
+    own = ("split", "role", "id", "trajectory_steps", "trajectory_status")
+    return [str(c) for c in table.columns if c not in own]
+
+
+# ---------------------------------------------------------------------------------------------- paired bootstrap
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure of both scorers, ``a − b`` with its interval ``low`` … ``high``, and the two-sided p of no difference.
+
+    All but p are fractions in [−1, 1], means over runs (and sets), or medians over sets.
+    """
+
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """AUROC (more is better) and the paper's FPR@95 (less is better) of two scorers."""
+
+    auroc: Difference
+    fpr95: Difference
+
+
+@dataclass(frozen=True)
+class BootstrapComparison:
+    """``mean`` is over all sets of all suites, each set with equal weight; ``suites`` are the means within each suite
+    and ``sets`` single sets, both in the order given. ``points`` (S, 2, 2), all sets × figures × scorers, and ``draws``
+    (S, 2, 2, B) are what they were made from: other summaries of the same resamples come from them."""
+
+    mean: Comparison
+    suites: tuple[Comparison, ...]
+    sets: tuple[dict[str, Comparison], ...]
+    points: Floats = field(repr=False, compare=False)
+    draws: Floats = field(repr=False, compare=False)
+    level: float = 0.95
+
+    def without(self, *left_out: tuple[int, str]) -> Comparison:
+        """Means over all sets but these, each given as the number of its suite and its name.
+
+        Raises:
+            TrajOODError: a set that is not there, or none is left.
+        """
+        names = [(number, name) for number, suite in enumerate(self.sets) for name in suite]
+        absent = [pair for pair in left_out if pair not in names]
+        if absent:
+            raise TrajOODError(f"sets left out: expected some of {names}, got {absent}")
+        kept = [i for i, pair in enumerate(names) if pair not in left_out]
+        if not kept:
+            raise TrajOODError(f"sets left out: expected to keep at least 1 of {len(names)} sets, got all left out")
+        return _compare(self.points[kept], self.draws[kept], self.level)
+
+    def median(self) -> Comparison:
+        """The median over sets of the difference on each; ``a`` and ``b`` are each scorer's own median, whose
+        difference is another number."""
+        own, points = np.median(self.points, axis=0), np.median(self.points[:, :, 0] - self.points[:, :, 1], axis=0)
+        draws = np.median(self.draws[:, :, 0] - self.draws[:, :, 1], axis=0)
+        found = (_difference(own[k, 0], own[k, 1], draws[k], self.level) for k in range(2))
+        return Comparison(*(replace(d, difference=float(points[k])) for k, d in enumerate(found)))
+
+
+def paired_bootstrap(
+    suites: Sequence[PairedScores], *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> BootstrapComparison:
+    """Bootstrap over images of the difference of mean AUROC and of mean FPR@95 between two scorers.
+
+    In each resample the ID images of every suite and the images of every OOD set are drawn with replacement, once, for
+    both scorers and for all runs: an image is a cluster, whatever the number of runs that scored it. A run's ID images
+    are the same draw for all of its sets. Figures are averaged over runs, then over sets.
+
+    Where images are crops of ``pictures``, the pictures are drawn, as many as there are, and each brings all of its
+    crops: 1,000 crops of three pictures are three observations. So few clusters make a rough interval, rather too
+    narrow than too wide. Sets are drawn independently, also two that were cut from the same pictures.
+
+    p is two-sided from the share of resamples on the other side of zero, 2 · min(#{d ≤ 0} + 1, #{d ≥ 0} + 1) /
+    (resamples + 1), at most 1: never 0. The interval is the percentiles'. Sets get p-values of their own, which are
+    not corrected for being many.
+
+    Args:
+        suites: one or several benchmarks; the same two scorers in each.
+        resamples: default 1,000.
+        seed: of the draws; the same seed gives the same intervals.
+        level: of the intervals, default 0.95.
+    Raises:
+        TrajOODError: no suite, ``resamples`` < 1, or ``level`` outside (0, 1).
+    """
+    if not suites:
+        raise TrajOODError("paired bootstrap: expected at least 1 suite, got none")
+    if resamples < 1:
+        raise TrajOODError(f"resamples: expected at least 1, got {resamples}; {RESAMPLES} is the default")
+    if not 0.0 < level < 1.0:
+        raise TrajOODError(f"level: expected a share between 0 and 1, got {level}; 0.95 is the default")
+    streams = np.random.SeedSequence(seed).spawn(len(suites))
+    measured = [_figures(suite, resamples, stream) for suite, stream in zip(suites, streams, strict=True)]
+
+    all_points, all_draws = (np.concatenate([m[k] for m in measured]) for k in range(2))
+    return BootstrapComparison(
+        mean=_compare(all_points, all_draws, level),
+        suites=tuple(_compare(*m, level) for m in measured),
+        sets=tuple(
+            {name: _compare(points[i : i + 1], draws[i : i + 1], level) for i, name in enumerate(suite.ood)}
+            for suite, (points, draws) in zip(suites, measured, strict=True)
+        ),
+        points=all_points,
+        draws=all_draws,
+        level=level,
+    )
+
+
+def _compare(points: Floats, draws: Floats, level: float) -> Comparison:
+    """From (S, 2, 2) and (S, 2, 2, B), sets × figures × scorers, to the means over the sets."""
+    figures = zip(points.mean(axis=0), draws.mean(axis=0), strict=True)
+    return Comparison(*(_difference(p[0], p[1], d[0] - d[1], level) for p, d in figures))
+
+
+def _difference(a: float, b: float, draws: Floats, level: float) -> Difference:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum())) + 1
+    p = min(1.0, 2.0 * beyond / (len(draws) + 1))
+    return Difference(float(a), float(b), float(a - b), float(low), float(high), p)
+
+
+def _figures(suite: PairedScores, resamples: int, stream: np.random.SeedSequence) -> tuple[Floats, Floats]:
+    """Figures of one suite, averaged over its runs: (S, 2, 2) as they are and (S, 2, 2, B) resampled; sets × (AUROC,
+    FPR@95) × scorers (× resamples)."""
+    pairs = [(s, r) for s in range(2) for r in range(suite.runs)]
+    columns = [_Column(suite.id[s, r], {name: scores[s, r] for name, scores in suite.ood.items()}) for s, r in pairs]
+
+    def average(counts: dict[str, Counts], id_counts: Counts) -> Floats:
+        each = np.stack([c.figures(id_counts, counts) for c in columns])  # (2 R, S, 2, B)
+        return each.reshape(2, suite.runs, *each.shape[1:]).mean(axis=1).transpose(1, 2, 0, 3)
+
+    sizes = {name: scores.shape[2] for name, scores in suite.ood.items()}
+    once = average({name: _ones(m) for name, m in sizes.items()}, _ones(suite.id.shape[2]))
+    # One stream per split: the draws do not depend on the size of a chunk.
+    own, *others = (np.random.default_rng(s) for s in stream.spawn(1 + len(sizes)))
+    pictures = [suite.pictures.get(name) for name in sizes]
+    width = max(1, _CHUNK_COUNTS // max(suite.id.shape[2], *sizes.values()))
+    chunks = []
+    for start in range(0, resamples, width):
+        count = min(width, resamples - start)
+        id_counts = _resample(suite.id.shape[2], count, own)
+        each = zip(sizes.items(), others, pictures, strict=True)
+        counts = {name: _resample(m, count, draws, numbers) for (name, m), draws, numbers in each}
+        chunks.append(average(counts, id_counts))
+    return once[..., 0], np.concatenate(chunks, axis=-1)
+
+
+def _ones(count: int) -> Counts:
+    return np.ones((count, 1), dtype=np.int64)
+
+
+def _resample(images: int, count: int, draws: np.random.Generator, pictures: Counts | None = None) -> Counts:
+    """(images, count): how often each image was drawn, in ``count`` resamples; with its picture where it has one."""
+    if pictures is not None:
+        return _resample(int(pictures.max()) + 1, count, draws)[pictures]
+    drawn = draws.integers(images, size=(count, images))
+    drawn += images * np.arange(count)[:, None]
+    return np.ascontiguousarray(np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).T)
+
+
+class _Column:
+    """One scorer in one run: its scores sorted once, so that a resample, a count for each image, costs sums only."""
+
+    def __init__(self, id_scores: Floats, ood: Mapping[str, Floats]) -> None:
+        self._order = np.argsort(id_scores, kind="stable")
+        self._id = id_scores[self._order]
+        self._sets = {name: _SortedSet(self._id, scores) for name, scores in ood.items()}
+
+    def figures(self, id_counts: Counts, ood_counts: Mapping[str, Counts]) -> Floats:
+        """(S, 2, B) AUROC and FPR@95 by set, of counts (n, B) of the ID images and (m, B) of those of each set."""
+        below = np.zeros((len(self._id) + 1, id_counts.shape[1]), dtype=np.int64)
+        np.cumsum(id_counts[self._order], axis=0, out=below[1:])
+        images = len(self._id)
+        # The threshold keeps at least 95 % of ID, compared as shares as in metrics.py.
+        kept = int(np.argmax(np.arange(images + 1) / images >= RECALL))
+        threshold = self._id[(below[1:] < kept).sum(axis=0)]
+        return np.stack([s.figures(below, threshold, ood_counts[name]) for name, s in self._sets.items()])
+
+
+class _SortedSet:
+    """The images of one OOD set among the sorted ID scores (n,)."""
+
+    def __init__(self, id_scores: Floats, scores: Floats) -> None:
+        self._order = np.argsort(scores, kind="stable")
+        self._scores = scores[self._order]
+        self._left = np.searchsorted(id_scores, self._scores, side="left")
+        self._right = np.searchsorted(id_scores, self._scores, side="right")
+
+    def figures(self, below: Counts, threshold: Floats, counts: Counts) -> Floats:
+        """(2, B): AUROC and FPR@95 from the cumulative ID counts (n + 1, B), the thresholds (B,) and counts (m, B)."""
+        own = counts[self._order]
+        # Weighted rank sum: an ID image below an OOD image wins, one at the same score counts half.
+        wins = np.einsum("mb,mb->b", own, below[self._left] + below[self._right])
+        total = own.sum(axis=0)  # differs between resamples where pictures have different numbers of crops
+        accepted = np.zeros((len(own) + 1, own.shape[1]), dtype=np.int64)
+        np.cumsum(own, axis=0, out=accepted[1:])
+        last = np.searchsorted(self._scores, threshold, side="right")
+        fpr = np.take_along_axis(accepted, last[None], axis=0)[0] / total
+        return np.stack([wins / (2.0 * total * below[-1]), fpr])

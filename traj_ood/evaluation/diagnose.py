@@ -1,0 +1,458 @@
+"""Can a model's attractors be trusted? Measures the self-map f = E∘D and ends in a verdict with reason and remedy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from traj_ood.attractors import AttractorDictionary, Health, Verdict
+from traj_ood.attractors.health import (
+    HEALTHY_DISTINCT,
+    RANDOM_EXPLAINED,
+    SAME,
+    Facts,
+    directions,
+    drawn_attractors,
+    explained,
+    explained_hidden,
+    judge,
+    reconstruction_errors,
+    share_stable,
+    still_falling,
+)
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.data import Benchmark, ImageSource, Split
+from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.jacobian import Derivative, spectral_radii
+from traj_ood.dynamics.trajectory import Status
+from traj_ood.errors import TrajOODError
+from traj_ood.evaluation.curves import curve_quantiles
+from traj_ood.io.files import write_atomic
+from traj_ood.io.parts import Part
+
+FILE_NAME = "diagnosis.json"
+
+COMMON = 0.5
+"""Least share of held-out images at known attractors, and of images that keep theirs under noise. Below it the
+verdict stands, but scores depend on which training images were drawn, or on noise nobody sees: a caution."""
+
+_LEAST = 2 * HEALTHY_DISTINCT  # of fewer images, hardly any model has 10 distinct attractors
+_BATCH = 512  # the last, slow trajectories of a batch run in chunks of their own: the fewer batches, the fewer chunks
+_NOISY = 200  # images of the noise test: ± 3.5 % (one standard error) at worst
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """K attractors, those that most training images end at first.
+
+    Attributes:
+        decoded: (K, C, H, W) D(z*) in the model's normalised units; None where D does not end at images.
+        nearest: (K, C, H, W) the training image of the sample whose target is nearest to D(z*), and ids: its id.
+        visits: training images of the sample that end at the attractor.
+        radii: spectral radii of the Jacobian.
+        limits: (2, C) darkest and brightest value of the training images, for drawing.
+    """
+
+    decoded: Tensor | None
+    nearest: Tensor
+    ids: tuple[str, ...]
+    visits: tuple[int, ...]
+    radii: tuple[float, ...]
+    limits: Tensor
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` measured; shares are fractions, None where there was nothing to measure them on.
+
+    Attributes:
+        benchmark, model: names; fingerprint: of the model.
+        settings: what decides the numbers: images, held_out (number), held_out_split, seed, tol, max_steps, noise.
+        health: of the dictionary of the training images.
+        held_out_converged: share of held-out ID trajectories that converged.
+        still_falling: share of the training trajectories at the step limit whose residual was still falling.
+        known: share of held-out ID images that converge to an attractor of the training images.
+        agreement: share of held-out images, among those that converge, that end at the same attractor with noise added.
+        radii: spectral radius of the Jacobian at sampled attractors; stable: share below 1; derivative: how.
+        explained: share of the held-out images' variance that D(E(x)) explains (of the features' for a surrogate).
+        explained_hidden: the same on hidden patches, for masked autoencoders.
+        verdict: the word, its reason and the remedy. cautions: sentences on what does not decide the verdict.
+        curves: residuals and norms over steps (see :func:`traj_ood.evaluation.curves.curve_quantiles`).
+        gallery: attractors to look at; None without any.
+    """
+
+    benchmark: str
+    model: str
+    fingerprint: str
+    settings: dict[str, Any]
+    health: Health
+    held_out_converged: float
+    still_falling: float | None
+    known: float | None
+    agreement: float | None
+    radii: tuple[float, ...]
+    stable: float | None
+    derivative: Derivative | None
+    explained: float
+    explained_hidden: float | None
+    verdict: Verdict
+    cautions: tuple[str, ...]
+    curves: pd.DataFrame = field(repr=False, compare=False)
+    gallery: Gallery | None = field(repr=False, compare=False)
+
+    @property
+    def meaningful(self) -> bool:
+        """Whether scores against this model's attractors say something."""
+        return self.verdict.meaningful
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers and words, ready for JSON; curves and pictures are files of their own."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("curves", "gallery")}
+        kept |= {"health": self.health.as_dict(), "verdict": asdict(self.verdict), "meaningful": self.meaningful}
+        return json.loads(json.dumps(kept))
+
+    def report(self) -> str:
+        """The findings for a terminal: one a line, then the verdict."""
+        lines = [f"{self.model} on {self.benchmark}", *(f"  {name:<21}{text}" for name, text in _findings(self))]
+        lines += ["", f"Verdict: {self.verdict.text}"]
+        lines += [f"Caution: {text}." for text in self.cautions]
+        return "\n".join(lines)
+
+    def save(self, folder: Path) -> None:
+        """Write diagnosis.json, curves.parquet, dynamics.png and, where there are attractors, attractors.png.
+
+        Raises:
+            TrajOODError: a folder that cannot be written.
+        """
+        from traj_ood.evaluation.plots import attractor_gallery, dynamics_curves
+
+        write_atomic(folder / "curves.parquet", lambda file: self.curves.to_parquet(file, index=False))
+        dynamics_curves(self.curves, max(self.settings["tol"], _SMALLEST_TOL), folder / "dynamics.png")
+        if self.gallery is not None:
+            shown = self.gallery
+            captions = [f"{n:,} images\nradius {r:.3f}" for n, r in zip(shown.visits, shown.radii, strict=True)]
+            title = f"Attractors of {self.model}, and the nearest of {self.health.count:,} training images"
+            decoded = None if shown.decoded is None else shown.decoded.numpy()
+            limits = shown.limits.numpy()
+            attractor_gallery(decoded, shown.nearest.numpy(), captions, limits, title, folder / "attractors.png")
+        text = json.dumps(self.as_dict(), indent=2, sort_keys=True)
+        write_atomic(folder / FILE_NAME, (text + "\n").encode())
+
+
+_SMALLEST_TOL = 1e-30  # a line at 0 has no place on a logarithmic axis
+
+
+def diagnose(
+    autoencoder: Autoencoder,
+    benchmark: Benchmark,
+    *,
+    images: int = 500,
+    seed: int = 0,
+    tol: float = 1e-5,
+    max_steps: int = 500,
+    noise: float = 0.1,
+    quiet: bool = True,
+) -> Diagnosis:
+    """Measure whether the attractors of f = E∘D exist, attract and mean something on a benchmark's ID images.
+
+    Args:
+        autoencoder: on the device to compute on.
+        benchmark: its training split makes the attractors; its val split, or without one as many other training images,
+            is held out. Neither test nor OOD images are touched.
+        images: most training images, and most held-out ones. Default 500: shares are then known to ± 2 %.
+        seed: of the training sample, the noise and the attractors that are looked at.
+        tol, max_steps: of :func:`traj_ood.iterate`; defaults are the paper's.
+        noise: standard deviation, in the model's normalised units, of what is added to an image to see whether it
+            keeps its attractor. Default 0.1, hardly visible.
+        quiet: no progress bar.
+    Raises:
+        TrajOODError: fewer than 10 images to learn from, or noise that is not positive.
+    """
+    train, held = _splits(benchmark, images, seed)
+    if not noise > 0:
+        raise TrajOODError(f"diagnose: expected noise above 0, got {noise}; 0.1 is the default")
+    total = len(train.images) + len(held.images) + min(_NOISY, len(held.images))
+    with tqdm(total=total, desc="diagnose", unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False) as bar:
+        walker = _Walker(autoencoder, tol, max_steps, bar)
+        known = walker.walk(train)
+        unseen = walker.walk(held)
+        agreement = walker.agreement(held, unseen, noise, seed)
+    health = known.dictionary.health()
+    share, hidden = _explained(autoencoder, known, unseen)
+    gallery, derivative = _gallery(autoencoder, train, known, seed)
+    radii = gallery.radii if gallery is not None else ()
+    facts = _Facts(
+        held_out_converged=float((unseen.dictionary.statuses == Status.CONVERGED).double().mean()),
+        still_falling=still_falling(known.residuals, known.dictionary.statuses),
+        known=_known_share(known.dictionary, unseen.dictionary),
+        agreement=agreement,
+        radii=radii,
+        stable=share_stable(radii),
+        derivative=derivative,
+        explained=share,
+        explained_hidden=hidden,
+    )
+    verdict = judge(health, facts)
+    return Diagnosis(
+        benchmark=benchmark.name,
+        model=autoencoder.name,
+        fingerprint=autoencoder.fingerprint(),
+        settings={
+            "images": len(train.images),
+            "held_out": len(held.images),
+            "held_out_split": held.name,
+            "seed": seed,
+            "tol": tol,
+            "max_steps": max_steps,
+            "noise": noise,
+        },
+        health=health,
+        **vars(facts),
+        verdict=verdict,
+        cautions=_cautions(verdict, facts, noise),
+        curves=pd.concat([w.curves for w in (known, unseen)], ignore_index=True),
+        gallery=gallery,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the verdict
+
+
+@dataclass(frozen=True)
+class _Facts(Facts):
+    """The measurements beyond the dictionary's health; see :class:`Diagnosis`."""
+
+    held_out_converged: float
+    known: float | None
+    agreement: float | None
+    derivative: Derivative | None
+
+
+def _cautions(verdict: Verdict, facts: _Facts, noise: float) -> tuple[str, ...]:
+    """What a reader of good scores should know; a bad verdict needs no fine print."""
+    if not verdict.meaningful:
+        return ()
+    found = []
+    if facts.known is not None and facts.known < COMMON:
+        found.append(
+            f"only {facts.known:.0%} of held-out ID images end at an attractor of the training images, so distances "
+            "depend on which were drawn: learn from more images"
+        )
+    if facts.agreement is not None and facts.agreement < COMMON:
+        found.append(
+            f"only {facts.agreement:.0%} of images keep their attractor under noise of {noise:g}, so end points say "
+            "little about an image: prefer scorers of the first steps, such as field or early-path"
+        )
+    if facts.explained < RANDOM_EXPLAINED:
+        found.append(
+            f"D(E(x)) explains {facts.explained:.0%} of the variance of held-out images, as after training on hidden "
+            "patches alone: f works on distorted images"
+        )
+    return tuple(found)
+
+
+_NOT_MEASURED = "not measured: no trajectory converged"
+
+
+def _findings(d: Diagnosis) -> list[tuple[str, str]]:
+    """Name and text of every line of the report."""
+    health, settings = d.health, d.settings
+    steps, moved = health.steps_quantiles, health.displacement_quantiles
+    split = settings["held_out_split"]
+    rows = [
+        ("images", f"{settings['images']:,} of the training split, {settings['held_out']:,} held out ({split})"),
+        ("iteration", f"to a squared residual below {settings['tol']:g}, at most {settings['max_steps']} steps"),
+        ("converged", f"{health.converged:.1%} of training, {d.held_out_converged:.1%} of held-out images"),
+    ]
+    if health.converged < 1 and d.still_falling is not None:
+        rows.append(("still approaching", f"{d.still_falling:.0%} of those that met the step limit"))
+    rows += [
+        ("steps", f"median {steps[2]:.0f}, 5 to 95 %: {steps[0]:.0f} to {steps[4]:.0f}" if steps else "none"),
+        ("displacement", f"median {moved[2]:.2f} of ‖z0‖" if moved else "none"),
+        ("distinct attractors", f"{health.distinct} of {health.count:,} end points (cosine >= {SAME})"),
+        ("spectral radius", _radius_text(d)),
+        ("basins", _share(d.agreement, f"of images keep their attractor under noise of {settings['noise']:g}")),
+        ("held-out ID", _share(d.known, "of images end at an attractor of the training images")),
+        ("reconstruction", f"D(E(x)) explains {d.explained:.0%} of the variance" + _hidden_text(d)),
+    ]
+    return rows
+
+
+def _radius_text(d: Diagnosis) -> str:
+    if not d.radii:
+        return _NOT_MEASURED
+    text = (
+        f"median {median(d.radii):.3f}, largest {max(d.radii):.3f}; {d.stable:.0%} of {len(d.radii)} attractors stable"
+    )
+    return text + (" (by differences)" if d.derivative == "differences" else "")
+
+
+def _hidden_text(d: Diagnosis) -> str:
+    return "" if d.explained_hidden is None else f", {d.explained_hidden:.0%} on hidden patches"
+
+
+def _share(value: float | None, of_what: str) -> str:
+    return _NOT_MEASURED if value is None else f"{value:.0%} {of_what}"
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Everything kept of the trajectories of one split's images.
+
+    Attributes:
+        dictionary: their end points. curves: their quantiles over steps.
+        residuals: (N, T) float64 squared residuals. errors: (N,) float64 squared error of D(E(x)), summed over pixels.
+        targets: (N, *) what D(E(x)) is compared with. images: (N, C, H, W) normalised.
+    """
+
+    dictionary: AttractorDictionary
+    curves: pd.DataFrame
+    residuals: Tensor
+    errors: Tensor
+    targets: Tensor
+    images: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        return self.dictionary.statuses == Status.CONVERGED
+
+
+class _Walker:
+    """Runs f on images, batch by batch."""
+
+    def __init__(self, model: Autoencoder, tol: float, max_steps: int, bar: tqdm[Any]) -> None:
+        self.model, self.tol, self.max_steps, self.bar = model, tol, max_steps, bar
+
+    def walk(self, split: Split) -> _Walk:
+        images = _load(self.model, split.images)
+        dictionaries, parts, errors, targets = [], [], [], []
+        for rows in torch.arange(len(images)).split(_BATCH):
+            ids = tuple(split.images.ids[i] for i in rows)
+            encoding = self.model.examine(images[rows])
+            dictionary, part = self._iterate(encoding.latents, ids)
+            errors.append(reconstruction_errors(self.model, encoding))
+            targets.append(encoding.target.cpu())
+            dictionaries.append(dictionary)
+            parts.append(part)
+        width = max(p.tensors["residuals"].shape[1] for p in parts)
+        padded = [_padded(p.tensors["residuals"], width) for p in parts]
+        curves = curve_quantiles(split, parts, self.tol)
+        joined = AttractorDictionary.concatenate(dictionaries)
+        return _Walk(joined, curves, torch.cat(padded), torch.cat(errors), torch.cat(targets), images)
+
+    def agreement(self, split: Split, clean: _Walk, noise: float, seed: int) -> float | None:
+        """Share of converged images, evenly taken, that end at the same attractor with noise added."""
+        rows = torch.linspace(0, len(clean.images) - 1, min(_NOISY, len(clean.images))).round().long()
+        draws = torch.Generator().manual_seed(seed)
+        noisy = clean.images[rows] + noise * torch.randn(clean.images[rows].shape, generator=draws)
+        ends = []
+        for some in torch.arange(len(rows)).split(_BATCH):
+            latents = self.model.examine(noisy[some]).latents
+            ends.append(self._iterate(latents, tuple(split.images.ids[i] for i in rows[some]))[0])
+        disturbed = AttractorDictionary.concatenate(ends)
+        counted = clean.converged[rows]
+        if not bool(counted.any()):
+            return None
+        cosine = (directions(clean.dictionary.points[rows]) * directions(disturbed.points)).sum(dim=1)
+        same = (cosine >= SAME) & (disturbed.statuses == Status.CONVERGED)
+        return float(same[counted].double().mean())
+
+    def _iterate(self, latents: Tensor, ids: tuple[str, ...]) -> tuple[AttractorDictionary, Part]:
+        path = iterate(
+            self.model.self_map,
+            latents,
+            tol=self.tol,
+            max_steps=self.max_steps,
+            observers=[Norm()],
+            chunk=self.model.chunk,
+        )
+        self.bar.update(len(ids))
+        tensors = {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
+        return AttractorDictionary.from_trajectory(latents, path, ids), Part(ids, [], tensors, {})
+
+
+def _splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]:
+    """Training images for the attractors and held-out ID images: val, else other training images."""
+    if images < _LEAST:
+        raise TrajOODError(f"diagnose: expected at least {_LEAST} images, got {images}: ask for more")
+    split = benchmark.train
+    available = len(split.images) if benchmark.val is not None else len(split.images) // 2
+    count = min(images, available)
+    if count < _LEAST:
+        raise TrajOODError(
+            f"diagnose: expected at least {_LEAST} images of benchmark {benchmark.name!r} to learn from, got "
+            f"{count} (its training split has {len(split.images)}, half of it held out where there is no val split)"
+        )
+    if benchmark.val is not None:
+        sample = benchmark.subsample(train=count, per_set=images, seed=seed)
+        assert sample.val is not None
+        return sample.train, sample.val
+    both = benchmark.subsample(train=2 * count, per_set=None, seed=seed).train.images
+    # Lists are often sorted by class, or alternate between two kinds.
+    drawn = torch.randperm(2 * count, generator=torch.Generator().manual_seed(seed)).tolist()
+    halves = [both.select(sorted(part)) for part in (drawn[:count], drawn[count:])]
+    return Split(split.name, "train", halves[0]), Split(f"{split.name}-held-out", "val", halves[1])
+
+
+def _load(model: Autoencoder, source: ImageSource) -> Tensor:
+    return torch.stack([model.transform(source.load(i)) for i in range(len(source))])
+
+
+def _padded(values: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=torch.nan)
+
+
+def _known_share(known: AttractorDictionary, unseen: AttractorDictionary) -> float | None:
+    attractors = known.points[known.statuses == Status.CONVERGED]
+    if not len(attractors):
+        return None
+    cosines = (directions(unseen.points) @ directions(attractors).T).amax(dim=1)
+    return float(((cosines >= SAME) & (unseen.statuses == Status.CONVERGED)).double().mean())
+
+
+def _explained(model: Autoencoder, known: _Walk, unseen: _Walk) -> tuple[float, float | None]:
+    """Shares of the held-out targets' variance about the training mean that D(E(x)) explains: all, hidden patches."""
+    mean = known.targets.double().mean(dim=0)
+    share = explained(unseen.errors, unseen.targets, mean)
+    if math.isnan(share):
+        raise TrajOODError("diagnose: the held-out images are all alike: expected different ID images")
+    return share, explained_hidden(model, unseen.targets, mean)
+
+
+def _gallery(model: Autoencoder, split: Split, walk: _Walk, seed: int) -> tuple[Gallery | None, Derivative | None]:
+    """Up to 16 attractors, drawn as often as training images end there, with radius, picture and nearest image."""
+    ends = walk.dictionary.points[walk.converged]
+    if not len(ends):
+        return None, None
+    drawn = drawn_attractors(ends, seed)
+    points = ends[[leader for leader, _ in drawn]].to(model.device)
+    radii = spectral_radii(model.self_map, points, chunk=model.chunk, seed=seed)
+    decoded = model.decode(points).cpu()
+    nearest = torch.cdist(decoded.flatten(1).double(), walk.targets.flatten(1).double()).argmin(dim=1)
+    shown = walk.images.transpose(0, 1).flatten(1)
+    gallery = Gallery(
+        decoded=decoded if tuple(decoded.shape[1:]) == tuple(model.input_shape) else None,
+        nearest=walk.images[nearest],
+        ids=_ids(split.images.ids, nearest),
+        visits=tuple(visits for _, visits in drawn),
+        radii=tuple(radii.values.tolist()),
+        limits=torch.stack([shown.amin(dim=1), shown.amax(dim=1)]),
+    )
+    return gallery, radii.derivative
+
+
+def _ids(ids: Sequence[str], rows: Tensor) -> tuple[str, ...]:
+    return tuple(ids[i] for i in rows.tolist())

@@ -1,0 +1,507 @@
+"""What a run keeps for pictures: paths in a plane, decoded frames and its worst mistakes, in one small file.
+
+A report is made long after the run, without the model and without the data; what it shows must lie in the run's folder.
+Everything here is chosen by rule, not by chance: the same run keeps the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.data import Benchmark, Split
+from traj_ood.dynamics.iterate import apply_in_chunks, iterate
+from traj_ood.dynamics.trajectory import Status, Trajectory
+from traj_ood.errors import TrajOODError
+from traj_ood.evaluation.results import ScorerResult
+from traj_ood.io.files import write_atomic
+
+FILE_NAME = "gallery.safetensors"
+
+SIDE = 64
+"""Most pixels a side of a kept picture: 60 mistakes and 54 frames in colour stay below 1.5 MB, whatever they show."""
+MISTAKES = 6
+"""Kept per scorer and side (OOD images that look ID, ID images that look OOD): one row on a screen."""
+FRAME_STEPS = (0, 1, 2, 4, 8, 16, 64)
+"""t of the decoded z_t beside the end point: the first steps are the long ones."""
+
+_ID_PATHS, _OOD_PATHS, _FRAME_SAMPLES = 12, 16, 3  # 28 paths fit one call of a network that takes 32 rows
+_STEPS_WITHOUT_DICTIONARY = 128
+_PLANE_POINTS = 300  # attractors that span the plane and are drawn in it
+_FIELD_SIDE = 21  # arrows a side of the vector field of a 2-D latent
+_SCHEMA = "traj_ood.gallery/1"
+
+PlaneKind = Literal["attractors", "starts", "latent"]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PathSample:
+    """One sample whose path was kept: where it comes from, the steps of the path and why it ended (a Status; its step
+    limit is that of the pictures, see :func:`keep_pictures`)."""
+
+    split: str
+    role: str
+    id: str
+    steps: int
+    status: int
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The pictures along one path: ``captions`` such as ``x``, ``D(z0)``, ``D(z*)``, and as many keys of images."""
+
+    sample: int
+    captions: tuple[str, ...]
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that a scorer puts on the wrong side: its score (higher = more OOD) and the key of its picture."""
+
+    split: str
+    role: str
+    id: str
+    score: float
+    image: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The gallery of a run.
+
+    Attributes:
+        plane: what the two coordinates are: the first principal components of the ``attractors``, or of the ``starts``
+            z0 of the kept samples (a run without attractors, or with a single one), or the ``latent`` itself where it
+            has two dimensions.
+        explained: share of the variance of what the plane was fitted to that lies in it; 1 for ``latent``.
+        samples: S samples, ID test ones before OOD ones.
+        paths: (S, T+1, 2) float32 points z_0 … z_N in the plane, NaN after the end.
+        attractors: (A, 2) float32 end points of training images in the plane; A = 0 without a dictionary.
+        field: (G, 4) float32 points z and arrows f(z) − z of a 2-D latent; G = 0 otherwise.
+        frames: of a few of the samples; empty where the decoder does not end at images, then ``no_frames`` says why.
+        mistakes: by scorer label the OOD images that look most ID (``ood``) and the ID images that look most OOD
+            (``id``), worst first.
+        images: PNG files by key.
+    """
+
+    plane: PlaneKind
+    explained: float
+    samples: tuple[PathSample, ...]
+    paths: Floats
+    attractors: Floats
+    field: Floats
+    frames: tuple[Frames, ...]
+    no_frames: str
+    mistakes: Mapping[str, Mapping[str, tuple[Mistake, ...]]]
+    images: Mapping[str, bytes]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: pictures as bytes, the rest as JSON in its header.
+
+        Raises ``TrajOODError`` when the folder cannot be written.
+        """
+        words = {
+            "schema": _SCHEMA,
+            "plane": self.plane,
+            "explained": self.explained,
+            "samples": [vars(s) for s in self.samples],
+            "frames": [vars(f) for f in self.frames],
+            "no_frames": self.no_frames,
+            "mistakes": {
+                label: {side: [vars(m) for m in found] for side, found in sides.items()}
+                for label, sides in self.mistakes.items()
+            },
+        }
+        tensors: dict[str, NDArray[Any]] = {k: np.ascontiguousarray(getattr(self, k)) for k in _TABLES}
+        tensors |= {f"image/{key}": np.frombuffer(png, dtype=np.uint8) for key, png in self.images.items()}
+        # One key only: safetensors writes several in an order of its own, and the same run must give the same bytes.
+        write_atomic(path, save(tensors, metadata={"gallery": json.dumps(words, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Pictures:
+        """Read what :meth:`save` wrote, and check that every word points at something that is there.
+
+        Raises ``TrajOODError`` naming the file: unreadable, of another version, or damaged.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                words = json.loads((file.metadata() or {})["gallery"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            pictures = _from_words(words, tensors)
+        except Exception as error:  # safetensors, JSON, keys and types: whatever a damaged file makes fail
+            raise TrajOODError(
+                f"{path}: expected the gallery of a run, got a damaged one or another version ({error}); delete it and "
+                "start the run's command again"
+            ) from error
+        return pictures
+
+
+_TABLES = {"paths": 3, "attractors": 2, "field": 2}
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _from_words(words: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Pictures:
+    if words["schema"] != _SCHEMA:
+        raise ValueError(f"schema {words['schema']!r}, expected {_SCHEMA!r}")
+    pictures = Pictures(
+        plane=words["plane"],
+        explained=float(words["explained"]),
+        samples=tuple(PathSample(**s) for s in words["samples"]),
+        **{name: tensors[name] for name in _TABLES},
+        frames=tuple(Frames(f["sample"], tuple(f["captions"]), tuple(f["images"])) for f in words["frames"]),
+        no_frames=str(words["no_frames"]),
+        mistakes={
+            label: {side: tuple(Mistake(**m) for m in sides[side]) for side in ("ood", "id")}
+            for label, sides in words["mistakes"].items()
+        },
+        images={k.removeprefix("image/"): v.tobytes() for k, v in tensors.items() if k.startswith("image/")},
+    )
+    if pictures.plane not in get_args(PlaneKind):
+        raise ValueError(f"unknown plane {pictures.plane!r}")
+    for name, dimensions in _TABLES.items():
+        table = getattr(pictures, name)
+        if table.ndim != dimensions or table.dtype != np.float32 or np.isinf(table).any():
+            raise ValueError(f"{name}: {table.dtype} of shape {table.shape}, or infinite")
+    if len(pictures.samples) != len(pictures.paths):
+        raise ValueError(f"{len(pictures.samples)} samples, {len(pictures.paths)} paths")
+    shown = [key for f in pictures.frames for key in f.images]
+    shown += [m.image for sides in pictures.mistakes.values() for found in sides.values() for m in found]
+    for key in shown:
+        if not pictures.images[key].startswith(_PNG):
+            raise ValueError(f"picture {key!r} is no PNG")
+    for frames in pictures.frames:
+        if len(frames.captions) != len(frames.images) or not 0 <= frames.sample < len(pictures.samples):
+            raise ValueError("frames without their captions or sample")
+    return pictures
+
+
+def chosen_scorers(scorers: Mapping[str, ScorerResult]) -> list[str]:
+    """The labels that are worth a picture, best mean AUROC first: the best three, ``field``, and the best
+    ``trajectory`` (the paper's, any options)."""
+    ranked = [s for s in scorers.values() if s.all is not None]
+    ranked.sort(key=lambda s: (-s.all.auroc if s.all else 0.0, s.label))
+    labels = [s.label for s in ranked]
+    papers = [label for label in labels if label.split(":")[0] == "trajectory"]
+    wanted = {*labels[:3], *(label for label in labels if label == "field"), *papers[:1]}
+    return [label for label in labels if label in wanted]
+
+
+# ---------------------------------------------------------------------------------------------- keeping
+
+
+def keep_pictures(
+    autoencoder: Autoencoder,
+    benchmark: Benchmark,
+    table: pd.DataFrame,
+    scorers: Mapping[str, ScorerResult],
+    dictionary: AttractorDictionary | None,
+    *,
+    tol: float = 1e-5,
+    max_steps: int = 500,
+) -> Pictures:
+    """Choose and draw what a report will show of a run.
+
+    It costs the paths of 28 images, each no longer than those of 95 % of the training images were (without a dictionary
+    at most 128 steps): a single one that does not settle would cost more than all the others, and shows no more.
+
+    Args:
+        autoencoder: of the run.
+        benchmark: the sample that was run; images are read again from it by id.
+        table: one row per scored image: split, role, id and a column per scorer label.
+        scorers: their figures, which choose whose mistakes are kept, see :func:`chosen_scorers`.
+        dictionary: the run's attractors; None spans the plane by the starts instead.
+        tol, max_steps: of :func:`traj_ood.iterate`, as in the run.
+    Raises:
+        TrajOODError: an image that can no longer be read, or a table of another benchmark.
+    """
+    album = _Album(benchmark)
+    mistakes = {label: _mistakes(table, label, album) for label in chosen_scorers(scorers)}
+    rows = _path_rows(table)
+    frame_rows = _frame_rows(rows)
+    images = torch.stack([autoencoder.transform(album.load(row.split, row.id)) for row in rows])
+    start = autoencoder.examine(images).latents
+    plane = _plane(dictionary, start)
+    decodes = _decodes_to_images(autoencoder, start)
+    tracer = _Tracer(plane, frame_rows if decodes else [])
+    limit = min(max_steps, _patience(dictionary))
+    walked = iterate(autoencoder.self_map, start, tol=tol, max_steps=limit, observers=[tracer], chunk=autoencoder.chunk)
+    ended = zip(rows, walked.steps.tolist(), walked.status.tolist(), strict=True)
+    paths, attractors = tracer.paths(len(rows)), plane.project(_drawn(dictionary, start))
+    frames: tuple[Frames, ...] = ()
+    if decodes:
+        frames = _frames(autoencoder, images, frame_rows, tracer, walked, album)
+    return Pictures(
+        plane=plane.kind,
+        explained=plane.explained,
+        samples=tuple(PathSample(*row, steps, status) for row, steps, status in ended),
+        paths=paths,
+        attractors=attractors,
+        field=_vector_field(autoencoder, start, paths, attractors),
+        frames=frames,
+        no_frames="" if decodes else "the decoder of this model ends at the features of a backbone, not at images",
+        mistakes=mistakes,
+        images=album.pngs,
+    )
+
+
+def _patience(dictionary: AttractorDictionary | None) -> int:
+    if dictionary is None:
+        return _STEPS_WITHOUT_DICTIONARY
+    return max(2, int(dictionary.steps.double().quantile(0.95)))
+
+
+class _Album:
+    """Pictures by key, each stored once; reads images of the benchmark by split and id."""
+
+    def __init__(self, benchmark: Benchmark) -> None:
+        self._splits: dict[str, Split] = {s.name: s for s in benchmark.splits()}
+        self._places: dict[str, dict[str, int]] = {}
+        self._keys: dict[tuple[str, str], str] = {}
+        self.pngs: dict[str, bytes] = {}
+
+    def load(self, split: str, image_id: str) -> Image.Image:
+        if split not in self._places:
+            if split not in self._splits:
+                raise TrajOODError(f"gallery: expected splits of the benchmark, got {split!r}; start the run anew")
+            self._places[split] = {i: n for n, i in enumerate(self._splits[split].images.ids)}
+        if image_id not in self._places[split]:
+            raise TrajOODError(f"gallery: split {split!r} holds no image {image_id!r}; start the run anew")
+        return self._splits[split].images.load(self._places[split][image_id])
+
+    def original(self, split: str, image_id: str) -> str:
+        """The key of an image as it came, made small."""
+        if (split, image_id) not in self._keys:
+            self._keys[split, image_id] = self.add(self.load(split, image_id))
+        return self._keys[split, image_id]
+
+    def add(self, image: Image.Image) -> str:
+        image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+        file = io.BytesIO()
+        image.save(file, format="PNG", optimize=True)
+        key = f"{len(self.pngs):03d}"
+        self.pngs[key] = file.getvalue()
+        return key
+
+
+def _mistakes(table: pd.DataFrame, label: str, album: _Album) -> dict[str, tuple[Mistake, ...]]:
+    is_id = (table["role"] == "test").to_numpy()
+    found = {}
+    for side, part, sign in (("ood", table[~is_id], 1.0), ("id", table[is_id], -1.0)):
+        worst = part.iloc[np.argsort(sign * part[label].to_numpy(), kind="stable")[:MISTAKES]]
+        columns = (worst["split"], worst["role"], worst["id"], worst[label])
+        found[side] = tuple(
+            Mistake(split, role, i, float(score), album.original(split, i))
+            for split, role, i, score in zip(*columns, strict=True)
+        )
+    return found
+
+
+class _Row(NamedTuple):
+    split: str
+    role: str
+    id: str
+
+
+def _path_rows(table: pd.DataFrame) -> list[_Row]:
+    """The samples whose paths are kept: evenly spread over the ID test split, and over every OOD set, near ones first.
+
+    Ends and starts of a split are passed over: lists are often sorted by class.
+    """
+    ood = [part for _, part in table[table["role"] != "test"].groupby("split", sort=False)]
+    each = max(1, _OOD_PATHS // len(ood))
+    parts = [_spread(table[table["role"] == "test"], _ID_PATHS), *(_spread(part, each) for part in ood[:_OOD_PATHS])]
+    found = (values for part in parts for values in zip(part["split"], part["role"], part["id"], strict=True))
+    return [_Row(*map(str, values)) for values in found]
+
+
+def _spread(part: pd.DataFrame, count: int) -> pd.DataFrame:
+    return part.iloc[_places(len(part), count)]
+
+
+def _places(length: int, count: int) -> list[int]:
+    """The middles of ``count`` equal stretches of ``length`` places; all places when there are fewer."""
+    count = min(count, length)
+    return [int((k + 0.5) * length / count) for k in range(count)]
+
+
+def _frame_rows(rows: Sequence[_Row]) -> list[int]:
+    """Three ID samples, and three OOD ones from different sets."""
+    known = [n for n, row in enumerate(rows) if row.role == "test"]
+    first = {row.split: n for n, row in reversed(list(enumerate(rows))) if row.role != "test"}
+    ood = sorted(first.values())
+    return [*known[:_FRAME_SAMPLES], *(ood[k] for k in _places(len(ood), _FRAME_SAMPLES))]
+
+
+# ---------------------------------------------------------------------------------------------- the plane
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Two coordinates of a latent: (z − origin) · basisᵀ, in float64 on the CPU."""
+
+    kind: PlaneKind
+    origin: Tensor
+    basis: Tensor
+    explained: float
+
+    def project(self, latents: Tensor) -> Floats:
+        """(n, *L) → (n, 2); what float32 cannot hold becomes NaN, which is not drawn."""
+        flat = latents.flatten(1).cpu().double() - self.origin
+        coordinates = (flat @ self.basis.T).to(torch.float32)
+        return torch.where(coordinates.isfinite(), coordinates, torch.nan).numpy()
+
+
+def _drawn(dictionary: AttractorDictionary | None, start: Tensor) -> Tensor:
+    """(A, *L) at most 300 end points, evenly spread over the dictionary; none without one."""
+    if dictionary is None or not bool((dictionary.statuses != Status.NON_FINITE).any()):
+        return start[:0].cpu()
+    points = dictionary.usable()
+    count = min(_PLANE_POINTS, len(points))
+    return points[[int(k * len(points) / count) for k in range(count)]]
+
+
+def _plane(dictionary: AttractorDictionary | None, start: Tensor) -> _Plane:
+    """The plane of a 2-D latent, else of the attractors, else (fewer than three different ones) of the starts."""
+    width = start[0].numel()
+    if width == 2:
+        return _Plane("latent", torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64), 1.0)
+    fitted = _principal(_drawn(dictionary, start))
+    if fitted is not None:
+        return _Plane("attractors", *fitted)
+    fitted = _principal(start.cpu())
+    nothing = (torch.zeros(width, dtype=torch.float64), torch.zeros(2, width, dtype=torch.float64), 0.0)
+    return _Plane("starts", *(fitted or nothing))
+
+
+def _principal(points: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """Mean (d,), first two principal directions (2, d) and the variance's share in them; None when points (n, *L) span
+    no plane.
+
+    From the (n, n) products of the centred points: d is up to 151,296, n at most 300. Signs are fixed by the largest
+    entry, since an eigenvector has none of its own.
+    """
+    if len(points) < 3:
+        return None
+    flat = points.flatten(1)
+    origin = flat.double().mean(dim=0)
+    blocks = [slice(i, i + 4096) for i in range(0, flat.shape[1], 4096)]  # float64 copies of all would be 360 MB
+    gram = sum((_centred(flat, origin, b) @ _centred(flat, origin, b).T for b in blocks), torch.zeros(()))
+    values, vectors = torch.linalg.eigh(gram)
+    if not bool(values[-2] > 1e-12 * values[-1].clamp(min=torch.finfo(torch.float64).tiny)):
+        return None
+    first = vectors[:, [-1, -2]]
+    basis = torch.cat([_centred(flat, origin, b).T @ first for b in blocks]).T
+    basis = basis / basis.norm(dim=1, keepdim=True)
+    basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
+    return origin, basis, float(values[-2:].sum() / values.clamp(min=0).sum())
+
+
+def _centred(flat: Tensor, origin: Tensor, block: slice) -> Tensor:
+    return flat[:, block].double() - origin[block]
+
+
+class _Tracer:
+    """Observes each point's place in the plane, and keeps the latents that become frames."""
+
+    name = "plane"
+
+    def __init__(self, plane: _Plane, frame_rows: Sequence[int]) -> None:
+        self._plane, self._frame_rows = plane, frame_rows
+        self._points: list[tuple[Tensor, Floats]] = []
+        self.frames: dict[tuple[int, int], Tensor] = {}
+
+    def observe(self, step: int, rows: Tensor, latents: Tensor) -> None:
+        self._points.append((rows, self._plane.project(latents)))
+        if step in FRAME_STEPS:
+            for place, row in enumerate(rows.tolist()):
+                if row in self._frame_rows:
+                    self.frames[row, step] = latents[place].clone()
+
+    def paths(self, count: int) -> Floats:
+        """(count, T+1, 2), NaN after a sample's end."""
+        table = np.full((count, max(1, len(self._points)), 2), np.nan, dtype=np.float32)
+        for step, (rows, points) in enumerate(self._points):
+            table[rows.numpy(), step] = points
+        return table
+
+
+def view_limits(paths: Floats, attractors: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The corners (2,) and (2,) of what a drawing of the plane shows: all of it, with a margin.
+
+    But at most three widths beyond the central 80 % of starts, ends and attractors: one path that flies off must not
+    shrink the others to a dot.
+    """
+    known = [path[np.isfinite(path).all(axis=1)].astype(np.float64) for path in (*paths, attractors)]
+    marks = np.concatenate([known[-1], *(path[[0, -1]] for path in known[:-1] if len(path))])
+    if not len(marks):
+        return np.zeros(2), np.ones(2)
+    every = np.concatenate(known)
+    first, last = np.quantile(marks, [0.1, 0.9], axis=0)
+    low = np.maximum(every.min(axis=0), first - 3 * (last - first))
+    high = np.minimum(every.max(axis=0), last + 3 * (last - first))
+    margin = 0.06 * np.maximum(high - low, 1e-9 + 1e-3 * np.max(high - low))
+    return low - margin, high + margin
+
+
+def _vector_field(model: Autoencoder, start: Tensor, paths: Floats, attractors: Floats) -> Floats:
+    """(G, 4) z and f(z) − z on a grid over what is shown; empty unless the latent has two dimensions (Fig. 1)."""
+    if start[0].numel() != 2:
+        return np.empty((0, 4), dtype=np.float32)
+    axes = [np.linspace(a, b, _FIELD_SIDE) for a, b in zip(*view_limits(paths, attractors), strict=True)]
+    grid = torch.from_numpy(np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)).float()
+    with model.fixed(), torch.inference_mode():
+        images = apply_in_chunks(model.self_map, grid.reshape(-1, *start.shape[1:]).to(start.device), model.chunk)
+    moved = images.flatten(1).cpu() - grid
+    whole = moved.isfinite().all(dim=1)
+    return torch.cat([grid, moved], dim=1)[whole].numpy()
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+
+def _decodes_to_images(model: Autoencoder, start: Tensor) -> bool:
+    shape = tuple(model.decode(start[:1]).shape[1:])
+    return shape == tuple(model.input_shape) and shape[0] in (1, 3)
+
+
+def _frames(
+    model: Autoencoder, images: Tensor, rows: Sequence[int], tracer: _Tracer, walked: Trajectory, album: _Album
+) -> tuple[Frames, ...]:
+    """x, D(z_t) for the steps that were taken, and D(z*), for each of the rows; the last one of a path that has not
+    settled says its step instead."""
+    channels = images.transpose(0, 1).flatten(1)
+    limits = torch.stack([channels.amin(dim=1), channels.amax(dim=1)])  # drawn as black and as full brightness
+    shown = []
+    for row in rows:
+        end = int(walked.steps[row])
+        steps = [t for t in FRAME_STEPS if (row, t) in tracer.frames and t < end]
+        latents = torch.stack([*(tracer.frames[row, t] for t in steps), walked.final[row]])
+        pictures = [images[row], *model.decode(latents).cpu()]
+        captions = ("x", *(f"D(z{t})" for t in steps), "D(z*)" if walked.converged[row] else f"D(z{end})")
+        shown.append(Frames(row, captions, tuple(album.add(_to_image(p, limits)) for p in pictures)))
+    return tuple(shown)
+
+
+def _to_image(pixels: Tensor, limits: Tensor) -> Image.Image:
+    """(C, H, W) in the model's units, ``limits`` (2, C) mapped to 0 and 255; values beyond are clipped."""
+    low, high = (limit.reshape(-1, 1, 1) for limit in limits)
+    unit = ((pixels - low) / (high - low).clamp(min=1e-12)).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0, 1)
+    array = (255 * unit).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

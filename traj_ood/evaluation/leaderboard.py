@@ -1,0 +1,414 @@
+"""Tables from result files: one row per benchmark, model and scorer, seeds averaged, nothing else ever mixed.
+
+Two results share a row only when they differ in their seed alone: same benchmark, model weights, configuration,
+scorer options and test images (by hash). Everything else gets a row of its own whose ``variant`` names the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.evaluation.metrics import METRIC_NAMES, Metrics
+from traj_ood.evaluation.results import Result, ScorerResult
+from traj_ood.io.files import write_atomic
+from traj_ood.text import printable, quote_formula
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+START, END = "<!-- leaderboard:start -->", "<!-- leaderboard:end -->"
+
+REGIONS = ("near", "far", "all")
+DEFAULT_COLUMNS = (
+    *("near_auroc", "far_auroc", "all_auroc"),  # the ranking
+    *("near_fpr95", "far_fpr95", "all_fpr95", "all_fpr95_openood"),  # the paper's tables, and OpenOOD's for comparison
+    *("all_aupr_in", "all_aupr_out"),
+)
+
+OPENOOD_COLUMNS = (
+    *("Training", "Scorer", "Near-OOD_AUROC", "Far-OOD_AUROC"),
+    *("ID_Accuracy", "Outlier_Data", "Arch", "Additional_Description"),
+)
+
+_TITLES = {
+    "auroc": "AUROC ↑",
+    "aupr_in": "AUPR-in ↑",
+    "aupr_out": "AUPR-out ↑",
+    "fpr95": "FPR95 ↓",
+    "fpr95_openood": "FPR95-OpenOOD ↓",
+}
+_NOTES = (
+    "All figures in percent; near, far and all are means over OOD sets, each set with equal weight; "
+    "± is the standard deviation over seeds (n − 1).",
+    "**FPR95** is the paper's: the threshold keeps 95 % of ID images; the figure is the share of OOD images accepted. "
+    "**FPR95-OpenOOD** is OpenOOD's: the threshold catches 95 % of OOD images; the figure is the share of ID images "
+    "rejected. Never compare one with the other.",
+    "**f / image** is the mean number of evaluations of f = E∘D that the score costs.",
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs behind one row: the same scorer in results that differ in nothing but their seed, by ascending seed."""
+
+    scorer: str
+    runs: tuple[tuple[Result, ScorerResult], ...]
+    variant: str
+
+    def head(self) -> dict[str, Any]:
+        """The columns that say what the row is."""
+        result, scorer = self.runs[0]
+        return {
+            "benchmark": result.benchmark,
+            "model": result.model["name"],
+            "fingerprint": result.model["fingerprint"],
+            "scorer": self.scorer,
+            "label": scorer.label,
+            "variant": self.variant,
+            "seeds": len(self.runs),
+        }
+
+    def tail(self) -> dict[str, Any]:
+        """The columns that qualify the figures: cost, health of the dictionaries and what the scorer measures."""
+        costs = [s.f_evaluations for _, s in self.runs if s.f_evaluations is not None]
+        dictionaries = [(r.seed, r.dictionary) for r, _ in self.runs]
+        warnings = [f"seed {seed}: {text}" for seed, d in dictionaries for text in d["warnings"]]
+        return {
+            "f_evaluations": float(np.mean(costs)) if costs else float("nan"),
+            "healthy": all(d["healthy"] for _, d in dictionaries),
+            "warnings": "; ".join(warnings),
+            "note": self.runs[0][1].note,
+        }
+
+
+def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
+    """One row per benchmark × model × scorer (× variant), best ``all_auroc`` first within a benchmark and model.
+
+    Columns: ``benchmark``, ``model``, ``fingerprint``, ``scorer``, ``label``, ``variant`` (what sets the row apart
+    from others of its benchmark and model, empty when nothing does), ``seeds`` (how many); for near, far and all and
+    each metric ``<region>_<metric>`` and ``<region>_<metric>_std``, fractions, the mean and the sample standard
+    deviation (n − 1) over seeds, NaN where undefined; ``f_evaluations`` per image, ``healthy``, ``warnings``, ``note``.
+
+    Raises ``TrajOODError`` without results, or when a seed comes twice for the same row.
+    """
+    import pandas as pd
+
+    rows = []
+    for group in groups_of(results):
+        row = group.head()
+        for region in REGIONS:
+            row |= _over_seeds([getattr(scorer, region) for _, scorer in group.runs], prefix=f"{region}_")
+        rows.append(row | group.tail())
+    table = pd.DataFrame(rows)
+    order = ["benchmark", "model", "all_auroc", "scorer", "variant"]
+    return table.sort_values(order, ascending=[True, True, False, True, True], ignore_index=True)
+
+
+def per_set(results: Sequence[Result]) -> pd.DataFrame:
+    """The rows of ``leaderboard`` unfolded by OOD set: ``set``, ``role``, ``count``, ``<metric>``, ``<metric>_std``.
+
+    ``count`` is the smallest number of images scored over the seeds. Near sets stand before far ones.
+    Raises as ``leaderboard``.
+    """
+    import pandas as pd
+
+    rows = []
+    for group in groups_of(results):
+        sets = sorted(group.runs[0][1].sets.items(), key=lambda item: (item[1].role == "far", item[0]))
+        for name, score in sets:
+            scores = [scorer.sets[name] for _, scorer in group.runs]
+            place = {"set": name, "role": score.role, "count": min(s.count for s in scores)}
+            rows.append(group.head() | place | _over_seeds([s.metrics for s in scores]))
+    return pd.DataFrame(rows)
+
+
+def write_csv(results: Sequence[Result], path: str | Path, *, quote_formulas: bool = True) -> None:
+    """``leaderboard(results)`` as a CSV file, fractions with 6 decimals. Raises as it and as ``write_atomic``.
+
+    Args:
+        quote_formulas: put a ``'`` before texts that a spreadsheet would run, such as a model named ``=1+1``
+            (:func:`traj_ood.text.quote_formula`). Default True: names are anybody's. Numbers stay numbers.
+    """
+    write_atomic(path, _csv(leaderboard(results), quote_formulas, float_format="%.6f").encode())
+
+
+def openood_csv(results: Sequence[Result], *, quote_formulas: bool = True) -> str:
+    """The rows of ``leaderboard`` in the columns of the OpenOOD leaderboard's own CSV files, to submit there.
+
+    AUROCs in percent with 2 decimals, ``±`` over seeds; ``Training`` is the model's family and ``Arch`` its name. What
+    does not exist is ``/``, as there: a mean over no sets, and the accuracy, which results do not hold. No scorer here
+    learns from outliers. OpenOOD keeps one file per benchmark: the description begins with the benchmark's name and
+    ends with what a reader must know (variant, an unhealthy dictionary). ``quote_formulas`` as in :func:`write_csv`.
+    Raises as ``leaderboard``.
+    """
+    import pandas as pd
+
+    families = {r.model["fingerprint"]: str(r.model.get("family", "/")) for r in results}
+    rows = []
+    for _, row in leaderboard(results).iterrows():
+        seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+        notes = [row["benchmark"], seeds, row["variant"], "" if row["healthy"] else "unhealthy attractors"]
+        near, far = (_openood_percent(row[f"{r}_auroc"], row[f"{r}_auroc_std"]) for r in ("near", "far"))
+        rows.append(
+            {
+                "Training": families[row["fingerprint"]],
+                "Scorer": row["label"],
+                "Near-OOD_AUROC": near,
+                "Far-OOD_AUROC": far,
+                "ID_Accuracy": "/",
+                "Outlier_Data": "No",
+                "Arch": row["model"],
+                "Additional_Description": "; ".join(note for note in notes if note),
+            }
+        )
+    return _csv(pd.DataFrame(rows, columns=list(OPENOOD_COLUMNS)), quote_formulas)
+
+
+def write_openood_csv(results: Sequence[Result], path: str | Path, *, quote_formulas: bool = True) -> None:
+    """``openood_csv(results)`` as a file. Raises as it and as ``write_atomic``."""
+    write_atomic(path, openood_csv(results, quote_formulas=quote_formulas).encode())
+
+
+def _csv(table: pd.DataFrame, quote_formulas: bool, **options: Any) -> str:
+    texts = {
+        name: [quote_formula(cell) if isinstance(cell, str) else cell for cell in table[name]]
+        for name in table.columns
+        if table[name].dtype.kind not in "biuf"
+    }
+    return str((table.assign(**texts) if quote_formulas else table).to_csv(index=False, **options))
+
+
+def update_readme(readme_path: str | Path, markdown: str) -> None:
+    """Replace what stands between the two leaderboard markers of a README by ``markdown``.
+
+    Raises ``TrajOODError`` when the file cannot be read, or does not hold each marker once, start before end.
+    """
+    path = Path(readme_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrajOODError(f"{path}: expected a README in UTF-8, got {error}; check the path") from error
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise TrajOODError(
+            f"{path}: expected {START} once and {END} once after it, got {text.count(START)} and {text.count(END)}; "
+            "put both markers where the table belongs"
+        )
+    before, after = text[: text.index(START)], text[text.index(END) :]
+    write_atomic(path, f"{before}{START}\n{markdown.strip()}\n{after}".encode())
+
+
+# ---------------------------------------------------------------------------------------------- grouping
+
+
+def _run_identity(result: Result, ambiguous: Set[str]) -> dict[str, str]:
+    """What runs must share to be compared or averaged, flat, as text by dotted name.
+
+    The seed is left out, and what no score depends on: which other scorers ran, and the bootstrap's resamples. Images
+    are those of one list, and of one content where a list is ``ambiguous``: older results hold only the list.
+    """
+    config = {key: value for key, value in result.config.items() if key not in ("seed", "scorers", "resamples")}
+    tests = {
+        name: data.get("contents", data["sha256"]) if data["sha256"] in ambiguous else data["sha256"]
+        for name, data in result.data.items()
+        if data["role"] in ("test", "near", "far")
+    }
+    return _flat({"model": result.model["fingerprint"], "config": config, "data": tests})
+
+
+def _ambiguous_lists(results: Sequence[Result]) -> set[str]:
+    """Lists of images that stand for several contents: the same names, other pictures."""
+    contents: dict[str, set[str]] = {}
+    for data in (data for result in results for data in result.data.values() if "contents" in data):
+        contents.setdefault(data["sha256"], set()).add(data["contents"])
+    return {listed for listed, found in contents.items() if len(found) > 1}
+
+
+def _scorer_identity(scorer: ScorerResult) -> dict[str, str]:
+    """What a scorer must share with its namesake in another run, flat: its options and the sets it was scored on."""
+    return _flat({"options": scorer.options, "sets": {name: score.role for name, score in scorer.sets.items()}})
+
+
+def _flat(tree: Any, place: str = "") -> dict[str, str]:
+    """Nested mappings as one, ``{"config": {"tol": 1}}`` → ``{"config.tol": "1"}``."""
+    if not isinstance(tree, dict):
+        return {place: tree if isinstance(tree, str) else json.dumps(tree, sort_keys=True, default=str)}
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{place}.{key}" if place else str(key))
+    return flat
+
+
+def groups_of(results: Sequence[Result]) -> list[Group]:
+    """The rows: results of one identity together, each row named apart from what it could be mistaken for.
+
+    A difference between runs is named on every scorer of that benchmark and model, also when no scorer is in both:
+    figures on other data must not stand beside each other unmarked.
+    """
+    if not results:
+        raise TrajOODError("leaderboard: expected at least 1 result, got 0; run `traj-ood bench` first")
+    ambiguous = _ambiguous_lists(results)
+    members: dict[str, list[Result]] = {}
+    runs: dict[tuple[str, ...], list[dict[str, str]]] = {}  # identities by (benchmark, model)
+    scorers: dict[tuple[str, ...], list[dict[str, str]]] = {}  # identities by (benchmark, model, scorer)
+    for result in results:
+        place, run = (result.benchmark, result.model["name"]), _run_identity(result, ambiguous)
+        runs.setdefault(place, []).append(run)
+        for name, scorer in result.scorers.items():
+            own = _scorer_identity(scorer)
+            scorers.setdefault((*place, name), []).append(own)
+            members.setdefault(json.dumps([*place, name, run, own], sort_keys=True), []).append(result)
+    groups = []
+    for key, same in members.items():
+        benchmark, model, name, run, own = json.loads(key)
+        variant = [*_differences(run, runs[benchmark, model]), *_differences(own, scorers[benchmark, model, name])]
+        members_by_seed = _one_per_seed(same, name)
+        groups.append(Group(name, tuple((r, r.scorers[name]) for r in members_by_seed), ", ".join(variant)))
+    return groups
+
+
+def _one_per_seed(results: Iterable[Result], scorer: str) -> list[Result]:
+    """The results by ascending seed; a seed that comes twice would weigh double in the mean and is refused."""
+    by_seed: dict[int, Result] = {}
+    for result in results:
+        if result.seed in by_seed:
+            raise TrajOODError(
+                f"leaderboard: expected one result per seed for {result.benchmark}, {result.model['name']}, {scorer}; "
+                f"got seed {result.seed} twice ({by_seed[result.seed].name!r} and {result.name!r}); remove one of them"
+            )
+        by_seed[result.seed] = result
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def _differences(identity: dict[str, str], others: Sequence[dict[str, str]]) -> list[str]:
+    """Where this identity differs from any of the others, as ``["config.tol=1e-05", "data.digits=0a1b2c3d"]``."""
+    places = sorted({place for other in others for place in other})
+    differing = [p for p in places if len({other.get(p) for other in others}) > 1]
+    return [f"{p}={_short(p, identity.get(p, 'absent'))}" for p in differing]
+
+
+def _short(place: str, value: str) -> str:
+    """Hashes are cut to 8 digits, enough to tell two apart by eye."""
+    return value[:8] if place == "model" or place.startswith("data.") else value
+
+
+def _over_seeds(metrics: Sequence[Metrics | None], prefix: str = "") -> dict[str, float]:
+    """Mean and sample standard deviation of each metric, NaN where there is none (no such set; a single seed)."""
+    figures: dict[str, float] = {}
+    for name in METRIC_NAMES:
+        values = [getattr(m, name) for m in metrics if m is not None]
+        figures[f"{prefix}{name}"] = float(np.mean(values)) if values else float("nan")
+        figures[f"{prefix}{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------- Markdown
+
+
+def render_markdown(results: Sequence[Result], *, columns: Sequence[str] = DEFAULT_COLUMNS) -> str:
+    """The README's tables: per benchmark and model the means by scorer, best all-AUROC first, then AUROC by OOD set.
+
+    ``columns`` are ``<region>_<metric>`` names of ``leaderboard``; percent with one decimal, ``±`` over seeds. Rows
+    with an unhealthy dictionary carry ⚠ and a number, and the reasons stand below the table.
+
+    Raises ``TrajOODError`` without results, for a seed that comes twice, or for an unknown column.
+    """
+    known = [f"{region}_{metric}" for region in REGIONS for metric in METRIC_NAMES]
+    for column in columns:
+        if column not in known:
+            raise unknown_name("leaderboard column", column, known)
+    means, sets = leaderboard(results), per_set(results)
+    parts = []
+    for (benchmark, model), rows in means.groupby(["benchmark", "model"], sort=False):
+        here = sets[(sets["benchmark"] == benchmark) & (sets["model"] == model)]
+        parts.append(f"### {printable(str(benchmark))} · {printable(str(model))}")
+        parts += _means_table(rows, columns)
+        parts += _copies([r for r in results if (r.benchmark, r.model["name"]) == (benchmark, model)])
+        parts.append("AUROC by OOD set:")
+        parts.append(_sets_table(rows, here))
+    return "\n\n".join([*parts, *_NOTES]) + "\n"
+
+
+def _means_table(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """The table of means and a footnote for each distinct reason of bad health.
+
+    The best figure of a column is bold, but only where all rows share data and configuration.
+    """
+    reasons = list(dict.fromkeys(rows.loc[~rows["healthy"], "warnings"]))
+    titles = [f"{c.partition('_')[0]} {_TITLES[c.partition('_')[2]]}" for c in columns]
+    header = ["Scorer", *titles, "f / image", "Dictionary", "Seeds"]
+    comparable = bool((rows["variant"] == "").all())
+    best = {c: rows[c].min() if "fpr" in c else rows[c].max() for c in columns}
+    lines = []
+    for _, row in rows.iterrows():
+        cells = [_percent(row[c], row[f"{c}_std"], bold=comparable and row[c] == best[c]) for c in columns]
+        cost = "—" if np.isnan(row["f_evaluations"]) else f"{row['f_evaluations']:.1f}"
+        health = "healthy" if row["healthy"] else f"⚠ unhealthy [{reasons.index(row['warnings']) + 1}]"
+        lines.append([_name(row), *cells, cost, health, str(row["seeds"])])
+    footnotes = [
+        f"⚠ [{number}] Unhealthy attractor dictionary; scores that use attractors are not to be trusted here: "
+        f"{reason or 'no reason was recorded'}."
+        for number, reason in enumerate(reasons, 1)
+    ]
+    return [_table(header, lines), *footnotes]
+
+
+def _copies(results: Sequence[Result]) -> list[str]:
+    """A line for each two splits that share images by content: the most that one of the runs has found."""
+    most: dict[tuple[str, str], tuple[int, int]] = {}
+    for result in results:
+        for name, data in result.data.items():
+            for other, count in data.get("copies", {}).items():
+                most[name, other] = max(most.get((name, other), (0, 0)), (count, data["count"]))
+    return [
+        f"⚠ {count} of {total} images of `{name}` are copies of images of `{other}`."
+        for (name, other), (count, total) in most.items()
+    ]
+
+
+def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> str:
+    """AUROC (scorers × OOD sets), scorers in the order of ``rows``, near sets first."""
+    roles = sets.drop_duplicates(["set", "role"]).sort_values("role", ascending=False, kind="stable")
+    places = list(zip(roles["set"], roles["role"], strict=True))
+    figures = sets.set_index(["scorer", "variant", "set", "role"])[["auroc", "auroc_std"]].to_dict("index")
+    nothing = {"auroc": float("nan"), "auroc_std": float("nan")}
+    lines = []
+    for _, row in rows.iterrows():
+        found = [figures.get((row["scorer"], row["variant"], *place), nothing) for place in places]
+        mark = "" if row["healthy"] else " ⚠"
+        lines.append([_name(row) + mark, *(_percent(f["auroc"], f["auroc_std"]) for f in found)])
+    return _table(["Scorer", *(f"{name} ({role})" for name, role in places)], lines)
+
+
+def _name(row: pd.Series) -> str:
+    return f"{row['label']} ({row['variant']})" if row["variant"] else str(row["label"])
+
+
+def _percent(mean: float, std: float, *, bold: bool = False) -> str:
+    if np.isnan(mean):
+        return "—"
+    text = f"{100 * mean:.1f}" if np.isnan(std) else f"{100 * mean:.1f} ± {100 * std:.1f}"
+    return f"**{text}**" if bold else text
+
+
+def _openood_percent(mean: float, std: float) -> str:
+    if np.isnan(mean):
+        return "/"
+    return f"{100 * mean:.2f}" if np.isnan(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column to the left, figures to the right; a bar inside a cell is escaped."""
+    rows = [header, [":--", *["--:"] * (len(header) - 1)], *lines]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    """A name may hold anything, also a line break, which would end the row."""
+    return printable(text).replace("|", "\\|")

@@ -1,0 +1,57 @@
+"""The one way in which models of transformers and diffusers are read: no code of theirs runs, and nothing is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from traj_ood.errors import TrajOODError
+from traj_ood.io.checkpoints import reason_of
+
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin")
+
+
+def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained(source, **options)``, with what the source may not do shut off.
+
+    Python files that come with a model are never run: left to itself, transformers asks on standard input whether it
+    may, and takes a "y" from any pipe. Of a folder nothing is fetched from the network.
+
+    Args:
+        kind: a class of transformers or diffusers, such as ``AutoModel``.
+        source: a local folder, or ``owner/name`` on the hub.
+        options: of the library.
+    Raises:
+        TrajOODError: the model brings code of its own, or asks for some from the hub.
+        Exception: whatever else the library raises.
+    """
+    folder = Path(source).expanduser()
+    local = {"local_files_only": True} if folder.is_dir() else {}
+    source = str(folder) if folder.is_dir() else str(source)
+    try:
+        found = kind.from_pretrained(source, trust_remote_code=False, **local, **options)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _refused(source, "an auto_map to Python files of its own") from error
+        if "Python object" in (reason := reason_of(error)):
+            raise TrajOODError(f"{source}: its pickled weights cannot be read ({reason})") from error
+        raise
+    kernel = getattr(found, "_attn_implementation", None)
+    if isinstance(kernel, str) and "/" in kernel:  # a repository of compiled code on the hub
+        raise _refused(source, f"the attention {kernel!r} from the hub")
+    return found
+
+
+def use_safetensors(source: str | Path) -> dict[str, Any]:
+    """The option that says which weights of ``source`` a library reads: safetensors, and pickled ones where a folder
+    has no others, which both libraries read as plain tensors (torch's ``weights_only``)."""
+    folder = Path(source).expanduser()
+    pickled = any((folder / name).is_file() for name in _PICKLED) and not any(folder.glob("*.safetensors*"))
+    return {"use_safetensors": not pickled}
+
+
+def _refused(source: str, what: str) -> TrajOODError:
+    return TrajOODError(
+        f"{source}: its config.json asks for {what}, which is never run: take a model that transformers itself knows, "
+        "or build it in Python and wrap it in traj_ood.CallableBackbone or traj_ood.CallableAutoencoder"
+    )

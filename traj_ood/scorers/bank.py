@@ -1,0 +1,82 @@
+"""Scorers that look up nearest neighbours among points they have learnt."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.index import NeighborIndex, Neighbors
+from traj_ood.scorers.base import Evidence, FeatureScorer, Scorer
+
+_S = TypeVar("_S", bound="SearchingScorer")
+
+
+class Index(Protocol):
+    """What a scorer asks of its index; :class:`traj_ood.NeighborIndex` is one."""
+
+    def __len__(self) -> int: ...
+
+    def nearest(self, queries: Tensor) -> Neighbors: ...
+
+    def search(self, queries: Tensor, k: int) -> Neighbors: ...
+
+
+@dataclass
+class SearchingScorer(Scorer):
+    """Keeps an index over :meth:`points`, which is built when a score first needs it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._index: Index | None = None
+
+    @abstractmethod
+    def points(self) -> Tensor:
+        """(N, d) float32, from the learnt state: what distances are measured to."""
+
+    def fit(self, train: Evidence) -> Scorer:
+        self._index = None
+        return super().fit(train)
+
+    def load(self, path: Path) -> Scorer:
+        self._index = None
+        return super().load(path)
+
+    def index(self, device: torch.device) -> Index:
+        """The index over :meth:`points`; where it is built now, on ``device``."""
+        if self._index is None:
+            self._index = NeighborIndex(self.points().to(device))
+        return self._index
+
+    def with_state(self, state: Mapping[str, Tensor]) -> Scorer:
+        other = super().with_state(state)
+        assert isinstance(other, SearchingScorer)
+        other._index = None
+        return other
+
+    def with_index(self: _S, index: Index) -> _S:
+        """A copy that asks another index over :meth:`points`."""
+        other = copy.copy(self)
+        other._index = index
+        return other
+
+
+@dataclass
+class BankScorer(SearchingScorer, FeatureScorer):
+    """A static scorer that searches the training features."""
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        return {"bank": self.features(train).cpu()}
+
+    def points(self) -> Tensor:
+        return self.state["bank"]
+
+    def neighbour_distances(self, queries: Tensor, k: int) -> Tensor:
+        """(B, k) float64 distances to the nearest training features, ascending, on the CPU."""
+        return self.index(queries.device).search(queries, k).distances.cpu()

@@ -1,0 +1,248 @@
+"""Scorer: one OOD scorer. HIGHER = MORE OOD everywhere inside traj_ood."""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from traj_ood.autoencoders import VIEWS, FeatureView, View
+from traj_ood.dynamics.trajectory import Trajectory
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.files import write_atomic
+from traj_ood.scorers.options import check_options, option_defaults, write_option
+
+ReconstructionKind = Literal["plain", "masked"]
+
+WHOLE_PATH = 2**31
+"""More steps than any limit: iterate until the sample settles."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a scorer reads, so that one pass over the images computes just that, once, for all scorers.
+
+    Attributes:
+        features: latent views of z0, or ``backbone`` for a frozen backbone's penultimate features.
+        reconstruction: ``plain`` ‖x − D(E(x))‖² or ``masked``, the MAE's own task.
+        distances: views in which the distance to the nearest attractor is measured along the path.
+        steps: how much of the path beyond z0 is read; ``WHOLE_PATH`` is until it settles.
+        points: (view, t): latent views of z_t for t >= 1, kept while fitting and scoring.
+        attractors: views in which the attractors themselves are read, while fitting.
+        train_path: while fitting, the training images' own trajectories, as far as ``steps``, with their distances to
+            the attractors of the other training images. Such a scorer also asks for the feature ``tokens``.
+        logits: the classifier's logits.
+        head: the classifier's weight and bias, while fitting.
+        labels: the training images' class labels, while fitting.
+    """
+
+    features: frozenset[FeatureView] = frozenset()
+    reconstruction: frozenset[ReconstructionKind] = frozenset()
+    distances: frozenset[View] = frozenset()
+    steps: int = 0
+    points: frozenset[tuple[FeatureView, int]] = frozenset()
+    attractors: frozenset[View] = frozenset()
+    train_path: bool = False
+    logits: bool = False
+    head: bool = False
+    labels: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.features | other.features,
+            self.reconstruction | other.reconstruction,
+            self.distances | other.distances,
+            max(self.steps, other.steps),
+            self.points | other.points,
+            self.attractors | other.attractors,
+            self.train_path or other.train_path,
+            self.logits or other.logits,
+            self.head or other.head,
+            self.labels or other.labels,
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one pass over B images leaves for the scorers.
+
+    Attributes:
+        features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the view ``grid``.
+        reconstruction: kind → (B,) float64 mean squared error per pixel.
+        trajectory: residuals, steps and (while scoring) distances to the attractors.
+        points: (view, t) → latent view of z_t, shaped as in ``features``; of a sample that settled before t, its end.
+        attractors: view → (M, d) of the attractors that are finite; while fitting only.
+        logits: (B, classes) float32 of the classifier.
+        head: weight (classes, n) and bias (classes,) of the classifier; while fitting only.
+        labels: (B,) int64 class labels 0 … C−1; while fitting only.
+    """
+
+    features: Mapping[FeatureView, Tensor] = field(default_factory=dict)
+    reconstruction: Mapping[ReconstructionKind, Tensor] = field(default_factory=dict)
+    trajectory: Trajectory | None = None
+    points: Mapping[tuple[FeatureView, int], Tensor] = field(default_factory=dict)
+    attractors: Mapping[View, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    head: tuple[Tensor, Tensor] | None = None
+    labels: Tensor | None = None
+
+    def path(self) -> Trajectory:
+        """The trajectory.
+
+        Raises:
+            TrajOODError: the pass did not iterate f.
+        """
+        if self.trajectory is None:
+            raise TrajOODError(
+                "this scorer reads the trajectory, but the pass did not iterate f: declare it in needs()"
+            )
+        return self.trajectory
+
+    def class_logits(self) -> Tensor:
+        """(B, classes) float64 logits.
+
+        Raises:
+            TrajOODError: the pass kept none.
+        """
+        if self.logits is None:
+            raise TrajOODError("this scorer reads logits, but the pass kept none: declare them in needs()")
+        return self.logits.cpu().double()
+
+
+@dataclass
+class Scorer(ABC):
+    """One scorer. Dataclass fields are its declared options; ``fit`` learns from ID training images alone.
+
+    Life: ``scorer = KNN(k=5)``; ``scorer.fit(evidence)``; ``scorer.score(evidence)`` → (B,) float64, higher = more OOD.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    views: ClassVar[tuple[str, ...]] = VIEWS
+    """Values of the option ``view``: scorers of the path know latent views alone, :class:`FeatureScorer` s more."""
+
+    def __post_init__(self) -> None:
+        self._state: dict[str, Tensor] | None = None
+        view = getattr(self, "view", None)
+        if view is not None and view not in self.views:
+            raise unknown_name(f"view of scorer {self.name}", str(view), self.views)
+        seed = getattr(self, "seed", 0)
+        if not 0 <= seed < 2**32:
+            raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
+        check_options(type(self), self.name, vars(self))  # else the label would recreate another scorer
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What :meth:`score` (and :meth:`fit`) read."""
+
+    @abstractmethod
+    def score(self, evidence: Evidence) -> Tensor:
+        """(B,) float64, higher = more OOD; each image's score depends on that image alone."""
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        """The tensors that :meth:`score` needs, learnt from ID training images. Default: none."""
+        return {}
+
+    def check_training_size(self, count: int) -> None:  # noqa: B027 (most scorers have nothing to refuse)
+        """Refuse a number of training images that this scorer cannot learn from, before anything is computed.
+
+        Raises:
+            TrajOODError: too few for its options.
+        """
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        """Mean evaluations of f per scored image, beyond the one encoding that every scorer shares."""
+        return 0.0
+
+    def fit(self, train: Evidence) -> Scorer:
+        self._state = {name: _row_major(value) for name, value in self.learn(train).items()}
+        return self
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`fit` learnt.
+
+        Raises:
+            TrajOODError: not fitted.
+        """
+        if self._state is None:
+            raise TrajOODError(f"scorer {self.name} is not fitted: call fit with ID training images first")
+        return self._state
+
+    def with_state(self, state: Mapping[str, Tensor]) -> Scorer:
+        """A copy that scores with these tensors: what :meth:`fit` learnt, kept elsewhere."""
+        other = copy.copy(self)
+        other._state = dict(state)
+        return other
+
+    def options(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def label(self) -> str:
+        """The name with the options that differ from their defaults, as ``traj-ood bench --scorers`` takes it."""
+        mine = {key: (getattr(self, key), default) for key, default in option_defaults(type(self)).items()}
+        changed = [f"{key}={write_option(value)}" for key, (value, default) in mine.items() if value != default]
+        return ":".join([self.name, *changed])
+
+    def save(self, path: Path) -> None:
+        """Write the learnt tensors and the options as one safetensors file, atomically."""
+        header = {"scorer": self.name, "options": json.dumps(self.options(), sort_keys=True)}
+        write_atomic(path, save(self.state, metadata=header))
+
+    def load(self, path: Path) -> Scorer:
+        """Read what :meth:`save` wrote into this scorer.
+
+        Raises:
+            TrajOODError: unreadable, or written by another scorer or with other options.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except Exception as error:
+            raise TrajOODError(f"{path}: not a readable scorer file ({error})") from error
+        mine = {"scorer": self.name, "options": json.dumps(self.options(), sort_keys=True)}
+        if header != mine:
+            raise TrajOODError(f"{path}: expected a scorer file of {mine}, got one of {header}")
+        self._state = state
+        return self
+
+
+@dataclass
+class FeatureScorer(Scorer):
+    """A static scorer: it reads one feature vector per image.
+
+    On a model with a frozen backbone the command line reads that backbone's penultimate features unless a ``view`` is
+    written out, because that is where the published forms of these scorers stand.
+    """
+
+    views: ClassVar[tuple[str, ...]] = (*VIEWS, "backbone")
+    view: FeatureView = "mean"
+
+    def needs(self) -> Needs:
+        return Needs(features=frozenset({self.view}))
+
+    def features(self, evidence: Evidence) -> Tensor:
+        """(B, d) features of the declared view."""
+        return evidence.features[self.view]
+
+
+def _row_major(value: Tensor) -> Tensor:
+    """The tensor in the layout in which a file holds it.
+
+    BLAS takes another kernel, which rounds otherwise, for other strides: scores after loading would not be the same.
+    ``contiguous`` is no help, because it leaves the strides of dimensions of size 1 as they are.
+    """
+    if value.stride() == torch.empty(value.shape, device="meta").stride():
+        return value
+    return value.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,34 @@
+"""How fast steps shrink along the path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from traj_ood.dynamics.trajectory import Trajectory
+from traj_ood.scorers.path import PathStatistic, log_lengths
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class ContractionRate(PathStatistic):
+    """λ = 1/(n−1) · Σ_{t=1…n−1} log(‖r_t‖ / ‖r_{t−1}‖), r_t = z_{t+1} − z_t, n steps: Lyapunov-like, in nats per step.
+
+    Reason: near an attractor steps shrink by the spectral radius of f's Jacobian, so λ tells without a single
+    derivative how strongly the map contracts where the sample passes; weakly where training put no attractor. The sum
+    is (log ‖r_{n−1}‖ − log ‖r_0‖) / (n − 1); a path of a single step shows no contraction: λ = 0.
+
+    Cost: ``horizon`` evaluations of f, fewer for samples that settle before. Default 16, the ``horizon`` of the
+    trajectory score's fixed variant.
+    """
+
+    name: ClassVar[str] = "contraction-rate"
+    summary: ClassVar[str] = "mean log ratio of successive steps along the path (Lyapunov-like)"
+
+    def statistic(self, path: Trajectory) -> Tensor:
+        lengths = log_lengths(path)[:, : self.horizon]
+        last = (lengths.isfinite().sum(dim=1) - 1).clamp(min=0)
+        return (lengths.gather(1, last[:, None])[:, 0] - lengths[:, 0]) / last.clamp(min=1)

@@ -1,0 +1,93 @@
+"""Controls: parts of the trajectory score on their own, which show what the path adds to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders import View
+from traj_ood.scorers.base import WHOLE_PATH, Evidence, Needs, Scorer
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class StartDistance(Scorer):
+    """d(z_0, Z*_train): the trajectory score without a trajectory.
+
+    Args:
+        view: Default ``tokens``, as in the trajectory score.
+    """
+
+    name: ClassVar[str] = "start-distance"
+    summary: ClassVar[str] = "control: distance of z0 to the nearest attractor, no iteration"
+    view: View = "tokens"
+
+    def needs(self) -> Needs:
+        return Needs(distances=frozenset({self.view}))
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return evidence.path().measure(f"distance/{self.view}")[:, 0]
+
+
+@register
+@dataclass
+class EndDistance(Scorer):
+    """d(z_N, Z*_train): does the sample end in a training sample's basin?
+
+    Args:
+        view: Default ``tokens``, as in the trajectory score.
+    """
+
+    name: ClassVar[str] = "end-distance"
+    summary: ClassVar[str] = "control: distance of the end point to the nearest attractor"
+    view: View = "tokens"
+
+    def needs(self) -> Needs:
+        return Needs(distances=frozenset({self.view}), steps=WHOLE_PATH)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return evidence.path().at_end(f"distance/{self.view}")
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return float(evidence.path().steps.double().mean())
+
+
+@register
+@dataclass
+class FirstResidual(Scorer):
+    """‖f(z_0) − z_0‖: the length of the vector field at the sample, one evaluation of f."""
+
+    name: ClassVar[str] = "first-residual"
+    summary: ClassVar[str] = "control: length of the first step, ‖f(z0) − z0‖"
+
+    def needs(self) -> Needs:
+        return Needs(steps=1)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return evidence.path().residuals[:, 0].sqrt()
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return 1.0
+
+
+@register
+@dataclass
+class Steps(Scorer):
+    """Number of steps to converge, the step limit for samples that do not: slower counts as more OOD."""
+
+    name: ClassVar[str] = "steps"
+    summary: ClassVar[str] = "control: number of steps until convergence"
+
+    def needs(self) -> Needs:
+        return Needs(steps=WHOLE_PATH)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        path = evidence.path()
+        return torch.where(path.converged, path.steps, path.max_steps).double()
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return float(evidence.path().steps.double().mean())

@@ -1,0 +1,77 @@
+"""Where a sample is and which way the field pulls it there, judged together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders import FeatureView
+from traj_ood.scorers.base import Evidence, Needs, Scorer
+from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.path import evaluations, parse_steps
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class EarlyPath(Scorer):
+    """Mean over cells of sqrt((v − μ)ᵀ Σ⁻¹ (v − μ)), v = [z_0, z_{t1} − z_0, z_{t2} − z_{t1}, …] of one cell.
+
+    Reason: by Theorem 1 (§3.1) f(z) − z approximates the score ∇ log p of the latent density. The pair (z_0, f(z_0) −
+    z_0) is judged jointly: where a sample is, and which way the field pulls it there. μ and Σ are one Ledoit–Wolf
+    Gaussian for each cell of the image, as in PaDiM (Defard et al. 2021), because what is usual differs from place to
+    place.
+
+    The control ``shuffled`` loses nothing on a backbone (AUROC 96.5 for 96.3, results/backbone) and a tenth of a
+    percent on ``fashion`` (98.9 for 99.0, results/protocol): place and pull each count, what belongs together hardly
+    does.
+
+    Cost: as many evaluations of f as the last step, 1 by default.
+
+    Args:
+        view: ``grid`` (default, at most 4 × 4 cells), ``mean`` or ``cls``.
+        steps: t1+t2+…, such as ``1+4``. Default ``1``. A sample that settles before t is at its end then.
+        shuffled: control, default false: the Gaussians are fitted to the z_0 of one training image with the
+            displacements of another, so they know either alone, and not what belongs together.
+        seed: of the shuffling.
+    """
+
+    name: ClassVar[str] = "early-path"
+    summary: ClassVar[str] = "Mahalanobis distance of z0 and its first displacement together, one Gaussian per cell"
+    views: ClassVar[tuple[str, ...]] = ("grid", "mean", "cls")
+    view: FeatureView = "grid"
+    steps: str = "1"
+    shuffled: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._steps = parse_steps(self.name, self.steps, 1)
+
+    def needs(self) -> Needs:
+        points = frozenset((self.view, t) for t in self._steps)
+        return Needs(features=frozenset({self.view}), points=points, steps=self._steps[-1])
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        start, *displacements = self._parts(train)
+        if self.shuffled:
+            order = torch.randperm(len(start), generator=torch.Generator().manual_seed(self.seed))
+            other = torch.empty_like(order)
+            other[order] = order.roll(1)  # a random cycle: nobody keeps their own
+            displacements = [d[other] for d in displacements]
+        return learn_gaussians(torch.cat([start, *displacements], dim=-1))
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return distances_to_gaussians(self.state, torch.cat(self._parts(evidence), dim=-1)).mean(dim=1)
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return evaluations(evidence, self._steps[-1])
+
+    def _parts(self, evidence: Evidence) -> list[Tensor]:
+        """z_0 and the displacements, (B, cells, d) or (B, d) each."""
+        points = [evidence.features[self.view].cpu(), *(evidence.points[self.view, t] for t in self._steps)]
+        return [points[0], *(b - a for a, b in pairwise(points))]

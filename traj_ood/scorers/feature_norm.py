@@ -1,0 +1,43 @@
+"""The length of the feature vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.scorers.base import Evidence, FeatureScorer
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class FeatureNorm(FeatureScorer):
+    """−log ‖z‖: short features count as OOD, since networks respond less to what they were not trained on.
+
+    That is the published direction (Tack et al. 2020; Yu et al. 2023), found on classifiers. An encoder that ends in a
+    LayerNorm gives every token the same length, up to its learnt scale: ``tokens`` and ``cls`` then say little, and
+    ``mean`` says how much the tokens of an image agree.
+
+    Args:
+        view: Default ``mean``.
+        two_sided: |log ‖z‖ − mean of log ‖z‖ over training images| instead: no direction is assumed. Default false, as
+            published.
+    """
+
+    name: ClassVar[str] = "feature-norm"
+    summary: ClassVar[str] = "length of the feature: short is OOD (Tack et al. 2020), or two-sided"
+    two_sided: bool = False
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        return {"centre": self._log_norms(train).mean(dim=0, keepdim=True)} if self.two_sided else {}
+
+    def score(self, evidence: Evidence) -> Tensor:
+        norms = self._log_norms(evidence)
+        return (norms - self.state["centre"]).abs() if self.two_sided else -norms
+
+    def _log_norms(self, evidence: Evidence) -> Tensor:
+        norms = self.features(evidence).cpu().double().norm(dim=1)
+        return norms.clamp(min=torch.finfo(torch.float64).tiny).log()

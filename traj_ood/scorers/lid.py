@@ -1,0 +1,61 @@
+"""Local intrinsic dimension of the training features around a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+from traj_ood.scorers.bank import BankScorer
+from traj_ood.scorers.base import Evidence
+from traj_ood.scorers.registry import register
+
+_K = 20
+_TINY = torch.finfo(torch.float64).tiny
+_LARGEST = 1e12  # dimension of a sample whose neighbours are all equally far, up to rounding
+
+
+@register
+@dataclass
+class LID(BankScorer):
+    """(1/(k−1) · Σ_{i<k} log(r_k / r_i))⁻¹, r_i the distance to the i-th nearest training feature.
+
+    The maximum-likelihood estimate of Levina and Bickel (2004, eq. 8), read as an outlier score as by Ma et al. (2018):
+    away from the manifold all neighbours are about equally far, and the dimension appears high. (Amsaleg et al. 2015
+    and Ma et al. divide by k, the last term being zero: the same order.) A sample on k training features has dimension
+    0.
+
+    Args:
+        view: Default ``mean``.
+        k: neighbours. None (default) takes 20, as Ma et al., or all training images where there are fewer.
+    """
+
+    name: ClassVar[str] = "lid"
+    summary: ClassVar[str] = "local intrinsic dimension, maximum likelihood (Levina and Bickel 2004; Ma et al. 2018)"
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k is not None and self.k < 2:
+            raise TrajOODError(f"scorer {self.name}: k must be at least 2, got {self.k}")
+
+    def check_training_size(self, count: int) -> None:
+        if self.k is not None and self.k > count:
+            raise TrajOODError(
+                f"scorer {self.label}: k = {self.k} neighbours, but only {count} training images: use more training "
+                f"images or k <= {count}"
+            )
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        self.check_training_size(len(self.features(train)))
+        return super().learn(train)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        k = self.k or min(_K, len(self.state["bank"]))
+        radii = self.neighbour_distances(self.features(evidence), k).clamp(min=_TINY)
+        spread = (radii[:, -1:] / radii[:, :-1]).log().mean(dim=1)
+        dimension = 1 / spread.clamp(min=1 / _LARGEST)
+        return torch.where(radii[:, -1] > _TINY, dimension, 0.0)

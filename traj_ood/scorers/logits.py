@@ -1,0 +1,78 @@
+"""Scores of a classifier's logits alone, f (B, C): MSP, max-logit and energy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+from traj_ood.scorers.base import Evidence, Needs, Scorer
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class MaxSoftmax(Scorer):
+    """Maximum softmax probability p (Hendrycks and Gimpel 2017), as the log-odds against it: log((1 − p) / p).
+
+    That is logsumexp of the other logits less the largest one. It ranks as OpenOOD's p and pytorch-ood's −p do, and
+    p = 1 / (1 + exp(score)) gives theirs back; but 1 − p itself is zero, and its order lost, for every logit that leads
+    by more than 37 (by 17 in float32).
+    """
+
+    name: ClassVar[str] = "msp"
+    summary: ClassVar[str] = "maximum softmax probability of the classifier (Hendrycks and Gimpel 2017), as log-odds"
+
+    def needs(self) -> Needs:
+        return Needs(logits=True)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        logits = evidence.class_logits()
+        if logits.shape[1] < 2:
+            raise TrajOODError(f"scorer {self.name}: expected logits of at least 2 classes, got {logits.shape[1]}")
+        largest, winner = logits.max(dim=1, keepdim=True)
+        others = logits.scatter(1, winner, -torch.inf)
+        return others.logsumexp(dim=1) - largest[:, 0]
+
+
+@register
+@dataclass
+class MaxLogit(Scorer):
+    """−max_c f_c (Hendrycks et al. 2022): as pytorch-ood's, and OpenOOD's (``mls``) with the sign turned."""
+
+    name: ClassVar[str] = "max-logit"
+    summary: ClassVar[str] = "largest logit of the classifier, negated (Hendrycks et al. 2022)"
+
+    def needs(self) -> Needs:
+        return Needs(logits=True)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return -evidence.class_logits().amax(dim=1)
+
+
+@register
+@dataclass
+class Energy(Scorer):
+    """Free energy −T · log Σ_c exp(f_c / T) (Liu et al. 2020, eq. 4): pytorch-ood's, and OpenOOD's (``ebo``) negated.
+
+    Args:
+        temperature: T. Default 1: Liu et al. find it the best and call the score parameter-free with it.
+    """
+
+    name: ClassVar[str] = "energy"
+    summary: ClassVar[str] = "free energy of the classifier's logits (Liu et al. 2020)"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < float("inf"):
+            raise TrajOODError(f"scorer {self.name}: temperature must be a number above 0, got {self.temperature}")
+
+    def needs(self) -> Needs:
+        return Needs(logits=True)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return -self.temperature * (evidence.class_logits() / self.temperature).logsumexp(dim=1)

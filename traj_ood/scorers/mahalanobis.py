@@ -1,0 +1,108 @@
+"""Mahalanobis distance to the Gaussians of the training features (Lee et al. 2018): one, or one for each class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from traj_ood.autoencoders import VIEWS
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.scorers.base import Evidence, FeatureScorer, Needs
+from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.registry import register
+from traj_ood.scorers.rows import in_rows
+
+COVARIANCES = ("ledoit-wolf", "empirical")
+
+
+@register
+@dataclass
+class Mahalanobis(FeatureScorer):
+    """min over classes c of sqrt((z − μ_c)ᵀ Σ⁻¹ (z − μ_c)), with one Σ of the features less their class mean; float64.
+
+    ``classes=true:covariance=empirical`` is OpenOOD's ``mds``, whose score is the negative square of this one, and
+    pytorch-ood's ``Mahalanobis``, whose score is this one's square over 2N for N training features (it does not divide
+    its scatter matrix by N, and adds 1e-6 to the diagonal): equal ranks.
+
+    Args:
+        view: Default ``mean``: pooled patch tokens. ``grid`` fits one Gaussian to each cell of the image, as PaDiM
+            (Defard et al. 2021), and averages the cells' distances. ``tokens`` would need a covariance of the whole
+            latent.
+        classes: false (default) takes all features as one class, because an autoencoder's images need no labels. True
+            needs the class of every training image; classes without one are left out.
+        covariance: ``ledoit-wolf`` (default) shrinks Σ, because a few thousand images do not fill a covariance of
+            several hundred dimensions; it sets its strength from the data, so nothing is tuned. ``empirical`` does not
+            shrink. Where its Σ is singular Σ⁻¹ is the pseudo-inverse, as in OpenOOD: directions that no training
+            feature takes do not count, so use it with many more images than dimensions.
+        normalize: L2-normalise features first: Mahalanobis++ (Müller and Hein 2025), made for classifiers, whose
+            features' lengths vary. Default false: Lee et al.'s form, and the better one on pooled MAE tokens.
+    """
+
+    name: ClassVar[str] = "mahalanobis"
+    summary: ClassVar[str] = "Mahalanobis distance to the Gaussian(s) of the training features, Ledoit-Wolf shrinkage"
+    views: ClassVar[tuple[str, ...]] = (*VIEWS, "backbone", "grid")
+    classes: bool = False
+    covariance: Literal["ledoit-wolf", "empirical"] = "ledoit-wolf"
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.covariance not in COVARIANCES:
+            raise unknown_name(f"covariance of scorer {self.name}", self.covariance, COVARIANCES)
+        if self.classes and self.view == "grid":
+            raise TrajOODError(f"scorer {self.name}: view=grid has no classes: use view=mean, or leave classes out")
+
+    def needs(self) -> Needs:
+        return super().needs() | Needs(labels=self.classes)
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        features = self.features(train).cpu()
+        if self.view == "grid":
+            return learn_gaussians(features, shrink=self.covariance == "ledoit-wolf")
+        classes = self._classes(train, len(features))
+        means = class_means(features, classes, int(classes.max()) + 1)
+        sample = moments(features, means, classes)
+        if len(means) > 1 and not float(sample.covariance.trace()) > 0:
+            raise TrajOODError(
+                f"scorer {self.label}: the training features do not vary within their classes ({len(means)} classes of "
+                f"{len(features)} images), so no distance can be measured: use more images of each class"
+            )
+        factor = whitening(ledoit_wolf(sample) if self.covariance == "ledoit-wolf" else sample.covariance)
+        centre = means.mean(dim=0)
+        return {"centre": centre, "factor": factor, "means": (means - centre) @ factor}
+
+    def score(self, evidence: Evidence) -> Tensor:
+        features = self.features(evidence).cpu()
+        if self.view == "grid":
+            return distances_to_gaussians(self.state, features).mean(dim=1)
+        return in_rows(self._distances, features)
+
+    def features(self, evidence: Evidence) -> Tensor:
+        features = super().features(evidence)
+        return normalize(features, dim=-1) if self.normalize else features
+
+    def _distances(self, features: Tensor) -> Tensor:
+        """(chunk,) distances to the nearest class mean, both whitened. The expansion of the square finds the class,
+        where its cancellation does no harm; the difference to that class gives the distance."""
+        means = self.state["means"]
+        white = (features.double() - self.state["centre"]) @ self.state["factor"]
+        nearest = torch.addmm(means.square().sum(dim=1), white, means.T, alpha=-2).argmin(dim=1)
+        return (white - means[nearest]).norm(dim=1)
+
+    def _classes(self, train: Evidence, count: int) -> Tensor:
+        """(N,) int64 classes 0 … C − 1 of the training images, all of which occur."""
+        if not self.classes:
+            return torch.zeros(count, dtype=torch.int64)
+        if train.labels is None:
+            raise TrajOODError(f"scorer {self.label}: expected class labels of the training images, got none")
+        labels = train.labels.cpu()
+        if labels.shape != (count,) or labels.is_floating_point() or bool((labels < 0).any()):
+            smallest = labels.min().item() if labels.numel() else "none"
+            got = f"shape {tuple(labels.shape)}, {labels.dtype}, smallest {smallest}"
+            raise TrajOODError(f"scorer {self.label}: expected {count} whole labels from 0 on, got {got}")
+        return labels.unique(return_inverse=True)[1]

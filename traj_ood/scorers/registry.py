@@ -1,0 +1,135 @@
+"""Scorers by name, with their options written ``name:key=value:key=value``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from traj_ood.autoencoders import Autoencoder
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.scorers.base import FeatureScorer, Scorer
+from traj_ood.scorers.options import option_types, parse_options
+
+SCORERS: dict[str, type[Scorer]] = {}
+
+_P = TypeVar("_P", bound=type[Scorer])
+
+
+def register(cls: _P) -> _P:
+    """Class decorator: make a scorer available by its ``name``; a name is taken once.
+
+    It goes above ``@dataclass``.
+
+    Raises:
+        TrajOODError: no scorer that could be made and named: another kind of class, an abstract one, one without
+            ``name`` or ``summary``, options that are no dataclass fields or of kinds that have no text (see
+            :mod:`traj_ood.scorers.options`); or the name is taken by another class.
+    """
+    _check_class(cls)
+    taken = SCORERS.get(cls.name)
+    home = (cls.__module__, cls.__qualname__)
+    if taken is not None and (taken.__module__, taken.__qualname__) != home:  # a reloaded module may register again
+        raise TrajOODError(
+            f"scorer name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}: choose another"
+        )
+    SCORERS[cls.name] = cls
+    return cls
+
+
+def _check_class(cls: type[Any]) -> None:
+    """Refuse what would fail only when it is first asked for."""
+    where = f"scorer class {getattr(cls, '__qualname__', cls)}"
+    if not (isinstance(cls, type) and issubclass(cls, Scorer)):
+        raise TrajOODError(f"{where}: expected a subclass of traj_ood.Scorer: derive it from that")
+    missing = sorted(cls.__abstractmethods__)
+    if missing:
+        raise TrajOODError(f"{where} is abstract: expected {', '.join(f'{m}()' for m in missing)}: define them")
+    for key, example in (("name", "my-scorer"), ("summary", "what it measures, in a line")):
+        text = getattr(cls, key, None)
+        if not isinstance(text, str) or not text.strip():
+            raise TrajOODError(f'{where}: expected its {key}: write {key}: ClassVar[str] = "{example}" in the class')
+    if cls.name == "all" or set(cls.name) & set(":,=") or cls.name.split() != [cls.name]:
+        raise TrajOODError(
+            f"{where}: expected a name without spaces, ':', ',' and '=', other than 'all', got {cls.name!r}"
+        )
+    known = option_types(cls)
+    plain = [
+        key
+        for key, kind in inspect.get_annotations(cls).items()
+        if key not in known and "ClassVar" not in str(kind) and not key.startswith("_")
+    ]
+    if plain:
+        raise TrajOODError(f"{where}: {', '.join(plain)} would not be its options: put @dataclass below @register")
+
+
+def create_scorer(spec: str) -> Scorer:
+    """A scorer from ``name`` or ``name:key=value:…``, such as ``knn:k=5:view=cls``.
+
+    Raises:
+        TrajOODError: unknown name or option (with near ones), or a value of the wrong kind.
+    """
+    name, *pairs = spec.strip().split(":")
+    if name not in SCORERS:
+        raise unknown_name("scorer", name, SCORERS)
+    cls = SCORERS[name]
+    options: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise TrajOODError(f"scorer {spec!r}: expected options as key=value, got {pair!r}")
+        if key in options:
+            raise TrajOODError(f"scorer {spec!r}: option {key} is given twice: leave one out")
+        options[key] = text
+    return cls(**parse_options(cls, name, options))
+
+
+def create_scorers(specs: Sequence[str], autoencoder: Autoencoder) -> list[Scorer]:
+    """The scorers of a run; ``all`` stands for :func:`default_suite`. Duplicates (by label) are refused.
+
+    Raises:
+        TrajOODError: no scorer, an unknown one, or one listed twice.
+    """
+    expanded = [s for spec in specs for s in (default_suite(autoencoder) if spec.strip() == "all" else [spec])]
+    scorers = [create_scorer(_with_backbone(s, autoencoder)) for s in expanded]
+    labels = [s.label for s in scorers]
+    if not labels:
+        raise TrajOODError("scorers: expected at least one, got none")
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise TrajOODError(f"scorers: {twice} is listed twice")
+    return scorers
+
+
+def _with_backbone(spec: str, autoencoder: Autoencoder) -> str:
+    """A static scorer stands, as published, on the features of the backbone where there is one."""
+    cls = SCORERS.get(spec.strip().split(":")[0])
+    static = cls is not None and issubclass(cls, FeatureScorer)
+    return f"{spec}:view=backbone" if autoencoder.feature_dim and static and ":view=" not in spec else spec
+
+
+def default_suite(autoencoder: Autoencoder) -> list[str]:
+    """Every registered scorer that the model allows, with its defaults, and the variants of the paper's open choices.
+
+    ``mahalanobis:classes=true`` is to be asked for by name: whether images have labels, a model does not know.
+    """
+    suite = ["field", "field:start_only=true", "early-path", "early-path:shuffled=true"]
+    suite += ["trajectory", "trajectory:horizon=16"]
+    suite += ["early-trajectory", "early-trajectory:whiten=true"]
+    suite += ["early-trajectory:reference=features", "early-trajectory:reference=centroids"]
+    suite += ["signature", "alignment", "contraction-rate", "contraction-rate:two_sided=true"]
+    suite += ["path-energy", "path-energy:two_sided=true"]
+    suite += ["start-distance", "end-distance", "first-residual", "steps"]
+    suite += ["mahalanobis", "mahalanobis:normalize=true", "knn", "knn-auto", "knn-paper", "gmm", "pca-residual"]
+    suite += ["pca-residual:normalize=true", "kernel-pca", "isolation-forest", "lid"]
+    suite += ["feature-norm", "feature-norm:two_sided=true", "reconstruction"]
+    if autoencoder.has_cls:  # a latent of one token has one view; with more, every scorer may show its best
+        suite += ["trajectory:view=mean", "trajectory:view=cls", "start-distance:view=mean"]
+        suite += ["knn:view=cls", "knn:view=tokens", "mahalanobis:view=cls", "mahalanobis:view=grid"]
+        suite += ["gmm:view=cls", "kernel-pca:view=cls", "lid:view=cls"]
+    if autoencoder.reconstruction_masks():
+        suite += ["reconstruction:masked=true"]
+    if autoencoder.classes:
+        suite += ["msp", "max-logit", "energy"]
+        suite += ["vim"] if autoencoder.head() is not None else []
+    return suite

@@ -1,0 +1,74 @@
+"""The shape of a path: is it one that training images take?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders import View
+from traj_ood.scorers.base import Evidence, Needs, Scorer
+from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.path import (
+    HORIZON,
+    check_horizon,
+    evaluations,
+    finite_rows,
+    held,
+    log_distances,
+    log_lengths,
+)
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class Signature(Scorer):
+    """sqrt((s − μ)ᵀ Σ⁻¹ (s − μ)), s = (log ‖z_{t+1} − z_t‖, log d(z_t, Z*_train)) for t < H; one Gaussian of ID paths.
+
+    Reason: the paper's mean distance reads the path on one side, far is OOD. Simple inputs may land nearer to
+    attractors than training images do, and it then ranks them as ID. A density of the whole curve is two-sided:
+    too near and too quick is as unlike ID as too far. Logarithms, because both fall geometrically.
+
+    μ and Σ (Ledoit–Wolf) come from the training images' own paths, with the distance to the attractors of the *other*
+    training images, as a new image would have it. A sample that settles before H keeps its last step and distance; a
+    step or distance below the float32 rounding of z counts as that rounding.
+
+    Cost: ``horizon`` evaluations of f, fewer for samples that settle before; the fit walks the training images once
+    more.
+
+    Args:
+        view: of the distances. Default ``tokens``, as in the trajectory score.
+        horizon: H. Default 16, that of the trajectory score's fixed variant.
+    """
+
+    name: ClassVar[str] = "signature"
+    summary: ClassVar[str] = "two-sided: Gaussian of ID paths over the log-lengths of steps and log-distances"
+    view: View = "tokens"
+    horizon: int = HORIZON
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_horizon(self.name, self.horizon, 1)
+
+    def needs(self) -> Needs:
+        return Needs(
+            features=frozenset({"tokens"}), distances=frozenset({self.view}), steps=self.horizon, train_path=True
+        )
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        return learn_gaussians(finite_rows(self.label, self._curves(train)))
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return distances_to_gaussians(self.state, self._curves(evidence))[:, 0]
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return evaluations(evidence, self.horizon)
+
+    def _curves(self, evidence: Evidence) -> Tensor:
+        """(B, 2H) float64."""
+        path = evidence.path()
+        columns = (log_lengths(path), log_distances(path, self.view))
+        return torch.cat([held(c, self.horizon) for c in columns], dim=1)

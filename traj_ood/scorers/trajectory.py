@@ -1,0 +1,47 @@
+"""The paper's score: mean distance of a trajectory's points to the nearest training attractor (§4.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from traj_ood.autoencoders import View
+from traj_ood.errors import TrajOODError
+from traj_ood.scorers.base import WHOLE_PATH, Evidence, Needs, Scorer
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class TrajectoryScore(Scorer):
+    """score(z) = 1/(N+1) · Σ_{t=0…N} d(z_t, Z*_train), d the Euclidean distance to the nearest attractor.
+
+    Args:
+        view: latent view in which distances are measured; the dynamics always run on the whole latent. Default
+            ``tokens``: the attractors live in the space where f does, and there alone is z* a fixed point.
+        horizon: None (default) averages over the sample's own N + 1 points, as the sum over the sample's trajectory
+            in §4.2 reads. A number H averages over z_0 … z_H for every sample, so that fast and slow samples weigh
+            the same part of the path (see :meth:`traj_ood.Trajectory.mean_over_path`).
+    """
+
+    name: ClassVar[str] = "trajectory"
+    summary: ClassVar[str] = "mean distance of the trajectory's points to the nearest training attractor (§4.2)"
+    view: View = "tokens"
+    horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.horizon is not None and self.horizon < 0:
+            raise TrajOODError(f"scorer {self.name}: horizon must be a number of steps >= 0, got {self.horizon}")
+
+    def needs(self) -> Needs:
+        return Needs(distances=frozenset({self.view}), steps=WHOLE_PATH if self.horizon is None else self.horizon)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return evidence.path().mean_over_path(f"distance/{self.view}", self.horizon)
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        steps = evidence.path().steps.double()
+        return float((steps if self.horizon is None else steps.clamp(max=self.horizon)).mean())

@@ -1,0 +1,1 @@
+"""Models from data: the training loop, and what is trained with it."""
