@@ -133,6 +133,13 @@ def batches(
     return _read(autoencoder, images, ranges, workers, on_error, reading)
 
 
+def read_rows(
+    model: TakesPictures, images: ImageSource, rows: range, workers: int = 2, on_error: OnError = "raise"
+) -> Batch:
+    """The images ``rows`` of a source as one batch; see :func:`batches`."""
+    return next(_read(model, images, [rows], workers, on_error, AS_STORED))
+
+
 def _default_size(autoencoder: TakesPictures) -> int:
     channels, height, width = autoencoder.input_shape
     most = min(_MOST, _BYTES // (4 * channels * height * width))

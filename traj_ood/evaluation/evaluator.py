@@ -8,7 +8,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -35,6 +34,7 @@ from traj_ood.attractors.health import (
 from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split, preflight
+from traj_ood.data.batches import OnError, read_rows
 from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
@@ -56,7 +56,6 @@ from traj_ood.scorers import Evidence
 from traj_ood.scorers.scorer_set import Precision, ScorerSet, join_evidence
 from traj_ood.text import printable
 
-OnError = Literal["raise", "skip"]
 OnDuplicates = Literal["error", "warn"]
 _LATENT_BYTES = 2**28
 _MAX_BATCH = 2048
@@ -445,23 +444,8 @@ class Evaluator:
 
     def _load(self, split: Split, indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
         """Ids, images (B, C, H, W) and failures of one batch; raises on the first failure unless they are skipped."""
-
-        def read(index: int) -> Tensor | TrajOODError:
-            try:
-                return self.autoencoder.transform(split.images.load(index))
-            except TrajOODError as error:
-                if self.config.on_error == "raise":
-                    raise
-                return error
-
-        with ThreadPoolExecutor(self.workers) as pool:
-            outcomes = list(pool.map(read, indices))
-        ids = [split.images.ids[i] for i in indices]
-        good = [k for k, o in enumerate(outcomes) if isinstance(o, Tensor)]
-        failures = [{"id": ids[k], "error": str(o)} for k, o in enumerate(outcomes) if not isinstance(o, Tensor)]
-        images = [o for o in outcomes if isinstance(o, Tensor)]
-        batch = torch.stack(images) if images else torch.empty(0, *self.autoencoder.input_shape)
-        return tuple(ids[k] for k in good), batch, failures
+        batch = read_rows(self.autoencoder, split.images, indices, self.workers, self.config.on_error)
+        return batch.ids, batch.images, batch.failures
 
     def _bar(self, split: Split) -> _Bar:
         name = f"{split.role} {split.name}" if split.role != split.name else split.name
