@@ -660,7 +660,7 @@ def test_the_card_says_what_it_is(saved: Path, tmp_path: Path) -> None:
         detector.scorer.summary,
         f"| training images | {TRAIN}, 3 classes |",
         f"above **{detector.calibration.threshold:.6g}** counts as OOD",
-        f"conformal quantile of {HELD_OUT}\nheld-out ID images",
+        f"conformal quantile of {HELD_OUT} held-out ID images",
         "at least 0.95 of new ID images are accepted",
         "Nothing here was measured on OOD images",
         "torch ",

@@ -5,63 +5,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from traj_ood.io.card import listed, markdown_card
+
 
 def card(record: Mapping[str, Any]) -> str:
     """Markdown: what the detector is, what it was fitted and calibrated on, how to load it, what it does not say."""
-    model, scorer, training = record["model"], record["scorer"], record["training"]
+    model, scorer, attractors = record["model"], record["scorer"], record["training"]["attractors"]
     own_code = model["kind"] == "callable"
     load = 'Detector.load("this-folder"' + (", autoencoder=my_model)" if own_code else ")")
-    lines = [
-        f"# OOD detector: {scorer['label']} on {model['name']}",
-        "",
-        "Says of an image whether it is unlike the in-distribution (ID) images that it was fitted on. Higher scores",
-        "are more out of distribution.",
-        "",
-        "```python",
-        "from traj_ood import Detector",
-        "",
-        f"detector = {load}",
-        'judgement = detector.judge(["photo.jpg"])  # scores, p_values, decisions (True = OOD), steps, status',
-        "```",
-        "",
-        *(
-            [
-                "The model's code is not part of this folder: build it and pass it as `autoencoder=`; its weights are",
-                "compared.",
-            ]
+    unhealthy = attractors is not None and not attractors["healthy"]
+    return markdown_card(
+        f"OOD detector: {scorer['label']} on {model['name']}",
+        [
+            "Says of an image whether it is unlike the in-distribution (ID) images that it was fitted on. Higher "
+            "scores are more out of distribution.",
+            f"> **Unhealthy attractors:** {'; '.join(attractors['warnings'])}" if unhealthy else "",
+            "```python\n"
+            "from traj_ood import Detector\n\n"
+            f"detector = {load}\n"
+            'judgement = detector.judge(["photo.jpg"])  # scores, p_values, decisions (True = OOD), steps, status\n'
+            "```",
+            "The model's code is not part of this folder: build it and pass it as `autoencoder=`; its weights are "
+            "compared."
             if own_code
-            else ["The folder holds the model's weights; nothing is downloaded, and no code in it is run."]
-        ),
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _rows(record).items()),
-        "",
-        "## Threshold",
-        "",
-        *_threshold(record["calibration"]),
-        "",
-        "## What it does not say",
-        "",
-        "Nothing here was measured on OOD images: how many of those are found depends on what they are. The share of",
-        "ID images accepted holds for new images drawn like the calibration images, not for a camera, a preprocessing",
-        "or a season that differs from theirs.",
-        "",
-        "## Versions",
-        "",
-        f"Saved {record['created']} with " + ", ".join(f"{k} {v}" for k, v in sorted(record["versions"].items())) + ".",
-        "",
-    ]
-    if training["attractors"] is not None and not training["attractors"]["healthy"]:
-        lines += [f"> **Unhealthy attractors:** {'; '.join(training['attractors']['warnings'])}", ""]
-    return "\n".join(lines)
+            else "The folder holds the model's weights; nothing is downloaded, and no code in it is run.",
+            _rows(record),
+        ],
+        {
+            "Threshold": [_threshold(record["calibration"])],
+            "What it does not say": [
+                "Nothing here was measured on OOD images: how many of those are found depends on what they are. The "
+                "share of ID images accepted holds for new images drawn like the calibration images, not for a camera, "
+                "a preprocessing or a season that differs from theirs."
+            ],
+            "Versions": [f"Saved {record['created']} with {listed(record['versions'])}."],
+        },
+    )
 
 
 def _rows(record: Mapping[str, Any]) -> dict[str, str]:
     model, scorer, training, settings = (record[k] for k in ("model", "scorer", "training", "settings"))
     skipped = f" ({training['skipped']} more could not be read)" if training["skipped"] else ""
     rows = {
-        "score": "; ".join(filter(None, [scorer["summary"], _listed(scorer["options"])])),
+        "score": "; ".join(filter(None, [scorer["summary"], listed(scorer["options"], " = ")])),
         "model": f"{model['name']} ({model['family']}, {model['parameters']:,} parameters), fingerprint "
         f"`{model['fingerprint'][:16]}…`",
         "images": " × ".join(map(str, model["input_shape"])) + " (C × H × W)" + _prepared(model.get("preprocessing")),
@@ -72,7 +58,7 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
         steps = "1 step" if scorer["steps"] == 1 else f"at most {scorer['steps']} steps"
         rows["trajectories"] = f"{steps}, tolerance {settings['tol']:g} on the squared residual"
     if training.get("reading"):
-        rows["image files"] = "read with " + ", ".join(f"{key} = {value}" for key, value in training["reading"].items())
+        rows["image files"] = f"read with {listed(training['reading'], ' = ')}"
     if training["list"]:
         rows["training list"] = f"sha256 `{training['list'][:16]}…`"
     health = training["attractors"]
@@ -100,17 +86,13 @@ def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.4g}" for value in values)
 
 
-def _threshold(known: Mapping[str, Any] | None) -> list[str]:
+def _threshold(known: Mapping[str, Any] | None) -> str:
     if known is None:
-        return ["None: `detector.calibrate(held_out_id_images, tpr=0.95)` sets one."]
+        return "None: `detector.calibrate(held_out_id_images, tpr=0.95)` sets one."
     low, high = known["acceptance"]
-    return [
-        f"A score above **{known['threshold']:.6g}** counts as OOD: the conformal quantile of {known['images']:,}",
-        f"held-out ID images for which at least {known['tpr']:.4g} of new ID images are accepted, on average over such",
-        f"calibration sets. For one set of this size the share lies between {low:.3f} and {high:.3f} with 90 %",
-        f"confidence. The same decision by p-value: p <= {known['level']:.6g}.",
-    ]
-
-
-def _listed(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} = {v}" for k, v in options.items())
+    return (
+        f"A score above **{known['threshold']:.6g}** counts as OOD: the conformal quantile of {known['images']:,} "
+        f"held-out ID images for which at least {known['tpr']:.4g} of new ID images are accepted, on average over such "
+        f"calibration sets. For one set of this size the share lies between {low:.3f} and {high:.3f} with 90 % "
+        f"confidence. The same decision by p-value: p <= {known['level']:.6g}."
+    )
