@@ -200,7 +200,7 @@ def test_a_training_cut_off_between_epochs_ends_with_the_same_weights(
 ) -> None:
     digits = write_digits(tmp_path / "digits")
     whole = weights(trained(Workspace(tmp_path / "a"), digits))
-    monkeypatch.setattr(models, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("traj_ood.training.loop.CHECKPOINT_SECONDS", 0.0)
     calls = []
 
     def cut_off(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> Tensor:

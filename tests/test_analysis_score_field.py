@@ -228,7 +228,7 @@ def test_the_question_is_answered_drawn_and_resumed(tmp_path: Path) -> None:
 def test_a_training_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
     for rate in ("1e9", "1e30"):
         question = options_from(find_question("score-field"), [*TINY, f"rate={rate}", "steps=40"])
-        with raises("choose a "):
+        with pytest.raises(TrajOODError, match=r"score-field.*(lower the learning rate|choose a smaller rate)"):
             question.run(Workspace(tmp_path / "work"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -182,7 +182,7 @@ def test_fit_trains_a_backbones_surrogate_without_the_calibration_images(
         network.set_statistics(features)
         return SurrogateAutoencoder(backbone, network, name="untrained")
 
-    monkeypatch.setattr("traj_ood.training.surrogate.fit_surrogate", untrained)
+    monkeypatch.setattr("traj_ood.training.surrogate_cache.fit_surrogate", untrained)
     result = call("fit", tmp_path / "id", "--model", f"timm:{tmp_path / 'net'}", "--out", tmp_path / "d", *FAST)
     assert result.exit_code == 0, result.output
     assert [len(features) for features in seen] == [41]

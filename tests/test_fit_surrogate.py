@@ -18,7 +18,9 @@ from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.data import Benchmark, load_benchmark
 from traj_ood.errors import TrajOODError
 from traj_ood.training import surrogate as module
-from traj_ood.training.surrogate import SurrogateRecipe, fit_surrogate, surrogate_for, surrogate_health
+from traj_ood.training import surrogate_cache
+from traj_ood.training.surrogate import SurrogateRecipe, SurrogateTrainer, fit_surrogate, surrogate_health
+from traj_ood.training.surrogate_cache import surrogate_for
 
 N = 16
 QUICK = SurrogateRecipe(steps=30, check_every=10, batch_size=32, hidden=(24,), bottleneck=6)
@@ -70,20 +72,6 @@ def timeless(record: Any) -> dict[str, Any]:
     return {k: v for k, v in tree.items() if "seconds" not in k}
 
 
-class Interrupt:
-    """Lets ``stretches`` of training pass and interrupts the one after."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, stretches: int) -> None:
-        original = module._Run.stretch
-
-        def stretch(run: Any, bar: Any) -> None:
-            if len(run.log) == stretches:
-                raise KeyboardInterrupt
-            original(run, bar)
-
-        patch.setattr(module._Run, "stretch", stretch)
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 
@@ -112,11 +100,11 @@ def test_same_seed_same_weights_other_seed_other_weights() -> None:
     assert timeless(one.record) == timeless(two.record)
 
 
-@pytest.mark.parametrize("stretches", [0, 1, 2])
-def test_resume_ends_with_the_same_weights(tmp_path: Path, stretches: int) -> None:
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_resume_ends_with_the_same_weights(tmp_path: Path, rounds: int) -> None:
     whole = fit(out=tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        Interrupt(patch, stretches)
+        tiny.interrupt_training(patch, rounds)
         with pytest.raises(KeyboardInterrupt):
             fit(out=tmp_path / "parts")
     assert (tmp_path / "parts" / "checkpoint.pt").is_file()
@@ -145,7 +133,7 @@ def test_early_stopping_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) 
         seen.append({k: v.clone() for k, v in run.network.state_dict().items()})
         return next(losses), 0.0
 
-    monkeypatch.setattr(module._Run, "_held_out_loss", held_out)
+    monkeypatch.setattr(SurrogateTrainer, "held_out_loss", held_out)
     model = fit(recipe=SurrogateRecipe(steps=200, check_every=5, patience=2, hidden=(8,), bottleneck=4))
     assert len(model.record["log"]) == 4  # 0.4 and the second 0.3 are no better than the first
     assert model.record["best_step"] == 10
@@ -156,29 +144,27 @@ def test_early_stopping_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_held_out_features_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: set[int] = set()
-    original = module._Run._order
+    rows: dict[bool, set[int]] = {True: set(), False: set()}
+    original = SurrogateTrainer.standardised
 
-    def order(run: Any, count: int, draws: torch.Generator) -> Tensor:
-        rows = original(run, count, draws)
-        used.update(rows.tolist())
-        assert not set(run.val.tolist()) & used
-        assert len(run.val) == 60
-        return rows
+    def standardised(trainer: SurrogateTrainer, asked: Tensor) -> Tensor:
+        rows[trainer.module.training].update(asked.tolist())
+        return original(trainer, asked)
 
-    monkeypatch.setattr(module._Run, "_order", order)
+    monkeypatch.setattr(SurrogateTrainer, "standardised", standardised)
     fit(recipe=SurrogateRecipe(steps=30, check_every=30, batch_size=64, val_fraction=0.2, hidden=(8,), bottleneck=4))
-    assert len(used) == 240
+    assert (len(rows[True]), len(rows[False])) == (240, 60)
+    assert not rows[True] & rows[False]
 
 
 def test_held_out_loss_against_its_definition() -> None:
     model, features = fit(), clustered()
-    run = module._Run(model, features, QUICK, 0, None)
+    run = SurrogateTrainer(model, features, QUICK, 0)
     clean = model.network.standardise(features[run.val])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     restore = [model.network.decode(model.network.encode(x)) for x in (clean + QUICK.noise(N) * noise, clean)]
     expected = tuple(float((r - clean).square().mean()) for r in restore)
-    assert run._held_out_loss() == pytest.approx(expected, rel=1e-5)
+    assert run.held_out_loss() == pytest.approx(expected, rel=1e-5)
     assert model.record["validation_loss"] == pytest.approx(expected[0], rel=1e-5)
 
 
@@ -194,16 +180,16 @@ def test_the_jacobian_penalty_contracts() -> None:
 
 
 def test_the_jacobian_penalty_estimates_the_frobenius_norm() -> None:
-    run = module._Run(fit(), clustered(), QUICK, 0, None)
+    run = SurrogateTrainer(fit(), clustered(), QUICK, 0)
     clean = run.network.standardise(run.features[:4])
     start = run.network.encode(clean)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda z: run.network.encode(run.network.decode(z[None]))[0]))(start)
     exact = float(jacobian.square().sum(dim=(1, 2)).mean()) / start.shape[1]  # E ‖Jv‖²/‖v‖² = ‖J‖²_F / k
     draws = torch.Generator().manual_seed(0)
-    run.recipe = SurrogateRecipe(**{**vars(QUICK), "input_noise": 0.0})
-    plain = float(run._loss(clean, draws))
-    run.recipe = SurrogateRecipe(**{**vars(QUICK), "input_noise": 0.0, "jacobian": 1.0})
-    penalties = [float(run._loss(clean, draws)) - plain for _ in range(600)]
+    run.options = SurrogateRecipe(**{**vars(QUICK), "input_noise": 0.0})
+    plain = float(run.loss(clean, draws))
+    run.options = SurrogateRecipe(**{**vars(QUICK), "input_noise": 0.0, "jacobian": 1.0})
+    penalties = [float(run.loss(clean, draws)) - plain for _ in range(600)]
     assert sum(penalties) / len(penalties) == pytest.approx(exact, rel=0.1)
 
 
@@ -214,7 +200,7 @@ def test_the_default_noise_grows_with_the_width() -> None:
 
 def test_learning_rate() -> None:
     recipe = SurrogateRecipe(steps=20, warmup=0.2, learning_rate=2.0)
-    rates = [module._learning_rate(recipe, step) for step in range(20)]
+    rates = [SurrogateTrainer(fit(), clustered(), recipe, 0).rate(step) for step in range(20)]
     assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert rates[12] == pytest.approx(1.0)
     assert all(0 < r <= 2 for r in rates)
@@ -235,6 +221,7 @@ def test_files(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "README.md",
         "config.json",
+        "log.jsonl",
         "model.safetensors",
         "training.json",
     ]
@@ -289,10 +276,8 @@ def test_bad_features(features: Tensor, text: str, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._Run, "_loss", lambda run, clean, draws: run.network.decoder[0].weight.sum() * torch.nan)
-    with pytest.raises(
-        TrajOODError, match="surrogate of custom:tiny: the loss is nan in step 0: lower the learning rate"
-    ):
+    monkeypatch.setattr(SurrogateTrainer, "loss", lambda run, clean, draws: clean.sum() * torch.nan)
+    with pytest.raises(TrajOODError, match="custom:tiny: the loss is nan in step 0 of 30: lower the learning rate"):
         fit()
 
 
@@ -321,7 +306,7 @@ def test_impossible_recipes(changes: dict[str, Any], text: str) -> None:
 
 def interrupted(out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        Interrupt(patch, 1)
+        tiny.interrupt_training(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             fit(out=out)
 
@@ -329,7 +314,7 @@ def interrupted(out: Path) -> None:
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     interrupted(tmp_path)
     changed = SurrogateRecipe(**{**vars(QUICK), "learning_rate": 0.01})
-    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another recipe: choose another folder or pass"):
+    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another recipe: choose another folder"):
         fit(recipe=changed, out=tmp_path)
     with pytest.raises(TrajOODError, match="made with another seed, features"):
         fit(clustered(seed=1), seed=1, out=tmp_path)
@@ -341,7 +326,7 @@ def test_damaged_checkpoint(tmp_path: Path, content: bytes | None) -> None:
     interrupted(tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
-    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: damaged checkpoint .*: delete it or pass fresh=True"):
+    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: damaged checkpoint .*: delete it, or .*fresh=True"):
         fit(out=tmp_path)
     fit(out=tmp_path, fresh=True)
 
@@ -383,7 +368,7 @@ def test_a_finished_surrogate_is_loaded(benchmark: Benchmark, tmp_path: Path, mo
     assert record["data"]["sha256"] == benchmark.train.images.digest()
     assert (record["data"]["count"], record["data"]["skipped"]) == (40, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "fit_surrogate", None)
+        patch.setattr(surrogate_cache, "fit_surrogate", None)
         refuse_to_read(patch)
         second = make(backbone(), benchmark, out)
     assert second.fingerprint() == first.fingerprint()
@@ -460,7 +445,7 @@ def test_impossible_arguments(benchmark: Benchmark, tmp_path: Path, options: dic
 
 
 def test_specs_are_loaded(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_backbone", lambda spec: backbone(name=spec))
+    monkeypatch.setattr(surrogate_cache, "load_backbone", lambda spec: backbone(name=spec))
     monkeypatch.setenv("TRAJ_OOD_DATA", str(tmp_path / "home"))
     model = surrogate_for("timm:tiny", benchmark, recipe=QUICK, quiet=True, device=torch.device("cpu"))
     assert model.name == "timm:tiny"

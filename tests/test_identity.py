@@ -33,7 +33,7 @@ from traj_ood.evaluation.leaderboard import leaderboard, render_markdown
 from traj_ood.evaluation.results import Result
 from traj_ood.io import provenance
 from traj_ood.scorers.scorer_set import ScorerSet
-from traj_ood.training import surrogate as fit_surrogate_module
+from traj_ood.training import surrogate_cache
 from traj_ood.training.surrogate import SurrogateRecipe
 
 QUICK = SurrogateRecipe(steps=4, check_every=2, hidden=(8,), bottleneck=4)
@@ -354,7 +354,7 @@ def test_surrogates_belong_to_bytes_transform_and_code(tmp_path: Path, monkeypat
     replaced, alone = fitted("cache"), fitted("empty")
     assert replaced["fingerprint"] == alone["fingerprint"] != first["fingerprint"]
     assert fitted("cache", darker)["fingerprint"] == fitted("empty2", darker)["fingerprint"]
-    for module in (fit_surrogate_module, features_module):
+    for module in (surrogate_cache, features_module):
         monkeypatch.setattr(module, "code_digest", lambda: "0" * 16)
     monkeypatch.setattr("traj_ood.io.provenance.code_digest", lambda: "0" * 16)
     later = fitted("cache")

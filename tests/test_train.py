@@ -15,8 +15,8 @@ import yaml
 
 from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ViTMAE, load_autoencoder
 from traj_ood.errors import TrajOODError
-from traj_ood.training import autoencoder as train_module
-from traj_ood.training.autoencoder import CONFIGS, Recipe, TrainConfig, _learning_rate, build_autoencoder, train_model
+from traj_ood.training.autoencoder import CONFIGS, Recipe, TrainConfig, build_autoencoder, train_model
+from traj_ood.training.loop import learning_rate
 
 VIT = {k: v for k, v in tiny.VIT.items() if k not in ("image_size", "num_channels")}
 RECIPE = {"epochs": 3, "batch_size": 8, "learning_rate": 0.005, "input_noise": 0.1}
@@ -53,20 +53,6 @@ def train(place: Path, out: str, *, fresh: bool = False, **changes: Any) -> Auto
 
 def weights(model: Autoencoder) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.module.state_dict().items()}
-
-
-class Interrupt:
-    """Lets ``epochs`` epochs pass and interrupts the one after."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, epochs: int) -> None:
-        original = train_module._Run.epoch
-
-        def epoch(run: Any, number: int) -> None:
-            if number == epochs:
-                raise KeyboardInterrupt
-            original(run, number)
-
-        patch.setattr(train_module._Run, "epoch", epoch)
 
 
 # ---------------------------------------------------------------------------------------------- a run
@@ -152,7 +138,7 @@ def test_masked_loss_and_linear_adam(place: Path) -> None:
 def test_resume_ends_with_the_same_weights(place: Path, family: str, epochs: int, changes: dict[str, Any]) -> None:
     whole = train(place, "whole", family=family, **changes)
     with pytest.MonkeyPatch.context() as patch:
-        Interrupt(patch, epochs)
+        tiny.interrupt_training(patch, epochs)
         with pytest.raises(KeyboardInterrupt):
             train(place, "parts", family=family, **changes)
     assert (place / "parts" / "checkpoint.pt").is_file()
@@ -169,7 +155,7 @@ def test_resume_ends_with_the_same_weights(place: Path, family: str, epochs: int
 def test_interrupted_after_the_last_epoch(place: Path) -> None:
     whole = train(place, "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "_health", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(ConvAutoencoder, "save_pretrained", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             train(place, "parts")
     assert train(place, "parts").fingerprint() == whole.fingerprint()
@@ -177,14 +163,14 @@ def test_interrupted_after_the_last_epoch(place: Path) -> None:
 
 def interrupted(place: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        Interrupt(patch, 1)
+        tiny.interrupt_training(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             train(place, "out")
 
 
 def test_another_config_is_refused(place: Path) -> None:
     interrupted(place)
-    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another config: choose another --out or"):
+    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another config: choose another folder"):
         train(place, "out", recipe={"learning_rate": 0.004})
     with pytest.raises(TrajOODError, match="made with another config"):
         train(place, "out", seed=7)
@@ -197,12 +183,12 @@ def test_other_images_or_other_code_are_refused(place: Path, monkeypatch: pytest
     path = next((place / "images" / "train").iterdir())
     before = path.read_bytes()
     path.write_bytes((place / "images" / "far" / "001.png").read_bytes())
-    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another images: choose another --out or use"):
+    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another images: choose another folder"):
         train(place, "out")
     path.write_bytes(before)
     with monkeypatch.context() as patch:
         patch.setattr("traj_ood.training.loop.code_digest", lambda: "0" * 16)
-        with pytest.raises(TrajOODError, match="made with another code: choose another --out or use --fresh"):
+        with pytest.raises(TrajOODError, match=r"made with another code: .* or start over with --fresh"):
             train(place, "out")
     train(place, "out")
 
@@ -212,7 +198,7 @@ def test_damaged_checkpoint(place: Path, content: bytes | None) -> None:
     interrupted(place)
     path = place / "out" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
-    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: damaged checkpoint .*: start over with --fresh"):
+    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: damaged checkpoint .*: delete it, or .* --fresh"):
         train(place, "out")
     train(place, "out", fresh=True)
 
@@ -223,7 +209,7 @@ def test_damaged_checkpoint(place: Path, content: bytes | None) -> None:
 def test_learning_rate_schedules() -> None:
     def rates(**changes: Any) -> list[float]:
         recipe = Recipe(learning_rate=2.0, **changes)
-        return [_learning_rate(recipe, step, 20) for step in range(20)]
+        return [learning_rate(recipe, step, 20) for step in range(20)]
 
     cosine = rates(warmup=0.2)
     assert cosine[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
@@ -243,7 +229,7 @@ def test_logged_rate_is_the_schedules(place: Path) -> None:
     train(place, "out")
     log = json.loads((place / "out" / "training.json").read_text())["log"]
     recipe = TrainConfig.load(write(place)).recipe
-    assert [e["learning_rate"] for e in log] == pytest.approx([_learning_rate(recipe, 5 * e + 4, 15) for e in range(3)])
+    assert [e["learning_rate"] for e in log] == pytest.approx([learning_rate(recipe, 5 * e + 4, 15) for e in range(3)])
 
 
 # ---------------------------------------------------------------------------------------------- configs
@@ -364,7 +350,7 @@ def test_files_that_are_not_yaml_or_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["conv", "vit_mae"])
 def test_diverging_loss(place: Path, family: str) -> None:
-    with pytest.raises(TrajOODError, match=r"train: the loss is (nan|inf) in epoch 1, step \d+: lower the learning"):
+    with pytest.raises(TrajOODError, match=r"tiny-\w+: the loss is (nan|inf) in step \d of 15: lower the learning"):
         train(place, "out", family=family, recipe={"learning_rate": 1e30, "warmup": 0.0})
     assert not (place / "out" / "model.safetensors").exists()
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from PIL import Image
 
 from traj_ood.backbones import Backbone, load_backbone
+from traj_ood.backbones.timm_models import new_network
 from traj_ood.data import load_benchmark
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
-from traj_ood.training import classifier as room
 from traj_ood.training.autoencoder import TrainConfig, train_model
+from traj_ood.training.classifier import check_classifier
 
 SIZE = 16
 MODEL = {"architecture": "test_resnet"}
@@ -117,15 +119,8 @@ def test_the_declared_transform_is_that_of_training(place: Path) -> None:
 )
 def test_resume_ends_with_the_same_weights(place: Path, changes: dict[str, Any]) -> None:
     whole = train(place, "whole", **changes)
-    original = room._Run.epoch
-
-    def interrupt(run: Any, number: int) -> None:
-        if number == 1:
-            raise KeyboardInterrupt
-        original(run, number)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room._Run, "epoch", interrupt)
+        tiny.interrupt_training(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             train(place, "parts", **changes)
     assert (place / "parts" / "checkpoint.pt").is_file()
@@ -167,7 +162,7 @@ def test_labels_nobody_trained_on(place: Path) -> None:
         ({"model": {**MODEL, "in_chans": 3}}, "'in_chans' is decided by channels: leave it out"),
         ({"model": {**MODEL, "widht": 3}}, r"timm:test_resnet: cannot be built with .*widht"),
         ({"recipe": {"mask_ratios": [0.5]}}, "a classifier has no masking: leave out mask_ratios and loss"),
-        ({"recipe": {"learning_rate": 1e30, "warmup": 0.0}}, "train: the loss is (nan|inf)"),
+        ({"recipe": {"learning_rate": 1e30, "warmup": 0.0}}, "bars-net: the loss is (nan|inf)"),
     ],
 )
 def test_bad_configs(place: Path, changes: dict[str, Any], text: str) -> None:
@@ -180,6 +175,6 @@ def test_the_bundled_config() -> None:
     bundled = TrainConfig.load("fashion-classifier")
     assert (bundled.family, bundled.benchmark, bundled.image_size, bundled.channels) == ("classifier", "fashion", 28, 1)
     arguments = {k: v for k, v in bundled.model.items() if k != "architecture"}
-    network = room.new_network(bundled.model["architecture"], num_classes=7, in_chans=1, **arguments)
+    network = new_network(bundled.model["architecture"], num_classes=7, in_chans=1, **arguments)
     assert sum(p.numel() for p in network.parameters()) < 3_000_000
-    room._check_config(bundled)
+    check_classifier(bundled)

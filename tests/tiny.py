@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from traj_ood.autoencoders import CallableAutoencoder, ConvAutoencoder, ConvNetwork, ViTMAE
 from traj_ood.autoencoders.vit_mae import build_model
+from traj_ood.training import loop
 
 PATIENCE = 3600  # seconds until a process is taken to hang: no machine is so busy that one of these tests needs them
 VIT: dict[str, Any] = {
@@ -67,6 +69,19 @@ def toy(chunk: int = 6) -> CallableAutoencoder:
         return (bounded + 0.3 * (bounded - bounded**3)).reshape(-1, 1, 2, 2)
 
     return CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 2, 2), name="toy", chunk=chunk)
+
+
+def interrupt_training(patch: pytest.MonkeyPatch, rounds: int) -> None:
+    """Lets ``rounds`` rounds of a training pass, each with its checkpoint, and interrupts the one after."""
+    original = loop.Trainer.train_round
+
+    def train_round(trainer: loop.Trainer, bar: Any) -> None:
+        if len(trainer.log) == rounds:
+            raise KeyboardInterrupt
+        original(trainer, bar)
+
+    patch.setattr(loop.Trainer, "train_round", train_round)
+    patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
 
 
 def images(count: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> Tensor:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from traj_ood.index import NeighborIndex, Neighbors, Recall
     from traj_ood.scorers import Evidence, Scorer, create_scorer, register
     from traj_ood.scorers.scorer_set import Scored, ScorerSet
-    from traj_ood.training.surrogate import SurrogateRecipe, surrogate_for
+    from traj_ood.training.surrogate import SurrogateRecipe
+    from traj_ood.training.surrogate_cache import surrogate_for
 
 __version__ = "0.1.0"
 
@@ -112,10 +113,8 @@ _HOME = {
         "Scored",
         "ScorerSet",
     ),
-    "training.surrogate": (
-        "SurrogateRecipe",
-        "surrogate_for",
-    ),
+    "training.surrogate": ("SurrogateRecipe",),
+    "training.surrogate_cache": ("surrogate_for",),
 }
 # The words of the first releases; OpenOOD says postprocessor, too.
 _FORMER = {"Postprocessor": "Scorer", "create_postprocessor": "create_scorer"}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from traj_ood.analysis.workspace import Unit, Workspace
@@ -19,16 +16,14 @@ from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork
 from traj_ood.data import ImageSource
 from traj_ood.dynamics.iterate import Observer, iterate
 from traj_ood.dynamics.trajectory import Trajectory
-from traj_ood.io.files import write_atomic
-from traj_ood.training.loop import Recipe, Run, TrainConfig, TrainingImages
+from traj_ood.training.images import ImageTrainer, TrainingImages
+from traj_ood.training.loop import Recipe, TrainConfig, Trainer
 
 Loss = Callable[[ConvNetwork, Tensor, torch.Generator], Tensor]
 """(network in training mode, images (B, C, H, W), source of all randomness) → scalar loss."""
 Build = Callable[[int, int, int, int], ConvNetwork]
 """(channels, size, width, bottleneck) → a new network; its class decides the latents."""
 
-_CHECKPOINT_SECONDS = 10.0
-"""An epoch of a few images takes milliseconds, less than writing its checkpoint."""
 PAPER_EPOCHS, PAPER_RATE, PAPER_DECAY = 500, 5e-4, 1e-4
 PAPER_TOL, PAPER_STEPS = 1e-6, 3000
 """App. D, for Figs 2, 3 and 14."""
@@ -117,13 +112,25 @@ def train_conv(
         torch.manual_seed(seed)
         network = build(shape[0], shape[1], width, bottleneck).to(work.device)
         folder = work.scratch(name, key)
-        config = TrainConfig(name, "analysis", "conv", shape[1], shape[0], key, recipe, seed)
-        run = _ConvRun(config, network, pixels, folder, loss, frozenset(epochs))
-        with work.bar(recipe.epochs, name, "epoch") as bar:
-            run.finish(bar.update)
-        tensors = {f"{epoch}/{k}": v for epoch in epochs for k, v in load_file(run.snapshot(epoch)).items()}
+
+        def keep_chosen(trainer: Trainer) -> None:
+            if len(trainer.log) in epochs:
+                trainer.keep(str(len(trainer.log)))
+
+        trainer = ImageTrainer(
+            TrainConfig(name, "analysis", "conv", shape[1], shape[0], key, recipe, seed),
+            network,
+            pixels,
+            lambda images, rows, draws: loss(network, images, draws),
+            folder,
+            on_round=keep_chosen,
+            quiet=work.quiet,
+        )
+        keep_chosen(trainer)
+        trainer.run()
+        tensors = {f"{epoch}/{k}": v for epoch, weights in trainer.kept.items() for k, v in weights.items()}
         shutil.rmtree(folder, ignore_errors=True)
-        return Unit(tensors, {"losses": [line["loss"] for line in run.log], "mean": list(mean), "std": list(std)})
+        return Unit(tensors, {"losses": [line["loss"] for line in trainer.log], "mean": list(mean), "std": list(std)})
 
     unit = work.unit(name, key, compute)
     models = {}
@@ -134,54 +141,6 @@ def train_conv(
         statistics = {key: tuple(unit.notes[key]) for key in ("mean", "std")}
         models[epoch] = ConvAutoencoder(network.to(work.device), name=name, **statistics)
     return Trained(models, tuple(unit.notes["losses"]))
-
-
-class _ConvRun(Run):
-    """The shared training loop with a loss from outside; keeps the weights of chosen epochs."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        network: ConvNetwork,
-        images: TrainingImages,
-        out: Path,
-        loss: Loss,
-        at: frozenset[int],
-    ) -> None:
-        super().__init__(config, network, dict(network.named_parameters()), images, out, quiet=True)
-        self._network, self._loss, self._at = network, loss, at
-        self._saved = time.monotonic()
-
-    def finish(self, on_epoch: Callable[[], object]) -> None:
-        self.resume(fresh=False)
-        if not self.log:
-            self._keep(0)
-        for _ in self.log:
-            on_epoch()
-        for epoch in range(len(self.log), self.config.recipe.epochs):
-            self.epoch(epoch)
-            on_epoch()
-
-    def announce(self, line: dict[str, float]) -> None:
-        """Nothing: the question's own bar counts epochs."""
-
-    def loss(self, rows: Tensor, draws: torch.Generator) -> Tensor:
-        return self._loss(self._network, self.batch(rows, draws), draws)
-
-    def _save(self) -> None:
-        self._keep(len(self.log))  # first: a checkpoint without its snapshot could never make it again
-        last = len(self.log) == self.config.recipe.epochs
-        if last or time.monotonic() - self._saved > _CHECKPOINT_SECONDS:
-            super()._save()
-            self._saved = time.monotonic()
-
-    def snapshot(self, epoch: int) -> Path:
-        return self.out / f"epoch-{epoch:05d}.safetensors"
-
-    def _keep(self, epoch: int) -> None:
-        if epoch in self._at:
-            weights = {k: v.detach().cpu().contiguous() for k, v in self._network.state_dict().items()}
-            write_atomic(self.snapshot(epoch), save(weights))
 
 
 def settle(

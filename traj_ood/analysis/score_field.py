@@ -15,7 +15,7 @@ changes coordinates by J_E⁻ᵀ and gains a term from the volume.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from traj_ood.analysis.singular import explicit_norms
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
+from traj_ood.training.loop import Recipe, Trainer
 
 _ENDS = 300  # trajectories that are followed to their end
 _MARGIN = 1.5  # of the box around the samples that is drawn and measured, in the data's own units
@@ -157,29 +158,37 @@ def train_denoiser(
     Returns the model in float64, ready to be differentiated.
 
     Raises:
-        TrajOODError: weights that are not finite.
+        TrajOODError: a loss or weights that are not finite.
     """
-    draws = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = PlaneAutoencoder(mixture.dim, width)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        clean = mixture.sample(batch, draws).float()
-        noisy = clean + sigma * torch.randn(clean.shape, generator=draws)
-        loss = (model(noisy) - clean).square().sum(dim=1).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    lost = [name for name, weights in model.named_parameters() if not bool(weights.isfinite().all())]
-    if lost:
-        raise TrajOODError(
-            f"score-field: expected finite weights after {steps} steps, got some that are not in {len(lost)} of the "
-            f"model's parameters (noise {sigma:g}, last loss {float(loss.detach()):g}): choose a rate below {rate:g}"
-        )
-    return model.double().eval().requires_grad_(False)
+    recipe = Recipe(batch_size=batch, learning_rate=rate, weight_decay=0.0, clip=math.inf, optimizer="adam")
+    _Denoising(model, mixture, sigma, recipe, steps, seed).run()
+    return model.double()
+
+
+class _Denoising(Trainer):
+    """One round over fresh samples of a mixture."""
+
+    def __init__(
+        self, model: PlaneAutoencoder, mixture: Mixture, sigma: float, recipe: Recipe, steps: int, seed: int
+    ) -> None:
+        self._mixture, self._sigma = mixture, sigma
+        title = f"score-field, noise {sigma:g}"
+        super().__init__(title, model, recipe, steps=steps, round_steps=steps, seed=seed)
+
+    def losses(self, steps: int, draws: torch.Generator) -> Iterator[Tensor]:
+        for _ in range(steps):
+            clean = self._mixture.sample(self.recipe.batch_size, draws).float()
+            noisy = clean + self._sigma * torch.randn(clean.shape, generator=draws)
+            yield (self.module(noisy) - clean).square().sum(dim=1).mean()
+
+    def rate(self, step: int) -> float:
+        """From the last one, as torch's CosineAnnealingLR has it; the closed form differs in the last digits."""
+        last = self.optimizer.param_groups[0]["lr"]
+        now, before = (1 + math.cos(math.pi * s / self.steps) for s in (step, step - 1))
+        return now / before * last if step else last
 
 
 def angles(a: Tensor, b: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     from traj_ood.dynamics.device import resolve_device
     from traj_ood.evaluation.evaluator import Evaluator
     from traj_ood.io.files import cache_folder
-    from traj_ood.training.surrogate import surrogate_for
+    from traj_ood.training.surrogate_cache import surrogate_for
 
     config = _run_config(options)
     quiet = options["quiet"] or not team.is_main

@@ -160,7 +160,7 @@ def _model(options: dict[str, Any], chosen: IDImages, device: torch.device) -> A
     from traj_ood.autoencoders import load_autoencoder
     from traj_ood.backbones import is_backbone_spec
     from traj_ood.data import Split
-    from traj_ood.training.surrogate import surrogate_for
+    from traj_ood.training.surrogate_cache import surrogate_for
 
     check_input_size(options["model"], options["input_size"])
     if not is_backbone_spec(options["model"]):

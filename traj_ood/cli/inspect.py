@@ -65,7 +65,7 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     from traj_ood.detector import refuse_inside
     from traj_ood.dynamics.device import resolve_device
     from traj_ood.evaluation.diagnose import diagnose as run_diagnosis
-    from traj_ood.training.surrogate import surrogate_for
+    from traj_ood.training.surrogate_cache import surrogate_for
 
     silence_libraries()
     if out is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,19 @@ from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork, ViT
 from traj_ood.autoencoders.vit_mae import assert_position_embeddings, build_model, geometry_keys
 from traj_ood.backbones import Backbone
 from traj_ood.data import Benchmark, Split, load_benchmark, preflight
+from traj_ood.data.batches import read_rows
 from traj_ood.data.contents import distrust
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.dynamics.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.io.files import write_atomic
-from traj_ood.io.provenance import environment, git_commit
 from traj_ood.scorers.scorer_set import ScorerSet
-from traj_ood.training.card import model_card
-from traj_ood.training.classifier import train_classifier
-from traj_ood.training.loop import CONFIGS, Recipe, Run, TrainConfig, TrainingImages, plain
-from traj_ood.training.loop import learning_rate as _learning_rate
+from traj_ood.training.card import autoencoder_card
+from traj_ood.training.classifier import check_classifier, train_classifier
+from traj_ood.training.images import ImageLoss, ImageTrainer, TrainingImages
+from traj_ood.training.loop import CONFIGS, Recipe, TrainConfig, Trainer, plain
 
-__all__ = ["CONFIGS", "Recipe", "TrainConfig", "_learning_rate", "build_autoencoder", "train_model"]
+__all__ = ["CONFIGS", "Recipe", "TrainConfig", "build_autoencoder", "train_model"]
+_VALIDATION_IMAGES = 2000
 
 
 @training_settings()
@@ -45,35 +45,48 @@ def train_model(
 
     ``out`` gets the model, its log, ``training.json`` (config, log, versions) and README.md, its card.
 
-    After each epoch a checkpoint is written; the same call continues from it and ends with the same weights as an
-    uninterrupted run, because every epoch draws from its own seed.
+    Between epochs a checkpoint is written, at most every ten seconds; the same call continues from it and ends with the
+    same weights as an uninterrupted run, because every epoch draws from its own seed.
 
     Raises:
         TrajOODError: bad data or settings, an unwritable folder, or a checkpoint of other settings.
     """
     if config.family == "classifier":
-        return train_classifier(
-            config,
-            out,
-            data_root=data_root,
-            follow_links=follow_links,
-            reading=reading,
-            device=device,
-            fresh=fresh,
-            quiet=quiet,
-        )
+        check_classifier(config)
     if fresh:
         distrust()
     benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links, reading=reading)
     preflight(benchmark)
-    began = time.perf_counter()
+    train = train_classifier if config.family == "classifier" else _train_autoencoder
+    progress = {"quiet": quiet, "on_round": _print_line if quiet else None}
+    return train(config, benchmark, out, device or torch.device("cpu"), fresh, **progress)
+
+
+def _print_line(trainer: Trainer) -> None:
+    """For logs, where there are no bars: a finished epoch as one line of JSON."""
+    print(json.dumps(trainer.log[-1]), file=sys.stderr, flush=True)
+
+
+def _train_autoencoder(
+    config: TrainConfig, benchmark: Benchmark, out: Path, device: torch.device, fresh: bool, **progress: Any
+) -> Autoencoder:
     images = TrainingImages(benchmark.train.images, (config.channels, config.image_size, config.image_size))
     torch.manual_seed(config.seed)
-    model = build_autoencoder(config, *images.statistics())
-    model.to(device or torch.device("cpu"))
-    run = _Run(config, model, images, out, quiet)
-    run.finish_epochs(fresh)
-    _finish(config, run, benchmark, time.perf_counter() - began)
+    model: Any = build_autoencoder(config, *images.statistics()).to(device)
+    loss, changed = reconstruction_loss(model, config.recipe), model.trainable_parameters().values()
+    trainer = ImageTrainer(config, model.module, images, loss, out, parameters=changed, **progress)
+    trainer.run(fresh)
+    model.save_pretrained(out)
+    record = {
+        "config": plain(config),
+        "parameters": model.parameter_count(),
+        "fingerprint": model.fingerprint(),
+        "data": {benchmark.train.name: benchmark.train.digests()},
+        "health": _health(model, benchmark, config),
+        "validation_loss": _validation_loss(model, benchmark.val),
+        **trainer.record(),
+    }
+    trainer.write_record(record, autoencoder_card(config.name, record))
     return model
 
 
@@ -102,43 +115,18 @@ def build_autoencoder(config: TrainConfig, mean: tuple[float, ...], std: tuple[f
     return ViTMAE(vit, name=config.name, mean=mean, std=std)
 
 
-class _Run(Run):
-    """The loss of an autoencoder: its reconstruction of corrupted images."""
+def reconstruction_loss(model: Autoencoder, recipe: Recipe) -> ImageLoss:
+    """The mean squared error of images reconstructed from corrupted ones: noisy and masked as ``recipe`` says."""
 
-    def __init__(self, config: TrainConfig, model: Autoencoder, images: TrainingImages, out: Path, quiet: bool) -> None:
-        self.model = model
-        super().__init__(config, model.module, model.trainable_parameters(), images, out, quiet)
-
-    def loss(self, rows: Tensor, draws: torch.Generator) -> Tensor:
-        recipe, batch = self.config.recipe, self.batch(rows, draws)
+    def loss(images: Tensor, rows: Tensor, draws: torch.Generator) -> Tensor:
         ratio = recipe.mask_ratios[int(torch.randint(len(recipe.mask_ratios), (), generator=draws))]
-        output, hidden = self.model.reconstruct_corrupted(batch, recipe.input_noise, ratio, draws)
-        error = (output - batch).square()
+        output, hidden = model.reconstruct_corrupted(images, recipe.input_noise, ratio, draws)
+        error = (output - images).square()
         if recipe.loss == "masked" and hidden is not None:
             return (error * hidden).sum() / hidden.sum()
         return error.mean()
 
-
-def _finish(config: TrainConfig, run: _Run, benchmark: Benchmark, seconds: float) -> None:
-    """Write the model, its training record and its card, then drop the checkpoint."""
-    model: Any = run.model
-    model.save_pretrained(run.out)
-    health = _health(model, benchmark, config)
-    record = {
-        "config": plain(config),
-        "log": run.log,
-        "parameters": model.parameter_count(),
-        "fingerprint": model.fingerprint(),
-        "data": {benchmark.train.name: benchmark.train.digests()},
-        "health": health,
-        "validation_loss": _validation_loss(model, benchmark.val),
-        "commit": git_commit(),
-        "versions": environment(),
-        "seconds": round(seconds, 1),
-    }
-    write_atomic(run.out / "training.json", (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
-    write_atomic(run.out / "README.md", model_card(config.name, record).encode())
-    run.checkpoint.unlink(missing_ok=True)
+    return loss
 
 
 def _health(model: Autoencoder, benchmark: Benchmark, config: TrainConfig) -> dict[str, Any]:
@@ -147,7 +135,7 @@ def _health(model: Autoencoder, benchmark: Benchmark, config: TrainConfig) -> di
     if count < 2:
         return {}
     sample = benchmark.subsample(train=count, per_set=1, seed=config.seed).train.images
-    images = torch.stack([model.transform(sample.load(i)) for i in range(count)])
+    images = read_rows(model, sample, range(count)).images
     dictionary, _ = ScorerSet(model, ["trajectory"]).explore(model.examine(images), tuple(sample.ids))
     return dictionary.health().as_dict() if dictionary is not None else {}
 
@@ -156,6 +144,5 @@ def _validation_loss(model: Autoencoder, val: Split | None) -> float | None:
     """Mean squared error of the clean, unmasked reconstruction on held-out ID images."""
     if val is None:
         return None
-    count = min(len(val.images), 2000)
-    images = torch.stack([model.transform(val.images.load(i)) for i in range(count)])
+    images = read_rows(model, val.images, range(min(len(val.images), _VALIDATION_IMAGES))).images
     return float((model.decode(model.encode(images)).cpu() - images).square().mean())

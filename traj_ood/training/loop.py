@@ -1,16 +1,13 @@
-"""What every training run shares: its config, its images, and a loop that resumes to the same weights."""
+"""What every training shares: its config, and a loop that resumes to the same weights."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,19 +16,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from traj_ood.data import ImageSource
-from traj_ood.data.images import check_unchanged
-from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.dynamics.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
-from traj_ood.io.provenance import PACKAGE, code_digest
+from traj_ood.io.provenance import PACKAGE, code_digest, environment, git_commit
 from traj_ood.io.trees import read_yaml
+from traj_ood.text import printable
 
 Family = Literal["vit_mae", "conv", "classifier"]
 CONFIGS = PACKAGE / "configs"
-_STATISTICS_IMAGES = 10_000
-_CACHE_BYTES = 2**30
+RECORD = "training.json"
+"""File of the record of a finished training."""
+SEED_STRIDE = 1_000_003
+"""Rounds of one seed, at most: the next seed's begin there."""
+CHECKPOINT_SECONDS = 10.0
+"""Between two checkpoints, at least: a round of few images takes milliseconds, less than writing its checkpoint."""
+_CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -135,202 +135,243 @@ class TrainConfig:
         return cls(recipe=Recipe(**_typed(path, recipe, Recipe)), model=model, **settings)
 
 
-class Run(ABC):
-    """State of a training run: weights, optimizer and log, checkpointed after every epoch.
+class Trainer(ABC):
+    """A training run: rounds of optimizer steps, each with a line in the log; a checkpoint is written between rounds.
+
+    A round is an epoch, or the steps between two checks. Subclasses say in :meth:`losses` what is minimised; what else
+    may differ (:meth:`rate`, :meth:`check`, :attr:`finished`) has a default. Each round draws everything random from a
+    seed of its own, so a run that continues from a checkpoint ends with the same weights as an uninterrupted one. The
+    caller's random numbers are not touched.
 
     Args:
-        config: see :class:`TrainConfig`. module: on the device where it trains.
-        parameters: those that training may change.
-        images: see :class:`TrainingImages`. out: folder of the checkpoint and the log. quiet: no progress bars.
+        title: of the run, for messages and the progress bar.
+        module: on the device where it trains; in evaluation mode and without gradients at the end.
+        recipe: optimizer, learning rate, weight decay, clipping and schedule; what else is in it is for subclasses.
+            Biases, norms, class and mask tokens do not decay.
+        steps: optimizer steps of the run, at most. round_steps: of one round; the last may be shorter.
+        seed: of the first round; each later one has the next number.
+        out: folder of ``checkpoint.pt`` and ``log.jsonl``. Default: nothing is written.
+        identity: plain data that tell this run from others: a checkpoint of another identity is refused. The digest of
+            the code is added.
+        parameters: those that training changes. Default: all of the module's.
+        on_round: called with the trainer when the log has a new line, before the checkpoint.
+        quiet: no progress bar.
+    Attributes:
+        log: one line per finished round: ``step`` (how many have been made), mean ``loss``, ``learning_rate`` of the
+            last step, ``seconds``, and what :meth:`check` says.
+        kept: weights that :meth:`keep` has copied, by name; they are in the checkpoint, too.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        title: str,
         module: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        images: TrainingImages,
-        out: Path,
-        quiet: bool,
+        recipe: Recipe,
+        *,
+        steps: int,
+        round_steps: int,
+        seed: int,
+        out: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        parameters: Iterable[nn.Parameter] | None = None,
+        on_round: Callable[[Trainer], object] | None = None,
+        quiet: bool = True,
     ) -> None:
-        self.config, self.module, self.images, self.out, self.quiet = config, module, images, out, quiet
-        self._parameters = list(parameters.values())
+        self.title, self.module, self.recipe, self.out, self.quiet = title, module, recipe, out, quiet
+        self.parameters = list(module.parameters() if parameters is None else parameters)
+        self.steps, self.round_steps, self._seed, self._on_round = steps, round_steps, seed, on_round
+        self._identity = {**(identity or {}), "code": code_digest()}
         self.log: list[dict[str, float]] = []
-        self.steps = max(1, len(images) // config.recipe.batch_size)
-        decayed = [p for p in self._parameters if p.squeeze().ndim > 1]  # not biases, norms, class and mask token
-        others = [p for p in self._parameters if p.squeeze().ndim <= 1]
+        self.kept: dict[str, dict[str, Tensor]] = {}
+        self._saved = time.monotonic()
         groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": config.recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in self.parameters if p.squeeze().ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in self.parameters if p.squeeze().ndim <= 1], "weight_decay": 0.0},
         ]
-        self._identity = {
-            "config": plain(config),
-            "images": images.digest,
-            "labels": hashlib.sha256(json.dumps(list(images.labels)).encode()).hexdigest(),
-            "code": code_digest(),
-        }
-        rate = config.recipe.learning_rate
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-            if config.recipe.optimizer == "adamw"
-            else torch.optim.Adam(groups, lr=rate)
+            torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+            if recipe.optimizer == "adamw"
+            else torch.optim.Adam(groups, lr=recipe.learning_rate)
         )
+
+    # ------------------------------------------------------------------ what differs between runs
+
+    @abstractmethod
+    def losses(self, steps: int, draws: torch.Generator) -> Iterator[Tensor]:
+        """The scalar losses of ``steps`` batches, each computed when it is asked for; ``draws`` decides all of them."""
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return learning_rate(self.recipe, step, self.steps)
+
+    def check(self) -> dict[str, float]:
+        """What the log says of the round that has just ended, beside loss, rate and time."""
+        return {}
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+    # ------------------------------------------------------------------ where it stands
+
+    @property
+    def step(self) -> int:
+        """Steps made in finished rounds."""
+        return int(self.log[-1]["step"]) if self.log else 0
 
     @property
     def device(self) -> torch.device:
-        return self._parameters[0].device
+        return self.parameters[0].device
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.out / "checkpoint.pt"
+    def keep(self, name: str) -> None:
+        """Copy the weights as they are now to :attr:`kept`."""
+        self.kept[name] = {key: value.detach().clone() for key, value in self.module.state_dict().items()}
 
-    @training_settings()
-    def finish_epochs(self, fresh: bool) -> None:
-        """All epochs that are not in the checkpoint yet; ``fresh`` disregards it.
+    def save(self) -> None:
+        """Write checkpoint and log.
 
         Raises:
-            TrajOODError: an unwritable folder, a damaged checkpoint or one of another config, other images or other
-                code, images that change meanwhile, or a loss that is not finite.
+            TrajOODError: an unwritable folder.
         """
-        self.resume(fresh)
-        self.write_log()  # before hours of work: is the folder writable at all?
-        for epoch in range(len(self.log), self.config.recipe.epochs):
-            self.epoch(epoch)
-
-    def resume(self, fresh: bool) -> None:
-        if fresh or not self.checkpoint.is_file():
+        if self.out is None:
             return
+        state = {"identity": self._identity, "log": self.log, "kept": self.kept}
+        state |= {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        buffer = io.BytesIO()  # a full disk is an error of the operating system only while plain bytes are written
+        torch.save(state, buffer)
+        write_atomic(self.out / _CHECKPOINT, buffer.getvalue())
+        write_atomic(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        self._saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one.
+
+        Raises:
+            TrajOODError: it is damaged, or of another run.
+        """
+        if self.out is None or not (self.out / _CHECKPOINT).is_file():
+            return
+        path = self.out / _CHECKPOINT
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise TrajOODError(f"{self.checkpoint}: damaged checkpoint ({error}): start over with --fresh") from error
-        stored = state.get("identity", {"config": state.get("config")})  # older ones tell of the config alone
-        different = [key for key, value in self._identity.items() if stored.get(key) != value]
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            different = [key for key, value in self._identity.items() if state["identity"].get(key) != value]
+            if not different:
+                self.module.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.log, self.kept = state["log"], state["kept"]
+        except Exception as error:  # pickle, zipfile and torch each have error classes of their own
+            reason = " ".join(str(error).split())[:200]
+            raise TrajOODError(
+                f"{path}: damaged checkpoint ({reason}): delete it, or start over with --fresh (fresh=True)"
+            ) from error
         if different:
             raise TrajOODError(
-                f"{self.checkpoint}: made with another {', '.join(different)}: choose another --out or use --fresh"
+                f"{path}: made with another {', '.join(different)}: choose another folder (--out), or start over with "
+                "--fresh (fresh=True)"
             )
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.log = state["log"]
 
-    def epoch(self, epoch: int) -> None:
-        recipe, module, parameters = self.config.recipe, self.module, self._parameters
-        draws = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        torch.manual_seed(self.config.seed * 1_000_003 + epoch)  # dropout, where a geometry asks for it
-        began, total = time.perf_counter(), 0.0
-        for p in parameters:
-            p.requires_grad_(True)
-        module.train()
-        order = torch.randperm(len(self.images), generator=draws)
-        bar = tqdm(range(self.steps), desc=f"epoch {epoch + 1}/{recipe.epochs}", delay=2, disable=self.quiet)
-        for step in bar:
-            rate = learning_rate(recipe, epoch * self.steps + step, self.steps * recipe.epochs)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss = self.loss(order[step * recipe.batch_size : (step + 1) * recipe.batch_size], draws)
-            if not bool(loss.isfinite()):
-                raise TrajOODError(
-                    f"train: the loss is {loss.item()} in epoch {epoch + 1}, step {step}: lower the learning rate"
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-            self.optimizer.step()
-            total += loss.item()
-            bar.set_postfix(loss=f"{total / (step + 1):.4f}", refresh=False)
-        module.eval().requires_grad_(False)
-        seconds = round(time.perf_counter() - began, 1)
-        self.log.append({"epoch": epoch + 1, "loss": total / self.steps, "learning_rate": rate, "seconds": seconds})
-        self._save()
-        self.announce(self.log[-1])
+    # ------------------------------------------------------------------ training
 
-    def announce(self, line: dict[str, float]) -> None:
-        """For logs: a finished epoch as one line of JSON, where bars are off."""
-        if self.quiet:
-            print(json.dumps(line), file=sys.stderr, flush=True)
-
-    @abstractmethod
-    def loss(self, rows: Tensor, draws: torch.Generator) -> Tensor:
-        """Scalar loss of the training images ``rows`` (B,) int64; whatever is random comes from ``draws``."""
-
-    def batch(self, rows: Tensor, draws: torch.Generator) -> Tensor:
-        """The images ``rows`` (B, C, H, W) on :attr:`device`, flipped at random where the recipe says so."""
-        batch = self.images.batch(rows).to(self.device)
-        if self.config.recipe.flip:
-            flipped = torch.rand(len(batch), generator=draws).to(batch.device) < 0.5
-            batch = torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
-        return batch
-
-    def write_log(self) -> None:
-        """``log.jsonl``: one line per finished epoch."""
-        write_atomic(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
-
-    def _save(self) -> None:
-        self.images.check()
-        state = {
-            "identity": self._identity,
-            "model": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "log": self.log,
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self.checkpoint, buffer.getvalue())
-        self.write_log()
-
-
-class TrainingImages:
-    """Resized training images by index: kept as uint8 where they fit into 1 GiB, else read when needed.
-
-    Attributes:
-        digest: of the source, when it was first looked at. labels: the source's.
-    """
-
-    def __init__(self, source: ImageSource, shape: tuple[int, int, int], workers: int = 4) -> None:
-        self._source, self._shape, self._workers = source, shape, workers
-        self._contents, self.digest, self.labels = source.contents(), source.digest(), tuple(source.labels)
-        self._mean, self._std = (0.0,) * shape[0], (1.0,) * shape[0]
-        self._cache: Tensor | None = None
-        if len(source) * math.prod(shape) <= _CACHE_BYTES:
-            self._cache = self._read(range(len(source)))
-            self.check()
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def check(self) -> None:
-        """Refuse images that have changed since they were first looked at, unless all of them are kept here.
+    @training_settings()
+    def run(self, fresh: bool = False) -> None:
+        """All rounds that are not in the checkpoint yet; ``fresh`` disregards it.
 
         Raises:
-            TrajOODError: says how many, and names the first.
+            TrajOODError: an unwritable folder, a checkpoint that is damaged or of another run, or a loss or weights
+                that are not finite.
         """
-        check_unchanged(self._source, range(len(self)), self._contents)
+        if not fresh:
+            self.resume()
+        if not self.finished:
+            self.save()  # before hours of work: is the folder writable at all?
+        try:
+            with tqdm(
+                total=self.steps,
+                initial=self.step,
+                desc=printable(self.title),
+                unit="step",
+                delay=2,
+                disable=self.quiet,
+                dynamic_ncols=True,
+            ) as bar:
+                while not self.finished:
+                    self.train_round(bar)
+        finally:
+            self.module.eval().requires_grad_(False)
 
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel of the pixels in [0, 1], over at most 10,000 images, evenly taken."""
-        stride = max(1, len(self) // _STATISTICS_IMAGES)
-        pixels = self._pixels(torch.arange(0, len(self), stride)).float() / 255
-        self._mean = tuple(round(float(m), 4) for m in pixels.mean(dim=(0, 2, 3)))
-        self._std = tuple(round(max(float(s), 1e-3), 4) for s in pixels.std(dim=(0, 2, 3)))
-        return self._mean, self._std
+    def train_round(self, bar: tqdm[Any]) -> None:
+        """The next round: ``round_steps`` steps (the last round may be shorter), then :meth:`check`."""
+        began, seed, before, total = time.perf_counter(), self._seed + len(self.log), self.step, 0.0
+        draws = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # dropout, where a network has it
+            self.module.train()
+            for p in self.parameters:
+                p.requires_grad_(True)
+            losses = self.losses(min(self.round_steps, self.steps - before), draws)
+            for done, loss in enumerate(losses, start=1):
+                total += self._descend(loss, before + done - 1)
+                bar.set_postfix(loss=f"{total / done:.4f}", refresh=False)
+                bar.update()
+        self.module.eval()
+        self._check_weights(before + done)
+        line = {"step": before + done, "loss": total / done, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self.log.append(line | self.check() | {"seconds": round(time.perf_counter() - began, 2)})
+        if self._on_round is not None:
+            self._on_round(self)
+        if self.finished or time.monotonic() - self._saved >= CHECKPOINT_SECONDS:
+            self.save()
 
-    def batch(self, indices: Tensor) -> Tensor:
-        """(B, C, H, W) float32 in normalised units."""
-        mean, std = torch.tensor(self._mean).view(-1, 1, 1), torch.tensor(self._std).view(-1, 1, 1)
-        return (self._pixels(indices).float() / 255 - mean) / std
+    def _descend(self, loss: Tensor, step: int) -> float:
+        """One optimizer step down ``loss``, whose value is returned."""
+        if not bool(loss.isfinite()):
+            raise TrajOODError(
+                f"{self.title}: the loss is {loss.item()} in step {step} of {self.steps}: lower the learning rate"
+            )
+        rate = self.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.optimizer.step()
+        return loss.item()
 
-    def _pixels(self, indices: Tensor) -> Tensor:
-        return self._cache[indices] if self._cache is not None else self._read(indices.tolist())
+    def _check_weights(self, step: int) -> None:
+        lost = sum(not bool(p.isfinite().all()) for p in self.parameters)
+        if lost:
+            raise TrajOODError(
+                f"{self.title}: expected finite weights after step {step} of {self.steps}, got NaN or infinity in "
+                f"{lost} of {len(self.parameters)} parameters: lower the learning rate"
+            )
 
-    def _read(self, indices: range | list[int]) -> Tensor:
-        preprocessing = Preprocessing(self._shape)
+    # ------------------------------------------------------------------ what is left of it
 
-        def read(index: int) -> Tensor:
-            return preprocessing.pixels(self._source.load(index))
+    def record(self) -> dict[str, Any]:
+        """What the record of every training says: its log and seconds, and the code and libraries behind it."""
+        return {
+            "log": self.log,
+            "seconds": round(sum(line["seconds"] for line in self.log), 1),
+            "commit": git_commit(),
+            "versions": environment(),
+        }
 
-        with ThreadPoolExecutor(self._workers) as pool:
-            return torch.stack(list(pool.map(read, indices)))
+    def write_record(self, record: Mapping[str, Any], card: str) -> None:
+        """Write README.md and ``training.json``, and remove the checkpoint.
+
+        The record comes last: its presence says that everything else is there.
+        """
+        if self.out is not None:
+            write_atomic(self.out / "README.md", card.encode())
+            write_atomic(self.out / RECORD, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+            (self.out / _CHECKPOINT).unlink(missing_ok=True)
+
+
+def shuffled(rows: Tensor, batch_size: int, steps: int, draws: torch.Generator) -> tuple[Tensor, ...]:
+    """``steps`` batches of ``rows`` (N,): as many whole passes in random order as it takes, cut off."""
+    count = steps * batch_size
+    passes = [rows[torch.randperm(len(rows), generator=draws)] for _ in range(-(-count // len(rows)))]
+    return torch.cat(passes)[:count].split(batch_size)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

@@ -1,0 +1,122 @@
+"""Training on images: kept small in memory, flipped at random, an epoch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.data import ImageSource
+from traj_ood.data.images import check_unchanged
+from traj_ood.data.preprocessing import Preprocessing
+from traj_ood.training.loop import SEED_STRIDE, TrainConfig, Trainer, plain, shuffled
+
+ImageLoss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""(images (B, C, H, W), their rows (B,) int64, source of all randomness) → scalar."""
+_STATISTICS_IMAGES = 10_000
+_CACHE_BYTES = 2**30
+
+
+class ImageTrainer(Trainer):
+    """Epochs over images, in batches that leave out what does not fill the last one.
+
+    Args:
+        config: name, recipe and seed of the run; all of it is part of its identity.
+        module, out, further: see :class:`Trainer`.
+        images: see :class:`TrainingImages`. loss: what is minimised.
+    """
+
+    def __init__(
+        self, config: TrainConfig, module: nn.Module, images: TrainingImages, loss: ImageLoss, out: Path, **further: Any
+    ) -> None:
+        self.images, self._loss = images, loss
+        self._batch_size = min(config.recipe.batch_size, len(images))
+        epoch = len(images) // self._batch_size
+        labels = hashlib.sha256(json.dumps(list(images.labels)).encode()).hexdigest()
+        super().__init__(
+            config.name,
+            module,
+            config.recipe,
+            steps=config.recipe.epochs * epoch,
+            round_steps=epoch,
+            seed=config.seed * SEED_STRIDE,
+            out=out,
+            identity={"config": plain(config), "images": images.digest, "labels": labels},
+            **further,
+        )
+
+    def losses(self, steps: int, draws: torch.Generator) -> Iterator[Tensor]:
+        for rows in shuffled(torch.arange(len(self.images)), self._batch_size, steps, draws):
+            batch = self.images.batch(rows).to(self.device)
+            if self.recipe.flip:
+                flipped = torch.rand(len(batch), generator=draws).to(batch.device) < 0.5
+                batch = torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
+            yield self._loss(batch, rows, draws)
+
+    def check(self) -> dict[str, float]:
+        return {"epoch": len(self.log) + 1}
+
+    def save(self) -> None:
+        """As :meth:`Trainer.save`; raises ``TrajOODError`` also for images that have changed meanwhile."""
+        self.images.check()
+        super().save()
+
+
+class TrainingImages:
+    """Resized training images by index: kept as uint8 where they fit into 1 GiB, else read when needed.
+
+    Attributes:
+        digest: of the source, when it was first looked at. labels: the source's.
+    """
+
+    def __init__(self, source: ImageSource, shape: tuple[int, int, int], workers: int = 4) -> None:
+        self._source, self._shape, self._workers = source, shape, workers
+        self._contents, self.digest, self.labels = source.contents(), source.digest(), tuple(source.labels)
+        self._mean, self._std = (0.0,) * shape[0], (1.0,) * shape[0]
+        self._cache: Tensor | None = None
+        if len(source) * math.prod(shape) <= _CACHE_BYTES:
+            self._cache = self._read(range(len(source)))
+            self.check()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def check(self) -> None:
+        """Refuse images that have changed since they were first looked at, unless all of them are kept here.
+
+        Raises:
+            TrajOODError: says how many, and names the first.
+        """
+        check_unchanged(self._source, range(len(self)), self._contents)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel of the pixels in [0, 1], over at most 10,000 images, evenly taken."""
+        stride = max(1, len(self) // _STATISTICS_IMAGES)
+        pixels = self._pixels(torch.arange(0, len(self), stride)).float() / 255
+        self._mean = tuple(round(float(m), 4) for m in pixels.mean(dim=(0, 2, 3)))
+        self._std = tuple(round(max(float(s), 1e-3), 4) for s in pixels.std(dim=(0, 2, 3)))
+        return self._mean, self._std
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """(B, C, H, W) float32 in normalised units."""
+        mean, std = torch.tensor(self._mean).view(-1, 1, 1), torch.tensor(self._std).view(-1, 1, 1)
+        return (self._pixels(indices).float() / 255 - mean) / std
+
+    def _pixels(self, indices: Tensor) -> Tensor:
+        return self._cache[indices] if self._cache is not None else self._read(indices.tolist())
+
+    def _read(self, indices: range | list[int]) -> Tensor:
+        preprocessing = Preprocessing(self._shape)
+
+        def read(index: int) -> Tensor:
+            return preprocessing.pixels(self._source.load(index))
+
+        with ThreadPoolExecutor(self._workers) as pool:
+            return torch.stack(list(pool.map(read, indices)))

@@ -1,0 +1,153 @@
+"""Surrogates of backbones for benchmarks: a finished one from a folder, else trained on features that stay there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from traj_ood.autoencoders.surrogate import SurrogateAutoencoder
+from traj_ood.backbones import Backbone, load_backbone
+from traj_ood.backbones.feature_cache import BLOCK, FeatureCache, backbone_answers
+from traj_ood.data import Benchmark, ImageSource, preflight
+from traj_ood.data.batches import OnError, read_rows
+from traj_ood.data.benchmark import sample_indices
+from traj_ood.data.contents import distrust
+from traj_ood.dynamics.behaviour import agree, transform_digest
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.files import cache_folder
+from traj_ood.io.provenance import code_digest
+from traj_ood.text import printable
+from traj_ood.training.loop import RECORD
+from traj_ood.training.surrogate import (
+    MIN_FEATURES,
+    SurrogateRecipe,
+    check_count,
+    fit_surrogate,
+    warn_of_health,
+)
+
+LIMIT = 50_000
+"""Training features a surrogate is trained on at most: 400 MB at 2,048 dimensions."""
+_SAMPLE_SEED = 0  # of the sample of LIMIT images: surrogates of several seeds share one extraction
+
+
+def surrogate_for(
+    backbone: str | Backbone,
+    benchmark: Benchmark,
+    *,
+    out: Path | None = None,
+    recipe: SurrogateRecipe | None = None,
+    seed: int = 0,
+    workers: int = 2,
+    on_error: OnError = "raise",
+    limit: int = LIMIT,
+    device: torch.device | None = None,
+    fresh: bool = False,
+    quiet: bool = False,
+) -> SurrogateAutoencoder:
+    """The surrogate of a backbone for a benchmark's ID training split: a finished one from ``out``, else trained now.
+
+    Args:
+        backbone: a spec such as ``timm:resnet18`` (see :func:`traj_ood.backbones.load_backbone`), or a backbone.
+        benchmark: its training split alone is read.
+        out: features go to ``out/features``, the surrogate to a folder of ``out/surrogates`` that is named after the
+            backbone's fingerprint and transform, the images' contents, recipe and seed; one that other code of this
+            package has trained is trained again. Default: ``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``.
+        recipe, seed, quiet: see :func:`fit_surrogate`.
+        workers: threads that read images.
+        on_error: ``raise`` (default) or ``skip`` images that cannot be read.
+        limit: most training images; a larger split is sampled, the same whatever the seed. Default 50,000.
+        device: where backbone and surrogate run. Default: where the backbone is.
+        fresh: train again even when a finished surrogate or a checkpoint is there, on features that are extracted
+            again of images that are hashed again.
+    Raises:
+        TrajOODError: see :func:`fit_surrogate`; also images that are missing or cannot be read, damaged files in
+            ``out``, and impossible arguments.
+    """
+    if workers < 1 or limit < MIN_FEATURES:
+        raise TrajOODError(
+            f"surrogate: expected at least 1 worker and a limit of at least {MIN_FEATURES} images, got {workers} and "
+            f"{limit}"
+        )
+    if on_error not in get_args(OnError):
+        raise unknown_name("value of on_error", str(on_error), get_args(OnError))
+    recipe, root = recipe or SurrogateRecipe(), out if out is not None else cache_folder()
+    backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    if device is not None:
+        backbone.to(device)
+    images = benchmark.train.images
+    check_count(backbone, len(images))
+    if len(images) > limit:
+        images = images.select(sample_indices(len(images), limit, _SAMPLE_SEED, f"surrogate/{benchmark.train.name}"))
+    if fresh:
+        distrust()
+    data = {
+        "benchmark": benchmark.name,
+        "split": benchmark.train.name,
+        "count": len(images),
+        "sha256": images.digest(),
+    }
+    transform = transform_digest(backbone.transform)
+    folder = root / "surrogates" / _folder_name(backbone, [data["sha256"], transform, asdict(recipe), seed])
+    if not fresh and (folder / RECORD).is_file():
+        model = SurrogateAutoencoder.from_pretrained(folder, backbone)
+        if _is_wanted(model, on_error):
+            warn_of_health(model)
+            return model
+    if on_error == "raise":
+        preflight(benchmark)
+    cache = FeatureCache(root / "features")
+    if fresh:
+        cache.distrust()
+    features, skipped = _extract(backbone, images, cache, workers, on_error, quiet)
+    data |= {"skipped": skipped}
+    return fit_surrogate(backbone, features, recipe, seed=seed, out=folder, data=data, fresh=fresh, quiet=quiet)
+
+
+def _is_wanted(model: SurrogateAutoencoder, on_error: OnError) -> bool:
+    """Whether a finished surrogate is what training would give now: made by this code, of this backbone's answers, and
+    not without images that the caller wants read or reported."""
+    record, own = model.record, backbone_answers(model.backbone)
+    return (
+        record.get("versions", {}).get("code") == code_digest()
+        and (own is None or agree(record.get("backbone", {}).get("answers"), own))
+        and (on_error == "skip" or not record.get("data", {}).get("skipped"))
+    )
+
+
+def _extract(
+    backbone: Backbone, images: ImageSource, cache: FeatureCache, workers: int, on_error: OnError, quiet: bool
+) -> tuple[Tensor, int]:
+    """(N, n) features of every image that can be read, and how many cannot."""
+    parts: list[Tensor] = []
+    skipped = 0
+
+    def read(rows: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
+        batch = read_rows(backbone, images, rows, workers, on_error)
+        return batch.ids, batch.images, batch.failures
+
+    title = printable(f"features of {backbone.name}")
+    with tqdm(total=len(images), desc=title, unit="img", delay=2, disable=quiet) as bar:
+        for start in range(0, len(images), BLOCK):
+            indices = range(start, min(start + BLOCK, len(images)))
+            _, answer, failed = cache.extract(backbone, images, indices, read)
+            skipped += len(failed)
+            if answer is not None:
+                parts.append(answer.features.cpu())
+            bar.update(len(indices))
+    if not parts:
+        raise TrajOODError(f"surrogate of {backbone.name}: none of its {len(images)} training images could be read")
+    return torch.cat(parts), skipped
+
+
+def _folder_name(backbone: Backbone, rest: list[Any]) -> str:
+    key = hashlib.sha256(json.dumps([backbone.fingerprint(), *rest], sort_keys=True).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone.name)}-{key[:16]}"
