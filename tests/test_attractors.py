@@ -163,7 +163,7 @@ def test_index_and_observer_measure_the_view() -> None:
     for view, tokens in (("tokens", 5), ("cls", 1), ("mean", 1)):
         observer = NearestAttractor(model, built.index(model, view), view)  # type: ignore[arg-type]
         assert observer.name == f"distance/{view}"
-        measured = observer.observe(0, torch.arange(5), latents)
+        measured = observer.observe(torch.zeros(5), torch.arange(5), latents)
         torch.testing.assert_close(measured, offset * (tokens * 16) ** 0.5, rtol=1e-5, atol=1e-6)
 
 

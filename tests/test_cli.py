@@ -20,8 +20,8 @@ from traj_ood.autoencoders import load_autoencoder
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.cli import main
 from traj_ood.evaluation.results import Result as RunResult
+from traj_ood.io.parts import PartFolder
 from traj_ood.scorers import default_suite
-from traj_ood.scorers.scorer_set import ScorerSet
 
 FAST = ["--max-steps", "6", "--bootstrap", "10", "--no-plots", "--quiet", "--device", "cpu", "--batch-size", "5"]
 
@@ -120,16 +120,16 @@ def test_second_call_and_fresh(place: Path) -> None:
 
 
 def test_interrupted_command_continues(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = ScorerSet.score, []
+    original, calls = PartFolder.save, []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any) -> None:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(*arguments)
+        original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ScorerSet, "score", interrupted)
+        patch.setattr(PartFolder, "save", interrupted)
         stopped = bench(place, "--scorers", "trajectory,knn:k=2")
     assert stopped.exit_code == 130
     assert stopped.stderr.strip() == "traj-ood: interrupted; the same command continues where this one stopped"

@@ -51,8 +51,8 @@ class Recorder:
     def __init__(self) -> None:
         self.points: dict[tuple[int, int], Tensor] = {}
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
-        for row, latent in zip(rows.tolist(), latents, strict=True):
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
+        for row, step, latent in zip(rows.tolist(), steps.tolist(), latents, strict=True):
             assert (row, step) not in self.points, "a point was shown twice"
             self.points[row, step] = latent.clone()
         return latents.flatten(1).double().sum(dim=1)
@@ -340,7 +340,7 @@ def test_points_in_between_are_not_kept() -> None:
         def __init__(self) -> None:
             self.references: list[weakref.ref[Tensor]] = []
 
-        def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+        def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
             self.references.append(weakref.ref(latents))
             return torch.full((len(rows),), float(sum(r() is not None for r in self.references)))
 

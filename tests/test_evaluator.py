@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.evaluator import Evaluator, RunConfig, _batches, _even_size
 from traj_ood.evaluation.results import Result
-from traj_ood.io.parts import Part
+from traj_ood.io.parts import Part, PartFolder
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
 
 SCORERS = ("trajectory", "trajectory:horizon=4", "knn:k=3", "mahalanobis", "reconstruction", "steps", "first-residual")
@@ -150,8 +151,8 @@ def test_finished_run_returns_at_once(
     def refuse(*args: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(ScorerSet, "explore", refuse)
-    monkeypatch.setattr(ScorerSet, "score", refuse)
+    monkeypatch.setattr(ScorerSet, "explore_all", refuse)
+    monkeypatch.setattr(ScorerSet, "score_all", refuse)
     assert evaluator(place, place / "done", batch_size=3).run() == result
     assert {p: p.stat().st_mtime_ns for p in run.folder.iterdir()} == before
 
@@ -254,17 +255,15 @@ class Stop:
     """Counts the batches of a run and interrupts one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None) -> None:
-        self.seen = 0
-        for name in ("explore", "score"):
-            original = getattr(ScorerSet, name)
+        self.seen, original = 0, PartFolder.save
 
-            def counted(scorers: ScorerSet, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
-                self.seen += 1
-                if self.seen == at:
-                    raise KeyboardInterrupt
-                return _original(scorers, *args, **kwargs)
+        def counted(parts: PartFolder, *args: Any) -> None:
+            self.seen += 1
+            if self.seen == at:
+                raise KeyboardInterrupt
+            original(parts, *args)
 
-            monkeypatch.setattr(ScorerSet, name, counted)
+        monkeypatch.setattr(PartFolder, "save", counted)
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 5, 7])
@@ -493,14 +492,14 @@ def test_impossible_settings_leave_nothing_behind(
 
 def test_scores_that_are_not_finite_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        original = ScorerSet.score
+        original = ScorerSet.score_all
 
-        def spoiled(scorers: ScorerSet, *args: Any) -> Scored:
-            scored = original(scorers, *args)
-            scored.scores["steps"][1] = float("nan")
-            return scored
+        def spoiled(scorers: ScorerSet, *args: Any) -> Iterator[Scored]:
+            for scored in original(scorers, *args):
+                scored.scores["steps"][1] = float("nan")
+                yield scored
 
-        patch.setattr(ScorerSet, "score", spoiled)
+        patch.setattr(ScorerSet, "score_all", spoiled)
         with pytest.raises(
             TrajOODError, match=r"scorer steps: 1 score\(s\) of split 'test' .*first for image 'test/001"
         ):

@@ -6,7 +6,7 @@ Each right value is computed again in an empty folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 from traj_ood.evaluation.leaderboard import leaderboard, render_markdown
 from traj_ood.evaluation.results import Result
 from traj_ood.io import provenance
-from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.io.parts import PartFolder
+from traj_ood.scorers.scorer_set import Scored, ScorerSet
 from traj_ood.training import surrogate_cache
 from traj_ood.training.surrogate import SurrogateRecipe
 
@@ -71,15 +72,15 @@ def other_picture(path: Path, seed: int = 99) -> None:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Interrupt scoring before that batch (counted over test and OOD sets)."""
-    score, calls = ScorerSet.score, []
+    save, calls = PartFolder.save, []
 
-    def counting(self: ScorerSet, *args: Any, **options: Any) -> Any:
-        calls.append(1)
+    def counting(self: PartFolder, split: str, *args: Any) -> None:
+        calls.extend([1] * (split != "train"))
         if len(calls) == batch:
             raise KeyboardInterrupt
-        return score(self, *args, **options)
+        save(self, split, *args)
 
-    monkeypatch.setattr(ScorerSet, "score", counting)
+    monkeypatch.setattr(PartFolder, "save", counting)
 
 
 def same(one: Evaluator, other: Evaluator) -> bool:
@@ -142,15 +143,16 @@ def test_a_killed_run_never_mixes_pictures(place: Path, monkeypatch: pytest.Monk
 
 
 def test_pictures_replaced_while_the_run_is_at_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    score, path = ScorerSet.score, place / "images" / "test" / "004.png"
+    score, path = ScorerSet.score_all, place / "images" / "test" / "004.png"
     before = path.read_bytes()
 
-    def replaced_meanwhile(self: ScorerSet, *args: Any, **options: Any) -> Any:
-        other_picture(path)
-        return score(self, *args, **options)
+    def replaced_meanwhile(self: ScorerSet, *args: Any) -> Iterator[Scored]:
+        for scored in score(self, *args):
+            other_picture(path)
+            yield scored
 
     with monkeypatch.context() as patch:
-        patch.setattr(ScorerSet, "score", replaced_meanwhile)
+        patch.setattr(ScorerSet, "score_all", replaced_meanwhile)
         with pytest.raises(TrajOODError, match=r"split 'test': 1 image\(s\) changed while .*, first 'test/004\.png'"):
             run_of(place, batch_size=5).run()
     path.write_bytes(before)  # whoever puts the old one back must not get scores of the new one

@@ -46,12 +46,12 @@ def bench(out, batch_size, kill=None, **config):
         load_autoencoder(place / "mae"), load_benchmark(str(place / "tiny.yaml")), RunConfig(**config),
         place / out, batch_size=batch_size, quiet=True, team=team,
     )
-    score = evaluator._score_batch
-    def deadly(split, indices, bar):
-        if [team.rank, split.name] == kill:
+    save = evaluator.parts.save
+    def deadly(split, start, part):
+        if [team.rank, split] == kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        return score(split, indices, bar)
-    evaluator._score_batch = deadly
+        save(split, start, part)
+    evaluator.parts.save = deadly
     return list(evaluator.run().scorers)
 
 def early():
@@ -143,6 +143,10 @@ def alone(place: Path, out: str, batch_size: int | None = None, **changes: Any) 
     )
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def check_same(place: Path, out: str, reference: Result) -> None:
     """Every column of every image, the curves and the metrics, to what another split into batches may move; and nothing
     else in the folder."""
@@ -176,7 +180,8 @@ def test_two_processes_equal_one_until_one_is_killed(place: Path) -> None:
     reference = alone(place, "alone").run()
     begun = alone(place, "begun", batch_size=5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(begun, "_score_batch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        save = begun.parts.save
+        patch.setattr(begun.parts, "save", lambda *a: save(*a) if a[0] == "train" else interrupt())
         with pytest.raises(KeyboardInterrupt):
             begun.run()
     assert len(list((place / "begun").rglob("*.safetensors"))) == 3 + 1
@@ -235,8 +240,8 @@ def test_damaged_image_stops_both_and_the_run_continues(place: Path) -> None:
     image.write_bytes(whole)
     run = alone(place, "two")
     computed = []
-    score = run._score_batch
-    run._score_batch = lambda split, *a: (computed.append(split.name), score(split, *a))[1]  # type: ignore[method-assign, func-returns-value]
+    save = run.parts.save
+    run.parts.save = lambda split, *a: (computed.append(split), save(split, *a))[1]  # type: ignore[method-assign, func-returns-value]
     run.run()
     assert set(computed) == {"bright"}
     check_same(place, "two", reference)

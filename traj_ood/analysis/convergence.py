@@ -274,7 +274,7 @@ class _DistanceTo:
     def __init__(self, targets: Tensor) -> None:
         self._targets = targets
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
         return (latents - self._targets[rows.to(latents.device)]).flatten(1).norm(dim=1).cpu().double()
 
 

@@ -247,16 +247,14 @@ class OutputResidual:
 
     def __init__(self, model: Autoencoder) -> None:
         self._model = model
-        self._before: Tensor | None = None
+        self._before: dict[int, Tensor] = {}
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
         decoded = self._model.decode(latents)
-        if self._before is None:
-            self._before = torch.full((int(rows.max()) + 1, *decoded.shape[1:]), torch.nan).to(decoded)
-        where = rows.to(decoded.device)
-        moved = (decoded - self._before[where]).flatten(1).norm(dim=1).cpu().double()
-        self._before[where] = decoded
-        return moved
+        nowhere = torch.full_like(decoded[0], torch.nan)
+        before = torch.stack([self._before.get(row, nowhere) for row in rows.tolist()])
+        self._before |= dict(zip(rows.tolist(), decoded, strict=True))
+        return (decoded - before).flatten(1).norm(dim=1).cpu().double()
 
 
 @dataclass(frozen=True)

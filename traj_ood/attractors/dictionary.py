@@ -174,7 +174,7 @@ class NearestAttractor:
         self.name = f"distance/{view}"
         self._autoencoder, self._index, self._view = autoencoder, index, view
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
         return self._index.nearest(self._autoencoder.view(latents, self._view)).distances[:, 0]
 
 
@@ -192,7 +192,7 @@ class NearestOther(NearestAttractor):
         super().__init__(autoencoder, index, view)
         self._own = own
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
         found = self._index.search(self._autoencoder.view(latents, self._view), 2)
         mine = found.indices[:, 0].cpu() == self._own[rows]
         distances = found.distances.cpu()

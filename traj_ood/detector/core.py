@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import Autoencoder
+from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.data.batches import Batch, Images, OnError, batches, count_of, has_own_labels
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.images import FileImages
-from traj_ood.data.preprocessing import Normalised
 from traj_ood.detector.conformal import Calibration, check_count, images_needed
 from traj_ood.detector.folder import Parts, read_detector, write_detector
 from traj_ood.detector.module import as_module
@@ -27,7 +27,7 @@ from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.scorers import Evidence, Scorer
-from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers, join_evidence
+from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
 from traj_ood.text import printable
 
 OnKnown = Literal["raise", "skip"]
@@ -167,7 +167,7 @@ class Detector:
             classes = _numbered(found.labels, len(found.rows), scorers)
         elif classes is not None:
             classes = classes[found.rows]
-        train = replace(join_evidence(found.evidence), labels=classes)
+        train = replace(Evidence.join(found.evidence), labels=classes)
         scorers.learn(dictionary, train)
         forget_fit(scorers)
         health = None if dictionary is None else json.loads(json.dumps(dictionary.health().as_dict()))
@@ -294,9 +294,16 @@ class Detector:
         return self.calibration
 
     def _scored(self, images: Images, on_error: OnError = "raise") -> Iterator[tuple[Batch, Scored]]:
-        for batch in batches(self.autoencoder, images, self.batch_size, self.workers, on_error, self.reading):
-            if batch.ids:
-                yield batch, self.scorers.score(Normalised(batch.images))
+        taken: deque[Batch] = deque()
+
+        def encodings() -> Iterator[Encoding]:
+            for batch in batches(self.autoencoder, images, self.batch_size, self.workers, on_error, self.reading):
+                if batch.ids:
+                    taken.append(batch)
+                    yield self.autoencoder.examine(batch.images)
+
+        for scored in self.scorers.score_all(encodings()):
+            yield taken.popleft(), scored
 
     def _judged(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scores (B,) with +inf for what is not finite, and steps and status (B,) where the scorer reads steps."""
@@ -399,17 +406,24 @@ def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _E
     Raises:
         TrajOODError: too few images are left when the unreadable ones are skipped, or numbers that are not finite.
     """
-    found = _Explored()
-    for batch in reading:
-        found.skipped += len(batch.failures)
-        if batch.ids:
-            ends, evidence = scorers.explore(scorers.autoencoder.examine(batch.images), batch.ids)
-            found.evidence.append(_kept(evidence, batch))
-            found.dictionaries += [ends] if ends is not None else []
-            found.seen.append(digests_of(batch.images))
-            found.rows += batch.rows
-            found.labels += batch.labels
-        bar.update(len(batch.ids) + len(batch.failures))
+    found, taken = _Explored(), deque[Batch]()
+
+    def encodings() -> Iterator[tuple[Encoding, tuple[str, ...]]]:
+        for batch in reading:
+            found.skipped += len(batch.failures)
+            bar.update(len(batch.failures))
+            if batch.ids:
+                taken.append(batch)
+                found.seen.append(digests_of(batch.images))
+                found.rows += batch.rows
+                found.labels += batch.labels
+                yield scorers.autoencoder.examine(batch.images), batch.ids
+
+    for ends, evidence in scorers.explore_all(encodings()):
+        batch = taken.popleft()
+        found.evidence.append(_kept(evidence, batch))
+        found.dictionaries += [ends] if ends is not None else []
+        bar.update(len(batch.ids))
     scorers.check_training_size(len(found.rows))
     return found
 
@@ -420,15 +434,8 @@ def _kept(evidence: Evidence, batch: Batch) -> Evidence:
     Raises:
         TrajOODError: numbers that are not finite: statistics of them would spoil every score.
     """
-    kept = replace(
-        evidence,
-        features={view: values.cpu() for view, values in evidence.features.items()},
-        points={key: values.cpu() for key, values in evidence.points.items()},
-        logits=None if evidence.logits is None else evidence.logits.cpu(),
-        trajectory=None,
-    )
-    logits = [] if kept.logits is None else [kept.logits]
-    for values in (*kept.features.values(), *kept.points.values(), *kept.reconstruction.values(), *logits):
+    kept = evidence.kept()
+    for values in kept.tensors().values():
         bad = (~values.reshape(len(values), -1).isfinite().all(dim=1)).nonzero()[:, 0]
         if len(bad):
             raise TrajOODError(

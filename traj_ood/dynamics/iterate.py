@@ -1,4 +1,4 @@
-"""The fixed-point engine: repeats the self-map per sample until it settles, and streams every point to observers.
+"""The fixed-point engine: a stream of starts in, finished trajectories out in order, every point shown to observers.
 
 Equation (3) of the paper: z_{t+1} = f(z_t) with f = E∘D, stopped per sample at ‖f(z_{t+1}) − f(z_t)‖² < tol (App. D,
 squared, 1e-5 for foundation models) or after ``max_steps`` (500 there).
@@ -7,9 +7,10 @@ squared, 1e-5 for foundation models) or after ``max_steps`` (500 there).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ SelfMap = Callable[[Tensor], Tensor]
 
 ROWS = 24
 """Rows per call of a network that says nothing about itself (see :func:`rows_per_call`)."""
+_UNDER_WAY = 192  # samples at a time: full chunks for any network, and few idle rows beside the slow ones at the end
+_SPARE = 32  # one row in so many may be idle before starts are taken in
 
 
 def rows_per_call(target: float) -> int:
@@ -43,8 +46,15 @@ class Observer(Protocol):
 
     name: str
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor | None:
-        """Measure z_step of the samples ``rows`` (n,) int64; ``latents`` is (n, *L). Returns (n,) float64, or None."""
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor | None:
+        """Measure a point z_t of each of n samples.
+
+        Args:
+            steps: (n,) int64, each sample's own t. rows: (n,) int64, the samples' numbers, counted over all starts.
+            latents: (n, *L) the points.
+        Returns:
+            (n,) numbers, or None.
+        """
         ...
 
 
@@ -53,7 +63,7 @@ class Norm:
 
     name = "norm"
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
         return latents.flatten(1).norm(dim=1).cpu().double()
 
 
@@ -95,9 +105,33 @@ class LowPrecision:
             raise TrajOODError(f"low precision: expected a switch >= 0, got {self.switch}")
 
 
+@overload
 def iterate(
     self_map: SelfMap,
     start: Tensor,
+    *,
+    tol: float = ...,
+    max_steps: int = ...,
+    observers: Iterable[Observer] = ...,
+    chunk: int = ...,
+    on_step: Callable[[int, int], None] | None = ...,
+    low_precision: LowPrecision | None = ...,
+) -> Trajectory: ...
+@overload
+def iterate(
+    self_map: SelfMap,
+    start: Iterable[Tensor],
+    *,
+    tol: float = ...,
+    max_steps: int = ...,
+    observers: Iterable[Observer] = ...,
+    chunk: int = ...,
+    on_step: Callable[[int, int], None] | None = ...,
+    low_precision: LowPrecision | None = ...,
+) -> Iterator[Trajectory]: ...
+def iterate(
+    self_map: SelfMap,
+    start: Tensor | Iterable[Tensor],
     *,
     tol: float = 1e-5,
     max_steps: int = 500,
@@ -105,92 +139,231 @@ def iterate(
     chunk: int = ROWS,
     on_step: Callable[[int, int], None] | None = None,
     low_precision: LowPrecision | None = None,
-) -> Trajectory:
+) -> Trajectory | Iterator[Trajectory]:
     """Run z_{t+1} = f(z_t) for every sample of ``start`` until it settles.
 
+    About 192 samples are under way at a time; whenever some have ended, the next starts take their rows, over the
+    borders of the stream's batches, so that hardly a row of f is spent on filling.
+
     No result depends on batch-mates, order or batch size beyond 1e-9. Three things see to that: each sample stops on
-    its own residual; converged and non-finite samples leave the batch at once; and f is only ever called on exactly
-    ``chunk`` rows (the last chunk is filled up with copies of its last row), because a float32 product of another shape
-    rounds differently by 1e-7, and a residual next to the tolerance would then stop one step earlier or later.
+    its own residual; converged and non-finite samples leave at once; and f is only ever called on exactly ``chunk``
+    rows (the last chunk is filled up with copies of its last row), because a float32 product of another shape rounds
+    differently by 1e-7, and a residual next to the tolerance would then stop one step earlier or later.
 
     Args:
         self_map: f, called under ``torch.inference_mode`` on (chunk, *L), and under
             :func:`traj_ood.dynamics.device.standard_settings`. A method of a model, such as ``autoencoder.self_map``,
             also has that model in evaluation mode meanwhile; what a function of your own calls is yours to switch.
-        start: z_0, (B, *L) floating point, on the device where f runs.
+        start: z_0, (B, *L) floating point, on the device where f runs; or a stream of such batches, alike but for B,
+            which is read no further than the samples under way need.
         tol: on the squared residual. Default 1e-5, the paper's for foundation models.
         max_steps: most evaluations of f per sample. Default 500, the paper's.
         observers: measure every point z_0 … z_N; memory grows with one number per point, not with the latents.
-        chunk: rows per call of f. Default 24: more would fill matrix products better, but drag more idle rows along
-            with the few samples that settle last. Each :class:`Autoencoder` knows a number that suits it.
-        on_step: called as ``on_step(step, still_running)`` after each step, for progress bars.
+        chunk: rows per call of f. Default 24. Each :class:`Autoencoder` knows a number that suits it.
+        on_step: called as ``on_step(step, running)`` after each evaluation, for progress bars: the most steps that any
+            sample under way has taken, and how many of those that were read have not ended.
         low_precision: cheaper first steps, see :class:`LowPrecision`. Default None: f alone. In a step in which both
             maps are at work each fills up its own last chunk, so the gain needs batches of several chunks.
     Returns:
-        The :class:`Trajectory`. The stopping test needs two consecutive images of f, so N >= 2 unless max_steps = 1.
+        The :class:`Trajectory`, or one for each batch of the stream, in its order. The stopping test needs two
+        consecutive images of f, so N >= 2 unless max_steps = 1.
     Raises:
         TrajOODError: impossible arguments, or a self-map that changes the latent's shape or type.
     """
-    _check_arguments(start, tol, max_steps, chunk)
-    with fixed_around(self_map):
-        return _run(_Maps(self_map, low_precision, chunk, len(start)), start, tol, max_steps, list(observers), on_step)
+    _check_settings(tol, max_steps, chunk)
+    maps = _Maps(self_map, low_precision, chunk)
+    flight = _Flight(maps, tol, max_steps, list(observers), on_step, max(chunk, _UNDER_WAY // chunk * chunk))
+    if isinstance(start, Tensor):
+        return next(_trajectories(flight, self_map, iter([start])))
+    return _trajectories(flight, self_map, iter(start))
 
 
-def _run(
-    maps: _Maps,
-    start: Tensor,
-    tol: float,
-    max_steps: int,
-    watchers: list[Observer],
-    on_step: Callable[[int, int], None] | None,
-) -> Trajectory:
-    count = len(start)
-    # Everything that decides lives on the CPU (MPS has no float64); only latents stay on the device.
-    steps = torch.zeros(count, dtype=torch.int64)
-    status = torch.full((count,), int(Status.STEP_LIMIT))
-    final = start.clone()
-    residuals = _Columns(count)
-    measures = {w.name: _Columns(count) for w in watchers}
+def _trajectories(flight: _Flight, self_map: SelfMap, starts: Iterator[Tensor]) -> Iterator[Trajectory]:
+    # Neither the caller's code between two trajectories nor that which makes the starts runs in f's settings.
+    while True:
+        while flight.wants_starts():
+            flight.add(next(starts, None))
+        with fixed_around(self_map), torch.inference_mode():
+            flight.advance()
+        yield from flight.finished()
+        if flight.is_over():
+            return
 
-    finite = _finite_rows(start)
-    status[~finite] = int(Status.NON_FINITE)
-    rows = finite.nonzero()[:, 0]
-    latents = _take(start, finite)
-    with torch.inference_mode():
-        for w in watchers if len(rows) else ():
-            measures[w.name].add(0, rows, w.observe(0, rows, latents))
-        for step in range(1, max_steps + 1):
-            if not len(rows):
-                break
-            images, squared, exact = maps.step(step, rows, latents)
-            # A NaN or infinite coordinate, or a length that overflows, ends the trajectory at the point before.
-            finite = squared.isfinite()
-            if not bool(finite.all()):
-                status[rows[~finite]] = int(Status.NON_FINITE)
-                rows, images, squared, exact = rows[finite], _take(images, finite), squared[finite], exact[finite]
-                if not len(rows):
-                    break
-            steps[rows] = step
-            final[rows.to(final.device)] = images
-            residuals.add(step - 1, rows, squared)
-            for w in watchers:
-                measures[w.name].add(step, rows, w.observe(step, rows, images))
-            # ‖f(z_{t+1}) − f(z_t)‖² compares two images of f: the first residual ‖f(z_0) − z_0‖² is not one. After
-            # cheap steps z_t is an image of f up to rounding, and what counts is that f itself no longer moves it.
-            settled = (squared < tol) & exact & (step > 1)
-            status[rows[settled]] = int(Status.CONVERGED)
-            running = ~settled
-            rows, latents = rows[running], _take(images, running)
-            if on_step is not None:
-                on_step(step, len(rows))
-    return Trajectory(
-        steps=steps,
-        status=status,
-        residuals=residuals.table(),
-        final=final,
-        measures={name: columns.table() for name, columns in measures.items() if not columns.silent},
-        max_steps=max_steps,
-    )
+
+class _Batch:
+    """What is known of the trajectories of one batch of starts; its first sample has the number ``first``."""
+
+    def __init__(self, first: int, start: Tensor) -> None:
+        count = len(start)
+        self.first, self.end, self.left = first, first + count, count
+        # Everything that decides lives on the CPU (MPS has no float64); only latents stay on the device.
+        self.steps = torch.zeros(count, dtype=torch.int64)
+        self.status = torch.full((count,), int(Status.STEP_LIMIT))
+        self.final = start.detach().clone()
+        self.residuals = _Table(count)
+        self.measures: dict[str, _Table] = {}
+
+    def measure(self, name: str) -> _Table:
+        return self.measures.setdefault(name, _Table(len(self.steps)))
+
+    def trajectory(self, max_steps: int, names: Iterable[str]) -> Trajectory:
+        measures = {name: self.measure(name).values() for name in names}
+        return Trajectory(self.steps, self.status, self.residuals.values(), self.final, measures, max_steps)
+
+
+@dataclass
+class _Running:
+    """The samples under way: numbers, steps taken and points (n, *L), and what :class:`LowPrecision` knows of each."""
+
+    rows: Tensor
+    steps: Tensor
+    latents: Tensor
+    cheap: Tensor
+    best: Tensor
+    best_step: Tensor
+
+    @classmethod
+    def begin(cls, first: int, latents: Tensor, cheap: bool) -> _Running:
+        count = len(latents)
+        zeros = torch.zeros(count, dtype=torch.int64)
+        best = torch.full((count,), torch.inf, dtype=torch.float64)
+        return cls(first + torch.arange(count), zeros, latents, torch.full((count,), cheap), best, zeros.clone())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, keep: Tensor) -> _Running:
+        """Those of ``keep`` (n,) bool; itself when that is all of them, as it is in most steps."""
+        if bool(keep.all()):
+            return self
+        latents = self.latents[keep.to(self.latents.device)]
+        return _Running(
+            self.rows[keep], self.steps[keep], latents, self.cheap[keep], self.best[keep], self.best_step[keep]
+        )
+
+    def with_more(self, other: _Running) -> _Running:
+        return _Running(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+
+class _Flight:
+    """The samples under way, the starts that wait for a row, and the batches they belong to, the oldest first."""
+
+    def __init__(
+        self,
+        maps: _Maps,
+        tol: float,
+        max_steps: int,
+        observers: list[Observer],
+        on_step: Callable[[int, int], None] | None,
+        room: int,
+    ) -> None:
+        self._maps, self._tol, self._max_steps, self._observers = maps, tol, max_steps, observers
+        self._on_step, self._room = on_step, room
+        self._batches: deque[_Batch] = deque()
+        self._running: _Running | None = None
+        self._waiting: _Running | None = None
+        self._silent: set[str] = set()  # observers that keep for themselves what they see
+        self._count, self._closed = 0, False
+
+    def wants_starts(self) -> bool:
+        """Whether rows are free that nothing waits for, and the stream may have more."""
+        return not self._closed and self._has_room() and not self._waiting
+
+    def add(self, start: Tensor | None) -> None:
+        """The next batch, or None at the end of the stream."""
+        if start is None:
+            self._closed = True
+            return
+        known = self._running or self._waiting
+        _check_start(start, known.latents if known else None)
+        batch = _Batch(self._count, start)
+        self._count += len(start)
+        self._batches.append(batch)
+        finite = _finite_rows(start)
+        batch.status[~finite] = int(Status.NON_FINITE)
+        batch.left = int(finite.sum())
+        self._waiting = _Running.begin(batch.first, start, self._maps.has_cheap).take(finite)
+
+    def advance(self) -> None:
+        """Steps until the oldest batch has ended or starts are wanted."""
+        while not self.wants_starts() and not (self._batches and not self._batches[0].left):
+            self._board()
+            if not self._running:
+                return
+            self._step()
+
+    def finished(self) -> Iterator[Trajectory]:
+        """The oldest batches, as far as all of their samples have ended."""
+        while self._batches and not self._batches[0].left:
+            names = [o.name for o in self._observers if o.name not in self._silent]
+            yield self._batches.popleft().trajectory(self._max_steps, names)
+
+    def is_over(self) -> bool:
+        return self._closed and not self._batches
+
+    def _has_room(self) -> bool:
+        return self._room - len(self._running or ()) >= max(1, self._room // _SPARE)
+
+    def _board(self) -> None:
+        """Give free rows to starts that wait."""
+        if not self._waiting or not self._has_room():
+            return
+        aboard = torch.arange(len(self._waiting)) < self._room - len(self._running or ())
+        new, self._waiting = self._waiting.take(aboard), self._waiting.take(~aboard)
+        self._observe(new)
+        self._running = self._running.with_more(new) if self._running else new
+
+    def _step(self) -> None:
+        assert self._running is not None
+        before = self._running
+        images, squared, exact = self._maps.step(before)
+        # A NaN or infinite coordinate, or a length that overflows, ends the trajectory at the point before.
+        finite = squared.isfinite()
+        if not bool(finite.all()):
+            self._end(before.take(~finite), Status.NON_FINITE)
+        moved = replace(before, steps=before.steps + 1, latents=images).take(finite)
+        squared, exact = squared[finite], exact[finite]
+        for batch, inside, places in self._parts(moved.rows):
+            batch.residuals.put(places, moved.steps[inside] - 1, squared[inside])
+        self._observe(moved)
+        # ‖f(z_{t+1}) − f(z_t)‖² compares two images of f: the first residual ‖f(z_0) − z_0‖² is not one. After
+        # cheap steps z_t is an image of f up to rounding, and what counts is that f itself no longer moves it.
+        settled = (squared < self._tol) & exact & (moved.steps > 1)
+        limited = ~settled & (moved.steps >= self._max_steps)
+        for ended, status in ((settled, Status.CONVERGED), (limited, Status.STEP_LIMIT)):
+            if bool(ended.any()):
+                self._end(moved.take(ended), status)
+        self._running = moved.take(~(settled | limited))
+        if self._on_step is not None:
+            self._on_step(int(moved.steps.max()) if len(moved) else 0, len(self._running) + len(self._waiting or ()))
+
+    def _observe(self, points: _Running) -> None:
+        if not len(points):
+            return
+        parts = list(self._parts(points.rows))
+        for observer in self._observers:
+            values = observer.observe(points.steps, points.rows, points.latents)
+            if values is None:
+                self._silent.add(observer.name)
+                continue
+            values = values.cpu().double()
+            for batch, inside, places in parts:
+                batch.measure(observer.name).put(places, points.steps[inside], values[inside])
+
+    def _end(self, samples: _Running, status: Status) -> None:
+        for batch, inside, places in self._parts(samples.rows):
+            batch.left -= len(places)
+            batch.status[places] = int(status)
+            batch.steps[places] = samples.steps[inside]
+            device = batch.final.device
+            batch.final[places.to(device)] = samples.latents[inside.to(device)]
+
+    def _parts(self, rows: Tensor) -> Iterator[tuple[_Batch, Tensor, Tensor]]:
+        """Each batch that some of ``rows`` (n,) belong to, which of them (n,) bool, and their places in it."""
+        for batch in self._batches:
+            inside = (rows >= batch.first) & (rows < batch.end)
+            if bool(inside.any()):
+                yield batch, inside, rows[inside] - batch.first
 
 
 def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int, name: str = "f") -> Tensor:
@@ -234,20 +407,18 @@ def _kind(rows: Tensor) -> str:
 class _Maps:
     """f for every sample, or its cheap copy for those that are still far from their end."""
 
-    def __init__(self, self_map: SelfMap, low: LowPrecision | None, chunk: int, count: int) -> None:
+    def __init__(self, self_map: SelfMap, low: LowPrecision | None, chunk: int) -> None:
         self._map, self._low, self._chunk, self._name = self_map, low, chunk, name_around(self_map)
-        self._cheap = torch.full((count,), low is not None)
-        self._best = torch.full((count,), torch.inf, dtype=torch.float64)
-        self._best_step = torch.zeros(count, dtype=torch.int64)
+        self.has_cheap = low is not None
 
-    def step(self, step: int, rows: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of the samples ``rows`` (n,) at ``latents`` (n, *L).
+    def step(self, running: _Running) -> tuple[Tensor, Tensor, Tensor]:
+        """One step; what is known of the samples for :class:`LowPrecision` is brought up to date in place.
 
         Returns:
             Images (n, *L); squared residuals (n,) float64, NaN or infinite where the image or its length is not
             finite; (n,) bool: the image is one of f itself.
         """
-        cheap = self._cheap[rows]
+        cheap, latents = running.cheap.clone(), running.latents
         if self._low is None or not bool(cheap.any()):
             images = self._images(self._map, latents)
             squared, _ = _squared_residuals(images, latents)
@@ -266,16 +437,16 @@ class _Maps:
             images[where] = self._images(self._map, latents[where])
             squared, norms = _squared_residuals(images, latents)
             cheap &= ~failed
-        self._cheap[rows] = cheap & self._stays(self._low, step, rows, squared, norms)
+        running.cheap[:] = cheap & self._stays(self._low, running, squared, norms)
         return images, squared, ~cheap
 
-    def _stays(self, low: LowPrecision, step: int, rows: Tensor, squared: Tensor, norms: Tensor) -> Tensor:
+    def _stays(self, low: LowPrecision, running: _Running, squared: Tensor, norms: Tensor) -> Tensor:
         """(n,) bool: the next step may be cheap, too."""
-        fell = rows[squared < self._best[rows]]
-        self._best[rows] = torch.minimum(self._best[rows], squared)
-        self._best_step[fell] = step
+        step, fell = running.steps + 1, squared < running.best
+        running.best[:] = torch.minimum(running.best, squared)
+        running.best_step[fell] = step[fell]
         resolved = squared >= (low.switch * norms).square()
-        return resolved & (step - self._best_step[rows] < low.patience) & (step < low.max_steps)
+        return resolved & (step - running.best_step < low.patience) & (step < low.max_steps)
 
     def _images(self, function: SelfMap, latents: Tensor) -> Tensor:
         images = apply_in_chunks(function, latents, self._chunk, self._name)
@@ -294,27 +465,23 @@ class _Maps:
         return images
 
 
-class _Columns:
-    """One number per sample and step, appended step by step; NaN where a sample had already ended."""
+class _Table:
+    """One number per sample and step; NaN where a sample had already ended."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
-        self._entries: list[tuple[int, Tensor, Tensor]] = []
-        self.silent = False
+        self._values = torch.full((count, 1), torch.nan, dtype=torch.float64)
+        self._width = 1
 
-    def add(self, column: int, rows: Tensor, values: Tensor | None) -> None:
-        if values is None:
-            self.silent = True
-        else:
-            self._entries.append((column, rows, values.cpu()))
+    def put(self, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        self._width = max(self._width, int(columns.max()) + 1)
+        missing = self._width - self._values.shape[1]
+        if missing > 0:  # doubled: a path that grows step by step must not be copied at each of them
+            more = self._values.new_full((len(self._values), max(missing, self._values.shape[1])), torch.nan)
+            self._values = torch.cat([self._values, more], dim=1)
+        self._values[rows, columns] = values
 
-    def table(self) -> Tensor:
-        width = max((column + 1 for column, rows, _ in self._entries if len(rows)), default=1)
-        table = torch.full((self._count, width), torch.nan, dtype=torch.float64)
-        for column, rows, values in self._entries:
-            if len(rows):
-                table[rows, column] = values.double()
-        return table
+    def values(self) -> Tensor:
+        return self._values[:, : self._width].clone()
 
 
 def _finite_rows(latents: Tensor) -> Tensor:
@@ -328,16 +495,15 @@ def _squared_residuals(images: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]
     return torch.where(norms.isfinite(), squared, torch.nan), norms
 
 
-def _take(latents: Tensor, keep: Tensor) -> Tensor:
-    """The kept rows; no copy when that is all of them, as it is in most steps."""
-    return latents if bool(keep.all()) else latents[keep.to(latents.device)]
+def _check_start(start: Tensor, before: Tensor | None) -> None:
+    if not isinstance(start, Tensor) or start.ndim < 2 or not start.is_floating_point():
+        kind = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
+        raise TrajOODError(f"start: expected floating-point latents of shape (B, *L), got {kind}")
+    if before is not None and _kind(start) != _kind(before):
+        raise TrajOODError(f"start: expected batches alike, got {_kind(before)} and then {_kind(start)}")
 
 
-def _check_arguments(start: Tensor, tol: float, max_steps: int, chunk: int) -> None:
-    if start.ndim < 2 or not start.is_floating_point():
-        raise TrajOODError(
-            f"start: expected floating-point latents of shape (B, *L), got {start.dtype} of shape {tuple(start.shape)}"
-        )
+def _check_settings(tol: float, max_steps: int, chunk: int) -> None:
     if not 0 <= tol < math.inf:
         raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol}")
     if max_steps < 1:

@@ -7,12 +7,13 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from traj_ood.attractors.health import (
     share_stable,
     still_falling,
 )
-from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateAutoencoder
+from traj_ood.autoencoders import Autoencoder, Encoding, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.data.batches import OnError, read_rows
@@ -53,12 +54,14 @@ from traj_ood.io.files import alone_in, empty_folder, write_atomic
 from traj_ood.io.parts import Part, PartFolder
 from traj_ood.io.provenance import code_digest, environment, git_commit
 from traj_ood.scorers import Evidence
-from traj_ood.scorers.scorer_set import Precision, ScorerSet, join_evidence
+from traj_ood.scorers.scorer_set import Precision, Scored, ScorerSet
 from traj_ood.text import printable
 
 OnDuplicates = Literal["error", "warn"]
+_Pieces: TypeAlias = dict[str, list[Part]]
+_Compute: TypeAlias = "Callable[[list[_Job], _Bar], Iterator[tuple[_Job, Part]]]"
 _LATENT_BYTES = 2**28
-_MAX_BATCH = 2048
+_MAX_BATCH = 512  # images: what an interruption loses are the two or three batches under way
 _SEEN = 200  # ID images whose reconstruction is looked at: a share of their variance is known to a few percent
 _FEW_COPIES = 0.01  # share of a split; CIFAR and ImageNet hold a few images twice, and stay usable
 _MOST_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seems to hang
@@ -201,7 +204,7 @@ class Evaluator:
         """Every pass, by all processes; then the main one measures what they scored, and has the result."""
         result = None
         train_curves = self._fit(batch_sizes)
-        scored = {s.name: self._score(s, batch_sizes) for s in [self.sample.test, *self.sample.ood]}
+        scored = self._score(batch_sizes)
         if self.team.is_main:
             result = self._finish(identity, scored, train_curves)
             self.parts.remove()
@@ -346,12 +349,10 @@ class Evaluator:
     def _fit(self, batch_sizes: dict[str, int]) -> pd.DataFrame:
         """The training pass: attractors and everything the scorers learn, in every process. Returns its curves."""
         split = self.sample.train
-        began = time.perf_counter()
-        pieces = self._pass(split, batch_sizes, self._explore, everywhere=True)
-        self._seconds["fit"] = time.perf_counter() - began
+        pieces = self._pass([split], batch_sizes, self._explored, everywhere=True)[split.name]
         self.failures = [f for p in pieces for f in p.failures]
         self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # fewer, when unreadable ones are skipped
-        evidence = join_evidence([_evidence_of(p) for p in pieces if p.ids])
+        evidence = Evidence.join([Evidence.from_tensors(p.tensors) for p in pieces if p.ids])
         dictionary = None
         if self.scorers.needs_dictionary:
             dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
@@ -362,74 +363,99 @@ class Evaluator:
         return curve_quantiles(split, pieces, self.config.tol)
 
     def _pass(
-        self, split: Split, batch_sizes: dict[str, int], compute: Callable[[Split, range, _Bar], Part], everywhere: bool
-    ) -> list[Part]:
-        """Every batch of a split: from disk where it was computed before, else computed and saved at once.
+        self, splits: Sequence[Split], batch_sizes: dict[str, int], compute: _Compute, everywhere: bool
+    ) -> _Pieces:
+        """Every batch of some splits: from disk where it was computed before; all others in one stream, each saved at
+        once when it is finished.
 
         Each process computes its share; the main one, and with ``everywhere`` every other, returns all of them.
         """
-        batches = _batches(len(split.images), batch_sizes[split.name])
-        pieces: dict[int, Part] = {}
-        with self._bar(split) as bar:
-            for indices in self.team.share(batches):
-                self.team.check()
-                part = self.parts.load(split.name, indices.start)
-                if part is None:
-                    part = compute(split, indices, bar)
-                    self._snapshot.check(split, indices)
-                    self.parts.save(split.name, indices.start, part)
-                bar.set_done(indices.stop)
-                pieces[indices.start] = part
+        batches = {split.name: _batches(len(split.images), batch_sizes[split.name]) for split in splits}
+        share = [_Job(split, indices) for split in splits for indices in self.team.share(batches[split.name])]
+        pieces: dict[tuple[str, int], Part] = {}
+        for job in share:
+            part = self.parts.load(*job.key)
+            if part is not None:
+                pieces[job.key] = part
+        with _Bar(sum(len(job.indices) for job in share), self.quiet or not self.team.is_main) as bar:
+            bar.skip(sum(len(job.indices) for job in share if job.key in pieces))
+            began = time.perf_counter()
+            for job, part in compute([job for job in share if job.key not in pieces], bar):
+                self._snapshot.check(job.split, job.indices)
+                self.parts.save(*job.key, part)
+                pieces[job.key] = part
+                kind = "fit" if job.split is self.sample.train else f"score/{job.split.name}"
+                began, before = time.perf_counter(), began
+                self._seconds[kind] = self._seconds.get(kind, 0.0) + began - before
         self.team.wait()
         if not (everywhere or self.team.is_main):
-            return []
-        return [pieces.get(b.start) or self.parts.get(split.name, b.start) for b in batches]
+            return {split.name: [] for split in splits}
+        return {
+            name: [pieces.get((name, b.start)) or self.parts.get(name, b.start) for b in ranges]
+            for name, ranges in batches.items()
+        }
 
-    def _explore(self, split: Split, indices: range, bar: _Bar) -> Part:
-        ids, encoding, failures = self._examine(split, indices)
-        if encoding is None:
-            return Part(ids, failures, {}, {})
-        dictionary, evidence = self.scorers.explore(encoding, ids, bar.on_step(indices))
-        tensors = {f"features/{k}": v.cpu() for k, v in evidence.features.items()}
-        tensors |= {f"reconstruction/{k}": v for k, v in evidence.reconstruction.items()}
-        tensors |= {f"points/{view}/{t}": v for (view, t), v in evidence.points.items()}
-        tensors |= {"logits": evidence.logits.cpu()} if evidence.logits is not None else {}
-        if dictionary is not None:
-            tensors |= {f"dictionary/{k}": v for k, v in dictionary.tensors().items()}
-        notes = {"provenance": dict(dictionary.provenance)} if dictionary is not None else {}
-        return Part(ids, failures, {**tensors, **_curves_of(evidence)}, notes)
+    def _read(self, jobs: list[_Job], bar: _Bar, taken: deque[_Job]) -> Iterator[tuple[Encoding, tuple[str, ...]]]:
+        """What the model makes of each batch that holds an image that could be read; all of them are put into
+        ``taken``."""
+        for job in jobs:
+            self.team.check()
+            bar.begin(job)
+            job.ids, encoding, job.failures = self._examine(job.split, job.indices)
+            taken.append(job)
+            if encoding is not None:
+                yield encoding, job.ids
 
-    def _score(self, split: Split, batch_sizes: dict[str, int]) -> list[Part]:
-        """Score one split, batch by batch; finished batches come from disk. Empty but in the main process."""
-        began = time.perf_counter()
-        pieces = self._pass(split, batch_sizes, self._score_batch, everywhere=False)
-        self._seconds[f"score/{split.name}"] = time.perf_counter() - began
-        self.failures += [f for p in pieces for f in p.failures]
-        if self.team.is_main and not any(p.ids for p in pieces):
-            raise TrajOODError(f"split {split.name!r}: none of its {len(split.images)} images could be read")
-        return pieces
+    def _explored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
+        """The training pass."""
+        taken: deque[_Job] = deque()
+        for dictionary, evidence in self.scorers.explore_all(self._read(jobs, bar, taken), bar.on_step):
+            yield from _unreadable(taken)
+            job = taken.popleft()
+            tensors = {**evidence.tensors(), **_curves_of(evidence)}
+            if dictionary is not None:
+                tensors |= {f"dictionary/{k}": v for k, v in dictionary.tensors().items()}
+            notes = {"provenance": dict(dictionary.provenance)} if dictionary is not None else {}
+            yield job, Part(job.ids, job.failures, tensors, notes)
+        yield from _unreadable(taken)
 
-    def _score_batch(self, split: Split, indices: range, bar: _Bar) -> Part:
-        ids, encoding, failures = self._examine(split, indices)
-        if encoding is None:
-            return Part(ids, failures, {}, {})
-        scored = self.scorers.score(encoding, bar.on_step(indices))
-        good = torch.ones(len(ids), dtype=torch.bool)
+    def _score(self, batch_sizes: dict[str, int]) -> _Pieces:
+        """Score all splits but the training one. Without parts but in the main process."""
+        splits = [self.sample.test, *self.sample.ood]
+        scored = self._pass(splits, batch_sizes, self._scored, everywhere=False)
+        self.failures += [f for split in splits for p in scored[split.name] for f in p.failures]
+        for split in splits if self.team.is_main else ():
+            if not any(p.ids for p in scored[split.name]):
+                raise TrajOODError(f"split {split.name!r}: none of its {len(split.images)} images could be read")
+        return scored
+
+    def _scored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
+        taken: deque[_Job] = deque()
+        encodings = (encoding for encoding, _ in self._read(jobs, bar, taken))
+        for scored in self.scorers.score_all(encodings, bar.on_step):
+            yield from _unreadable(taken)
+            job = taken.popleft()
+            yield job, self._part(job, scored)
+        yield from _unreadable(taken)
+
+    def _part(self, job: _Job, scored: Scored) -> Part:
+        """The scores of one batch, without images that some scorer has no finite score of."""
+        good, failures = torch.ones(len(job.ids), dtype=torch.bool), list(job.failures)
         for label, values in scored.scores.items():
             bad = (~values.isfinite()).nonzero()[:, 0]
             if len(bad) and self.config.on_error == "raise":
                 raise TrajOODError(
-                    f"scorer {label}: {len(bad)} score(s) of split {split.name!r} are not finite, first for image "
-                    f"{ids[int(bad[0])]!r}: its trajectory leaves the finite numbers at once; check the model, or "
+                    f"scorer {label}: {len(bad)} score(s) of split {job.split.name!r} are not finite, first for image "
+                    f"{job.ids[int(bad[0])]!r}: its trajectory leaves the finite numbers at once; check the model, or "
                     "leave such images out with --on-error skip"
                 )
             # The first scorer that fails names the reason; no scorer is measured on an image that another cannot score.
             new = [i for i in bad.tolist() if good[i]]
-            failures += [{"id": ids[i], "error": f"scorer {label}: the score is not finite"} for i in new]
+            failures += [{"id": job.ids[i], "error": f"scorer {label}: the score is not finite"} for i in new]
             good[new] = False
         tensors = {f"score/{label}": values for label, values in scored.scores.items()} | _curves_of(scored.evidence)
         cost = {s.label: s.f_evaluations(scored.evidence) for s in self.scorers.scorers}
-        kept = tuple(name for name, fine in zip(ids, good.tolist(), strict=True) if fine)
+        kept = tuple(name for name, fine in zip(job.ids, good.tolist(), strict=True) if fine)
         return Part(kept, failures, {k: v[good] for k, v in tensors.items()}, {"f_evaluations": cost})
 
     def _examine(self, split: Split, indices: range) -> tuple[tuple[str, ...], Encoding | None, list[dict[str, str]]]:
@@ -446,10 +472,6 @@ class Evaluator:
         """Ids, images (B, C, H, W) and failures of one batch; raises on the first failure unless they are skipped."""
         batch = read_rows(self.autoencoder, split.images, indices, self.workers, self.config.on_error)
         return batch.ids, batch.images, batch.failures
-
-    def _bar(self, split: Split) -> _Bar:
-        name = f"{split.role} {split.name}" if split.role != split.name else split.name
-        return _Bar(name, split, self.quiet or not self.team.is_main)
 
     # ------------------------------------------------------------------ metrics and files
 
@@ -575,19 +597,26 @@ class Evaluator:
         return results
 
 
-class _Bar:
-    """A progress bar over one split's images that also moves while a batch iterates."""
+@dataclass
+class _Job:
+    """One batch of a split, and what was read of it."""
 
-    def __init__(self, name: str, split: Split, quiet: bool) -> None:
-        self._bar = tqdm(
-            total=len(split.images),
-            desc=printable(name),
-            unit="img",
-            delay=2,
-            disable=quiet,
-            dynamic_ncols=True,
-            leave=False,
-        )
+    split: Split
+    indices: range
+    ids: tuple[str, ...] = ()
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.split.name, self.indices.start
+
+
+class _Bar:
+    """A progress bar over the images of a pass, named after the split that is being read."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._bar = tqdm(total=total, unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False)
+        self._read = 0
 
     def __enter__(self) -> _Bar:
         return self
@@ -595,15 +624,27 @@ class _Bar:
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
 
-    def set_done(self, count: int) -> None:
-        self._bar.update(count - self._bar.n)
+    def skip(self, count: int) -> None:
+        """Images whose batches are finished already."""
+        self._read += count
+        self._bar.update(count)
 
-    def on_step(self, indices: range) -> Callable[[int, int], None]:
-        def update(step: int, running: int) -> None:
-            self._bar.set_postfix(step=step, running=running, refresh=False)
-            self.set_done(indices.stop - running)
+    def begin(self, job: _Job) -> None:
+        split = job.split
+        name = f"{split.role} {split.name}" if split.role != split.name else split.name
+        self._bar.set_description(printable(name), refresh=False)
+        self._read += len(job.indices)
 
-        return update
+    def on_step(self, step: int, running: int) -> None:
+        self._bar.set_postfix(step=step, running=running, refresh=False)
+        self._bar.update(self._read - running - self._bar.n)
+
+
+def _unreadable(taken: deque[_Job]) -> Iterator[tuple[_Job, Part]]:
+    """The oldest batches, as far as no image of them could be read."""
+    while taken and not taken[0].ids:
+        job = taken.popleft()
+        yield job, Part((), job.failures, {}, {})
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -654,20 +695,6 @@ def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
     labels = [label_of[i] for p in pieces for i in p.ids]
     numbers = {label: number for number, label in enumerate(sorted(set(labels), key=lambda x: (len(x), x)))}
     return torch.tensor([numbers[label] for label in labels])
-
-
-def _evidence_of(part: Part) -> Evidence:
-    return Evidence(
-        features={k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("features/")},  # type: ignore[misc]
-        reconstruction={k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("reconstruction/")},  # type: ignore[misc]
-        points={_point_of(k): v for k, v in part.tensors.items() if k.startswith("points/")},
-        logits=part.tensors.get("logits"),
-    )
-
-
-def _point_of(key: str) -> tuple[FeatureView, int]:
-    _, view, step = key.split("/")
-    return view, int(step)  # type: ignore[return-value]
 
 
 def _dictionary_of(part: Part) -> AttractorDictionary:

@@ -424,21 +424,21 @@ class _Tracer:
 
     def __init__(self, plane: _Plane, frame_rows: Sequence[int]) -> None:
         self._plane, self._frame_rows = plane, frame_rows
-        self._points: list[tuple[Tensor, Floats]] = []
+        self._points: list[tuple[Tensor, Tensor, Floats]] = []
         self.frames: dict[tuple[int, int], Tensor] = {}
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> None:
-        self._points.append((rows, self._plane.project(latents)))
-        if step in FRAME_STEPS:
-            for place, row in enumerate(rows.tolist()):
-                if row in self._frame_rows:
-                    self.frames[row, step] = latents[place].clone()
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> None:
+        self._points.append((rows, steps, self._plane.project(latents)))
+        for place, (row, step) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
+            if step in FRAME_STEPS and row in self._frame_rows:
+                self.frames[row, step] = latents[place].clone()
 
     def paths(self, count: int) -> Floats:
         """(count, T+1, 2), NaN after a sample's end."""
-        table = np.full((count, max(1, len(self._points)), 2), np.nan, dtype=np.float32)
-        for step, (rows, points) in enumerate(self._points):
-            table[rows.numpy(), step] = points
+        width = max((int(steps.max()) + 1 for _, steps, _ in self._points), default=1)
+        table = np.full((count, width, 2), np.nan, dtype=np.float32)
+        for rows, steps, points in self._points:
+            table[rows.numpy(), steps.numpy()] = points
         return table
 
 

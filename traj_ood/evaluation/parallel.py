@@ -145,6 +145,7 @@ class LaunchedTeam(Team):
         self._store: Any = distributed_c10d._get_default_store()
         self._round = 0  # failures so far, the same number in every process: a failed round leaves its keys behind
         self._shared: Exception | None = None  # the error that all processes know of already
+        self._is_lost = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -198,7 +199,8 @@ class LaunchedTeam(Team):
         return f"process {self.rank} failed with {type(error).__name__} ({_line(error)}); {_KEPT}"
 
     def _lost(self, reason: str) -> TrajOODError:
-        """The error of a process whose team has broken up: the first survivor to ask tells it."""
+        """The error of a process whose team has broken up; the first survivor to notice reports it."""
+        self._is_lost = True
         self._leave()
         first = True
         with suppress(Exception):  # the store may have died, too
@@ -215,6 +217,8 @@ class LaunchedTeam(Team):
             return
 
         def stop(*_: object) -> None:
+            if self._is_lost:  # it is being said
+                return
             raise self._lost("stopped by SIGTERM, as launchers do when another process died")
 
         before = signal.signal(signal.SIGTERM, stop)

@@ -22,7 +22,7 @@ from traj_ood.openood.loaders import check_normalisation, count_of, ids_of, read
 from traj_ood.openood.nets import AutoencoderNet, FeatureModel, backbone_of, device_of
 from traj_ood.openood.settings import Settings
 from traj_ood.scorers import Evidence, Needs, create_scorer
-from traj_ood.scorers.scorer_set import ScorerSet, join_evidence
+from traj_ood.scorers.scorer_set import ScorerSet
 
 
 class Bridge:
@@ -175,11 +175,11 @@ class Bridge:
         for batch in read(loader, indices):
             encoding = model.examine(batch["data"])
             dictionary, evidence = scorers.explore(encoding, ids_of(batch))
-            pieces.append(_on_cpu(evidence))
+            pieces.append(evidence.kept())
             labels.append(batch["label"])
             dictionaries += [dictionary] if dictionary is not None else []
         classes = torch.unique(torch.cat(labels), return_inverse=True)[1]
-        self._train = replace(join_evidence(pieces), labels=classes)
+        self._train = replace(Evidence.join(pieces), labels=classes)
         self._dictionary = AttractorDictionary.concatenate(dictionaries) if dictionaries else None
         for warning in self._dictionary.health().warnings if self._dictionary is not None else ():
             warn(f"unhealthy attractors: {warning}", stacklevel=3)
@@ -289,14 +289,6 @@ def postprocessor_class() -> type:
     """:class:`Bridge` with OpenOOD's base class, which its Evaluator asks for."""
     base = load_library().postprocessors.BasePostprocessor
     return type("TrajOODPostprocessor", (Bridge, base), {"__module__": __name__, "__doc__": Bridge.__doc__})
-
-
-def _on_cpu(evidence: Evidence) -> Evidence:
-    return replace(
-        evidence,
-        features={view: values.cpu() for view, values in evidence.features.items()},
-        logits=None if evidence.logits is None else evidence.logits.cpu(),
-    )
 
 
 def _refusal(spec: str, count: int) -> TrajOODError | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -94,6 +94,35 @@ class Evidence:
     logits: Tensor | None = None
     head: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None
+
+    def kept(self) -> Evidence:
+        """What scorers learn from, on the CPU; trajectories are left out, as no scorer does."""
+        return Evidence.from_tensors(self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What scorers learn from as named tensors on the CPU, one row for each image."""
+        named = {f"features/{view}": values for view, values in self.features.items()}
+        named |= {f"reconstruction/{kind}": values for kind, values in self.reconstruction.items()}
+        named |= {f"points/{view}/{t}": values for (view, t), values in self.points.items()}
+        named |= {"logits": self.logits} if self.logits is not None else {}
+        return {name: values.cpu() for name, values in named.items()}
+
+    @classmethod
+    def from_tensors(cls, named: Mapping[str, Tensor]) -> Evidence:
+        """Of what :meth:`tensors` names; other names are passed over."""
+        parts: dict[str, dict[Any, Tensor]] = {"features": {}, "reconstruction": {}, "points": {}}
+        for name, values in named.items():
+            part, *key = name.split("/")
+            if part in parts:
+                parts[part][(key[0], int(key[1])) if part == "points" else key[0]] = values
+        features, reconstruction, points = parts.values()
+        return cls(features, reconstruction, points=points, logits=named.get("logits"))
+
+    @classmethod
+    def join(cls, batches: Sequence[Evidence]) -> Evidence:
+        """What scorers learn from, of several batches that were made alike."""
+        each = [batch.tensors() for batch in batches]
+        return cls.from_tensors({name: torch.cat([named[name] for named in each]) for name in each[0]})
 
     def path(self) -> Trajectory:
         """The trajectory.

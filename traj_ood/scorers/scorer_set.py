@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce, wraps
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -148,17 +149,32 @@ class ScorerSet:
         dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(encoding)))), on_step)
         return self.learn(dictionary, replace(evidence, labels=_numbered(labels, len(encoding))))
 
-    @_of_fixed_model
     def explore(
         self, encoding: Encoding, ids: tuple[str, ...], on_step: OnStep | None = None
     ) -> tuple[AttractorDictionary | None, Evidence]:
         """The training pass over one batch: its end points (None when no scorer needs them) and its evidence."""
+        return next(self.explore_all([(encoding, ids)], on_step))
+
+    def explore_all(
+        self, batches: Iterable[tuple[Encoding, tuple[str, ...]]], on_step: OnStep | None = None
+    ) -> Iterator[tuple[AttractorDictionary | None, Evidence]]:
+        """:meth:`explore` of each batch of a stream, in its order, several of them under way at once."""
         kept = max((t for _, t in self.needs.points), default=0)
-        evidence = self._evidence(encoding, [], WHOLE_PATH if self.needs_dictionary else kept, on_step)
-        if not self.needs_dictionary:
-            return None, evidence
+        steps = WHOLE_PATH if self.needs_dictionary else kept
+        taken: deque[tuple[Tensor, tuple[str, ...]]] = deque()
+
+        def encodings() -> Iterator[Encoding]:
+            for encoding, ids in batches:
+                taken.append((encoding.latents, ids))
+                yield encoding
+
         provenance = {"model": self.autoencoder.fingerprint(), "tol": self.tol, "max_steps": self.max_steps}
-        return AttractorDictionary.from_trajectory(encoding.latents, evidence.path(), ids, provenance), evidence
+        for evidence in self._passes(encodings(), [], steps, on_step):
+            start, ids = taken.popleft()
+            if not self.needs_dictionary:
+                yield None, evidence
+            else:
+                yield AttractorDictionary.from_trajectory(start, evidence.path(), ids, provenance), evidence
 
     @_of_fixed_model
     def learn(self, dictionary: AttractorDictionary | None, train: Evidence) -> ScorerSet:
@@ -200,19 +216,36 @@ class ScorerSet:
                 for view in sorted(self.needs.distances)
             }
 
-    @_of_fixed_model
     def score(self, images: Images | Encoding, on_step: OnStep | None = None) -> Scored:
         """Score images, as in :meth:`fit`, or what the model made of them; each image's scores depend on it alone.
 
         Raises:
             TrajOODError: not fitted, what is no image, or a model whose weights have changed since.
         """
+        self._check_fitted()
+        encoding = images if isinstance(images, Encoding) else self._examined(images)[0]
+        return next(self.score_all([encoding], on_step))
+
+    def score_all(self, encodings: Iterable[Encoding], on_step: OnStep | None = None) -> Iterator[Scored]:
+        """:meth:`score` of each batch of a stream, in its order, several of them under way at once: rows of f that one
+        batch no longer needs are the next one's (see :func:`traj_ood.iterate`).
+
+        Args:
+            encodings: read no further than needed.
+            on_step: see :func:`traj_ood.iterate`.
+        Raises:
+            TrajOODError: as :meth:`score`.
+        """
+        self._check_fitted()
+        watchers = [NearestAttractor(self.autoencoder, index, view) for view, index in self._indices.items()]
+        for evidence in self._passes(encodings, watchers, self.needs.steps, on_step, self._low_precision()):
+            with self.autoencoder.fixed():
+                scores = {s.label: s.score(evidence) for s in self.scorers}
+            yield Scored(scores, evidence)
+
+    def _check_fitted(self) -> None:
         if self.needs_dictionary and self.dictionary is None:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")
-        encoding = images if isinstance(images, Encoding) else self._examined(images)[0]
-        watchers = [NearestAttractor(self.autoencoder, index, view) for view, index in self._indices.items()]
-        evidence = self._evidence(encoding, watchers, self.needs.steps, on_step, self._low_precision())
-        return Scored({s.label: s.score(evidence) for s in self.scorers}, evidence)
 
     def _examined(self, images: Images) -> tuple[Encoding, list[Any] | None]:
         """What the model makes of images, and their labels where they come with some."""
@@ -223,41 +256,59 @@ class ScorerSet:
         pixels = [batch.images for batch in read] or [torch.empty(0, *self.autoencoder.input_shape)]
         return self.autoencoder.examine(torch.cat(pixels)), labels or None
 
-    def _evidence(
+    def _passes(
         self,
-        encoding: Encoding,
+        encodings: Iterable[Encoding],
         watchers: Sequence[Observer],
         steps: int,
         on_step: OnStep | None,
         low_precision: LowPrecision | None = None,
+    ) -> Iterator[Evidence]:
+        """The evidence of each batch of a stream."""
+        if not (steps or watchers):
+            for encoding in encodings:
+                yield self._evidence(encoding, None, {})
+            return
+        model, first = self.autoencoder, 0
+        keepers = [_Points(model, view, self.needs.points) for view in _views(self.needs.points)]
+        taken: deque[Encoding] = deque()
+
+        def starts() -> Iterator[Tensor]:
+            for encoding in encodings:
+                taken.append(encoding)
+                yield encoding.latents
+
+        for path in iterate(
+            model.self_map,
+            starts(),
+            tol=self.tol,
+            max_steps=min(self.max_steps, max(1, steps)),  # one step still measures z0
+            observers=[Norm(), *watchers, *keepers],
+            chunk=model.chunk,
+            on_step=on_step,
+            low_precision=low_precision,
+        ):
+            points: dict[tuple[FeatureView, int], Tensor] = {}
+            for keeper in keepers:
+                points |= keeper.points(path, first)
+            first += len(path)
+            yield self._evidence(taken.popleft(), path, points)
+
+    @_of_fixed_model
+    def _evidence(
+        self, encoding: Encoding, path: Trajectory | None, points: Mapping[tuple[FeatureView, int], Tensor]
     ) -> Evidence:
-        model, start = self.autoencoder, encoding.latents
+        model = self.autoencoder
         reconstruction = {}
         if "plain" in self.needs.reconstruction:
-            difference = (model.decode(start) - encoding.target.to(model.device)).flatten(1)
+            difference = (model.decode(encoding.latents) - encoding.target.to(model.device)).flatten(1)
             # Not a mean: torch splits that of one long row among its threads, and then rounds it otherwise.
             reconstruction["plain"] = difference.norm(dim=1).cpu().double().square() / difference.shape[1]
         if "masked" in self.needs.reconstruction:
             reconstruction["masked"] = model.reconstruct_masked(encoding.target)
-        trajectory = None
-        points: dict[tuple[FeatureView, int], Tensor] = {}
-        if steps or watchers:
-            keepers = [_Points(model, view, self.needs.points, len(start)) for view in _views(self.needs.points)]
-            trajectory = iterate(
-                model.self_map,
-                start,
-                tol=self.tol,
-                max_steps=min(self.max_steps, max(1, steps)),  # one step still measures z0
-                observers=[Norm(), *watchers, *keepers],
-                chunk=model.chunk,
-                on_step=on_step,
-                low_precision=low_precision,
-            )
-            for keeper in keepers:
-                points |= keeper.points(trajectory)
         features = {view: _features(model, encoding, view) for view in sorted(self.needs.features)}
         logits = encoding.logits if self.needs.logits else None
-        return Evidence(features, reconstruction, trajectory, points, logits=logits)  # type: ignore[arg-type]
+        return Evidence(features, reconstruction, path, points, logits=logits)  # type: ignore[arg-type]
 
     def _low_precision(self) -> LowPrecision | None:
         """Half of the run's own step limit at most: that of one call follows the other scorers of the set."""
@@ -288,24 +339,32 @@ class ScorerSet:
 class _Points:
     """Observer that keeps one latent view of the points z_t for a few t."""
 
-    def __init__(self, model: Autoencoder, view: FeatureView, wanted: frozenset[tuple[FeatureView, int]], count: int):
+    def __init__(self, model: Autoencoder, view: FeatureView, wanted: frozenset[tuple[FeatureView, int]]) -> None:
         self.name = f"points/{view}"
-        self._model, self._view, self._count = model, view, count
+        self._model, self._view = model, view
         self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {t: [] for v, t in sorted(wanted) if v == view}
 
-    def observe(self, step: int, rows: Tensor, latents: Tensor) -> None:
-        if step in self._seen:
-            self._seen[step].append((rows, _latent_view(self._model, latents, self._view).cpu()))
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> None:
+        for t, pieces in self._seen.items():
+            there = steps == t
+            if bool(there.any()):
+                points = latents[there.to(latents.device)]
+                pieces.append((rows[there], _latent_view(self._model, points, self._view).cpu()))
 
-    def points(self, path: Trajectory) -> dict[tuple[FeatureView, int], Tensor]:
-        """What was kept; a sample that ended before t is at its end then, one that left the finite numbers nowhere."""
+    def points(self, path: Trajectory, first: int) -> dict[tuple[FeatureView, int], Tensor]:
+        """What was kept of the samples of ``path``, whose numbers begin at ``first``; those before are forgotten.
+
+        A sample that ended before t is at its end then, one that left the finite numbers nowhere.
+        """
         end = _latent_view(self._model, path.final, self._view).cpu()
         end[path.status == Status.NON_FINITE] = torch.nan
         found = {}
-        for step, pieces in self._seen.items():
-            found[self._view, step] = end.clone()
+        for t, pieces in self._seen.items():
+            found[self._view, t] = points = end.clone()
             for rows, values in pieces:
-                found[self._view, step][rows] = values
+                mine = (rows >= first) & (rows < first + len(path))
+                points[rows[mine] - first] = values[mine]
+            self._seen[t] = [(rows, values) for rows, values in pieces if int(rows.max()) >= first + len(path)]
         return found
 
 
@@ -387,15 +446,3 @@ def _check_model(model: Autoencoder, scorer: Scorer) -> None:
             f"scorer {scorer.label}: needs a linear classifier over the features, and that of {model.name} is another "
             "kind: leave this scorer out"
         )
-
-
-def join_evidence(parts: Sequence[Evidence]) -> Evidence:
-    """The evidence of several batches as one; trajectories are left out, as no scorer learns from them."""
-    first = parts[0]
-    logits = [p.logits for p in parts if p.logits is not None]
-    return Evidence(
-        features={view: torch.cat([p.features[view] for p in parts]) for view in first.features},
-        reconstruction={kind: torch.cat([p.reconstruction[kind] for p in parts]) for kind in first.reconstruction},
-        points={key: torch.cat([p.points[key] for p in parts]) for key in first.points},
-        logits=torch.cat(logits) if logits else None,
-    )
