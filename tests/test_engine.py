@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import tiny
@@ -66,7 +66,7 @@ def assert_same(one: Trajectory, other: Trajectory) -> None:
     """Up to the rounding of float32 points, whatever the padding."""
     assert torch.equal(one.steps, other.steps)
     assert torch.equal(one.status, other.status)
-    torch.testing.assert_close(one.final, other.final, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one.final, other.final, rtol=1e-5, atol=1e-6, equal_nan=True)
     width = min(one.residuals.shape[1], other.residuals.shape[1])
     for a, b in [(one.residuals, other.residuals), *((one.measures[k], other.measures[k]) for k in one.measures)]:
         width = min(a.shape[1], b.shape[1])
@@ -354,6 +354,77 @@ def test_on_step_reports_progress() -> None:
     assert [s for s, _ in seen] == list(range(1, int(path.steps.max()) + 1))
     assert seen[0] == (1, 2)
     assert seen[-1][1] == 0
+
+
+# ---------------------------------------------------------------------------------------------- a stream of starts
+
+
+def scattered(count: int, seed: int) -> Tensor:
+    """Starts whose paths have very different lengths: some begin next to the repelling 0."""
+    draw = torch.Generator().manual_seed(seed)
+    scale = 10.0 ** -torch.randint(0, 6, (count, 1), generator=draw)
+    return torch.empty(count, 3).uniform_(-1.4, 1.4, generator=draw) * scale
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 48, 500])
+def test_a_stream_gives_what_its_batches_give(chunk: int) -> None:
+    batches = [scattered(count, seed) for seed, count in enumerate((300, 1, 0, 40, 513))]
+    batches[3][5] = NAN
+    found = list(iterate(cubic, iter(batches), chunk=chunk, max_steps=60, observers=[Norm()]))
+    assert len(found) == len(batches)
+    for path, start in zip(found, batches, strict=True):
+        alone = iterate(cubic, start, chunk=chunk, max_steps=60, observers=[Norm()])
+        assert_same(path, alone)
+        for row in range(0, len(start), 97):
+            assert_same(iterate(cubic, start[row : row + 1], max_steps=60, observers=[Norm()]), only(path, row))
+
+
+def only(path: Trajectory, row: int) -> Trajectory:
+    part = slice(row, row + 1)
+    measures = {name: values[part] for name, values in path.measures.items()}
+    return Trajectory(path.steps[part], path.status[part], path.residuals[part], path.final[part], measures)
+
+
+def test_free_rows_are_the_next_starts() -> None:
+    spy = Spy(cubic)
+    batches = [numbered(scattered(200, seed)) for seed in range(8)]
+    paths = list(iterate(spy, iter(batches), chunk=24, max_steps=60))
+    needed = sum(int(path.steps.sum()) for path in paths)
+    tail = 60 * 24 * 8  # as the last samples of all settle
+    assert needed <= sum(spy.rows) <= 1.06 * needed + tail
+
+
+def test_a_stream_is_read_no_further_than_rows_are_free() -> None:
+    read: list[int] = []
+
+    def starts() -> Iterator[Tensor]:
+        for number in range(50):
+            read.append(number)
+            yield scattered(100, number)
+
+    paths = iterate(cubic, starts(), chunk=24, max_steps=60)
+    assert read == []
+    next(paths)
+    assert len(read) <= 192 * 4 // 100 + 2
+    assert len(list(paths)) == 49
+
+
+def test_the_caller_and_its_starts_stay_out_of_inference_mode() -> None:
+    def starts() -> Iterator[Tensor]:
+        for number in range(3):
+            assert not torch.is_inference_mode_enabled()
+            yield scattered(150, number)
+
+    for path in iterate(cubic, starts(), max_steps=9):
+        assert not torch.is_inference_mode_enabled()
+        assert len(path) == 150
+
+
+def test_batches_of_a_stream_must_be_alike() -> None:
+    with pytest.raises(TrajOODError, match=r"start: expected batches alike, got float32 \(3,\) on cpu and then float"):
+        list(iterate(cubic, iter([scattered(9, 0), scattered(9, 1).double()])))
+    with pytest.raises(TrajOODError, match=r"start: expected floating-point latents of shape \(B, \*L\), got list"):
+        list(iterate(cubic, iter([[1.0]])))  # type: ignore[list-item]
 
 
 # ---------------------------------------------------------------------------------------------- the record

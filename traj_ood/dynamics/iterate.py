@@ -27,6 +27,7 @@ ROWS = 24
 """Rows per call of a network that says nothing about itself (see :func:`rows_per_call`)."""
 _UNDER_WAY = 192  # samples at a time: full chunks for any network, and few idle rows beside the slow ones at the end
 _SPARE = 32  # one row in so many may be idle before starts are taken in
+_MOST_BATCHES, _MOST_BEHIND = 4, 4  # unfinished at a time: batches, and samples as multiples of those under way
 
 
 def rows_per_call(target: float) -> int:
@@ -155,7 +156,8 @@ def iterate(
             :func:`traj_ood.dynamics.device.standard_settings`. A method of a model, such as ``autoencoder.self_map``,
             also has that model in evaluation mode meanwhile; what a function of your own calls is yours to switch.
         start: z_0, (B, *L) floating point, on the device where f runs; or a stream of such batches, alike but for B,
-            which is read no further than the samples under way need.
+            which is read no further than the samples under way need: the unfinished batches are at most four, or
+            hold less than 1,000 samples.
         tol: on the squared residual. Default 1e-5, the paper's for foundation models.
         max_steps: most evaluations of f per sample. Default 500, the paper's.
         observers: measure every point z_0 … z_N; memory grows with one number per point, not with the latents.
@@ -266,7 +268,13 @@ class _Flight:
         self._count, self._closed = 0, False
 
     def wants_starts(self) -> bool:
-        """Whether rows are free that nothing waits for, and the stream may have more."""
+        """Whether rows are free that nothing waits for, and the stream may have more.
+
+        Nothing is read while much waits for one slow sample: what was read before stays in memory until that ends.
+        """
+        behind = self._count - self._batches[0].first if self._batches else 0
+        if len(self._batches) >= _MOST_BATCHES and behind >= _MOST_BEHIND * self._room:
+            return False
         return not self._closed and self._has_room() and not self._waiting
 
     def add(self, start: Tensor | None) -> None:

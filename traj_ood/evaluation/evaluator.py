@@ -60,7 +60,7 @@ from traj_ood.text import printable
 OnDuplicates = Literal["error", "warn"]
 _Pieces: TypeAlias = dict[str, list[Part]]
 _Compute: TypeAlias = "Callable[[list[_Job], _Bar], Iterator[tuple[_Job, Part]]]"
-_LATENT_BYTES = 2**28
+_LATENT_BYTES = 2**26
 _MAX_BATCH = 512  # images: what an interruption loses are the two or three batches under way
 _SEEN = 200  # ID images whose reconstruction is looked at: a share of their variance is known to a few percent
 _FEW_COPIES = 0.01  # share of a split; CIFAR and ImageNet hold a few images twice, and stay usable
