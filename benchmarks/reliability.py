@@ -222,20 +222,9 @@ class Place:
         return ["fit", self.folder / "images" / "train", "--model", self.folder / "model", "--out", out, *_QUIET, *more]
 
 
-def content(path: Path) -> Any:
-    """What a file holds: its bytes, but of safetensors all metadata and tensors, whose header has a random order."""
-    if path.suffix != ".safetensors":
-        return path.read_bytes()
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return file.metadata(), {name: (str(t.dtype), t.shape, t.tobytes()) for name, t in tensors.items()}
-
-
-def contents(run: Path) -> dict[str, Any]:
+def contents(run: Path) -> dict[str, bytes]:
     """The files of a finished benchmark run that are the same whenever and wherever it ran."""
-    return {name: content(run / name) for name in FINAL}
+    return {name: (run / name).read_bytes() for name in FINAL}
 
 
 def same_rows(found: bytes, expected: bytes) -> bool:
@@ -295,7 +284,7 @@ class _BenchTrial:
         run = out / RUN
         for name in FINAL:
             if (run / name).exists():
-                expect(content(run / name) == self._whole[name], f"{name} is there, but not whole")
+                expect((run / name).read_bytes() == self._whole[name], f"{name} is there, but not whole")
         if (run / FILE_NAME).exists():
             Result.load(run / FILE_NAME)
             expect(contents(run) == self._whole, f"{FILE_NAME} is there, but not everything that it vouches for")

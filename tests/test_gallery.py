@@ -303,7 +303,7 @@ def test_what_is_saved_is_loaded(run: tuple[Evaluator, Result, Pictures], tmp_pa
 
 
 def damaged(path: Path, changes: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """The gallery with some of its words and tables replaced; None removes."""
+    """The gallery with some of its words and tables replaced (None removes), without a digest."""
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
@@ -336,7 +336,7 @@ def test_a_damaged_gallery_is_refused_by_name(
     path = tmp_path / FILE_NAME
     run[2].save(path)
     damaged(path, words, tensors)
-    with pytest.raises(TrajOODError, match=f"{FILE_NAME}: expected the gallery of a run, got a damaged one"):
+    with pytest.raises(TrajOODError, match=f"{FILE_NAME}: not a readable gallery of a run"):
         Pictures.load(path)
 
 

@@ -550,7 +550,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(TrajOODError, match="expected a folder that can be written"):
         write_report(tmp_path, tmp_path / "file" / "page.html", ["field"])
     (tmp_path / "run" / GALLERY_NAME).write_bytes(b"no")
-    with pytest.raises(TrajOODError, match=r"gallery\.safetensors: expected the gallery of a run"):
+    with pytest.raises(TrajOODError, match=r"gallery\.safetensors: not a readable gallery of a run"):
         write_report(tmp_path)
     (tmp_path / "run" / GALLERY_NAME).unlink()
     curves().drop(columns="q25").to_parquet(tmp_path / "run" / "curves.parquet")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from traj_ood.attractors.health import Health, health_of
@@ -18,7 +15,7 @@ from traj_ood.autoencoders.base import Autoencoder, View
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 from traj_ood.index import Approximate, Backend, NeighborIndex, greedy_leaders
-from traj_ood.io.files import write_atomic
+from traj_ood.io.tensor_file import open_tensors, write_tensors
 
 _SCHEMA = "traj_ood.attractors/1"
 
@@ -134,12 +131,12 @@ class AttractorDictionary:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
-        header = {"schema": _SCHEMA, "ids": json.dumps(self.ids), "provenance": json.dumps(dict(self.provenance))}
-        write_atomic(path, save(self.tensors(), metadata=header))
+        header = {"schema": _SCHEMA, "ids": self.ids, "provenance": dict(self.provenance)}
+        write_tensors(path, self.tensors(), header)
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("points", "residuals", "steps", "statuses", "displacements")
-        return {name: getattr(self, name).contiguous() for name in names}
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def load(cls, path: Path) -> AttractorDictionary:
@@ -148,18 +145,12 @@ class AttractorDictionary:
         Raises:
             TrajOODError: unreadable, another schema, inconsistent lengths, or non-finite points marked as finite.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        with open_tensors(path, "attractor dictionary", "copy it again, or start the run's command again") as file:
+            header = file.header
             if header.get("schema") != _SCHEMA:
                 raise TrajOODError(f"{path}: expected schema {_SCHEMA}, got {header.get('schema')}")
-            loaded = cls(ids=tuple(json.loads(header["ids"])), provenance=json.loads(header["provenance"]), **tensors)
-        except TrajOODError:
-            raise
-        except Exception as error:
-            raise TrajOODError(f"{path}: not a readable attractor dictionary ({error})") from error
-        lengths = {len(t) for t in tensors.values()} | {len(loaded.ids)}
+            loaded = cls(ids=tuple(header["ids"]), provenance=header["provenance"], **file.tensors)
+        lengths = {len(t) for t in loaded.tensors().values()} | {len(loaded.ids)}
         if len(lengths) != 1:
             raise TrajOODError(f"{path}: damaged attractor dictionary: its parts have lengths {sorted(lengths)}")
         if not bool(loaded.usable().isfinite().all()):

@@ -17,7 +17,8 @@ from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
-from traj_ood.io.weights import check_seal, check_weights, refuse_larger, sealed
+from traj_ood.io.tensor_file import check_digest, write_tensors
+from traj_ood.io.weights import check_weights, refuse_larger
 
 STRIDES = 4
 
@@ -111,7 +112,7 @@ class ConvAutoencoder(Autoencoder):
                 f"{folder}: expected config.json and model.safetensors of a conv model "
                 f"({' '.join(str(error).split())[:500]})"
             ) from error
-        check_seal(path, weights, config)
+        check_digest(path, weights, config)
         network.load_state_dict(weights)
         return cls(network, **({"name": folder.name, "mean": mean, "std": std} | options))
 
@@ -127,8 +128,7 @@ class ConvAutoencoder(Autoencoder):
         }
         config = {"model_type": "traj_ood_conv", "network": network, "mean": list(self.mean), "std": list(self.std)}
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-        write_atomic(folder / "model.safetensors", sealed(weights, config))
+        write_tensors(folder / "model.safetensors", net.state_dict(), beside=[config])
 
     def options(self) -> dict[str, Any]:
         return {"mean": list(self.mean), "std": list(self.std)}

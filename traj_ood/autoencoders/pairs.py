@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,6 +40,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import check_weights, put_weights
 
@@ -338,6 +338,7 @@ class PairAutoencoder(Autoencoder):
             raise TrajOODError(f"{folder}/config.json: impossible or missing entry ({one_line(error)})") from error
         encoder = VisionTokens(load_vision_model(str(folder / "encoder")), size, plain_norm=plain)
         weights = read_weights(folder / "model.safetensors")
+        check_digest(folder / "model.safetensors", weights, config)
         between = {key: weights.pop(key, None) for key in ("centre", "spread")}
         decoder = ViTDecoder.from_weights(weights, heads, str(folder / "model.safetensors"))
         return cls._of(encoder, decoder, {**statistics, **between, **options})
@@ -380,9 +381,6 @@ class PairAutoencoder(Autoencoder):
         (folder / "encoder").mkdir(parents=True, exist_ok=True)
         encoder: Any = parts.encoder.model
         encoder.save_pretrained(folder / "encoder")
-        weights = {k: v.detach().cpu().contiguous() for k, v in parts.decoder.state_dict().items()}
-        between = {"centre": parts.centre.cpu().contiguous(), "spread": parts.spread.cpu().contiguous()}
-        write_atomic(folder / "model.safetensors", save({**weights, **between}, metadata={"format": "pt"}))
         config = {
             "model_type": MODEL_TYPE,
             "heads": parts.decoder.heads,
@@ -391,6 +389,8 @@ class PairAutoencoder(Autoencoder):
             "mean": list(self.mean),
             "std": list(self.std),
         }
+        weights = {**parts.decoder.state_dict(), "centre": parts.centre, "spread": parts.spread}
+        write_tensors(folder / "model.safetensors", weights, beside=[config])
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     def options(self) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from traj_ood.backbones import Backbone, Features, is_backbone_spec, load_backbo
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
+from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import read_json
-from traj_ood.io.weights import check_seal, check_weights, refuse_larger, sealed
+from traj_ood.io.weights import check_weights, refuse_larger
 
 MODEL_TYPE = "traj_ood_surrogate"
 Activation = Literal["gelu", "relu", "identity"]
@@ -299,7 +300,7 @@ class SurrogateAutoencoder(Autoencoder):
                 f"{trained_on['fingerprint'][:12]}…), got {model.backbone.name} ({model.backbone_fingerprint[:12]}…): "
                 "pass the backbone it was trained on, or train a new surrogate"
             )
-        check_seal(path, weights, config)
+        check_digest(path, weights, config)
         model.record = known
         return model
 
@@ -316,8 +317,7 @@ class SurrogateAutoencoder(Autoencoder):
             "network": self.network.geometry(),
             "recipe": dict(recipe or {}),
         }
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        write_atomic(folder / "model.safetensors", sealed(weights, json.loads(json.dumps(config))))
+        write_tensors(folder / "model.safetensors", self.network.state_dict(), beside=[config])
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -20,8 +20,9 @@ from traj_ood.errors import TrajOODError, warn
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
-from traj_ood.io.weights import check_seal, check_weights, fingerprint, refuse_larger, sealed
+from traj_ood.io.weights import check_weights, fingerprint, refuse_larger
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4
@@ -129,7 +130,7 @@ class ViTMAE(Autoencoder):
             stored = _read_json(folder / PROCESSOR)
             options.setdefault("preprocessing", _preprocessing(stored, model.config, str(folder / PROCESSOR)))
         autoencoder = cls(model, **options)
-        check_seal(path, written, raw, stored)  # last: the other errors say more
+        check_digest(path, written, raw, stored)  # last: the other errors say more
         return autoencoder
 
     @classmethod
@@ -161,10 +162,9 @@ class ViTMAE(Autoencoder):
         config: Any = self.module.config
         text = config.to_json_string()
         write_atomic(folder / "config.json", text.encode())
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
         assert self.preprocessing is not None  # made with the model
         stored = to_processor(self.preprocessing)
-        write_atomic(folder / "model.safetensors", sealed(weights, json.loads(text), stored))
+        write_tensors(folder / "model.safetensors", self.module.state_dict(), beside=[json.loads(text), stored])
         write_atomic(folder / PROCESSOR, (json.dumps(stored, indent=2) + "\n").encode())
 
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
+from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
 
@@ -158,8 +159,6 @@ def save_folder(
         network: built by :func:`new_network` with ``arguments`` (which hold ``num_classes``).
         data: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct`` and ``crop_mode``.
     """
-    from safetensors.torch import save
-
     own: Any = network
     classes = int(arguments["num_classes"])
     traits = {key: own.pretrained_cfg[key] for key in ("first_conv", "classifier") if key in own.pretrained_cfg}
@@ -170,8 +169,7 @@ def save_folder(
         "model_args": {k: v for k, v in arguments.items() if k != "num_classes"},
         "pretrained_cfg": {"num_classes": classes, **traits, **data},
     }
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
-    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_tensors(folder / WEIGHTS, network.state_dict())
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
@@ -26,12 +25,13 @@ from traj_ood.detector.conformal import Calibration
 from traj_ood.detector.packing import check_same, field_of, pack, unpack
 from traj_ood.detector.probe import check_probe, probe
 from traj_ood.detector.scorer import forget_fit, one_scorer
-from traj_ood.detector.tensors import read_tensors, specs_of
+from traj_ood.detector.tensors import check_tensors, read_column, specs_of
 from traj_ood.dynamics.device import resolve_device
 from traj_ood.errors import TrajOODError, warn
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
 from traj_ood.io.sealed import open_sealed, replaced_folder, seal
+from traj_ood.io.tensor_file import write_tensors
 from traj_ood.scorers.options import write_option
 from traj_ood.scorers.scorer_set import ScorerSet
 
@@ -69,10 +69,10 @@ def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
     with replaced_folder(folder, FILE_NAME, _KNOWN, overwrite) as fresh:
         tensors = {_SCORER: scorers.scorers[0].state, _TRAINING: {"digests": parts.seen}}
         scorers.scorers[0].save(fresh / _SCORER)
-        write_atomic(fresh / _TRAINING, save(tensors[_TRAINING]))
+        write_tensors(fresh / _TRAINING, tensors[_TRAINING])
         if parts.calibration is not None:
             tensors[_CALIBRATION] = {"scores": parts.calibration.scores}
-            write_atomic(fresh / _CALIBRATION, save(tensors[_CALIBRATION]))
+            write_tensors(fresh / _CALIBRATION, tensors[_CALIBRATION])
         if scorers.dictionary is not None:
             tensors[_ATTRACTORS] = scorers.dictionary.tensors()
             scorers.dictionary.save(fresh / _ATTRACTORS)
@@ -160,7 +160,7 @@ def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) ->
     parts = Parts(
         scorers,
         training=field_of(record, "training", dict, where),
-        seen=read_tensors(folder / _TRAINING, stored, {"digests": (torch.int64, 1)})["digests"],
+        seen=read_column(folder / _TRAINING, stored, "digests", torch.int64),
         calibration=_calibration(record, stored, folder),
     )
     check_probe(scorers, field_of(record, "probe", dict, where), where)
@@ -187,12 +187,13 @@ def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, 
     scorer = scorers.scorers[0]
     if json.loads(json.dumps(scorer.options())) != options:
         raise TrajOODError(f"{where}: options of {scorer.name}: expected {scorer.options()}, got {options}: damaged")
-    read_tensors(folder / _SCORER, stored)
     scorer.load(folder / _SCORER)
+    check_tensors(folder / _SCORER, scorer.state, stored)
     forget_fit(scorers)
     if scorers.needs.distances:
-        read_tensors(folder / _ATTRACTORS, stored, finite=False)  # residuals of diverging trajectories are NaN
         dictionary = AttractorDictionary.load(folder / _ATTRACTORS)
+        # Residuals of diverging trajectories are NaN.
+        check_tensors(folder / _ATTRACTORS, dictionary.tensors(), stored, finite=False)
         scorers.attach(dictionary)
     return scorers
 
@@ -204,7 +205,7 @@ def _calibration(record: Mapping[str, Any], stored: Mapping[str, Any], folder: P
     if record["calibration"] is None:
         return None
     facts = field_of(record, "calibration", dict, where)
-    scores = read_tensors(folder / _CALIBRATION, stored, {"scores": (torch.float64, 1)})["scores"]
+    scores = read_column(folder / _CALIBRATION, stored, "scores", torch.float64)
     calibration = Calibration(scores, field_of(facts, "tpr", float, where))
     if calibration.threshold != field_of(facts, "threshold", float, where):
         raise TrajOODError(

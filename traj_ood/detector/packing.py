@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save
-from torch import Tensor, nn
 
 from traj_ood.autoencoders import (
     Autoencoder,
@@ -33,6 +31,7 @@ from traj_ood.data.preprocessing import preprocessing_differences, preprocessing
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
+from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import put_weights
 
@@ -82,7 +81,7 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
         "chunk": autoencoder.chunk,
     }
     if isinstance(autoencoder, SurrogateAutoencoder) and described["kind"] == SURROGATE:
-        write_atomic(folder / _NETWORK, _bytes(autoencoder.network))
+        write_tensors(folder / _NETWORK, autoencoder.network.state_dict())
         backbone = autoencoder.backbone
         assert isinstance(backbone, NetworkBackbone)
         return {**described, "backbone": _pack_backbone(backbone, folder)}
@@ -245,7 +244,7 @@ def _pack_backbone(backbone: NetworkBackbone, folder: Path) -> dict[str, Any]:
     if backbone.library == "transformers":
         _write_transformer(backbone, folder / _TRANSFORMER)
     else:
-        write_atomic(folder / _WEIGHTS, _bytes(backbone.module))
+        write_tensors(folder / _WEIGHTS, backbone.module.state_dict())
     described = {
         "library": backbone.library,
         "name": backbone.name,
@@ -407,11 +406,3 @@ def _same_answers(packed: Backbone, rebuilt: Backbone) -> bool:
     if expected.logits is not None and found.logits is not None:
         pairs.append((expected.logits, found.logits))
     return all(bool(((a.cpu() - b.cpu()).abs() <= 1e-3 * max(1e-6, float(a.abs().max()))).all()) for a, b in pairs)
-
-
-def _bytes(module: nn.Module) -> bytes:
-    """safetensors refuses tensors that share memory, hence clones."""
-    tensors: dict[str, Tensor] = {
-        key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()
-    }
-    return save(tensors, metadata={"format": "pt"})

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
+from traj_ood.io.tensor_file import open_tensors
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -19,28 +19,14 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     return {key: {"dtype": str(t.dtype), "shape": list(t.shape)} for key, t in tensors.items()}
 
 
-def read_tensors(
-    path: Path,
-    specs: Mapping[str, Any],
-    required: Mapping[str, tuple[torch.dtype, int]] | None = None,
-    finite: bool = True,
-) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must be those that were written.
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], finite: bool = True) -> None:
+    """Refuse the tensors of a file that are not those that were written.
 
     Args:
-        specs: :func:`specs_of` by the file's name. required: dtype and number of dimensions by tensor name.
-        finite: refuse NaN and infinite values.
+        specs: :func:`specs_of` by the file's name. finite: refuse NaN and infinite values.
     Raises:
-        TrajOODError: unreadable, or names, dtypes, shapes or values that are not as expected.
+        TrajOODError: names, dtypes, shapes or values that are not as expected.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except Exception as error:  # safetensors has error classes of its own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise TrajOODError(
-            f"{path}: expected a safetensors file ({reason}): copy or save the detector again"
-        ) from error
     found, expected = specs_of(tensors), specs.get(path.name)
     if found != expected:
         known = expected if isinstance(expected, dict) else {}
@@ -48,13 +34,23 @@ def read_tensors(
         raise TrajOODError(
             f"{path}: tensor {key[:60]}: expected {str(known.get(key))[:100]}, got {found.get(key)}: damaged"
         )
-    for key, (dtype, dimensions) in (required or {}).items():
-        if key not in tensors or tensors[key].dtype != dtype or tensors[key].ndim != dimensions:
-            raise TrajOODError(f"{path}: tensor {key}: expected {dtype} of {dimensions} dimension(s): damaged")
     bad = [k for k, t in tensors.items() if finite and t.is_floating_point() and not bool(t.isfinite().all())]
     if bad:
         raise TrajOODError(f"{path}: tensor {bad[0]} holds NaN or infinite values: damaged, or fitted on such data")
-    return tensors
+
+
+def read_column(path: Path, specs: Mapping[str, Any], name: str, dtype: torch.dtype) -> Tensor:
+    """(N,) the tensor ``name`` of a file.
+
+    Raises:
+        TrajOODError: as :func:`check_tensors`; also an unreadable file, or a tensor of another kind.
+    """
+    with open_tensors(path, "file of a detector", "copy or save the detector again") as file:
+        check_tensors(path, file.tensors, specs)
+        column = file.tensors.get(name)
+        if column is None or column.dtype != dtype or column.ndim != 1:
+            raise TrajOODError(f"{path}: tensor {name}: expected {dtype} of 1 dimension: damaged")
+        return column
 
 
 def digests_of(images: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Everything here is chosen by rule, not by chance: the same run keeps the same by
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
@@ -29,7 +26,7 @@ from traj_ood.dynamics.iterate import apply_in_chunks, iterate
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.results import ScorerResult
-from traj_ood.io.files import write_atomic
+from traj_ood.io.tensor_file import open_tensors, write_tensors
 
 FILE_NAME = "gallery.safetensors"
 
@@ -129,10 +126,9 @@ class Pictures:
                 for label, sides in self.mistakes.items()
             },
         }
-        tensors: dict[str, NDArray[Any]] = {k: np.ascontiguousarray(getattr(self, k)) for k in _TABLES}
-        tensors |= {f"image/{key}": np.frombuffer(png, dtype=np.uint8) for key, png in self.images.items()}
-        # One key only: safetensors writes several in an order of its own, and the same run must give the same bytes.
-        write_atomic(path, save(tensors, metadata={"gallery": json.dumps(words, sort_keys=True)}))
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in _TABLES}
+        tensors |= {f"image/{k}": torch.frombuffer(bytearray(png), dtype=torch.uint8) for k, png in self.images.items()}
+        write_tensors(Path(path), tensors, {"gallery": words})
 
     @classmethod
     def load(cls, path: str | Path) -> Pictures:
@@ -140,17 +136,9 @@ class Pictures:
 
         Raises ``TrajOODError`` naming the file: unreadable, of another version, or damaged.
         """
-        try:
-            with safe_open(path, framework="np") as file:
-                words = json.loads((file.metadata() or {})["gallery"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            pictures = _from_words(words, tensors)
-        except Exception as error:  # safetensors, JSON, keys and types: whatever a damaged file makes fail
-            raise TrajOODError(
-                f"{path}: expected the gallery of a run, got a damaged one or another version ({error}); delete it and "
-                "start the run's command again"
-            ) from error
-        return pictures
+        with open_tensors(Path(path), "gallery of a run", "delete it and start the run's command again") as file:
+            tensors = {name: tensor.numpy() for name, tensor in file.tensors.items()}
+            return _from_words(file.header["gallery"], tensors)
 
 
 _TABLES = {"paths": 3, "attractors": 2, "field": 2}

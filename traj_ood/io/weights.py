@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from traj_ood.errors import TrajOODError
+from traj_ood.io.tensor_file import digest_of
 
 _COUNTER = "num_batches_tracked"
-_SEAL = "traj_ood_sha256"
-# What libraries write into a config of their own accord, and what decides nothing.
-_UNSEALED = ("_name_or_path", "transformers_version")
 
 
 def fingerprint(module: nn.Module, declared: Any, own_name: Callable[[str], str] = str) -> str:
@@ -27,60 +21,6 @@ def fingerprint(module: nn.Module, declared: Any, own_name: Callable[[str], str]
     ``own_name`` turns a library's name of a tensor into one that no version of the library changes.
     """
     return digest_of({own_name(key): value for key, value in module.state_dict().items()}, declared)
-
-
-def digest_of(tensors: Mapping[str, Tensor], declared: Any) -> str:
-    """sha256 (hex) over the JSON of ``declared`` and every name, shape, dtype and byte of the tensors."""
-    digest = hashlib.sha256(json.dumps(declared, sort_keys=True, default=str).encode())
-    for key, value in sorted(tensors.items()):
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        # Cloned: one element of any stride counts as contiguous, and yet cannot be viewed as bytes.
-        values = value.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def sealed(weights: Mapping[str, Tensor], *configs: Mapping[str, Any]) -> bytes:
-    """A safetensors file that carries a hash of its tensors and of the JSON objects that are written beside it.
-
-    safetensors itself has none: a flipped bit in it, or in a configuration, is just another model.
-    """
-    from safetensors.torch import save
-
-    content = save(dict(weights), metadata={"format": "pt"})
-    # Of several metadata safetensors makes a header of random order, and the same model must be the same bytes.
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"][_SEAL] = _seal(weights, configs)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # safetensors aligns the tensors, too
-    return len(text).to_bytes(8, "little") + text + content[end:]
-
-
-def check_seal(path: Path, weights: Mapping[str, Tensor], *configs: Mapping[str, Any]) -> None:
-    """Refuse what differs from what :func:`sealed` wrote; a file without a hash, as others write it, is taken as it is.
-
-    Args:
-        path: a weights file. weights: its tensors, by their names in it. configs: the JSON objects read beside it.
-    Raises:
-        TrajOODError: damaged or edited.
-    """
-    from safetensors import safe_open
-
-    if path.suffix != ".safetensors":
-        return
-    with safe_open(path, framework="pt") as file:
-        expected = (file.metadata() or {}).get(_SEAL)
-    if expected is not None and expected != _seal(weights, configs):
-        raise TrajOODError(
-            f"{path}: damaged or edited: it or the JSON files beside it have changed since they were saved: copy or "
-            "save the model again"
-        )
-
-
-def _seal(weights: Mapping[str, Tensor], configs: Sequence[Mapping[str, Any]]) -> str:
-    kept = [{key: value for key, value in config.items() if key not in _UNSEALED} for config in configs]
-    return digest_of(weights, kept)
 
 
 def refuse_larger(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> None:

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from traj_ood.autoencoders import VIEWS, FeatureView, View
 from traj_ood.dynamics.trajectory import Trajectory
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.io.files import write_atomic
+from traj_ood.io.tensor_file import open_tensors, write_tensors
 from traj_ood.scorers.options import check_options, option_defaults, write_option
 
 ReconstructionKind = Literal["plain", "masked"]
@@ -225,8 +223,7 @@ class Scorer(ABC):
 
     def save(self, path: Path) -> None:
         """Write the learnt tensors and the options as one safetensors file, atomically."""
-        header = {"scorer": self.name, "options": json.dumps(self.options(), sort_keys=True)}
-        write_atomic(path, save(self.state, metadata=header))
+        write_tensors(path, self.state, {"scorer": self.name, "options": self.options()})
 
     def load(self, path: Path) -> Scorer:
         """Read what :meth:`save` wrote into this scorer.
@@ -234,16 +231,11 @@ class Scorer(ABC):
         Raises:
             TrajOODError: unreadable, or written by another scorer or with other options.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except Exception as error:
-            raise TrajOODError(f"{path}: not a readable scorer file ({error})") from error
-        mine = {"scorer": self.name, "options": json.dumps(self.options(), sort_keys=True)}
-        if header != mine:
-            raise TrajOODError(f"{path}: expected a scorer file of {mine}, got one of {header}")
-        self._state = state
+        mine = {"scorer": self.name, "options": json.loads(json.dumps(self.options()))}
+        with open_tensors(path, "scorer file", "fit the scorer and save it again") as file:
+            if file.header != mine:
+                raise TrajOODError(f"{path}: expected a scorer file of {mine}, got one of {file.header}")
+            self._state = file.tensors
         return self
 
 
