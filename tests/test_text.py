@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.text import MAX_MESSAGE, one_line, printable, quote_formula, unquote_formula
+from traj_ood.text import MAX_MESSAGE, brief, one_line, printable, quote_formula, unquote_formula
 
 STRANGE = st.text(st.sampled_from("'=+-@\t\r\nab,\" \x1b\u202e\udcff＝") | st.characters(), max_size=12)
 
@@ -63,3 +63,18 @@ def test_a_spreadsheet_reader_sees_text() -> None:
     csv.writer(table).writerow([quote_formula('=HYPERLINK("http://x")'), -1.5, quote_formula("\r=1")])
     table.seek(0)
     assert next(csv.reader(table)) == ['\'=HYPERLINK("http://x")', "-1.5", "'\r=1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "OSError"),
+        (" \n ", "OSError"),
+        ("gone.", "gone"),
+        ("gone.\nand more", "gone"),
+        ("Error(s):\n\tMissing key: a.\n\tMore", "Error(s): Missing key: a"),
+        ("x" * 300, "x" * 200),
+    ],
+)
+def test_errors_of_libraries_are_told_in_brief(text: str, expected: str) -> None:
+    assert brief(OSError(text)) == expected

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 from traj_ood.text import one_line
 
+_MAX_LISTED = 60
+
 
 class TrajOODError(ValueError):
     """Bad input or a bad environment, told in one line: what was expected, what arrived, what to do next.
@@ -27,7 +29,7 @@ def warn(message: str, stacklevel: int = 1) -> None:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> TrajOODError:
-    """The error for a name that no registry holds, with the nearest known names.
+    """The error for a name that no registry holds, with the nearest known names; a long list is counted, not printed.
 
     >>> print(unknown_name("scorer", "knnn", ["knn", "mahalanobis"]))
     unknown scorer 'knnn': did you mean 'knn'? Known: knn, mahalanobis
@@ -35,4 +37,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> TrajOODError:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     hint = "did you mean " + " or ".join(repr(c) for c in close) + "? " if close else ""
-    return TrajOODError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(names)}")
+    listed = f"Known: {', '.join(names)}" if len(names) <= _MAX_LISTED else f"{len(names)} names are known"
+    return TrajOODError(f"unknown {kind} {name!r}: {hint}{listed}")

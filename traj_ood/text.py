@@ -48,6 +48,18 @@ def one_line(text: str) -> str:
     return _within(line, _HEAD) + _GAP + end
 
 
+def brief(error: BaseException) -> str:
+    """The first line of what an error of another library says, and the next after a colon; at most 200 characters.
+
+    Errors of hubs run over pages. One that says nothing is named by its class.
+
+    >>> brief(OSError("no such repository:\\n  owner/name.\\nMany more lines."))
+    'no such repository: owner/name'
+    """
+    lines = re.sub(r":\s+", ": ", str(error).strip()).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".:; ")
+
+
 def quote_formula(text: str) -> str:
     """A cell of a table that no spreadsheet takes for a formula: one that begins like one gets a ``'`` before it.
 

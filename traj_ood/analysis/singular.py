@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traj_ood.dynamics.iterate import apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.text import brief
 
 Map = Callable[[Tensor], Tensor]
 """(n, *A) → (n, *B), each row on its own; differentiable."""
@@ -97,9 +98,8 @@ def _normal_products(function: Map, points: Tensor, directions: Tensor, chunk: i
         with sdpa_kernel(SDPBackend.MATH):
             return apply_in_chunks(lambda rows: _normal(function, rows[:, 0], rows[:, 1]), pairs, chunk)
     except (NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise TrajOODError(
-            f"spectral norm: expected a map with forward and reverse derivatives, got: {reason}; "
+            f"spectral norm: expected a map with forward and reverse derivatives, got: {brief(error)}; "
             "spectral_radii works by differences where there are none"
         ) from error
 

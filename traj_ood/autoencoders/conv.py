@@ -19,6 +19,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.weights import check_weights, refuse_larger
+from traj_ood.text import brief
 
 STRIDES = 4
 
@@ -109,8 +110,7 @@ class ConvAutoencoder(Autoencoder):
             raise
         except Exception as error:
             raise TrajOODError(
-                f"{folder}: expected config.json and model.safetensors of a conv model "
-                f"({' '.join(str(error).split())[:500]})"
+                f"{folder}: expected config.json and model.safetensors of a conv model ({brief(error)})"
             ) from error
         check_digest(path, weights, config)
         network.load_state_dict(weights)

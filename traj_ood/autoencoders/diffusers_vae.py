@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder
-from traj_ood.autoencoders.hub import local_copy, one_line, read_config
+from traj_ood.autoencoders.hub import local_copy, read_config
 from traj_ood.data.preprocessing import Interpolation, Preprocessing
 from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError
 from traj_ood.io.pretrained import from_pretrained, use_safetensors
 from traj_ood.io.weights import check_weights
+from traj_ood.text import brief
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 PAPER_SIZE = 256
@@ -101,7 +102,7 @@ class DiffusersVAE(Autoencoder):
         except TrajOODError:
             raise
         except Exception as error:  # diffusers, safetensors and torch each have error classes of their own
-            raise TrajOODError(f"{folder}: cannot be read as an AutoencoderKL ({one_line(error)})") from error
+            raise TrajOODError(f"{folder}: cannot be read as an AutoencoderKL ({brief(error)})") from error
         for problem in ("missing", "unexpected", "mismatched"):
             keys = sorted(map(str, report[f"{problem}_keys"]))
             if keys:

@@ -8,6 +8,7 @@ from typing import Any
 
 from traj_ood.errors import TrajOODError
 from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.text import brief
 
 
 def local_copy(source: str, files: Sequence[str]) -> Path:
@@ -35,7 +36,7 @@ def local_copy(source: str, files: Sequence[str]) -> Path:
         copy = snapshot_download("/".join(parts[:2]), allow_patterns=[f"{inner}/{f}" if inner else f for f in files])
     except Exception as error:  # network, hub and file-system errors of many classes
         raise TrajOODError(
-            f"model {source!r}: neither a local folder nor to be had from the hub ({one_line(error)}); download it "
+            f"model {source!r}: neither a local folder nor to be had from the hub ({brief(error)}); download it "
             "where there is a network and pass the folder"
         ) from error
     if not (Path(copy) / inner).is_dir():
@@ -50,8 +51,3 @@ def read_config(folder: Path) -> dict[str, Any]:
         TrajOODError: missing, not JSON, or no object.
     """
     return read_json(folder / "config.json", "the config of a model", "correct the folder", limit=MAX_CONFIG)
-
-
-def one_line(error: Exception) -> str:
-    """What an error of another library says, short enough for a line of ours."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

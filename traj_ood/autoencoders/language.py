@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from traj_ood.autoencoders.hub import one_line
 from traj_ood.dynamics.fixed_function import FixedFunction
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError
 from traj_ood.io.pretrained import from_pretrained, use_safetensors
 from traj_ood.io.weights import check_weights, fingerprint
+from traj_ood.text import brief
 
 PREFIX = "causal-lm:"
 Encode = Callable[[str], Sequence[int]]
@@ -173,6 +173,6 @@ def _fetched(name: str, file: str, read: Callable[[], Any]) -> Any:
         raise TrajOODError(f"{name}: {error}") from error
     except Exception as error:  # hub, network, file and configuration errors of many classes
         raise TrajOODError(
-            f"{name}: {file} cannot be read here or fetched ({one_line(error)}); give a local folder with config.json, "
+            f"{name}: {file} cannot be read here or fetched ({brief(error)}); give a local folder with config.json, "
             f"model.safetensors and tokenizer files: {PREFIX}<folder>"
         ) from error

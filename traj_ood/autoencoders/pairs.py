@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from traj_ood.autoencoders.base import Autoencoder
-from traj_ood.autoencoders.hub import local_copy, one_line, read_config
+from traj_ood.autoencoders.hub import local_copy, read_config
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
 from traj_ood.backbones.image_processor import from_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
@@ -43,6 +43,7 @@ from traj_ood.io.pretrained import from_pretrained, use_safetensors
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import check_weights, put_weights
+from traj_ood.text import brief
 
 MODEL_TYPE = "traj_ood_pair"
 HEADS = 16
@@ -264,7 +265,7 @@ class PairAutoencoder(Autoencoder):
             raise
         except Exception as error:  # shapes that do not fit end in errors of any class
             raise TrajOODError(
-                f"{self.name}: encoder and decoder do not fit images of shape {self.input_shape} ({one_line(error)})"
+                f"{self.name}: encoder and decoder do not fit images of shape {self.input_shape} ({brief(error)})"
             ) from error
         if tuple(images.shape[1:]) != self.input_shape:
             raise TrajOODError(
@@ -335,7 +336,7 @@ class PairAutoencoder(Autoencoder):
             heads, size, plain = int(config["heads"]), int(config["encoder_size"]), bool(config["plain_norm"])
             statistics = {key: tuple(float(v) for v in config[key]) for key in ("mean", "std")}
         except (KeyError, TypeError, ValueError) as error:
-            raise TrajOODError(f"{folder}/config.json: impossible or missing entry ({one_line(error)})") from error
+            raise TrajOODError(f"{folder}/config.json: impossible or missing entry ({brief(error)})") from error
         encoder = VisionTokens(load_vision_model(str(folder / "encoder")), size, plain_norm=plain)
         weights = read_weights(folder / "model.safetensors")
         check_digest(folder / "model.safetensors", weights, config)
@@ -434,7 +435,7 @@ def load_vision_model(source: str) -> Any:
         raise TrajOODError(f"encoder {error}") from error
     except Exception as error:
         raise TrajOODError(
-            f"encoder {source!r}: neither a local folder nor loadable from the hub ({one_line(error)}); download it "
+            f"encoder {source!r}: neither a local folder nor loadable from the hub ({brief(error)}); download it "
             "where there is a network and pass the folder"
         ) from error
     missing = sorted(key for key in map(str, report["missing_keys"]) if "pooler" not in key and "head." not in key)
@@ -478,7 +479,7 @@ def _encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[st
             None, config=geometry, state_dict=weights, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
-        raise TrajOODError(f"{where}: its encoder cannot be read as {model_name} ({one_line(error)})") from error
+        raise TrajOODError(f"{where}: its encoder cannot be read as {model_name} ({brief(error)})") from error
     wrong = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
     if wrong:
         raise TrajOODError(f"{where}: {len(wrong)} weights of the encoder are missing or misshapen, first {wrong[0]}")

@@ -28,6 +28,7 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import read_json
 from traj_ood.io.weights import check_weights, refuse_larger
+from traj_ood.text import brief
 
 MODEL_TYPE = "traj_ood_surrogate"
 Activation = Literal["gelu", "relu", "identity"]
@@ -289,8 +290,7 @@ class SurrogateAutoencoder(Autoencoder):
             raise
         except Exception as error:
             raise TrajOODError(
-                f"{folder}: expected config.json and model.safetensors of a surrogate "
-                f"({' '.join(str(error).split()) or type(error).__name__})"
+                f"{folder}: expected config.json and model.safetensors of a surrogate ({brief(error)})"
             ) from error
         network.load_state_dict(weights)
         model = cls(backbone or _backbone_of(folder, trained_on, asked), network, **options)

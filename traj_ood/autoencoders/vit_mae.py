@@ -23,6 +23,7 @@ from traj_ood.io.pretrained import from_pretrained, use_safetensors
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import check_weights, fingerprint, refuse_larger
+from traj_ood.text import brief
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4
@@ -123,7 +124,7 @@ class ViTMAE(Autoencoder):
         except TrajOODError:
             raise
         except Exception as error:  # transformers has error classes of its own, and arithmetic does the rest
-            raise TrajOODError(f"{folder}/config.json: impossible geometry ({_one_line(error)})") from error
+            raise TrajOODError(f"{folder}/config.json: impossible geometry ({brief(error)})") from error
         model.load_state_dict(weights)
         stored: dict[str, Any] = {}
         if (folder / PROCESSOR).is_file():
@@ -143,7 +144,7 @@ class ViTMAE(Autoencoder):
             )
         except Exception as error:
             raise TrajOODError(
-                f"model {source!r}: neither a local folder nor loadable from the hub ({_one_line(error)}); download it "
+                f"model {source!r}: neither a local folder nor loadable from the hub ({brief(error)}); download it "
                 "where there is a network and pass the folder"
             ) from error
         missing = sorted(report["missing_keys"])
@@ -271,7 +272,7 @@ def _fetched_processor(source: str) -> dict[str, Any]:
     except Exception as error:
         raise TrajOODError(
             f"model {source!r}: its {PROCESSOR}, which says how images are prepared, cannot be had "
-            f"({_one_line(error)}); download the repository and pass the folder"
+            f"({brief(error)}); download the repository and pass the folder"
         ) from error
 
 
@@ -395,10 +396,6 @@ def _cells_of(noise: Tensor, visible: int) -> list[list[int]]:
         place = (row * GRID // side, column * GRID // side) if side > GRID else (row, column)
         cells.setdefault(place, []).append(token)
     return [cells[place] for place in sorted(cells)]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _read_json(path: Path) -> dict[str, Any]:

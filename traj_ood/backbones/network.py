@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn import functional
 from traj_ood.backbones.base import Backbone, Features
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
+from traj_ood.text import brief
 
 _TRIAL_ROWS = 2
 
@@ -65,7 +65,7 @@ class NetworkBackbone(Backbone):
         except Exception as error:  # any library's code, any error
             raise TrajOODError(
                 f"{self.name}: cannot process images of shape {self.input_shape}, which its preprocessing makes "
-                f"({one_line(error)})"
+                f"({brief(error)})"
             ) from error
         if answer.features.ndim != 2:
             raise TrajOODError(
@@ -157,16 +157,3 @@ def trial_images(shape: tuple[int, int, int]) -> Tensor:
 def name_of(module: nn.Module, layer: nn.Module) -> str:
     """Dotted name of ``layer`` inside ``module``."""
     return next(name for name, found in module.named_modules() if found is layer)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error, at most 200 characters: hub errors run over pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".:; ")
-
-
-def unknown_model(library: str, name: str, known: Collection[str]) -> TrajOODError:
-    """As :func:`traj_ood.errors.unknown_name` for lists too long to print."""
-    close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return TrajOODError(f"unknown {library} model {name!r}: {hint}{library} knows {len(known)} names")

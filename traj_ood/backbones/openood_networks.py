@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
-from traj_ood.backbones.network import NetworkBackbone, one_line
+from traj_ood.backbones.network import NetworkBackbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.weights import prefix_of, put_weights
+from traj_ood.text import brief
 
 INSTALL = "pip install git+https://github.com/Jingkang50/OpenOOD"
 _HEADS = ("fc", "heads.head", "head")  # where OpenOOD's networks keep their classifier
@@ -172,7 +173,7 @@ def _class_of(kind: Network) -> Any:
             ) from error
         raise _older(f"no {missing}") from error
     except Exception as error:  # old versions fail on import in their own ways
-        raise _older(one_line(error)) from error
+        raise _older(brief(error)) from error
     if not hasattr(module, kind.cls):
         raise _older(f"no {kind.cls} in openood.networks.{kind.module}")
     return getattr(module, kind.cls)
@@ -189,7 +190,7 @@ def _built(build: Any, kind: Network, classes: int | None, name: str) -> nn.Modu
     try:
         return build(**arguments)
     except Exception as error:
-        raise TrajOODError(f"{name}: cannot be built with {arguments} ({one_line(error)}): {INSTALL}") from error
+        raise TrajOODError(f"{name}: cannot be built with {arguments} ({brief(error)}): {INSTALL}") from error
 
 
 def _classifier(module: nn.Module) -> nn.Linear | None:

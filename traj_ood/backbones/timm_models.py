@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
 from traj_ood.backbones.image_processor import check_agreement, interpolation_of
-from traj_ood.backbones.network import NetworkBackbone, one_line, unknown_model
+from traj_ood.backbones.network import NetworkBackbone
 from traj_ood.data.preprocessing import Preprocessing
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
+from traj_ood.text import brief
 
 DEFAULT_CROP = 0.875  # timm's, for a config that has none
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -147,7 +148,7 @@ def new_network(architecture: str, **arguments: Any) -> nn.Module:
     try:
         return create_model(architecture, pretrained=False, **arguments)
     except Exception as error:
-        raise TrajOODError(f"timm:{architecture}: cannot be built with {arguments} ({one_line(error)})") from error
+        raise TrajOODError(f"timm:{architecture}: cannot be built with {arguments} ({brief(error)})") from error
 
 
 def save_folder(
@@ -180,7 +181,7 @@ def _from_folder(folder: Path, size: Any) -> nn.Module:
     try:
         architecture = read_json(path, "timm's config", "correct the folder", limit=MAX_CONFIG)["architecture"]
     except KeyError as error:
-        raise TrajOODError(f"{path}: expected timm's config.json with an architecture ({one_line(error)})") from error
+        raise TrajOODError(f"{path}: expected timm's config.json with an architecture ({brief(error)})") from error
     _assert_known(str(architecture).split(".")[0])
     weights = next((folder / file for file in _LOCAL_WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
@@ -188,7 +189,7 @@ def _from_folder(folder: Path, size: Any) -> nn.Module:
     try:
         network = create_model(f"local-dir:{folder}", pretrained=False, **_sized(str(architecture), size))
     except Exception as error:
-        raise TrajOODError(f"{path}: timm cannot build this model ({one_line(error)})") from error
+        raise TrajOODError(f"{path}: timm cannot build this model ({brief(error)})") from error
     put_weights(network, read_weights(weights), str(weights))  # ours, since timm adapts or drops what does not fit
     return network
 
@@ -200,7 +201,7 @@ def _from_hub(model: str, size: Any) -> nn.Module:
         network = create_model(model, pretrained=True, **_sized(model, size))
     except Exception as error:  # hub, network and file errors of many classes
         raise TrajOODError(
-            f"timm:{model}: its weights are not on this machine and cannot be fetched ({one_line(error)}); give local "
+            f"timm:{model}: its weights are not on this machine and cannot be fetched ({brief(error)}); give local "
             "ones: timm:<name>:<file.safetensors or .pth>, or timm:<folder>"
         ) from error
     check_weights(network.state_dict(), network, f"timm:{model}")
@@ -260,4 +261,4 @@ def _assert_known(architecture: str) -> None:
     from timm.models import is_model, list_models
 
     if not is_model(architecture.split(".")[0]):
-        raise unknown_model("timm", architecture, list_models())
+        raise unknown_name("timm model", architecture, list_models())

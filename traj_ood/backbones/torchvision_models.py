@@ -13,14 +13,13 @@ from traj_ood.backbones.network import (
     ClassifierInputBackbone,
     find_classifier,
     name_of,
-    one_line,
     trial_images,
-    unknown_model,
 )
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
+from traj_ood.text import brief
 
 
 class TorchvisionBackbone(ClassifierInputBackbone):
@@ -45,7 +44,7 @@ def load(model: str, *, name: str | None = None, weights: str = "DEFAULT") -> To
     architecture, _, file = model.partition(":")
     known = models.list_models(module=models)
     if architecture not in known:
-        raise unknown_model("torchvision", architecture, known)
+        raise unknown_name("torchvision model", architecture, known)
     entries = models.get_model_weights(architecture)
     if weights not in entries.__members__:
         raise unknown_name(f"torchvision weights of {architecture}", weights, entries.__members__)
@@ -97,7 +96,7 @@ def _download(architecture: str, entry: Any) -> nn.Module:
     except Exception as error:  # urllib, ssl, hash and file errors
         raise TrajOODError(
             f"torchvision:{architecture}: its weights are not on this machine and cannot be fetched "
-            f"({one_line(error)}); give local ones: torchvision:{architecture}:<file.pth or .safetensors>"
+            f"({brief(error)}); give local ones: torchvision:{architecture}:<file.pth or .safetensors>"
         ) from error
     check_weights(network.state_dict(), network, f"torchvision:{architecture}")
     return network

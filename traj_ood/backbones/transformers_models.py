@@ -16,13 +16,13 @@ from traj_ood.backbones.network import (
     ClassifierInputBackbone,
     NetworkBackbone,
     find_classifier,
-    one_line,
     trial_images,
 )
 from traj_ood.data.preprocessing import Preprocessing, trial_pictures
 from traj_ood.errors import TrajOODError
 from traj_ood.io.pretrained import from_pretrained, use_safetensors
 from traj_ood.io.weights import check_weights
+from traj_ood.text import brief
 
 _CLASSIFIER = "ForImageClassification"
 
@@ -125,7 +125,7 @@ def _fetch(name: str, file: str, read: Callable[[], Any]) -> Any:
         raise TrajOODError(f"{name}: {error}") from error
     except Exception as error:  # hub, network, file and configuration errors of many classes
         raise TrajOODError(
-            f"{name}: {file} cannot be read here or fetched ({one_line(error)}); give a local folder with config.json, "
+            f"{name}: {file} cannot be read here or fetched ({brief(error)}); give a local folder with config.json, "
             "model.safetensors and preprocessor_config.json: transformers:<folder>"
         ) from error
 

@@ -26,7 +26,7 @@ from traj_ood.autoencoders import (
 )
 from traj_ood.autoencoders.pairs import VisionTokens, ViTDecoder
 from traj_ood.backbones import LIBRARIES, Backbone
-from traj_ood.backbones.network import NetworkBackbone, one_line, trial_images
+from traj_ood.backbones.network import NetworkBackbone, trial_images
 from traj_ood.data.preprocessing import preprocessing_differences, preprocessing_record
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
@@ -34,6 +34,7 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import put_weights
+from traj_ood.text import brief
 
 SURROGATE, CALLABLE = "surrogate", "callable"
 # Families that write themselves into a folder, and the options that they do not write with them.
@@ -123,7 +124,7 @@ def unpack(description: dict[str, Any], folder: Path, device: torch.device | str
         raise
     except Exception as error:  # transformers, timm and torch have error classes of their own
         raise TrajOODError(
-            f"{folder}: the model {name!r} cannot be rebuilt ({type(error).__name__}: {one_line(error)}): pack it "
+            f"{folder}: the model {name!r} cannot be rebuilt ({type(error).__name__}: {brief(error)}): pack it "
             "again or pass it as autoencoder="
         ) from error
     model.chunk = _chunk(description, where)
@@ -331,7 +332,7 @@ def _unpack_backbone(described: dict[str, Any], folder: Path) -> Backbone:
         raise
     except Exception as error:  # any library's code, any error
         raise TrajOODError(
-            f"{folder}: {library} cannot rebuild the backbone {name!r} ({type(error).__name__}: {one_line(error)})"
+            f"{folder}: {library} cannot rebuild the backbone {name!r} ({type(error).__name__}: {brief(error)})"
         ) from error
     expected = field_of(described, "fingerprint", str, where)
     if backbone.fingerprint() != expected:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from traj_ood.backbones.network import one_line
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.text import brief
 
 _STEPS = 2  # few enough that no chaos has magnified the rounding of another device
 _COORDINATES = 16
@@ -54,7 +54,7 @@ def check_probe(scorers: ScorerSet, expected: Mapping[str, Any], where: str) -> 
         raise
     except Exception as error:  # what was fitted to a model of another width fails anywhere
         raise TrajOODError(
-            f"{where}: the model and the scorer do not fit together ({type(error).__name__}: {one_line(error)})"
+            f"{where}: the model and the scorer do not fit together ({type(error).__name__}: {brief(error)})"
         ) from error
     for key, numbers in found.items():
         if not _agree(expected.get(key), numbers):

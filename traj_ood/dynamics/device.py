@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
+from traj_ood.text import brief
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
@@ -43,8 +44,9 @@ def _find(name: str) -> torch.device:
             raise RuntimeError("it computes nothing")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrajOODError(f"device {name!r} is not available here ({reason}): use auto, cpu, cuda or mps") from error
+        raise TrajOODError(
+            f"device {name!r} is not available here ({brief(error)}): use auto, cpu, cuda or mps"
+        ) from error
     return device
 
 

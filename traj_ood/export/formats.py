@@ -16,6 +16,7 @@ from torch import Tensor
 from traj_ood.detector.module import DetectorModule
 from traj_ood.detector.step import can_scan
 from traj_ood.errors import TrajOODError
+from traj_ood.text import brief
 
 Format = Literal["onnx", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -60,7 +61,7 @@ def open_file(form: Format, path: Path) -> tuple[Runner, dict[str, Any]]:
     except TrajOODError:
         raise
     except Exception as error:  # each runtime has error classes of its own
-        raise TrajOODError(f"{path}: cannot be loaded as an exported detector ({_one_line(error)})") from error
+        raise TrajOODError(f"{path}: cannot be loaded as an exported detector ({_first_cause(error)})") from error
 
 
 def record(module: DetectorModule) -> torch.export.ExportedProgram:
@@ -85,7 +86,7 @@ def record(module: DetectorModule) -> torch.export.ExportedProgram:
     except Exception as error:  # any code of any network
         raise TrajOODError(
             f"export: the network with scorer {module.scorer.label} cannot be recorded as a graph of any batch size "
-            f"({_one_line(error)}): use the detector in Python, or as_module()"
+            f"({_first_cause(error)}): use the detector in Python, or as_module()"
         ) from error
 
 
@@ -99,7 +100,7 @@ def _onnx_bytes(module: DetectorModule, metadata: str) -> bytes:
         proto = made.model_proto
     except Exception as error:
         raise TrajOODError(
-            f"export: the graph of scorer {module.scorer.label} cannot be written as ONNX ({_one_line(error)}): use "
+            f"export: the graph of scorer {module.scorer.label} cannot be written as ONNX ({_first_cause(error)}): use "
             "--format torch"
         ) from error
     size = proto.ByteSize()
@@ -165,8 +166,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _one_line(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:  # the exporters wrap what went wrong into pages of advice
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".:; ")
+    return brief(error)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
+from traj_ood.text import brief
 
 # Where checkpoints keep their tensors, in timm's order of preference: the averaged weights (EMA) before the raw ones.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
@@ -129,8 +130,7 @@ def reason_of(error: BaseException) -> str:
         if re.search(r"central directory|unexpected EOF|Ran out of input|not fully covered", str(cause)):
             return "it is cut off: copy or download it again"
         cause = cause.__cause__ or cause.__context__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+    return brief(error)
 
 
 def _other_content(head: bytes, path: Path) -> str:

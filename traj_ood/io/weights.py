@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from traj_ood.errors import TrajOODError
 from traj_ood.io.tensor_file import digest_of
+from traj_ood.text import brief
 
 _COUNTER = "num_batches_tracked"
 
@@ -97,8 +98,7 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) ->
         report = module.load_state_dict(own, strict=False)
     except Exception as error:  # shapes, and versions that a module's own loader does not take
         check_weights({**{k: v for k, v in expected.items() if k.endswith(_COUNTER)}, **own}, module, where)
-        line = " ".join(str(error).split())[:200]
-        raise TrajOODError(f"{where}: weights of another architecture or version ({line})") from error
+        raise TrajOODError(f"{where}: weights of another architecture or version ({brief(error)})") from error
     _refuse_names([key for key in report.missing_keys if not key.endswith(_COUNTER)], report.unexpected_keys, where)
 
 

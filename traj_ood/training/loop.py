@@ -21,7 +21,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import PACKAGE, code_digest, environment, git_commit
 from traj_ood.io.trees import read_yaml
-from traj_ood.text import printable
+from traj_ood.text import brief, printable
 
 Family = Literal["vit_mae", "conv", "classifier"]
 CONFIGS = PACKAGE / "configs"
@@ -260,9 +260,8 @@ class Trainer(ABC):
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.log, self.kept = state["log"], state["kept"]
         except Exception as error:  # pickle, zipfile and torch each have error classes of their own
-            reason = " ".join(str(error).split())[:200]
             raise TrajOODError(
-                f"{path}: damaged checkpoint ({reason}): delete it, or start over with --fresh (fresh=True)"
+                f"{path}: damaged checkpoint ({brief(error)}): delete it, or start over with --fresh (fresh=True)"
             ) from error
         if different:
             raise TrajOODError(
