@@ -1,0 +1,91 @@
+"""What CONTRIBUTING.md shows works as it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import traj_ood
+from traj_ood.analysis import Finding, Workspace
+from traj_ood.data import load_benchmark
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.scorers import SCORERS
+
+ROOT = Path(__file__).parents[1]
+
+
+def block(heading: str, language: str = "python") -> str:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (found,) = re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+    return found
+
+
+def run(heading: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names of a module that holds the block."""
+    module = types.ModuleType("contributed")
+    monkeypatch.setitem(sys.modules, "contributed", module)
+    exec(block(heading), vars(module))
+    return vars(module)
+
+
+def test_a_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traj_ood.scorers.registry.SCORERS", dict(SCORERS))
+    run("Add a scorer", monkeypatch)
+    train, test, model = tiny.images(20, seed=1), tiny.images(5, seed=2), tiny.conv()
+    scored = traj_ood.ScorerSet(model, ["farthest-feature"]).fit(Normalised(train)).score(Normalised(test))
+    mean = model.encode(train).double().mean(dim=0)
+    expected = (model.encode(test).double() - mean).abs().amax(dim=1)
+    torch.testing.assert_close(scored.scores["farthest-feature"], expected)
+
+
+def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.linalg.qr(torch.randn(64, 5, generator=torch.Generator().manual_seed(0)))[0].T
+    model = run("Add a model", monkeypatch)["LinearAutoencoder"](weight, (1, 8, 8))
+    images = tiny.images(30)
+    path = traj_ood.iterate(model.self_map, model.encode(images))
+    assert path.steps.tolist() == [2] * 30  # a projection: f(z) = z
+    detector = traj_ood.Detector.fit(model, images.sigmoid(), "knn")
+    latents = (images[:1].sigmoid().flatten(1) @ weight.T).double()
+    assert bool(detector.score(images[:1].sigmoid()).isfinite().all())
+    torch.testing.assert_close(model.encode(images[:1].sigmoid()).double(), latents, rtol=1e-5, atol=1e-6)
+
+
+def test_a_benchmark(tmp_path: Path) -> None:
+    (tmp_path / "pets.yaml").write_text(block("Add a benchmark", "yaml"))
+    for seed, folder in enumerate(("cats/train", "cats/test", "dogs", "textures")):
+        tiny.write_images(tmp_path / "images" / folder, 4, seed)
+    made = load_benchmark(str(tmp_path / "pets.yaml"))
+    assert [(split.name, split.role, len(split.images)) for split in made.splits()] == [
+        ("train", "train", 4),
+        ("test", "test", 4),
+        ("dogs", "near", 4),
+        ("textures", "far", 4),
+    ]
+
+
+def test_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = run("Add a question", monkeypatch)["MeanOfDraws"](draws=400)
+    finding = question.run(Workspace(tmp_path / "units"), tmp_path)
+    expected = torch.randn(400, generator=torch.Generator().manual_seed(0)).mean()
+    assert finding.figures["mean"] == pytest.approx(float(expected))
+    assert Finding.load(tmp_path) == finding
+    assert finding.differences == ("draws: 400 here, 100000 in the paper",)
+
+
+def test_the_picture_of_the_house_is_that_of_the_imports() -> None:
+    spec = importlib.util.spec_from_file_location("house", ROOT / "benchmarks" / "house.py")
+    assert spec is not None
+    assert spec.loader is not None
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    drawn = (ROOT / "docs" / "house.svg").read_text(encoding="utf-8")
+    assert house.described().replace(">", "&gt;") in drawn, "python benchmarks/house.py draws it anew"
