@@ -203,7 +203,7 @@ def test_units_of_other_code_are_computed_again(tmp_path: Path, monkeypatch: pyt
         return Unit(notes={"value": made[-1]})
 
     for code in ("a", "a", "b", "b"):
-        monkeypatch.setattr("traj_ood.analysis.workspace.code_digest", lambda code=code: code)
+        monkeypatch.setattr("traj_ood.io.parts.code_digest", lambda code=code: code)
         work = Workspace(tmp_path)
         assert work.unit("part", {"k": 1}, compute).notes == {"value": "ab".index(code)}
     assert made == [0, 1]
@@ -232,7 +232,7 @@ def test_damaged_units_and_unfit_keys_are_named(tmp_path: Path) -> None:
     work.unit("part", {}, Unit)
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"damaged")
-    with raises(f"{path}: damaged unit of work"):
+    with raises(f"{path}: not a readable unit of work"):
         work.unit("part", {}, Unit)
     with raises("unit name 'a/b': expected letters"):
         work.unit("a/b", {}, Unit)

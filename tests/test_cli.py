@@ -20,7 +20,7 @@ from traj_ood.autoencoders import load_autoencoder
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.cli import main
 from traj_ood.evaluation.results import Result as RunResult
-from traj_ood.io.parts import PartFolder
+from traj_ood.io.parts import PartStore
 from traj_ood.scorers import default_suite
 
 FAST = ["--max-steps", "6", "--bootstrap", "10", "--no-plots", "--quiet", "--device", "cpu", "--batch-size", "5"]
@@ -120,7 +120,7 @@ def test_second_call_and_fresh(place: Path) -> None:
 
 
 def test_interrupted_command_continues(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = PartFolder.save, []
+    original, calls = PartStore.save, []
 
     def interrupted(*arguments: Any) -> None:
         calls.append(1)
@@ -129,7 +129,7 @@ def test_interrupted_command_continues(place: Path, monkeypatch: pytest.MonkeyPa
         original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartFolder, "save", interrupted)
+        patch.setattr(PartStore, "save", interrupted)
         stopped = bench(place, "--scorers", "trajectory,knn:k=2")
     assert stopped.exit_code == 130
     assert stopped.stderr.strip() == "traj-ood: interrupted; the same command continues where this one stopped"

@@ -24,7 +24,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.evaluator import Evaluator, RunConfig, _batches, _even_size
 from traj_ood.evaluation.results import Result
-from traj_ood.io.parts import Part, PartFolder
+from traj_ood.io.parts import Part, PartStore
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
 
 SCORERS = ("trajectory", "trajectory:horizon=4", "knn:k=3", "mahalanobis", "reconstruction", "steps", "first-residual")
@@ -255,15 +255,15 @@ class Stop:
     """Counts the batches of a run and interrupts one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None) -> None:
-        self.seen, original = 0, PartFolder.save
+        self.seen, original = 0, PartStore.save
 
-        def counted(parts: PartFolder, *args: Any) -> None:
+        def counted(parts: PartStore, *args: Any) -> None:
             self.seen += 1
             if self.seen == at:
                 raise KeyboardInterrupt
             original(parts, *args)
 
-        monkeypatch.setattr(PartFolder, "save", counted)
+        monkeypatch.setattr(PartStore, "save", counted)
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 5, 7])
@@ -326,7 +326,10 @@ def test_damaged_parts_are_named(place: Path, tmp_path: Path) -> None:
     part = next((run.folder / "parts").glob("train-*.safetensors"))
     content = part.read_bytes()
     part.write_bytes(content[:40])
-    with pytest.raises(TrajOODError, match=rf"{part.name}: damaged .*: delete this file to compute its batch again"):
+    with pytest.raises(
+        TrajOODError,
+        match=rf"{part.name}: not a readable batch of a run .*: delete this file to compute its batch again",
+    ):
         evaluator(place, tmp_path).run()
     part.unlink()
     evaluator(place, tmp_path).run()

@@ -191,7 +191,9 @@ def test_damaged_blocks(tmp_path: Path, damage: str) -> None:
     else:
         content = bytearray((block.parent / "00000000.safetensors").read_bytes())
     block.write_bytes(content)
-    with pytest.raises(TrajOODError, match=r"00000008\.safetensors: damaged.*delete this file to extract its features"):
+    with pytest.raises(
+        TrajOODError, match=r"00000008\.safetensors: not a readable block of features .*delete this file to extract its"
+    ):
         ask(tmp_path)
     block.unlink()
     ask(tmp_path)
@@ -212,10 +214,12 @@ def test_a_cache_of_another_backbone_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrajOODError, match=r"\(other block\)"):
         ask(tmp_path)
     (folder / "cache.json").write_text("{")
-    with pytest.raises(TrajOODError, match=r"cache\.json: damaged: delete "):
+    with pytest.raises(
+        TrajOODError, match=r"cache\.json: expected JSON, got .*; delete its folder to extract its features again"
+    ):
         ask(tmp_path)
     (folder / "cache.json").unlink()
-    with pytest.raises(TrajOODError, match=r"features without cache\.json beside them: delete "):
+    with pytest.raises(TrajOODError, match=r"expected cache\.json beside it, found nothing: delete its folder"):
         ask(tmp_path)
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from traj_ood import surrogate_for
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.backbones import CallableBackbone, Features
-from traj_ood.backbones import feature_cache as features_module
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import ArrayImages, Benchmark, FileImages, Split, load_benchmark, read_folder
 from traj_ood.dynamics.behaviour import transform_digest
@@ -32,9 +31,8 @@ from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 from traj_ood.evaluation.leaderboard import leaderboard, render_markdown
 from traj_ood.evaluation.results import Result
 from traj_ood.io import provenance
-from traj_ood.io.parts import PartFolder
+from traj_ood.io.parts import PartStore
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
-from traj_ood.training import surrogate_cache
 from traj_ood.training.surrogate import SurrogateRecipe
 
 QUICK = SurrogateRecipe(steps=4, check_every=2, hidden=(8,), bottleneck=4)
@@ -72,15 +70,15 @@ def other_picture(path: Path, seed: int = 99) -> None:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Interrupt scoring before that batch (counted over test and OOD sets)."""
-    save, calls = PartFolder.save, []
+    save, calls = PartStore.save, []
 
-    def counting(self: PartFolder, split: str, *args: Any) -> None:
-        calls.extend([1] * (split != "train"))
+    def counting(self: PartStore, key: str, *args: Any) -> None:
+        calls.extend([1] * (not key.startswith("train-")))
         if len(calls) == batch:
             raise KeyboardInterrupt
-        save(self, split, *args)
+        save(self, key, *args)
 
-    monkeypatch.setattr(PartFolder, "save", counting)
+    monkeypatch.setattr(PartStore, "save", counting)
 
 
 def same(one: Evaluator, other: Evaluator) -> bool:
@@ -324,7 +322,7 @@ def test_features_belong_to_bytes_transform_and_code(tmp_path: Path, monkeypatch
     distrusting = FeatureCache(cache)
     distrusting.distrust()
     assert [extracted(distrusting, backbone(), a)[1] for _ in range(2)] == [5, 0]
-    monkeypatch.setattr(features_module, "code_digest", lambda: "0" * 16)
+    monkeypatch.setattr("traj_ood.io.parts.code_digest", lambda: "0" * 16)
     assert [extracted(FeatureCache(cache), backbone(), a)[1] for _ in range(2)] == [5, 0]
 
 
@@ -356,9 +354,8 @@ def test_surrogates_belong_to_bytes_transform_and_code(tmp_path: Path, monkeypat
     replaced, alone = fitted("cache"), fitted("empty")
     assert replaced["fingerprint"] == alone["fingerprint"] != first["fingerprint"]
     assert fitted("cache", darker)["fingerprint"] == fitted("empty2", darker)["fingerprint"]
-    for module in (surrogate_cache, features_module):
-        monkeypatch.setattr(module, "code_digest", lambda: "0" * 16)
-    monkeypatch.setattr("traj_ood.io.provenance.code_digest", lambda: "0" * 16)
+    for module in ("training.surrogate_cache", "io.parts", "io.provenance"):
+        monkeypatch.setattr(f"traj_ood.{module}.code_digest", lambda: "0" * 16)
     later = fitted("cache")
     assert later["versions"]["code"] == "0" * 16
     assert later["fingerprint"] == replaced["fingerprint"]

@@ -47,10 +47,10 @@ def bench(out, batch_size, kill=None, **config):
         place / out, batch_size=batch_size, quiet=True, team=team,
     )
     save = evaluator.parts.save
-    def deadly(split, start, part):
-        if [team.rank, split] == kill:
+    def deadly(key, part):
+        if [team.rank, key.split("-")[0]] == kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        save(split, start, part)
+        save(key, part)
     evaluator.parts.save = deadly
     return list(evaluator.run().scorers)
 
@@ -181,7 +181,7 @@ def test_two_processes_equal_one_until_one_is_killed(place: Path) -> None:
     begun = alone(place, "begun", batch_size=5)
     with pytest.MonkeyPatch.context() as patch:
         save = begun.parts.save
-        patch.setattr(begun.parts, "save", lambda *a: save(*a) if a[0] == "train" else interrupt())
+        patch.setattr(begun.parts, "save", lambda key, part: save(key, part) if key[:5] == "train" else interrupt())
         with pytest.raises(KeyboardInterrupt):
             begun.run()
     assert len(list((place / "begun").rglob("*.safetensors"))) == 3 + 1
@@ -241,7 +241,7 @@ def test_damaged_image_stops_both_and_the_run_continues(place: Path) -> None:
     run = alone(place, "two")
     computed = []
     save = run.parts.save
-    run.parts.save = lambda split, *a: (computed.append(split), save(split, *a))[1]  # type: ignore[method-assign, func-returns-value]
+    run.parts.save = lambda key, part: (computed.append(key[:-9]), save(key, part))[1]  # type: ignore[method-assign, func-returns-value]
     run.run()
     assert set(computed) == {"bright"}
     check_same(place, "two", reference)
@@ -316,8 +316,8 @@ def test_folder_that_is_not_shared(place: Path) -> None:
 
 def test_part_that_another_process_did_not_leave(place: Path) -> None:
     run = alone(place, "gone")
-    with pytest.raises(TrajOODError, match=r"train-00000006\.safetensors: expected the batch that another process"):
-        run.parts.get("train", 6)
+    with pytest.raises(TrajOODError, match=r"train-00000006\.safetensors: expected the batch of a run that another"):
+        run.parts.get("train-00000006")
 
 
 def test_module_is_light() -> None:

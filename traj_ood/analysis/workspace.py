@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from traj_ood.data.contents import distrust
 from traj_ood.errors import TrajOODError
-from traj_ood.io.files import write_atomic
-from traj_ood.io.provenance import code_digest
+from traj_ood.io.parts import Part, PartStore
 from traj_ood.text import printable
 
 _SCRATCH = re.compile(r"[\w-]+-[0-9a-f]{16}")
@@ -68,23 +65,18 @@ class Workspace:
         Raises:
             TrajOODError: a damaged unit (its file is named), a name or key that cannot be stored, an unwritable folder.
         """
-        wanted = self._plain(name, key)
-        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / f"{name}-{digest}.safetensors"
-        found = self._read(path, wanted)
+        store = PartStore(self.folder, "unit of work", "compute it again")
+        label = self.scratch(name, key).name
+        found = store.load(label)
         if found is not None:
-            return found
+            self.resumed += found.notes["seconds"]
+            return Unit(found.tensors, found.notes["own"])
         began = time.perf_counter()
         made = compute()
         notes = self._plain(name, made.notes)
-        header = {
-            "key": wanted,
-            "notes": notes,
-            "seconds": round(time.perf_counter() - began, 2),
-            "code": code_digest(),
-        }
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in made.tensors.items()}
-        write_atomic(path, save(tensors, metadata={k: json.dumps(v) for k, v in header.items()}))
+        tensors = {k: v.detach().cpu().contiguous() for k, v in made.tensors.items()}
+        seconds = round(time.perf_counter() - began, 2)
+        store.save(label, Part(tensors=tensors, notes={"own": notes, "seconds": seconds}))
         return Unit(tensors, notes)
 
     def scratch(self, name: str, key: Mapping[str, Any]) -> Path:
@@ -118,23 +110,3 @@ class Workspace:
             return json.loads(json.dumps(dict(tree), sort_keys=True, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TrajOODError(f"unit {name}: expected plain data that JSON can hold, got: {error}") from error
-
-    def _read(self, path: Path, wanted: Any) -> Unit | None:
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = {k: json.loads(v) for k, v in file.metadata().items()}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            notes, seconds, key = header["notes"], float(header["seconds"]), header["key"]
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise TrajOODError(
-                f"{path}: damaged unit of work ({reason}): delete this file to compute it again"
-            ) from error
-        if key != wanted:
-            raise TrajOODError(f"{path}: expected the unit of another configuration: delete this file")
-        if header.get("code") != code_digest():
-            return None
-        self.resumed += seconds
-        return Unit(tensors, notes)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from traj_ood.backbones import Backbone, Features
@@ -19,8 +15,7 @@ from traj_ood.data import ImageSource
 from traj_ood.data.images import check_unchanged
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
 from traj_ood.errors import TrajOODError
-from traj_ood.io.files import write_atomic
-from traj_ood.io.provenance import code_digest
+from traj_ood.io.parts import Part, PartStore
 
 Failures = list[dict[str, str]]
 Read = Callable[[range], tuple[tuple[str, ...], Tensor, Failures]]
@@ -44,13 +39,14 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        self._own: set[Path] | None = None
-        self._recent: tuple[Backbone, ImageSource, _Store] | None = None
+        redo, discard = "extract its features again", "delete its folder to extract its features again"
+        self._parts = PartStore(Path(folder), "block of features", redo, IDENTITY, discard)
+        self._recent: _Blocks | None = None
 
     def distrust(self) -> None:
         """From now on believe only blocks that this object writes from now on."""
-        self._own, self._recent = set(), None
+        self._parts.distrust()
+        self._recent = None
 
     def extract(
         self, backbone: Backbone, images: ImageSource, indices: range, read: Read
@@ -71,55 +67,42 @@ class FeatureCache:
         """
         if indices.step != 1 or (len(indices) and not 0 <= indices.start <= indices.stop <= len(images)):
             raise TrajOODError(f"features: expected consecutive indices within {len(images)} images, got {indices}")
-        store = self._store(backbone, images)
+        blocks = self._blocks(backbone, images)
+        wanted = {images.ids[i] for i in indices}
         pieces = [
-            store.block(number, read).select(images, indices)
+            _select(blocks.block(number, read), wanted)
             for number in (range(indices.start // BLOCK, -(-indices.stop // BLOCK)) if len(indices) else ())
         ]
         ids = tuple(i for piece in pieces for i in piece.ids)
         failures = [f for piece in pieces for f in piece.failures]
         if not ids:
             return (), None, failures
-        logits = torch.cat([p.logits for p in pieces]) if backbone.classes else None
-        return ids, Features(torch.cat([p.features for p in pieces]), logits), failures
+        features, logits = (torch.cat([p.tensors[name] for p in pieces]) for name in ("features", "logits"))
+        return ids, Features(features, logits if backbone.classes else None), failures
 
-    def _store(self, backbone: Backbone, images: ImageSource) -> _Store:
-        """The store of the last call when it is asked for again: hashing weights and pixels takes a while."""
-        if self._recent is None or self._recent[0] is not backbone or self._recent[1] is not images:
-            self._recent = (backbone, images, _Store(self._folder, backbone, images, self._own))
-        return self._recent[2]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Rows of the images that could be read; ``logits`` is (n, 0) without a classifier."""
-
-    ids: tuple[str, ...]
-    features: Tensor
-    logits: Tensor
-    failures: Failures
-
-    def select(self, images: ImageSource, indices: range) -> _Block:
-        """The rows and failures of ``indices``."""
-        wanted = {images.ids[i] for i in indices}
-        keep = [row for row, image_id in enumerate(self.ids) if image_id in wanted]
-        failures = [f for f in self.failures if f["id"] in wanted]
-        if len(keep) == len(self.ids):
-            return _Block(self.ids, self.features, self.logits, failures)
-        return _Block(tuple(self.ids[row] for row in keep), self.features[keep], self.logits[keep], failures)
+    def _blocks(self, backbone: Backbone, images: ImageSource) -> _Blocks:
+        """Those of the last call when they are asked for again: hashing weights and pixels takes a while."""
+        if self._recent is None or self._recent.backbone is not backbone or self._recent.images is not images:
+            self._recent = _Blocks(self._parts, backbone, images)
+        return self._recent
 
 
-class _Store:
-    """The blocks of one backbone over one list of images.
+def _select(block: Part, wanted: Collection[str]) -> Part:
+    """The rows and failures of the ids ``wanted``."""
+    keep = [row for row, image_id in enumerate(block.ids) if image_id in wanted]
+    failures = [f for f in block.failures if f["id"] in wanted]
+    tensors = block.tensors if len(keep) == len(block.ids) else {k: v[keep] for k, v in block.tensors.items()}
+    return Part(tuple(block.ids[row] for row in keep), failures, tensors)
 
-    Args:
-        own: blocks that alone are believed, to which those written here are added; None believes all.
-    """
 
-    def __init__(self, folder: Path, backbone: Backbone, images: ImageSource, own: set[Path] | None) -> None:
-        self._backbone, self._images, self._own = backbone, images, own
+class _Blocks:
+    """The blocks of one backbone over one list of images; their ``logits`` are (n, 0) without a classifier."""
+
+    def __init__(self, parts: PartStore, backbone: Backbone, images: ImageSource) -> None:
+        self.backbone, self.images, self._parts = backbone, images, parts
         self._contents = images.contents()
-        self._identity: dict[str, Any] = {
+        self._recent: tuple[int, Part] | None = None
+        identity: dict[str, Any] = {
             "backbone": backbone.name,
             "fingerprint": backbone.fingerprint(),
             "options": backbone.options(),
@@ -130,56 +113,41 @@ class _Store:
             "count": len(images),
             "block": BLOCK,
         }
-        key = (self._identity[name] for name in ("fingerprint", "images", "transform"))
-        self._folder = folder / "-".join(part[:16] for part in key)
-        self._recent: tuple[int, _Block] | None = None
-        self._claim()
+        self._group = "-".join(identity[name][:16] for name in ("fingerprint", "images", "transform"))
+        self._claim(json.loads(json.dumps(identity, default=str)), backbone_answers(backbone))
 
-    def _claim(self) -> None:
+    def _claim(self, mine: dict[str, Any], said: list[float | None] | None) -> None:
         """Write cache.json, or check that the one that is there says the same."""
-        path = self._folder / IDENTITY
-        mine = json.loads(json.dumps(self._identity, default=str))
-        said = backbone_answers(self._backbone)
-        if not path.is_file():
-            strangers = sorted(self._folder.glob("*.safetensors"))
-            if strangers and not path.is_file():  # another process may have written it meanwhile
-                raise TrajOODError(f"{strangers[0]}: features without {IDENTITY} beside them: delete {self._folder}")
-            write_atomic(path, (json.dumps({**mine, "answers": said}, indent=2, sort_keys=True) + "\n").encode())
-            return
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            stored = None
-        if not isinstance(stored, dict):
-            raise TrajOODError(f"{path}: damaged: delete {self._folder} to extract its features again")
-        different = [key for key in mine if key != "backbone" and mine[key] != stored.get(key)]
+        path = self._parts.index(self._group)
+        stored = self._parts.open({**mine, "answers": said}, self._group)
+        different = [key for key in mine if key != "backbone" and mine[key] != stored[key]]
         if different:
             raise TrajOODError(
                 f"{path}: holds features of backbone {_short(stored)}, expected those of {_short(mine)} (other "
-                f"{', '.join(different)}): choose another cache folder, or delete {self._folder}"
+                f"{', '.join(different)}): choose another cache folder, or delete {path.parent}"
             )
-        if said is not None and not agree(stored.get("answers"), said):
+        if said is not None and not agree(stored["answers"], said):
             raise TrajOODError(
                 f"{path}: holds features of a backbone with the name {mine['backbone']!r} and the weights of this one "
-                f"that computes something else of them: give this one another name, or delete {self._folder}"
+                f"that computes something else of them: give this one another name, or delete {path.parent}"
             )
 
-    def block(self, number: int, read: Read) -> _Block:
+    def block(self, number: int, read: Read) -> Part:
         if self._recent is not None and self._recent[0] == number:
             return self._recent[1]
-        path = self._folder / f"{number * BLOCK:08d}.safetensors"
-        indices = range(number * BLOCK, min((number + 1) * BLOCK, len(self._images)))
-        block = self._load(path, indices) if self._is_believed(path) else None
+        key = f"{self._group}/{number * BLOCK:08d}"
+        block = self._parts.load(key)
         if block is None:
-            block = self._extract(path, indices, read)
+            indices = range(number * BLOCK, min((number + 1) * BLOCK, len(self.images)))
+            block = self._extract(indices, read)
+            check_unchanged(self.images, indices, self._contents)
+            if not block.failures:
+                self._parts.save(key, block)
         if not block.failures:
             self._recent = (number, block)
         return block
 
-    def _is_believed(self, path: Path) -> bool:
-        return path.is_file() and (self._own is None or path in self._own)
-
-    def _extract(self, path: Path, indices: range, read: Read) -> _Block:
+    def _extract(self, indices: range, read: Read) -> Part:
         ids: list[str] = []
         failures: Failures = []
         columns: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -187,42 +155,13 @@ class _Store:
             got, images, failed = read(range(start, min(start + _READ, indices.stop)))
             ids += got
             failures += failed
-            answer = self._backbone.extract(images) if got else None
+            answer = self.backbone.extract(images) if got else None
             if answer is not None:
                 columns[0].append(answer.features.cpu())
                 columns[1].append(answer.logits.cpu() if answer.logits is not None else torch.empty(len(got), 0))
-        widths = (self._backbone.feature_dim, self._backbone.classes)
+        widths = (self.backbone.feature_dim, self.backbone.classes)
         features, logits = (torch.cat([torch.empty(0, w), *c]) for w, c in zip(widths, columns, strict=True))
-        block = _Block(tuple(ids), features, logits, failures)
-        check_unchanged(self._images, indices, self._contents)
-        if not failures:
-            tensors = {"features": features, "logits": logits}
-            header = {"ids": json.dumps(ids), "sha256": _checksum(features, logits), "code": code_digest()}
-            write_atomic(path, save(tensors, metadata=header))
-            if self._own is not None:
-                self._own.add(path)
-        return block
-
-    def _load(self, path: Path, indices: range) -> _Block | None:
-        """The block, or None where other code has written it."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata()
-                if header.get("code") != code_digest():
-                    return None
-                features, logits = file.get_tensor("features"), file.get_tensor("logits")
-            ids = tuple(json.loads(header["ids"]))
-            whole = header["sha256"] == _checksum(features, logits)
-        except Exception as error:  # safetensors has an error class of its own
-            raise TrajOODError(f"{path}: damaged ({error}): delete this file to extract its features again") from error
-        shapes = (tuple(features.shape), tuple(logits.shape))
-        expected = ((len(indices), self._backbone.feature_dim), (len(indices), self._backbone.classes))
-        if not whole or shapes != expected or ids != tuple(self._images.ids[i] for i in indices):
-            raise TrajOODError(
-                f"{path}: damaged, or of other images (expected {expected[0]} features, got {shapes[0]}): delete this "
-                "file to extract its features again"
-            )
-        return _Block(ids, features, logits, [])
+        return Part(tuple(ids), failures, {"features": features, "logits": logits})
 
 
 def backbone_answers(backbone: Backbone) -> list[float | None] | None:
@@ -240,10 +179,3 @@ def backbone_answers(backbone: Backbone) -> list[float | None] | None:
 def _short(identity: dict[str, Any]) -> str:
     fingerprint, images = (str(identity.get(key))[:12] for key in ("fingerprint", "images"))
     return f"{identity.get('backbone')} ({fingerprint}) over the images {images}"
-
-
-def _checksum(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

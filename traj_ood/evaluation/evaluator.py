@@ -51,7 +51,7 @@ from traj_ood.evaluation.results import FILE_NAME, Result, ScorerResult, SetScor
 from traj_ood.evaluation.snapshot import Snapshot
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.files import alone_in, empty_folder, write_atomic
-from traj_ood.io.parts import Part, PartFolder
+from traj_ood.io.parts import Part, PartStore
 from traj_ood.io.provenance import code_digest, environment, git_commit
 from traj_ood.scorers import Evidence
 from traj_ood.scorers.scorer_set import Precision, Scored, ScorerSet
@@ -169,7 +169,8 @@ class Evaluator:
         self.scorers.check_training_size(len(self.sample.train.images))
         self.name = f"{bench.name}--{re.sub('[/:]', '-', self.autoencoder.name)}--seed{config.seed}"
         self.folder = self.out / self.name
-        self.parts = PartFolder(self.folder / "parts")
+        rerun = "discard the unfinished run with --fresh"
+        self.parts = PartStore(self.folder / "parts", "batch of a run", "compute its batch again", "run.json", rerun)
         self.failures: list[dict[str, str]] = []
         self._still_falling: float | None = None
 
@@ -238,7 +239,7 @@ class Evaluator:
         if self.team.is_main:
             self._check_images()
             self._check_copies(copies)
-        elif not self.parts.is_open():
+        elif not self.parts.index().is_file():
             raise TrajOODError(
                 f"{self.folder}: process {self.team.rank} does not see what the main process wrote there: expected "
                 "--out to be one folder that all processes share"
@@ -262,7 +263,7 @@ class Evaluator:
         if not changed or not any(changed.values()) or lists[0] != lists[1] or other:
             return False
         places = ((name, i // size * size) for name, size in batch_sizes.items() for i in changed[name])
-        return not any(self.parts.has(name, start) for name, start in places)
+        return not any(self.parts.has(_key(name, start)) for name, start in places)
 
     def _check_finished(self, identity: dict[str, Any], result: Result) -> None:
         """Refuse a run of something else; say when it is one of other code, whose numbers these are then."""
@@ -372,9 +373,9 @@ class Evaluator:
         """
         batches = {split.name: _batches(len(split.images), batch_sizes[split.name]) for split in splits}
         share = [_Job(split, indices) for split in splits for indices in self.team.share(batches[split.name])]
-        pieces: dict[tuple[str, int], Part] = {}
+        pieces: dict[str, Part] = {}
         for job in share:
-            part = self.parts.load(*job.key)
+            part = self.parts.load(job.key)
             if part is not None:
                 pieces[job.key] = part
         with _Bar(sum(len(job.indices) for job in share), self.quiet or not self.team.is_main) as bar:
@@ -382,7 +383,7 @@ class Evaluator:
             began = time.perf_counter()
             for job, part in compute([job for job in share if job.key not in pieces], bar):
                 self._snapshot.check(job.split, job.indices)
-                self.parts.save(*job.key, part)
+                self.parts.save(job.key, part)
                 pieces[job.key] = part
                 kind = "fit" if job.split is self.sample.train else f"score/{job.split.name}"
                 began, before = time.perf_counter(), began
@@ -391,7 +392,7 @@ class Evaluator:
         if not (everywhere or self.team.is_main):
             return {split.name: [] for split in splits}
         return {
-            name: [pieces.get((name, b.start)) or self.parts.get(name, b.start) for b in ranges]
+            name: [pieces.get(key) or self.parts.get(key) for key in (_key(name, b.start) for b in ranges)]
             for name, ranges in batches.items()
         }
 
@@ -607,8 +608,13 @@ class _Job:
     failures: list[dict[str, str]] = field(default_factory=list)
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.split.name, self.indices.start
+    def key(self) -> str:
+        return _key(self.split.name, self.indices.start)
+
+
+def _key(split: str, start: int) -> str:
+    """Of a batch's part."""
+    return f"{split}-{start:08d}"
 
 
 class _Bar:

@@ -1,116 +1,140 @@
-"""The unfinished half of a run: one file per scored batch, so that an interruption loses one batch at most."""
+"""What a long computation has finished: one file per part, so that an interruption loses one part at most."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
-from traj_ood.io.weights import digest_of
-
-_DIGEST = "sha256"
+from traj_ood.io.provenance import code_digest
+from traj_ood.io.tensor_file import open_tensors, write_tensors
+from traj_ood.io.trees import read_json
 
 
 @dataclass(frozen=True)
 class Part:
     """One batch: the ids that were read, the failures ({id, error}), tensors with one row per id, and plain notes."""
 
-    ids: tuple[str, ...]
-    failures: list[dict[str, str]]
-    tensors: dict[str, Tensor]
-    notes: dict[str, Any]
+    ids: tuple[str, ...] = ()
+    failures: list[dict[str, str]] = field(default_factory=list)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-class PartFolder:
-    """``folder/<split>-<first index>.safetensors`` and ``folder/run.json``, which says whose parts these are."""
+class PartStore:
+    """``folder/<key>.safetensors``: parts by key, each whole or absent.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    A part that other code of this package has computed counts as absent. A folder of parts may say in a JSON file whose
+    they are, see :meth:`claim`.
 
-    def is_open(self) -> bool:
-        return (self._folder / "run.json").is_file()
+    Args:
+        folder: made with the first part.
+        what: a part is, for errors: ``batch of a run``.
+        redo: what deleting a damaged part makes happen, for errors: ``compute it again``.
+        index: name of the JSON file. discard: how to be rid of a folder with another or a damaged one, for errors.
+    """
 
-    def open(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """Claim the folder for a run, or return the identity of the unfinished run it belongs to.
+    def __init__(self, folder: Path, what: str, redo: str, index: str = "", discard: str = "") -> None:
+        self.folder = folder
+        self._what, self._fix, self._index, self._discard = what, f"delete this file to {redo}", index, discard
+        self._believed: set[str] | None = None
+
+    def distrust(self) -> None:
+        """From now on believe only the parts that this object writes."""
+        self._believed = set()
+
+    # ------------------------------------------------------------------ whose parts they are
+
+    def index(self, group: str = "") -> Path:
+        """The JSON file of the parts whose keys begin with ``group/``; by default, of those without a group."""
+        return self.folder / group / self._index
+
+    def open(self, identity: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+        """The identity of the computation that the parts belong to: ``identity``, where nobody has claimed them yet.
 
         Raises:
-            TrajOODError: the folder cannot be written, or its run.json is damaged.
+            TrajOODError: the folder cannot be written, its identity is damaged or has other keys, or there are parts
+                without one.
         """
-        path = self._folder / "run.json"
-        if path.is_file():
-            try:
-                stored = json.loads(path.read_text())
-            except (ValueError, RecursionError):
-                stored = None
-            if not isinstance(stored, dict) or stored.keys() != identity.keys():
-                raise TrajOODError(f"{path}: damaged or of another version: discard the unfinished run with --fresh")
-            return stored
-        self.claim(identity)
-        return json.loads(json.dumps(identity))
+        path = self.index(group)
+        if not path.is_file():
+            strangers = sorted(path.parent.glob("*.safetensors"))
+            if strangers and not path.is_file():  # another process may have written it meanwhile
+                raise TrajOODError(f"{strangers[0]}: expected {path.name} beside it, found nothing: {self._discard}")
+            self.claim(identity, group)
+        stored = read_json(path, "what its parts belong to", self._discard)
+        if stored.keys() != identity.keys():
+            raise TrajOODError(f"{path}: damaged or of another version: {self._discard}")
+        return stored
 
-    def claim(self, identity: dict[str, Any]) -> None:
+    def claim(self, identity: Mapping[str, Any], group: str = "") -> None:
         """Say whose parts these are, whatever was said before.
+
+        Args:
+            identity: plain data for JSON; what is none is written as text.
+        Raises:
+            TrajOODError: the folder cannot be written.
+        """
+        text = json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
+        write_atomic(self.index(group), text.encode())
+
+    # ------------------------------------------------------------------ parts
+
+    def has(self, key: str) -> bool:
+        """Whether a part has been written."""
+        return self._path(key).is_file() and (self._believed is None or key in self._believed)
+
+    def save(self, key: str, part: Part) -> None:
+        """Write a part.
 
         Raises:
             TrajOODError: the folder cannot be written.
         """
-        write_atomic(self._folder / "run.json", json.dumps(identity, indent=2, sort_keys=True).encode())
+        header = {"part": key, "code": code_digest(), "ids": part.ids, "failures": part.failures, "notes": part.notes}
+        write_tensors(self._path(key), part.tensors, header)
+        if self._believed is not None:
+            self._believed.add(key)
 
-    def has(self, split: str, start: int) -> bool:
-        """Whether that batch has been computed."""
-        return self._path(split, start).is_file()
-
-    def save(self, split: str, start: int, part: Part) -> None:
-        header = {k: json.dumps(getattr(part, k)) for k in ("ids", "failures", "notes")}
-        tensors = {k: v.contiguous().clone() for k, v in part.tensors.items()}  # safetensors refuses shared memory
-        header[_DIGEST] = digest_of(tensors, header)
-        write_atomic(self._path(split, start), save(tensors, metadata=header))
-
-    def load(self, split: str, start: int) -> Part | None:
-        """The part, or None when that batch has not been computed.
+    def load(self, key: str) -> Part | None:
+        """A part, or None where it has not been computed.
 
         Raises:
-            TrajOODError: the file is damaged.
+            TrajOODError: its file is damaged, or that of another part.
         """
-        path = self._path(split, start)
-        if not path.is_file():
+        if not self.has(key):
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            expected = header.pop(_DIGEST, None)  # parts of older versions have none
-            if expected is not None and expected != digest_of(tensors, header):
-                raise ValueError("its content has changed since it was written")
-            ids = tuple(json.loads(header["ids"]))
-            return Part(ids, json.loads(header["failures"]), tensors, json.loads(header["notes"]))
-        except Exception as error:
-            raise TrajOODError(f"{path}: damaged ({error}): delete this file to compute its batch again") from error
+        with open_tensors(self._path(key), self._what, self._fix) as file:
+            header = file.header
+            if header.get("code") != code_digest():
+                return None
+            if header["part"] != key:
+                raise ValueError(f"it is that of {header['part']}")
+            return Part(tuple(header["ids"]), header["failures"], file.tensors, header["notes"])
 
-    def get(self, split: str, start: int) -> Part:
-        """The part of a batch that is known to be finished.
+    def get(self, key: str) -> Part:
+        """A part that is known to be finished.
 
         Raises:
-            TrajOODError: the file is absent or damaged.
+            TrajOODError: its file is absent or damaged.
         """
-        part = self.load(split, start)
+        part = self.load(key)
         if part is None:
             raise TrajOODError(
-                f"{self._path(split, start)}: expected the batch that another process has finished, found no file: "
-                "check that all processes share this folder, and start the same command again"
+                f"{self._path(key)}: expected the {self._what} that another process has finished, found no file: check "
+                "that all processes share this folder, and start the same command again"
             )
         return part
 
     def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, split: str, start: int) -> Path:
-        return self._folder / f"{split}-{start:08d}.safetensors"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
