@@ -27,6 +27,7 @@ ABOUT = {
     "autoencoders": "the protocol, families",
     "backbones": "frozen networks",
     "index": "nearest neighbours",
+    "drawing": "colours, panels, charts",
     "io": "files, provenance",
     "data": "images, preprocessing",
     "dynamics": "iterate, Trajectory",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,8 +17,9 @@ from tiny_digits import write_digits
 from traj_ood.analysis import NAMES, Answer, Finding, Question, Unit, Workspace, base, find_question, options_from
 from traj_ood.analysis.images import load_images, sample, spread
 from traj_ood.cli import main
+from traj_ood.drawing.charts import Curve, DotPanel, Panel, PictureRow, curves, dots, picture_rows
+from traj_ood.drawing.style import Figure, save_png
 from traj_ood.errors import TrajOODError
-from traj_ood.io.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Toy(Question):
 
     def answer(self, work: Workspace) -> Answer:
         unit = work.unit("sum", {"size": self.size}, lambda: Unit({"x": torch.ones(self.size)}, {"sum": self.size}))
-        pictures = {"toy.png": lambda path: write_atomic(path, b"picture")}
+        pictures = {"toy.png": lambda: Figure(figsize=(1, 1))}
         return Answer({"sum": unit.notes["sum"]}, f"The sum is {unit.notes['sum']}.", pictures, ("ran twice",))
 
 
@@ -90,7 +92,7 @@ def test_differences_name_every_option_that_is_not_the_papers() -> None:
 
 def test_a_run_records_everything_and_loads_again(tmp_path: Path) -> None:
     finding = Toy(seed=4).run(Workspace(tmp_path / "units"), tmp_path, command="traj-ood analyze toy")
-    assert (tmp_path / "toy.png").read_bytes() == b"picture"
+    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
     tree = json.loads((tmp_path / "finding.json").read_text())
     assert tree["schema"] == base.SCHEMA
     assert tree["figures"] == {"sum": 3}
@@ -108,7 +110,7 @@ def test_a_run_records_everything_and_loads_again(tmp_path: Path) -> None:
 def test_figures_that_are_no_numbers_are_refused_and_nothing_is_written(tmp_path: Path, bad: object) -> None:
     class Bad(Toy):
         def answer(self, work: Workspace) -> Answer:
-            return Answer({"x": bad}, "", {"toy.png": lambda path: path.write_bytes(b"")})
+            return Answer({"x": bad}, "", {"toy.png": Figure})
 
     with raises("toy: expected finite plain figures"):
         Bad().run(Workspace(tmp_path / "units"), tmp_path)
@@ -220,7 +222,7 @@ def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_recorded_first(tmp_path: Path) -> None:
     class Undrawn(Toy):
         def answer(self, work: Workspace) -> Answer:
-            return Answer({"x": 1}, "", {"toy.png": lambda path: [][0]})
+            return Answer({"x": 1}, "", {"toy.png": lambda: [][0]})
 
     with pytest.raises(IndexError):
         Undrawn().run(Workspace(tmp_path / "units"), tmp_path)
@@ -354,17 +356,27 @@ def test_every_question_has_a_script() -> None:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def test_pictures_refuse_what_cannot_be_drawn(tmp_path: Path) -> None:
-    from traj_ood.analysis.draw import Curve, Panel, PictureRow, curves, picture_rows
-    from traj_ood.analysis.draw_bars import BarPanel, bars
-
+def test_pictures_refuse_what_cannot_be_drawn() -> None:
     with raises("plot: expected panels of at most 6 curves, got [7]"):
-        curves([Panel("", "", "", [Curve("", [1], [1])] * 7)], "", tmp_path / "a.png")
+        curves([Panel("", "", "", [Curve("", [1], [1])] * 7)], "")
     with raises("plot: expected rows of images (K, C, H, W), got shapes [(2, 3)]"):
-        picture_rows([PictureRow("", torch.ones(2, 3).numpy(), [[0.0], [1.0]])], "", tmp_path / "a.png")
-    with raises("plot: expected 2 values in every series, got [1]"):
-        bars(["a", "b"], [BarPanel("", {"x": [1.0]})], "", tmp_path / "a.png")
-    assert not list(tmp_path.iterdir())
-    curves([Panel("", "", "", [Curve("", [1, 2], [None, 1.0], [None, 0.1])], "2")], "title", tmp_path / "a.png")
-    bars(["a", "b"], [BarPanel("", {"x": [1.0, None]}, mark=0.5)], "title", tmp_path / "b.png")
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.iterdir())
+        picture_rows([PictureRow("", torch.ones(2, 3).numpy(), [[0.0], [1.0]])], "")
+    with raises("plot: expected values for each of 2 names in every series, got [1]"):
+        dots(["a", "b"], [DotPanel("", {"x": [[1.0]]})], 1, "")
+
+
+def test_what_was_not_measured_is_a_gap(tmp_path: Path) -> None:
+    line = curves([Panel("", "", "", [Curve("", [1, 2], [None, 1.0], [None, 0.1])], "2")], "title")
+    assert line.axes[0].get_lines()[0].get_ydata() == pytest.approx([np.nan, 1], nan_ok=True)
+    rows = dots(["a", "b"], [DotPanel("", {"x": [[1.0, 2.0], [None]], "y": [[3.0], [0.0]]}, least=0.5)], 1, "title")
+    assert [list(drawn.get_xdata()) for drawn in rows.axes[0].get_lines()] == [[1, 2], [3, 0.5]]
+    for figure in (line, rows):
+        save_png(figure, tmp_path / "a.png")
+
+
+def test_a_curve_without_a_finite_value_is_drawn(tmp_path: Path) -> None:
+    lines = [Curve("none", range(5), [None] * 5), Curve("zero", range(5), [0.0] * 5)]
+    panels = [Panel("", "", "", lines, limits=(0, None)), Panel("", "", "", lines, log_y=True)]
+    panels.append(Panel("", "", "", lines, diagonal=True))
+    save_png(curves(panels, "title"), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import pearsonr
 from tiny_digits import write_digits
 from torch import Tensor, nn
@@ -25,12 +24,13 @@ from traj_ood.analysis.convergence import (
     first_below,
     pearson,
     predicted_steps,
+    steps_figure,
 )
-from traj_ood.analysis.draw_convergence import _against, predictions
 from traj_ood.analysis.images import sample, stack
 from traj_ood.analysis.singular import explicit_norms, explicit_radii, spectral_norms
 from traj_ood.autoencoders import CallableAutoencoder, load_autoencoder
 from traj_ood.data import ArrayImages, Split, read_folder
+from traj_ood.drawing.style import save_png
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.errors import TrajOODError
@@ -320,12 +320,13 @@ def test_the_sentence_counts_the_images_that_settled() -> None:
     [([], "no image to compare"), ([np.nan], "it is 1 or more"), ([0.0, np.nan], "no step predicted or measured")],
 )
 def test_the_picture_says_why_there_is_no_prediction(predicted: list[float], reason: str, tmp_path: Path) -> None:
-    axis = Figure().subplots()
-    _against(axis, pd.Series([3.0] * len(predicted)), pd.Series(predicted, dtype=float), "black", "o", "by the norm")
-    assert axis.get_lines()[0].get_label() == f"by the norm: none, {reason}"
-    names = [f"{prefix}{name}" for prefix in ("", "last ") for name in ("measured", "by norm", "by radius")]
-    predictions(pd.DataFrame({name: predicted for name in ("error", *names)}, dtype=float), "", tmp_path / "a.png")
-    assert (tmp_path / "a.png").is_file()
+    names = [f"{prefix}{name}" for prefix in ("", "last ") for name in ("by norm", "by radius")]
+    table = pd.DataFrame(dict.fromkeys(names, predicted), dtype=float)
+    table[["error", "measured", "last measured"]] = 3.0
+    figure = steps_figure(table, "m")
+    for axis in figure.axes[1:]:
+        assert axis.get_lines()[0].get_label() == f"by the spectral norm: none, {reason}"
+    save_png(figure, tmp_path / "a.png")
 
 
 def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from traj_ood.analysis import Workspace, decomposition, find_question, options_from
 from traj_ood.analysis.decomposition import (
     Decomposition,
-    _draw,
     _sentence,
     bounds,
     elsewhere,
@@ -23,8 +22,10 @@ from traj_ood.analysis.decomposition import (
     nearest,
     summary,
     terms,
+    terms_figure,
 )
 from traj_ood.analysis.singular import spectral_norms
+from traj_ood.drawing.style import save_png
 from traj_ood.errors import TrajOODError
 
 
@@ -78,8 +79,9 @@ def test_a_constant_that_is_not_finite_is_told_and_drawn(tmp_path: Path) -> None
     json.dumps(row, allow_nan=False)
     assert "L_D is not finite" in _sentence("m", {**row, "attractors": 2})
     terms_of = {**parts, "lipschitz": lengths(torch.inf)[0], "elsewhere": lengths(1, torch.inf)}
-    _draw([{**row, "attractors": 2}], terms_of, "m", tmp_path / "a.png")
-    assert (tmp_path / "a.png").is_file()
+    figure = terms_figure([{**row, "attractors": 2}], terms_of, "m")
+    assert [len(line.get_xdata()) for line in figure.axes[2].get_lines()[:4]] == [2, 0, 0, 0]  # no L_D, no ratio
+    save_png(figure, tmp_path / "a.png")
 
 
 def test_held_out_constants_are_those_of_the_other_half() -> None:

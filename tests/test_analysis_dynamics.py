@@ -11,10 +11,9 @@ import tiny
 import torch
 
 from traj_ood.analysis import Finding, Workspace, dynamics
-from traj_ood.analysis.draw import CYCLE
-from traj_ood.analysis.draw_dynamics import step_curves
 from traj_ood.analysis.dynamics import Dynamics, OutputResidual, read_texts
 from traj_ood.autoencoders import CallableAutoencoder, rehearsals
+from traj_ood.drawing.charts import SERIES
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 
@@ -97,12 +96,6 @@ def test_a_factor_is_of_the_same_samples_and_a_spread_of_every_step() -> None:
     assert (lost["left_the_finite_numbers"], lost["last_factor"]) == (1, None)
 
 
-def test_curves_without_a_finite_value_are_drawn(tmp_path: Path) -> None:
-    curves = {"none": [None] * 5, "zero": [0.0] * 5}
-    step_curves({"norm": curves, "latent": curves}, 4, "norm", "title", tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 5000
-
-
 def test_missing_data_are_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Dynamics, "_measured", lambda *_: pytest.fail("computed"))
     tiny.write_images(tmp_path / "images", 3, 0)
@@ -117,7 +110,7 @@ def test_missing_data_are_told_before_anything_is_computed(tmp_path: Path, monke
 
 
 def test_more_models_than_colours_are_refused_at_once() -> None:
-    assert len(CYCLE) == dynamics._MOST
+    assert len(SERIES) == dynamics.MOST_MODELS
     Dynamics(models=tuple(f"{kind}{i}" for kind in ("a/", "causal-lm:") for i in range(6)))
     for kind in ("a/", "causal-lm:"):
         with pytest.raises(TrajOODError, match="models: expected at most 6 autoencoders and 6 language models"):

@@ -19,7 +19,7 @@ LAYERS = [
     ("text",),
     ("errors",),
     ("io",),
-    ("data", "dynamics"),
+    ("data", "drawing", "dynamics"),
     ("backbones", "index"),
     ("autoencoders",),
     ("attractors",),
@@ -33,7 +33,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Library → files, or beginnings of their paths (folders end in "/"), that may import it.
 HEAVY = {
     "faiss": {"index/"},
-    "matplotlib": {"evaluation/plots.py", "analysis/draw", "report/"},  # report: pieces of a page, in its colours
+    "matplotlib": {"analysis/drawings.py", "drawing/", "evaluation/plots.py"},
     "jinja2": {"report/page.py"},
     "transformers": {
         "autoencoders/language.py",

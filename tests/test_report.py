@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -27,14 +28,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from traj_ood.drawing.style import INKS
+from traj_ood.drawing.svg import inline_svg
 from traj_ood.errors import TrajOODError
+from traj_ood.evaluation import plots
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import Frames, Mistake, PathSample, Pictures
 from traj_ood.evaluation.metrics import bootstrap, compute_metrics
 from traj_ood.evaluation.results import Result, ScorerResult, SetScore
 from traj_ood.report import Run, render, write_report
-from traj_ood.report.figures import Panels, histogram_edges
-from traj_ood.report.svg import INKS, inline_svg
 from traj_ood.report.tables import boards, health_card
 
 EVIL = "<script>window.hacked=1</script>"
@@ -472,20 +474,25 @@ def test_the_same_runs_give_the_same_page(place: Path, page: Path) -> None:
     assert render(Run.load_all(place / "one")) == page.read_text(encoding="utf-8")
 
 
+def panel(*drawn: Any) -> str:
+    return inline_svg(plots.alone(*drawn), "label", "salt")
+
+
 def test_size(place: Path) -> None:
     """8 sets of 2,000 images and 17 scorers have to fit in 5 MB beside 1.5 MB of pictures (2 MB in base64)."""
-    draw, panels = np.random.default_rng(0), Panels()
+    draw = np.random.default_rng(0)
     known, sets = draw.gamma(9, 1, 2000), {str(n): draw.gamma(9 + n, 1, 2000) for n in range(8)}
-    edges = histogram_edges(known, sets)
-    drawn = [panels.histogram(known, s, edges, "far", "x") for s in sets.values()] + [panels.roc(known, sets, "x")]
+    edges = plots.shared_bins([known, *sets.values()])
+    drawn = [panel(plots.HISTOGRAM, plots.histogram, known, s, edges, "far") for s in sets.values()]
+    drawn.append(panel(plots.ROC, plots.roc, known, sets))
     assert 17 * sum(map(len, drawn)) < 2.0e6
 
 
 def test_the_roc_that_is_drawn_has_the_area_of_the_exact_one() -> None:
     draw = np.random.default_rng(0)
     known, ood = draw.normal(0, 1, 3000), draw.normal(1.5, 1, 3000)
-    svg = Panels().roc(known, {"x": ood}, "roc")
-    line = next(p for p in re.findall(r'<path d="([^"]+)"[^>]*class="s-set0"', svg))
+    svg = panel(plots.ROC, plots.roc, known, {"x": ood})
+    line = next(p for p in re.findall(r'<path d="([^"]+)"[^>]*stroke="var\(--near\)"', svg))
     points = np.array([[float(n) for n in p.split()] for p in line[1:].split("L")])
     frame = re.search(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', svg)
     assert frame
@@ -499,10 +506,10 @@ def test_the_roc_that_is_drawn_has_the_area_of_the_exact_one() -> None:
 
 def test_a_histogram_shows_every_score() -> None:
     known, ood = np.array([0.0, 1, 1, 2]), np.array([1.0, 5, 1e9])
-    svg = Panels().histogram(known, ood, np.linspace(0, 4, 5), "near", "h")
+    svg = panel(plots.HISTOGRAM, plots.histogram, known, ood, np.linspace(0, 4, 5), "near")
     heights = {}
     for ink in ("id", "near"):
-        path = re.search(rf'<path d="M([^"]+)"[^>]*class="f-{ink} s-{ink}"', svg)
+        path = re.search(rf'<path d="M([^"]+)"[^>]*fill="var\(--{ink}\)"', svg)
         assert path
         y = [float(p.split()[1]) for p in path[1].split("L")]
         heights[ink] = max(y) - min(y)
@@ -512,17 +519,33 @@ def test_a_histogram_shows_every_score() -> None:
 def test_a_drawing_has_the_pages_colours_or_none() -> None:
     figure = Figure(facecolor="none")
     figure.add_artist(Line2D([0, 1], [0, 1], color="hotpink"))
-    with pytest.raises(ValueError, match="expected an ink of the page, got the stroke #ff69b4"):
+    with pytest.raises(ValueError, match="expected an ink of the page, got #ff69b4"):
         inline_svg(figure, "x", "y")
     assert len(set(INKS.values())) == len(INKS)
 
 
+def test_every_ink_has_its_colour_in_the_light_and_a_colour_in_the_dark(reader: Reader) -> None:
+    schemes = re.findall(r"color-scheme: (\w+);([^}]*)", reader.text["style"][0])
+    assert [name for name, _ in schemes] == ["light", "dark", "dark", "light"]  # the system's, the button's, on paper
+    for name, text in schemes:
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", text))
+        assert INKS.keys() <= colours.keys()
+        assert name == "dark" or all(colours[ink] == INKS[ink] for ink in INKS if ink not in ("muted", "rule"))
+
+
+def test_names_in_a_drawing_are_text() -> None:
+    name = 'a<b style="x" #123456 0.12345 &amp;'
+    rows = [plots.ScorerRow(name, {"all": (50.0, 40.0, 60.0)}, [])]
+    svg = panel(plots.overview_frame(1), plots.overview, rows)
+    assert escape(name, quote=False) in svg
+
+
 def test_a_plane_of_its_own_has_arrows_and_ticks() -> None:
     shown = pictures(scores(0), "latent")
-    svg = Panels().plane(shown, "Fig. 1")
+    svg = panel(plots.PLANE, plots.plane, shown)
     assert "z₁" in svg
     assert svg.count("<path") > 50
-    assert "z₁" not in Panels().plane(pictures(scores(0)), "PCA")
+    assert "z₁" not in panel(plots.PLANE, plots.plane, pictures(scores(0)))
 
 
 def test_paths_that_fly_off_or_stand_still_can_be_drawn() -> None:
@@ -532,7 +555,7 @@ def test_paths_that_fly_off_or_stand_still_can_be_drawn() -> None:
     still, nowhere = np.zeros_like(wild), np.full_like(wild, np.nan)
     for paths in (wild, still, nowhere):
         for attractors in (shown.attractors, shown.attractors[:0]):
-            svg = Panels().plane(replace(shown, paths=paths, attractors=attractors), "plane")
+            svg = panel(plots.PLANE, plots.plane, replace(shown, paths=paths, attractors=attractors))
             assert "nan" not in svg
             assert "inf" not in svg
 
@@ -671,7 +694,7 @@ def test_text_has_the_contrast_of_wcag_aa(browser: Browser, page: Path, dark: bo
 
 def test_the_theme_follows_the_system_until_the_button(browser: Browser, page: Path) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
-    line = "getComputedStyle(document.querySelector('.s-id')).stroke"
+    line = """getComputedStyle(document.querySelector('[stroke="var(--id)"]')).stroke"""
     browser.open(page)
     light, ink = browser.evaluate(background), browser.evaluate(line)
     browser.open(page, dark=True)

@@ -18,7 +18,7 @@ A question is a frozen dataclass of options in a file of its own, ``analysis/<na
 
         def answer(self, work: Workspace) -> Answer:
             unit = work.unit("model", {"epochs": self.epochs, "seed": self.seed}, lambda: Unit(...))
-            return Answer({"rows": [...]}, "One sentence.", pictures={"curves.png": lambda path: draw(..., path)})
+            return Answer({"rows": [...]}, "One sentence.", pictures={"curves.png": lambda: draw(...)})
 
 ``question.run(work, folder)`` then writes ``folder/finding.json`` and the pictures, and returns the :class:`Finding`.
 """
@@ -33,13 +33,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.io.trees import read_json
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 FILE_NAME = "finding.json"
 SCHEMA = "traj_ood.finding/1"
@@ -70,13 +73,13 @@ class Answer:
         figures: numbers, texts, and tables as lists of rows {column: value}; None where nothing could be measured
             (NaN and infinity are refused: a reader would not know which of the two reasons they stand for).
         sentence: one sentence that says what was found, with its numbers.
-        pictures: file name → function that draws it to a path.
+        pictures: file name → function that draws it.
         differences: further ones, beside those that the options show, for what only the run knows.
     """
 
     figures: Mapping[str, Any]
     sentence: str
-    pictures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    pictures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
 
 
@@ -207,7 +210,9 @@ class Question(ABC):
         finding.text()  # before anything is drawn: are the figures fit to be recorded?
         finding.save(folder)
         for file, draw in answer.pictures.items():
-            draw(folder / file)
+            from traj_ood.drawing.style import save_png
+
+            save_png(draw(), folder / file)
         return finding
 
     def options(self) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,9 @@ from torch import Tensor, nn
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.errors import TrajOODError, unknown_name
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 BACKBONES = (
     "alexnet",
@@ -243,7 +245,21 @@ def _sentence(summary: list[dict[str, Any]]) -> str:
     )
 
 
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from traj_ood.analysis.draw_contraction import ratios
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    """A row per backbone, a dot per run; left of the dotted line the network contracts (Fig. 6)."""
+    from traj_ood.drawing.charts import DotPanel, dots
 
-    ratios(rows, path)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    labels = {"all": "variance of all output numbers (Fig. 6)", "between": "variance between images"}
+    least = 1e-12  # a constant output has no place on a logarithmic axis
+    largest = 3 * max([30.0, *(x for row in rows for key in KEYS if (x := row[key]) is not None)])
+    panels = []
+    for statistics, mode in (("running", "evaluation mode"), ("batch", "batch statistics")):
+        for output in OUTPUTS:
+            series = {
+                label: [[row[f"{statistics}_{output}_{ratio}"] for row in rows if row["model"] == m] for m in models]
+                for ratio, label in labels.items()
+            }
+            panels.append(DotPanel(f"{output}, {mode}", series, 1, (least / 3, largest), least))
+    title = f"Variance at initialisation: output over input, on N(0, I)\nA ratio of {least:g} is that or less"
+    return dots(models, panels, 2, title)

@@ -12,8 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -35,6 +34,9 @@ from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import QUANTILES, curve_quantiles
 from traj_ood.index import greedy_leaders
 from traj_ood.io.parts import Part
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 _CLOSE = 0.1  # an end point is an attractor when its own remaining error is at most this share of ε
 _STRETCH = 10.0  # the last stretch: from the first error of at most 10 ε to ε
@@ -112,7 +114,7 @@ class Convergence(Question):
         table = curve_quantiles(Split("train", "train", about.train), curves, self.curve_tol)
         common = {"model": about.model.name, "images": len(chosen)}
         recorded = {"curves": curve_figures(table)}
-        pictures: dict[str, Callable[[Path], None]] = {"curves.png": partial(_draw_curves, table, self.curve_tol)}
+        pictures = {"curves.png": partial(_curves_figure, table, self.curve_tol)}
         if not self.predict:
             return Answer(common | recorded, _told_curves(common, table), pictures)
         key = {k: getattr(self, k) for k in ("images", "epsilon", "tol", "max_steps", "seed")} | {
@@ -123,11 +125,8 @@ class Convergence(Question):
         jacobians = self._jacobians(work, key, about, paths)
         steps, figures = self._compare(paths, jacobians)
         figures = common | dict(paths.notes) | figures | recorded
-        drawn: dict[str, Callable[[Path], None]] = {
-            "convergence.png": partial(_draw_steps, steps, about.model.name),
-            **pictures,
-        }
-        return Answer(figures, _sentence(figures), drawn)
+        drawn = {"convergence.png": partial(steps_figure, steps, about.model.name)}
+        return Answer(figures, _sentence(figures), drawn | pictures)
 
     def _chunks(
         self, work: Workspace, name: str, model: Autoencoder, images: ImageSource, key: dict[str, Any],
@@ -411,13 +410,40 @@ def _sentence(figures: dict[str, Any]) -> str:
     )
 
 
-def _draw_steps(table: pd.DataFrame, model: str, path: Path) -> None:
-    from traj_ood.analysis.draw_convergence import predictions
+def steps_figure(table: pd.DataFrame, model: str) -> Figure:
+    """Steps over the initial error, and predicted against measured from the start and over the last stretch (Fig. 11).
 
-    predictions(table, f"Steps to the attractor (Prop. A.9): {model}", path)
+    ``table`` has a row per image: ``error``, ``measured``, ``by norm``, ``by radius``, and the last three with the
+    prefix ``last``; NaN where there is no prediction.
+    """
+    from traj_ood.drawing.charts import Curve, Panel, curves
+
+    rates = {"by norm": "by the spectral norm", "by radius": "by the spectral radius"}
+    over_error = [
+        *(Curve(label, table["error"], table[rate], kind="points") for rate, label in rates.items()),
+        Curve("measured", table["error"], table["measured"], kind="points"),
+    ]
+    panels = [Panel("over the initial error", "initial error ‖e₀‖", "steps to error ε", over_error, log_y=True)]
+    for title, prefix in (("from the start", ""), ("from error 10 ε to ε", "last ")):
+        measured = table[f"{prefix}measured"]
+        against = []
+        for rate, label in rates.items():
+            predicted = table[f"{prefix}{rate}"]
+            shown = predicted.notna() & (predicted > 0) & (measured > 0)
+            label += f" (n = {int(shown.sum())})" if shown.any() else f": none, {_why_none(predicted)}"
+            against.append(Curve(label, measured[shown], predicted[shown], kind="points"))
+        panels.append(Panel(title, "measured steps", "predicted steps", against, diagonal=True))
+    return curves(panels, f"Steps to the attractor (Prop. A.9): {model}")
 
 
-def _draw_curves(table: pd.DataFrame, tol: float, path: Path) -> None:
+def _why_none(predicted: pd.Series) -> str:
+    """Why there is nothing to show: no image at all, no prediction, or none with a step on both sides."""
+    if predicted.empty:
+        return "no image to compare"
+    return "it is 1 or more" if predicted.isna().all() else "no step predicted or measured"
+
+
+def _curves_figure(table: pd.DataFrame, tol: float) -> Figure:
     from traj_ood.evaluation.plots import dynamics_curves
 
-    dynamics_curves(table, tol, path)
+    return dynamics_curves(table, tol)

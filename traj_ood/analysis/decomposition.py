@@ -14,11 +14,10 @@ With z = E(x), Π(z) the nearest attractor, a = x − D(Π(z)) and b = D(Π(z)) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +31,9 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.index import NeighborIndex, greedy_leaders
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 _NORMS = 16  # points per unit of work on L_D
 _BATCH = 64  # trajectories per unit of work, or the model's chunk where that is more
@@ -132,9 +134,7 @@ class Decomposition(Question):
                 bar.update()
         terms = unit.tensors  # of the largest dictionary
         figures = {"model": about.model.name, "images": self.images, **ends.notes, "rows": rows}
-        pictures: dict[str, Callable[[Path], None]] = {
-            "decomposition.png": partial(_draw, rows, terms, about.model.name)
-        }
+        pictures = {"decomposition.png": partial(terms_figure, rows, terms, about.model.name)}
         return Answer(figures=figures, sentence=_sentence(about.model.name, rows[-1]), pictures=pictures)
 
     def _attractors(self, work: Workspace, about: Subject) -> Unit:
@@ -319,14 +319,31 @@ def _sentence(model: str, row: dict[str, Any]) -> str:
     )
 
 
-def _draw(rows: list[dict[str, Any]], terms: Mapping[str, Tensor], model: str, path: Path) -> None:
-    from traj_ood.analysis.draw_decomposition import decomposition
+def terms_figure(rows: list[dict[str, Any]], terms: Mapping[str, Tensor], model: str) -> Figure:
+    """Mean terms, and the share of images for which each form holds, over the dictionary's size; how tight each is."""
+    from traj_ood.drawing.charts import Curve, Panel, curves
 
-    sides = bounds(*(terms[name] for name in ("prototype", "distortion", "gap", "lipschitz", "elsewhere")))
-    decomposition(
-        rows,
-        terms["error"].numpy(),
-        {form: side.numpy() for form, side in sides.items()},
-        f"Prototype and coverage error (Prop. 3.2): {model}",
-        path,
-    )
+    sizes, axis = [row["attractors"] for row in rows], "attractors in the dictionary"
+    labels = {
+        "error": "reconstruction error ‖x − F(x)‖²",
+        "prototype": "prototype error",
+        "distortion": "decoder distortion",
+        "coverage": r"coverage error $L_D^2\,\|z - \Pi(z)\|^2$",
+    }
+    means = [Curve(label, sizes, [row[key] for row in rows]) for key, label in labels.items()]
+    error = terms["error"]
+    holds, tight = [], []
+    for form, side in bounds(*(terms[k] for k in ("prototype", "distortion", "gap", "lipschitz", "elsewhere"))).items():
+        shares = [row["forms"][form]["holds"] for row in rows]
+        holds.append(Curve(form, sizes, [None if share is None else 100 * share for share in shares]))
+        ratio = (side[error > 0] / error[error > 0]).sort().values
+        ratio = ratio if ratio.isfinite().all() else ratio[:0]  # L_D, and so a ratio, may not be finite
+        percent = 100 * torch.arange(1, len(ratio) + 1) / max(1, len(ratio))
+        tight.append(Curve(form, ratio.tolist(), percent.tolist(), kind="steps"))
+    panels = [
+        Panel("terms", axis, "mean over test images", means, log_x="10", log_y=True),
+        Panel("how often each form holds", axis, "images for which it holds (%)", holds, log_x="10", limits=(-3, 103)),
+        Panel(f"how tight, with {sizes[-1]} attractors", "bound / error (left of the line it fails)",
+              "images up to here (%)", tight, log_x="10", mark=1),
+    ]  # fmt: skip
+    return curves(panels, f"Prototype and coverage error (Prop. 3.2): {model}")

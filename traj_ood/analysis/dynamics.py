@@ -18,7 +18,7 @@ from decimal import ROUND_CEILING, Context
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,10 +35,13 @@ from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
 from traj_ood.errors import TrajOODError, unknown_name
 
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
+
 DOCUMENTATION = "documentation"
 _LAST = 50  # steps whose mean factor says whether the residual still falls
 _PIECE = 1000  # characters of a text of the documentation
-_MOST = 6  # models of a kind: draw.py, which only pictures may import, has that many colours
+MOST_MODELS = 6  # models of a kind: a panel of curves has that many colours
 _PILE = "pile.jsonl"
 
 
@@ -89,7 +92,9 @@ class Dynamics(Question):
         language = sum(map(_is_language, self.models))
         most = max(language, len(self.models) - language)
         self.expect(
-            most <= _MOST, "models", f"at most {_MOST} autoencoders and {_MOST} language models (a figure each)"
+            most <= MOST_MODELS,
+            "models",
+            f"at most {MOST_MODELS} autoencoders and {MOST_MODELS} language models (a figure each)",
         )
 
     @classmethod
@@ -403,22 +408,28 @@ def _told_norms(rows: Sequence[Mapping[str, Any]]) -> str:
     return f" From the first step on, the largest mean norm of {of} is at most {most} times its smallest."
 
 
-def _pictures(found: Sequence[_Curves]) -> dict[str, Callable[[Path], None]]:
+def _pictures(found: Sequence[_Curves]) -> dict[str, Callable[[], Figure]]:
     """One figure of the models with images, one of the language models."""
     kinds = {"pairs.png": [c for c in found if "output" in c.tables]}
     kinds["language.png"] = [c for c in found if "output" not in c.tables]
     return {file: partial(_draw, kind) for file, kind in kinds.items() if kind}
 
 
-def _draw(found: Sequence[_Curves], path: Path) -> None:
-    from traj_ood.analysis.draw_dynamics import step_curves
+def _draw(found: Sequence[_Curves]) -> Figure:
+    """Residuals in output and latent space and norms over the steps, as Figs 16 and 17."""
+    from traj_ood.drawing.charts import Curve, Panel, curves
 
     columns = {"output": "residual ‖D(z_t) − D(z_{t−1})‖ in output space", "latent": "latent residual ‖f(z_t) − z_t‖"}
     columns["norm"] = "norm ‖z_t‖"
-    panels = {
-        title: {f"{c.name}{' (random)' if c.rehearsal else ''}": c.mean(column) for c in found}
-        for column, title in columns.items()
-        if column in found[0].tables
-    }
-    steps = len(found[0].mean("latent"))
-    step_curves(panels, steps, columns["norm"], "Latent dynamics, means over samples", path)
+    panels = []
+    for column, title in columns.items():
+        if column in found[0].tables:
+            lines = []
+            for one in found:
+                values = one.mean(column)
+                last = len(one.mean("latent"))
+                lines.append(Curve(f"{one.name}{' (random)' if one.rehearsal else ''}",
+                                   range(last + 1 - len(values), last + 1), values))  # fmt: skip
+            norm = column == "norm"
+            panels.append(Panel(title, "step", "", lines, log_y=not norm, limits=(0, None) if norm else None))
+    return curves(panels, "Latent dynamics, means over samples")

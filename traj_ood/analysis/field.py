@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +23,9 @@ from traj_ood.dynamics.iterate import SelfMap, apply_in_chunks, iterate
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
 from traj_ood.index import greedy_leaders
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 _STARTS = 15  # grid points per side that trajectories start from; the codes of images are further starts
 _SAME = 0.01  # of the box's diagonal: end points closer than that are one attractor
@@ -122,7 +124,7 @@ class Field(Question):
                 rows.append({"run": run, "seed": seed, "epoch": epoch, **unit.notes})
                 panels.append((f"run {run + 1}, epoch {epoch}", unit.tensors))
         figures = {"rows": rows}
-        pictures: dict[str, Callable[[Path], None]] = {"field.png": partial(_draw, self.data, panels)}
+        pictures = {"field.png": partial(_draw, self.data, panels)}
         return Answer(figures=figures, sentence=_sentence(rows), pictures=pictures)
 
     def _measured(self) -> dict[str, Any]:
@@ -225,8 +227,8 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _draw(data: str, panels: list[tuple[str, Mapping[str, Tensor]]], path: Path) -> None:
-    from traj_ood.analysis.draw_field import fields
+def _draw(data: str, panels: list[tuple[str, Mapping[str, Tensor]]]) -> Figure:
+    from traj_ood.analysis.drawings import fields
 
     shown = [(title, {k: v.double().numpy() for k, v in tensors.items()}) for title, tensors in panels]
-    fields(shown, f"Latent vector fields, k = 2: {data}", path)
+    return fields(shown, f"Latent vector fields, k = 2: {data}")

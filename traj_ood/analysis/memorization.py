@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
 from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, spearman
-from traj_ood.analysis.memory import memory, reference, settle_images
+from traj_ood.analysis.memory import gallery, memory, reference, settle_images
 from traj_ood.analysis.workspace import Unit, Workspace
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 
 @register
@@ -46,7 +49,7 @@ class Memorization(Budget):
     def answer(self, work: Workspace) -> Answer:
         data = self.load(work, self.images)
         rows: list[dict[str, Any]] = []
-        pictures: dict[int, dict[str, Tensor]] = {}
+        pictures: dict[str, dict[str, Tensor]] = {}
         with work.bar(len(self.bottlenecks), "memorization", "model") as bar:
             for k in self.bottlenecks:
                 trained = self.train(work, data.train, data.shape, bottleneck=k)
@@ -58,15 +61,14 @@ class Memorization(Budget):
 
                 unit = work.unit("memory", self.measure_key(trained.final, data), measure)
                 rows.append({"bottleneck": k, "train_loss": trained.losses[-1], **unit.notes})
-                pictures[k] = dict(unit.tensors)
+                pictures[f"k = {k}"] = dict(unit.tensors)
                 bar.update()
         closest = reference(data.probe)
         figures = {"rows": rows, "reference": closest, "trends": _trends(rows)}
         return Answer(
             figures,
             _sentence(rows, closest),
-            {"memorization.png": lambda p: _curves(rows, closest, self.data, p)}
-            | ({"attractors.png": lambda p: _gallery(pictures, p)} if any(pictures.values()) else {}),
+            {"memorization.png": partial(_curves, rows, closest, self.data), **gallery(pictures)},
         )
 
 
@@ -93,8 +95,8 @@ def _sentence(rows: list[dict[str, Any]], closest: float) -> str:
     )
 
 
-def _curves(rows: list[dict[str, Any]], closest: float, data: str, path: Path) -> None:
-    from traj_ood.analysis.draw import Curve, Panel, curves
+def _curves(rows: list[dict[str, Any]], closest: float, data: str) -> Figure:
+    from traj_ood.drawing.charts import Curve, Panel, curves
 
     k = [row["bottleneck"] for row in rows]
 
@@ -117,10 +119,4 @@ def _curves(rows: list[dict[str, Any]], closest: float, data: str, path: Path) -
                Curve("distinct end points", k, [None if r["distinct"] is None else r["distinct"] / r["starts"]
                                                 for r in rows])], "2", limits=(-0.03, 1.03)),
     ]  # fmt: skip
-    curves(panels, f"Memorisation over the bottleneck, {data}", path)
-
-
-def _gallery(pictures: dict[int, dict[str, Tensor]], path: Path) -> None:
-    from traj_ood.analysis.draw import attractor_rows
-
-    attractor_rows({f"k = {k}": shown for k, shown in pictures.items()}, path)
+    return curves(panels, f"Memorisation over the bottleneck, {data}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from traj_ood.analysis.models import settle
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.dynamics.trajectory import Status
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 SHOWN = 10
 """Decoded attractors that are kept as pictures."""
@@ -147,3 +151,25 @@ def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None
 def reference(probe: Probe) -> float:
     """Mean cosine of test images to their closest training image: mem of something that was not memorised at all."""
     return float(memorization_coefficients(probe.test, probe.training)[0].mean())
+
+
+def gallery(pictures: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Callable[[], Figure]]:
+    """``attractors.png``: two rows for each label, decoded attractors and the training image closest to each (Fig. 2
+    right).
+
+    ``pictures`` holds the tensors ``decoded`` and ``closest`` (K, C, H, W) in pixels of [0, 1] by label; labels without
+    tensors are left out, and without any there is no picture.
+    """
+
+    def draw() -> Figure:
+        from traj_ood.drawing.charts import PictureRow, picture_rows
+
+        rows = []
+        for label, shown in pictures.items():
+            if shown:
+                limits = torch.tensor([[0.0], [1.0]]).expand(2, shown["decoded"].shape[1]).numpy()
+                rows.append(PictureRow(f"{label}\nD(z*)", shown["decoded"].numpy(), limits))
+                rows.append(PictureRow("closest\ntraining", shown["closest"].numpy(), limits))
+        return picture_rows(rows, "Decoded attractors, each above the training image closest to it")
+
+    return {"attractors.png": draw} if any(pictures.values()) else {}

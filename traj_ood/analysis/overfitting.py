@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
 from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, spearman
-from traj_ood.analysis.memory import memory, reference, settle_images
+from traj_ood.analysis.memory import gallery, memory, reference, settle_images
 from traj_ood.analysis.workspace import Unit, Workspace
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 
 @register
@@ -71,8 +74,7 @@ class Overfitting(Budget):
         return Answer(
             {"rows": rows, "trends": {"memorization": spearman(self.sizes, [r["memorization"] for r in rows])}},
             _sentence(rows),
-            {"overfitting.png": lambda p: _curves(rows, self, p)}
-            | ({"attractors.png": lambda p: _gallery(pictures, p)} if any(pictures.values()) else {}),
+            {"overfitting.png": partial(_curves, rows, self), **gallery(pictures)},
         )
 
     def _row(self, work: Workspace, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -107,8 +109,8 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _curves(rows: list[dict[str, Any]], asked: Overfitting, path: Path) -> None:
-    from traj_ood.analysis.draw import Curve, Panel, curves
+def _curves(rows: list[dict[str, Any]], asked: Overfitting) -> Figure:
+    from traj_ood.drawing.charts import Curve, Panel, curves
 
     x = [row["size"] for row in rows]
 
@@ -125,10 +127,4 @@ def _curves(rows: list[dict[str, Any]], asked: Overfitting, path: Path) -> None:
         Panel("Do trajectories end, and where?", axis, "share of starts",
               [line("converged", "converged"), line("closest to their start", "own")], "2", limits=(-0.03, 1.03)),
     ]  # fmt: skip
-    curves(panels, f"Memorisation over training-set size, {asked.data}, k = {asked.bottleneck}", path)
-
-
-def _gallery(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
-    from traj_ood.analysis.draw import attractor_rows
-
-    attractor_rows(pictures, path)
+    return curves(panels, f"Memorisation over training-set size, {asked.data}, k = {asked.bottleneck}")

@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +33,9 @@ from traj_ood.autoencoders import Autoencoder, load_autoencoder
 from traj_ood.dynamics.iterate import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 ORTHOGONAL, ATTRACTORS, ONE_STEP = "orthogonal basis", "attractors", "one step"
 DICTIONARIES = (ORTHOGONAL, ATTRACTORS, ONE_STEP)
@@ -418,15 +420,15 @@ class _Report:
             f"{used[ONE_STEP]} atoms); attractors have a lower error than that on {lower(ATTRACTORS, ONE_STEP)}."
         )
 
-    def _pictures(self, at: int) -> dict[str, Callable[[Path], None]]:
-        found: dict[str, Callable[[Path], None]] = {"probe.png": self._draw_errors, "atoms.png": self._draw_atoms}
+    def _pictures(self, at: int) -> dict[str, Callable[[], Figure]]:
+        found: dict[str, Callable[[], Figure]] = {"probe.png": self._draw_errors, "atoms.png": self._draw_atoms}
         if self.question.pictured:
-            found["reconstructions.png"] = lambda path: self._draw_reconstructions(at, path)
+            found["reconstructions.png"] = lambda: self._draw_reconstructions(at)
             found["growth.png"] = self._draw_growth
         return found
 
-    def _draw_errors(self, path: Path) -> None:
-        from traj_ood.analysis.draw import Curve, Panel, curves
+    def _draw_errors(self) -> Figure:
+        from traj_ood.drawing.charts import Curve, Panel, curves
 
         panels = []
         for errors in self.sets:
@@ -437,10 +439,10 @@ class _Report:
             log_y = floor > 0 or bool((means > 0).any())
             panels.append(Panel(errors.name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=log_y))
         title = f"Data-free probing of {self.model.name}: {len(self.noise.dictionary):,} starts from noise"
-        curves(panels, title, path)
+        return curves(panels, title)
 
-    def _draw_reconstructions(self, at: int, path: Path) -> None:
-        from traj_ood.analysis.draw import PictureRow, picture_rows
+    def _draw_reconstructions(self, at: int) -> Figure:
+        from traj_ood.drawing.charts import PictureRow, picture_rows
 
         rows = []
         for errors in self.sets[: self.question.pictured]:
@@ -449,10 +451,10 @@ class _Report:
                 rows.append(PictureRow(_broken(name), errors.tensors["pictures"][:, d, at].numpy(), self._limits()))
         level = self.coder.levels[at]
         share = level / len(self.noise.dictionary)
-        picture_rows(rows, f"{self.model.name}: reconstructions with at most {level} atoms ({share:.1%})", path)
+        return picture_rows(rows, f"{self.model.name}: reconstructions with at most {level} atoms ({share:.1%})")
 
-    def _draw_growth(self, path: Path) -> None:
-        from traj_ood.analysis.draw import PictureRow, picture_rows
+    def _draw_growth(self) -> Figure:
+        from traj_ood.drawing.charts import PictureRow, picture_rows
 
         rows = []
         for errors in self.sets[: self.question.pictured]:
@@ -461,10 +463,10 @@ class _Report:
                 captions = [*(f"{level} atoms" for level in self.coder.levels), "input"]
                 label = f"{errors.name}\n{_broken(name)}" if d == 0 else _broken(name)
                 rows.append(PictureRow(label, line.numpy(), self._limits(), captions if d == 0 else ()))
-        picture_rows(rows, f"{self.model.name}: one image of a set with more and more atoms", path)
+        return picture_rows(rows, f"{self.model.name}: one image of a set with more and more atoms")
 
-    def _draw_atoms(self, path: Path) -> None:
-        from traj_ood.analysis.draw import PictureRow, picture_rows
+    def _draw_atoms(self) -> Figure:
+        from traj_ood.drawing.charts import PictureRow, picture_rows
 
         ends = self.noise.dictionary
         kept = ends.distinct()[:_GALLERY]
@@ -474,7 +476,7 @@ class _Report:
             f"{len(kept)} of {len(ends.distinct()):,} distinct points"
         )
         rows = [PictureRow("", part.numpy(), self._limits()) for part in images.split(8)]
-        picture_rows(rows, title, path)
+        return picture_rows(rows, title)
 
     def _limits(self) -> Floats:
         """(2, C): black and white in the model's units."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.experiment import read_pixels, spearman
 from traj_ood.analysis.images import spread
-from traj_ood.analysis.memory import Probe, memory, normalised, reference
+from traj_ood.analysis.memory import Probe, gallery, memory, normalised, reference
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_RATE, paper_recipe, train_conv
 from traj_ood.analysis.variants import Variant, variants
 from traj_ood.analysis.workspace import Unit, Workspace
@@ -24,6 +24,9 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.scorers import create_scorer
 from traj_ood.scorers.scorer_set import ScorerSet
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 SCORERS = ("trajectory", "trajectory:horizon=16", "field", "mahalanobis", "reconstruction")
 """The paper's score, its first 16 steps, the field alone, and two that need no dynamics."""
@@ -115,8 +118,7 @@ class Regularizers(Question):
         return Answer(
             {"rows": rows, "reference": reference(probe), "trends": _trends(rows)},
             _sentence(rows),
-            {"regularizers.png": lambda p: _bars(rows, self.benchmark, p)}
-            | ({"attractors.png": lambda p: _gallery(pictures, p)} if any(pictures.values()) else {}),
+            {"regularizers.png": partial(_dots, rows, self.benchmark), **gallery(pictures)},
         )
 
     def _row(self, work: Workspace, variant: Variant, data: Benchmark) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -272,28 +274,20 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _bars(rows: list[dict[str, Any]], benchmark: str, path: Path) -> None:
-    from traj_ood.analysis.draw_bars import BarPanel, bars
+def _dots(rows: list[dict[str, Any]], benchmark: str) -> Figure:
+    from traj_ood.drawing.charts import DotPanel, dots
 
-    names = [row["variant"] for row in rows]
+    def column(name: str) -> list[list[float | None]]:
+        return [[row.get(name)] for row in rows]
 
-    def column(name: str) -> list[float | None]:
-        return [row.get(name) for row in rows]
-
-    def auroc(label: str) -> list[float | None]:
-        return [None if row["refused"] else row["auroc"][label] for row in rows]
+    def auroc(label: str) -> list[list[float | None]]:
+        return [[None if row["refused"] else row["auroc"][label]] for row in rows]
 
     panels = [
-        BarPanel("Contraction: 1 is the border", {"‖J_f‖ at test latents": column("norm_at_data"),
-                                                  "radius at attractors": column("radius_at_attractors")}, mark=1.0),
-        BarPanel("Trajectories that converge", {"share": column("converged")}, limits=(0, 1)),
-        BarPanel("Memorisation", {"cosine to closest training image": column("memorization")}, limits=(0, 1)),
-        BarPanel("Mean AUROC", {label: auroc(label) for label in SCORERS}, mark=0.5, limits=(0, 1)),
+        DotPanel("Contraction: 1 is the border", {"‖J_f‖ at test latents": column("norm_at_data"),
+                                                  "radius at attractors": column("radius_at_attractors")}, mark=1),
+        DotPanel("Trajectories that converge", {"share": column("converged")}, limits=(-0.03, 1.03)),
+        DotPanel("Memorisation", {"cosine to closest training image": column("memorization")}, limits=(-0.03, 1.03)),
+        DotPanel("Mean AUROC", {label: auroc(label) for label in SCORERS}, mark=0.5, limits=(-0.03, 1.03)),
     ]  # fmt: skip
-    bars(names, panels, f"Table 3's autoencoders on {benchmark}", path)
-
-
-def _gallery(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
-    from traj_ood.analysis.draw import attractor_rows
-
-    attractor_rows(pictures, path)
+    return dots([row["variant"] for row in rows], panels, 4, f"Table 3's autoencoders on {benchmark}")

@@ -18,8 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,9 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.training.loop import Recipe, Trainer
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 _ENDS = 300  # trajectories that are followed to their end
 _MARGIN = 1.5  # of the box around the samples that is drawn and measured, in the data's own units
@@ -93,7 +95,7 @@ class ScoreField(Question):
                     rows.append({"mixture": name, "noise": sigma, **unit.notes})
                     maps[name, sigma] = unit.tensors
                     bar.update()
-        pictures: dict[str, Callable[[Path], None]] = {"score-field.png": partial(_draw_angles, rows)}
+        pictures: dict[str, Callable[[], Figure]] = {"score-field.png": partial(_draw_angles, rows)}
         for name in self.mixtures:
             pictures[f"score-field-{name}.png"] = partial(_draw_maps, name, {s: maps[name, s] for s in self.noise})
         return Answer(figures={"rows": rows}, sentence=_sentence(rows), pictures=pictures)
@@ -332,8 +334,8 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _draw_angles(rows: list[dict[str, Any]], path: Path) -> None:
-    from traj_ood.analysis.draw import Curve, Panel, curves
+def _draw_angles(rows: list[dict[str, Any]]) -> Figure:
+    from traj_ood.drawing.charts import Curve, Panel, curves
 
     lines = {
         "angle": r"data space, to $\nabla\,\log\,p_\sigma$",
@@ -348,10 +350,10 @@ def _draw_angles(rows: list[dict[str, Any]], path: Path) -> None:
         noise = [row["noise"] for row in some]
         drawn = [Curve(label, noise, [row[key] for row in some]) for key, label in lines.items()]
         panels.append(Panel(name, "noise σ", "median angle (degrees)", drawn, limits=(0, 90)))
-    curves(panels, "Angle between the vector field and the score (90° is chance)", path)
+    return curves(panels, "Angle between the vector field and the score (90° is chance)")
 
 
-def _draw_maps(name: str, maps: dict[float, Mapping[str, Tensor]], path: Path) -> None:
-    from traj_ood.analysis.draw_score_field import score_maps
+def _draw_maps(name: str, maps: dict[float, Mapping[str, Tensor]]) -> Figure:
+    from traj_ood.analysis.drawings import score_maps
 
-    score_maps(name, {sigma: {k: v.numpy() for k, v in tensors.items()} for sigma, tensors in maps.items()}, path)
+    return score_maps(name, {sigma: {k: v.numpy() for k, v in tensors.items()} for sigma, tensors in maps.items()})

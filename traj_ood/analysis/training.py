@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,13 +13,16 @@ from traj_ood.analysis.base import Answer, register
 from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, Sampled, change
 from traj_ood.analysis.images import spread
 from traj_ood.analysis.measures import chamfer_similarity
-from traj_ood.analysis.memory import memory, normalised, reference
+from traj_ood.analysis.memory import gallery, memory, normalised, reference
 from traj_ood.analysis.models import settle
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary, NearestAttractor
 from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.evaluation.metrics import compute_metrics
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 _GROUPS = ("train", "test", "noise")
 
@@ -75,7 +78,7 @@ class Training(Budget):
         at = [epoch for epoch in self.at if epoch <= self.epochs]
         trained = self.train(work, data.train, data.shape, bottleneck=self.bottleneck, at=at)
         rows: list[dict[str, Any]] = []
-        pictures: dict[int, dict[str, Tensor]] = {}
+        pictures: dict[str, dict[str, Tensor]] = {}
         with work.bar(len(trained.models), "training: measuring", "epoch") as bar:
             for epoch, model in trained.models.items():
 
@@ -85,14 +88,13 @@ class Training(Budget):
                 unit = work.unit("epoch", self.measure_key(model, data, seed=self.seed), measure)
                 loss = trained.losses[epoch - 1] if epoch else None
                 rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
-                pictures[epoch] = dict(unit.tensors)
+                pictures[f"epoch {epoch}"] = dict(unit.tensors)
                 bar.update()
         closest = reference(data.probe)
         return Answer(
             {"rows": rows, "reference": closest},
             _sentence(rows),
-            {"training.png": lambda p: _curves(rows, closest, self, p)}
-            | ({"attractors.png": lambda p: _gallery(pictures, p)} if any(pictures.values()) else {}),
+            {"training.png": partial(_curves, rows, closest, self), **gallery(pictures)},
         )
 
     def _measure(self, model: ConvAutoencoder, data: Sampled) -> Unit:
@@ -171,8 +173,8 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _curves(rows: list[dict[str, Any]], closest: float, asked: Training, path: Path) -> None:
-    from traj_ood.analysis.draw import Curve, Panel, curves
+def _curves(rows: list[dict[str, Any]], closest: float, asked: Training) -> Figure:
+    from traj_ood.drawing.charts import Curve, Panel, curves
 
     # Epoch 0 has no place on a logarithmic axis; a linear one would hide the first epochs. Drawn at 1/2.
     x = [row["epoch"] or 0.5 for row in rows]
@@ -200,10 +202,4 @@ def _curves(rows: list[dict[str, Any]], closest: float, asked: Training, path: P
         Panel("Rank of decoded attractors (Fig. 13)", axis, "directions for 90 % of variance",
               [line("as they are", "rank90"), line("scaled to length 1", "rank90_unit")], "2"),
     ]  # fmt: skip
-    curves(panels, f"Across training, {asked.data}, k = {asked.bottleneck}", path)
-
-
-def _gallery(pictures: dict[int, dict[str, Tensor]], path: Path) -> None:
-    from traj_ood.analysis.draw import attractor_rows
-
-    attractor_rows({f"epoch {epoch}": shown for epoch, shown in pictures.items()}, path)
+    return curves(panels, f"Across training, {asked.data}, k = {asked.bottleneck}")

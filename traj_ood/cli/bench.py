@@ -136,7 +136,7 @@ def bench(benchmark: str, **options: Any) -> None:
     if not team.is_main:
         return
     if not options["no_plots"]:
-        plot_run(result, evaluator.folder, quiet=options["quiet"])
+        plot_run(evaluator.folder, quiet=options["quiet"])
     say(render_markdown([result]), kept=f"all results are in {evaluator.folder}")
     if not result.dictionary["healthy"]:
         stored = result.dictionary.get("verdict")  # results older than the verdict hold its reasons alone

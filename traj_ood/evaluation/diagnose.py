@@ -134,17 +134,20 @@ class Diagnosis:
         Raises:
             TrajOODError: a folder that cannot be written.
         """
+        from traj_ood.drawing.style import save_png
         from traj_ood.evaluation.plots import attractor_gallery, dynamics_curves
 
         write_atomic(folder / "curves.parquet", lambda file: self.curves.to_parquet(file, index=False))
-        dynamics_curves(self.curves, max(self.settings["tol"], _SMALLEST_TOL), folder / "dynamics.png")
+        tol = max(self.settings["tol"], _SMALLEST_TOL)
+        save_png(dynamics_curves(self.curves, tol), folder / "dynamics.png")
         if self.gallery is not None:
             shown = self.gallery
             captions = [f"{n:,} images\nradius {r:.3f}" for n, r in zip(shown.visits, shown.radii, strict=True)]
             title = f"Attractors of {self.model}, and the nearest of {self.health.count:,} training images"
             decoded = None if shown.decoded is None else shown.decoded.numpy()
             limits = shown.limits.numpy()
-            attractor_gallery(decoded, shown.nearest.numpy(), captions, limits, title, folder / "attractors.png")
+            figure = attractor_gallery(decoded, shown.nearest.numpy(), captions, limits, title)
+            save_png(figure, folder / "attractors.png")
         text = json.dumps(self.as_dict(), indent=2, sort_keys=True)
         write_atomic(folder / FILE_NAME, (text + "\n").encode())
 

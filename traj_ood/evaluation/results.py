@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,24 @@ class Result:
                 "run `traj-ood bench` first or name another folder"
             )
         return [cls.load(path) for path in paths]
+
+
+def near_first(sets: Mapping[str, str]) -> dict[str, str]:
+    """OOD sets, name → role, in the order of every figure and table: near ones first, then by name."""
+    return dict(sorted(sets.items(), key=lambda item: (item[1] == "far", item[0])))
+
+
+def mean_interval(scores: Sequence[SetScore], metric: str) -> tuple[float, float]:
+    """The mean of the sets' intervals of a metric: at least as wide as the interval of their mean.
+
+    The deviation of a mean is at most the mean of the deviations, whatever the sets share (here their ID images), so
+    this errs to the wide side. NaN unless every set has an interval.
+    """
+    found = [s.intervals.get(metric) for s in scores]
+    if not found or any(interval is None for interval in found):
+        return math.nan, math.nan
+    low, high = zip(*(i for i in found if i), strict=True)
+    return sum(low) / len(low), sum(high) / len(high)
 
 
 # ---------------------------------------------------------------------------------------------- reading

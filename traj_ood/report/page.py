@@ -1,6 +1,7 @@
 """The page: what a reader sees of runs, put into the template. No clock, no network, no model, no data.
 
-The template escapes every text by itself; only the drawings of figures.py, the style sheet and the script are markup.
+The template escapes every text by itself; only the drawings, the style sheet and the script are markup. The drawings
+are the panels of the run's figures (:mod:`traj_ood.evaluation.plots`); titles, legends and numbers are the page's.
 """
 
 from __future__ import annotations
@@ -9,25 +10,31 @@ import base64
 import hashlib
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from traj_ood.drawing.style import Figure, line_of, look
+from traj_ood.drawing.svg import inline_svg
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.evaluation import plots
 from traj_ood.evaluation.gallery import Frames, Mistake, Pictures, chosen_scorers
 from traj_ood.evaluation.results import ScorerResult
+from traj_ood.evaluation.runs import Run
 from traj_ood.io.files import write_atomic
-from traj_ood.report.figures import QUANTITIES, Panels, histogram_edges, line_of
-from traj_ood.report.runs import Run
 from traj_ood.report.tables import Board, HealthCard, Row, boards, health_card, provenance
 from traj_ood.text import printable
 
 FILE_NAME = "report.html"
+
+Draw = Callable[[Figure, str], Markup]
+"""Puts a figure into the page, with what a reader who does not see it is told."""
 
 _LOWERED = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -75,12 +82,16 @@ def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
     )
     environment.filters |= {"percent": percent, "picture": picture_url, "breakable": breakable}
     style, script = (_asset(name) for name in ("page.css", "page.js"))
-    panels = Panels()
+    numbers = count()
+
+    def draw(figure: Figure, label: str) -> Markup:
+        return Markup(inline_svg(figure, label, salt=str(next(numbers))))
+
     found = boards(runs)
     return environment.get_template("page.html").render(
         title=_title(found),
-        boards=[(board, _overview(panels, board)) for board in found],
-        views=[_view(panels, run, scorers) for board in found for run in board.runs],
+        boards=[(board, _overview(draw, board)) for board in found],
+        views=[_view(draw, run, scorers) for board in found for run in board.runs],
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
@@ -128,19 +139,21 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _overview(panels: Panels, board: Board) -> Markup:
+def _overview(draw: Draw, board: Board) -> Markup:
     """AUROC of all scorers side by side, near and far apart."""
     rows = []
     for row in board.rows:
         figures = {region: row.figures[f"{region}_auroc"] for region in ("near", "far", "all")}
-        values = {r: (100 * f.value, 100 * f.low, 100 * f.high) for r, f in figures.items() if f.known}
-        rows.append((_clipped(row), values))
+        means = {r: (100 * f.value, 100 * f.low, 100 * f.high) for r, f in figures.items() if f.known}
+        sets = [(board.sets[name], 100 * figure.value) for name, figure in row.sets.items()]
+        rows.append(plots.ScorerRow(_clipped(row), means, sets))
     label = f"AUROC of {len(rows)} scorers on near, far and all OOD sets; the figures stand in the table"
-    return Markup(panels.overview(rows, label))
+    return draw(plots.alone(plots.overview_frame(len(rows)), plots.overview, rows), label)
 
 
 def _clipped(row: Row) -> str:
-    return row.name if len(row.name) <= 52 else row.name[:51] + "…"
+    name = printable(row.name)
+    return name if len(name) <= 52 else name[:51] + "…"
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -221,17 +234,17 @@ class RunView:
     provenance: list[tuple[str, str]]
 
 
-def _view(panels: Panels, run: Run, scorers: Sequence[str] | None) -> RunView:
+def _view(draw: Draw, run: Run, scorers: Sequence[str] | None) -> RunView:
     labels = _labels(run.result.scorers, scorers)
     pictures = run.pictures
     return RunView(
         run=run,
         health=health_card(run.result),
-        scorers=[_scorer_view(panels, run, label) for label in labels],
+        scorers=[_scorer_view(draw, run, label) for label in labels],
         others=len(run.result.scorers) - len(labels),
-        dynamics=_dynamics(panels, run),
+        dynamics=_dynamics(draw, run),
         no_dynamics=_no_dynamics(run),
-        plane=Markup(panels.plane(pictures, _plane_label(pictures))) if pictures else None,
+        plane=draw(plots.alone(plots.PLANE, plots.plane, pictures), _plane_label(pictures)) if pictures else None,
         plane_text=_plane_text(pictures) if pictures else "",
         films=[_film(pictures, frames) for frames in pictures.frames] if pictures else [],
         no_films=pictures.no_frames if pictures else "",
@@ -248,25 +261,25 @@ def _labels(scorers: Mapping[str, ScorerResult], wanted: Sequence[str] | None) -
     return [label for label in wanted if label in scorers]
 
 
-def _scorer_view(panels: Panels, run: Run, label: str) -> ScorerView:
-    scorer, found = run.result.scorers[label], run.scores_by_set(label)
-    sets = {name: scorer.sets[name] for name in run.sets() if name in scorer.sets}
-    histograms, roc, beyond, missing = [], None, "", []
-    if found is None:
+def _scorer_view(draw: Draw, run: Run, label: str) -> ScorerView:
+    scorer = run.result.scorers[label]
+    histograms, roc_curve, beyond, missing = [], None, "", []
+    if run.scores is None:
         missing.append("The scores per image (scores.parquet) were not kept, so there is nothing to draw.")
     else:
-        id_scores, by_set = found
-        edges = histogram_edges(id_scores, by_set)
-        for name, score in sets.items():
+        id_scores, scores = run.scores_of(label)
+        edges = plots.shared_bins([id_scores, *scores.values()])
+        for name, values in scores.items():
+            score = scorer.sets[name]
             text = f"Histogram of {label}: ID against {name} ({score.role}), AUROC {percent(score.metrics.auroc)} %"
-            svg = Markup(panels.histogram(id_scores, by_set[name], edges, score.role, text))
+            panel = plots.alone(plots.HISTOGRAM, plots.histogram, id_scores, values, edges, score.role)
             figures = {"AUROC": score.metrics.auroc, "FPR95": score.metrics.fpr95}
             detail = ", ".join(f"{metric}\N{NO-BREAK SPACE}{percent(value)}" for metric, value in figures.items())
-            histograms.append(Panel(name, score.role, detail, svg))
-        outside = sum(int(((v < edges[0]) | (v > edges[-1])).sum()) for v in (id_scores, *by_set.values()))
-        beyond = f"{outside:,} scores lie beyond the axis and stand in the outermost bins." if outside else ""
-        roc = Markup(panels.roc(id_scores, {n: by_set[n] for n in sets}, f"ROC curves of {label} for each OOD set"))
-    return ScorerView(scorer, histograms, beyond, roc, _keys(run, label), _mistakes(run, label, missing), missing)
+            histograms.append(Panel(name, score.role, detail, draw(panel, text)))
+        beyond = plots.beyond(edges, id_scores, scores)
+        curves = plots.alone(plots.ROC, plots.roc, id_scores, scores)
+        roc_curve = draw(curves, f"ROC curves of {label} for each OOD set")
+    return ScorerView(scorer, histograms, beyond, roc_curve, _keys(run, label), _mistakes(run, label, missing), missing)
 
 
 def _keys(run: Run, label: str | None = None) -> list[Key]:
@@ -349,23 +362,21 @@ def _no_dynamics(run: Run) -> str:
     return "" if len(run.curves) else "No scorer of this run follows trajectories, so there are no curves over steps."
 
 
-def _dynamics(panels: Panels, run: Run) -> list[tuple[str, list[Panel], list[Key]]]:
+def _dynamics(draw: Draw, run: Run) -> list[tuple[str, list[Panel], list[Key]]]:
     """Rows of panels: all sets in one row up to four, else near and far apart."""
     if run.curves is None or run.curves.empty:
         return []
     tol = run.result.config.get("tol")
     if not isinstance(tol, (int, float)):
         raise TrajOODError(f"result {run.result.name!r}: expected config.tol to be a number, got {tol!r}; run it again")
-    keys = _keys(run)
-    rows = {"ID and OOD sets": keys} if len(keys) <= 4 else {}
-    for role in ("near", "far") if not rows else ():
-        rows |= {f"ID and {role} sets": own} if (own := [k for k in keys if k.role == role]) else {}
+    keys = {key.name: key for key in _keys(run)}
+    known = {str(name): look("id") for name in run.curves.loc[run.curves["role"] == "test", "split"].unique()}
     found = []
-    for title, own in rows.items():
-        sets = {key.name: keys.index(key) for key in own}
-        drawn = [
-            Panel(name, "", "", Markup(panels.dynamics(run.curves, quantity, tol, sets, f"{name} over steps, {title}")))
-            for quantity, name in QUANTITIES.items()
-        ]
-        found.append((title, drawn, own))
+    for title, names in plots.set_rows(run.sets()).items():
+        looks = known | {name: look(keys[name].ink, keys[name].dash) for name in names}
+        panels = []
+        for quantity, name in plots.QUANTITIES.items():
+            figure = plots.alone(plots.DYNAMICS, plots.dynamics, run.curves, quantity, tol, looks)
+            panels.append(Panel(name, "", "", draw(figure, f"{name} over steps, {title}")))
+        found.append((title, panels, [keys[name] for name in names]))
     return found

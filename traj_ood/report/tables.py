@@ -10,8 +10,8 @@ from typing import Any
 from traj_ood.attractors import Verdict
 from traj_ood.evaluation.leaderboard import REGIONS, groups_of, leaderboard
 from traj_ood.evaluation.metrics import METRIC_NAMES
-from traj_ood.evaluation.results import Result, ScorerResult, SetScore
-from traj_ood.report.runs import Run
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore, mean_interval, near_first
+from traj_ood.evaluation.runs import Run
 
 NAN = float("nan")
 
@@ -101,12 +101,11 @@ def boards(runs: Sequence[Run]) -> list[Board]:
         sets: dict[str, str] = {}
         for run in own:
             sets |= run.sets()
-        sets = dict(sorted(sets.items(), key=lambda item: (item[1] == "far", item[0])))
         letters = {v: _letters(n) for n, v in enumerate(dict.fromkeys(part["variant"])) if v}
         lines: list[Any] = part.to_dict("records")
         rows = [_row(line, letters.get(line["variant"], ""), behind[tuple(line[k] for k in keys)]) for line in lines]
         tags = {letter: variant for variant, letter in letters.items()}
-        found.append(Board(str(benchmark), str(model), rows, tags, own, sets))
+        found.append(Board(str(benchmark), str(model), rows, tags, own, near_first(sets)))
     return found
 
 
@@ -121,7 +120,7 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
     for region in REGIONS:
         scores = [s for scorer in scorers for s in scorer.sets.values() if region in ("all", s.role)]
         for metric in METRIC_NAMES:
-            low, high = _interval(scores, metric)
+            low, high = mean_interval(scores, metric)
             name = f"{region}_{metric}"
             figures[name] = Figure(line[name], low, high, line[f"{name}_std"])
     by_set: dict[str, list[SetScore]] = {}
@@ -145,20 +144,7 @@ def _mean_figure(scores: Sequence[SetScore], metric: str) -> Figure:
     values = [getattr(s.metrics, metric) for s in scores]
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else NAN
-    return Figure(mean, *_interval(scores, metric), spread)
-
-
-def _interval(scores: Sequence[SetScore], metric: str) -> tuple[float, float]:
-    """The mean of the sets' intervals: at least as wide as the interval of their mean.
-
-    The deviation of a mean is at most the mean of the deviations, whatever the sets share (here their ID images), so
-    this errs to the wide side. NaN unless every set has an interval.
-    """
-    found = [s.intervals.get(metric) for s in scores]
-    if not found or any(interval is None for interval in found):
-        return NAN, NAN
-    low, high = zip(*(i for i in found if i), strict=True)
-    return sum(low) / len(low), sum(high) / len(high)
+    return Figure(mean, *mean_interval(scores, metric), spread)
 
 
 # ---------------------------------------------------------------------------------------------- the dictionary

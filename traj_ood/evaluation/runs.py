@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import Pictures
-from traj_ood.evaluation.results import FILE_NAME, Result
+from traj_ood.evaluation.results import FILE_NAME, Result, near_first
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,18 @@ class Run:
 
     def sets(self) -> dict[str, str]:
         """The role of each OOD set, near ones first, then by name."""
-        roles = {name: score.role for scorer in self.result.scorers.values() for name, score in scorer.sets.items()}
-        return dict(sorted(roles.items(), key=lambda item: (item[1] == "far", item[0])))
+        scorers = self.result.scorers.values()
+        return near_first({name: score.role for scorer in scorers for name, score in scorer.sets.items()})
 
-    def scores_by_set(self, label: str) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]] | None:
-        """ID scores and those of each set in the order of :meth:`sets`; None when they were not kept."""
+    def scores_of(self, label: str) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        """ID scores and those of each of the scorer's sets in the order of :meth:`sets`. Raises ``TrajOODError`` where
+        they were not kept."""
         if self.scores is None:
-            return None
+            raise TrajOODError(f"{self.place}: expected scores.parquet of a finished run; run it again")
         values = self.scores[label].to_numpy(dtype=np.float64)
         split, role = (self.scores[key].to_numpy() for key in ("split", "role"))
-        return values[role == "test"], {name: values[split == name] for name in self.sets()}
+        own = self.result.scorers[label].sets
+        return values[role == "test"], {name: values[split == name] for name in self.sets() if name in own}
 
 
 def _check_scores(scores: pd.DataFrame, path: Path) -> None:
