@@ -327,50 +327,42 @@ def command_line(arguments: argparse.Namespace, part: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- plots
 
-# Okabe and Ito's colours, as in traj_ood/plots.py
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#000000", "#56B4E9")
-MARKS = "osD^vPX"
-
 
 def plot(name: str, rows: Sequence[Row], work: Workplace, path: Path) -> None:
     """AUROC and FPR@95 over the part's choice, one line per scorer; for recipes also over the dictionary's health."""
-    from matplotlib.figure import Figure
+    from traj_ood.drawing.charts import look_of
+    from traj_ood.drawing.style import Frame, canvas, save_png
 
     column, title, scale = AXES[name]
     panels: list[tuple[str, str, str, str]] = [(column, title, scale, key) for key in ("auroc", "fpr95")]
     if name == "recipe":
         panels += [("converged", "share of training trajectories that converge", "linear", "auroc")]
         panels += [("distinct", "distinct attractors", "symlog", "auroc")]
-    wide = len(panels) // 2
-    figure = Figure(figsize=(11.0, 4.2 * wide + 1.0), layout="constrained", facecolor="white")
-    axes = figure.subplots(wide, 2, squeeze=False).ravel()
-    for axis, (x, label, own_scale, key) in zip(axes, panels, strict=True):
-        _panel(axis, rows, x, own_scale, key, joined=x == column and own_scale != "names")
-        axis.set(xlabel=label, ylabel={"auroc": "mean AUROC (%)", "fpr95": "mean FPR95 (%)"}[key])
-    count = len({row["scorer"] for row in rows})
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, count), frameon=False)
+    looks = {scorer: look_of(n) for n, scorer in enumerate(dict.fromkeys(row["scorer"] for row in rows))}
     images = f"{work.arguments.per_set:,} images a set at most"
     if name != "attractors":  # which shows them on its axis
         images += f", {work.arguments.attractors:,} training images"
     what = f"{work.benchmark.name}, {'recipes' if name == 'recipe' else work.model.name}"
-    figure.suptitle(f"{name}: {what} ({images})", fontsize=11, fontweight="bold")
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    figure, axes = canvas(Frame(5.0, 3.8), len(panels), 2, f"{name}: {what}\n{images}", looks)
+    for axis, (x, label, own_scale, key) in zip(axes, panels, strict=True):
+        _panel(axis, rows, x, own_scale, key, looks, joined=x == column and own_scale != "names")
+        axis.set(xlabel=label, ylabel={"auroc": "mean AUROC (%)", "fpr95": "mean FPR95 (%)"}[key])
+    save_png(figure, path)
 
 
-def _panel(axis: Any, rows: Sequence[Row], x: str, scale: str, key: str, *, joined: bool) -> None:
+def _panel(
+    axis: Any, rows: Sequence[Row], x: str, scale: str, key: str, looks: dict[str, Any], *, joined: bool
+) -> None:
     names = list(dict.fromkeys(str(row[x]) for row in rows))
-    for i, scorer in enumerate(dict.fromkeys(row["scorer"] for row in rows)):
+    for scorer, look in looks.items():
         # A path's own length is no number of steps: it stands in the table alone.
         own = [r for r in rows if r["scorer"] == scorer and (scale == "names" or not isinstance(r[x], str))]
         places = [names.index(str(r[x])) if scale == "names" else r[x] for r in own]
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 5}
-        axis.plot(places, [100 * r[key] for r in own], linestyle="-" if joined else "", label=scorer, **style)
+        axis.plot(places, [100 * r[key] for r in own], **look, linestyle="-" if joined else "")
     if scale == "names":
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     else:
         axis.set_xscale(scale)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#dddddd", linewidth=0.6)
 
 
 # ---------------------------------------------------------------------------------------------- the command
