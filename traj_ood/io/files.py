@@ -45,22 +45,17 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
         raise TrajOODError(f"{path}: expected a file to write, found {found}; choose another name")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Opened by name, not through tempfile: its files are private (0600), and results are there to be read.
-        with open(temporary, "xb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise TrajOODError(
-            f"{path.parent}: expected a folder that can be written (for {path.name}), got: {reason}; "
-            f"free space, fix its permissions or {_elsewhere(path.parent)}"
-        ) from error
+        with folder_errors(path.parent, path.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Opened by name, not through tempfile: its files are private (0600), and results are there to be read.
+            with open(temporary, "xb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -75,7 +70,7 @@ def check_writable(folder: str | Path) -> None:
     made = [path for path in folder.parents if not os.path.exists(path)]
     probe = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with _folder_errors(folder):
+        with folder_errors(folder):
             probe.mkdir(parents=True)
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty ends it
@@ -97,11 +92,16 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     opened = -1
     try:
-        with _folder_errors(folder):
+        with folder_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             opened = os.open(folder, os.O_RDONLY) if os.name == "posix" else -1
         if opened >= 0:
-            _lock(opened, folder)
+            try:
+                lock(opened, folder)
+            except BlockingIOError as error:
+                raise TrajOODError(
+                    f"{folder}: another process is at work in it; wait until it ends, or choose another folder"
+                ) from error
         yield
     finally:
         if opened >= 0:
@@ -117,7 +117,7 @@ def empty_folder(folder: str | Path, first: str) -> None:
     Raises ``TrajOODError`` when something cannot be removed.
     """
     folder = Path(folder)
-    with _folder_errors(folder):
+    with folder_errors(folder):
         (folder / first).unlink(missing_ok=True)
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -126,32 +126,42 @@ def empty_folder(folder: str | Path, first: str) -> None:
                 path.unlink()
 
 
-def _lock(opened: int, folder: Path) -> None:
-    import fcntl
+def lock(opened: int, path: Path) -> None:
+    """Keep other processes out of ``path``, open as ``opened``, until that is closed, however this process dies.
 
+    Where nothing can be locked (Windows, some network file systems), nothing is guarded.
+
+    Raises:
+        BlockingIOError: another process is in it, or has replaced or removed it since it was opened.
+    """
     try:
+        import fcntl
+
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who made it and wrote nothing may have removed it between our open and our lock.
-        if not folder.exists() or not os.path.samestat(os.fstat(opened), os.stat(folder)):
-            raise BlockingIOError
-    except BlockingIOError as error:
-        raise TrajOODError(
-            f"{folder}: another process is at work in it; wait until it ends, or choose another folder"
-        ) from error
-    except OSError:  # a file system without locks: better unguarded than not at all
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):  # better unguarded than not at all
         return
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(opened), os.stat(path)):
+            return
+    raise BlockingIOError
 
 
 @contextlib.contextmanager
-def _folder_errors(folder: Path) -> Iterator[None]:
-    """OSError as the one line of a folder that cannot be written."""
+def folder_errors(folder: Path, name: str = "", then: str = "") -> Iterator[None]:
+    """OSError as the one line of a folder that cannot be written.
+
+    Args:
+        name: of the file that is meant for it. then: what to do; by default, find space elsewhere.
+    """
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        file = f" (for {name})" if name else ""
+        then = then or f"free space, fix its permissions or {_elsewhere(folder)}"
         raise TrajOODError(
-            f"{folder}: expected a folder that can be written, got: {reason}; fix its permissions or "
-            f"{_elsewhere(folder)}"
+            f"{folder}: expected a folder that can be written{file}, got: {error.strerror or error}; {then}"
         ) from error
 
 

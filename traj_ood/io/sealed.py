@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from traj_ood.errors import TrajOODError
-from traj_ood.io.files import write_atomic
+from traj_ood.io.files import folder_errors, write_atomic
 
 _BLOCK = 2**20
 _MOST_JSON = 2**26
@@ -41,18 +41,14 @@ def replaced_folder(folder: str | Path, name: str, known: Collection[str], overw
     target = Path(os.path.realpath(Path(folder).expanduser()))
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        _refuse_strangers(target, name, known)
-        fresh.mkdir(parents=True)
-        yield fresh
-        if overwrite:
-            _swap(fresh, target)
-        else:
-            _take(fresh, target)
-    except OSError as error:
-        raise TrajOODError(
-            f"{target}: expected a folder that can be written, got: {error.strerror or error}; free space, fix the "
-            "permissions or choose another folder"
-        ) from error
+        with folder_errors(target):
+            _refuse_strangers(target, name, known)
+            fresh.mkdir(parents=True)
+            yield fresh
+            if overwrite:
+                _swap(fresh, target)
+            else:
+                _take(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

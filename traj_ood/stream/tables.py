@@ -21,12 +21,14 @@ import stat
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from traj_ood.data.contents import hash_files
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.files import folder_errors, lock
 from traj_ood.stream.formats import TEXT_FORMATS, TextFormat, text_format
 from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import COLUMNS, Row, Tally, content_of
@@ -223,7 +225,7 @@ class FileTable(Table):
 
     def write(self, rows: Sequence[Row]) -> None:
         data = b"".join(map(self._form.encode, rows))
-        with _disk_errors(self._path, f"; rows before that are kept in {self._part.name}: continue with --resume"):
+        with _disk_errors(self._path, f"rows before that are kept in {self._part.name}: continue with --resume"):
             if self._file.tell() == 0:
                 data = self._form.header + data
             _write_all(self._file, data)
@@ -470,10 +472,7 @@ def _open_part(part: Path) -> io.FileIO:
         raise TrajOODError(f"{part}: expected a file that an earlier run left, or nothing, found a pipe or device")
     file = io.FileIO(opened, "r+b")
     try:
-        _lock(file)
-        # The run that held it may have finished between our open and our lock: this is then its finished file.
-        if not part.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
-            raise BlockingIOError
+        lock(file.fileno(), part)
     except BlockingIOError as error:
         file.close()
         raise TrajOODError(f"{part}: another process is writing it; wait for it, or choose another --out") from error
@@ -495,32 +494,14 @@ def _start_again(file: io.FileIO, path: Path, part: Path, overwrite: bool) -> No
         file.truncate(0)
 
 
-def _lock(file: io.FileIO) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # a network file system without locks: better unguarded than not at all
-        return
-
-
 def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
 
 
-@contextlib.contextmanager
-def _disk_errors(path: Path, kept: str = "") -> Iterator[None]:
+def _disk_errors(
+    path: Path, then: str = "free space, fix its permissions or choose another --out"
+) -> AbstractContextManager[None]:
     """OSError as the one line of a file that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise TrajOODError(
-            f"{path.parent}: expected a folder that can be written (for {path.name}), got: "
-            f"{error.strerror or error}{kept or '; free space, fix its permissions or choose another --out'}"
-        ) from error
+    return folder_errors(path.parent, path.name, then)
