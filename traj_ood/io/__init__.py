@@ -1,1 +1,1 @@
-"""Files: weights and checkpoints, atomic and sealed writes, part files, bounded JSON and YAML, provenance."""
+"""Files: tensors with a digest, weights, atomic and sealed writes, part stores, bounded JSON and YAML, provenance."""
