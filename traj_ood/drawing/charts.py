@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ class Curve:
     x: Values
     y: Values
     spread: Values | None = None
-    kind: str = "line"
+    kind: Literal["line", "points", "steps"] = "line"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Panel:
     title: str
     x_label: str
     y_label: str
-    curves: Sequence[Curve] = field(default_factory=tuple)
+    curves: Sequence[Curve]
     log_x: str = ""
     log_y: bool = False
     limits: tuple[float, float | None] | None = None

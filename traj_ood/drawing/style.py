@@ -91,8 +91,8 @@ def canvas(
         title: the first line is bold, the others explain. Lines are wrapped, not cut at the edge.
         legend: label → how its line looks, below the panels.
         headroom: inches above each panel, for a title of its own.
-        onto: a figure with as many panels of this frame, which is emptied and used again: half of the time of a small
-            figure goes into its axes and their ticks. None makes one.
+        onto: a figure of this frame, which is emptied and used again where it has as many panels: half of the time of a
+            small figure goes into its axes and their ticks. None makes one.
     """
     columns = min(columns, count)
     rows = math.ceil(count / columns)
@@ -107,6 +107,8 @@ def canvas(
     body = rows * (frame.height + headroom)
     height = head + body + foot
 
+    if onto is not None and len(onto.axes) != count:
+        onto = None
     figure = onto or Figure(facecolor=INKS["paper"])
     figure.set_size_inches(width, height)
     axes = _panels(figure, frame, count, rows, columns, foot, body) if onto is None else _emptied(onto)

@@ -102,7 +102,7 @@ def score_histograms(
         id_scores, ood: scores, HIGHER = MORE OOD. All panels share their bins, see :func:`shared_bins`.
         sets: role and metrics of each set of ``ood``.
         title: of the figure.
-        onto: a figure of this function for as many sets, to be drawn anew in half the time. None makes one.
+        onto: a figure of this function, to be drawn anew in half the time. None makes one.
     Raises:
         TrajOODError: empty or non-finite scores, no OOD set, or one without a role.
     """

@@ -171,7 +171,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Panel:
+class Drawing:
     """A drawing with its title and a line below it."""
 
     title: str
@@ -198,7 +198,7 @@ class ScorerView:
     """One scorer of a run in detail; ``missing`` says in words what was not kept."""
 
     result: ScorerResult
-    histograms: list[Panel]
+    histograms: list[Drawing]
     beyond: str
     roc: Markup | None
     keys: list[Key]
@@ -224,7 +224,7 @@ class RunView:
     health: HealthCard
     scorers: list[ScorerView]
     others: int
-    dynamics: list[tuple[str, list[Panel], list[Key]]]
+    dynamics: list[tuple[str, list[Drawing], list[Key]]]
     no_dynamics: str
     plane: Markup | None
     plane_text: str
@@ -275,7 +275,7 @@ def _scorer_view(draw: Draw, run: Run, label: str) -> ScorerView:
             panel = plots.alone(plots.HISTOGRAM, plots.histogram, id_scores, values, edges, score.role)
             figures = {"AUROC": score.metrics.auroc, "FPR95": score.metrics.fpr95}
             detail = ", ".join(f"{metric}\N{NO-BREAK SPACE}{percent(value)}" for metric, value in figures.items())
-            histograms.append(Panel(name, score.role, detail, draw(panel, text)))
+            histograms.append(Drawing(name, score.role, detail, draw(panel, text)))
         beyond = plots.beyond(edges, id_scores, scores)
         curves = plots.alone(plots.ROC, plots.roc, id_scores, scores)
         roc_curve = draw(curves, f"ROC curves of {label} for each OOD set")
@@ -362,7 +362,7 @@ def _no_dynamics(run: Run) -> str:
     return "" if len(run.curves) else "No scorer of this run follows trajectories, so there are no curves over steps."
 
 
-def _dynamics(draw: Draw, run: Run) -> list[tuple[str, list[Panel], list[Key]]]:
+def _dynamics(draw: Draw, run: Run) -> list[tuple[str, list[Drawing], list[Key]]]:
     """Rows of panels: all sets in one row up to four, else near and far apart."""
     if run.curves is None or run.curves.empty:
         return []
@@ -377,6 +377,6 @@ def _dynamics(draw: Draw, run: Run) -> list[tuple[str, list[Panel], list[Key]]]:
         panels = []
         for quantity, name in plots.QUANTITIES.items():
             figure = plots.alone(plots.DYNAMICS, plots.dynamics, run.curves, quantity, tol, looks)
-            panels.append(Panel(name, "", "", draw(figure, f"{name} over steps, {title}")))
+            panels.append(Drawing(name, "", "", draw(figure, f"{name} over steps, {title}")))
         found.append((title, panels, [keys[name] for name in names]))
     return found

@@ -17,8 +17,8 @@ NAN = float("nan")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure as a fraction, its 95 % interval (NaN where none was recorded) and its deviation over seeds (NaN for
+class Estimate:
+    """A mean as a fraction, its 95 % interval (NaN where none was recorded) and its deviation over seeds (NaN for
     one)."""
 
     value: float
@@ -49,8 +49,8 @@ class Row:
     cost: float
     healthy: bool
     warnings: str
-    figures: dict[str, Figure]
-    sets: dict[str, Figure]
+    figures: dict[str, Estimate]
+    sets: dict[str, Estimate]
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
         for metric in METRIC_NAMES:
             low, high = mean_interval(scores, metric)
             name = f"{region}_{metric}"
-            figures[name] = Figure(line[name], low, high, line[f"{name}_std"])
+            figures[name] = Estimate(line[name], low, high, line[f"{name}_std"])
     by_set: dict[str, list[SetScore]] = {}
     for scorer in scorers:
         for name, score in scorer.sets.items():
@@ -136,15 +136,15 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
         healthy=line["healthy"],
         warnings=line["warnings"],
         figures=figures,
-        sets={name: _mean_figure(scores, "auroc") for name, scores in by_set.items()},
+        sets={name: _mean_estimate(scores, "auroc") for name, scores in by_set.items()},
     )
 
 
-def _mean_figure(scores: Sequence[SetScore], metric: str) -> Figure:
+def _mean_estimate(scores: Sequence[SetScore], metric: str) -> Estimate:
     values = [getattr(s.metrics, metric) for s in scores]
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else NAN
-    return Figure(mean, *mean_interval(scores, metric), spread)
+    return Estimate(mean, *mean_interval(scores, metric), spread)
 
 
 # ---------------------------------------------------------------------------------------------- the dictionary
