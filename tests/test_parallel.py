@@ -258,7 +258,7 @@ def test_killed_process_stops_the_other_and_the_run_continues(place: Path, victi
     assert printed[0].endswith(KEPT)
     assert [log[0][0] if log else "" for log in logs] == ["" if r == victim else "TrajOODError" for r in (0, 1)]
     kept = {p.name.split("-")[0] for p in (place / "two" / NAME / "parts").glob("*.safetensors")}
-    assert kept - {"dim"} == {"train", "test"}
+    assert kept >= {"train", "test"}
     alone(place, "two").run()
     check_same(place, "two", reference)
 

@@ -136,7 +136,7 @@ class Detector:
         on_error: OnError = "raise",
         quiet: bool = True,
     ) -> Detector:
-        """Fit one scorer on ID training images; memory holds what the scorer learns from, and two batches of images.
+        """Fit one scorer on ID training images; memory holds what the scorer learns from, and a few batches.
 
         Args:
             autoencoder: the model, on the device to compute on.

@@ -133,7 +133,7 @@ class Evaluator:
     autoencoder: Autoencoder
     benchmark: Benchmark
     config: RunConfig
-    out: Path
+    out: str | Path
     batch_size: int | None = None
     workers: int = 2
     backend: Backend = "auto"
@@ -167,6 +167,7 @@ class Evaluator:
             precision=config.precision,
         )
         self.scorers.check_training_size(len(self.sample.train.images))
+        self.out = Path(self.out)
         self.name = f"{bench.name}--{re.sub('[/:]', '-', self.autoencoder.name)}--seed{config.seed}"
         self.folder = self.out / self.name
         rerun = "discard the unfinished run with --fresh"
@@ -400,10 +401,14 @@ class Evaluator:
         """What the model makes of each batch that holds an image that could be read; all of them are put into
         ``taken``."""
         for job in jobs:
-            self.team.check()
             bar.begin(job)
-            job.ids, encoding, job.failures = self._examine(job.split, job.indices)
             taken.append(job)
+            try:
+                self.team.check()
+                job.ids, encoding, job.failures = self._examine(job.split, job.indices)
+            except TrajOODError as error:  # raised when the batches before it are finished and saved
+                job.error = error
+                return
             if encoding is not None:
                 yield encoding, job.ids
 
@@ -606,6 +611,7 @@ class _Job:
     indices: range
     ids: tuple[str, ...] = ()
     failures: list[dict[str, str]] = field(default_factory=list)
+    error: TrajOODError | None = None
 
     @property
     def key(self) -> str:
@@ -647,9 +653,15 @@ class _Bar:
 
 
 def _unreadable(taken: deque[_Job]) -> Iterator[tuple[_Job, Part]]:
-    """The oldest batches, as far as no image of them could be read."""
+    """The oldest batches, as far as no image of them could be read.
+
+    Raises:
+        TrajOODError: of the batch that ended the reading.
+    """
     while taken and not taken[0].ids:
         job = taken.popleft()
+        if job.error is not None:
+            raise job.error
         yield job, Part((), job.failures, {}, {})
 
 
