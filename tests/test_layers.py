@@ -52,7 +52,6 @@ HEAVY = {
         "backbones/torchvision_models.py",
         "data/fashion_mnist.py",
         "openood/",
-        "detector/packing.py",  # the names of torchvision's weights, which declare a transform
     },
     "accelerate": {"evaluation/parallel.py"},
     "onnxruntime": {"export/formats.py"},

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         SurrogateNetwork,
         ViTMAE,
         load_autoencoder,
+        register_autoencoder,
     )
-    from traj_ood.backbones import Backbone, CallableBackbone, load_backbone
+    from traj_ood.backbones import Backbone, CallableBackbone, Features, load_backbone, register_backbone
     from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark
     from traj_ood.data.preprocessing import Normalised, Preprocessing
     from traj_ood.detector import Detector, Judgement
@@ -56,11 +57,14 @@ _HOME = {
         "SurrogateNetwork",
         "ViTMAE",
         "load_autoencoder",
+        "register_autoencoder",
     ),
     "backbones": (
         "Backbone",
         "CallableBackbone",
+        "Features",
         "load_backbone",
+        "register_backbone",
     ),
     "data": (
         "Benchmark",

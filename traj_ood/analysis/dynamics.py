@@ -27,7 +27,7 @@ from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.images import stack
 from traj_ood.analysis.sources import training_images
 from traj_ood.analysis.workspace import Unit, Workspace
-from traj_ood.autoencoders import DIFFUSERS, MODELS, Autoencoder, load_autoencoder, rehearsals
+from traj_ood.autoencoders import MODELS, Autoencoder, DiffusersVAE, load_autoencoder, rehearsals
 from traj_ood.autoencoders.language import PREFIX as LANGUAGE_PREFIX
 from traj_ood.autoencoders.language import LanguageModel, load_language_model
 from traj_ood.data import ImageSource
@@ -366,18 +366,19 @@ def _check_name(name: str) -> None:
     Raises:
         TrajOODError: an unknown name (with near ones), or a folder that is not there.
     """
-    prefix = next((p for p in (LANGUAGE_PREFIX, DIFFUSERS) if name.startswith(p)), "")
+    diffusers = f"{DiffusersVAE.family}:"
+    prefix = next((p for p in (LANGUAGE_PREFIX, diffusers) if name.startswith(p)), "")
     source = name.removeprefix(prefix)
     named = (*MODELS, *rehearsals.PAIRS, *rehearsals.LANGUAGE)
     if name in named or (source and Path(source).expanduser().is_dir()):
         return
-    most = 2 if prefix == DIFFUSERS else 1  # slashes of a hub name: diffusers' may end in a folder of the repository
+    most = 2 if prefix == diffusers else 1  # slashes of a hub name: diffusers' may end in a folder of the repository
     if source.startswith((".", "/", "~")) or source.count("/") > most:
         raise TrajOODError(
             f"dynamics: models: expected a name or a folder, {source} is no folder; correct {name!r} in models"
         )
     if not source or not (prefix == LANGUAGE_PREFIX or "/" in source):
-        known = (*named, f"{LANGUAGE_PREFIX}SOURCE", f"{DIFFUSERS}SOURCE", "owner/name", "a folder")
+        known = (*named, f"{LANGUAGE_PREFIX}SOURCE", f"{diffusers}SOURCE", "owner/name", "a folder")
         raise unknown_name("model of dynamics", name, known)
 
 

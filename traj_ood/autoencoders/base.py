@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from traj_ood.data.preprocessing import Preprocessing, declared_preprocessing, n
 from traj_ood.dynamics.fixed_function import FixedFunction, check_function, float_type, trial_rows
 from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
+from traj_ood.io.trees import field_of
 from traj_ood.io.weights import fingerprint
 
 View = Literal["tokens", "cls", "mean"]
@@ -48,6 +50,14 @@ class Encoding:
         return len(self.latents)
 
 
+@dataclass(frozen=True)
+class ModelInfo:
+    """A named model: where its weights are, as :func:`traj_ood.load_autoencoder` takes it, and what it is."""
+
+    source: str
+    summary: str
+
+
 class Autoencoder(FixedFunction, ABC):
     """An encoder E and a decoder D with one latent space, and hence a self-map f = E∘D.
 
@@ -58,7 +68,18 @@ class Autoencoder(FixedFunction, ABC):
     one thread at a time; see :meth:`fixed`. The first :meth:`encode` tries E and f on two images of noise and refuses a
     model that draws random numbers or whose answer for an image depends on the images beside it.
 
+    A class under :func:`traj_ood.autoencoders.register_autoencoder` is a family, described by the first five attributes
+    below: :func:`traj_ood.load_autoencoder` then finds its models, and detectors keep them. It defines
+    :meth:`from_pretrained` and :meth:`save_pretrained`; :meth:`load`, :meth:`pack` and :meth:`unpack` where these two
+    are not enough.
+
     Attributes:
+        family: the word before the colon of ``family:source``; ``custom`` for what is not registered.
+        summary: of the family, in a line.
+        marks: what ``config.json`` says in folders of this family, such as ``{"model_type": "vit_mae"}``.
+        models: its published models by name.
+        unsaved: options of :meth:`from_pretrained` that :meth:`options` tells and :meth:`save_pretrained` does not
+            write, with their types.
         name: what tables call the model.
         module: the nn.Module(s) whose weights define the model, on :attr:`device`.
         input_shape: (C, H, W) that :meth:`encode` takes.
@@ -74,6 +95,10 @@ class Autoencoder(FixedFunction, ABC):
     """
 
     family: ClassVar[str] = "custom"
+    summary: ClassVar[str] = ""
+    marks: ClassVar[Mapping[str, str]] = {}
+    models: ClassVar[Mapping[str, ModelInfo]] = {}
+    unsaved: ClassVar[Mapping[str, type]] = {}
     name: str
     module: nn.Module
     input_shape: tuple[int, int, int]
@@ -236,6 +261,44 @@ class Autoencoder(FixedFunction, ABC):
             return patches
         planes = patches.transpose(1, 2).unflatten(2, (side, side))
         return nn.functional.adaptive_avg_pool2d(planes, GRID).flatten(2).transpose(1, 2)
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> Autoencoder:
+        """The model ``family:source``; by default :meth:`from_pretrained`."""
+        return cls.from_pretrained(source, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Autoencoder:
+        """The model in a folder that :meth:`save_pretrained` wrote; ``options`` are ``name`` and others of the family.
+
+        Raises:
+            TrajOODError: files that are missing, damaged or of another architecture.
+        """
+        raise NotImplementedError(f"{cls.__name__} is of no registered family")
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model as safetensors and JSON."""
+        raise NotImplementedError(f"{self.name} is of no registered family")
+
+    def pack(self, folder: Path) -> dict[str, Any] | None:
+        """Write what :meth:`unpack` needs without any download: by default :meth:`save_pretrained`.
+
+        Returns:
+            Entries for the description, JSON-able; None, and nothing is written, where a part's code is the user's own.
+        """
+        self.save_pretrained(folder)
+        return {}
+
+    @classmethod
+    def unpack(cls, described: Mapping[str, Any], folder: Path) -> Autoencoder:
+        """The model of a ``name``, ``options`` and what :meth:`pack` returned, of the files that it wrote.
+
+        Raises:
+            TrajOODError: files or entries that are missing, damaged or of another architecture.
+        """
+        where, options = f"{folder}: description of the model", described["options"]
+        unsaved: dict[str, Any] = {k: field_of(options, k, of, where) for k, of in cls.unsaved.items() if k in options}
+        return cls.from_pretrained(folder, name=described["name"], **unsaved)
 
     def fingerprint(self) -> str:
         """sha256 over every weight and the declared options: two models agree exactly when this does."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import read_config
+from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError
@@ -68,6 +69,7 @@ class ConvNetwork(nn.Module):
         return images[..., : self.size, : self.size]
 
 
+@register_autoencoder
 class ConvAutoencoder(Autoencoder):
     """:class:`ConvNetwork` with its image transform; latents are (B, k), one token.
 
@@ -76,7 +78,8 @@ class ConvAutoencoder(Autoencoder):
         mean, std: per channel, of the pixels in [0, 1].
     """
 
-    family: ClassVar[str] = "conv"
+    family, summary = "conv", "the convolutional autoencoder of the paper's Table 4: conv:<folder>"
+    marks: ClassVar = {"model_type": "traj_ood_conv"}
 
     def __init__(
         self, network: ConvNetwork, *, name: str = "conv", mean: tuple[float, ...] = (), std: tuple[float, ...] = ()
@@ -90,13 +93,13 @@ class ConvAutoencoder(Autoencoder):
         self.chunk = rows_per_call(128)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> ConvAutoencoder:
+    def from_pretrained(cls, source: str | Path, **options: Any) -> ConvAutoencoder:
         """Load what :meth:`save_pretrained` wrote.
 
         Raises:
             TrajOODError: unreadable files, weights of another architecture, NaN weights.
         """
-        folder = Path(folder)
+        folder = Path(source)
         path = folder / "model.safetensors"
         try:
             config = read_config(folder)
@@ -126,7 +129,7 @@ class ConvAutoencoder(Autoencoder):
             "width": net.down[0].out_channels,
             "bottleneck": net.to_latent.out_features,
         }
-        config = {"model_type": "traj_ood_conv", "network": network, "mean": list(self.mean), "std": list(self.std)}
+        config = {**self.marks, "network": network, "mean": list(self.mean), "std": list(self.std)}
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         write_tensors(folder / "model.safetensors", net.state_dict(), beside=[config])
 

@@ -6,13 +6,15 @@ them against diffusers itself, old names of weights included.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from traj_ood.autoencoders.base import Autoencoder
+from traj_ood.autoencoders.base import Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import local_copy, read_config
+from traj_ood.autoencoders.registry import family_of, register_autoencoder
 from traj_ood.data.preprocessing import Interpolation, Preprocessing
 from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError
@@ -27,6 +29,7 @@ _PIXELS_A_CALL = 2**18
 """Four images of 256 × 256, in calls of six: at this geometry a call takes about 1 GB an image."""
 
 
+@register_autoencoder
 class DiffusersVAE(Autoencoder):
     """A diffusers ``AutoencoderKL`` with its posterior's mean as E(x), so that f = E∘D is deterministic.
 
@@ -45,7 +48,16 @@ class DiffusersVAE(Autoencoder):
         TrajOODError: an image size that the strides do not divide, or ``scaled`` without a scaling factor.
     """
 
-    family: ClassVar[str] = "diffusers"
+    family, summary = "diffusers", "autoencoders in diffusers' layout: diffusers:<hub name or folder>"
+    marks: ClassVar = {"_class_name": "AutoencoderKL"}
+    models: ClassVar = {
+        "sd-vae": ModelInfo(
+            "diffusers:CompVis/stable-diffusion-v1-4/vae",
+            "the paper's Stable Diffusion autoencoder, 84 M, from the hub",
+        ),
+        "sdxl-vae": ModelInfo("diffusers:stabilityai/sdxl-vae", "SDXL's autoencoder, 84 M parameters, from the hub"),
+    }
+    unsaved: ClassVar = {"image_size": int, "scaled": bool, "interpolation": str}
 
     def __init__(
         self,
@@ -71,6 +83,22 @@ class DiffusersVAE(Autoencoder):
         self._factor = float(config.scaling_factor) if scaled else 1.0
         self._shift = float(getattr(config, "shift_factor", None) or 0.0) if scaled else 0.0
         self.chunk = rows_per_call(min(64, _PIXELS_A_CALL / side**2))
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> Autoencoder:
+        """A folder or repository in diffusers' layout, of any family here; of a whole pipeline on disk its ``vae``."""
+        folder = local_copy(source, FILES)
+        if (folder / "model_index.json").is_file() and (folder / "vae").is_dir():
+            folder = folder / "vae"
+        options.setdefault("name", Path(source).expanduser().name if Path(source).expanduser().is_dir() else source)
+        family = family_of(folder, "_class_name")
+        return family.from_pretrained(folder, **options)
+
+    @classmethod
+    def unpack(cls, described: Mapping[str, Any], folder: Path) -> Autoencoder:
+        # What is not said was bilinear in older versions, and is left out where it is.
+        options = {"interpolation": "bilinear", **described["options"]}
+        return super().unpack({**described, "options": options}, folder)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DiffusersVAE:

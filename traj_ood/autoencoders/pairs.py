@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from traj_ood.autoencoders.base import Autoencoder
+from traj_ood.autoencoders.base import Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import local_copy, read_config
+from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
 from traj_ood.backbones.image_processor import from_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
@@ -209,6 +210,7 @@ class _Pair(nn.Module):
         self.register_buffer("spread", spread)
 
 
+@register_autoencoder
 class PairAutoencoder(Autoencoder):
     """An encoder and a decoder that were trained apart; f = E∘D, with images between D and E.
 
@@ -224,7 +226,18 @@ class PairAutoencoder(Autoencoder):
         TrajOODError: a decoder whose images have another shape, or an encoder that cannot take them.
     """
 
-    family: ClassVar[str] = "pair"
+    family, summary = "pair", "an encoder of transformers with RAE's decoder: pair:<folder>"
+    marks: ClassVar = {"model_type": MODEL_TYPE, "_class_name": "AutoencoderRAE"}
+    models: ClassVar = {
+        "rae-dinov2": ModelInfo(
+            "diffusers:nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08",
+            "DINOv2 base with RAE's ViT-XL decoder, from the hub",
+        ),
+        "rae-siglip2": ModelInfo(
+            "diffusers:nyu-visionx/RAE-siglip2-base-p16-i256-ViTXL-n08",
+            "SigLIP2 base with RAE's ViT-XL decoder, from the hub",
+        ),
+    }
 
     def __init__(
         self,
@@ -317,13 +330,13 @@ class PairAutoencoder(Autoencoder):
         return cls(encoder, decoder, (decoder.channels, side, side), encoder_size=encoder.size, **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> PairAutoencoder:
+    def from_pretrained(cls, source: str | Path, **options: Any) -> PairAutoencoder:
         """Load what :meth:`save_pretrained` wrote, or a folder that diffusers' ``AutoencoderRAE`` wrote.
 
         Raises:
             TrajOODError: files missing, damaged, or of another architecture.
         """
-        folder = local_copy(str(folder), ("config.json", "diffusion_pytorch_model.safetensors"))
+        folder = local_copy(str(source), ("config.json", "diffusion_pytorch_model.safetensors"))
         config = read_config(folder)
         options.setdefault("name", folder.name)
         if config.get("_class_name") == "AutoencoderRAE":
@@ -393,6 +406,11 @@ class PairAutoencoder(Autoencoder):
         weights = {**parts.decoder.state_dict(), "centre": parts.centre, "spread": parts.spread}
         write_tensors(folder / "model.safetensors", weights, beside=[config])
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    def pack(self, folder: Path) -> dict[str, Any] | None:
+        parts: Any = self.module
+        known = type(parts.encoder) is VisionTokens and type(parts.decoder) is ViTDecoder
+        return super().pack(folder) if known else None
 
     def options(self) -> dict[str, Any]:
         """What the weights do not tell. Of modules of one's own, only their weights can be known."""

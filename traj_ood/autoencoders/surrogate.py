@@ -21,18 +21,22 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder, Encoding
 from traj_ood.autoencoders.hub import read_config
-from traj_ood.backbones import Backbone, Features, is_backbone_spec, load_backbone
+from traj_ood.autoencoders.registry import register_autoencoder
+from traj_ood.backbones import LIBRARIES, Backbone, Features, is_backbone_spec, load_backbone
+from traj_ood.backbones.packing import pack_backbone, unpack_backbone
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import check_digest, write_tensors
-from traj_ood.io.trees import read_json
-from traj_ood.io.weights import check_weights, refuse_larger
+from traj_ood.io.trees import field_of, read_json
+from traj_ood.io.weights import check_weights, put_weights, refuse_larger
 from traj_ood.text import brief
 
 MODEL_TYPE = "traj_ood_surrogate"
 Activation = Literal["gelu", "relu", "identity"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
+_PACKED_WEIGHTS = "network.safetensors"
 _FLOOR = 0.1
 _ROWS = 4096  # features turned to float64 at a time
 
@@ -133,6 +137,7 @@ class SurrogateNetwork(nn.Module):
         return self.decoder(latents)
 
 
+@register_autoencoder
 class SurrogateAutoencoder(Autoencoder):
     """A frozen backbone and a :class:`SurrogateNetwork` on its features.
 
@@ -151,7 +156,8 @@ class SurrogateAutoencoder(Autoencoder):
         TrajOODError: a network of another width, or deviations that are not positive.
     """
 
-    family: ClassVar[str] = "surrogate"
+    family, summary = "surrogate", "an autoencoder of a frozen backbone's features: surrogate:<folder>"
+    marks: ClassVar = {"model_type": MODEL_TYPE}
 
     def __init__(
         self,
@@ -257,19 +263,19 @@ class SurrogateAutoencoder(Autoencoder):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, backbone: Backbone | None = None, **options: Any
+        cls, source: str | Path, backbone: Backbone | None = None, **options: Any
     ) -> SurrogateAutoencoder:
         """Load what :meth:`save_pretrained` wrote.
 
         Args:
-            folder: with config.json and model.safetensors; training.json is read where there is one.
+            source: folder with config.json and model.safetensors; training.json is read where there is one.
             backbone: the very one it was trained on. Default: loaded by the spec in config.json.
             options: of the constructor, such as ``name``.
         Raises:
             TrajOODError: unreadable or damaged files, weights of another architecture or with NaN, or a backbone with
                 other weights or options than the one it was trained on.
         """
-        folder = Path(folder)
+        folder = Path(source)
         path = folder / "model.safetensors"
         try:
             config = read_config(folder)
@@ -319,6 +325,20 @@ class SurrogateAutoencoder(Autoencoder):
         }
         write_tensors(folder / "model.safetensors", self.network.state_dict(), beside=[config])
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    def pack(self, folder: Path) -> dict[str, Any] | None:
+        if not isinstance(self.backbone, LIBRARIES.get(self.backbone.library, ())):
+            return None
+        write_tensors(folder / _PACKED_WEIGHTS, self.network.state_dict())
+        return {"backbone": pack_backbone(self.backbone, folder)}
+
+    @classmethod
+    def unpack(cls, described: Mapping[str, Any], folder: Path) -> SurrogateAutoencoder:
+        where, path = f"{folder}: description of the model", folder / _PACKED_WEIGHTS
+        network = SurrogateNetwork(**field_of(described["options"], "network", dict, where))
+        put_weights(network, read_weights(path), str(path))
+        backbone = unpack_backbone(field_of(described, "backbone", dict, where), folder)
+        return cls(backbone, network, name=described["name"])
 
 
 def check_features(name: str, features: Tensor, width: int) -> None:

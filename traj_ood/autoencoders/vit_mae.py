@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.autoencoders.base import GRID, Autoencoder
+from traj_ood.autoencoders.base import GRID, Autoencoder, ModelInfo
+from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
@@ -20,6 +21,7 @@ from traj_ood.errors import TrajOODError, warn
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.provenance import PACKAGE
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import check_weights, fingerprint, refuse_larger
@@ -30,6 +32,7 @@ RECONSTRUCTION_MASKS = 4
 RECONSTRUCTION_RATIO = 0.75
 
 
+@register_autoencoder
 class ViTMAE(Autoencoder):
     """Any transformers ViT-MAE with its decoder: by hub name, local folder or a ``ViTMAEForPreTraining`` in memory.
 
@@ -48,7 +51,20 @@ class ViTMAE(Autoencoder):
         preprocessing: from a picture to the network's input. Default: bilinear direct resize, pixels in [0, 1].
     """
 
-    family: ClassVar[str] = "vit_mae"
+    family, summary = "vit_mae", "ViT-MAE of transformers, with its decoder: vit_mae:<hub name or folder>"
+    marks: ClassVar = {"model_type": "vit_mae"}
+    models: ClassVar = {
+        "fashion-mae": ModelInfo(
+            str(PACKAGE / "models" / "fashion-mae"),
+            "bundled small ViT-MAE, trained on the ID classes of the benchmark fashion",
+        ),
+        "vit-mae-base": ModelInfo(
+            "facebook/vit-mae-base", "the paper's model, 112 M parameters, from the Hugging Face hub"
+        ),
+        "vit-mae-large": ModelInfo("facebook/vit-mae-large", "ViT-MAE large, from the Hugging Face hub"),
+        "vit-mae-huge": ModelInfo("facebook/vit-mae-huge", "ViT-MAE huge, from the Hugging Face hub"),
+    }
+    unsaved: ClassVar = {"mask_ratio": float, "mask_seed": int}
     has_cls = True
 
     def __init__(

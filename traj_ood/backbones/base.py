@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -41,8 +42,13 @@ class Backbone(FixedFunction, ABC):
     Subclasses implement :meth:`forward_batch` and :meth:`transform` and set the attributes below. Users call
     :meth:`extract`, which hands the network a constant number of rows: features must not depend on batch-mates.
 
+    A class under :func:`traj_ood.backbones.register_backbone` stands for a library of networks: ``library:source`` is
+    then its ``load(source, **options)``, and detectors keep its networks by :meth:`pack` and :meth:`unpack`.
+
     Attributes:
-        library: whose network it is: ``timm``, ``torchvision``, ``transformers``, ``openood`` or ``custom``.
+        library: whose network it is: ``timm``, ``torchvision``, … or ``custom``; the word before the colon of a spec.
+        summary: of a registered library, in a line: the specs it understands.
+        load: class method of a registered library: source, options → the backbone, on the CPU.
         name: what tables call it, such as ``timm:resnet18``; never a machine's path.
         spec: what :func:`traj_ood.backbones.load_backbone` takes to make it again; may hold a path.
         module: the network, on :attr:`device`.
@@ -55,6 +61,8 @@ class Backbone(FixedFunction, ABC):
     """
 
     library: ClassVar[str] = "custom"
+    summary: ClassVar[str] = ""
+    load: ClassVar[Callable[..., Backbone]]
     name: str
     spec: str
     module: nn.Module
@@ -136,6 +144,19 @@ class Backbone(FixedFunction, ABC):
             )
         parts = [answer.features] if answer.logits is None else [answer.features, answer.logits]
         return torch.cat(parts, dim=1)
+
+    def pack(self, folder: Path) -> dict[str, Any]:
+        """Write the weights into ``folder``, as safetensors; returns the JSON-able recipe that :meth:`unpack` needs."""
+        raise NotImplementedError(f"{self.name} is of no registered library")
+
+    @classmethod
+    def unpack(cls, described: Mapping[str, Any], folder: Path) -> Backbone:
+        """The backbone of a ``name``, ``options`` and ``recipe``, of the weights in ``folder``, without any download.
+
+        Raises:
+            TrajOODError: files or entries that are missing, damaged or of another architecture.
+        """
+        raise NotImplementedError(f"{cls.__name__} is of no registered library")
 
     def fingerprint(self) -> str:
         """sha256 over every weight and the options: two backbones agree exactly when this does."""

@@ -16,6 +16,8 @@ from traj_ood.errors import TrajOODError
 from traj_ood.text import brief
 
 _TRIAL_ROWS = 2
+PACKED_WEIGHTS = "backbone.safetensors"
+"""File of the weights of a packed backbone."""
 
 
 class NetworkBackbone(Backbone):

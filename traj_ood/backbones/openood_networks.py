@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
-from traj_ood.backbones.network import NetworkBackbone
+from traj_ood.backbones.network import PACKED_WEIGHTS, NetworkBackbone
+from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.tensor_file import write_tensors
+from traj_ood.io.trees import field_of
 from traj_ood.io.weights import prefix_of, put_weights
 from traj_ood.text import brief
 
 INSTALL = "pip install git+https://github.com/Jingkang50/OpenOOD"
+_RECIPE: dict[str, type] = {"data": str, "size": int, "pre_size": int, "mean": list, "std": list}
 _HEADS = ("fc", "heads.head", "head")  # where OpenOOD's networks keep their classifier
 
 
@@ -68,10 +72,12 @@ NETWORKS = {
 }
 
 
+@register_backbone
 class OpenOODBackbone(NetworkBackbone):
     """``net(x, return_feature=True)`` → (logits, features), OpenOOD's own contract."""
 
     library = "openood"
+    summary = "OpenOOD's networks: openood:<network>:<checkpoint>"
 
     def forward_batch(self, images: Tensor) -> Features:
         try:
@@ -87,68 +93,81 @@ class OpenOODBackbone(NetworkBackbone):
             raise self._refused(f"returns {_describe(features)} as features")
         return Features(features.flatten(1), logits)
 
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        name: str | None = None,
+        data: str | None = None,
+        size: int | None = None,
+        pre_size: int | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> OpenOODBackbone:
+        """``<network>:<checkpoint>``; the checkpoint decides the number of classes.
+
+        Args:
+            source: for instance ``resnet18_32x32:cifar10_res18/best.ckpt``; never unpickled beyond plain tensors.
+            name: what tables call it; default the spec with the checkpoint's stem.
+            data: whose transform OpenOOD uses, see :data:`PREPARATIONS`. Default: imagenet; for 32 x 32 networks
+                cifar100 when the checkpoint has 100 classes, else cifar10.
+            size, pre_size, mean, std: changes to that transform.
+        Raises:
+            TrajOODError: OpenOOD is missing or older, the network is unknown or tells no features, or the checkpoint is
+                missing, damaged or of another architecture.
+        """
+        network, _, checkpoint = source.partition(":")
+        if network not in NETWORKS:
+            raise unknown_name("OpenOOD network", network, NETWORKS)
+        if not checkpoint:
+            raise TrajOODError(f"openood:{network}: expected a checkpoint: openood:{network}:<file.ckpt>")
+        kind = NETWORKS[network]
+        build = _class_of(kind)
+        weights = read_weights(checkpoint)
+        heads = [f"{prefix_of(weights, f'{head}.weight')}{head}.weight" for head in _HEADS]
+        classes = next((len(weights[head]) for head in heads if head in weights), None)
+        module = _built(build, kind, classes, f"openood:{network}")
+        put_weights(module, weights, checkpoint)
+        chosen = data or (("cifar100" if classes == 100 else "cifar10") if kind.small else "imagenet")
+        if chosen not in PREPARATIONS:
+            raise unknown_name("OpenOOD data set", chosen, PREPARATIONS)
+        base = PREPARATIONS[chosen]
+        preparation = Preparation(
+            pre_size or size or base.pre_size, size or base.size, tuple(mean or base.mean), tuple(std or base.std)
+        )
+        return cls(
+            module,
+            name=name or f"openood:{network}:{Path(checkpoint).stem}",
+            spec=f"openood:{source}",
+            preprocessing=Preprocessing(
+                shape=(3, preparation.size, preparation.size),
+                mean=preparation.mean,
+                std=preparation.std,
+                resize="crop",
+                short_side=preparation.pre_size,
+            ),
+            options={"transform": {"data": chosen, **_plain(preparation)}, "pooling": "return_feature"},
+            classifier=_classifier(module),
+        )
+
+    def pack(self, folder: Path) -> dict[str, Any]:
+        write_tensors(folder / PACKED_WEIGHTS, self.module.state_dict())
+        declared = self.options()["transform"]
+        return {"network": self.spec.partition(":")[2].partition(":")[0], **{key: declared[key] for key in _RECIPE}}
+
+    @classmethod
+    def unpack(cls, described: Mapping[str, Any], folder: Path) -> OpenOODBackbone:
+        where = f"{folder}: recipe of the backbone"
+        network = field_of(described["recipe"], "network", str, where)
+        transform: dict[str, Any] = {key: field_of(described["recipe"], key, of, where) for key, of in _RECIPE.items()}
+        return cls.load(f"{network}:{folder / PACKED_WEIGHTS}", name=described["name"], **transform)
+
     def _refused(self, what: str) -> TrajOODError:
         return TrajOODError(
             f"{self.name}: expected (logits, features) from net(x, return_feature=True), but this network {what}: take "
             f"another network ({', '.join(NETWORKS)}) or update OpenOOD: {INSTALL}"
         )
-
-
-def load(
-    model: str,
-    *,
-    name: str | None = None,
-    data: str | None = None,
-    size: int | None = None,
-    pre_size: int | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> OpenOODBackbone:
-    """``<network>:<checkpoint>``; the checkpoint decides the number of classes.
-
-    Args:
-        model: for instance ``resnet18_32x32:cifar10_res18/best.ckpt``; never unpickled beyond plain tensors.
-        name: what tables call it; default the spec with the checkpoint's stem.
-        data: whose transform OpenOOD uses, see :data:`PREPARATIONS`. Default: imagenet; for 32 x 32 networks cifar100
-            when the checkpoint has 100 classes, else cifar10.
-        size, pre_size, mean, std: changes to that transform.
-    Raises:
-        TrajOODError: OpenOOD is missing or older, the network is unknown or tells no features, or the checkpoint is
-            missing, damaged or of another architecture.
-    """
-    network, _, checkpoint = model.partition(":")
-    if network not in NETWORKS:
-        raise unknown_name("OpenOOD network", network, NETWORKS)
-    if not checkpoint:
-        raise TrajOODError(f"openood:{network}: expected a checkpoint: openood:{network}:<file.ckpt>")
-    kind = NETWORKS[network]
-    build = _class_of(kind)
-    weights = read_weights(checkpoint)
-    heads = [f"{prefix_of(weights, f'{head}.weight')}{head}.weight" for head in _HEADS]
-    classes = next((len(weights[head]) for head in heads if head in weights), None)
-    module = _built(build, kind, classes, f"openood:{network}")
-    put_weights(module, weights, checkpoint)
-    chosen = data or (("cifar100" if classes == 100 else "cifar10") if kind.small else "imagenet")
-    if chosen not in PREPARATIONS:
-        raise unknown_name("OpenOOD data set", chosen, PREPARATIONS)
-    base = PREPARATIONS[chosen]
-    preparation = Preparation(
-        pre_size or size or base.pre_size, size or base.size, tuple(mean or base.mean), tuple(std or base.std)
-    )
-    return OpenOODBackbone(
-        module,
-        name=name or f"openood:{network}:{Path(checkpoint).stem}",
-        spec=f"openood:{model}",
-        preprocessing=Preprocessing(
-            shape=(3, preparation.size, preparation.size),
-            mean=preparation.mean,
-            std=preparation.std,
-            resize="crop",
-            short_side=preparation.pre_size,
-        ),
-        options={"transform": {"data": chosen, **_plain(preparation)}, "pooling": "return_feature"},
-        classifier=_classifier(module),
-    )
 
 
 def _plain(preparation: Preparation) -> dict[str, Any]:

@@ -12,22 +12,25 @@ from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
 from traj_ood.backbones.image_processor import check_agreement, interpolation_of
-from traj_ood.backbones.network import NetworkBackbone
+from traj_ood.backbones.network import PACKED_WEIGHTS, NetworkBackbone
+from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import write_tensors
-from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.trees import MAX_CONFIG, field_of, read_json
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
 from traj_ood.text import brief
 
 DEFAULT_CROP = 0.875  # timm's, for a config that has none
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _OPTIONS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_NOT_PACKED = ("pretrained", "checkpoint", "cache_dir")
 _LOCAL_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "model.pth")
 
 
+@register_backbone
 class TimmBackbone(NetworkBackbone):
     """Features are ``forward_head(forward_features(x), pre_logits=True)``: timm's own pooling, before the classifier.
 
@@ -39,6 +42,7 @@ class TimmBackbone(NetworkBackbone):
     """
 
     library = "timm"
+    summary = "any of timm's models: timm:<name>[:<weights file>], timm:<folder> or timm:hf-hub:<repository>"
 
     def __init__(self, network: nn.Module, *, name: str, spec: str, data: Mapping[str, Any] | None = None) -> None:
         from timm.data import create_transform, resolve_model_data_config
@@ -77,6 +81,60 @@ class TimmBackbone(NetworkBackbone):
         features = network.forward_head(maps, pre_logits=True).flatten(1)
         return Features(features, network.forward_head(maps) if network.num_classes > 0 else None)
 
+    @classmethod
+    def load(cls, source: str, *, name: str | None = None, **data: Any) -> TimmBackbone:
+        """``<name>`` (timm's weights, downloaded once), ``<name>:<weights file>``, ``<folder>`` or ``hf-hub:<name>``.
+
+        A weights file decides the number of classes and of input channels. ``data`` as in :class:`TimmBackbone`;
+        networks of a fixed image size, such as ViTs, are built for ``input_size``.
+
+        Raises:
+            TrajOODError: unknown model; weights missing, damaged or of another architecture; no network.
+        """
+        for key in data:
+            if key not in _OPTIONS:
+                raise TypeError(f"timm.load() got an unexpected keyword argument '{key}'")
+        spec, size = f"timm:{source}", data.get("input_size")
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            return cls(_from_folder(folder, size), name=name or f"timm:{folder.resolve().name}", spec=spec, data=data)
+        architecture, _, weights = source.partition(":")
+        if architecture == "hf-hub":
+            return cls(_from_hub(source, size), name=name or spec, spec=spec, data=data)
+        if "/" in architecture or architecture.startswith((".", "~")):
+            raise TrajOODError(
+                f"{spec}: no such folder; expected one with {CONFIG} and {WEIGHTS}, or <timm name>:<weights file>"
+            )
+        _assert_known(architecture)
+        if not weights:
+            return cls(_from_hub(architecture, size), name=name or spec, spec=spec, data=data)
+        network = _from_file(architecture, Path(weights).expanduser(), size)
+        return cls(network, name=name or f"timm:{architecture}:{Path(weights).stem}", spec=spec, data=data)
+
+    def pack(self, folder: Path) -> dict[str, Any]:
+        write_tensors(folder / PACKED_WEIGHTS, self.module.state_dict())
+        network: Any = self.module
+        given = getattr(network, "_model_args", None) or _folder_arguments(self.spec)
+        arguments = {k: v for k, v in given.items() if _may_be_packed(k, v)}
+        arguments["num_classes"] = network.num_classes
+        channels = self.input_shape[0]
+        if channels != 3:  # not every architecture takes the argument
+            arguments["in_chans"] = channels
+        return {"architecture": str(network.pretrained_cfg.get("architecture", "")), "arguments": arguments}
+
+    @classmethod
+    def unpack(cls, described: Mapping[str, Any], folder: Path) -> TimmBackbone:
+        where, path = f"{folder}: recipe of the backbone", folder / PACKED_WEIGHTS
+        architecture = field_of(described["recipe"], "architecture", str, where)
+        arguments = field_of(described["recipe"], "arguments", dict, where)
+        for key, value in arguments.items():
+            if not _may_be_packed(key, value):
+                raise TrajOODError(f"{where}: argument {key!r} is not one that a packed network may have")
+        network = new_network(architecture, **arguments)
+        put_weights(network, read_weights(path), str(path))
+        data = {k: tuple(v) if isinstance(v, list) else v for k, v in described["options"]["transform"].items()}
+        return cls(network, name=described["name"], spec=f"timm:{architecture}:{path}", data=data)
+
 
 def _preprocessing(settings: Mapping[str, Any], name: str) -> Preprocessing:
     """Of timm's data config, in evaluation: the shorter side to size / crop_pct and the centre, or squashed."""
@@ -102,38 +160,6 @@ def _preprocessing(settings: Mapping[str, Any], name: str) -> Preprocessing:
 
 def _short(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {settings[key]}" for key in ("interpolation", "crop_pct", "crop_mode") if key in settings)
-
-
-def load(model: str, *, name: str | None = None, **data: Any) -> TimmBackbone:
-    """``<name>`` (timm's weights, downloaded once), ``<name>:<weights file>``, ``hf-hub:<repository>`` or ``<folder>``.
-
-    A weights file decides the number of classes and of input channels. ``data`` as in :class:`TimmBackbone`; networks
-    of a fixed image size, such as ViTs, are built for ``input_size``.
-
-    Raises:
-        TrajOODError: unknown model; weights missing, damaged or of another architecture; no network.
-    """
-    for key in data:
-        if key not in _OPTIONS:
-            raise TypeError(f"timm.load() got an unexpected keyword argument '{key}'")
-    spec, size = f"timm:{model}", data.get("input_size")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return TimmBackbone(
-            _from_folder(folder, size), name=name or f"timm:{folder.resolve().name}", spec=spec, data=data
-        )
-    architecture, _, weights = model.partition(":")
-    if architecture == "hf-hub":
-        return TimmBackbone(_from_hub(model, size), name=name or spec, spec=spec, data=data)
-    if "/" in architecture or architecture.startswith((".", "~")):
-        raise TrajOODError(
-            f"{spec}: no such folder; expected one with {CONFIG} and {WEIGHTS}, or <timm name>:<weights file>"
-        )
-    _assert_known(architecture)
-    if not weights:
-        return TimmBackbone(_from_hub(architecture, size), name=name or spec, spec=spec, data=data)
-    network = _from_file(architecture, Path(weights).expanduser(), size)
-    return TimmBackbone(network, name=name or f"timm:{architecture}:{Path(weights).stem}", spec=spec, data=data)
 
 
 def new_network(architecture: str, **arguments: Any) -> nn.Module:
@@ -251,6 +277,26 @@ def _shapes_from(weights: Mapping[str, Tensor], architecture: str) -> dict[str, 
     if convolution is not None:
         shapes["in_chans"] = convolution.shape[1]
     return shapes
+
+
+def _folder_arguments(spec: str) -> dict[str, Any]:
+    """What older versions of timm do not keep of a network that was read from a folder."""
+    path = Path(spec.partition(":")[2]).expanduser() / CONFIG
+    try:
+        return dict(read_json(path, "timm's config", "", limit=MAX_CONFIG).get("model_args") or {})
+    except (ValueError, TypeError):
+        return {}
+
+
+def _may_be_packed(key: str, value: Any) -> bool:
+    """Whether an argument of a network is plain data, and none that timm's factory would follow to other weights."""
+    return not key.startswith(_NOT_PACKED) and _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def _layer(names: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,63 +11,84 @@ from torch import Tensor, nn
 
 from traj_ood.backbones.image_processor import check_agreement, interpolation_of
 from traj_ood.backbones.network import (
+    PACKED_WEIGHTS,
     ClassifierInputBackbone,
     find_classifier,
     name_of,
     trial_images,
 )
+from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.tensor_file import write_tensors
+from traj_ood.io.trees import field_of
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
 from traj_ood.text import brief
 
 
+@register_backbone
 class TorchvisionBackbone(ClassifierInputBackbone):
     """Features are the input of the last linear layer, so that the logits are always linear in them."""
 
     library = "torchvision"
+    summary = "torchvision's classifiers: torchvision:<name>[:<weights file>]"
 
+    @classmethod
+    def load(cls, source: str, *, name: str | None = None, weights: str = "DEFAULT") -> TorchvisionBackbone:
+        """``<name>`` (torchvision's weights, downloaded once) or ``<name>:<weights file>``.
 
-def load(model: str, *, name: str | None = None, weights: str = "DEFAULT") -> TorchvisionBackbone:
-    """``<name>`` (torchvision's weights, downloaded once) or ``<name>:<weights file>``.
+        Args:
+            source: a classification model, such as ``resnet50``.
+            name: what tables call it; default the spec, with a file's stem in place of its path.
+            weights: entry of the model's weights enum; it also declares the transform, for a local file too. Default
+                DEFAULT, torchvision's best.
+        Raises:
+            TrajOODError: unknown model or entry; weights missing, damaged or of another architecture; no network.
+        """
+        from torchvision import models
 
-    Args:
-        model: a classification model, such as ``resnet50``.
-        name: what tables call it; default the spec, with a file's stem in place of its path.
-        weights: entry of the model's weights enum; it also declares the transform, for a local file too. Default
-            DEFAULT, torchvision's best.
-    Raises:
-        TrajOODError: unknown model or entry; weights missing, damaged or of another architecture; no network.
-    """
-    from torchvision import models
+        architecture, _, file = source.partition(":")
+        known = models.list_models(module=models)
+        if architecture not in known:
+            raise unknown_name("torchvision model", architecture, known)
+        entries = models.get_model_weights(architecture)
+        if weights not in entries.__members__:
+            raise unknown_name(f"torchvision weights of {architecture}", weights, entries.__members__)
+        transform = entries[weights].transforms()
+        preprocessing = _preprocessing(transform)
+        check_agreement(preprocessing, transform, f"torchvision weights of {architecture} {weights}")
+        shape = preprocessing.shape
+        if file:
+            network = _from_file(architecture, Path(file).expanduser(), shape)
+        else:
+            network = _download(architecture, entries[weights])
+        spec = f"torchvision:{source}"
+        shown = name or (f"torchvision:{architecture}" + (f":{Path(file).stem}" if file else ""))
+        return cls(
+            network,
+            network,
+            find_classifier(shown, network, network, trial_images(shape)),
+            name=shown,
+            spec=spec,
+            preprocessing=preprocessing,
+            options={"transform": _declared(transform), "pooling": "input of the last linear layer"},
+        )
 
-    architecture, _, file = model.partition(":")
-    known = models.list_models(module=models)
-    if architecture not in known:
-        raise unknown_name("torchvision model", architecture, known)
-    entries = models.get_model_weights(architecture)
-    if weights not in entries.__members__:
-        raise unknown_name(f"torchvision weights of {architecture}", weights, entries.__members__)
-    transform = entries[weights].transforms()
-    preprocessing = _preprocessing(transform)
-    check_agreement(preprocessing, transform, f"torchvision weights of {architecture} {weights}")
-    shape = preprocessing.shape
-    if file:
-        network = _from_file(architecture, Path(file).expanduser(), shape)
-    else:
-        network = _download(architecture, entries[weights])
-    spec = f"torchvision:{model}"
-    shown = name or (f"torchvision:{architecture}" + (f":{Path(file).stem}" if file else ""))
-    return TorchvisionBackbone(
-        network,
-        network,
-        find_classifier(shown, network, network, trial_images(shape)),
-        name=shown,
-        spec=spec,
-        preprocessing=preprocessing,
-        options={"transform": _declared(transform), "pooling": "input of the last linear layer"},
-    )
+    def pack(self, folder: Path) -> dict[str, Any]:
+        from torchvision import models
+
+        write_tensors(folder / PACKED_WEIGHTS, self.module.state_dict())
+        architecture = self.spec.partition(":")[2].partition(":")[0]
+        entries, declared = models.get_model_weights(architecture), self.options()["transform"]
+        weights = next((e.name for e in entries if _declared(e.transforms()) == declared), "DEFAULT")
+        return {"architecture": architecture, "weights": weights}
+
+    @classmethod
+    def unpack(cls, described: Mapping[str, Any], folder: Path) -> TorchvisionBackbone:
+        where = f"{folder}: recipe of the backbone"
+        architecture, entry = (field_of(described["recipe"], key, str, where) for key in ("architecture", "weights"))
+        return cls.load(f"{architecture}:{folder / PACKED_WEIGHTS}", name=described["name"], weights=entry)
 
 
 def _declared(transform: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,24 @@ from traj_ood.backbones.network import (
     find_classifier,
     trial_images,
 )
+from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing, trial_pictures
 from traj_ood.errors import TrajOODError
+from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, use_safetensors
 from traj_ood.io.weights import check_weights
 from traj_ood.text import brief
 
 _CLASSIFIER = "ForImageClassification"
+_PACKED = "backbone"  # folder of a packed model
 
 
-class TransformersClassifier(ClassifierInputBackbone):
-    """Features are what the model's last linear layer reads (a CLS token, pooled maps, …)."""
-
-    library = "transformers"
-
-
+@register_backbone
 class TransformersEncoder(NetworkBackbone):
     """A model without classifier: features are its pooler's output, else the first token, else the maps' mean."""
 
     library = "transformers"
+    summary = "vision models of transformers: transformers:<hub name or folder>"
 
     def forward_batch(self, images: Tensor) -> Features:
         output = self.module(pixel_values=images)
@@ -46,48 +45,65 @@ class TransformersEncoder(NetworkBackbone):
         hidden = output.last_hidden_state
         return Features(hidden[:, 0] if hidden.ndim == 3 else hidden.flatten(2).mean(dim=2), None)
 
+    @classmethod
+    def load(cls, source: str, *, name: str | None = None) -> TransformersEncoder:
+        """A local folder (config.json, model.safetensors, preprocessor_config.json) or a name on the Hugging Face hub.
 
-def load(model: str, *, name: str | None = None) -> NetworkBackbone:
-    """A local folder (config.json, model.safetensors, preprocessor_config.json) or a name on the Hugging Face hub.
+        Pickled weights are read only from a folder without others, and only as plain tensors. Code that comes with the
+        model is never run.
 
-    Pickled weights are read only from a folder without others, and only as plain tensors. Code that comes with the
-    model is never run.
+        Raises:
+            TrajOODError: files missing, damaged or of another architecture; no network; a model of another kind.
+        """
+        from transformers import AutoConfig, AutoImageProcessor
 
-    Raises:
-        TrajOODError: files missing, damaged or of another architecture; no network; a model of another kind.
-    """
-    from transformers import AutoConfig, AutoImageProcessor
+        folder = Path(source).expanduser()
+        if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+            raise TrajOODError(
+                f"transformers:{source}: no such folder; expected one with config.json, model.safetensors and "
+                "preprocessor_config.json"
+            )
+        where = str(folder) if folder.is_dir() else source
+        shown = name or f"transformers:{folder.resolve().name if folder.is_dir() else source}"
+        config = _fetch(shown, "config.json", lambda: from_pretrained(AutoConfig, where))
+        if config.model_type == "vit_mae":
+            raise TrajOODError(
+                f"{shown}: ViT-MAE masks at random and is an autoencoder itself: use it as the model, without "
+                "transformers:"
+            )
+        network = _network(shown, where, config)
+        processor = _fetch(shown, "preprocessor_config.json", lambda: from_pretrained(AutoImageProcessor, where))
+        preprocessing = _preprocessing(processor, int(getattr(config, "num_channels", 3)), shown)
+        settings: dict[str, Any] = {
+            "name": shown,
+            "spec": f"transformers:{source}",
+            "preprocessing": preprocessing,
+            "options": {"transform": _declared(processor), "pooling": type(network).__name__},
+        }
+        if not type(network).__name__.endswith(_CLASSIFIER):
+            return TransformersEncoder(network, **settings)
 
-    folder = Path(model).expanduser()
-    if not folder.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise TrajOODError(
-            f"transformers:{model}: no such folder; expected one with config.json, model.safetensors and "
-            "preprocessor_config.json"
-        )
-    source = str(folder) if folder.is_dir() else model
-    shown = name or f"transformers:{folder.resolve().name if folder.is_dir() else model}"
-    config = _fetch(shown, "config.json", lambda: from_pretrained(AutoConfig, source))
-    if config.model_type == "vit_mae":
-        raise TrajOODError(
-            f"{shown}: ViT-MAE masks at random and is an autoencoder itself: use it as the model, without transformers:"
-        )
-    network = _network(shown, source, config)
-    processor = _fetch(shown, "preprocessor_config.json", lambda: from_pretrained(AutoImageProcessor, source))
-    preprocessing = _preprocessing(processor, int(getattr(config, "num_channels", 3)), shown)
-    settings: dict[str, Any] = {
-        "name": shown,
-        "spec": f"transformers:{model}",
-        "preprocessing": preprocessing,
-        "options": {"transform": _declared(processor), "pooling": type(network).__name__},
-    }
-    if not type(network).__name__.endswith(_CLASSIFIER):
-        return TransformersEncoder(network, **settings)
+        def call(images: Tensor) -> Tensor:
+            return network(pixel_values=images).logits
 
-    def call(images: Tensor) -> Tensor:
-        return network(pixel_values=images).logits
+        layer = find_classifier(shown, network, call, trial_images(preprocessing.shape))
+        return TransformersClassifier(network, call, layer, **settings)
 
-    layer = find_classifier(shown, network, call, trial_images(preprocessing.shape))
-    return TransformersClassifier(network, call, layer, **settings)
+    def pack(self, folder: Path) -> dict[str, Any]:
+        network: Any = self.module
+        (folder / _PACKED).mkdir(parents=True, exist_ok=True)
+        network.save_pretrained(folder / _PACKED, max_shard_size="1000GB")  # one file, which is what is read back
+        processor = json.dumps(self.options()["transform"], indent=2, sort_keys=True)
+        write_atomic(folder / _PACKED / "preprocessor_config.json", processor.encode())
+        return {}
+
+    @classmethod
+    def unpack(cls, described: Mapping[str, Any], folder: Path) -> TransformersEncoder:
+        return cls.load(str(folder / _PACKED), name=described["name"])
+
+
+class TransformersClassifier(ClassifierInputBackbone, TransformersEncoder):
+    """A model with a classifier: features are what its last linear layer reads (a CLS token, pooled maps, …)."""
 
 
 def _network(name: str, source: str, config: Any) -> nn.Module:

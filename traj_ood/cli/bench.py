@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     "--model",
     default="fashion-mae",
     show_default=True,
-    help="Name, local folder or hub name of an autoencoder; or a backbone as timm:<name>[:<weights>], timm:<folder>, "
-    "torchvision:<name>[:<weights>], transformers:<name or folder>, openood:<network>:<checkpoint>: a surrogate "
-    "autoencoder is then trained on its features of the ID training split, and kept.",
+    help="Name, local folder or hub name of an autoencoder; or a backbone such as timm:<name> or openood:<network>:"
+    "<checkpoint> (see `traj-ood list models`): a surrogate autoencoder is then trained on its features of the ID "
+    "training split, and kept.",
 )
 @click.option("--scorers", default="all", show_default=True, help="Comma-separated, options as name:key=value.")
 @click.option("--attractors", type=int, help="ID training images to learn from.  [default: the benchmark's protocol]")

@@ -106,9 +106,12 @@ def list_(what: str) -> None:
 
         _section("scorers", [(name, f"{c.summary}; options {c().options()}") for name, c in SCORERS.items()])
     if what in ("models", "all"):
-        from traj_ood.autoencoders import MODELS
+        from traj_ood.autoencoders import FAMILIES, MODELS
+        from traj_ood.backbones import LIBRARIES
 
-        _section("models", [(name, info.summary) for name, info in MODELS.items()])
+        _section("models", [(name, info.summary) for name, info in sorted(MODELS.items())])
+        _section("model families", [(name, family.summary) for name, family in sorted(FAMILIES.items())])
+        _section("backbone libraries", [(name, library.summary) for name, library in sorted(LIBRARIES.items())])
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
+from traj_ood.backbones.packing import check_same
 from traj_ood.detector.card import card
 from traj_ood.detector.conformal import Calibration
-from traj_ood.detector.packing import check_same, field_of, pack, unpack
+from traj_ood.detector.packing import pack, unpack
 from traj_ood.detector.probe import check_probe, probe
 from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import check_tensors, read_column, specs_of
@@ -32,6 +33,7 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
 from traj_ood.io.sealed import open_sealed, replaced_folder, seal
 from traj_ood.io.tensor_file import write_tensors
+from traj_ood.io.trees import field_of
 from traj_ood.scorers.options import write_option
 from traj_ood.scorers.scorer_set import ScorerSet
 

@@ -1,13 +1,17 @@
-"""The one way in which models of transformers and diffusers are read: no code of theirs runs, and nothing is asked."""
+"""How models of transformers and diffusers are read: no code of theirs runs, nothing is asked, nothing is followed."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError
 from traj_ood.io.checkpoints import reason_of
+from traj_ood.io.files import write_atomic
+from traj_ood.io.trees import MAX_CONFIG, read_json
 
+_ELSEWHERE = ("auto_map", "use_pretrained_backbone", "custom_pipelines")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin")
 
 
@@ -48,6 +52,31 @@ def use_safetensors(source: str | Path) -> dict[str, Any]:
     folder = Path(source).expanduser()
     pickled = any((folder / name).is_file() for name in _PICKLED) and not any(folder.glob("*.safetensors*"))
     return {"use_safetensors": not pickled}
+
+
+def refuse_elsewhere(folder: Path) -> None:
+    """Refuse a folder with a JSON file that would lead a library to code or weights outside of it.
+
+    Raises:
+        TrajOODError: names the file and the entry.
+    """
+    for path in sorted(folder.rglob("*.json")):
+        content = _read(path)
+        asking = sorted(key for key in _ELSEWHERE if content.get(key))
+        if asking:
+            raise TrajOODError(f"{path}: {asking[0]!r} asks for code or files from elsewhere: nothing packed here does")
+
+
+def forget_paths(folder: Path) -> None:
+    """Take out of every config.json where its model came from: a path on this machine, and nobody else's business."""
+    for path in sorted(folder.rglob("config.json")):
+        config = _read(path)
+        if config.pop("_name_or_path", None) is not None:
+            write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, "a description of a model", "copy the folder again", limit=MAX_CONFIG)
 
 
 def _refused(source: str, what: str) -> TrajOODError:

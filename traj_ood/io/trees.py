@@ -7,9 +7,11 @@ What people write by hand needs none of that, so it is refused by name.
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -27,6 +29,8 @@ MAX_DEPTH = 50
 _MAX_VALUES = 5_000  # of a YAML file, those that aliases repeat counted each time
 _MAX_TEXT = 4_096  # characters of one YAML value: the longest path
 _MAX_DIGITS = 40  # of a whole number; Python refuses to print those of thousands
+
+_T = TypeVar("_T")
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -72,6 +76,26 @@ def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict
     if not isinstance(tree, dict):
         raise TrajOODError(f"{path}: expected a JSON object, got {type(tree).__name__}; {fix}")
     return tree
+
+
+def field_of(tree: Mapping[str, Any], key: str, kind: type[_T], where: str) -> _T:
+    """``tree[key]``, which must be a ``kind``; an int counts as a float, a bool never as a number.
+
+    Raises:
+        TrajOODError: missing, of another type, or not finite.
+    """
+    value = tree.get(key)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        got = "nothing" if key not in tree else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise TrajOODError(f"{where}: {key}: expected {kind.__name__}, got {got}: the file is damaged")
+    return value
+
+
+def as_json(value: Any) -> Any:
+    """Plain data as it comes back from a JSON file: tuples as lists, other objects as their text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _content(path: Path, what: str, limit: int, fix: str = "correct the path") -> bytes:

@@ -1,0 +1,128 @@
+"""A model as files that need nothing else: what describes it, how it is rebuilt, and whether it is the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from traj_ood.backbones.base import Backbone
+from traj_ood.backbones.network import trial_images
+from traj_ood.backbones.registry import LIBRARIES
+from traj_ood.data.preprocessing import preprocessing_differences
+from traj_ood.errors import TrajOODError
+from traj_ood.io.families import Families, M
+from traj_ood.io.trees import as_json, field_of
+from traj_ood.text import brief
+
+_MAX_CHUNK = 2**20
+
+
+def pack_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
+    """Write a backbone of a registered library, and try whether its library makes the same network of the files.
+
+    That takes the memory of a second copy for a moment.
+
+    Returns:
+        A JSON-able description: ``library``, ``name``, ``options``, ``fingerprint``, ``chunk``, ``recipe``.
+    Raises:
+        TrajOODError: the folder cannot be written; or the network that is rebuilt from it has another fingerprint or
+            gives other features.
+    """
+    described = {"library": backbone.library, **describe(backbone), "recipe": as_json(backbone.pack(folder))}
+    try:
+        if _same_answers(backbone, unpack_backbone(described, folder)):
+            return described
+        reason = "the network rebuilt from its weights gives other features"
+    except TrajOODError as error:
+        reason = str(error)
+    raise TrajOODError(
+        f"{backbone.name}: cannot be rebuilt offline from its weights ({reason}); wrap the network in a "
+        "traj_ood.CallableBackbone, which is passed again at loading"
+    )
+
+
+def unpack_backbone(described: Mapping[str, Any], folder: Path) -> Backbone:
+    """The backbone that :func:`pack_backbone` described; raises as :func:`rebuild`."""
+    return rebuild(LIBRARIES, described, "library", folder)
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """What all packed models, autoencoders and backbones, are described by; JSON-able."""
+    return {
+        "name": model.name,
+        "options": as_json(model.options()),
+        "fingerprint": model.fingerprint(),
+        "chunk": model.chunk,
+    }
+
+
+def rebuild(families: Families[M], described: Mapping[str, Any], key: str, folder: Path) -> M:
+    """The model of a description, by the ``unpack`` of its family, on the CPU.
+
+    Args:
+        key: of the family's name in the description.
+    Raises:
+        TrajOODError: an unknown family; files or entries that are missing, damaged or of another architecture; weights
+            or options with another fingerprint.
+    """
+    where = f"{folder}: description of the {families.model}"
+    family: Any = families.named(field_of(described, key, str, where))
+    name, chunk = field_of(described, "name", str, where), field_of(described, "chunk", int, where)
+    field_of(described, "options", dict, where)
+    if not 1 <= chunk <= _MAX_CHUNK:
+        raise TrajOODError(f"{where}: chunk: expected 1 to {_MAX_CHUNK} rows, got {chunk}: the file is damaged")
+    try:
+        model = family.unpack(described, folder)
+    except TrajOODError:
+        raise
+    except Exception as error:  # transformers, timm and torch have error classes of their own
+        raise TrajOODError(
+            f"{folder}: the {families.model} {name!r} cannot be rebuilt ({type(error).__name__}: {brief(error)}): pack "
+            "the model again or pass it as autoencoder="
+        ) from error
+    model.chunk = chunk
+    check_same(described, model, str(folder))
+    return model
+
+
+def check_same(described: Mapping[str, Any], model: Any, where: str) -> None:
+    """Refuse a model that is not the one described.
+
+    Raises:
+        TrajOODError: another input shape, preprocessing or fingerprint, and which options differ.
+    """
+    if "input_shape" in described and field_of(described, "input_shape", list, where) != list(model.input_shape):
+        raise TrajOODError(
+            f"{where}: expected a model for images {str(tuple(described['input_shape']))[:60]}, got {model.name} for "
+            f"{model.input_shape}"
+        )
+    if "preprocessing" in described:  # which older versions did not write
+        other = preprocessing_differences(field_of(described, "preprocessing", dict, where), model)
+        if other:
+            raise TrajOODError(
+                f"{where}: expected {model.name} with the preprocessing that it was saved with, got another "
+                f"({', '.join(other)} differ): scores of the same pictures would be others; pass the model as it was"
+            )
+    expected, found = field_of(described, "fingerprint", str, where), model.fingerprint()
+    if found != expected:
+        own, packed = as_json(model.options()), field_of(described, "options", dict, where)
+        differing = sorted(k for k in own.keys() | packed.keys() if own.get(k) != packed.get(k))
+        what = f"options {', '.join(differing)} differ" if differing else "its weights differ"
+        raise TrajOODError(
+            f"{where}: expected the model {described.get('name')!r} with fingerprint {expected[:12]}…, got "
+            f"{model.name!r} with {found[:12]}… ({what}): use the very model that was saved, and its libraries"
+        )
+
+
+def _same_answers(packed: Backbone, rebuilt: Backbone) -> bool:
+    """Arguments such as the kind of activation leave no trace in weights. Devices may round differently, no more."""
+    shapes = [(backbone.feature_dim, backbone.classes, backbone.input_shape) for backbone in (packed, rebuilt)]
+    if shapes[0] != shapes[1]:
+        return False
+    images = trial_images(packed.input_shape)
+    expected, found = packed.extract(images), rebuilt.extract(images)
+    pairs = [(expected.features, found.features)]
+    if expected.logits is not None and found.logits is not None:
+        pairs.append((expected.logits, found.logits))
+    return all(bool(((a.cpu() - b.cpu()).abs() <= 1e-3 * max(1e-6, float(a.abs().max()))).all()) for a, b in pairs)

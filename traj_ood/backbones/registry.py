@@ -1,0 +1,33 @@
+"""Backbones by the name of their library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from traj_ood.backbones.base import Backbone
+from traj_ood.io.families import Families
+
+LIBRARIES: Families[Backbone] = Families(
+    Backbone, "backbone library", "backbone", "library", ("load", "pack", "unpack")
+)
+register_backbone = LIBRARIES.register
+
+
+def is_backbone_spec(model: str) -> bool:
+    """Whether ``model`` names a backbone, such as ``timm:resnet18``, rather than an autoencoder."""
+    return ":" in model and model.split(":", 1)[0] in LIBRARIES
+
+
+def load_backbone(spec: str, **options: Any) -> Backbone:
+    """A frozen backbone by library and name, in eval mode on the CPU.
+
+    Args:
+        spec: ``timm:<name>[:<weights file>]`` or ``timm:<folder>``; ``torchvision:<name>[:<weights file>]``;
+            ``transformers:<hub name or folder>``; ``openood:<network>:<checkpoint>``; or ``library:source`` of your
+            own, see :func:`register_backbone`.
+        options: of the library's ``load``, such as ``input_size=224``.
+    Raises:
+        TrajOODError: unknown library, name or option (with near ones); weights that are missing, damaged or of another
+            architecture; no network for a download.
+    """
+    return LIBRARIES.load(spec, options)

@@ -1,0 +1,82 @@
+"""The registry of model families: classes by the word before the colon of a spec, such as ``timm:resnet18``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from traj_ood.errors import TrajOODError, unknown_name
+
+M = TypeVar("M")
+_C = TypeVar("_C", bound=type[Any])
+
+
+class Families(dict[str, type[M]]):
+    """Model classes by name; each is added in its own file, by :meth:`register`.
+
+    Args:
+        base: of all the classes.
+        kind: what a class is, for errors: ``backbone library``. model: what an object of it is: ``backbone``.
+        key: the class attribute that holds the name.
+        methods: what a class has to define beside what is abstract in ``base``.
+    """
+
+    def __init__(self, base: type[Any], kind: str, model: str, key: str, methods: tuple[str, ...]) -> None:
+        super().__init__()
+        self._base, self.kind, self.model, self.key, self._methods = base, kind, model, key, methods
+
+    def register(self, cls: _C) -> _C:
+        """Class decorator: make a family available by its name; a name is taken once.
+
+        Raises:
+            TrajOODError: a method or the summary is missing; the name cannot stand before a colon, or is taken.
+        """
+        own: Any = cls
+        where, name = f"{self.kind} {own.__qualname__}", getattr(own, self.key)
+        home = (own.__module__, own.__qualname__)
+        defined = {key for part in own.__mro__[: own.__mro__.index(self._base)] for key in vars(part)}
+        missing = sorted({*own.__abstractmethods__, *(set(self._methods) - defined)})
+        if missing or not own.summary:
+            raise TrajOODError(f"{where}: expected {', '.join(missing) or 'a summary'} in the class: define it")
+        if name == "custom" or not re.fullmatch(r"\w[\w.-]*", name):
+            raise TrajOODError(f"{where}: expected {self.key} to be a word of its own, got {name!r}")
+        if name in self and (self[name].__module__, self[name].__qualname__) != home:  # a module may be reloaded
+            raise TrajOODError(f"{where}: {self.key} {name!r} is taken by {self[name].__qualname__}: choose another")
+        self[name] = own
+        return cls
+
+    def named(self, name: str) -> type[M]:
+        """The class of a name.
+
+        Raises:
+            TrajOODError: unknown, with near ones.
+        """
+        if name not in self:
+            raise unknown_name(self.kind, name, self)
+        return self[name]
+
+    def load(self, spec: str, options: Mapping[str, Any]) -> M:
+        """The model ``name:source``, by the ``load`` of its family.
+
+        Raises:
+            TrajOODError: unknown name, no source, an unknown option, or whatever the family raises.
+        """
+        name, _, source = spec.partition(":")
+        family: Any = self.named(name)
+        if not source:
+            raise TrajOODError(f"{self.model} {spec!r}: expected a name after {name}: ({family.summary})")
+        with unknown_options_named(f"{self.model} {spec!r}"):
+            return family.load(source, **options)
+
+
+@contextmanager
+def unknown_options_named(where: str) -> Iterator[None]:
+    """An option that a loader does not know becomes a :class:`traj_ood.TrajOODError` that begins with ``where``."""
+    try:
+        yield
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise TrajOODError(f"{where}: {str(error).split(') ')[-1]}") from error
+        raise
