@@ -171,9 +171,7 @@ def test_what_is_no_causal_language_model(folder: Path, tmp_path: Path) -> None:
     (copy / "model.safetensors").write_bytes(weights)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(
-        TrajOODError, match=r"copy: \d+ weights are missing from its file or of another shape \(first: .*2"
-    ):
+    with pytest.raises(TrajOODError, match=r"copy: .*\d+ tensors missing or of another shape \(first: .*2"):
         load_language_model(str(copy), tokens=8)
     (copy / "config.json").write_text(
         json.dumps({**config, "architectures": ["BertForMaskedLM"], "model_type": "bert"})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from traj_ood.text import one_line
+from traj_ood.text import brief, one_line
 
 _MAX_LISTED = 60
 
@@ -21,6 +22,20 @@ class TrajOODError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(str(message)))
+
+
+@contextmanager
+def foreign_errors(before: str, then: str = "") -> Iterator[None]:
+    """What the code inside raises becomes one error, ``before (what it says)then``; a ``TrajOODError`` stays as it is.
+
+    For the code of libraries and of users: each has error classes of its own.
+    """
+    try:
+        yield
+    except TrajOODError:
+        raise
+    except Exception as error:
+        raise TrajOODError(f"{before} ({brief(error)}){then}") from error
 
 
 def warn(message: str, stacklevel: int = 1) -> None:

@@ -16,11 +16,10 @@ from traj_ood.autoencoders.hub import read_config
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.iterate import rows_per_call
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.weights import check_weights, refuse_larger
-from traj_ood.text import brief
 
 STRIDES = 4
 
@@ -101,7 +100,7 @@ class ConvAutoencoder(Autoencoder):
         """
         folder = Path(source)
         path = folder / "model.safetensors"
-        try:
+        with foreign_errors(f"{folder}: expected config.json and model.safetensors of a conv model"):
             config = read_config(folder)
             weights = load_file(path)
             refuse_larger(config["network"], weights, f"{folder}/config.json")
@@ -109,12 +108,6 @@ class ConvAutoencoder(Autoencoder):
                 check_weights(weights, ConvNetwork(**config["network"]), str(path))
             network = ConvNetwork(**config["network"])
             mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
-        except TrajOODError:
-            raise
-        except Exception as error:
-            raise TrajOODError(
-                f"{folder}: expected config.json and model.safetensors of a conv model ({brief(error)})"
-            ) from error
         check_digest(path, weights, config)
         network.load_state_dict(weights)
         return cls(network, **({"name": folder.name, "mean": mean, "std": std} | options))

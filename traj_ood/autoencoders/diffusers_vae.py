@@ -17,10 +17,8 @@ from traj_ood.autoencoders.hub import local_copy, read_config
 from traj_ood.autoencoders.registry import family_of, register_autoencoder
 from traj_ood.data.preprocessing import Interpolation, Preprocessing
 from traj_ood.dynamics.iterate import rows_per_call
-from traj_ood.errors import TrajOODError
-from traj_ood.io.pretrained import from_pretrained, use_safetensors
-from traj_ood.io.weights import check_weights
-from traj_ood.text import brief
+from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 PAPER_SIZE = 256
@@ -122,23 +120,17 @@ class DiffusersVAE(Autoencoder):
             raise TrajOODError(f"{folder}/config.json: expected _class_name 'AutoencoderKL', got {kind!r}")
         if not any(folder.glob("diffusion_pytorch_model.*")):
             raise TrajOODError(f"{folder / FILES[1]}: expected the weights, found nothing; download them, too")
-        try:
+        with foreign_errors(f"{folder}: cannot be read as an AutoencoderKL"):
             # Without the meta device: what a file lacks would stay there, and be found only when it is used.
-            model, report = from_pretrained(
+            answer = from_pretrained(
                 AutoencoderKL, folder, output_loading_info=True, low_cpu_mem_usage=False, **use_safetensors(folder)
             )
-        except TrajOODError:
-            raise
-        except Exception as error:  # diffusers, safetensors and torch each have error classes of their own
-            raise TrajOODError(f"{folder}: cannot be read as an AutoencoderKL ({brief(error)})") from error
-        for problem in ("missing", "unexpected", "mismatched"):
-            keys = sorted(map(str, report[f"{problem}_keys"]))
-            if keys:
-                raise TrajOODError(
-                    f"{folder}: weights of another architecture: {len(keys)} tensors {problem} (first: {keys[0]})"
-                )
-        model = model.float()
-        check_weights(model.state_dict(), model, str(folder))
+        extra = sorted(map(str, answer[1]["unexpected_keys"]))
+        if extra:
+            raise TrajOODError(
+                f"{folder}: weights of another architecture: {len(extra)} tensors unexpected (first: {extra[0]})"
+            )
+        model = whole_network(answer, str(folder))
         options.setdefault("name", Path(source).name if Path(source).expanduser().is_dir() else str(source))
         return cls(model, **options)
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.trees import MAX_CONFIG, read_json
-from traj_ood.text import brief
+
+DOWNLOAD = "download it where there is a network and pass the folder"
+"""What to do about a model that cannot be fetched here."""
 
 
 def local_copy(source: str, files: Sequence[str]) -> Path:
@@ -32,13 +34,9 @@ def local_copy(source: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     inner = parts[2] if len(parts) == 3 else ""
-    try:
-        copy = snapshot_download("/".join(parts[:2]), allow_patterns=[f"{inner}/{f}" if inner else f for f in files])
-    except Exception as error:  # network, hub and file-system errors of many classes
-        raise TrajOODError(
-            f"model {source!r}: neither a local folder nor to be had from the hub ({brief(error)}); download it "
-            "where there is a network and pass the folder"
-        ) from error
+    patterns = [f"{inner}/{file}" if inner else file for file in files]
+    with foreign_errors(f"model {source!r}: neither a local folder nor to be had from the hub", f"; {DOWNLOAD}"):
+        copy = snapshot_download("/".join(parts[:2]), allow_patterns=patterns)
     if not (Path(copy) / inner).is_dir():
         raise TrajOODError(f"model {source!r}: the repository {'/'.join(parts[:2])} has no folder {inner!r}")
     return Path(copy) / inner

@@ -14,6 +14,7 @@ Qwen3 models.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from torch import Tensor, nn
 
 from traj_ood.dynamics.fixed_function import FixedFunction
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
-from traj_ood.errors import TrajOODError
-from traj_ood.io.pretrained import from_pretrained, use_safetensors
-from traj_ood.io.weights import check_weights, fingerprint
-from traj_ood.text import brief
+from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
+from traj_ood.io.weights import fingerprint
 
 PREFIX = "causal-lm:"
 Encode = Callable[[str], Sequence[int]]
@@ -135,25 +135,18 @@ def load_language_model(spec: str, *, tokens: int = 64, name: str | None = None)
     where = str(folder) if folder.is_dir() else source
     if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise TrajOODError(f"{shown}: no such folder; expected one with config.json, model.safetensors and a tokenizer")
-    config = _fetched(shown, "config.json", lambda: from_pretrained(AutoConfig, where))
+    with _reading(shown, "config.json"):
+        config = from_pretrained(AutoConfig, where)
     if not _is_causal(config):
         raise TrajOODError(
             f"{shown}: expected a causal language model, got {config.model_type} "
             f"({', '.join(config.architectures or ['?'])})"
         )
-    tokenizer = _fetched(shown, "its tokenizer", lambda: from_pretrained(AutoTokenizer, where))
-    model, report = _fetched(
-        shown,
-        "model.safetensors",
-        lambda: from_pretrained(AutoModel, where, config=config, output_loading_info=True, **use_safetensors(where)),
-    )
-    missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
-    if missing:
-        raise TrajOODError(
-            f"{shown}: {len(missing)} weights are missing from its file or of another shape (first: {missing[0]})"
-        )
-    model = model.float()
-    check_weights(model.state_dict(), model, shown)
+    with _reading(shown, "its tokenizer"):
+        tokenizer = from_pretrained(AutoTokenizer, where)
+    options = {"config": config, "output_loading_info": True, **use_safetensors(where)}
+    with _reading(shown, "model.safetensors"):
+        model = whole_network(from_pretrained(AutoModel, where, **options), shown)
     return LanguageModel(model, lambda text: tokenizer(text)["input_ids"], tokens=tokens, name=shown)
 
 
@@ -166,13 +159,8 @@ def _is_causal(config: Any) -> bool:
     return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _fetched(name: str, file: str, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except TrajOODError as error:
-        raise TrajOODError(f"{name}: {error}") from error
-    except Exception as error:  # hub, network, file and configuration errors of many classes
-        raise TrajOODError(
-            f"{name}: {file} cannot be read here or fetched ({brief(error)}); give a local folder with config.json, "
-            f"model.safetensors and tokenizer files: {PREFIX}<folder>"
-        ) from error
+def _reading(name: str, file: str) -> AbstractContextManager[None]:
+    return foreign_errors(
+        f"{name}: {file} cannot be read here or fetched",
+        f"; give a local folder with config.json, model.safetensors and tokenizer files: {PREFIX}<folder>",
+    )

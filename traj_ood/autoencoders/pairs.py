@@ -31,20 +31,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo
-from traj_ood.autoencoders.hub import local_copy, read_config
+from traj_ood.autoencoders.hub import DOWNLOAD, local_copy, read_config
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
 from traj_ood.backbones.image_processor import from_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.iterate import rows_per_call
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
-from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
-from traj_ood.io.weights import check_weights, put_weights
-from traj_ood.text import brief
+from traj_ood.io.weights import put_weights
 
 MODEL_TYPE = "traj_ood_pair"
 HEADS = 16
@@ -270,16 +269,10 @@ class PairAutoencoder(Autoencoder):
 
     def _tried(self) -> int:
         """Rows per call, after one image has gone through both networks."""
-        try:
-            with torch.inference_mode():
-                latents = self.encode_batch(torch.zeros(1, *self.input_shape, device=self.device))
-                images = self.decode_batch(latents)
-        except TrajOODError:
-            raise
-        except Exception as error:  # shapes that do not fit end in errors of any class
-            raise TrajOODError(
-                f"{self.name}: encoder and decoder do not fit images of shape {self.input_shape} ({brief(error)})"
-            ) from error
+        where = f"{self.name}: encoder and decoder do not fit images of shape {self.input_shape}"
+        with foreign_errors(where), torch.inference_mode():
+            latents = self.encode_batch(torch.zeros(1, *self.input_shape, device=self.device))
+            images = self.decode_batch(latents)
         if tuple(images.shape[1:]) != self.input_shape:
             raise TrajOODError(
                 f"{self.name}: expected a decoder of images {self.input_shape}, got {tuple(images.shape[1:])}"
@@ -345,11 +338,9 @@ class PairAutoencoder(Autoencoder):
             raise TrajOODError(
                 f"{folder}/config.json: expected model_type {MODEL_TYPE!r}, got {config.get('model_type')!r}"
             )
-        try:
+        with foreign_errors(f"{folder}/config.json: impossible or missing entry"):
             heads, size, plain = int(config["heads"]), int(config["encoder_size"]), bool(config["plain_norm"])
             statistics = {key: tuple(float(v) for v in config[key]) for key in ("mean", "std")}
-        except (KeyError, TypeError, ValueError) as error:
-            raise TrajOODError(f"{folder}/config.json: impossible or missing entry ({brief(error)})") from error
         encoder = VisionTokens(load_vision_model(str(folder / "encoder")), size, plain_norm=plain)
         weights = read_weights(folder / "model.safetensors")
         check_digest(folder / "model.safetensors", weights, config)
@@ -444,26 +435,12 @@ def load_vision_model(source: str) -> Any:
     """
     from transformers import AutoConfig, AutoModel
 
-    try:
+    where = f"encoder {source!r}"
+    with foreign_errors(f"{where}: neither a local folder nor loadable from the hub", f"; {DOWNLOAD}"):
         config = from_pretrained(AutoConfig, source)
-        model, report = from_pretrained(
-            AutoModel, source, config=config, output_loading_info=True, **use_safetensors(source)
-        )
-    except TrajOODError as error:
-        raise TrajOODError(f"encoder {error}") from error
-    except Exception as error:
-        raise TrajOODError(
-            f"encoder {source!r}: neither a local folder nor loadable from the hub ({brief(error)}); download it "
-            "where there is a network and pass the folder"
-        ) from error
-    missing = sorted(key for key in map(str, report["missing_keys"]) if "pooler" not in key and "head." not in key)
-    if missing:
-        raise TrajOODError(
-            f"encoder {source!r}: {len(missing)} weights are missing from its file (first: {missing[0]})"
-        )
-    model = getattr(model, "vision_model", model).float()
-    check_weights(model.state_dict(), model, f"encoder {source!r}")
-    return model
+        answer = from_pretrained(AutoModel, source, config=config, output_loading_info=True, **use_safetensors(source))
+    model = whole_network(answer, where, optional=("pooler", "head."))
+    return getattr(model, "vision_model", model)
 
 
 _RAE_ENCODERS = {
@@ -492,18 +469,11 @@ def _encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[st
     if gain is None:  # RAE takes gain and bias off
         prefix = "vision_model." if any(k.startswith("vision_model.") for k in weights) else ""
         weights |= {f"{prefix}{norm}.weight": torch.ones(width), f"{prefix}{norm}.bias": torch.zeros(width)}
-    try:
-        model, report = getattr(transformers, model_name).from_pretrained(
+    with foreign_errors(f"{where}: its encoder cannot be read as {model_name}"):
+        answer = getattr(transformers, model_name).from_pretrained(
             None, config=geometry, state_dict=weights, output_loading_info=True, trust_remote_code=False
         )
-    except Exception as error:
-        raise TrajOODError(f"{where}: its encoder cannot be read as {model_name} ({brief(error)})") from error
-    wrong = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
-    if wrong:
-        raise TrajOODError(f"{where}: {len(wrong)} weights of the encoder are missing or misshapen, first {wrong[0]}")
-    model = model.float()
-    check_weights(model.state_dict(), model, where)
-    return model
+    return whole_network(answer, f"{where}: its encoder")
 
 
 def _siglip_hidden(weights: Mapping[str, Tensor], width: int) -> int:

@@ -25,13 +25,12 @@ from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones import LIBRARIES, Backbone, Features, is_backbone_spec, load_backbone
 from traj_ood.backbones.packing import pack_backbone, unpack_backbone
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import field_of, read_json
 from traj_ood.io.weights import check_weights, put_weights, refuse_larger
-from traj_ood.text import brief
 
 MODEL_TYPE = "traj_ood_surrogate"
 Activation = Literal["gelu", "relu", "identity"]
@@ -277,7 +276,7 @@ class SurrogateAutoencoder(Autoencoder):
         """
         folder = Path(source)
         path = folder / "model.safetensors"
-        try:
+        with foreign_errors(f"{folder}: expected config.json and model.safetensors of a surrogate"):
             config = read_config(folder)
             if config["model_type"] != MODEL_TYPE:
                 raise TrajOODError(
@@ -292,12 +291,6 @@ class SurrogateAutoencoder(Autoencoder):
             network = SurrogateNetwork(**config["network"])
             record = folder / "training.json"
             known = read_json(record, "the record of a training", "delete the folder") if record.is_file() else {}
-        except TrajOODError:
-            raise
-        except Exception as error:
-            raise TrajOODError(
-                f"{folder}: expected config.json and model.safetensors of a surrogate ({brief(error)})"
-            ) from error
         network.load_state_dict(weights)
         model = cls(backbone or _backbone_of(folder, trained_on, asked), network, **options)
         if model.backbone_fingerprint != trained_on["fingerprint"]:

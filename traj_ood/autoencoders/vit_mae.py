@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders.base import GRID, Autoencoder, ModelInfo
+from traj_ood.autoencoders.hub import DOWNLOAD
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
-from traj_ood.errors import TrajOODError, warn
+from traj_ood.errors import TrajOODError, foreign_errors, warn
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
-from traj_ood.io.pretrained import from_pretrained, use_safetensors
+from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 from traj_ood.io.provenance import PACKAGE
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import check_weights, fingerprint, refuse_larger
-from traj_ood.text import brief
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECONSTRUCTION_MASKS = 4
@@ -135,12 +135,8 @@ class ViTMAE(Autoencoder):
             raise TrajOODError(f"{folder}/config.json: expected model_type 'vit_mae', got {raw.get('model_type')!r}")
         path = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
         written = read_weights(path)
-        try:
+        with foreign_errors(f"{folder}/config.json: impossible geometry"):
             model, weights = _built(raw, written, folder / "config.json", path)
-        except TrajOODError:
-            raise
-        except Exception as error:  # transformers has error classes of its own, and arithmetic does the rest
-            raise TrajOODError(f"{folder}/config.json: impossible geometry ({brief(error)})") from error
         model.load_state_dict(weights)
         stored: dict[str, Any] = {}
         if (folder / PROCESSOR).is_file():
@@ -154,24 +150,12 @@ class ViTMAE(Autoencoder):
     def _from_hub(cls, source: str, options: dict[str, Any]) -> ViTMAE:
         from transformers import ViTMAEForPreTraining
 
-        try:
-            model, report = from_pretrained(
-                ViTMAEForPreTraining, source, output_loading_info=True, **use_safetensors(source)
-            )
-        except Exception as error:
-            raise TrajOODError(
-                f"model {source!r}: neither a local folder nor loadable from the hub ({brief(error)}); download it "
-                "where there is a network and pass the folder"
-            ) from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise TrajOODError(
-                f"model {source!r}: {len(missing)} weights are missing from the checkpoint (first: {missing[0]}) and "
-                f"would stay random; {_NEED_DECODER}"
-            )
-        check_weights(model.state_dict(), model, source)
-        where = f"model {source!r}: {PROCESSOR}"
-        options.setdefault("preprocessing", _preprocessing(_fetched_processor(source), model.config, where))
+        where = f"model {source!r}"
+        with foreign_errors(f"{where}: neither a local folder nor loadable from the hub", f"; {DOWNLOAD}"):
+            answer = from_pretrained(ViTMAEForPreTraining, source, output_loading_info=True, **use_safetensors(source))
+        model = whole_network(answer, where, then=f", and would stay random; {_NEED_DECODER}")
+        processor = _preprocessing(_fetched_processor(source), model.config, f"{where}: {PROCESSOR}")
+        options.setdefault("preprocessing", processor)
         return cls(model, **options)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -281,15 +265,9 @@ def _fetched_processor(source: str) -> dict[str, Any]:
     """``preprocessor_config.json`` of a repository on the hub."""
     from huggingface_hub import hf_hub_download
 
-    try:
+    where = f"model {source!r}: its {PROCESSOR}, which says how images are prepared, cannot be had"
+    with foreign_errors(where, "; download the repository and pass the folder"):
         return _read_json(Path(hf_hub_download(source, PROCESSOR)))
-    except TrajOODError:
-        raise
-    except Exception as error:
-        raise TrajOODError(
-            f"model {source!r}: its {PROCESSOR}, which says how images are prepared, cannot be had "
-            f"({brief(error)}); download the repository and pass the folder"
-        ) from error
 
 
 # transformers 5 gave ViT-MAE's tensors other names than the published files and transformers 4 have.

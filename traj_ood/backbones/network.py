@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from traj_ood.backbones.base import Backbone, Features
 from traj_ood.data.preprocessing import Preprocessing
-from traj_ood.errors import TrajOODError
-from traj_ood.text import brief
+from traj_ood.errors import TrajOODError, foreign_errors
 
 _TRIAL_ROWS = 2
 PACKED_WEIGHTS = "backbone.safetensors"
@@ -60,15 +59,9 @@ class NetworkBackbone(Backbone):
             self.try_once()
 
     def _first_answer(self) -> Features:
-        try:
+        where = f"{self.name}: cannot process images of shape {self.input_shape}, which its preprocessing makes"
+        with foreign_errors(where):
             answer = self.forward_batch(trial_images(self.input_shape))
-        except TrajOODError:
-            raise
-        except Exception as error:  # any library's code, any error
-            raise TrajOODError(
-                f"{self.name}: cannot process images of shape {self.input_shape}, which its preprocessing makes "
-                f"({brief(error)})"
-            ) from error
         if answer.features.ndim != 2:
             raise TrajOODError(
                 f"{self.name}: expected one feature vector per image, got shape {tuple(answer.features.shape)}"

@@ -15,7 +15,7 @@ from traj_ood.backbones.base import Features
 from traj_ood.backbones.network import PACKED_WEIGHTS, NetworkBackbone
 from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import field_of
@@ -206,10 +206,8 @@ def _built(build: Any, kind: Network, classes: int | None, name: str) -> nn.Modu
     arguments = dict(kind.arguments)
     if kind.any_classes and classes is not None:
         arguments["num_classes"] = classes
-    try:
+    with foreign_errors(f"{name}: cannot be built with {arguments}", f": {INSTALL}"):
         return build(**arguments)
-    except Exception as error:
-        raise TrajOODError(f"{name}: cannot be built with {arguments} ({brief(error)}): {INSTALL}") from error
 
 
 def _classifier(module: nn.Module) -> nn.Linear | None:

@@ -10,10 +10,9 @@ from traj_ood.backbones.base import Backbone
 from traj_ood.backbones.network import trial_images
 from traj_ood.backbones.registry import LIBRARIES
 from traj_ood.data.preprocessing import preprocessing_differences
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.families import Families, M
 from traj_ood.io.trees import as_json, field_of
-from traj_ood.text import brief
 
 _MAX_CHUNK = 2**20
 
@@ -72,15 +71,9 @@ def rebuild(families: Families[M], described: Mapping[str, Any], key: str, folde
     field_of(described, "options", dict, where)
     if not 1 <= chunk <= _MAX_CHUNK:
         raise TrajOODError(f"{where}: chunk: expected 1 to {_MAX_CHUNK} rows, got {chunk}: the file is damaged")
-    try:
+    then = ": pack the model again or pass it as autoencoder="
+    with foreign_errors(f"{folder}: the {families.model} {name!r} cannot be rebuilt", then):
         model = family.unpack(described, folder)
-    except TrajOODError:
-        raise
-    except Exception as error:  # transformers, timm and torch have error classes of their own
-        raise TrajOODError(
-            f"{folder}: the {families.model} {name!r} cannot be rebuilt ({type(error).__name__}: {brief(error)}): pack "
-            "the model again or pass it as autoencoder="
-        ) from error
     model.chunk = chunk
     check_same(described, model, str(folder))
     return model

@@ -15,13 +15,12 @@ from traj_ood.backbones.image_processor import check_agreement, interpolation_of
 from traj_ood.backbones.network import PACKED_WEIGHTS, NetworkBackbone
 from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import MAX_CONFIG, field_of, read_json
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
-from traj_ood.text import brief
 
 DEFAULT_CROP = 0.875  # timm's, for a config that has none
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -171,10 +170,8 @@ def new_network(architecture: str, **arguments: Any) -> nn.Module:
     from timm import create_model
 
     _assert_known(architecture)
-    try:
+    with foreign_errors(f"timm:{architecture}: cannot be built with {arguments}"):
         return create_model(architecture, pretrained=False, **arguments)
-    except Exception as error:
-        raise TrajOODError(f"timm:{architecture}: cannot be built with {arguments} ({brief(error)})") from error
 
 
 def save_folder(
@@ -204,18 +201,14 @@ def _from_folder(folder: Path, size: Any) -> nn.Module:
     from timm import create_model
 
     path = folder / CONFIG
-    try:
+    with foreign_errors(f"{path}: expected timm's config.json with an architecture"):
         architecture = read_json(path, "timm's config", "correct the folder", limit=MAX_CONFIG)["architecture"]
-    except KeyError as error:
-        raise TrajOODError(f"{path}: expected timm's config.json with an architecture ({brief(error)})") from error
     _assert_known(str(architecture).split(".")[0])
     weights = next((folder / file for file in _LOCAL_WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
         raise TrajOODError(f"{folder}: expected weights in {' or '.join(_LOCAL_WEIGHTS)}, found none")
-    try:
+    with foreign_errors(f"{path}: timm cannot build this model"):
         network = create_model(f"local-dir:{folder}", pretrained=False, **_sized(str(architecture), size))
-    except Exception as error:
-        raise TrajOODError(f"{path}: timm cannot build this model ({brief(error)})") from error
     put_weights(network, read_weights(weights), str(weights))  # ours, since timm adapts or drops what does not fit
     return network
 
@@ -223,13 +216,11 @@ def _from_folder(folder: Path, size: Any) -> nn.Module:
 def _from_hub(model: str, size: Any) -> nn.Module:
     from timm import create_model
 
-    try:
+    with foreign_errors(
+        f"timm:{model}: its weights are not on this machine and cannot be fetched",
+        "; give local ones: timm:<name>:<file.safetensors or .pth>, or timm:<folder>",
+    ):
         network = create_model(model, pretrained=True, **_sized(model, size))
-    except Exception as error:  # hub, network and file errors of many classes
-        raise TrajOODError(
-            f"timm:{model}: its weights are not on this machine and cannot be fetched ({brief(error)}); give local "
-            "ones: timm:<name>:<file.safetensors or .pth>, or timm:<folder>"
-        ) from error
     check_weights(network.state_dict(), network, f"timm:{model}")
     return network
 

@@ -19,12 +19,11 @@ from traj_ood.backbones.network import (
 )
 from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import field_of
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
-from traj_ood.text import brief
 
 
 @register_backbone
@@ -113,13 +112,11 @@ def _preprocessing(transform: Any) -> Preprocessing:
 def _download(architecture: str, entry: Any) -> nn.Module:
     from torchvision import models
 
-    try:
+    with foreign_errors(
+        f"torchvision:{architecture}: its weights are not on this machine and cannot be fetched",
+        f"; give local ones: torchvision:{architecture}:<file.pth or .safetensors>",
+    ):
         network = models.get_model(architecture, weights=entry)
-    except Exception as error:  # urllib, ssl, hash and file errors
-        raise TrajOODError(
-            f"torchvision:{architecture}: its weights are not on this machine and cannot be fetched "
-            f"({brief(error)}); give local ones: torchvision:{architecture}:<file.pth or .safetensors>"
-        ) from error
     check_weights(network.state_dict(), network, f"torchvision:{architecture}")
     return network
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,9 @@ from traj_ood.backbones.network import (
 )
 from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing, trial_pictures
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.files import write_atomic
-from traj_ood.io.pretrained import from_pretrained, use_safetensors
-from traj_ood.io.weights import check_weights
-from traj_ood.text import brief
+from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 
 _CLASSIFIER = "ForImageClassification"
 _PACKED = "backbone"  # folder of a packed model
@@ -65,14 +64,16 @@ class TransformersEncoder(NetworkBackbone):
             )
         where = str(folder) if folder.is_dir() else source
         shown = name or f"transformers:{folder.resolve().name if folder.is_dir() else source}"
-        config = _fetch(shown, "config.json", lambda: from_pretrained(AutoConfig, where))
+        with _reading(shown, "config.json"):
+            config = from_pretrained(AutoConfig, where)
         if config.model_type == "vit_mae":
             raise TrajOODError(
                 f"{shown}: ViT-MAE masks at random and is an autoencoder itself: use it as the model, without "
                 "transformers:"
             )
         network = _network(shown, where, config)
-        processor = _fetch(shown, "preprocessor_config.json", lambda: from_pretrained(AutoImageProcessor, where))
+        with _reading(shown, "preprocessor_config.json"):
+            processor = from_pretrained(AutoImageProcessor, where)
         preprocessing = _preprocessing(processor, int(getattr(config, "num_channels", 3)), shown)
         settings: dict[str, Any] = {
             "name": shown,
@@ -107,43 +108,24 @@ class TransformersClassifier(ClassifierInputBackbone, TransformersEncoder):
 
 
 def _network(name: str, source: str, config: Any) -> nn.Module:
-    """The model with every weight from its file: what a file lacks would be random numbers."""
     from transformers import AutoModel, AutoModelForImageClassification
 
     classifier = any(a.endswith(_CLASSIFIER) for a in config.architectures or ())
     kind = AutoModelForImageClassification if classifier else AutoModel
-
-    def read(**options: Any) -> Any:
-        return from_pretrained(
-            kind, source, config=config, output_loading_info=True, **use_safetensors(source), **options
-        )
-
-    network, report = _fetch(name, "model.safetensors", read)
-    missing = sorted(report["missing_keys"])
-    if missing and all(key.startswith("pooler.") for key in missing):
-        network, report = _fetch(name, "model.safetensors", lambda: read(add_pooling_layer=False))
-        missing = sorted(report["missing_keys"])
-    wrong = [*missing, *(str(key) for key in report["mismatched_keys"])]
-    if wrong:
-        raise TrajOODError(
-            f"{name}: weights of another architecture: {len(wrong)} tensors missing or of another shape (first: "
-            f"{wrong[0]})"
-        )
-    network = network.float()
-    check_weights(network.state_dict(), network, name)
-    return network
+    options = {"config": config, "output_loading_info": True, **use_safetensors(source)}
+    with _reading(name, "model.safetensors"):
+        network, report = from_pretrained(kind, source, **options)
+        missing = report["missing_keys"]
+        if missing and all(key.startswith("pooler.") for key in missing):
+            network, report = from_pretrained(kind, source, **options, add_pooling_layer=False)
+        return whole_network((network, report), name)
 
 
-def _fetch(name: str, file: str, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except TrajOODError as error:
-        raise TrajOODError(f"{name}: {error}") from error
-    except Exception as error:  # hub, network, file and configuration errors of many classes
-        raise TrajOODError(
-            f"{name}: {file} cannot be read here or fetched ({brief(error)}); give a local folder with config.json, "
-            "model.safetensors and preprocessor_config.json: transformers:<folder>"
-        ) from error
+def _reading(name: str, file: str) -> AbstractContextManager[None]:
+    return foreign_errors(
+        f"{name}: {file} cannot be read here or fetched",
+        "; give a local folder with config.json, model.safetensors and preprocessor_config.json: transformers:<folder>",
+    )
 
 
 def _preprocessing(processor: Any, channels: int, name: str) -> Preprocessing:

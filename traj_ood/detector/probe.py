@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.scorers.scorer_set import ScorerSet
-from traj_ood.text import brief
 
 _STEPS = 2  # few enough that no chaos has magnified the rounding of another device
 _COORDINATES = 16
@@ -48,14 +47,8 @@ def check_probe(scorers: ScorerSet, expected: Mapping[str, Any], where: str) -> 
     Raises:
         TrajOODError: numbers that differ by more than rounding, or files that do not fit together.
     """
-    try:
+    with foreign_errors(f"{where}: the model and the scorer do not fit together"):
         found = probe(scorers)
-    except TrajOODError:
-        raise
-    except Exception as error:  # what was fitted to a model of another width fails anywhere
-        raise TrajOODError(
-            f"{where}: the model and the scorer do not fit together ({type(error).__name__}: {brief(error)})"
-        ) from error
     for key, numbers in found.items():
         if not _agree(expected.get(key), numbers):
             raise TrajOODError(

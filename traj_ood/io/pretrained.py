@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.checkpoints import reason_of
 from traj_ood.io.files import write_atomic
 from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.weights import check_weights
 
 _ELSEWHERE = ("auto_map", "use_pretrained_backbone", "custom_pipelines")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin")
@@ -44,6 +46,31 @@ def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
     if isinstance(kernel, str) and "/" in kernel:  # a repository of compiled code on the hub
         raise _refused(source, f"the attention {kernel!r} from the hub")
     return found
+
+
+def whole_network(
+    answer: tuple[Any, Mapping[str, Any]], where: str, *, optional: Sequence[str] = (), then: str = ""
+) -> Any:
+    """The network of ``from_pretrained(…, output_loading_info=True)`` in float32, with every weight from its file: what
+    a file lacks would be random numbers.
+
+    Args:
+        answer: the network, and the library's report. where, then: begin and end the message.
+        optional: parts of the names of weights that may be missing.
+    Raises:
+        TrajOODError: weights are missing, of another shape or NaN.
+    """
+    network, report = answer
+    missing = [key for key in map(str, report["missing_keys"]) if not any(part in key for part in optional)]
+    wrong = sorted([*missing, *map(str, report.get("mismatched_keys", ()))])
+    if wrong:
+        raise TrajOODError(
+            f"{where}: weights of another architecture: {len(wrong)} tensors missing or of another shape (first: "
+            f"{wrong[0]}){then}"
+        )
+    network = network.float()
+    check_weights(network.state_dict(), network, where)
+    return network
 
 
 def use_safetensors(source: str | Path) -> dict[str, Any]:
