@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,8 +19,10 @@ from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import TeammateError, is_main_process
 
 if TYPE_CHECKING:
-    from traj_ood.backbones import Backbone
-    from traj_ood.data import Reading
+    import torch
+
+    from traj_ood.autoencoders import Autoencoder
+    from traj_ood.data import Benchmark, Reading
 
 _MOST_THREADS = 1024  # OpenMP aborts the process when it is asked for many more
 _LARGEST_SEED = 2**32 - 1  # what NumPy and scikit-learn take
@@ -163,23 +165,34 @@ input_size_option = click.option(
 )
 
 
-def check_input_size(model: str, size: int | None) -> None:
-    """Refuse ``--input-size`` for other models than timm's.
+def autoencoder_of(
+    model: str,
+    data: Benchmark,
+    device: torch.device,
+    input_size: int | None,
+    options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Autoencoder:
+    """The autoencoder ``model``; of a backbone the surrogate that is trained on the training split of ``data``, or was.
 
+    Args:
+        input_size: side of a timm network's images. options: of the autoencoder's family.
+        settings: of :func:`traj_ood.surrogate_for`.
     Raises:
-        TrajOODError: says so.
+        TrajOODError: a size for another model than timm's; and whatever the loaders raise.
     """
-    if size is not None and not model.startswith("timm:"):
+    from traj_ood.autoencoders import load_autoencoder
+    from traj_ood.backbones import is_backbone_spec, load_backbone
+    from traj_ood.training.surrogate_cache import surrogate_for
+
+    if input_size is not None and not model.startswith("timm:"):
         raise TrajOODError(
             f"--input-size belongs to timm: models, not to {model}, which has a size of its own: leave it out"
         )
-
-
-def sized(model: str, size: int | None) -> str | Backbone:
-    """A backbone's name as it is, or the backbone itself where a size of its images is asked for."""
-    from traj_ood.backbones import load_backbone
-
-    return model if size is None else load_backbone(model, input_size=size)
+    if not is_backbone_spec(model):
+        return load_autoencoder(model, **(options or {})).to(device)
+    backbone = model if input_size is None else load_backbone(model, input_size=input_size)
+    return surrogate_for(backbone, data, device=device, **settings)
 
 
 def reading_of(exif: bool, bit_depth: str | None) -> Reading:

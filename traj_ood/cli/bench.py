@@ -14,7 +14,7 @@ from traj_ood.cli.base import (
     PATH,
     SEED,
     THREADS,
-    check_input_size,
+    autoencoder_of,
     examples,
     input_size_option,
     main,
@@ -23,14 +23,12 @@ from traj_ood.cli.base import (
     reading_of,
     reading_options,
     silence_libraries,
-    sized,
 )
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import Team
 
 if TYPE_CHECKING:
-    from traj_ood.autoencoders import Autoencoder
     from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 
 
@@ -150,14 +148,12 @@ def bench(benchmark: str, **options: Any) -> None:
 
 def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator:
     """What `bench` runs: its data, its model (a surrogate is trained where a backbone is asked for) and settings."""
-    from traj_ood.autoencoders import load_autoencoder
     from traj_ood.backbones import is_backbone_spec
     from traj_ood.backbones.feature_cache import FeatureCache
     from traj_ood.data import load_benchmark
     from traj_ood.dynamics.device import resolve_device
     from traj_ood.evaluation.evaluator import Evaluator
     from traj_ood.io.files import cache_folder
-    from traj_ood.training.surrogate_cache import surrogate_for
 
     config = _run_config(options)
     quiet = options["quiet"] or not team.is_main
@@ -167,22 +163,17 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     data = load_benchmark(benchmark, options["data_root"], follow_links=options["follow_links"], reading=reading)
     device = resolve_device(team.device(options["device"]), tf32=options["tf32"])
     model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}
-    check_input_size(options["model"], options["input_size"])
     backbone = is_backbone_spec(options["model"])
     if backbone and model_options:
         raise TrajOODError(
             f"--mask-ratio and --mask-seed belong to a ViT-MAE, not to {options['model']}: leave them out"
         )
-    model: Autoencoder
-    if backbone:
-        settings = {key: options[key] for key in ("workers", "on_error")} | {"device": device, "quiet": quiet}
-        settings["fresh"] = options["fresh"] and team.is_main  # the others take what the main process has made
-        found = team.main_first(lambda: sized(options["model"], options["input_size"]))
-        model = team.main_first(lambda: surrogate_for(found, data, **settings))
-    else:
-        model = team.main_first(lambda: load_autoencoder(options["model"], **model_options))
+    settings = {key: options[key] for key in ("workers", "on_error")} | {"quiet": quiet}
+    settings["fresh"] = options["fresh"] and team.is_main  # the others take what the main process has made
+    asked = options["model"], data, device, options["input_size"]
+    model = team.main_first(lambda: autoencoder_of(*asked, model_options, **settings))
     return Evaluator(
-        autoencoder=model.to(device),
+        autoencoder=model,
         benchmark=data,
         config=config,
         out=options["out"],

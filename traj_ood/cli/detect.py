@@ -18,7 +18,7 @@ from traj_ood.cli.base import (
     PATH,
     SEED,
     THREADS,
-    check_input_size,
+    autoencoder_of,
     examples,
     input_size_option,
     main,
@@ -27,7 +27,6 @@ from traj_ood.cli.base import (
     reading_of,
     reading_options,
     silence_libraries,
-    sized,
 )
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
@@ -157,17 +156,11 @@ def _fitted(detector: Detector, chosen: IDImages) -> str:
 
 def _model(options: dict[str, Any], chosen: IDImages, device: torch.device) -> Autoencoder:
     """The autoencoder, or for a backbone its surrogate, which never learns from the calibration images."""
-    from traj_ood.autoencoders import load_autoencoder
-    from traj_ood.backbones import is_backbone_spec
     from traj_ood.data import Split
-    from traj_ood.training.surrogate_cache import surrogate_for
 
-    check_input_size(options["model"], options["input_size"])
-    if not is_backbone_spec(options["model"]):
-        return load_autoencoder(options["model"]).to(device)
     train = cast("Benchmark", _TrainingSplit(chosen.name, Split("train", "train", chosen.train)))
     settings = {key: options[key] for key in ("workers", "on_error", "quiet")}
-    return surrogate_for(sized(options["model"], options["input_size"]), train, device=device, **settings)
+    return autoencoder_of(options["model"], train, device, options["input_size"], **settings)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,7 +14,7 @@ from traj_ood.cli.base import (
     PATH,
     SEED,
     THREADS,
-    check_input_size,
+    autoencoder_of,
     examples,
     input_size_option,
     main,
@@ -22,12 +22,8 @@ from traj_ood.cli.base import (
     reading_of,
     reading_options,
     silence_libraries,
-    sized,
 )
 from traj_ood.cli.console import note, say
-
-if TYPE_CHECKING:
-    from traj_ood.autoencoders import Autoencoder
 
 
 @main.command(
@@ -59,13 +55,10 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     """
     import torch
 
-    from traj_ood.autoencoders import load_autoencoder
-    from traj_ood.backbones import is_backbone_spec
     from traj_ood.data import load_benchmark
     from traj_ood.detector import refuse_inside
     from traj_ood.dynamics.device import resolve_device
     from traj_ood.evaluation.diagnose import diagnose as run_diagnosis
-    from traj_ood.training.surrogate_cache import surrogate_for
 
     silence_libraries()
     if out is not None:
@@ -75,13 +68,7 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     reading = reading_of(options["exif"], options["bit_depth"])
     data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"], reading=reading)
     device = resolve_device(options["device"])
-    check_input_size(model, options["input_size"])
-    autoencoder: Autoencoder
-    if is_backbone_spec(model):
-        backbone = sized(model, options["input_size"])
-        autoencoder = surrogate_for(backbone, data, device=device, quiet=options["quiet"])
-    else:
-        autoencoder = load_autoencoder(model).to(device)
+    autoencoder = autoencoder_of(model, data, device, options["input_size"], quiet=options["quiet"])
     settings = {key: options[key] for key in ("images", "seed", "tol", "max_steps", "quiet")}
     found = run_diagnosis(autoencoder, data, **settings)
     folder = out or Path("runs") / f"{data.name}--{re.sub('[/:]', '-', autoencoder.name)}--diagnosis"
