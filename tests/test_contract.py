@@ -18,6 +18,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from traj_ood import Detector
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, Encoding, load_autoencoder
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.dynamics.iterate import apply_in_chunks
@@ -738,3 +739,69 @@ def test_needs_add_up() -> None:
     both = create_scorer("knn").needs() | create_scorer("trajectory:view=cls").needs()
     assert both == Needs(features=frozenset({"mean"}), distances=frozenset({"cls"}), steps=WHOLE_PATH)
     assert replace(both, steps=3) | Needs(steps=WHOLE_PATH) == both
+
+
+@pytest.mark.parametrize("spec", ["knn", "knn-auto", "knn-paper", "lid", "alignment", "early-trajectory", "trajectory"])
+def test_an_image_without_finite_latents_has_no_score_and_the_others_keep_theirs(spec: str) -> None:
+    weight = torch.linalg.qr(torch.randn(64, 6, generator=torch.Generator().manual_seed(0))).Q
+
+    def encode(x: Tensor) -> Tensor:
+        return torch.where((x.flatten(1).mean(1) > 0.9)[:, None], torch.nan, x.flatten(1) @ weight)
+
+    model = CallableAutoencoder(encode, lambda z: (0.9 * z @ weight.T).reshape(-1, 1, 8, 8), (1, 8, 8), chunk=6)
+    train, test = 0.8 * torch.rand(2, 40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    detector = Detector.fit(model, train, spec)
+    whole = detector.score(test)
+    test[30] = 1
+    found = detector.score(test)
+    assert found[30] == torch.inf
+    rest = torch.arange(40) != 30
+    torch.testing.assert_close(found[rest], whole[rest], rtol=SAME, atol=0)
+
+
+def test_the_trajectory_is_the_same_whatever_else_is_scored() -> None:
+    model = CallableAutoencoder(
+        lambda x: 2 * x.flatten(1),
+        lambda z: torch.where(z.abs() > 1.9, 1e3 * z, 0.45 * z).reshape(-1, 1, 8, 8),
+        (1, 8, 8),
+        chunk=6,
+    )
+    images = 0.5 * torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    images[3:5, 0, 0, 0] = 0.97  # leaves the finite numbers after some steps
+    alone, company = (
+        ScorerSet(model, specs, max_steps=40).fit(images) for specs in (["trajectory"], ["trajectory", "early-path"])
+    )
+    assert alone.dictionary is not None
+    assert company.dictionary is not None
+    assert alone.dictionary.statuses[3] == Status.NON_FINITE
+    torch.testing.assert_close(alone.dictionary.points, company.dictionary.points, rtol=0, atol=0)
+    assert alone.dictionary.health() == company.dictionary.health()
+    final = company.score(images[3:4]).evidence.path().final
+    assert bool(final.isfinite().all())
+
+
+def test_a_source_of_encodings_may_use_one_buffer() -> None:
+    model = tiny.conv()
+    scorers = ScorerSet(model, ["reconstruction", "trajectory"], max_steps=9).fit(train_images())
+    images, buffer = tiny.images(60, seed=3), torch.empty(10, 1, 8, 8)
+
+    def encodings() -> Iterator[Encoding]:
+        for part in images.split(10):
+            buffer.copy_(part)
+            yield model.examine(buffer)
+
+    found = list(scorers.score_all(encodings()))
+    for label, expected in scorers.score(Normalised(images)).scores.items():
+        torch.testing.assert_close(torch.cat([s.scores[label] for s in found]), expected, rtol=SAME, atol=0)
+
+
+def test_what_is_no_stream_of_encodings_is_named() -> None:
+    scorers = fitted("conv")
+    with pytest.raises(TrajOODError, match="encodings: expected several, such as a list or generator, got one"):
+        list(scorers.score_all(model("conv").examine(tiny.images(3))))  # type: ignore[arg-type]
+    with pytest.raises(TrajOODError, match=r"encodings: expected what autoencoder\.examine.* returns, got Tensor"):
+        list(scorers.score_all([tiny.images(3)]))  # type: ignore[list-item]
+    with pytest.raises(TrajOODError, match="ids: expected a name for each of 14 images, got 1"):
+        ScorerSet(model("conv"), ["knn"]).fit(train_images(), ids=["a"])
+    with pytest.raises(TrajOODError, match="labels: expected 14 whole numbers or texts, one per image, got 1 of int"):
+        ScorerSet(model("conv"), ["mahalanobis:classes=true"]).fit(train_images(), labels=3)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import tiny
@@ -427,6 +428,75 @@ def test_batches_of_a_stream_must_be_alike() -> None:
         list(iterate(cubic, iter([[1.0]])))  # type: ignore[list-item]
 
 
+def test_none_in_a_stream_is_no_end() -> None:
+    with pytest.raises(TrajOODError, match=r"start: expected floating-point latents of shape \(B, \*L\), got NoneType"):
+        list(iterate(cubic, [scattered(9, 0), None, scattered(9, 1)]))  # type: ignore[list-item]
+
+
+def test_a_source_may_fill_one_buffer_again_and_again() -> None:
+    buffer = torch.empty(10, 3)
+
+    def starts() -> Iterator[Tensor]:
+        for part in whole.split(10):
+            buffer.copy_(part)
+            yield buffer
+
+    whole = scattered(60, 4)
+    expected = iterate(cubic, whole, max_steps=60)
+    found = list(iterate(cubic, starts(), max_steps=60))
+    assert torch.equal(torch.cat([path.steps for path in found]), expected.steps)
+    torch.testing.assert_close(torch.cat([path.final for path in found]), expected.final)
+
+
+@pytest.mark.parametrize("count", [5, 50])
+def test_f_may_answer_in_one_buffer_again_and_again(count: int) -> None:
+    buffer, start = torch.empty(24, 3), scattered(count, 5)
+    path = iterate(lambda z: torch.mul(z, 0.5, out=buffer), start, tol=0, max_steps=3)
+    torch.testing.assert_close(path.final, start / 8)
+    steps = torch.stack([start.norm(dim=1).double() / 2 ** (t + 1) for t in range(3)], dim=1)
+    torch.testing.assert_close(path.residuals.sqrt(), steps, rtol=1e-5, atol=0)
+
+
+def test_empty_batches_are_not_read_without_end() -> None:
+    read = []
+
+    def starts() -> Iterator[Tensor]:
+        yield torch.ones(1, 3)
+        for number in range(100_000):
+            read.append(number)
+            yield torch.ones(0, 3)
+
+    next(iterate(cubic, starts(), tol=0, max_steps=5))
+    assert len(read) < 5000
+
+
+class Answer:
+    name = "mine"
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"start": 5}, r"start: expected latents \(B, \*L\) or a stream of them, got int"),
+        ({"tol": "a"}, "tol: expected a finite squared residual >= 0, got 'a'"),
+        ({"max_steps": 2.5}, r"max_steps: expected a whole number of at least 1, got 2\.5"),
+        ({"chunk": 2.5}, r"chunk: expected a whole number of at least 1 row, got 2\.5"),
+        ({"observers": [Norm(), Norm()]}, "observers: expected a name for each, got 'norm' twice"),
+        ({"observers": [Answer(torch.ones(1))]}, r"observer mine: expected None or .* of 4 samples, got shape \(1,\)"),
+        ({"observers": [Answer(1.0)]}, "observer mine: expected None or .* of 4 samples, got float"),
+    ],
+)
+def test_impossible_arguments_are_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrajOODError, match=words):
+        iterate(**{"self_map": cubic, "start": torch.ones(4, 3), **changes})
+
+
 # ---------------------------------------------------------------------------------------------- the record
 
 
@@ -478,8 +548,8 @@ def test_record_ends_and_length() -> None:
         ({"tol": -1e-9}, "tol: expected a finite squared residual >= 0, got -1e-09"),
         ({"tol": NAN}, "tol: expected a finite squared residual >= 0, got nan"),
         ({"tol": float("inf")}, "tol: expected a finite squared residual >= 0, got inf"),
-        ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
-        ({"chunk": 0}, "chunk: expected at least 1 row, got 0"),
+        ({"max_steps": 0}, "max_steps: expected a whole number of at least 1, got 0"),
+        ({"chunk": 0}, "chunk: expected a whole number of at least 1 row, got 0"),
     ],
 )
 def test_impossible_arguments(changes: dict[str, object], text: str) -> None:

@@ -509,6 +509,24 @@ def test_scores_that_are_not_finite_are_refused(place: Path, tmp_path: Path) -> 
             evaluator(place, tmp_path, scorers=("steps",)).run()
 
 
+def test_the_cost_is_that_of_the_images_that_are_measured(tmp_path: Path) -> None:
+    yaml = tiny.write_benchmark(tmp_path, train=20, test=20, ood=20)
+    weight = torch.linalg.qr(torch.randn(64, 6, generator=torch.Generator().manual_seed(0))).Q
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        return torch.where((x.flatten(1).mean(1) > 0.4)[:, None], torch.nan, x.flatten(1) @ weight)
+
+    model = CallableAutoencoder(encode, lambda z: (0.9 * z @ weight.T).reshape(-1, 1, 8, 8), (1, 8, 8), chunk=6)
+    costs = []
+    for size in (1, 5, 100):
+        config = RunConfig(("trajectory", "knn:k=1"), resamples=0, on_error="skip")
+        run = Evaluator(model, load_benchmark(str(yaml)), config, tmp_path / str(size), batch_size=size, quiet=True)
+        result = run.run()
+        assert 0 < len(result.failures) < 60
+        costs.append(result.scorers["trajectory"].f_evaluations)
+    assert costs == pytest.approx([costs[0]] * 3)
+
+
 # ---------------------------------------------------------------------------------------------- curves
 
 

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ ROWS = 24
 _UNDER_WAY = 192  # samples at a time: full chunks for any network, and few idle rows beside the slow ones at the end
 _SPARE = 32  # one row in so many may be idle before starts are taken in
 _MOST_BATCHES, _MOST_BEHIND = 4, 4  # unfinished at a time: batches, and samples as multiples of those under way
+_END: Any = object()
 
 
 def rows_per_call(target: float) -> int:
@@ -172,9 +173,12 @@ def iterate(
     Raises:
         TrajOODError: impossible arguments, or a self-map that changes the latent's shape or type.
     """
-    _check_settings(tol, max_steps, chunk)
+    observers = list(observers)
+    _check_settings(tol, max_steps, chunk, observers)
     maps = _Maps(self_map, low_precision, chunk)
-    flight = _Flight(maps, tol, max_steps, list(observers), on_step, max(chunk, _UNDER_WAY // chunk * chunk))
+    flight = _Flight(maps, tol, max_steps, observers, on_step, max(chunk, _UNDER_WAY // chunk * chunk))
+    if not isinstance(start, Iterable):
+        raise TrajOODError(f"start: expected latents (B, *L) or a stream of them, got {type(start).__name__}")
     if isinstance(start, Tensor):
         return next(_trajectories(flight, self_map, iter([start])))
     return _trajectories(flight, self_map, iter(start))
@@ -184,7 +188,11 @@ def _trajectories(flight: _Flight, self_map: SelfMap, starts: Iterator[Tensor]) 
     # Neither the caller's code between two trajectories nor that which makes the starts runs in f's settings.
     while True:
         while flight.wants_starts():
-            flight.add(next(starts, None))
+            start = next(starts, _END)
+            if start is _END:
+                flight.close()
+            else:
+                flight.add(start)
         with fixed_around(self_map), torch.inference_mode():
             flight.advance()
         yield from flight.finished()
@@ -272,16 +280,17 @@ class _Flight:
 
         Nothing is read while much waits for one slow sample: what was read before stays in memory until that ends.
         """
-        behind = self._count - self._batches[0].first if self._batches else 0
+        behind = self._count - self._batches[0].first + len(self._batches) if self._batches else 0
         if len(self._batches) >= _MOST_BATCHES and behind >= _MOST_BEHIND * self._room:
             return False
         return not self._closed and self._has_room() and not self._waiting
 
-    def add(self, start: Tensor | None) -> None:
-        """The next batch, or None at the end of the stream."""
-        if start is None:
-            self._closed = True
-            return
+    def close(self) -> None:
+        """The stream has ended."""
+        self._closed = True
+
+    def add(self, start: Any) -> None:
+        """The next batch."""
         known = self._running or self._waiting
         _check_start(start, known.latents if known else None)
         batch = _Batch(self._count, start)
@@ -290,7 +299,8 @@ class _Flight:
         finite = _finite_rows(start)
         batch.status[~finite] = int(Status.NON_FINITE)
         batch.left = int(finite.sum())
-        self._waiting = _Running.begin(batch.first, start, self._maps.has_cheap).take(finite)
+        # A copy: its owner may fill the same buffer again while the samples are under way.
+        self._waiting = _Running.begin(batch.first, start.detach().clone(), self._maps.has_cheap).take(finite)
 
     def advance(self) -> None:
         """Steps until the oldest batch has ended or starts are wanted."""
@@ -354,6 +364,12 @@ class _Flight:
             if values is None:
                 self._silent.add(observer.name)
                 continue
+            if not isinstance(values, Tensor) or values.shape != points.rows.shape:
+                got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+                raise TrajOODError(
+                    f"observer {observer.name}: expected None or a tensor of one number for each of {len(points)} "
+                    f"samples, got {got}"
+                )
             values = values.cpu().double()
             for batch, inside, places in parts:
                 batch.measure(observer.name).put(places, points.steps[inside], values[inside])
@@ -387,16 +403,19 @@ def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk:
     """
     if not len(inputs):
         return check_answer(name, function(inputs.new_zeros(chunk, *inputs.shape[1:])), chunk)[:0]
-    outputs: list[Tensor] = []
-    for part in inputs.split(chunk):
+    answers: Tensor | None = None
+    for first, part in zip(range(0, len(inputs), chunk), inputs.split(chunk), strict=True):
         answer = check_answer(name, function(_filled(part, chunk)), chunk)
-        if outputs and _kind(answer) != _kind(outputs[0]):
+        if answers is None:  # copied into: a network may answer in one buffer again and again
+            answers = answer.new_empty((len(inputs), *answer.shape[1:]))
+        if _kind(answer) != _kind(answers):
             raise TrajOODError(
-                f"{name}: expected rows alike in every chunk, got {_kind(outputs[0])} and then {_kind(answer)}: return "
+                f"{name}: expected rows alike in every chunk, got {_kind(answers)} and then {_kind(answer)}: return "
                 "one shape, type and device"
             )
-        outputs.append(answer[: len(part)])
-    return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+        answers[first : first + len(part)] = answer[: len(part)]
+    assert answers is not None
+    return answers
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:
@@ -511,10 +530,14 @@ def _check_start(start: Tensor, before: Tensor | None) -> None:
         raise TrajOODError(f"start: expected batches alike, got {_kind(before)} and then {_kind(start)}")
 
 
-def _check_settings(tol: float, max_steps: int, chunk: int) -> None:
-    if not 0 <= tol < math.inf:
-        raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol}")
-    if max_steps < 1:
-        raise TrajOODError(f"max_steps: expected at least 1, got {max_steps}")
-    if chunk < 1:
-        raise TrajOODError(f"chunk: expected at least 1 row, got {chunk}")
+def _check_settings(tol: float, max_steps: int, chunk: int, observers: list[Observer]) -> None:
+    if not isinstance(tol, int | float) or not 0 <= tol < math.inf:
+        raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol!r}")
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise TrajOODError(f"chunk: expected a whole number of at least 1 row, got {chunk!r}")
+    names = [observer.name for observer in observers]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise TrajOODError(f"observers: expected a name for each, got {twice!r} twice: rename one of the two")

@@ -47,6 +47,12 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def select(self, rows: Tensor) -> Trajectory:
+        """The trajectories of ``rows``, (n,) int64 or (B,) bool."""
+        measures = {name: values[rows] for name, values in self.measures.items()}
+        final = self.final[rows.to(self.final.device)]
+        return Trajectory(self.steps[rows], self.status[rows], self.residuals[rows], final, measures, self.max_steps)
+
     @property
     def converged(self) -> Tensor:
         """(B,) bool: the residual fell below the tolerance."""

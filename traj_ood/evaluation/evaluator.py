@@ -236,6 +236,8 @@ class Evaluator:
         finished = self.folder / FILE_NAME
         if finished.is_file():
             self._check_finished(identity, Result.load(finished))
+            if self.team.is_main:
+                self.parts.remove()  # left there by a process that died as it removed them
             return identity, None
         if self.team.is_main:
             self._check_images()
@@ -460,7 +462,9 @@ class Evaluator:
             failures += [{"id": job.ids[i], "error": f"scorer {label}: the score is not finite"} for i in new]
             good[new] = False
         tensors = {f"score/{label}": values for label, values in scored.scores.items()} | _curves_of(scored.evidence)
-        cost = {s.label: s.f_evaluations(scored.evidence) for s in self.scorers.scorers}
+        path = scored.evidence.trajectory
+        measured = Evidence(trajectory=None if path is None or not good.any() else path.select(good))
+        cost = {s.label: s.f_evaluations(measured) if good.any() else 0.0 for s in self.scorers.scorers}
         kept = tuple(name for name, fine in zip(job.ids, good.tolist(), strict=True) if fine)
         return Part(kept, failures, {k: v[good] for k, v in tensors.items()}, {"f_evaluations": cost})
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -26,6 +26,30 @@ class Index(Protocol):
     def nearest(self, queries: Tensor) -> Neighbors: ...
 
     def search(self, queries: Tensor, k: int) -> Neighbors: ...
+
+
+class _FiniteQueries:
+    """An index that answers NaN for a query that is not finite: one such image must not end the scoring of the rest."""
+
+    def __init__(self, index: NeighborIndex) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def nearest(self, queries: Tensor) -> Neighbors:
+        return self._answer(queries, self._index.nearest)
+
+    def search(self, queries: Tensor, k: int) -> Neighbors:
+        return self._answer(queries, lambda asked: self._index.search(asked, k))
+
+    def _answer(self, queries: Tensor, ask: Callable[[Tensor], Neighbors]) -> Neighbors:
+        finite = queries.isfinite().all(dim=1)
+        if bool(finite.all()):
+            return ask(queries)
+        found = ask(torch.where(finite[:, None], queries, 0.0))
+        odd = (~finite).to(found.distances.device)
+        return replace(found, distances=found.distances.masked_fill(odd[:, None], torch.nan))
 
 
 @dataclass
@@ -51,7 +75,7 @@ class SearchingScorer(Scorer):
     def index(self, device: torch.device) -> Index:
         """The index over :meth:`points`; where it is built now, on ``device``."""
         if self._index is None:
-            self._index = NeighborIndex(self.points().to(device))
+            self._index = _FiniteQueries(NeighborIndex(self.points().to(device)))
         return self._index
 
     def with_state(self, state: Mapping[str, Tensor]) -> Scorer:

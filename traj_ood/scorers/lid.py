@@ -58,4 +58,4 @@ class LID(BankScorer):
         radii = self.neighbour_distances(self.features(evidence), k).clamp(min=_TINY)
         spread = (radii[:, -1:] / radii[:, :-1]).log().mean(dim=1)
         dimension = 1 / spread.clamp(min=1 / _LARGEST)
-        return torch.where(radii[:, -1] > _TINY, dimension, 0.0)
+        return torch.where(radii[:, -1] <= _TINY, 0.0, dimension)

@@ -145,6 +145,8 @@ class ScorerSet:
         self._weights = None
         encoding, own = self._examined(images)
         labels = own if labels is None and self.needs.labels else labels
+        if ids is not None and len(ids) != len(encoding):
+            raise TrajOODError(f"ids: expected a name for each of {len(encoding)} images, got {len(ids)}")
         self.check_training_size(len(encoding))
         dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(encoding)))), on_step)
         return self.learn(dictionary, replace(evidence, labels=_numbered(labels, len(encoding))))
@@ -265,8 +267,11 @@ class ScorerSet:
         low_precision: LowPrecision | None = None,
     ) -> Iterator[Evidence]:
         """The evidence of each batch of a stream."""
+        if isinstance(encodings, Encoding):
+            raise TrajOODError("encodings: expected several, such as a list or generator, got one: put it into a list")
         if not (steps or watchers):
             for encoding in encodings:
+                _check_encoding(encoding)
                 yield self._evidence(encoding, None, {})
             return
         model, first = self.autoencoder, 0
@@ -275,7 +280,10 @@ class ScorerSet:
 
         def starts() -> Iterator[Tensor]:
             for encoding in encodings:
-                taken.append(encoding)
+                _check_encoding(encoding)
+                # The target may be a buffer that its owner fills again while the samples are under way.
+                target = encoding.target.clone() if self.needs.reconstruction else encoding.target
+                taken.append(replace(encoding, target=target))
                 yield encoding.latents
 
         for path in iterate(
@@ -356,7 +364,7 @@ class _Points:
 
         A sample that ended before t is at its end then, one that left the finite numbers nowhere.
         """
-        end = _latent_view(self._model, path.final, self._view).cpu()
+        end = _latent_view(self._model, path.final, self._view).cpu().clone()  # a view may be the points themselves
         end[path.status == Status.NON_FINITE] = torch.nan
         found = {}
         for t, pieces in self._seen.items():
@@ -374,7 +382,8 @@ def class_numbers(labels: Any, count: int) -> Tensor:
     Raises:
         TrajOODError: not ``count`` of them, or of another kind.
     """
-    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    values = labels.tolist() if hasattr(labels, "tolist") else labels
+    values = list(values) if isinstance(values, Iterable) else [values]
     if len(values) != count or any(not isinstance(v, int | str) or isinstance(v, bool) for v in values):
         raise TrajOODError(
             f"labels: expected {count} whole numbers or texts, one per image, got {len(values)} of "
@@ -384,6 +393,14 @@ def class_numbers(labels: Any, count: int) -> Tensor:
     order = sorted({str(v) for v in values}, key=lambda text: (len(text), text))
     number = {text: i for i, text in enumerate(order)}
     return torch.tensor([number[str(v)] for v in values])
+
+
+def _check_encoding(encoding: object) -> None:
+    if not isinstance(encoding, Encoding):
+        raise TrajOODError(
+            f"encodings: expected what autoencoder.examine(images) returns, got {type(encoding).__name__}: for images "
+            "use score, or examine them first"
+        )
 
 
 def _numbered(labels: Any, count: int) -> Tensor | None:
