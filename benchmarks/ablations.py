@@ -51,7 +51,8 @@ from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.scorers import Evidence
-from traj_ood.training.autoencoder import TrainConfig, train_model
+from traj_ood.training.autoencoder import train_model
+from traj_ood.training.config import TrainConfig
 
 HORIZONS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 500)
 COUNTS = (50, 100, 200, 500, 1000, 2000, 5000, 10000)

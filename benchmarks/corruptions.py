@@ -344,7 +344,8 @@ def model_subjects(place: Path) -> list[Subject]:
 def text_subjects(place: Path) -> list[Subject]:
     """An image list, a benchmark's YAML (its images stand outside, so only the text is damaged) and training YAML."""
     from traj_ood.data import load_benchmark, preflight, read_image_list
-    from traj_ood.training.autoencoder import TrainConfig, build_autoencoder
+    from traj_ood.training.autoencoder import build_autoencoder
+    from traj_ood.training.config import TrainConfig
 
     images = place / "images"
     for k, name in enumerate(("train", "test", "far")):

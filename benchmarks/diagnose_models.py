@@ -25,7 +25,8 @@ from traj_ood import load_autoencoder, load_benchmark
 from traj_ood.evaluation.diagnose import diagnose
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
-from traj_ood.training.autoencoder import TrainConfig, build_autoencoder, train_model
+from traj_ood.training.autoencoder import build_autoencoder, train_model
+from traj_ood.training.config import TrainConfig
 
 EXPECTED = {
     "fashion-mae": "healthy",

@@ -61,7 +61,8 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.scorers import SCORERS, create_scorer, default_suite
 from traj_ood.scorers.base import FeatureScorer, Needs
-from traj_ood.training.autoencoder import TrainConfig, build_autoencoder, train_model
+from traj_ood.training.autoencoder import build_autoencoder, train_model
+from traj_ood.training.config import TrainConfig
 
 CANDIDATE = "field"
 SUITES = {"fashion": "fashion-mae", "cifar10-local": "cifar10-mae"}  # suite → training config of its models

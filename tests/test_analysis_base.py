@@ -69,11 +69,11 @@ def test_options_are_parsed_by_the_kind_of_their_field() -> None:
     [
         ("size", "toy: expected options as key=value, got 'size'"),
         ("sise=3", "unknown option of toy 'sise': did you mean"),
-        ("size=many", "toy: size: expected int, got 'many'"),
-        ("scale=inf", "toy: scale: expected float, got 'inf'"),
-        ("scale=nan", "toy: scale: expected float, got 'nan'"),
-        ("flag=yes", "toy: flag: expected bool, got 'yes'"),
-        ("counts=1,x", "toy: counts: expected int, got 'x'"),
+        ("size=many", "toy, option size: expected int, got 'many'"),
+        ("scale=inf", "toy, option scale: expected float, got 'inf'"),
+        ("scale=nan", "toy, option scale: expected float, got 'nan'"),
+        ("flag=yes", "toy, option flag: expected true or false, got 'yes'"),
+        ("counts=1,x", "toy, option counts: expected int, got 'x'"),
         ("size=0", "toy: size: expected at least 1, got 0"),
     ],
 )

@@ -14,7 +14,8 @@ from traj_ood.data import MissingDataError, fashion, list_benchmarks, load_bench
 from traj_ood.data import cifar10_local as local
 from traj_ood.data.fashion_mnist import FILES
 from traj_ood.errors import TrajOODError
-from traj_ood.training.autoencoder import TrainConfig, build_autoencoder
+from traj_ood.training.autoencoder import build_autoencoder
+from traj_ood.training.config import TrainConfig
 
 ALL_CLASSES = (*local.ID_CLASSES, *local.NEAR_CLASSES)
 KEPT = ("n01440764_tench", "n02132136_brown_bear", "n07753592_banana")

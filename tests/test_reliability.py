@@ -30,7 +30,7 @@ from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 from traj_ood.evaluation.results import Result
 from traj_ood.io.files import alone_in
 from traj_ood.scorers.scorer_set import ScorerSet
-from traj_ood.training.loop import TrainConfig
+from traj_ood.training.config import TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, file locks and /proc are tested on Linux")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -142,7 +142,7 @@ def test_an_option_without_default_is_asked_for() -> None:
         k: int
 
     assert create_scorer("required:k=3").label == "required:k=3"
-    with pytest.raises(TrajOODError, match="scorer required: option k has no default: write required:k="):
+    with pytest.raises(TrajOODError, match="scorer required: missing k: expected a value, as there is no default"):
         create_scorer("required")
 
 

@@ -15,7 +15,8 @@ import yaml
 
 from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ViTMAE, load_autoencoder
 from traj_ood.errors import TrajOODError
-from traj_ood.training.autoencoder import CONFIGS, Recipe, TrainConfig, build_autoencoder, train_model
+from traj_ood.training.autoencoder import build_autoencoder, train_model
+from traj_ood.training.config import CONFIGS, Recipe, TrainConfig
 from traj_ood.training.loop import learning_rate
 
 VIT = {k: v for k, v in tiny.VIT.items() if k not in ("image_size", "num_channels")}
@@ -264,25 +265,31 @@ def test_bundled_model_is_what_its_config_builds() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"nmae": "x"}, r"unknown key in train\.yaml 'nmae': did you mean 'name'"),
-        ({"recipe": {"epoch": 3}}, r"unknown key in train\.yaml 'epoch': did you mean 'epochs'"),
-        ({"family": "vitmae"}, r"train\.yaml: family 'vitmae': did you mean 'vit_mae'"),
+        ({"nmae": "x"}, r"unknown key of .*train\.yaml 'nmae': did you mean 'name'"),
+        ({"recipe": {"epoch": 3}}, r"unknown key of .*train\.yaml, recipe 'epoch': did you mean 'epochs'"),
+        ({"family": "vitmae"}, r"unknown family of .*train\.yaml 'vitmae': did you mean 'vit_mae'"),
         ({"name": None}, r"train\.yaml: missing name"),
         ({"benchmark": None, "channels": None}, r"train\.yaml: missing benchmark, channels"),
         ({"recipe": {"epochs": 0}}, "train: epochs must be at least 1, got 0"),
         ({"recipe": {"batch_size": -1}}, "train: batch_size must be at least 1, got -1"),
-        ({"recipe": {"optimizer": "adamW"}}, "unknown train optimizer 'adamW': did you mean .*'adamw'"),
-        ({"recipe": {"schedule": "cosin"}}, "unknown train schedule 'cosin': did you mean 'cosine'"),
-        ({"recipe": {"loss": "mask"}}, "unknown train loss 'mask': did you mean 'masked'"),
+        (
+            {"recipe": {"optimizer": "adamW"}},
+            "unknown optimizer of .*, recipe 'adamW': did you mean .*'adamw'",
+        ),
+        ({"recipe": {"schedule": "cosin"}}, "unknown schedule of .* 'cosin': did you mean 'cosine'"),
+        ({"recipe": {"loss": "mask"}}, "unknown loss of .* 'mask': did you mean 'masked'"),
         ({"recipe": {"loss": "masked"}}, "loss 'masked' needs every mask ratio above 0"),
-        ({"recipe": {"epochs": "three"}}, r"epochs|train\.yaml"),
-        ({"recipe": {"mask_ratios": 0.5}}, r"mask_ratios|train\.yaml"),
-        ({"recipe": {"mask_ratios": []}}, r"mask_ratios|train\.yaml"),
-        ({"recipe": {"learning_rate": "fast"}}, r"learning_rate|train\.yaml"),
-        ({"image_size": "big"}, r"image_size|train\.yaml"),
+        ({"recipe": {"epochs": "three"}}, r"train\.yaml, recipe, key epochs: expected int, got 'three'"),
+        ({"recipe": {"mask_ratios": 0.5}}, r"recipe, key mask_ratios: expected a list of floats, got 0\.5"),
+        ({"recipe": {"mask_ratios": []}}, "mask_ratios: expected at least one, got none"),
+        ({"recipe": {"learning_rate": True}}, "key learning_rate: expected float, got True"),
+        ({"recipe": {"clip": math.inf}}, "key clip: expected float, got inf"),
+        ({"seed": 10**12}, "key seed: expected int, got 1000000000000"),
+        ({"recipe": {"learning_rate": "fast"}}, "key learning_rate: expected float, got 'fast'"),
+        ({"image_size": "big"}, r"train\.yaml, key image_size: expected int, got 'big'"),
         ({"channels": 0}, r"channels"),
         ({"model": {"widht": 3}}, r"widht"),
-        ({"model": [3]}, r"model|train\.yaml"),
+        ({"model": [3]}, r"train\.yaml, key model: expected a mapping, got \[3\]"),
     ],
 )
 def test_bad_configs(place: Path, changes: dict[str, Any], text: str) -> None:
@@ -316,12 +323,7 @@ def test_yaml_numbers_without_a_point(place: Path) -> None:
     path = Path(write(place, recipe={"epochs": 1}))
     path.write_text(path.read_text().replace("learning_rate: 0.005", "learning_rate: 5e-3"))
     assert "learning_rate: 5e-3" in path.read_text()
-    try:
-        config = TrainConfig.load(str(path))
-    except TrajOODError as error:
-        assert "learning_rate" in str(error)  # noqa: PT017 (either reading it or naming it is right)
-    else:
-        assert config.recipe.learning_rate == 0.005
+    assert TrainConfig.load(str(path)).recipe.learning_rate == 0.005
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "text", "recipe: 5\nfamily: conv"])

@@ -18,8 +18,9 @@ from traj_ood.backbones.timm_models import new_network
 from traj_ood.data import load_benchmark
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
-from traj_ood.training.autoencoder import TrainConfig, train_model
+from traj_ood.training.autoencoder import train_model
 from traj_ood.training.classifier import check_classifier
+from traj_ood.training.config import TrainConfig
 
 SIZE = 16
 MODEL = {"architecture": "test_resnet"}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.errors import TrajOODError
-from traj_ood.training.loop import Recipe, Trainer, shuffled
+from traj_ood.training.config import Recipe
+from traj_ood.training.loop import Trainer, shuffled
 
 STEPS, ROUND = 12, 5
 RECIPE = Recipe(batch_size=8, learning_rate=0.05, weight_decay=0.1, clip=0.5, warmup=0.25)

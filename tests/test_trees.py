@@ -14,7 +14,7 @@ from traj_ood.data import load_benchmark
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.results import Result
 from traj_ood.io.trees import MAX_DEPTH, MAX_YAML, read_json, read_yaml
-from traj_ood.training.loop import CONFIGS, TrainConfig
+from traj_ood.training.config import CONFIGS, TrainConfig
 
 LAUGHS = "name: [&a [x,x,x,x,x,x,x,x,x]" + "".join(
     f", &{new} [{','.join(['*' + old] * 9)}]" for old, new in zip("abcdef", "bcdefg", strict=True)

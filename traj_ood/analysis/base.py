@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
+from traj_ood.io.options import read_options, split_pairs
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.io.trees import read_json
 
@@ -279,39 +279,8 @@ def options_from(cls: type[Question], pairs: Iterable[str], *, paper: bool = Fal
     Raises:
         TrajOODError: unknown option (with near ones), no ``=``, a value of another kind, or one the question refuses.
     """
-    base = cls.paper() if paper else cls()
-    kinds = {f.name: str(f.type) for f in fields(cls)}
-    chosen: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise TrajOODError(f"{cls.name}: expected options as key=value, got {pair!r}")
-        if key not in kinds:
-            raise unknown_name(f"option of {cls.name}", key, kinds)
-        chosen[key] = _parsed(f"{cls.name}: {key}", kinds[key], text.strip())
-    return replace(base, **chosen)
-
-
-def _parsed(where: str, kind: str, text: str) -> Any:
-    """Text as the annotated kind: ``int``, ``float``, ``bool``, ``str``, ``tuple[…, ...]`` of one, or ``… | None``."""
-    if kind.startswith("tuple["):
-        inner = kind.removeprefix("tuple[").split(",")[0].rstrip("]")
-        return tuple(_parsed(where, inner, part.strip()) for part in text.split(",") if part.strip())
-    if text == "none" and "None" in kind:
-        return None
-    try:
-        if kind.startswith("bool"):
-            return {"true": True, "false": False}[text.lower()]
-        if kind.startswith("int"):
-            return int(text)
-        if kind.startswith("float"):
-            value = float(text)
-            if not math.isfinite(value):
-                raise ValueError(text)
-            return value
-    except (KeyError, ValueError) as error:
-        raise TrajOODError(f"{where}: expected {kind}, got {text!r}") from error
-    return text
+    given = dict(split_pairs(pairs, cls.name))
+    return replace(cls.paper() if paper else cls(), **read_options(cls, given, cls.name, joint=","))
 
 
 def _shown(value: Any) -> str:

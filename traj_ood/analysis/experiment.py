@@ -28,7 +28,7 @@ from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.data import ImageSource
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import unknown_name
-from traj_ood.training.loop import Recipe
+from traj_ood.training.config import Recipe
 
 MEMORY_CHOICES = (
     "Memorisation coefficient: cosine to the CLOSEST training image, as the paper's sentence says; its formula prints "

@@ -16,8 +16,9 @@ from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork
 from traj_ood.data import ImageSource
 from traj_ood.dynamics.iterate import Observer, iterate
 from traj_ood.dynamics.trajectory import Trajectory
+from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageTrainer, TrainingImages
-from traj_ood.training.loop import Recipe, TrainConfig, Trainer
+from traj_ood.training.loop import Trainer
 
 Loss = Callable[[ConvNetwork, Tensor, torch.Generator], Tensor]
 """(network in training mode, images (B, C, H, W), source of all randomness) → scalar loss."""

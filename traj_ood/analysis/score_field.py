@@ -30,7 +30,8 @@ from traj_ood.analysis.singular import explicit_norms
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
-from traj_ood.training.loop import Recipe, Trainer
+from traj_ood.training.config import Recipe
+from traj_ood.training.loop import Trainer
 
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure

@@ -57,19 +57,16 @@ def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: boo
 
 
 def _show(asked: Question) -> None:
+    from traj_ood.io.options import write_option
+
     theirs, where = asked.paper().options(), {key: "--paper, not stated" for key in asked.unstated}
     say(f"{asked.name}: {asked.summary} ({asked.figure})")
     for key, value in asked.options().items():
         same = theirs[key] == value or key == "seed"
         note = "" if same else f"   ({where.get(key, 'paper')}: {asked.shown(key, theirs[key])})"
-        say(f"  {key:<14} {_text(value)}{note}")
+        say(f"  {key:<14} {write_option(value, ',')}{note}")
     for choice in asked.choices:
         say(f"  - {choice}")
-
-
-def _text(value: Any) -> str:
-    """As ``--option`` takes it."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value).lower() if value is None else str(value)
 
 
 def _run(

@@ -55,7 +55,8 @@ def train(
 
     from traj_ood.detector import refuse_inside
     from traj_ood.dynamics.device import resolve_device
-    from traj_ood.training.autoencoder import TrainConfig, train_model
+    from traj_ood.training.autoencoder import train_model
+    from traj_ood.training.config import TrainConfig
 
     silence_libraries()
     refuse_inside(out)

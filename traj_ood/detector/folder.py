@@ -34,7 +34,7 @@ from traj_ood.io.provenance import environment
 from traj_ood.io.sealed import open_sealed, replaced_folder, seal
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import field_of
-from traj_ood.scorers.options import write_option
+from traj_ood.scorers.base import spec_text
 from traj_ood.scorers.scorer_set import ScorerSet
 
 FILE_NAME = "detector.json"
@@ -177,7 +177,7 @@ def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, 
     settings, facts = (field_of(record, key, dict, where) for key in ("settings", "scorer"))
     options = field_of(facts, "options", dict, where)
     # Every option is written out: what a static scorer without a view means depends on the model.
-    spec = ":".join([field_of(facts, "name", str, where), *(f"{k}={write_option(v)}" for k, v in options.items())])
+    spec = spec_text(field_of(facts, "name", str, where), options)
     scorers = one_scorer(
         model,
         spec,

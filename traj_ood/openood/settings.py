@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
+from traj_ood.io.options import read_options
 from traj_ood.scorers import SCORERS, create_scorer
-from traj_ood.scorers.base import FeatureScorer
+from traj_ood.scorers.base import FeatureScorer, spec_text
 
 PREFIX = "traj_ood_"
 """Of every name here: OpenOOD has a ``knn``, ``vim``, ``msp``, … of its own."""
@@ -27,25 +28,46 @@ SWEEPS: dict[str, dict[str, list[Any]]] = {
 }
 """Options that OpenOOD's automatic search may set, by scorer; those that are absent have nothing worth a search."""
 
-_SECTIONS = ("name", "APS_mode", "postprocessor_args", "learning", "postprocessor_sweep")
-_LEARNING = ("attractors", "seed", "tol", "max_steps")
-
 
 def openood_names() -> dict[str, str]:
     """OpenOOD's name → traj_ood's, for every registered scorer."""
     return {PREFIX + name.replace("-", "_"): name for name in SCORERS}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How a scorer learns.
+
+    Attributes:
+        attractors: ID training images that it learns from, as many as there are when fewer. Default 2,000, the paper's.
+        seed: draws them, by their place in the image list: the sample that :class:`traj_ood.Evaluator` draws.
+        tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
+    """
+
+    attractors: int = 2000
+    seed: int = 0
+    tol: float = 1e-5
+    max_steps: int = 500
+
+
 @dataclass(frozen=True)
-class Settings:
+class _Section:
+    """What stands under ``postprocessor`` in a yml file, under OpenOOD's names."""
+
+    name: str
+    APS_mode: bool = False
+    postprocessor_args: dict[str, Any] = field(default_factory=dict)
+    learning: Learning = field(default_factory=Learning)
+    postprocessor_sweep: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings(Learning):
     """What a yml file says.
 
     Attributes:
         scorer: traj_ood's name.
         options: of the scorer.
-        attractors: ID training images that it learns from, as many as there are when fewer. Default 2,000, the paper's.
-        seed: draws them, by their place in the image list: the sample that :class:`traj_ood.Evaluator` draws.
-        tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
         sweep: option → values for OpenOOD's automatic parameter search.
         search: whether OpenOOD searches (``APS_mode``). Default off: a search sees OOD images, those of OpenOOD's
             validation set, which the scores here otherwise never do.
@@ -53,10 +75,6 @@ class Settings:
 
     scorer: str
     options: Mapping[str, Any]
-    attractors: int = 2000
-    seed: int = 0
-    tol: float = 1e-5
-    max_steps: int = 500
     sweep: Mapping[str, list[Any]] = field(default_factory=dict)
     search: bool = False
 
@@ -69,25 +87,19 @@ class Settings:
         """
         section = _plain(config.get("postprocessor", {}))
         name = section.get("name", "")
-        where = f"OpenOOD config of {name!r}"
         if name not in openood_names():
             raise unknown_name("postprocessor of traj_ood", str(name), openood_names())
-        _known(f"section of {where}", section, _SECTIONS)
-        learning, options = section.get("learning") or {}, section.get("postprocessor_args") or {}
-        _known(f"learning setting of {where}", learning, _LEARNING)
-        for key, kind in (("attractors", int), ("seed", int), ("tol", (int, float)), ("max_steps", int)):
-            value = learning.get(key, 0)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise TrajOODError(f"{where}: learning.{key}: expected a number, got {value!r}")
+        where = f"OpenOOD config of {name!r}"
+        read = _Section(**read_options(_Section, section, where, noun="key"))
         sweep = {}
-        for key, values in (section.get("postprocessor_sweep") or {}).items():
+        for key, values in read.postprocessor_sweep.items():
             if not isinstance(values, list) or not values:
                 raise TrajOODError(f"{where}: postprocessor_sweep.{key}: expected a list of values, got {values!r}")
             sweep[key.removesuffix("_list")] = values
-        search = bool(section.get("APS_mode"))
-        if search and not sweep:
+        if read.APS_mode and not sweep:
             raise TrajOODError(f"{where}: APS_mode asks for a search, but postprocessor_sweep is empty: turn it off")
-        made = cls(openood_names()[name], options, **learning, sweep=sweep, search=search)
+        learning = asdict(read.learning)
+        made = cls(openood_names()[name], read.postprocessor_args, sweep=sweep, search=read.APS_mode, **learning)
         for spec in made.grid():
             create_scorer(spec)
         return made
@@ -97,7 +109,7 @@ class Settings:
         options = {**self.options, **changes}
         if options.get("view") == AUTO:
             del options["view"]
-        return ":".join([self.scorer, *(f"{key}={_text(value)}" for key, value in options.items())])
+        return spec_text(self.scorer, options)
 
     def combinations(self) -> list[dict[str, Any]]:
         """Every combination of the sweep."""
@@ -115,7 +127,7 @@ def config_section(spec: str, *, search: bool, sweep: Mapping[str, Sequence[Any]
     Args:
         spec: see :func:`traj_ood.create_scorer`.
         search, sweep: see :class:`Settings`.
-        learning: ``attractors``, ``seed``, ``tol``, ``max_steps``. Default: those of :class:`Settings`.
+        learning: see :class:`Learning`.
     Raises:
         TrajOODError: a bad spec.
     """
@@ -127,7 +139,7 @@ def config_section(spec: str, *, search: bool, sweep: Mapping[str, Sequence[Any]
         "name": PREFIX + scorer.name.replace("-", "_"),
         "APS_mode": search,
         "postprocessor_args": options,
-        "learning": {f.name: learning.get(f.name, f.default) for f in fields(Settings) if f.name in _LEARNING},
+        "learning": asdict(Learning(**learning)),
         "postprocessor_sweep": {f"{key}_list": list(values) for key, values in sweep.items()},
     }
 
@@ -157,13 +169,3 @@ def write_configs(folder: str | Path, *, keep: bool = False) -> list[Path]:
 def _plain(value: Any) -> Any:
     """OpenOOD's Config as dicts."""
     return {key: _plain(item) for key, item in dict.items(value)} if isinstance(value, dict) else value
-
-
-def _known(kind: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise unknown_name(kind, key, known)
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

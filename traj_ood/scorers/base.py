@@ -16,8 +16,8 @@ from torch import Tensor
 from traj_ood.autoencoders import VIEWS, FeatureView, View
 from traj_ood.dynamics.trajectory import Trajectory
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.options import check_options, option_defaults, write_option
 from traj_ood.io.tensor_file import open_tensors, write_tensors
-from traj_ood.scorers.options import check_options, option_defaults, write_option
 
 ReconstructionKind = Literal["plain", "masked"]
 
@@ -165,7 +165,8 @@ class Scorer(ABC):
         seed = getattr(self, "seed", 0)
         if not 0 <= seed < 2**32:
             raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
-        check_options(type(self), self.name, vars(self))  # else the label would recreate another scorer
+        # Else the label would recreate another scorer.
+        check_options(type(self), vars(self), f"scorer {self.name}", reserved=":,")
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -217,9 +218,9 @@ class Scorer(ABC):
     @property
     def label(self) -> str:
         """The name with the options that differ from their defaults, as ``traj-ood bench --scorers`` takes it."""
-        mine = {key: (getattr(self, key), default) for key, default in option_defaults(type(self)).items()}
-        changed = [f"{key}={write_option(value)}" for key, (value, default) in mine.items() if value != default]
-        return ":".join([self.name, *changed])
+        defaults = option_defaults(type(self))
+        mine = {key: getattr(self, key) for key in defaults}
+        return spec_text(self.name, {key: value for key, value in mine.items() if value != defaults[key]})
 
     def save(self, path: Path) -> None:
         """Write the learnt tensors and the options as one safetensors file, atomically."""
@@ -237,6 +238,11 @@ class Scorer(ABC):
                 raise TrajOODError(f"{path}: expected a scorer file of {mine}, got one of {file.header}")
             self._state = file.tensors
         return self
+
+
+def spec_text(name: str, options: Mapping[str, Any]) -> str:
+    """A scorer with these options written out, as :func:`traj_ood.create_scorer` reads it."""
+    return ":".join([name, *(f"{key}={write_option(value)}" for key, value in options.items())])
 
 
 @dataclass

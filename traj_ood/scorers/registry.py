@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.options import check_writable, option_kinds, read_options, split_pairs
 from traj_ood.scorers.base import FeatureScorer, Scorer
-from traj_ood.scorers.options import option_types, parse_options
 
 SCORERS: dict[str, type[Scorer]] = {}
 
@@ -24,7 +24,7 @@ def register(cls: _P) -> _P:
     Raises:
         TrajOODError: no scorer that could be made and named: another kind of class, an abstract one, one without
             ``name`` or ``summary``, options that are no dataclass fields or of kinds that have no text (see
-            :mod:`traj_ood.scorers.options`); or the name is taken by another class.
+            :mod:`traj_ood.io.options`); or the name is taken by another class.
     """
     _check_class(cls)
     taken = SCORERS.get(cls.name)
@@ -53,7 +53,8 @@ def _check_class(cls: type[Any]) -> None:
         raise TrajOODError(
             f"{where}: expected a name without spaces, ':', ',' and '=', other than 'all', got {cls.name!r}"
         )
-    known = option_types(cls)
+    check_writable(cls)
+    known = option_kinds(cls)
     plain = [
         key
         for key, kind in inspect.get_annotations(cls).items()
@@ -74,14 +75,11 @@ def create_scorer(spec: str) -> Scorer:
         raise unknown_name("scorer", name, SCORERS)
     cls = SCORERS[name]
     options: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise TrajOODError(f"scorer {spec!r}: expected options as key=value, got {pair!r}")
+    for key, text in split_pairs(pairs, f"scorer {spec!r}"):
         if key in options:
             raise TrajOODError(f"scorer {spec!r}: option {key} is given twice: leave one out")
         options[key] = text
-    return cls(**parse_options(cls, name, options))
+    return cls(**read_options(cls, options, f"scorer {name}", joint="+"))
 
 
 def create_scorers(specs: Sequence[str], autoencoder: Autoencoder) -> list[Scorer]:

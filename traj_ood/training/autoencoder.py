@@ -22,10 +22,10 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.card import autoencoder_card
 from traj_ood.training.classifier import check_classifier, train_classifier
+from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageLoss, ImageTrainer, TrainingImages
-from traj_ood.training.loop import CONFIGS, Recipe, TrainConfig, Trainer, plain
+from traj_ood.training.loop import Trainer
 
-__all__ = ["CONFIGS", "Recipe", "TrainConfig", "build_autoencoder", "train_model"]
 _VALIDATION_IMAGES = 2000
 
 
@@ -78,7 +78,7 @@ def _train_autoencoder(
     trainer.run(fresh)
     model.save_pretrained(out)
     record = {
-        "config": plain(config),
+        "config": config.plain(),
         "parameters": model.parameter_count(),
         "fingerprint": model.fingerprint(),
         "data": {benchmark.train.name: benchmark.train.digests()},

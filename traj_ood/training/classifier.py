@@ -16,8 +16,8 @@ from traj_ood.data import Benchmark, Split
 from traj_ood.data.batches import read_rows
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.training.card import classifier_card
+from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageLoss, ImageTrainer, TrainingImages
-from traj_ood.training.loop import Recipe, TrainConfig, plain
 
 _READ = 512
 
@@ -60,7 +60,7 @@ def train_classifier(
     save_folder(network, out, config.model["architecture"], arguments, data)
     backbone = load_backbone(f"timm:{out}", name=f"timm:{config.name}").to(device)
     record = {
-        "config": plain(config),
+        "config": config.plain(),
         "classes": list(classes),
         "parameters": backbone.parameter_count(),
         "feature_dim": backbone.feature_dim,

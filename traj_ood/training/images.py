@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from traj_ood.data import ImageSource
 from traj_ood.data.images import check_unchanged
 from traj_ood.data.preprocessing import Preprocessing
-from traj_ood.training.loop import SEED_STRIDE, TrainConfig, Trainer, plain, shuffled
+from traj_ood.training.config import TrainConfig
+from traj_ood.training.loop import SEED_STRIDE, Trainer, shuffled
 
 ImageLoss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(images (B, C, H, W), their rows (B,) int64, source of all randomness) → scalar."""
@@ -48,7 +49,7 @@ class ImageTrainer(Trainer):
             round_steps=epoch,
             seed=config.seed * SEED_STRIDE,
             out=out,
-            identity={"config": plain(config), "images": images.digest, "labels": labels},
+            identity={"config": config.plain(), "images": images.digest, "labels": labels},
             **further,
         )
 

@@ -1,4 +1,4 @@
-"""What every training shares: its config, and a loop that resumes to the same weights."""
+"""The training loop that every model shares; an interrupted run continues to the same weights."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from traj_ood.dynamics.device import training_settings
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
-from traj_ood.io.provenance import PACKAGE, code_digest, environment, git_commit
-from traj_ood.io.trees import read_yaml
+from traj_ood.io.provenance import code_digest, environment, git_commit
 from traj_ood.text import brief, printable
+from traj_ood.training.config import Recipe
 
-Family = Literal["vit_mae", "conv", "classifier"]
-CONFIGS = PACKAGE / "configs"
 RECORD = "training.json"
 """File of the record of a finished training."""
 SEED_STRIDE = 1_000_003
@@ -32,107 +29,6 @@ SEED_STRIDE = 1_000_003
 CHECKPOINT_SECONDS = 10.0
 """Between two checkpoints, at least: a round of few images takes milliseconds, less than writing its checkpoint."""
 _CHECKPOINT = "checkpoint.pt"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        epochs, batch_size, learning_rate, weight_decay, clip: as usual; ``clip`` is the gradient's norm.
-        optimizer: ``adamw`` (default; betas 0.9, 0.95 as in MAE) or ``adam`` (the paper's conv autoencoders).
-        schedule: ``cosine`` (default), ``linear`` (the paper's conv autoencoders) or ``constant``, after ``warmup``,
-            a share of all steps.
-        input_noise: standard deviation of Gaussian noise added to the input, in normalised units.
-        mask_ratios: one is drawn per batch.
-        loss: ``all`` pixels (default) or only ``masked`` ones. Masked-only is MAE's own loss; it leaves D's output on
-            visible patches untrained, and E∘D without masking then does not converge.
-        flip: random horizontal flips.
-    """
-
-    epochs: int = 8
-    batch_size: int = 128
-    learning_rate: float = 1.5e-3
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.1
-    input_noise: float = 0.0
-    mask_ratios: tuple[float, ...] = (0.0,)
-    loss: Literal["all", "masked"] = "all"
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size"):
-            if getattr(self, key) < 1:
-                raise TrajOODError(f"train: {key} must be at least 1, got {getattr(self, key)}")
-        for key, known in (
-            ("optimizer", ("adamw", "adam")),
-            ("schedule", ("cosine", "linear", "constant")),
-            ("loss", ("all", "masked")),
-        ):
-            if getattr(self, key) not in known:
-                raise unknown_name(f"train {key}", str(getattr(self, key)), known)
-        if self.loss == "masked" and min(self.mask_ratios) == 0:
-            raise TrajOODError(
-                "train: loss 'masked' needs every mask ratio above 0, got 0: there is nothing to predict"
-            )
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run, as its YAML file says.
-
-    Attributes:
-        name: of the model. benchmark: whose ID training split. family: ``vit_mae``, ``conv`` or
-            ``classifier``.
-        model: the family's geometry: keys of transformers' ViTMAEConfig; ``width`` and ``bottleneck``; for a classifier
-            ``architecture``, a timm name, and arguments timm builds it with.
-        recipe: see :class:`Recipe`. seed: of weights and batches.
-        health_images: training images whose trajectories the model card reports at the end.
-    """
-
-    name: str
-    benchmark: str
-    family: Family
-    image_size: int
-    channels: int
-    model: dict[str, Any] = field(default_factory=dict)
-    recipe: Recipe = field(default_factory=Recipe)
-    seed: int = 0
-    health_images: int = 2000
-
-    @classmethod
-    def load(cls, source: str) -> TrainConfig:
-        """From a YAML file, or by the name of a bundled one.
-
-        Raises:
-            TrajOODError: no such file or name, not YAML, unknown or missing keys, bad values.
-        """
-        path = Path(source) if source.endswith((".yaml", ".yml")) else CONFIGS / f"{source}.yaml"
-        if not path.is_file():
-            if path.parent == CONFIGS:
-                raise unknown_name("training config", source, [p.stem for p in CONFIGS.glob("*.yaml")])
-            raise TrajOODError(f"{path}: no such training config")
-        tree = read_yaml(path, "the training config")
-        if not isinstance(tree, dict):
-            raise TrajOODError(f"{path}: expected a mapping with {', '.join(f.name for f in fields(cls))}")
-        recipe, model = tree.pop("recipe", None) or {}, tree.pop("model", None) or {}
-        for key, value in (("recipe", recipe), ("model", model)):
-            if not isinstance(value, dict):
-                raise TrajOODError(f"{path}: {key}: expected a mapping, got {value!r}")
-        settings = _typed(path, tree, cls)
-        required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-        missing = [key for key in required if key not in settings]
-        if missing:
-            raise TrajOODError(f"{path}: missing {', '.join(missing)}")
-        if settings["family"] not in get_args(Family):
-            raise unknown_name(f"{path}: family", settings["family"], get_args(Family))
-        for key in ("image_size", "channels"):
-            if settings[key] < 1:
-                raise TrajOODError(f"{path}: {key}: expected at least 1, got {settings[key]}")
-        return cls(recipe=Recipe(**_typed(path, recipe, Recipe)), model=model, **settings)
 
 
 class Trainer(ABC):
@@ -381,38 +277,3 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     done = (step - warmup) / max(1, steps - warmup)
     factor = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
     return recipe.learning_rate * factor[recipe.schedule]
-
-
-def _typed(path: Path, tree: dict[str, Any], cls: Any) -> dict[str, Any]:
-    """The values of a YAML mapping as the dataclass's field types; ``5e-3`` is text to YAML and a number here.
-
-    Raises:
-        TrajOODError: a key that is no field (with near names), or a value of another kind.
-    """
-    kinds = {f.name: str(f.type) for f in fields(cls)}
-    typed: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key not in kinds:
-            raise unknown_name(f"key in {path.name}", str(key), kinds)
-        kind = kinds[key]
-        try:
-            if kind.startswith("tuple"):
-                typed[key] = tuple(float(v) for v in value)
-                if not typed[key] or isinstance(value, str):
-                    raise ValueError("empty")
-            elif kind == "bool":
-                typed[key] = {True: True, False: False}[value]
-            elif kind == "int":
-                if isinstance(value, bool) or int(value) != float(value):
-                    raise ValueError("not whole")
-                typed[key] = int(value)
-            else:
-                typed[key] = float(value) if kind == "float" else str(value)
-        except (TypeError, ValueError, KeyError) as error:
-            raise TrajOODError(f"{path}: {key}: expected {kind}, got {value!r}") from error
-    return typed
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The config as JSON holds it."""
-    return json.loads(json.dumps(asdict(config)))

@@ -24,7 +24,8 @@ from traj_ood.dynamics.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.card import surrogate_card
-from traj_ood.training.loop import SEED_STRIDE, Recipe, Trainer, shuffled
+from traj_ood.training.config import Recipe
+from traj_ood.training.loop import SEED_STRIDE, Trainer, shuffled
 
 MIN_FEATURES = 32
 _MAX_HELD_OUT = 5000
