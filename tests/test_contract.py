@@ -354,6 +354,34 @@ def test_every_scorer_says_what_it_is() -> None:
         assert cls.__doc__
 
 
+SUITE = """
+    field, field:start_only=true, early-path, early-path:shuffled=true, trajectory, trajectory:horizon=16,
+    early-trajectory, early-trajectory:whiten=true, early-trajectory:reference=features,
+    early-trajectory:reference=centroids, signature, alignment, contraction-rate, contraction-rate:two_sided=true,
+    path-energy, path-energy:two_sided=true, start-distance, end-distance, first-residual, steps, mahalanobis,
+    mahalanobis:normalize=true, knn, knn-auto, knn-paper, gmm, pca-residual, pca-residual:normalize=true, kernel-pca,
+    isolation-forest, lid, feature-norm, feature-norm:two_sided=true, reconstruction
+"""
+VIEWS_OF_SEVERAL_TOKENS = """
+    trajectory:view=mean, trajectory:view=cls, start-distance:view=mean, knn:view=cls, knn:view=tokens,
+    mahalanobis:view=cls, mahalanobis:view=grid, gmm:view=cls, kernel-pca:view=cls, lid:view=cls
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "further"),
+    [
+        (tiny.conv, ""),
+        (tiny.vit, f"{VIEWS_OF_SEVERAL_TOKENS}, reconstruction:masked=true"),
+        (lambda: Classifier(linear=False), "msp, max-logit, energy"),
+        (Classifier, "msp, max-logit, energy, vim"),
+    ],
+    ids=["conv", "vit", "classifier", "linear classifier"],
+)
+def test_the_default_suite_in_its_order(make: Callable[[], Autoencoder], further: str) -> None:
+    assert default_suite(make()) == [spec.strip() for spec in f"{SUITE}, {further}".split(",") if spec.strip()]
+
+
 @pytest.mark.parametrize("make", [tiny.vit, tiny.conv, tiny.toy, Classifier, lambda: Classifier(linear=False)])
 def test_default_suite_runs_and_holds_every_registered_scorer(make: Callable[[], Autoencoder]) -> None:
     suite = default_suite(make())

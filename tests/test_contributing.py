@@ -6,18 +6,23 @@ import importlib.util
 import re
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
 import traj_ood
 from traj_ood.analysis import Finding, Workspace
+from traj_ood.cli import main
 from traj_ood.data import load_benchmark
 from traj_ood.data.preprocessing import Normalised
-from traj_ood.scorers import SCORERS
+from traj_ood.errors import TrajOODError
+from traj_ood.openood.settings import config_text, openood_names
+from traj_ood.scorers import SCORERS, Needs, create_scorers, default_suite
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,14 +42,49 @@ def run(heading: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return vars(module)
 
 
-def test_a_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("traj_ood.scorers.registry.SCORERS", dict(SCORERS))
+@pytest.fixture
+def scorers() -> Iterator[None]:
+    before = dict(SCORERS)
+    yield
+    SCORERS.clear()
+    SCORERS.update(before)
+
+
+def test_a_scorer(monkeypatch: pytest.MonkeyPatch, scorers: None) -> None:
     run("Add a scorer", monkeypatch)
     train, test, model = tiny.images(20, seed=1), tiny.images(5, seed=2), tiny.conv()
     scored = traj_ood.ScorerSet(model, ["farthest-feature"]).fit(Normalised(train)).score(Normalised(test))
     mean = model.encode(train).double().mean(dim=0)
     expected = (model.encode(test).double() - mean).abs().amax(dim=1)
     torch.testing.assert_close(scored.scores["farthest-feature"], expected)
+
+
+def test_one_file_puts_a_scorer_wherever_scorers_are_named(monkeypatch: pytest.MonkeyPatch, scorers: None) -> None:
+    before = default_suite(tiny.vit())
+    made = run("Add a scorer", monkeypatch)["FarthestFeature"]
+    assert default_suite(tiny.vit()) == [*before, "farthest-feature"]
+    assert [scorer.name for scorer in create_scorers(["all"], tiny.conv())][-1] == "farthest-feature"
+    assert openood_names()["traj_ood_farthest_feature"] == "farthest-feature"
+    assert made.summary in config_text("farthest-feature")
+    listed = CliRunner().invoke(main, ["list", "scorers"]).output
+    assert re.search(rf"farthest-feature +{re.escape(made.summary)}; options {{'view': 'mean'}}", listed)
+    with pytest.raises(TrajOODError, match="'farthest-featur': did you mean 'farthest-feature'"):
+        create_scorers(["farthest-featur"], tiny.conv())
+
+
+def test_a_scorer_declares_its_part_of_the_suite(monkeypatch: pytest.MonkeyPatch, scorers: None) -> None:
+    made = run("Add a scorer", monkeypatch)["FarthestFeature"]
+    monkeypatch.setattr(made, "suite", {"": 105, "view=cls": 405})
+    suite = default_suite(tiny.vit())  # places 100 and 101, 110 and 111: those of the field and the early path
+    assert suite[1:4] == ["field:start_only=true", "farthest-feature", "early-path"]
+    assert suite.index("trajectory:view=cls") + 1 == suite.index("farthest-feature:view=cls")
+    assert "farthest-feature:view=cls" not in default_suite(tiny.conv())
+    monkeypatch.setattr(made, "suite", {})
+    assert "farthest-feature" not in default_suite(tiny.vit())
+    monkeypatch.setattr(made, "suite", {"": 105})
+    for needs in (Needs(labels=True), Needs(logits=True), Needs(features=frozenset({"backbone"}))):
+        monkeypatch.setattr(made, "needs", lambda self, needs=needs: needs)
+        assert "farthest-feature" not in default_suite(tiny.conv())
 
 
 def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ class Alignment(SearchingScorer):
 
     name: ClassVar[str] = "alignment"
     summary: ClassVar[str] = "negated cosine between the first step and the way to the nearest attractor"
+    suite: ClassVar[dict[str, int]] = {"": 150}
     view: View = "mean"
     target: Literal["attractor", "mean"] = "attractor"
 

@@ -156,6 +156,10 @@ class Scorer(ABC):
     summary: ClassVar[str]
     views: ClassVar[tuple[str, ...]] = VIEWS
     """Values of the option ``view``: scorers of the path know latent views alone, :class:`FeatureScorer` s more."""
+    suite: ClassVar[dict[str, int]] = {"": 900}
+    """What of it belongs to the suite ``all``: options, as in ``{"": 310, "view=cls": 420}``, and their place in it:
+    from 100 scorers of the path, from 200 controls, from 300 static ones, from 400 further views, from 500 masked
+    reconstruction, from 600 classifiers. Default: with its defaults, after all others."""
 
     def __post_init__(self) -> None:
         self._state: dict[str, Tensor] | None = None

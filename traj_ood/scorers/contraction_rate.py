@@ -27,6 +27,7 @@ class ContractionRate(PathStatistic):
 
     name: ClassVar[str] = "contraction-rate"
     summary: ClassVar[str] = "mean log ratio of successive steps along the path (Lyapunov-like)"
+    suite: ClassVar[dict[str, int]] = {"": 160, "two_sided=true": 161}
 
     def statistic(self, path: Trajectory) -> Tensor:
         lengths = log_lengths(path)[:, : self.horizon]

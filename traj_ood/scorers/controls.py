@@ -24,6 +24,7 @@ class StartDistance(Scorer):
 
     name: ClassVar[str] = "start-distance"
     summary: ClassVar[str] = "control: distance of z0 to the nearest attractor, no iteration"
+    suite: ClassVar[dict[str, int]] = {"": 200, "view=mean": 410}
     view: View = "tokens"
 
     def needs(self) -> Needs:
@@ -44,6 +45,7 @@ class EndDistance(Scorer):
 
     name: ClassVar[str] = "end-distance"
     summary: ClassVar[str] = "control: distance of the end point to the nearest attractor"
+    suite: ClassVar[dict[str, int]] = {"": 210}
     view: View = "tokens"
 
     def needs(self) -> Needs:
@@ -63,6 +65,7 @@ class FirstResidual(Scorer):
 
     name: ClassVar[str] = "first-residual"
     summary: ClassVar[str] = "control: length of the first step, ‖f(z0) − z0‖"
+    suite: ClassVar[dict[str, int]] = {"": 220}
 
     def needs(self) -> Needs:
         return Needs(steps=1)
@@ -81,6 +84,7 @@ class Steps(Scorer):
 
     name: ClassVar[str] = "steps"
     summary: ClassVar[str] = "control: number of steps until convergence"
+    suite: ClassVar[dict[str, int]] = {"": 230}
 
     def needs(self) -> Needs:
         return Needs(steps=WHOLE_PATH)

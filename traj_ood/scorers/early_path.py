@@ -42,6 +42,7 @@ class EarlyPath(Scorer):
 
     name: ClassVar[str] = "early-path"
     summary: ClassVar[str] = "Mahalanobis distance of z0 and its first displacement together, one Gaussian per cell"
+    suite: ClassVar[dict[str, int]] = {"": 110, "shuffled=true": 111}
     views: ClassVar[tuple[str, ...]] = ("grid", "mean", "cls")
     view: FeatureView = "grid"
     steps: str = "1"

@@ -42,6 +42,12 @@ class EarlyTrajectory(SearchingScorer):
 
     name: ClassVar[str] = "early-trajectory"
     summary: ClassVar[str] = "mean distance of a few early points to attractors; control: to features or centroids"
+    suite: ClassVar[dict[str, int]] = {
+        "": 130,
+        "whiten=true": 131,
+        "reference=features": 132,
+        "reference=centroids": 133,
+    }
     reference: Literal["attractors", "features", "centroids"] = "attractors"
     whiten: bool = False
     view: View = "mean"

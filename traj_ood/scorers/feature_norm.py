@@ -29,6 +29,7 @@ class FeatureNorm(FeatureScorer):
 
     name: ClassVar[str] = "feature-norm"
     summary: ClassVar[str] = "length of the feature: short is OOD (Tack et al. 2020), or two-sided"
+    suite: ClassVar[dict[str, int]] = {"": 390, "two_sided=true": 391}
     two_sided: bool = False
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:

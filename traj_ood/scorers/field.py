@@ -57,6 +57,7 @@ class Field(Scorer):
 
     name: ClassVar[str] = "field"
     summary: ClassVar[str] = "distance and typicality of z0 and the vector field f(z0) - z0, one evaluation of f"
+    suite: ClassVar[dict[str, int]] = {"": 100, "start_only=true": 101}
 
     start_only: bool = False
 

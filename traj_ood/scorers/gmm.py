@@ -41,6 +41,7 @@ class GMM(FeatureScorer):
 
     name: ClassVar[str] = "gmm"
     summary: ClassVar[str] = "negative log-likelihood of a Gaussian mixture in principal axes, components by BIC"
+    suite: ClassVar[dict[str, int]] = {"": 340, "view=cls": 440}
     share: float = 0.9
     seed: int = 0
 

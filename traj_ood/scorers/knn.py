@@ -31,6 +31,7 @@ class KNN(BankScorer):
 
     name: ClassVar[str] = "knn"
     summary: ClassVar[str] = "distance to the k-th nearest L2-normalised training feature (Sun et al. 2022)"
+    suite: ClassVar[dict[str, int]] = {"": 310, "view=cls": 420, "view=tokens": 421}
     view: FeatureView = "mean"
     k: int | None = 10
     reduce: Literal["kth", "mean"] = "kth"
@@ -74,6 +75,7 @@ class PaperKNN(KNN):
 
     name: ClassVar[str] = "knn-paper"
     summary: ClassVar[str] = "mean distance to all training features: the paper's KNN with K = 2,000 of 2,000 (§4.2)"
+    suite: ClassVar[dict[str, int]] = {"": 330}
     view: FeatureView = "tokens"
     k: int | None = None
     reduce: Literal["kth", "mean"] = "mean"

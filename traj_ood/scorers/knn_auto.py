@@ -40,6 +40,7 @@ class KNNAuto(BankScorer):
 
     name: ClassVar[str] = "knn-auto"
     summary: ClassVar[str] = "knn with k chosen on ID data: leave-one-out against a Gaussian reference"
+    suite: ClassVar[dict[str, int]] = {"": 320}
     seed: int = 0
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ class LID(BankScorer):
 
     name: ClassVar[str] = "lid"
     summary: ClassVar[str] = "local intrinsic dimension, maximum likelihood (Levina and Bickel 2004; Ma et al. 2018)"
+    suite: ClassVar[dict[str, int]] = {"": 380, "view=cls": 460}
     k: int | None = None
 
     def __post_init__(self) -> None:

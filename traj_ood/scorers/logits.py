@@ -25,6 +25,7 @@ class MaxSoftmax(Scorer):
 
     name: ClassVar[str] = "msp"
     summary: ClassVar[str] = "maximum softmax probability of the classifier (Hendrycks and Gimpel 2017), as log-odds"
+    suite: ClassVar[dict[str, int]] = {"": 600}
 
     def needs(self) -> Needs:
         return Needs(logits=True)
@@ -45,6 +46,7 @@ class MaxLogit(Scorer):
 
     name: ClassVar[str] = "max-logit"
     summary: ClassVar[str] = "largest logit of the classifier, negated (Hendrycks et al. 2022)"
+    suite: ClassVar[dict[str, int]] = {"": 610}
 
     def needs(self) -> Needs:
         return Needs(logits=True)
@@ -64,6 +66,7 @@ class Energy(Scorer):
 
     name: ClassVar[str] = "energy"
     summary: ClassVar[str] = "free energy of the classifier's logits (Liu et al. 2020)"
+    suite: ClassVar[dict[str, int]] = {"": 620}
     temperature: float = 1.0
 
     def __post_init__(self) -> None:

@@ -45,6 +45,7 @@ class Mahalanobis(FeatureScorer):
 
     name: ClassVar[str] = "mahalanobis"
     summary: ClassVar[str] = "Mahalanobis distance to the Gaussian(s) of the training features, Ledoit-Wolf shrinkage"
+    suite: ClassVar[dict[str, int]] = {"": 300, "normalize=true": 301, "view=cls": 430, "view=grid": 431}
     views: ClassVar[tuple[str, ...]] = (*VIEWS, "backbone", "grid")
     classes: bool = False
     covariance: Literal["ledoit-wolf", "empirical"] = "ledoit-wolf"

@@ -26,6 +26,7 @@ class PathEnergy(PathStatistic):
 
     name: ClassVar[str] = "path-energy"
     summary: ClassVar[str] = "sum of squared steps along the beginning of the path, as a logarithm"
+    suite: ClassVar[dict[str, int]] = {"": 170, "two_sided=true": 171}
 
     def statistic(self, path: Trajectory) -> Tensor:
         own = path.residuals[:, : self.horizon]

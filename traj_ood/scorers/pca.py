@@ -34,6 +34,7 @@ class PCAResidual(FeatureScorer):
 
     name: ClassVar[str] = "pca-residual"
     summary: ClassVar[str] = "length of the feature outside the training features' principal subspace"
+    suite: ClassVar[dict[str, int]] = {"": 350, "normalize=true": 351}
     share: float = 0.9
     normalize: bool = False
 
@@ -74,6 +75,7 @@ class KernelPCA(FeatureScorer):
 
     name: ClassVar[str] = "kernel-pca"
     summary: ClassVar[str] = "reconstruction error of cosine-Gaussian kernel PCA (Fang et al. 2024, CoRP)"
+    suite: ClassVar[dict[str, int]] = {"": 360, "view=cls": 450}
     share: float = 0.8
     gamma: float | None = None
     components: int = 2048

@@ -23,6 +23,7 @@ class Reconstruction(Scorer):
 
     name: ClassVar[str] = "reconstruction"
     summary: ClassVar[str] = "mean squared error between the image and its reconstruction"
+    suite: ClassVar[dict[str, int]] = {"": 395, "masked=true": 500}
     masked: bool = False
 
     def needs(self) -> Needs:

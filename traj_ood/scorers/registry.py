@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.io.options import check_writable, option_kinds, read_options, split_pairs
-from traj_ood.scorers.base import FeatureScorer, Scorer
+from traj_ood.io.options import check_writable, option_defaults, option_kinds, read_options, split_pairs
+from traj_ood.scorers.base import FeatureScorer, Needs, Scorer
 
 SCORERS: dict[str, type[Scorer]] = {}
 
@@ -107,27 +108,40 @@ def _with_backbone(spec: str, autoencoder: Autoencoder) -> str:
 
 
 def default_suite(autoencoder: Autoencoder) -> list[str]:
-    """Every registered scorer that the model allows, with its defaults, and the variants of the paper's open choices.
+    """What registered scorers declare as their part of the suite ``all`` (:attr:`Scorer.suite`), as far as the model
+    has what they read.
 
-    ``mahalanobis:classes=true`` is to be asked for by name: whether images have labels, a model does not know.
+    A scorer that has an option without default, or needs class labels (whether images have some, a model does not
+    know), is to be asked for by name. So are the views of a latent of one token, which are all the same.
     """
-    suite = ["field", "field:start_only=true", "early-path", "early-path:shuffled=true"]
-    suite += ["trajectory", "trajectory:horizon=16"]
-    suite += ["early-trajectory", "early-trajectory:whiten=true"]
-    suite += ["early-trajectory:reference=features", "early-trajectory:reference=centroids"]
-    suite += ["signature", "alignment", "contraction-rate", "contraction-rate:two_sided=true"]
-    suite += ["path-energy", "path-energy:two_sided=true"]
-    suite += ["start-distance", "end-distance", "first-residual", "steps"]
-    suite += ["mahalanobis", "mahalanobis:normalize=true", "knn", "knn-auto", "knn-paper", "gmm", "pca-residual"]
-    suite += ["pca-residual:normalize=true", "kernel-pca", "isolation-forest", "lid"]
-    suite += ["feature-norm", "feature-norm:two_sided=true", "reconstruction"]
-    if autoencoder.has_cls:  # a latent of one token has one view; with more, every scorer may show its best
-        suite += ["trajectory:view=mean", "trajectory:view=cls", "start-distance:view=mean"]
-        suite += ["knn:view=cls", "knn:view=tokens", "mahalanobis:view=cls", "mahalanobis:view=grid"]
-        suite += ["gmm:view=cls", "kernel-pca:view=cls", "lid:view=cls"]
-    if autoencoder.reconstruction_masks():
-        suite += ["reconstruction:masked=true"]
-    if autoencoder.classes:
-        suite += ["msp", "max-logit", "energy"]
-        suite += ["vim"] if autoencoder.head() is not None else []
-    return suite
+    places = {
+        f"{name}:{options}".rstrip(":"): place
+        for name, cls in SCORERS.items()
+        if MISSING not in option_defaults(cls).values()
+        for options, place in cls.suite.items()
+        if autoencoder.has_cls or "view=" not in options
+    }
+    scorers = {spec: create_scorer(spec) for spec in sorted(places, key=places.__getitem__)}
+    return [spec for spec, s in scorers.items() if not s.needs().labels and lacking(autoencoder, s.needs()) is None]
+
+
+def lacking(autoencoder: Autoencoder, needs: Needs) -> str | None:
+    """What a scorer reads that the model does not have, and what to do about it; None where nothing is lacking."""
+    name = f"{autoencoder.name} ({autoencoder.family})"
+    if (needs.logits or needs.head) and not autoencoder.classes:
+        return (
+            f"reads the logits of a classifier, and {name} has none: use a model with a classifier, such as timm:<name>"
+        )
+    if "backbone" in needs.features and not autoencoder.feature_dim:
+        return (
+            f"reads the features of a frozen backbone, and {name} has none: use another view, or a model such as "
+            "timm:<name>"
+        )
+    if needs.head and autoencoder.head() is None:
+        return (
+            f"needs a linear classifier over the features, and that of {autoencoder.name} is another kind: leave this "
+            "scorer out"
+        )
+    if "masked" in needs.reconstruction and not autoencoder.reconstruction_masks():
+        return f"{name} has no masked reconstruction: only masked autoencoders do"
+    return None

@@ -23,6 +23,7 @@ from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.scorers import WHOLE_PATH, Evidence, Needs, Scorer, create_scorers
+from traj_ood.scorers.registry import lacking
 
 OnStep = Callable[[int, int], None]
 Precision = Literal["fp32", "bf16"]
@@ -83,7 +84,9 @@ class ScorerSet:
         self.autoencoder = autoencoder
         self.scorers: list[Scorer] = create_scorers(scorers, autoencoder)
         for scorer in self.scorers:
-            _check_model(autoencoder, scorer)
+            lack = lacking(autoencoder, scorer.needs())
+            if lack is not None:
+                raise TrajOODError(f"scorer {scorer.label}: {lack}")
         self.tol, self.max_steps = tol, max_steps
         self.backend, self.approximate, self.precision = backend, approximate, precision
         self.needs: Needs = reduce(lambda a, b: a | b, (s.needs() for s in self.scorers))
@@ -443,23 +446,3 @@ def _features(model: Autoencoder, encoding: Encoding, view: FeatureView) -> Tens
         assert encoding.features is not None  # checked for every scorer when the set was made
         return encoding.features
     return _latent_view(model, encoding.latents, view)
-
-
-def _check_model(model: Autoencoder, scorer: Scorer) -> None:
-    """Refuse a scorer that reads what the model does not have."""
-    needs = scorer.needs()
-    if (needs.logits or needs.head) and not model.classes:
-        raise TrajOODError(
-            f"scorer {scorer.label}: reads the logits of a classifier, and {model.name} ({model.family}) has none: use "
-            "a model with a classifier, such as timm:<name>"
-        )
-    if "backbone" in needs.features and not model.feature_dim:
-        raise TrajOODError(
-            f"scorer {scorer.label}: reads the features of a frozen backbone, and {model.name} ({model.family}) has "
-            "none: use another view, or a model such as timm:<name>"
-        )
-    if needs.head and model.head() is None:
-        raise TrajOODError(
-            f"scorer {scorer.label}: needs a linear classifier over the features, and that of {model.name} is another "
-            "kind: leave this scorer out"
-        )

@@ -46,6 +46,7 @@ class Signature(Scorer):
 
     name: ClassVar[str] = "signature"
     summary: ClassVar[str] = "two-sided: Gaussian of ID paths over the log-lengths of steps and log-distances"
+    suite: ClassVar[dict[str, int]] = {"": 140}
     view: View = "tokens"
     horizon: int = HORIZON
 

@@ -28,6 +28,7 @@ class TrajectoryScore(Scorer):
 
     name: ClassVar[str] = "trajectory"
     summary: ClassVar[str] = "mean distance of the trajectory's points to the nearest training attractor (§4.2)"
+    suite: ClassVar[dict[str, int]] = {"": 120, "horizon=16": 121, "view=mean": 400, "view=cls": 401}
     view: View = "tokens"
     horizon: int | None = None
 

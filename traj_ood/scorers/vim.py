@@ -38,6 +38,7 @@ class ViM(Scorer):
 
     name: ClassVar[str] = "vim"
     summary: ClassVar[str] = "virtual-logit matching: residual of the backbone's features and energy (Wang et al. 2022)"
+    suite: ClassVar[dict[str, int]] = {"": 630}
     dim: int | None = None
 
     def __post_init__(self) -> None:
