@@ -491,7 +491,7 @@ def test_a_missing_or_older_openood_is_named(
         monkeypatch.syspath_prepend(tmp_path)
     else:
         monkeypatch.setitem(sys.modules, "openood", None)  # hides an installed one
-        monkeypatch.setattr("traj_ood.openood.library.importlib.import_module", _absent)
+        monkeypatch.setattr("importlib.import_module", _absent)
     with pytest.raises(TrajOODError, match=message):
         register()
     forget()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class OpenOODBackbone(NetworkBackbone):
         if not checkpoint:
             raise TrajOODError(f"openood:{network}: expected a checkpoint: openood:{network}:<file.ckpt>")
         kind = NETWORKS[network]
-        build = _class_of(kind)
+        build = getattr(import_openood(f"openood.networks.{kind.module}", kind.cls), kind.cls)
         weights = read_weights(checkpoint)
         heads = [f"{prefix_of(weights, f'{head}.weight')}{head}.weight" for head in _HEADS]
         classes = next((len(weights[head]) for head in heads if head in weights), None)
@@ -179,27 +180,37 @@ def _plain(preparation: Preparation) -> dict[str, Any]:
     }
 
 
-def _class_of(kind: Network) -> Any:
+def import_openood(name: str, *attributes: str) -> ModuleType:
+    """A module of openood, checked.
+
+    Raises:
+        TrajOODError: openood or something that it needs is not installed, it fails, or it lacks one of ``attributes``.
+    """
     try:
-        module = import_module(f"openood.networks.{kind.module}")
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing == "openood":
-            raise TrajOODError(f"OpenOOD's networks need openood, which is not installed: {INSTALL}") from error
-        if not missing.startswith("openood"):
-            raise TrajOODError(
-                f"openood is installed, but its own requirement {missing!r} is not: pip install {missing}"
-            ) from error
-        raise _older(f"no {missing}") from error
-    except Exception as error:  # old versions fail on import in their own ways
-        raise _older(brief(error)) from error
-    if not hasattr(module, kind.cls):
-        raise _older(f"no {kind.cls} in openood.networks.{kind.module}")
-    return getattr(module, kind.cls)
+            raise TrajOODError(f"openood is not installed, and it is not on PyPI: {INSTALL}") from error
+        if missing.split(".")[0] == "openood":
+            raise older_openood(missing) from error
+        raise TrajOODError(
+            f"openood is installed, but {name} needs {missing!r}, which is not: install it (OpenOOD's own list of "
+            "dependencies is incomplete)"
+        ) from error
+    except Exception as error:  # its undeclared dependencies fail in their own ways, such as imgaug with NumPy 2
+        raise TrajOODError(
+            f"openood is installed, but importing {name} fails ({brief(error)}): repair that first"
+        ) from error
+    for attribute in attributes:
+        if not hasattr(module, attribute):
+            raise older_openood(f"{name}.{attribute}")
+    return module
 
 
-def _older(reason: str) -> TrajOODError:
-    return TrajOODError(f"openood is installed, but an older or damaged version ({reason}): update it: {INSTALL}")
+def older_openood(missing: str) -> TrajOODError:
+    """The error for a version of openood without something."""
+    return TrajOODError(f"openood: expected v1.5 (main of December 2025), got a version without {missing}: {INSTALL}")
 
 
 def _built(build: Any, kind: Network, classes: int | None, name: str) -> nn.Module:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from traj_ood.errors import TrajOODError
+from traj_ood.backbones.openood_networks import import_openood, older_openood
 from traj_ood.openood.settings import openood_names
-
-_INSTALL = "pip install git+https://github.com/Jingkang50/OpenOOD"
 
 
 @dataclass(frozen=True)
@@ -43,39 +40,12 @@ def load_library() -> Library:
     Raises:
         TrajOODError: openood is missing, lacks something it needs, or is older than v1.5.
     """
-    modules = {}
-    for part, (name, attributes) in _PARTS.items():
-        modules[part] = module = _import(name)
-        absent = [a for a in attributes if not hasattr(module, a)]
-        if absent:
-            raise _older(f"{name}.{absent[0]}")
+    modules = {part: import_openood(name, *attributes) for part, (name, attributes) in _PARTS.items()}
     known = inspect.signature(modules["api"].Evaluator.__init__).parameters
     absent = [a for a in _ARGUMENTS if a not in known]
     if absent:
-        raise _older(f"argument {absent[0]} of openood.evaluation_api.Evaluator")
+        raise older_openood(f"argument {absent[0]} of openood.evaluation_api.Evaluator")
     return Library(**modules)
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing == "openood":
-            raise TrajOODError(f"openood is not installed, and it is not on PyPI: {_INSTALL}") from error
-        if missing.split(".")[0] == "openood":
-            raise _older(missing) from error
-        raise TrajOODError(
-            f"openood is installed, but {name} needs {missing!r}, which is not: install it (OpenOOD's own list of "
-            "dependencies is incomplete)"
-        ) from error
-    except Exception as error:  # its undeclared dependencies fail in their own ways, such as imgaug with NumPy 2
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrajOODError(f"openood is installed, but importing {name} fails ({reason}): repair that first") from error
-
-
-def _older(missing: str) -> TrajOODError:
-    return TrajOODError(f"openood: expected v1.5 (main of December 2025), got a version without {missing}: {_INSTALL}")
 
 
 def serve_pipelines(utils: ModuleType, cls: type) -> None:
