@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.workspace import Unit, Workspace
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
@@ -155,13 +155,8 @@ def untrained(model: str, size: int, seed: int) -> nn.Module:
     sized = {"image_size": size} if model.startswith(_SIZED) else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
+        with foreign_errors(f"{model}: cannot be built for {size} × {size} images", ": change size"):
             network: nn.Module = library.get_model(model, weights=None, **sized)
-        except Exception as error:  # assertions and value errors of each family
-            reason = " ".join(str(error).split())
-            raise TrajOODError(
-                f"{model}: cannot be built for {size} × {size} images ({reason}): change size"
-            ) from error
     return network.requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import Pictures
 from traj_ood.evaluation.results import FILE_NAME, Result, near_first
@@ -79,10 +79,8 @@ def _check_scores(scores: pd.DataFrame, path: Path) -> None:
 def _table(path: Path, columns: set[str]) -> pd.DataFrame | None:
     if not path.is_file():
         return None
-    try:
+    with foreign_errors(f"{path}: expected a Parquet table, got a damaged file", "; run it again"):
         table = pd.read_parquet(path)
-    except Exception as error:  # pyarrow's own errors are of many kinds
-        raise TrajOODError(f"{path}: expected a Parquet table, got a damaged file ({error}); run it again") from error
     missing = sorted(columns - set(table.columns))
     if missing:
         raise TrajOODError(f"{path}: expected the columns of its run, got none of {', '.join(missing)}; run it again")

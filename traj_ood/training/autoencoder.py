@@ -18,7 +18,7 @@ from traj_ood.data.batches import read_rows
 from traj_ood.data.contents import distrust
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.dynamics.device import training_settings
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.card import autoencoder_card
 from traj_ood.training.classifier import check_classifier, train_classifier
@@ -102,15 +102,11 @@ def build_autoencoder(config: TrainConfig, mean: tuple[float, ...], std: tuple[f
     for key in config.model:
         if key not in known:
             raise unknown_name(f"{config.name}: model key", str(key), known)
-    try:
+    with foreign_errors(f"{config.name}: impossible geometry"):
         if config.family == "conv":
             network = ConvNetwork(config.channels, config.image_size, **config.model)
             return ConvAutoencoder(network, name=config.name, mean=mean, std=std)
         vit = build_model({**config.model, "image_size": config.image_size, "num_channels": config.channels})
-    except TrajOODError:
-        raise
-    except Exception as error:  # transformers has error classes of its own, and arithmetic does the rest
-        raise TrajOODError(f"{config.name}: impossible geometry ({' '.join(str(error).split())})") from error
     assert_position_embeddings(vit, config.name)
     return ViTMAE(vit, name=config.name, mean=mean, std=std)
 
