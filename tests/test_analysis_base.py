@@ -20,6 +20,7 @@ from traj_ood.cli import main
 from traj_ood.drawing.charts import Curve, DotPanel, Panel, PictureRow, curves, dots, picture_rows
 from traj_ood.drawing.style import Figure, save_png
 from traj_ood.errors import TrajOODError
+from traj_ood.io.options import write_option
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ def test_options_are_parsed_by_the_kind_of_their_field() -> None:
     assert asked == Toy(2, 7, 1e-3, ("x", "y"), (4,), True, 9)
     assert options_from(Toy, ["limit=none"]).limit is None  # type: ignore[attr-defined]
     assert options_from(Toy, ["size=7"], paper=True) == Toy(size=7, scale=2.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_options_of_every_question_are_read_as_they_are_shown(name: str) -> None:
+    for question in (find_question(name)(), find_question(name).paper()):
+        shown = [f"{key}={write_option(value, ',')}" for key, value in question.options().items()]
+        assert options_from(type(question), shown) == question
 
 
 @pytest.mark.parametrize(

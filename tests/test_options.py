@@ -49,7 +49,7 @@ def test_a_tree_is_read_by_the_kinds_of_the_fields() -> None:
     [
         ({"nmae": 1}, "unknown key of plan.yaml 'nmae': did you mean 'name'"),
         ({"rates": {"lwo": 1}}, "unknown key of plan.yaml, rates 'lwo': did you mean 'low'"),
-        ({"rates": {"kind": "adm"}}, "unknown kind of plan.yaml, rates 'adm': did you mean 'adam'"),
+        ({"rates": {"kind": "adm"}}, "unknown rates.kind of plan.yaml 'adm': did you mean 'adam'"),
         ({"rates": 3}, "plan.yaml, key rates: expected a mapping, got 3"),
         ({"free": [1]}, r"plan.yaml, key free: expected a mapping, got \[1\]"),
         ({"count": True}, "key count: expected int, got True"),

@@ -30,7 +30,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -142,11 +142,9 @@ class Finding:
         path = path / FILE_NAME if path.is_dir() else path
         tree = read_json(path, "a finding", "run traj-ood analyze again")
         schema = tree.pop("schema", None)
-        names = {f.name for f in fields(cls)}
-        if schema != SCHEMA or set(tree) != names:
+        if schema != SCHEMA:
             raise TrajOODError(f"{path}: expected a finding of schema {SCHEMA}, got schema {schema}; run it again")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
-        return cls(**values)
+        return cls(**read_options(cls, tree, str(path), noun="key", strict=True))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import click
 from traj_ood.cli.console import fail, lost, note, prepare
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import TeammateError, is_main_process
+from traj_ood.io.options import MAX_INT
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from traj_ood.data import Benchmark, Reading
 
 _MOST_THREADS = 1024  # OpenMP aborts the process when it is asked for many more
-_LARGEST_SEED = 2**32 - 1  # what NumPy and scikit-learn take
 _BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
 _TRACEBACK = "TRAJ_OOD_TRACEBACK"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -52,7 +52,7 @@ class _PathName(_Name):
 
 
 NAME, PATH = _Name(), _PathName()
-SEED, THREADS = click.IntRange(0, _LARGEST_SEED), click.IntRange(1, _MOST_THREADS)
+SEED, THREADS = click.IntRange(0, MAX_INT), click.IntRange(1, _MOST_THREADS)
 
 
 quote_formulas_option = click.option(

@@ -596,7 +596,8 @@ class Evaluator:
                 intervals = (
                     bootstrap(id_scores, scores, resamples=self.config.resamples) if self.config.resamples else {}
                 )
-                sets[split.name] = SetScore(split.role, len(scores), compute_metrics(id_scores, scores), intervals)
+                role: Any = split.role  # near or far, as of all that is scored and not ID
+                sets[split.name] = SetScore(role, len(scores), compute_metrics(id_scores, scores), intervals)
             results[label] = ScorerResult(
                 label=label,
                 options=scorer.options(),

@@ -9,19 +9,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation.metrics import METRIC_NAMES, Metrics, mean_metrics
+from traj_ood.evaluation.metrics import Metrics, mean_metrics
 from traj_ood.io.files import write_atomic
-from traj_ood.io.trees import read_json
+from traj_ood.io.options import read_options
+from traj_ood.io.trees import field_of, read_json
 
 SCHEMA = 1
 FILE_NAME = "result.json"
 
 _MEANS = ("near", "far", "all")
+_REQUIRED: dict[str, dict[str, type]] = {
+    "model": {"name": str, "fingerprint": str},
+    "data": {"role": str, "count": int, "sha256": str},
+    "dictionary": {"healthy": bool, "warnings": list},
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class SetScore:
     ``intervals`` holds (low, high) by metric name, fractions in [0, 1]; empty when no bootstrap was run.
     """
 
-    role: str
+    role: Literal["near", "far"]
     count: int
     metrics: Metrics
     intervals: dict[str, tuple[float, float]]
@@ -174,76 +180,29 @@ def mean_interval(scores: Sequence[SetScore], metric: str) -> tuple[float, float
 
 def _result(tree: dict[str, Any], path: Path) -> Result:
     """The record of a parsed file; every error names ``path`` and the key."""
-    _expect_keys(tree, {f.name for f in fields(Result)}, path, "result")
-    _expect_types(tree, {"name": str, "benchmark": str, "command": str, "created": str, "seed": int}, path, "result")
-    _expect_types(tree, {"failures": list, "commit": (str, type(None))}, path, "result")
-    mappings = ("model", "config", "versions", "seconds", "data", "dictionary", "scorers")
-    _expect_types(tree, dict.fromkeys(mappings, dict), path, "result")
-    _expect_types(tree["model"], {"name": str, "fingerprint": str}, path, "model")
-    _expect_types(tree["dictionary"], {"healthy": bool, "warnings": list}, path, "dictionary")
-    for split, data in tree["data"].items():
-        _expect_types(data, {"role": str, "count": int, "sha256": str}, path, f"data.{split}")
-    scorers = {name: _scorer(scorer, path, f"scorers.{name}") for name, scorer in tree["scorers"].items()}
-    return Result(**{**tree, "scorers": scorers})
-
-
-def _scorer(tree: Any, path: Path, where: str) -> ScorerResult:
-    _expect_types(tree, {"label": str, "options": dict, "note": str, "sets": dict}, path, where)
-    _expect_keys(tree, {f.name for f in fields(ScorerResult)} | set(_MEANS), path, where)
-    _expect_types(tree, {"f_evaluations": (int, float, type(None))}, path, where)
-    sets = {name: _set(score, path, f"{where}.sets.{name}") for name, score in tree["sets"].items()}
-    scorer = ScorerResult(**{**{k: v for k, v in tree.items() if k not in _MEANS}, "sets": sets})
-    for key in _MEANS:
-        written = None if tree[key] is None else _metrics(tree[key], path, f"{where}.{key}")
-        if written != getattr(scorer, key):
-            raise TrajOODError(
-                f"{path}: expected {where}.{key} to be the mean over its sets, got other figures; "
-                "the file was edited, run it again"
-            )
-    return scorer
-
-
-def _set(tree: Any, path: Path, where: str) -> SetScore:
-    _expect_types(tree, {"role": str, "count": int, "metrics": dict, "intervals": dict}, path, where)
-    _expect_keys(tree, {f.name for f in fields(SetScore)}, path, where)
-    if tree["role"] not in ("near", "far"):
-        raise TrajOODError(f"{path}: expected {where}.role to be near or far, got {tree['role']!r}; run it again")
-    for name, interval in tree["intervals"].items():
-        if not (isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))):
-            raise TrajOODError(f"{path}: expected {where}.intervals.{name} to be [low, high], got {interval!r}")
-    intervals = {name: (float(low), float(high)) for name, (low, high) in tree["intervals"].items()}
-    return SetScore(tree["role"], tree["count"], _metrics(tree["metrics"], path, f"{where}.metrics"), intervals)
-
-
-def _metrics(tree: Any, path: Path, where: str) -> Metrics:
-    _expect_types(tree, dict.fromkeys(METRIC_NAMES, (int, float)), path, where)
-    _expect_keys(tree, set(METRIC_NAMES), path, where)
-    return Metrics(**{name: float(value) for name, value in tree.items()})
-
-
-def _expect_keys(tree: Mapping[str, Any], expected: set[str], path: Path, where: str) -> None:
-    missing, unknown = sorted(expected - set(tree)), sorted(set(tree) - expected)
-    if missing or unknown:
-        named = [f"{kind} {', '.join(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        raise TrajOODError(f"{path}: expected the keys of schema {SCHEMA} in {where}, got {'; '.join(named)}")
-
-
-def _expect_types(tree: Any, types: Mapping[str, Any], path: Path, where: str) -> None:
-    """Every named key is there with its type; a bool never passes for a number."""
-    if not isinstance(tree, dict):
-        raise TrajOODError(f"{path}: expected {where} to be an object, got {type(tree).__name__}; run it again")
-    for key, kind in types.items():
-        if key not in tree:
-            raise TrajOODError(f"{path}: expected the key {key} in {where}, got none; run it again")
-        value = tree[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise TrajOODError(f"{path}: expected {where}.{key} to be {names}, got {value!r}; run it again")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    scorers = tree.get("scorers")
+    written = {
+        name: {key: scorer.pop(key, "nothing") for key in _MEANS}
+        for name, scorer in (scorers.items() if isinstance(scorers, dict) else ())
+        if isinstance(scorer, dict)
+    }
+    try:
+        result = Result(**read_options(Result, tree, str(path), noun="key", strict=True))
+    except TrajOODError as error:
+        raise TrajOODError(f"{error}; run it again") from error
+    data = {f"data.{split}": facts for split, facts in result.data.items()}
+    for place, facts in {"model": result.model, "dictionary": result.dictionary, **data}.items():
+        for key, kind in _REQUIRED[place.split(".")[0]].items():
+            field_of(facts, key, kind, f"{path}: {place}")
+    for name, scorer in result.scorers.items():
+        for key in _MEANS:
+            mean = getattr(scorer, key)
+            if written[name][key] != (None if mean is None else asdict(mean)):
+                raise TrajOODError(
+                    f"{path}: expected scorers.{name}.{key} to be the mean over its sets, got other figures; the file "
+                    "was edited, run it again"
+                )
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- writing
