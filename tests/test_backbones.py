@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import Backbone, CallableBackbone, Features, is_backbone_spec, load_backbone
 from traj_ood.backbones.timm_models import TimmBackbone, new_network, save_folder
 from traj_ood.errors import TrajOODError
@@ -355,6 +356,22 @@ def test_torchvision_features_are_what_the_last_layer_reads(tmp_path: Path, name
     weight, bias = backbone.head() or pytest.fail("no head")
     torch.testing.assert_close(answer.features @ weight.T + bias, answer.logits, rtol=1e-4, atol=1e-5)
     assert backbone.options()["transform"]["crop_size"] == transform.crop_size
+
+
+def test_a_surrogate_remembers_which_torchvision_weights_declare_the_transform(tmp_path: Path) -> None:
+    from torchvision import models
+
+    torch.manual_seed(0)
+    torch.save(models.get_model("mobilenet_v2", weights=None, num_classes=3).state_dict(), tmp_path / "w.pth")
+    spec = f"torchvision:mobilenet_v2:{tmp_path / 'w.pth'}"
+    for options in ({}, {"weights": "IMAGENET1K_V1"}):
+        backbone = load_backbone(spec, **options)
+        assert backbone.load_options == options
+        made = SurrogateAutoencoder(backbone, SurrogateNetwork(backbone.feature_dim, hidden=(8,), bottleneck=4))
+        made.save_pretrained(tmp_path / "surrogate")
+        again = SurrogateAutoencoder.from_pretrained(tmp_path / "surrogate")
+        assert again.fingerprint() == made.fingerprint()
+        assert torch.equal(again.transform(picture(0)), made.transform(picture(0)))
 
 
 def test_torchvision_refusals(tmp_path: Path) -> None:

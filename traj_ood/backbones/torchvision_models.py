@@ -64,7 +64,7 @@ class TorchvisionBackbone(ClassifierInputBackbone):
             network = _download(architecture, entries[weights])
         spec = f"torchvision:{source}"
         shown = name or (f"torchvision:{architecture}" + (f":{Path(file).stem}" if file else ""))
-        return cls(
+        made = cls(
             network,
             network,
             find_classifier(shown, network, network, trial_images(shape)),
@@ -73,6 +73,8 @@ class TorchvisionBackbone(ClassifierInputBackbone):
             preprocessing=preprocessing,
             options={"transform": _declared(transform), "pooling": "input of the last linear layer"},
         )
+        made.load_options = {} if weights == "DEFAULT" else {"weights": weights}
+        return made
 
     def pack(self, folder: Path) -> dict[str, Any]:
         from torchvision import models
