@@ -22,7 +22,8 @@ from traj_ood.data import load_benchmark
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
-from traj_ood.evaluation.evaluator import Evaluator, RunConfig, _batches, _even_size
+from traj_ood.evaluation.evaluator import Evaluator, RunConfig
+from traj_ood.evaluation.passes import batches_of, even_size
 from traj_ood.evaluation.results import Result
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
@@ -569,17 +570,17 @@ def test_batches_are_even_and_as_many_for_each_process() -> None:
     for count in (1, 2, 5, 9, 12, 100, 2000, 2049):
         for most in (1, 4, 5, 64, 2048):
             for processes in (1, 2, 3, 8):
-                size = _even_size(count, most, processes)
-                batches = _batches(count, size)
+                size = even_size(count, most, processes)
+                batches = batches_of(count, size)
                 assert [i for b in batches for i in b] == list(range(count))
                 assert 1 <= size <= most
                 shares = [len(batches[rank::processes]) for rank in range(processes)]
                 assert max(shares) == -(-count // (most * processes))  # no process waits longer than it has to
                 if processes == 1:
                     assert len(batches) == -(-count // most)
-    assert _even_size(2000, 2048, 1) == 2000
-    assert _even_size(2000, 2048, 8) == 250
-    assert _even_size(5000, 1024, 4) == 625
+    assert even_size(2000, 2048, 1) == 2000
+    assert even_size(2000, 2048, 8) == 250
+    assert even_size(5000, 1024, 4) == 625
 
 
 def surrogate() -> SurrogateAutoencoder:

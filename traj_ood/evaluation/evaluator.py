@@ -3,66 +3,46 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.attractors.health import (
-    Facts,
-    drawn_attractors,
-    explained,
-    explained_hidden,
-    judge,
-    reconstruction_errors,
-    share_stable,
-    still_falling,
-)
-from traj_ood.autoencoders import Autoencoder, Encoding, SurrogateAutoencoder
+from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split, preflight
-from traj_ood.data.batches import OnError, read_rows
+from traj_ood.data.batches import OnError
 from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
-from traj_ood.dynamics.jacobian import spectral_radii
-from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import keep_pictures
-from traj_ood.evaluation.metrics import bootstrap, check_scores, compute_metrics
+from traj_ood.evaluation.outcome import judged, measure, score_table
 from traj_ood.evaluation.parallel import Team
-from traj_ood.evaluation.results import FILE_NAME, Result, ScorerResult, SetScore
+from traj_ood.evaluation.passes import Parts, Passes, even_size, key_of
+from traj_ood.evaluation.results import FILE_NAME, Result, ScorerResult
 from traj_ood.evaluation.snapshot import Snapshot
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.files import alone_in, empty_folder, write_atomic
-from traj_ood.io.parts import Part, PartStore
+from traj_ood.io.parts import PartStore
 from traj_ood.io.provenance import code_digest, environment, git_commit
-from traj_ood.scorers import Evidence
-from traj_ood.scorers.scorer_set import Precision, Scored, ScorerSet
-from traj_ood.text import printable
+from traj_ood.scorers.scorer_set import Precision, ScorerSet
 
 OnDuplicates = Literal["error", "warn"]
-_Pieces: TypeAlias = dict[str, list[Part]]
-_Compute: TypeAlias = "Callable[[list[_Job], _Bar], Iterator[tuple[_Job, Part]]]"
 _LATENT_BYTES = 2**26
 _MAX_BATCH = 512  # images: what an interruption loses are the two or three batches under way
-_SEEN = 200  # ID images whose reconstruction is looked at: a share of their variance is known to a few percent
 _FEW_COPIES = 0.01  # share of a split; CIFAR and ImageNet hold a few images twice, and stay usable
 _MOST_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seems to hang
 
@@ -143,7 +123,6 @@ class Evaluator:
     team: Team = field(default_factory=Team)
     pictures: bool = True
     on_duplicates: OnDuplicates | None = None
-    _seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         bench, config = self.benchmark, self.config
@@ -172,8 +151,6 @@ class Evaluator:
         self.folder = self.out / self.name
         rerun = "discard the unfinished run with --fresh"
         self.parts = PartStore(self.folder / "parts", "batch of a run", "compute its batch again", "run.json", rerun)
-        self.failures: list[dict[str, str]] = []
-        self._still_falling: float | None = None
 
     def run(self, fresh: bool = False) -> Result:
         """Compute what is missing, write everything, and return the result; a finished run is returned as it is.
@@ -205,10 +182,24 @@ class Evaluator:
     def _compute(self, identity: dict[str, Any], batch_sizes: dict[str, int]) -> Result | None:
         """Every pass, by all processes; then the main one measures what they scored, and has the result."""
         result = None
-        train_curves = self._fit(batch_sizes)
-        scored = self._score(batch_sizes)
+        passes = Passes(
+            scorers=self.scorers,
+            sample=self.sample,
+            snapshot=self._snapshot,
+            parts=self.parts,
+            batch_sizes=batch_sizes,
+            team=self.team,
+            cache=self.cache,
+            workers=self.workers,
+            on_error=self.config.on_error,
+            quiet=self.quiet,
+        )
+        learnt = passes.fit()
+        if self.scorers.dictionary is not None and self.team.is_main:
+            self.scorers.dictionary.save(self.folder / "attractors.safetensors")
+        scored = passes.score()
         if self.team.is_main:
-            result = self._finish(identity, scored, train_curves)
+            result = self._finish(identity, passes, learnt | scored)
             self.parts.remove()
         self.team.wait()
         return result
@@ -266,7 +257,7 @@ class Evaluator:
         if not changed or not any(changed.values()) or lists[0] != lists[1] or other:
             return False
         places = ((name, i // size * size) for name, size in batch_sizes.items() for i in changed[name])
-        return not any(self.parts.has(_key(name, start)) for name, start in places)
+        return not any(self.parts.has(key_of(name, start)) for name, start in places)
 
     def _check_finished(self, identity: dict[str, Any], result: Result) -> None:
         """Refuse a run of something else; say when it is one of other code, whose numbers these are then."""
@@ -339,7 +330,7 @@ class Evaluator:
 
     def _batch_sizes(self) -> dict[str, int]:
         most = self._most_images() if self.batch_size is None else self.batch_size
-        return {s.name: _even_size(len(s.images), most, self.team.size) for s in self._used_splits()}
+        return {s.name: even_size(len(s.images), most, self.team.size) for s in self._used_splits()}
 
     def _most_images(self) -> int:
         """The default batch size."""
@@ -348,158 +339,26 @@ class Evaluator:
         bytes_per_image = 4 * max(latent.numel(), int(np.prod(model.input_shape)))
         return max(model.chunk, min(_MAX_BATCH, _LATENT_BYTES // bytes_per_image))
 
-    # ------------------------------------------------------------------ passes over images
-
-    def _fit(self, batch_sizes: dict[str, int]) -> pd.DataFrame:
-        """The training pass: attractors and everything the scorers learn, in every process. Returns its curves."""
-        split = self.sample.train
-        pieces = self._pass([split], batch_sizes, self._explored, everywhere=True)[split.name]
-        self.failures = [f for p in pieces for f in p.failures]
-        self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # fewer, when unreadable ones are skipped
-        evidence = Evidence.join([Evidence.from_tensors(p.tensors) for p in pieces if p.ids])
-        dictionary = None
-        if self.scorers.needs_dictionary:
-            dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
-            self._still_falling = still_falling(_residuals_of(pieces), dictionary.statuses)
-            if self.team.is_main:
-                dictionary.save(self.folder / "attractors.safetensors")
-        self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
-        return curve_quantiles(split, pieces, self.config.tol)
-
-    def _pass(
-        self, splits: Sequence[Split], batch_sizes: dict[str, int], compute: _Compute, everywhere: bool
-    ) -> _Pieces:
-        """Every batch of some splits: from disk where it was computed before; all others in one stream, each saved at
-        once when it is finished.
-
-        Each process computes its share; the main one, and with ``everywhere`` every other, returns all of them.
-        """
-        batches = {split.name: _batches(len(split.images), batch_sizes[split.name]) for split in splits}
-        share = [_Job(split, indices) for split in splits for indices in self.team.share(batches[split.name])]
-        pieces: dict[str, Part] = {}
-        for job in share:
-            part = self.parts.load(job.key)
-            if part is not None:
-                pieces[job.key] = part
-        with _Bar(sum(len(job.indices) for job in share), self.quiet or not self.team.is_main) as bar:
-            bar.skip(sum(len(job.indices) for job in share if job.key in pieces))
-            began = time.perf_counter()
-            for job, part in compute([job for job in share if job.key not in pieces], bar):
-                self._snapshot.check(job.split, job.indices)
-                self.parts.save(job.key, part)
-                pieces[job.key] = part
-                kind = "fit" if job.split is self.sample.train else f"score/{job.split.name}"
-                began, before = time.perf_counter(), began
-                self._seconds[kind] = self._seconds.get(kind, 0.0) + began - before
-        self.team.wait()
-        if not (everywhere or self.team.is_main):
-            return {split.name: [] for split in splits}
-        return {
-            name: [pieces.get(key) or self.parts.get(key) for key in (_key(name, b.start) for b in ranges)]
-            for name, ranges in batches.items()
-        }
-
-    def _read(self, jobs: list[_Job], bar: _Bar, taken: deque[_Job]) -> Iterator[tuple[Encoding, tuple[str, ...]]]:
-        """What the model makes of each batch that holds an image that could be read; all of them are put into
-        ``taken``."""
-        for job in jobs:
-            bar.begin(job)
-            taken.append(job)
-            try:
-                self.team.check()
-                job.ids, encoding, job.failures = self._examine(job.split, job.indices)
-            except TrajOODError as error:  # raised when the batches before it are finished and saved
-                job.error = error
-                return
-            if encoding is not None:
-                yield encoding, job.ids
-
-    def _explored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
-        """The training pass."""
-        taken: deque[_Job] = deque()
-        for dictionary, evidence in self.scorers.explore_all(self._read(jobs, bar, taken), bar.on_step):
-            yield from _unreadable(taken)
-            job = taken.popleft()
-            tensors = {**evidence.tensors(), **_curves_of(evidence)}
-            if dictionary is not None:
-                tensors |= {f"dictionary/{k}": v for k, v in dictionary.tensors().items()}
-            notes = {"provenance": dict(dictionary.provenance)} if dictionary is not None else {}
-            yield job, Part(job.ids, job.failures, tensors, notes)
-        yield from _unreadable(taken)
-
-    def _score(self, batch_sizes: dict[str, int]) -> _Pieces:
-        """Score all splits but the training one. Without parts but in the main process."""
-        splits = [self.sample.test, *self.sample.ood]
-        scored = self._pass(splits, batch_sizes, self._scored, everywhere=False)
-        self.failures += [f for split in splits for p in scored[split.name] for f in p.failures]
-        for split in splits if self.team.is_main else ():
-            if not any(p.ids for p in scored[split.name]):
-                raise TrajOODError(f"split {split.name!r}: none of its {len(split.images)} images could be read")
-        return scored
-
-    def _scored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
-        taken: deque[_Job] = deque()
-        encodings = (encoding for encoding, _ in self._read(jobs, bar, taken))
-        for scored in self.scorers.score_all(encodings, bar.on_step):
-            yield from _unreadable(taken)
-            job = taken.popleft()
-            yield job, self._part(job, scored)
-        yield from _unreadable(taken)
-
-    def _part(self, job: _Job, scored: Scored) -> Part:
-        """The scores of one batch, without images that some scorer has no finite score of."""
-        good, failures = torch.ones(len(job.ids), dtype=torch.bool), list(job.failures)
-        for label, values in scored.scores.items():
-            bad = (~values.isfinite()).nonzero()[:, 0]
-            if len(bad) and self.config.on_error == "raise":
-                raise TrajOODError(
-                    f"scorer {label}: {len(bad)} score(s) of split {job.split.name!r} are not finite, first for image "
-                    f"{job.ids[int(bad[0])]!r}: its trajectory leaves the finite numbers at once; check the model, or "
-                    "leave such images out with --on-error skip"
-                )
-            # The first scorer that fails names the reason; no scorer is measured on an image that another cannot score.
-            new = [i for i in bad.tolist() if good[i]]
-            failures += [{"id": job.ids[i], "error": f"scorer {label}: the score is not finite"} for i in new]
-            good[new] = False
-        tensors = {f"score/{label}": values for label, values in scored.scores.items()} | _curves_of(scored.evidence)
-        path = scored.evidence.trajectory
-        measured = Evidence(trajectory=None if path is None or not good.any() else path.select(good))
-        cost = {s.label: s.f_evaluations(measured) if good.any() else 0.0 for s in self.scorers.scorers}
-        kept = tuple(name for name, fine in zip(job.ids, good.tolist(), strict=True) if fine)
-        return Part(kept, failures, {k: v[good] for k, v in tensors.items()}, {"f_evaluations": cost})
-
-    def _examine(self, split: Split, indices: range) -> tuple[tuple[str, ...], Encoding | None, list[dict[str, str]]]:
-        """Ids, what the model makes of them (None where no image could be read) and failures of one batch."""
-        if self.cache is not None and isinstance(self.autoencoder, SurrogateAutoencoder):
-            ids, features, failures = self.cache.extract(
-                self.autoencoder.backbone, split.images, indices, lambda some: self._load(split, some)
-            )
-            return ids, self.autoencoder.examine_features(features) if features is not None else None, failures
-        ids, images, failures = self._load(split, indices)
-        return ids, self.autoencoder.examine(images) if ids else None, failures
-
-    def _load(self, split: Split, indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
-        """Ids, images (B, C, H, W) and failures of one batch; raises on the first failure unless they are skipped."""
-        batch = read_rows(self.autoencoder, split.images, indices, self.workers, self.config.on_error)
-        return batch.ids, batch.images, batch.failures
-
     # ------------------------------------------------------------------ metrics and files
 
-    def _finish(self, identity: dict[str, Any], scored: dict[str, list[Part]], curves: pd.DataFrame) -> Result:
+    def _finish(self, identity: dict[str, Any], passes: Passes, parts: Parts) -> Result:
         began = time.perf_counter()
-        table = self._table(scored)
-        dictionary = self.scorers.dictionary
+        config, sample, dictionary = self.config, self.sample, self.scorers.dictionary
+        scored = {name: pieces for name, pieces in parts.items() if name != sample.train.name}
+        table = score_table(sample, scored, self.scorers.labels)
         health: dict[str, Any] = {"used": False, "healthy": True, "warnings": []}
         if dictionary is not None:
-            health = {"used": True, **self._judged(dictionary)}
-        scorers = self._measure(table, scored)
-        splits = {s.name: s for s in self.sample.splits()}
-        frames = [curves, *(curve_quantiles(splits[n], pieces, self.config.tol) for n, pieces in scored.items())]
-        write_atomic(self.folder / "curves.parquet", lambda f: pd.concat(frames).to_parquet(f, index=False))
+            health = {"used": True, **judged(passes, dictionary, config.seed)}
+        scorers = measure(self.scorers, sample, table, scored, resamples=config.resamples, quiet=self.quiet)
+        splits = {s.name: s for s in sample.splits()}
+        curves = pd.concat([curve_quantiles(splits[n], pieces, config.tol) for n, pieces in parts.items()])
+        write_atomic(self.folder / "curves.parquet", lambda f: curves.to_parquet(f, index=False))
         write_atomic(self.folder / "scores.parquet", lambda f: table.to_parquet(f, index=False, compression="zstd"))
-        self._seconds["metrics"] = time.perf_counter() - began
+        passes.seconds["metrics"] = time.perf_counter() - began
         if self.pictures:
+            began = time.perf_counter()
             self._keep_pictures(table, scorers, dictionary)
+            passes.seconds["pictures"] = time.perf_counter() - began
         result = Result(
             name=self.name,
             **identity,
@@ -507,40 +366,13 @@ class Evaluator:
             commit=git_commit(),
             versions=environment() | self._machine(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            seconds={k: round(v, 2) for k, v in self._seconds.items()},
+            seconds={k: round(v, 2) for k, v in passes.seconds.items()},
             dictionary=health,
-            failures=self.failures,
+            failures=passes.failures,
             scorers=scorers,
         )
         result.save(self.folder / FILE_NAME)  # last: its presence says that everything else is there
         return result
-
-    def _judged(self, dictionary: AttractorDictionary) -> dict[str, Any]:
-        """The dictionary's health with the verdict of ``traj-ood diagnose``, which can find fault where it finds none.
-
-        ID test images take the place of the held-out ones. A radius is looked for only where it may decide.
-        """
-        health, model = dictionary.health(), self.autoencoder
-        count = len(self.sample.test.images)
-        # All over the list, which may be sorted by class. Cached features of all images cost less than reading a few.
-        step = 1 if self.cache is not None else -(-count // _SEEN)
-        encoding = self._examine(self.sample.test, range(0, count, step))[1]
-        share, hidden = math.nan, None
-        if encoding is not None:
-            mean = encoding.target.cpu().double().mean(dim=0)
-            share = explained(reconstruction_errors(model, encoding), encoding.target, mean)
-            hidden = explained_hidden(model, encoding.target, mean)
-        radii: tuple[float, ...] = ()
-        if health.verdict.meaningful:
-            ends = dictionary.points[dictionary.statuses == Status.CONVERGED]
-            drawn = torch.tensor([leader for leader, _ in drawn_attractors(ends, self.config.seed)])
-            points = ends[drawn].to(model.device)
-            radii = tuple(spectral_radii(model.self_map, points, chunk=model.chunk).values.tolist())
-        verdict = judge(health, Facts(self._still_falling, radii, share_stable(radii), share, hidden))
-        found = health.as_dict() | {"verdict": asdict(verdict), "healthy": verdict.meaningful}
-        if not verdict.meaningful and not found["warnings"]:
-            found["warnings"] = [verdict.reason]
-        return found
 
     def _add_pictures(self, result: Result) -> None:
         """What a finished run lacks because it is older than pictures, or was run without them."""
@@ -555,11 +387,9 @@ class Evaluator:
     def _keep_pictures(
         self, table: pd.DataFrame, scorers: dict[str, ScorerResult], dictionary: AttractorDictionary | None
     ) -> None:
-        began = time.perf_counter()
         tol, max_steps = self.config.tol, self.config.max_steps
         kept = keep_pictures(self.autoencoder, self.sample, table, scorers, dictionary, tol=tol, max_steps=max_steps)
         kept.save(self._gallery)
-        self._seconds["pictures"] = time.perf_counter() - began
 
     @property
     def _gallery(self) -> Path:
@@ -568,106 +398,6 @@ class Evaluator:
     def _machine(self) -> dict[str, str]:
         threads = str(torch.get_num_threads())
         return {"device": str(self.autoencoder.device), "threads": threads, "processes": str(self.team.size)}
-
-    def _table(self, scored: dict[str, list[Part]]) -> pd.DataFrame:
-        """One row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer."""
-        splits = {s.name: s for s in self.sample.splits()}
-        rows = []
-        for name, pieces in scored.items():
-            for part in (p for p in pieces if p.ids):
-                columns: dict[str, Any] = {"split": name, "role": splits[name].role, "id": list(part.ids)}
-                columns |= {
-                    f"trajectory_{k}": part.tensors[k].numpy() for k in ("steps", "status") if k in part.tensors
-                }
-                columns |= {label: part.tensors[f"score/{label}"].numpy() for label in self.scorers.labels}
-                rows.append(pd.DataFrame(columns))
-        return pd.concat(rows, ignore_index=True)
-
-    def _measure(self, table: pd.DataFrame, scored: dict[str, list[Part]]) -> dict[str, ScorerResult]:
-        by_split = dict(list(table.groupby("split", sort=False)))
-        results = {}
-        bar = tqdm(self.scorers.scorers, desc="metrics", unit="scorer", delay=2, disable=self.quiet, dynamic_ncols=True)
-        for scorer in bar:
-            label = scorer.label
-            id_scores = check_scores(by_split[self.sample.test.name][label], "ID test")
-            sets = {}
-            for split in self.sample.ood:
-                scores = by_split[split.name][label].to_numpy()
-                intervals = (
-                    bootstrap(id_scores, scores, resamples=self.config.resamples) if self.config.resamples else {}
-                )
-                role: Any = split.role  # near or far, as of all that is scored and not ID
-                sets[split.name] = SetScore(role, len(scores), compute_metrics(id_scores, scores), intervals)
-            results[label] = ScorerResult(
-                label=label,
-                options=scorer.options(),
-                note=scorer.summary,
-                f_evaluations=_mean_cost(label, [p for pieces in scored.values() for p in pieces if p.ids]),
-                sets=sets,
-            )
-        return results
-
-
-@dataclass
-class _Job:
-    """One batch of a split, and what was read of it."""
-
-    split: Split
-    indices: range
-    ids: tuple[str, ...] = ()
-    failures: list[dict[str, str]] = field(default_factory=list)
-    error: TrajOODError | None = None
-
-    @property
-    def key(self) -> str:
-        return _key(self.split.name, self.indices.start)
-
-
-def _key(split: str, start: int) -> str:
-    """Of a batch's part."""
-    return f"{split}-{start:08d}"
-
-
-class _Bar:
-    """A progress bar over the images of a pass, named after the split that is being read."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._bar = tqdm(total=total, unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False)
-        self._read = 0
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-
-    def skip(self, count: int) -> None:
-        """Images whose batches are finished already."""
-        self._read += count
-        self._bar.update(count)
-
-    def begin(self, job: _Job) -> None:
-        split = job.split
-        name = f"{split.role} {split.name}" if split.role != split.name else split.name
-        self._bar.set_description(printable(name), refresh=False)
-        self._read += len(job.indices)
-
-    def on_step(self, step: int, running: int) -> None:
-        self._bar.set_postfix(step=step, running=running, refresh=False)
-        self._bar.update(self._read - running - self._bar.n)
-
-
-def _unreadable(taken: deque[_Job]) -> Iterator[tuple[_Job, Part]]:
-    """The oldest batches, as far as no image of them could be read.
-
-    Raises:
-        TrajOODError: of the batch that ended the reading.
-    """
-    while taken and not taken[0].ids:
-        job = taken.popleft()
-        if job.error is not None:
-            raise job.error
-        yield job, Part((), job.failures, {}, {})
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -680,54 +410,9 @@ def _at_most(name: str, value: float, most: float) -> None:
         raise TrajOODError(f"{name}: expected at most {most:g}, got {value}")
 
 
-def _batches(count: int, size: int) -> list[range]:
-    return [range(i, min(i + size, count)) for i in range(0, count, size)]
-
-
-def _even_size(count: int, most: int, processes: int) -> int:
-    """Images per batch so that all processes have equally many batches, as few as ``most`` images each allow."""
-    rounds = math.ceil(count / (most * processes))
-    return math.ceil(count / (rounds * processes))
-
-
 def _protocol(benchmark: Benchmark) -> int | None:
     """The protocol's number of training images, or all where there are fewer."""
     return None if benchmark.train_size is None else min(benchmark.train_size, len(benchmark.train.images))
-
-
-def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
-    path = evidence.trajectory
-    if path is None:
-        return {}
-    curves = {"residuals": path.residuals.float(), "norm": path.measure("norm").float()}
-    return {"steps": path.steps, "status": path.status, **curves}
-
-
-def _residuals_of(pieces: list[Part]) -> Tensor:
-    """(N, T) squared residuals of all batches, NaN beyond the end of the shorter ones."""
-    found = [p.tensors["residuals"] for p in pieces if p.ids]
-    width = max(r.shape[1] for r in found)
-    return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=torch.nan) for r in found])
-
-
-def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
-    """(N,) int64 classes of the images that were read, or None where the split has no labels."""
-    if not split.images.labels:
-        return None
-    label_of = dict(zip(split.images.ids, split.images.labels, strict=True))
-    labels = [label_of[i] for p in pieces for i in p.ids]
-    numbers = {label: number for number, label in enumerate(sorted(set(labels), key=lambda x: (len(x), x)))}
-    return torch.tensor([numbers[label] for label in labels])
-
-
-def _dictionary_of(part: Part) -> AttractorDictionary:
-    tensors = {k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("dictionary/")}
-    return AttractorDictionary(ids=part.ids, provenance=part.notes["provenance"], **tensors)
-
-
-def _mean_cost(label: str, pieces: list[Part]) -> float:
-    weights = np.array([len(p.ids) for p in pieces], dtype=float)
-    return float(np.average([p.notes["f_evaluations"][label] for p in pieces], weights=weights))
 
 
 def _is_own_code(model: Autoencoder) -> bool:

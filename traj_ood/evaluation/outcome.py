@@ -1,0 +1,113 @@
+"""What the passes of a run come to: a table of scores, the metrics of each scorer, a verdict on the attractors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.attractors.health import (
+    Facts,
+    drawn_attractors,
+    explained,
+    explained_hidden,
+    judge,
+    reconstruction_errors,
+    share_stable,
+)
+from traj_ood.data import Benchmark
+from traj_ood.dynamics.jacobian import spectral_radii
+from traj_ood.dynamics.trajectory import Status
+from traj_ood.evaluation.metrics import bootstrap, check_scores, compute_metrics
+from traj_ood.evaluation.passes import Parts, Passes
+from traj_ood.evaluation.results import ScorerResult, SetScore
+from traj_ood.io.parts import Part
+from traj_ood.scorers.scorer_set import ScorerSet
+
+_SEEN = 200  # ID images whose reconstruction is looked at: a share of their variance is known to a few percent
+
+
+def score_table(sample: Benchmark, scored: Parts, labels: list[str]) -> pd.DataFrame:
+    """One row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer.
+
+    Args:
+        sample: whose splits were scored. scored: parts of every split but the training one. labels: of the scorers.
+    """
+    roles = {s.name: s.role for s in sample.splits()}
+    rows = []
+    for name, pieces in scored.items():
+        for part in (p for p in pieces if p.ids):
+            columns: dict[str, Any] = {"split": name, "role": roles[name], "id": list(part.ids)}
+            columns |= {f"trajectory_{k}": part.tensors[k].numpy() for k in ("steps", "status") if k in part.tensors}
+            columns |= {label: part.tensors[f"score/{label}"].numpy() for label in labels}
+            rows.append(pd.DataFrame(columns))
+    return pd.concat(rows, ignore_index=True)
+
+
+def measure(
+    scorers: ScorerSet, sample: Benchmark, table: pd.DataFrame, scored: Parts, *, resamples: int, quiet: bool
+) -> dict[str, ScorerResult]:
+    """Metrics of every scorer on every OOD set, with its options and its cost, by label.
+
+    Args:
+        table: see :func:`score_table`. scored: the parts it was made of; they hold the costs.
+        resamples: of the bootstrap intervals; 0 for none.
+    Raises:
+        TrajOODError: scores that no metric can be computed of.
+    """
+    by_split = dict(list(table.groupby("split", sort=False)))
+    pieces = [p for some in scored.values() for p in some if p.ids]
+    results = {}
+    for scorer in tqdm(scorers.scorers, desc="metrics", unit="scorer", delay=2, disable=quiet, dynamic_ncols=True):
+        label = scorer.label
+        id_scores = check_scores(by_split[sample.test.name][label], "ID test")
+        sets = {}
+        for split in sample.ood:
+            scores = by_split[split.name][label].to_numpy()
+            intervals = bootstrap(id_scores, scores, resamples=resamples) if resamples else {}
+            role: Any = split.role  # near or far, as of all that is scored and not ID
+            sets[split.name] = SetScore(role, len(scores), compute_metrics(id_scores, scores), intervals)
+        results[label] = ScorerResult(label, scorer.options(), scorer.summary, _mean_cost(label, pieces), sets)
+    return results
+
+
+def _mean_cost(label: str, pieces: list[Part]) -> float:
+    weights = np.array([len(p.ids) for p in pieces], dtype=float)
+    return float(np.average([p.notes["f_evaluations"][label] for p in pieces], weights=weights))
+
+
+def judged(passes: Passes, dictionary: AttractorDictionary, seed: int) -> dict[str, Any]:
+    """The dictionary's health with the verdict of ``traj-ood diagnose``, which can find fault where it finds none.
+
+    ID test images take the place of the held-out ones. A radius is looked for only where it may decide.
+
+    Args:
+        seed: of the attractors that are drawn.
+    """
+    health, model, test = dictionary.health(), passes.scorers.autoencoder, passes.sample.test
+    count = len(test.images)
+    # All over the list, which may be sorted by class. Cached features of all images cost less than reading a few.
+    step = 1 if passes.cache is not None else -(-count // _SEEN)
+    encoding = passes.examine(test, range(0, count, step))[1]
+    share, hidden = math.nan, None
+    if encoding is not None:
+        mean = encoding.target.cpu().double().mean(dim=0)
+        share = explained(reconstruction_errors(model, encoding), encoding.target, mean)
+        hidden = explained_hidden(model, encoding.target, mean)
+    radii: tuple[float, ...] = ()
+    if health.verdict.meaningful:
+        ends = dictionary.points[dictionary.statuses == Status.CONVERGED]
+        drawn = torch.tensor([leader for leader, _ in drawn_attractors(ends, seed)])
+        points = ends[drawn].to(model.device)
+        radii = tuple(spectral_radii(model.self_map, points, chunk=model.chunk).values.tolist())
+    verdict = judge(health, Facts(passes.still_falling, radii, share_stable(radii), share, hidden))
+    found = health.as_dict() | {"verdict": asdict(verdict), "healthy": verdict.meaningful}
+    if not verdict.meaningful and not found["warnings"]:
+        found["warnings"] = [verdict.reason]
+    return found

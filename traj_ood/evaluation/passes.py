@@ -1,0 +1,307 @@
+"""The two passes of a run over its images, a batch at a time: what the scorers learn from, and what they score."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from traj_ood.attractors import AttractorDictionary
+from traj_ood.attractors.health import still_falling
+from traj_ood.autoencoders import Encoding, SurrogateAutoencoder
+from traj_ood.backbones.feature_cache import FeatureCache
+from traj_ood.data import Benchmark, Split
+from traj_ood.data.batches import OnError, read_rows
+from traj_ood.errors import TrajOODError
+from traj_ood.evaluation.parallel import Team
+from traj_ood.evaluation.snapshot import Snapshot
+from traj_ood.io.parts import Part, PartStore
+from traj_ood.scorers import Evidence
+from traj_ood.scorers.scorer_set import Scored, ScorerSet
+from traj_ood.text import printable
+
+Parts: TypeAlias = dict[str, list[Part]]
+"""What is known of every batch, by split and in order."""
+_Compute: TypeAlias = "Callable[[list[_Job], _Bar], Iterator[tuple[_Job, Part]]]"
+
+
+@dataclass
+class Passes:
+    """Reads, encodes, iterates and scores the images of a run; every finished batch is kept as a file at once.
+
+    Attributes:
+        scorers, sample: what learns and scores, and the images.
+        team, cache, workers, on_error, quiet: see :class:`traj_ood.Evaluator` and :class:`traj_ood.RunConfig`.
+        snapshot: what the images held when the run began.
+        parts: where finished batches are kept and found again.
+        batch_sizes: images per batch of each split.
+        failures: {id, error} of every image that was skipped, in the order of the lists.
+        seconds: spent so far, by stage.
+        still_falling: see :func:`traj_ood.attractors.health.still_falling`; None before :meth:`fit`.
+    """
+
+    scorers: ScorerSet
+    sample: Benchmark
+    snapshot: Snapshot
+    parts: PartStore
+    batch_sizes: dict[str, int]
+    team: Team
+    cache: FeatureCache | None
+    workers: int
+    on_error: OnError
+    quiet: bool
+    failures: list[dict[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    still_falling: float | None = None
+
+    def fit(self) -> Parts:
+        """The training pass: attractors and everything the scorers learn, in every process.
+
+        Raises:
+            TrajOODError: images that cannot be read or have changed, too few of them, or an error in another process.
+        """
+        split = self.sample.train
+        parts = self._pass([split], self._explored, everywhere=True)
+        pieces = parts[split.name]
+        self.failures = [f for p in pieces for f in p.failures]
+        self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # fewer, when unreadable ones are skipped
+        evidence = Evidence.join([Evidence.from_tensors(p.tensors) for p in pieces if p.ids])
+        dictionary = None
+        if self.scorers.needs_dictionary:
+            dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
+            self.still_falling = still_falling(_residuals_of(pieces), dictionary.statuses)
+        self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
+        return parts
+
+    def score(self) -> Parts:
+        """Score all splits but the training one. Without parts but in the main process.
+
+        Raises:
+            TrajOODError: as :meth:`fit`, scores that are not finite, or a split of which no image could be read.
+        """
+        splits = [self.sample.test, *self.sample.ood]
+        scored = self._pass(splits, self._scored, everywhere=False)
+        self.failures += [f for split in splits for p in scored[split.name] for f in p.failures]
+        for split in splits if self.team.is_main else ():
+            if not any(p.ids for p in scored[split.name]):
+                raise TrajOODError(f"split {split.name!r}: none of its {len(split.images)} images could be read")
+        return scored
+
+    def examine(self, split: Split, indices: range) -> tuple[tuple[str, ...], Encoding | None, list[dict[str, str]]]:
+        """Ids, what the model makes of them (None where no image could be read) and failures of one batch.
+
+        Raises:
+            TrajOODError: an image that cannot be read, unless such are skipped.
+        """
+        model = self.scorers.autoencoder
+        if self.cache is not None and isinstance(model, SurrogateAutoencoder):
+            ids, features, failures = self.cache.extract(
+                model.backbone, split.images, indices, lambda some: self._load(split, some)
+            )
+            return ids, model.examine_features(features) if features is not None else None, failures
+        ids, images, failures = self._load(split, indices)
+        return ids, model.examine(images) if ids else None, failures
+
+    def _load(self, split: Split, indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
+        batch = read_rows(self.scorers.autoencoder, split.images, indices, self.workers, self.on_error)
+        return batch.ids, batch.images, batch.failures
+
+    def _pass(self, splits: Sequence[Split], compute: _Compute, everywhere: bool) -> Parts:
+        """Every batch of some splits: from disk where it was computed before; all others in one stream, each saved at
+        once when it is finished.
+
+        Each process computes its share; the main one, and with ``everywhere`` every other, returns all of them.
+        """
+        batches = {split.name: batches_of(len(split.images), self.batch_sizes[split.name]) for split in splits}
+        share = [_Job(split, indices) for split in splits for indices in self.team.share(batches[split.name])]
+        pieces: dict[str, Part] = {}
+        for job in share:
+            part = self.parts.load(job.key)
+            if part is not None:
+                pieces[job.key] = part
+        with _Bar(sum(len(job.indices) for job in share), self.quiet or not self.team.is_main) as bar:
+            bar.skip(sum(len(job.indices) for job in share if job.key in pieces))
+            began = time.perf_counter()
+            for job, part in compute([job for job in share if job.key not in pieces], bar):
+                self.snapshot.check(job.split, job.indices)
+                self.parts.save(job.key, part)
+                pieces[job.key] = part
+                kind = "fit" if job.split is self.sample.train else f"score/{job.split.name}"
+                began, before = time.perf_counter(), began
+                self.seconds[kind] = self.seconds.get(kind, 0.0) + began - before
+        self.team.wait()
+        if not (everywhere or self.team.is_main):
+            return {split.name: [] for split in splits}
+        return {
+            name: [pieces.get(key) or self.parts.get(key) for key in (key_of(name, b.start) for b in ranges)]
+            for name, ranges in batches.items()
+        }
+
+    def _read(self, jobs: list[_Job], bar: _Bar, taken: deque[_Job]) -> Iterator[tuple[Encoding, tuple[str, ...]]]:
+        """What the model makes of each batch that holds an image that could be read; all of them are put into
+        ``taken``."""
+        for job in jobs:
+            bar.begin(job)
+            taken.append(job)
+            try:
+                self.team.check()
+                job.ids, encoding, job.failures = self.examine(job.split, job.indices)
+            except TrajOODError as error:  # raised when the batches before it are finished and saved
+                job.error = error
+                return
+            if encoding is not None:
+                yield encoding, job.ids
+
+    def _explored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
+        """The training pass."""
+        taken: deque[_Job] = deque()
+        for dictionary, evidence in self.scorers.explore_all(self._read(jobs, bar, taken), bar.on_step):
+            yield from _unreadable(taken)
+            job = taken.popleft()
+            tensors = evidence.tensors() | _curves_of(evidence)
+            if dictionary is not None:
+                tensors |= {f"dictionary/{k}": v for k, v in dictionary.tensors().items()}
+            notes = {"provenance": dict(dictionary.provenance)} if dictionary is not None else {}
+            yield job, Part(job.ids, job.failures, tensors, notes)
+        yield from _unreadable(taken)
+
+    def _scored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
+        taken: deque[_Job] = deque()
+        encodings = (encoding for encoding, _ in self._read(jobs, bar, taken))
+        for scored in self.scorers.score_all(encodings, bar.on_step):
+            yield from _unreadable(taken)
+            job = taken.popleft()
+            yield job, self._part(job, scored)
+        yield from _unreadable(taken)
+
+    def _part(self, job: _Job, scored: Scored) -> Part:
+        """The scores of one batch, without images that some scorer has no finite score of."""
+        good, failures = torch.ones(len(job.ids), dtype=torch.bool), list(job.failures)
+        for label, values in scored.scores.items():
+            bad = (~values.isfinite()).nonzero()[:, 0]
+            if len(bad) and self.on_error == "raise":
+                raise TrajOODError(
+                    f"scorer {label}: {len(bad)} score(s) of split {job.split.name!r} are not finite, first for image "
+                    f"{job.ids[int(bad[0])]!r}: its trajectory leaves the finite numbers at once; check the model, or "
+                    "leave such images out with --on-error skip"
+                )
+            # The first scorer that fails names the reason; no scorer is measured on an image that another cannot score.
+            new = [i for i in bad.tolist() if good[i]]
+            failures += [{"id": job.ids[i], "error": f"scorer {label}: the score is not finite"} for i in new]
+            good[new] = False
+        tensors = {f"score/{label}": values for label, values in scored.scores.items()} | _curves_of(scored.evidence)
+        path = scored.evidence.trajectory
+        measured = Evidence(trajectory=None if path is None or not good.any() else path.select(good))
+        cost = {s.label: s.f_evaluations(measured) if good.any() else 0.0 for s in self.scorers.scorers}
+        kept = tuple(name for name, fine in zip(job.ids, good.tolist(), strict=True) if fine)
+        return Part(kept, failures, {k: v[good] for k, v in tensors.items()}, {"f_evaluations": cost})
+
+
+@dataclass
+class _Job:
+    """One batch of a split, and what was read of it."""
+
+    split: Split
+    indices: range
+    ids: tuple[str, ...] = ()
+    failures: list[dict[str, str]] = field(default_factory=list)
+    error: TrajOODError | None = None
+
+    @property
+    def key(self) -> str:
+        return key_of(self.split.name, self.indices.start)
+
+
+def key_of(split: str, start: int) -> str:
+    """The key, in the store of parts, of the batch that begins with image ``start`` of a split."""
+    return f"{split}-{start:08d}"
+
+
+class _Bar:
+    """A progress bar over the images of a pass, named after the split that is being read."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._bar = tqdm(total=total, unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False)
+        self._read = 0
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+
+    def skip(self, count: int) -> None:
+        """Images whose batches are finished already."""
+        self._read += count
+        self._bar.update(count)
+
+    def begin(self, job: _Job) -> None:
+        split = job.split
+        name = f"{split.role} {split.name}" if split.role != split.name else split.name
+        self._bar.set_description(printable(name), refresh=False)
+        self._read += len(job.indices)
+
+    def on_step(self, step: int, running: int) -> None:
+        self._bar.set_postfix(step=step, running=running, refresh=False)
+        self._bar.update(self._read - running - self._bar.n)
+
+
+def _unreadable(taken: deque[_Job]) -> Iterator[tuple[_Job, Part]]:
+    """The oldest batches, as far as no image of them could be read.
+
+    Raises:
+        TrajOODError: of the batch that ended the reading.
+    """
+    while taken and not taken[0].ids:
+        job = taken.popleft()
+        if job.error is not None:
+            raise job.error
+        yield job, Part((), job.failures, {}, {})
+
+
+def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
+    path = evidence.trajectory
+    if path is None:
+        return {}
+    curves = {"residuals": path.residuals.float(), "norm": path.measure("norm").float()}
+    return {"steps": path.steps, "status": path.status, **curves}
+
+
+def _residuals_of(pieces: list[Part]) -> Tensor:
+    """(N, T) squared residuals of all batches, NaN beyond the end of the shorter ones."""
+    found = [p.tensors["residuals"] for p in pieces if p.ids]
+    width = max(r.shape[1] for r in found)
+    return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=torch.nan) for r in found])
+
+
+def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
+    """(N,) int64 classes of the images that were read, or None where the split has no labels."""
+    if not split.images.labels:
+        return None
+    label_of = dict(zip(split.images.ids, split.images.labels, strict=True))
+    labels = [label_of[i] for p in pieces for i in p.ids]
+    numbers = {label: number for number, label in enumerate(sorted(set(labels), key=lambda x: (len(x), x)))}
+    return torch.tensor([numbers[label] for label in labels])
+
+
+def _dictionary_of(part: Part) -> AttractorDictionary:
+    tensors = {k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("dictionary/")}
+    return AttractorDictionary(ids=part.ids, provenance=part.notes["provenance"], **tensors)
+
+
+def batches_of(count: int, size: int) -> list[range]:
+    """``count`` images in batches of ``size``, the last of what is left."""
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def even_size(count: int, most: int, processes: int) -> int:
+    """Images per batch so that all processes have equally many batches, as few as ``most`` images each allow."""
+    rounds = math.ceil(count / (most * processes))
+    return math.ceil(count / (rounds * processes))
