@@ -322,7 +322,7 @@ def test_features_belong_to_bytes_transform_and_code(tmp_path: Path, monkeypatch
     distrusting = FeatureCache(cache)
     distrusting.distrust()
     assert [extracted(distrusting, backbone(), a)[1] for _ in range(2)] == [5, 0]
-    monkeypatch.setattr("traj_ood.io.parts.code_digest", lambda: "0" * 16)
+    monkeypatch.setattr("traj_ood.backbones.feature_cache.package_digest", lambda: "0" * 16)
     assert [extracted(FeatureCache(cache), backbone(), a)[1] for _ in range(2)] == [5, 0]
 
 
@@ -398,9 +398,9 @@ def test_the_code_that_decides_numbers_is_known_by_its_source(tmp_path: Path, mo
         ("b.py", "1\n"),
     ):
         (tmp_path / name).write_bytes(text.encode())
-        digests.append(provenance.code_digest.__wrapped__())
+        digests.append(provenance.package_digest.__wrapped__())
     assert len(set(digests[:3])) == 3
     assert digests[3] == digests[2]
     assert digests[5] == digests[4]
     monkeypatch.setattr(provenance.metadata, "version", lambda name: "0.0")  # of the libraries, too
-    assert provenance.code_digest.__wrapped__() != digests[5]
+    assert provenance.package_digest.__wrapped__() != digests[5]

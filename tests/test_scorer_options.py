@@ -134,18 +134,6 @@ def test_every_scorer_of_the_package_is_recreated_by_its_label() -> None:
         assert create_scorer(spec).label == spec
 
 
-def test_an_option_without_default_is_asked_for() -> None:
-    @register
-    @dataclass(kw_only=True)
-    class Required(Constant):
-        name: ClassVar[str] = "required"
-        k: int
-
-    assert create_scorer("required:k=3").label == "required:k=3"
-    with pytest.raises(TrajOODError, match="scorer required: missing k: expected a value, as there is no default"):
-        create_scorer("required")
-
-
 def bad_classes() -> Iterator[tuple[type, str]]:
     """Classes that are no scorers, with what is said of them."""
 
@@ -183,6 +171,17 @@ def bad_classes() -> Iterator[tuple[type, str]]:
         name: ClassVar[str] = "unknown"
         k: Missing = 3  # type: ignore[name-defined]  # noqa: F821
 
+    @dataclass(kw_only=True)
+    class Required(Constant):
+        name: ClassVar[str] = "required"
+        k: int
+
+    class Needless(Constant):
+        name: ClassVar[str] = "needless"
+
+        def needs(self) -> Needs:
+            return None  # type: ignore[return-value]
+
     class Knn(Constant):
         name: ClassVar[str] = "knn"
 
@@ -194,6 +193,8 @@ def bad_classes() -> Iterator[tuple[type, str]]:
     yield Undecorated, "k would not be its options: put @dataclass below @register"
     yield Unwritable, "Unwritable, option table: expected bool, int, .* got dict"
     yield Unknown, "the annotations of its options cannot be read"
+    yield Required, "option k has no default: write one, and its reason beside it"
+    yield Needless, r"expected needs\(\) to return traj_ood.Needs\(...\), got NoneType"
     yield Knn, "scorer name 'knn' is taken by"
     yield dict, "expected a subclass of traj_ood.Scorer"
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         register_autoencoder,
     )
     from traj_ood.backbones import Backbone, CallableBackbone, Features, load_backbone, register_backbone
-    from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark
+    from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark, register_benchmark
     from traj_ood.data.preprocessing import Normalised, Preprocessing
     from traj_ood.detector import Detector, Judgement
     from traj_ood.dynamics.iterate import LowPrecision, Norm, Observer, iterate
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from traj_ood.evaluation.metrics import Metrics, bootstrap, compute_metrics
     from traj_ood.evaluation.results import Result
     from traj_ood.index import NeighborIndex, Neighbors, Recall
-    from traj_ood.scorers import Evidence, Scorer, create_scorer, register
+    from traj_ood.scorers import Evidence, FeatureScorer, Needs, Scorer, create_scorer, register
     from traj_ood.scorers.scorer_set import Scored, ScorerSet
     from traj_ood.training.surrogate import SurrogateRecipe
     from traj_ood.training.surrogate_cache import surrogate_for
@@ -71,6 +71,7 @@ _HOME = {
         "Split",
         "list_benchmarks",
         "load_benchmark",
+        "register_benchmark",
     ),
     "data.preprocessing": (
         "Normalised",
@@ -109,6 +110,8 @@ _HOME = {
     ),
     "scorers": (
         "Evidence",
+        "FeatureScorer",
+        "Needs",
         "Scorer",
         "create_scorer",
         "register",

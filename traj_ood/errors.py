@@ -43,8 +43,10 @@ def warn(message: str, stacklevel: int = 1) -> None:
     warnings.warn(one_line(message), stacklevel=stacklevel + 1)
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> TrajOODError:
+def unknown_name(kind: str, name: str, known: Iterable[str], then: str = "") -> TrajOODError:
     """The error for a name that no registry holds, with the nearest known names; a long list is counted, not printed.
+
+    ``then`` says what else may help.
 
     >>> print(unknown_name("scorer", "knnn", ["knn", "mahalanobis"]))
     unknown scorer 'knnn': did you mean 'knn'? Known: knn, mahalanobis
@@ -53,4 +55,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> TrajOODError:
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     hint = "did you mean " + " or ".join(repr(c) for c in close) + "? " if close else ""
     listed = f"Known: {', '.join(names)}" if len(names) <= _MAX_LISTED else f"{len(names)} names are known"
-    return TrajOODError(f"unknown {kind} {name!r}: {hint}{listed}")
+    return TrajOODError(f"unknown {kind} {name!r}: {hint}{listed}{then}")

@@ -10,6 +10,7 @@ from traj_ood.autoencoders.base import Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import read_config
 from traj_ood.autoencoders.language import PREFIX as LANGUAGE_PREFIX
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.extensions import load_plugins
 from traj_ood.io.families import Families, unknown_options_named
 
 FAMILIES: Families[Autoencoder] = Families(
@@ -48,7 +49,7 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
     if name in MODELS:
         options.setdefault("name", name)
         name = MODELS[name].source
-    if ":" in name and name.partition(":")[0] in FAMILIES:
+    if ":" in name and FAMILIES.knows(name.partition(":")[0]):
         return FAMILIES.load(name, options)
     if name.startswith(LANGUAGE_PREFIX):
         raise TrajOODError(f"model {name!r}: a language model has no images: only traj-ood analyze dynamics takes it")
@@ -75,6 +76,8 @@ def family_of(folder: Path, mark: str | None = None) -> type[Autoencoder]:
     """
     config = _read_config(folder)
     key = mark or next(key for key in _MARKS if key in config)
+    if str(config.get(key)) not in {family.marks.get(key) for family in FAMILIES.values()}:
+        load_plugins("traj_ood.models")
     known = {family.marks[key]: family for family in FAMILIES.values() if key in family.marks}
     kind = str(config.get(key))
     if kind not in known:

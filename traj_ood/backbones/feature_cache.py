@@ -15,7 +15,9 @@ from traj_ood.data import ImageSource
 from traj_ood.data.images import check_unchanged
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
 from traj_ood.errors import TrajOODError
+from traj_ood.io.extensions import origin_of
 from traj_ood.io.parts import Part, PartStore
+from traj_ood.io.provenance import code_digest, package_digest
 
 Failures = list[dict[str, str]]
 Read = Callable[[range], tuple[tuple[str, ...], Tensor, Failures]]
@@ -40,7 +42,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path) -> None:
         redo, discard = "extract its features again", "delete its folder to extract its features again"
-        self._parts = PartStore(Path(folder), "block of features", redo, IDENTITY, discard)
+        self._parts = PartStore(Path(folder), "block of features", redo, IDENTITY, discard, self._code)
         self._recent: _Blocks | None = None
 
     def distrust(self) -> None:
@@ -79,6 +81,11 @@ class FeatureCache:
             return (), None, failures
         features, logits = (torch.cat([p.tensors[name] for p in pieces]) for name in ("features", "logits"))
         return ids, Features(features, logits if backbone.classes else None), failures
+
+    def _code(self) -> str:
+        """Of a library's network, without what a user imported: a change in an own scorer costs no extraction."""
+        own = self._recent is None or origin_of(type(self._recent.backbone)) is not None
+        return code_digest() if own else package_digest()
 
     def _blocks(self, backbone: Backbone, images: ImageSource) -> _Blocks:
         """Those of the last call when they are asked for again: hashing weights and pixels takes a while."""

@@ -15,7 +15,7 @@ register_backbone = LIBRARIES.register
 
 def is_backbone_spec(model: str) -> bool:
     """Whether ``model`` names a backbone, such as ``timm:resnet18``, rather than an autoencoder."""
-    return ":" in model and model.split(":", 1)[0] in LIBRARIES
+    return ":" in model and LIBRARIES.knows(model.split(":", 1)[0])
 
 
 def load_backbone(spec: str, **options: Any) -> Backbone:

@@ -1,6 +1,15 @@
 """The command ``traj-ood``: parse, call, print. One module for each group of commands."""
 
-from traj_ood.cli import analyze, bench, detect, export, inspect, report, train  # each registers its commands with main
+from traj_ood.cli import (
+    analyze,
+    bench,
+    detect,
+    export,
+    inspect,
+    new,
+    report,
+    train,
+)  # each registers its commands with main
 from traj_ood.cli.base import main
 
-__all__ = ["analyze", "bench", "detect", "export", "inspect", "main", "report", "train"]
+__all__ = ["analyze", "bench", "detect", "export", "inspect", "main", "new", "report", "train"]

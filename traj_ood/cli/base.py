@@ -63,8 +63,42 @@ quote_formulas_option = click.option(
 )
 
 
+_IMPORTS = "traj_ood.imports"  # in the context's meta: what --import names
+
+
+class _Command(click.Command):
+    """A command with ``--import``, which runs the user's own files before anything else."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        own = click.Option(
+            ["--import"],
+            multiple=True,
+            type=NAME,
+            metavar="FILE.py|MODULE",
+            expose_value=False,
+            callback=_remember_imports,
+            help="Run your own Python file first: it registers scorers, models or benchmarks. Repeatable.",
+        )
+        self.params.append(own)
+
+
+def _remember_imports(context: click.Context, _: click.Parameter, sources: tuple[str, ...]) -> None:
+    context.meta[_IMPORTS] = sources
+
+
+def _run_imports() -> None:
+    context = click.get_current_context(silent=True)
+    for source in context.meta.get(_IMPORTS, ()) if context is not None else ():
+        from traj_ood.io.extensions import import_extension
+
+        import_extension(source)
+
+
 class _OneLine(click.Group):
     """click's own errors as one line, like all others."""
+
+    command_class = _Command
 
     def main(
         self,
@@ -108,6 +142,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
+            _run_imports()
             command(*args, **kwargs)
         except TeammateError:
             sys.exit(2)  # another process tells what went wrong

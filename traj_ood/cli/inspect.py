@@ -89,13 +89,17 @@ def list_(what: str) -> None:
 
         _section("benchmarks", [(b.name, f"{b.summary}; needs {b.needs}") for b in list_benchmarks()])
     if what in ("scorers", "all"):
+        from traj_ood.io.extensions import load_plugins
         from traj_ood.scorers import SCORERS
 
+        load_plugins("traj_ood.scorers")
         _section("scorers", [(name, f"{c.summary}; options {c().options()}") for name, c in SCORERS.items()])
     if what in ("models", "all"):
         from traj_ood.autoencoders import FAMILIES, MODELS
         from traj_ood.backbones import LIBRARIES
+        from traj_ood.io.extensions import load_plugins
 
+        load_plugins("traj_ood.models")
         _section("models", [(name, info.summary) for name, info in sorted(MODELS.items())])
         _section("model families", [(name, family.summary) for name, family in sorted(FAMILIES.items())])
         _section("backbone libraries", [(name, library.summary) for name, library in sorted(LIBRARIES.items())])

@@ -4,7 +4,7 @@ from traj_ood.data.benchmark import Benchmark, Role, Split
 from traj_ood.data.decoding import Reading
 from traj_ood.data.images import ArrayImages, FileImages, ImageSource, read_folder, read_image_list
 from traj_ood.data.preflight import MissingDataError, preflight
-from traj_ood.data.registry import BenchmarkInfo, list_benchmarks, load_benchmark
+from traj_ood.data.registry import BenchmarkInfo, list_benchmarks, load_benchmark, register_benchmark
 
 __all__ = [
     "ArrayImages",
@@ -21,4 +21,5 @@ __all__ = [
     "preflight",
     "read_folder",
     "read_image_list",
+    "register_benchmark",
 ]

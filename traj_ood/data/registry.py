@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from traj_ood.data.benchmark import Benchmark
 from traj_ood.data.cifar10_local import load_cifar10_local
@@ -13,8 +15,10 @@ from traj_ood.data.custom import load_custom
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.fashion import load_fashion
 from traj_ood.data.openood import load_openood
-from traj_ood.errors import unknown_name
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.extensions import load_plugins
 
+_L = TypeVar("_L", bound=Callable[..., Benchmark])
 _OPENOOD_NEEDS = "OpenOOD's data folder, given as root, in $TRAJ_OOD_DATA or as ./data"
 
 
@@ -105,7 +109,7 @@ def load_benchmark(
     """
     if str(name_or_yaml).lower().endswith((".yaml", ".yml")):
         benchmark = load_custom(name_or_yaml, root)
-    elif name_or_yaml in _REGISTRY:
+    elif _is_known(name_or_yaml):
         benchmark = _REGISTRY[name_or_yaml][1](root)
     else:
         raise unknown_name("benchmark", name_or_yaml, [*_REGISTRY, "a path to your own .yaml file"])
@@ -113,6 +117,43 @@ def load_benchmark(
     return benchmark.following_links() if follow_links else benchmark
 
 
+def register_benchmark(name: str, summary: str, needs: str = "nothing") -> Callable[[_L], _L]:
+    """Decorator: make a benchmark available by name; the function takes the root of the data, or None.
+
+    >>> @register_benchmark("pets", "cats vs dogs (near)", needs="a folder pets/, given as root")  # doctest: +SKIP
+    ... def load_pets(root):
+    ...     return Benchmark(...)
+
+    Args:
+        name, summary, needs: what ``traj-ood list benchmarks`` prints. Default: it needs no files.
+    Raises:
+        TrajOODError: the name is taken or cannot be a name, or there is no summary.
+    """
+
+    def register(load: _L) -> _L:
+        taken = _REGISTRY.get(name)
+        if not re.fullmatch(r"\w[\w.-]*", name) or name.lower().endswith((".yaml", ".yml")) or not summary.strip():
+            raise TrajOODError(f"benchmark {name!r}: expected a word as its name, and a summary: give both")
+        if taken is not None and _home(taken[1]) != _home(load):  # a module may be reloaded
+            raise TrajOODError(f"benchmark name {name!r} is taken by {_home(taken[1])}: choose another")
+        _REGISTRY[name] = (BenchmarkInfo(name, summary, needs), load)
+        return load
+
+    return register
+
+
+def _home(load: Callable[..., Benchmark]) -> str:
+    function = load.func if isinstance(load, partial) else load
+    return f"{function.__module__}.{getattr(function, '__qualname__', '')}"
+
+
+def _is_known(name: str) -> bool:
+    if name not in _REGISTRY:
+        load_plugins("traj_ood.benchmarks", name)
+    return name in _REGISTRY
+
+
 def list_benchmarks() -> list[BenchmarkInfo]:
-    """Every registered benchmark, the offline one first."""
+    """Every registered benchmark, the offline one first; installed plugins are asked, too."""
+    load_plugins("traj_ood.benchmarks")
     return [info for info, _ in _REGISTRY.values()]

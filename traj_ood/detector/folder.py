@@ -23,6 +23,7 @@ from traj_ood.autoencoders import Autoencoder
 from traj_ood.backbones.packing import check_same
 from traj_ood.detector.card import card
 from traj_ood.detector.conformal import Calibration
+from traj_ood.detector.origins import check_origin, origin
 from traj_ood.detector.packing import pack, unpack
 from traj_ood.detector.probe import check_probe, probe
 from traj_ood.detector.scorer import forget_fit, one_scorer
@@ -83,6 +84,7 @@ def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
             "model": {
                 **pack(scorers.autoencoder, fresh / _MODEL),
                 "parameters": scorers.autoencoder.parameter_count(),
+                **origin(scorers.autoencoder),
             },
             "tensors": {file: specs_of(content) for file, content in tensors.items()},
         }
@@ -101,6 +103,7 @@ def _record(parts: Parts) -> dict[str, Any]:
             "summary": scorer.summary,
             "options": scorer.options(),
             "steps": min(scorers.needs.steps, scorers.max_steps),
+            **origin(scorer),
         },
         "settings": {
             "tol": float(scorers.tol),
@@ -153,6 +156,7 @@ def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) ->
     where = str(folder / FILE_NAME)
     described = field_of(record, "model", dict, where)
     if autoencoder is None:
+        check_origin(described, str(described.get("kind")), "model family", where)
         model = unpack(described, folder / _MODEL, resolve_device(device))
     else:
         check_same(described, autoencoder, where)
@@ -177,7 +181,9 @@ def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, 
     settings, facts = (field_of(record, key, dict, where) for key in ("settings", "scorer"))
     options = field_of(facts, "options", dict, where)
     # Every option is written out: what a static scorer without a view means depends on the model.
-    spec = spec_text(field_of(facts, "name", str, where), options)
+    name = field_of(facts, "name", str, where)
+    check_origin(facts, name, "scorer", where)
+    spec = spec_text(name, options)
     scorers = one_scorer(
         model,
         spec,

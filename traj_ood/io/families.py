@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.extensions import load_plugins
 
 M = TypeVar("M")
 _C = TypeVar("_C", bound=type[Any])
@@ -47,13 +48,19 @@ class Families(dict[str, type[M]]):
         self[name] = own
         return cls
 
+    def knows(self, name: str) -> bool:
+        """Whether a family has this name; installed plugins (entry points ``traj_ood.models``) are asked, too."""
+        if name not in self:
+            load_plugins("traj_ood.models", name)
+        return name in self
+
     def named(self, name: str) -> type[M]:
         """The class of a name.
 
         Raises:
-            TrajOODError: unknown, with near ones.
+            TrajOODError: unknown, with near ones; or a plugin of that name that cannot be imported.
         """
-        if name not in self:
+        if not self.knows(name):
             raise unknown_name(self.kind, name, self)
         return self[name]
 

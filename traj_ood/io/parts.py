@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,20 @@ class PartStore:
         what: a part is, for errors: ``batch of a run``.
         redo: what deleting a damaged part makes happen, for errors: ``compute it again``.
         index: name of the JSON file. discard: how to be rid of a folder with another or a damaged one, for errors.
+        code: the digest of the code that decides what is in the parts. Default: all of it, with what a user imported.
     """
 
-    def __init__(self, folder: Path, what: str, redo: str, index: str = "", discard: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        what: str,
+        redo: str,
+        index: str = "",
+        discard: str = "",
+        code: Callable[[], str] | None = None,
+    ) -> None:
         self.folder = folder
+        self._code = code or (lambda: code_digest())
         self._what, self._fix, self._index, self._discard = what, f"delete this file to {redo}", index, discard
         self._believed: set[str] | None = None
 
@@ -97,7 +107,7 @@ class PartStore:
         Raises:
             TrajOODError: the folder cannot be written.
         """
-        header = {"part": key, "code": code_digest(), "ids": part.ids, "failures": part.failures, "notes": part.notes}
+        header = {"part": key, "code": self._code(), "ids": part.ids, "failures": part.failures, "notes": part.notes}
         write_tensors(self._path(key), part.tensors, header)
         if self._believed is not None:
             self._believed.add(key)
@@ -112,7 +122,7 @@ class PartStore:
             return None
         with open_tensors(self._path(key), self._what, self._fix) as file:
             header = file.header
-            if header.get("code") != code_digest():
+            if header.get("code") != self._code():
                 return None
             if header["part"] != key:
                 raise ValueError(f"it is that of {header['part']}")

@@ -12,6 +12,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from traj_ood.io.extensions import imported
+
 PACKAGE = Path(__file__).parents[1]
 _PACKAGES = ("traj_ood", "torch", "torchvision", "transformers", "timm", "numpy", "scikit-learn", "pandas")
 _FAISS_PACKAGES = ("faiss-gpu", "faiss-cpu")
@@ -43,8 +45,17 @@ _LIBRARIES = (
 )
 
 
-@cache
 def code_digest() -> str:
+    """16 hex digits over all code that decides numbers: :func:`package_digest`, and what ``--import`` has added."""
+    own = imported()
+    if not own:
+        return package_digest()
+    text = "\0".join([package_digest(), *(extension.digest for extension in own)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def package_digest() -> str:
     """16 hex digits over the source of this package that decides numbers, and the versions of the libraries that do.
 
     A digest and not a version that somebody has to raise: what is forgotten once is a wrong number in every cache. It
@@ -71,13 +82,17 @@ def environment() -> dict[str, str]:
     """Versions of what can change a number, by name, from package metadata: nothing heavy is imported.
 
     ``faiss`` names the installed package and its version, or ``none`` (the torch index then does the search);
+    where a user imported code, ``imported`` names it, with the beginning of its SHA-256, and
+    ``package`` is :func:`package_digest`;
     ``threads`` is OMP_NUM_THREADS where set, else the number of CPUs; ``code`` is :func:`code_digest`.
     """
     faiss = [f"{name} {_version(name)}" for name in _FAISS_PACKAGES if _version(name) != "none"]
+    own = ", ".join(f"{extension.name} {extension.digest[:16]}" for extension in imported())
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "code": code_digest(),
+        **({"imported": own, "package": package_digest()} if own else {}),
         "faiss": " + ".join(faiss) or "none",
         "platform": f"{sys.platform} {platform.machine()}",
         "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1),

@@ -8,11 +8,13 @@ from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
+from traj_ood.io.extensions import load_plugins, origin_of
 from traj_ood.io.options import check_writable, option_defaults, option_kinds, read_options, split_pairs
 from traj_ood.scorers.base import FeatureScorer, Needs, Scorer
 
 SCORERS: dict[str, type[Scorer]] = {}
+_PLUGINS = "traj_ood.scorers"
 
 _P = TypeVar("_P", bound=type[Scorer])
 
@@ -24,16 +26,16 @@ def register(cls: _P) -> _P:
 
     Raises:
         TrajOODError: no scorer that could be made and named: another kind of class, an abstract one, one without
-            ``name`` or ``summary``, options that are no dataclass fields or of kinds that have no text (see
-            :mod:`traj_ood.io.options`); or the name is taken by another class.
+            ``name`` or ``summary``, options without default, that are no dataclass fields or of kinds that have no text
+            (see :mod:`traj_ood.io.options`), ``needs()`` that fails or returns something else; or the name is taken by
+            another class.
     """
     _check_class(cls)
     taken = SCORERS.get(cls.name)
     home = (cls.__module__, cls.__qualname__)
     if taken is not None and (taken.__module__, taken.__qualname__) != home:  # a reloaded module may register again
-        raise TrajOODError(
-            f"scorer name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}: choose another"
-        )
+        where = (origin_of(taken) or {}).get("file", taken.__module__)
+        raise TrajOODError(f"scorer name {cls.name!r} is taken by {taken.__qualname__} of {where}: choose another")
     SCORERS[cls.name] = cls
     return cls
 
@@ -63,6 +65,26 @@ def _check_class(cls: type[Any]) -> None:
     ]
     if plain:
         raise TrajOODError(f"{where}: {', '.join(plain)} would not be its options: put @dataclass below @register")
+    bare = [key for key, default in option_defaults(cls).items() if default is MISSING]
+    if bare:
+        raise TrajOODError(f"{where}: option {', '.join(bare)} has no default: write one, and its reason beside it")
+    with foreign_errors(f"{where}: with its defaults it cannot be made, or its needs() fail"):
+        needs = cls().needs()
+    if not isinstance(needs, Needs):
+        raise TrajOODError(f"{where}: expected needs() to return traj_ood.Needs(...), got {type(needs).__name__}")
+
+
+def scorer_class(name: str) -> type[Scorer]:
+    """The class of a name; where none is registered, that of an installed plugin (entry points ``traj_ood.scorers``).
+
+    Raises:
+        TrajOODError: unknown name (with near ones), or a plugin that cannot be imported.
+    """
+    if name not in SCORERS:
+        load_plugins(_PLUGINS, name)
+    if name not in SCORERS:
+        raise unknown_name("scorer", name, SCORERS, "; one of your own needs --import FILE.py")
+    return SCORERS[name]
 
 
 def create_scorer(spec: str) -> Scorer:
@@ -72,9 +94,7 @@ def create_scorer(spec: str) -> Scorer:
         TrajOODError: unknown name or option (with near ones), or a value of the wrong kind.
     """
     name, *pairs = spec.strip().split(":")
-    if name not in SCORERS:
-        raise unknown_name("scorer", name, SCORERS)
-    cls = SCORERS[name]
+    cls = scorer_class(name)
     options: dict[str, str] = {}
     for key, text in split_pairs(pairs, f"scorer {spec!r}"):
         if key in options:
@@ -102,8 +122,7 @@ def create_scorers(specs: Sequence[str], autoencoder: Autoencoder) -> list[Score
 
 def _with_backbone(spec: str, autoencoder: Autoencoder) -> str:
     """A static scorer stands, as published, on the features of the backbone where there is one."""
-    cls = SCORERS.get(spec.strip().split(":")[0])
-    static = cls is not None and issubclass(cls, FeatureScorer)
+    static = issubclass(scorer_class(spec.strip().split(":")[0]), FeatureScorer)
     return f"{spec}:view=backbone" if autoencoder.feature_dim and static and ":view=" not in spec else spec
 
 
@@ -111,13 +130,13 @@ def default_suite(autoencoder: Autoencoder) -> list[str]:
     """What registered scorers declare as their part of the suite ``all`` (:attr:`Scorer.suite`), as far as the model
     has what they read.
 
-    A scorer that has an option without default, or needs class labels (whether images have some, a model does not
-    know), is to be asked for by name. So are the views of a latent of one token, which are all the same.
+    A scorer that needs class labels (whether images have some, a model does not know) is to be asked for by name. So
+    are the views of a latent of one token, which are all the same. Installed plugins declare their part, too.
     """
+    load_plugins(_PLUGINS)
     places = {
         f"{name}:{options}".rstrip(":"): place
         for name, cls in SCORERS.items()
-        if MISSING not in option_defaults(cls).values()
         for options, place in cls.suite.items()
         if autoencoder.has_cls or "view=" not in options
     }

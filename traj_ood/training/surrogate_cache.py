@@ -22,8 +22,9 @@ from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, transform_digest
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.extensions import imported, origin_of
 from traj_ood.io.files import cache_folder
-from traj_ood.io.provenance import code_digest
+from traj_ood.io.provenance import code_digest, package_digest
 from traj_ood.text import printable
 from traj_ood.training.loop import RECORD
 from traj_ood.training.surrogate import (
@@ -116,8 +117,11 @@ def _is_wanted(model: SurrogateAutoencoder, on_error: OnError) -> bool:
     """Whether a finished surrogate is what training would give now: made by this code, of this backbone's answers, and
     not without images that the caller wants read or reported."""
     record, own = model.record, backbone_answers(model.backbone)
+    versions = record.get("versions", {})
+    ours = origin_of(type(model.backbone)) is None  # then what a user imported has no part in it
+    stored = versions.get("package") if ours and "package" in versions else versions.get("code")
     return (
-        record.get("versions", {}).get("code") == code_digest()
+        stored == (package_digest() if ours and imported() else code_digest())
         and (own is None or agree(record.get("backbone", {}).get("answers"), own))
         and (on_error == "skip" or not record.get("data", {}).get("skipped"))
     )

@@ -1,0 +1,178 @@
+"""Code of other people: files and modules that a user names with ``--import``, and plugins that are installed.
+
+Nothing is run because a model's or a detector's folder names it: a file is run because the user names it, a plugin
+because the user has installed it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from traj_ood.errors import TrajOODError, foreign_errors, warn
+
+GROUPS = ("traj_ood.scorers", "traj_ood.models", "traj_ood.benchmarks")
+"""Entry points of installed plugins: the name is that of the scorer, the model family or the benchmark; the value is
+the module or class whose import registers it."""
+_PACKAGE = __name__.split(".")[0]
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What was imported: ``name`` for messages (a file's name, or a module's), and the SHA-256 of its source files."""
+
+    name: str
+    digest: str
+
+
+_IMPORTED: dict[str, Extension] = {}
+
+
+def imported() -> list[Extension]:
+    """All that was imported by :func:`import_extension`, by name."""
+    return sorted(_IMPORTED.values(), key=lambda extension: (extension.name, extension.digest))
+
+
+def import_extension(source: str) -> Extension:
+    """Run a Python file, or import a module, so that it registers scorers, models or benchmarks.
+
+    A file may import its neighbours. The same file again is not run again.
+
+    Args:
+        source: a path that ends in ``.py``, or the dotted name of a module, which may lie in the working directory.
+    Raises:
+        TrajOODError: no such file or module, or whatever its code raises, with the place.
+    """
+    is_file = source.endswith(".py")
+    key = str(Path(source).expanduser().resolve()) if is_file else source
+    if key in _IMPORTED:
+        return _IMPORTED[key]
+    with _importable(str(Path(key).parent) if is_file else "."), _told(source):
+        files = _run_file(Path(key)) if is_file else _files_of(importlib.import_module(source))
+    made = _IMPORTED[key] = Extension(Path(key).name if is_file else source, _digest(files))
+    return made
+
+
+def load_plugins(group: str, name: str | None = None) -> None:
+    """Import the installed plugins of a group; with ``name`` those of this name alone.
+
+    Raises:
+        TrajOODError: the plugin that ``name`` asks for cannot be imported. Without a name, one that is broken is a
+            warning: it must not take all others away.
+    """
+    for point in _entry_points(group):
+        if name in (None, point.name):
+            try:
+                with foreign_errors(f"plugin {point.value} ({point.name} of {group}): cannot be imported"):
+                    point.load()
+            except TrajOODError as error:
+                if name is not None:
+                    raise
+                warn(f"{error}: repair or uninstall it", stacklevel=2)
+
+
+def origin_of(cls: type[Any]) -> dict[str, str] | None:
+    """Where a class of other people's comes from: its module, and the name and SHA-256 of the file; None for ours.
+
+    The names are for people: nothing is ever loaded by them.
+    """
+    if cls.__module__.split(".")[0] == _PACKAGE:
+        return None
+    file = None
+    with contextlib.suppress(TypeError, OSError):  # a notebook's class has no file
+        file = Path(inspect.getfile(cls))
+    if file is None or not file.is_file():
+        return {"module": cls.__module__}
+    return {"module": cls.__module__, "file": file.name, "sha256": _digest([file])}
+
+
+@cache
+def _entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
+    return tuple(metadata.entry_points(group=group))
+
+
+def _run_file(path: Path) -> list[Path]:
+    if not path.is_file():
+        raise TrajOODError(f"--import {path}: expected a Python file, found nothing: correct the path")
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TrajOODError(f"--import {path}: expected a Python file that can be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their annotations up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return [path]
+
+
+def _files_of(module: Any) -> list[Path]:
+    """A module's source files: of a package all that lie below it."""
+    if getattr(module, "__path__", None):
+        return sorted(file for folder in module.__path__ for file in Path(folder).rglob("*.py"))
+    return [Path(module.__file__)] if getattr(module, "__file__", None) else []
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """``folder`` at the end of the module path while the code inside runs: it must not hide installed libraries."""
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def _told(source: str) -> Iterator[None]:
+    """What a stranger's code raises as one line that names the file, and the line in it."""
+    try:
+        yield
+    except TrajOODError as error:
+        text = str(error)
+        raise error if text.startswith("--import") else TrajOODError(f"--import {source}: {text}") from error
+    except SyntaxError as error:
+        raise TrajOODError(f"--import {source}: line {error.lineno} is not Python ({error.msg}): correct it") from error
+    except ModuleNotFoundError as error:
+        if error.name is not None and source.split(".")[0] == error.name:
+            raise TrajOODError(
+                f"--import {source}: no such module: give a path that ends in .py, or a module that is installed or "
+                "lies in the working directory"
+            ) from error
+        raise TrajOODError(f"--import {source}: it imports {error.name}, which is not installed: install it") from error
+    except Exception as error:
+        line = _line_of(error, source)
+        raise TrajOODError(f"--import {source}{line}: {type(error).__name__}: {error}: correct it") from error
+    except SystemExit as error:
+        raise TrajOODError(
+            f"--import {source}: it ended the program (exit code {error.code}): take that out"
+        ) from error
+
+
+def _line_of(error: Exception, source: str) -> str:
+    """``, line 7`` where the error passed through the file."""
+    lines, trace = [], error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename).name == Path(source).name:
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f", line {lines[-1]}" if lines else ""
