@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from traj_ood.analysis import Finding, Workspace, find_question, options_from, probe, sources, subjects
 from traj_ood.analysis.omp import OMPDictionary, random_basis
-from traj_ood.analysis.probe import ATTRACTORS, DICTIONARIES, ORTHOGONAL, Probe
+from traj_ood.analysis.probe import Probe
+from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ORTHOGONAL
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
@@ -160,7 +161,7 @@ def test_no_data_enter_the_dictionary_and_nothing_is_computed_twice(
     monkeypatch.setattr(probe, "settle", never)
     other = asked(folders, data=("bright",), pictured=0).run(work(folders), folders / "two")
     assert first.figures["dictionaries"] == other.figures["dictionaries"]
-    monkeypatch.setattr(probe._Coder, "measure", never)
+    monkeypatch.setattr(probe.Coder, "measure", never)
     again = asked(folders, data=("dark",), pictured=0).run(work(folders), folders / "three")
     assert again.figures == first.figures
 
@@ -280,15 +281,15 @@ def test_units_are_small_and_an_interruption_costs_one(folders: Path, monkeypatc
     chunked = tiny.conv()
     chunked.chunk = 2
     monkeypatch.setattr(probe, "load_autoencoder", lambda _: chunked)
-    measure, calls = probe._Coder.measure, []
+    measure, calls = probe.Coder.measure, []
 
-    def breaks(self: probe._Coder, images: sources.NamedImages, rows: range, shown: int) -> Any:
+    def breaks(self: probe.Coder, images: sources.NamedImages, rows: range, shown: int) -> Any:
         calls.append((images.name, rows, shown))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return measure(self, images, rows, shown)
 
-    monkeypatch.setattr(probe._Coder, "measure", breaks)
+    monkeypatch.setattr(probe.Coder, "measure", breaks)
     question = asked(folders, images=5, examples=4, data=("dark",))
     with pytest.raises(KeyboardInterrupt):
         question.run(work(folders), folders / "out")

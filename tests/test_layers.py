@@ -33,11 +33,11 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Library → files, or beginnings of their paths (folders end in "/"), that may import it.
 HEAVY = {
     "faiss": {"index/"},
-    "matplotlib": {"analysis/drawings.py", "drawing/", "evaluation/plots.py"},
+    "matplotlib": {"analysis/drawings.py", "drawing/", "evaluation/plots.py", "evaluation/dynamics_plots.py"},
     "jinja2": {"report/page.py"},
     "transformers": {
         "autoencoders/language.py",
-        "autoencoders/pairs.py",
+        "autoencoders/vision_encoder.py",
         "autoencoders/rehearsals.py",
         "autoencoders/vit_mae.py",
         "backbones/transformers_models.py",

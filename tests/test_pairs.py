@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders import PairAutoencoder, load_autoencoder
-from traj_ood.autoencoders.pairs import VisionTokens, ViTDecoder, load_vision_model
+from traj_ood.autoencoders.rae_decoder import ViTDecoder
+from traj_ood.autoencoders.vision_encoder import VisionTokens, load_vision_model
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 

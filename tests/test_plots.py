@@ -15,10 +15,9 @@ from PIL import Image
 
 from traj_ood.drawing.style import Figure, save_png
 from traj_ood.errors import TrajOODError
+from traj_ood.evaluation.dynamics_plots import attractor_gallery, dynamics_curves
 from traj_ood.evaluation.metrics import Metrics, compute_metrics
 from traj_ood.evaluation.plots import (
-    attractor_gallery,
-    dynamics_curves,
     roc_curves,
     score_histograms,
     scorer_overview,

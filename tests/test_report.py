@@ -31,7 +31,7 @@ from PIL import Image
 from traj_ood.drawing.style import INKS
 from traj_ood.drawing.svg import inline_svg
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation import plots
+from traj_ood.evaluation import dynamics_plots, plots
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import Frames, Mistake, PathSample, Pictures
 from traj_ood.evaluation.metrics import bootstrap, compute_metrics
@@ -542,10 +542,10 @@ def test_names_in_a_drawing_are_text() -> None:
 
 def test_a_plane_of_its_own_has_arrows_and_ticks() -> None:
     shown = pictures(scores(0), "latent")
-    svg = panel(plots.PLANE, plots.plane, shown)
+    svg = panel(dynamics_plots.PLANE, dynamics_plots.plane, shown)
     assert "z₁" in svg
     assert svg.count("<path") > 50
-    assert "z₁" not in panel(plots.PLANE, plots.plane, pictures(scores(0)))
+    assert "z₁" not in panel(dynamics_plots.PLANE, dynamics_plots.plane, pictures(scores(0)))
 
 
 def test_paths_that_fly_off_or_stand_still_can_be_drawn() -> None:
@@ -555,7 +555,7 @@ def test_paths_that_fly_off_or_stand_still_can_be_drawn() -> None:
     still, nowhere = np.zeros_like(wild), np.full_like(wild, np.nan)
     for paths in (wild, still, nowhere):
         for attractors in (shown.attractors, shown.attractors[:0]):
-            svg = panel(plots.PLANE, plots.plane, replace(shown, paths=paths, attractors=attractors))
+            svg = panel(dynamics_plots.PLANE, dynamics_plots.plane, replace(shown, paths=paths, attractors=attractors))
             assert "nan" not in svg
             assert "inf" not in svg
 

@@ -444,6 +444,6 @@ def _why_none(predicted: pd.Series) -> str:
 
 
 def _curves_figure(table: pd.DataFrame, tol: float) -> Figure:
-    from traj_ood.evaluation.plots import dynamics_curves
+    from traj_ood.evaluation.dynamics_plots import dynamics_curves
 
     return dynamics_curves(table, tol)

@@ -10,21 +10,18 @@ space. With the paper's models, where there is a network and a GPU::
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, Question, register
-from traj_ood.analysis.images import stack
 from traj_ood.analysis.models import settle
-from traj_ood.analysis.omp import Floats, OMPDictionary, random_basis
+from traj_ood.analysis.omp import OMPDictionary, random_basis
+from traj_ood.analysis.probe_coding import ATTRACTORS, ONE_STEP, ORTHOGONAL, Coder, Errors, Noise
+from traj_ood.analysis.probe_report import report
 from traj_ood.analysis.sources import NamedImages, named_images
 from traj_ood.analysis.subjects import TRAINED, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
@@ -34,16 +31,8 @@ from traj_ood.dynamics.iterate import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
 
-if TYPE_CHECKING:
-    from traj_ood.drawing.style import Figure
-
-ORTHOGONAL, ATTRACTORS, ONE_STEP = "orthogonal basis", "attractors", "one step"
-DICTIONARIES = (ORTHOGONAL, ATTRACTORS, ONE_STEP)
 _DRAWN = 512  # starts drawn from one seed, whatever the units of work
 _UNIT = 64  # starts per unit of work, or the model's chunk where that is more: what an interruption can cost
-_SHARE_SHOWN = 0.05
-"""Of the atoms, in pictures and in the sentence: Fig. 4a's."""
-_GALLERY = 24
 _GROUP = 16  # images whose reconstructions are decoded together: 0.3 GB at 256 × 256 pixels
 
 
@@ -154,9 +143,9 @@ class Probe(Question):
         }
         for name, atoms in bases.items():
             self._check_atoms(name, atoms, count)
-        coder = _Coder(model, {name: OMPDictionary(atoms) for name, atoms in bases.items()}, self._levels(count))
+        coder = Coder(model, {name: OMPDictionary(atoms) for name, atoms in bases.items()}, self._levels(count))
         found = [self._of_set(work, coder, images, key) for images in sets]
-        return _Report(self, model, noise, coder, found).answer()
+        return report(noise, coder, found, max_steps=self.max_steps, pictured=self.pictured)
 
     def _model(self, work: Workspace) -> Autoencoder:
         if self.model != TRAINED:
@@ -181,7 +170,7 @@ class Probe(Question):
 
     def _attractors(
         self, work: Workspace, model: Autoencoder, shape: tuple[int, ...], count: int, key: Mapping[str, Any]
-    ) -> _Noise:
+    ) -> Noise:
         """Where N starts from N(0, I) end, some starts a unit."""
         parts, first = [], []
         with work.bar(count, "attractors of noise", "start") as bar:
@@ -202,9 +191,9 @@ class Probe(Question):
                 bar.update(len(rows))
         ends = AttractorDictionary.concatenate(parts)
         usable = torch.cat(first)
-        return _Noise(ends, usable[usable.flatten(1).isfinite().all(dim=1)])
+        return Noise(ends, usable[usable.flatten(1).isfinite().all(dim=1)])
 
-    def _of_set(self, work: Workspace, coder: _Coder, images: NamedImages, key: Mapping[str, Any]) -> _Errors:
+    def _of_set(self, work: Workspace, coder: Coder, images: NamedImages, key: Mapping[str, Any]) -> Errors:
         """Errors of every dictionary at every level on one set of images, a group of images a unit."""
         key = {**key, "images": images.source.digest(), "levels": list(coder.levels)}
         parts: list[Mapping[str, Tensor]] = []
@@ -219,28 +208,7 @@ class Probe(Question):
                 unit = work.unit("reconstructions", {**key, "rows": [rows.start, rows.stop], "shown": shown}, compute)
                 parts.append(unit.tensors)
                 bar.update(len(rows))
-        return _Errors(images.name, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """What became of the noise: end points, and (N, *L) finite images of one step."""
-
-    dictionary: AttractorDictionary
-    first: Tensor
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """Of one set: ``image`` and ``latent`` (B, dictionaries, levels) mean squared errors, ``used`` (B, dictionaries)
-    atoms that OMP could use, ``decoded`` (B,) error of D(E(x)), and ``inputs`` and ``pictures`` to draw."""
-
-    name: str
-    tensors: dict[str, Tensor]
-
-    def means(self, kind: str) -> Tensor:
-        """(dictionaries, levels) mean over the images."""
-        return self.tensors[kind].mean(dim=0)
+        return Errors(images.name, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _parts(count: int, size: int) -> list[range]:
@@ -259,247 +227,6 @@ def _noise(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor
     begin = draw * _DRAWN
     whole = torch.randn(min(_DRAWN, count - begin), *shape, generator=draws)
     return whole[rows.start - begin : rows.stop - begin]
-
-
-@dataclass(frozen=True)
-class _Coder:
-    """Latents of images through the dictionaries and back to images."""
-
-    model: Autoencoder
-    dictionaries: Mapping[str, OMPDictionary]
-    levels: tuple[int, ...]
-
-    def measure(self, images: NamedImages, rows: range, shown: int) -> Unit:
-        """All that :class:`_Errors` holds of the images at ``rows``, the first ``shown`` of them to draw.
-
-        Raises:
-            TrajOODError: the model makes of an image what is not finite; it is named.
-        """
-        source = images.source.select(list(rows))
-        pixels = stack(self.model, source)
-        latents = self.model.encode(pixels).cpu()
-        self._check_finite("latents", latents, source.ids)
-        coded = [self._guesses(latent) for latent in latents]
-        guesses = torch.stack([guess for guess, _ in coded])  # (n, dictionaries, levels, *L)
-        decoded = self.model.decode(guesses.flatten(0, 2).to(latents)).cpu().unflatten(0, guesses.shape[:3])
-        own = self.model.decode(latents).cpu()
-        self._check_finite("images decoded", torch.cat([decoded.flatten(1), own.flatten(1)], dim=1), source.ids)
-        return Unit(
-            {
-                "inputs": pixels[:shown],
-                "pictures": decoded[:shown],
-                "decoded": _errors(own - pixels, 1),
-                "image": _errors(decoded - pixels[:, None, None], 3),
-                "latent": _errors(guesses - latents[:, None, None], 3),
-                "used": torch.tensor([used for _, used in coded]),
-            }
-        )
-
-    def _check_finite(self, what: str, values: Tensor, ids: Sequence[str]) -> None:
-        bad = (~values.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            raise TrajOODError(
-                f"probe: expected finite {what}, {self.model.name} gives NaN or infinity for {ids[bad[0]]}; leave such "
-                "images out, or take another model"
-            )
-
-    def _guesses(self, latent: Tensor) -> tuple[Tensor, list[int]]:
-        """(dictionaries, levels, *L) float64 reconstructions of one latent (*L), and the atoms each could use."""
-        target = latent.double().flatten().numpy()
-        found = [d.reconstruct(target, self.levels) for d in self.dictionaries.values()]
-        guesses = torch.from_numpy(np.stack([guess for guess, _ in found]))
-        return guesses.unflatten(2, latent.shape), [used for _, used in found]
-
-
-def _errors(differences: Tensor, dimensions: int) -> Tensor:
-    """Mean squares over all but the first ``dimensions``, float64."""
-    return differences.double().square().flatten(dimensions).mean(dim=dimensions)
-
-
-@dataclass(frozen=True)
-class _Report:
-    """Figures, sentence and pictures."""
-
-    question: Probe
-    model: Autoencoder
-    noise: _Noise
-    coder: _Coder
-    sets: Sequence[_Errors]
-
-    def answer(self) -> Answer:
-        rows = [row for errors in self.sets for row in self._rows(errors)]
-        at = self._shown_level()
-        ratios = {name: [self._ratio(errors, name, at) for errors in self.sets] for name in (ATTRACTORS, ONE_STEP)}
-        ends = self.noise.dictionary
-        figures = {
-            "model": self.model.name,
-            "latent_dimension": int(ends.points[0].numel()),
-            "atoms": len(ends),
-            "converged": self._share(Status.CONVERGED),
-            "finite": 1 - self._share(Status.NON_FINITE),
-            "median_steps": float(ends.steps.double().median()),
-            "distinct_end_points": len(ends.distinct()),
-            "dictionaries": [self._about(name) for name in DICTIONARIES],
-            "unit": "mean squared error in the model's normalised pixel units, mean over images",
-            "rows": rows,
-            "ratio": {name: dict(zip([e.name for e in self.sets], r, strict=True)) for name, r in ratios.items()},
-            "ratio_atoms": self.coder.levels[at],
-            "ratio_share": self.coder.levels[at] / len(ends),
-        }
-        return Answer(figures, self._sentence(ratios, at), self._pictures(at))
-
-    def _share(self, status: Status) -> float:
-        """Of the starts from noise, those that ended so."""
-        return float((self.noise.dictionary.statuses == status).double().mean())
-
-    def _used(self, errors: Sequence[_Errors], name: str, level: int) -> float:
-        """Atoms in a reconstruction that may have ``level``, the median over the images: a pursuit may end before."""
-        used = torch.cat([e.tensors["used"][:, DICTIONARIES.index(name)] for e in errors])
-        return float(used.clamp(max=level).double().median())
-
-    def _shown_level(self) -> int:
-        """Place of the level nearest to 5 % of the atoms."""
-        wanted = _SHARE_SHOWN * len(self.noise.dictionary)
-        return min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
-
-    def _ratio(self, errors: _Errors, name: str, at: int) -> float | None:
-        """Error over that of the random basis; None where the basis makes no error to compare with."""
-        means = errors.means("image")[:, at]
-        ratio = float(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
-        return ratio if math.isfinite(ratio) else None
-
-    def _about(self, name: str) -> dict[str, Any]:
-        dictionary = self.coder.dictionaries[name]
-        rank, energy = dictionary.spectrum()
-        return {
-            "dictionary": name,
-            "atoms": len(dictionary),
-            "rank": rank,
-            "directions_of_90_percent": energy,
-            "median_atoms_used": self._used(self.sets, name, len(dictionary)),
-        }
-
-    def _rows(self, errors: _Errors) -> list[dict[str, Any]]:
-        image, latent = errors.means("image"), errors.means("latent")
-        count = len(self.noise.dictionary)
-        return [
-            {
-                "set": errors.name,
-                "images": int(errors.tensors["decoded"].numel()),
-                "dictionary": name,
-                "atoms": level,
-                "share": level / count,
-                "median_atoms_used": self._used([errors], name, level),
-                "image_mse": float(image[d, i]),
-                "latent_mse": float(latent[d, i]),
-                "image_mse_of_D(E(x))": float(errors.tensors["decoded"].mean()),
-            }
-            for d, name in enumerate(DICTIONARIES)
-            for i, level in enumerate(self.coder.levels)
-        ]
-
-    def _sentence(self, ratios: Mapping[str, list[float | None]], at: int) -> str:
-        level, ends = self.coder.levels[at], self.noise.dictionary
-        names = [errors.name for errors in self.sets]
-        means = [errors.means("image")[:, at].tolist() for errors in self.sets]
-
-        def lower(one: str, other: str) -> str:
-            a, b = DICTIONARIES.index(one), DICTIONARIES.index(other)
-            return _told([n for n, errors in zip(names, means, strict=True) if errors[a] < errors[b]], len(names))
-
-        converged, lost = (int((ends.statuses == s).sum()) for s in (Status.CONVERGED, Status.NON_FINITE))
-        used = {name: f"{self._used(self.sets, name, level):g}" for name in DICTIONARIES}
-        return (
-            f"Of {len(ends):,} starts from noise {converged:,} ({converged / len(ends):.1%}) converged within "
-            f"{self.question.max_steps:,} steps and {lost:,} left the finite numbers; the finite end points "
-            f"({len(ends) - lost:,}, distinct: {len(ends.distinct()):,}) are the atoms called attractors. With at most "
-            f"{level:,} atoms ({level / len(ends):.1%} of the starts; {used[ATTRACTORS]} in the median reconstruction, "
-            f"{used[ORTHOGONAL]} of the random basis) they have a lower error than a random orthogonal basis on "
-            f"{lower(ATTRACTORS, ORTHOGONAL)} (median ratio {_median(ratios[ATTRACTORS])}). f applied once "
-            f"to the noise does so on {lower(ONE_STEP, ORTHOGONAL)} ({_median(ratios[ONE_STEP])}; "
-            f"{used[ONE_STEP]} atoms); attractors have a lower error than that on {lower(ATTRACTORS, ONE_STEP)}."
-        )
-
-    def _pictures(self, at: int) -> dict[str, Callable[[], Figure]]:
-        found: dict[str, Callable[[], Figure]] = {"probe.png": self._draw_errors, "atoms.png": self._draw_atoms}
-        if self.question.pictured:
-            found["reconstructions.png"] = lambda: self._draw_reconstructions(at)
-            found["growth.png"] = self._draw_growth
-        return found
-
-    def _draw_errors(self) -> Figure:
-        from traj_ood.drawing.charts import Curve, Panel, curves
-
-        panels = []
-        for errors in self.sets:
-            means, levels = errors.means("image"), [float(level) for level in self.coder.levels]
-            lines = [Curve(name, levels, means[d].tolist()) for d, name in enumerate(DICTIONARIES)]
-            floor = float(errors.tensors["decoded"].mean())
-            lines.append(Curve("D(E(x))", levels, [floor] * len(levels)))
-            log_y = floor > 0 or bool((means > 0).any())
-            panels.append(Panel(errors.name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=log_y))
-        title = f"Data-free probing of {self.model.name}: {len(self.noise.dictionary):,} starts from noise"
-        return curves(panels, title)
-
-    def _draw_reconstructions(self, at: int) -> Figure:
-        from traj_ood.drawing.charts import PictureRow, picture_rows
-
-        rows = []
-        for errors in self.sets[: self.question.pictured]:
-            rows.append(PictureRow(errors.name, errors.tensors["inputs"].numpy(), self._limits()))
-            for d, name in enumerate(DICTIONARIES):
-                rows.append(PictureRow(_broken(name), errors.tensors["pictures"][:, d, at].numpy(), self._limits()))
-        level = self.coder.levels[at]
-        share = level / len(self.noise.dictionary)
-        return picture_rows(rows, f"{self.model.name}: reconstructions with at most {level} atoms ({share:.1%})")
-
-    def _draw_growth(self) -> Figure:
-        from traj_ood.drawing.charts import PictureRow, picture_rows
-
-        rows = []
-        for errors in self.sets[: self.question.pictured]:
-            for d, name in enumerate(DICTIONARIES):
-                line = torch.cat([errors.tensors["pictures"][0, d], errors.tensors["inputs"][:1]])
-                captions = [*(f"{level} atoms" for level in self.coder.levels), "input"]
-                label = f"{errors.name}\n{_broken(name)}" if d == 0 else _broken(name)
-                rows.append(PictureRow(label, line.numpy(), self._limits(), captions if d == 0 else ()))
-        return picture_rows(rows, f"{self.model.name}: one image of a set with more and more atoms")
-
-    def _draw_atoms(self) -> Figure:
-        from traj_ood.drawing.charts import PictureRow, picture_rows
-
-        ends = self.noise.dictionary
-        kept = ends.distinct()[:_GALLERY]
-        images = self.model.decode(ends.usable()[kept].to(self.model.device)).cpu()
-        title = (
-            f"{self.model.name}: where noise ends, decoded ({self._share(Status.CONVERGED):.1%} converged), "
-            f"{len(kept)} of {len(ends.distinct()):,} distinct points"
-        )
-        rows = [PictureRow("", part.numpy(), self._limits()) for part in images.split(8)]
-        return picture_rows(rows, title)
-
-    def _limits(self) -> Floats:
-        """(2, C): black and white in the model's units."""
-        ends = [
-            self.model.transform(Image.new("RGB", (8, 8), colour)).flatten(1)[:, 0] for colour in ("black", "white")
-        ]
-        return torch.stack(ends).double().numpy()
-
-
-def _median(ratios: Sequence[float | None]) -> str:
-    """Of those that could be measured, in words."""
-    known = [ratio for ratio in ratios if ratio is not None]
-    return f"{median(known):.2g}" if known else "none: the basis makes no error"
-
-
-def _told(names: Sequence[str], count: int) -> str:
-    """Which of the sets, in words."""
-    some = f" ({', '.join(names)})" if 0 < len(names) < count else ""
-    return f"{len(names)} of {count} sets of images{some}"
-
-
-def _broken(name: str) -> str:
-    return name.replace(" ", "\n")
 
 
 def _check_images(model: Autoencoder, latents: Tensor) -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,8 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo
-from traj_ood.autoencoders.hub import DOWNLOAD, local_copy, read_config
+from traj_ood.autoencoders.hub import local_copy, read_config
+from traj_ood.autoencoders.rae_decoder import HEADS, ViTDecoder
 from traj_ood.autoencoders.registry import register_autoencoder
+from traj_ood.autoencoders.vision_encoder import RAE_ENCODERS, VisionTokens, encoder_from_weights, load_vision_model
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
 from traj_ood.backbones.image_processor import from_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
@@ -40,163 +41,16 @@ from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
-from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json
-from traj_ood.io.weights import put_weights
 
 MODEL_TYPE = "traj_ood_pair"
-HEADS = 16
-"""Attention heads of RAE's ViT-L and ViT-XL decoders, the published ones; the only number their weights do not tell."""
 RAE_EPS = 1e-5
 """RAE divides by √(variance + ε), its port to diffusers by deviation + ε, with the same ε."""
 _TOKENS_A_CALL = 4096
 _WEIGHTLESS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size")
 """Entries of a vision encoder's config that change E and no weight's shape. Not the whole config, which grows from one
 version of transformers to the next: a fingerprint must not."""
-
-
-class ViTDecoder(nn.Module):
-    """RAE's decoder: the latent tokens and a learned class token through a ViT, a linear layer to pixels per patch.
-
-    Latents (B, N, width) → images (B, channels, √N · patch, √N · patch). Its parameters are named as in RAE's
-    checkpoints (those of ViT-MAE in transformers 4), so that these load as they are.
-
-    Args:
-        latent_width: of a latent token. width, layers, heads, hidden: of the ViT.
-        tokens: N, a square. patch: pixels a side of what one token becomes.
-    """
-
-    def __init__(
-        self,
-        latent_width: int,
-        tokens: int,
-        *,
-        width: int = 1152,
-        layers: int = 28,
-        heads: int = HEADS,
-        hidden: int = 4096,
-        patch: int = 16,
-        channels: int = 3,
-    ) -> None:
-        super().__init__()
-        if math.isqrt(tokens) ** 2 != tokens:
-            raise TrajOODError(f"ViT decoder: expected a square number of tokens, got {tokens}")
-        if width % heads:
-            raise TrajOODError(f"ViT decoder: expected a width that {heads} heads divide, got {width}")
-        self.patch, self.channels, self.heads = patch, channels, heads
-        self.decoder_embed = nn.Linear(latent_width, width)
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
-        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_layers = nn.ModuleList(_Block(width, heads, hidden) for _ in range(layers))
-        self.decoder_norm = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, patch**2 * channels)
-
-    @classmethod
-    def from_weights(cls, weights: Mapping[str, Tensor], heads: int, where: str) -> ViTDecoder:
-        """The decoder that ``weights`` describe, in RAE's names or diffusers'.
-
-        Raises:
-            TrajOODError: weights of another architecture; names ``where``.
-        """
-        weights = {_rae_name(key): value for key, value in weights.items()}
-        try:
-            width, latent_width = weights["decoder_embed.weight"].shape
-            hidden = len(weights["decoder_layers.0.intermediate.dense.bias"])
-            pixels = len(weights["decoder_pred.bias"])
-            tokens = weights["decoder_pos_embed"].shape[1] - 1
-        except KeyError as error:
-            raise TrajOODError(
-                f"{where}: expected the weights of an RAE decoder, {error.args[0]} is missing"
-            ) from error
-        layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("decoder_layers."))
-        patch = math.isqrt(pixels // 3)
-        decoder = cls(latent_width, tokens, width=width, layers=layers, heads=heads, hidden=hidden, patch=patch)
-        put_weights(decoder, weights, where)
-        return decoder
-
-    def forward(self, latents: Tensor) -> Tensor:
-        tokens = self.decoder_embed(latents)
-        first = self.trainable_cls_token.expand(len(tokens), -1, -1)
-        tokens = torch.cat([first, tokens], dim=1) + self.decoder_pos_embed
-        for layer in self.decoder_layers:
-            tokens = layer(tokens)
-        pixels = self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
-        side = math.isqrt(pixels.shape[1])
-        squares = pixels.unflatten(1, (side, side)).unflatten(3, (self.patch, self.patch, self.channels))
-        return squares.permute(0, 5, 1, 3, 2, 4).reshape(len(latents), self.channels, side * self.patch, -1)
-
-
-_NORM_EPS = 1e-12
-
-
-class _Block(nn.Module):
-    """A pre-norm transformer layer; the nesting is that of the checkpoints' names."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self._heads = heads
-        products = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
-        self.attention = nn.ModuleDict(
-            {"attention": nn.ModuleDict(products), "output": nn.ModuleDict({"dense": nn.Linear(width, width)})}
-        )
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
-        self.layernorm_before = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.layernorm_after = nn.LayerNorm(width, eps=_NORM_EPS)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self._attend(self.layernorm_before(tokens))
-        hidden = functional.gelu(self.intermediate["dense"](self.layernorm_after(tokens)))
-        return tokens + self.output["dense"](hidden)
-
-    def _attend(self, tokens: Tensor) -> Tensor:
-        products: Any = self.attention["attention"]
-        q, k, v = (
-            products[name](tokens).unflatten(2, (self._heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
-        )
-        mixed = functional.scaled_dot_product_attention(q, k, v)
-        return self.attention["output"]["dense"](mixed.transpose(1, 2).flatten(2))  # type: ignore[index]
-
-
-class VisionTokens(nn.Module):
-    """The patch tokens (B, N, d) of a transformers vision model: CLS and register tokens are left out.
-
-    Args:
-        model: such as ``Dinov2WithRegistersModel``, ``SiglipVisionModel``, ``ViTModel``.
-        size: side of the images it is shown.
-        plain_norm: take the gain and bias off its last LayerNorm, as RAE does with every encoder. Default True.
-    Raises:
-        TrajOODError: no LayerNorm to change, or an output that is not one token per patch behind some others.
-    """
-
-    def __init__(self, model: nn.Module, size: int, *, plain_norm: bool = True) -> None:
-        super().__init__()
-        config: Any = model.config
-        self.model, self.size, self.plain_norm = model, size, plain_norm
-        if plain_norm:
-            norm = next((getattr(model, n) for n in ("layernorm", "post_layernorm") if hasattr(model, n)), None)
-            if norm is None:
-                raise TrajOODError(f"{type(model).__name__}: it has no final LayerNorm; pass plain_norm=False")
-            with torch.no_grad():  # the same function as without the two, and weights of an unchanged architecture
-                norm.weight.fill_(1.0)
-                norm.bias.zero_()
-        self._options = {"interpolate_pos_encoding": True} if _interpolates(model) else {}
-        patches = (size // int(config.patch_size)) ** 2
-        with torch.inference_mode():
-            tokens = self._tokens(torch.zeros(1, int(config.num_channels), size, size)).shape[1]
-        if size % int(config.patch_size) or not patches <= tokens <= patches + 64:
-            raise TrajOODError(
-                f"{type(model).__name__}: expected one token per patch of {config.patch_size} pixels, got {tokens} "
-                f"tokens for images of {size}"
-            )
-        self._others = tokens - patches
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        return self.model(pixel_values=images, **self._options).last_hidden_state
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self._tokens(images)[:, self._others :]
 
 
 class _Pair(nn.Module):
@@ -355,9 +209,9 @@ class PairAutoencoder(Autoencoder):
         path = folder / "diffusion_pytorch_model.safetensors"
         weights = read_weights(path)
         kind = str(config.get("encoder_type"))
-        if kind not in _RAE_ENCODERS:
-            raise unknown_name("RAE encoder", kind, _RAE_ENCODERS)
-        model = _encoder_from_weights(kind, config, _below("encoder.", weights), str(path))
+        if kind not in RAE_ENCODERS:
+            raise unknown_name("RAE encoder", kind, RAE_ENCODERS)
+        model = encoder_from_weights(kind, config, _below("encoder.", weights), str(path))
         encoder = VisionTokens(model, int(config["encoder_input_size"]))
         parts = _below("decoder.", weights)
         tokens = (encoder.size // int(config["encoder_patch_size"])) ** 2
@@ -425,83 +279,14 @@ class PairAutoencoder(Autoencoder):
         return parts.decoder(latents * parts.spread + parts.centre)
 
 
-def load_vision_model(source: str) -> Any:
-    """A transformers vision encoder by hub name or local folder, with every weight from its file.
-
-    Of a model of images and texts (SigLIP2) the vision tower is taken.
-
-    Raises:
-        TrajOODError: not to be had, or weights that are missing or NaN.
-    """
-    from transformers import AutoConfig, AutoModel
-
-    where = f"encoder {source!r}"
-    with foreign_errors(f"{where}: neither a local folder nor loadable from the hub", f"; {DOWNLOAD}"):
-        config = from_pretrained(AutoConfig, source)
-        answer = from_pretrained(AutoModel, source, config=config, output_loading_info=True, **use_safetensors(source))
-    model = whole_network(answer, where, optional=("pooler", "head."))
-    return getattr(model, "vision_model", model)
-
-
-_RAE_ENCODERS = {
-    "dinov2": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", 518, "layernorm"),
-    "siglip2": ("SiglipVisionConfig", "SiglipVisionModel", 256, "post_layernorm"),
-}
-"""Config, model, the size its position embeddings are made for, and its last LayerNorm (which the files leave out).
-RAE's third encoder, ViT-MAE, is an autoencoder of its own here."""
-
-
-def _encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> nn.Module:
-    """The encoder of a diffusers folder; transformers itself translates the names of weights between its versions."""
-    import transformers
-
-    config_name, model_name, size, norm = _RAE_ENCODERS[kind]
-    width = int(config["encoder_hidden_size"])
-    geometry = getattr(transformers, config_name)(
-        hidden_size=width,
-        intermediate_size=4 * width if kind == "dinov2" else _siglip_hidden(weights, width),
-        patch_size=int(config["encoder_patch_size"]),
-        image_size=size,
-        num_attention_heads=max(1, width // 64),
-        num_hidden_layers=int(config["encoder_num_hidden_layers"]),
-    )
-    gain = next((k for k in weights if k.endswith(f"{norm}.weight")), None)
-    if gain is None:  # RAE takes gain and bias off
-        prefix = "vision_model." if any(k.startswith("vision_model.") for k in weights) else ""
-        weights |= {f"{prefix}{norm}.weight": torch.ones(width), f"{prefix}{norm}.bias": torch.zeros(width)}
-    with foreign_errors(f"{where}: its encoder cannot be read as {model_name}"):
-        answer = getattr(transformers, model_name).from_pretrained(
-            None, config=geometry, state_dict=weights, output_loading_info=True, trust_remote_code=False
-        )
-    return whole_network(answer, f"{where}: its encoder")
-
-
-def _siglip_hidden(weights: Mapping[str, Tensor], width: int) -> int:
-    return next((len(v) for k, v in weights.items() if k.endswith("mlp.fc1.bias") and ".head." not in k), 4 * width)
-
-
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-
-def _rae_name(key: str) -> str:
-    """RAE's name of a decoder weight that diffusers or RAE call ``key``."""
-    names = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
-    found = re.fullmatch(r"(decoder_layers\.\d+\.attention)\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)", key)
-    return f"{found[1]}.{names[found[2]]}.{found[3]}" if found else key
 
 
 def _as_tokens(statistic: Tensor) -> Tensor:
     """Statistics (d, h, w), also with a leading 1, as (h · w, d); (d,) and single numbers as they are."""
     statistic = statistic.float().squeeze()
     return statistic.flatten(1).T.contiguous() if statistic.ndim == 3 else statistic
-
-
-def _interpolates(model: nn.Module) -> bool:
-    """Whether forward has to be told that images are not of the config's size."""
-    import inspect
-
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
 
 
 def _config_size(model: Any) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from traj_ood.autoencoders.language import LanguageModel
-from traj_ood.autoencoders.pairs import PairAutoencoder, VisionTokens, ViTDecoder
+from traj_ood.autoencoders.pairs import PairAutoencoder
+from traj_ood.autoencoders.rae_decoder import ViTDecoder
+from traj_ood.autoencoders.vision_encoder import VisionTokens
 from traj_ood.errors import unknown_name
 
 PREFIX = "rehearsal-"

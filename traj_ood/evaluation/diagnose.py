@@ -135,7 +135,7 @@ class Diagnosis:
             TrajOODError: a folder that cannot be written.
         """
         from traj_ood.drawing.style import save_png
-        from traj_ood.evaluation.plots import attractor_gallery, dynamics_curves
+        from traj_ood.evaluation.dynamics_plots import attractor_gallery, dynamics_curves
 
         write_atomic(folder / "curves.parquet", lambda file: self.curves.to_parquet(file, index=False))
         tol = max(self.settings["tol"], _SMALLEST_TOL)

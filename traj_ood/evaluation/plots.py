@@ -1,48 +1,34 @@
-"""The figures of a run: histograms and ROC curves of scores, dynamics over steps, the scorers side by side, paths.
+"""The figures of a run: histograms and ROC curves of scores, and the scorers side by side.
 
-Each is made of panels (:func:`histogram`, :func:`roc`, :func:`dynamics`, :func:`overview`, :func:`plane`), which hold
-data, axes and what points at a place in them. A figure for the run's folder adds a title and a legend; the report
-shows the panels alone, among its own titles and legends, so that their text stays legible on a phone.
+Each is made of panels (:func:`histogram`, :func:`roc`, :func:`overview`; in :mod:`traj_ood.evaluation.dynamics_plots`
+``dynamics`` and ``plane``), which hold data, axes and what points at a place in them. A figure for the run's folder
+adds a title and a legend; the report shows the panels alone, among its own titles and legends, so that their text
+stays legible on a phone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from numpy.typing import ArrayLike, NDArray
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from traj_ood.drawing.charts import PictureRow, name_rows, picture_rows
-from traj_ood.drawing.style import DASHES, INKS, Figure, Frame, Look, canvas, line_of, look, save_png
+from traj_ood.drawing.charts import name_rows
+from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas, line_of, look, save_png
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation.gallery import Pictures, view_limits
+from traj_ood.evaluation.dynamics_plots import ROLES, Floats, dynamics_curves, paths
 from traj_ood.evaluation.metrics import RECALL, check_scores
-from traj_ood.evaluation.results import Result, SetScore, mean_interval, near_first
+from traj_ood.evaluation.results import Result, SetScore, mean_interval
 from traj_ood.evaluation.runs import Run
 
 HISTOGRAM = Frame(2.4, 1.35, margins=(0.08, 0.08, 0.25, 0.05))
 ROC = Frame(4.2, 4.0, margins=(0.55, 0.12, 0.45, 0.1))
-DYNAMICS = Frame(3.4, 2.5)
-PLANE = Frame(6.0, 4.4)
-
-QUANTITIES = {
-    "residual_sq": "Squared residual ‖f(z) − z‖²",
-    "norm": "Latent norm ‖z‖",
-    "running": "Still running (%)",
-}
-
-Floats = NDArray[np.float64]
-
 _CURVE_POINTS = 100
-_ROLES = ("near", "far")
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def alone(frame: Frame, panel: Callable[..., None], *data: object) -> Figure:
@@ -109,7 +95,7 @@ def score_histograms(
     id_scores, scores = _checked(id_scores, ood, sets)
     edges = shared_bins([id_scores, *scores.values()])
     legend = {f"ID (n = {id_scores.size:,})": _patch("id")}
-    legend |= {f"{role} OOD": _patch(role) for role in _ROLES if role in {sets[name].role for name in scores}}
+    legend |= {f"{role} OOD": _patch(role) for role in ROLES if role in {sets[name].role for name in scores}}
     legend["keeps 95 % of ID (FPR95: OOD left of it)"] = {"color": INKS["muted"], "linestyle": ":"}
     note = " ".join(["Further right is more OOD; heights are shares of each set.", beyond(edges, id_scores, scores)])
     figure, axes = canvas(HISTOGRAM, len(scores), 4, f"{title}\n{note}", legend, 0.4, onto)
@@ -301,211 +287,5 @@ def _ink(region: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- dynamics
 
-_QUANTILES = ("q25", "q50", "q75")
-
-
-def dynamics_curves(curves: pd.DataFrame, tol: float) -> Figure:
-    """Residual, latent norm and share of running samples over steps, ID against OOD, as the paper's Fig 12.
-
-    Args:
-        curves: columns ``split``, ``role`` (near, far; anything else is ID), ``step``, ``quantity`` (``residual_sq``,
-            ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples. NaN in a residual means
-            that the quantile has fallen below ``tol``; ``running`` is a fraction and stands in ``q50``.
-        tol: the tolerance of the iteration on the squared residual, drawn as a line.
-
-    Up to 4 OOD sets share a row of panels; more are split into a row of near and a row of far sets, see
-    :func:`set_rows`.
-
-    Raises:
-        TrajOODError: missing columns, no rows, or a tolerance that is not positive.
-    """
-    missing = {"split", "role", "step", "quantity", *_QUANTILES} - set(curves.columns)
-    if missing or curves.empty:
-        got = f"without {', '.join(sorted(missing))}" if missing else "of 0 rows"
-        raise TrajOODError(f"plot: expected dynamics by split, step and quantity, got a table {got}; record them first")
-    if not tol > 0:
-        raise TrajOODError(f"plot: expected a tolerance above 0, got {tol}; 1e-5 is the paper's")
-    roles: dict[str, str] = dict(curves[["split", "role"]].drop_duplicates().itertuples(index=False))
-    sets = near_first({name: role for name, role in roles.items() if role in _ROLES})
-    known = sorted((name for name in roles if name not in sets), key=lambda name: roles[name] != "test")
-    ids = {name: look("id", DASHES[n % len(DASHES)]) for n, name in enumerate(known)}
-    looks = {**ids, **{name: look(*line_of(n)) for n, name in enumerate(sets)}}
-    legend = {f"{name} ({sets.get(name, 'ID')})": own for name, own in looks.items()}
-    legend[f"tolerance {tol:g}"] = {"color": INKS["muted"], "linestyle": "--"}
-    rows = set_rows(sets)
-    title = "Latent dynamics under f = E∘D\nMedians over samples, with the central half of ID ones as a band"
-    figure, axes = canvas(DYNAMICS, 3 * len(rows), 3, title, legend, headroom=0.2)
-    for n, names in enumerate(rows.values()):
-        shown = {name: own for name, own in looks.items() if name in ids or name in names}
-        for axis, (quantity, name) in zip(axes[3 * n :], QUANTITIES.items(), strict=False):
-            dynamics(axis, curves, quantity, tol, shown)
-            axis.title.set_text(name)
-    return figure
-
-
-def set_rows(sets: Mapping[str, str]) -> dict[str, list[str]]:
-    """OOD sets, name → role, by the title of the row of panels that shows them: one row up to four, else near and far
-    apart."""
-    if len(sets) <= 4:
-        return {"ID and OOD sets": list(sets)}
-    rows = {f"ID and {role} sets": [name for name in sets if sets[name] == role] for role in _ROLES}
-    return {title: names for title, names in rows.items() if names}
-
-
-def dynamics(axis: Axes, curves: pd.DataFrame, quantity: str, tol: float, looks: Mapping[str, Look]) -> None:
-    """One quantity over steps (see :func:`dynamics_curves`): the median of each split of ``looks``; those in the ink of
-    ID with their central half as a band."""
-    table = curves[(curves["quantity"] == quantity) & curves["split"].isin(looks.keys())]
-    for split, own in looks.items():
-        rows = table[table["split"] == split].sort_values("step")
-        if rows.empty:
-            continue
-        rows = rows.iloc[_thinned(len(rows))]
-        steps = rows["step"].to_numpy()
-        low, middle, high = (rows[name].to_numpy(dtype=np.float64) for name in _QUANTILES)
-        if quantity == "residual_sq":
-            # A censored lower edge lies at the tolerance or below: the band reaches down to the line.
-            low, middle, high = np.where(np.isnan(low), tol, low), *(down_to_tolerance(tol, q) for q in (middle, high))
-        if own["color"] == INKS["id"] and quantity != "running":
-            axis.fill_between(steps, low, high, color=INKS["id"], alpha=0.2, linewidth=0)
-        axis.plot(steps, 100 * middle if quantity == "running" else middle, linewidth=1.5, **own)
-    _step_axis(axis, int(table["step"].max()) if len(table) else 1)
-    if quantity == "residual_sq":
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(numticks=5))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
-        if tol > 0:
-            axis.axhline(tol, color=INKS["muted"], linestyle="--", linewidth=1)
-            axis.update_datalim([(0, tol / 3), (0, 3 * tol)])  # the line is seen where every curve lies below it
-            axis.autoscale_view(scalex=False)
-    elif quantity == "running":
-        axis.set_ylim(-2, 102)
-
-
-def down_to_tolerance(tol: float, values: Floats) -> Floats:
-    """The values with the first censored (NaN) step after the last known one set to ``tol``: the curve lands there."""
-    known = np.flatnonzero(~np.isnan(values))
-    values = values.copy()
-    if known.size and known[-1] + 1 < values.size:
-        values[known[-1] + 1] = tol
-    return values
-
-
-def _thinned(length: int) -> NDArray[np.int64]:
-    """Indices of about 100 of ``length`` steps, all of the first ones: there the curves bend."""
-    wanted = np.concatenate([[0], np.geomspace(1, max(1, length - 1), _CURVE_POINTS)]).round().astype(np.int64)
-    return np.unique(np.clip(wanted, 0, length - 1))
-
-
-def _step_axis(axis: Axes, last: int) -> None:
-    """Steps on a logarithmic axis that still shows step 0."""
-    axis.set_xscale("symlog", linthresh=1)
-    ticks = [0, *(t for t in (1, 10, 100, 1000) if t < 0.6 * last), last]
-    axis.xaxis.set_major_locator(FixedLocator(sorted(set(ticks))))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.set_xlim(0, max(1, last))
-    axis.set_xlabel("step t")
-
-
-def _power_of_ten(value: float, _: int) -> str:
-    """``10⁻⁴``; text within the drawing, so no markup."""
-    exponent = round(math.log10(value))
-    return {0: "1", 1: "10", 2: "100"}.get(exponent, "10" + str(exponent).translate(_RAISED))
-
 
 # ---------------------------------------------------------------------------------------------- latent space
-
-
-def paths(pictures: Pictures, title: str) -> Figure:
-    """Paths of a few samples in the plane of the run's gallery, see :func:`plane`."""
-    legend = {"ID": look("id"), "near OOD": look("near"), "far OOD": look("far")}
-    legend["attractor of a training image"] = {"color": INKS["muted"], "marker": ".", "linestyle": ""}
-    note = "A ring is where a path starts (z₀), a disc where it ends."
-    figure, (axis,) = canvas(PLANE, title=f"{title}\n{note}", legend=legend)
-    plane(axis, pictures)
-    return figure
-
-
-def plane(axis: Axes, pictures: Pictures) -> None:
-    """Paths z_0 … z_N in the plane: a ring where one starts, a disc where it ends, grey the attractors.
-
-    Where the latent is the plane itself, arrows show f(z) − z (the paper's Fig. 1), their opacity its length.
-    """
-    _arrows(axis, pictures.field)
-    axis.plot(*pictures.attractors.T, "o", color=INKS["muted"], markersize=3.2, alpha=0.6, markeredgewidth=0)
-    known = [path[np.isfinite(path).all(axis=1)].astype(np.float64) for path in pictures.paths]
-    low, high = view_limits(pictures.paths, pictures.attractors)
-    for sample, path in zip(pictures.samples, known, strict=True):
-        if not len(path):
-            continue
-        ink = INKS[sample.role if sample.role in _ROLES else "id"]
-        thin = _without_crowds(path, 0.004 * float(np.max(high - low)))
-        axis.plot(*thin.T, color=ink, linewidth=1.1, alpha=0.75)
-        axis.plot(*path[0], "o", markerfacecolor=INKS["paper"], markeredgecolor=ink, markersize=4.6)
-        axis.plot(*path[-1], "o", color=ink, markersize=4.6, markeredgewidth=0)
-    axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    if pictures.plane == "latent":
-        axis.set(xlabel="z₁", ylabel="z₂")
-    else:  # coordinates that nobody will look up
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    axis.grid(visible=False)
-
-
-def _arrows(axis: Axes, field: NDArray[np.float32]) -> None:
-    """The direction of f(z) − z at each point of the grid; one length for all, since lengths span decades."""
-    lengths = np.hypot(field[:, 2], field[:, 3]) if len(field) else np.zeros(0)
-    if not (lengths > 0).any():
-        return
-    points, lengths = field[lengths > 0], lengths[lengths > 0]
-    spacing = math.sqrt(float(np.ptp(field[:, 0]) * np.ptp(field[:, 1])) / len(field))
-    unit = points[:, 2:] / lengths[:, None] * 0.7 * spacing
-    # Three classes of opacity instead of a colour map: fewer paths, and legible in both themes.
-    for low, high, alpha in ((0, 0.33, 0.25), (0.33, 0.67, 0.4), (0.67, 1.01, 0.6)):
-        rank = np.argsort(np.argsort(lengths)) / lengths.size
-        some = (rank >= low) & (rank < high)
-        axis.quiver(*points[some, :2].T, *unit[some].T, angles="xy", scale_units="xy", scale=1, width=0.0022,
-                    color=INKS["muted"], alpha=alpha, pivot="mid")  # fmt: skip
-
-
-def _without_crowds(path: Floats, least: float) -> Floats:
-    """The path without points that lie closer than ``least`` to the one drawn before."""
-    kept = [path[0]]
-    for point in path[1:-1]:
-        if np.hypot(*(point - kept[-1])) >= least:
-            kept.append(point)
-    return np.stack([*kept, path[-1]])
-
-
-def attractor_gallery(
-    decoded: Floats | None, nearest: Floats, captions: Sequence[str], limits: Floats, title: str
-) -> Figure:
-    """Decoded attractors, each above the training image nearest to it.
-
-    Args:
-        decoded: (K, C, H, W) in the model's units, C = 1 or 3; None draws the training images alone, for a model
-            that does not decode to images.
-        nearest: (K, C, H, W) training images, likewise.
-        captions: K texts, one for each column.
-        limits: (2, C) values drawn as black and as full brightness.
-        title: of the figure.
-    Raises:
-        TrajOODError: no attractors, or another number of captions or channels.
-    """
-    kinds = {"D(z*)": decoded, "nearest\ntraining image": nearest}
-    shown = {name: images for name, images in kinds.items() if images is not None}
-    sizes = [images.shape[:2] for images in shown.values()]
-    if not len(nearest) or any(size != (len(captions), nearest.shape[1]) or size[1] not in (1, 3) for size in sizes):
-        raise TrajOODError(
-            f"plot: expected grey or RGB images (K, C, H, W) for {len(captions)} captions, got "
-            f"{', '.join(str(images.shape) for images in shown.values())}"
-        )
-    bands = [slice(first, first + 8) for first in range(0, len(nearest), 8)]
-    rows = [
-        PictureRow(name, images[band], limits, captions[band] if n == 0 else ())
-        for band in bands
-        for n, (name, images) in enumerate(shown.items())
-    ]
-    return picture_rows(rows, title)

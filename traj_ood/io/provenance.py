@@ -26,6 +26,7 @@ _DECIDES_NOTHING = (
     "drawing/",
     "errors.py",
     "evaluation/compare.py",
+    "evaluation/dynamics_plots.py",
     "evaluation/leaderboard.py",
     "evaluation/parallel.py",
     "evaluation/plots.py",

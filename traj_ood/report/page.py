@@ -1,7 +1,8 @@
 """The page: what a reader sees of runs, put into the template. No clock, no network, no model, no data.
 
 The template escapes every text by itself; only the drawings, the style sheet and the script are markup. The drawings
-are the panels of the run's figures (:mod:`traj_ood.evaluation.plots`); titles, legends and numbers are the page's.
+are the panels of the run's figures (``plots`` and ``dynamics_plots`` of :mod:`traj_ood.evaluation`); titles, legends
+and numbers are the page's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from traj_ood.drawing.style import Figure, line_of, look
 from traj_ood.drawing.svg import inline_svg
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.evaluation import plots
+from traj_ood.evaluation import dynamics_plots, plots
 from traj_ood.evaluation.gallery import Frames, Mistake, Pictures, chosen_scorers
 from traj_ood.evaluation.results import ScorerResult
 from traj_ood.evaluation.runs import Run
@@ -244,7 +245,9 @@ def _view(draw: Draw, run: Run, scorers: Sequence[str] | None) -> RunView:
         others=len(run.result.scorers) - len(labels),
         dynamics=_dynamics(draw, run),
         no_dynamics=_no_dynamics(run),
-        plane=draw(plots.alone(plots.PLANE, plots.plane, pictures), _plane_label(pictures)) if pictures else None,
+        plane=draw(plots.alone(dynamics_plots.PLANE, dynamics_plots.plane, pictures), _plane_label(pictures))
+        if pictures
+        else None,
         plane_text=_plane_text(pictures) if pictures else "",
         films=[_film(pictures, frames) for frames in pictures.frames] if pictures else [],
         no_films=pictures.no_frames if pictures else "",
@@ -372,11 +375,11 @@ def _dynamics(draw: Draw, run: Run) -> list[tuple[str, list[Drawing], list[Key]]
     keys = {key.name: key for key in _keys(run)}
     known = {str(name): look("id") for name in run.curves.loc[run.curves["role"] == "test", "split"].unique()}
     found = []
-    for title, names in plots.set_rows(run.sets()).items():
+    for title, names in dynamics_plots.set_rows(run.sets()).items():
         looks = known | {name: look(keys[name].ink, keys[name].dash) for name in names}
         panels = []
-        for quantity, name in plots.QUANTITIES.items():
-            figure = plots.alone(plots.DYNAMICS, plots.dynamics, run.curves, quantity, tol, looks)
+        for quantity, name in dynamics_plots.QUANTITIES.items():
+            figure = plots.alone(dynamics_plots.DYNAMICS, dynamics_plots.dynamics, run.curves, quantity, tol, looks)
             panels.append(Drawing(name, "", "", draw(figure, f"{name} over steps, {title}")))
         found.append((title, panels, [keys[name] for name in names]))
     return found

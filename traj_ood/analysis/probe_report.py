@@ -1,0 +1,223 @@
+"""What the probe found: figures, a sentence and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from traj_ood.analysis.base import Answer
+from traj_ood.analysis.omp import Floats
+from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ONE_STEP, ORTHOGONAL, Coder, Errors, Noise
+from traj_ood.dynamics.trajectory import Status
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
+
+
+_SHARE_SHOWN = 0.05
+"""Of the atoms, in pictures and in the sentence: Fig. 4a's."""
+
+_GALLERY = 24
+
+
+def report(noise: Noise, coder: Coder, sets: Sequence[Errors], *, max_steps: int, pictured: int) -> Answer:
+    """The answer, from what was measured on each set of images.
+
+    Args:
+        noise: where the starts ended. coder: model, dictionaries and levels.
+        max_steps: of the iteration, for the sentence. pictured: sets in the pictures, the first of ``sets``.
+    """
+    return _Report(noise, coder, sets, max_steps, pictured).answer()
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Figures, sentence and pictures."""
+
+    noise: Noise
+    coder: Coder
+    sets: Sequence[Errors]
+    max_steps: int
+    pictured: int
+
+    def answer(self) -> Answer:
+        rows = [row for errors in self.sets for row in self._rows(errors)]
+        at = self._shown_level()
+        ratios = {name: [self._ratio(errors, name, at) for errors in self.sets] for name in (ATTRACTORS, ONE_STEP)}
+        ends = self.noise.dictionary
+        figures = {
+            "model": self.coder.model.name,
+            "latent_dimension": int(ends.points[0].numel()),
+            "atoms": len(ends),
+            "converged": self._share(Status.CONVERGED),
+            "finite": 1 - self._share(Status.NON_FINITE),
+            "median_steps": float(ends.steps.double().median()),
+            "distinct_end_points": len(ends.distinct()),
+            "dictionaries": [self._about(name) for name in DICTIONARIES],
+            "unit": "mean squared error in the model's normalised pixel units, mean over images",
+            "rows": rows,
+            "ratio": {name: dict(zip([e.name for e in self.sets], r, strict=True)) for name, r in ratios.items()},
+            "ratio_atoms": self.coder.levels[at],
+            "ratio_share": self.coder.levels[at] / len(ends),
+        }
+        return Answer(figures, self._sentence(ratios, at), self._pictures(at))
+
+    def _share(self, status: Status) -> float:
+        """Of the starts from noise, those that ended so."""
+        return float((self.noise.dictionary.statuses == status).double().mean())
+
+    def _used(self, errors: Sequence[Errors], name: str, level: int) -> float:
+        """Atoms in a reconstruction that may have ``level``, the median over the images: a pursuit may end before."""
+        used = torch.cat([e.tensors["used"][:, DICTIONARIES.index(name)] for e in errors])
+        return float(used.clamp(max=level).double().median())
+
+    def _shown_level(self) -> int:
+        """Place of the level nearest to 5 % of the atoms."""
+        wanted = _SHARE_SHOWN * len(self.noise.dictionary)
+        return min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
+
+    def _ratio(self, errors: Errors, name: str, at: int) -> float | None:
+        """Error over that of the random basis; None where the basis makes no error to compare with."""
+        means = errors.means("image")[:, at]
+        ratio = float(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
+        return ratio if math.isfinite(ratio) else None
+
+    def _about(self, name: str) -> dict[str, Any]:
+        dictionary = self.coder.dictionaries[name]
+        rank, energy = dictionary.spectrum()
+        return {
+            "dictionary": name,
+            "atoms": len(dictionary),
+            "rank": rank,
+            "directions_of_90_percent": energy,
+            "median_atoms_used": self._used(self.sets, name, len(dictionary)),
+        }
+
+    def _rows(self, errors: Errors) -> list[dict[str, Any]]:
+        image, latent = errors.means("image"), errors.means("latent")
+        count = len(self.noise.dictionary)
+        return [
+            {
+                "set": errors.name,
+                "images": int(errors.tensors["decoded"].numel()),
+                "dictionary": name,
+                "atoms": level,
+                "share": level / count,
+                "median_atoms_used": self._used([errors], name, level),
+                "image_mse": float(image[d, i]),
+                "latent_mse": float(latent[d, i]),
+                "image_mse_of_D(E(x))": float(errors.tensors["decoded"].mean()),
+            }
+            for d, name in enumerate(DICTIONARIES)
+            for i, level in enumerate(self.coder.levels)
+        ]
+
+    def _sentence(self, ratios: Mapping[str, list[float | None]], at: int) -> str:
+        level, ends = self.coder.levels[at], self.noise.dictionary
+        names = [errors.name for errors in self.sets]
+        means = [errors.means("image")[:, at].tolist() for errors in self.sets]
+
+        def lower(one: str, other: str) -> str:
+            a, b = DICTIONARIES.index(one), DICTIONARIES.index(other)
+            return _told([n for n, errors in zip(names, means, strict=True) if errors[a] < errors[b]], len(names))
+
+        converged, lost = (int((ends.statuses == s).sum()) for s in (Status.CONVERGED, Status.NON_FINITE))
+        used = {name: f"{self._used(self.sets, name, level):g}" for name in DICTIONARIES}
+        return (
+            f"Of {len(ends):,} starts from noise {converged:,} ({converged / len(ends):.1%}) converged within "
+            f"{self.max_steps:,} steps and {lost:,} left the finite numbers; the finite end points "
+            f"({len(ends) - lost:,}, distinct: {len(ends.distinct()):,}) are the atoms called attractors. With at most "
+            f"{level:,} atoms ({level / len(ends):.1%} of the starts; {used[ATTRACTORS]} in the median reconstruction, "
+            f"{used[ORTHOGONAL]} of the random basis) they have a lower error than a random orthogonal basis on "
+            f"{lower(ATTRACTORS, ORTHOGONAL)} (median ratio {_median(ratios[ATTRACTORS])}). f applied once "
+            f"to the noise does so on {lower(ONE_STEP, ORTHOGONAL)} ({_median(ratios[ONE_STEP])}; "
+            f"{used[ONE_STEP]} atoms); attractors have a lower error than that on {lower(ATTRACTORS, ONE_STEP)}."
+        )
+
+    def _pictures(self, at: int) -> dict[str, Callable[[], Figure]]:
+        found: dict[str, Callable[[], Figure]] = {"probe.png": self._draw_errors, "atoms.png": self._draw_atoms}
+        if self.pictured:
+            found["reconstructions.png"] = lambda: self._draw_reconstructions(at)
+            found["growth.png"] = self._draw_growth
+        return found
+
+    def _draw_errors(self) -> Figure:
+        from traj_ood.drawing.charts import Curve, Panel, curves
+
+        panels = []
+        for errors in self.sets:
+            means, levels = errors.means("image"), [float(level) for level in self.coder.levels]
+            lines = [Curve(name, levels, means[d].tolist()) for d, name in enumerate(DICTIONARIES)]
+            floor = float(errors.tensors["decoded"].mean())
+            lines.append(Curve("D(E(x))", levels, [floor] * len(levels)))
+            log_y = floor > 0 or bool((means > 0).any())
+            panels.append(Panel(errors.name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=log_y))
+        title = f"Data-free probing of {self.coder.model.name}: {len(self.noise.dictionary):,} starts from noise"
+        return curves(panels, title)
+
+    def _draw_reconstructions(self, at: int) -> Figure:
+        from traj_ood.drawing.charts import PictureRow, picture_rows
+
+        rows = []
+        for errors in self.sets[: self.pictured]:
+            rows.append(PictureRow(errors.name, errors.tensors["inputs"].numpy(), self._limits()))
+            for d, name in enumerate(DICTIONARIES):
+                rows.append(PictureRow(_broken(name), errors.tensors["pictures"][:, d, at].numpy(), self._limits()))
+        level = self.coder.levels[at]
+        share = level / len(self.noise.dictionary)
+        return picture_rows(rows, f"{self.coder.model.name}: reconstructions with at most {level} atoms ({share:.1%})")
+
+    def _draw_growth(self) -> Figure:
+        from traj_ood.drawing.charts import PictureRow, picture_rows
+
+        rows = []
+        for errors in self.sets[: self.pictured]:
+            for d, name in enumerate(DICTIONARIES):
+                line = torch.cat([errors.tensors["pictures"][0, d], errors.tensors["inputs"][:1]])
+                captions = [*(f"{level} atoms" for level in self.coder.levels), "input"]
+                label = f"{errors.name}\n{_broken(name)}" if d == 0 else _broken(name)
+                rows.append(PictureRow(label, line.numpy(), self._limits(), captions if d == 0 else ()))
+        return picture_rows(rows, f"{self.coder.model.name}: one image of a set with more and more atoms")
+
+    def _draw_atoms(self) -> Figure:
+        from traj_ood.drawing.charts import PictureRow, picture_rows
+
+        ends = self.noise.dictionary
+        kept = ends.distinct()[:_GALLERY]
+        images = self.coder.model.decode(ends.usable()[kept].to(self.coder.model.device)).cpu()
+        title = (
+            f"{self.coder.model.name}: where noise ends, decoded ({self._share(Status.CONVERGED):.1%} converged), "
+            f"{len(kept)} of {len(ends.distinct()):,} distinct points"
+        )
+        rows = [PictureRow("", part.numpy(), self._limits()) for part in images.split(8)]
+        return picture_rows(rows, title)
+
+    def _limits(self) -> Floats:
+        """(2, C): black and white in the model's units."""
+        ends = [
+            self.coder.model.transform(Image.new("RGB", (8, 8), colour)).flatten(1)[:, 0]
+            for colour in ("black", "white")
+        ]
+        return torch.stack(ends).double().numpy()
+
+
+def _median(ratios: Sequence[float | None]) -> str:
+    """Of those that could be measured, in words."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return f"{median(known):.2g}" if known else "none: the basis makes no error"
+
+
+def _told(names: Sequence[str], count: int) -> str:
+    """Which of the sets, in words."""
+    some = f" ({', '.join(names)})" if 0 < len(names) < count else ""
+    return f"{len(names)} of {count} sets of images{some}"
+
+
+def _broken(name: str) -> str:
+    return name.replace(" ", "\n")

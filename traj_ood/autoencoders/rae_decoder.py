@@ -1,0 +1,126 @@
+"""RAE's decoder: latent tokens → images, from the weights that RAE and diffusers publish."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from traj_ood.errors import TrajOODError
+from traj_ood.io.weights import put_weights
+
+HEADS = 16
+"""Attention heads of RAE's ViT-L and ViT-XL decoders, the published ones; the only number their weights do not tell."""
+_NORM_EPS = 1e-12
+
+
+class ViTDecoder(nn.Module):
+    """RAE's decoder: the latent tokens and a learned class token through a ViT, a linear layer to pixels per patch.
+
+    Latents (B, N, width) → images (B, channels, √N · patch, √N · patch). Its parameters are named as in RAE's
+    checkpoints (those of ViT-MAE in transformers 4), so that these load as they are.
+
+    Args:
+        latent_width: of a latent token. width, layers, heads, hidden: of the ViT.
+        tokens: N, a square. patch: pixels a side of what one token becomes.
+    """
+
+    def __init__(
+        self,
+        latent_width: int,
+        tokens: int,
+        *,
+        width: int = 1152,
+        layers: int = 28,
+        heads: int = HEADS,
+        hidden: int = 4096,
+        patch: int = 16,
+        channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise TrajOODError(f"ViT decoder: expected a square number of tokens, got {tokens}")
+        if width % heads:
+            raise TrajOODError(f"ViT decoder: expected a width that {heads} heads divide, got {width}")
+        self.patch, self.channels, self.heads = patch, channels, heads
+        self.decoder_embed = nn.Linear(latent_width, width)
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_layers = nn.ModuleList(_Block(width, heads, hidden) for _ in range(layers))
+        self.decoder_norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.decoder_pred = nn.Linear(width, patch**2 * channels)
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor], heads: int, where: str) -> ViTDecoder:
+        """The decoder that ``weights`` describe, in RAE's names or diffusers'.
+
+        Raises:
+            TrajOODError: weights of another architecture; names ``where``.
+        """
+        weights = {_rae_name(key): value for key, value in weights.items()}
+        try:
+            width, latent_width = weights["decoder_embed.weight"].shape
+            hidden = len(weights["decoder_layers.0.intermediate.dense.bias"])
+            pixels = len(weights["decoder_pred.bias"])
+            tokens = weights["decoder_pos_embed"].shape[1] - 1
+        except KeyError as error:
+            raise TrajOODError(
+                f"{where}: expected the weights of an RAE decoder, {error.args[0]} is missing"
+            ) from error
+        layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("decoder_layers."))
+        patch = math.isqrt(pixels // 3)
+        decoder = cls(latent_width, tokens, width=width, layers=layers, heads=heads, hidden=hidden, patch=patch)
+        put_weights(decoder, weights, where)
+        return decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        tokens = self.decoder_embed(latents)
+        first = self.trainable_cls_token.expand(len(tokens), -1, -1)
+        tokens = torch.cat([first, tokens], dim=1) + self.decoder_pos_embed
+        for layer in self.decoder_layers:
+            tokens = layer(tokens)
+        pixels = self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+        side = math.isqrt(pixels.shape[1])
+        squares = pixels.unflatten(1, (side, side)).unflatten(3, (self.patch, self.patch, self.channels))
+        return squares.permute(0, 5, 1, 3, 2, 4).reshape(len(latents), self.channels, side * self.patch, -1)
+
+
+class _Block(nn.Module):
+    """A pre-norm transformer layer; the nesting is that of the checkpoints' names."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self._heads = heads
+        products = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
+        self.attention = nn.ModuleDict(
+            {"attention": nn.ModuleDict(products), "output": nn.ModuleDict({"dense": nn.Linear(width, width)})}
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
+        self.layernorm_before = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.layernorm_after = nn.LayerNorm(width, eps=_NORM_EPS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self._attend(self.layernorm_before(tokens))
+        hidden = functional.gelu(self.intermediate["dense"](self.layernorm_after(tokens)))
+        return tokens + self.output["dense"](hidden)
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        products: Any = self.attention["attention"]
+        q, k, v = (
+            products[name](tokens).unflatten(2, (self._heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
+        )
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return self.attention["output"]["dense"](mixed.transpose(1, 2).flatten(2))  # type: ignore[index]
+
+
+def _rae_name(key: str) -> str:
+    """RAE's name of a decoder weight that diffusers or RAE call ``key``."""
+    names = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
+    found = re.fullmatch(r"(decoder_layers\.\d+\.attention)\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)", key)
+    return f"{found[1]}.{names[found[2]]}.{found[3]}" if found else key

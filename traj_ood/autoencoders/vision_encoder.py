@@ -1,0 +1,115 @@
+"""Encoders of transformers as autoencoders need them: patch tokens of an image, every weight from its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from traj_ood.autoencoders.hub import DOWNLOAD
+from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
+
+
+class VisionTokens(nn.Module):
+    """The patch tokens (B, N, d) of a transformers vision model: CLS and register tokens are left out.
+
+    Args:
+        model: such as ``Dinov2WithRegistersModel``, ``SiglipVisionModel``, ``ViTModel``.
+        size: side of the images it is shown.
+        plain_norm: take the gain and bias off its last LayerNorm, as RAE does with every encoder. Default True.
+    Raises:
+        TrajOODError: no LayerNorm to change, or an output that is not one token per patch behind some others.
+    """
+
+    def __init__(self, model: nn.Module, size: int, *, plain_norm: bool = True) -> None:
+        super().__init__()
+        config: Any = model.config
+        self.model, self.size, self.plain_norm = model, size, plain_norm
+        if plain_norm:
+            norm = next((getattr(model, n) for n in ("layernorm", "post_layernorm") if hasattr(model, n)), None)
+            if norm is None:
+                raise TrajOODError(f"{type(model).__name__}: it has no final LayerNorm; pass plain_norm=False")
+            with torch.no_grad():  # the same function as without the two, and weights of an unchanged architecture
+                norm.weight.fill_(1.0)
+                norm.bias.zero_()
+        self._options = {"interpolate_pos_encoding": True} if _interpolates(model) else {}
+        patches = (size // int(config.patch_size)) ** 2
+        with torch.inference_mode():
+            tokens = self._tokens(torch.zeros(1, int(config.num_channels), size, size)).shape[1]
+        if size % int(config.patch_size) or not patches <= tokens <= patches + 64:
+            raise TrajOODError(
+                f"{type(model).__name__}: expected one token per patch of {config.patch_size} pixels, got {tokens} "
+                f"tokens for images of {size}"
+            )
+        self._others = tokens - patches
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images, **self._options).last_hidden_state
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._tokens(images)[:, self._others :]
+
+
+def load_vision_model(source: str) -> Any:
+    """A transformers vision encoder by hub name or local folder, with every weight from its file.
+
+    Of a model of images and texts (SigLIP2) the vision tower is taken.
+
+    Raises:
+        TrajOODError: not to be had, or weights that are missing or NaN.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    where = f"encoder {source!r}"
+    with foreign_errors(f"{where}: neither a local folder nor loadable from the hub", f"; {DOWNLOAD}"):
+        config = from_pretrained(AutoConfig, source)
+        answer = from_pretrained(AutoModel, source, config=config, output_loading_info=True, **use_safetensors(source))
+    model = whole_network(answer, where, optional=("pooler", "head."))
+    return getattr(model, "vision_model", model)
+
+
+RAE_ENCODERS = {
+    "dinov2": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", 518, "layernorm"),
+    "siglip2": ("SiglipVisionConfig", "SiglipVisionModel", 256, "post_layernorm"),
+}
+"""Config, model, the size its position embeddings are made for, and its last LayerNorm (which the files leave out).
+RAE's third encoder, ViT-MAE, is an autoencoder of its own here."""
+
+
+def encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> nn.Module:
+    """The encoder of a diffusers folder; transformers itself translates the names of weights between its versions."""
+    import transformers
+
+    config_name, model_name, size, norm = RAE_ENCODERS[kind]
+    width = int(config["encoder_hidden_size"])
+    geometry = getattr(transformers, config_name)(
+        hidden_size=width,
+        intermediate_size=4 * width if kind == "dinov2" else _siglip_hidden(weights, width),
+        patch_size=int(config["encoder_patch_size"]),
+        image_size=size,
+        num_attention_heads=max(1, width // 64),
+        num_hidden_layers=int(config["encoder_num_hidden_layers"]),
+    )
+    gain = next((k for k in weights if k.endswith(f"{norm}.weight")), None)
+    if gain is None:  # RAE takes gain and bias off
+        prefix = "vision_model." if any(k.startswith("vision_model.") for k in weights) else ""
+        weights |= {f"{prefix}{norm}.weight": torch.ones(width), f"{prefix}{norm}.bias": torch.zeros(width)}
+    with foreign_errors(f"{where}: its encoder cannot be read as {model_name}"):
+        answer = getattr(transformers, model_name).from_pretrained(
+            None, config=geometry, state_dict=weights, output_loading_info=True, trust_remote_code=False
+        )
+    return whole_network(answer, f"{where}: its encoder")
+
+
+def _siglip_hidden(weights: Mapping[str, Tensor], width: int) -> int:
+    return next((len(v) for k, v in weights.items() if k.endswith("mlp.fc1.bias") and ".head." not in k), 4 * width)
+
+
+def _interpolates(model: nn.Module) -> bool:
+    """Whether forward has to be told that images are not of the config's size."""
+    import inspect
+
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
