@@ -41,7 +41,7 @@ HEAVY = {
         "autoencoders/rehearsals.py",
         "autoencoders/vit_mae.py",
         "backbones/transformers_models.py",
-        "cli/",
+        "io/pretrained.py",
     },
     "diffusers": {"autoencoders/diffusers_vae.py"},
     "openood": {"openood/", "backbones/openood_networks.py"},

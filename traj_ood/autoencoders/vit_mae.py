@@ -14,6 +14,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders.base import GRID, Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import DOWNLOAD
+from traj_ood.autoencoders.mae_network import DEFAULTS, MAENetwork, is_plain
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
@@ -41,7 +42,8 @@ class ViTMAE(Autoencoder):
     patches anew at every call even at mask ratio 0, here their order is fixed.
 
     Args:
-        model: a ``transformers.ViTMAEForPreTraining``.
+        model: a ``transformers.ViTMAEForPreTraining``, or a :class:`MAENetwork`, which is the same in plain torch and
+            what a folder is read into.
         mask_ratio: 0.0 (default) shows the encoder all patches. The paper does not say; without masking f sees the
             whole image and no choice of a mask enters the score. Above 0 the same patches are hidden at every step
             and for every image.
@@ -78,17 +80,17 @@ class ViTMAE(Autoencoder):
         std: tuple[float, ...] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        config = model.config
+        config = model.config if isinstance(model.config, dict) else model.config.to_dict()
         if not 0 <= mask_ratio < 1:
             raise TrajOODError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
-        if config.norm_pix_loss:
+        if config["norm_pix_loss"]:
             warn(
                 f"{name} was trained with norm_pix_loss: its decoder predicts per-patch normalised pixels, so D(z) is "
                 "not an image and E∘D iterates on distorted input; prefer a checkpoint without it",
                 stacklevel=2,
             )
         assert_position_embeddings(model, name)
-        channels, side = config.num_channels, config.image_size
+        channels, side = config["num_channels"], config["image_size"]
         half = (0.5,) * channels
         defaults = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (half, half)
         if preprocessing is not None:
@@ -136,12 +138,11 @@ class ViTMAE(Autoencoder):
         path = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
         written = read_weights(path)
         with foreign_errors(f"{folder}/config.json: impossible geometry"):
-            model, weights = _built(raw, written, folder / "config.json", path)
-        model.load_state_dict(weights)
+            model = _built(raw, written, folder / "config.json", path)
         stored: dict[str, Any] = {}
         if (folder / PROCESSOR).is_file():
             stored = _read_json(folder / PROCESSOR)
-            options.setdefault("preprocessing", _preprocessing(stored, model.config, str(folder / PROCESSOR)))
+            options.setdefault("preprocessing", _preprocessing(stored, {**DEFAULTS, **raw}, str(folder / PROCESSOR)))
         autoencoder = cls(model, **options)
         check_digest(path, written, raw, stored)  # last: the other errors say more
         return autoencoder
@@ -154,14 +155,14 @@ class ViTMAE(Autoencoder):
         with foreign_errors(f"{where}: neither a local folder nor loadable from the hub", f"; {DOWNLOAD}"):
             answer = from_pretrained(ViTMAEForPreTraining, source, output_loading_info=True, **use_safetensors(source))
         model = whole_network(answer, where, then=f", and would stay random; {_NEED_DECODER}")
-        processor = _preprocessing(_fetched_processor(source), model.config, f"{where}: {PROCESSOR}")
+        processor = _preprocessing(_fetched_processor(source), model.config.to_dict(), f"{where}: {PROCESSOR}")
         options.setdefault("preprocessing", processor)
         return cls(model, **options)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json, readable by transformers too."""
         config: Any = self.module.config
-        text = config.to_json_string()
+        text = config.to_json_string() if not isinstance(config, dict) else json.dumps(config, indent=2) + "\n"
         write_atomic(folder / "config.json", text.encode())
         assert self.preprocessing is not None  # made with the model
         stored = to_processor(self.preprocessing)
@@ -178,9 +179,13 @@ class ViTMAE(Autoencoder):
         return {**mask, "mean": list(self.mean), "std": list(self.std), **own}
 
     def encode_batch(self, images: Tensor) -> Tensor:
+        if isinstance(self.module, MAENetwork) and not self.mask_ratio:
+            return self.module.encode(images)
         return self._encode(images, self._noise, self.mask_ratio)[0]
 
     def decode_batch(self, latents: Tensor) -> Tensor:
+        if isinstance(self.module, MAENetwork):
+            return self.module.decode(latents, self._restore.to(latents.device) if self.mask_ratio else None)
         return self._decode(latents, self._restore.to(latents.device).expand(latents.shape[0], -1))
 
     def grid(self, latents: Tensor) -> Tensor:
@@ -232,7 +237,13 @@ class ViTMAE(Autoencoder):
         return self.module.patchify(images)  # type: ignore[operator]
 
     def _encode(self, images: Tensor, noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, hidden-patch mask (B, patches), ids_restore — transformers' encoder with our patch order."""
+        """Latents, hidden-patch mask (B, patches), ids_restore — the encoder with our patch order."""
+        if isinstance(self.module, MAENetwork):
+            order = noise.to(images.device).argsort(dim=-1)
+            restore = order.argsort(dim=-1)
+            visible = int(self.patches * (1 - ratio))
+            hidden = (restore >= visible).to(images.dtype).expand(len(images), -1)
+            return self.module.encode(images, order, visible), hidden, restore
         vit: Any = self.module.vit
         # The embedding reads the ratio from a config that whoever made the model, and others that wrap it, use, too.
         config = vit.embeddings.config
@@ -244,6 +255,8 @@ class ViTMAE(Autoencoder):
         return out.last_hidden_state, out.mask, out.ids_restore
 
     def _decode(self, latents: Tensor, restore: Tensor) -> Tensor:
+        if isinstance(self.module, MAENetwork):
+            return self.module.decode(latents, restore)
         decoder: Any = self.module.decoder
         return self.module.unpatchify(decoder(latents, restore).logits)  # type: ignore[operator]
 
@@ -253,12 +266,13 @@ _PROCESSORS = ("ViTImageProcessor", "ViTFeatureExtractor")  # with and without "
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
 
 
-def _preprocessing(stored: dict[str, Any], config: Any, where: str) -> Preprocessing:
+def _preprocessing(stored: dict[str, Any], config: dict[str, Any], where: str) -> Preprocessing:
     """Of the checkpoint's own image processor."""
     kind = str(stored.get("image_processor_type") or stored.get("feature_extractor_type") or _PROCESSORS[0])
     if kind.removesuffix("Fast").removesuffix("Pil") not in _PROCESSORS:
         raise TrajOODError(f"{where}: expected a {_PROCESSORS[0]}, got {kind!r}: its images cannot be made here")
-    return from_processor(stored, (config.num_channels, config.image_size, config.image_size), where)
+    side = config["image_size"]
+    return from_processor(stored, (config["num_channels"], side, side), where)
 
 
 def _fetched_processor(source: str) -> dict[str, Any]:
@@ -291,24 +305,33 @@ def own_name(key: str) -> str:
 _NEED_DECODER = "use a ViTMAEForPreTraining checkpoint such as facebook/vit-mae-base"
 
 
-def _built(
-    config: dict[str, Any], written: dict[str, Tensor], config_path: Path, path: Path
-) -> tuple[Any, dict[str, Tensor]]:
-    """The model of a config, and the weights ``written`` by their names in it.
+def _built(config: dict[str, Any], written: dict[str, Tensor], config_path: Path, path: Path) -> Any:
+    """The model of a config with the weights ``written``, by their names in it.
 
     Shapes first, which take no memory: a damaged config could ask for any amount of it.
     """
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
     refuse_larger(config, written, str(config_path))
     with torch.device("meta"):
-        shapes = ViTMAEForPreTraining(ViTMAEConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+        shapes = MAENetwork(config) if is_plain(config) else _theirs(config)
     names = {own_name(key): key for key in shapes.state_dict()}
     weights = {names.get(own_name(key), key): value for key, value in written.items()}
     if not any(key.startswith("decoder.") for key in weights):
         raise TrajOODError(f"{path}: holds an encoder without a decoder, so E∘D does not exist; {_NEED_DECODER}")
     check_weights(weights, shapes, str(path))
-    return build_model(config), weights
+    if not isinstance(shapes, MAENetwork):
+        model = build_model(config)
+        model.load_state_dict(weights)
+        return model
+    # In their own memory, and where allocations begin: kernels round by the alignment of what they read, too.
+    shapes.load_state_dict({key: value.float().clone() for key, value in weights.items()}, assign=True)
+    return shapes
+
+
+def _theirs(config: dict[str, Any]) -> Any:
+    """transformers' own network."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    return ViTMAEForPreTraining(ViTMAEConfig(**{k: v for k, v in config.items() if k != "model_type"}))
 
 
 def build_model(config: dict[str, Any]) -> Any:
@@ -318,9 +341,7 @@ def build_model(config: dict[str, Any]) -> Any:
     built from a config: training then runs and silently learns nothing. They are filled with the 2-D sine-cosine table
     of the original implementation here; class and mask token get std 0.02.
     """
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    model = ViTMAEForPreTraining(ViTMAEConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+    model = _theirs(config)
     grid = int(model.vit.embeddings.patch_embeddings.num_patches**0.5)
     with torch.no_grad():
         for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):

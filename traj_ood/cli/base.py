@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -247,11 +246,7 @@ def main() -> None:
 
 def silence_libraries() -> None:
     """transformers announces its loading and the hub every retry; our own bars and errors say what matters."""
-    from transformers import dynamic_module_utils
-    from transformers.utils import logging as transformers_logging
+    from traj_ood.io.pretrained import silence_transformers
 
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # in place of a question on standard input: no
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    silence_transformers()
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # torch's own derivatives use it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,27 @@ from traj_ood.io.trees import MAX_CONFIG, read_json
 from traj_ood.io.weights import check_weights
 
 _ELSEWHERE = ("auto_map", "use_pretrained_backbone", "custom_pipelines")
+_SILENT: list[bool] = []
+"""Not empty where a program has asked for :func:`silence_transformers`."""
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin")
+
+
+def silence_transformers() -> None:
+    """From now on transformers announces no loading, and asks nothing on standard input: for programs with words of
+    their own. It is not imported for that: what need not load a model of its does not wait for it."""
+    _SILENT.append(True)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if "transformers" in sys.modules:
+        _silence()
+
+
+def _silence() -> None:
+    from transformers import dynamic_module_utils
+    from transformers.utils import logging as transformers_logging
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # in place of a question on standard input: no
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
@@ -31,6 +53,8 @@ def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
         TrajOODError: the model brings code of its own, or asks for some from the hub.
         Exception: whatever else the library raises.
     """
+    if _SILENT:
+        _silence()
     folder = Path(source).expanduser()
     local = {"local_files_only": True} if folder.is_dir() else {}
     source = str(folder) if folder.is_dir() else str(source)
