@@ -264,7 +264,10 @@ def kill(place: Place, moments: int, seed: int, images: int = 20_000) -> dict[st
 
 
 class _BenchTrial:
-    """One benchmark run, from nothing to whole; :class:`_ScoreTrial` is the same for ``score``."""
+    """One benchmark run, from nothing to whole; :class:`_ScoreTrial` is the same for ``score``.
+
+    ``amount`` is what is kept so far: parts here, bytes there.
+    """
 
     def __init__(self, place: Place) -> None:
         self._place, self._whole = place, {}  # type: ignore[var-annotated]
@@ -272,8 +275,8 @@ class _BenchTrial:
     def words(self, out: Path, again: bool) -> list[object]:
         return self._place.bench(out)
 
-    def has_begun(self, out: Path) -> bool:
-        return (out / RUN / "parts").exists()
+    def amount(self, out: Path) -> int:
+        return len(list((out / RUN / "parts").glob("*.safetensors")))
 
     def keep(self, out: Path) -> None:
         """What ``out`` holds now is what every other run must come to."""
@@ -289,7 +292,7 @@ class _BenchTrial:
             Result.load(run / FILE_NAME)
             expect(contents(run) == self._whole, f"{FILE_NAME} is there, but not everything that it vouches for")
             return "finished"
-        parts = len(list((run / "parts").glob("*.safetensors")))
+        parts = self.amount(out)
         return f"{parts} parts" if parts else "nothing"
 
     def check_whole(self, out: Path) -> None:
@@ -309,9 +312,10 @@ class _ScoreTrial:
             return self._place.score(out / "scores.csv", *more)
         return self._place.score_many(out / "scores.csv", self._images, *more)
 
-    def has_begun(self, out: Path) -> bool:
-        part = out / "scores.csv.part"
-        return part.exists() and part.stat().st_size > 0
+    def amount(self, out: Path) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return (out / "scores.csv.part").stat().st_size
+        return 0
 
     def keep(self, out: Path) -> None:
         self._whole = (out / "scores.csv").read_bytes()
@@ -339,7 +343,7 @@ _Trial = _BenchTrial | _ScoreTrial
 
 def _kill_all(place: Place, trial: _Trial, moments: int, seed: int) -> dict[str, Any]:
     out = place.folder / "kill" / "undisturbed"
-    before, working = _undisturbed(place, trial, out)
+    before, working, most = _undisturbed(place, trial, out)
     draw = random.Random(seed)
     early = -(-moments // 4)
     left: list[str] = []
@@ -350,16 +354,16 @@ def _kill_all(place: Place, trial: _Trial, moments: int, seed: int) -> dict[str,
         command = place.run(*trial.words(out, False))
         if number < early:
             time.sleep(before * (number + draw.random()) / early)
-        else:
-            _wait_for_work(command, trial, out)
-            time.sleep(working * (number - early + draw.random()) / (moments - early))
+        else:  # by what is kept, not by the clock: a busy machine takes its time
+            _wait_for(command, trial, out, most * (number - early + draw.random()) / (moments - early))
+            time.sleep(0.01 * draw.random())
         if command.running():
             command.kill()
             left.append(trial.check_killed(out))
             place.run(*trial.words(out, True)).must_end(0)
-        else:  # faster than the run that was timed: nothing was killed
+        else:  # nothing was killed
             command.must_end(0)
-            too_late, working = too_late + 1, 0.9 * working
+            too_late, most = too_late + 1, int(0.9 * most)
         trial.check_whole(out)
         shutil.rmtree(out)
     resumed = sum(text not in ("nothing", "finished") for text in left)
@@ -375,23 +379,27 @@ def _kill_all(place: Place, trial: _Trial, moments: int, seed: int) -> dict[str,
     }
 
 
-def _wait_for_work(command: Command, trial: _Trial, out: Path) -> None:
-    while command.running() and not trial.has_begun(out):
+def _wait_for(command: Command, trial: _Trial, out: Path, amount: float) -> None:
+    """Until so much is kept, something at least."""
+    while command.running() and trial.amount(out) < max(amount, 1):
         time.sleep(0.001)
 
 
-def _undisturbed(place: Place, trial: _Trial, out: Path) -> tuple[float, float]:
-    """Run once; the seconds until something is written, and from then to the end."""
+def _undisturbed(place: Place, trial: _Trial, out: Path) -> tuple[float, float, int]:
+    """Run once; the seconds until something is kept, from then to the end, and the most that was kept."""
     began = time.perf_counter()
     command = place.run(*trial.words(out, False))
-    _wait_for_work(command, trial, out)
-    work = time.perf_counter()
+    _wait_for(command, trial, out, 1)
+    work, most = time.perf_counter(), 1
+    while command.running():
+        most = max(most, trial.amount(out))
+        time.sleep(0.001)
     command.must_end(0)
     ended = time.perf_counter()
     trial.keep(out)
     trial.check_whole(out)
     shutil.rmtree(out)
-    return work - began, ended - work
+    return work - began, ended - work, most
 
 
 # ---------------------------------------------------------------------- disk
@@ -595,7 +603,7 @@ def together(place: Place, rounds: int, seed: int) -> dict[str, Any]:
     trials: list[_Trial] = [_BenchTrial(place), _ScoreTrial(place)]
     record: dict[str, Any] = {}
     for trial in trials:
-        before, working = _undisturbed(place, trial, folder / "undisturbed")
+        before, working, _ = _undisturbed(place, trial, folder / "undisturbed")
         ends = []
         for number in range(rounds):
             out = folder / f"{number}"

@@ -241,9 +241,11 @@ def test_damaged_image_stops_both_and_the_run_continues(place: Path) -> None:
     run = alone(place, "two")
     computed = []
     save = run.parts.save
-    run.parts.save = lambda key, part: (computed.append(key[:-9]), save(key, part))[1]  # type: ignore[method-assign, func-returns-value]
+    run.parts.save = lambda key, part: (computed.append(f"{key}.safetensors"), save(key, part))[1]  # type: ignore[method-assign, func-returns-value]
     run.run()
-    assert set(computed) == {"bright"}
+    assert not kept & set(computed)
+    # How far process 0 came before it heard of the damage is its own pace.
+    assert "bright" in {name.split("-")[0] for name in computed}
     check_same(place, "two", reference)
 
 
