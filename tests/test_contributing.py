@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 import traj_ood
-from traj_ood.analysis import Finding, Workspace
+from traj_ood.analysis import Finding, Workspace, base
 from traj_ood.cli import main
 from traj_ood.data import load_benchmark
 from traj_ood.data.preprocessing import Normalised
@@ -113,7 +113,10 @@ def test_a_benchmark(tmp_path: Path) -> None:
 
 
 def test_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = dict(base.QUESTIONS)
+    monkeypatch.setattr(base, "QUESTIONS", questions)
     question = run("Add a question", monkeypatch)["MeanOfDraws"](draws=400)
+    assert list(questions)[-1] == "mean-of-draws"
     finding = question.run(Workspace(tmp_path / "units"), tmp_path)
     expected = torch.randn(400, generator=torch.Generator().manual_seed(0)).mean()
     assert finding.figures["mean"] == pytest.approx(float(expected))

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import traj_ood
 from traj_ood.autoencoders import PairAutoencoder, load_autoencoder
-from traj_ood.autoencoders.language import load_language_model
+from traj_ood.autoencoders.language import LANGUAGE_MODELS
 from traj_ood.backbones import load_backbone
 from traj_ood.cli import main
 from traj_ood.errors import TrajOODError
@@ -65,7 +65,7 @@ def test_commands_refuse_a_folder_with_code(folder: Path, command: str, prefix: 
 
 
 def language_model(folder: Path) -> Any:
-    return load_language_model(f"causal-lm:{folder}")
+    return LANGUAGE_MODELS.load(f"causal-lm:{folder}", {})
 
 
 def pair(folder: Path) -> Any:

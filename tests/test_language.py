@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from traj_ood.autoencoders.language import LanguageModel, load_language_model
+from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
@@ -110,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_loaded_from_a_folder_with_its_tokenizer(folder: Path) -> None:
-    model = load_language_model(f"causal-lm:{folder}", tokens=8)
+    model = LANGUAGE_MODELS.load(f"causal-lm:{folder}", {"tokens": 8})
     assert (model.name, model.tokens, model.device.type) == ("causal-lm:tiny-llama", 8, "cpu")
     from transformers import AutoTokenizer
 
@@ -122,8 +122,8 @@ def test_loaded_from_a_folder_with_its_tokenizer(folder: Path) -> None:
         expected = whole(input_ids=inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(model.start(TEXTS), expected[0])
     torch.testing.assert_close(model.self_map(model.start(TEXTS)), expected[-1])
-    assert model.fingerprint() == load_language_model(str(folder), tokens=8).fingerprint()
-    assert model.fingerprint() != load_language_model(str(folder), tokens=9).fingerprint()
+    assert model.fingerprint() == LanguageModel.load(str(folder), tokens=8).fingerprint()
+    assert model.fingerprint() != LanguageModel.load(str(folder), tokens=9).fingerprint()
 
 
 def test_texts_and_tokens_that_do_not_fit() -> None:
@@ -159,7 +159,7 @@ def test_hidden_states_must_be_as_wide_as_the_embeddings() -> None:
 
 def test_what_is_no_causal_language_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrajOODError, match=r"causal-lm:\./nowhere: no such folder"):
-        load_language_model("causal-lm:./nowhere")
+        LANGUAGE_MODELS.load("causal-lm:./nowhere", {})
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in folder.iterdir():
@@ -167,14 +167,14 @@ def test_what_is_no_causal_language_model(folder: Path, tmp_path: Path) -> None:
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").unlink()
     with pytest.raises(TrajOODError, match=r"copy: model\.safetensors cannot be read here or fetched"):
-        load_language_model(str(copy))
+        LanguageModel.load(str(copy))
     (copy / "model.safetensors").write_bytes(weights)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(TrajOODError, match=r"copy: .*\d+ tensors missing or of another shape \(first: .*2"):
-        load_language_model(str(copy), tokens=8)
+        LanguageModel.load(str(copy), tokens=8)
     (copy / "config.json").write_text(
         json.dumps({**config, "architectures": ["BertForMaskedLM"], "model_type": "bert"})
     )
     with pytest.raises(TrajOODError, match=r"expected a causal language model, got bert \(BertForMaskedLM\)"):
-        load_language_model(str(copy))
+        LanguageModel.load(str(copy))

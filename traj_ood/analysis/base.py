@@ -1,6 +1,6 @@
 """A question that the paper asks of a model, its options, and the record of the answer.
 
-A question is a frozen dataclass of options in a file of its own, ``analysis/<name>.py`` (``-`` becomes ``_``)::
+A question is a frozen dataclass of options in a file of its own, which ``analysis/__init__.py`` imports::
 
     @register
     @dataclass(frozen=True)
@@ -25,7 +25,6 @@ A question is a frozen dataclass of options in a file of its own, ``analysis/<na
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from abc import ABC, abstractmethod
@@ -46,23 +45,10 @@ if TYPE_CHECKING:
 
 FILE_NAME = "finding.json"
 SCHEMA = "traj_ood.finding/1"
-NAMES = (
-    "memorization",
-    "training",
-    "overfitting",
-    "field",
-    "probe",
-    "dynamics",
-    "convergence",
-    "contraction",
-    "decomposition",
-    "score-field",
-    "regularizers",
-)
-"""Every question, each is found in the file of its name."""
+QUESTIONS: dict[str, type[Question]] = {}
+"""Every question by its name, in the paper's order; filled by ``analysis/__init__.py``, which imports their files."""
 
 _Q = TypeVar("_Q", bound="type[Question]")
-_QUESTIONS: dict[str, type[Question]] = {}
 
 
 @dataclass(frozen=True)
@@ -245,27 +231,24 @@ def register(cls: _Q) -> _Q:
     """Class decorator: make a question available under its name.
 
     Raises:
-        TrajOODError: a name that is not in :data:`NAMES`, or one that is taken.
+        TrajOODError: a name that is taken.
     """
-    if cls.name not in NAMES:
-        raise unknown_name("question", cls.name, NAMES)
-    taken = _QUESTIONS.get(cls.name)
+    taken = QUESTIONS.get(cls.name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         raise TrajOODError(f"question {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}")
-    _QUESTIONS[cls.name] = cls
+    QUESTIONS[cls.name] = cls
     return cls
 
 
 def find_question(name: str) -> type[Question]:
-    """The question's class; its file is imported only now.
+    """The question's class.
 
     Raises:
         TrajOODError: unknown name, with near ones.
     """
-    if name not in NAMES:
-        raise unknown_name("question", name, NAMES)
-    importlib.import_module(f"traj_ood.analysis.{name.replace('-', '_')}")
-    return _QUESTIONS[name]
+    if name not in QUESTIONS:
+        raise unknown_name("question", name, QUESTIONS)
+    return QUESTIONS[name]
 
 
 def options_from(cls: type[Question], pairs: Iterable[str], *, paper: bool = False) -> Question:

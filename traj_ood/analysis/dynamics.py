@@ -27,9 +27,8 @@ from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.images import stack
 from traj_ood.analysis.sources import training_images
 from traj_ood.analysis.workspace import Unit, Workspace
-from traj_ood.autoencoders import MODELS, Autoencoder, DiffusersVAE, load_autoencoder, rehearsals
-from traj_ood.autoencoders.language import PREFIX as LANGUAGE_PREFIX
-from traj_ood.autoencoders.language import LanguageModel, load_language_model
+from traj_ood.autoencoders import FAMILIES, MODELS, Autoencoder, load_autoencoder, rehearsals
+from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
@@ -52,7 +51,7 @@ class Dynamics(Question):
 
     Attributes:
         models: autoencoders as for :func:`traj_ood.load_autoencoder`; ``causal-lm:SOURCE`` for language models, see
-            :func:`traj_ood.autoencoders.language.load_language_model`; ``rehearsal-dinov2``, ``-siglip2``, ``-qwen3``
+            :class:`traj_ood.autoencoders.language.LanguageModel`; ``rehearsal-dinov2``, ``-siglip2``, ``-qwen3``
             and ``-llama`` for small random models of the paper's architectures. At most 6 autoencoders, 6 language
             models.
         images: whose training images autoencoders start from: a benchmark, ``fashion-mnist``, ``mnist``, ``cifar10``,
@@ -100,7 +99,7 @@ class Dynamics(Question):
     @classmethod
     def paper(cls) -> Dynamics:
         """500 training images of ImageNet, 1,000 texts of the Pile, 300 steps."""
-        language = (f"{LANGUAGE_PREFIX}Qwen/Qwen3-0.6B", f"{LANGUAGE_PREFIX}HuggingFaceTB/SmolLM2-1.7B")
+        language = ("causal-lm:Qwen/Qwen3-0.6B", "causal-lm:HuggingFaceTB/SmolLM2-1.7B")
         return cls(
             models=("rae-dinov2", "rae-siglip2", *language),
             images="ImageNet1k",
@@ -170,7 +169,7 @@ class Dynamics(Question):
             random = rehearsals.rehearsal_language_model(name, tokens=self.tokens, seed=self.seed)
             return _Texts(random, *self._texts(work, random))
         if _is_language(name):
-            model = load_language_model(name, tokens=self.tokens)
+            model = LANGUAGE_MODELS.load(name, {"tokens": self.tokens})
             return _Texts(model, *self._texts(work, model))
         rehearsed = name in rehearsals.PAIRS
         autoencoder = rehearsals.rehearsal_pair(name, self.seed) if rehearsed else load_autoencoder(name)
@@ -357,7 +356,7 @@ def _spread(curve: Sequence[float | None]) -> float | None:
 
 
 def _is_language(name: str) -> bool:
-    return name in rehearsals.LANGUAGE or name.startswith(LANGUAGE_PREFIX)
+    return name in rehearsals.LANGUAGE or (":" in name and name.partition(":")[0] in LANGUAGE_MODELS)
 
 
 def _check_name(name: str) -> None:
@@ -366,19 +365,20 @@ def _check_name(name: str) -> None:
     Raises:
         TrajOODError: an unknown name (with near ones), or a folder that is not there.
     """
-    diffusers = f"{DiffusersVAE.family}:"
-    prefix = next((p for p in (LANGUAGE_PREFIX, diffusers) if name.startswith(p)), "")
-    source = name.removeprefix(prefix)
+    families: dict[str, Any] = {**FAMILIES, **LANGUAGE_MODELS}
+    word, _, source = name.partition(":")
+    if not source or word not in families:
+        word, source = "", name
     named = (*MODELS, *rehearsals.PAIRS, *rehearsals.LANGUAGE)
     if name in named or (source and Path(source).expanduser().is_dir()):
         return
-    most = 2 if prefix == diffusers else 1  # slashes of a hub name: diffusers' may end in a folder of the repository
+    fewest, most = families.get(word, Autoencoder).hub_slashes
     if source.startswith((".", "/", "~")) or source.count("/") > most:
         raise TrajOODError(
             f"dynamics: models: expected a name or a folder, {source} is no folder; correct {name!r} in models"
         )
-    if not source or not (prefix == LANGUAGE_PREFIX or "/" in source):
-        known = (*named, f"{LANGUAGE_PREFIX}SOURCE", f"{diffusers}SOURCE", "owner/name", "a folder")
+    if source.count("/") < fewest:
+        known = (*named, *(f"{family}:SOURCE" for family in families), "owner/name", "a folder")
         raise unknown_name("model of dynamics", name, known)
 
 

@@ -77,6 +77,8 @@ class Autoencoder(FixedFunction, ABC):
         family: the word before the colon of ``family:source``; ``custom`` for what is not registered.
         summary: of the family, in a line.
         marks: what ``config.json`` says in folders of this family, such as ``{"model_type": "vit_mae"}``.
+        hub_slashes: fewest and most slashes in a name on the Hugging Face hub; 1 in ``owner/name``, more where a folder
+            of the repository may follow.
         models: its published models by name.
         unsaved: options of :meth:`from_pretrained` that :meth:`options` tells and :meth:`save_pretrained` does not
             write, with their types.
@@ -97,6 +99,7 @@ class Autoencoder(FixedFunction, ABC):
     family: ClassVar[str] = "custom"
     summary: ClassVar[str] = ""
     marks: ClassVar[Mapping[str, str]] = {}
+    hub_slashes: ClassVar[tuple[int, int]] = (1, 1)
     models: ClassVar[Mapping[str, ModelInfo]] = {}
     unsaved: ClassVar[Mapping[str, type]] = {}
     name: str

@@ -48,6 +48,7 @@ class DiffusersVAE(Autoencoder):
 
     family, summary = "diffusers", "autoencoders in diffusers' layout: diffusers:<hub name or folder>"
     marks: ClassVar = {"_class_name": "AutoencoderKL"}
+    hub_slashes: ClassVar = (1, 2)
     models: ClassVar = {
         "sd-vae": ModelInfo(
             "diffusers:CompVis/stable-diffusion-v1-4/vae",

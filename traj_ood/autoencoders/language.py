@@ -4,7 +4,7 @@ App. B.8.2 (Fig. 17): f goes from "the embedding layer to the final layer before
 there are no images, so this is no :class:`~traj_ood.autoencoders.Autoencoder`: it offers what
 :func:`traj_ood.iterate` needs, starts and a self-map, and nothing else::
 
-    model = load_language_model("causal-lm:HuggingFaceTB/SmolLM2-1.7B", tokens=64)
+    model = LANGUAGE_MODELS.load("causal-lm:HuggingFaceTB/SmolLM2-1.7B", {"tokens": 64})
     trajectory = iterate(model.self_map, model.start(texts), tol=0, max_steps=300, chunk=model.chunk)
 
 Never run here on published weights, which this project could not download; tests build small random GPT-2, Llama and
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,14 @@ from torch import Tensor, nn
 from traj_ood.dynamics.fixed_function import FixedFunction
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.io.families import Families
 from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 from traj_ood.io.weights import fingerprint
 
-PREFIX = "causal-lm:"
+LANGUAGE_MODELS: Families[LanguageModel] = Families(
+    FixedFunction, "language model family", "language model", "family", ("load",)
+)
+"""Families of models over texts, by the word before the colon of a spec."""
 Encode = Callable[[str], Sequence[int]]
 """Text → token ids, with what the model expects at the start of a text."""
 _TOKENS_A_CALL = 2048
@@ -35,6 +39,7 @@ _BOOKKEEPING = ("_name_or_path", "transformers_version", "architectures", "dtype
 """Entries of a config that say where and how a checkpoint was stored; f is computed in float32 whatever they say."""
 
 
+@LANGUAGE_MODELS.register
 class LanguageModel(FixedFunction):
     """A causal transformer without its head: f = embeddings of a text → last hidden states, of the same shape.
 
@@ -52,6 +57,10 @@ class LanguageModel(FixedFunction):
             the embeddings.
     """
 
+    family: ClassVar[str] = "causal-lm"
+    summary: ClassVar[str] = "causal language models of transformers: causal-lm:<hub name or folder>"
+    hub_slashes: ClassVar[tuple[int, int]] = (0, 1)
+
     def __init__(self, model: nn.Module, encode: Encode, *, tokens: int = 64, name: str = "language-model") -> None:
         config: Any = model.config
         most = int(getattr(config, "max_position_embeddings", None) or tokens)
@@ -68,6 +77,39 @@ class LanguageModel(FixedFunction):
             raise TrajOODError(
                 f"{name}: expected hidden states as wide as the embeddings, {width}, got {image.shape[2]}: f needs that"
             )
+
+    @classmethod
+    def load(cls, source: str, *, tokens: int = 64, name: str | None = None) -> LanguageModel:
+        """Any transformers causal language model by hub name or local folder, in float32.
+
+        Args:
+            source: for instance ``Qwen/Qwen3-0.6B``.
+            tokens: see :class:`LanguageModel`.
+        Raises:
+            TrajOODError: not to be had, no causal language model, pickled or missing weights, NaN weights.
+        """
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        folder = Path(source).expanduser()
+        shown = name or f"{cls.family}:{folder.resolve().name if folder.is_dir() else source}"
+        where = str(folder) if folder.is_dir() else source
+        if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+            raise TrajOODError(
+                f"{shown}: no such folder; expected one with config.json, model.safetensors and a tokenizer"
+            )
+        with _reading(shown, "config.json"):
+            config = from_pretrained(AutoConfig, where)
+        if not _is_causal(config):
+            raise TrajOODError(
+                f"{shown}: expected a causal language model, got {config.model_type} "
+                f"({', '.join(config.architectures or ['?'])})"
+            )
+        with _reading(shown, "its tokenizer"):
+            tokenizer = from_pretrained(AutoTokenizer, where)
+        options = {"config": config, "output_loading_info": True, **use_safetensors(where)}
+        with _reading(shown, "model.safetensors"):
+            model = whole_network(from_pretrained(AutoModel, where, **options), shown)
+        return cls(model, lambda text: tokenizer(text)["input_ids"], tokens=tokens, name=shown)
 
     @property
     def device(self) -> torch.device:
@@ -118,38 +160,6 @@ class LanguageModel(FixedFunction):
         return sum(p.numel() for p in self.module.parameters())
 
 
-def load_language_model(spec: str, *, tokens: int = 64, name: str | None = None) -> LanguageModel:
-    """Any transformers causal language model, ``causal-lm:SOURCE``, by hub name or local folder, in float32.
-
-    Args:
-        spec: for instance ``causal-lm:Qwen/Qwen3-0.6B``; the prefix may be left out.
-        tokens: see :class:`LanguageModel`.
-    Raises:
-        TrajOODError: not to be had, no causal language model, pickled or missing weights, NaN weights.
-    """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    source = spec.removeprefix(PREFIX)
-    folder = Path(source).expanduser()
-    shown = name or f"{PREFIX}{folder.resolve().name if folder.is_dir() else source}"
-    where = str(folder) if folder.is_dir() else source
-    if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise TrajOODError(f"{shown}: no such folder; expected one with config.json, model.safetensors and a tokenizer")
-    with _reading(shown, "config.json"):
-        config = from_pretrained(AutoConfig, where)
-    if not _is_causal(config):
-        raise TrajOODError(
-            f"{shown}: expected a causal language model, got {config.model_type} "
-            f"({', '.join(config.architectures or ['?'])})"
-        )
-    with _reading(shown, "its tokenizer"):
-        tokenizer = from_pretrained(AutoTokenizer, where)
-    options = {"config": config, "output_loading_info": True, **use_safetensors(where)}
-    with _reading(shown, "model.safetensors"):
-        model = whole_network(from_pretrained(AutoModel, where, **options), shown)
-    return LanguageModel(model, lambda text: tokenizer(text)["input_ids"], tokens=tokens, name=shown)
-
-
 def _is_causal(config: Any) -> bool:
     """Whether the checkpoint was made as a causal model; where it does not say, whether its kind can be one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -162,5 +172,5 @@ def _is_causal(config: Any) -> bool:
 def _reading(name: str, file: str) -> AbstractContextManager[None]:
     return foreign_errors(
         f"{name}: {file} cannot be read here or fetched",
-        f"; give a local folder with config.json, model.safetensors and tokenizer files: {PREFIX}<folder>",
+        f"; give a local folder with config.json, model.safetensors and tokenizer: {LanguageModel.family}:<folder>",
     )

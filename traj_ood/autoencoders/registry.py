@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import read_config
-from traj_ood.autoencoders.language import PREFIX as LANGUAGE_PREFIX
+from traj_ood.autoencoders.language import LANGUAGE_MODELS
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.extensions import load_plugins
 from traj_ood.io.families import Families, unknown_options_named
@@ -51,7 +51,7 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
         name = MODELS[name].source
     if ":" in name and FAMILIES.knows(name.partition(":")[0]):
         return FAMILIES.load(name, options)
-    if name.startswith(LANGUAGE_PREFIX):
+    if ":" in name and name.partition(":")[0] in LANGUAGE_MODELS:
         raise TrajOODError(f"model {name!r}: a language model has no images: only traj-ood analyze dynamics takes it")
     folder = Path(name).expanduser()
     if folder.is_dir():

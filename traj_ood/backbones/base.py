@@ -48,6 +48,7 @@ class Backbone(FixedFunction, ABC):
     Attributes:
         library: whose network it is: ``timm``, ``torchvision``, … or ``custom``; the word before the colon of a spec.
         summary: of a registered library, in a line: the specs it understands.
+        any_size: whether its ``load`` takes ``input_size``, the side of the images.
         load: class method of a registered library: source, options → the backbone, on the CPU.
         name: what tables call it, such as ``timm:resnet18``; never a machine's path.
         spec: what :func:`traj_ood.backbones.load_backbone` takes to make it again; may hold a path.
@@ -62,6 +63,7 @@ class Backbone(FixedFunction, ABC):
 
     library: ClassVar[str] = "custom"
     summary: ClassVar[str] = ""
+    any_size: ClassVar[bool] = False
     load: ClassVar[Callable[..., Backbone]]
     name: str
     spec: str

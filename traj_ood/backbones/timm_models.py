@@ -42,6 +42,7 @@ class TimmBackbone(NetworkBackbone):
 
     library = "timm"
     summary = "any of timm's models: timm:<name>[:<weights file>], timm:<folder> or timm:hf-hub:<repository>"
+    any_size = True
 
     def __init__(self, network: nn.Module, *, name: str, spec: str, data: Mapping[str, Any] | None = None) -> None:
         from timm.data import create_transform, resolve_model_data_config

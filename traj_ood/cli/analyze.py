@@ -42,11 +42,10 @@ def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: boo
     Writes finding.json (figures, and every difference from the paper) and pictures to OUT and prints one sentence. An
     interrupted run continues where it stopped. Without QUESTION, lists the questions.
     """
-    from traj_ood.analysis import NAMES, find_question, options_from
+    from traj_ood.analysis import QUESTIONS, find_question, options_from
 
     if question is None:
-        for name in NAMES:
-            found = find_question(name)
+        for name, found in QUESTIONS.items():
             say(f"  {name:<14} {found.summary} ({found.figure})")
         return
     asked = options_from(find_question(question), pairs, paper=paper)

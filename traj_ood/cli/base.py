@@ -195,7 +195,9 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 input_size_option = click.option(
-    "--input-size", type=click.IntRange(1), help="Side of a timm: model's images.  [default: as timm declares]"
+    "--input-size",
+    type=click.IntRange(1),
+    help="Side of a backbone's images, where it can change (timm:).  [default: as declared]",
 )
 
 
@@ -210,18 +212,20 @@ def autoencoder_of(
     """The autoencoder ``model``; of a backbone the surrogate that is trained on the training split of ``data``, or was.
 
     Args:
-        input_size: side of a timm network's images. options: of the autoencoder's family.
+        input_size: side of a backbone's images. options: of the autoencoder's family.
         settings: of :func:`traj_ood.surrogate_for`.
     Raises:
-        TrajOODError: a size for another model than timm's; and whatever the loaders raise.
+        TrajOODError: a size for a model whose size cannot be chosen; and whatever the loaders raise.
     """
     from traj_ood.autoencoders import load_autoencoder
-    from traj_ood.backbones import is_backbone_spec, load_backbone
+    from traj_ood.backbones import LIBRARIES, is_backbone_spec, load_backbone
     from traj_ood.training.surrogate_cache import surrogate_for
 
-    if input_size is not None and not model.startswith("timm:"):
+    any_size = [f"{name}:" for name, library in LIBRARIES.items() if library.any_size]
+    if input_size is not None and not model.startswith(tuple(any_size)):
+        known = ", ".join(any_size)
         raise TrajOODError(
-            f"--input-size belongs to timm: models, not to {model}, which has a size of its own: leave it out"
+            f"--input-size belongs to {known} models, not to {model}, which has a size of its own: leave it out"
         )
     if not is_backbone_spec(model):
         return load_autoencoder(model, **(options or {})).to(device)

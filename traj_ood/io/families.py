@@ -38,7 +38,7 @@ class Families(dict[str, type[M]]):
         where, name = f"{self.kind} {own.__qualname__}", getattr(own, self.key)
         home = (own.__module__, own.__qualname__)
         defined = {key for part in own.__mro__[: own.__mro__.index(self._base)] for key in vars(part)}
-        missing = sorted({*own.__abstractmethods__, *(set(self._methods) - defined)})
+        missing = sorted({*getattr(own, "__abstractmethods__", ()), *(set(self._methods) - defined)})
         if missing or not own.summary:
             raise TrajOODError(f"{where}: expected {', '.join(missing) or 'a summary'} in the class: define it")
         if name == "custom" or not re.fullmatch(r"\w[\w.-]*", name):
