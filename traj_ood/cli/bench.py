@@ -1,4 +1,4 @@
-"""``traj-ood bench`` and ``leaderboard``: run a benchmark, render what runs left."""
+"""``traj-ood bench``: run a benchmark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from traj_ood.cli.base import (
     input_size_option,
     main,
     one_line_errors,
-    quote_formulas_option,
     reading_of,
     reading_options,
     silence_libraries,
@@ -205,53 +204,3 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
         approximate=options["approximate"],
         on_error=options["on_error"],
     )
-
-
-@main.command(
-    epilog=examples(
-        "traj-ood leaderboard runs",
-        "traj-ood leaderboard results --csv results/leaderboard.csv --readme README.md",
-        "traj-ood leaderboard results --format openood",
-    )
-)
-@click.argument("folder", type=PATH, default=Path("results"))
-@click.option("--csv", "csv_path", type=PATH, help="Also write the full table as CSV.")
-@click.option("--readme", type=PATH, help="Also put the table between this file's markers.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["markdown", "openood"]),
-    default="markdown",
-    show_default=True,
-    help="openood: rows in the columns of OpenOOD's leaderboard CSV.",
-)
-@quote_formulas_option
-@one_line_errors
-def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, quote_formulas: bool) -> None:
-    """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
-    from traj_ood.detector import refuse_inside
-    from traj_ood.evaluation.leaderboard import (
-        openood_csv,
-        render_markdown,
-        update_readme,
-        write_csv,
-        write_openood_csv,
-    )
-    from traj_ood.evaluation.results import Result
-
-    if form == "openood" and readme is not None:
-        raise TrajOODError("--readme takes the Markdown table: leave out --format openood, or --readme")
-    if csv_path is not None:
-        refuse_inside(csv_path.parent)
-    results = Result.load_all(folder)
-    if form == "openood":
-        if csv_path is not None:
-            write_openood_csv(results, csv_path, quote_formulas=quote_formulas)
-        say(openood_csv(results, quote_formulas=quote_formulas), end="")
-        return
-    markdown = render_markdown(results)
-    if csv_path is not None:
-        write_csv(results, csv_path, quote_formulas=quote_formulas)
-    if readme is not None:
-        update_readme(readme, markdown)
-    say(markdown)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.metrics import METRIC_NAMES, Metrics
 from traj_ood.evaluation.results import Result, ScorerResult
+from traj_ood.evaluation.text_tables import Bold, TextTable
 from traj_ood.io.files import write_atomic
 from traj_ood.text import printable, quote_formula
 
@@ -136,7 +137,7 @@ def write_csv(results: Sequence[Result], path: str | Path, *, quote_formulas: bo
         quote_formulas: put a ``'`` before texts that a spreadsheet would run, such as a model named ``=1+1``
             (:func:`traj_ood.text.quote_formula`). Default True: names are anybody's. Numbers stay numbers.
     """
-    write_atomic(path, _csv(leaderboard(results), quote_formulas, float_format="%.6f").encode())
+    write_atomic(path, csv_text(results, quote_formulas=quote_formulas).encode())
 
 
 def openood_csv(results: Sequence[Result], *, quote_formulas: bool = True) -> str:
@@ -308,35 +309,108 @@ def _over_seeds(metrics: Sequence[Metrics | None], prefix: str = "") -> dict[str
     return figures
 
 
-# ---------------------------------------------------------------------------------------------- Markdown
+# ---------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of the leaderboard is shown.
+
+    Attributes:
+        columns: ``<region>_<metric>`` of :func:`leaderboard`. sort: any of its columns; figures that are better when
+            smaller (``fpr95``, ``f_evaluations``) and texts ascend, others descend. Default: best mean AUROC first.
+        scorers: labels to show, all by default. top: so many rows of each table, all by default.
+        tables: ``means`` over sets, AUROC by OOD ``sets``, or both.
+    """
+
+    columns: Sequence[str] = DEFAULT_COLUMNS
+    sort: str = "all_auroc"
+    scorers: Sequence[str] = ()
+    top: int | None = None
+    tables: Sequence[str] = ("means", "sets")
+
+    def __post_init__(self) -> None:
+        known = [f"{region}_{metric}" for region in REGIONS for metric in METRIC_NAMES]
+        for column in self.columns:
+            if column not in known:
+                raise unknown_name("leaderboard column", column, known)
+        if self.sort not in (texts := ("scorer", "label", "f_evaluations")) and self.sort not in known:
+            raise unknown_name("leaderboard column to sort by", self.sort, [*known, *texts])
+
+    def of(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of :func:`leaderboard` that are shown, in their order.
+
+        Raises:
+            TrajOODError: a scorer that no row has (with near names).
+        """
+        names = {*table["label"], *table["scorer"]}
+        for label in self.scorers:
+            if label not in names:
+                raise unknown_name("scorer of these results", label, names)
+        if self.scorers:
+            table = table[table["label"].isin(self.scorers) | table["scorer"].isin(self.scorers)]
+        ascending = "fpr95" in self.sort or not self.sort.endswith(METRIC_NAMES)
+        order = ["benchmark", "model", self.sort, "scorer", "variant"]
+        table = table.sort_values(order, ascending=[True, True, ascending, True, True], ignore_index=True)
+        return table if self.top is None else table.groupby(["benchmark", "model"], sort=False).head(self.top)
 
 
 def render_markdown(results: Sequence[Result], *, columns: Sequence[str] = DEFAULT_COLUMNS) -> str:
-    """The README's tables: per benchmark and model the means by scorer, best all-AUROC first, then AUROC by OOD set.
+    """:func:`render` as Markdown, everything shown. Raises as it."""
+    return render(results, "markdown", Choice(columns))
 
-    ``columns`` are ``<region>_<metric>`` names of ``leaderboard``; percent with one decimal, ``±`` over seeds. Rows
-    with an unhealthy dictionary carry ⚠ and a number, and the reasons stand below the table.
 
-    Raises ``TrajOODError`` without results, for a seed that comes twice, or for an unknown column.
+def render(results: Sequence[Result], form: str, choice: Choice | None = None) -> str:
+    """Per benchmark and model the means by scorer, best all-AUROC first, then AUROC by OOD set.
+
+    Percent with one decimal, ``±`` over seeds. Rows with an unhealthy dictionary carry ⚠ and a number, and the reasons
+    stand below the table.
+
+    Args:
+        form: ``markdown``, ``latex`` (booktabs) or ``html``; for ``csv`` see :func:`csv_text`.
+        choice: what is shown. Default: everything.
+    Raises:
+        TrajOODError: no results, a seed that comes twice, an unknown column, scorer or format.
     """
-    known = [f"{region}_{metric}" for region in REGIONS for metric in METRIC_NAMES]
-    for column in columns:
-        if column not in known:
-            raise unknown_name("leaderboard column", column, known)
-    means, sets = leaderboard(results), per_set(results)
+    choice = choice or Choice()
+    means, sets = choice.of(leaderboard(results)), per_set(results)
     parts = []
     for (benchmark, model), rows in means.groupby(["benchmark", "model"], sort=False):
         here = sets[(sets["benchmark"] == benchmark) & (sets["model"] == model)]
-        parts.append(f"### {printable(str(benchmark))} · {printable(str(model))}")
-        parts += _means_table(rows, columns)
-        parts += _copies([r for r in results if (r.benchmark, r.model["name"]) == (benchmark, model)])
-        parts.append("AUROC by OOD set:")
-        parts.append(_sets_table(rows, here))
-    return "\n\n".join([*parts, *_NOTES]) + "\n"
+        own = [r for r in results if (r.benchmark, r.model["name"]) == (benchmark, model)]
+        place = f"{benchmark} · {model}"
+        tables = []
+        if "means" in choice.tables:
+            tables.append(
+                replace(_means_table(rows, choice.columns, _copies(own)), caption=f"{place}: means over sets")
+            )
+        if "sets" in choice.tables:
+            tables.append(replace(_sets_table(rows, here), caption=f"{place}: AUROC by OOD set"))
+        if form == "markdown":
+            parts.append(f"### {printable(place)}")
+            for table in tables:
+                parts += ["AUROC by OOD set:"] if table is tables[-1] and "sets" in choice.tables else []
+                parts += [table.markdown(), *table.notes]
+        else:
+            parts += [table.text(form) for table in tables]
+    notes = _NOTES if form == "markdown" else [TextTable((), (), notes=_NOTES).comment(form)]
+    return "\n\n".join([*parts, *notes]) + "\n"
 
 
-def _means_table(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
-    """The table of means and a footnote for each distinct reason of bad health.
+def csv_text(results: Sequence[Result], choice: Choice | None = None, *, quote_formulas: bool = True) -> str:
+    """:func:`leaderboard` as CSV, fractions with 6 decimals; with a choice its rows, in its order, and of the figures
+    its columns with their deviations. ``quote_formulas`` as in :func:`write_csv`. Raises as :func:`render`."""
+    table = leaderboard(results)
+    if choice is not None:
+        table = choice.of(table)
+        figures = [c for c in table if c.startswith(tuple(f"{region}_" for region in REGIONS))]
+        wanted = {name for column in choice.columns for name in (column, f"{column}_std")}
+        table = table.drop(columns=[c for c in figures if c not in wanted])
+    return _csv(table, quote_formulas, float_format="%.6f")
+
+
+def _means_table(rows: pd.DataFrame, columns: Sequence[str], notes: Sequence[str]) -> TextTable:
+    """The table of means, below it a footnote for each distinct reason of bad health and the ``notes``.
 
     The best figure of a column is bold, but only where all rows share data and configuration.
     """
@@ -356,7 +430,7 @@ def _means_table(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
         f"{reason or 'no reason was recorded'}."
         for number, reason in enumerate(reasons, 1)
     ]
-    return [_table(header, lines), *footnotes]
+    return TextTable(header, lines, notes=[*footnotes, *notes])
 
 
 def _copies(results: Sequence[Result]) -> list[str]:
@@ -372,7 +446,7 @@ def _copies(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> str:
+def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> TextTable:
     """AUROC (scorers × OOD sets), scorers in the order of ``rows``, near sets first."""
     roles = sets.drop_duplicates(["set", "role"]).sort_values("role", ascending=False, kind="stable")
     places = list(zip(roles["set"], roles["role"], strict=True))
@@ -383,7 +457,7 @@ def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> str:
         found = [figures.get((row["scorer"], row["variant"], *place), nothing) for place in places]
         mark = "" if row["healthy"] else " ⚠"
         lines.append([_name(row) + mark, *(_percent(f["auroc"], f["auroc_std"]) for f in found)])
-    return _table(["Scorer", *(f"{name} ({role})" for name, role in places)], lines)
+    return TextTable(["Scorer", *(f"{name} ({role})" for name, role in places)], lines)
 
 
 def _name(row: pd.Series) -> str:
@@ -394,21 +468,10 @@ def _percent(mean: float, std: float, *, bold: bool = False) -> str:
     if np.isnan(mean):
         return "—"
     text = f"{100 * mean:.1f}" if np.isnan(std) else f"{100 * mean:.1f} ± {100 * std:.1f}"
-    return f"**{text}**" if bold else text
+    return Bold(text) if bold else text
 
 
 def _openood_percent(mean: float, std: float) -> str:
     if np.isnan(mean):
         return "/"
     return f"{100 * mean:.2f}" if np.isnan(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, first column to the left, figures to the right; a bar inside a cell is escaped."""
-    rows = [header, [":--", *["--:"] * (len(header) - 1)], *lines]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    """A name may hold anything, also a line break, which would end the row."""
-    return printable(text).replace("|", "\\|")

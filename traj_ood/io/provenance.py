@@ -31,6 +31,8 @@ _DECIDES_NOTHING = (
     "evaluation/parallel.py",
     "evaluation/plots.py",
     "evaluation/runs.py",
+    "evaluation/text_tables.py",
+    "evaluation/versus.py",
     "export/",
     "io/card.py",
     "openood/",

@@ -1,0 +1,181 @@
+"""Comparing scorers and runs: the verdict, corrected tests, the command and the formats of tables."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from click.testing import CliRunner, Result
+
+from traj_ood.cli import main
+from traj_ood.errors import TrajOODError
+from traj_ood.evaluation.compare import PairedScores, paired_bootstrap
+from traj_ood.evaluation.leaderboard import Choice, csv_text, leaderboard, render
+from traj_ood.evaluation.results import Result as RunResult
+from traj_ood.evaluation.runs import Run
+from traj_ood.evaluation.text_tables import FORMATS, Bold, TextTable, latex
+from traj_ood.evaluation.versus import compare_runs, compare_scorers, holm
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of one benchmark, whose scores are then replaced by known ones: good > poor on both OOD sets."""
+    folder = tmp_path_factory.mktemp("runs")
+    yaml = tiny.write_benchmark(folder, test=40, ood=40)
+    tiny.conv().save_pretrained(folder / "conv")
+    done = call(
+        *("bench", yaml, "--model", folder / "conv", "--out", folder / "out", "--scorers", "knn:k=2,mahalanobis"),
+        *("--bootstrap", "0", "--no-plots", "--no-pictures", "-q", "--device", "cpu", "--on-duplicates", "warn"),
+    )
+    assert done.exit_code == 0, done.output
+    (first,) = (folder / "out").iterdir()
+    draw = np.random.default_rng(0)
+    table = pd.read_parquet(first / "scores.parquet")
+    ood = (table["role"] != "test").to_numpy()
+    table["knn:k=2"] = draw.normal(size=len(table)) + 2.0 * ood
+    table["mahalanobis"] = draw.normal(size=len(table)) + 0.3 * ood
+    table.to_parquet(first / "scores.parquet")
+    shutil.copytree(first, first.parent / "second")
+    return folder / "out"
+
+
+def test_holm_is_that_of_the_definition() -> None:
+    p = [0.01, 0.04, 0.03, 0.005, 0.9]
+    order = np.argsort(p)
+    expected = np.zeros(5)
+    for rank, index in enumerate(order):
+        expected[index] = max(min(1.0, (5 - j) * p[order[j]]) for j in range(rank + 1))
+    assert holm(p) == pytest.approx(expected.tolist())
+    assert holm([]) == []
+    assert max(holm([0.9, 0.8])) == 1.0
+
+
+def test_a_better_scorer_is_called_better_in_words_and_exit_code(runs: Path, tmp_path: Path) -> None:
+    loaded = Run.load_all(runs)[:1]
+    found = compare_scorers(loaded, "knn:k=2", "mahalanobis", resamples=400)
+    assert loaded[0].scores is not None
+    paired = PairedScores.from_tables([loaded[0].scores], "knn:k=2", "mahalanobis")
+    direct = paired_bootstrap([paired], resamples=400)
+    assert found.mean["auroc"] == direct.mean.auroc
+    assert [row.difference for row in found.sets["fpr95"]] == [
+        direct.sets[0][row.name].fpr95 for row in found.sets["fpr95"]
+    ]
+    assert found.outcome() == found.outcome("fpr95") == 1
+    place = next(path for path in runs.iterdir() if path.name != "second")
+    better = call("compare", place, "--scorers", "knn:k=2,mahalanobis", "--resamples", 400, "--json", tmp_path / "c")
+    assert better.exit_code == 0, better.output
+    assert better.stdout.startswith("knn:k=2 is better than mahalanobis in the mean AUROC over 2 OOD sets: +")
+    assert json.loads((tmp_path / "c").read_text())["verdict"]["auroc"] == found.verdict()
+    worse = call("compare", place, "--scorers", "mahalanobis,knn:k=2", "--resamples", 400, "--metric", "fpr95")
+    assert worse.exit_code == 3
+    assert "knn:k=2 is better than mahalanobis in the mean FPR95" in worse.stdout
+    table = call("compare", place, "--scorers", "knn:k=2,mahalanobis", "--resamples", 400, "--format", "csv")
+    read = pd.read_csv(io.StringIO(table.stdout))
+    assert read["difference"][2] == pytest.approx(direct.mean.auroc.difference)
+    assert (read["p_holm"].dropna() >= read["p"][read["p_holm"].notna()]).all()
+
+
+def test_one_scorer_in_two_runs(runs: Path) -> None:
+    one, two = Run.load_all(runs)
+    same = compare_runs(one, two, "knn:k=2", resamples=50)
+    assert same.outcome() == 0
+    assert same.mean["auroc"].difference == 0
+    assert same.verdict().startswith("No difference between knn:k=2 (")
+    code = call("compare", *sorted(runs.iterdir()), "--scorers", "knn:k=2", "--resamples", 50).exit_code
+    assert code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--scorers", "knn:k=2,knn:k=2"], "expected two scorers, got 'knn:k=2' twice"),
+        (["--scorers", "knn:k=2,mahalanobiss"], "did you mean 'mahalanobis'"),
+        (["--scorers", "a,b,c"], "expected two labels, or one and two runs, got 3 label(s)"),
+    ],
+)
+def test_what_cannot_be_compared(runs: Path, arguments: list[str], words: str) -> None:
+    result = call("compare", runs, *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_runs_on_other_images_are_not_compared(runs: Path) -> None:
+    one, two = Run.load_all(runs)
+    assert two.scores is not None
+    two.scores.loc[0, "id"] = "another.png"
+    with pytest.raises(TrajOODError, match="2 of 121 images are in one of"):
+        compare_runs(one, two, "knn:k=2")
+    with pytest.raises(TrajOODError, match=r"the images of .* are not those of run 0"):
+        compare_scorers([one, two], "knn:k=2", "mahalanobis")
+
+
+# ---------------------------------------------------------------------------------------------- formats
+
+
+def test_the_leaderboard_in_every_format(runs: Path) -> None:
+    results = [RunResult.load(next(p for p in runs.iterdir() if p.name != "second") / "result.json")]
+    table = leaderboard(results)
+    choice = Choice(("all_auroc",), sort="all_fpr95", top=1, tables=("means",))
+    best = table.sort_values("all_fpr95").iloc[0]
+    text = render(results, "latex", choice)
+    assert text.count("\\toprule") == text.count("\\begin{tabular}{lrrrr}") == 1
+    assert f"{latex(best['label'])} & \\textbf{{{100 * best['all_auroc']:.1f}}} & 0.0 & " in text
+    assert render(results, "markdown", choice).count("\n| ") == 3
+    read = pd.read_csv(io.StringIO(csv_text(results, Choice(("near_auroc",), sort="label"))))
+    assert [c for c in read if c.endswith("auroc")] == ["near_auroc"]
+    assert read["label"].tolist() == sorted(table["label"])
+    parser = _Text()
+    parser.feed(render(results, "html", Choice(scorers=("mahalanobis",))))
+    assert parser.tags.count("table") == parser.data.count("mahalanobis") == 2
+    for options, words in (
+        (["--sort", "all"], "unknown leaderboard column to sort by 'all'"),
+        (["--scorers", "kn"], "did you mean 'knn:k=2'"),
+    ):
+        result = call("leaderboard", runs.parent / "out" / "second", *options)
+        assert result.exit_code == 2
+        assert words in result.stderr
+    listed = call(
+        "leaderboard", runs / "second", "--format", "latex", "--columns", "near_auroc,far_auroc", "--tables", "means"
+    )
+    assert "near AUROC $\\uparrow$ & far AUROC $\\uparrow$" in listed.stdout
+
+
+class _Text(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.data: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.data.append(data)
+
+
+def test_names_are_escaped_in_every_format() -> None:
+    odd = "<b>|a_b & 50 % \\x$\n=1+1"
+    table = TextTable(["name", "figure"], [[odd, Bold("1 ± 2")]], caption=odd, notes=["**n** `o`"])
+    parser = _Text()
+    parser.feed(table.text("html"))
+    assert [tag for tag in parser.tags if tag == "b"] == ["b"]  # of the bold cell alone
+    tex = table.text("latex")
+    assert r"<b>|a\_b \& 50 \% \textbackslash{}x\$" in tex
+    assert "\\textbf{1 $\\pm$ 2}" in tex
+    assert len(table.markdown().splitlines()) == 3
+    assert "\\|a_b" in table.markdown()
+    assert TextTable(["n"], [["=1"]]).text("csv") == "n\n'=1"
+    assert set(FORMATS) == {"markdown", "csv", "latex", "html"}
+    with pytest.raises(TrajOODError, match="unknown table format 'tex'"):
+        table.text("tex")

@@ -1,0 +1,197 @@
+"""``traj-ood compare`` and ``leaderboard``: tables of what runs left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from traj_ood.cli.base import (
+    NAME,
+    PATH,
+    SEED,
+    examples,
+    main,
+    one_line_errors,
+    quote_formulas_option,
+)
+from traj_ood.cli.console import note, say
+from traj_ood.errors import TrajOODError
+
+if TYPE_CHECKING:
+    from traj_ood.evaluation.versus import Versus
+
+_EXIT = {1: 0, 0: 1, -1: 3}  # a is better, no difference shown, b is better; 2 is bad input
+_FORMS = ("markdown", "csv", "latex", "html", "openood")
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood compare runs/fashion--fashion-mae--seed0 --scorers field,mahalanobis",
+        "traj-ood compare runs --scorers field,mahalanobis --format latex",
+        "traj-ood compare runs/new runs/old --scorers field --metric fpr95",
+    )
+)
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--scorers",
+    required=True,
+    help="Two labels, a,b: a against b in all RUNS. One label: the first RUN against the 2nd.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["auroc", "fpr95"]),
+    default="auroc",
+    show_default=True,
+    help="What verdict and exit code go by.",
+)
+@click.option(
+    "--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Of the paired bootstrap over images."
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the resamples.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["markdown", "csv", "latex", "html"]),
+    default="markdown",
+    show_default=True,
+    help="Of the tables.",
+)
+@click.option("--json", "json_path", type=PATH, help="Also write all figures to this file.")
+@one_line_errors
+def compare(runs: tuple[Path, ...], scorers: str, metric: str, **options: Any) -> None:
+    """Test whether one scorer is better than another on the same images, in RUNS (folders with a result.json in them or
+    below).
+
+    Prints a verdict, and for each OOD set and their mean the difference in AUROC and FPR95 with its 95 % interval, the
+    p of a paired bootstrap over images, and that p corrected for the number of sets (Holm).
+
+    Exit code: 0 where the first is better in the mean over sets (p < 0.05), 1 where no difference is shown, 3 where the
+    second is better.
+    """
+    found = _compared(runs, [s.strip() for s in scorers.split(",") if s.strip()], options)
+    form = options["form"]
+    if options["json_path"] is not None:
+        from traj_ood.detector import refuse_inside
+        from traj_ood.io.files import write_atomic
+
+        refuse_inside(options["json_path"].parent)
+        write_atomic(options["json_path"], (json.dumps(found.as_dict(), indent=2) + "\n").encode())
+    verdict = found.verdict(metric)  # type: ignore[arg-type]
+    if form == "markdown":
+        say("\n\n".join([verdict, *(table.text(form) for table in found.tables()), *found.notes()]))
+    else:
+        tables = "\n\n".join(table.text(form) for table in found.tables())
+        say(found.frame().to_csv(index=False).rstrip("\n") if form == "csv" else tables)
+        note(verdict)
+    sys.exit(_EXIT[found.outcome(metric)])  # type: ignore[arg-type]
+
+
+def _compared(places: tuple[Path, ...], labels: list[str], options: dict[str, Any]) -> Versus:
+    from traj_ood.evaluation.runs import Run
+    from traj_ood.evaluation.versus import compare_runs, compare_scorers
+
+    settings = {key: options[key] for key in ("resamples", "seed")}
+    groups = [Run.load_all(place) for place in places]
+    loaded = [run for group in groups for run in group]
+    if len(labels) == 2:
+        return compare_scorers(loaded, *labels, **settings)
+    if len(labels) == 1 and len(loaded) == 2:
+        first, second = (_named(run, place) for run, place in zip(loaded, _shown(places, loaded), strict=True))
+        return compare_runs(first, second, labels[0], **settings)
+    raise TrajOODError(
+        f"--scorers: expected two labels, or one and two runs, got {len(labels)} label(s) and {len(loaded)} run(s)"
+    )
+
+
+def _shown(places: tuple[Path, ...], loaded: list[Any]) -> list[str]:
+    """Two names of runs that differ: as they were given, where each was."""
+    return [str(place) for place in places] if len(places) == 2 else [run.place for run in loaded]
+
+
+def _named(run: Any, place: str) -> Any:
+    from dataclasses import replace
+
+    return replace(run, place=place)
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood leaderboard runs",
+        "traj-ood leaderboard runs --format latex --columns all_auroc,all_fpr95 --top 10",
+        "traj-ood leaderboard results --csv results/leaderboard.csv --readme docs/results.md",
+        "traj-ood leaderboard results --format openood",
+    )
+)
+@click.argument("folder", type=PATH, default=Path("results"))
+@click.option("--csv", "csv_path", type=PATH, help="Also write the full table as CSV.")
+@click.option("--readme", type=PATH, help="Also put the table between this file's markers.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(_FORMS),
+    default="markdown",
+    show_default=True,
+    help="latex needs booktabs; openood: rows in the columns of OpenOOD's leaderboard CSV.",
+)
+@click.option(
+    "--columns",
+    type=NAME,
+    help="Comma-separated <near|far|all>_<auroc|fpr95|fpr95_openood|aupr_in|aupr_out>.  [default: nine of them]",
+)
+@click.option(
+    "--sort", type=NAME, default="all_auroc", show_default=True, help="One of these, scorer or f_evaluations."
+)
+@click.option("--scorers", type=NAME, help="Comma-separated labels to show.  [default: all]")
+@click.option("--top", type=click.IntRange(1), help="So many rows of each table.  [default: all]")
+@click.option(
+    "--tables",
+    type=click.Choice(["means", "sets", "both"]),
+    default="both",
+    show_default=True,
+    help="Means, or AUROC by set.",
+)
+@quote_formulas_option
+@one_line_errors
+def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, **options: Any) -> None:
+    """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
+    from traj_ood.detector import refuse_inside
+    from traj_ood.evaluation.leaderboard import (
+        DEFAULT_COLUMNS,
+        Choice,
+        csv_text,
+        openood_csv,
+        render,
+        update_readme,
+        write_csv,
+        write_openood_csv,
+    )
+    from traj_ood.evaluation.results import Result
+
+    quote = options["quote_formulas"]
+    if readme is not None and form != "markdown":
+        raise TrajOODError(f"--readme takes the Markdown table: leave out --format {form}, or --readme")
+    columns = _listed(options["columns"])
+    tables = ("means", "sets") if options["tables"] == "both" else (options["tables"],)
+    choice = Choice(columns or DEFAULT_COLUMNS, options["sort"], _listed(options["scorers"]), options["top"], tables)
+    if csv_path is not None:
+        refuse_inside(csv_path.parent)
+    results = Result.load_all(folder)
+    if form == "openood":
+        if csv_path is not None:
+            write_openood_csv(results, csv_path, quote_formulas=quote)
+        say(openood_csv(results, quote_formulas=quote), end="")
+        return
+    text = csv_text(results, choice, quote_formulas=quote) if form == "csv" else render(results, form, choice)
+    if csv_path is not None:
+        write_csv(results, csv_path, quote_formulas=quote)
+    if readme is not None:
+        update_readme(readme, text)
+    say(text, end="" if form == "csv" else "\n")
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

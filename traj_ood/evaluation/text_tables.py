@@ -1,0 +1,146 @@
+"""Tables of text as Markdown, LaTeX (booktabs), HTML or CSV. Names in them are anybody's, and are escaped."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from traj_ood.errors import unknown_name
+from traj_ood.text import printable, quote_formula
+
+TableFormat = Literal["markdown", "csv", "latex", "html"]
+FORMATS: tuple[str, ...] = get_args(TableFormat)
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "−": "$-$",
+    "—": "---",
+    "…": r"\dots{}",
+    "·": r"$\cdot$",
+    "×": r"$\times$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "⚠": r"$\dagger$",
+    "∘": r"$\circ$",
+}
+
+
+class Bold(str):
+    """A cell that stands out: the best figure of its column."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Rows of cells below a header: the first column holds names, the others figures."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    notes: Sequence[str] = ()
+
+    def text(self, form: str, *, quote_formulas: bool = True) -> str:
+        """The table in a format, one of :data:`FORMATS`; caption and notes belong to all of them but CSV.
+
+        Args:
+            quote_formulas: of CSV, see :func:`traj_ood.text.quote_formula`.
+        Raises:
+            TrajOODError: an unknown format.
+        """
+        if form == "csv":
+            return self._csv(quote_formulas)
+        if form == "latex":
+            return self._latex()
+        if form == "html":
+            return self._html()
+        if form != "markdown":
+            raise unknown_name("table format", form, FORMATS)
+        return "\n\n".join(
+            [*([f"**{_markdown(self.caption)}**"] if self.caption else []), self.markdown(), *self.notes]
+        )
+
+    def comment(self, form: str) -> str:
+        """The notes alone, as the format has text that stands below tables."""
+        if form == "latex":
+            return "\n".join(f"% {printable(_plain(note))}" for note in self.notes)
+        return "\n".join(f"<p>{html.escape(printable(_plain(note)))}</p>" for note in self.notes)
+
+    def markdown(self) -> str:
+        """The rows alone."""
+        rows = [self.header, [":--", *["--:"] * (len(self.header) - 1)], *self.rows]
+        return "\n".join("| " + " | ".join(map(_markdown, row)) + " |" for row in rows)
+
+    def _latex(self) -> str:
+        caption = [f"  \\caption{{{latex(self.caption)}}}"] if self.caption else []
+        lines = [
+            "\\begin{table}",
+            "  \\centering",
+            *caption,
+            f"  \\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+            "    \\toprule",
+            _latex_row(self.header),
+            "    \\midrule",
+            *map(_latex_row, self.rows),
+            "    \\bottomrule",
+            "  \\end{tabular}",
+            *(f"  \\par\\footnotesize {latex(_plain(note))}" for note in self.notes),
+            "\\end{table}",
+        ]
+        return "% needs \\usepackage{booktabs}\n" + "\n".join(lines)
+
+    def _html(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{_html_cell(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        caption = f"<caption>{html.escape(printable(self.caption))}</caption>" if self.caption else ""
+        notes = "".join(f"<p>{html.escape(printable(_plain(note)))}</p>" for note in self.notes)
+        body = "\n".join(row(cells, "td") for cells in self.rows)
+        return f"<table>{caption}\n<thead>{row(self.header, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>{notes}"
+
+    def _csv(self, quote_formulas: bool) -> str:
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([quote_formula(c) if quote_formulas else c for c in row] for row in (self.header, *self.rows))
+        return file.getvalue().rstrip("\n")
+
+
+def latex(text: str) -> str:
+    """Text for LaTeX: what it would obey is escaped, our own signs are its commands, other letters stay.
+
+    >>> latex("knn:k=5_a · 97.2 ± 0.3 %")
+    'knn:k=5\\\\_a $\\\\cdot$ 97.2 $\\\\pm$ 0.3 \\\\%'
+    """
+    return "".join(_LATEX.get(character, character) for character in printable(text))
+
+
+def _plain(text: str) -> str:
+    """A note without the marks of Markdown."""
+    return re.sub(r"\*\*|`", "", text)
+
+
+def _markdown(text: str) -> str:
+    """A name may hold anything, also a line break, which would end the row."""
+    cell = printable(text).replace("|", "\\|")
+    return f"**{cell}**" if isinstance(text, Bold) else cell
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    found = (f"\\textbf{{{latex(cell)}}}" if isinstance(cell, Bold) else latex(cell) for cell in cells)
+    return "    " + " & ".join(found) + r" \\"
+
+
+def _html_cell(text: str) -> str:
+    cell = html.escape(printable(text))
+    return f"<b>{cell}</b>" if isinstance(text, Bold) else cell

@@ -1,0 +1,250 @@
+"""Two scorers, or one scorer in two runs, side by side on the same images: tests over sets and per set, and a verdict.
+
+The tests are those of :mod:`traj_ood.evaluation.compare`; here they are corrected for being many and put in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.evaluation.compare import BootstrapComparison, Difference, PairedScores, paired_bootstrap
+from traj_ood.evaluation.results import near_first
+from traj_ood.evaluation.runs import Run
+from traj_ood.evaluation.text_tables import Bold, TextTable
+
+Metric = Literal["auroc", "fpr95"]
+RESAMPLES = 2000
+"""Default: the smallest p is 2 / 2,001, which stays below 0.05 when Holm's correction multiplies it by 40 sets."""
+ALPHA = 0.05
+_NAMES = {"auroc": "AUROC", "fpr95": "FPR95"}
+_ROW = ("split", "role", "id")
+
+
+@dataclass(frozen=True)
+class SetDifference:
+    """One OOD set: ``holm`` is the p of ``difference`` corrected for the number of sets."""
+
+    benchmark: str
+    name: str
+    role: str
+    difference: Difference
+    holm: float
+
+
+@dataclass(frozen=True)
+class Versus:
+    """What :func:`compare_scorers` and :func:`compare_runs` find.
+
+    Attributes:
+        a, b: what is compared, as a reader knows it.
+        runs: how many runs the figures are means of, by benchmark.
+        mean: by metric, over all sets of all benchmarks, each with equal weight.
+        sets: by metric, each OOD set.
+        resamples: of the bootstrap.
+    """
+
+    a: str
+    b: str
+    runs: Mapping[str, int]
+    mean: Mapping[str, Difference]
+    sets: Mapping[str, Sequence[SetDifference]]
+    resamples: int
+
+    def outcome(self, metric: Metric = "auroc") -> int:
+        """1 where a is better in the mean over sets, -1 where b is, 0 where no difference is shown (p >= 0.05)."""
+        return _sign(self.mean[metric], self.mean[metric].p, metric)
+
+    def verdict(self, metric: Metric = "auroc") -> str:
+        """Sentences: who is better, by how much, how sure that is, and on which sets it is otherwise."""
+        d, count = self.mean[metric], len(self.sets[metric])
+        sign = _sign(d, d.p, metric)
+        over = f"mean {_NAMES[metric]} over {count} OOD set{'s' if count > 1 else ''}"
+        points = f"{_points(d.difference)} points [{_points(d.low)}, {_points(d.high)}], p = {d.p:.2g}"
+        if sign == 0:
+            first = f"No difference between {self.a} and {self.b} is shown in the {over}: {points}."
+        else:
+            better, worse = (self.a, self.b) if sign > 0 else (self.b, self.a)
+            first = f"{better} is better than {worse} in the {over}: {points} ({self.a} minus {self.b})."
+        found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+        for row in self.sets[metric]:
+            found[_sign(row.difference, row.holm, metric)].append(row.name)
+        parts = [
+            f"{name} is better on {len(found[key])} ({', '.join(found[key])})"
+            for key, name in ((1, self.a), (-1, self.b))
+            if found[key]
+        ]
+        parts += [f"no difference is shown on {len(found[0])}"] if found[0] else []
+        return f"{first} On single sets, corrected for their number (Holm), {'; '.join(parts)}." if count > 1 else first
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each metric and OOD set, and one for the mean over sets; fractions."""
+        rows: list[dict[str, Any]] = []
+        for metric, sets in self.sets.items():
+            for row in sets:
+                place = {"metric": metric, "benchmark": row.benchmark, "set": row.name, "role": row.role}
+                rows.append(place | self._figures(row.difference) | {"p_holm": row.holm})
+            rows.append({"metric": metric, "set": "mean over sets", **self._figures(self.mean[metric])})
+        return pd.DataFrame(rows)
+
+    def _figures(self, d: Difference) -> dict[str, Any]:
+        own = asdict(d)
+        return {"scorer_a": self.a, "scorer_b": self.b, **own}
+
+    def tables(self) -> list[TextTable]:
+        """A table for each metric: the sets, and their mean."""
+        tables = []
+        for metric, rows in self.sets.items():
+            arrow = "↑" if metric == "auroc" else "↓"
+            several = len(self.runs) > 1
+            header = ["OOD set", f"{self.a} {arrow}", f"{self.b} {arrow}", "difference [95 %]", "p", "p (Holm)"]
+            lines = [
+                [_place(r, several), *_cells(r.difference, metric, r.holm), f"{r.difference.p:.2g}", f"{r.holm:.2g}"]
+                for r in rows
+            ]
+            d = self.mean[metric]
+            lines.append(["mean over sets", *_cells(d, metric, d.p), f"{d.p:.2g}", ""])
+            tables.append(TextTable(header, lines, caption=f"{_NAMES[metric]} in percent"))
+        return tables
+
+    def notes(self) -> list[str]:
+        """How to read the tables."""
+        runs = ", ".join(f"{n} run{'s' if n > 1 else ''} of {name}" for name, n in self.runs.items())
+        return [
+            f"Means over {runs}. Differences are {self.a} minus {self.b}, in points, with 95 % intervals of a paired "
+            f"bootstrap over images ({self.resamples:,} resamples; crops of one picture stay together). They say "
+            "whether the test images could explain the difference, not what another training would give."
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self) | {"verdict": {metric: self.verdict(metric) for metric in ("auroc", "fpr95")}}
+
+
+def compare_scorers(runs: Sequence[Run], a: str, b: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Versus:
+    """Scorer ``a`` against ``b``, in all runs given: figures are means over the runs of a benchmark, then over sets.
+
+    Args:
+        runs: of one or several benchmarks; those of one benchmark must be of the same test images.
+        a, b: labels of two scorers that every run has.
+        resamples, seed: see :func:`traj_ood.evaluation.compare.paired_bootstrap`. Default: :data:`RESAMPLES`.
+    Raises:
+        TrajOODError: no run, the same scorer twice, a scorer that a run lacks, or other images.
+    """
+    if a == b:
+        raise TrajOODError(f"compare: expected two scorers, got {a!r} twice: name another")
+    suites: dict[str, list[Run]] = {}
+    for run in runs:
+        suites.setdefault(run.result.benchmark, []).append(run)
+    paired = {name: PairedScores.from_tables([_table(run, a, b) for run in own], a, b) for name, own in suites.items()}
+    roles = {name: own[0].sets() for name, own in suites.items()}
+    return _versus(a, b, paired, roles, resamples, seed)
+
+
+def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Versus:
+    """One scorer in two runs on the same images, for instance with two models. Arguments as :func:`compare_scorers`.
+
+    Raises:
+        TrajOODError: runs of other benchmarks or images, or without the scorer.
+    """
+    if first.result.benchmark != second.result.benchmark:
+        raise TrajOODError(
+            f"compare: expected two runs of one benchmark, got {first.result.benchmark} and {second.result.benchmark}: "
+            "compare runs on the same images only"
+        )
+    names = [f"{scorer} ({name})" for name in _told_apart(first, second)]
+    tables = [_table(run, scorer).rename(columns={scorer: n}) for run, n in zip((first, second), names, strict=True)]
+    both = tables[0].merge(tables[1], on=list(_ROW), how="outer", indicator=True)
+    apart = int((both["_merge"] != "both").sum())
+    if apart:
+        raise TrajOODError(
+            f"compare: {apart} of {len(both)} images are in one of {first.place} and {second.place} only: compare runs "
+            "on the same images only"
+        )
+    benchmark = first.result.benchmark
+    paired = {benchmark: PairedScores.from_tables([both.drop(columns="_merge")], *names)}
+    return _versus(names[0], names[1], paired, {benchmark: first.sets()}, resamples, seed)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the p-values of m tests, such that any of them below 0.05 by chance has at most that
+    probability, whatever their dependence (Holm 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected, largest = [0.0] * len(p), 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def _versus(
+    a: str,
+    b: str,
+    paired: Mapping[str, PairedScores],
+    roles: Mapping[str, Mapping[str, str]],
+    resamples: int,
+    seed: int,
+) -> Versus:
+    found: BootstrapComparison = paired_bootstrap(list(paired.values()), resamples=resamples, seed=seed)
+    places = [
+        (number, name, set_name)
+        for number, name in enumerate(paired)
+        for set_name in near_first({s: roles[name].get(s, "far") for s in paired[name].ood})
+    ]
+    sets: dict[str, list[SetDifference]] = {}
+    for metric in _NAMES:
+        each = [getattr(found.sets[number][set_name], metric) for number, _, set_name in places]
+        corrected = holm([d.p for d in each])
+        sets[metric] = [
+            SetDifference(name, set_name, roles[name].get(set_name, "far"), d, p)
+            for (_, name, set_name), d, p in zip(places, each, corrected, strict=True)
+        ]
+    mean = {metric: getattr(found.mean, metric) for metric in _NAMES}
+    return Versus(a, b, {name: pair.runs for name, pair in paired.items()}, mean, sets, resamples)
+
+
+def _told_apart(first: Run, second: Run) -> tuple[str, str]:
+    """Names of two runs: their models where these differ, else their folders, else their seeds."""
+    runs = (first, second)
+    for name in (lambda r: str(r.result.model["name"]), lambda r: r.place.rsplit("/", 1)[-1], lambda r: r.place):
+        a, b = map(name, runs)
+        if a != b:
+            return a, b
+    return "first", "second"
+
+
+def _table(run: Run, *scorers: str) -> pd.DataFrame:
+    if run.scores is None:
+        raise TrajOODError(f"{run.place}: expected scores.parquet of a finished run, found none: run it again")
+    for label in scorers:
+        if label not in run.result.scorers:
+            raise unknown_name(f"scorer of {run.place}", label, run.result.scorers)
+    return run.scores[[*_ROW, *scorers]]
+
+
+def _sign(d: Difference, p: float, metric: str) -> int:
+    if p >= ALPHA or d.difference == 0:
+        return 0
+    return 1 if (d.difference > 0) == (metric == "auroc") else -1
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _cells(d: Difference, metric: str, p: float) -> list[str]:
+    sign = _sign(d, p, metric)
+    own = [f"{100 * d.a:.1f}", f"{100 * d.b:.1f}"]
+    shown = [Bold(own[0]) if sign > 0 else own[0], Bold(own[1]) if sign < 0 else own[1]]
+    return [*shown, f"{_points(d.difference)} [{_points(d.low)}, {_points(d.high)}]"]
+
+
+def _place(row: SetDifference, several: bool) -> str:
+    return f"{row.benchmark}: {row.name} ({row.role})" if several else f"{row.name} ({row.role})"
