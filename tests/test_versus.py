@@ -140,7 +140,7 @@ def test_the_leaderboard_in_every_format(runs: Path) -> None:
     assert parser.tags.count("table") == parser.data.count("mahalanobis") == 2
     for options, words in (
         (["--sort", "all"], "unknown leaderboard column to sort by 'all'"),
-        (["--scorers", "kn"], "did you mean 'knn:k=2'"),
+        (["--scorers", "knn:k=3"], "did you mean 'knn:k=2'"),
     ):
         result = call("leaderboard", runs.parent / "out" / "second", *options)
         assert result.exit_code == 2

@@ -403,7 +403,7 @@ def csv_text(results: Sequence[Result], choice: Choice | None = None, *, quote_f
     table = leaderboard(results)
     if choice is not None:
         table = choice.of(table)
-        figures = [c for c in table if c.startswith(tuple(f"{region}_" for region in REGIONS))]
+        figures = [c for c in map(str, table.columns) if c.startswith(tuple(f"{region}_" for region in REGIONS))]
         wanted = {name for column in choice.columns for name in (column, f"{column}_std")}
         table = table.drop(columns=[c for c in figures if c not in wanted])
     return _csv(table, quote_formulas, float_format="%.6f")
