@@ -38,7 +38,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
 from traj_ood.io.options import read_options, split_pairs
 from traj_ood.io.provenance import environment, git_commit
-from traj_ood.io.trees import read_json
+from traj_ood.io.trees import as_json, read_json
 
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
@@ -201,7 +201,7 @@ class Question(ABC):
 
     def options(self) -> dict[str, Any]:
         """Every option by name, as plain data."""
-        return json.loads(json.dumps(asdict(self)))
+        return as_json(asdict(self))
 
     def differences(self) -> tuple[str, ...]:
         """One sentence per option that is not the paper's."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,8 +16,8 @@ from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors
-from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import check_digest, write_tensors
+from traj_ood.io.trees import write_json
 from traj_ood.io.weights import check_weights, refuse_larger
 
 STRIDES = 4
@@ -123,7 +122,7 @@ class ConvAutoencoder(Autoencoder):
             "bottleneck": net.to_latent.out_features,
         }
         config = {**self.marks, "network": network, "mean": list(self.mean), "std": list(self.std)}
-        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_json(folder / "config.json", config)
         write_tensors(folder / "model.safetensors", net.state_dict(), beside=[config])
 
     def options(self) -> dict[str, Any]:

@@ -19,7 +19,6 @@ Never run here on published weights, which this project could not download. The 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,9 +39,8 @@ from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.iterate import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
-from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import check_digest, write_tensors
-from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
 
 MODEL_TYPE = "traj_ood_pair"
 RAE_EPS = 1e-5
@@ -250,7 +248,7 @@ class PairAutoencoder(Autoencoder):
         }
         weights = {**parts.decoder.state_dict(), "centre": parts.centre, "spread": parts.spread}
         write_tensors(folder / "model.safetensors", weights, beside=[config])
-        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_json(folder / "config.json", config)
 
     def pack(self, folder: Path) -> dict[str, Any] | None:
         parts: Any = self.module

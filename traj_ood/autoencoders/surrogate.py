@@ -7,7 +7,6 @@ trains it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -27,9 +26,8 @@ from traj_ood.backbones.packing import pack_backbone, unpack_backbone
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
-from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import check_digest, write_tensors
-from traj_ood.io.trees import field_of, read_json
+from traj_ood.io.trees import field_of, read_json, write_json
 from traj_ood.io.weights import check_weights, put_weights, refuse_larger
 
 MODEL_TYPE = "traj_ood_surrogate"
@@ -317,7 +315,7 @@ class SurrogateAutoencoder(Autoencoder):
             "recipe": dict(recipe or {}),
         }
         write_tensors(folder / "model.safetensors", self.network.state_dict(), beside=[config])
-        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_json(folder / "config.json", config)
 
     def pack(self, folder: Path) -> dict[str, Any] | None:
         if not isinstance(self.backbone, LIBRARIES.get(self.backbone.library, ())):

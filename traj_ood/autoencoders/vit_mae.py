@@ -25,7 +25,7 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 from traj_ood.io.provenance import PACKAGE
 from traj_ood.io.tensor_file import check_digest, write_tensors
-from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
 from traj_ood.io.weights import check_weights, fingerprint, refuse_larger
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -167,7 +167,7 @@ class ViTMAE(Autoencoder):
         assert self.preprocessing is not None  # made with the model
         stored = to_processor(self.preprocessing)
         write_tensors(folder / "model.safetensors", self.module.state_dict(), beside=[json.loads(text), stored])
-        write_atomic(folder / PROCESSOR, (json.dumps(stored, indent=2) + "\n").encode())
+        write_json(folder / PROCESSOR, stored)
 
     def fingerprint(self) -> str:
         return fingerprint(self.module, [self.family, self.options()], own_name)

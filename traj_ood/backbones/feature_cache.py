@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.extensions import origin_of
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.io.provenance import code_digest, package_digest
+from traj_ood.io.trees import as_json
 
 Failures = list[dict[str, str]]
 Read = Callable[[range], tuple[tuple[str, ...], Tensor, Failures]]
@@ -121,7 +121,7 @@ class _Blocks:
             "block": BLOCK,
         }
         self._group = "-".join(identity[name][:16] for name in ("fingerprint", "images", "transform"))
-        self._claim(json.loads(json.dumps(identity, default=str)), backbone_answers(backbone))
+        self._claim(as_json(identity), backbone_answers(backbone))
 
     def _claim(self, mine: dict[str, Any], said: list[float | None] | None) -> None:
         """Write cache.json, or check that the one that is there says the same."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,8 @@ from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
-from traj_ood.io.files import write_atomic
 from traj_ood.io.tensor_file import write_tensors
-from traj_ood.io.trees import MAX_CONFIG, field_of, read_json
+from traj_ood.io.trees import MAX_CONFIG, as_json, field_of, read_json, write_json
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
 
 DEFAULT_CROP = 0.875  # timm's, for a config that has none
@@ -71,7 +69,7 @@ class TimmBackbone(NetworkBackbone):
             name=name,
             spec=spec,
             preprocessing=preprocessing,
-            options={"transform": json.loads(json.dumps(settings)), "pooling": "pre_logits"},
+            options={"transform": as_json(settings), "pooling": "pre_logits"},
             classifier=classifier if isinstance(classifier, nn.Linear) else None,
         )
 
@@ -195,7 +193,7 @@ def save_folder(
         "pretrained_cfg": {"num_classes": classes, **traits, **data},
     }
     write_tensors(folder / WEIGHTS, network.state_dict())
-    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_json(folder / CONFIG, config)
 
 
 def _from_folder(folder: Path, size: Any) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from traj_ood.detector.tensors import digests_of
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.index import Approximate, Backend
+from traj_ood.io.trees import as_json
 from traj_ood.scorers import Evidence, Scorer
 from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
 from traj_ood.text import printable
@@ -170,7 +170,7 @@ class Detector:
         train = replace(Evidence.join(found.evidence), labels=classes)
         scorers.learn(dictionary, train)
         forget_fit(scorers)
-        health = None if dictionary is None else json.loads(json.dumps(dictionary.health().as_dict()))
+        health = None if dictionary is None else as_json(dictionary.health().as_dict())
         training = {
             "images": len(found.rows),
             "skipped": found.skipped,

@@ -34,7 +34,7 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
 from traj_ood.io.sealed import open_sealed, replaced_folder, seal
 from traj_ood.io.tensor_file import write_tensors
-from traj_ood.io.trees import field_of
+from traj_ood.io.trees import as_json, field_of
 from traj_ood.scorers.base import spec_text
 from traj_ood.scorers.scorer_set import ScorerSet
 
@@ -193,7 +193,7 @@ def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, 
         field_of(settings, "approximate", str, where),  # type: ignore[arg-type]
     )
     scorer = scorers.scorers[0]
-    if json.loads(json.dumps(scorer.options())) != options:
+    if as_json(scorer.options()) != options:
         raise TrajOODError(f"{where}: options of {scorer.name}: expected {scorer.options()}, got {options}: damaged")
     scorer.load(folder / _SCORER)
     check_tensors(folder / _SCORER, scorer.state, stored)

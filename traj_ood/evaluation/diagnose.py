@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,6 +38,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.io.files import write_atomic
 from traj_ood.io.parts import Part
+from traj_ood.io.trees import as_json, write_json
 
 FILE_NAME = "diagnosis.json"
 
@@ -119,7 +119,7 @@ class Diagnosis:
         """All numbers and words, ready for JSON; curves and pictures are files of their own."""
         kept = {k: v for k, v in vars(self).items() if k not in ("curves", "gallery")}
         kept |= {"health": self.health.as_dict(), "verdict": asdict(self.verdict), "meaningful": self.meaningful}
-        return json.loads(json.dumps(kept))
+        return as_json(kept)
 
     def report(self) -> str:
         """The findings for a terminal: one a line, then the verdict."""
@@ -148,8 +148,7 @@ class Diagnosis:
             limits = shown.limits.numpy()
             figure = attractor_gallery(decoded, shown.nearest.numpy(), captions, limits, title)
             save_png(figure, folder / "attractors.png")
-        text = json.dumps(self.as_dict(), indent=2, sort_keys=True)
-        write_atomic(folder / FILE_NAME, (text + "\n").encode())
+        write_json(folder / FILE_NAME, self.as_dict(), sort_keys=True)
 
 
 _SMALLEST_TOL = 1e-30  # a line at 0 has no place on a logarithmic axis

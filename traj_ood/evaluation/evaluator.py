@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -38,6 +37,7 @@ from traj_ood.index import Approximate, Backend
 from traj_ood.io.files import alone_in, empty_folder, write_atomic
 from traj_ood.io.parts import PartStore
 from traj_ood.io.provenance import code_digest, environment, git_commit
+from traj_ood.io.trees import as_json
 from traj_ood.scorers.scorer_set import Precision, ScorerSet
 
 OnDuplicates = Literal["error", "warn"]
@@ -302,7 +302,7 @@ class Evaluator:
         if _is_own_code(self.autoencoder):
             model["answers"] = answers(self._answer, self.autoencoder.input_shape)
         identity = {"benchmark": self.benchmark.name, "model": model, "config": config, "seed": self.config.seed}
-        return json.loads(json.dumps({**identity, "data": data}))
+        return as_json({**identity, "data": data})
 
     def _answer(self, images: Tensor) -> Tensor:
         """What the model makes of images: E, and D of that."""
@@ -435,4 +435,4 @@ def _comparable(mine: Any, other: Any) -> Any:
 def _identity_of(result: Result) -> dict[str, Any]:
     tree = {k: getattr(result, k) for k in ("benchmark", "model", "config", "seed", "data")}
     tree["config"] = {"precision": "fp32", "approximate": "none", **tree["config"]}  # results older than these options
-    return json.loads(json.dumps(tree))
+    return as_json(tree)

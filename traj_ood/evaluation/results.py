@@ -6,7 +6,6 @@ loading is strict: a file that was cut, edited or written by another version is 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,9 +14,8 @@ from typing import Any, Literal
 
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.metrics import Metrics, mean_metrics
-from traj_ood.io.files import write_atomic
 from traj_ood.io.options import read_options
-from traj_ood.io.trees import field_of, read_json
+from traj_ood.io.trees import field_of, read_json, write_json
 
 SCHEMA = 1
 FILE_NAME = "result.json"
@@ -120,13 +118,12 @@ class Result:
                 "store None where a figure is undefined"
             )
         try:
-            text = json.dumps(tree, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False, default=_plain)
+            write_json(path, tree, sort_keys=True, allow_nan=False, ensure_ascii=False, default=_plain)
         except TypeError as error:
             raise TrajOODError(
                 f"result {self.name!r}: expected numbers, text, lists and string keys, got something else "
                 f"({error}); convert it before saving"
             ) from error
-        write_atomic(path, (text + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:

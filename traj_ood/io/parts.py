@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
-from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import code_digest
 from traj_ood.io.tensor_file import open_tensors, write_tensors
-from traj_ood.io.trees import read_json
+from traj_ood.io.trees import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,7 @@ class PartStore:
         Raises:
             TrajOODError: the folder cannot be written.
         """
-        text = json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
-        write_atomic(self.index(group), text.encode())
+        write_json(self.index(group), identity, sort_keys=True, default=str)
 
     # ------------------------------------------------------------------ parts
 

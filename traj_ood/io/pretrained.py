@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,7 @@ from typing import Any
 
 from traj_ood.errors import TrajOODError
 from traj_ood.io.checkpoints import reason_of
-from traj_ood.io.files import write_atomic
-from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
 from traj_ood.io.weights import check_weights
 
 _ELSEWHERE = ("auto_map", "use_pretrained_backbone", "custom_pipelines")
@@ -123,7 +121,7 @@ def forget_paths(folder: Path) -> None:
     for path in sorted(folder.rglob("config.json")):
         config = _read(path)
         if config.pop("_name_or_path", None) is not None:
-            write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+            write_json(path, config)
 
 
 def _read(path: Path) -> dict[str, Any]:

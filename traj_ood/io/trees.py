@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from traj_ood.errors import TrajOODError
+from traj_ood.io.files import write_atomic
 
 MAX_YAML = 2**16
 """Bytes of a YAML file: thousands of lines, which PyYAML reads in a fraction of a second."""
@@ -76,6 +77,17 @@ def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict
     if not isinstance(tree, dict):
         raise TrajOODError(f"{path}: expected a JSON object, got {type(tree).__name__}; {fix}")
     return tree
+
+
+def write_json(path: str | Path, tree: Any, **options: Any) -> None:
+    """Write plain data as a JSON file with two spaces of indentation, whole or not at all.
+
+    Args:
+        options: of ``json.dumps``, such as ``sort_keys=True``.
+    Raises:
+        TrajOODError: the file cannot be written. TypeError, ValueError: what JSON cannot hold; nothing is written.
+    """
+    write_atomic(path, (json.dumps(tree, **{"indent": 2, **options}) + "\n").encode())
 
 
 def field_of(tree: Mapping[str, Any], key: str, kind: type[_T], where: str) -> _T:

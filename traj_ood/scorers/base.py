@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from traj_ood.dynamics.trajectory import Trajectory
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.options import check_options, option_defaults, write_option
 from traj_ood.io.tensor_file import open_tensors, write_tensors
+from traj_ood.io.trees import as_json
 
 ReconstructionKind = Literal["plain", "masked"]
 
@@ -236,7 +236,7 @@ class Scorer(ABC):
         Raises:
             TrajOODError: unreadable, or written by another scorer or with other options.
         """
-        mine = {"scorer": self.name, "options": json.loads(json.dumps(self.options()))}
+        mine = {"scorer": self.name, "options": as_json(self.options())}
         with open_tensors(path, "scorer file", "fit the scorer and save it again") as file:
             if file.header != mine:
                 raise TrajOODError(f"{path}: expected a scorer file of {mine}, got one of {file.header}")

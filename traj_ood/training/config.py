@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,7 +9,7 @@ from typing import Any, Literal, get_args
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.options import option_kinds, read_options
 from traj_ood.io.provenance import PACKAGE
-from traj_ood.io.trees import read_yaml
+from traj_ood.io.trees import as_json, read_yaml
 
 Family = Literal["vit_mae", "conv", "classifier"]
 CONFIGS = PACKAGE / "configs"
@@ -108,4 +107,4 @@ class TrainConfig:
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return json.loads(json.dumps(asdict(self)))
+        return as_json(asdict(self))

@@ -19,6 +19,7 @@ from traj_ood.dynamics.device import training_settings
 from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import code_digest, environment, git_commit
+from traj_ood.io.trees import write_json
 from traj_ood.text import brief, printable
 from traj_ood.training.config import Recipe
 
@@ -258,7 +259,7 @@ class Trainer(ABC):
         """
         if self.out is not None:
             write_atomic(self.out / "README.md", card.encode())
-            write_atomic(self.out / RECORD, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+            write_json(self.out / RECORD, record, sort_keys=True)
             (self.out / _CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from traj_ood.backbones.feature_cache import backbone_answers
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.device import training_settings
 from traj_ood.errors import TrajOODError, unknown_name, warn
+from traj_ood.io.trees import as_json
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.card import surrogate_card
 from traj_ood.training.config import Recipe
@@ -214,7 +214,7 @@ class SurrogateTrainer(Trainer):
             seed=seed * SEED_STRIDE + 1,
             out=out,
             identity={
-                "recipe": json.loads(json.dumps(asdict(recipe))),
+                "recipe": as_json(asdict(recipe)),
                 "seed": seed,
                 "backbone": model.backbone_fingerprint,
                 "features": _digest(features) if out is not None else "",
@@ -297,7 +297,7 @@ def _record(model: SurrogateAutoencoder, trainer: SurrogateTrainer, data: Mappin
             "answers": backbone_answers(model.backbone),
         },
         "network": model.network.geometry(),
-        "recipe": json.loads(json.dumps(asdict(trainer.options))),
+        "recipe": as_json(asdict(trainer.options)),
         "input_noise": trainer.options.noise(model.feature_dim),
         "seed": trainer.seed,
         "data": {**(data or {}), "trained_on": len(trainer.rows), "held_out": len(trainer.val)},
