@@ -52,6 +52,13 @@ VARIANTS = [
     "mahalanobis:covariance=empirical:classes=true",
     "energy:temperature=2.5",
     "vim:dim=3",
+    "rmds:covariance=ledoit-wolf:normalize=true",
+    "ssd:clusters=2",
+    "ssd:classes=true:covariance=ledoit-wolf",
+    "ash:variant=b",
+    "fdbd:regularizer=norm",
+    "she:patterns=predicted:metric=euclidean",
+    "patchcore:view=mean:share=0.5",
     "reconstruction:masked=true",
     "start-distance:view=mean",
     "end-distance:view=mean",
@@ -116,7 +123,7 @@ def probe_images() -> Normalised:
 
 
 def train_labels() -> Tensor:
-    return torch.arange(TRAIN) % 3
+    return model("classifier").examine(train_images().images).logits.argmax(dim=1)  # type: ignore[union-attr]
 
 
 def reads_classifier(spec: str) -> bool:
@@ -359,8 +366,8 @@ SUITE = """
     early-trajectory, early-trajectory:whiten=true, early-trajectory:reference=features,
     early-trajectory:reference=centroids, signature, alignment, contraction-rate, contraction-rate:two_sided=true,
     path-energy, path-energy:two_sided=true, start-distance, end-distance, first-residual, steps, mahalanobis,
-    mahalanobis:normalize=true, knn, knn-auto, knn-paper, gmm, pca-residual, pca-residual:normalize=true, kernel-pca,
-    isolation-forest, lid, feature-norm, feature-norm:two_sided=true, reconstruction
+    mahalanobis:normalize=true, ssd, knn, knn-auto, knn-paper, gmm, pca-residual, pca-residual:normalize=true,
+    kernel-pca, isolation-forest, lid, feature-norm, feature-norm:two_sided=true, reconstruction
 """
 VIEWS_OF_SEVERAL_TOKENS = """
     trajectory:view=mean, trajectory:view=cls, start-distance:view=mean, knn:view=cls, knn:view=tokens,
@@ -373,8 +380,11 @@ VIEWS_OF_SEVERAL_TOKENS = """
     [
         (tiny.conv, ""),
         (tiny.vit, f"{VIEWS_OF_SEVERAL_TOKENS}, reconstruction:masked=true"),
-        (lambda: Classifier(linear=False), "msp, max-logit, energy"),
-        (Classifier, "msp, max-logit, energy, vim"),
+        (lambda: Classifier(linear=False), "msp, max-logit, gen, energy, nnguide, she:patterns=predicted"),
+        (
+            Classifier,
+            "msp, max-logit, gen, energy, vim, residual, react, ash, scale, fdbd, nci, nnguide, she:patterns=predicted",
+        ),
     ],
     ids=["conv", "vit", "classifier", "linear classifier"],
 )
@@ -387,6 +397,7 @@ def test_default_suite_runs_and_holds_every_registered_scorer(make: Callable[[],
     suite = default_suite(make())
     known = {n: cls().needs() for n, cls in SCORERS.items() if n != "test-only"}
     possible = {n for n, needs in known.items() if not needs.logits or make().classes}
+    possible -= {n for n, cls in SCORERS.items() if not cls.suite or (cls().needs().labels and "" in cls.suite)}
     possible -= {n for n, needs in known.items() if needs.head and make().head() is None}
     assert {s.split(":")[0] for s in suite} == possible
     labels = [s.label for s in create_scorers(["all"], make())]

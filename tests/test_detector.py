@@ -47,8 +47,9 @@ VARIANTS = [
     "knn:view=mean",
     "pca-residual:normalize=true",
 ]
-# ViM's own rule takes 48 dimensions, and 30 images have no more.
-SPECS = ["vim:dim=8" if name == "vim" else name for name in SCORERS if name != "test-only"] + VARIANTS
+# ViM's own rule takes 48 dimensions, and 30 images have no more; the labels are not those of the classifier.
+OTHERWISE = {"vim": "vim:dim=8", "residual": "residual:dim=8", "she": "she:patterns=predicted"}
+SPECS = [OTHERWISE.get(name, name) for name in SCORERS if name != "test-only"] + VARIANTS
 
 
 def timm_surrogate(folder: Path) -> SurrogateAutoencoder:

@@ -14,6 +14,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer, Needs
 from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.labels import classes_of
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
@@ -37,8 +38,10 @@ class Mahalanobis(FeatureScorer):
             several hundred dimensions; it sets its strength from the data, so nothing is tuned. ``empirical`` does not
             shrink. Where its Σ is singular Σ⁻¹ is the pseudo-inverse, as in OpenOOD: directions that no training
             feature takes do not count, so use it with many more images than dimensions.
-        normalize: L2-normalise features first: Mahalanobis++ (Müller and Hein 2025), made for classifiers, whose
-            features' lengths vary. Default false: Lee et al.'s form, and the better one on pooled MAE tokens.
+        normalize: L2-normalise features first, as Mahalanobis++ does (Müller and Hein 2025), made for classifiers,
+            whose features' lengths vary. Mahalanobis++ itself is ``classes=true:normalize=true``; without classes this
+            is its class-free form, which is ``ssd`` (Sehwag et al. 2021) up to the shrinkage. Default false: Lee et
+            al.'s form, and the better one on pooled MAE tokens.
     """
 
     name: ClassVar[str] = "mahalanobis"
@@ -95,11 +98,4 @@ class Mahalanobis(FeatureScorer):
         """(N,) int64 classes 0 … C − 1 of the training images, all of which occur."""
         if not self.classes:
             return torch.zeros(count, dtype=torch.int64)
-        if train.labels is None:
-            raise TrajOODError(f"scorer {self.label}: expected class labels of the training images, got none")
-        labels = train.labels.cpu()
-        if labels.shape != (count,) or labels.is_floating_point() or bool((labels < 0).any()):
-            smallest = labels.min().item() if labels.numel() else "none"
-            got = f"shape {tuple(labels.shape)}, {labels.dtype}, smallest {smallest}"
-            raise TrajOODError(f"scorer {self.label}: expected {count} whole labels from 0 on, got {got}")
-        return labels.unique(return_inverse=True)[1]
+        return classes_of(self.label, train, count)

@@ -1,0 +1,55 @@
+"""GEN: generalised entropy of the softmax (Liu et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+from traj_ood.scorers.base import Evidence, Needs, Scorer
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class GEN(Scorer):
+    """Σ p^γ (1 − p)^γ over the M largest softmax probabilities p.
+
+    GEN (Liu et al., CVPR 2023); OpenOOD's ``gen`` with the sign turned, and M times pytorch-ood's, which averages.
+    1 − p of the largest p is computed from the other logits: the difference is zero for every logit that leads by more
+    than 37.
+
+    Args:
+        gamma: γ. Default 0.1, the paper's.
+        top: M, or all classes where there are fewer. Default 100, the paper's for ImageNet.
+    """
+
+    name: ClassVar[str] = "gen"
+    summary: ClassVar[str] = "generalised entropy of the largest softmax probabilities (Liu et al. 2023)"
+    suite: ClassVar[dict[str, int]] = {"": 615}
+    gamma: float = 0.1
+    top: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma < float("inf"):
+            raise TrajOODError(f"scorer {self.name}: gamma must be a number above 0, got {self.gamma}")
+        if self.top < 1:
+            raise TrajOODError(f"scorer {self.name}: top must be at least 1, got {self.top}")
+
+    def needs(self) -> Needs:
+        return Needs(logits=True)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        logits = evidence.class_logits()
+        if logits.shape[1] < 2:
+            raise TrajOODError(f"scorer {self.name}: expected logits of at least 2 classes, got {logits.shape[1]}")
+        ordered = logits.sort(dim=1, descending=True).values
+        logs = ordered.log_softmax(dim=1)
+        rest = torch.log1p(-logs[:, 1:].exp())  # of all but the largest, p is at most a half
+        first = logs[:, 1:].logsumexp(dim=1, keepdim=True)
+        terms = self.gamma * (logs + torch.cat([first, rest], dim=1))
+        return terms[:, : self.top].exp().sum(dim=1)

@@ -1,0 +1,49 @@
+"""NCI: how near the feature lies to the weight vector of its class (Liu and Qin 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+from traj_ood.scorers.base import Evidence
+from traj_ood.scorers.head import HeadScorer
+from traj_ood.scorers.registry import register
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@register
+@dataclass
+class NCI(HeadScorer):
+    """−(w_ŷ · (h − μ) / ‖h − μ‖ + α ‖h‖₁): ŷ the predicted class, w_ŷ its weights, μ the mean training feature.
+
+    Detection by neural collapse (Liu and Qin, CVPR 2025): OpenOOD's ``nci`` with the sign turned. pytorch-ood's takes
+    the cosine instead, which is the same where all w_ŷ have the length 1.
+
+    Args:
+        alpha: α. Default 0.0001, OpenOOD's; the paper chooses it for each network on validation outliers.
+    """
+
+    name: ClassVar[str] = "nci"
+    summary: ClassVar[str] = "nearness of the feature to its class's weights, and its length (Liu and Qin 2025)"
+    suite: ClassVar[dict[str, int]] = {"": 680}
+    alpha: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha < float("inf"):
+            raise TrajOODError(f"scorer {self.name}: alpha must be a number of at least 0, got {self.alpha}")
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        return {"weight": self.head_of(train)[0], "mean": self.features(train).double().mean(dim=0)}
+
+    def score(self, evidence: Evidence) -> Tensor:
+        features = self.features(evidence).double()
+        offsets = features - self.state["mean"]
+        own = self.state["weight"][evidence.class_logits().argmax(dim=1)]
+        near = (own * offsets).sum(dim=1) / offsets.norm(dim=1).clamp(min=_TINY)
+        return -(near + self.alpha * features.abs().sum(dim=1))

@@ -1,0 +1,35 @@
+"""SCALE: the energy after all activations are scaled by how peaked they are (Xu et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from traj_ood.scorers.head import ShapedEnergy, check_percentile, largest, sharpening
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class SCALE(ShapedEnergy):
+    """−log Σ_c exp(exp(s1 / s2) W h + b)_c, s1 the sum of an image's features and s2 that of its largest ones.
+
+    SCALE (Xu et al., ICLR 2024); pytorch-ood's ``SCALE``, and OpenOOD's ``scale`` with the sign turned.
+
+    Args:
+        percentile: of the features that s2 leaves out. Default 85, the paper's.
+    """
+
+    name: ClassVar[str] = "scale"
+    summary: ClassVar[str] = "energy after activations are scaled by the share of the largest ones (Xu et al. 2024)"
+    suite: ClassVar[dict[str, int]] = {"": 660}
+    percentile: float = 85.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_percentile(self.name, self.percentile)
+
+    def shaped(self, features: Tensor) -> Tensor:
+        return features * sharpening(features, largest(features, self.percentile)[0])

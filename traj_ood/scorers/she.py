@@ -1,0 +1,64 @@
+"""SHE: inner product with the stored pattern of the predicted class (Zhang et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+from traj_ood.scorers.base import Evidence, Needs, Scorer
+from traj_ood.scorers.labels import labels_of
+from traj_ood.scorers.registry import register
+
+
+@register
+@dataclass
+class SHE(Scorer):
+    """−h · S_ŷ, S_c the mean feature of the training images of class c that the classifier gets right.
+
+    Simplified Hopfield energy (Zhang et al., ICLR 2023): pytorch-ood's ``SHE``, and OpenOOD's ``she`` with the sign
+    turned. A class without such an image has the pattern 0: after a ReLU no image can be more OOD than one of it.
+
+    Args:
+        patterns: ``correct`` (default, the paper's) needs labels, numbered as the classifier's logits. ``predicted``
+            takes every training image as one of its predicted class: for training images without labels, or with those
+            of other classes than the classifier's.
+        metric: ``inner_product`` (default, the paper's), ``euclidean`` or ``cosine``, as in OpenOOD.
+    """
+
+    name: ClassVar[str] = "she"
+    summary: ClassVar[str] = "inner product with the mean feature of the predicted class (Zhang et al. 2023)"
+    suite: ClassVar[dict[str, int]] = {"patterns=predicted": 700}
+    patterns: Literal["correct", "predicted"] = "correct"
+    metric: Literal["inner_product", "euclidean", "cosine"] = "inner_product"
+
+    def needs(self) -> Needs:
+        return Needs(features=frozenset({"backbone"}), logits=True, labels=self.patterns == "correct")
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        features, logits = train.features["backbone"].cpu().double(), train.class_logits()
+        count, predicted = logits.shape[1], logits.argmax(dim=1)
+        if self.patterns == "correct":
+            labels = labels_of(self.label, train, len(features))
+            right = labels == predicted
+            if int(labels.max()) >= count or float(right.double().mean()) <= 1 / count:
+                raise TrajOODError(
+                    f"scorer {self.label}: expected labels that number the classifier's {count} classes, got "
+                    f"{int(right.sum())} of {len(labels)} right and a largest label of {int(labels.max())}: give the "
+                    "labels in the classifier's order, or use patterns=predicted"
+                )
+            features, predicted = features[right], predicted[right]
+        sums = torch.zeros(count, features.shape[1], dtype=torch.float64).index_add_(0, predicted, features)
+        return {"patterns": sums / predicted.bincount(minlength=count).clamp(min=1)[:, None]}
+
+    def score(self, evidence: Evidence) -> Tensor:
+        features = evidence.features["backbone"].cpu().double()
+        own = self.state["patterns"][evidence.class_logits().argmax(dim=1)]
+        if self.metric == "euclidean":
+            return (features - own).norm(dim=1)
+        if self.metric == "cosine":
+            return -torch.cosine_similarity(features, own, dim=1)
+        return -(features * own).sum(dim=1)
