@@ -647,7 +647,7 @@ def test_what_is_in_it(saved: Path) -> None:
     for file, facts in record["files"].items():
         content = (saved / file).read_bytes()
         assert facts == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert record["schema"] == "traj_ood.detector/1"
+    assert record["schema"] == "traj_ood.detector/2"
     assert record["scorer"]["options"] == {"horizon": 3, "view": "tokens"}
     assert record["calibration"]["images"] == HELD_OUT
     assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
@@ -740,10 +740,10 @@ def test_what_is_no_detector(tmp_path: Path) -> None:
     for content, text in (
         ("", "damaged"),
         ("[]", "damaged .no object."),
-        ("{}", "expected schema traj_ood.detector/1, got 'None': no detector"),
+        ("{}", "expected schema traj_ood.detector/2, got 'None': no detector"),
         ('{"schema": "traj_ood.result/1"}', "got 'traj_ood.result/1': no detector"),
-        ('{"schema": "traj_ood.detector/2"}', "schema 2 is newer than 1, the newest this traj_ood reads: upgrade"),
-        ('{"schema": "traj_ood.detector/99999999999999999999"}', "is newer than 1"),
+        ('{"schema": "traj_ood.detector/3"}', "schema 3 is newer than 2, the newest this traj_ood reads: upgrade"),
+        ('{"schema": "traj_ood.detector/99999999999999999999"}', "is newer than 2"),
         ('{"schema": "traj_ood.detector/1"}', "damaged or edited by hand"),
         ('{"schema": "traj_ood.detector/1", "digest": NaN}', "damaged .NaN is no number."),
         ('{"schema": "traj_ood.detector/1", "x": 1e999}', "damaged"),

@@ -336,7 +336,7 @@ def test_rows_come_in_order_and_bad_images_have_theirs(judge: Detector, folder: 
     assert [row.score for row in good] == pytest.approx(expected.scores.tolist(), rel=1e-9)
     assert {row.decision for row in good} <= {"id", "ood"}
     assert all((row.score > judge.calibration.threshold) == (row.decision == "ood") for row in good)
-    assert {row.status for row in good} <= {"converged", "step_limit"}
+    assert {row.status for row in good} == {"ok"}
     assert {row.error for row in good} == {None}
     assert len({row.score for row in good}) == 21  # images that are told apart
     assert len({row.decision for row in good}) == 2
@@ -397,7 +397,7 @@ def test_scores_beyond_all_numbers_stay_above_every_threshold(
     ):
         assert table["score"].astype(float).tolist() == [math.inf, 1.5]
         assert table["decision"].tolist() == ["ood", "id"]
-        assert table["status"].tolist() == ["non_finite", "scored" if status is None else "converged"]
+        assert table["status"].tolist() == ["non_finite", "ok" if status is None else "converged"]
     for suffix in ("csv", "jsonl"):
         assert write(beyond, entries, tmp_path / f"out.{suffix}", resume=True)[1].count == 2
     lines = (tmp_path / "out.jsonl").read_text()
@@ -435,7 +435,7 @@ def test_rows_without_calibration_or_iteration_leave_columns_empty(folder: Path)
     assert (plain.p_value, plain.decision) == (None, None)
     assert plain.steps == 1
     (static,) = rows_of(make("mahalanobis"), entries)
-    assert (static.steps, static.status) == (None, "scored")
+    assert (static.steps, static.status) == (None, "ok")
 
 
 def test_a_transform_that_fails_is_a_row(judge: Detector, folder: Path) -> None:
@@ -588,8 +588,10 @@ def test_no_images_make_a_table_without_rows(judge: Detector, tmp_path: Path) ->
 def test_a_file_has_its_name_when_it_is_whole(judge: Detector, folder: Path, tmp_path: Path) -> None:
     out, part = tmp_path / "new" / "out.csv", tmp_path / "new" / "out.csv.part"
     with open_table(out) as table:
-        table.write([Row("a", 1.0, status="scored")])
-        assert part.read_bytes() == (",".join(COLUMNS) + "\na,1.0,,,,scored,,\n").encode()  # a reader sees it at once
+        table.write([Row("a", 1.0, status="ok")])
+        assert (
+            part.read_bytes() == (",".join(COLUMNS) + "\na,1.0,,,,ok,,,uncalibrated\n").encode()
+        )  # a reader sees it at once
         assert not out.exists()
     assert part.exists()
     with pytest.raises(
@@ -632,7 +634,7 @@ def test_a_file_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
             with pytest.raises(TrajOODError, match=r"out\.csv\.part: another process is writing it; wait for it"):
                 open_table(tmp_path / "out.csv", **options)
         table.finish()
-    assert (tmp_path / "out.csv").read_bytes().endswith(b"a,1.0,,,,error,,\n")
+    assert (tmp_path / "out.csv").read_bytes().endswith(b"a,1.0,,,,error,,,uncalibrated\n")
 
 
 def test_impossible_tables_are_refused(tmp_path: Path) -> None:
@@ -842,17 +844,18 @@ def test_damaged_rows_are_refused(judge: Detector, folder: Path, tmp_path: Path)
         (b"\0" * 300, "expected a table that starts with"),
         (header.replace(b"score", b"value"), "expected a table that starts with"),
         (header + first + b",1.0\n", r"row 1 is damaged \(2 columns\); start again with --overwrite"),
-        (header + b'"' + first + b'"x,,,,,,,\n', "row 1 is damaged"),
-        (header + first + b",1.00,,,1,scored,,\n", r"row 1 is damaged \(not as it was written\)"),
-        (header + first + b",,,,1,scored,,\n", "row 1 is damaged"),
-        (header + first + b",nan,,,1,scored,,\n", "row 1 is damaged"),
-        (header + first + b",one,,,1,scored,,\n", "row 1 is damaged"),
+        (header + b'"' + first + b'"x,,,,,,,,\n', "row 1 is damaged"),
+        (header + first + b",1.00,,,1,ok,,,uncalibrated\n", r"row 1 is damaged \(not as it was written\)"),
+        (header + first + b",,,,1,ok,,,ok\n", "row 1 is damaged"),
+        (header + first + b",1.0,0.5,ood,1,ok,,,ok\n", r"row 1 is damaged \(not as it was written\)"),
+        (header + first + b",nan,,,1,ok,,,ok\n", "row 1 is damaged"),
+        (header + first + b",one,,,1,ok,,,ok\n", "row 1 is damaged"),
         (header + b'"' + b"x\n" * 2**20, r"row 1 is damaged \(a row without an end\)"),
     ):
         out.with_name("out.csv.part").write_bytes(data)
         with pytest.raises(TrajOODError, match=words):
             write(judge, walk(str(folder)), out, resume=True)
-    odd = json.dumps({**dict.fromkeys(COLUMNS), "path": str(folder / "000.png"), "score": "1", "status": "scored"})
+    odd = json.dumps({**dict.fromkeys(COLUMNS), "path": str(folder / "000.png"), "score": "1", "status": "ok"})
     for data in (b"{}", b"[]", b"nonsense", b"\xff", b"1" * 2**21, b"[" * 10**5, odd.encode()):
         (tmp_path / "out.jsonl.part").write_bytes(data + b"\n")
         with pytest.raises(TrajOODError, match=r"out\.jsonl\.part: row 1 is damaged"):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from traj_ood.backbones import Backbone, CallableBackbone, Features, load_backbone, register_backbone
     from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark, register_benchmark
     from traj_ood.data.preprocessing import Normalised, Preprocessing
-    from traj_ood.detector import Detector, Judgement
+    from traj_ood.detector import Decision, Detector, Judgement
     from traj_ood.dynamics.iterate import LowPrecision, Norm, Observer, iterate
     from traj_ood.dynamics.trajectory import Status, Trajectory
     from traj_ood.errors import TrajOODError
@@ -78,6 +78,7 @@ _HOME = {
         "Preprocessing",
     ),
     "detector": (
+        "Decision",
         "Detector",
         "Judgement",
     ),

@@ -3,9 +3,10 @@
     traj-ood export DETECTOR --format onnx --out detector.onnx
     python benchmarks/consumers/onnx_runtime.py detector.onnx photos/*.jpg > scores.csv
 
-Writes CSV: path, score (higher = more out of distribution), ood (the score is above the threshold in the file; empty
-where it holds none), error. Exit code 3 when an image could not be read. How an image becomes pixels (grey or RGB,
-resizing, cropping) stands in the file's metadata; normalisation is inside the graph.
+Writes CSV: path, score (higher = more out of distribution), p_value and reason: ok or ood, as the graph decides;
+uncalibrated where the file holds no threshold; invalid: ... without a score. Exit code 3 when an image could not be
+read. How an image becomes pixels (grey or RGB, resizing, cropping) stands in the file's metadata; normalisation is
+inside the graph.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 BATCH = 32
+NO_IMAGE = "invalid: the graph takes it for no image"
 MAX_PIXELS = 89_478_485  # decoding more could exhaust the memory
 # Known by their bytes. Others stay closed: Pillow would hand an EPS file to Ghostscript, which runs it as a program.
 Image.init()
@@ -67,17 +69,20 @@ class Model:
         pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    def scores(self, pixels: np.ndarray) -> np.ndarray:
-        """(B, C, H, W) → (B,) float64; NaN for what is no image in [0, 1]."""
-        return self.session.run(["scores"], {"images": pixels})[0]
-
-    def is_ood(self, score: float) -> bool | None:
-        known = self.metadata["calibration"]
-        return None if known is None else bool(score > known["threshold"])
+    def answers(self, pixels: np.ndarray) -> list[tuple[str, str, str]]:
+        """(B, C, H, W) → (score, p_value, reason) of each, as the graph has decided."""
+        names = [output.name for output in self.session.get_outputs()]
+        said = dict(zip(names, (part.tolist() for part in self.session.run(names, {"images": pixels})), strict=True))
+        if self.metadata.get("decisions") is None:
+            nan = (NO_IMAGE if math.isnan(score) else "uncalibrated" for score in said["scores"])
+            return [("" if r == NO_IMAGE else repr(s), "", r) for s, r in zip(said["scores"], nan, strict=True)]
+        words = {int(code): reason for code, reason in self.metadata["decisions"].items()}
+        found = zip(said["scores"], said["p_values"], said["decisions"], strict=True)
+        return [("", "", NO_IMAGE) if words[d] == "invalid" else (repr(s), repr(p), words[d]) for s, p, d in found]
 
 
 def rows(model: Model, paths: list[str]) -> Iterator[tuple[str, str, str, str]]:
-    """(path, score, ood, error) of every image, in order, a batch at a time."""
+    """(path, score, p_value, reason) of every image, in order, a batch at a time."""
     for start in range(0, len(paths), BATCH):
         read: dict[str, np.ndarray] = {}
         failed: dict[str, str] = {}
@@ -86,15 +91,9 @@ def rows(model: Model, paths: list[str]) -> Iterator[tuple[str, str, str, str]]:
                 read[path] = model.pixels(path)
             except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
                 failed[path] = " ".join(str(error).split()) or type(error).__name__
-        scores = dict(zip(read, model.scores(np.stack(list(read.values()))).tolist(), strict=True)) if read else {}
+        said = dict(zip(read, model.answers(np.stack(list(read.values()))), strict=True)) if read else {}
         for path in paths[start : start + BATCH]:
-            if path in failed:
-                yield path, "", "", failed[path]
-            elif math.isnan(scores[path]):
-                yield path, "", "", "the graph takes it for no image"
-            else:
-                ood = model.is_ood(scores[path])
-                yield path, repr(scores[path]), "" if ood is None else str(ood).lower(), ""
+            yield (path, *(said[path] if path in said else ("", "", f"invalid: {failed[path]}")))
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -137,11 +136,11 @@ def main() -> None:
     options = parser.parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # any name
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(("path", "score", "ood", "error"))
+    writer.writerow(("path", "score", "p_value", "reason"))
     broken = False
-    for path, score, ood, error in rows(Model(options.model), options.images):
-        writer.writerow((_quoted(path), score, ood, _quoted(error)))
-        broken |= bool(error)
+    for path, score, p_value, reason in rows(Model(options.model), options.images):
+        writer.writerow((_quoted(path), score, p_value, reason))
+        broken |= reason.startswith("invalid")
     if broken:
         sys.exit(3)
 

@@ -1,7 +1,7 @@
 """A detector behind HTTP, with nothing but the standard library: python benchmarks/consumers/service.py DETECTOR
 
     curl --data-binary @photo.jpg http://127.0.0.1:8000/score
-    {"score": 3.21, "p_value": 0.41, "ood": false, "steps": 1, "status": "step_limit"}
+    {"score": 3.21, "p_value": 0.41, "ood": false, "steps": 1, "status": "ok"}
 
 DETECTOR is a folder that `traj-ood fit` or `Detector.save` wrote. The body of a POST is one image file; the answer is
 JSON. Anything else has an "error": 400 where the body is no image, 408 where it comes too slowly, 411 without its

@@ -1,6 +1,6 @@
-"""The command ``traj-ood``: parse, call, print. One module for each group of commands."""
+"""The command ``traj-ood``: parse, call, print. One module for each group of commands, which it registers with main."""
 
-from traj_ood.cli import analyze, bench, compare, detect, export, inspect, new, report, train  # each registers its own
+from traj_ood.cli import analyze, bench, calibrate, compare, detect, export, inspect, new, report, train
 from traj_ood.cli.base import main
 
-__all__ = ["analyze", "bench", "compare", "detect", "export", "inspect", "main", "new", "report", "train"]
+__all__ = ["analyze", "bench", "calibrate", "compare", "detect", "export", "inspect", "main", "new", "report", "train"]

@@ -95,7 +95,7 @@ def fit(source: str, **options: Any) -> None:
     from traj_ood.dynamics.device import resolve_device
 
     silence_libraries()
-    _check_target(options["out"], options["overwrite"])
+    check_target(options["out"], options["overwrite"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     device, on_error, quiet = resolve_device(options["device"]), options["on_error"], options["quiet"]
@@ -126,7 +126,7 @@ def fit(source: str, **options: Any) -> None:
     note(f"Written to {options['out']}")
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool) -> None:
     """Refuse a place that is taken, before anything is computed."""
     from traj_ood.detector import FILE_NAME, refuse_inside
     from traj_ood.io.files import check_writable

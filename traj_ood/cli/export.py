@@ -53,7 +53,8 @@ def export(
     """Write DETECTOR (a folder) as one file that takes images (B, C, H, W) and returns scores.
 
     Pixels are float32 in [0, 1]; normalisation, network, attractors and scorer are inside, the threshold is in the
-    file's metadata. The file is compared with the detector before it is put in place.
+    file's metadata. An ONNX file of a calibrated detector returns p-values and decisions, too (0 ok, 1 ood, 2 invalid:
+    a NaN or a pixel outside [0, 1]). The file is compared with the detector before it is put in place.
     """
     import torch
 
@@ -96,7 +97,7 @@ def _report(made: Exported) -> list[str]:
     threshold = what["calibration"]["threshold"] if what["calibration"] else None
     return [
         f"{what['scorer']['label']} on {what['model']['name']}, {what['steps']} evaluation(s) of f: "
-        f"images (B, {shape}) float32 in [0, 1] -> scores (B,) {what['output']['dtype']}",
+        f"images (B, {shape}) float32 in [0, 1] -> {', '.join(what['outputs'])} (B,) {what['output']['dtype']}",
         f"Agrees with {'the detector' if own else other} on {found.images} images: largest relative difference "
         f"{found.difference:.1e} (allowed {ALLOWED:.0e})",
         f"Latency: {found.one[0]:.1f} ms for one image (detector {found.one[1]:.1f}), {found.many[0]:.1f} ms for "

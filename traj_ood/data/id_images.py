@@ -95,11 +95,32 @@ def choose_id_images(
     return IDImages(name, images, _at_most(images, count, seed, "fit"), held, origin)
 
 
+def calibration_images(
+    source: str, root: str | Path | None = None, follow_links: bool = False, reading: Reading = AS_STORED
+) -> ImageSource:
+    """ID images to calibrate a detector on that is there already: all of a folder or list, or a benchmark's val split.
+
+    Args:
+        root, follow_links, reading: see :func:`choose_id_images`.
+    Raises:
+        TrajOODError: nothing of that name, or a benchmark without a val split.
+    """
+    _, images, val, _ = _read(source, root, follow_links, reading)
+    if not _is_benchmark(source):
+        return images
+    if val is None:
+        raise TrajOODError(
+            f"{source}: expected a val split of ID images that nothing was trained on, got a benchmark without one: "
+            "give a folder or a list of such images"
+        )
+    return val
+
+
 def _read(
     source: str, root: str | Path | None, follow_links: bool, reading: Reading
 ) -> tuple[str, ImageSource, ImageSource | None, int | None]:
     """Name, training images, val images and the protocol's number of training images, the last two where there are."""
-    is_benchmark = source in [info.name for info in list_benchmarks()] or source.lower().endswith((".yaml", ".yml"))
+    is_benchmark = _is_benchmark(source)
     if not is_benchmark and not Path(source).exists():
         known = [info.name for info in list_benchmarks()]
         raise TrajOODError(f"{source}: no such folder or image list; {unknown_name('benchmark', source, known)}")
@@ -108,6 +129,10 @@ def _read(
         val = None if benchmark.val is None else benchmark.val.images
         return benchmark.name, benchmark.train.images, val, benchmark.train_size
     return Path(source).resolve().name, _read_files(source, root, follow_links, reading), None, None
+
+
+def _is_benchmark(source: str) -> bool:
+    return source in [info.name for info in list_benchmarks()] or source.lower().endswith((".yaml", ".yml"))
 
 
 def _read_files(source: str, root: str | Path | None, follow_links: bool, reading: Reading) -> FileImages:

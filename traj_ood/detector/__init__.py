@@ -1,7 +1,8 @@
 """From a score to a decision: a model, one scorer and a threshold in one folder that a pipeline loads."""
 
 from traj_ood.data.batches import Batch, Images, batches
-from traj_ood.detector.core import Detector, Judgement
+from traj_ood.detector.core import Detector
+from traj_ood.detector.decision import Decision, Judgement
 from traj_ood.detector.folder import FILE_NAME, SCHEMA, refuse_inside
 
-__all__ = ["FILE_NAME", "SCHEMA", "Batch", "Detector", "Images", "Judgement", "batches", "refuse_inside"]
+__all__ = ["FILE_NAME", "SCHEMA", "Batch", "Decision", "Detector", "Images", "Judgement", "batches", "refuse_inside"]

@@ -32,7 +32,7 @@ def card(record: Mapping[str, Any]) -> str:
             _rows(record),
         ],
         {
-            "Threshold": [_threshold(record["calibration"])],
+            "Threshold": [_threshold(record["calibration"]), _history(record["history"])],
             "What it does not say": [
                 "Nothing here was measured on OOD images: how many of those are found depends on what they are. The "
                 "share of ID images accepted holds for new images drawn like the calibration images, not for a camera, "
@@ -90,9 +90,31 @@ def _threshold(known: Mapping[str, Any] | None) -> str:
     if known is None:
         return "None: `detector.calibrate(held_out_id_images, tpr=0.95)` sets one."
     low, high = known["acceptance"]
+    if known["classes"] is not None:
+        counts = [entry["images"] for entry in known["classes"]]
+        return (
+            f"A score above **{known['threshold']:.6g}** counts as OOD: at least {known['tpr']:.4g} of new ID images "
+            f"of every class are accepted, on average over calibration sets, by the conformal quantiles of "
+            f"{len(counts)} classes with {min(counts):,} to {max(counts):,} held-out ID images each, the highest of "
+            f"which is the threshold. For the smallest class the share lies between {low:.3f} and {high:.3f} with 90 % "
+            f"confidence. The same decision by p-value: p <= {known['level']:.6g}."
+        )
     return (
         f"A score above **{known['threshold']:.6g}** counts as OOD: the conformal quantile of {known['images']:,} "
         f"held-out ID images for which at least {known['tpr']:.4g} of new ID images are accepted, on average over such "
         f"calibration sets. For one set of this size the share lies between {low:.3f} and {high:.3f} with 90 % "
         f"confidence. The same decision by p-value: p <= {known['level']:.6g}."
     )
+
+
+def _history(entries: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the calibrations, where there was more than the one above."""
+    if len(entries) < 2:
+        return ""
+    rows = [
+        f"| {e['at']} | {e['images']:,} | {e['classes'] or '–'} | {e['tpr']:.4g} | "
+        f"{e['threshold']:.6g} | {e['note'].replace('|', '/')} |"
+        for e in entries
+    ]
+    head = "| calibrated | images | classes | accepts | threshold | from |\n|---|--:|--:|--:|--:|---|"
+    return "\n".join(["Calibrations, the last one in force:\n", head, *rows])

@@ -17,7 +17,8 @@ from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.data.batches import Batch, Images, OnError, batches, count_of, has_own_labels
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.images import FileImages
-from traj_ood.detector.conformal import Calibration, check_count, images_needed
+from traj_ood.detector.conformal import Calibration, check_count, entry, images_needed
+from traj_ood.detector.decision import Decision, Judgement, decide_each
 from traj_ood.detector.folder import Parts, read_detector, write_detector
 from traj_ood.detector.module import as_module
 from traj_ood.detector.scorer import forget_fit, one_scorer
@@ -26,37 +27,12 @@ from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
-from traj_ood.scorers import Evidence, Scorer
+from traj_ood.scorers import WHOLE_PATH, Evidence, Scorer
 from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
 from traj_ood.text import printable
 
 OnKnown = Literal["raise", "skip"]
 _MOST_SEEN = 0.01
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a detector says of B images, in their order.
-
-    Attributes:
-        scores: (B,) float64, higher = more OOD. +inf stands for every score that is not finite: on such an image the
-            model leaves the finite numbers, which no ID image may do, so by rule it is more OOD than any other.
-        p_values: (B,) float64, see :mod:`traj_ood.detector.conformal`; None without calibration.
-        decisions: (B,) bool, True = OOD; None without calibration.
-        steps: (B,) int64 evaluations of f; None for scorers that read no step.
-        status: (B,) int64, a :class:`traj_ood.Status` each; None for scorers that read no step. The step limit may be
-            the scorer's own: ``field`` reads one step of every image. NON_FINITE beside a finite score says that the
-            trajectory left the finite numbers later on.
-    """
-
-    scores: Tensor
-    p_values: Tensor | None
-    decisions: Tensor | None
-    steps: Tensor | None
-    status: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 class Detector:
@@ -83,6 +59,7 @@ class Detector:
         scorers: the :class:`traj_ood.ScorerSet` of the model and its one scorer.
         calibration: None until :meth:`calibrate`.
         training: JSON-able facts of the fit, for the model card.
+        history: JSON-able facts of every calibration, oldest first, for the model card.
         batch_size, workers: of reading, see :func:`traj_ood.data.batches`. They change time and memory, no result.
         reading: how image files become pixels, a :class:`traj_ood.data.Reading`: as those of the training images did.
     """
@@ -94,13 +71,14 @@ class Detector:
         training: Mapping[str, Any],
         seen: Tensor,
         calibration: Calibration | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
         batch_size: int | None = None,
         workers: int = 2,
     ) -> None:
         """Use :meth:`fit` or :meth:`load`. ``seen`` are the (N,) int64 digests of the training images."""
         self.scorers, self.calibration = scorers, calibration
         self.training, self.batch_size, self.workers = dict(training), batch_size, workers
-        self._seen = seen
+        self._seen, self.history = seen, [dict(entry) for entry in history]
         self.reading = Reading(**self.training.get("reading", {}))
 
     @property
@@ -183,7 +161,14 @@ class Detector:
         return cls(scorers, training=training, seen=torch.cat(found.seen), batch_size=batch_size, workers=workers)
 
     def calibrate(
-        self, images: Images, tpr: float = 0.95, *, on_error: OnError = "raise", on_known: OnKnown = "raise"
+        self,
+        images: Images,
+        tpr: float = 0.95,
+        *,
+        labels: Tensor | Sequence[Any] | None = None,
+        on_error: OnError = "raise",
+        on_known: OnKnown = "raise",
+        note: str = "",
     ) -> Detector:
         """Set the threshold and make p-values possible, from ID images alone.
 
@@ -194,9 +179,12 @@ class Detector:
                 them is an error; a few are a warning, because data sets do hold the same image twice. What the model
                 was trained on cannot be recognised.
             tpr: share of new ID images to accept, at least. Default 0.95, as in FPR95.
+            labels: a class (whole number or text) of each image: ``tpr`` then holds in every class (see
+                :mod:`traj_ood.detector.conformal`). Default None: over all images.
             on_error: see :meth:`fit`.
             on_known: ``raise`` (default), or ``skip`` the scorer's training images, however many, with a warning: for
                 images that were held out of a set which holds images twice.
+            note: a line for :attr:`history`, such as where the images are from. Default: none.
         Returns:
             This detector.
         Raises:
@@ -205,24 +193,33 @@ class Detector:
         """
         if on_known not in get_args(OnKnown):
             raise unknown_name("value of on_known", str(on_known), get_args(OnKnown))
-        check_count(count_of(images), tpr)
+        check_count(count := count_of(images), tpr)
+        classes = None if labels is None else _labels(labels, count)
         scores, known = (
             [_nothing(torch.float64)],
             [_nothing(torch.bool)],
         )
         ids: list[str] = []
+        rows: list[int] = []
         for batch, scored in self._scored(images, on_error):
             scores.append(scored.scores[self.scorer.label])
             known.append(torch.isin(digests_of(batch.images), self._seen))
             ids += batch.ids
-        self.calibration = Calibration(self._unknown(torch.cat(scores), torch.cat(known), ids, tpr, on_known), tpr)
+            rows += batch.rows
+        kept = self._unknown(torch.cat(known), ids, tpr, on_known)
+        values = torch.cat(scores)[kept]
+        if classes is None:
+            self.calibration = Calibration(values, tpr)
+        else:
+            self.calibration = Calibration.of_classes(values, [classes[rows[i]] for i in kept.nonzero()[:, 0]], tpr)
+        self.history.append(entry(self.calibration, note))
         return self
 
-    def _unknown(self, scores: Tensor, known: Tensor, ids: Sequence[str], tpr: float, on_known: OnKnown) -> Tensor:
-        """The scores to calibrate on: all, or with ``skip`` those of images that the scorer has not learnt from."""
+    def _unknown(self, known: Tensor, ids: Sequence[str], tpr: float, on_known: OnKnown) -> Tensor:
+        """(n,) bool: the images to calibrate on are all, or with ``skip`` those that the scorer has not learnt from."""
         count = int(known.sum())
         if not count:
-            return scores
+            return ~known
         what = (
             f"calibration: {count} of {len(ids)} images are pixel by pixel training images of this detector (first: "
             f"{ids[int(known.nonzero()[0])]!r})"
@@ -236,7 +233,7 @@ class Detector:
                 "calibration images of their own"
             )
         warn(what + (", and are left out" if on_known == "skip" else ""), stacklevel=3)
-        return scores[~known] if on_known == "skip" else scores
+        return ~known if on_known == "skip" else torch.ones_like(known)
 
     # ------------------------------------------------------------------ judging
 
@@ -266,16 +263,31 @@ class Detector:
         """
         return self._calibrated().p_values(self.score(images))
 
-    def judge(self, images: Images) -> Judgement:
+    def judge(self, images: Images, labels: Tensor | Sequence[Any] | None = None) -> Judgement:
         """All of it in one pass; p-values and decisions are None without calibration.
 
+        Args:
+            labels: B classes where they are known; of use with class-wise calibration, see
+                :meth:`traj_ood.detector.conformal.Calibration.p_values`. Default: unknown.
         Raises:
             TrajOODError: as :meth:`score`.
         """
         scores, steps, status = self._judged(images)
-        if self.calibration is None:
+        known = self.calibration
+        if known is None:
             return Judgement(scores, None, None, steps, status)
-        return Judgement(scores, self.calibration.p_values(scores), self.calibration.decide(scores), steps, status)
+        classes = None if labels is None else _labels(labels, len(scores))
+        return Judgement(scores, known.p_values(scores, classes), known.decide(scores, classes), steps, status)
+
+    def decide(self, images: Images) -> list[Decision]:
+        """One :class:`traj_ood.Decision` per image, in order; what cannot be read or judged is ``invalid: …``, not an
+        error. The same as the rows of ``traj-ood score`` and the answers of ``traj-ood serve``.
+
+        Raises:
+            TrajOODError: what no images can be taken from, such as a single path; a DataLoader that cannot be read, as
+                none of its images can be read alone.
+        """
+        return decide_each(self.judge, images, count_of(images), self.batch_size)
 
     def as_module(self, steps: int | None = None) -> nn.Module:
         """This detector as an nn.Module on image batches; see :func:`traj_ood.detector.module.as_module`.
@@ -307,6 +319,7 @@ class Detector:
 
     def _judged(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scores (B,) with +inf for what is not finite, and steps and status (B,) where the scorer reads steps."""
+        fixed = self.scorer.needs().steps < WHOLE_PATH
         scores = [_nothing(torch.float64)]
         steps, status = (
             [_nothing(torch.int64)],
@@ -318,7 +331,9 @@ class Detector:
             scores.append(torch.where(finite, values, torch.inf))
             if path is not None:
                 steps.append(path.steps)
-                status.append(torch.where(finite, path.status, int(Status.NON_FINITE)))
+                ended = path.status == Status.NON_FINITE
+                word = torch.where(ended, path.status, int(Status.OK)) if fixed else path.status
+                status.append(torch.where(finite, word, int(Status.NON_FINITE)))
         if not self.scorers.needs.steps:  # where attractors are read one step is taken all the same, to measure z0
             return torch.cat(scores), None, None
         return torch.cat(scores), torch.cat(steps), torch.cat(status)
@@ -335,7 +350,7 @@ class Detector:
             TrajOODError: another kind of folder, one inside a detector, no permission or space, or a backbone that
                 cannot be rebuilt.
         """
-        parts = Parts(self.scorers, self.training, self._seen, self.calibration)
+        parts = Parts(self.scorers, self.training, self._seen, self.calibration, self.history)
         write_detector(parts, Path(folder), overwrite)
 
     @classmethod
@@ -356,7 +371,23 @@ class Detector:
                 gives other numbers here.
         """
         parts = read_detector(Path(folder).expanduser(), device, autoencoder)
-        return cls(parts.scorers, training=parts.training, seen=parts.seen, calibration=parts.calibration)
+        return cls(
+            parts.scorers,
+            training=parts.training,
+            seen=parts.seen,
+            calibration=parts.calibration,
+            history=parts.history,
+        )
+
+
+def _labels(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
+    """One label per image.
+
+    Raises:
+        TrajOODError: another number of them, or what is no class.
+    """
+    class_numbers(labels, count)
+    return list(labels.tolist() if hasattr(labels, "tolist") else labels)
 
 
 def _nothing(kind: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,7 +39,8 @@ from traj_ood.scorers.base import spec_text
 from traj_ood.scorers.scorer_set import ScorerSet
 
 FILE_NAME = "detector.json"
-SCHEMA = "traj_ood.detector/1"
+SCHEMA = "traj_ood.detector/2"
+"""Version 2 added the history of calibrations and class-wise ones; folders of version 1 are read."""
 _SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING = (
     f"{name}.safetensors" for name in ("scorer", "attractors", "calibration", "training")
 )
@@ -57,12 +58,14 @@ class Parts:
         training: JSON-able facts of the fit.
         seen: (N,) int64 digests of the training images.
         calibration: None without one.
+        history: facts of all calibrations, oldest first.
     """
 
     scorers: ScorerSet
     training: Mapping[str, Any]
     seen: Tensor
     calibration: Calibration | None
+    history: Sequence[Mapping[str, Any]] = ()
 
 
 def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
@@ -75,6 +78,8 @@ def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
         write_tensors(fresh / _TRAINING, tensors[_TRAINING])
         if parts.calibration is not None:
             tensors[_CALIBRATION] = {"scores": parts.calibration.scores}
+            if parts.calibration.classes is not None:
+                tensors[_CALIBRATION]["classes"] = parts.calibration.classes
             write_tensors(fresh / _CALIBRATION, tensors[_CALIBRATION])
         if scorers.dictionary is not None:
             tensors[_ATTRACTORS] = scorers.dictionary.tensors()
@@ -120,10 +125,21 @@ def _record(parts: Parts) -> dict[str, Any]:
             "threshold": known.threshold,
             "level": known.level,
             "acceptance": list(known.acceptance()),
+            "classes": _classes(known),
         },
+        "history": [dict(entry) for entry in parts.history],
         "probe": probe(scorers),
         "versions": environment(),
     }
+
+
+def _classes(known: Calibration) -> list[dict[str, Any]] | None:
+    if known.classes is None:
+        return None
+    return [
+        {"name": name, "images": len(group), "threshold": group.threshold}
+        for name, group in zip(known.names, known.groups, strict=True)
+    ]
 
 
 def refuse_inside(folder: str | Path) -> None:
@@ -168,6 +184,7 @@ def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) ->
         training=field_of(record, "training", dict, where),
         seen=read_column(folder / _TRAINING, stored, "digests", torch.int64),
         calibration=_calibration(record, stored, folder),
+        history=_history(record, where),
     )
     check_probe(scorers, field_of(record, "probe", dict, where), where)
     _compare_versions(field_of(record, "versions", dict, where), folder)
@@ -214,13 +231,34 @@ def _calibration(record: Mapping[str, Any], stored: Mapping[str, Any], folder: P
         return None
     facts = field_of(record, "calibration", dict, where)
     scores = read_column(folder / _CALIBRATION, stored, "scores", torch.float64)
-    calibration = Calibration(scores, field_of(facts, "tpr", float, where))
+    tpr = field_of(facts, "tpr", float, where)
+    if facts.get("classes") is None:  # as in all folders of version 1
+        calibration = Calibration(scores, tpr)
+    else:
+        classes = read_column(folder / _CALIBRATION, stored, "classes", torch.int64)
+        listed = field_of(facts, "classes", list, where)
+        names = tuple(field_of(entry, "name", str, where) for entry in listed if isinstance(entry, dict))
+        calibration = Calibration(scores, tpr, classes, names)
     if calibration.threshold != field_of(facts, "threshold", float, where):
         raise TrajOODError(
             f"{folder / _CALIBRATION}: its threshold is {calibration.threshold!r}, but {FILE_NAME} says "
             f"{facts['threshold']!r}: damaged"
         )
     return calibration
+
+
+def _history(record: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
+    """Of version 1 the one calibration that it knows, at the time of saving."""
+    if "history" in record:
+        entries = field_of(record, "history", list, where)
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise TrajOODError(f"{where}: history: expected a table for each calibration: damaged")
+        return entries
+    facts = record["calibration"]
+    if facts is None:
+        return []
+    kept = {key: facts[key] for key in ("images", "tpr", "threshold")}
+    return [{"at": field_of(record, "created", str, where), **kept, "classes": None, "note": ""}]
 
 
 def _warn_of_attractors(training: Mapping[str, Any], folder: Path) -> None:

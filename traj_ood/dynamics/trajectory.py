@@ -13,11 +13,15 @@ from traj_ood.errors import TrajOODError
 
 
 class Status(IntEnum):
-    """Why a trajectory ended. Not converging is data, not an exception."""
+    """Why a trajectory ended. Not converging is data, not an exception.
+
+    ``OK`` is said by detectors alone: the scorer reads a fixed number of steps, and the path has that many.
+    """
 
     CONVERGED = 0
     STEP_LIMIT = 1
     NON_FINITE = 2
+    OK = 3
 
 
 @dataclass(frozen=True)

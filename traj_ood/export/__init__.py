@@ -3,11 +3,12 @@
 from traj_ood.detector.module import DetectorModule, as_module
 from traj_ood.export.check import ALLOWED, Agreement, real_images, relative_difference
 from traj_ood.export.file import SCHEMA, Exported, describe, export_detector
-from traj_ood.export.formats import FORMATS, Format, open_file
+from traj_ood.export.formats import FORMATS, OUTPUTS, Format, open_answers, open_file
 
 __all__ = [
     "ALLOWED",
     "FORMATS",
+    "OUTPUTS",
     "SCHEMA",
     "Agreement",
     "DetectorModule",
@@ -16,6 +17,7 @@ __all__ = [
     "as_module",
     "describe",
     "export_detector",
+    "open_answers",
     "open_file",
     "real_images",
     "relative_difference",

@@ -12,15 +12,18 @@ from torch import Tensor
 from traj_ood.data.decoding import AS_STORED
 from traj_ood.data.preprocessing import Pixels, Preprocessing, as_pixels, prepare
 from traj_ood.detector import refuse_inside
+from traj_ood.detector.decision import REASONS
+from traj_ood.detector.decision_module import DecisionModule
 from traj_ood.detector.fixed_steps import reference, same_score
 from traj_ood.detector.module import DetectorModule, HasScorers, as_module
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.export.check import ALLOWED, Agreement, agreement, real_images
-from traj_ood.export.formats import FORMATS, INPUT, OUTPUT, Format, open_file, write
+from traj_ood.export.formats import FORMATS, INPUT, OUTPUT, OUTPUTS, Answerer, Format, open_answers, write
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
 
-SCHEMA = "traj_ood.export/1"
+SCHEMA = "traj_ood.export/2"
+"""Version 2 added p-values and decisions to ONNX files; what version 1 says of itself, version 2 says, too."""
 _QUANTILES = 100
 
 
@@ -47,7 +50,8 @@ def export_detector(
     images: Pixels | None = None,
 ) -> Exported:
     """Write a detector as one file that takes pixels (B, C, H, W) in [0, 1], B >= 1, and returns scores; see
-    :class:`DetectorModule`.
+    :class:`DetectorModule`. An ONNX file of a calibrated detector returns p-values and decisions, too, where the
+    calibration is of this score: see :class:`traj_ood.detector.decision_module.DecisionModule`.
 
     The file is run and compared with the detector at the same number of steps before it takes its place, so that what
     is under ``path`` agrees with the detector to 1e-4, relative, on the images compared.
@@ -74,12 +78,13 @@ def export_detector(
         )
     refuse_inside(Path(path).parent)
     module = as_module(detector, steps)
-    metadata = describe(detector, module)
+    metadata = describe(detector, module, form)
     compared = real_images(detector.autoencoder) if images is None else _pixels(detector, images)
     found: list[Agreement] = []
 
     def write_and_check(file: BinaryIO) -> None:
-        write(form, module, metadata, file)
+        decides = form == "onnx" and detector.calibration is not None and metadata["calibration"] is not None
+        write(form, DecisionModule(module, detector.calibration) if decides else module, metadata, file)  # type: ignore[arg-type]
         file.flush()
         found.append(_checked(detector, module, form, Path(file.name), compared))
 
@@ -87,10 +92,11 @@ def export_detector(
     return Exported(Path(path), Path(path).stat().st_size, metadata, found[0])
 
 
-def describe(detector: HasScorers, module: DetectorModule) -> dict[str, Any]:
+def describe(detector: HasScorers, module: DetectorModule, form: Format = "onnx") -> dict[str, Any]:
     """What a file says of itself, JSON-able; ``calibration`` is None where the detector's threshold is none of this
     score's (fewer steps, or a path of its own length cut to a fixed one)."""
     model, scorer, made = detector.autoencoder, module.scorer, environment()
+    calibration = _calibration(detector) if same_score(detector.scorers, module.steps) else None
     return {
         "schema": SCHEMA,
         "input": {
@@ -112,7 +118,11 @@ def describe(detector: HasScorers, module: DetectorModule) -> dict[str, Any]:
         "steps": module.steps,
         "tol": detector.scorers.tol,
         "model": {"name": model.name, "family": model.family, "fingerprint": model.fingerprint()},
-        "calibration": _calibration(detector) if same_score(detector.scorers, module.steps) else None,
+        "calibration": calibration,
+        "outputs": list(OUTPUTS if form == "onnx" and calibration else OUTPUTS[:1]),
+        "decisions": {str(code): reason for code, reason in enumerate(REASONS)}
+        if form == "onnx" and calibration
+        else None,
         "versions": {key: made.get(key, "none") for key in ("traj_ood", "torch", "transformers", "timm")},
     }
 
@@ -128,6 +138,7 @@ def _calibration(detector: HasScorers) -> dict[str, Any] | None:
         "tpr": known.tpr,
         "level": known.level,
         "images": len(known),
+        "classes": list(known.names) or None,
         "quantiles": quantiles.tolist(),  # of ID scores at 0, 1, …, 100 %
     }
 
@@ -161,18 +172,37 @@ def _pixels(detector: HasScorers, images: Pixels) -> Tensor:
 
 
 def _checked(detector: HasScorers, module: DetectorModule, form: Format, path: Path, images: Tensor) -> Agreement:
-    run, _ = open_file(form, path)
+    answer, _ = open_answers(form, path)
     scorers = reference(detector.scorers, module.steps)
 
     def in_python(pixels: Tensor) -> Tensor:
         scores = scorers.score(pixels).scores[module.scorer.label]
         return torch.where(scores.isfinite(), scores, torch.inf)
 
-    found = agreement(run, in_python, images)
+    found = agreement(lambda pixels: answer(pixels)[OUTPUT], in_python, images)
     if not found.difference <= ALLOWED:
         raise TrajOODError(
             f"export: expected scores within {ALLOWED:g} (relative) of the detector's, got a difference of "
             f"{found.difference:.2g} over {found.images} images, so nothing was written: this score amplifies rounding "
             "on this model; use another scorer, fewer steps, or the detector in Python"
         )
+    _check_decisions(detector, answer, images)
     return found
+
+
+def _check_decisions(detector: HasScorers, answer: Answerer, images: Tensor) -> None:
+    """The file's p-values and decisions have to be those of its own scores, and one bad pixel has to be told."""
+    bad = images[:1].clone()
+    bad[0, 0, 0, 0] = torch.nan
+    said = answer(torch.cat([images, bad]))
+    known = detector.calibration
+    if known is None or OUTPUTS[1] not in said:
+        return
+    scores, p_values, decisions = (said[name] for name in OUTPUTS)
+    same = torch.allclose(p_values[:-1], known.p_values(scores[:-1]), rtol=1e-12, atol=0)
+    same &= torch.equal(decisions[:-1] == REASONS.index("ood"), known.decide(scores[:-1]))
+    if not same or int(decisions[-1]) != REASONS.index("invalid") or not scores[-1].isnan():
+        raise TrajOODError(
+            "export: expected the p-values and decisions of the calibration, got others, so nothing was written: use "
+            "--format torch, or the detector in Python"
+        )

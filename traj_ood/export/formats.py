@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal, get_args
 import torch
 from torch import Tensor
 
+from traj_ood.detector.decision_module import DecisionModule
 from traj_ood.detector.module import DetectorModule
 from traj_ood.detector.step import can_scan
 from traj_ood.errors import TrajOODError
@@ -21,6 +22,8 @@ from traj_ood.text import brief
 Format = Literal["onnx", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 INPUT, OUTPUT = "images", "scores"
+OUTPUTS = (OUTPUT, "p_values", "decisions")
+"""Of an ONNX file that holds a calibration; one without, and every torch file, has the first alone."""
 METADATA = "traj_ood"
 """Key of the JSON in an ONNX model's metadata; with the suffix .json, the extra file in a torch.export archive."""
 _EXAMPLES = 3  # rows while recording: 0 and 1 would count as constants
@@ -30,9 +33,12 @@ _INSTALL = "pip install 'traj_ood[export]'"
 
 Runner = Callable[[Tensor], Tensor]
 """Pixels (B, C, H, W) float32 → scores (B,) float64."""
+Answerer = Callable[[Tensor], dict[str, Tensor]]
+"""Pixels (B, C, H, W) float32 → what the file has of ``OUTPUTS``, (B,) each."""
+Graph = DetectorModule | DecisionModule
 
 
-def write(form: Format, module: DetectorModule, metadata: Mapping[str, Any], file: BinaryIO) -> None:
+def write(form: Format, module: Graph, metadata: Mapping[str, Any], file: BinaryIO) -> None:
     """Record the module's operations and write them with its weights and ``metadata``.
 
     Raises:
@@ -49,7 +55,13 @@ def write(form: Format, module: DetectorModule, metadata: Mapping[str, Any], fil
 
 
 def open_file(form: Format, path: Path) -> tuple[Runner, dict[str, Any]]:
-    """A function that runs the file on the CPU, and its metadata.
+    """A function that runs the file on the CPU for its scores, and its metadata; see :func:`open_answers`."""
+    answer, metadata = open_answers(form, path)
+    return (lambda images: answer(images)[OUTPUT]), metadata
+
+
+def open_answers(form: Format, path: Path) -> tuple[Answerer, dict[str, Any]]:
+    """A function that runs the file on the CPU for all that it says, and its metadata.
 
     ``torch.export.load`` is not made for files of strangers (it can fall back on pickle): open only what you exported.
 
@@ -64,7 +76,7 @@ def open_file(form: Format, path: Path) -> tuple[Runner, dict[str, Any]]:
         raise TrajOODError(f"{path}: cannot be loaded as an exported detector ({_first_cause(error)})") from error
 
 
-def record(module: DetectorModule) -> torch.export.ExportedProgram:
+def record(module: Graph) -> torch.export.ExportedProgram:
     """The module's operations for any batch size.
 
     Raises:
@@ -90,12 +102,13 @@ def record(module: DetectorModule) -> torch.export.ExportedProgram:
         ) from error
 
 
-def _onnx_bytes(module: DetectorModule, metadata: str) -> bytes:
+def _onnx_bytes(module: Graph, metadata: str) -> bytes:
     program = record(module)
+    names = list(OUTPUTS) if isinstance(module, DecisionModule) else [OUTPUT]
     try:
         with _quiet():
             made: Any = torch.onnx.export(
-                program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False, optimize=True
+                program, dynamo=True, input_names=[INPUT], output_names=names, verbose=False, optimize=True
             )
         proto = made.model_proto
     except Exception as error:
@@ -114,7 +127,7 @@ def _onnx_bytes(module: DetectorModule, metadata: str) -> bytes:
     return proto.SerializeToString()
 
 
-def _open_onnx(path: Path) -> tuple[Runner, dict[str, Any]]:
+def _open_onnx(path: Path) -> tuple[Answerer, dict[str, Any]]:
     _need("onnxruntime")
     import onnxruntime
 
@@ -123,21 +136,23 @@ def _open_onnx(path: Path) -> tuple[Runner, dict[str, Any]]:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(names, map(torch.from_numpy, session.run(names, {INPUT: images.numpy()})), strict=True))
 
     return run, json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
 
 
-def _open_torch(path: Path) -> tuple[Runner, dict[str, Any]]:
+def _open_torch(path: Path) -> tuple[Answerer, dict[str, Any]]:
     extra = {f"{METADATA}.json": ""}
     with _quiet(), open(path, "rb") as file:
         program = torch.export.load(file, extra_files=extra)
     module = program.module()
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            return module(images)
+            return {OUTPUT: module(images)}
 
     return run, json.loads(extra[f"{METADATA}.json"])
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
-from traj_ood.stream.rows import COLUMNS, ERROR, Row
+from traj_ood.detector.decision import ERROR, INFINITIES, reason_of
+from traj_ood.stream.rows import COLUMNS, Row
 from traj_ood.text import quote_formula, unquote_formula
 
-_INFINITIES = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _LONGEST = 2**20  # bytes of one record; a damaged file must not be taken into memory whole
 
 
@@ -53,7 +53,8 @@ class TextFormat(ABC):
             whole = self.encode(row) == record and number and share
         except (TypeError, LookupError, RecursionError) as error:  # JSON of another kind, or nested without end
             raise ValueError(str(error)) from error
-        if not whole or (row.score is None) != (row.status == ERROR):
+        reason = reason_of(row.score, row.decision, row.error)
+        if not whole or (row.score is None) != (row.status == ERROR) or row.reason != reason:
             raise ValueError("not as it was written")
         return row
 
@@ -95,8 +96,8 @@ class CSVFormat(TextFormat):
         if self._quotes:
             if any(quote_formula(unquote_formula(cell)) != cell for cell in (fields[0], *fields[5:])):
                 raise ValueError("a text that a spreadsheet would run, not quoted: add --no-quote-formulas")
-            fields = [unquote_formula(cell) if k in (0, 5, 6) else cell for k, cell in enumerate(fields)]
-        path, score, p_value, decision, steps, status, error, content = fields
+            fields = [unquote_formula(cell) if k in (0, 5, 6, 8) else cell for k, cell in enumerate(fields)]
+        path, score, p_value, decision, steps, status, error, content, reason = fields
         number, share, count = float(score or "nan"), float(p_value or "nan"), int(steps or -1)
         return Row(
             path,
@@ -107,6 +108,7 @@ class CSVFormat(TextFormat):
             status,
             error or None,
             content or None,
+            reason,
         )
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:
@@ -137,14 +139,14 @@ class JSONLinesFormat(TextFormat):
 
     def encode(self, row: Row) -> bytes:
         cells = asdict(row)
-        cells["score"] = _INFINITIES.get(cells["score"], cells["score"])
+        cells["score"] = INFINITIES.get(cells["score"], cells["score"])
         return json.dumps(cells, allow_nan=False).encode() + b"\n"
 
     def parse(self, record: bytes) -> Row:
         cells = json.loads(record)
-        if cells["score"] in _INFINITIES:
+        if cells["score"] in INFINITIES:
             raise ValueError("the score 1e999 of an earlier version, now written as the text Infinity")
-        words = {text: number for number, text in _INFINITIES.items()}
+        words = {text: number for number, text in INFINITIES.items()}
         return Row(**{**cells, "score": words.get(cells["score"], cells["score"])})
 
 

@@ -14,9 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,18 +24,14 @@ from torch import Tensor
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.contents import hash_file, stamp
 from traj_ood.data.decoding import Reading, open_image
-from traj_ood.data.preprocessing import Normalised
-from traj_ood.dynamics.trajectory import Status
+from traj_ood.detector.decision import ERROR, OOD, Decision, decide_all, reason_of
 from traj_ood.errors import TrajOODError
 from traj_ood.stream.paths import Entry
 from traj_ood.text import one_line
 
 if TYPE_CHECKING:
-    from traj_ood.detector import Detector, Judgement
+    from traj_ood.detector import Detector
 
-ERROR, OOD, ID = "error", "ood", "id"
-SCORED = "scored"
-_STATUS = {Status.CONVERGED: "converged", Status.STEP_LIMIT: "step_limit", Status.NON_FINITE: "non_finite"}
 _LINGER = 1.0  # seconds that a batch waits for more when the input is slow, say a folder watched by another program
 _LATENT_BYTES = 2**27
 _MAX_BATCH = 512
@@ -48,17 +44,11 @@ class Row:
 
     Attributes:
         path: as it was given; bytes that are not UTF-8 stand as lone surrogates.
-        score: higher = more OOD; infinite where the model leaves the finite numbers at once (see ``Judgement``); None
-            where there is an error.
-        p_value: share of calibration images that look at least as strange, see ``Detector.p_value``; None without
-            calibration.
-        decision: ``id`` or ``ood``; None without calibration.
-        steps: evaluations of f; None for scorers that do not iterate.
-        status: why the trajectory ended: ``converged``, ``step_limit`` (the detector's, or that of a scorer which reads
-            the first steps only) or ``non_finite``; ``scored`` for scorers that do not iterate; ``error``.
-        error: one line; None where the image was scored.
+        score, p_value, decision, steps, status, error: of :class:`traj_ood.Decision`.
         content: the first 16 hex digits of the SHA-256 of the file that was judged; None where none could be read. By
             it ``--resume`` knows a file that has changed since.
+        reason: ``ok``, ``ood``, ``invalid: …`` or ``uncalibrated``; by default, and in every table, the one that
+            follows from the others.
     """
 
     path: str
@@ -69,6 +59,17 @@ class Row:
     status: str = ERROR
     error: str | None = None
     content: str | None = None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.reason:
+            object.__setattr__(self, "reason", reason_of(self.score, self.decision, self.error))
+
+    @classmethod
+    def of(cls, path: str, said: Decision, content: str | None = None) -> Row:
+        """The row of an image."""
+        error = None if said.error is None else _line(said.error, "")
+        return cls(path, said.score, said.p_value, said.decision, said.steps, said.status, error, content)
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -178,46 +179,24 @@ def _judge(detector: Detector, batch: list[tuple[Entry, _Loaded]]) -> list[Row]:
     judged = iter(_judge_images(detector, images))
     rows = []
     for entry, loaded in batch:
-        row = Row("", error=loaded.image) if isinstance(loaded.image, str) else next(judged)
-        rows.append(replace(row, path=entry.path, content=loaded.content))
+        said = Decision(error=loaded.image) if isinstance(loaded.image, str) else next(judged)
+        rows.append(Row.of(entry.path, said, loaded.content))
     return rows
 
 
-def _judge_images(detector: Detector, images: list[Tensor]) -> list[Row]:
-    """Rows without a path. When the whole batch is refused, each image is judged alone, to find the one that is meant.
+def _judge_images(detector: Detector, images: list[Tensor]) -> list[Decision]:
+    """What the detector says of each.
 
     Raises:
         TrajOODError: too little memory.
     """
-    if not images:
-        return []
     try:
-        return _rows(detector.judge(Normalised(torch.stack(images))))
-    except TrajOODError as error:
-        if len(images) == 1:
-            return [Row("", error=_line(str(error), ""))]
-        return [row for image in images for row in _judge_images(detector, [image])]
+        return decide_all(detector.judge, images)
     except (MemoryError, RuntimeError) as error:
         # On the CPU torch has no class of its own for it.
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         raise TrajOODError(f"out of memory while judging {len(images)} images: give a smaller --batch-size") from error
-
-
-def _rows(judgement: Judgement) -> list[Row]:
-    count = len(judgement.scores)
-    nothing: list[Any] = [None] * count
-    p_values = nothing if judgement.p_values is None else judgement.p_values.tolist()
-    decisions = nothing if judgement.decisions is None else judgement.decisions.tolist()
-    steps = nothing if judgement.steps is None else judgement.steps.tolist()
-    statuses = nothing if judgement.status is None else judgement.status.tolist()
-    rows = []
-    for k, score in enumerate(judgement.scores.tolist()):
-        status = SCORED if statuses[k] is None else _STATUS[Status(statuses[k])]
-        decision = None if decisions[k] is None else OOD if decisions[k] else ID
-        status = _STATUS[Status.NON_FINITE] if math.isinf(score) else status
-        rows.append(Row("", score, p_values[k], decision, steps[k], status))
-    return rows
 
 
 def _line(text: str, path: str) -> str:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from traj_ood.detector.decision import ID, OOD
 from traj_ood.stream.paths import Entry
-from traj_ood.stream.rows import ID, OOD, Row, Tally, default_batch_size, score_rows
+from traj_ood.stream.rows import Row, Tally, default_batch_size, score_rows
 from traj_ood.stream.tables import Table
 
 if TYPE_CHECKING:

@@ -281,7 +281,7 @@ class ParquetTable(Table):
         import pyarrow as pa
 
         columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
-        for name in ("path", "error"):
+        for name in ("path", "error", "reason"):
             columns[name] = [text and text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
         columns["path_bytes"] = [
             None if shown == row.path else os.fsencode(row.path)

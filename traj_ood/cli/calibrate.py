@@ -1,0 +1,101 @@
+"""``traj-ood calibrate``: a new threshold for a detector that is there, from new ID images and without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from traj_ood.cli.base import NAME, PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.console import note, say
+from traj_ood.cli.detect import check_target
+from traj_ood.errors import TrajOODError
+
+if TYPE_CHECKING:
+    from traj_ood.data.images import ImageSource
+    from traj_ood.detector.conformal import Calibration
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood calibrate my.detector new-camera/ --tpr 0.99 --out my-2.detector",
+        "traj-ood calibrate my.detector val.txt --data-root /data --by-class --out my-2.detector",
+        "traj-ood calibrate my.detector new-camera/ --out my.detector --overwrite",
+    )
+)
+@click.argument("detector", type=NAME)
+@click.argument("images", metavar="IMAGES", type=NAME)
+@click.option("--tpr", type=float, default=0.95, show_default=True, help="Share of ID images to accept.")
+@click.option("--by-class", is_flag=True, help="Accept that share of every class; the classes stand in the image list.")
+@click.option("--out", type=PATH, required=True, help="Folder for the detector with the new threshold.")
+@click.option("--overwrite", is_flag=True, help="Replace the detector that is in OUT; it may be DETECTOR itself.")
+@click.option("--data-root", type=PATH, help="Where the images of a benchmark or list are.")
+@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@click.option(
+    "--known",
+    type=click.Choice(["raise", "skip"]),
+    default="raise",
+    show_default=True,
+    help="What to do with images that the detector has learnt from.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
+@click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
+@click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
+@one_line_errors
+def calibrate(detector: str, images: str, **options: Any) -> None:
+    """Give DETECTOR (a folder) a new threshold from ID images that nothing was trained on.
+
+    IMAGES is a folder, an image list, or a benchmark, whose val split is taken. The model, the scorer and all scores
+    stay what they are; the detector in OUT remembers every calibration in its README.md.
+    """
+    import torch
+
+    from traj_ood.data.id_images import calibration_images
+    from traj_ood.detector import Detector
+    from traj_ood.detector.conformal import check_count
+
+    silence_libraries()
+    check_target(options["out"], options["overwrite"])
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    loaded = Detector.load(Path(detector), device=options["device"])
+    loaded.batch_size, loaded.workers = options["batch_size"], options["workers"]
+    found = calibration_images(images, options["data_root"], options["follow_links"], loaded.reading)
+    check_count(len(found), options["tpr"])
+    labels = _labels(found, images, options["tpr"]) if options["by_class"] else None
+    before = loaded.calibration
+    on_error: Literal["raise", "skip"] = options["on_error"]
+    loaded.calibrate(found, options["tpr"], labels=labels, on_error=on_error, on_known=options["known"], note=images)
+    loaded.save(options["out"], overwrite=options["overwrite"])
+    assert loaded.calibration is not None
+    say(_calibrated(loaded.calibration, before, images), kept=f"the detector is in {options['out']}")
+    note(f"Written to {options['out']}")
+
+
+def _labels(found: ImageSource, source: str, tpr: float) -> list[str]:
+    """The class of each image, after a look at how many there are of each."""
+    from collections import Counter
+
+    from traj_ood.detector.conformal import check_count
+
+    labels = list(found.labels)
+    if not labels:
+        raise TrajOODError(
+            f"--by-class: {source} has no classes: give an image list with a class behind each path, or leave it out"
+        )
+    for label, count in sorted(Counter(labels).items()):
+        check_count(count, tpr, f" of class {label!r}")
+    return labels
+
+
+def _calibrated(known: Calibration, before: Calibration | None, source: str) -> str:
+    accepted = int((known.scores <= known.threshold).sum())
+    earlier = "none" if before is None else f"{before.threshold:.6g} of {len(before):,} images"
+    classes = f", each of {len(known.names)} classes," if known.names else ""
+    return (
+        f"threshold {known.threshold:.6g} (before: {earlier}): accepts {accepted:,} of {len(known):,} images of "
+        f"{source} ({accepted / len(known):.1%}); asked for {known.tpr:.4g} of new ID images{classes.rstrip(',')}"
+    )

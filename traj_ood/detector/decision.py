@@ -1,0 +1,149 @@
+"""What is said of an image: the one record that Python, the command line, a service and a cluster answer with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.trajectory import Status
+from traj_ood.errors import TrajOODError
+
+ID, OOD = "id", "ood"
+OK, ERROR = "ok", "error"
+INVALID, UNCALIBRATED = "invalid", "uncalibrated"
+REASONS = (OK, OOD, INVALID)
+"""Beginnings of :attr:`Decision.reason`, in the order of the codes 0, 1, 2 of an exported file's ``decisions``."""
+_TOGETHER = 256  # images whose batch is looked at again at a time
+INFINITIES = {math.inf: "Infinity", -math.inf: "-Infinity"}
+_STATUS = {status: status.name.lower() for status in Status}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a detector says of B images, in their order; :meth:`each` has it image by image.
+
+    Attributes:
+        scores: (B,) float64, higher = more OOD. +inf stands for every score that is not finite: on such an image the
+            model leaves the finite numbers, which no ID image may do, so by rule it is more OOD than any other.
+        p_values: (B,) float64, see :mod:`traj_ood.detector.conformal`; None without calibration.
+        decisions: (B,) bool, True = OOD; None without calibration.
+        steps: (B,) int64 evaluations of f; None for scorers that read no step.
+        status: (B,) int64, a :class:`traj_ood.Status` each; None for scorers that read no step. OK where the scorer
+            reads a fixed number of steps, as ``field`` does: whether the path would settle is not asked then.
+            NON_FINITE beside a finite score says that the trajectory left the finite numbers later on.
+    """
+
+    scores: Tensor
+    p_values: Tensor | None
+    decisions: Tensor | None
+    steps: Tensor | None
+    status: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def each(self) -> list[Decision]:
+        """One :class:`Decision` per image."""
+        nothing: list[Any] = [None] * len(self)
+        columns = (self.scores, self.p_values, self.decisions, self.steps, self.status)
+        rows = zip(*(nothing if c is None else c.tolist() for c in columns), strict=True)
+        return [_decision(*row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is said of one image; None is what does not apply.
+
+    Attributes:
+        score: higher = more OOD; infinite where the model leaves the finite numbers at once; None for what is no image.
+        p_value: share of calibration images that look at least as strange; None without calibration.
+        decision: ``id`` or ``ood``; None without calibration.
+        steps: evaluations of f; None for scorers that do not iterate.
+        status: ``ok`` for a fixed number of steps, none included; for a scorer that reads the path until it settles
+            ``converged`` or ``step_limit``; ``non_finite`` where numbers overflowed; ``error`` for what is no image.
+        error: one line that says why there is no score; None where there is one.
+    """
+
+    score: float | None = None
+    p_value: float | None = None
+    decision: str | None = None
+    steps: int | None = None
+    status: str = ERROR
+    error: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """``ok``, ``ood`` or ``invalid: …``; ``uncalibrated`` where there is a score and no threshold."""
+        return reason_of(self.score, self.decision, self.error)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, with the reason; an infinite score is the text ``Infinity``, which JSON has no number for."""
+        score = INFINITIES.get(self.score, self.score) if self.score is not None else None
+        return {**asdict(self), "score": score, "reason": self.reason}
+
+
+def reason_of(score: float | None, decision: str | None, error: str | None) -> str:
+    """The reason that belongs to a score, a decision and an error."""
+    if error is not None or score is None:
+        return f"{INVALID}: {error or 'no score'}"
+    return UNCALIBRATED if decision is None else OOD if decision == OOD else OK
+
+
+def decide_all(judge: Callable[[Normalised], Judgement], images: Sequence[Tensor]) -> list[Decision]:
+    """One decision per image (C, H, W) in the model's units, in order.
+
+    Images are judged together; a batch that is refused is halved until the image that is meant is found.
+
+    Raises:
+        MemoryError, RuntimeError: too little memory.
+    """
+    if not images:
+        return []
+    try:
+        return judge(Normalised(torch.stack(list(images)))).each()
+    except TrajOODError as error:
+        if len(images) == 1:
+            return [Decision(error=str(error).strip())]
+        half = len(images) // 2
+        return decide_all(judge, images[:half]) + decide_all(judge, images[half:])
+
+
+def decide_each(judge: Callable[[Any], Judgement], images: Any, count: int, size: int | None = None) -> list[Decision]:
+    """As :func:`decide_all` of ``count`` images of any kind that :func:`traj_ood.data.batches` reads."""
+    try:
+        return judge(images).each()
+    except TrajOODError as error:
+        if count <= 1:
+            return [Decision(error=str(error).strip())] * count
+        if isinstance(images, torch.utils.data.DataLoader):
+            raise
+    step = size or _TOGETHER
+    if count > step:
+        places = [range(start, min(start + step, count)) for start in range(0, count, step)]
+    else:
+        places = [range(count // 2), range(count // 2, count)]
+    return [said for rows in places for said in decide_each(judge, _part(images, rows), len(rows), size)]
+
+
+def _part(images: Any, rows: range) -> Any:
+    """The images at ``rows``."""
+    if isinstance(images, Normalised):
+        return Normalised(images.images[rows.start : rows.stop])
+    if isinstance(images, Tensor | np.ndarray | list | tuple):
+        return images[rows.start : rows.stop]
+    if hasattr(images, "select"):
+        return images.select(rows)
+    return torch.utils.data.Subset(images, rows)
+
+
+def _decision(score: float, p_value: Any, is_ood: Any, steps: Any, status: Any) -> Decision:
+    word = OK if status is None else _STATUS[Status(status)]
+    word = _STATUS[Status.NON_FINITE] if math.isinf(score) else word
+    return Decision(score, p_value, None if is_ood is None else OOD if is_ood else ID, steps, word)
