@@ -14,6 +14,7 @@ from torch import Tensor
 from traj_ood.errors import TrajOODError
 from traj_ood.index import Approximate, NeighborIndex, Neighbors, Recall, flat, greedy_leaders, search
 from traj_ood.index.flat import SHARD_ABOVE, FaissFlat, TorchFlat, _to_gpu, flat_backend
+from traj_ood.index.scan import Scan
 from traj_ood.index.search import _ERROR_FACTOR, _UNIT
 
 DISTANCES = (0.0, 1e-4, 1e-3, 1e-2, 1.0, 400.0)
@@ -251,6 +252,43 @@ def test_members_collapsed_onto_one_another_away_from_their_leader(backend: str)
 def test_groups_make_a_collapsed_dictionary_small() -> None:
     assert NeighborIndex(clusters(6, 30, 96, 1e-3)).groups == 6
     assert NeighborIndex(gaussian(60, 96)).groups == 60
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_kth_alone_is_the_last_of_a_search(seed: int) -> None:
+    """Where float32 tells the points apart, where it does not (collapsed, far from their mean), and with ties."""
+    draw = torch.Generator().manual_seed(seed)
+    dimension, spread = (2, 8, 300)[seed % 3], 10.0 ** (seed // 3 * 2 - 6)
+    points = torch.cat([clusters(5, 60, dimension, spread, seed), gaussian(2500, dimension, 1.0, seed)])
+    points = torch.cat([points, points[:40]])[torch.randperm(2840, generator=draw)]
+    queries = torch.cat([moved(points[:6], 10.0 ** (seed - 8)), gaussian(6, dimension, 500.0, seed + 1)])
+    built, truth = NeighborIndex(points), brute(points, queries).sort(dim=1).values
+    for k in (1, 2, 9, 59, 64, 247, 2500):
+        found = built.kth(queries, k)
+        torch.testing.assert_close(found, built.search(queries, k).distances[:, -1], rtol=1e-9, atol=0)
+        torch.testing.assert_close(found, truth[:, k - 1], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(built.kth(queries[3:4], k), found[3:4], rtol=1e-9, atol=0)
+    assert built.kth(queries[:0], 9).shape == (0,)
+    with pytest.raises(TrajOODError, match=r"k: expected 1 to 2840 \(the number of indexed points\), got 2841"):
+        built.kth(queries, 2841)
+
+
+@pytest.mark.parametrize(("count", "k"), [(1, 1), (7, 3), (2047, 5), (2049, 40), (4100, 1), (6000, 100)])
+def test_a_scan_leaves_out_nobody_who_may_be_near(count: int, k: int) -> None:
+    points = gaussian(count, 6, 1.0, 3)
+    queries = gaussian(700, 6, 1.3, 4)  # more than one block of rows
+    error = torch.full((700,), 1e-3, dtype=torch.float64)  # far larger than rounding: candidates beyond the k
+    found = Scan(points).candidates(queries, k, error, 256)
+    squared = torch.cdist(queries.double(), points.double()).square()
+    listed, certain = torch.zeros_like(squared, dtype=torch.bool), torch.zeros_like(squared, dtype=torch.bool)
+    listed[found.rows, found.points] = True
+    certain[found.rows, found.points] = found.certain
+    limit = squared.kthvalue(k, dim=1, keepdim=True).values
+    assert not found.crowded.any()
+    assert (listed | (squared > limit + 1e-3)).all()
+    assert not (certain & (squared >= limit)).any()
+    assert (listed == (squared <= limit + 2e-3)).double().mean() > 0.999
+    assert (certain == (squared < limit - 2e-3)).double().mean() > 0.999
 
 
 def test_empty_query_batch() -> None:

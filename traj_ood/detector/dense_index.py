@@ -47,6 +47,10 @@ class DenseIndex:
             return Neighbors(self._direct(queries, indices), indices)
         return Neighbors(squared.clamp(min=0).sqrt(), indices)
 
+    def kth(self, queries: Tensor, k: int) -> Tensor:
+        """(B,) float64 distances of each query (B, d) to its k-th nearest."""
+        return self.search(queries, k).distances[:, -1]
+
     def _squares(self, queries: Tensor) -> Tensor:
         """(B, N) float64."""
         wide = queries.double()

@@ -23,6 +23,7 @@ from traj_ood.dynamics.device import standard_settings
 from traj_ood.errors import TrajOODError
 from traj_ood.index.flat import Approximate, Backend, FaissApproximate, check_approximate, flat_backend
 from traj_ood.index.groups import greedy_leaders, leaders_in_cells
+from traj_ood.index.scan import Scan, table
 
 # Groups of points (distinct attractors) from which an approximate index is used where it is asked for. Below, the
 # exact search of a query (one product with 100,000 points) is too short for the recall to be worth losing.
@@ -36,6 +37,7 @@ _ERROR_FACTOR = 32.0
 _RELATIVE = 1e-9
 _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rounding, far below any score
 _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
+_CACHED = 2**18  # of which a CPU's core takes so many, 2 MiB, without going to the memory: a fourth of the time
 _MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
 _SPARE = 8  # candidates beyond k: they settle nearly every query
 _FEW = 16  # candidate groups, or a 16th of all: looking into more of them costs more than a float64 product
@@ -133,7 +135,7 @@ class NeighborIndex:
         self._norm = math.nan
         self._make_flat = flat_backend(backend, device)
         self.backend = self._make_flat.name
-        self._all: Any = None
+        self._scan: Scan | None = None
         check_approximate(approximate, backend)
         self._permitted, self._grouped = approximate, False
 
@@ -196,20 +198,32 @@ class NeighborIndex:
         Raises:
             TrajOODError: k outside 1 … N, wrong dimension, non-finite queries.
         """
+        return self._search(queries, k, self._nearest_k)
+
+    @_alone
+    def kth(self, queries: Tensor, k: int) -> Tensor:
+        """(B,) float64 distances of each query (B, d) to its k-th nearest point: what :meth:`search` returns last, for
+        a fraction of its time, because float32 nearly always tells who else is nearer or farther.
+
+        Raises:
+            TrajOODError: as :meth:`search`.
+        """
+        return self._search(queries, k, self._kth_alone).distances[:, -1]
+
+    def _search(self, queries: Tensor, k: int, look: Callable[..., tuple[Tensor, Tensor]]) -> Neighbors:
         if not 1 <= k <= len(self):
             raise TrajOODError(f"k: expected 1 to {len(self)} (the number of indexed points), got {k}")
         is_wide = k + _SPARE > min(_MAX_CANDIDATES, len(self))
         if not is_wide:
-            self._ensure_all()
+            self._all()
         elif math.isnan(self._norm):
             self._centred()
         queries, centred, error = self._prepare(queries)
-        search = partial(self._search_wide if is_wide else self._search_block, k)
-        return self._in_blocks(search, queries, centred, error, self._points.shape[1])
-
-    def _search_wide(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances and indices (B, k) where direct differences to so many would take longer than they are worth."""
-        return self._dense(queries, k)
+        if is_wide:  # direct differences to so many would take longer than they are worth
+            return self._in_blocks(lambda q, *_: self._dense(q, k), queries, centred, error, self._points.shape[1])
+        if not len(queries):
+            return Neighbors(torch.empty(0, k, dtype=torch.float64), torch.empty(0, k, dtype=torch.int64))
+        return self._in_blocks(partial(look, k), queries, centred, error, self._points.shape[1])
 
     def _in_blocks(
         self, search: Callable[..., tuple[Tensor, Tensor]], queries: Tensor, centred: Tensor, error: Tensor, width: int
@@ -220,30 +234,36 @@ class NeighborIndex:
         found = [search(*block) for block in blocks]
         return Neighbors(torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]))
 
-    def _search_block(
-        self, k: int, queries: Tensor, centred: Tensor, error: Tensor, spare: int = _SPARE
-    ) -> tuple[Tensor, Tensor]:
-        """Distances and indices (B, k) by direct difference. Float32 proposes whom to look at; for queries that its
-        rounding bound cannot settle it proposes more, and where that does not help, as among collapsed points, float64
-        proposes. FAISS's float32 values follow the batch, so none of them is handed out."""
-        width = k + spare
-        if width > min(_MAX_CANDIDATES, len(self)) or not len(queries):
-            _, indices = self._dense(queries, min(k + _SPARE, len(self)))
-            rows = torch.arange(len(queries), device=self.device).repeat_interleave(indices.shape[1])
-            return _smallest(self._exact(queries, rows, indices.flatten()).view_as(indices), indices, k)
-        squared, indices = self._all.topk(centred, width)
-        squared, slack = squared.double(), error[:, None]
-        # k of those listed are no farther than this; who certainly is, is not among the nearest k.
-        rows, columns = (squared - slack <= squared[:, k - 1 : k] + slack).nonzero(as_tuple=True)
-        distances = torch.full_like(squared, torch.inf)
-        distances[rows, columns] = self._exact(queries, rows, indices[rows, columns])
-        distances, indices = _smallest(distances, indices, k)
-        unseen = squared[:, -1] - error  # no point that is not listed can be closer than this, squared
-        unsettled = unseen < distances[:, -1].square()
-        if bool(unsettled.any()):
-            more = self._search_block(k, queries[unsettled], centred[unsettled], error[unsettled], 8 * spare)
-            distances[unsettled], indices[unsettled] = more
+    def _nearest_k(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances and indices (B, k), by direct difference to all candidates."""
+        found = self._all().candidates(centred, k, error, _MAX_CANDIDATES)
+        exact = self._exact(queries, found.rows, found.points)
+        distances, indices = _smallest(
+            table(found.rows, exact, len(queries), torch.inf, k),
+            table(found.rows, found.points, len(queries), len(self), k),
+            k,
+        )
+        if bool(found.crowded.any()):
+            distances[found.crowded], indices[found.crowded] = self._nearest_of_crowd(queries[found.crowded], k)
         return distances, indices
+
+    def _kth_alone(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances (B, 1) to the k-th nearest, by direct difference to those that may be it, and no indices."""
+        found = self._all().candidates(centred, k, error, _MAX_CANDIDATES)
+        nearer = found.rows[found.certain].bincount(minlength=len(queries))
+        rows, points = found.rows[~found.certain], found.points[~found.certain]
+        open_ones = table(rows, self._exact(queries, rows, points), len(queries), torch.inf, 1).sort(dim=1).values
+        distances = open_ones.gather(1, torch.where(found.crowded, 0, k - 1 - nearer)[:, None])
+        if bool(found.crowded.any()):
+            distances[found.crowded] = self._nearest_of_crowd(queries[found.crowded], k)[0][:, -1:]
+        return distances, torch.empty(len(queries), 0, dtype=torch.int64)
+
+    def _nearest_of_crowd(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Distances and indices (B, k) where float32 tells too few points apart, as among collapsed ones: float64
+        proposes, and a direct difference gives the distance."""
+        _, indices = self._dense(queries, min(k + _SPARE, len(self)))
+        rows = torch.arange(len(queries), device=self.device).repeat_interleave(indices.shape[1])
+        return _smallest(self._exact(queries, rows, indices.flatten()).view_as(indices), indices, k)
 
     def _dense(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Distances and indices (B, k) by the expansion in float64; by direct difference where even that cancels."""
@@ -279,7 +299,7 @@ class NeighborIndex:
     def _exact(self, queries: Tensor, rows: Tensor, points: Tensor) -> Tensor:
         """(P,) float64 distances of the pairs, by direct difference of the original coordinates."""
         out = torch.empty(len(rows), dtype=torch.float64, device=self.device)
-        step = max(1, _BLOCK // self._points.shape[1])
+        step = max(1, min(_BLOCK, _CACHED if self.device.type == "cpu" else _BLOCK) // self._points.shape[1])
         for i in range(0, len(rows), step):
             part = slice(i, i + step)
             difference = queries[rows[part]].double() - self._points[points[part]]
@@ -417,10 +437,11 @@ class NeighborIndex:
             self._build_groups(self._centred(), self._permitted)
             self._grouped = True
 
-    def _ensure_all(self) -> None:
-        """The index over all points, which :meth:`search` alone needs."""
-        if self._all is None:
-            self._all = self._make_flat(self._centred())
+    def _all(self) -> Scan:
+        """All points, as :meth:`search` alone looks at them."""
+        if self._scan is None:
+            self._scan = Scan(self._centred())
+        return self._scan
 
     def _centred(self) -> Tensor:
         """The points less their mean; what bounds rounding errors is known from here on."""

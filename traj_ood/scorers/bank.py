@@ -27,6 +27,8 @@ class Index(Protocol):
 
     def search(self, queries: Tensor, k: int) -> Neighbors: ...
 
+    def kth(self, queries: Tensor, k: int) -> Tensor: ...
+
 
 class _FiniteQueries:
     """An index that answers NaN for a query that is not finite: one such image must not end the scoring of the rest."""
@@ -42,6 +44,13 @@ class _FiniteQueries:
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         return self._answer(queries, lambda asked: self._index.search(asked, k))
+
+    def kth(self, queries: Tensor, k: int) -> Tensor:
+        def ask(asked: Tensor) -> Neighbors:
+            distances = self._index.kth(asked, k)[:, None]
+            return Neighbors(distances, torch.empty_like(distances, dtype=torch.int64))
+
+        return self._answer(queries, ask).distances[:, 0]
 
     def _answer(self, queries: Tensor, ask: Callable[[Tensor], Neighbors]) -> Neighbors:
         finite = queries.isfinite().all(dim=1)
@@ -104,3 +113,7 @@ class BankScorer(SearchingScorer, FeatureScorer):
     def neighbour_distances(self, queries: Tensor, k: int) -> Tensor:
         """(B, k) float64 distances to the nearest training features, ascending, on the CPU."""
         return self.index(queries.device).search(queries, k).distances.cpu()
+
+    def kth_distance(self, queries: Tensor, k: int) -> Tensor:
+        """(B,) float64 distances to the k-th nearest training feature, on the CPU."""
+        return self.index(queries.device).kth(queries, k).cpu()

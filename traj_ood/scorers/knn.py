@@ -55,8 +55,10 @@ class KNN(BankScorer):
         return state
 
     def score(self, evidence: Evidence) -> Tensor:
-        distances = self.neighbour_distances(self.features(evidence), self.k or len(self.state["bank"]))
-        return distances[:, -1] if self.reduce == "kth" else distances.mean(dim=1)
+        features, k = self.features(evidence), self.k or len(self.state["bank"])
+        if self.reduce == "kth":
+            return self.kth_distance(features, k)
+        return self.neighbour_distances(features, k).mean(dim=1)
 
     def features(self, evidence: Evidence) -> Tensor:
         features = super().features(evidence)

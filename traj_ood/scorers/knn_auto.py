@@ -57,7 +57,7 @@ class KNNAuto(BankScorer):
         return state | {"k": torch.tensor([candidates[aurocs.index(max(aurocs))]])}
 
     def score(self, evidence: Evidence) -> Tensor:
-        return self.neighbour_distances(self.features(evidence), int(self.state["k"]))[:, -1]
+        return self.kth_distance(self.features(evidence), int(self.state["k"]))
 
     def features(self, evidence: Evidence) -> Tensor:
         return normalize(super().features(evidence), dim=1)
