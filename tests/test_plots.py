@@ -5,19 +5,22 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 
-from traj_ood.drawing.style import Figure, save_png
+from traj_ood.drawing.style import CYCLE, INKS, Figure, lines_of, save_figure, save_png
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.dynamics_plots import attractor_gallery, dynamics_curves
 from traj_ood.evaluation.metrics import Metrics, compute_metrics
 from traj_ood.evaluation.plots import (
+    leaders,
     roc_curves,
     score_histograms,
     scorer_overview,
@@ -227,6 +230,46 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrajOODError, match="expected a folder that can be written"):
         save_png(roc_curves(ID, OOD, SETS, "title"), tmp_path / "file" / "roc.png")
+
+
+def test_a_set_has_one_colour_in_every_figure() -> None:
+    """Also where a scorer lacks a set: its line and its histogram are those of the run's list of sets."""
+    lines = lines_of(OOD)
+    some = dict(list(OOD.items())[1:])
+    for figure in (score_histograms(ID, some, SETS, "t", lines=lines), roc_curves(ID, some, SETS, "t", lines=lines)):
+        drawn = {to_hex(c) for axis in figure.axes for p in axis.patches for c in [p.get_edgecolor()]}
+        drawn |= {to_hex(line.get_color()) for axis in figure.axes for line in axis.lines}
+        assert {INKS[lines[name][0]] for name in some} <= drawn
+        assert len(drawn & {INKS[ink] for ink in CYCLE}) == len({lines[name][0] for name in some})
+
+
+@pytest.mark.parametrize("width", [3.4, 7.0])
+def test_figures_for_print_have_its_width_and_no_title(width: float) -> None:
+    for figure in (
+        score_histograms(ID, OOD, SETS, "title", width=width),
+        roc_curves(ID, OOD, SETS, "title", width=width),
+        scorer_overview(make_result(), width),
+        dynamics_curves(curves({"train": "train", "bag": "near"}), 1e-5, width),
+    ):
+        assert figure.get_figwidth() == pytest.approx(width)
+        assert "".join(text.get_text() for text in figure.texts) == ""
+
+
+@pytest.mark.parametrize(("form", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_vector_files_are_equal_for_equal_figures(tmp_path: Path, form: str, magic: bytes) -> None:
+    for name in ("a", "b"):
+        save_figure(roc_curves(ID, OOD, SETS, "title"), tmp_path / f"{name}.{form}")
+    a, b = ((tmp_path / f"{name}.{form}").read_bytes() for name in ("a", "b"))
+    assert a == b
+    assert a.startswith(magic)
+
+
+def test_the_leaders_are_the_best_two_of_different_names_and_the_papers() -> None:
+    result = make_result()
+    (first, scorer), *_ = result.scorers.items()
+    named = {label: replace(scorer, label=label) for label in ("a", "a:view=cls", "b", "trajectory")}
+    assert leaders(replace(result, scorers=named)) == ["a", "b", "trajectory"]
+    assert leaders(replace(result, scorers={first: scorer})) == [first]
 
 
 def test_plots_never_touch_pyplot() -> None:

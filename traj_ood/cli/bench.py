@@ -99,7 +99,21 @@ if TYPE_CHECKING:
     help="Discard what an earlier run left in the run's folder, and believe no cache: images are hashed, features "
     "extracted and a surrogate trained again.",
 )
-@click.option("--no-plots", is_flag=True, help="Skip the plots.")
+@click.option(
+    "--plots",
+    type=click.Choice(["none", "png", "svg", "pdf"]),
+    default="png",
+    show_default=True,
+    help="Figures of the run: all scorers, the dynamics, and scores of the leaders. --no-plots is short for none.",
+)
+@click.option(
+    "--plot-size",
+    type=click.Choice(["screen", "one-column", "two-columns"]),
+    default="screen",
+    show_default=True,
+    help="Width of these; for the columns of a paper, 3.4 or 7 inches, without titles.",
+)
+@click.option("--no-plots", is_flag=True, hidden=True)
 @click.option("--no-pictures", is_flag=True, help="Keep no thumbnails, paths and frames for `traj-ood report`.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
 @one_line_errors
@@ -132,8 +146,8 @@ def bench(benchmark: str, **options: Any) -> None:
         result = evaluator.run(fresh=options["fresh"])
     if not team.is_main:
         return
-    if not options["no_plots"]:
-        plot_run(evaluator.folder, quiet=options["quiet"])
+    if not options["no_plots"] and options["plots"] != "none":
+        plot_run(evaluator.folder, options["quiet"], options["plots"], options["plot_size"])
     say(render_markdown([result]), kept=f"all results are in {evaluator.folder}")
     if not result.dictionary["healthy"]:
         stored = result.dictionary.get("verdict")  # results older than the verdict hold its reasons alone

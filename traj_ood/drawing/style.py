@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -19,7 +20,21 @@ from matplotlib.lines import Line2D
 
 from traj_ood.io.files import write_atomic
 
-__all__ = ["CYCLE", "DASHES", "DPI", "INKS", "Figure", "Frame", "Look", "canvas", "line_of", "look", "save_png"]
+__all__ = [
+    "CYCLE",
+    "DASHES",
+    "DPI",
+    "INKS",
+    "Figure",
+    "Frame",
+    "Look",
+    "canvas",
+    "line_of",
+    "lines_of",
+    "look",
+    "save_figure",
+    "save_png",
+]
 
 DPI = 150
 
@@ -54,6 +69,11 @@ def line_of(n: int) -> tuple[str, str]:
     return CYCLE[n % len(CYCLE)], DASHES[n // len(CYCLE) % len(DASHES)]
 
 
+def lines_of(sets: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Ink and dash pattern of each OOD set of a run, given all of them in its order: the same in every figure."""
+    return {name: line_of(n) for n, name in enumerate(sets)}
+
+
 def look(ink: str, dash: str = "") -> Look:
     """A line of an ink and a dash pattern for matplotlib."""
     return {"color": INKS[ink], "linestyle": (0, tuple(map(float, dash.split()))) if dash else "-"}
@@ -82,6 +102,7 @@ def canvas(
     legend: Mapping[str, Look] | None = None,
     headroom: float = 0.0,
     onto: Figure | None = None,
+    width: float | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """A white figure and its panels in reading order.
 
@@ -93,16 +114,21 @@ def canvas(
         headroom: inches above each panel, for a title of its own.
         onto: a figure of this frame, which is emptied and used again where it has as many panels: half of the time of a
             small figure goes into its axes and their ticks. None makes one.
+        width: of a figure for print, in inches: panels are made to fit, and the title is left out, since a caption says
+            it there. None takes the panels as they are.
     """
+    if width is not None:
+        columns = max(1, min(columns, count, round(width / frame.width)))
+        frame, title = _fitted(frame, width / columns), ""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    width = max(frame.width * columns, 4.0 if title else 0.0)  # room for the words of a title
+    wide = max(frame.width * columns, 4.0 if title else 0.0)  # room for the words of a title
     # In DejaVu Sans 9 characters of the bold heading fit an inch, and 13 of the text below it.
     heading, _, note = title.partition("\n")
-    lines = textwrap.wrap(heading, int(9 * width))
-    notes = [part for line in note.splitlines() for part in textwrap.wrap(line, int(13 * width))]
+    lines = textwrap.wrap(heading, int(9 * wide))
+    notes = [part for line in note.splitlines() for part in textwrap.wrap(line, int(13 * wide))]
     head = 0.1 + 0.21 * len(lines) + 0.16 * len(notes) if title else 0.0
-    across = max(1, min(len(legend), int(width / (0.5 + 0.078 * max(map(len, legend)))))) if legend else 1
+    across = max(1, min(len(legend), int(wide / (0.5 + 0.078 * max(map(len, legend)))))) if legend else 1
     foot = 0.1 + 0.2 * math.ceil(len(legend) / across) if legend else 0.0
     body = rows * (frame.height + headroom)
     height = head + body + foot
@@ -110,15 +136,15 @@ def canvas(
     if onto is not None and len(onto.axes) != count:
         onto = None
     figure = onto or Figure(facecolor=INKS["paper"])
-    figure.set_size_inches(width, height)
+    figure.set_size_inches(wide, height)
     axes = _panels(figure, frame, count, rows, columns, foot, body) if onto is None else _emptied(onto)
     if frame.margins is not None:
         left, right, below, above = frame.margins
-        size = ((frame.width - left - right) / width, (frame.height - below - above) / height)
-        aside = (width - frame.width * columns) / 2 + left
+        size = ((frame.width - left - right) / wide, (frame.height - below - above) / height)
+        aside = (wide - frame.width * columns) / 2 + left
         for n, axis in enumerate(axes):
             corner = (aside + n % columns * frame.width, foot + body * (1 - (n // columns + 1) / rows) + below)
-            axis.set_position((corner[0] / width, corner[1] / height, *size))
+            axis.set_position((corner[0] / wide, corner[1] / height, *size))
     bold, quiet = {"size": 12, "weight": "bold", "color": INKS["text"]}, {"size": 9, "color": INKS["muted"]}
     for text, top, font in ((lines, 0.07, bold), (notes, 0.07 + 0.21 * len(lines), quiet)):
         figure.text(0.5, 1 - top / height, "\n".join(text), ha="center", va="top", fontdict=font)
@@ -127,6 +153,11 @@ def canvas(
         style = {"frameon": False, "fontsize": 9, "labelcolor": INKS["text"]}
         figure.legend(handles=handles, loc="lower center", ncols=across, **style)
     return figure, axes
+
+
+def _fitted(frame: Frame, width: float) -> Frame:
+    """The frame at another width; narrower ones become lower, too, so that slopes keep their look."""
+    return replace(frame, width=width, height=frame.height * min(1.0, width / frame.width))
 
 
 def _panels(figure: Figure, frame: Frame, count: int, rows: int, columns: int, foot: float, body: float) -> list[Axes]:
@@ -175,4 +206,19 @@ def save_png(figure: Figure, path: str | Path) -> None:
     Raises:
         TrajOODError: an unwritable path.
     """
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """PNG at 150 dots per inch, SVG or PDF, by the path's suffix; whole or not at all.
+
+    Text of the vector formats stays text, and equal figures give equal bytes.
+
+    Raises:
+        TrajOODError: an unwritable path.
+    """
+    form = Path(path).suffix[1:]
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "traj_ood", "pdf.fonttype": 42}
+    with rc_context(settings):
+        write_atomic(path, lambda file: figure.savefig(file, format=form, dpi=DPI, metadata=metadata))

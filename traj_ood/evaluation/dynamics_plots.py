@@ -34,7 +34,7 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _QUANTILES = ("q25", "q50", "q75")
 
 
-def dynamics_curves(curves: pd.DataFrame, tol: float) -> Figure:
+def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None) -> Figure:
     """Residual, latent norm and share of running samples over steps, ID against OOD, as the paper's Fig 12.
 
     Args:
@@ -42,6 +42,7 @@ def dynamics_curves(curves: pd.DataFrame, tol: float) -> Figure:
             ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples. NaN in a residual means
             that the quantile has fallen below ``tol``; ``running`` is a fraction and stands in ``q50``.
         tol: the tolerance of the iteration on the squared residual, drawn as a line.
+        width: inches of a figure for print, see :func:`traj_ood.drawing.style.canvas`.
 
     Up to 4 OOD sets share a row of panels; more are split into a row of near and a row of far sets, see
     :func:`set_rows`.
@@ -63,8 +64,8 @@ def dynamics_curves(curves: pd.DataFrame, tol: float) -> Figure:
     legend = {f"{name} ({sets.get(name, 'ID')})": own for name, own in looks.items()}
     legend[f"tolerance {tol:g}"] = {"color": INKS["muted"], "linestyle": "--"}
     rows = set_rows(sets)
-    title = "Latent dynamics under f = E∘D\nMedians over samples, with the central half of ID ones as a band"
-    figure, axes = canvas(DYNAMICS, 3 * len(rows), 3, title, legend, headroom=0.2)
+    title = "Latent dynamics under f = E∘D\nMedians over samples, with the central half of ID test images as a band"
+    figure, axes = canvas(DYNAMICS, 3 * len(rows), 3, title, legend, headroom=0.2, width=width)
     for n, names in enumerate(rows.values()):
         shown = {name: own for name, own in looks.items() if name in ids or name in names}
         for axis, (quantity, name) in zip(axes[3 * n :], QUANTITIES.items(), strict=False):
@@ -83,8 +84,8 @@ def set_rows(sets: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def dynamics(axis: Axes, curves: pd.DataFrame, quantity: str, tol: float, looks: Mapping[str, Look]) -> None:
-    """One quantity over steps (see :func:`dynamics_curves`): the median of each split of ``looks``; those in the ink of
-    ID with their central half as a band."""
+    """One quantity over steps (see :func:`dynamics_curves`): the median of each split of ``looks``; the first
+    in the ink of ID with its central half as a band."""
     table = curves[(curves["quantity"] == quantity) & curves["split"].isin(looks.keys())]
     for split, own in looks.items():
         rows = table[table["split"] == split].sort_values("step")
@@ -96,7 +97,7 @@ def dynamics(axis: Axes, curves: pd.DataFrame, quantity: str, tol: float, looks:
         if quantity == "residual_sq":
             # A censored lower edge lies at the tolerance or below: the band reaches down to the line.
             low, middle, high = np.where(np.isnan(low), tol, low), *(down_to_tolerance(tol, q) for q in (middle, high))
-        if own["color"] == INKS["id"] and quantity != "running":
+        if own["color"] == INKS["id"] and quantity != "running" and not axis.collections:  # two bands hide each other
             axis.fill_between(steps, low, high, color=INKS["id"], alpha=0.2, linewidth=0)
         axis.plot(steps, 100 * middle if quantity == "running" else middle, linewidth=1.5, **own)
     _step_axis(axis, int(table["step"].max()) if len(table) else 1)
@@ -145,12 +146,12 @@ def _power_of_ten(value: float, _: int) -> str:
     return {0: "1", 1: "10", 2: "100"}.get(exponent, "10" + str(exponent).translate(_RAISED))
 
 
-def paths(pictures: Pictures, title: str) -> Figure:
+def paths(pictures: Pictures, title: str, width: float | None = None) -> Figure:
     """Paths of a few samples in the plane of the run's gallery, see :func:`plane`."""
     legend = {"ID": look("id"), "near OOD": look("near"), "far OOD": look("far")}
     legend["attractor of a training image"] = {"color": INKS["muted"], "marker": ".", "linestyle": ""}
     note = "A ring is where a path starts (z₀), a disc where it ends."
-    figure, (axis,) = canvas(PLANE, title=f"{title}\n{note}", legend=legend)
+    figure, (axis,) = canvas(PLANE, title=f"{title}\n{note}", legend=legend, width=width)
     plane(axis, pictures)
     return figure
 

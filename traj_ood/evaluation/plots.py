@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,9 +20,9 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from traj_ood.drawing.charts import name_rows
-from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas, line_of, look, save_png
+from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas, lines_of, look, save_figure
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation.dynamics_plots import ROLES, Floats, dynamics_curves, paths
+from traj_ood.evaluation.dynamics_plots import Floats, dynamics_curves, paths
 from traj_ood.evaluation.metrics import RECALL, check_scores
 from traj_ood.evaluation.results import Result, SetScore, mean_interval
 from traj_ood.evaluation.runs import Run
@@ -29,6 +30,8 @@ from traj_ood.evaluation.runs import Run
 HISTOGRAM = Frame(2.4, 1.35, margins=(0.08, 0.08, 0.25, 0.05))
 ROC = Frame(4.2, 4.0, margins=(0.55, 0.12, 0.45, 0.1))
 _CURVE_POINTS = 100
+Lines = Mapping[str, tuple[str, str]]
+"""Ink and dash pattern by OOD set."""
 
 
 def alone(frame: Frame, panel: Callable[..., None], *data: object) -> Figure:
@@ -38,34 +41,51 @@ def alone(frame: Frame, panel: Callable[..., None], *data: object) -> Figure:
     return figure
 
 
-def plot_run(folder: Path, quiet: bool = False) -> None:
-    """Every figure of a finished run, from the files in its folder, into ``folder/plots``.
+PlotForm = Literal["png", "svg", "pdf"]
+PRINT_WIDTHS = {"screen": None, "one-column": 3.4, "two-columns": 7.0}
+"""Inches of a figure by what it is for: the columns of two-column papers (IEEE, CVPR, ICML) and of their pages."""
+_BEST, _PAPERS = 2, "trajectory"
 
-    Histograms and ROC curves per scorer, residual and norm curves, paths in the plane where they were kept, and the
-    overview of all scorers.
 
+def plot_run(folder: Path, quiet: bool = False, form: PlotForm = "png", size: str = "screen") -> None:
+    """The figures of a finished run, from the files in its folder, into ``folder/plots``.
+
+    The overview of all scorers, residual and norm curves, paths in the plane where they were kept, and histograms and
+    ROC curves of :func:`leaders`. The report draws those of any other scorer.
+
+    Args:
+        form: of the files. size: one of :data:`PRINT_WIDTHS`; for print the titles are left to the captions.
     Raises:
         TrajOODError: the run's tables are missing or damaged, or the folder cannot be written.
     """
     run = Run.load(folder, Path())
     if run.scores is None or run.curves is None:
         raise TrajOODError(f"{folder}: expected scores.parquet and curves.parquet of a finished run; run it again")
-    result, plots = run.result, folder / "plots"
-    save_png(scorer_overview(result), plots / "scorers.png")
+    result, plots, width = run.result, folder / "plots", PRINT_WIDTHS[size]
+    lines = lines_of(run.sets())
+    save_figure(scorer_overview(result, width), plots / f"scorers.{form}")
     if len(run.curves):
-        save_png(dynamics_curves(run.curves, float(result.config["tol"])), plots / "dynamics.png")
+        save_figure(dynamics_curves(run.curves, float(result.config["tol"]), width), plots / f"dynamics.{form}")
     if run.pictures is not None:
-        save_png(paths(run.pictures, f"Paths to the attractors: {_place(result)}"), plots / "paths.png")
-    histograms: Figure | None = None
-    rocs: Figure | None = None
-    for label, scorer in tqdm(result.scorers.items(), "plots", unit="scorer", delay=2, disable=quiet, leave=False):
+        title = f"Paths to the attractors: {_place(result)}"
+        save_figure(paths(run.pictures, title, width), plots / f"paths.{form}")
+    for label in tqdm(leaders(result), "plots", unit="scorer", delay=2, disable=quiet, leave=False):
         id_scores, by_set = run.scores_of(label)
         name = label.replace(":", "_").replace("=", "-")
-        title = f"{label}: {_place(result)}"
-        histograms = score_histograms(id_scores, by_set, scorer.sets, title, histograms)
-        save_png(histograms, plots / f"histogram_{name}.png")
-        rocs = roc_curves(id_scores, by_set, scorer.sets, title, rocs)
-        save_png(rocs, plots / f"roc_{name}.png")
+        data = id_scores, by_set, result.scorers[label].sets, f"{label}: {_place(result)}"
+        save_figure(score_histograms(*data, lines=lines, width=width), plots / f"histogram_{name}.{form}")
+        save_figure(roc_curves(*data, lines=lines, width=width), plots / f"roc_{name}.{form}")
+
+
+def leaders(result: Result) -> list[str]:
+    """Labels of the scorers that a reader asks for first: the best two by mean AUROC, of another name each, and the
+    paper's."""
+    means = {label: scorer.all.auroc for label, scorer in result.scorers.items() if scorer.all is not None}
+    best: dict[str, str] = {}
+    for label in sorted(means, key=lambda label: (-means[label], label)):
+        best.setdefault(label.split(":")[0], label)
+    chosen = list(best.values())[:_BEST]
+    return [*chosen, *([_PAPERS] if _PAPERS in means and _PAPERS not in chosen else [])]
 
 
 def _place(result: Result) -> str:
@@ -81,6 +101,8 @@ def score_histograms(
     sets: Mapping[str, SetScore],
     title: str,
     onto: Figure | None = None,
+    lines: Lines | None = None,
+    width: float | None = None,
 ) -> Figure:
     """ID scores (n,) against each OOD set (m,) in a panel of its own, as the paper's Figs 5 and 10.
 
@@ -89,33 +111,36 @@ def score_histograms(
         sets: role and metrics of each set of ``ood``.
         title: of the figure.
         onto: a figure of this function, to be drawn anew in half the time. None makes one.
+        lines: ink and dash of each set, see :func:`traj_ood.drawing.style.lines_of`. None counts the sets of ``ood``.
+        width: inches of a figure for print, see :func:`traj_ood.drawing.style.canvas`.
     Raises:
         TrajOODError: empty or non-finite scores, no OOD set, or one without a role.
     """
     id_scores, scores = _checked(id_scores, ood, sets)
     edges = shared_bins([id_scores, *scores.values()])
     legend = {f"ID (n = {id_scores.size:,})": _patch("id")}
-    legend |= {f"{role} OOD": _patch(role) for role in ROLES if role in {sets[name].role for name in scores}}
     legend["keeps 95 % of ID (FPR95: OOD left of it)"] = {"color": INKS["muted"], "linestyle": ":"}
     note = " ".join(["Further right is more OOD; heights are shares of each set.", beyond(edges, id_scores, scores)])
-    figure, axes = canvas(HISTOGRAM, len(scores), 4, f"{title}\n{note}", legend, 0.4, onto)
+    figure, axes = canvas(HISTOGRAM, len(scores), 4, f"{title}\n{note}", legend, 0.4, onto, width)
+    lines = lines or lines_of(scores)
     for axis, (name, values) in zip(axes, scores.items(), strict=True):
         got = sets[name]
-        histogram(axis, id_scores, values, edges, got.role)
+        histogram(axis, id_scores, values, edges, lines[name][0])
         figures = f"AUROC {100 * got.metrics.auroc:.1f} %, FPR95 {100 * got.metrics.fpr95:.1f} %"
         axis.set_title(f"{name} ({got.role}, n = {values.size:,})\n{figures}", fontsize=9, y=1.0)
     return figure
 
 
-def histogram(axis: Axes, id_scores: Floats, scores: Floats, edges: Floats, role: str) -> None:
-    """ID and OOD scores as shares of their images per bin; dotted, the threshold that keeps 95 % of ID.
+def histogram(axis: Axes, id_scores: Floats, scores: Floats, edges: Floats, ink: str) -> None:
+    """ID and OOD scores, these in the ``ink`` of their set, as shares of their images per bin; dotted, the threshold
+    that keeps 95 % of ID.
 
     Scores, and a threshold, beyond the ``edges`` stand in the outermost bins.
     """
-    for values, ink in ((id_scores, "id"), (scores, role)):
+    for values, own in ((id_scores, "id"), (scores, ink)):
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-        face = (INKS[ink], 0.3)
-        axis.stairs(counts / values.size, edges, fill=True, facecolor=face, edgecolor=INKS[ink], linewidth=1)
+        face = (INKS[own], 0.3)
+        axis.stairs(counts / values.size, edges, fill=True, facecolor=face, edgecolor=INKS[own], linewidth=1)
     threshold = np.clip(np.quantile(id_scores, RECALL, method="inverted_cdf"), edges[0], edges[-1])
     axis.axvline(threshold, color=INKS["muted"], linestyle=":", linewidth=1.2)
     axis.yaxis.set_visible(False)
@@ -149,6 +174,8 @@ def roc_curves(
     sets: Mapping[str, SetScore],
     title: str,
     onto: Figure | None = None,
+    lines: Lines | None = None,
+    width: float | None = None,
 ) -> Figure:
     """ROC of ID scores (n,) against each OOD set (m,), OOD positive, with the AUROC of ``sets`` in the legend.
 
@@ -158,18 +185,19 @@ def roc_curves(
         TrajOODError: empty or non-finite scores, no OOD set, or one without a role.
     """
     id_scores, scores = _checked(id_scores, ood, sets)
-    legend = {f"{name}  {100 * sets[name].metrics.auroc:.1f} %": look(*line_of(n)) for n, name in enumerate(scores)}
+    lines = lines or lines_of(scores)
+    legend = {f"{name}  {100 * sets[name].metrics.auroc:.1f} %": look(*lines[name]) for name in scores}
     note = (
         "OOD is positive; AUROC after each set. Dotted: 95 % of ID kept, where FPR95 is what a curve lacks to 100 %; "
     )
     note += "95 % of OOD caught, where FPR95-OpenOOD is read."
-    figure, (axis,) = canvas(ROC, title=f"{title}\n{note}", legend=legend, onto=onto)
-    roc(axis, id_scores, scores)
+    figure, (axis,) = canvas(ROC, title=f"{title}\n{note}", legend=legend, onto=onto, width=width)
+    roc(axis, id_scores, scores, lines)
     return figure
 
 
-def roc(axis: Axes, id_scores: Floats, sets: Mapping[str, Floats]) -> None:
-    """Share of OOD caught over share of ID rejected, a line for each set in its colour (see :func:`line_of`).
+def roc(axis: Axes, id_scores: Floats, sets: Mapping[str, Floats], lines: Lines | None = None) -> None:
+    """Share of OOD caught over share of ID rejected, a line for each set in its colour (see :func:`lines_of`).
 
     The two dotted lines are where the two FPR95 are read: at 5 % of ID rejected the paper's (what is missing to 100 %),
     at 95 % of OOD caught OpenOOD's.
@@ -177,9 +205,10 @@ def roc(axis: Axes, id_scores: Floats, sets: Mapping[str, Floats]) -> None:
     axis.plot([0, 100], [0, 100], color=INKS["rule"], linewidth=1)
     axis.axvline(100 * (1 - RECALL), color=INKS["muted"], linestyle=":", linewidth=1)
     axis.axhline(100 * RECALL, color=INKS["muted"], linestyle=":", linewidth=1)
-    for n, scores in enumerate(sets.values()):
+    lines = lines or lines_of(sets)
+    for name, scores in sets.items():
         rejected, caught = _roc(id_scores, scores)
-        axis.plot(100 * rejected, 100 * caught, linewidth=1.6, **look(*line_of(n)))
+        axis.plot(100 * rejected, 100 * caught, linewidth=1.6, **look(*lines[name]))
     axis.set(xlim=(-1, 101), ylim=(-1, 101), xlabel="ID images rejected (%)", ylabel="OOD images caught (%)")
 
 
@@ -225,7 +254,7 @@ class ScorerRow:
     sets: Sequence[tuple[str, float]]
 
 
-def scorer_overview(result: Result) -> Figure:
+def scorer_overview(result: Result, width: float | None = None) -> Figure:
     """Mean AUROC of every scorer of a run over near, far and all OOD sets, best first; faint dots are single sets.
 
     Raises:
@@ -254,7 +283,7 @@ def scorer_overview(result: Result) -> Figure:
     }
     legend["one set"] = {"color": INKS["muted"], "marker": ".", "linestyle": ""}
     legend["chance"] = {"color": INKS["muted"], "linestyle": ":"}
-    figure, (axis,) = canvas(overview_frame(len(rows)), title=title, legend=legend)
+    figure, (axis,) = canvas(overview_frame(len(rows), width), title=title, legend=legend, width=width)
     overview(axis, rows)
     return figure
 
@@ -276,9 +305,9 @@ def overview(axis: Axes, rows: Sequence[ScorerRow]) -> None:
     axis.set_xlabel("AUROC (%)")
 
 
-def overview_frame(scorers: int) -> Frame:
-    """Of a panel with that many rows."""
-    return Frame(6.2, 0.22 * scorers + 0.6)
+def overview_frame(scorers: int, width: float | None = None) -> Frame:
+    """Of a panel with that many rows; a narrow one is as high, since its rows hold text."""
+    return Frame(width or 6.2, 0.22 * scorers + 0.6)
 
 
 def _ink(region: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from traj_ood.drawing.style import Figure, line_of, look
+from traj_ood.drawing.style import Figure, line_of, lines_of, look
 from traj_ood.drawing.svg import inline_svg
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name
@@ -271,16 +271,16 @@ def _scorer_view(draw: Draw, run: Run, label: str) -> ScorerView:
         missing.append("The scores per image (scores.parquet) were not kept, so there is nothing to draw.")
     else:
         id_scores, scores = run.scores_of(label)
-        edges = plots.shared_bins([id_scores, *scores.values()])
+        edges, lines = plots.shared_bins([id_scores, *scores.values()]), lines_of(run.sets())
         for name, values in scores.items():
             score = scorer.sets[name]
             text = f"Histogram of {label}: ID against {name} ({score.role}), AUROC {percent(score.metrics.auroc)} %"
-            panel = plots.alone(plots.HISTOGRAM, plots.histogram, id_scores, values, edges, score.role)
+            panel = plots.alone(plots.HISTOGRAM, plots.histogram, id_scores, values, edges, lines[name][0])
             figures = {"AUROC": score.metrics.auroc, "FPR95": score.metrics.fpr95}
             detail = ", ".join(f"{metric}\N{NO-BREAK SPACE}{percent(value)}" for metric, value in figures.items())
             histograms.append(Drawing(name, score.role, detail, draw(panel, text)))
         beyond = plots.beyond(edges, id_scores, scores)
-        curves = plots.alone(plots.ROC, plots.roc, id_scores, scores)
+        curves = plots.alone(plots.ROC, plots.roc, id_scores, scores, lines)
         roc_curve = draw(curves, f"ROC curves of {label} for each OOD set")
     return ScorerView(scorer, histograms, beyond, roc_curve, _keys(run, label), _mistakes(run, label, missing), missing)
 
