@@ -87,7 +87,7 @@ def test_rank_of_equal_variances_and_of_none() -> None:
         rank_explaining(torch.zeros(5, 3), 0.0)
 
 
-def test_spearman_is_scipys_and_none_without_ranks() -> None:
+def test_spearman_is_the_pearson_correlation_of_mean_ranks_and_none_without_ranks() -> None:
     x, y = [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 2.0, 7.0, 1.0, None]
     assert spearman(x, y) == pytest.approx(spearmanr(x[:4], y[:4]).statistic)
     assert spearman([1, 2], [1, 2]) is None

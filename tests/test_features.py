@@ -42,20 +42,24 @@ def source(seed: int = 0, count: int = COUNT) -> ArrayImages:
     return ArrayImages(tuple(f"image/{i:02d}" for i in range(count)), pixels)
 
 
-class Reader:
-    """Reads as the evaluator does, remembers what it was asked for, and fails where told."""
+class Watched:
+    """A source that remembers which images were read, and fails where told."""
 
-    def __init__(self, backbone: CallableBackbone, images: ArrayImages, broken: tuple[int, ...] = ()) -> None:
-        self.backbone, self.images, self.broken = backbone, images, broken
+    def __init__(self, images: ArrayImages, broken: tuple[int, ...] = ()) -> None:
+        self.images, self.broken = images, broken
         self.asked: list[int] = []
 
-    def __call__(self, indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
-        self.asked += indices
-        good = [i for i in indices if i not in self.broken]
-        tensors = [self.backbone.transform(self.images.load(i)) for i in good]
-        batch = torch.stack(tensors) if tensors else torch.empty(0, 1, 4, 4)
-        failures = [{"id": self.images.ids[i], "error": "broken"} for i in indices if i in self.broken]
-        return tuple(self.images.ids[i] for i in good), batch, failures
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.images, name)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Any:
+        self.asked.append(index)
+        if index in self.broken:
+            raise TrajOODError(f"{self.images.ids[index]}: truncated")
+        return self.images.load(index)
 
 
 def direct(backbone: CallableBackbone, images: ArrayImages) -> Features:
@@ -65,13 +69,13 @@ def direct(backbone: CallableBackbone, images: ArrayImages) -> Features:
 @pytest.mark.parametrize("batch", [1, 5, 8, 10, 23])
 def test_any_batches_give_what_extract_gives_and_read_once(tmp_path: Path, batch: int) -> None:
     backbone, images = network(), source()
-    reader, cache = Reader(backbone, images), FeatureCache(tmp_path)
+    watched, cache = Watched(images), FeatureCache(tmp_path)
     expected = direct(backbone, images)
     for _ in range(2):
         rows = 0
         for start in range(0, COUNT, batch):
             indices = range(start, min(start + batch, COUNT))
-            ids, found, failures = cache.extract(backbone, images, indices, reader)
+            ids, found, failures = cache.extract(backbone, watched, indices)
             assert found is not None
             assert found.logits is not None
             assert ids == images.ids[start : indices.stop]
@@ -81,14 +85,14 @@ def test_any_batches_give_what_extract_gives_and_read_once(tmp_path: Path, batch
             torch.testing.assert_close(found.logits, expected.logits[start : indices.stop], rtol=1e-5, atol=1e-6)
             rows += len(ids)
         assert rows == COUNT
-        assert sorted(reader.asked) == list(range(COUNT))
+        assert sorted(watched.asked) == list(range(COUNT))
 
 
 def test_another_process_and_other_batches_hit(tmp_path: Path) -> None:
     images = source()
-    FeatureCache(tmp_path).extract(network(), images, range(COUNT), Reader(network(), images))
-    again = Reader(network(), images)
-    ids, found, _ = FeatureCache(tmp_path).extract(network(name="toy"), source(), range(6, 19), again)
+    FeatureCache(tmp_path).extract(network(), images, range(COUNT))
+    again = Watched(source())
+    ids, found, _ = FeatureCache(tmp_path).extract(network(name="toy"), again, range(6, 19))
     assert again.asked == []
     assert found is not None
     torch.testing.assert_close(found.features, direct(network(), images).features[6:19], rtol=1e-5, atol=1e-6)
@@ -99,10 +103,9 @@ def test_another_process_and_other_batches_hit(tmp_path: Path) -> None:
 
 
 def test_only_touched_blocks_are_read(tmp_path: Path) -> None:
-    backbone, images = network(), source()
-    reader = Reader(backbone, images)
-    FeatureCache(tmp_path).extract(backbone, images, range(9, 11), reader)
-    assert reader.asked == list(range(8, 16))
+    watched = Watched(source())
+    FeatureCache(tmp_path).extract(network(), watched, range(9, 11))
+    assert sorted(watched.asked) == list(range(8, 16))
 
 
 def test_other_weights_options_and_images_stay_apart(tmp_path: Path) -> None:
@@ -113,7 +116,7 @@ def test_other_weights_options_and_images_stay_apart(tmp_path: Path) -> None:
         (network(name="b"), source()),
         (network(), source(1)),
     ):
-        _, found, _ = cache.extract(backbone, images, range(COUNT), Reader(backbone, images))
+        _, found, _ = cache.extract(backbone, images, range(COUNT))
         assert found is not None
         torch.testing.assert_close(found.features, direct(backbone, images).features, rtol=1e-5, atol=1e-6)
     assert len(list(tmp_path.iterdir())) == 4
@@ -122,7 +125,7 @@ def test_other_weights_options_and_images_stay_apart(tmp_path: Path) -> None:
 def test_without_a_classifier(tmp_path: Path) -> None:
     backbone, images = network(classes=0), source()
     for _ in range(2):
-        _, found, _ = FeatureCache(tmp_path).extract(backbone, images, range(COUNT), Reader(backbone, images))
+        _, found, _ = FeatureCache(tmp_path).extract(backbone, images, range(COUNT))
         assert found is not None
         assert found.logits is None
         torch.testing.assert_close(found.features, direct(backbone, images).features, rtol=1e-5, atol=1e-6)
@@ -130,37 +133,32 @@ def test_without_a_classifier(tmp_path: Path) -> None:
 
 def test_unreadable_images_are_tried_again(tmp_path: Path) -> None:
     backbone, images, cache = network(), source(), FeatureCache(tmp_path)
-    broken = Reader(backbone, images, broken=(9, 10))
-    ids, found, failures = cache.extract(backbone, images, range(8, 12), broken)
+    watched = Watched(images, broken=(9, 10))
+    ids, found, failures = cache.extract(backbone, watched, range(8, 12), on_error="skip")
     assert ids == ("image/08", "image/11")
     assert found is not None
     torch.testing.assert_close(found.features, direct(backbone, images).features[[8, 11]], rtol=1e-5, atol=1e-6)
-    assert [f["id"] for f in failures] == ["image/09", "image/10"]
-    assert cache.extract(backbone, images, range(9, 11), broken)[:2] == ((), None)
-    assert cache.extract(backbone, images, range(8, 9), broken)[2] == []  # not asked for, not reported
-    repaired = Reader(backbone, images)
-    assert len(cache.extract(backbone, images, range(8, 12), repaired)[0]) == 4
-    assert repaired.asked == list(range(8, 16))
+    assert failures == [{"id": f"image/{i:02d}", "error": f"image/{i:02d}: truncated"} for i in (9, 10)]
+    assert cache.extract(backbone, watched, range(9, 11), on_error="skip")[:2] == ((), None)
+    assert cache.extract(backbone, watched, range(8, 9), on_error="skip")[2] == []  # not asked for, not reported
+    watched.broken, watched.asked = (), []
+    assert len(cache.extract(backbone, watched, range(8, 12))[0]) == 4
+    assert sorted(watched.asked) == list(range(8, 16))
 
 
-def test_a_reader_that_raises_leaves_no_block(tmp_path: Path) -> None:
-    backbone, images = network(), source()
-
-    def fail(indices: range) -> Any:
-        raise TrajOODError("image/03: truncated")
-
+def test_an_unreadable_image_leaves_no_block(tmp_path: Path) -> None:
     with pytest.raises(TrajOODError, match="image/03: truncated"):
-        FeatureCache(tmp_path).extract(backbone, images, range(4), fail)
+        FeatureCache(tmp_path).extract(network(), Watched(source(), broken=(3,)), range(4))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_empty_and_impossible_ranges(tmp_path: Path) -> None:
     backbone, images = network(), source()
-    reader, cache = Reader(backbone, images), FeatureCache(tmp_path)
-    assert cache.extract(backbone, images, range(3, 3), reader) == ((), None, [])
+    cache = FeatureCache(tmp_path)
+    assert cache.extract(backbone, images, range(3, 3)) == ((), None, [])
     for indices in (range(COUNT + 1), range(-1, 3), range(0, 6, 2)):
         with pytest.raises(TrajOODError, match=r"expected consecutive indices within 23 images, got range"):
-            cache.extract(backbone, images, indices, reader)
+            cache.extract(backbone, images, indices)
 
 
 # ---------------------------------------------------------------------------------------------- damage
@@ -168,14 +166,14 @@ def test_empty_and_impossible_ranges(tmp_path: Path) -> None:
 
 def filled(tmp_path: Path) -> Path:
     backbone, images = network(), source()
-    FeatureCache(tmp_path).extract(backbone, images, range(COUNT), Reader(backbone, images))
+    FeatureCache(tmp_path).extract(backbone, images, range(COUNT))
     (folder,) = tmp_path.iterdir()
     return folder
 
 
 def ask(tmp_path: Path, backbone: CallableBackbone | None = None) -> None:
     backbone, images = backbone or network(), source()
-    FeatureCache(tmp_path).extract(backbone, images, range(COUNT), Reader(backbone, images))
+    FeatureCache(tmp_path).extract(backbone, images, range(COUNT))
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "other block", "rubbish"])

@@ -24,6 +24,7 @@ from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import ArrayImages, Benchmark, FileImages, Split, load_benchmark, read_folder
+from traj_ood.data import images as data_images
 from traj_ood.dynamics.behaviour import transform_digest
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation import evaluator as evaluator_module
@@ -289,13 +290,11 @@ def backbone(transform: Any = None, scale: float = 1.0) -> CallableBackbone:
 
 def extracted(cache: FeatureCache, net: CallableBackbone, images: FileImages) -> tuple[Tensor, int]:
     """Features of all images through the cache, and how many images it read."""
-    asked: list[int] = []
-
-    def read(indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
-        asked.extend(indices)
-        return tuple(images.ids[i] for i in indices), torch.stack([net.transform(images.load(i)) for i in indices]), []
-
-    answer = cache.extract(net, images, range(len(images)), read)[1]
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        opened = data_images.open_image
+        patch.setattr(data_images, "open_image", lambda path, *options: asked.append(path) or opened(path, *options))
+        answer = cache.extract(net, images, range(len(images)))[1]
     assert answer is not None
     return answer.features, len(asked)
 
@@ -330,13 +329,13 @@ def test_features_of_images_that_change_meanwhile_are_not_kept(tmp_path: Path) -
     tiny.write_images(tmp_path / "a", 5, 0)
     images, net = read_folder(tmp_path / "a"), backbone()
 
-    def read(indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
-        batch = torch.stack([net.transform(images.load(i)) for i in indices])
+    def overwritten(images: Tensor) -> Features:
         other_picture(tmp_path / "a" / "003.png")
-        return tuple(images.ids[i] for i in indices), batch, []
+        return net.forward_batch(images)
 
+    busy = CallableBackbone(overwritten, (1, 8, 8), 6, module=net.module, name="b", chunk=8)
     with pytest.raises(TrajOODError, match=r"1 image\(s\) changed while they were being read, first '003\.png'"):
-        FeatureCache(tmp_path / "cache").extract(net, images, range(5), read)
+        FeatureCache(tmp_path / "cache").extract(busy, images, range(5))
     assert list((tmp_path / "cache").rglob("*.safetensors")) == []
 
 

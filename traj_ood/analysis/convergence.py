@@ -29,7 +29,7 @@ from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource, Split
 from traj_ood.dynamics.iterate import Norm, iterate
 from traj_ood.dynamics.jacobian import spectral_radii
-from traj_ood.dynamics.trajectory import Trajectory
+from traj_ood.dynamics.trajectory import Trajectory, join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import QUANTILES, curve_quantiles
 from traj_ood.index import greedy_leaders
@@ -163,9 +163,8 @@ class Convergence(Question):
         found = self._chunks(
             work, "trajectories", model, images, {"tol": self.tol, "max_steps": self.max_steps}, measure
         )
-        width = max(part["errors"].shape[1] for part in found)
         tensors = {name: torch.cat([part[name] for part in found]) for name in ("ends", "last", "converged")}
-        errors = torch.cat([_padded(part["errors"], width) for part in found])
+        errors = join_tables([part["errors"] for part in found])
         converged = tensors["converged"]
         median = float(errors[converged, 0].median()) if bool(converged.any()) else 0.0
         if not median > 0:
@@ -329,10 +328,6 @@ def _spectra(model: Autoencoder, points: Tensor, seed: int) -> Unit:
 def _last_residual(path: Trajectory) -> Tensor:
     """(B,) ‖z_N − z_{N−1}‖."""
     return path.residuals.gather(1, (path.steps - 1).clamp(min=0)[:, None])[:, 0].sqrt()
-
-
-def _padded(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=torch.nan)
 
 
 def _quantiles(values: Tensor) -> list[float | None]:

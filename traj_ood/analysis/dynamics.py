@@ -32,6 +32,7 @@ from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
+from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.errors import TrajOODError, unknown_name
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Dynamics(Question):
                 parts.append(work.unit("dynamics", {**key, "rows": [rows.start, rows.stop]}, compute).tensors)
                 bar.update(len(rows))
         width = {"latent": self.steps}  # the others have a value at z_0, too
-        tables = {c: _joined([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
+        tables = {c: join_tables([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
         return _Curves(name, name.startswith(rehearsals.PREFIX), tables)
 
     def _run(self, subject: _Images | _Texts, rows: range) -> dict[str, Tensor]:
@@ -328,11 +329,6 @@ def _documentation() -> list[str]:
 
     whole = (" ".join(str(topics[name]).split()) for name in sorted(topics))
     return [text[i : i + _PIECE] for text in whole for i in range(0, len(text), _PIECE)]
-
-
-def _joined(parts: Sequence[Tensor], width: int) -> Tensor:
-    """(B, width) tables one below the other; NaN where all samples of a part ended early."""
-    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=torch.nan) for p in parts])
 
 
 def _falls_until(curve: Sequence[float | None]) -> int:

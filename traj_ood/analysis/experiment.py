@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -162,21 +162,13 @@ def change(first: Mapping[str, Any], last: Mapping[str, Any], name: str, form: s
 
 def spearman(x: Sequence[float], y: Sequence[float | None]) -> float | None:
     """Rank correlation over the pairs where y is known; None for fewer than three, or where either is constant."""
+    from scipy.stats import spearmanr
+
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
     if len(pairs) < 3:
         return None
-    ranks = [_ranks([p[i] for p in pairs]) for i in (0, 1)]
-    centred = [r - r.mean() for r in ranks]
-    length = centred[0].norm() * centred[1].norm()
-    return float(centred[0] @ centred[1] / length) if length > 0 else None
-
-
-def _ranks(values: Iterable[float]) -> Tensor:
-    """Ranks from 1, ties at their mean rank."""
-    v = torch.tensor(list(values), dtype=torch.float64)
-    below = (v[None, :] < v[:, None]).sum(dim=1)
-    equal = (v[None, :] == v[:, None]).sum(dim=1)
-    return below + (equal + 1) / 2
+    columns = list(zip(*pairs, strict=True))
+    return float(spearmanr(*columns).statistic) if all(len(set(column)) > 1 for column in columns) else None
 
 
 def read_pixels(images: ImageSource, shape: tuple[int, int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from traj_ood.backbones import Backbone, Features
 from traj_ood.data import ImageSource
+from traj_ood.data.batches import OnError, read_rows
 from traj_ood.data.images import check_unchanged
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
 from traj_ood.errors import TrajOODError
@@ -20,9 +21,6 @@ from traj_ood.io.provenance import code_digest, package_digest
 from traj_ood.io.trees import as_json
 
 Failures = list[dict[str, str]]
-Read = Callable[[range], tuple[tuple[str, ...], Tensor, Failures]]
-"""Indices → ids, images (B, C, H, W) and failures ({id, error}) of what could be read; it may raise instead."""
-
 BLOCK = 512  # images per file
 _READ = 128  # images in memory at a time: at 224 x 224 a whole block would take 300 MB
 IDENTITY = "cache.json"
@@ -51,28 +49,29 @@ class FeatureCache:
         self._recent = None
 
     def extract(
-        self, backbone: Backbone, images: ImageSource, indices: range, read: Read
+        self, backbone: Backbone, images: ImageSource, indices: range, *, workers: int = 2, on_error: OnError = "raise"
     ) -> tuple[tuple[str, ...], Features | None, Failures]:
         """Ids, features (on the CPU) and failures of the images ``indices``, in their order.
 
         What no file holds is read and extracted in whole blocks. A block with an image that cannot be read is not
-        stored: each pass asks ``read`` again, which raises or skips as its caller wants, and repaired images count.
+        stored: each pass tries again, and repaired images count.
 
         Args:
             backbone: the frozen network. images: the whole list. indices: consecutive, within the list.
-            read: called only for what is not stored, with consecutive indices that may lie outside ``indices``.
+            workers, on_error: of :func:`traj_ood.data.batches.batches`, for what is not stored; that are whole blocks,
+                which may hold images outside ``indices``.
         Returns:
             None in place of features when no image could be read.
         Raises:
             TrajOODError: indices outside the list, a cache of something else, a damaged file, an unwritable folder,
-                images that changed since the first call, or what ``read`` raises.
+                images that changed since the first call, or one that cannot be read.
         """
         if indices.step != 1 or (len(indices) and not 0 <= indices.start <= indices.stop <= len(images)):
             raise TrajOODError(f"features: expected consecutive indices within {len(images)} images, got {indices}")
         blocks = self._blocks(backbone, images)
         wanted = {images.ids[i] for i in indices}
         pieces = [
-            _select(blocks.block(number, read), wanted)
+            _select(blocks.block(number, workers, on_error), wanted)
             for number in (range(indices.start // BLOCK, -(-indices.stop // BLOCK)) if len(indices) else ())
         ]
         ids = tuple(i for piece in pieces for i in piece.ids)
@@ -139,14 +138,14 @@ class _Blocks:
                 f"that computes something else of them: give this one another name, or delete {path.parent}"
             )
 
-    def block(self, number: int, read: Read) -> Part:
+    def block(self, number: int, workers: int, on_error: OnError) -> Part:
         if self._recent is not None and self._recent[0] == number:
             return self._recent[1]
         key = f"{self._group}/{number * BLOCK:08d}"
         block = self._parts.load(key)
         if block is None:
             indices = range(number * BLOCK, min((number + 1) * BLOCK, len(self.images)))
-            block = self._extract(indices, read)
+            block = self._extract(indices, workers, on_error)
             check_unchanged(self.images, indices, self._contents)
             if not block.failures:
                 self._parts.save(key, block)
@@ -154,18 +153,19 @@ class _Blocks:
             self._recent = (number, block)
         return block
 
-    def _extract(self, indices: range, read: Read) -> Part:
+    def _extract(self, indices: range, workers: int, on_error: OnError) -> Part:
         ids: list[str] = []
         failures: Failures = []
         columns: tuple[list[Tensor], list[Tensor]] = ([], [])
         for start in range(indices.start, indices.stop, _READ):
-            got, images, failed = read(range(start, min(start + _READ, indices.stop)))
-            ids += got
-            failures += failed
-            answer = self.backbone.extract(images) if got else None
-            if answer is not None:
+            rows = range(start, min(start + _READ, indices.stop))
+            batch = read_rows(self.backbone, self.images, rows, workers, on_error)
+            ids += batch.ids
+            failures += batch.failures
+            if batch.ids:
+                answer = self.backbone.extract(batch.images)
                 columns[0].append(answer.features.cpu())
-                columns[1].append(answer.logits.cpu() if answer.logits is not None else torch.empty(len(got), 0))
+                columns[1].append(torch.empty(len(batch.ids), 0) if answer.logits is None else answer.logits.cpu())
         widths = (self.backbone.feature_dim, self.backbone.classes)
         features, logits = (torch.cat([torch.empty(0, w), *c]) for w, c in zip(widths, columns, strict=True))
         return Part(tuple(ids), failures, {"features": features, "logits": logits})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -22,6 +22,16 @@ class Status(IntEnum):
     STEP_LIMIT = 1
     NON_FINITE = 2
     OK = 3
+
+
+def join_tables(tables: Sequence[Tensor], width: int | None = None) -> Tensor:
+    """Tables (n_i, t_i) of values by step below each other, NaN beyond a sample's end: (Σ n_i, width).
+
+    Args:
+        width: steps; default: those of the longest.
+    """
+    width = max(table.shape[1] for table in tables) if width is None else width
+    return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=torch.nan) for t in tables])
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 
 from traj_ood.data import Split
+from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.io.parts import Part
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -26,14 +26,12 @@ def curve_quantiles(split: Split, parts: Sequence[Part], tol: float) -> pd.DataF
     pieces = [p.tensors for p in parts if "residuals" in p.tensors and len(p.tensors["steps"])]
     if not pieces:
         return pd.DataFrame(columns=columns)
-    width = max(p["residuals"].shape[1] for p in pieces)
-    residuals = np.concatenate([_padded(p["residuals"], width) for p in pieces])
-    norms = np.concatenate([_padded(p["norm"], width + 1) for p in pieces])
+    residuals, norms = (join_tables([p[name] for p in pieces]).numpy() for name in ("residuals", "norm"))
     held = pd.DataFrame(norms).ffill(axis=1).to_numpy()
     stopped = np.isnan(residuals)
     ranked = np.where(stopped, -np.inf, residuals)
     rows = []
-    for step in range(width):
+    for step in range(residuals.shape[1]):
         squared = np.quantile(ranked[:, step], QUANTILES, method="lower")
         squared = np.where(squared < tol, np.nan, squared)
         running = float((~stopped[:, step]).mean())
@@ -44,8 +42,3 @@ def curve_quantiles(split: Split, parts: Sequence[Part], tol: float) -> pd.DataF
         ):
             rows.append([split.name, split.role, step, quantity, *values])
     return pd.DataFrame(rows, columns=columns)
-
-
-def _padded(values: torch.Tensor, width: int) -> np.ndarray:
-    array = values.numpy()
-    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=np.nan)

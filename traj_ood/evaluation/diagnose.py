@@ -33,7 +33,7 @@ from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import Benchmark, ImageSource, Split
 from traj_ood.dynamics.iterate import Norm, iterate
 from traj_ood.dynamics.jacobian import Derivative, spectral_radii
-from traj_ood.dynamics.trajectory import Status
+from traj_ood.dynamics.trajectory import Status, join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.io.files import write_atomic
@@ -349,11 +349,17 @@ class _Walker:
             targets.append(encoding.target.cpu())
             dictionaries.append(dictionary)
             parts.append(part)
-        width = max(p.tensors["residuals"].shape[1] for p in parts)
-        padded = [_padded(p.tensors["residuals"], width) for p in parts]
         curves = curve_quantiles(split, parts, self.tol)
         joined = AttractorDictionary.concatenate(dictionaries)
-        return _Walk(joined, curves, torch.cat(padded), torch.cat(errors), torch.cat(targets), images)
+        residuals = join_tables([p.tensors["residuals"] for p in parts])
+        return _Walk(
+            joined,
+            curves,
+            residuals,
+            torch.cat(errors),
+            torch.cat(targets),
+            images,
+        )
 
     def agreement(self, split: Split, clean: _Walk, noise: float, seed: int) -> float | None:
         """Share of converged images, evenly taken, that end at the same attractor with noise added."""
@@ -411,10 +417,6 @@ def _splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]
 
 def _load(model: Autoencoder, source: ImageSource) -> Tensor:
     return torch.stack([model.transform(source.load(i)) for i in range(len(source))])
-
-
-def _padded(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=torch.nan)
 
 
 def _known_share(known: AttractorDictionary, unseen: AttractorDictionary) -> float | None:

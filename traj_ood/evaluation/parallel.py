@@ -132,15 +132,15 @@ class LaunchedTeam(Team):
         from torch.distributed import distributed_c10d
 
         try:
-            self._state: Any = PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
+            state: Any = PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
         except Exception as error:
             raise TrajOODError(
                 f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: expected to reach the others over "
                 f"gloo, got: {_line(error)}: check MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME"
             ) from error
-        self.rank: int = self._state.process_index
-        self.size: int = self._state.num_processes
-        self.local_rank: int = self._state.local_process_index
+        self.rank: int = state.process_index
+        self.size: int = state.num_processes
+        self.local_rank: int = state.local_process_index
         # The store behind the process group: unlike a collective it can be asked without waiting for anybody.
         self._store: Any = distributed_c10d._get_default_store()
         self._round = 0  # failures so far, the same number in every process: a failed round leaves its keys behind
@@ -167,30 +167,28 @@ class LaunchedTeam(Team):
 
     def _meet(self, error: Exception | None = None) -> None:
         """Wait for all processes, and leave with an exception in each of them if one of them came with an error."""
+        from torch import distributed
+
+        told: list[str | None] = [None] * self.size
         try:
             if error is not None:
-                self._store.set(self._key(str(self.rank)), self._tell(error))
-                self._store.set(self._key("failed"), "")
-                self._store.get(self._key("failed"))  # set() returns before the store has it, get() does not
-            self._state.wait_for_everyone()
-            ranks = []
-            if self._store.check([self._key("failed")]):
-                ranks = [r for r in range(self.size) if self._store.check([self._key(str(r))])]
-                text = self._store.get(self._key(str(ranks[0]))).decode()
-            self._state.wait_for_everyone()  # the first to leave may take the store along
+                self._store.set(self._key("failed"), "")  # for those that do not wait yet, see check()
+            distributed.all_gather_object(told, None if error is None else self._tell(error))
+            distributed.barrier()  # the first to leave may take the store along
         except TrajOODError:
             raise  # SIGTERM
         except Exception as problem:
             raise self._lost("another process died, its connection is lost") from (error or problem)
-        if not ranks:
+        first = next((rank for rank, text in enumerate(told) if text is not None), None)
+        if first is None:
             return
         self._leave()
         self._round += 1
         bug = error is not None and not isinstance(error, TrajOODError)
-        if error is not None and (bug or (self.is_main and ranks[0] == self.rank)):
+        if error is not None and (bug or (self.is_main and first == self.rank)):
             self._shared = error  # as it was raised: with its type and, for a bug, its traceback
         else:
-            self._shared = (TrajOODError if self.is_main else TeammateError)(text)
+            self._shared = (TrajOODError if self.is_main else TeammateError)(told[first])
         raise self._shared from (None if self._shared is error else error)
 
     def _tell(self, error: Exception) -> str:

@@ -19,6 +19,7 @@ from traj_ood.autoencoders import Encoding, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split
 from traj_ood.data.batches import OnError, read_rows
+from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import Team
 from traj_ood.evaluation.snapshot import Snapshot
@@ -76,7 +77,8 @@ class Passes:
         dictionary = None
         if self.scorers.needs_dictionary:
             dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
-            self.still_falling = still_falling(_residuals_of(pieces), dictionary.statuses)
+            residuals = join_tables([p.tensors["residuals"] for p in pieces if p.ids])
+            self.still_falling = still_falling(residuals, dictionary.statuses)
         self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
         return parts
 
@@ -103,15 +105,11 @@ class Passes:
         model = self.scorers.autoencoder
         if self.cache is not None and isinstance(model, SurrogateAutoencoder):
             ids, features, failures = self.cache.extract(
-                model.backbone, split.images, indices, lambda some: self._load(split, some)
+                model.backbone, split.images, indices, workers=self.workers, on_error=self.on_error
             )
             return ids, model.examine_features(features) if features is not None else None, failures
-        ids, images, failures = self._load(split, indices)
-        return ids, model.examine(images) if ids else None, failures
-
-    def _load(self, split: Split, indices: range) -> tuple[tuple[str, ...], Tensor, list[dict[str, str]]]:
-        batch = read_rows(self.scorers.autoencoder, split.images, indices, self.workers, self.on_error)
-        return batch.ids, batch.images, batch.failures
+        batch = read_rows(model, split.images, indices, self.workers, self.on_error)
+        return batch.ids, model.examine(batch.images) if batch.ids else None, batch.failures
 
     def _pass(self, splits: Sequence[Split], compute: _Compute, everywhere: bool) -> Parts:
         """Every batch of some splits: from disk where it was computed before; all others in one stream, each saved at
@@ -272,13 +270,6 @@ def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
         return {}
     curves = {"residuals": path.residuals.float(), "norm": path.measure("norm").float()}
     return {"steps": path.steps, "status": path.status, **curves}
-
-
-def _residuals_of(pieces: list[Part]) -> Tensor:
-    """(N, T) squared residuals of all batches, NaN beyond the end of the shorter ones."""
-    found = [p.tensors["residuals"] for p in pieces if p.ids]
-    width = max(r.shape[1] for r in found)
-    return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=torch.nan) for r in found])
 
 
 def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
