@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.autoencoders import SurrogateAutoencoder, load_autoencoder
-from traj_ood.backbones import CallableBackbone, Features
+from traj_ood.backbones import CallableBackbone, Features, feature_cache
 from traj_ood.data import Benchmark, load_benchmark
 from traj_ood.errors import TrajOODError
 from traj_ood.training import surrogate as module
@@ -355,7 +355,7 @@ def refuse_to_read(patch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Any:
         raise AssertionError("extracted again")
 
-    patch.setattr(surrogate_cache, "read_rows", refuse)
+    patch.setattr(feature_cache, "read_rows", refuse)
 
 
 def test_a_finished_surrogate_is_loaded(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
