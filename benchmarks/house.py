@@ -17,6 +17,7 @@ ABOUT = {
     "openood": "bridge",
     "export": "ONNX, torch.export",
     "stream": "images in, rows out",
+    "monitor": "rows in, an alarm out",
     "analysis": "the paper's questions",
     "report": "the page",
     "training": "a model from data",

@@ -25,7 +25,7 @@ LAYERS = [
     ("attractors",),
     ("scorers",),
     ("detector", "evaluation", "training"),
-    ("analysis", "export", "openood", "report", "stream"),
+    ("analysis", "export", "monitor", "openood", "report", "stream"),
     ("cli", "postprocessors"),
     ("__main__",),
 ]
@@ -55,7 +55,8 @@ HEAVY = {
     },
     "accelerate": {"evaluation/parallel.py"},
     "onnxruntime": {"export/formats.py"},
-    "pyarrow": {"stream/tables.py"},
+    "prometheus_client": {"monitor/metrics.py", "serve/"},
+    "pyarrow": {"monitor/rows.py", "stream/tables.py"},
     "click": {"cli/"},
 }
 

@@ -1,6 +1,19 @@
 """The command ``traj-ood``: parse, call, print. One module for each group of commands, which it registers with main."""
 
-from traj_ood.cli import analyze, bench, calibrate, compare, detect, export, inspect, new, report, train
+from traj_ood.cli import analyze, bench, calibrate, compare, detect, export, inspect, monitor, new, report, train
 from traj_ood.cli.base import main
 
-__all__ = ["analyze", "bench", "calibrate", "compare", "detect", "export", "inspect", "main", "new", "report", "train"]
+__all__ = [
+    "analyze",
+    "bench",
+    "calibrate",
+    "compare",
+    "detect",
+    "export",
+    "inspect",
+    "main",
+    "monitor",
+    "new",
+    "report",
+    "train",
+]

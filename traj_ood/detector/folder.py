@@ -223,6 +223,21 @@ def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, 
     return scorers
 
 
+def read_calibration(folder: Path) -> Calibration:
+    """The calibration of a sealed detector's folder, without its model.
+
+    Raises:
+        TrajOODError: damage anywhere, a newer schema, or a detector without calibration.
+    """
+    record = open_sealed(folder, FILE_NAME, SCHEMA)
+    found = _calibration(record, field_of(record, "tensors", dict, str(folder / FILE_NAME)), folder)
+    if found is None:
+        raise TrajOODError(
+            f"{folder}: expected a calibrated detector, got one without threshold: use traj-ood calibrate"
+        )
+    return found
+
+
 def _calibration(record: Mapping[str, Any], stored: Mapping[str, Any], folder: Path) -> Calibration | None:
     where = str(folder / FILE_NAME)
     if ("calibration" not in record) or (record["calibration"] is None) == (folder / _CALIBRATION).is_file():

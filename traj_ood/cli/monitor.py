@@ -1,0 +1,117 @@
+"""``traj-ood monitor``: do the images still look like those that the detector was calibrated on?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from traj_ood.cli.base import NAME, PATH, SEED, examples, main, one_line_errors
+from traj_ood.cli.console import note, say
+
+if TYPE_CHECKING:
+    from traj_ood.monitor import Finding
+
+ALARM = 4
+"""Exit code: the stream is unlike the calibration."""
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood monitor my.detector scores/",
+        "traj-ood monitor my.detector service.jsonl --prometheus /var/lib/node_exporter/traj_ood.prom --quiet",
+        "*/5 * * * * traj-ood monitor my.detector scores/ --quiet || mail -s 'OOD alarm' operator",
+    )
+)
+@click.argument("detector", type=NAME)
+@click.argument("rows", nargs=-1, required=True, type=NAME, metavar="ROWS...")
+@click.option(
+    "--false-alarms",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Probability of any false alarm, ever, however often this is run.",
+)
+@click.option("--window", type=int, default=200, show_default=True, help="Images of one window.")
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Of the martingale's draws; keep it for a stream."
+)
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--prometheus", type=PATH, help="Also write the numbers to this file, as Prometheus text.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but alarms.")
+@one_line_errors
+def monitor(
+    detector: str,
+    rows: tuple[str, ...],
+    false_alarms: float,
+    window: int,
+    confidence: float,
+    seed: int,
+    form: str,
+    prometheus: Path | None,
+    quiet: bool,
+) -> None:
+    """Compare ROWS that DETECTOR wrote with its calibration: CSV, JSON lines, Parquet, folders, or a service's log.
+
+    Give all rows of the stream from its start, in order; a folder's files are read in the order of their names. Exit
+    code 0 while the stream looks like the calibration, 4 from the first alarm on. The alarm is a test that may be
+    looked at after every image: a stream without a change has one, ever, with probability --false-alarms. After a
+    change that you accept, calibrate anew and begin new rows.
+    """
+    from traj_ood.detector.folder import read_calibration
+    from traj_ood.io.files import write_atomic
+    from traj_ood.monitor import read_rows, watch
+    from traj_ood.monitor.metrics import prometheus_text
+
+    calibration = read_calibration(Path(detector).expanduser())
+    found = read_rows(rows)
+    found.check(calibration)
+    finding = watch(
+        calibration,
+        found.scores,
+        found.invalid,
+        false_alarms=false_alarms,
+        window=window,
+        confidence=confidence,
+        seed=seed,
+    )
+    if prometheus is not None:
+        write_atomic(prometheus, prometheus_text(finding, Path(detector).name).encode())
+    if not quiet or (finding.is_alarm and form == "json"):
+        say(json.dumps(finding.as_dict()) if form == "json" else _text(finding))
+    if finding.is_alarm:
+        note(_alarms(finding))
+        sys.exit(ALARM)
+
+
+def _text(finding: Finding) -> str:
+    lines = [f"{finding.images:,} images, {finding.invalid:,} without a score"]
+    if finding.rate is not None and finding.interval is not None and finding.uniformity is not None:
+        low, high = finding.interval
+        lines.append(
+            f"OOD: {finding.ood:,} of {finding.images - finding.invalid:,}, {finding.rate:.2%} "
+            f"({finding.confidence:.0%} interval {low:.2%} to {high:.2%}); "
+            f"ID images give at most {finding.expected:.2%}"
+        )
+        if finding.recent is not None:
+            low, high = finding.recent["interval"]
+            lines.append(f"last {finding.window:,}: {finding.recent['rate']:.2%} ({low:.2%} to {high:.2%})")
+        lines.append(
+            f"scores against the calibration's: Kolmogorov-Smirnov {finding.uniformity[0]:.3f}, "
+            f"p = {finding.uniformity[1]:.3g} (for one look)"
+        )
+    lines.append(
+        f"martingale: capital {finding.capital:.3g}, highest {finding.highest:.3g}, alarm at "
+        f"{2 / finding.false_alarms:.3g}"
+    )
+    lines.append("ALARM: unlike the calibration" if finding.is_alarm else "looks like the calibration")
+    return "\n".join(lines)
+
+
+def _alarms(finding: Finding) -> str:
+    told = " and ".join(f"{a.test} after {a.at:,} scored images ({a.evidence:.3g})" for a in finding.alarms)
+    return f"traj-ood: alarm: the stream is unlike the calibration: {told}"

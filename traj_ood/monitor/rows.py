@@ -1,0 +1,113 @@
+"""Rows that `traj-ood score` or a service has written: CSV, JSON lines, Parquet, and folders of such files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from traj_ood.detector.conformal import Calibration
+from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.monitor.martingale import Floats
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+_COLUMNS = ("score", "p_value")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of a stream.
+
+    Attributes:
+        scores: (T,) float64 of the images that have one, in order; infinite ones included.
+        p_values: (T,) of theirs; NaN where a file has none.
+        invalid: number of rows without a score.
+    """
+
+    scores: Floats
+    p_values: Floats
+    invalid: int
+
+    def check(self, calibration: Calibration) -> None:
+        """Refuse rows of another detector or calibration.
+
+        Raises:
+            TrajOODError: a p-value is not that of its score.
+        """
+        import torch
+
+        told = ~np.isnan(self.p_values)
+        expected = calibration.p_values(torch.from_numpy(self.scores[told])).numpy()
+        wrong = np.flatnonzero(~np.isclose(self.p_values[told], expected, rtol=1e-9, atol=0))
+        if len(wrong):
+            raise TrajOODError(
+                f"rows: expected p-values of this detector's calibration, got others ({len(wrong)} of {int(told.sum())}"
+                f", first {self.p_values[told][wrong[0]]:g} for {expected[wrong[0]]:g}): give the detector that wrote "
+                "the rows, and only rows that it wrote"
+            )
+
+
+def read_rows(sources: Iterable[str | Path]) -> Rows:
+    """All rows of files and folders, in the order given; a folder's files in the order of their names.
+
+    What a writer has not finished is left for the next time: the last line of a text file without its end, and files
+    below a folder whose names do not end in ``.csv``, ``.jsonl`` or ``.parquet``.
+
+    Raises:
+        TrajOODError: nothing of that name, a file of another kind, without a column of scores, or damaged.
+    """
+    tables = [_scores(path) for source in sources for path in _files(Path(source))]
+    whole = np.concatenate([np.empty((0, 2)), *tables])
+    scored = ~np.isnan(whole[:, 0])
+    return Rows(whole[scored, 0], whole[scored, 1], int((~scored).sum()))
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_dir():
+        return sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    if not source.is_file():
+        raise TrajOODError(f"{source}: expected rows, found nothing: give files or folders that traj-ood score wrote")
+    return [source]
+
+
+def _scores(path: Path) -> np.ndarray:
+    """(rows, 2) float64: score and p-value, NaN where there is none."""
+    with foreign_errors(f"{path}: cannot be read as rows", ": give CSV, JSON lines or Parquet of traj-ood"):
+        table = _table(path)
+    if table is None:
+        return np.empty((0, 2))
+    if "score" not in table:
+        raise TrajOODError(
+            f"{path}: expected a column score, got {', '.join(map(str, table.columns))[:200]}: give rows of traj-ood"
+        )
+    nothing: Any = [None] * len(table)
+    with foreign_errors(f"{path}: expected numbers in the columns score and p_value", ": give rows of traj-ood"):
+        columns = [np.asarray(table[name] if name in table else nothing, dtype=np.float64) for name in _COLUMNS]
+    return np.stack(columns, axis=1)
+
+
+def _table(path: Path) -> pd.DataFrame | None:
+    import pandas as pd
+
+    suffix = Path(path.name.removesuffix(".part")).suffix
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        present = [name for name in _COLUMNS if name in pq.read_schema(path).names]
+        return pd.read_parquet(path, columns=present)
+    if suffix not in SUFFIXES:
+        raise TrajOODError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}: rename it")
+    text = path.read_bytes()
+    text = text[: text.rfind(b"\n") + 1]
+    if not text:
+        return None
+    if suffix == ".csv":
+        return pd.read_csv(io.BytesIO(text), usecols=lambda name: name in _COLUMNS, encoding_errors="replace")
+    return pd.read_json(io.BytesIO(text), lines=True, dtype=False, encoding_errors="replace")
