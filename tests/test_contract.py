@@ -59,6 +59,8 @@ VARIANTS = [
     "fdbd:regularizer=norm",
     "she:patterns=predicted:metric=euclidean",
     "patchcore:view=mean:share=0.5",
+    "entry-path:parts=step+residual+static:read=density",
+    "entry-path:parts=energy+attractors:horizon=3:read=two-sided:sphere=false",
     "reconstruction:masked=true",
     "start-distance:view=mean",
     "end-distance:view=mean",
@@ -364,7 +366,8 @@ def test_every_scorer_says_what_it_is() -> None:
 SUITE = """
     field, field:start_only=true, early-path, early-path:shuffled=true, trajectory, trajectory:horizon=16,
     early-trajectory, early-trajectory:whiten=true, early-trajectory:reference=features,
-    early-trajectory:reference=centroids, signature, alignment, contraction-rate, contraction-rate:two_sided=true,
+    early-trajectory:reference=centroids, signature, entry-path, entry-path:parts=step,
+    entry-path:parts=step+attractors+static:read=density, alignment, contraction-rate, contraction-rate:two_sided=true,
     path-energy, path-energy:two_sided=true, start-distance, end-distance, first-residual, steps, mahalanobis,
     mahalanobis:normalize=true, ssd, knn, knn-auto, knn-paper, gmm, pca-residual, pca-residual:normalize=true,
     kernel-pca, isolation-forest, lid, feature-norm, feature-norm:two_sided=true, reconstruction

@@ -12,7 +12,8 @@ from torch import Tensor
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers import Evidence, create_scorer
-from traj_ood.scorers.field import Field, _folds
+from traj_ood.scorers.field import Field
+from traj_ood.scorers.folds import folds
 from traj_ood.scorers.gaussians import learn_gaussians
 from traj_ood.scorers.scorer_set import ScorerSet
 
@@ -77,7 +78,7 @@ def by_hand(train: Evidence, queries: Evidence) -> np.ndarray:
     """score = a / E[a] + b / E[b], each half of the training images measured by the other, averaged over both."""
     known, asked = arrays(train), arrays(queries)
     total = np.zeros(len(asked["length"]))
-    half = _folds(train.features["grid"]).numpy()
+    half = folds(train.features["grid"], 2).numpy()
     for k in range(2):
         mine, other = ({n: v[half == h] for n, v in known.items()} for h in (k, 1 - k))
         far, lengths = measured(mine, other)
@@ -107,7 +108,7 @@ def test_the_control_is_the_definition_without_the_field() -> None:
     known, asked = arrays(train), arrays(queries)
     total = np.zeros(40)
     for k in range(2):
-        half = _folds(train.features["grid"]).numpy()
+        half = folds(train.features["grid"], 2).numpy()
         mine, other = ({n: v[half == h] for n, v in known.items()} for h in (k, 1 - k))
         held, new = (
             np.stack(
@@ -217,9 +218,9 @@ def test_too_few_training_images() -> None:
 
 def test_halves_are_equal_random_and_the_same_in_any_order() -> None:
     vectors = evidence(201, 0).features["grid"]
-    fold, order = _folds(vectors), torch.randperm(201, generator=torch.Generator().manual_seed(5))
+    fold, order = folds(vectors, 2), torch.randperm(201, generator=torch.Generator().manual_seed(5))
     assert fold.bincount().tolist() == [101, 100]
-    assert torch.equal(_folds(vectors[order]), fold[order])
+    assert torch.equal(folds(vectors[order], 2), fold[order])
     assert 60 < int((fold[1:] != fold[:-1]).sum()) < 140  # neither in blocks nor in turns
 
 

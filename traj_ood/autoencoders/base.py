@@ -23,11 +23,14 @@ from traj_ood.io.weights import fingerprint
 
 View = Literal["tokens", "cls", "mean"]
 VIEWS: tuple[View, ...] = get_args(View)
-FeatureView = Literal["tokens", "cls", "mean", "backbone", "grid"]
+FeatureView = Literal["tokens", "cls", "mean", "backbone", "grid", "entry", "decoded"]
 FEATURE_VIEWS: tuple[FeatureView, ...] = get_args(FeatureView)
 GRID = 4
 """Most cells a side of the view ``grid``: a Gaussian per cell over [z0, z1 − z0] costs (2d)² numbers, at d = 768 300 MB
 in all."""
+ENTRY_PIXELS = 8
+"""Most pixels a side that a cell of the view ``entry`` keeps: with 4 × 4 cells images of 32 × 32 are whole, and a
+Gaussian per cell of a colour image has 192 dimensions."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,43 @@ class Autoencoder(FixedFunction, ABC):
             return patches
         planes = patches.transpose(1, 2).unflatten(2, (side, side))
         return nn.functional.adaptive_avg_pool2d(planes, GRID).flatten(2).transpose(1, 2)
+
+    def entry(self, target: Tensor) -> Tensor:
+        """(B, cells, d) what is compared of x and of D(z), in a space that no encoder has a part in: images
+        (B, C, H, W) pooled to at most 8 × 8 pixels in each of at most 4 × 4 cells, or any other target as one cell."""
+        if target.ndim != 4:
+            return target.flatten(1)[:, None]
+        cells = [min(GRID, side) for side in target.shape[2:]]
+        pixels = [min(ENTRY_PIXELS, side // count) for side, count in zip(target.shape[2:], cells, strict=True)]
+        sides = (cells[0] * pixels[0], cells[1] * pixels[1])
+        pooled = target if sides == tuple(target.shape[2:]) else nn.functional.adaptive_avg_pool2d(target, sides)
+        channels, (rows, columns), (height, width) = target.shape[1], cells, pixels
+        parts = pooled.reshape(-1, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        return parts.reshape(-1, rows * columns, channels * height * width)
+
+    def latent_view(self, latents: Tensor, name: FeatureView) -> Tensor:
+        """View of latents (B, *L) of any name but ``backbone`` and ``entry``, which no latent tells: as :meth:`view`,
+        ``grid`` as :meth:`grid`, and ``decoded``, the :meth:`entry` of D(z)."""
+        if name == "grid":
+            return self.grid(latents)
+        if name == "decoded":
+            return self.entry(self.decode_batch(latents) if torch.compiler.is_compiling() else self.decode(latents))
+        return self.view(latents, name)  # type: ignore[arg-type]
+
+    def feature_view(self, encoding: Encoding, name: FeatureView) -> Tensor:
+        """What a scorer reads of B images under the name of a view: of z0, of the backbone, or of x itself
+        (``entry``).
+
+        Raises:
+            TrajOODError: ``backbone`` without one.
+        """
+        if name == "entry":
+            return self.entry(encoding.target)
+        if name != "backbone":
+            return self.latent_view(encoding.latents, name)
+        if encoding.features is None:
+            raise TrajOODError(f"{self.name} ({self.family}) has no frozen backbone: use another view")
+        return encoding.features
 
     @classmethod
     def load(cls, source: str, **options: Any) -> Autoencoder:

@@ -230,6 +230,10 @@ class SurrogateAutoencoder(Autoencoder):
         """f(z) = E(D(z)) in feature space: never touches the backbone."""
         return self.network.encode(self.network.decode(latents))
 
+    def entry(self, target: Tensor) -> Tensor:
+        """(B, 1, n) standardised features (B, n) in the backbone's units, as static scorers read them."""
+        return (target * self.network.std + self.network.mean)[:, None]
+
     # ------------------------------------------------------------------ what it is
 
     def transform(self, image: Image.Image) -> Tensor:

@@ -15,7 +15,7 @@ from traj_ood.data.preprocessing import PIXEL_SLACK, Preprocessing
 from traj_ood.detector.dense_index import DenseIndex
 from traj_ood.detector.fixed_steps import at_fixed_steps, check_exportable, one_scorer, steps_of
 from traj_ood.detector.pinned_tensors import PinnedTensors, Tensors
-from traj_ood.detector.step import Loop, RecordedStep, Step, latent_view, lengths, plain_loop
+from traj_ood.detector.step import Loop, RecordedStep, Step, lengths, plain_loop
 from traj_ood.dynamics.fixed_function import float_type
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
@@ -147,10 +147,7 @@ class DetectorModule(nn.Module):
         points: dict[tuple[Any, int], Tensor] = {}
         if needs.steps or needs.distances:
             trajectory, points = self._walk(encoding.latents)
-        features = {}
-        for view in sorted(needs.features):
-            own = view == "backbone"
-            features[view] = (encoding.features if own else latent_view(model, encoding.latents, view)).cpu()  # type: ignore[union-attr]
+        features = {view: model.feature_view(encoding, view).cpu() for view in sorted(needs.features)}
         logits = encoding.logits.cpu() if needs.logits and encoding.logits is not None else None
         return Evidence(features, reconstruction, trajectory, points, logits=logits)
 

@@ -50,7 +50,7 @@ class Step(nn.Module):
         moved = torch.where(running.view(-1, *[1] * (latents.ndim - 1)), images, latents)
         residuals = torch.where(running, squared, torch.nan)
         measures = self.measure(moved, running, *prepared)
-        points = [latent_view(self._autoencoder, moved, view).clone() for view in self._views]  # scan shares no memory
+        points = [self._autoencoder.latent_view(moved, view).clone() for view in self._views]  # scan shares no memory
         # A first residual is no difference of two images of f: it settles nothing.
         return moved, running & ((squared >= self._tol) | first), residuals, *measures, *points
 
@@ -59,7 +59,8 @@ class Step(nn.Module):
         found = [lengths(latents).double()]
         for number, (view, points) in enumerate(self.attractors.all().items()):
             index = DenseIndex(points, (prepared[2 * number], prepared[2 * number + 1]))
-            found.append(index.nearest(latent_view(self._autoencoder, latents, view)).distances[:, 0])
+            seen = self._autoencoder.view(latents, view)  # type: ignore[arg-type]
+            found.append(index.nearest(seen).distances[:, 0])
         return [torch.where(running, values, torch.nan) for values in found]
 
 
@@ -137,11 +138,6 @@ def can_scan() -> bool:
 def lengths(latents: Tensor) -> Tensor:
     """(B,) ‖z‖."""
     return latents.flatten(1).norm(dim=1)
-
-
-def latent_view(model: Autoencoder, latents: Tensor, view: Any) -> Tensor:
-    """As :class:`traj_ood.ScorerSet` reads it."""
-    return model.grid(latents) if view == "grid" else model.view(latents, view)
 
 
 def _own(step: Step) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from traj_ood.scorers.controls import StartDistance as StartDistance
 from traj_ood.scorers.controls import Steps as Steps
 from traj_ood.scorers.early_path import EarlyPath as EarlyPath
 from traj_ood.scorers.early_trajectory import EarlyTrajectory as EarlyTrajectory
+from traj_ood.scorers.entry_path import EntryPath as EntryPath
 from traj_ood.scorers.fdbd import FDBD as FDBD
 from traj_ood.scorers.feature_norm import FeatureNorm as FeatureNorm
 from traj_ood.scorers.field import Field as Field

@@ -30,11 +30,12 @@ class Needs:
     """What a scorer reads, so that one pass over the images computes just that, once, for all scorers.
 
     Attributes:
-        features: latent views of z0, or ``backbone`` for a frozen backbone's penultimate features.
+        features: latent views of z0, ``backbone`` for a frozen backbone's penultimate features, or ``entry`` for x
+            itself and ``decoded`` for D(z0), both in the space of :meth:`traj_ood.Autoencoder.entry`.
         reconstruction: ``plain`` ‖x − D(E(x))‖² or ``masked``, the MAE's own task.
         distances: views in which the distance to the nearest attractor is measured along the path.
         steps: how much of the path beyond z0 is read; ``WHOLE_PATH`` is until it settles.
-        points: (view, t): latent views of z_t for t >= 1, kept while fitting and scoring.
+        points: (view, t): latent views of z_t for t >= 1, kept while fitting and scoring; ``decoded`` is D(z_t).
         attractors: views in which the attractors themselves are read, while fitting.
         train_path: while fitting, the training images' own trajectories, as far as ``steps``, with their distances to
             the attractors of the other training images. Such a scorer also asks for the feature ``tokens``.
@@ -48,7 +49,7 @@ class Needs:
     distances: frozenset[View] = frozenset()
     steps: int = 0
     points: frozenset[tuple[FeatureView, int]] = frozenset()
-    attractors: frozenset[View] = frozenset()
+    attractors: frozenset[FeatureView] = frozenset()
     train_path: bool = False
     logits: bool = False
     head: bool = False
@@ -74,11 +75,13 @@ class Evidence:
     """What one pass over B images leaves for the scorers.
 
     Attributes:
-        features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the view ``grid``.
+        features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the views ``grid``,
+            ``entry`` and ``decoded``.
         reconstruction: kind → (B,) float64 mean squared error per pixel.
         trajectory: residuals, steps and (while scoring) distances to the attractors.
         points: (view, t) → latent view of z_t, shaped as in ``features``; of a sample that settled before t, its end.
-        attractors: view → (M, d) of the attractors that are finite; while fitting only.
+        attractors: view → (M, …) of the attractors that are finite; while fitting only.
+        own: (B,) int64 place of each training image's own attractor among them, −1 where it is not; while fitting only.
         logits: (B, classes) float32 of the classifier.
         head: weight (classes, n) and bias (classes,) of the classifier; while fitting only.
         labels: (B,) int64 class labels 0 … C−1; while fitting only.
@@ -88,7 +91,8 @@ class Evidence:
     reconstruction: Mapping[ReconstructionKind, Tensor] = field(default_factory=dict)
     trajectory: Trajectory | None = None
     points: Mapping[tuple[FeatureView, int], Tensor] = field(default_factory=dict)
-    attractors: Mapping[View, Tensor] = field(default_factory=dict)
+    attractors: Mapping[FeatureView, Tensor] = field(default_factory=dict)
+    own: Tensor | None = None
     logits: Tensor | None = None
     head: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None

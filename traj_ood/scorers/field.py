@@ -11,6 +11,7 @@ from torch import Tensor
 from traj_ood.autoencoders import FeatureView
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, Needs, Scorer
+from traj_ood.scorers.folds import folds
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
 from traj_ood.scorers.path import evaluations, smallest_length
 from traj_ood.scorers.registry import register
@@ -76,7 +77,7 @@ class Field(Scorer):
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         parts = _Parts.of(train, self.start_only)
         self.check_training_size(len(parts))
-        fold = _folds(parts.vectors["grid/start"])
+        fold = folds(parts.vectors["grid/start"], _FOLDS)
         state: dict[str, Tensor] = {}
         for k in range(_FOLDS):
             for name, vectors in parts.vectors.items():
@@ -140,17 +141,6 @@ class _Parts:
     def select(self, rows: Tensor) -> _Parts:
         vectors = {name: v[rows] for name, v in self.vectors.items()}
         return _Parts(vectors, self.far, None if self.length is None else self.length[rows])
-
-
-def _folds(vectors: Tensor) -> Tensor:
-    """(B,) int64 0 or 1: halves drawn at random, the same in any order of the rows (B, …) as long as they differ."""
-    draws = torch.Generator().manual_seed(0)
-    flat = vectors.double().flatten(1)
-    direction = torch.randn(flat.shape[1], generator=draws, dtype=torch.float64)
-    rank = (flat @ direction).argsort(stable=True)
-    fold = torch.empty(len(flat), dtype=torch.int64)
-    fold[rank] = torch.randperm(len(flat), generator=draws) % _FOLDS
-    return fold
 
 
 def _distances(state: dict[str, Tensor], fold: int, parts: _Parts) -> tuple[Tensor, Tensor]:

@@ -201,12 +201,15 @@ class ScorerSet:
             self.check_training_size(min(counts))
         self.attach(dictionary)
         if dictionary is not None:
+            own = _own_attractors(dictionary)
             if self.needs.attractors:
                 ends = dictionary.usable().to(self.autoencoder.device)
                 views = sorted(self.needs.attractors)
-                train = replace(train, attractors={v: self.autoencoder.view(ends, v).cpu() for v in views})
+                train = replace(
+                    train, attractors={v: self.autoencoder.latent_view(ends, v).cpu() for v in views}, own=own
+                )
             if self.needs.train_path:
-                train = replace(train, trajectory=self._walk_again(dictionary, train))
+                train = replace(train, trajectory=self._walk_again(dictionary, own, train))
         for scorer in self.scorers:
             scorer.fit(train)
         return self
@@ -317,7 +320,7 @@ class ScorerSet:
             reconstruction["plain"] = difference.norm(dim=1).cpu().double().square() / difference.shape[1]
         if "masked" in self.needs.reconstruction:
             reconstruction["masked"] = model.reconstruct_masked(encoding.target)
-        features = {view: _features(model, encoding, view) for view in sorted(self.needs.features)}
+        features = {view: model.feature_view(encoding, view) for view in sorted(self.needs.features)}
         logits = encoding.logits if self.needs.logits else None
         return Evidence(features, reconstruction, path, points, logits=logits)  # type: ignore[arg-type]
 
@@ -328,14 +331,11 @@ class ScorerSet:
         cheap = bfloat16_map(self.autoencoder.self_map, self.autoencoder.device)
         return LowPrecision(cheap, max_steps=self.max_steps // 2)
 
-    def _walk_again(self, dictionary: AttractorDictionary, train: Evidence) -> Trajectory:
+    def _walk_again(self, dictionary: AttractorDictionary, own: Tensor, train: Evidence) -> Trajectory:
         """The training trajectories once more, now that there are attractors to measure their distance to."""
         model = self.autoencoder
         start = train.features["tokens"].reshape(-1, *dictionary.points.shape[1:])
         start = start.to(model.device, dictionary.points.dtype)  # features are float32, a model may be float64
-        own = torch.full((len(start),), -1)
-        kept = dictionary.statuses != Status.NON_FINITE
-        own[kept] = torch.arange(int(kept.sum()))
         steps = max(s.needs().steps for s in self.scorers if s.needs().train_path)
         return iterate(
             model.self_map,
@@ -345,6 +345,12 @@ class ScorerSet:
             observers=[Norm(), *(NearestOther(model, index, view, own) for view, index in self._indices.items())],
             chunk=model.chunk,
         )
+
+
+def _own_attractors(dictionary: AttractorDictionary) -> Tensor:
+    """(N,) int64 place of each training image's end point among those that are finite, −1 of one that is not."""
+    kept = dictionary.statuses != Status.NON_FINITE
+    return torch.where(kept, kept.cumsum(dim=0) - 1, -1)
 
 
 class _Points:
@@ -360,14 +366,14 @@ class _Points:
             there = steps == t
             if bool(there.any()):
                 points = latents[there.to(latents.device)]
-                pieces.append((rows[there], _latent_view(self._model, points, self._view).cpu()))
+                pieces.append((rows[there], self._model.latent_view(points, self._view).cpu()))
 
     def points(self, path: Trajectory, first: int) -> dict[tuple[FeatureView, int], Tensor]:
         """What was kept of the samples of ``path``, whose numbers begin at ``first``; those before are forgotten.
 
         A sample that ended before t is at its end then, one that left the finite numbers nowhere.
         """
-        end = _latent_view(self._model, path.final, self._view).cpu().clone()  # a view may be the points themselves
+        end = self._model.latent_view(path.final, self._view).cpu().clone()  # a view may be the points themselves
         end[path.status == Status.NON_FINITE] = torch.nan
         found = {}
         for t, pieces in self._seen.items():
@@ -435,14 +441,3 @@ def _check_training(model: str, train: Evidence) -> None:
 
 def _views(points: frozenset[tuple[FeatureView, int]]) -> list[FeatureView]:
     return sorted({view for view, _ in points})
-
-
-def _latent_view(model: Autoencoder, latents: Tensor, view: FeatureView) -> Tensor:
-    return model.grid(latents) if view == "grid" else model.view(latents, view)  # type: ignore[arg-type]
-
-
-def _features(model: Autoencoder, encoding: Encoding, view: FeatureView) -> Tensor:
-    if view == "backbone":
-        assert encoding.features is not None  # checked for every scorer when the set was made
-        return encoding.features
-    return _latent_view(model, encoding.latents, view)

@@ -1,0 +1,230 @@
+"""The path that begins at x: x0 = x, x1 = D(E(x)), x2 = D(E(x1)), … and its attractors D(z*)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.index import NeighborIndex
+from traj_ood.scorers.bank import SearchingScorer
+from traj_ood.scorers.base import Evidence, Needs
+from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments
+from traj_ood.scorers.folds import folds
+from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.path import check_horizon, evaluations
+from traj_ood.scorers.registry import register
+from traj_ood.scorers.rows import in_rows
+
+PARTS = ("step", "attractors", "energy", "residual", "static")
+_FOLDS = 5
+_LEAST = 2 * _FOLDS
+_TINY = 1e-12
+
+
+@register
+@dataclass
+class EntryPath(SearchingScorer):
+    """Σ over parts of (s − E[s]) / Std[s], s read from the path of F = D∘E that begins at x, in whitened space.
+
+    The scorers of z begin at z0 = E(x), behind the bottleneck: what E discards of x, no path from there shows. F maps
+    the space of x into itself, x_{t+1} = D(z_t), so its path costs no more than that of f and begins one step earlier.
+
+    The space is the backbone's features for a surrogate, and the image itself, pooled to cells, for other autoencoders
+    (:meth:`traj_ood.Autoencoder.entry`). Points are put on the unit sphere and whitened by Ledoit–Wolf Gaussians of
+    the training images, one for each cell: y = W(x). With H = ``horizon`` the parts are
+
+    * ``step``: ‖y_1 − y_0‖, what E discards;
+    * ``attractors``: the mean over t = 0 … H of the distance of y_t to the nearest whitened D(z*);
+    * ``energy``: √(Σ_{t<H} ‖y_{t+1} − y_t‖²);
+    * ``residual``: the Mahalanobis distance of y_1 − y_0 from what a linear map of y_0 predicts: what the step says
+      that the point does not;
+    * ``static``: ‖y_0‖, class-free ``mahalanobis:normalize=true``, which needs no path.
+
+    Expectations and deviations are those of held-out images: each fifth of the training images is measured by the
+    Gaussians and the attractors of the other four.
+
+    Measured before its form was frozen (results/README.md): ahead of the static scorers on a wide network, behind them
+    on a narrow one. It is a candidate, not the recommended scorer.
+
+    Cost: ``horizon`` − 1 evaluations of f, and one decoding for each step.
+
+    Args:
+        parts: joined by +. Default ``step+attractors``.
+        horizon: H. Default 1: x and its reconstruction.
+        read: ``sum`` (default) as above, large is OOD. ``two-sided`` sums |s − E[s]| / Std[s]: an OOD image may be
+            reconstructed too well. ``density`` is the Mahalanobis distance of log s to its Gaussian over held-out
+            images: parts are judged together.
+        sphere: L2-normalise the points first. Default true, as Mahalanobis++ does.
+    """
+
+    name: ClassVar[str] = "entry-path"
+    summary: ClassVar[str] = "path of D(E(x)) from x itself in whitened space: first step, attractors D(z*), energy"
+    suite: ClassVar[dict[str, int]] = {
+        "": 141,
+        "parts=step": 142,
+        "parts=step+attractors+static:read=density": 143,
+    }
+    parts: str = "step+attractors"
+    horizon: int = 1
+    read: Literal["sum", "two-sided", "density"] = "sum"
+    sphere: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_horizon(self.name, self.horizon, 1)
+        self._parts = tuple(self.parts.split("+"))
+        for part in self._parts:
+            if part not in PARTS:
+                raise unknown_name(f"part of scorer {self.name}", part, PARTS)
+        if len(set(self._parts)) < len(self._parts):
+            raise TrajOODError(f"scorer {self.name}: expected each part once, got {self.parts!r}")
+
+    def needs(self) -> Needs:
+        later = frozenset(("decoded", t) for t in range(1, self.horizon)) if self._is_long else frozenset()
+        return Needs(
+            features=frozenset({"entry"} if self._parts == ("static",) else {"entry", "decoded"}),
+            points=later,  # type: ignore[arg-type]
+            steps=self.horizon - 1 if self._is_long else 0,
+            attractors=frozenset({"decoded"} if "attractors" in self._parts else ()),
+        )
+
+    def check_training_size(self, count: int) -> None:
+        if count < _LEAST:
+            raise TrajOODError(
+                f"scorer {self.label}: expected at least {_LEAST} training images, got {count}: each fifth of them is "
+                "measured by the others"
+            )
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        points = self._points(train)
+        self.check_training_size(len(points[0]))
+        fold = folds(points[0], _FOLDS)
+        held_out = torch.zeros(len(fold), len(self._parts), dtype=torch.float64)
+        for k in range(_FOLDS):
+            state = self._measure_of([p[fold != k] for p in points], self._attractors(train, fold != k))
+            held_out[fold == k] = self._values(state, [p[fold == k] for p in points])
+        state = self._measure_of(points, self._attractors(train, None))
+        logs = held_out.clamp(min=_TINY).log()
+        read = learn_gaussians(logs) if self.read == "density" else _scales(held_out)
+        return state | {f"read/{name}": value for name, value in read.items()}
+
+    def points(self) -> Tensor:
+        return self.state.get("attractors", torch.zeros(1, 1))
+
+    def score(self, evidence: Evidence) -> Tensor:
+        values = self._values(self.state, self._points(evidence))
+        read = {name.removeprefix("read/"): value for name, value in self.state.items() if name.startswith("read/")}
+        if self.read == "density":
+            return distances_to_gaussians(read, values.clamp(min=_TINY).log())[:, 0]
+        offsets = (values - read["mean"]) / read["std"]
+        return (offsets.abs() if self.read == "two-sided" else offsets).sum(dim=1)
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return evaluations(evidence, self.horizon - 1) if self._is_long else 0.0
+
+    @property
+    def _is_long(self) -> bool:
+        return self.horizon > 1 and bool({"attractors", "energy"} & set(self._parts))
+
+    def _points(self, evidence: Evidence) -> list[Tensor]:
+        """x_0 … x_H, (B, cells, d) each, on the CPU."""
+        read = [evidence.features[view] for view in ("entry", "decoded") if view in self.needs().features]
+        read += [evidence.points[view, t] for view, t in sorted(self.needs().points)]
+        return [self._on_sphere(points.cpu()) for points in read]
+
+    def _on_sphere(self, points: Tensor) -> Tensor:
+        if not self.sphere:
+            return points
+        lengths = points.double().flatten(1).norm(dim=1).clamp(min=_TINY)
+        return (points / lengths[:, None, None]).to(points.dtype)
+
+    def _attractors(self, train: Evidence, kept: Tensor | None) -> Tensor | None:
+        """(M, cells, d) D(z*) of the training images ``kept`` (N,) bool, or of all."""
+        if "attractors" not in self._parts:
+            return None
+        ends = self._on_sphere(train.attractors["decoded"].cpu())
+        own = torch.arange(len(ends)) if train.own is None else train.own
+        if kept is not None:
+            ends = ends[own[kept & (own >= 0)]]
+        if not len(ends):
+            raise TrajOODError(f"scorer {self.label}: the training images of one fold have no finite attractor")
+        return ends
+
+    def _measure_of(self, points: list[Tensor], attractors: Tensor | None) -> dict[str, Tensor]:
+        """What measures the parts: Gaussians of x_0, whitened attractors, the step that x_0 predicts."""
+        state = {f"white/{name}": value for name, value in learn_gaussians(points[0]).items()}
+        if attractors is not None:
+            state["attractors"] = _whiten(state, attractors).flatten(1).float()
+        if "residual" in self._parts:
+            start, step = _whiten(state, points[0]), _whiten(state, points[1]) - _whiten(state, points[0])
+            predicted, rest = _linear(start, step)
+            residual = learn_gaussians(rest)
+            state |= {"linear/map": predicted, "linear/means": residual["means"], "linear/factors": residual["factors"]}
+        return state
+
+    def _values(self, state: Mapping[str, Tensor], points: list[Tensor]) -> Tensor:
+        """(B, parts) float64."""
+        white = [_whiten(state, p) for p in points]
+        found = []
+        for part in self._parts:
+            if part == "static":
+                found.append(white[0].flatten(1).norm(dim=1))
+            elif part == "step":
+                found.append((white[1] - white[0]).flatten(1).norm(dim=1))
+            elif part == "energy":
+                steps = [(b - a).flatten(1).norm(dim=1).square() for a, b in pairwise(white)]
+                found.append(torch.stack(steps).sum(dim=0).sqrt())
+            elif part == "residual":
+                found.append(_beyond(state, white[0], white[1] - white[0]))
+            else:
+                found.append(self._to_attractors(state, white))
+        return torch.stack(found, dim=1)
+
+    def _to_attractors(self, state: Mapping[str, Tensor], white: list[Tensor]) -> Tensor:
+        fitted = self._state is not None and state.get("attractors") is self._state.get("attractors")
+        index = self.index(torch.device("cpu")) if fitted else NeighborIndex(state["attractors"])
+        each = [index.nearest(w.flatten(1).float()).distances[:, 0].cpu() for w in white]
+        return torch.stack(each).mean(dim=0)
+
+
+def _whiten(state: Mapping[str, Tensor], points: Tensor) -> Tensor:
+    """(B, cells, d) float64 y of points (B, cells, d) of x."""
+
+    def white(part: Tensor) -> Tensor:
+        offsets = (part.double() - state["white/means"]).transpose(0, 1)
+        return (offsets @ state["white/factors"]).transpose(0, 1)
+
+    return in_rows(white, points)
+
+
+def _linear(start: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """(cells, d, d) map A of the shrunk joint covariance, by cell, and (N, cells, d) what step − start A leaves."""
+    width, maps = start.shape[2], []
+    together = torch.zeros(len(start), dtype=torch.int64)
+    for cell in torch.cat([start, step], dim=2).unbind(dim=1):
+        joint = ledoit_wolf(moments(cell, class_means(cell, together, 1), together))
+        maps.append(torch.linalg.lstsq(joint[:width, :width], joint[:width, width:], driver="gelsd").solution)
+    found = torch.stack(maps)
+    return found, step - _predicted(found, start)
+
+
+def _predicted(maps: Tensor, start: Tensor) -> Tensor:
+    return (start.transpose(0, 1) @ maps).transpose(0, 1)
+
+
+def _beyond(state: Mapping[str, Tensor], start: Tensor, step: Tensor) -> Tensor:
+    """(B,) distance of the step to what its start predicts."""
+    measured = {"means": state["linear/means"], "factors": state["linear/factors"]}
+    rest = step - _predicted(state["linear/map"], start)
+    return distances_to_gaussians(measured, rest).square().sum(dim=1).sqrt()
+
+
+def _scales(values: Tensor) -> dict[str, Tensor]:
+    """Mean and deviation (parts,) over held-out images."""
+    return {"mean": values.mean(dim=0), "std": values.std(dim=0, correction=0).clamp(min=_TINY)}
