@@ -113,7 +113,7 @@ def test_overfitting_trains_each_size_for_as_many_steps(tmp_path: Path) -> None:
         (lambda: Training(at=(3, 1)), "training: at: expected ascending epochs"),
         (lambda: Training(images=-1), "training: images: expected 0 (all) or more, got -1"),
         (lambda: Overfitting(sizes=(1, 5)), "overfitting: sizes: expected ascending, at least 2, got 1, 5"),
-        (lambda: Overfitting(steps=-1), "overfitting: steps: expected 0 (epochs decide) or more, got -1"),
+        (lambda: Overfitting(steps=-1), "overfitting: steps: expected 0 (set by epochs) or more, got -1"),
     ],
 )
 def test_impossible_options_are_refused(make: object, text: str) -> None:

@@ -19,11 +19,12 @@ from traj_ood.autoencoders import CallableAutoencoder, SurrogateAutoencoder, Sur
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import load_benchmark
+from traj_ood.data.batches import parts_of
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.evaluator import Evaluator, RunConfig
-from traj_ood.evaluation.passes import batches_of, even_size
+from traj_ood.evaluation.passes import even_size
 from traj_ood.evaluation.results import Result
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
@@ -571,7 +572,7 @@ def test_batches_are_even_and_as_many_for_each_process() -> None:
         for most in (1, 4, 5, 64, 2048):
             for processes in (1, 2, 3, 8):
                 size = even_size(count, most, processes)
-                batches = batches_of(count, size)
+                batches = parts_of(count, size)
                 assert [i for b in batches for i in b] == list(range(count))
                 assert 1 <= size <= most
                 shares = [len(batches[rank::processes]) for rank in range(processes)]

@@ -141,10 +141,12 @@ class Question(ABC):
         name, figure, summary: what lists and records call it; the figure or section of the paper; one line.
         choices: what the paper leaves open and what was chosen, with the reason, a sentence each.
         unstated: options that the paper does not state: :meth:`paper` holds our choice for them, and says so.
+        at_least: the smallest values of options. above_0: options that are positive numbers.
+        meanings: what special values of an option mean, such as ``{"images": {0: "all"}}``.
         seed: of everything that is drawn. Default 0.
 
-    Fields may be int, float, bool, str, and tuples of them. Subclasses check theirs in ``__post_init__``, see
-    :meth:`expect`.
+    Fields may be int, float, bool, str, and tuples of them. Checks that are not declared stand in ``__post_init__`` of
+    a subclass, see :meth:`expect`.
     """
 
     name: ClassVar[str]
@@ -152,8 +154,20 @@ class Question(ABC):
     summary: ClassVar[str]
     choices: ClassVar[tuple[str, ...]] = ()
     unstated: ClassVar[tuple[str, ...]] = ()
+    at_least: ClassVar[Mapping[str, int]] = {}
+    above_0: ClassVar[tuple[str, ...]] = ()
+    meanings: ClassVar[Mapping[str, Mapping[Any, str]]] = {}
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, least in self.at_least.items():
+            word = self.meanings.get(option, {}).get(least)
+            self.expect(
+                getattr(self, option) >= least, option, f"{least} ({word}) or more" if word else f"at least {least}"
+            )
+        for option in self.above_0:
+            self.expect(getattr(self, option) > 0, option, "above 0")
 
     @classmethod
     @abstractmethod
@@ -214,8 +228,9 @@ class Question(ABC):
         )
 
     def shown(self, option: str, value: Any) -> str:
-        """An option's value in words, for differences; a subclass may tell what its special values mean."""
-        return _shown(value)
+        """An option's value in words, for differences; see :attr:`meanings`."""
+        words = self.meanings.get(option, {})
+        return words.get(value) or _shown(value) if words else _shown(value)
 
     def expect(self, condition: bool, option: str, expected: str) -> None:
         """For ``__post_init__``: refuse an option.

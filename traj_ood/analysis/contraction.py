@@ -72,6 +72,7 @@ class Contraction(Question):
         "Which variance is not stated: that of all output numbers, and beside it the variance between images.",
     )
     unstated: ClassVar[tuple[str, ...]] = ("models", "size", "batch")
+    at_least: ClassVar = {"runs": 1}
 
     models: tuple[str, ...] = BACKBONES
     runs: int = 10
@@ -82,7 +83,7 @@ class Contraction(Question):
     def __post_init__(self) -> None:
         different = len(set(self.models)) == len(self.models)
         self.expect(bool(self.models) and different, "models", "at least one name, and none twice")
-        self.expect(self.runs >= 1, "runs", "at least 1")
+        super().__post_init__()
         self.expect(self.images >= 2, "images", "at least 2: a variance needs two")
         self.expect(self.size >= _LEAST, "size", f"at least {_LEAST} pixels")
         self.expect(self.batch >= 2, "batch", "at least 2: batch statistics need two")

@@ -27,6 +27,7 @@ from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource, Split
+from traj_ood.data.batches import parts_of
 from traj_ood.dynamics.iterate import Norm, iterate
 from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.dynamics.trajectory import Trajectory, join_tables
@@ -74,6 +75,12 @@ class Convergence(Question):
         "images", "predict", "epsilon", "tol", "max_steps", "curve_tol", "curve_steps", "epochs", "width"
     )  # fmt: skip
 
+    at_least: ClassVar = {
+        **Training.at_least, "images": 3, "max_steps": 2, "curve_steps": 2
+    }  # fmt: skip
+    above_0: ClassVar = ("tol", "curve_tol")
+    meanings: ClassVar = Training.meanings
+
     model: str = "fashion-mae"
     data: str = "fashion"
     images: int = 128
@@ -89,22 +96,12 @@ class Convergence(Question):
     width: int = 16
 
     def __post_init__(self) -> None:
-        self.expect(self.images >= 3, "images", "at least 3")
+        super().__post_init__()
         self.expect(0 < self.epsilon < 1, "epsilon", "a share between 0 and 1")
-        for option in ("tol", "curve_tol"):
-            self.expect(getattr(self, option) > 0, option, "a tolerance above 0")
-        for option in ("max_steps", "curve_steps"):
-            self.expect(getattr(self, option) >= 2, option, "at least 2 steps")
-        self.expect(self.train_images >= 0, "train_images", "0 (all) or more")
-        for option in ("epochs", "bottleneck", "width"):
-            self.expect(getattr(self, option) >= 1, option, "at least 1")
 
     @classmethod
     def paper(cls) -> Convergence:
         return cls(model=TRAINED, data="mnist", train_images=0, epochs=PAPER_EPOCHS, width=32)
-
-    def shown(self, option: str, value: Any) -> str:
-        return "all" if option == "train_images" and value == 0 else super().shown(option, value)
 
     def answer(self, work: Workspace) -> Answer:
         training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
@@ -133,20 +130,12 @@ class Convergence(Question):
         measure: Callable[[Tensor], dict[str, Tensor]],
     ) -> list[dict[str, Tensor]]:  # fmt: skip
         """What ``measure`` makes of the codes of all images, a chunk a unit: no trajectory depends on batch-mates."""
-        size = max(_BATCH, model.chunk)
         key = {"model": model.fingerprint(), "images": images.digest(), **key}
-        found = []
-        with work.bar(len(images), name, "image") as bar:
-            for first in range(0, len(images), size):
-                rows = range(first, min(first + size, len(images)))
 
-                def compute(rows: range = rows) -> Unit:
-                    return Unit(measure(model.encode(stack(model, images.select(list(rows))))))
+        def compute(rows: range) -> Unit:
+            return Unit(measure(model.encode(stack(model, images.select(list(rows))))))
 
-                unit = work.unit(name, {**key, "rows": [rows.start, rows.stop]}, compute)
-                found.append(dict(unit.tensors))
-                bar.update(len(rows))
-        return found
+        return work.pieces(name, key, parts_of(len(images), max(_BATCH, model.chunk)), compute, title=name)
 
     def _paths(self, work: Workspace, model: Autoencoder, images: ImageSource) -> Unit:
         """End points of the trajectories of a sample, and the errors ‖z_t − z*‖ on the way there."""

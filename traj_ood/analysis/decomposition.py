@@ -28,6 +28,7 @@ from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL
 from traj_ood.analysis.singular import spectral_norms
 from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.data.batches import parts_of
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.index import NeighborIndex, greedy_leaders
@@ -73,6 +74,10 @@ class Decomposition(Question):
         "bottleneck", "width",
     )  # fmt: skip
 
+    at_least: ClassVar = {**Training.at_least, "attractors": 1, "points": 1, "images": 2, "max_steps": 2}
+    above_0: ClassVar = ("tol",)
+    meanings: ClassVar = Training.meanings
+
     model: str = "fashion-mae"
     data: str = "fashion"
     attractors: int = 500
@@ -87,13 +92,8 @@ class Decomposition(Question):
     width: int = 16
 
     def __post_init__(self) -> None:
-        for option in ("attractors", "points", "epochs", "bottleneck", "width"):
-            self.expect(getattr(self, option) >= 1, option, "at least 1")
-        self.expect(self.images >= 2, "images", "at least 2")
+        super().__post_init__()
         self.expect(bool(self.sizes) and min(self.sizes, default=0) >= 1, "sizes", "numbers of at least 1")
-        self.expect(self.tol > 0, "tol", "a tolerance above 0")
-        self.expect(self.max_steps >= 2, "max_steps", "at least 2 steps")
-        self.expect(self.train_images >= 0, "train_images", "0 (all) or more")
 
     @classmethod
     def paper(cls) -> Decomposition:
@@ -106,9 +106,6 @@ class Decomposition(Question):
             tol=PAPER_TOL,
             max_steps=PAPER_STEPS,
         )
-
-    def shown(self, option: str, value: Any) -> str:
-        return "all" if option == "train_images" and value == 0 else super().shown(option, value)
 
     def answer(self, work: Workspace) -> Answer:
         training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
@@ -147,19 +144,13 @@ class Decomposition(Question):
             "tol": self.tol,
             "max_steps": self.max_steps,
         }
-        size = max(_BATCH, model.chunk)
-        found = []
-        with work.bar(len(chosen), "trajectories", "image") as bar:
-            for first in range(0, len(chosen), size):
-                rows = range(first, min(first + size, len(chosen)))
 
-                def compute(rows: range = rows) -> Unit:
-                    start = model.encode(stack(model, chosen.select(list(rows))))
-                    path = iterate(model.self_map, start, tol=self.tol, max_steps=self.max_steps, chunk=model.chunk)
-                    return Unit({"ends": path.final, "converged": path.converged})
+        def compute(rows: range) -> Unit:
+            start = model.encode(stack(model, chosen.select(list(rows))))
+            path = iterate(model.self_map, start, tol=self.tol, max_steps=self.max_steps, chunk=model.chunk)
+            return Unit({"ends": path.final, "converged": path.converged})
 
-                found.append(work.unit("ends", {**key, "rows": [rows.start, rows.stop]}, compute).tensors)
-                bar.update(len(rows))
+        found = work.pieces("ends", key, parts_of(len(chosen), max(_BATCH, model.chunk)), compute, title="trajectories")
         ends, converged = (torch.cat([part[name] for part in found]) for name in ("ends", "converged"))
         points = ends[converged]
         if not len(points):

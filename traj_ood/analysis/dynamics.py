@@ -30,6 +30,7 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import FAMILIES, MODELS, Autoencoder, load_autoencoder, rehearsals
 from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
 from traj_ood.data import ImageSource
+from traj_ood.data.batches import parts_of
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
 from traj_ood.dynamics.trajectory import join_tables
@@ -75,6 +76,10 @@ class Dynamics(Question):
         "Of RAE's decoders the paper names the publication only: those with a ViT-XL and DINOv2 or SigLIP2 base.",
     )
     unstated: ClassVar[tuple[str, ...]] = ("tokens",)
+    at_least: ClassVar = {"image_samples": 1, "text_samples": 1, "tokens": 1, "steps": 2}
+    meanings: ClassVar = {
+        "texts": {DOCUMENTATION: "the documentation of the Python language", _PILE: f"the Pile ({_PILE})"}
+    }
 
     models: tuple[str, ...] = ("fashion-mae", *rehearsals.PAIRS, *rehearsals.LANGUAGE)
     images: str = "fashion"
@@ -86,9 +91,7 @@ class Dynamics(Question):
 
     def __post_init__(self) -> None:
         self.expect(bool(self.models) and len(set(self.models)) == len(self.models), "models", "different ones")
-        for option in ("image_samples", "text_samples", "tokens"):
-            self.expect(getattr(self, option) >= 1, option, "at least 1")
-        self.expect(self.steps >= 2, "steps", "at least 2")
+        super().__post_init__()
         language = sum(map(_is_language, self.models))
         most = max(language, len(self.models) - language)
         self.expect(
@@ -108,10 +111,6 @@ class Dynamics(Question):
             image_samples=500,
             text_samples=1000,
         )
-
-    def shown(self, option: str, value: Any) -> str:
-        words = {DOCUMENTATION: "the documentation of the Python language", _PILE: f"the Pile ({_PILE})"}
-        return words.get(value, str(value)) if option == "texts" else super().shown(option, value)
 
     def answer(self, work: Workspace) -> Answer:
         for name in self.models:  # all of them before hours are spent on the first
@@ -138,16 +137,10 @@ class Dynamics(Question):
         subject = self._subject(work, name)
         model = subject.model.to(work.device)
         key = {"model": model.fingerprint(), "starts": subject.digest, "steps": self.steps}
-        parts: list[Mapping[str, Tensor]] = []
-        with work.bar(subject.count, name, "sample") as bar:
-            for begin in range(0, subject.count, model.chunk):
-                rows = range(begin, min(begin + model.chunk, subject.count))
-
-                def compute(rows: range = rows) -> Unit:
-                    return Unit(self._run(subject, rows))
-
-                parts.append(work.unit("dynamics", {**key, "rows": [rows.start, rows.stop]}, compute).tensors)
-                bar.update(len(rows))
+        rows = parts_of(subject.count, model.chunk)
+        parts = work.pieces(
+            "dynamics", key, rows, lambda some: Unit(self._run(subject, some)), title=name, unit="sample"
+        )
         width = {"latent": self.steps}  # the others have a value at z_0, too
         tables = {c: join_tables([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
         return _Curves(name, name.startswith(rehearsals.PREFIX), tables)

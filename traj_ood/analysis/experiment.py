@@ -74,6 +74,9 @@ class Budget(Question):
     unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "starts")
     paper_data: ClassVar[tuple[str, ...]] = ("cifar10", "mnist", "fashion-mnist")
     """The sets that the figure is drawn for; the paper's settings name one of them."""
+    at_least: ClassVar = {"epochs": 1, "batch": 1, "width": 1, "starts": 1, "max_steps": 1, "test": 0, "decay": 0}
+    above_0: ClassVar = ("rate", "tol")
+    meanings: ClassVar[Mapping[str, Mapping[Any, str]]] = {"images": {0: "all"}, "test": {0: "all"}}
 
     data: str = "fashion-mnist"
     epochs: int = 24
@@ -87,12 +90,7 @@ class Budget(Question):
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
-        for option in ("epochs", "batch", "width", "starts", "max_steps"):
-            self.expect(getattr(self, option) >= 1, option, "at least 1")
-        self.expect(self.test >= 0, "test", "0 (all) or more")
-        for option in ("rate", "tol"):
-            self.expect(getattr(self, option) > 0, option, "above 0")
-        self.expect(self.decay >= 0, "decay", "0 or more")
+        super().__post_init__()
         if self.data not in IMAGE_SETS:
             raise unknown_name(f"{self.name}: data", self.data, IMAGE_SETS)
 
@@ -111,9 +109,6 @@ class Budget(Question):
             "tol": PAPER_TOL,
             "max_steps": PAPER_STEPS,
         }
-
-    def shown(self, option: str, value: Any) -> str:
-        return "all" if option in ("images", "test") and value == 0 else super().shown(option, value)
 
     def differences(self) -> tuple[str, ...]:
         found = super().differences()

@@ -63,6 +63,10 @@ class Field(Question):
     )
     unstated: ClassVar[tuple[str, ...]] = ("at", "runs", "width", "grid", "codes")
 
+    at_least: ClassVar = {"train_images": 0, "runs": 1, "width": 1, "grid": 2, "codes": 10, "max_steps": 2}
+    above_0: ClassVar = ("tol",)
+    meanings: ClassVar = {"train_images": {0: "all"}, "reach": {0: "fitted to the codes"}}
+
     data: str = "fashion-mnist"
     train_images: int = 5_000
     at: tuple[int, ...] = (0, 2, 10, 40)
@@ -77,11 +81,8 @@ class Field(Question):
     def __post_init__(self) -> None:
         self.expect(bool(self.at) and min(self.at, default=0) >= 0 and max(self.at, default=0) >= 1, "at",
                     "epochs of at least 0, the last at least 1")  # fmt: skip
-        self.expect(self.train_images >= 0, "train_images", "0 (all) or more")
         self.expect(0 <= self.reach < math.inf, "reach", "0 (fit) or more")
-        self.expect(self.tol > 0, "tol", "a tolerance above 0")
-        for option, least in (("runs", 1), ("width", 1), ("grid", 2), ("codes", 10), ("max_steps", 2)):
-            self.expect(getattr(self, option) >= least, option, f"at least {least}")
+        super().__post_init__()
 
     @classmethod
     def paper(cls) -> Field:
@@ -93,10 +94,6 @@ class Field(Question):
             reach=8.0,
             max_steps=PAPER_STEPS,
         )
-
-    def shown(self, option: str, value: Any) -> str:
-        words = {"train_images": "all", "reach": "fitted to the codes"}
-        return words[option] if option in words and value == 0 else super().shown(option, value)
 
     def differences(self) -> tuple[str, ...]:
         """Of the epochs in ``at``, the paper states where training ends."""

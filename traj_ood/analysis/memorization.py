@@ -32,13 +32,13 @@ class Memorization(Budget):
     summary: ClassVar[str] = "how close decoded attractors come to training images, over the bottleneck's width"
     choices: ClassVar[tuple[str, ...]] = (*MEMORY_CHOICES, "Of k the range is stated, 2 to 512, and not the values.")
     unstated: ClassVar[tuple[str, ...]] = (*Budget.unstated, "bottlenecks")
+    at_least: ClassVar = {**Budget.at_least, "images": 0}
 
     images: int = 4000
     bottlenecks: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect(self.images >= 0, "images", "0 (all) or more")
         rising = list(self.bottlenecks) == sorted(set(self.bottlenecks))
         self.expect(bool(self.bottlenecks) and rising and self.bottlenecks[0] >= 1, "bottlenecks", "ascending, >= 1")
 

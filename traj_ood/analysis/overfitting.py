@@ -40,6 +40,8 @@ class Overfitting(Budget):
         "images in the same training set beside that of the attractors (reference).",
     )
     unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "starts", "sizes")
+    at_least: ClassVar = {**Budget.at_least, "bottleneck": 1, "steps": 0}
+    meanings: ClassVar = {**Budget.meanings, "steps": {0: "set by epochs"}}
 
     bottleneck: int = 128
     sizes: tuple[int, ...] = (4, 16, 64, 256, 1024, 4096)
@@ -47,17 +49,12 @@ class Overfitting(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect(self.bottleneck >= 1, "bottleneck", "at least 1")
-        self.expect(self.steps >= 0, "steps", "0 (epochs decide) or more")
         rising = list(self.sizes) == sorted(set(self.sizes))
         self.expect(bool(self.sizes) and rising and self.sizes[0] >= 2, "sizes", "ascending, at least 2")
 
     @classmethod
     def paper(cls) -> Overfitting:
         return cls(**cls.paper_budget(), steps=0)
-
-    def shown(self, option: str, value: Any) -> str:
-        return "set by epochs" if option == "steps" and value == 0 else super().shown(option, value)
 
     def differences(self) -> tuple[str, ...]:
         found = super().differences()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from traj_ood.analysis.subjects import TRAINED, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
+from traj_ood.data.batches import parts_of
 from traj_ood.dynamics.iterate import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
@@ -81,6 +83,13 @@ class Probe(Question):
         "shares", "pictured", "trained_on", "train_images", "epochs", "bottleneck", "width"
     )  # fmt: skip
 
+    at_least: ClassVar = {"images": 1, "max_steps": 2, "examples": 1, "pictured": 0}
+    meanings: ClassVar = {
+        "atoms": {None: "as many as the latent has dimensions"},
+        "train_images": {0: "all"},
+        "pictured": {0: "no set"},
+    }
+
     model: str = "fashion-mae"
     data: tuple[str, ...] = ("fashion",)
     images: int = 50
@@ -97,15 +106,12 @@ class Probe(Question):
     width: int = 16
 
     def __post_init__(self) -> None:
-        self.expect(self.images >= 1, "images", "at least 1")
+        super().__post_init__()
         self.expect(self.atoms is None or self.atoms >= 2, "atoms", "at least 2, or none")
         ascending = all(a < b for a, b in zip(self.shares, self.shares[1:], strict=False))
         self.expect(bool(self.shares) and ascending, "shares", "at least one, ascending")
         self.expect(all(0 < s <= 1 for s in self.shares), "shares", "parts of the atoms, above 0 and at most 1")
         self.expect(self.tol > 0, "tol", "a squared residual above 0")
-        self.expect(self.max_steps >= 2, "max_steps", "at least 2")
-        self.expect(self.examples >= 1, "examples", "at least 1")
-        self.expect(self.pictured >= 0, "pictured", "at least 0")
         self.expect(bool(self.data), "data", "at least one set of images")
 
     @classmethod
@@ -113,12 +119,6 @@ class Probe(Question):
         """§4.1: Stable Diffusion's autoencoder, N = k = 4096, 500 images of each of six sets, given as folders."""
         folders = ("LAION2B", "ImageNet1k", "EuroSAT", "CIFAR100", "PatchCamelyon", "Places365")
         return cls(model="sd-vae", data=folders, images=500, pictured=len(folders))
-
-    def shown(self, option: str, value: Any) -> str:
-        if option == "atoms" and value is None:
-            return "as many as the latent has dimensions"
-        words = {"train_images": "all", "pictured": "no set"}
-        return words[option] if option in words and value == 0 else super().shown(option, value)
 
     def answer(self, work: Workspace) -> Answer:
         sets = named_images(self.data, work.data_root, self.images)  # before a model is trained for them
@@ -172,24 +172,20 @@ class Probe(Question):
         self, work: Workspace, model: Autoencoder, shape: tuple[int, ...], count: int, key: Mapping[str, Any]
     ) -> Noise:
         """Where N starts from N(0, I) end, some starts a unit."""
-        parts, first = [], []
-        with work.bar(count, "attractors of noise", "start") as bar:
-            for rows in _parts(count, max(_UNIT, model.chunk)):
-                ids = tuple(f"noise/{i}" for i in rows)
 
-                def compute(rows: range = rows, ids: tuple[str, ...] = ids) -> Unit:
-                    start = _noise(rows, count, shape, self.seed).to(model.device)
-                    with torch.inference_mode():
-                        once = apply_in_chunks(model.self_map, start, model.chunk)
-                    ends, _ = settle(model, start, ids, tol=self.tol, max_steps=self.max_steps)
-                    return Unit({**ends.tensors(), "once": once})
+        def compute(rows: range) -> Unit:
+            start = _noise(rows, count, shape, self.seed).to(model.device)
+            with torch.inference_mode():
+                once = apply_in_chunks(model.self_map, start, model.chunk)
+            ends, _ = settle(model, start, _names(rows), tol=self.tol, max_steps=self.max_steps)
+            return Unit({**ends.tensors(), "once": once})
 
-                unit = work.unit("noise", {**key, "rows": [rows.start, rows.stop]}, compute)
-                tensors = dict(unit.tensors)
-                first.append(tensors.pop("once"))
-                parts.append(AttractorDictionary(ids=ids, provenance={}, **tensors))
-                bar.update(len(rows))
-        ends = AttractorDictionary.concatenate(parts)
+        parts = _parts(count, max(_UNIT, model.chunk))
+        found = work.pieces("noise", key, parts, compute, title="attractors of noise", unit="start")
+        first = [tensors.pop("once") for tensors in found]
+        ends = AttractorDictionary.concatenate(
+            [AttractorDictionary(ids=_names(rows), provenance={}, **t) for rows, t in zip(parts, found, strict=True)]
+        )
         usable = torch.cat(first)
         return Noise(ends, usable[usable.flatten(1).isfinite().all(dim=1)])
 
@@ -198,14 +194,10 @@ class Probe(Question):
         key = {**key, "images": images.source.digest(), "levels": list(coder.levels)}
         parts: list[Mapping[str, Tensor]] = []
         with work.bar(len(images.source), images.name, "image") as bar:
-            for begin in range(0, len(images.source), _GROUP):
-                rows = range(begin, min(begin + _GROUP, len(images.source)))
-                shown = min(len(rows), max(0, self.examples - begin))
-
-                def compute(rows: range = rows, shown: int = shown) -> Unit:
-                    return coder.measure(images, rows, shown)
-
-                unit = work.unit("reconstructions", {**key, "rows": [rows.start, rows.stop], "shown": shown}, compute)
+            for rows in parts_of(len(images.source), _GROUP):
+                shown = max(0, min(len(rows), self.examples - rows.start))
+                place = {"rows": [rows.start, rows.stop], "shown": shown}
+                unit = work.unit("reconstructions", {**key, **place}, partial(coder.measure, images, rows, shown))
                 parts.append(unit.tensors)
                 bar.update(len(rows))
         return Errors(images.name, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -218,6 +210,10 @@ def _parts(count: int, size: int) -> list[range]:
         for drawn in range(0, count, _DRAWN)
         for begin in range(drawn, min(drawn + _DRAWN, count), size)
     ]
+
+
+def _names(rows: range) -> tuple[str, ...]:
+    return tuple(f"noise/{i}" for i in rows)
 
 
 def _noise(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -69,6 +69,9 @@ class Regularizers(Question):
         "starts", "per_set", "tol", "max_steps",
     )  # fmt: skip
 
+    at_least: ClassVar = dict.fromkeys(("epochs", "batch", "width", "bottleneck", "narrow", "per_set", "max_steps"), 1)
+    above_0: ClassVar = ("rate", "tol", "strength")
+
     variants: tuple[str, ...] = _ALL
     strength: float = 1.0
     benchmark: str = "fashion"
@@ -89,10 +92,7 @@ class Regularizers(Question):
             if name not in _ALL:
                 raise unknown_name(f"{self.name}: variant", name, _ALL)
         self.expect(len(set(self.variants)) == len(self.variants) > 0, "variants", "at least one, none twice")
-        for option in ("epochs", "batch", "width", "bottleneck", "narrow", "per_set", "max_steps"):
-            self.expect(getattr(self, option) >= 1, option, "at least 1")
-        for option in ("rate", "tol", "strength"):
-            self.expect(getattr(self, option) > 0, option, "above 0")
+        super().__post_init__()
         self.expect(2 <= self.starts <= self.images, "starts", f"2 to {self.images} (images)")
         for label in SCORERS:
             create_scorer(label).check_training_size(self.starts)

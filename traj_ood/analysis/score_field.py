@@ -64,6 +64,9 @@ class ScoreField(Question):
         "mixtures", "noise", "width", "steps", "batch", "rate", "samples", "grid"
     )  # fmt: skip
 
+    at_least: ClassVar = {"width": 1, "steps": 1, "batch": 1, "samples": 10, "grid": 2}
+    above_0: ClassVar = ("rate",)
+
     mixtures: tuple[str, ...] = ("triangle", "ring")
     noise: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
     width: int = 64
@@ -79,9 +82,7 @@ class ScoreField(Question):
             named_mixture(name)
         finite = bool(self.noise) and all(0 < sigma < math.inf for sigma in self.noise)
         self.expect(finite, "noise", "standard deviations above 0")
-        for option, least in (("width", 1), ("steps", 1), ("batch", 1), ("samples", 10), ("grid", 2)):
-            self.expect(getattr(self, option) >= least, option, f"at least {least}")
-        self.expect(self.rate > 0, "rate", "a learning rate above 0")
+        super().__post_init__()
 
     @classmethod
     def paper(cls) -> ScoreField:

@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from traj_ood.analysis.images import load_images, sample
+from traj_ood.analysis.images import IMAGE_SETS, load_images, sample
 from traj_ood.data import Benchmark, ImageSource, list_benchmarks, load_benchmark, read_folder
 from traj_ood.data.benchmark import TEST_SEED, sample_indices
 from traj_ood.errors import TrajOODError, unknown_name
-
-WHOLE = ("fashion-mnist", "mnist", "cifar10")
-"""Of these the test images, all classes. ``cifar10`` is here the image set, not OpenOOD's benchmark."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,9 @@ def named_images(names: Sequence[str], root: Path | None, most: int) -> list[Nam
     """At most ``most`` images of each set, the same ones on every machine.
 
     Args:
-        names: each a folder of images (as it is, or below ``root``), one of :data:`WHOLE`, or a benchmark: a name or a
-            YAML file, of which the test split and every OOD set are taken.
+        names: each a folder of images (as it is, or below ``root``), an image set of
+            :data:`traj_ood.analysis.images.IMAGE_SETS` (its test images; ``cifar10`` is the image set, not OpenOOD's
+            benchmark), or a benchmark: a name or a YAML file, of which the test split and every OOD set are taken.
         root: of the data, as for :func:`traj_ood.load_benchmark`.
         most: images of each set, drawn by a fixed seed.
     Raises:
@@ -50,7 +48,7 @@ def training_images(name: str, root: Path | None, size: int, seed: int) -> Image
     folder = _folder(name, root)
     if folder is not None:
         return sample(read_folder(folder, prefix=folder.name), size, seed, name)
-    if name in WHOLE:
+    if name in IMAGE_SETS:
         return sample(load_images(name, root).train, size, seed, name)
     return sample(_benchmark(name, root).train.images, size, seed, name)
 
@@ -59,7 +57,7 @@ def _of(name: str, root: Path | None) -> list[NamedImages]:
     folder = _folder(name, root)
     if folder is not None:
         return [NamedImages(folder.name, read_folder(folder, prefix=folder.name))]
-    if name in WHOLE:
+    if name in IMAGE_SETS:
         return [NamedImages(name, load_images(name, root).test)]
     benchmark = _benchmark(name, root)
     own = NamedImages(f"{benchmark.name} test", benchmark.test.images)
@@ -67,7 +65,7 @@ def _of(name: str, root: Path | None) -> list[NamedImages]:
 
 
 def _folder(name: str, root: Path | None) -> Path | None:
-    places = (Path(name).expanduser(), *([root / name] if root is not None and name not in WHOLE else []))
+    places = (Path(name).expanduser(), *([root / name] if root is not None and name not in IMAGE_SETS else []))
     return next((folder for folder in places if folder.is_dir()), None)
 
 
@@ -75,7 +73,7 @@ def _benchmark(name: str, root: Path | None) -> Benchmark:
     known = [info.name for info in list_benchmarks()]
     if name in known or name.lower().endswith((".yaml", ".yml")):
         return load_benchmark(name, root)
-    raise unknown_name("set of images", name, [*known, *WHOLE, "a folder of images", "a benchmark's .yaml file"])
+    raise unknown_name("set of images", name, [*known, *IMAGE_SETS, "a folder of images", "a benchmark's .yaml file"])
 
 
 def _sampled(images: NamedImages, most: int) -> ImageSource:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
-from traj_ood.analysis.images import ImageData, load_images, sample
+from traj_ood.analysis.images import IMAGE_SETS, ImageData, load_images, sample
 from traj_ood.analysis.models import paper_recipe, train_conv
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
 from traj_ood.data import ImageSource, list_benchmarks, load_benchmark, read_folder
 from traj_ood.errors import TrajOODError
 
-IMAGE_SETS = ("fashion-mnist", "mnist", "cifar10")
 TRAINED = "conv"
 """The model name that stands for an autoencoder of Table 4, trained here."""
 
@@ -23,7 +24,11 @@ class Training:
 
     Attributes:
         images: of the training set, drawn by the seed; 0 takes all. epochs, bottleneck, width: k and d of Table 4.
+        at_least, meanings: of the options of questions that ask for one, see :class:`traj_ood.analysis.base.Question`.
     """
+
+    at_least: ClassVar[Mapping[str, int]] = {"train_images": 0, "epochs": 1, "bottleneck": 1, "width": 1}
+    meanings: ClassVar[Mapping[str, Mapping[Any, str]]] = {"train_images": {0: "all"}}
 
     images: int
     epochs: int
@@ -49,8 +54,8 @@ def subject(work: Workspace, model: str, data: str, seed: int, training: Trainin
     Args:
         work: see :class:`Workspace`.
         model: as for :func:`traj_ood.load_autoencoder`, or ``conv``.
-        data: an image set (:data:`IMAGE_SETS`, all classes), a benchmark's name or YAML file (its ID splits), or a
-            folder of images, as it is or below the root of the data.
+        data: an image set (:data:`traj_ood.analysis.images.IMAGE_SETS`, all classes), a benchmark's name or YAML file
+            (its ID splits), or a folder of images, as it is or below the root of the data.
         seed: of the training and of the training sample.
         training: how, for ``conv``.
     Raises:

@@ -54,6 +54,7 @@ class Training(Budget):
     )
     unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "at", "test")
     paper_data: ClassVar[tuple[str, ...]] = ("mnist",)
+    at_least: ClassVar = {**Budget.at_least, "images": 0, "bottleneck": 1}
 
     epochs: int = 32
     max_steps: int = 500
@@ -63,8 +64,6 @@ class Training(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect(self.images >= 0, "images", "0 (all) or more")
-        self.expect(self.bottleneck >= 1, "bottleneck", "at least 1")
         rising = list(self.at) == sorted(set(self.at))
         self.expect(rising and all(epoch >= 0 for epoch in self.at), "at", "ascending epochs from 0")
 

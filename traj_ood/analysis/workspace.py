@@ -7,8 +7,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,32 @@ class Workspace:
         seconds = round(time.perf_counter() - began, 2)
         store.save(label, Part(tensors=tensors, notes={"own": notes, "seconds": seconds}))
         return Unit(tensors, notes)
+
+    def pieces(
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        parts: Sequence[range],
+        compute: Callable[[range], Unit],
+        *,
+        title: str,
+        unit: str = "image",
+    ) -> list[dict[str, Tensor]]:
+        """The tensors of one unit for each of ``parts``, whose places are added to its key; with a progress bar.
+
+        Args:
+            name, key: of :meth:`unit`. parts: places, such as those of :func:`traj_ood.data.batches.parts_of`.
+            compute: makes the unit of some places. title, unit: of the bar.
+        Raises:
+            TrajOODError: as :meth:`unit`.
+        """
+        found = []
+        with self.bar(sum(map(len, parts)), title, unit) as bar:
+            for rows in parts:
+                made = self.unit(name, {**key, "rows": [rows.start, rows.stop]}, partial(compute, rows))
+                found.append(dict(made.tensors))
+                bar.update(len(rows))
+        return found
 
     def scratch(self, name: str, key: Mapping[str, Any]) -> Path:
         """A folder for what a unit keeps while it is being made (checkpoints of a training); remove it afterwards."""

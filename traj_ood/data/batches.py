@@ -118,7 +118,7 @@ def batches(
             f"exif={images.exif}, bit_depth={images.bit_depth}: read them in the same way"
         )
     step = size or _default_size(autoencoder)
-    ranges = [range(i, min(i + step, count)) for i in range(0, count, step)]
+    ranges = parts_of(count, step)
     if isinstance(images, Tensor | np.ndarray | Normalised):
         return _slices(autoencoder, images, ranges)
     if isinstance(images, torch.utils.data.DataLoader):
@@ -131,6 +131,11 @@ def batches(
                 "leave them out with on_error='skip' (--on-error skip)"
             )
     return _read(autoencoder, images, ranges, workers, on_error, reading)
+
+
+def parts_of(count: int, size: int) -> list[range]:
+    """The places 0 … count − 1 in parts of ``size``, the last of what is left."""
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def read_rows(

@@ -18,7 +18,7 @@ from traj_ood.attractors.health import still_falling
 from traj_ood.autoencoders import Encoding, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split
-from traj_ood.data.batches import OnError, read_rows
+from traj_ood.data.batches import OnError, parts_of, read_rows
 from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import Team
@@ -117,7 +117,7 @@ class Passes:
 
         Each process computes its share; the main one, and with ``everywhere`` every other, returns all of them.
         """
-        batches = {split.name: batches_of(len(split.images), self.batch_sizes[split.name]) for split in splits}
+        batches = {split.name: parts_of(len(split.images), self.batch_sizes[split.name]) for split in splits}
         share = [_Job(split, indices) for split in splits for indices in self.team.share(batches[split.name])]
         pieces: dict[str, Part] = {}
         for job in share:
@@ -285,11 +285,6 @@ def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
 def _dictionary_of(part: Part) -> AttractorDictionary:
     tensors = {k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("dictionary/")}
     return AttractorDictionary(ids=part.ids, provenance=part.notes["provenance"], **tensors)
-
-
-def batches_of(count: int, size: int) -> list[range]:
-    """``count`` images in batches of ``size``, the last of what is left."""
-    return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def even_size(count: int, most: int, processes: int) -> int:
