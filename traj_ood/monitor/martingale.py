@@ -11,9 +11,9 @@ which are independent and uniform for exchangeable scores. Those of a fixed cali
 chance deviations, and a bet against uniformity would win in time on any stream.
 
 The gambler is the simple jumper: capital is spread over densities on [0, 1], multiplied by each one's value at p_t, and
-before every image a share J of it is spread anew, so that the densities may change. New capital w_t = 1 / (t (t + 1)) is
-put in at every image t, out of 1 in all: what the bets before a change have lost is not lost to those that begin at the
-change, and a change after t images costs a factor of t² at most, where the plain jumper's loss is exponential in t.
+before every image a share J of it is spread anew, so that the densities may change. New capital w_t = 1 / (t (t + 1))
+is put in at every image t, out of 1 in all: what the bets before a change have lost is not lost to those that begin at
+the change, and a change after t images costs a factor of t² at most, where the plain jumper's loss is exponential in t.
 """
 
 from __future__ import annotations

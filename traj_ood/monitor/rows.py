@@ -89,7 +89,7 @@ def _scores(path: Path) -> np.ndarray:
         )
     nothing: Any = [None] * len(table)
     with foreign_errors(f"{path}: expected numbers in the columns score and p_value", ": give rows of traj-ood"):
-        columns = [np.asarray(table[name] if name in table else nothing, dtype=np.float64) for name in _COLUMNS]
+        columns = [np.asarray(table.get(name, nothing), dtype=np.float64) for name in _COLUMNS]
     return np.stack(columns, axis=1)
 
 
