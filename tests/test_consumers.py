@@ -1,18 +1,12 @@
-"""The three examples of benchmarks/consumers/ do what they say, each on a detector made here."""
+"""The examples of benchmarks/consumers/ do what they say, each on a detector made here."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
 import io
-import json
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -52,123 +46,6 @@ def photos(tmp_path: Path) -> Path:
     tiny.write_images(folder / "colour", 1, seed=1, size=17, mode="RGB")
     (folder / "torn.png").write_bytes((folder / "grey" / "000.png").read_bytes()[:60])
     return folder
-
-
-# ---------------------------------------------------------------------- the service
-
-
-@pytest.fixture
-def service(detector: Detector) -> Iterator[Any]:
-    with load("service").Service(detector, ("127.0.0.1", 0)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def ask(server: Any, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
-    connection = HTTPConnection(*server.server_address, timeout=tiny.PATIENCE)
-    try:
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse()
-        assert answer.headers["Content-Type"] == "application/json"
-        return answer.status, json.loads(answer.read())
-    finally:
-        connection.close()
-
-
-def test_the_service_says_what_the_detector_says(service: Any, detector: Detector, photos: Path) -> None:
-    for path in (photos / "grey" / "000.png", photos / "colour" / "000.png"):
-        said = detector.judge([path])
-        status, answer = ask(service, "POST", "/score", path.read_bytes())
-        assert status == 200
-        assert answer == {
-            "score": float(said.scores[0]),
-            "p_value": float(said.p_values[0]),
-            "ood": bool(said.decisions[0]),
-            "steps": 1,
-            "status": "ok",
-        }
-    assert ask(service, "GET", "/health") == (200, {"detector": repr(detector)})
-
-
-def test_the_service_refuses_by_name(service: Any, photos: Path) -> None:
-    status, answer = ask(service, "POST", "/score", b"no image")
-    assert status == 400
-    assert answer["error"].startswith("the body: ")
-    assert ask(service, "POST", "/score", (photos / "torn.png").read_bytes())[0] == 400
-    assert ask(service, "POST", "/score", b"")[0] == 400
-    assert ask(service, "POST", "/score", b"x", **{"Content-Length": "99999999999"})[0] == 413
-    assert ask(service, "POST", "/score", b"x", **{"Content-Length": "9" * 5000})[0] == 413
-    assert ask(service, "GET", "/nothing") == (404, {"error": "no /nothing: GET /health or POST /score"})
-    assert ask(service, "GET", "/health")[0] == 200  # and lives on
-
-
-@pytest.fixture
-def bounded(detector: Detector) -> Iterator[Any]:
-    """A service with room for 4 clients, two bodies of the largest size, and 40,000 decoded pixels."""
-    module = load("service")
-    bounds = module.Bounds(clients=4, body=20_000, bodies=40_000, decoded=28 * 40_000, patience=3.0)
-    with module.Service(detector, ("127.0.0.1", 0), bounds) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def picture(width: int, height: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (width, height), 128).save(file, "PNG")
-    return file.getvalue()
-
-
-def test_clients_at_once_are_served_within_the_memory(bounded: Any) -> None:
-    """Each image takes 36 of the 40 thousand pixels: never two are decoded at once."""
-    answers: list[int] = []
-
-    def client() -> None:
-        for _ in range(3):
-            try:
-                answers.append(ask(bounded, "POST", "/score", picture(180, 200))[0])
-            except (ConnectionError, TimeoutError):  # refused before its request was read
-                answers.append(503)
-
-    threads = [threading.Thread(target=client) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == 24
-    assert set(answers) <= {200, 503}
-    assert answers.count(200) >= 3
-    assert bounded.decoded.peak == 28 * 36_000
-    assert bounded.bodies.peak <= 40_000
-    assert ask(bounded, "POST", "/score", picture(8, 8))[0] == 200  # all is given back
-
-
-def test_what_is_too_large_alone_is_refused_before_it_is_decoded(bounded: Any) -> None:
-    status, answer = ask(bounded, "POST", "/score", picture(400, 101))
-    assert (status, answer["error"]) == (413, "expected at most 40000 pixels, got 40400: scale it down")
-    assert bounded.decoded.peak == 0
-    assert ask(bounded, "POST", "/score", b"x" * 20_001) == (413, {"error": "expected at most 20000 bytes, got 20001"})
-
-
-def test_slow_clients_and_too_many_of_them_are_told(bounded: Any) -> None:
-    slow = [socket.create_connection(bounded.server_address, timeout=60) for _ in range(4)]
-    try:
-        for connection in slow[:3]:  # two of these fill the memory for bodies
-            connection.sendall(b"POST /score HTTP/1.0\r\nContent-Length: 20000\r\n\r\n12")
-        slow[3].sendall(b"POST /sc")
-        with socket.create_connection(bounded.server_address, timeout=60) as fifth:
-            assert b"4 clients are being served: try again" in fifth.makefile("rb").read()
-        said = [connection.makefile("rb").read() for connection in slow]
-        assert sorted(text[9:12] for text in said[:3]) == [b"408", b"408", b"503"]
-        assert sum(b"expected 20000 bytes within 3 s, got 2" in text for text in said) == 2
-        assert sum(b"Retry-After: 1" in text for text in said) == 1
-    finally:
-        for connection in slow:
-            connection.close()
-    deadline = time.monotonic() + 30
-    while ask(bounded, "GET", "/health")[0] != 200:  # and lives on
-        assert time.monotonic() < deadline
 
 
 # ---------------------------------------------------------------------- ONNX Runtime alone

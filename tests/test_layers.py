@@ -26,6 +26,7 @@ LAYERS = [
     ("scorers",),
     ("detector", "evaluation", "training"),
     ("analysis", "export", "monitor", "openood", "report", "stream"),
+    ("distributed", "serve"),
     ("cli", "postprocessors"),
     ("__main__",),
 ]
@@ -58,6 +59,9 @@ HEAVY = {
     "prometheus_client": {"monitor/metrics.py", "serve/"},
     "pyarrow": {"monitor/rows.py", "stream/tables.py"},
     "click": {"cli/"},
+    "fastapi": {"serve/"},
+    "starlette": {"serve/"},
+    "uvicorn": {"cli/serve.py"},
 }
 
 

@@ -1,6 +1,6 @@
 """The command ``traj-ood``: parse, call, print. One module for each group of commands, which it registers with main."""
 
-from traj_ood.cli import analyze, bench, calibrate, compare, detect, export, inspect, monitor, new, report, train
+from traj_ood.cli import analyze, bench, calibrate, compare, detect, export, inspect, monitor, new, report, serve, train
 from traj_ood.cli.base import main
 
 __all__ = [
@@ -15,5 +15,5 @@ __all__ = [
     "monitor",
     "new",
     "report",
-    "train",
 ]
+__all__ += ["serve", "train"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -74,23 +76,60 @@ def open_image(path: Path, reading: Reading = AS_STORED) -> Image.Image:
     Raises:
         TrajOODError: missing, empty, no regular file, or as :func:`decode`; the message names the path.
     """
+    with _told(str(path), lambda: path.open("rb")):
+        _check_is_filled_file(path)
+        with _picture(path) as image:
+            return decode(image, str(path), reading)
+
+
+def open_bytes(content: bytes, where: str, reading: Reading = AS_STORED) -> Image.Image:
+    """As :func:`open_image`, of a file's content in memory; nothing is written anywhere.
+
+    Args:
+        where: for errors.
+    Raises:
+        TrajOODError: empty, or as :func:`decode`.
+    """
+    if not content:
+        raise TrajOODError(f"{where}: expected an image, found nothing (0 bytes)")
+    with _told(where, lambda: io.BytesIO(content)), _picture(io.BytesIO(content)) as image:
+        return decode(image, where, reading)
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Width and height that the header of an image file says; (0, 0) where it cannot be read, which decoding tells."""
+    try:
+        with _picture(io.BytesIO(content)) as image:
+            return image.size
+    except Exception:  # Pillow's plugins raise OSError, SyntaxError, struct.error, … on damaged bytes
+        return 0, 0
+
+
+def _picture(file: Path | BinaryIO) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(file, formats=_formats())
+
+
+@contextmanager
+def _told(where: str, again: Callable[[], BinaryIO]) -> Iterator[None]:
+    """What Pillow raises, as the one error that names ``where``; ``again`` opens the file anew."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        _check_is_filled_file(path)
-        with Image.open(path, formats=_formats()) as image:
-            return decode(image, str(path), reading)
+        yield
     except UnidentifiedImageError as error:
-        known = _foreign_format(path)
+        with again() as file:
+            known = _foreign_format(file.read(32))
         raise TrajOODError(
-            f"{path}: expected an image, found {known or 'no format that Pillow knows; replace the file'}"
+            f"{where}: expected an image, found {known or 'no format that Pillow knows; replace the file'}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_large(str(path), "more than twice that") from error
+        raise _too_large(where, "more than twice that") from error
     except TrajOODError:
         raise
     except Exception as error:
-        raise _undecodable(str(path), error) from error
+        raise _undecodable(where, error) from error
 
 
 def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Image.Image:
@@ -313,10 +352,8 @@ def _upright(plain: Image.Image, image: Image.Image) -> Image.Image:
     return turned
 
 
-def _foreign_format(path: Path) -> str:
+def _foreign_format(head: bytes) -> str:
     """What a file is that Pillow does not open, by its first bytes; empty where that is not known."""
-    with open(path, "rb") as file:
-        head = file.read(32)
     return next((name for place, marks, name in _FOREIGN if head[place:].startswith(marks)), "")
 
 

@@ -1,0 +1,98 @@
+"""``traj-ood serve``: a detector behind HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from traj_ood.cli.base import NAME, PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.console import note
+from traj_ood.errors import TrajOODError
+
+_MIB = 2**20
+_CONNECTIONS = 256
+
+
+@main.command(
+    epilog=examples(
+        "traj-ood serve my.detector --port 8000 --log rows",
+        "curl -F images=@a.jpg -F images=@b.png http://127.0.0.1:8000/v1/score",
+        "curl -H 'Content-Type: image/jpeg' --data-binary @a.jpg http://127.0.0.1:8000/v1/score",
+        "traj-ood monitor my.detector rows/DIGEST      # the digest is in every answer",
+    )
+)
+@click.argument("detector", type=NAME)
+@click.option("--host", default="127.0.0.1", show_default=True, help="TLS and who is let in are a proxy's work.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--log", type=PATH, help="Folder for rows of all that was judged: names and numbers, no images.")
+@click.option("--linger", type=float, default=5.0, show_default=True, help="Milliseconds an image waits for others.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Images judged at a time.")
+@click.option(
+    "--queue", type=click.IntRange(1), default=512, show_default=True, help="Images waiting; beyond them: 429."
+)
+@click.option("--max-images", type=click.IntRange(1), default=64, show_default=True, help="In one request.")
+@click.option("--max-body", type=click.IntRange(1), default=32, show_default=True, help="MiB of one request.")
+@click.option("--max-bodies", type=click.IntRange(1), default=128, show_default=True, help="MiB of all requests.")
+@click.option("--max-decoded", type=click.IntRange(1), default=1024, show_default=True, help="MiB of decoded images.")
+@click.option("--patience", type=float, default=30.0, show_default=True, help="Seconds for a body, and for an answer.")
+@click.option("--look", type=float, default=2.0, show_default=True, help="Seconds between looks at DETECTOR's folder.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Threads that decode images.")
+@one_line_errors
+def serve(detector: str, host: str, port: int, log: Path | None, **options: Any) -> None:
+    """Answer POST /v1/score with one decision per image, as DETECTOR (a folder) makes it.
+
+    Images come as multipart files, as base64 in {"images": [...]}, or one as the body itself. GET /healthz, /readyz and
+    /metrics are for those who watch it, /docs describes it. What is too large is answered 413, what is too much at once
+    429; no image is stored. When DETECTOR is replaced by another sealed detector, that one is used from then on.
+    SIGTERM ends it when all accepted requests have their answers.
+    """
+    import torch
+
+    try:
+        import uvicorn
+
+        from traj_ood.serve import Limits, create_app
+        from traj_ood.serve.limits import BYTES_PER_PIXEL
+    except ImportError as error:
+        raise TrajOODError(f"serve needs FastAPI, uvicorn and more ({error}): pip install 'traj_ood[serve]'") from error
+
+    silence_libraries()
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    limits = Limits(
+        images=options["max_images"],
+        body=options["max_body"] * _MIB,
+        bodies=options["max_bodies"] * _MIB,
+        pixels=options["max_decoded"] * _MIB // BYTES_PER_PIXEL,
+        decoded=options["max_decoded"] * _MIB,
+        queue=options["queue"],
+        linger=options["linger"] / 1000,
+        batch=options["batch"],
+        patience=options["patience"],
+    )
+    app = create_app(
+        detector,
+        limits=limits,
+        device=options["device"],
+        log=log,
+        decoders=options["workers"],
+        look=options["look"],
+    )
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(options["patience"]) + 1,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    listening = config.bind_socket()
+    note(f"serving {detector} on http://{host}:{listening.getsockname()[1]}, /docs tells how to ask")
+    server.run(sockets=[listening])

@@ -1,0 +1,132 @@
+"""From the body of a request to image files in memory: multipart, JSON with base64, or one image as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from traj_ood.serve.limits import Budget, Limits, RefusedError
+from traj_ood.text import one_line
+
+_NAME = 200
+_KEY = "images"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One image file: its name as the client says, one printable line, and its content."""
+
+    name: str
+    content: bytes
+
+
+class _InMemory(MultiPartParser):
+    """No image touches a disk: whatever the size, parts stay in memory, which the body's own limit bounds."""
+
+    spool_max_size = 2**40
+
+
+async def receive(request: Request, limits: Limits, bodies: Budget) -> bytes:
+    """The whole body; its bytes are taken from ``bodies`` and stay so: the caller gives them back.
+
+    Raises:
+        RefusedError: 413 too large, 429 no room now, 408 too slow or broken off.
+    """
+    told = request.headers.get("content-length", "")
+    if told.isascii() and told.isdecimal() and (len(told) > 12 or int(told) > limits.body):
+        raise RefusedError(413, f"body: expected at most {limits.body} bytes, got {told[:20]}")
+    parts: list[bytes] = []
+    try:
+        await asyncio.wait_for(_collect(request, limits, bodies, parts), limits.patience)
+    except BaseException as error:
+        size = sum(map(len, parts))
+        bodies.give(size)
+        if isinstance(error, asyncio.TimeoutError):
+            reason = f"body: expected all of it within {limits.patience:g} s, got {size} bytes"
+            raise RefusedError(408, reason) from error
+        if isinstance(error, ClientDisconnect):
+            raise RefusedError(408, f"body: broken off after {size} bytes") from error
+        raise
+    return b"".join(parts)
+
+
+async def _collect(request: Request, limits: Limits, bodies: Budget, parts: list[bytes]) -> None:
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limits.body:
+            raise RefusedError(413, f"body: expected at most {limits.body} bytes, got more")
+        bodies.take(len(part))
+        parts.append(part)
+
+
+async def uploads(request: Request, body: bytes, limits: Limits) -> list[Upload]:
+    """The image files in a body.
+
+    Raises:
+        RefusedError: 400 malformed or none, 413 too many, 415 another content type.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        found = await _multipart(request, body, limits)
+    elif kind == "application/json":
+        found = _from_json(body, limits)
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        found = [Upload("image", body)]
+    else:
+        raise RefusedError(415, f"expected multipart/form-data, application/json or image/*, got {kind[:80]!r}")
+    if not found:
+        raise RefusedError(400, "expected at least one image, got none")
+    return found
+
+
+async def _multipart(request: Request, body: bytes, limits: Limits) -> list[Upload]:
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        parser = _InMemory(
+            request.headers, stream(), max_files=limits.images, max_fields=limits.images, max_part_size=limits.body
+        )
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
+        text = str(getattr(error, "message", error)) or type(error).__name__
+        status = 413 if text.startswith("Too many") else 400
+        raise RefusedError(status, f"multipart: {one_line(text)[:_NAME]}") from error
+    found = []
+    for key, value in form.multi_items():
+        if not isinstance(value, UploadFile) or key != _KEY:
+            raise RefusedError(400, f"multipart: expected files named {_KEY}, got the field {one_line(key)[:_NAME]!r}")
+        found.append(Upload(one_line(value.filename or key)[:_NAME], await value.read()))
+    await form.close()
+    return found
+
+
+def _from_json(body: bytes, limits: Limits) -> list[Upload]:
+    try:
+        content: Any = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, f"JSON: {one_line(str(error))[:_NAME]}") from error
+    given = content.get(_KEY) if isinstance(content, dict) and len(content) == 1 else None
+    if not isinstance(given, list):
+        raise RefusedError(400, 'JSON: expected {"images": ["<base64>", …]}')
+    if len(given) > limits.images:
+        raise RefusedError(413, f"expected at most {limits.images} images, got {len(given)}")
+    found = []
+    for place, item in enumerate(given):
+        if not isinstance(item, str):
+            raise RefusedError(400, f"images[{place}]: expected base64 text, got {type(item).__name__}")
+        try:
+            found.append(Upload(f"images[{place}]", base64.b64decode(item, validate=True)))
+        except (binascii.Error, ValueError) as error:
+            raise RefusedError(400, f"images[{place}]: not base64 ({one_line(str(error))[:80]})") from error
+    return found
