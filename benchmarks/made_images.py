@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from outliers import OUTLIERS, SIMPLE, made_sets
 
 from traj_ood import Normalised, ScorerSet, TrajOODError, load_autoencoder, load_benchmark
 from traj_ood.data import ImageSource
-from traj_ood.data.outliers import OUTLIERS, SIMPLE, made_sets
 from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit

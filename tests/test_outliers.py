@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from outliers import OUTLIERS, SIMPLE, MadeImages, made_sets
 
 from traj_ood.data.images import ArrayImages
-from traj_ood.data.outliers import OUTLIERS, SIMPLE, MadeImages, made_sets
 from traj_ood.errors import TrajOODError
 
 

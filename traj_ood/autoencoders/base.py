@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.own_modules import halves_of, module_behind, original, tensor_of
-from traj_ood.data.preprocessing import Preprocessing, declared_preprocessing, network_input
+from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
 from traj_ood.dynamics.fixed_function import FixedFunction, check_function, float_type, trial_rows
 from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
@@ -61,7 +61,7 @@ class ModelInfo:
     summary: str
 
 
-class Autoencoder(FixedFunction, ABC):
+class Autoencoder(FixedFunction, Preprocessed, ABC):
     """An encoder E and a decoder D with one latent space, and hence a self-map f = E∘D.
 
     Subclasses implement :meth:`encode_batch` and :meth:`decode_batch` and set the attributes below. Users call
@@ -108,7 +108,6 @@ class Autoencoder(FixedFunction, ABC):
     name: str
     module: nn.Module
     input_shape: tuple[int, int, int]
-    preprocessing: Preprocessing | None = None
     chunk: int = ROWS
     has_cls: bool = False
     feature_dim: int = 0
@@ -121,16 +120,6 @@ class Autoencoder(FixedFunction, ABC):
     @abstractmethod
     def decode_batch(self, latents: Tensor) -> Tensor:
         """D: latents (chunk, *L) → images (chunk, C, H, W)."""
-
-    def transform(self, image: Image.Image) -> Tensor:
-        """PIL image → (C, H, W) float32 in the model's normalised units: its :attr:`preprocessing`.
-
-        Raises:
-            TrajOODError: the model declares no preprocessing.
-        """
-        if self.preprocessing is None:
-            raise TrajOODError(f"{self.name}: declares no preprocessing: set it, or override transform")
-        return self.preprocessing(image)
 
     def options(self) -> dict[str, Any]:
         """The declared options that change f (masking, …); part of the fingerprint."""
@@ -163,14 +152,6 @@ class Autoencoder(FixedFunction, ABC):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name that training may change."""
         return dict(self.module.named_parameters())
-
-    @property
-    def device(self) -> torch.device:
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
-
-    def to(self, device: torch.device | str) -> Autoencoder:
-        self.module.to(device)
-        return self
 
     def encode(self, images: Tensor) -> Tensor:
         """E on any number of images (B, C, H, W) → latents (B, *L) on :attr:`device`.

@@ -111,14 +111,6 @@ class LanguageModel(FixedFunction):
             model = whole_network(from_pretrained(AutoModel, where, **options), shown)
         return cls(model, lambda text: tokenizer(text)["input_ids"], tokens=tokens, name=shown)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    def to(self, device: torch.device | str) -> LanguageModel:
-        self.module.to(device)
-        return self
-
     def fits(self, text: str) -> bool:
         """Whether ``text`` has enough tokens."""
         return len(self._encode(text)) >= self.tokens

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from traj_ood.data.preprocessing import Preprocessing, declared_preprocessing, network_input
+from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
 from traj_ood.dynamics.fixed_function import FixedFunction, check_function, trial_rows
 from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
@@ -36,7 +36,7 @@ class Features:
         return len(self.features)
 
 
-class Backbone(FixedFunction, ABC):
+class Backbone(FixedFunction, Preprocessed, ABC):
     """A frozen network with the image transform it was trained with.
 
     Subclasses implement :meth:`forward_batch` and :meth:`transform` and set the attributes below. Users call
@@ -69,7 +69,6 @@ class Backbone(FixedFunction, ABC):
     spec: str
     module: nn.Module
     input_shape: tuple[int, int, int]
-    preprocessing: Preprocessing | None = None
     feature_dim: int
     classes: int = 0
     load_options: Mapping[str, Any] = MappingProxyType({})
@@ -79,16 +78,6 @@ class Backbone(FixedFunction, ABC):
     def forward_batch(self, images: Tensor) -> Features:
         """Images (chunk, C, H, W) in the network's normalised units → what it says of them."""
 
-    def transform(self, image: Image.Image) -> Tensor:
-        """PIL image → (C, H, W) float32 in the network's normalised units: its :attr:`preprocessing`.
-
-        Raises:
-            TrajOODError: the backbone declares no preprocessing.
-        """
-        if self.preprocessing is None:
-            raise TrajOODError(f"{self.name}: declares no preprocessing: set it, or override transform")
-        return self.preprocessing(image)
-
     def options(self) -> dict[str, Any]:
         """Everything besides the weights that decides the features (transform, pooling), JSON-able; fingerprinted."""
         return {}
@@ -96,14 +85,6 @@ class Backbone(FixedFunction, ABC):
     def head(self) -> tuple[Tensor, Tensor] | None:
         """Weight (c, n) and bias (c,) when the logits are a linear function of the features, else None."""
         return None
-
-    @property
-    def device(self) -> torch.device:
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
-
-    def to(self, device: torch.device | str) -> Backbone:
-        self.module.to(device)
-        return self
 
     def extract(self, images: Tensor) -> Features:
         """Features and logits of any number of images (B, C, H, W), on :attr:`device`.

@@ -188,6 +188,23 @@ class TakesPictures(Protocol):
     def transform(self, image: Image.Image) -> Tensor: ...
 
 
+class Preprocessed:
+    """What shows pictures to a network: :meth:`transform` is its :attr:`preprocessing`, unless overridden."""
+
+    name: str
+    preprocessing: Preprocessing | None = None
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """PIL image → (C, H, W) float32 in the network's normalised units.
+
+        Raises:
+            TrajOODError: no preprocessing is declared.
+        """
+        if self.preprocessing is None:
+            raise TrajOODError(f"{self.name}: declares no preprocessing: set it, or override transform")
+        return self.preprocessing(image)
+
+
 def prepare(model: TakesPictures, images: Pixels) -> Tensor:
     """Images in memory → (B, C, H, W) in the model's own units.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +15,7 @@ from traj_ood.dynamics.device import standard_settings
 from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint
 
+_F = TypeVar("_F", bound="FixedFunction")
 _ROWS = 2
 """Of a trial: enough for one image to stand beside another."""
 _FLOATS = (torch.float32, torch.float64)
@@ -32,6 +33,16 @@ class FixedFunction:
     name: str
     module: nn.Module
     _is_tried: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU for a module without any."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def to(self: _F, device: torch.device | str) -> _F:
+        """Move the network; returns itself."""
+        self.module.to(device)
+        return self
 
     def modules_used(self) -> tuple[nn.Module, ...]:
         """Every network whose weights and training flags decide what comes out."""
