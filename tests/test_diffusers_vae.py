@@ -1,4 +1,4 @@
-"""AutoencoderKL through diffusers: against diffusers itself on small random weights, and what is refused."""
+"""diffusers' autoencoders: against diffusers itself on small random weights, and what is refused."""
 
 from __future__ import annotations
 
@@ -125,6 +125,93 @@ def test_saved_and_loaded_it_is_the_same_model(tmp_path: Path) -> None:
     assert load_autoencoder(tmp_path / "again").fingerprint() == model.fingerprint()
 
 
+# ---------------------------------------------------------------------- the other kinds
+
+
+def tiny() -> Any:
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+
+
+def deep() -> Any:
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 2,
+        decoder_block_types=("ResBlock",) * 2,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+    )
+
+
+def quantised() -> Any:
+    blocks = {key: value for key, value in GEOMETRY.items() if key != "latent_channels"}
+    return diffusers.VQModel(latent_channels=3, num_vq_embeddings=16, **blocks)
+
+
+def asymmetric() -> Any:
+    return diffusers.AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        down_block_out_channels=(4, 8),
+        layers_per_down_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_out_channels=(4, 8),
+        layers_per_up_block=1,
+        norm_num_groups=2,
+        sample_size=16,
+    )
+
+
+@pytest.mark.parametrize("make", [tiny, deep, quantised, asymmetric])
+def test_every_kind_is_diffusers_own_map_saved_and_loaded(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = make().eval()
+    network.save_pretrained(tmp_path)
+    model = load_autoencoder(f"diffusers:{tmp_path}", image_size=16)
+    assert isinstance(model, DiffusersVAE)
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.inference_mode():
+        answer = network.encode(images)
+        latents = answer.latent_dist.mean if hasattr(answer, "latent_dist") else answer[0]
+        decoded = network.decode(latents).sample
+    torch.testing.assert_close(model.encode(images), latents)
+    torch.testing.assert_close(model.decode(latents), decoded)
+    assert latents.shape[2:] == (8, 8)
+    model.save_pretrained(tmp_path / "again")
+    again = load_autoencoder(tmp_path / "again", image_size=16)
+    assert again.fingerprint() == model.fingerprint()
+    assert json.loads(json.dumps(model.options())) == json.loads(json.dumps(again.options()))
+
+
+def test_a_config_without_a_size_means_the_papers() -> None:
+    assert DiffusersVAE(tiny()).input_shape == (3, 256, 256)
+    with pytest.raises(TrajOODError, match="image_size: expected a multiple of 2, got 15"):
+        DiffusersVAE(deep(), image_size=15)
+
+
+@pytest.mark.parametrize("name", ["taesd", "taesd3"])
+def test_the_published_tiny_autoencoders_load(name: str) -> None:
+    folder = Path(__file__).parents[1].parent / "shared" / "models" / name
+    if not folder.is_dir():
+        pytest.skip(f"the weights of {name} are not on this machine")
+    model = load_autoencoder(f"diffusers:{folder}", image_size=64)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = model.encode(images)
+    assert latents.shape == (2, 4 if name == "taesd" else 16, 8, 8)
+    assert latents.dtype == torch.float32
+    assert model.decode(latents).shape == images.shape
+
+
 def damaged(folder: Path, to: Path, what: str) -> Path:
     to.mkdir()
     for file in folder.iterdir():
@@ -141,7 +228,7 @@ def damaged(folder: Path, to: Path, what: str) -> Path:
     elif what == "nan":
         save_file({**weights, key: weights[key] * torch.nan}, path, metadata={"format": "pt"})
     elif what == "class":
-        config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "AutoencoderTiny"}))
+        config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "AutoencoderOobleck"}))
     elif what == "config":
         config.write_text("[1]")
     return to
@@ -154,7 +241,7 @@ def damaged(folder: Path, to: Path, what: str) -> Path:
         ("cut", r"cannot be read as an AutoencoderKL"),
         ("missing", r"another architecture: 1 tensors missing .*\(first: decoder\.conv_in\.weight\)"),
         ("nan", r"decoder\.conv_in\.weight holds NaN"),
-        ("class", r"unknown diffusers autoencoder 'AutoencoderTiny': .*Known: AutoencoderKL, AutoencoderRAE"),
+        ("class", r"unknown diffusers autoencoder 'AutoencoderOobleck': .*Known: .*AutoencoderKL, "),
         ("config", r"expected a config\.json with a model_type"),
     ],
 )

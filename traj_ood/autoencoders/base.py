@@ -79,7 +79,8 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
     Attributes:
         family: the word before the colon of ``family:source``; ``custom`` for what is not registered.
         summary: of the family, in a line.
-        marks: what ``config.json`` says in folders of this family, such as ``{"model_type": "vit_mae"}``.
+        marks: what ``config.json`` says in folders of this family, such as ``{"model_type": "vit_mae"}``; several
+            values of one entry as a tuple.
         hub_slashes: fewest and most slashes in a name on the Hugging Face hub; 1 in ``owner/name``, more where a folder
             of the repository may follow.
         models: its published models by name.
@@ -101,7 +102,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
 
     family: ClassVar[str] = "custom"
     summary: ClassVar[str] = ""
-    marks: ClassVar[Mapping[str, str]] = {}
+    marks: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
     hub_slashes: ClassVar[tuple[int, int]] = (1, 1)
     models: ClassVar[Mapping[str, ModelInfo]] = {}
     unsaved: ClassVar[Mapping[str, type]] = {}

@@ -1,7 +1,8 @@
-"""``AutoencoderKL`` of diffusers: the autoencoders of Stable Diffusion and SDXL (§4.1, Figs 4, 7–9, 15, 18).
+"""Autoencoders of images in diffusers: those of Stable Diffusion and SDXL (§4.1, Figs 4, 7–9, 15, 18), the tiny ones
+that stand in for them, deep-compression and vector-quantised ones.
 
-Never run here on the published weights, which this project could not download; tests build small random ones and check
-them against diffusers itself, old names of weights included.
+Of published weights the tiny autoencoders of Stable Diffusion 1 and 3 (taesd, taesd3) were run here; the paper's own
+could not be downloaded. Tests build small random ones of every kind and check them against diffusers itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import local_copy, read_config
+from traj_ood.autoencoders.own_modules import tensor_of
 from traj_ood.autoencoders.registry import family_of, register_autoencoder
 from traj_ood.data.preprocessing import Interpolation, Preprocessing
 from traj_ood.dynamics.iterate import rows_per_call
@@ -27,17 +29,32 @@ _PIXELS_A_CALL = 2**18
 """Four images of 256 × 256, in calls of six: at this geometry a call takes about 1 GB an image."""
 
 
+_ASYMMETRIC = "down_block_out_channels"
+KINDS = (
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "VQModel",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+)
+"""diffusers' classes with latents (B, channels, h, w) of images; those of videos and sounds are others."""
+
+
 @register_autoencoder
 class DiffusersVAE(Autoencoder):
-    """A diffusers ``AutoencoderKL`` with its posterior's mean as E(x), so that f = E∘D is deterministic.
+    """One of diffusers' autoencoders of images (``KINDS``): E(x) is the latent, or the mean of the posterior where
+    there is one, so that f = E∘D is deterministic. D of a ``VQModel`` quantises first, as diffusers' does: f is then a
+    map of code words.
 
     Latents are (B, channels, h, w), which counts as one token. Images are in [−1, 1], as these models were trained, and
     resized as diffusers' ``VaeImageProcessor`` does.
 
     Args:
-        model: a ``diffusers.AutoencoderKL``.
+        model: of one of ``KINDS``.
         image_size: side of the images. Default: the config's ``sample_size``, but at most 256, the paper's (SDXL's
-            1024 costs 16 times as much).
+            1024 costs 16 times as much), and 256 where the config names none.
         scaled: False (default) leaves latents as E makes them, which is the paper's f = E∘D read plainly. True puts
             them into the units of the diffusion model, (z − shift) · scaling_factor: images' latents then have about
             unit variance, as starts from N(0, I) do. The dynamics are the same; starts and tolerance are not.
@@ -47,7 +64,7 @@ class DiffusersVAE(Autoencoder):
     """
 
     family, summary = "diffusers", "autoencoders in diffusers' layout: diffusers:<hub name or folder>"
-    marks: ClassVar = {"_class_name": "AutoencoderKL"}
+    marks: ClassVar = {"_class_name": KINDS}
     hub_slashes: ClassVar = (1, 2)
     models: ClassVar = {
         "sd-vae": ModelInfo(
@@ -68,11 +85,11 @@ class DiffusersVAE(Autoencoder):
         interpolation: Interpolation = "lanczos",
     ) -> None:
         config = model.config
-        side = int(image_size or min(int(config.sample_size), PAPER_SIZE))
-        stride = 2 ** (len(config.block_out_channels) - 1)
+        side = int(image_size or min(int(config.get("sample_size") or PAPER_SIZE), PAPER_SIZE))
+        stride = _stride(model)
         if side < stride or side % stride:
             raise TrajOODError(f"{name}: image_size: expected a multiple of {stride}, got {side}")
-        if scaled and not config.scaling_factor:
+        if scaled and not config.get("scaling_factor"):
             raise TrajOODError(f"{name}: scaled: its config has no scaling_factor; use scaled=False")
         self.name, self.module = name, model.eval().requires_grad_(False)
         self.input_shape = (int(config.in_channels), side, side)
@@ -109,7 +126,7 @@ class DiffusersVAE(Autoencoder):
             TrajOODError: diffusers is not installed; files missing, damaged or of another architecture; NaN weights.
         """
         try:
-            from diffusers import AutoencoderKL
+            import diffusers
         except ImportError as error:
             raise TrajOODError(
                 f"model {source}: diffusers is not installed: pip install 'traj_ood[diffusers]'"
@@ -117,14 +134,17 @@ class DiffusersVAE(Autoencoder):
 
         folder = local_copy(str(source), FILES)
         kind = read_config(folder).get("_class_name")
-        if kind != "AutoencoderKL":
-            raise TrajOODError(f"{folder}/config.json: expected _class_name 'AutoencoderKL', got {kind!r}")
+        if kind not in KINDS:
+            raise TrajOODError(f"{folder}/config.json: expected _class_name of {', '.join(KINDS)}, got {kind!r}")
+        network = getattr(diffusers, kind, None)
+        if network is None:
+            raise TrajOODError(f"{folder}: diffusers {diffusers.__version__} has no {kind}: install a newer one")
         if not any(folder.glob("diffusion_pytorch_model.*")):
             raise TrajOODError(f"{folder / FILES[1]}: expected the weights, found nothing; download them, too")
-        with foreign_errors(f"{folder}: cannot be read as an AutoencoderKL"):
+        with foreign_errors(f"{folder}: cannot be read as an {kind}"):
             # Without the meta device: what a file lacks would stay there, and be found only when it is used.
             answer = from_pretrained(
-                AutoencoderKL, folder, output_loading_info=True, low_cpu_mem_usage=False, **use_safetensors(folder)
+                network, folder, output_loading_info=True, low_cpu_mem_usage=False, **use_safetensors(folder)
             )
         extra = sorted(map(str, answer[1]["unexpected_keys"]))
         if extra:
@@ -141,7 +161,6 @@ class DiffusersVAE(Autoencoder):
 
     def options(self) -> dict[str, Any]:
         """What the weights do not tell; without ``scaled`` the config's factor and shift decide nothing."""
-        config: Any = self.module.config
         assert self.preprocessing is not None  # made with the model
         own = {} if self.preprocessing.is_plain else {"interpolation": self.preprocessing.interpolation}
         return own | {
@@ -149,13 +168,30 @@ class DiffusersVAE(Autoencoder):
             "scaled": self.scaled,
             "factor": self._factor,
             "shift": self._shift,
-            "norm_num_groups": config.norm_num_groups,
-            "act_fn": config.act_fn,
+            **_untold(self.module),
         }
 
     def encode_batch(self, images: Tensor) -> Tensor:
-        posterior = self.module.encode(images).latent_dist  # type: ignore[operator]
-        return (posterior.mode() - self._shift) * self._factor
+        latents = tensor_of(f"{self.name}: encode", self.module.encode(images))  # type: ignore[operator]
+        return (latents - self._shift) * self._factor
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        return self.module.decode(latents / self._factor + self._shift).sample  # type: ignore[operator]
+        decoded = self.module.decode(latents / self._factor + self._shift)  # type: ignore[operator]
+        return tensor_of(f"{self.name}: decode", decoded)
+
+
+def _stride(model: Any) -> int:
+    """Pixels of the image for one place of the latent, along a side."""
+    known = getattr(model, "spatial_compression_ratio", None)
+    config = model.config
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or config.get(_ASYMMETRIC)
+    return int(known) if known else int(2 ** (len(blocks) - 1))
+
+
+def _untold(model: Any) -> dict[str, Any]:
+    """What of the config decides f and leaves no mark in the weights' names and shapes."""
+    kind, config = type(model).__name__, model.config
+    if kind == KINDS[0]:
+        return {"norm_num_groups": config.norm_num_groups, "act_fn": config.act_fn}
+    told = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}
+    return {"class": kind, "config": {key: value for key, value in config.items() if key[0] != "_" and key not in told}}

@@ -76,13 +76,22 @@ def family_of(folder: Path, mark: str | None = None) -> type[Autoencoder]:
     """
     config = _read_config(folder)
     key = mark or next(key for key in _MARKS if key in config)
-    if str(config.get(key)) not in {family.marks.get(key) for family in FAMILIES.values()}:
-        load_plugins("traj_ood.models")
-    known = {family.marks[key]: family for family in FAMILIES.values() if key in family.marks}
     kind = str(config.get(key))
+    if kind not in _marked(key):
+        load_plugins("traj_ood.models")
+    known = _marked(key)
     if kind not in known:
         raise unknown_name(_MARKS[key], kind, known)
     return known[kind]
+
+
+def _marked(key: str) -> dict[str, type[Autoencoder]]:
+    """What ``config.json`` may say under ``key``, and the family of each."""
+    found: dict[str, type[Autoencoder]] = {}
+    for family in FAMILIES.values():
+        marks = family.marks.get(key, ())
+        found |= dict.fromkeys((marks,) if isinstance(marks, str) else marks, family)
+    return found
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
