@@ -9,7 +9,7 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers import Evidence, Mahalanobis
-from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.scorers.covariance import class_means, is_upper, ledoit_wolf, moments, times_upper, whitening
 
 
 def draw(count: int, dimension: int = 12, seed: int = 0, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -164,3 +164,24 @@ def test_classes_of_one_image_each_measure_nothing() -> None:
     for covariance in ("ledoit-wolf", "empirical"):
         with pytest.raises(TrajOODError, match=r"do not vary within their classes \(6 classes of 6 images\)"):
             Mahalanobis(classes=True, covariance=covariance).fit(train)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dimension", [1, 127, 128, 300])
+def test_a_triangular_product_reads_nothing_below_the_diagonal(dimension: int) -> None:
+    generator = torch.Generator().manual_seed(dimension)
+    rows = torch.randn(9, dimension, dtype=torch.float64, generator=generator)
+    factor = torch.randn(dimension, dimension, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(times_upper(rows, factor.triu() + 0), rows @ factor.triu(), rtol=1e-12, atol=1e-12)
+    assert is_upper(factor.triu()) and is_upper(factor) == (dimension == 1)
+    assert not is_upper(factor.triu()[:, :-1])
+
+
+def test_a_singular_covariance_has_no_triangular_factor_and_the_same_distances() -> None:
+    train = draw(200)[0]
+    doubled, queries = torch.cat([train, train], dim=1), draw(20, seed=1)[0]
+    scorer = Mahalanobis(covariance="empirical").fit(evidence(doubled))
+    assert not is_upper(scorer.state["factor"])
+    single = Mahalanobis(covariance="empirical").fit(evidence(train))
+    assert is_upper(single.state["factor"])
+    scores = scorer.score(evidence(torch.cat([queries, queries], dim=1)))
+    torch.testing.assert_close(scores, single.score(evidence(queries)), rtol=1e-6, atol=0)

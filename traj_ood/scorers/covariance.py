@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_ROWS = 2048  # features in float64 at a time: 12 MB at 768 dimensions
+_HELD = 2**18 * 3 // 2  # float64 values of features at a time: 3 MiB, which stay in the cache while they are needed
+_COLUMNS = 128  # of a triangular factor at a time: narrower blocks save nothing more
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Moments:
     Attributes:
         count: N.
         covariance: (d, d) float64, Σ (x − μ)(x − μ)ᵀ / N.
-        fourth: Σ ‖x − μ‖⁴ / N.
+        fourth: Σ ‖x − μ‖⁴ / N, which only :func:`ledoit_wolf` reads; NaN where nobody asked.
     """
 
     count: int
@@ -28,21 +31,31 @@ class Moments:
 def class_means(features: Tensor, classes: Tensor, count: int) -> Tensor:
     """(count, d) float64 means of features (N, d) by class (N,) int64 in 0 … count − 1, all of which occur."""
     sums = torch.zeros(count, features.shape[1], dtype=torch.float64)
-    for part, own in zip(features.split(_ROWS), classes.split(_ROWS), strict=True):
+    for part, own in _parts(features, classes):
         sums.index_add_(0, own, part.double())
     return sums / classes.bincount(minlength=count)[:, None]
 
 
-def moments(features: Tensor, centres: Tensor, classes: Tensor) -> Moments:
+def moments(features: Tensor, centres: Tensor, classes: Tensor, *, fourth: bool = True) -> Moments:
     """Moments of features (N, d) around their own centre: ``centres`` (C, d) float64, ``classes`` (N,) int64."""
-    matrix = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    fourth = torch.zeros((), dtype=torch.float64)
-    for part, own in zip(features.split(_ROWS), classes.split(_ROWS), strict=True):
+    from scipy.linalg.blas import dsyrk  # computes one half of what is symmetric; torch's product would do both
+
+    dimension = features.shape[1]
+    half = np.zeros((dimension, dimension), order="F")
+    lengths = torch.full((), 0.0 if fourth else torch.nan, dtype=torch.float64)
+    for part, own in _parts(features, classes):
         offsets = part.to(torch.float64, copy=True).sub_(centres[own])
-        array = offsets.numpy()
-        matrix += torch.from_numpy(array.T @ array)  # NumPy sees the symmetry and computes one half; torch does both
-        fourth += offsets.norm(dim=1).pow(4).sum()
-    return Moments(len(features), matrix / len(features), float(fourth) / len(features))
+        half = dsyrk(1.0, offsets.numpy().T, beta=1.0, c=half, overwrite_c=True)
+        if fourth:
+            lengths += offsets.norm(dim=1).pow(4).sum()
+    upper = torch.from_numpy(half)
+    matrix = upper.triu() + upper.triu(1).T
+    return Moments(len(features), matrix / len(features), float(lengths) / len(features))
+
+
+def _parts(features: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    step = max(1, _HELD // features.shape[1])
+    return zip(features.split(step), classes.split(step), strict=True)
 
 
 def ledoit_wolf(sample: Moments) -> Tensor:
@@ -76,3 +89,18 @@ def whitening(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > share * values.abs().max()
     return vectors[:, kept] / values[kept].sqrt()
+
+
+def times_upper(rows: Tensor, factor: Tensor) -> Tensor:
+    """(B, d) ``rows`` times an upper triangular ``factor`` (d, d), of which nothing below its diagonal is read: little
+    more than half of the product's time. What :func:`whitening` returns is triangular where Σ is regular."""
+    out = torch.empty_like(rows)
+    for first in range(0, len(factor), _COLUMNS):
+        end = min(first + _COLUMNS, len(factor))
+        torch.mm(rows[:, :end], factor[:end, first:end], out=out[:, first:end])
+    return out
+
+
+def is_upper(factor: Tensor) -> bool:
+    """Whether ``factor`` (d, r) is square, and zero below its diagonal."""
+    return factor.shape[0] == factor.shape[1] and not bool(factor.tril(-1).any())

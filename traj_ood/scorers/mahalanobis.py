@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn.functional import normalize
 from traj_ood.autoencoders import VIEWS
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer, Needs
-from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.scorers.covariance import class_means, is_upper, ledoit_wolf, moments, times_upper, whitening
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
 from traj_ood.scorers.labels import classes_of
 from traj_ood.scorers.registry import register
@@ -66,7 +68,7 @@ class Mahalanobis(FeatureScorer):
             return learn_gaussians(features, shrink=self.covariance == "ledoit-wolf")
         classes = self._classes(train, len(features))
         means = class_means(features, classes, int(classes.max()) + 1)
-        sample = moments(features, means, classes)
+        sample = moments(features, means, classes, fourth=self.covariance == "ledoit-wolf")
         if len(means) > 1 and not float(sample.covariance.trace()) > 0:
             raise TrajOODError(
                 f"scorer {self.label}: the training features do not vary within their classes ({len(means)} classes of "
@@ -80,17 +82,19 @@ class Mahalanobis(FeatureScorer):
         features = self.features(evidence).cpu()
         if self.view == "grid":
             return distances_to_gaussians(self.state, features).mean(dim=1)
-        return in_rows(self._distances, features)
+        if torch.compiler.is_compiling() or not is_upper(self.state["factor"]):
+            return in_rows(partial(self._distances, torch.matmul), features)
+        return in_rows(partial(self._distances, times_upper), features)
 
     def features(self, evidence: Evidence) -> Tensor:
         features = super().features(evidence)
         return normalize(features, dim=-1) if self.normalize else features
 
-    def _distances(self, features: Tensor) -> Tensor:
-        """(chunk,) distances to the nearest class mean, both whitened. The expansion of the square finds the class,
+    def _distances(self, product: Callable[[Tensor, Tensor], Tensor], features: Tensor) -> Tensor:
+        """(chunk,) distances to the nearest class mean, both whitened by ``product``. The expansion of the square finds the class,
         where its cancellation does no harm; the difference to that class gives the distance."""
         means = self.state["means"]
-        white = (features.double() - self.state["centre"]) @ self.state["factor"]
+        white = product(features.double() - self.state["centre"], self.state["factor"])
         nearest = torch.addmm(means.square().sum(dim=1), white, means.T, alpha=-2).argmin(dim=1)
         return (white - means[nearest]).norm(dim=1)
 
