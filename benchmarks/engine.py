@@ -122,7 +122,7 @@ def base_geometry() -> dict[str, Any]:
     torch.manual_seed(0)
     model = ViTMAE(build_model(BASE), name="random-base")
     latents = model.encode(torch.randn(32, 3, 224, 224))
-    points = torch.randn(ATTRACTORS, latents[0].numel()) * latents.std() + latents.mean()
+    points = torch.randn(ATTRACTORS, latents[0].numel()).mul_(latents.std()).add_(latents.mean())
     began = time.perf_counter()
     index = NeighborIndex(points)
     assert index.groups  # made when first asked for

@@ -499,7 +499,7 @@ def test_the_gpu_is_used_only_where_faiss_sees_one(monkeypatch: pytest.MonkeyPat
 def test_more_neighbours_than_faiss_allows_on_a_gpu_are_found_by_torch() -> None:
     points = gaussian(3000, 4)
     flat = FaissFlat(points)
-    flat._fallback, flat._index = points, None  # as on a GPU, where FAISS would refuse
+    flat._fallback, flat._index = TorchFlat(points), None  # as on a GPU, where FAISS would refuse
     squared, _ = flat.topk(points[:3], 2049)
     torch.testing.assert_close(squared, TorchFlat(points).topk(points[:3], 2049)[0])
 

@@ -172,7 +172,8 @@ def test_a_triangular_product_reads_nothing_below_the_diagonal(dimension: int) -
     rows = torch.randn(9, dimension, dtype=torch.float64, generator=generator)
     factor = torch.randn(dimension, dimension, dtype=torch.float64, generator=generator)
     torch.testing.assert_close(times_upper(rows, factor.triu() + 0), rows @ factor.triu(), rtol=1e-12, atol=1e-12)
-    assert is_upper(factor.triu()) and is_upper(factor) == (dimension == 1)
+    assert is_upper(factor.triu())
+    assert is_upper(factor) == (dimension == 1)
     assert not is_upper(factor.triu()[:, :-1])
 
 

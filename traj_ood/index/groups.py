@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from traj_ood.index.flat import CELL_SAMPLE, SEED, cell_count
+from traj_ood.index.flat import CELL_SAMPLE, SEED, cell_count, take_rows
+
+_BLOCK = 1024  # points that are compared with all leaders at a time
+_HELD = 2**24  # coordinates of points copied at a time: 64 MiB
 
 
 def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
@@ -15,18 +18,27 @@ def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         leaders (G,) int64 indices of the leaders, and assigned (N,) int64, each point's position in ``leaders``.
     """
     count, device = len(points), points.device
-    squared_norms = points.square().sum(dim=1)
+    # A few at a time: a copy of all points (1.2 GB for 2,000 attractors of ViT-MAE base) would be the peak of memory.
+    step = max(1, _HELD // points.shape[1])
+    norms = torch.cat([part.square().sum(dim=1) for part in points.split(step)])
     assigned = torch.full((count,), -1, dtype=torch.int64, device=device)
     leaders = torch.empty(0, dtype=torch.int64, device=device)
-    for block in torch.arange(count, device=device).split(1024):
 
-        def near(others: Tensor, block: Tensor = block) -> Tensor:
-            cross = points[block] @ points[others].T
-            return squared_norms[block, None] + squared_norms[others] - 2 * cross <= radius**2
+    def near(some: Tensor, others: Tensor) -> Tensor:
+        """(S, O) bool."""
+        squared = [
+            torch.cat(
+                [norms[s, None] + norms[o] - 2 * rows @ take_rows(points, o).T for o in others.split(step)], dim=1
+            )
+            for s in some.split(step)
+            for rows in [take_rows(points, s)]
+        ]
+        return torch.cat(squared) <= radius**2
 
+    for block in torch.arange(count, device=device).split(_BLOCK):
         if len(leaders):
             places = torch.arange(len(leaders), device=device, dtype=torch.int32)
-            first = torch.where(near(leaders), places, len(leaders)).min(dim=1).values
+            first = torch.where(near(block, leaders), places, len(leaders)).min(dim=1).values
             joined = first < len(leaders)
             assigned[block[joined]] = first[joined].long()
             block = block[~joined]

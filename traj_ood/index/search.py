@@ -434,7 +434,7 @@ class NeighborIndex:
         """Group the points when :meth:`nearest` first needs it: :meth:`search` never does, and with 50,000 points that
         are all apart the N² comparisons take a hundred times as long as adding them to FAISS."""
         if not self._grouped:
-            self._build_groups(self._centred(), self._permitted)
+            self._build_groups(self._permitted)
             self._grouped = True
 
     def _all(self) -> Scan:
@@ -449,19 +449,21 @@ class NeighborIndex:
         self._norm = float(centred.norm(dim=1).max())
         return centred
 
-    def _build_groups(self, centred: Tensor, approximate: Approximate) -> None:
+    def _build_groups(self, approximate: Approximate) -> None:
+        centred = self._centred()
         radius = _GROUP_RADIUS * float(centred.norm(dim=1).square().mean().sqrt())
         if approximate != "none" and len(self) >= APPROXIMATE_FROM:
             leaders, assigned = leaders_in_cells(centred, radius)
         else:
             leaders, assigned = greedy_leaders(centred, radius)
         self._leaders = leaders
-        # Without a single group the copy of (for ViT-MAE base) 1.2 GB is saved.
-        heads = centred if len(leaders) == len(self) else centred[leaders]
         self._approximate: Approximate = approximate if len(leaders) >= APPROXIMATE_FROM else "none"
-        self._flat = (
-            self._make_flat(heads) if self._approximate == "none" else FaissApproximate(heads, self._approximate)
-        )
+        self._flat: Any
+        if self._approximate == "none":
+            del centred  # before the index makes its own copy
+            self._flat = self._make_flat(self._points, self._mean, leaders)
+        else:
+            self._flat = FaissApproximate(centred[leaders], self._approximate)
         everyone = torch.arange(len(self), device=self.device)
         distances = self._exact(self._points, everyone, leaders[assigned])
         # A copy of its leader can never be nearer than it.

@@ -91,8 +91,8 @@ class Mahalanobis(FeatureScorer):
         return normalize(features, dim=-1) if self.normalize else features
 
     def _distances(self, product: Callable[[Tensor, Tensor], Tensor], features: Tensor) -> Tensor:
-        """(chunk,) distances to the nearest class mean, both whitened by ``product``. The expansion of the square finds the class,
-        where its cancellation does no harm; the difference to that class gives the distance."""
+        """(chunk,) distances to the nearest class mean, both whitened by ``product``. The expansion of the square finds
+        the class, where its cancellation does no harm; the difference to that class gives the distance."""
         means = self.state["means"]
         white = product(features.double() - self.state["centre"], self.state["factor"])
         nearest = torch.addmm(means.square().sum(dim=1), white, means.T, alpha=-2).argmin(dim=1)
