@@ -110,7 +110,7 @@ def test_missing_data_are_told_before_anything_is_computed(tmp_path: Path, monke
 
 
 def test_more_models_than_colours_are_refused_at_once() -> None:
-    assert len(SERIES) == dynamics.MOST_MODELS
+    assert len(SERIES) == dynamics.MAX_MODELS
     Dynamics(models=tuple(f"{kind}{i}" for kind in ("a/", "causal-lm:") for i in range(6)))
     for kind in ("a/", "causal-lm:"):
         with pytest.raises(TrajOODError, match="models: expected at most 6 autoencoders and 6 language models"):

@@ -24,7 +24,7 @@ from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.cli import main
 from traj_ood.data import read_folder
-from traj_ood.data.id_images import MOST_CALIBRATION, choose_id_images
+from traj_ood.data.id_images import MAX_CALIBRATION, choose_id_images
 from traj_ood.detector import Detector
 from traj_ood.errors import TrajOODError
 from traj_ood.stream import COLUMNS
@@ -192,7 +192,7 @@ def test_fit_trains_a_backbones_surrogate_without_the_calibration_images(
 def test_what_is_held_out_is_capped_drawn_by_the_seed_and_never_more_than_half(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\n".join(f"{i}.png" for i in range(20_000)))
     one, two, other = (choose_id_images(str(tmp_path / "list.txt"), count=50, seed=s) for s in (0, 0, 1))
-    assert (len(one.train), len(one.fit), len(one.calibration)) == (20_000 - MOST_CALIBRATION, 50, MOST_CALIBRATION)
+    assert (len(one.train), len(one.fit), len(one.calibration)) == (20_000 - MAX_CALIBRATION, 50, MAX_CALIBRATION)
     assert set(one.fit.ids) <= set(one.train.ids)
     assert not set(one.train.ids) & set(one.calibration.ids)
     assert (one.fit.ids, one.calibration.ids) == (two.fit.ids, two.calibration.ids)

@@ -23,7 +23,7 @@ COUNT, BLOCK = 23, 8
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features_module, "BLOCK", BLOCK)
-    monkeypatch.setattr(features_module, "_READ", 3)
+    monkeypatch.setattr(features_module, "_READ_IMAGES", 3)
 
 
 def network(seed: int = 0, name: str = "toy", classes: int = 2) -> CallableBackbone:

@@ -243,7 +243,7 @@ def test_a_few_copies_are_a_warning_and_none_are_nothing(place: Path, monkeypatc
     copy(place, "near/003.png", "far/000.png")  # OOD sets may share images
     assert load_benchmark(str(place / "tiny.yaml")).copies() == []
     copy(place, "train/003.png", "test/000.png")
-    monkeypatch.setattr(evaluator_module, "_FEW_COPIES", 0.1)
+    monkeypatch.setattr(evaluator_module, "_MAX_COPIED_SHARE", 0.1)
     with pytest.warns(UserWarning, match="1 of 10 images of 'test' are copies"):
         run_of(place).run()
     with pytest.raises(TrajOODError, match="1 of 10 images of 'test' are copies"):

@@ -19,8 +19,8 @@ from traj_ood.data.contents import ABSENT, FILE_NAME, hash_files
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of its own, in which files that are a moment old are settled."""
     monkeypatch.setenv("TRAJ_OOD_DATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(contents, "_FINE", -1)
-    monkeypatch.setattr(contents, "_COARSE", -1)
+    monkeypatch.setattr(contents, "_FINE_CLOCK", -1)
+    monkeypatch.setattr(contents, "_COARSE_CLOCK", -1)
     monkeypatch.setattr(contents, "_warned", set())
     monkeypatch.setattr(contents, "_believed", None)
     return tmp_path / "cache"
@@ -87,7 +87,7 @@ def test_a_replaced_file_is_noticed_whatever_its_times_say(cache: Path, files: l
 def test_a_file_that_has_just_been_written_is_not_remembered(
     cache: Path, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_FINE", "_COARSE"):
+    for name in ("_FINE_CLOCK", "_COARSE_CLOCK"):
         monkeypatch.setattr(contents, name, 3600 * 10**9)
     opened = Opened(monkeypatch)
     assert hash_files(files[:2]) == hash_files(files[:2]) == truth(files[:2])
@@ -146,7 +146,7 @@ def test_a_store_that_is_of_no_use_costs_time_alone(
 
 def test_processes_share_the_store(cache: Path, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import sys; from traj_ood.data import contents; contents._FINE = contents._COARSE = -1; "
+        "import sys; from traj_ood.data import contents; contents._FINE_CLOCK = contents._COARSE_CLOCK = -1; "
         "contents._PER_COMMIT = 7; print(*contents.hash_files(sys.argv[1:]))"
     )
     running = [

@@ -41,8 +41,8 @@ BACKBONES = (
 STATISTICS = ("running", "batch")
 OUTPUTS = ("logits", "features")
 KEYS = tuple(f"{s}_{o}_{name}" for s in STATISTICS for o in OUTPUTS for name in ("all", "between"))
-_SIZED = ("vit_",)  # built for one image size, which has to be said
-_LEAST = 64  # below that some of the pooling layers have nothing to pool
+_FIXED_SIZE_PREFIXES = ("vit_",)  # built for one image size, which has to be said
+_MIN_SIZE = 64  # below that some of the pooling layers have nothing to pool
 
 
 @register
@@ -85,7 +85,7 @@ class Contraction(Question):
         self.expect(bool(self.models) and different, "models", "at least one name, and none twice")
         super().__post_init__()
         self.expect(self.images >= 2, "images", "at least 2: a variance needs two")
-        self.expect(self.size >= _LEAST, "size", f"at least {_LEAST} pixels")
+        self.expect(self.size >= _MIN_SIZE, "size", f"at least {_MIN_SIZE} pixels")
         self.expect(self.batch >= 2, "batch", "at least 2: batch statistics need two")
         alone = self.batch == 2 and self.images % 2 == 1
         self.expect(not alone, "batch", "at least 3 with an odd number of images, or one would be alone in its batch")
@@ -153,7 +153,7 @@ def untrained(model: str, size: int, seed: int) -> nn.Module:
     """
     from torchvision import models as library
 
-    sized = {"image_size": size} if model.startswith(_SIZED) else {}
+    sized = {"image_size": size} if model.startswith(_FIXED_SIZE_PREFIXES) else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with foreign_errors(f"{model}: cannot be built for {size} × {size} images", ": change size"):

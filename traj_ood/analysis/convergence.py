@@ -39,7 +39,7 @@ from traj_ood.io.parts import Part
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
-_CLOSE = 0.1  # an end point is an attractor when its own remaining error is at most this share of ε
+_CLOSENESS = 0.1  # an end point is an attractor when its own remaining error is at most this share of ε
 _STRETCH = 10.0  # the last stretch: from the first error of at most 10 ε to ε
 _BATCH = 64  # images per unit of work, or the model's chunk where that is more
 _CURVE_POINTS = 100  # steps of a curve in the record, at most
@@ -204,7 +204,7 @@ class Convergence(Question):
         errors = paths.tensors["errors"][found["settled"]]
         norms, radii = (found[name][found["attractor"]] for name in ("norms", "radii"))
         remaining = paths.tensors["last"][found["settled"]] / (1 - radii).clamp(min=1e-12)
-        close = (radii < 1) & (remaining <= _CLOSE * epsilon)
+        close = (radii < 1) & (remaining <= _CLOSENESS * epsilon)
         near = first_below(errors, _STRETCH * epsilon)
         hit = first_below(errors, epsilon)
         onset = errors.gather(1, near.clamp(min=0)[:, None])[:, 0]

@@ -15,7 +15,7 @@ from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas
 Floats = NDArray[np.float64]
 
 _DECADES = 3  # of norms that the colours span, below the largest
-_WORST = 90.0  # degrees at which the colours end: a field that ascends nothing
+_MAX_ANGLE = 90.0  # degrees at which the colours end: a field that ascends nothing
 _CODES = 1500  # codes drawn, so that they can be told apart
 _STAR: Look = {"marker": "*", "markersize": 10, "linestyle": "", "color": INKS["near"]}
 
@@ -73,7 +73,7 @@ def score_maps(name: str, maps: Mapping[float, Mapping[str, Floats]]) -> Figure:
         axes[column].title.set_text(f"noise σ = {sigma:g}")
         codes, angles = tensors["codes"][:_CODES], tensors["code_angle"][:_CODES]
         latent = axes[columns + column]
-        latent.scatter(codes[:, 0], codes[:, 1], c=angles, s=4, vmin=0, vmax=_WORST, cmap="viridis", linewidths=0)
+        latent.scatter(codes[:, 0], codes[:, 1], c=angles, s=4, vmin=0, vmax=_MAX_ANGLE, cmap="viridis", linewidths=0)
         latent.set_aspect("equal", adjustable="datalim")
     for axis in axes:
         axis.grid(visible=False)
@@ -89,7 +89,7 @@ def _plane(axis: Axes, tensors: Mapping[str, Floats]) -> Any:
     x, y, u, v, angles, density = _grid(
         tensors["plane"], tensors["field"], tensors["plane_angle"], np.exp(tensors["plane_density"])
     )
-    shades = axis.pcolormesh(x, y, angles, vmin=0, vmax=_WORST, cmap="viridis", shading="nearest", rasterized=True)
+    shades = axis.pcolormesh(x, y, angles, vmin=0, vmax=_MAX_ANGLE, cmap="viridis", shading="nearest", rasterized=True)
     levels = density.max() * np.array([0.05, 0.2, 0.5, 0.8])
     axis.contour(x, y, density, levels=levels, colors="white", linewidths=0.8)
     every = (slice(None, None, max(1, len(x) // 12)),) * 2

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
 DOCUMENTATION = "documentation"
-_LAST = 50  # steps whose mean factor says whether the residual still falls
-_PIECE = 1000  # characters of a text of the documentation
-MOST_MODELS = 6  # models of a kind: a panel of curves has that many colours
+_LAST_STEPS = 50  # steps whose mean factor says whether the residual still falls
+_PIECE_CHARACTERS = 1000  # characters of a text of the documentation
+MAX_MODELS = 6  # models of a kind: a panel of curves has that many colours
 _PILE = "pile.jsonl"
 
 
@@ -95,9 +95,9 @@ class Dynamics(Question):
         language = sum(map(_is_language, self.models))
         most = max(language, len(self.models) - language)
         self.expect(
-            most <= MOST_MODELS,
+            most <= MAX_MODELS,
             "models",
-            f"at most {MOST_MODELS} autoencoders and {MOST_MODELS} language models (a figure each)",
+            f"at most {MAX_MODELS} autoencoders and {MAX_MODELS} language models (a figure each)",
         )
 
     @classmethod
@@ -277,7 +277,7 @@ class _Curves:
         latent, norm = self.mean("latent"), self.mean("norm")
         # Residuals tell who is left: a norm in float32 can overflow while every number of z_t is finite.
         residuals = self.tables["latent"]
-        same = bool((residuals[:, -_LAST - 1 :][:, 0].isfinite() == residuals[:, -1].isfinite()).all())
+        same = bool((residuals[:, -_LAST_STEPS - 1 :][:, 0].isfinite() == residuals[:, -1].isfinite()).all())
         row: dict[str, Any] = {
             "model": self.name,
             "rehearsal": self.rehearsal,
@@ -321,7 +321,7 @@ def _documentation() -> list[str]:
     from pydoc_data.topics import topics
 
     whole = (" ".join(str(topics[name]).split()) for name in sorted(topics))
-    return [text[i : i + _PIECE] for text in whole for i in range(0, len(text), _PIECE)]
+    return [text[i : i + _PIECE_CHARACTERS] for text in whole for i in range(0, len(text), _PIECE_CHARACTERS)]
 
 
 def _falls_until(curve: Sequence[float | None]) -> int:
@@ -331,7 +331,7 @@ def _falls_until(curve: Sequence[float | None]) -> int:
 
 def _factor(curve: Sequence[float | None]) -> float | None:
     """Geometric mean of r_{t+1} / r_t over the last steps; None where the curve vanishes or ends early."""
-    last = curve[-_LAST - 1 :]
+    last = curve[-_LAST_STEPS - 1 :]
     first, end = last[0], last[-1]
     if not first or not end or len(last) < 2:
         return None

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
 _STARTS = 15  # grid points per side that trajectories start from; the codes of images are further starts
-_SAME = 0.01  # of the box's diagonal: end points closer than that are one attractor
-_CLOSE = _SAME / 2  # as near an end must be to its attractor: two ends of one attractor are then never counted as two
-_REST = 1e-5  # of the diagonal: shorter steps are rest. An end with a radius of up to 1 − _REST / _CLOSE is then close
+_SAME_DISTANCE = 0.01  # of the box's diagonal: end points closer than that are one attractor
+# As near an end must be to its attractor: two ends of one attractor are then never counted as two.
+_CLOSENESS = _SAME_DISTANCE / 2
+# Of the diagonal: shorter steps are rest. An end with a radius of up to 1 − _REST_STEP / _CLOSENESS is then close.
+_REST_STEP = 1e-5
 _COSINE = 0.99  # §3.2: end points at least that similar are one attractor
 _CHUNK = 24  # rows per call of f: the few slow trajectories of the plane would run in chunks of 96 otherwise
 
@@ -141,7 +143,7 @@ class Field(Question):
         starts = torch.cat([plane(low, high, _STARTS).to(codes), codes])
         diagonal = float((high - low).norm())
         ends = settled_ends(model.self_map, starts, diagonal, self.tol, self.max_steps, model.chunk)
-        leaders, group = greedy_leaders(ends.double(), _SAME * diagonal)
+        leaders, group = greedy_leaders(ends.double(), _SAME_DISTANCE * diagonal)
         spots = ends[leaders]
         directions = torch.nn.functional.normalize(ends.double(), dim=1)
         notes: dict[str, Any] = {
@@ -167,11 +169,11 @@ def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float,
     Args:
         diagonal: of the box. tol, max_steps: of the iteration, see :class:`Field`. chunk: rows per call of f.
     """
-    path = iterate(self_map, starts, tol=min(tol, (_REST * diagonal) ** 2), max_steps=max_steps, chunk=chunk)
+    path = iterate(self_map, starts, tol=min(tol, (_REST_STEP * diagonal) ** 2), max_steps=max_steps, chunk=chunk)
     last = path.residuals.gather(1, (path.steps - 1).clamp(min=0)[:, None])[:, 0].sqrt()
     radii = explicit_radii(planar_jacobians(self_map, path.final, chunk))
     left = last / (1 - radii)
-    settled = (path.status != Status.NON_FINITE) & (radii < 1) & (left <= _CLOSE * diagonal)
+    settled = (path.status != Status.NON_FINITE) & (radii < 1) & (left <= _CLOSENESS * diagonal)
     return path.final.cpu()[settled]
 
 

@@ -33,7 +33,7 @@ from traj_ood.dynamics.iterate import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
 
-_DRAWN = 512  # starts drawn from one seed, whatever the units of work
+_DRAW = 512  # starts drawn from one seed, whatever the units of work
 _UNIT = 64  # starts per unit of work, or the model's chunk where that is more: what an interruption can cost
 _GROUP = 16  # images whose reconstructions are decoded together: 0.3 GB at 256 × 256 pixels
 
@@ -206,9 +206,9 @@ class Probe(Question):
 def _parts(count: int, size: int) -> list[range]:
     """The places of ``count`` starts, at most ``size`` a part; no part reaches over two draws."""
     return [
-        range(begin, min(begin + size, drawn + _DRAWN, count))
-        for drawn in range(0, count, _DRAWN)
-        for begin in range(drawn, min(drawn + _DRAWN, count), size)
+        range(begin, min(begin + size, drawn + _DRAW, count))
+        for drawn in range(0, count, _DRAW)
+        for begin in range(drawn, min(drawn + _DRAW, count), size)
     ]
 
 
@@ -218,10 +218,10 @@ def _names(rows: range) -> tuple[str, ...]:
 
 def _noise(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor:
     """(n, *L) the starts at ``rows`` of ``count``: part of one draw, so that no number depends on the parts."""
-    draw = rows.start // _DRAWN
+    draw = rows.start // _DRAW
     draws = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-    begin = draw * _DRAWN
-    whole = torch.randn(min(_DRAWN, count - begin), *shape, generator=draws)
+    begin = draw * _DRAW
+    whole = torch.randn(min(_DRAW, count - begin), *shape, generator=draws)
     return whole[rows.start - begin : rows.stop - begin]
 
 

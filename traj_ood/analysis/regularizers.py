@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SCORERS = ("trajectory", "trajectory:horizon=16", "field", "mahalanobis", "reconstruction")
 """The paper's score, its first 16 steps, the field alone, and two that need no dynamics."""
-_ALL = tuple(v.name for v in variants())
+_NAMES = tuple(v.name for v in variants())
 _POINTS = 16  # Jacobians at held-out latents, and at most as many at attractors
 
 
@@ -72,7 +72,7 @@ class Regularizers(Question):
     at_least: ClassVar = dict.fromkeys(("epochs", "batch", "width", "bottleneck", "narrow", "per_set", "max_steps"), 1)
     above_0: ClassVar = ("rate", "tol", "strength")
 
-    variants: tuple[str, ...] = _ALL
+    variants: tuple[str, ...] = _NAMES
     strength: float = 1.0
     benchmark: str = "fashion"
     images: int = 4000
@@ -89,8 +89,8 @@ class Regularizers(Question):
 
     def __post_init__(self) -> None:
         for name in self.variants:
-            if name not in _ALL:
-                raise unknown_name(f"{self.name}: variant", name, _ALL)
+            if name not in _NAMES:
+                raise unknown_name(f"{self.name}: variant", name, _NAMES)
         self.expect(len(set(self.variants)) == len(self.variants) > 0, "variants", "at least one, none twice")
         super().__post_init__()
         self.expect(2 <= self.starts <= self.images, "starts", f"2 to {self.images} (images)")

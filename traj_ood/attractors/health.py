@@ -36,7 +36,7 @@ STABLE = 0.5
 creeping, so at a healthy model nearly all are stable; most of them unstable means that the tolerance was met by
 slowness, not by arrival."""
 
-_SHOWN = 16  # attractors whose radius is measured
+_MEASURED_ATTRACTORS = 16  # attractors whose radius is measured
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -192,7 +192,7 @@ def drawn_attractors(ends: Tensor, seed: int) -> list[tuple[int, int]]:
     visited first: (index of its leader, number of its end points)."""
     leaders, group = greedy_leaders(directions(ends), (2 - 2 * SAME) ** 0.5)
     order = torch.randperm(len(ends), generator=torch.Generator().manual_seed(seed))
-    drawn = list(dict.fromkeys(group[order].tolist()))[:_SHOWN]
+    drawn = list(dict.fromkeys(group[order].tolist()))[:_MEASURED_ATTRACTORS]
     visits = torch.bincount(group).tolist()
     return [(int(leaders[g]), visits[g]) for g in sorted(drawn, key=lambda g: -visits[g])]
 

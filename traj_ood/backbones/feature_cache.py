@@ -22,7 +22,7 @@ from traj_ood.io.trees import as_json
 
 Failures = list[dict[str, str]]
 BLOCK = 512  # images per file
-_READ = 128  # images in memory at a time: at 224 x 224 a whole block would take 300 MB
+_READ_IMAGES = 128  # images in memory at a time: at 224 x 224 a whole block would take 300 MB
 IDENTITY = "cache.json"
 
 
@@ -157,8 +157,8 @@ class _Blocks:
         ids: list[str] = []
         failures: Failures = []
         columns: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for start in range(indices.start, indices.stop, _READ):
-            rows = range(start, min(start + _READ, indices.stop))
+        for start in range(indices.start, indices.stop, _READ_IMAGES):
+            rows = range(start, min(start + _READ_IMAGES, indices.stop))
             batch = read_rows(self.backbone, self.images, rows, workers, on_error)
             ids += batch.ids
             failures += batch.failures

@@ -27,8 +27,8 @@ OnError = Literal["raise", "skip"]
 IMAGE_KEYS = ("image", "img", "pixel_values", "data")
 """Where the items of a data set that are mappings hold the image; the first that is there."""
 LABEL_KEYS = ("label", "labels", "target")
-_BYTES = 2**27  # of pixels at a time; the latents of usual models are of about that size, too
-_MOST = 1024
+_MAX_BYTES = 2**27  # of pixels at a time; the latents of usual models are of about that size, too
+_MAX_IMAGES = 1024
 _DECODING = threading.Lock()
 
 
@@ -147,7 +147,7 @@ def read_rows(
 
 def _default_size(autoencoder: TakesPictures) -> int:
     channels, height, width = autoencoder.input_shape
-    most = min(_MOST, _BYTES // (4 * channels * height * width))
+    most = min(_MAX_IMAGES, _MAX_BYTES // (4 * channels * height * width))
     return max(1, most // autoencoder.chunk) * autoencoder.chunk
 
 

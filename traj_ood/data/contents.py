@@ -31,8 +31,8 @@ _PER_TASK = 64  # files: a task for each would cost as much as a small file
 _PER_COMMIT = 8192  # files: a million of them take minutes, and an interruption must not lose them all
 _QUESTIONS = 500  # older SQLite takes at most 999 variables
 _BLOCK = 2**20
-_WAIT = 10.0  # seconds for another process that writes
-_FINE, _COARSE = 100_000_000, 2_000_000_000  # nanoseconds
+_LOCK_SECONDS = 10.0  # seconds for another process that writes
+_FINE_CLOCK, _COARSE_CLOCK = 100_000_000, 2_000_000_000  # nanoseconds
 _T = TypeVar("_T")
 _Key = tuple[bytes, bytes]
 
@@ -135,7 +135,7 @@ def _key(path: str, marks: tuple[int, ...]) -> _Key:
 def _is_settled(marks: tuple[int, ...]) -> bool:
     """Whether a change of the file from now on would get another time than it has. Some file systems count seconds."""
     changed = marks[1] if os.name == "nt" else marks[2]  # on Windows the last one is the time of creation
-    return time.time_ns() - changed > (_FINE if changed % 1_000_000_000 else _COARSE)
+    return time.time_ns() - changed > (_FINE_CLOCK if changed % 1_000_000_000 else _COARSE_CLOCK)
 
 
 def _parts(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
@@ -151,7 +151,7 @@ def _ask(question: Callable[[sqlite3.Connection], _T]) -> _T | None:
     try:
         path = cache_folder() / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=_WAIT, isolation_level=None)) as store:
+        with closing(sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)) as store:
             return question(store)
     except (OSError, sqlite3.Error, TrajOODError) as error:  # the last: no home folder
         _warn(path, error)

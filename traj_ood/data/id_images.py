@@ -13,7 +13,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 
 HELD_OUT = 0.2
 """Share of the ID images that is held out for calibration where none are given."""
-MOST_CALIBRATION = 2000
+MAX_CALIBRATION = 2000
 """Most images of that share, or of a benchmark's val split. With so many, the share of ID images that a threshold of
 95 % accepts is known to half a percent (one standard deviation); more would cost time and say little."""
 
@@ -73,14 +73,14 @@ def choose_id_images(
         held, origin = _read_files(calibration, root, follow_links, reading), f"images of {calibration}"
         _check_disjoint(images, held, source, calibration)
     elif val is not None:
-        held, origin = _at_most(val, MOST_CALIBRATION, seed, "calibration"), "images of the val split"
+        held, origin = _at_most(val, MAX_CALIBRATION, seed, "calibration"), "images of the val split"
     else:
         if len(images) < 2 * least:
             raise TrajOODError(
                 f"{source}: expected at least {2 * least} images, {least} of them to be held out for calibration, got "
                 f"{len(images)}: give more images, a smaller tpr, or calibration images of their own (--calibrate)"
             )
-        size = max(least, min(MOST_CALIBRATION, round(HELD_OUT * len(images))))
+        size = max(least, min(MAX_CALIBRATION, round(HELD_OUT * len(images))))
         chosen = set(sample_indices(len(images), size, seed, "calibration"))
         held = images.select(sorted(chosen))
         images = images.select([i for i in range(len(images)) if i not in chosen])

@@ -32,7 +32,7 @@ from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
 from traj_ood.text import printable
 
 OnKnown = Literal["raise", "skip"]
-_MOST_SEEN = 0.01
+_MAX_SEEN_SHARE = 0.01
 
 
 class Detector:
@@ -224,7 +224,7 @@ class Detector:
             f"calibration: {count} of {len(ids)} images are pixel by pixel training images of this detector (first: "
             f"{ids[int(known.nonzero()[0])]!r})"
         )
-        if on_known == "raise" and count > _MOST_SEEN * len(ids):
+        if on_known == "raise" and count > _MAX_SEEN_SHARE * len(ids):
             raise TrajOODError(f"{what}, which score too low: calibrate with ID images that nothing was trained on")
         if on_known == "skip" and len(ids) - count < images_needed(tpr):
             raise TrajOODError(

@@ -19,7 +19,7 @@ _F = TypeVar("_F", bound="FixedFunction")
 _ROWS = 2
 """Of a trial: enough for one image to stand beside another."""
 _FLOATS = (torch.float32, torch.float64)
-_SAMPLED, _FEWEST = 2**15, 16
+_SAMPLED_VALUES, _MIN_VALUES = 2**15, 16
 """Values of a model's weights that are looked at in all, and at least of a tensor."""
 
 
@@ -256,7 +256,7 @@ class KnownWeights:
 
     def _mark(self) -> None:
         tensors = self._tensors()
-        share = max(_FEWEST, _SAMPLED // max(1, len(tensors)))
+        share = max(_MIN_VALUES, _SAMPLED_VALUES // max(1, len(tensors)))
         self._marks, self._sample = (
             self._look(),
             [torch.zeros(1, device="cpu"), *(_sample_of(t, share) for t in tensors)],

@@ -18,7 +18,7 @@ from traj_ood.errors import TrajOODError
 Derivative = Literal["forward", "differences"]
 _STEP = 1e-3
 """Of a central difference, relative to ‖z‖: in float32 its rounding error (1e-7 / 1e-3) stays near its truncation's."""
-_AGREE = 0.2
+_AGREEMENT = 0.2
 """Forward mode and central differences may differ by this share. It only has to find tangents that got lost (a
 ``detach`` or ``no_grad`` inside a user's f), which would pass for stability."""
 
@@ -96,7 +96,7 @@ def _product(self_map: SelfMap, points: Tensor, directions: Tensor, chunk: int) 
     except (NotImplementedError, RuntimeError):  # an operation without a forward derivative
         return differences, "differences"
     scale = _lengths(expected).clamp(min=10 * _STEP)  # shorter ones are rounding
-    if bool((_lengths(got - expected) > _AGREE * scale).any()):
+    if bool((_lengths(got - expected) > _AGREEMENT * scale).any()):
         return differences, "differences"
     return forward, "forward"
 

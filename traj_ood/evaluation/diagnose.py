@@ -46,9 +46,9 @@ COMMON = 0.5
 """Least share of held-out images at known attractors, and of images that keep theirs under noise. Below it the
 verdict stands, but scores depend on which training images were drawn, or on noise nobody sees: a caution."""
 
-_LEAST = 2 * HEALTHY_DISTINCT  # of fewer images, hardly any model has 10 distinct attractors
+_MIN_IMAGES = 2 * HEALTHY_DISTINCT  # of fewer images, hardly any model has 10 distinct attractors
 _BATCH = 512  # the last, slow trajectories of a batch run in chunks of their own: the fewer batches, the fewer chunks
-_NOISY = 200  # images of the noise test: ± 3.5 % (one standard error) at worst
+_NOISE_IMAGES = 200  # images of the noise test: ± 3.5 % (one standard error) at worst
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Diagnosis:
         from traj_ood.evaluation.dynamics_plots import attractor_gallery, dynamics_curves
 
         write_atomic(folder / "curves.parquet", lambda file: self.curves.to_parquet(file, index=False))
-        tol = max(self.settings["tol"], _SMALLEST_TOL)
+        tol = max(self.settings["tol"], _MIN_TOL)
         save_png(dynamics_curves(self.curves, tol), folder / "dynamics.png")
         if self.gallery is not None:
             shown = self.gallery
@@ -151,7 +151,7 @@ class Diagnosis:
         write_json(folder / FILE_NAME, self.as_dict(), sort_keys=True)
 
 
-_SMALLEST_TOL = 1e-30  # a line at 0 has no place on a logarithmic axis
+_MIN_TOL = 1e-30  # a line at 0 has no place on a logarithmic axis
 
 
 def diagnose(
@@ -183,7 +183,7 @@ def diagnose(
     train, held = _splits(benchmark, images, seed)
     if not noise > 0:
         raise TrajOODError(f"diagnose: expected noise above 0, got {noise}; 0.1 is the default")
-    total = len(train.images) + len(held.images) + min(_NOISY, len(held.images))
+    total = len(train.images) + len(held.images) + min(_NOISE_IMAGES, len(held.images))
     with tqdm(total=total, desc="diagnose", unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False) as bar:
         walker = _Walker(autoencoder, tol, max_steps, bar)
         known = walker.walk(train)
@@ -363,7 +363,7 @@ class _Walker:
 
     def agreement(self, split: Split, clean: _Walk, noise: float, seed: int) -> float | None:
         """Share of converged images, evenly taken, that end at the same attractor with noise added."""
-        rows = torch.linspace(0, len(clean.images) - 1, min(_NOISY, len(clean.images))).round().long()
+        rows = torch.linspace(0, len(clean.images) - 1, min(_NOISE_IMAGES, len(clean.images))).round().long()
         draws = torch.Generator().manual_seed(seed)
         noisy = clean.images[rows] + noise * torch.randn(clean.images[rows].shape, generator=draws)
         ends = []
@@ -394,14 +394,14 @@ class _Walker:
 
 def _splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]:
     """Training images for the attractors and held-out ID images: val, else other training images."""
-    if images < _LEAST:
-        raise TrajOODError(f"diagnose: expected at least {_LEAST} images, got {images}: ask for more")
+    if images < _MIN_IMAGES:
+        raise TrajOODError(f"diagnose: expected at least {_MIN_IMAGES} images, got {images}: ask for more")
     split = benchmark.train
     available = len(split.images) if benchmark.val is not None else len(split.images) // 2
     count = min(images, available)
-    if count < _LEAST:
+    if count < _MIN_IMAGES:
         raise TrajOODError(
-            f"diagnose: expected at least {_LEAST} images of benchmark {benchmark.name!r} to learn from, got "
+            f"diagnose: expected at least {_MIN_IMAGES} images of benchmark {benchmark.name!r} to learn from, got "
             f"{count} (its training split has {len(split.images)}, half of it held out where there is no val split)"
         )
     if benchmark.val is not None:

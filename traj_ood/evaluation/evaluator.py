@@ -43,8 +43,8 @@ from traj_ood.scorers.scorer_set import Precision, ScorerSet
 OnDuplicates = Literal["error", "warn"]
 _LATENT_BYTES = 2**26
 _MAX_BATCH = 512  # images: what an interruption loses are the two or three batches under way
-_FEW_COPIES = 0.01  # share of a split; CIFAR and ImageNet hold a few images twice, and stay usable
-_MOST_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seems to hang
+_MAX_COPIED_SHARE = 0.01  # share of a split; CIFAR and ImageNet hold a few images twice, and stay usable
+_MAX_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seems to hang
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RunConfig:
         _at_least("max_steps", self.max_steps, 1)
         _at_least("resamples", self.resamples, 0)
         _at_most("tol", self.tol, sys.float_info.max)
-        _at_most("resamples", self.resamples, _MOST_RESAMPLES)
+        _at_most("resamples", self.resamples, _MAX_RESAMPLES)
         if self.on_error not in get_args(OnError):
             raise unknown_name("value of on_error", str(self.on_error), get_args(OnError))
 
@@ -271,7 +271,7 @@ class Evaluator:
             )
 
     def _check_copies(self, found: list[Copies]) -> None:
-        bad = [c for c in found if self.on_duplicates == "error" or c.count > _FEW_COPIES * c.total]
+        bad = [c for c in found if self.on_duplicates == "error" or c.count > _MAX_COPIED_SHARE * c.total]
         if bad and self.on_duplicates != "warn":
             raise TrajOODError(
                 f"benchmark {self.benchmark.name!r}: {'; '.join(map(str, bad))}: take them out of one of the two, or "

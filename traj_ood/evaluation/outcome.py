@@ -30,7 +30,8 @@ from traj_ood.evaluation.results import ScorerResult, SetScore
 from traj_ood.io.parts import Part
 from traj_ood.scorers.scorer_set import ScorerSet
 
-_SEEN = 200  # ID images whose reconstruction is looked at: a share of their variance is known to a few percent
+# ID images whose reconstruction is looked at: a share of their variance is then known to a few percent.
+_RECONSTRUCTED_IMAGES = 200
 
 
 def score_table(sample: Benchmark, scored: Parts, labels: list[str]) -> pd.DataFrame:
@@ -93,7 +94,7 @@ def judged(passes: Passes, dictionary: AttractorDictionary, seed: int) -> dict[s
     health, model, test = dictionary.health(), passes.scorers.autoencoder, passes.sample.test
     count = len(test.images)
     # All over the list, which may be sorted by class. Cached features of all images cost less than reading a few.
-    step = 1 if passes.cache is not None else -(-count // _SEEN)
+    step = 1 if passes.cache is not None else -(-count // _RECONSTRUCTED_IMAGES)
     encoding = passes.examine(test, range(0, count, step))[1]
     share, hidden = math.nan, None
     if encoding is not None:

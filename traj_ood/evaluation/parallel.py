@@ -17,9 +17,9 @@ T = TypeVar("T")
 _INSTALL = "pip install 'traj_ood[multi]'"
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun and accelerate launch tell each process
 # One process may work for hours while the others wait. Not longer: c10d counts milliseconds in 31 bits.
-_PATIENCE = timedelta(days=7)
-_AFTER_DEATH = timedelta(seconds=10)
-_KEPT = "finished batches are kept: start the same command again"
+_TIMEOUT = timedelta(days=7)
+_DEATH_TIMEOUT = timedelta(seconds=10)
+_KEPT_NOTE = "finished batches are kept: start the same command again"
 
 
 def is_main_process() -> bool:
@@ -132,7 +132,7 @@ class LaunchedTeam(Team):
         from torch.distributed import distributed_c10d
 
         try:
-            state: Any = PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
+            state: Any = PartialState(cpu=True, backend="gloo", timeout=_TIMEOUT)
         except Exception as error:
             raise TrajOODError(
                 f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: expected to reach the others over "
@@ -194,7 +194,7 @@ class LaunchedTeam(Team):
     def _tell(self, error: Exception) -> str:
         if isinstance(error, TrajOODError):
             return str(error)
-        return f"process {self.rank} failed with {type(error).__name__} ({_line(error)}); {_KEPT}"
+        return f"process {self.rank} failed with {type(error).__name__} ({_line(error)}); {_KEPT_NOTE}"
 
     def _lost(self, reason: str) -> TrajOODError:
         """The error of a process whose team has broken up; the first survivor to notice reports it."""
@@ -202,9 +202,9 @@ class LaunchedTeam(Team):
         self._leave()
         first = True
         with suppress(Exception):  # the store may have died, too
-            self._store.set_timeout(_AFTER_DEATH)
+            self._store.set_timeout(_DEATH_TIMEOUT)
             first = self._store.add(self._key("lost"), 1) == 1
-        self._shared = (TrajOODError if first else TeammateError)(f"{reason}; {_KEPT}")
+        self._shared = (TrajOODError if first else TeammateError)(f"{reason}; {_KEPT_NOTE}")
         return self._shared
 
     @contextmanager

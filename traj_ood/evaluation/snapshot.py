@@ -15,7 +15,7 @@ from traj_ood.io.files import write_atomic
 
 FILE_NAME = "images.parquet"
 _DIGITS = 16  # of a SHA-256, to find out which image has changed; that one has, the digests in result.json say
-_SHOWN = 3
+_SHOWN_IDS = 3
 
 
 class Snapshot:
@@ -65,8 +65,8 @@ class Snapshot:
         """How many images of which split have changed, and the first of them."""
         return "; ".join(
             f"{len(changed[split.name])} of {len(split.images)} images of split {split.name!r} have changed: "
-            + ", ".join(repr(split.images.ids[i]) for i in changed[split.name][:_SHOWN])
-            + (", …" if len(changed[split.name]) > _SHOWN else "")
+            + ", ".join(repr(split.images.ids[i]) for i in changed[split.name][:_SHOWN_IDS])
+            + (", …" if len(changed[split.name]) > _SHOWN_IDS else "")
             for split in self._splits
             if changed[split.name]
         )

@@ -27,7 +27,7 @@ OUTPUTS = (OUTPUT, "p_values", "decisions")
 METADATA = "traj_ood"
 """Key of the JSON in an ONNX model's metadata; with the suffix .json, the extra file in a torch.export archive."""
 _EXAMPLES = 3  # rows while recording: 0 and 1 would count as constants
-MOST_UNROLLED = 32
+MAX_UNROLLED = 32
 _LARGEST_ONNX = 2**31 - 1
 _INSTALL = "pip install 'traj_ood[export]'"
 
@@ -83,9 +83,9 @@ def record(module: Graph) -> torch.export.ExportedProgram:
         TrajOODError: the network or the scorer does something that no graph can hold.
     """
     example = torch.full((_EXAMPLES, *module.preprocessing.shape), 0.5)
-    if module.steps > MOST_UNROLLED and not can_scan():
+    if module.steps > MAX_UNROLLED and not can_scan():
         raise TrajOODError(
-            f"export: expected at most {MOST_UNROLLED} steps with torch {torch.__version__}, whose graphs hold every "
+            f"export: expected at most {MAX_UNROLLED} steps with torch {torch.__version__}, whose graphs hold every "
             f"step on its own, got {module.steps}: use fewer, or torch >= 2.9"
         )
     try:

@@ -21,7 +21,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.files import folder_errors, write_atomic
 
 _BLOCK = 2**20
-_MOST_JSON = 2**26
+_MAX_JSON = 2**26
 
 
 @contextmanager
@@ -119,8 +119,8 @@ def _opened(folder: Path, name: str, schema: str) -> dict[str, Any]:
         raise TrajOODError(f"{folder}: expected a folder with {name}, found {_what(folder)}: {hint}")
     if path.is_symlink() or not path.is_file():
         raise TrajOODError(f"{path}: expected a file, found {_what(path)}: this folder is no {_subject(schema)}")
-    if path.stat().st_size > _MOST_JSON:
-        raise TrajOODError(f"{path}: expected at most {_MOST_JSON} bytes, got {path.stat().st_size}: damaged")
+    if path.stat().st_size > _MAX_JSON:
+        raise TrajOODError(f"{path}: expected at most {_MAX_JSON} bytes, got {path.stat().st_size}: damaged")
     content = path.read_bytes()
     record = _parsed(content, path, schema)
     _check_files(folder, record, path)

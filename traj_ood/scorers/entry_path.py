@@ -23,7 +23,7 @@ from traj_ood.scorers.rows import in_rows
 
 PARTS = ("step", "attractors", "energy", "residual", "static")
 _FOLDS = 5
-_LEAST = 2 * _FOLDS
+_MIN_IMAGES = 2 * _FOLDS
 _TINY = 1e-12
 
 
@@ -95,10 +95,10 @@ class EntryPath(SearchingScorer):
         )
 
     def check_training_size(self, count: int) -> None:
-        if count < _LEAST:
+        if count < _MIN_IMAGES:
             raise TrajOODError(
-                f"scorer {self.label}: expected at least {_LEAST} training images, got {count}: each fifth of them is "
-                "measured by the others"
+                f"scorer {self.label}: expected at least {_MIN_IMAGES} training images, got {count}: each fifth "
+                "of them is measured by the others"
             )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:

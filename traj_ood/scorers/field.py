@@ -18,7 +18,7 @@ from traj_ood.scorers.registry import register
 
 _VIEWS: tuple[FeatureView, ...] = ("grid", "mean")
 _FOLDS = 2
-_LEAST = 8
+_MIN_IMAGES = 8
 _TINY = 1e-12
 _BOTH = "both"  # (z_0, v), whose distance is a and no length of b
 
@@ -68,9 +68,9 @@ class Field(Scorer):
         return Needs(features=frozenset(_VIEWS), points=frozenset((view, 1) for view in _VIEWS), steps=1)
 
     def check_training_size(self, count: int) -> None:
-        if count < _LEAST:
+        if count < _MIN_IMAGES:
             raise TrajOODError(
-                f"scorer {self.label}: expected at least {_LEAST} training images, got {count}: each half of them "
+                f"scorer {self.label}: expected at least {_MIN_IMAGES} training images, got {count}: each half of them "
                 "measures the other"
             )
 

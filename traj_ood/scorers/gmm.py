@@ -17,7 +17,7 @@ from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
 CANDIDATES = (1, 2, 4, 8, 16)
-_LEAST = 10  # training images per component
+_IMAGES_PER_COMPONENT = 10  # training images per component
 
 
 @register
@@ -69,7 +69,7 @@ class GMM(FeatureScorer):
         mixtures = [
             GaussianMixture(k, covariance_type="full", reg_covar=floor, random_state=self.seed).fit(inside)
             for k in CANDIDATES
-            if k == 1 or k * _LEAST <= len(features)
+            if k == 1 or k * _IMAGES_PER_COMPONENT <= len(features)
         ]
         best = min(mixtures, key=lambda m: m.bic(inside))
         learnt = {"weights": best.weights_, "means": best.means_, "factors": best.precisions_cholesky_}

@@ -73,7 +73,7 @@ def largest(features: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
-_STEEPEST = 500.0
+_MAX_SLOPE = 500.0
 """exp of more does not fit into float64."""
 
 
@@ -85,4 +85,4 @@ def sharpening(features: Tensor, kept: Tensor) -> Tensor:
     """
     whole, part = features.sum(dim=1), kept.sum(dim=1)
     ratio = torch.where(part == 0, 1.0, whole / torch.where(part == 0, 1.0, part))
-    return ratio.clamp(-_STEEPEST, _STEEPEST).exp()[:, None]
+    return ratio.clamp(-_MAX_SLOPE, _MAX_SLOPE).exp()[:, None]

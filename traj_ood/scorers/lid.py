@@ -15,7 +15,7 @@ from traj_ood.scorers.registry import register
 
 _K = 20
 _TINY = torch.finfo(torch.float64).tiny
-_LARGEST = 1e12  # dimension of a sample whose neighbours are all equally far, up to rounding
+_MAX_DIMENSION = 1e12  # dimension of a sample whose neighbours are all equally far, up to rounding
 
 
 @register
@@ -58,5 +58,5 @@ class LID(BankScorer):
         k = self.k or min(_K, len(self.state["bank"]))
         radii = self.neighbour_distances(self.features(evidence), k).clamp(min=_TINY)
         spread = (radii[:, -1:] / radii[:, :-1]).log().mean(dim=1)
-        dimension = 1 / spread.clamp(min=1 / _LARGEST)
+        dimension = 1 / spread.clamp(min=1 / _MAX_DIMENSION)
         return torch.where(radii[:, -1] <= _TINY, 0.0, dimension)

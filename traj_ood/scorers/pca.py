@@ -16,7 +16,7 @@ from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
 _PAIRS = 1000  # training images whose mutual distances give the kernel's width
-_SAME = 1e-6  # distance of unit vectors in float32 that are the same
+_SAME_DISTANCE = 1e-6  # distance of unit vectors in float32 that are the same
 
 
 @register
@@ -118,7 +118,7 @@ class KernelPCA(FeatureScorer):
         first, second = torch.triu_indices(len(some), len(some), 1)
         squared = (2 - 2 * some @ some.T)[first, second]
         median = float(squared.median())
-        if median <= _SAME**2:
+        if median <= _SAME_DISTANCE**2:
             raise TrajOODError(
                 f"scorer {self.label}: expected training features of different directions, got mostly the same: set "
                 "gamma, or check the model"

@@ -20,7 +20,7 @@ from traj_ood.detector.decision import ERROR, INFINITIES, reason_of
 from traj_ood.stream.rows import COLUMNS, Row
 from traj_ood.text import quote_formula, unquote_formula
 
-_LONGEST = 2**20  # bytes of one record; a damaged file must not be taken into memory whole
+_MAX_RECORD_BYTES = 2**20  # bytes of one record; a damaged file must not be taken into memory whole
 
 
 class TextFormat(ABC):
@@ -117,7 +117,7 @@ class CSVFormat(TextFormat):
         for line in _lines(file):
             pieces.append(line)
             size, quotes = size + len(line), quotes + line.count(b'"')
-            if size > _LONGEST:
+            if size > _MAX_RECORD_BYTES:
                 raise ValueError("a row without an end")
             if line.endswith(b"\n") and quotes % 2 == 0:  # else the line ends inside a quoted name
                 yield b"".join(pieces)
@@ -159,5 +159,5 @@ def text_format(name: str, quote_formulas: bool = True) -> TextFormat:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    while line := file.readline(_LONGEST):
+    while line := file.readline(_MAX_RECORD_BYTES):
         yield line

@@ -20,8 +20,8 @@ from traj_ood.data.images import IMAGE_SUFFIXES, inside_root, suffix_of
 from traj_ood.errors import TrajOODError
 
 _STDIN = "standard input"
-_READ = 65536
-_LONGEST = 2**20  # bytes of one path; a file without any separator must not be taken into memory whole
+_READ_BYTES = 65536
+_MAX_PATH_BYTES = 2**20  # bytes of one path; a file without any separator must not be taken into memory whole
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,13 @@ def _listed(written: str, where: str, root: str | Path, real_root: str, follow_l
 def _records(stream: ByteStream, separator: bytes, name: str) -> Iterator[bytes]:
     """What stands between separators, as soon as it is there; the last one may go without."""
     rest = b""
-    while block := stream.read(_READ):
+    while block := stream.read(_READ_BYTES):
         if separator != b"\0" and b"\0" in block:
             hint = "paths that end in one need --null" if name == _STDIN else "give a text file, one path a line"
             raise TrajOODError(f"{name}: expected lines of text, got a NUL byte; {hint}")
         *whole, rest = (rest + block).split(separator)
         yield from whole
-        if len(rest) > _LONGEST:
+        if len(rest) > _MAX_PATH_BYTES:
             kind = "NUL bytes" if separator == b"\0" else "lines"
             hint = "check --null" if name == _STDIN else "give a text file, one path a line"
             raise TrajOODError(f"{name}: expected paths separated by {kind}, got {len(rest)} bytes without one; {hint}")

@@ -24,7 +24,7 @@ from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import Row, Tally, content_of
 
 Calibrated = Callable[[float], tuple[float | None, str | None]]
-_LOOKED_AT = 1024  # files at a time, whose bytes are compared with their rows
+_COMPARED_FILES = 1024  # files at a time, whose bytes are compared with their rows
 _ROUNDING = 1e-6  # of a score, relative: what float32 leaves of it when the batch changes
 
 
@@ -88,7 +88,7 @@ def match_file(
                 (failed if row.score is None else scored).add(tally.count, entry, row)
                 tally, end = tally.plus([row]), end + len(record)
                 unseen.append((entry, row))
-                if len(unseen) == _LOOKED_AT:
+                if len(unseen) == _COMPARED_FILES:
                     _refuse_changed(path, tally.count, unseen)
                     unseen = []
             _refuse_changed(path, tally.count, unseen)

@@ -32,7 +32,7 @@ from traj_ood.text import one_line
 if TYPE_CHECKING:
     from traj_ood.detector import Detector
 
-_LINGER = 1.0  # seconds that a batch waits for more when the input is slow, say a folder watched by another program
+_LINGER_SECONDS = 1.0  # that a batch waits for more when the input is slow, say a folder that another program fills
 _LATENT_BYTES = 2**27
 _MAX_BATCH = 512
 _DIGITS = 16
@@ -119,7 +119,7 @@ def score_rows(
     *,
     batch_size: int | None = None,
     workers: int = 2,
-    linger: float = _LINGER,
+    linger: float = _LINGER_SECONDS,
 ) -> Generator[list[Row], None, None]:
     """One row per entry, in order, as lists of one batch each; an image that fails has a row that says why.
 

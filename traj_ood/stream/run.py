@@ -18,7 +18,7 @@ from traj_ood.stream.tables import Table
 if TYPE_CHECKING:
     from traj_ood.detector import Detector
 
-_JUDGED_AGAIN = 64
+_REJUDGED_ROWS = 64
 
 
 def write_scores(
@@ -51,7 +51,7 @@ def write_scores(
     entries = iter(entries)
     earlier = Tally()
     if resume:
-        held = table.match(entries, _JUDGED_AGAIN, partial(_calibrated, detector))
+        held = table.match(entries, _REJUDGED_ROWS, partial(_calibrated, detector))
         with closing(score_rows(detector, [e for e, _ in held.sample], batch_size=size, workers=workers)) as again:
             held.check(chain.from_iterable(again))
         earlier = held.tally

@@ -19,7 +19,7 @@ from traj_ood.training.card import classifier_card
 from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageLoss, ImageTrainer, TrainingImages
 
-_READ = 512
+_READ_IMAGES = 512
 
 
 def train_classifier(
@@ -97,8 +97,8 @@ def accuracy(backbone: Backbone, split: Split, classes: Sequence[str]) -> dict[s
         TrajOODError: a label the classifier does not know, or an image that cannot be read.
     """
     targets, right = _targets(split, classes), 0
-    for start in range(0, len(targets), _READ):
-        rows = range(start, min(start + _READ, len(targets)))
+    for start in range(0, len(targets), _READ_IMAGES):
+        rows = range(start, min(start + _READ_IMAGES, len(targets)))
         logits = backbone.extract(read_rows(backbone, split.images, rows).images).logits
         assert logits is not None
         right += int((logits.argmax(dim=1).cpu() == targets[rows.start : rows.stop]).sum())
