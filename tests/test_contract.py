@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from traj_ood import Detector
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, Encoding, load_autoencoder
 from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.dynamics.iterate import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
@@ -69,6 +71,8 @@ SPECS = [*SCORERS, *VARIANTS]
 TRAIN, TEST = 14, 9
 SAME = 1e-9
 """Relative: what no batch, order, place in it or batch-mate may move a score by."""
+FEW = 1e-5
+"""Relative: what calls of few rows may move a score by, see :func:`traj_ood.dynamics.fixed_function.few_images`."""
 
 
 class Classifier(Autoencoder):
@@ -198,25 +202,35 @@ BATCHES = {1: 3, 2: 4, 3: 6, 7: 14, 128: 128}
 """Size → how many images are scored in batches of it, and compared with all of them in one."""
 
 
-def largest_differences(family: str) -> dict[str, float]:
-    """Label → largest relative difference of its scores, over batch sizes, a reversed order and rotated places."""
+def largest_differences(family: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Label → largest relative difference of its scores, over batch sizes, a reversed order and rotated places; and of
+    those from calls of few rows."""
     scorers, images = large(family)
     whole = scorers.score(Normalised(images)).scores
-    worst = dict.fromkeys(whole, 0.0)
+    worst, few = dict.fromkeys(whole, 0.0), dict.fromkeys(whole, 0.0)
 
-    def compare(rows: Tensor, parts: list[Tensor]) -> None:
-        scored = [scorers.score(Normalised(images[part])).scores for part in parts]
+    def score(part: Tensor, count: int | None) -> dict[str, Tensor]:
+        with few_images(count) if count is not None else nullcontext():
+            return scorers.score(Normalised(images[part])).scores
+
+    def compare(rows: Tensor, parts: list[Tensor], worst: dict[str, float], count: int | None = None) -> None:
+        scored = [score(part, count) for part in parts]
         for label, expected in whole.items():
             found = torch.cat([s[label] for s in scored])
-            differences = (found - expected[rows]).abs() / expected[rows].abs().clamp(min=1e-12)
+            sizes = expected[rows].abs().clamp(min=1e-12)
+            if count is not None:  # float32's last bits are all that is left of a difference that happens to be near 0
+                sizes = sizes.clamp(min=float(expected.abs().median()))
+            differences = (found - expected[rows]).abs() / sizes
             worst[label] = max(worst[label], float(differences.nan_to_num(nan=torch.inf).max()))
 
     for size, count in BATCHES.items():
         rows = torch.arange(len(images))[-count:]
-        compare(rows, list(rows.split(size)))
+        compare(rows, list(rows.split(size)), worst)
     for moved in (rows.flip(0), rows.roll(5)):
-        compare(moved, [moved])
-    return worst
+        compare(moved, [moved], worst)
+    for size in (1, 5, 20):
+        compare(rows[: 2 * size], list(rows[: 2 * size].split(size)), few, size)
+    return worst, {s.label: few[s.label] for s in scorers.scorers if s.bears_rounding}
 
 
 def large(family: str) -> tuple[ScorerSet, Tensor]:
@@ -236,8 +250,9 @@ def large(family: str) -> tuple[ScorerSet, Tensor]:
 
 def assert_one_score(families: Sequence[str]) -> None:
     for family in families:
-        moved = {label: found for label, found in largest_differences(family).items() if found > SAME}
-        assert not moved, f"{family}: {moved}"
+        for worst, bound in zip(largest_differences(family), (SAME, FEW), strict=True):
+            moved = {label: found for label, found in worst.items() if found > bound}
+            assert not moved, f"{family}: {moved}, allowed {bound}"
 
 
 @pytest.mark.parametrize("family", [*LARGE, "bundled"])

@@ -267,7 +267,7 @@ def test_rows_that_change_between_chunks_and_halves() -> None:
 
     def encode(images: Tensor) -> Tensor:
         calls.append(len(images))
-        wide = 3 if len(calls) > 9 else 2  # eight calls of the trial, one chunk
+        wide = 3 if len(calls) > 10 else 2  # nine calls of the trial, one chunk
         return images.flatten(1)[:, :wide]
 
     model = CallableAutoencoder(encode, lambda z: z[:, :1, None, None].expand(-1, *SHAPE), SHAPE, chunk=1)

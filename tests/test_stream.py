@@ -355,8 +355,8 @@ def test_an_image_that_a_batch_is_refused_for_is_found(judge: Detector, folder: 
     plain = rows_of(judge, walk(str(folder)))
     middle = 1.000001 * float(np.median([row.score for row in plain if row.score is not None]))  # no score but nearby
 
-    def strict_judge(images: Tensor) -> Any:
-        judgement = judge.judge(images)
+    def strict_judge(images: Tensor, **options: Any) -> Any:
+        judgement = judge.judge(images, **options)
         if bool((judgement.scores > middle).any()):
             raise TrajOODError("too odd:  \n take another")
         return judgement
@@ -384,7 +384,7 @@ def test_scores_beyond_all_numbers_stay_above_every_threshold(
         decide=lambda scores: said.decisions[scores.isfinite().long()],  # type: ignore[index]
     )
     beyond = SimpleNamespace(
-        autoencoder=judge.autoencoder, reading=judge.reading, judge=lambda images: said, calibration=known
+        autoencoder=judge.autoencoder, reading=judge.reading, judge=lambda images, **options: said, calibration=known
     )
     entries = [Entry(str(folder / "001.png")), Entry(str(folder / "002.png"))]
     for suffix in ("csv", "jsonl", "parquet"):
@@ -408,10 +408,10 @@ def test_scores_beyond_all_numbers_stay_above_every_threshold(
 
 
 def test_too_little_memory_is_told(judge: Detector, folder: Path) -> None:
-    def fail(images: Tensor) -> Any:
+    def fail(images: Tensor, **options: Any) -> Any:
         raise MemoryError
 
-    def fail_in_torch(images: Tensor) -> Any:
+    def fail_in_torch(images: Tensor, **options: Any) -> Any:
         return torch.empty(2**60)
 
     for greed in (fail, fail_in_torch):
@@ -419,7 +419,7 @@ def test_too_little_memory_is_told(judge: Detector, folder: Path) -> None:
         with pytest.raises(TrajOODError, match=r"out of memory while judging 1 images: give a smaller --batch-size"):
             rows_of(greedy, [Entry(str(folder / "001.png"))])
 
-    def break_down(images: Tensor) -> Any:
+    def break_down(images: Tensor, **options: Any) -> Any:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):  # which is nobody's input
@@ -758,8 +758,8 @@ class Rounding:
         self.autoencoder, self.calibration = detector.autoencoder, detector.calibration
         self.reading, self._detector, self._factor = detector.reading, detector, factor
 
-    def judge(self, images: Tensor) -> Any:
-        said = self._detector.judge(images)
+    def judge(self, images: Tensor, **options: Any) -> Any:
+        said = self._detector.judge(images, **options)
         known = self.calibration
         assert known is not None
         scores = said.scores * self._factor
@@ -811,8 +811,8 @@ def test_rows_of_another_detector_are_found_behind_errors_and_behind_a_start_tha
     for i, content in enumerate(pictures):
         (tmp_path / "s" / f"{i:03d}.png").write_bytes(b"" if i < broken else content)
 
-    def elsewhere(images: Any) -> Judgement:
-        said, known = judge.judge(images), judge.autoencoder.transform(open_image(folder / "000.png"))
+    def elsewhere(images: Any, **options: Any) -> Judgement:
+        said, known = judge.judge(images, **options), judge.autoencoder.transform(open_image(folder / "000.png"))
         same = (images.images == known).flatten(1).all(dim=1)
         return replace(said, scores=torch.where(same, said.scores, said.scores + 1))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders.own_modules import halves_of, module_behind, original, tensor_of
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
-from traj_ood.dynamics.fixed_function import FixedFunction, check_function, float_type, trial_rows
+from traj_ood.dynamics.fixed_function import FixedFunction, check_function, float_type, takes, trial_rows
 from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.io.trees import field_of
@@ -94,6 +94,8 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
             not follow the batch size: floating-point rounding follows the shape of the call. Default 24. Choose 1 or a
             multiple of 6: of any other number, processors without AVX-512 round the last rows otherwise, so that a
             score then moves with the image's place in the batch, by 1e-7 to 1e-4.
+        ladder: rows per call when a detector judges fewer images than ``chunk``, see
+            :func:`traj_ood.dynamics.fixed_function.few_images`. Set it to () to have whole chunks always.
         has_cls: whether the first latent token summarises the image (a CLS token). Latents of shape (B, T, d) are T
             tokens; any other shape counts as one token, for which every view is the whole latent.
         feature_dim: width of the frozen backbone's features; 0 for models that encode the image themselves.
@@ -164,7 +166,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         with self.fixed(), torch.inference_mode():
             images = self._input(images)
             self.try_once()
-            latents = apply_in_chunks(self.encode_batch, images, self.chunk, f"{self.name}: encode")
+            latents = apply_in_chunks(self.encode_batch, images, self.rows, f"{self.name}: encode")
         _check_floats(f"{self.name}: encode", latents)
         return latents
 
@@ -176,7 +178,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         """
         with self.fixed(), torch.inference_mode():
             latents = latents.to(self.device, float_type(self.module) or latents.dtype)
-            images = apply_in_chunks(self.decode_batch, latents, self.chunk, f"{self.name}: decode")
+            images = apply_in_chunks(self.decode_batch, latents, self.rows, f"{self.name}: decode")
         _check_floats(f"{self.name}: decode", images)
         return images
 
@@ -187,6 +189,8 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
     def try_out(self) -> None:
         images = trial_rows(self.input_shape, self.module)
         latents = check_function(f"{self.name}: encode", self.encode_batch, images, self.chunk)
+        if not (takes(self.encode_batch, images) and takes(self.decode_batch, latents)):
+            self.ladder = ()
         try:
             check_function(f"{self.name}: encode(decode(z))", self.self_map, latents, self.chunk)
         except TrajOODError:

@@ -79,7 +79,7 @@ class MAENetwork(nn.Module):
         tokens = vit.embeddings.patch_embeddings.projection(images).flatten(2).transpose(1, 2) + table[:, 1:]
         if order is not None:
             tokens = _taken(tokens, order[..., :visible])
-        first = (vit.embeddings.cls_token + table[:, :1]).expand(len(tokens), -1, -1)
+        first = (vit.embeddings.cls_token + table[:, :1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([first, tokens], dim=1)
         for layer in vit.layers:
             tokens = layer(tokens)
@@ -94,7 +94,7 @@ class MAENetwork(nn.Module):
         decoder = self.decoder
         tokens = decoder.decoder_embed(latents)
         if restore is not None:
-            hidden = decoder.mask_token.expand(len(tokens), restore.shape[-1] + 1 - tokens.shape[1], -1)
+            hidden = decoder.mask_token.expand(tokens.shape[0], restore.shape[-1] + 1 - tokens.shape[1], -1)
             tokens = torch.cat([tokens[:, :1], _taken(torch.cat([tokens[:, 1:], hidden], dim=1), restore)], dim=1)
         tokens = tokens + decoder.decoder_pos_embed
         for layer in decoder.decoder_layers:

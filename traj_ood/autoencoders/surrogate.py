@@ -211,7 +211,7 @@ class SurrogateAutoencoder(Autoencoder):
         check_features(self.name, values, self.feature_dim)
         with self.fixed(), torch.inference_mode():
             target = self.network.standardise(values.to(self.device, self.network.mean.dtype))
-            latents = apply_in_chunks(self.network.encode, target, self.chunk, f"{self.name}: encode")
+            latents = apply_in_chunks(self.network.encode, target, self.rows, f"{self.name}: encode")
         return Encoding(latents=latents, target=target, features=values, logits=features.logits)
 
     def encode(self, images: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ class ViTMAE(Autoencoder):
             return (patch_error * hidden).sum(dim=1) / hidden.sum(dim=1)
 
         with self.fixed(), torch.inference_mode():
-            return apply_in_chunks(error, images.to(self.device), self.chunk).cpu().double()  # MPS has no float64
+            return apply_in_chunks(error, images.to(self.device), self.rows).cpu().double()  # MPS has no float64
 
     def _patchify(self, images: Tensor) -> Tensor:
         return self.module.patchify(images)  # type: ignore[operator]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
-from traj_ood.dynamics.fixed_function import FixedFunction, check_function, trial_rows
+from traj_ood.dynamics.fixed_function import FixedFunction, check_function, takes, trial_rows
 from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint
@@ -58,7 +58,7 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         feature_dim: n, width of the features.
         classes: c, number of logits; 0 without a classifier.
         load_options: options of :func:`traj_ood.backbones.load_backbone` that go with ``spec``, JSON-able.
-        chunk: rows per call of the network (see :class:`traj_ood.Autoencoder`).
+        chunk, ladder: rows per call of the network (see :class:`traj_ood.Autoencoder`).
     """
 
     library: ClassVar[str] = "custom"
@@ -100,7 +100,7 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         images = network_input(self.name, images, self.input_shape, "backbone.transform", self.module)
         with self.fixed(), torch.inference_mode():
             self.try_once()
-            joint = apply_in_chunks(self._joint, images, self.chunk, self.name)
+            joint = apply_in_chunks(self._joint, images, self.rows, self.name)
         bad = (~joint.isfinite().all(dim=1)).nonzero()[:, 0]
         if len(bad):
             raise TrajOODError(
@@ -112,7 +112,10 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         return Features(features, logits if self.classes else None)
 
     def try_out(self) -> None:
-        check_function(self.name, self._joint, trial_rows(self.input_shape, self.module), self.chunk)
+        images = trial_rows(self.input_shape, self.module)
+        check_function(self.name, self._joint, images, self.chunk)
+        if not takes(self._joint, images):
+            self.ladder = ()
 
     def _joint(self, images: Tensor) -> Tensor:
         """(chunk, n + c): one tensor, because chunks are put together row by row."""

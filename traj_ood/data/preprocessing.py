@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.weights import float_types, parts_of
 
 Resize = Literal["direct", "crop", "none"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -318,12 +319,12 @@ def network_input(name: str, images: Tensor, shape: tuple[int, int, int], prepar
     Raises:
         TrajOODError: as :func:`check_images`, numbers beyond the range of the weights' type included.
     """
-    parameters = list(module.parameters())
-    types = {p.dtype for p in parameters if p.is_floating_point()}
+    types = float_types(parts_of(module))
     if types and images.is_floating_point():
         images = images.to(types.pop() if len(types) == 1 else torch.float32)
-    if parameters:
-        images = images.to(parameters[0].device)
+    first = next(module.parameters(), None)
+    if first is not None:
+        images = images.to(first.device)
     check_images(name, images, shape, prepare)
     return images
 

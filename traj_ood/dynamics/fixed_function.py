@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from traj_ood.dynamics.device import standard_settings
 from traj_ood.errors import TrajOODError
-from traj_ood.io.weights import fingerprint
+from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 
 _F = TypeVar("_F", bound="FixedFunction")
 _ROWS = 2
@@ -23,15 +23,25 @@ _SAMPLED_VALUES, _MIN_VALUES = 2**15, 16
 """Values of a model's weights that are looked at in all, and at least of a tensor."""
 
 
+LADDER = (1, 6, 12, 24, 48, 96)
+"""Sizes of calls with few images: one, and then what takes no longer than the next smaller one would for its rows. Six
+rows are what MKL's matrix products take at a time (see :func:`traj_ood.dynamics.iterate.rows_per_call`)."""
+
+
 class FixedFunction:
     """What wraps a network: a name and a module. :meth:`fixed` is around every pass through it.
 
     Attributes:
-        name: what errors call it. module: the network.
+        name: what errors call it. module: the network. chunk: rows of one of its calls.
+        ladder: numbers of rows that a call may have in place of ``chunk`` when there are few images, see
+            :func:`few_images`. Default :data:`LADDER`; of a network that takes no other number than ``chunk``, which
+            :meth:`try_out` finds out, none.
     """
 
     name: str
     module: nn.Module
+    chunk: int
+    ladder: tuple[int, ...] = LADDER
     _is_tried: bool = False
 
     @property
@@ -43,6 +53,14 @@ class FixedFunction:
         """Move the network; returns itself."""
         self.module.to(device)
         return self
+
+    @property
+    def rows(self) -> int:
+        """Rows of a call now: ``chunk``, or within :func:`few_images` the smallest of ``ladder`` that holds these."""
+        count = _INSIDE.__dict__.get("few")
+        if count is None:
+            return self.chunk
+        return next((rows for rows in self.ladder if count <= rows < self.chunk), self.chunk)
 
     def modules_used(self) -> tuple[nn.Module, ...]:
         """Every network whose weights and training flags decide what comes out."""
@@ -63,14 +81,15 @@ class FixedFunction:
         if all(any(module is other for other in held) for module in modules):  # a pass inside a pass
             yield
             return
-        for module in modules:
-            _check_type(self.name, module)
         with ExitStack() as stack:
             for module in modules:
                 stack.enter_context(_lock_of(module))
+            parts = [parts_of(module) for module in modules]
+            for own in parts:
+                _check_type(self.name, own)
             stack.enter_context(standard_settings())
-            for module in modules:
-                stack.enter_context(_evaluation_mode(module))
+            for own in parts:
+                stack.enter_context(_evaluation_mode(own))
             held.extend(modules)
             stack.callback(held.__delitem__, slice(len(held) - len(modules), None))
             yield
@@ -89,6 +108,22 @@ class FixedFunction:
         """
 
 
+@contextmanager
+def few_images(count: int) -> Iterator[None]:
+    """Within it this thread's calls of networks have as few rows as ``count`` images need.
+
+    A whole chunk of 48 rows for one image takes 25 times as long. But a float32 product of another shape rounds
+    otherwise, so that scores are those of whole chunks to 1e-5, and not to 1e-9: nothing that compares scores with
+    those of a long stream may be within it. Not around a generator's ``yield``, which the caller's code would be in.
+    """
+    before = _INSIDE.__dict__.get("few")
+    _INSIDE.few = count
+    try:
+        yield
+    finally:
+        _INSIDE.few = before
+
+
 def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
     """:meth:`FixedFunction.fixed` of the model whose method ``function`` is; standard settings for any other one."""
     owner = getattr(function, "__self__", None)
@@ -103,12 +138,12 @@ def name_around(function: Callable[..., Any]) -> str:
 
 def float_type(module: nn.Module) -> torch.dtype | None:
     """What a module takes: the type of its weights, float32 where they are of several, None where it has none."""
-    types = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    types = float_types(parts_of(module))
     return (types.pop() if len(types) == 1 else torch.float32) if types else None
 
 
-def _check_type(name: str, module: nn.Module) -> None:
-    short = {p.dtype for p in module.parameters() if p.is_floating_point()} - set(_FLOATS)
+def _check_type(name: str, parts: list[nn.Module]) -> None:
+    short = float_types(parts) - set(_FLOATS)
     if short:
         found = " and ".join(sorted(str(t).removeprefix("torch.") for t in short))
         raise TrajOODError(
@@ -133,10 +168,10 @@ def _lock_of(module: nn.Module) -> threading.RLock:
 
 
 @contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def _evaluation_mode(parts: list[nn.Module]) -> Iterator[None]:
     """The flags alone: a module's own ``eval`` and ``train`` may do more, and could not be undone."""
     with _GUARD:
-        held = [part for part in module.modules() if getattr(part, "training", False) or part in _SWITCHED]
+        held = [part for part in parts if getattr(part, "training", False) or part in _SWITCHED]
         for part in held:
             _SWITCHED[part] = _SWITCHED.get(part, 0) + 1
             part.training = False
@@ -168,6 +203,14 @@ def check_answer(name: str, answer: object, rows: int) -> Tensor:
             "in their order"
         )
     return answer
+
+
+def takes(function: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
+    """Whether a function takes one row alone: a recorded graph may take one number of rows and no other."""
+    try:
+        return len(function(rows[:1])) == 1
+    except Exception:  # any network, any error
+        return False
 
 
 def check_function(name: str, function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
@@ -264,7 +307,7 @@ class KnownWeights:
         self._values = torch.cat(self._sample)
 
     def _tensors(self) -> list[Tensor]:
-        return [t for module in self._modules for part in (module.parameters(), module.buffers()) for t in part]
+        return tensors_of([part for module in self._modules for part in parts_of(module)])
 
     def _look(self) -> list[tuple[int, int, int]]:
         return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors()]

@@ -164,6 +164,9 @@ class Scorer(ABC):
     """What of it belongs to the suite ``all``: options, as in ``{"": 310, "view=cls": 420}``, and their place in it:
     from 100 scorers of the path, from 200 controls, from 300 static ones, from 400 further views, from 500 masked
     reconstruction, from 600 classifiers. Default: with its defaults, after all others."""
+    bears_rounding: ClassVar[bool] = True
+    """Whether a score moves by 1e-5 at most, relative, when the network's answers move by their rounding: few images
+    are then judged in calls of few rows. False for what reads gaps that are as short as rounding itself."""
 
     def __post_init__(self) -> None:
         self._state: dict[str, Tensor] | None = None

@@ -46,6 +46,7 @@ class EndDistance(Scorer):
     name: ClassVar[str] = "end-distance"
     summary: ClassVar[str] = "control: distance of the end point to the nearest attractor"
     suite: ClassVar[dict[str, int]] = {"": 210}
+    bears_rounding: ClassVar[bool] = False  # of a sample that has settled on an attractor
     view: View = "tokens"
 
     def needs(self) -> Needs:

@@ -298,7 +298,7 @@ class ScorerSet:
             tol=self.tol,
             max_steps=min(self.max_steps, max(1, steps)),  # one step still measures z0
             observers=[Norm(), *watchers, *keepers],
-            chunk=model.chunk,
+            chunk=model.rows,
             on_step=on_step,
             low_precision=low_precision,
         ):

@@ -47,6 +47,7 @@ class Signature(Scorer):
     name: ClassVar[str] = "signature"
     summary: ClassVar[str] = "two-sided: Gaussian of ID paths over the log-lengths of steps and log-distances"
     suite: ClassVar[dict[str, int]] = {"": 140}
+    bears_rounding: ClassVar[bool] = False  # the logarithms of the last steps before a sample settles
     view: View = "tokens"
     horizon: int = HORIZON
 

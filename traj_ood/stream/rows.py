@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -191,7 +192,7 @@ def _judge_images(detector: Detector, images: list[Tensor]) -> list[Decision]:
         TrajOODError: too little memory.
     """
     try:
-        return decide_all(detector.judge, images)
+        return decide_all(partial(detector.judge, whole_chunks=True), images)
     except (MemoryError, RuntimeError) as error:
         # On the CPU torch has no class of its own for it.
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
