@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from traj_ood.autoencoders import Autoencoder
     from traj_ood.data import Benchmark, Reading
+    from traj_ood.data.records import Opening
 
 _MOST_THREADS = 1024  # OpenMP aborts the process when it is asked for many more
 _BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
@@ -192,6 +193,29 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--stride`` and ``--allow``, for every command that reads tar shards, Parquet, videos and addresses."""
+    for option in (
+        click.option(
+            "--allow",
+            multiple=True,
+            envvar="TRAJ_OOD_ALLOW",
+            metavar="ADDRESS",
+            help="Beginning of addresses that may be opened, such as s3://bucket/; may be repeated.  [default: none]",
+        ),
+        click.option("--stride", type=click.IntRange(1), default=1, show_default=True, help="Of a video's frames."),
+    ):
+        command = option(command)
+    return command
+
+
+def opening_of(options: Mapping[str, Any]) -> Opening:
+    """What these options ask for."""
+    from traj_ood.data.records import Opening
+
+    return Opening(options["stride"], tuple(options["allow"]))
 
 
 input_size_option = click.option(

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import (
+    NAME,
+    PATH,
+    THREADS,
+    examples,
+    main,
+    one_line_errors,
+    opening_of,
+    silence_libraries,
+    source_options,
+)
 from traj_ood.cli.console import note, say
 from traj_ood.cli.detect import check_target
 from traj_ood.errors import TrajOODError
@@ -44,12 +54,14 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
+@source_options
 @one_line_errors
 def calibrate(detector: str, images: str, **options: Any) -> None:
     """Give DETECTOR (a folder) a new threshold from ID images that nothing was trained on.
 
-    IMAGES is a folder, an image list, or a benchmark, whose val split is taken. The model, the scorer and all scores
-    stay what they are; the detector in OUT remembers every calibration in its README.md.
+    IMAGES is a folder, an image list, tar shards and the like (see `traj-ood score`), or a benchmark, whose val split
+    is taken. The model, the scorer and all scores stay what they are; the detector in OUT remembers every calibration
+    in its README.md.
     """
     import torch
 
@@ -63,7 +75,9 @@ def calibrate(detector: str, images: str, **options: Any) -> None:
         torch.set_num_threads(options["threads"])
     loaded = Detector.load(Path(detector), device=options["device"])
     loaded.batch_size, loaded.workers = options["batch_size"], options["workers"]
-    found = calibration_images(images, options["data_root"], options["follow_links"], loaded.reading)
+    found = calibration_images(
+        images, options["data_root"], options["follow_links"], loaded.reading, opening_of(options)
+    )
     check_count(len(found), options["tpr"])
     labels = _labels(found, images, options["tpr"]) if options["by_class"] else None
     before = loaded.calibration

@@ -23,10 +23,12 @@ from traj_ood.cli.base import (
     input_size_option,
     main,
     one_line_errors,
+    opening_of,
     quote_formulas_option,
     reading_of,
     reading_options,
     silence_libraries,
+    source_options,
 )
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
@@ -80,6 +82,7 @@ _FAILED = 3  # exit code: every image has its row, some of them an error
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@source_options
 @one_line_errors
 def fit(source: str, **options: Any) -> None:
     """Make a detector of in-distribution IMAGES: a folder, an image list, or a benchmark's name or YAML file.
@@ -108,6 +111,7 @@ def fit(source: str, **options: Any) -> None:
         root=options["data_root"],
         follow_links=options["follow_links"],
         reading=reading_of(options["exif"], options["bit_depth"]),
+        opening=opening_of(options),
     )
     check_count(len(chosen.calibration), options["tpr"])  # before anything is computed
     detector = Detector.fit(
@@ -211,9 +215,11 @@ class _TrainingSplit:
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@source_options
 @one_line_errors
 def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
-    """Let DETECTOR (a folder that `traj-ood fit` wrote) judge images: files, folders, or - for paths on standard input.
+    """Let DETECTOR (a folder that `traj-ood fit` wrote) judge images: files, folders, or - for paths on standard input;
+    tar shards (a-{00..09}.tar), Parquet with a column of images, hf:NAME@SPLIT, videos, addresses that --allow names.
 
     One row per image, in order: path, score (higher = more OOD), p_value, decision (id or ood), steps, status, error,
     content (of the file, by which --resume knows one that has changed).
@@ -314,6 +320,7 @@ def _check_sources(sources: tuple[str, ...], options: dict[str, Any]) -> None:
 
 def _entries(sources: tuple[str, ...], options: dict[str, Any], others: dict[str, Counter[str]]) -> Iterator[Entry]:
     """What there is to score; ``others`` counts files that are no images, by folder and suffix."""
+    from traj_ood.data.records import is_records, read_records
     from traj_ood.stream import Entry, read_list, read_paths, walk
 
     for source in sources:
@@ -322,6 +329,9 @@ def _entries(sources: tuple[str, ...], options: dict[str, Any], others: dict[str
                 raise TrajOODError("standard input (-) is closed: give files or folders, or paths on standard input")
             # Unbuffered: a thread that waits for more input inside a buffer's lock would disturb Python's exit.
             yield from read_paths(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), null=options["null"])
+        elif is_records(source):
+            for record in read_records(source, opening_of(options)):
+                yield Entry(record.key, record.error, record.content)
         elif os.path.isdir(source):
             others[source] = Counter()
             yield from walk(source, follow_links=options["follow_links"], others=others[source])

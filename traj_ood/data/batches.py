@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
+from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.data.preprocessing import Normalised, Pixels, TakesPictures, check_images, prepare
 from traj_ood.errors import TrajOODError, unknown_name
@@ -112,7 +113,7 @@ def batches(
     for name, value in (("batch size", size), ("workers", workers)):
         if value is not None and value < 1:
             raise TrajOODError(f"{name}: expected at least 1, got {value}")
-    if isinstance(images, FileImages) and Reading(images.exif, images.bit_depth) != reading:
+    if isinstance(images, FileImages | EncodedImages) and Reading(images.exif, images.bit_depth) != reading:
         raise TrajOODError(
             f"images: expected files read with {reading}, as the detector's training images were, got "
             f"exif={images.exif}, bit_depth={images.bit_depth}: read them in the same way"

@@ -9,12 +9,13 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
 from traj_ood.data.contents import ABSENT
 from traj_ood.data.decoding import Reading
+from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.errors import TrajOODError
 
@@ -179,7 +180,9 @@ class Benchmark:
     def _with_files(self, **changes: Any) -> Benchmark:
         def changed(split: Split) -> Split:
             images = split.images
-            return replace(split, images=replace(images, **changes)) if isinstance(images, FileImages) else split
+            return (
+                replace(split, images=replace(cast("Any", images), **changes)) if _is_read(images, changes) else split
+            )
 
         return replace(
             self,
@@ -288,6 +291,11 @@ def _sampled(split: Split, size: int | None, seed: int) -> Split:
 
 def _is_ood(split: Split) -> bool:
     return split.role in ("near", "far")
+
+
+def _is_read(images: ImageSource, changes: Mapping[str, Any]) -> bool:
+    """Whether the images are files that these settings are of."""
+    return isinstance(images, FileImages) or (isinstance(images, EncodedImages) and "follow_links" not in changes)
 
 
 def _keys(split: Split) -> Iterator[tuple[str, str]]:

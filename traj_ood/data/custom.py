@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from traj_ood.data.benchmark import Benchmark, Role, Split
+from traj_ood.data.encoded import EncodedImages, read_encoded
 from traj_ood.data.images import FileImages, read_folder, read_image_list
+from traj_ood.data.records import HUB, is_address, is_records
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.trees import read_yaml
 
@@ -82,8 +84,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return config
 
 
-def _images(spec: object, here: Path, base: Path) -> FileImages:
+def _images(spec: object, here: Path, base: Path) -> FileImages | EncodedImages:
     """The images of one split: a folder below ``base``, or a list with paths that start from its root."""
+    if isinstance(spec, str) and (is_address(spec) or spec.startswith(HUB)):
+        return read_encoded(spec)
+    if isinstance(spec, str) and spec.strip() and is_records(str(_place(base, spec, "source"))):
+        return read_encoded(str(_place(base, spec, "source")))
     if isinstance(spec, str) and spec.strip():
         return read_folder(_place(base, spec, "folder"))
     if not isinstance(spec, dict):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.decoding import AS_STORED, Reading
+from traj_ood.data.encoded import EncodedImages, read_encoded
 from traj_ood.data.images import FileImages, ImageSource, read_folder, read_image_list
+from traj_ood.data.records import AS_USUAL, Opening, is_records
 from traj_ood.data.registry import list_benchmarks, load_benchmark
 from traj_ood.errors import TrajOODError, unknown_name
 
@@ -47,6 +49,7 @@ def choose_id_images(
     root: str | Path | None = None,
     follow_links: bool = False,
     reading: Reading = AS_STORED,
+    opening: Opening = AS_USUAL,
 ) -> IDImages:
     """ID images from a benchmark, a folder or an image list.
 
@@ -61,16 +64,18 @@ def choose_id_images(
             places, and the list's own folder.
         follow_links: let image lists reach out of their roots by links. Default false.
         reading: how image files become pixels.
+        opening: of sources of records (tar shards, Parquet, videos, addresses; :mod:`traj_ood.data.records`), which may
+            stand wherever a folder or list may.
     Raises:
         TrajOODError: nothing of that name, a link out of a list's root, images that cannot be told apart, fewer images
             than ``count``, or fewer than two for each that is held out.
     """
-    name, images, val, protocol = _read(source, root, follow_links, reading)
+    name, images, val, protocol = _read(source, root, follow_links, reading, opening)
     if seed < 0:
         raise TrajOODError(f"seed: expected 0 or more, got {seed}")
     held: ImageSource
     if calibration is not None:
-        held, origin = _read_files(calibration, root, follow_links, reading), f"images of {calibration}"
+        held, origin = _read_files(calibration, root, follow_links, reading, opening), f"images of {calibration}"
         _check_disjoint(images, held, source, calibration)
     elif val is not None:
         held, origin = _at_most(val, MAX_CALIBRATION, seed, "calibration"), "images of the val split"
@@ -96,16 +101,20 @@ def choose_id_images(
 
 
 def calibration_images(
-    source: str, root: str | Path | None = None, follow_links: bool = False, reading: Reading = AS_STORED
+    source: str,
+    root: str | Path | None = None,
+    follow_links: bool = False,
+    reading: Reading = AS_STORED,
+    opening: Opening = AS_USUAL,
 ) -> ImageSource:
     """ID images to calibrate a detector on that is there already: all of a folder or list, or a benchmark's val split.
 
     Args:
-        root, follow_links, reading: see :func:`choose_id_images`.
+        root, follow_links, reading, opening: see :func:`choose_id_images`.
     Raises:
         TrajOODError: nothing of that name, or a benchmark without a val split.
     """
-    _, images, val, _ = _read(source, root, follow_links, reading)
+    _, images, val, _ = _read(source, root, follow_links, reading, opening)
     if not _is_benchmark(source):
         return images
     if val is None:
@@ -117,9 +126,11 @@ def calibration_images(
 
 
 def _read(
-    source: str, root: str | Path | None, follow_links: bool, reading: Reading
+    source: str, root: str | Path | None, follow_links: bool, reading: Reading, opening: Opening
 ) -> tuple[str, ImageSource, ImageSource | None, int | None]:
     """Name, training images, val images and the protocol's number of training images, the last two where there are."""
+    if is_records(source):
+        return source.rstrip("/").rpartition("/")[2], read_encoded(source, reading, opening), None, None
     is_benchmark = _is_benchmark(source)
     if not is_benchmark and not Path(source).exists():
         known = [info.name for info in list_benchmarks()]
@@ -128,14 +139,18 @@ def _read(
         benchmark = load_benchmark(source, root, follow_links=follow_links, reading=reading)
         val = None if benchmark.val is None else benchmark.val.images
         return benchmark.name, benchmark.train.images, val, benchmark.train_size
-    return Path(source).resolve().name, _read_files(source, root, follow_links, reading), None, None
+    return Path(source).resolve().name, _read_files(source, root, follow_links, reading, opening), None, None
 
 
 def _is_benchmark(source: str) -> bool:
     return source in [info.name for info in list_benchmarks()] or source.lower().endswith((".yaml", ".yml"))
 
 
-def _read_files(source: str, root: str | Path | None, follow_links: bool, reading: Reading) -> FileImages:
+def _read_files(
+    source: str, root: str | Path | None, follow_links: bool, reading: Reading, opening: Opening
+) -> FileImages | EncodedImages:
+    if is_records(source):
+        return read_encoded(source, reading, opening)
     path = Path(source)
     if not path.is_file():
         images = read_folder(path)

@@ -16,6 +16,7 @@ from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.data.batches import Batch, Images, OnError, batches, count_of, has_own_labels
 from traj_ood.data.decoding import AS_STORED, Reading
+from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages
 from traj_ood.detector.conformal import Calibration, check_count, entry, images_needed
 from traj_ood.detector.decision import Decision, Judgement, decide_each
@@ -138,7 +139,7 @@ class Detector:
         count = count_of(images)
         scorers.check_training_size(count)
         classes = _classes(scorers, images, labels, count)
-        files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages) else AS_STORED
+        files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages | EncodedImages) else AS_STORED
         reading = batches(autoencoder, images, batch_size, workers, on_error, files)
         with tqdm(total=count, desc=printable(f"fit {scorers.labels[0]}"), unit="img", delay=2, disable=quiet) as bar:
             found = _explore(scorers, reading, bar)

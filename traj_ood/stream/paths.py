@@ -31,10 +31,13 @@ class Entry:
     Attributes:
         path: as its row names it, and where it is read from, starting from the working directory.
         error: why it must not be read; empty for all others.
+        content: the bytes of an image file that is no file of its own (see :mod:`traj_ood.data.records`); None
+            (default) where ``path`` is read.
     """
 
     path: str
     error: str = ""
+    content: bytes | None = None
 
 
 class ByteStream(Protocol):

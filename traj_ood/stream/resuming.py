@@ -10,6 +10,7 @@ detectors agree on hides the rest.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -24,6 +25,7 @@ from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import Row, Tally, content_of
 
 Calibrated = Callable[[float], tuple[float | None, str | None]]
+_COMPARED_HELD = 16  # of those whose bytes are in memory
 _COMPARED_FILES = 1024  # files at a time, whose bytes are compared with their rows
 _ROUNDING = 1e-6  # of a score, relative: what float32 leaves of it when the batch changes
 
@@ -88,7 +90,7 @@ def match_file(
                 (failed if row.score is None else scored).add(tally.count, entry, row)
                 tally, end = tally.plus([row]), end + len(record)
                 unseen.append((entry, row))
-                if len(unseen) == _COMPARED_FILES:
+                if len(unseen) >= (_COMPARED_FILES if entry.content is None else _COMPARED_HELD):
                     _refuse_changed(path, tally.count, unseen)
                     unseen = []
             _refuse_changed(path, tally.count, unseen)
@@ -120,8 +122,11 @@ class _Spread:
 
 def _refuse_changed(path: Path, last: int, rows: Sequence[tuple[Entry, Row]]) -> None:
     """Refuse rows, the last of them number ``last``, of files that do not hold what was judged."""
-    places = [os.path.realpath(entry.path) for entry, _ in rows]
-    for number, ((entry, row), digest) in enumerate(zip(rows, hash_files(places), strict=True), last - len(rows) + 1):
+    held = {entry.content: hashlib.sha256(entry.content).hexdigest() for entry, _ in rows if entry.content is not None}
+    places = [os.path.realpath(entry.path) for entry, _ in rows if entry.content is None]
+    files = iter(hash_files(places))
+    digests = [next(files) if entry.content is None else held[entry.content] for entry, _ in rows]
+    for number, ((entry, row), digest) in enumerate(zip(rows, digests, strict=True), last - len(rows) + 1):
         if not entry.error and content_of(digest) != row.content:
             raise TrajOODError(
                 f"{path}: row {number}: {entry.path!r} has changed since it was judged; start again with --overwrite"

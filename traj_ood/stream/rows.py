@@ -6,6 +6,7 @@ detector's promise, and tested.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import queue
 import re
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.contents import hash_file, stamp
-from traj_ood.data.decoding import Reading, open_image
+from traj_ood.data.decoding import Reading, open_bytes, open_image
 from traj_ood.detector.decision import ERROR, OOD, Decision, decide_all, reason_of
 from traj_ood.errors import TrajOODError
 from traj_ood.stream.paths import Entry
@@ -154,18 +155,21 @@ def score_rows(
 def _load(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> _Loaded:
     if entry.error:
         return _Loaded(_line(entry.error, entry.path))
+    if entry.content is not None:
+        return _Loaded(_prepare(entry, transform, reading), content_of(hashlib.sha256(entry.content).hexdigest()))
     before = stamp(entry.path)
-    image = _prepare(entry.path, transform, reading)
+    image = _prepare(entry, transform, reading)
     content = content_of(hash_file(entry.path))  # its second read comes from memory
     if stamp(entry.path) != before:
         return _Loaded("the file changed while it was being read; judge it again")
     return _Loaded(image, content)
 
 
-def _prepare(path: str, transform: Callable[..., Tensor], reading: Reading) -> Tensor | str:
+def _prepare(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> Tensor | str:
     """The prepared image, or the error in one line, without the path that the row names already."""
+    path, content = entry.path, entry.content
     try:
-        image = open_image(Path(path), reading)
+        image = open_image(Path(path), reading) if content is None else open_bytes(content, path, reading)
     except TrajOODError as error:
         return _line(str(error), path)
     try:
