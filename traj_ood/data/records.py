@@ -8,7 +8,6 @@ end a run; an archive that nobody honest would make (links, names that leave it,
 from __future__ import annotations
 
 import io
-import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -325,4 +324,5 @@ def _library(module: str, package: str) -> Any:
 
 def short(key: str, source: str) -> str:
     """A record's key without where its source lies, the same on every machine."""
-    return posixpath.basename(source.rstrip("/")) + key[len(source) :] if key.startswith(source) else key
+    folder = source.rstrip("/").rpartition("/")[0]
+    return key.removeprefix(folder + "/") if folder else key
