@@ -158,3 +158,10 @@ def test_a_coreset_takes_the_farthest_patch_each_time() -> None:
 def test_a_coreset_of_wide_patches_is_chosen_in_a_projection() -> None:
     points = torch.randn(60, 400, generator=torch.Generator().manual_seed(0))
     assert len(set(greedy_coreset(points, 20, seed=0).tolist())) == 20
+
+
+@pytest.mark.parametrize("spec", ["rmds", "ssd:classes=true"])
+def test_one_image_of_each_class_measures_nothing(spec: str) -> None:
+    alone = Evidence({"mean": TRAIN.features["mean"][:20]}, labels=torch.arange(20))
+    with pytest.raises(TrajOODError, match="so no distance can be measured: use more images"):
+        create_scorer(spec).fit(alone)

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 @click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
 @click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
 @click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@click.option("--allow-missing", is_flag=True, help="Leave out OOD sets that are not there; the name says -partial.")
 @reading_options
 @input_size_option
 @click.option("--out", type=PATH, default=Path("runs"), show_default=True, help="Results folder.")
@@ -173,7 +174,13 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     if not quiet:
         note(f"Loading {options['model']} and the image lists of {benchmark}")
     reading = reading_of(options["exif"], options["bit_depth"])
-    data = load_benchmark(benchmark, options["data_root"], follow_links=options["follow_links"], reading=reading)
+    data = load_benchmark(
+        benchmark,
+        options["data_root"],
+        follow_links=options["follow_links"],
+        reading=reading,
+        allow_missing=options["allow_missing"],
+    )
     device = resolve_device(team.device(options["device"]), tf32=options["tf32"])
     model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}
     backbone = is_backbone_spec(options["model"])

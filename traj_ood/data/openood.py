@@ -94,9 +94,14 @@ _DOWNLOADS = {
     "cifar100": "--dataset_mode benchmark --datasets cifar-100",
 }
 OPENOOD_BENCHMARKS = tuple(_SOURCES)
+# Read in the place of a set that may be missing and is, under its own name.
+_STAND_INS = {
+    ("cifar10", "places365"): _Source("scenes", "far", "cifar10/test_scenes.txt", CLASSIC),
+    ("cifar100", "places365"): _Source("scenes", "far", "cifar100/test_scenes.txt", CLASSIC),
+}
 
 
-def load_openood(name: str, root: str | Path | None = None) -> Benchmark:
+def load_openood(name: str, root: str | Path | None = None, allow_missing: bool = False) -> Benchmark:
     """One of ``OPENOOD_BENCHMARKS`` from the files under ``root``.
 
     The OOD sets of ``imagenet-paper`` are read from their folder when they have no image list (v1.5 has none for SUN
@@ -105,6 +110,8 @@ def load_openood(name: str, root: str | Path | None = None) -> Benchmark:
     Args:
         name: which benchmark.
         root: the folder that holds ``benchmark_imglist/``; default ``$TRAJ_OOD_DATA``, then ``./data``.
+        allow_missing: leave out OOD sets whose list is not there, or none of whose images are. The benchmark's name
+            then ends in ``-partial``, so that no table can pass for the whole, and its note names them.
 
     Raises:
         MissingDataError: no root, or lists and folders of some splits are not there; all of them are named.
@@ -113,6 +120,9 @@ def load_openood(name: str, root: str | Path | None = None) -> Benchmark:
     how = _how_to_get(name)
     base = _find_root(name, root, how)
     sources = _SOURCES[name]
+    left_out: tuple[str, ...] = ()
+    if allow_missing:
+        sources, left_out = _those_there(name, base, sources)
     absent = [place for source in sources if (place := _absent(base, source)) is not None]
     if absent:
         raise MissingDataError(
@@ -122,16 +132,42 @@ def load_openood(name: str, root: str | Path | None = None) -> Benchmark:
         )
     splits = {source.name: Split(source.name, source.role, _read(base, source)) for source in sources}
     return Benchmark(
-        name=name,
+        name=f"{name}-partial" if left_out else name,
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
         ood=tuple(split for split in splits.values() if split.role in ("near", "far")),
         train_size=2000,
         test_size=2000 if name == "imagenet-paper" else None,
-        note=_note(name, base),
+        note=_note(name, base, sources) + (f" Left out, for want of data: {', '.join(left_out)}." if left_out else ""),
         how_to_get=how,
     )
+
+
+def _those_there(name: str, base: Path, sources: tuple[_Source, ...]) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
+    """The ID splits, and the OOD sets that can be read or their stand-ins; then the names of those left out.
+
+    Without any OOD set all are returned, for the error that names them.
+    """
+    kept, left_out = [], []
+    for source in sources:
+        if source.role not in ("near", "far") or _has_images(base, source):
+            kept.append(source)
+            continue
+        left_out.append(source.name)
+        other = _STAND_INS.get((name, source.name))
+        if other is not None and _has_images(base, other):
+            kept.append(other)
+    if not any(source.role in ("near", "far") for source in kept):
+        return sources, ()
+    return tuple(kept), tuple(left_out)
+
+
+def _has_images(base: Path, source: _Source) -> bool:
+    if _absent(base, source) is not None:
+        return False
+    images = _read(base, source)
+    return any((images.root / path).is_file() for path in images.paths)
 
 
 def _find_root(name: str, root: str | Path | None, how: str) -> Path:
@@ -153,9 +189,9 @@ def _find_root(name: str, root: str | Path | None, how: str) -> Path:
     )
 
 
-def _note(name: str, base: Path) -> str:
+def _note(name: str, base: Path, sources: tuple[_Source, ...]) -> str:
     note = _PAPER_NOTE if name == "imagenet-paper" else _V15_NOTE
-    folders = [source.name for source in _SOURCES[name] if not _list_path(base, source).is_file()]
+    folders = [source.name for source in sources if not _list_path(base, source).is_file()]
     return f"{note} Read from folders, for want of a list: {', '.join(folders)}." if folders else note
 
 

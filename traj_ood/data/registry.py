@@ -14,7 +14,8 @@ from traj_ood.data.cifar10_local import load_cifar10_local
 from traj_ood.data.custom import load_custom
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.fashion import load_fashion
-from traj_ood.data.openood import load_openood
+from traj_ood.data.natural import NATURAL_BENCHMARKS, load_natural
+from traj_ood.data.openood import OPENOOD_BENCHMARKS, load_openood
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.extensions import load_plugins
 
@@ -31,7 +32,7 @@ class BenchmarkInfo:
     needs: str
 
 
-_REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[[str | Path | None], Benchmark]]] = {
+_REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[..., Benchmark]]] = {
     info.name: (info, load)
     for info, load in (
         (
@@ -84,6 +85,26 @@ _REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[[str | Path | None], Benchmar
             ),
             load_cifar10_local,
         ),
+        (
+            BenchmarkInfo(
+                "tiny-imagenet",
+                "Tiny-ImageNet vs scenes (near) and textures, chest X-rays, digits (far), all at 64 pixels through one "
+                "JPEG step",
+                "folders tiny_imagenet/, scenes/, dtd10/, chest_xray/ and mnist/, given as root, in $TRAJ_OOD_DATA or "
+                "as ./data",
+            ),
+            partial(load_natural, "tiny-imagenet"),
+        ),
+        (
+            BenchmarkInfo(
+                "imagenet-sample",
+                "500 of 1,000 ImageNet images vs scenes (near) and textures, chest X-rays, digits (far), all at 256 "
+                "pixels through one JPEG step",
+                "folders imagenet_sample/, scenes/, dtd10/, chest_xray/ and mnist/, given as root, in $TRAJ_OOD_DATA "
+                "or as ./data",
+            ),
+            partial(load_natural, "imagenet-sample"),
+        ),
     )
 }
 
@@ -94,6 +115,7 @@ def load_benchmark(
     *,
     follow_links: bool = False,
     reading: Reading = AS_STORED,
+    allow_missing: bool = False,
 ) -> Benchmark:
     """A benchmark by registered name, or from a path that ends in ``.yaml`` or ``.yml``.
 
@@ -103,6 +125,8 @@ def load_benchmark(
         follow_links: let image lists reach out of their roots by links. Default false, see
             :func:`traj_ood.data.read_image_list`.
         reading: how image files become pixels: EXIF orientation and bit depth.
+        allow_missing: leave out OOD sets that are not there. Default false: they are named in an error. The name of
+            what is left of the benchmark ends in ``-partial``.
 
     Raises:
         TrajOODError: an unknown name (the nearest names are given), or data that are missing or malformed.
@@ -110,7 +134,10 @@ def load_benchmark(
     if str(name_or_yaml).lower().endswith((".yaml", ".yml")):
         benchmark = load_custom(name_or_yaml, root)
     elif _is_known(name_or_yaml):
-        benchmark = _REGISTRY[name_or_yaml][1](root)
+        load = _REGISTRY[name_or_yaml][1]
+        may_miss = name_or_yaml in (*OPENOOD_BENCHMARKS, *NATURAL_BENCHMARKS)
+        more = {"allow_missing": True} if allow_missing and may_miss else {}
+        benchmark = load(root, **more)
     else:
         raise unknown_name("benchmark", name_or_yaml, [*_REGISTRY, "a path to your own .yaml file"])
     benchmark = benchmark.reading(reading) if reading != AS_STORED else benchmark

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer, Needs
 from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
 from traj_ood.scorers.labels import classes_of
@@ -46,6 +47,11 @@ class RMDS(FeatureScorer):
         means = class_means(features, classes, int(classes.max()) + 1)
         mean = class_means(features, together, 1)
         own = self._factor(features, means, classes)
+        if not own.shape[1] or len(means) == len(features):
+            raise TrajOODError(
+                f"scorer {self.label}: the training features do not vary within their classes ({len(means)} classes of "
+                f"{len(features)} images), so no distance can be measured: use more images of each class"
+            )
         return {
             "mean": mean[0],
             "whole": self._factor(features, mean, together),

@@ -71,6 +71,11 @@ class SSD(FeatureScorer):
         means, factors = [], []
         for group in range(int(groups.max()) + 1):
             own = features[groups == group]
+            if len(own) < 2 or bool((own == own[:1]).all()):
+                raise TrajOODError(
+                    f"scorer {self.label}: one of {int(groups.max()) + 1} clusters holds {len(own)} of {len(features)} "
+                    "training images, all alike, so no distance can be measured: use more images, or fewer clusters"
+                )
             together = torch.zeros(len(own), dtype=torch.int64)
             centre = class_means(own, together, 1)
             sample = moments(own, centre, together)
