@@ -1,4 +1,4 @@
-"""Whether attractors can be trusted: a dictionary's health, and the word on a model's attractors with its remedy."""
+"""Whether attractors can be trusted: a dictionary's health, and a verdict on a model's attractors with its remedy."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def explained(errors: Tensor, targets: Tensor, mean: Tensor) -> float:
 
 
 def explained_hidden(model: Autoencoder, targets: Tensor, mean: Tensor) -> float | None:
-    """The same of hidden patches, where the model has masks."""
+    """The same share for hidden patches; None for models without masking."""
     variance = _variance(targets, mean)
     if not model.reconstruction_masks() or not variance > 0:
         return None
@@ -223,7 +223,7 @@ def reconstruction_errors(model: Autoencoder, encoding: Encoding) -> Tensor:
 
 
 def directions(points: Tensor) -> Tensor:
-    """(N, d) points of length 1."""
+    """(N, d) the points scaled to unit length."""
     return torch.nn.functional.normalize(points.flatten(1), dim=1)
 
 

@@ -35,7 +35,7 @@ Gaussian per cell of a colour image has 192 dimensions."""
 
 @dataclass(frozen=True)
 class Encoding:
-    """What one look at B images leaves: where their trajectories start, and what static scorers read.
+    """The result of one pass over B images: where their trajectories start, and what static scorers read.
 
     Attributes:
         latents: (B, *L) z0 = E(x), on the model's device.
@@ -199,7 +199,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
             return
 
     def examine(self, images: Tensor) -> Encoding:
-        """E, and whatever else one pass through the model tells of images (B, C, H, W).
+        """E, and everything else that one pass through the model yields for images (B, C, H, W).
 
         Raises:
             TrajOODError: as :meth:`encode`.
@@ -320,7 +320,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
 
     @classmethod
     def unpack(cls, described: Mapping[str, Any], folder: Path) -> Autoencoder:
-        """The model of a ``name``, ``options`` and what :meth:`pack` returned, of the files that it wrote.
+        """The model that :meth:`pack` wrote, from its ``name``, its ``options`` and what :meth:`pack` returned.
 
         Raises:
             TrajOODError: files or entries that are missing, damaged or of another architecture.
@@ -330,7 +330,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return cls.from_pretrained(folder, name=described["name"], **unsaved)
 
     def fingerprint(self) -> str:
-        """sha256 over every weight and the declared options: two models agree exactly when this does."""
+        """sha256 over every weight and the declared options: equal exactly for equal models."""
         return fingerprint(self.module, [self.family, self.options()])
 
     def parameter_count(self) -> int:
@@ -353,7 +353,8 @@ def _check_floats(name: str, answer: Tensor) -> None:
 
 
 class CallableAutoencoder(Autoencoder):
-    """Bring your own: two callables, or an nn.Module with ``encode`` and ``decode``, or ``encoder`` and ``decoder``.
+    """An autoencoder of your own: two callables, or an nn.Module with ``encode`` and ``decode``, or ``encoder`` and
+    ``decoder``.
 
     Your module stays as it is: it is in evaluation mode while it is used, and in its own mode again afterwards.
 

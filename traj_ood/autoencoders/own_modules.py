@@ -1,4 +1,4 @@
-"""What a network of one's own is made of: its halves, the module behind a function, the tensor in an answer."""
+"""Finds the parts of a user's network: its two halves, the module behind a function, the tensor in an answer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ model = traj_ood.CallableAutoencoder.from_module(Fixed(net), (3, 32, 32))"""
 
 
 class WrapperError(TrajOODError):
-    """What only the network's author knows; below the line stand the five lines of code to write."""
+    """Information that only the network's author has is missing; the message ends with the five lines of code to
+    write."""
 
     def __str__(self) -> str:
         return f"{super().__str__()}:{WRAPPER}"
 
 
 def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
-    """E and D: the methods ``encode`` and ``decode``, or what ``encoder`` and ``decoder`` are.
+    """E and D: the methods ``encode`` and ``decode`` of a module, or its parts ``encoder`` and ``decoder``.
 
     Raises:
         WrapperError: neither pair.
@@ -48,7 +49,7 @@ def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Ten
 
 
 def tensor_of(name: str, answer: Any) -> Tensor:
-    """The tensor in what a network returned: of a distribution its mode, of a library's output the one it is about.
+    """The tensor in a network's answer: the mode of a distribution, or the main tensor of a library's output object.
 
     Raises:
         WrapperError: several tensors, of which only the author knows the right one.
@@ -79,7 +80,7 @@ def module_behind(*functions: Callable[..., Any]) -> nn.Module:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` wrapped, which computes the same, or the module itself."""
+    """The module that ``torch.compile`` wrapped, which computes the same, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 

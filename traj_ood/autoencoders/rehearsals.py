@@ -1,4 +1,4 @@
-"""Small random models of the families whose published weights a machine without a network cannot have.
+"""Small random models of the families whose published weights cannot be had without a network.
 
 They show that the machinery runs, and what random weights do; they say nothing about the trained models. Whatever is
 measured on them is called a rehearsal.

@@ -48,11 +48,10 @@ class SurrogateNetwork(nn.Module):
 
     Args:
         features: n.
-        hidden: widths between n and k. Default: one layer of 2n units, within 256 … 512. One layer contracts as well as
-            two, and 1,024 units contract no better than 512, at twice the time (tried at n = 512, not recorded).
-        bottleneck: k. Default: n/2, within 16 … 128. Half of that left fewer attractors on features with few classes,
-            and up to half of the trajectories unsettled on features with many modes (tried at n = 256 and 512, not
-            recorded).
+        hidden: widths between n and k. Default: one layer of 2n units, within 256 … 512. More layers or units
+            contract no better, see docs/choices.md.
+        bottleneck: k. Default: n/2, within 16 … 128. Half of that does worse, see
+            docs/choices.md.
         activation: between the layers; ``gelu`` (default, smooth like f should be), ``relu``, or ``identity``, which
             makes f linear up to the LayerNorm.
         latent_norm: the LayerNorm at the encoder's end. Default true; see above.
@@ -202,7 +201,7 @@ class SurrogateAutoencoder(Autoencoder):
         return self.examine_features(self.backbone.extract(images))
 
     def examine_features(self, features: Features) -> Encoding:
-        """What :meth:`examine` makes of images whose features are known already.
+        """:meth:`examine` for images whose features are known already.
 
         Raises:
             TrajOODError: features of another width, not floating point, or not finite.

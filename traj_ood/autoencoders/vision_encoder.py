@@ -1,4 +1,5 @@
-"""Encoders of transformers as autoencoders need them: patch tokens of an image, every weight from its file."""
+"""Vision encoders of transformers as an autoencoder needs them: the patch tokens of an image, and every weight from its
+file."""
 
 from __future__ import annotations
 

@@ -201,6 +201,7 @@ class _Stored:
 
 
 def _stored(image: Image.Image) -> _Stored:
+    # Pillow has parsed the tags already; tifffile would be a second decoder for one of eight formats.
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         bits = max(tags.get(_BITS) or (1,))

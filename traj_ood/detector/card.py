@@ -9,7 +9,8 @@ from traj_ood.io.card import listed, markdown_card
 
 
 def card(record: Mapping[str, Any]) -> str:
-    """Markdown: what the detector is, what it was fitted and calibrated on, how to load it, what it does not say."""
+    """The card as Markdown: what the detector is, what it was fitted and calibrated on, how to load it, and its
+    limits."""
     model, scorer, attractors = record["model"], record["scorer"], record["training"]["attractors"]
     own_code = model["kind"] == "callable"
     load = 'Detector.load("this-folder"' + (", autoencoder=my_model)" if own_code else ")")

@@ -273,7 +273,7 @@ class Detector:
     def judge(
         self, images: Images, labels: Tensor | Sequence[Any] | None = None, *, whole_chunks: bool = False
     ) -> Judgement:
-        """All of it in one pass; p-values and decisions are None without calibration.
+        """Scores, p-values and decisions in one pass; p-values and decisions are None without calibration.
 
         Args:
             labels: B classes where they are known; of use with class-wise calibration, see

@@ -27,7 +27,7 @@ _STATUS = {status: status.name.lower() for status in Status}
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a detector says of B images, in their order; :meth:`each` has it image by image.
+    """The scores and decisions of B images, in their order; :meth:`each` gives them image by image.
 
     Attributes:
         scores: (B,) float64, higher = more OOD. +inf stands for every score that is not finite: on such an image the
@@ -59,7 +59,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is said of one image; None is what does not apply.
+    """The decision on one image; fields that do not apply are None.
 
     Attributes:
         score: higher = more OOD; infinite where the model leaves the finite numbers at once; None for what is no image.
@@ -84,7 +84,8 @@ class Decision:
         return reason_of(self.score, self.decision, self.error)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, with the reason; an infinite score is the text ``Infinity``, which JSON has no number for."""
+        """The record as JSON-able values, with the reason; an infinite score becomes the text ``Infinity``, since JSON
+        has no such number."""
         score = INFINITIES.get(self.score, self.score) if self.score is not None else None
         return {**asdict(self), "score": score, "reason": self.reason}
 

@@ -34,7 +34,7 @@ class DenseIndex:
         return len(self._points)
 
     def nearest(self, queries: Tensor) -> Neighbors:
-        """Of each query (B, d): one neighbour, of points equally near any."""
+        """One nearest neighbour of each query (B, d); of points equally near, any."""
         indices = self._squares(queries).argmin(dim=1, keepdim=True)
         return Neighbors(self._direct(queries, indices), indices)
 

@@ -27,7 +27,7 @@ def one_scorer(scorers: ScorerSet) -> Scorer:
 
 
 def check_exportable(scorer: Scorer) -> None:
-    """Refuse a scorer that no graph of tensor operations computes.
+    """Refuse a scorer that cannot be computed by a graph of tensor operations.
 
     Raises:
         TrajOODError: names the scorer and the reason.
@@ -44,7 +44,7 @@ def check_exportable(scorer: Scorer) -> None:
 
 
 def steps_of(scorers: ScorerSet, steps: int | None) -> int:
-    """Evaluations of f in the graph.
+    """Number of evaluations of f in the graph.
 
     Args:
         steps: the limit asked for. None takes what the scorer reads under the detector's own limit.
@@ -91,7 +91,8 @@ def same_score(scorers: ScorerSet, steps: int) -> bool:
 
 
 def reference(scorers: ScorerSet, steps: int) -> ScorerSet:
-    """The Python scorer that a graph of ``steps`` steps has to agree with: same attractors and state, stopped there."""
+    """The Python scorer that a graph of ``steps`` steps must agree with: the same attractors and state, stopped after
+    them."""
     other = copy.copy(scorers)
     other.scorers = [at_fixed_steps(one_scorer(scorers), steps)]
     other.needs = replace(scorers.needs, steps=other.scorers[0].needs().steps)

@@ -1,5 +1,5 @@
-"""A detector as an nn.Module: pixels in, scores out, a fixed number of steps, nothing that depends on the data but the
-numbers themselves."""
+"""A detector as an nn.Module: pixels in, scores out, with a fixed number of steps and no control flow that depends on
+the data."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class DetectorModule(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> DetectorModule:
-        """Stays in eval mode: dropout and batch statistics have no place in a score."""
+        """Does nothing: the module stays in evaluation mode, since dropout and batch statistics have no place in a
+        score."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def as_module(detector: HasScorers, steps: int | None = None) -> DetectorModule:
 
 
 class HasScorers(Protocol):
-    """What of a :class:`traj_ood.Detector` is exported."""
+    """What is exported of a :class:`traj_ood.Detector`."""
 
     @property
     def autoencoder(self) -> Autoencoder: ...

@@ -1,4 +1,5 @@
-"""Whose code a detector needs beside this package: recorded when it is saved, told when it is not there.
+"""The code outside this package that a detector needs: recorded when it is saved, named in the error when it is
+missing.
 
 A record is never followed: no code is run because a detector's folder names it.
 """

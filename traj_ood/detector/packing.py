@@ -25,7 +25,7 @@ CALLABLE = "callable"
 
 
 def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
-    """Write everything needed to rebuild the model offline into ``folder`` (safetensors and JSON only).
+    """Write everything that is needed to rebuild the model offline into ``folder``: safetensors and JSON only.
 
     Args:
         autoencoder: any. Its class must be that of a registered family: for a subclass, whose code may do anything, or

@@ -22,7 +22,7 @@ class Tensors(nn.Module):
 
 
 class PinnedTensors(Tensors):
-    """Buffers that neither ``.to(device)`` nor ``.half()`` touch."""
+    """Buffers that ``.to(device)`` and ``.half()`` leave unchanged."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> PinnedTensors:
         return self

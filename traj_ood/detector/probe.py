@@ -24,7 +24,7 @@ _SHARE = 0.05  # devices and TF32 differ by 1e-3, other weights by the whole val
 
 
 def probe(scorers: ScorerSet) -> dict[str, Any]:
-    """JSON-able numbers of two fixed images: coordinates of z0, lengths of the first steps, and scores."""
+    """JSON-able results on two fixed images: coordinates of z0, lengths of the first steps, and scores."""
     short = copy.copy(scorers)
     short.max_steps = min(_STEPS, scorers.max_steps)
     encoding = scorers.autoencoder.examine(_images(scorers.autoencoder.input_shape))
@@ -42,7 +42,7 @@ def probe(scorers: ScorerSet) -> dict[str, Any]:
 
 
 def check_probe(scorers: ScorerSet, expected: Mapping[str, Any], where: str) -> None:
-    """Refuse a detector that gives other numbers than when it was saved.
+    """Refuse a detector whose results on the two images differ from those recorded when it was saved.
 
     Raises:
         TrajOODError: numbers that differ by more than rounding, or files that do not fit together.

@@ -1,4 +1,4 @@
-"""A set of one scorer, and what of it stays when the fit is over."""
+"""A set of one scorer, and what remains of it after the fit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def one_scorer(
 
 
 def forget_fit(scorers: ScorerSet) -> None:
-    """From now on the set needs what a score reads: attractors that only the fit has read are not kept."""
+    """Reduce the set's needs to those of a score: attractors that only the fit reads are dropped."""
     scorers.needs = replace(scorers.needs, attractors=frozenset(), train_path=False, labels=False, head=False)
     if not scorers.needs.distances:
         scorers.dictionary = None

@@ -34,11 +34,11 @@ class Step(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of what :meth:`measure` returns."""
+        """Names of the values that :meth:`measure` returns."""
         return ["norm", *(f"distance/{view}" for view in self.attractors.all())]
 
     def prepare(self) -> list[Tensor]:
-        """What every step needs and no step changes: float64 copies of the attractors, and their squared lengths."""
+        """What every step uses and no step changes: float64 copies of the attractors, and their squared lengths."""
         return [t for points in self.attractors.all().values() for t in DenseIndex(points).prepared]
 
     def forward(self, latents: Tensor, running: Tensor, first: Tensor, *prepared: Tensor) -> tuple[Tensor, ...]:

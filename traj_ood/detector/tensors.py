@@ -20,7 +20,7 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], finite: bool = True) -> None:
-    """Refuse the tensors of a file that are not those that were written.
+    """Refuse a file whose tensors are not those that were written.
 
     Args:
         specs: :func:`specs_of` by the file's name. finite: refuse NaN and infinite values.

@@ -1,4 +1,5 @@
-"""What a callable does to fixed inputs: the identity of code that has no weights, options or files to be known by."""
+"""Identifies a callable by its answers to fixed inputs, where it has no weights, options or files to be identified
+by."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ _SHARE = 0.01  # devices and TF32 differ by 1e-3, another function by the whole 
 
 
 def transform_digest(transform: Callable[[Image.Image], Tensor]) -> str:
-    """SHA-256 (hex) over what a transform makes of fixed images, grey and in colour.
+    """SHA-256 (hex) of a transform's outputs on fixed images, grey and in colour.
 
     What it refuses counts as an answer: the kind of error. One that draws random numbers gets another digest each time.
     """
@@ -46,7 +47,7 @@ def answers(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> lis
 
 
 def agree(expected: object, found: Sequence[float | None]) -> bool:
-    """Whether two lists of :func:`answers` are the same but for rounding: a share of the largest of them."""
+    """Whether two lists of :func:`answers` agree up to rounding, relative to the largest value."""
     if not isinstance(expected, list) or len(expected) != len(found):
         return False
     scale = max((abs(value) for value in found if value is not None), default=0.0)

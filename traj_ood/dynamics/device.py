@@ -136,8 +136,8 @@ _PROCESS = _ProcessSettings()
 
 @contextmanager
 def standard_settings() -> Iterator[None]:
-    """Torch as it computes when nobody has set anything, whatever the caller has: no autocast, float32 as default type,
-    the CPU as default device, and products of float32 not rounded (see :func:`set_tf32`).
+    """torch's default settings, whatever the caller has set: no autocast, float32 as default type, the CPU as default
+    device, and float32 products that are not rounded (see :func:`set_tf32`).
 
     The caller's settings come back at the end, also after an error. Re-entrant, and for many threads at once. Says
     nothing about gradients. A function under it as a decorator is fine, a generator is not.
@@ -155,7 +155,7 @@ def standard_settings() -> Iterator[None]:
 
 @contextmanager
 def training_settings() -> Iterator[None]:
-    """:func:`standard_settings` with gradients, whatever the caller has switched off."""
+    """:func:`standard_settings` with gradients enabled, even where the caller has disabled them."""
     with standard_settings(), torch.inference_mode(False), torch.enable_grad():
         yield
 

@@ -29,7 +29,7 @@ rows are what MKL's matrix products take at a time (see :func:`traj_ood.dynamics
 
 
 class FixedFunction:
-    """What wraps a network: a name and a module. :meth:`fixed` is around every pass through it.
+    """Base class of what wraps a network: a name and a module. Every pass through it runs inside :meth:`fixed`.
 
     Attributes:
         name: what errors call it. module: the network. chunk: rows of one of its calls.
@@ -95,13 +95,13 @@ class FixedFunction:
             yield
 
     def try_once(self) -> None:
-        """:meth:`try_out`, the first time that this model is used."""
+        """Run :meth:`try_out` the first time this model is used."""
         if not self._is_tried:
             self.try_out()
             self._is_tried = True
 
     def try_out(self) -> None:
-        """Refuse a network that is no fixed function; called under :meth:`fixed` and without gradients.
+        """Refuse a network that is not a fixed function; called under :meth:`fixed` and without gradients.
 
         Raises:
             TrajOODError: see :func:`check_function`.
@@ -125,19 +125,21 @@ def few_images(count: int) -> Iterator[None]:
 
 
 def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
-    """:meth:`FixedFunction.fixed` of the model whose method ``function`` is; standard settings for any other one."""
+    """:meth:`FixedFunction.fixed` of the model that ``function`` is a method of; standard settings for any other
+    function."""
     owner = getattr(function, "__self__", None)
     return owner.fixed() if isinstance(owner, FixedFunction) else standard_settings()
 
 
 def name_around(function: Callable[..., Any]) -> str:
-    """What errors call ``function``: f, with its model's name where it is a model's."""
+    """How errors name ``function``: f, with the model's name where it is a method of a model."""
     owner = getattr(function, "__self__", None)
     return f"{owner.name}: f" if isinstance(owner, FixedFunction) else "f"
 
 
 def float_type(module: nn.Module) -> torch.dtype | None:
-    """What a module takes: the type of its weights, float32 where they are of several, None where it has none."""
+    """The type that a module takes: that of its weights, float32 where they have several types, None where it has
+    none."""
     types = float_types(parts_of(module))
     return (types.pop() if len(types) == 1 else torch.float32) if types else None
 
@@ -190,7 +192,7 @@ def _evaluation_mode(parts: list[nn.Module]) -> Iterator[None]:
 
 
 def check_answer(name: str, answer: object, rows: int) -> Tensor:
-    """``answer`` as the tensor of ``rows`` rows that it has to be.
+    """Check that ``answer`` is a tensor of ``rows`` rows, and return it.
 
     Raises:
         TrajOODError: names the function, what it returned, and what to return.
@@ -214,7 +216,7 @@ def takes(function: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
 
 
 def check_function(name: str, function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
-    """Refuse a function of rows (n, …) whose answer to a row is not that row's alone, or not the same twice.
+    """Refuse a function of rows (n, …) whose output for a row depends on other rows, or changes from call to call.
 
     Rounding is let pass: 16 units in the last place between two calls of one shape, half of the digits between places
     in a batch. A network that takes no other batches than ``chunk`` rows is tried on as many.
@@ -274,7 +276,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 class KnownWeights:
-    """A model's weights and buffers as they are now, to notice later that they are others.
+    """A record of a model's weights and buffers, to detect later changes.
 
     A look compares the tensors' identities and version counters and a sample of their values, which also sees what goes
     past the counters (``parameter.data``). Where those differ a hash of all values decides, so that moving a model, or
@@ -287,7 +289,7 @@ class KnownWeights:
         self._mark()
 
     def check(self) -> None:
-        """Raises ``TrajOODError`` where they are others."""
+        """Raises ``TrajOODError`` when they have changed."""
         if self._marks == self._look() and torch.equal(self._values, torch.cat(self._sample)):
             return
         if self._hash() != self._digest:

@@ -62,6 +62,7 @@ def delong(id_scores_a: ArrayLike, ood_scores_a: ArrayLike, id_scores_b: ArrayLi
     Raises:
         TrajOODError: empty or non-finite scores, vectors of different length, or a single image.
     """
+    # SciPy has tests of one AUROC (mannwhitneyu), none of two on the same images.
     id_a, id_b = _paired("ID", id_scores_a, id_scores_b)
     ood_a, ood_b = _paired("OOD", ood_scores_a, ood_scores_b)
     above_a, below_a = _placements(id_a, ood_a)
@@ -293,6 +294,7 @@ def paired_bootstrap(
         raise TrajOODError(f"resamples: expected at least 1, got {resamples}; {RESAMPLES} is the default")
     if not 0.0 < level < 1.0:
         raise TrajOODError(f"level: expected a share between 0 and 1, got {level}; 0.95 is the default")
+    # scipy.stats.bootstrap pairs samples, not clusters of crops, and would sort every resample anew.
     streams = np.random.SeedSequence(seed).spawn(len(suites))
     measured = [_figures(suite, resamples, stream) for suite, stream in zip(suites, streams, strict=True)]
 

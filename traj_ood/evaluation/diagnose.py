@@ -112,11 +112,11 @@ class Diagnosis:
 
     @property
     def meaningful(self) -> bool:
-        """Whether scores against this model's attractors say something."""
+        """Whether scores against this model's attractors are meaningful."""
         return self.verdict.meaningful
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers and words, ready for JSON; curves and pictures are files of their own."""
+        """All numbers and texts as JSON-able values; curves and pictures are files of their own."""
         kept = {k: v for k, v in vars(self).items() if k not in ("curves", "gallery")}
         kept |= {"health": self.health.as_dict(), "verdict": asdict(self.verdict), "meaningful": self.meaningful}
         return as_json(kept)
@@ -165,7 +165,7 @@ def diagnose(
     noise: float = 0.1,
     quiet: bool = True,
 ) -> Diagnosis:
-    """Measure whether the attractors of f = E∘D exist, attract and mean something on a benchmark's ID images.
+    """Measure whether the attractors of f = E∘D exist, attract, and carry information about a benchmark's ID images.
 
     Args:
         autoencoder: on the device to compute on.

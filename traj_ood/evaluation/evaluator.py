@@ -49,7 +49,8 @@ _MAX_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seem
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What decides a run's numbers; part of the result. Where and how fast it is computed is not (see Evaluator).
+    """The settings that decide a run's numbers; part of the result. Those that decide where and how fast it is computed
+    belong to :class:`Evaluator`.
 
     Attributes:
         scorers: specs, see :func:`traj_ood.create_scorer`; ``all`` is the default suite.

@@ -70,7 +70,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that a scorer puts on the wrong side: its score (higher = more OOD) and the key of its picture."""
+    """An image on the wrong side of a scorer's ranking: its score (higher = more OOD) and the key of its picture."""
 
     split: str
     role: str
@@ -132,7 +132,7 @@ class Pictures:
 
     @classmethod
     def load(cls, path: str | Path) -> Pictures:
-        """Read what :meth:`save` wrote, and check that every word points at something that is there.
+        """Read what :meth:`save` wrote, and check that every key refers to something that is there.
 
         Raises ``TrajOODError`` naming the file: unreadable, of another version, or damaged.
         """
@@ -181,8 +181,8 @@ def _from_words(words: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Pict
 
 
 def chosen_scorers(scorers: Mapping[str, ScorerResult]) -> list[str]:
-    """The labels that are worth a picture, best mean AUROC first: the best three, ``field``, and the best
-    ``trajectory`` (the paper's, any options)."""
+    """Labels of the scorers that get pictures, best mean AUROC first: the best three, ``field``, and the best
+    ``trajectory`` (the paper's, with any options)."""
     ranked = [s for s in scorers.values() if s.all is not None]
     ranked.sort(key=lambda s: (-s.all.auroc if s.all else 0.0, s.label))
     labels = [s.label for s in ranked]
@@ -204,7 +204,7 @@ def keep_pictures(
     tol: float = 1e-5,
     max_steps: int = 500,
 ) -> Pictures:
-    """Choose and draw what a report will show of a run.
+    """Choose and render the pictures of a run that a report will show.
 
     It costs the paths of 28 images, each no longer than those of 95 % of the training images were (without a dictionary
     at most 128 steps): a single one that does not settle would cost more than all the others, and shows no more.

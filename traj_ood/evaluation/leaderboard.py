@@ -64,7 +64,7 @@ class Group:
     variant: str
 
     def head(self) -> dict[str, Any]:
-        """The columns that say what the row is."""
+        """The columns that identify the row."""
         result, scorer = self.runs[0]
         return {
             "benchmark": result.benchmark,
@@ -131,7 +131,8 @@ def per_set(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def write_csv(results: Sequence[Result], path: str | Path, *, quote_formulas: bool = True) -> None:
-    """``leaderboard(results)`` as a CSV file, fractions with 6 decimals. Raises as it and as ``write_atomic``.
+    """Write ``leaderboard(results)`` as a CSV file, fractions with 6 decimals. Raises as :func:`leaderboard` and
+    ``write_atomic`` do.
 
     Args:
         quote_formulas: put a ``'`` before texts that a spreadsheet would run, such as a model named ``=1+1``
@@ -187,7 +188,7 @@ def _csv(table: pd.DataFrame, quote_formulas: bool, **options: Any) -> str:
 
 
 def update_readme(readme_path: str | Path, markdown: str) -> None:
-    """Replace what stands between the two leaderboard markers of a README by ``markdown``.
+    """Replace the text between the two leaderboard markers of a README by ``markdown``.
 
     Raises ``TrajOODError`` when the file cannot be read, or does not hold each marker once, start before end.
     """

@@ -35,8 +35,7 @@ class Metrics:
     ``fpr95``           the paper's: the threshold keeps at least 95 % of ID; share of OOD accepted as ID.
     ``fpr95_openood``   OpenOOD's: the threshold catches at least 95 % of OOD; share of ID rejected as OOD.
 
-    The two FPRs answer different questions (38.7 % and 29.6 % on the same scores of ``knn:view=tokens``, results/paper)
-    and must never be compared.
+    The two FPRs answer different questions and must never be compared.
     """
 
     auroc: float
@@ -123,6 +122,8 @@ def bootstrap(
     if not 0.0 < level < 1.0:
         raise TrajOODError(f"level: expected a share between 0 and 1, got {level}; 0.95 is the default")
     id_scores, ood_scores = check_scores(id_scores, "ID"), check_scores(ood_scores, "OOD")
+    # scipy.stats.bootstrap would sort every resample anew, for one figure at a time, and from other draws than those of
+    # the recorded intervals.
     distinct, rank = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
     id_rank, ood_rank = rank[: id_scores.size], rank[id_scores.size :]
     # One stream each: the draws, and with them the intervals, do not depend on the size of a chunk.

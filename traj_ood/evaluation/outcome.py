@@ -1,4 +1,4 @@
-"""What the passes of a run come to: a table of scores, the metrics of each scorer, a verdict on the attractors."""
+"""What the passes of a run result in: a table of scores, the metrics of each scorer, a verdict on the attractors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Several processes as one team: a share of the work for each, one place to wait, and one error for all."""
+"""Several processes as one team: each takes a share of the work, all wait at common points, and one error stops them
+all."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ _KEPT_NOTE = "finished batches are kept: start the same command again"
 
 
 def is_main_process() -> bool:
-    """Whether to print what has no :class:`Team` yet to speak for it, such as an interruption."""
+    """Whether this process prints what happens before there is a :class:`Team`, such as an interruption."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class TeammateError(TrajOODError):
-    """This process stops because of an error that another process tells; a command line adds no second line to it."""
+    """This process stops because of an error that another process reports; the command line prints nothing for it."""
 
 
 class Team:
@@ -77,7 +78,7 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A stretch of work that all processes end together: with its last line, or with the first one's error.
+        """A block that all processes leave together: at its end, or with the first error raised in any of them.
 
         Raises:
             TrajOODError: in the main process, what went wrong in any of them.
@@ -86,7 +87,7 @@ class Team:
         yield
 
     def wait(self) -> None:
-        """Wait here for all processes; inside :meth:`together` only.
+        """Wait for all processes; inside :meth:`together` only.
 
         Raises:
             TrajOODError, TeammateError: as :meth:`together`.
@@ -106,7 +107,7 @@ class Team:
         return outcome
 
     def check(self) -> None:
-        """Do not wait, but stop here if another process has failed; inside :meth:`together` only.
+        """Stop here if another process has failed, without waiting; inside :meth:`together` only.
 
         Raises:
             TrajOODError, TeammateError: as :meth:`together`.
@@ -166,7 +167,7 @@ class LaunchedTeam(Team):
             self._meet()
 
     def _meet(self, error: Exception | None = None) -> None:
-        """Wait for all processes, and leave with an exception in each of them if one of them came with an error."""
+        """Wait for all processes; if one of them brought an error, raise in all of them."""
         from torch import distributed
 
         told: list[str | None] = [None] * self.size
@@ -209,7 +210,8 @@ class LaunchedTeam(Team):
 
     @contextmanager
     def _told_to_stop(self) -> Iterator[None]:
-        """SIGTERM, by which launchers stop the survivors of a process that died, raises an error like any other."""
+        """Turn SIGTERM, with which launchers stop the survivors of a process that died, into an error like any
+        other."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -224,7 +226,7 @@ class LaunchedTeam(Team):
         signal.signal(signal.SIGTERM, before)  # not after an error: see _leave
 
     def _leave(self) -> None:
-        """From here on the launcher's SIGTERM is old news, and must not come between an error and its printing."""
+        """Ignore the launcher's SIGTERM from here on: it must not come between an error and its printing."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -83,7 +83,7 @@ class Passes:
         return parts
 
     def score(self) -> Parts:
-        """Score all splits but the training one. Without parts but in the main process.
+        """The scoring pass over all splits but the training one. Only the main process gets the parts.
 
         Raises:
             TrajOODError: as :meth:`fit`, scores that are not finite, or a split of which no image could be read.
@@ -97,7 +97,7 @@ class Passes:
         return scored
 
     def examine(self, split: Split, indices: range) -> tuple[tuple[str, ...], Encoding | None, list[dict[str, str]]]:
-        """Ids, what the model makes of them (None where no image could be read) and failures of one batch.
+        """Ids of the images of one batch that could be read, their encoding (None where none could), and the failures.
 
         Raises:
             TrajOODError: an image that cannot be read, unless such are skipped.

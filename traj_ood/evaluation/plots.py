@@ -35,7 +35,7 @@ Lines = Mapping[str, tuple[str, str]]
 
 
 def alone(frame: Frame, panel: Callable[..., None], *data: object) -> Figure:
-    """One panel without a title or a legend, for a page that has its own."""
+    """One panel without title or legend, for a page that has its own."""
     figure, (axis,) = canvas(frame)
     panel(axis, *data)
     return figure

@@ -1,4 +1,4 @@
-"""One JSON per run: what was measured, on what, with what. Every table and plot is derived from these files.
+"""One JSON file per run: what was measured, on what, with what. Every table and plot is derived from these files.
 
 A result file is complete or absent (``write_atomic``), the same run gives the same bytes apart from its times, and
 loading is strict: a file that was cut, edited or written by another version is refused by name.
@@ -76,7 +76,7 @@ class ScorerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Everything one run says about itself; see ``results/README.md`` for each key.
+    """The complete record of a run; see ``results/README.md`` for each key.
 
     ``model`` holds at least ``name`` and ``fingerprint``; ``data`` maps a split to ``{role, count, sha256}``,
     since content digests also ``contents`` and, where there are any, ``copies``: how many of its images another split

@@ -1,4 +1,4 @@
-"""What lies in a folder of results: each run's record and, where they are, its scores, curves and pictures."""
+"""The contents of a folder of results: each run's record and, where they are kept, its scores, curves and pictures."""
 
 from __future__ import annotations
 

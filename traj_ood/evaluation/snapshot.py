@@ -1,4 +1,4 @@
-"""What was in each image of a run when it began, so that it can be said which of them have changed since."""
+"""The contents of every image of a run when it began, to tell later which of them have changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN_IDS = 3
 
 
 class Snapshot:
-    """The contents of all images of some splits, now.
+    """The contents of all images of some splits at the time it is made.
 
     Args:
         splits: of distinct names.
@@ -49,8 +49,8 @@ class Snapshot:
         write_atomic(folder / FILE_NAME, lambda f: table.to_parquet(f, index=False, compression="zstd"))
 
     def changed(self, folder: Path) -> dict[str, list[int]] | None:
-        """Places of the images that do not hold what they held in the run in ``folder``, by split; None where nobody
-        can tell, since other images were listed then, or nothing was written down."""
+        """Places of the images whose contents differ from those in the run in ``folder``, by split; None where that is
+        unknown, since other images were listed then, or nothing was recorded."""
         with contextlib.suppress(Exception):  # absent in older runs; a damaged one costs a name, not the refusal
             before, now = pd.read_parquet(folder / FILE_NAME), pd.concat(map(self._table, self._splits))
             if before[["split", "id"]].values.tolist() == now[["split", "id"]].values.tolist():
@@ -62,7 +62,7 @@ class Snapshot:
         return None
 
     def words(self, changed: dict[str, list[int]]) -> str:
-        """How many images of which split have changed, and the first of them."""
+        """A sentence part: how many images of which split have changed, and the first of them."""
         return "; ".join(
             f"{len(changed[split.name])} of {len(split.images)} images of split {split.name!r} have changed: "
             + ", ".join(repr(split.images.ids[i]) for i in changed[split.name][:_SHOWN_IDS])

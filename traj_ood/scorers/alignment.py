@@ -1,4 +1,4 @@
-"""Does the field point where training images end?"""
+"""Whether the field points to where training images end."""
 
 from __future__ import annotations
 

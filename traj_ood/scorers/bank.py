@@ -1,4 +1,4 @@
-"""Scorers that look up nearest neighbours among points they have learnt."""
+"""Scorers that search for nearest neighbours among points learnt from training images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _S = TypeVar("_S", bound="SearchingScorer")
 
 
 class Index(Protocol):
-    """What a scorer asks of its index; :class:`traj_ood.NeighborIndex` is one."""
+    """What a scorer needs of an index; :class:`traj_ood.NeighborIndex` is one."""
 
     def __len__(self) -> int: ...
 

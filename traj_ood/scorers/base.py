@@ -72,7 +72,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one pass over B images leaves for the scorers.
+    """What one pass over B images collects for the scorers.
 
     Attributes:
         features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the views ``grid``,
@@ -98,7 +98,7 @@ class Evidence:
     labels: Tensor | None = None
 
     def kept(self) -> Evidence:
-        """What scorers learn from, on the CPU; trajectories are left out, as no scorer does."""
+        """The part that scorers learn from, on the CPU; trajectories are left out, since no scorer learns from them."""
         return Evidence.from_tensors(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class Evidence:
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, Tensor]) -> Evidence:
-        """Of what :meth:`tensors` names; other names are passed over."""
+        """The evidence in what :meth:`tensors` returned; other names are ignored."""
         parts: dict[str, dict[Any, Tensor]] = {"features": {}, "reconstruction": {}, "points": {}}
         for name, values in named.items():
             part, *key = name.split("/")
@@ -122,7 +122,7 @@ class Evidence:
 
     @classmethod
     def join(cls, batches: Sequence[Evidence]) -> Evidence:
-        """What scorers learn from, of several batches that were made alike."""
+        """The evidence of several batches, made in the same way, as one."""
         each = [batch.tensors() for batch in batches]
         return cls.from_tensors({name: torch.cat([named[name] for named in each]) for name in each[0]})
 
@@ -252,7 +252,7 @@ class Scorer(ABC):
 
 
 def spec_text(name: str, options: Mapping[str, Any]) -> str:
-    """A scorer with these options written out, as :func:`traj_ood.create_scorer` reads it."""
+    """The text from which :func:`traj_ood.create_scorer` makes a scorer with these options."""
     return ":".join([name, *(f"{key}={write_option(value)}" for key, value in options.items())])
 
 

@@ -15,7 +15,7 @@ _COLUMNS = 128  # of a triangular factor at a time: narrower blocks save nothing
 
 @dataclass(frozen=True)
 class Moments:
-    """Of N offsets x − μ in d dimensions.
+    """Moments of N offsets x − μ in d dimensions.
 
     Attributes:
         count: N.

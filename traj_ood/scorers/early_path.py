@@ -26,9 +26,8 @@ class EarlyPath(Scorer):
     Gaussian for each cell of the image, as in PaDiM (Defard et al. 2021), because what is usual differs from place to
     place.
 
-    The control ``shuffled`` loses nothing on a backbone (AUROC 96.5 for 96.3, results/backbone) and a tenth of a
-    percent on ``fashion`` (98.9 for 99.0, results/protocol): place and pull each count, what belongs together hardly
-    does.
+    The control ``shuffled`` loses next to nothing (results/backbone, results/protocol): place and pull each count,
+    their correspondence hardly does.
 
     Cost: as many evaluations of f as the last step, 1 by default.
 

@@ -1,4 +1,4 @@
-"""How far a sample and the vector field at it are from what training images show, and how unusual that distance is."""
+"""How far a sample and the vector field at it lie from those of training images, and how unusual that distance is."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ class Field(Scorer):
     outliers of ID validation images (blends, jigsaws, rotations, inversions, blurs, CutMix), see results/README.md.
 
     With fewer than about 20 training images b drowns a, because its mean over the images it was learnt from is then far
-    below that of new ones: ``early-path`` is the better choice there (tried while this was developed, not recorded; the
-    recorded counts begin at 50, results/ablations).
+    below that of new ones: ``early-path`` is the better choice there (docs/choices.md).
 
     Cost: one evaluation of f, and 16 · (2d)² numbers for latents of d dimensions a token.
 

@@ -1,4 +1,4 @@
-"""Parts of the training images that measure one another, as new images will be measured."""
+"""Parts of the training images, each measured by a fit to the others, as new images will be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scorers read of the beginning of a path, whether or not a sample settles within it."""
+"""Statistics of the beginning of a path, whether or not a sample settles within it."""
 
 from __future__ import annotations
 

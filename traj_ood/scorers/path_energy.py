@@ -1,4 +1,4 @@
-"""The energy that a sample spends on its way."""
+"""The energy of a sample's path."""
 
 from __future__ import annotations
 

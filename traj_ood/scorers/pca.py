@@ -1,4 +1,4 @@
-"""What principal components leave over: in feature space, and in that of a Gaussian kernel."""
+"""Residuals of principal component analysis: in feature space, and in that of a Gaussian kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Principal axes in float64, of more images than dimensions or fewer."""
+"""Principal axes in float64, for more images than dimensions or fewer."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ def _with_backbone(spec: str, autoencoder: Autoencoder) -> str:
 
 
 def default_suite(autoencoder: Autoencoder) -> list[str]:
-    """What registered scorers declare as their part of the suite ``all`` (:attr:`Scorer.suite`), as far as the model
-    has what they read.
+    """The scorers of the suite ``all``: those that registered scorers declare (:attr:`Scorer.suite`) and the model
+    provides the inputs of.
 
     A scorer that needs class labels (whether images have some, a model does not know) is to be asked for by name. So
     are the views of a latent of one token, which are all the same. Installed plugins declare their part, too.
@@ -145,7 +145,7 @@ def default_suite(autoencoder: Autoencoder) -> list[str]:
 
 
 def lacking(autoencoder: Autoencoder, needs: Needs) -> str | None:
-    """What a scorer reads that the model does not have, and what to do about it; None where nothing is lacking."""
+    """What a scorer reads that the model does not provide, and what to do about it; None where nothing is missing."""
     name = f"{autoencoder.name} ({autoencoder.family})"
     if (needs.logits or needs.head) and not autoencoder.classes:
         return (

@@ -1,4 +1,4 @@
-"""Residual: what the principal space of the training features leaves of a feature (Wang et al. 2022)."""
+"""Residual: the part of a feature outside the principal space of the training features (Wang et al. 2022)."""
 
 from __future__ import annotations
 

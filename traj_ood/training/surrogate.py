@@ -45,13 +45,11 @@ class SurrogateRecipe:
             gradient's norm; biases do not decay. The rate follows a cosine after ``warmup``, a share of ``steps``.
         input_noise: deviation of the Gaussian noise added to the standardised features; it is what makes f contract.
             None (default) is 0.055·√n of n features, at least 0.7: along the few directions in which features vary, the
-            variance grows with n, and noise that is small beside it leaves f close to the identity. At 0.7, 74 % of the
-            trajectories of a mixture in 512 dimensions settled, at 1.24 93 %. More merges attractors: a classifier of 8
-            classes has 14 at 0.8 and 11 at 0.88.
-            (Tried while the default was chosen, not recorded; so are the figures below.)
+            variance grows with n, and noise that is small beside it leaves f close to the identity. More noise merges
+            attractors. Figures of this choice and of the next two: docs/choices.md.
         latent_noise: likewise on z, where ‖z‖² = k. Default 0: it helped one feature set and hurt another.
-        jacobian: weight of ‖∂f/∂z · v‖² / ‖v‖² at a random direction v. Default 0: it speeds f up by merging attractors
-            (at 0.1 from 9 to 7), in the end into one.
+        jacobian: weight of ‖∂f/∂z · v‖² / ‖v‖² at a random direction v. Default 0: it speeds f up by merging
+            attractors, in the end into one.
         val_fraction: share of the features held out, drawn by the seed; 5,000 features at most.
         hidden, bottleneck, activation, latent_norm: of :class:`SurrogateNetwork`; None takes its defaults.
     """
