@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= logical
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-slow lint install install-dev results clean
+.PHONY: demo test test-all test-slow lint install install-dev results benchmarks clean
 
 demo: install
 	$(BIN)/traj-ood bench fashion --quick --out demo
@@ -51,6 +51,10 @@ $(VENV)/.installed-dev: pyproject.toml
 results: install
 	for seed in 0 1 2; do $(BIN)/traj-ood bench fashion --seed $$seed --out results/paper --quiet --no-plots || exit 1; done
 	$(BIN)/traj-ood leaderboard results/paper --csv results/paper/leaderboard.csv --readme README.md
+
+# Every figure of README's section Speed beside the recorded one, on an idle machine; fails on a loss of more than 15 %.
+benchmarks: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
 
 clean:
 	rm -rf $(VENV) demo runs build *.egg-info

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rates import product_rate
 from torch import Tensor, nn
 
 from traj_ood.autoencoders import SurrogateAutoencoder
@@ -95,7 +96,12 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = replace(SurrogateRecipe(), steps=arguments.steps)
     model, measured = training(features(arguments.count, arguments.width), recipe)
+    steps = f"{arguments.steps} steps of training over a product of their size"
+    rate, batch = product_rate(min(arguments.width, 1024)), min(recipe.batch_size, arguments.count)
+    # Forward and twice backward, two operations for each weight and image.
+    ideal = 6 * measured["parameters"] * batch * measured["steps"] / rate
     record = {
+        "ratios": {f"surrogate: {steps}": measured["seconds"] / ideal},
         "count": arguments.count,
         "width": arguments.width,
         "training": measured,
