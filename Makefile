@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= logical
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-slow lint install install-dev results benchmarks clean
+.PHONY: demo test test-all test-slow lint docs install install-dev results benchmarks clean
 
 demo: install
 	$(BIN)/traj-ood bench fashion --quick --out demo
@@ -47,14 +47,19 @@ $(VENV)/.installed-dev: pyproject.toml
 	$(PIP) install --progress-bar off -e '.[$(FAISS),dev]'
 	@touch $@ $(VENV)/.installed
 
+# The documentation as a site in site/, without a network.
+docs: install-dev
+	$(PIP) install --progress-bar off -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 # The recorded protocol of results/: 2,000 attractors, whole test splits, three seeds of the attractor sample.
 results: install
 	for seed in 0 1 2; do $(BIN)/traj-ood bench fashion --seed $$seed --out results/paper --quiet --no-plots || exit 1; done
-	$(BIN)/traj-ood leaderboard results/paper --csv results/paper/leaderboard.csv --readme README.md
+	$(BIN)/traj-ood leaderboard results/paper --csv results/paper/leaderboard.csv --readme docs/results.md
 
-# Every figure of README's section Speed beside the recorded one, on an idle machine; fails on a loss of more than 15 %.
+# Every figure of docs/performance.md beside the recorded one, on an idle machine; fails on a loss of more than 15 %.
 benchmarks: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf $(VENV) demo runs build *.egg-info
+	rm -rf $(VENV) demo runs build site *.egg-info

@@ -12,22 +12,24 @@ import yaml
 from traj_ood.data.fashion_mnist import find_fashion_mnist
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+def _blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_the_python_example_runs():
+@pytest.mark.parametrize(("page", "words"), [(README, "called OOD: "), (DOCS / "quickstart.md", "converged=")])
+def test_the_python_example_runs(page, words):
     if find_fashion_mnist() is None:
         pytest.skip("needs Fashion-MNIST on this machine (run `make demo` once, or set TRAJ_OOD_DATA)")
-    (example,) = _blocks("python")
+    (example,) = _blocks("python", page)
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
     done = subprocess.run(
         [sys.executable, "-c", example], capture_output=True, text=True, check=False, timeout=tiny.PATIENCE
     )
     assert done.returncode == 0, done.stderr
-    assert "converged=" in done.stdout
+    assert words in done.stdout
     assert {"test", "sandal", "noise"} <= {line.split()[0] for line in done.stdout.splitlines()}
 
 
@@ -36,7 +38,7 @@ def test_the_yaml_example_is_a_benchmark_once_its_folders_exist(tmp_path):
 
     from traj_ood.data import load_benchmark
 
-    (example,) = _blocks("yaml")
+    (example,) = _blocks("yaml", DOCS / "guides" / "own-images.md")
     tree = yaml.safe_load(example)
     folders = [tree["train"], tree["val"], "cats/listed", *tree["near"].values(), *tree["far"].values()]
     for shade, folder in enumerate(folders):
@@ -51,7 +53,7 @@ def test_the_yaml_example_is_a_benchmark_once_its_folders_exist(tmp_path):
     assert all(len(s.images) == 2 for s in benchmark.splits())
 
 
-def test_readme_help_and_docstring_promise_the_same_of_a_score():
+def test_page_help_and_docstring_promise_the_same_of_a_score():
     from traj_ood import Detector
     from traj_ood.cli.bench import bench
     from traj_ood.cli.detect import score
@@ -60,7 +62,7 @@ def test_readme_help_and_docstring_promise_the_same_of_a_score():
         words = " ".join((text or "").split())
         return re.findall(r"An image has the same score .*? by several times its own size\.", words)
 
-    (expected,) = promise(README.read_text(encoding="utf-8"))
+    (expected,) = promise((DOCS / "reliability.md").read_text(encoding="utf-8"))
     assert "1e-9 relative" in expected
     for text in (bench.help, score.help, Detector.__doc__):
         assert promise(text) == [expected]
