@@ -30,8 +30,11 @@ _LINKED = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Every scorer in the navigation."""
+    """Every scorer in the navigation, and every guide that it does not name itself."""
     assert config.nav is not None
+    guides: list[str] = next(entry["Guides"] for entry in config.nav if isinstance(entry, dict) and "Guides" in entry)
+    found = (path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs" / "guides").glob("*.md"))
+    guides += sorted(set(found) - set(guides))
     _replace(config.nav, "scorers/", ["scorers/index.md", *(f"scorers/{name}.md" for name in sorted(SCORERS))])
     return config
 
