@@ -355,7 +355,7 @@ def refuse_to_read(patch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Any:
         raise AssertionError("extracted again")
 
-    patch.setattr(feature_cache, "read_rows", refuse)
+    patch.setattr(feature_cache, "read_parts", refuse)
 
 
 def test_a_finished_surrogate_is_loaded(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

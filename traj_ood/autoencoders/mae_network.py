@@ -59,12 +59,12 @@ class MAENetwork(nn.Module):
         config: of ``config.json``, :func:`is_plain`.
 
     Attributes:
-        config: all entries, those of the file and the defaults of what it leaves out.
+        config: all entries, those of the file and the defaults of what it leaves out. given: those of the file.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = {**DEFAULTS, **config}
+        self.given, self.config = dict(config), {**DEFAULTS, **config}
         self.vit, self.decoder = _Encoder(self.config), _Decoder(self.config)
 
     def encode(self, images: Tensor, order: Tensor | None = None, visible: int | None = None) -> Tensor:

@@ -161,8 +161,11 @@ class ViTMAE(Autoencoder):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json, readable by transformers too."""
-        config: Any = self.module.config
-        text = config.to_json_string() if not isinstance(config, dict) else json.dumps(config, indent=2) + "\n"
+        network: Any = self.module
+        if isinstance(network, MAENetwork):
+            text = json.dumps(network.given, indent=2, sort_keys=True) + "\n"  # as transformers writes it
+        else:
+            text = network.config.to_json_string()
         write_atomic(folder / "config.json", text.encode())
         assert self.preprocessing is not None  # made with the model
         stored = to_processor(self.preprocessing)

@@ -59,6 +59,8 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         classes: c, number of logits; 0 without a classifier.
         load_options: options of :func:`traj_ood.backbones.load_backbone` that go with ``spec``, JSON-able.
         chunk, ladder: rows per call of the network (see :class:`traj_ood.Autoencoder`).
+        channels_last: whether the network gets images whose channels come last in memory, which many convolutions take
+            faster and round otherwise. Default false; see :func:`traj_ood.backbones.tuning.tuned`.
     """
 
     library: ClassVar[str] = "custom"
@@ -73,6 +75,7 @@ class Backbone(FixedFunction, Preprocessed, ABC):
     classes: int = 0
     load_options: Mapping[str, Any] = MappingProxyType({})
     chunk: int = ROWS
+    channels_last: bool = False
 
     @abstractmethod
     def forward_batch(self, images: Tensor) -> Features:
@@ -119,6 +122,8 @@ class Backbone(FixedFunction, Preprocessed, ABC):
 
     def _joint(self, images: Tensor) -> Tensor:
         """(chunk, n + c): one tensor, because chunks are put together row by row."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         answer = self.forward_batch(images)
         got = (tuple(answer.features.shape), tuple(answer.logits.shape) if answer.logits is not None else None)
         rows = len(images)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from traj_ood.backbones import Backbone, Features
 from traj_ood.data import ImageSource
-from traj_ood.data.batches import OnError, read_rows
+from traj_ood.data.batches import OnError, read_parts
 from traj_ood.data.images import check_unchanged
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
 from traj_ood.errors import TrajOODError
@@ -29,10 +29,11 @@ IDENTITY = "cache.json"
 class FeatureCache:
     """``folder/<backbone>-<images>/``: cache.json, which says whose features these are, and one file per block.
 
-    The key is the backbone's fingerprint (weights, options), what its transform does, and the digest of the images'
-    contents, and all of them stand in cache.json in full. A block that other code of this package has written counts as
-    absent. Blocks are the same whatever the caller's batches, and a row of features never depends on its batch; so two
-    processes that fill one cache write the same bytes, and each block is whole or absent.
+    The key is the backbone's fingerprint (weights, options), what its transform does, how it is called (rows, order in
+    memory) and the digest of the images' contents, and all of them stand in cache.json in full. A block that other code
+    of this package has written counts as absent. Blocks are the same whatever the caller's batches, and a row of
+    features never depends on its batch; so two processes that fill one cache write the same bytes, and each block is
+    whole or absent.
 
     Args:
         folder: made when the first block is written.
@@ -118,8 +119,10 @@ class _Blocks:
             "images": images.digest(),
             "count": len(images),
             "block": BLOCK,
+            "calls": f"{backbone.chunk}{' channels-last' * backbone.channels_last}",  # the rounding follows them
         }
-        self._group = "-".join(identity[name][:16] for name in ("fingerprint", "images", "transform"))
+        names = [identity[name][:16] for name in ("fingerprint", "images", "transform")]
+        self._group = "-".join([*names, identity["calls"].replace(" ", "-")])
         self._claim(as_json(identity), backbone_answers(backbone))
 
     def _claim(self, mine: dict[str, Any], said: list[float | None] | None) -> None:
@@ -157,9 +160,9 @@ class _Blocks:
         ids: list[str] = []
         failures: Failures = []
         columns: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for start in range(indices.start, indices.stop, _READ_IMAGES):
-            rows = range(start, min(start + _READ_IMAGES, indices.stop))
-            batch = read_rows(self.backbone, self.images, rows, workers, on_error)
+        starts = range(indices.start, indices.stop, _READ_IMAGES)
+        parts = [range(start, min(start + _READ_IMAGES, indices.stop)) for start in starts]
+        for batch in read_parts(self.backbone, self.images, parts, workers, on_error):
             ids += batch.ids
             failures += batch.failures
             if batch.ids:

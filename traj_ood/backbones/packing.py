@@ -23,12 +23,18 @@ def pack_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
     That takes the memory of a second copy for a moment.
 
     Returns:
-        A JSON-able description: ``library``, ``name``, ``options``, ``fingerprint``, ``chunk``, ``recipe``.
+        A JSON-able description: ``library``, ``name``, ``options``, ``fingerprint``, ``chunk``, ``channels_last``,
+        ``recipe``.
     Raises:
         TrajOODError: the folder cannot be written; or the network that is rebuilt from it has another fingerprint or
             gives other features.
     """
-    described = {"library": backbone.library, **describe(backbone), "recipe": as_json(backbone.pack(folder))}
+    described = {
+        "library": backbone.library,
+        **describe(backbone),
+        "channels_last": backbone.channels_last,
+        "recipe": as_json(backbone.pack(folder)),
+    }
     try:
         if _same_answers(backbone, unpack_backbone(described, folder)):
             return described
@@ -43,7 +49,9 @@ def pack_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
 
 def unpack_backbone(described: Mapping[str, Any], folder: Path) -> Backbone:
     """The backbone that :func:`pack_backbone` described; raises as :func:`rebuild`."""
-    return rebuild(LIBRARIES, described, "library", folder)
+    made = rebuild(LIBRARIES, described, "library", folder)
+    made.channels_last = described.get("channels_last") is True  # which older versions did not write
+    return made
 
 
 def describe(model: Any) -> dict[str, Any]:

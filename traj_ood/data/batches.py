@@ -143,7 +143,14 @@ def read_rows(
     model: TakesPictures, images: ImageSource, rows: range, workers: int = 2, on_error: OnError = "raise"
 ) -> Batch:
     """The images ``rows`` of a source as one batch; see :func:`batches`."""
-    return next(_read(model, images, [rows], workers, on_error, AS_STORED))
+    return next(read_parts(model, images, [rows], workers, on_error))
+
+
+def read_parts(
+    model: TakesPictures, images: ImageSource, parts: list[range], workers: int = 2, on_error: OnError = "raise"
+) -> Iterator[Batch]:
+    """:func:`read_rows` of each part, one ahead of the caller."""
+    return _read(model, images, parts, workers, on_error, AS_STORED)
 
 
 def _default_size(autoencoder: TakesPictures) -> int:

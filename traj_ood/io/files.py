@@ -29,11 +29,12 @@ def cache_folder() -> Path:
         ) from error
 
 
-def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object], *, replace: bool = True) -> None:
     """Write ``content`` (bytes, or a callable given an open binary file) so that ``path`` is whole or unchanged.
 
     The bytes go to a hidden file in the same folder (a rename across file systems is not atomic), reach the disk, and
     take the place of ``path`` in one step. Missing folders are made. On any failure the hidden file is removed.
+    Without ``replace`` a file that is there by then stays, and of several processes the first one's does.
 
     Raises ``TrajOODError`` naming the folder when it cannot be written (no permission, disk full), and for a ``path``
     that is there and no regular file: a rename would replace a device by a file. Any error of the callable other than
@@ -55,7 +56,11 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
                     file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from traj_ood.autoencoders.surrogate import SurrogateAutoencoder
 from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.backbones.feature_cache import BLOCK, FeatureCache, backbone_answers
+from traj_ood.backbones.tuning import tuned
 from traj_ood.data import Benchmark, ImageSource, preflight
 from traj_ood.data.batches import OnError, parts_of
 from traj_ood.data.benchmark import sample_indices
@@ -84,6 +85,7 @@ def surrogate_for(
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
     if device is not None:
         backbone.to(device)
+    backbone = tuned(backbone, root)
     images = benchmark.train.images
     check_count(backbone, len(images))
     if len(images) > limit:
