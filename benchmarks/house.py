@@ -14,6 +14,7 @@ PACKAGE = ROOT / "traj_ood"
 PICTURE = ROOT / "docs" / "house.svg"
 ABOUT = {
     "cli": "parse, call, print",
+    "distributed": "rows over a cluster",
     "serve": "a detector behind HTTP",
     "openood": "bridge",
     "export": "ONNX, torch.export",

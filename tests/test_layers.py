@@ -57,7 +57,7 @@ HEAVY = {
     "accelerate": {"evaluation/parallel.py"},
     "onnxruntime": {"export/formats.py"},
     "prometheus_client": {"monitor/metrics.py", "serve/"},
-    "pyarrow": {"data/records.py", "monitor/rows.py", "stream/"},
+    "pyarrow": {"data/records.py", "monitor/rows.py", "stream/", "distributed/"},
     "click": {"cli/"},
     "fastapi": {"serve/"},
     "starlette": {"serve/"},

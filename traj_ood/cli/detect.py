@@ -209,6 +209,13 @@ class _TrainingSplit:
 )
 @click.option("--resume", is_flag=True, help="Continue what an interrupted run left beside --out, if anything.")
 @click.option("--overwrite", is_flag=True, help="Start again, and replace --out in the end.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: over the cluster that RAY_ADDRESS names, or this machine; --out is a folder of Parquet files.",
+)
 @quote_formulas_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
@@ -235,6 +242,9 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     size.
     """
     _check_sources(sources, options)
+    if options["engine"] == "ray":
+        score_on_ray(detector, sources, options)
+        return
     try:
         tally = _score(detector, sources, options)
     except KeyboardInterrupt:
@@ -288,6 +298,35 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
     if not options["quiet"]:
         note(_summary(tally, earlier, time.perf_counter() - began, out))
     return tally
+
+
+def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any]) -> None:
+    """The rows of ``--engine ray``, into a folder.
+
+    Raises:
+        TrajOODError: options that belong to the other engine, or as :func:`traj_ood.distributed.score_to`.
+    """
+    from traj_ood.distributed import read_rows_of, score_to
+    from traj_ood.distributed.engine import Workers, split_sources
+
+    out = options["out"]
+    if out is None or options["format"] not in (None, "parquet") or options["overwrite"]:
+        raise TrajOODError("--engine ray: expected --out with a new folder, or --resume, for Parquet files")
+    records, files = split_sources(sources)
+    if records and (files or options["list_path"]):
+        raise TrajOODError("--engine ray: expected sources of records or of files, got both: score them one by one")
+    given: Any = records or _entries(tuple(files), options, {})
+    workers = Workers(threads=options["threads"] or 1, batch=options["batch_size"])
+    read = None
+    if options["exif"] is not None or options["bit_depth"]:
+        read = reading_of(bool(options["exif"]), options["bit_depth"]).options()
+    score_to(out, given, detector, resume=options["resume"], workers=workers, opening=opening_of(options), reading=read)
+    rows = read_rows_of(out)
+    failed = int((rows["status"] == "error").sum())
+    if not options["quiet"]:
+        note(f"{len(rows):,} rows in {out}, {failed:,} of images that failed")
+    if failed:
+        sys.exit(_FAILED)
 
 
 def _reading(own: Reading, options: dict[str, Any]) -> Reading:

@@ -1,7 +1,7 @@
 """Images without end: paths in, one row per image out, in order and in bounded memory."""
 
 from traj_ood.stream.paths import Entry, read_list, read_paths, walk
-from traj_ood.stream.rows import COLUMNS, Row, Tally, default_batch_size, score_rows
+from traj_ood.stream.rows import COLUMNS, Row, Tally, default_batch_size, judge_entries, score_rows
 from traj_ood.stream.run import write_scores
 from traj_ood.stream.tables import FORMATS, Table, open_table
 
@@ -13,6 +13,7 @@ __all__ = [
     "Table",
     "Tally",
     "default_batch_size",
+    "judge_entries",
     "open_table",
     "read_list",
     "read_paths",

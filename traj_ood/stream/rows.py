@@ -152,6 +152,16 @@ def score_rows(
         yield rows
 
 
+def judge_entries(detector: Detector, entries: Iterable[Entry]) -> list[Row]:
+    """One row per entry, in order, of one batch that is read and judged here, as :func:`score_rows` does it.
+
+    Raises:
+        TrajOODError: too little memory.
+    """
+    transform, reading = detector.autoencoder.transform, detector.reading
+    return _judge(detector, [(entry, _load(entry, transform, reading)) for entry in entries])
+
+
 def _load(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> _Loaded:
     if entry.error:
         return _Loaded(_line(entry.error, entry.path))

@@ -1,0 +1,131 @@
+"""Over Ray: the rows of one process, whatever dies on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+from traj_ood import Detector, Normalised
+from traj_ood.distributed.actor import KEY, ScoreActor
+from traj_ood.distributed.output import read_rows_of, written_keys
+from traj_ood.errors import TrajOODError
+from traj_ood.stream import COLUMNS, Row, judge_entries, walk
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector and 60 images, one of them broken."""
+    place = tmp_path_factory.mktemp("place")
+    model = tiny.conv()
+    made = Detector.fit(model, Normalised(tiny.images(30, model.input_shape)), "field")
+    made.calibrate(Normalised(tiny.images(40, model.input_shape, seed=9))).save(place / "d")
+    tiny.write_images(place / "photos", 60, seed=1)
+    (place / "photos" / "031.png").write_bytes(b"")
+    return place
+
+
+def expected(place: Path) -> list[Row]:
+    detector = Detector.load(place / "d", device="cpu")
+    return judge_entries(detector, walk(str(place / "photos")))
+
+
+def assert_same(found: Any, rows: list[Row], names: tuple[str, ...] = COLUMNS) -> None:
+    assert found[KEY].tolist() == list(range(len(rows)))
+    for name in names:
+        told = [None if pd.isna(value) else value for value in found[name].tolist()]
+        own = [getattr(row, name) for row in rows]
+        if name == "score":
+            own = [value if value is None else pytest.approx(value, rel=1e-9) for value in own]
+        assert told == own, name
+
+
+def test_an_actor_makes_the_rows_of_one_process(place: Path) -> None:
+    """What runs on the cluster, without the cluster."""
+    entries = list(walk(str(place / "photos")))
+    actor = ScoreActor(str(place / "d"), "cpu", 1)
+    paths = np.array([entry.path for entry in entries], dtype=object)
+    by_path = actor({"path": paths[:25], KEY: np.arange(25)})
+    contents = np.array([Path(path).read_bytes() for path in paths[25:]], dtype=object)
+    by_content = actor({"path": paths[25:], "content": contents, KEY: np.arange(25, 60)})
+    parts = [{k: list(v) if k == KEY else v.to_pylist() for k, v in part.items()} for part in (by_path, by_content)]
+    whole = pd.concat([pd.DataFrame(part) for part in parts], ignore_index=True)
+    rows = expected(place)
+    assert_same(whole, rows, ("path", "score", "p_value", "decision", "steps", "status"))  # texts name what was read
+    assert whole["reason"][31].startswith("invalid: ")
+
+
+def test_unfinished_files_are_removed_or_refused(tmp_path: Path) -> None:
+    pd.DataFrame({KEY: [3, 1], "path": ["c", "a"]}).to_parquet(tmp_path / "0.parquet")
+    pd.DataFrame({KEY: [1, 2], "path": ["a", "b"]}).to_parquet(tmp_path / "1.parquet")
+    assert read_rows_of(tmp_path)["path"].tolist() == ["a", "b", "c"]
+    (tmp_path / "2.parquet").write_bytes(b"PAR1")
+    with pytest.raises(TrajOODError, match=r"2\.parquet: cannot be read as rows"):
+        written_keys(tmp_path)
+    assert written_keys(tmp_path, remove_broken=True).tolist() == [1, 2, 3]
+    assert not (tmp_path / "2.parquet").exists()
+
+
+# ---------------------------------------------------------------------- on a cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes on this machine, each with processes of its own, which end with the test."""
+    ray = pytest.importorskip("ray", reason="needs traj_ood[ray]")
+    from ray.cluster_utils import Cluster
+
+    room = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    nodes = Cluster(initialize_head=True, head_node_args={**room, "include_dashboard": False})
+    try:
+        nodes.add_node(**room)
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        yield ray
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_nothing_and_a_run_is_resumed(place: Path, cluster: Any, tmp_path: Path) -> None:
+    from traj_ood.distributed import score_to
+    from traj_ood.distributed.engine import Workers
+
+    assert len(cluster.nodes()) == 2
+    rows = expected(place)
+    killed: list[int] = []
+
+    def kill() -> None:
+        """The first actor that has come up, by its process."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed:
+            actors = [a for a in cluster._private.state.actors().values() if a["State"] == "ALIVE" and a["Pid"]]
+            for actor in [a for a in actors if "MapWorker" in a["ActorClassName"]][:1]:
+                os.kill(actor["Pid"], signal.SIGKILL)
+                killed.append(actor["Pid"])
+            time.sleep(0.2)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    count = score_to(tmp_path / "rows", walk(str(place / "photos")), place / "d", workers=Workers(count=2, batch=8))
+    killer.join()
+    assert count == 60
+    assert_same(read_rows_of(tmp_path / "rows"), rows)
+    assert killed
+
+    files = sorted((tmp_path / "rows").glob("*.parquet"))
+    files[0].write_bytes(b"PAR1")  # as a killed writer leaves it
+    entries = list(walk(str(place / "photos")))
+    assert score_to(tmp_path / "rows", entries, place / "d", resume=True, workers=Workers(count=1)) == 60
+    assert_same(read_rows_of(tmp_path / "rows"), rows)
+    with pytest.raises(TrajOODError, match="expected an empty folder"):
+        score_to(tmp_path / "rows", entries, place / "d")

@@ -1,0 +1,50 @@
+"""The folder that a cluster writes rows into: Parquet files, whole or not there, with a key in every row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traj_ood.distributed.actor import KEY
+from traj_ood.errors import TrajOODError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def written_keys(folder: Path, *, remove_broken: bool = False) -> Any:
+    """(n,) sorted int64 keys of the rows in ``folder``.
+
+    Args:
+        remove_broken: delete files that a killed writer has left unfinished. Default: they are an error.
+    Raises:
+        TrajOODError: a file that cannot be read as rows.
+    """
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    keys = [np.empty(0, dtype=np.int64)]
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            keys.append(pq.read_table(path, columns=[KEY])[KEY].to_numpy())
+        except Exception as error:  # a file without its end, or none of ours
+            if not remove_broken:
+                raise TrajOODError(f"{path}: cannot be read as rows ({error}): continue with --resume") from error
+            path.unlink()
+    return np.unique(np.concatenate(keys))
+
+
+def read_rows_of(folder: str | Path) -> pd.DataFrame:
+    """All rows of a folder in the input's order; one for each image, also where a lost worker's were made twice.
+
+    Raises:
+        TrajOODError: no rows there, or an unfinished file.
+    """
+    import pandas as pd
+
+    written_keys(Path(folder))
+    files = sorted(Path(folder).glob("*.parquet"))
+    if not files:
+        raise TrajOODError(f"{folder}: expected rows of traj-ood score --engine ray, found none")
+    rows = pd.concat([pd.read_parquet(path) for path in files], ignore_index=True)
+    return rows.drop_duplicates(KEY).sort_values(KEY, ignore_index=True)
