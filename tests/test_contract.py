@@ -129,7 +129,10 @@ def probe_images() -> Normalised:
 
 
 def train_labels() -> Tensor:
-    return model("classifier").examine(train_images().images).logits.argmax(dim=1)  # type: ignore[union-attr]
+    """Two images of each class at least, and the classifier right on most."""
+    found = model("classifier").examine(train_images().images).logits.argmax(dim=1)  # type: ignore[union-attr]
+    found[:6] = torch.arange(6) % 3
+    return found
 
 
 def reads_classifier(spec: str) -> bool:
@@ -356,7 +359,7 @@ def test_cost_is_a_number_of_evaluations(family: str, spec: str) -> None:
     steps = scored(family).evidence.path().steps.double()
     cost = scorer_of(family, spec).f_evaluations(scored(family).evidence)
     needs = create_scorer(spec).needs()
-    assert 0 <= cost <= float(steps.max())
+    assert 0 <= cost <= float(steps.max()) + 2 * needs.divergence
     assert (cost > 0) is (needs.steps > 0)
 
 
@@ -383,9 +386,10 @@ SUITE = """
     early-trajectory, early-trajectory:whiten=true, early-trajectory:reference=features,
     early-trajectory:reference=centroids, signature, entry-path, entry-path:parts=step,
     entry-path:parts=step+attractors+static:read=density, alignment, contraction-rate, contraction-rate:two_sided=true,
-    path-energy, path-energy:two_sided=true, start-distance, end-distance, first-residual, steps, mahalanobis,
-    mahalanobis:normalize=true, ssd, knn, knn-auto, knn-paper, gmm, pca-residual, pca-residual:normalize=true,
-    kernel-pca, isolation-forest, lid, feature-norm, feature-norm:two_sided=true, reconstruction
+    path-energy, path-energy:two_sided=true, msma, diffpath, scoped, start-distance, end-distance, first-residual,
+    steps, mahalanobis, mahalanobis:normalize=true, ssd, knn, knn-auto, knn-paper, gmm, pca-residual,
+    pca-residual:normalize=true, kernel-pca, isolation-forest, lid, feature-norm,
+    feature-norm:two_sided=true, reconstruction
 """
 VIEWS_OF_SEVERAL_TOKENS = """
     trajectory:view=mean, trajectory:view=cls, start-distance:view=mean, knn:view=cls, knn:view=tokens,

@@ -30,7 +30,7 @@ from traj_ood.export import (
 from traj_ood.scorers import default_suite
 from traj_ood.scorers.scorer_set import ScorerSet
 
-REFUSED = {"isolation-forest", "steps", "reconstruction:masked=true"}
+REFUSED = {"isolation-forest", "steps", "scoped", "reconstruction:masked=true"}
 
 
 def surrogate(seed: int = 0) -> SurrogateAutoencoder:

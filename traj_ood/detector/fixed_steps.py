@@ -39,6 +39,8 @@ def check_exportable(scorer: Scorer) -> None:
         reason = "it counts the steps until a sample settles, and a graph of fixed length always takes as many"
     elif isinstance(scorer, Reconstruction) and scorer.masked:
         reason = "it encodes each image four times under masks of its own; reconstruction without masked can be"
+    elif scorer.needs().divergence:
+        reason = "it evaluates f beside the path, which the graph does not hold"
     if reason:
         raise TrajOODError(f"export: scorer {scorer.label} cannot be exported: {reason}")
 

@@ -22,6 +22,10 @@ _AGREEMENT = 0.2
 """Forward mode and central differences may differ by this share. It only has to find tangents that got lost (a
 ``detach`` or ``no_grad`` inside a user's f), which would pass for stability."""
 
+_PROBE = 1e-2
+"""Step of a divergence's probe, relative to ‖z‖. Larger than that of a product: one difference has no second chance,
+and in float32 its rounding is the noise of the trace."""
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -137,3 +141,23 @@ def _slopes(table: Tensor) -> Tensor:
     steps = torch.arange(len(table), dtype=table.dtype)
     centred = steps - steps.mean()
     return centred @ table / centred.square().sum()
+
+
+def divergence_at(self_map: SelfMap, points: Tensor, chunk: int, seed: int = 0) -> Tensor:
+    """(B,) float64 estimate of tr(∂f/∂z) − dim at points (B, *L): the divergence of the field f(z) − z.
+
+    One Hutchinson probe ε of random signs, the same for every point, and a central difference along it: εᵀ Jε has the
+    trace as its mean over ε, and no estimate of one point depends on another.
+
+    Args:
+        self_map: f on chunks of rows. chunk: rows per call. seed: of ε.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    probe = (2.0 * torch.randint(0, 2, points.shape[1:], generator=draws) - 1).to(points)
+    size = probe.numel()
+    step = _PROBE * points.flatten(1).norm(dim=1) / size**0.5
+    step = torch.where(step > 0, step, _PROBE).view(-1, *[1] * (points.ndim - 1))
+    with fixed_around(self_map), torch.inference_mode():
+        ahead, behind = (apply_in_chunks(self_map, points + sign * step * probe, chunk, "f") for sign in (1, -1))
+    along = ((ahead - behind).cpu().double() * probe.cpu().double()).flatten(1).sum(dim=1)
+    return along / (2 * step.cpu().double().flatten()) - size

@@ -16,6 +16,7 @@ from traj_ood.scorers.controls import EndDistance as EndDistance
 from traj_ood.scorers.controls import FirstResidual as FirstResidual
 from traj_ood.scorers.controls import StartDistance as StartDistance
 from traj_ood.scorers.controls import Steps as Steps
+from traj_ood.scorers.diffpath import DiffPath as DiffPath
 from traj_ood.scorers.early_path import EarlyPath as EarlyPath
 from traj_ood.scorers.early_trajectory import EarlyTrajectory as EarlyTrajectory
 from traj_ood.scorers.entry_path import EntryPath as EntryPath
@@ -33,6 +34,7 @@ from traj_ood.scorers.logits import Energy as Energy
 from traj_ood.scorers.logits import MaxLogit as MaxLogit
 from traj_ood.scorers.logits import MaxSoftmax as MaxSoftmax
 from traj_ood.scorers.mahalanobis import Mahalanobis as Mahalanobis
+from traj_ood.scorers.msma import MSMA as MSMA
 from traj_ood.scorers.nci import NCI as NCI
 from traj_ood.scorers.nnguide import NNGuide as NNGuide
 from traj_ood.scorers.patchcore import PatchCore as PatchCore
@@ -49,6 +51,7 @@ from traj_ood.scorers.registry import register as register
 from traj_ood.scorers.residual import Residual as Residual
 from traj_ood.scorers.rmds import RMDS as RMDS
 from traj_ood.scorers.scale import SCALE as SCALE
+from traj_ood.scorers.scoped import SCOPED as SCOPED
 from traj_ood.scorers.she import SHE as SHE
 from traj_ood.scorers.signature import Signature as Signature
 from traj_ood.scorers.ssd import SSD as SSD

@@ -42,6 +42,7 @@ class Needs:
         logits: the classifier's logits.
         head: the classifier's weight and bias, while fitting.
         labels: the training images' class labels, while fitting.
+        divergence: of the field f(z) − z at z0; two evaluations of f beside the path.
     """
 
     features: frozenset[FeatureView] = frozenset()
@@ -54,6 +55,7 @@ class Needs:
     logits: bool = False
     head: bool = False
     labels: bool = False
+    divergence: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -67,6 +69,7 @@ class Needs:
             self.logits or other.logits,
             self.head or other.head,
             self.labels or other.labels,
+            self.divergence or other.divergence,
         )
 
 
@@ -85,6 +88,8 @@ class Evidence:
         logits: (B, classes) float32 of the classifier.
         head: weight (classes, n) and bias (classes,) of the classifier; while fitting only.
         labels: (B,) int64 class labels 0 … C−1; while fitting only.
+        divergence: (B,) float64 estimate of the trace of the Jacobian of f(z) − z at z0: one Hutchinson probe ε of
+            signs, the same for all images, εᵀ (f(z0 + hε) − f(z0 − hε)) / 2h less the number of coordinates.
     """
 
     features: Mapping[FeatureView, Tensor] = field(default_factory=dict)
@@ -96,6 +101,7 @@ class Evidence:
     logits: Tensor | None = None
     head: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None
+    divergence: Tensor | None = None
 
     def kept(self) -> Evidence:
         """The part that scorers learn from, on the CPU; trajectories are left out, since no scorer learns from them."""
@@ -107,6 +113,7 @@ class Evidence:
         named |= {f"reconstruction/{kind}": values for kind, values in self.reconstruction.items()}
         named |= {f"points/{view}/{t}": values for (view, t), values in self.points.items()}
         named |= {"logits": self.logits} if self.logits is not None else {}
+        named |= {"divergence": self.divergence} if self.divergence is not None else {}
         return {name: values.cpu() for name, values in named.items()}
 
     @classmethod
@@ -118,7 +125,9 @@ class Evidence:
             if part in parts:
                 parts[part][(key[0], int(key[1])) if part == "points" else key[0]] = values
         features, reconstruction, points = parts.values()
-        return cls(features, reconstruction, points=points, logits=named.get("logits"))
+        return cls(
+            features, reconstruction, points=points, logits=named.get("logits"), divergence=named.get("divergence")
+        )
 
     @classmethod
     def join(cls, batches: Sequence[Evidence]) -> Evidence:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer
 from traj_ood.scorers.covariance import ledoit_wolf, moments, whitening
+from traj_ood.scorers.mixture import learn_mixture, mixture_energies
 from traj_ood.scorers.principal import check_share, principal_axes
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -50,8 +50,6 @@ class GMM(FeatureScorer):
         check_share(self.name, self.share)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        from sklearn.mixture import GaussianMixture
-
         features = self.features(train).cpu()
         found = principal_axes(self.label, features, self.share)
         if not len(found.variances):
@@ -64,16 +62,9 @@ class GMM(FeatureScorer):
             "variances": (covariance @ found.axes * found.axes).sum(dim=0),
             "whitening": whitening(covariance),
         }
-        inside = in_rows(lambda part: _split(state, part)[0], features).numpy()
+        inside = in_rows(lambda part: _split(state, part)[0], features)
         floor = 1e-6 * float(found.variances.mean())  # scikit-learn's regularisation, in units of the features
-        mixtures = [
-            GaussianMixture(k, covariance_type="full", reg_covar=floor, random_state=self.seed).fit(inside)
-            for k in CANDIDATES
-            if k == 1 or k * _IMAGES_PER_COMPONENT <= len(features)
-        ]
-        best = min(mixtures, key=lambda m: m.bic(inside))
-        learnt = {"weights": best.weights_, "means": best.means_, "factors": best.precisions_cholesky_}
-        return state | {key: torch.from_numpy(array).double() for key, array in learnt.items()}
+        return state | learn_mixture(inside, self.seed, floor)
 
     def score(self, evidence: Evidence) -> Tensor:
         return in_rows(self._energies, self.features(evidence).cpu())
@@ -81,11 +72,7 @@ class GMM(FeatureScorer):
     def _energies(self, features: Tensor) -> Tensor:
         """(chunk,) float64."""
         inside, outside = _split(self.state, features)
-        factors = self.state["factors"]
-        white = (inside - self.state["means"][:, None]) @ factors  # (k, chunk, q)
-        scale = factors.diagonal(dim1=1, dim2=2).log().sum(dim=1) - inside.shape[1] / 2 * math.log(2 * math.pi)
-        logs = (self.state["weights"].log() + scale)[:, None] - white.square().sum(dim=2) / 2
-        return outside / 2 - logs.logsumexp(dim=0)
+        return outside / 2 + mixture_energies(self.state, inside)
 
 
 def _split(state: dict[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from traj_ood.data.preprocessing import Normalised, prepare
 from traj_ood.dynamics.device import bfloat16_map
 from traj_ood.dynamics.fixed_function import KnownWeights
 from traj_ood.dynamics.iterate import LowPrecision, Norm, Observer, iterate
+from traj_ood.dynamics.jacobian import divergence_at
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import Approximate, Backend, NeighborIndex
@@ -322,7 +323,8 @@ class ScorerSet:
             reconstruction["masked"] = model.reconstruct_masked(encoding.target)
         features = {view: model.feature_view(encoding, view) for view in sorted(self.needs.features)}
         logits = encoding.logits if self.needs.logits else None
-        return Evidence(features, reconstruction, path, points, logits=logits)  # type: ignore[arg-type]
+        divergence = divergence_at(model.self_map, encoding.latents, model.chunk) if self.needs.divergence else None
+        return Evidence(features, reconstruction, path, points, logits=logits, divergence=divergence)  # type: ignore[arg-type]
 
     def _low_precision(self) -> LowPrecision | None:
         """Half of the run's own step limit at most: that of one call follows the other scorers of the set."""

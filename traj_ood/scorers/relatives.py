@@ -1,0 +1,63 @@
+"""What scores of diffusion models read, carried over to the field of f: statistics of v_t = z_{t+1} − z_t."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from traj_ood.errors import TrajOODError
+from traj_ood.scorers.base import Evidence, Needs, Scorer
+from traj_ood.scorers.mixture import learn_mixture, mixture_energies
+from traj_ood.scorers.path import evaluations
+
+_FLOOR = 1e-6  # of the standardised statistics' covariance: scikit-learn's
+_TINY = 1e-12
+
+
+@dataclass
+class FieldStatistics(Scorer):
+    """−log density of a few statistics of the field along the path's first steps, under a Gaussian mixture of those of
+    ID training images. The statistics are standardised; see :mod:`.mixture` for the number of components.
+
+    A diffusion model's score s(x, σ) stands at several noise levels σ; f has one, and comes to smoother places by being
+    iterated: step t stands for the t-th level. The view is ``grid``: latents pooled to at most 4 × 4 cells.
+
+    Args:
+        steps: levels. Default 10, as many as the papers' networks are asked for.
+        seed: of the mixture's start.
+    """
+
+    steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 2:
+            raise TrajOODError(f"scorer {self.name}: steps must be at least 2, got {self.steps}")
+
+    @abstractmethod
+    def statistics(self, field: Tensor) -> Tensor:
+        """(B, q) float64 of the field (B, steps, n) float64."""
+
+    def needs(self) -> Needs:
+        points = frozenset(("grid", t) for t in range(1, self.steps + 1))
+        return Needs(features=frozenset({"grid"}), points=points, steps=self.steps)  # type: ignore[arg-type]
+
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
+        values = self._read(train)
+        mean, std = values.mean(dim=0), values.std(dim=0, correction=0).clamp(min=_TINY)
+        return {"mean": mean, "std": std} | learn_mixture((values - mean) / std, self.seed, _FLOOR)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        return mixture_energies(self.state, (self._read(evidence) - self.state["mean"]) / self.state["std"])
+
+    def f_evaluations(self, evidence: Evidence) -> float:
+        return evaluations(evidence, self.steps)
+
+    def _read(self, evidence: Evidence) -> Tensor:
+        points = [evidence.features["grid"], *(evidence.points["grid", t] for t in range(1, self.steps + 1))]
+        path = torch.stack([p.cpu().double().flatten(1) for p in points], dim=1)
+        return self.statistics(path.diff(dim=1))
