@@ -11,6 +11,9 @@ from traj_ood.scorers.registry import register
 from traj_ood.scorers.relatives import FieldStatistics
 
 
+_LEAST = 1e-2
+
+
 @register
 @dataclass
 class MSMA(FieldStatistics):
@@ -27,3 +30,8 @@ class MSMA(FieldStatistics):
 
     def statistics(self, field: Tensor) -> Tensor:
         return field.norm(dim=2)
+
+    def deviations(self, values: Tensor) -> Tensor:
+        found = super().deviations(values)
+        # Of a step at which all images have settled only rounding is left, which must not count as much as the others.
+        return found.clamp(min=_LEAST * float(found.max()))

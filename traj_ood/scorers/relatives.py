@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class FieldStatistics(Scorer):
         seed: of the mixture's start.
     """
 
+    bears_rounding: ClassVar[bool] = False  # steps of a sample that has all but settled
     steps: int = 10
     seed: int = 0
 
@@ -42,13 +44,17 @@ class FieldStatistics(Scorer):
     def statistics(self, field: Tensor) -> Tensor:
         """(B, q) float64 of the field (B, steps, n) float64."""
 
+    def deviations(self, values: Tensor) -> Tensor:
+        """(q,) by which the statistics (N, q) are standardised."""
+        return values.std(dim=0, correction=0).clamp(min=_TINY)
+
     def needs(self) -> Needs:
         points = frozenset(("grid", t) for t in range(1, self.steps + 1))
         return Needs(features=frozenset({"grid"}), points=points, steps=self.steps)  # type: ignore[arg-type]
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         values = self._read(train)
-        mean, std = values.mean(dim=0), values.std(dim=0, correction=0).clamp(min=_TINY)
+        mean, std = values.mean(dim=0), self.deviations(values)
         return {"mean": mean, "std": std} | learn_mixture((values - mean) / std, self.seed, _FLOOR)
 
     def score(self, evidence: Evidence) -> Tensor:

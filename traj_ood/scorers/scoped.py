@@ -32,6 +32,7 @@ class SCOPED(Scorer):
     name: ClassVar[str] = "scoped"
     summary: ClassVar[str] = "density of the field's length over its divergence (SCOPED, Barkley et al. 2025, for f)"
     suite: ClassVar[dict[str, int]] = {"": 182}
+    bears_rounding: ClassVar[bool] = False  # a difference of f over a short way
 
     def needs(self) -> Needs:
         return Needs(features=frozenset({"tokens"}), points=frozenset({("tokens", 1)}), steps=1, divergence=True)
