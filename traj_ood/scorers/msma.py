@@ -10,7 +10,6 @@ from torch import Tensor
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.relatives import FieldStatistics
 
-
 _LEAST = 1e-2
 
 
