@@ -57,6 +57,3 @@ class Alignment(SearchingScorer):
         way = nearest.double() - start.double()
         lengths = field.norm(dim=1) * way.norm(dim=1)
         return -(field * way).sum(dim=1) / lengths.clamp(min=torch.finfo(torch.float64).tiny)
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return 1.0

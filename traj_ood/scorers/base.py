@@ -208,8 +208,12 @@ class Scorer(ABC):
         """
 
     def f_evaluations(self, evidence: Evidence) -> float:
-        """Mean evaluations of f per scored image, beyond the one encoding that every scorer shares."""
-        return 0.0
+        """Mean evaluations of f per scored image, beyond the one encoding that every scorer shares.
+
+        They are as many as :meth:`needs` names; an image that settles before takes no more.
+        """
+        wanted = self.needs().steps
+        return float(evidence.path().steps.clamp(max=wanted).double().mean()) if wanted else 0.0
 
     def fit(self, train: Evidence) -> Scorer:
         self._state = {name: _row_major(value) for name, value in self.learn(train).items()}

@@ -55,9 +55,6 @@ class EndDistance(Scorer):
     def score(self, evidence: Evidence) -> Tensor:
         return evidence.path().at_end(f"distance/{self.view}")
 
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return float(evidence.path().steps.double().mean())
-
 
 @register
 @dataclass
@@ -73,9 +70,6 @@ class FirstResidual(Scorer):
 
     def score(self, evidence: Evidence) -> Tensor:
         return evidence.path().residuals[:, 0].sqrt()
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return 1.0
 
 
 @register
@@ -93,6 +87,3 @@ class Steps(Scorer):
     def score(self, evidence: Evidence) -> Tensor:
         path = evidence.path()
         return torch.where(path.converged, path.steps, path.max_steps).double()
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return float(evidence.path().steps.double().mean())

@@ -12,7 +12,7 @@ from torch import Tensor
 from traj_ood.autoencoders import FeatureView
 from traj_ood.scorers.base import Evidence, Needs, Scorer
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
-from traj_ood.scorers.path import evaluations, parse_steps
+from traj_ood.scorers.path import parse_steps
 from traj_ood.scorers.registry import register
 
 
@@ -67,9 +67,6 @@ class EarlyPath(Scorer):
 
     def score(self, evidence: Evidence) -> Tensor:
         return distances_to_gaussians(self.state, torch.cat(self._parts(evidence), dim=-1)).mean(dim=1)
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return evaluations(evidence, self._steps[-1])
 
     def _parts(self, evidence: Evidence) -> list[Tensor]:
         """z_0 and the displacements, (B, cells, d) or (B, d) each."""

@@ -13,7 +13,7 @@ from traj_ood.index import NeighborIndex
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.base import Evidence, Needs
 from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
-from traj_ood.scorers.path import evaluations, parse_steps
+from traj_ood.scorers.path import parse_steps
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
@@ -84,9 +84,6 @@ class EarlyTrajectory(SearchingScorer):
         points = [evidence.points[self.view, t] if t else start for t in self._steps]
         distances = [index.nearest(self._metric(p)).distances[:, 0] for p in points]
         return torch.stack(distances, dim=1).mean(dim=1)
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return evaluations(evidence, self._steps[-1]) if self._steps[-1] else 0.0
 
     def _reference(self, train: Evidence, features: Tensor) -> Tensor:
         if self.reference == "features":

@@ -17,7 +17,7 @@ from traj_ood.scorers.base import Evidence, Needs
 from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments
 from traj_ood.scorers.folds import folds
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
-from traj_ood.scorers.path import check_horizon, evaluations
+from traj_ood.scorers.path import check_horizon
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
@@ -124,9 +124,6 @@ class EntryPath(SearchingScorer):
             return distances_to_gaussians(read, values.clamp(min=_TINY).log())[:, 0]
         offsets = (values - read["mean"]) / read["std"]
         return (offsets.abs() if self.read == "two-sided" else offsets).sum(dim=1)
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return evaluations(evidence, self.horizon - 1) if self._is_long else 0.0
 
     @property
     def _is_long(self) -> bool:

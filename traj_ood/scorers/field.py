@@ -13,7 +13,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, Needs, Scorer
 from traj_ood.scorers.folds import folds
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
-from traj_ood.scorers.path import evaluations, smallest_length
+from traj_ood.scorers.path import smallest_length
 from traj_ood.scorers.registry import register
 
 _VIEWS: tuple[FeatureView, ...] = ("grid", "mean")
@@ -101,9 +101,6 @@ class Field(Scorer):
             odd = distances_to_gaussians(_under(self.state, f"{k}/lengths"), lengths)[:, 0]
             halves.append(torch.stack([far, odd], dim=1) / self.state[f"{k}/scale"])
         return torch.stack(halves).mean(dim=0)
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return 0.0 if self.start_only else evaluations(evidence, 1)
 
 
 @dataclass(frozen=True)

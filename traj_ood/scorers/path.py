@@ -40,12 +40,6 @@ def check_horizon(scorer: str, horizon: int | None, least: int) -> None:
         raise TrajOODError(f"scorer {scorer}: horizon must be a number of steps >= {least}, got {horizon}")
 
 
-def evaluations(evidence: Evidence, horizon: int | None) -> float:
-    """Mean evaluations of f that the first ``horizon`` steps (None: all) take; a settled sample takes no more."""
-    steps = evidence.path().steps.double()
-    return float((steps if horizon is None else steps.clamp(max=horizon)).mean())
-
-
 def held(values: Tensor, width: int) -> Tensor:
     """(B, width) of a table (B, W): a sample that ended earlier keeps its last value; NaN where it has none."""
     own = values[:, :width].isfinite().sum(dim=1)
@@ -105,9 +99,6 @@ class PathStatistic(Scorer):
     def score(self, evidence: Evidence) -> Tensor:
         values = self.statistic(evidence.path())
         return (values - self.state["centre"]).abs() if self.two_sided else values
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return evaluations(evidence, self.horizon)
 
 
 def finite_rows(scorer: str, values: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, Needs, Scorer
 from traj_ood.scorers.mixture import learn_mixture, mixture_energies
-from traj_ood.scorers.path import evaluations
 
 _FLOOR = 1e-6  # of the standardised statistics' covariance: scikit-learn's
 _TINY = 1e-12
@@ -59,9 +58,6 @@ class FieldStatistics(Scorer):
 
     def score(self, evidence: Evidence) -> Tensor:
         return mixture_energies(self.state, (self._read(evidence) - self.state["mean"]) / self.state["std"])
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return evaluations(evidence, self.steps)
 
     def _read(self, evidence: Evidence) -> Tensor:
         points = [evidence.features["grid"], *(evidence.points["grid", t] for t in range(1, self.steps + 1))]

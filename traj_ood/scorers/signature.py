@@ -14,7 +14,6 @@ from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
 from traj_ood.scorers.path import (
     HORIZON,
     check_horizon,
-    evaluations,
     finite_rows,
     held,
     log_distances,
@@ -65,9 +64,6 @@ class Signature(Scorer):
 
     def score(self, evidence: Evidence) -> Tensor:
         return distances_to_gaussians(self.state, self._curves(evidence))[:, 0]
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        return evaluations(evidence, self.horizon)
 
     def _curves(self, evidence: Evidence) -> Tensor:
         """(B, 2H) float64."""

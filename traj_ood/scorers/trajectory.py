@@ -42,7 +42,3 @@ class TrajectoryScore(Scorer):
 
     def score(self, evidence: Evidence) -> Tensor:
         return evidence.path().mean_over_path(f"distance/{self.view}", self.horizon)
-
-    def f_evaluations(self, evidence: Evidence) -> float:
-        steps = evidence.path().steps.double()
-        return float((steps if self.horizon is None else steps.clamp(max=self.horizon)).mean())
