@@ -1,4 +1,4 @@
-"""Every figure of README's section Speed again, beside the recorded one: python benchmarks/speed.py, or make benchmarks
+"""Every figure of docs/performance.md again, beside the recorded one: python benchmarks/speed.py, or make benchmarks
 
 Each piece is a benchmark of its own, run on one thread where it can be, whose record is read for ratios: costs of this
 package over those of something that was measured in the same run, so that they can be compared between machines. All

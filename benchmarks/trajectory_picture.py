@@ -64,7 +64,7 @@ def draw(model: ConvAutoencoder, images: dict[str, Tensor], out: Path) -> None:
     codes = {name: model.encode(batch) for name, batch in images.items()}
     every = torch.cat(list(codes.values())).double()
     low, high = (torch.quantile(every, share, dim=0) for share in (0.01, 0.99))
-    low, high = low - 0.18 * (high - low), high + 0.18 * (high - low)
+    low, high = low - torch.tensor([0.18, 0.36]) * (high - low), high + 0.18 * (high - low)
     grid = plane(low, high, 41).float()
     arrows = vector_field(model.self_map, grid, model.chunk)
     diagonal = float((high - low).norm())

@@ -17,6 +17,7 @@ from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import Frames, Mistake, PathSample, Pictures
 from traj_ood.evaluation.metrics import bootstrap, compute_metrics
 from traj_ood.evaluation.results import Result, ScorerResult, SetScore
-from traj_ood.report import Run, render, write_report
+from traj_ood.report import Run, render, tables, write_report
+from traj_ood.report.page import TOP
 from traj_ood.report.tables import boards, health_card
 
 EVIL = "<script>window.hacked=1</script>"
@@ -598,6 +600,56 @@ def test_command(place: Path) -> None:
     assert "run `traj-ood bench` first" in failed.output
 
 
+# ---------------------------------------------------------------------------------------------- the conclusion
+
+
+RECORDS = Path(__file__).parents[1] / "results"
+PLACES = ("paper/fashion--fashion-mae--seed0", "backbone/fashion--timm-fashion-resnet--seed0")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of two recorded runs, without what takes long to draw."""
+    folder = tmp_path_factory.mktemp("recorded")
+    for place in PLACES:
+        (folder / place).mkdir(parents=True)
+        shutil.copy(RECORDS / place / "result.json", folder / place)
+    return write_report(folder, folder / "page.html")
+
+
+def test_the_conclusion_is_that_of_the_records(recorded: Path) -> None:
+    said = re.findall(r'<p class="conclusion">(.*?)</p>', recorded.read_text(encoding="utf-8"))
+    for text, place in zip(said, PLACES, strict=True):
+        scorers = json.loads((RECORDS / place / "result.json").read_text())["scorers"]
+        means = {label: 100 * s["all"]["auroc"] for label, s in scorers.items()}
+        first = max(means, key=means.__getitem__)
+        others = {label: m for label, m in means.items() if label.split(":")[0] != first.split(":")[0]}
+        second = max(others, key=others.__getitem__)
+        lead = means[first] - means[second]
+        assert f"{first} leads with a mean AUROC of {means[first]:.1f} % over 8 OOD sets" in text
+        assert f"{lead:.1f} points ahead of {second}; the 95 % intervals do not overlap" in text
+        assert text.endswith("The attractors are healthy.")
+
+
+def test_an_unhealthy_board_says_so_and_one_scorer_leads_alone() -> None:
+    assert tables._health_words(SimpleNamespace(runs=[])) == "No scorer reads attractors."  # type: ignore[arg-type]
+    run = SimpleNamespace(result=SimpleNamespace(dictionary={"healthy": False}))
+    assert tables._health_words(SimpleNamespace(runs=[run])) == "The attractors are unhealthy: see below."  # type: ignore[arg-type]
+
+
+def test_models_stand_side_by_side_and_every_picture_has_words(recorded: Path) -> None:
+    text = recorded.read_text(encoding="utf-8")
+    beside = text.split('id="beside"')[2 if text.count('id="beside"') > 2 else 1].split("</section>")[0]
+    shared = set.intersection(
+        *(set(json.loads((RECORDS / place / "result.json").read_text())["scorers"]) for place in PLACES)
+    )
+    assert beside.count('scope="row"') == len(shared) == 7
+    assert text.count("the paper’s</span>") >= 2
+    for tag in re.findall(r"<svg [^>]*>", text):
+        assert "aria-label=" in tag or "aria-hidden=" in tag
+    assert all('alt="' in tag for tag in re.findall(r"<img [^>]*>", text))
+
+
 # ---------------------------------------------------------------------------------------------- in a browser
 
 
@@ -623,6 +675,20 @@ def test_it_opens_quietly_and_pictures_show(browser: Browser, page: Path) -> Non
     assert len(widths) == 28
     assert min(widths) > 0
     assert browser.evaluate("window.hacked") is None
+
+
+def test_the_leaders_are_in_view_and_all_are_a_click_away(browser: Browser, recorded: Path) -> None:
+    browser.open(recorded, width=420)
+    assert browser.complaints() == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 420
+    shown = "[...document.querySelector('table.board').tBodies[0].rows].filter(r => r.offsetHeight).length"
+    assert browser.evaluate(shown) == TOP + 1  # and the paper's
+    browser.click("button.all")
+    assert browser.evaluate(shown) == 17
+    leaders = "document.querySelector('.figure.leaders').getBoundingClientRect()"
+    assert browser.evaluate(f"{leaders}.width") > 300
+    assert browser.evaluate(f"{leaders}.right") <= 420
+    assert browser.evaluate("document.querySelector('.wide-only').offsetHeight") == 0
 
 
 def test_sorting_by_mouse_and_keyboard(browser: Browser, page: Path) -> None:
@@ -652,7 +718,7 @@ def test_the_keyboard_reaches_the_content_first(browser: Browser, page: Path) ->
     assert browser.evaluate("document.activeElement.id") == "main"
 
 
-@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.parametrize("width", [320, 420, 1280])
 def test_nothing_overflows(browser: Browser, page: Path, width: int) -> None:
     browser.open(page, width=width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width

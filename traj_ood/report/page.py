@@ -29,10 +29,13 @@ from traj_ood.evaluation.gallery import Frames, Mistake, Pictures, chosen_scorer
 from traj_ood.evaluation.results import ScorerResult
 from traj_ood.evaluation.runs import Run
 from traj_ood.io.files import write_atomic
-from traj_ood.report.tables import Board, HealthCard, Row, boards, health_card, provenance
+from traj_ood.report.tables import Board, HealthCard, Row, boards, health_card, provenance, side_by_side
 from traj_ood.text import printable
 
 FILE_NAME = "report.html"
+TOP = 10
+"""Rows of the leaderboard that are shown at first, and in the picture for phones."""
+_NARROW = 3.6  # inches: 360 px, what a phone of 420 px leaves between margins
 
 Draw = Callable[[Figure, str], Markup]
 """Puts a figure into the page, with what a reader who does not see it is told."""
@@ -91,7 +94,9 @@ def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
     found = boards(runs)
     return environment.get_template("page.html").render(
         title=_title(found),
-        boards=[(board, _overview(draw, board)) for board in found],
+        boards=[(board, _overview(draw, board), _overview(draw, board, narrow=True)) for board in found],
+        beside=side_by_side(found),
+        top=TOP,
         views=[_view(draw, run, scorers) for board in found for run in board.runs],
         style=Markup(style),
         script=Markup(script),
@@ -140,21 +145,23 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _overview(draw: Draw, board: Board) -> Markup:
-    """AUROC of all scorers side by side, near and far apart."""
+def _overview(draw: Draw, board: Board, narrow: bool = False) -> Markup:
+    """AUROC of all scorers side by side, near and far apart; ``narrow`` shows the leaders alone, for a phone."""
     rows = []
-    for row in board.rows:
+    for row in board.rows[:TOP] if narrow else board.rows:
         figures = {region: row.figures[f"{region}_auroc"] for region in ("near", "far", "all")}
         means = {r: (100 * f.value, 100 * f.low, 100 * f.high) for r, f in figures.items() if f.known}
         sets = [(board.sets[name], 100 * figure.value) for name, figure in row.sets.items()]
-        rows.append(plots.ScorerRow(_clipped(row), means, sets))
-    label = f"AUROC of {len(rows)} scorers on near, far and all OOD sets; the figures stand in the table"
-    return draw(plots.alone(plots.overview_frame(len(rows)), plots.overview, rows), label)
+        rows.append(plots.ScorerRow(_clipped(row, 22 if narrow else 52), means, sets))
+    which = f"the first {len(rows)}" if narrow and len(board.rows) > TOP else str(len(rows))
+    label = f"AUROC of {which} scorers on near, far and all OOD sets; the figures stand in the table"
+    frame = plots.overview_frame(len(rows), _NARROW if narrow else None)
+    return draw(plots.alone(frame, plots.overview, rows), label)
 
 
-def _clipped(row: Row) -> str:
+def _clipped(row: Row, most: int) -> str:
     name = printable(row.name)
-    return name if len(name) <= 52 else name[:51] + "…"
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 # ---------------------------------------------------------------------------------------------- one run

@@ -56,6 +56,11 @@ class Row:
     def name(self) -> str:
         return f"{self.label} ({self.tag})" if self.tag else self.label
 
+    @property
+    def papers(self) -> bool:
+        """Whether this is the paper's own score, with the paper's defaults."""
+        return self.label == "trajectory"
+
 
 @dataclass(frozen=True)
 class Board:
@@ -80,12 +85,85 @@ class Board:
         """How many different scorers there are."""
         return len({row.label for row in self.rows})
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What each scorer measures, in a line."""
+        return {row.label: row.note for row in self.rows if row.note}
+
+    @property
+    def conclusion(self) -> str:
+        """Who leads, by how much, whether that is beyond the intervals, and whether the attractors are healthy."""
+        return " ".join([_leader(self), _health_words(self)])
+
     def best(self, column: str) -> float:
         """The best value of a column of figures; NaN where the rows are not comparable."""
         values = [row.figures[column].value for row in self.rows if row.figures[column].known]
         if self.tags or not values:
             return NAN
         return min(values) if "fpr" in column else max(values)
+
+
+def _leader(board: Board) -> str:
+    known = [row for row in board.rows if row.figures["all_auroc"].known]
+    if not known:
+        return "No scorer has a mean AUROC."
+    first = known[0]
+    lead = first.figures["all_auroc"]
+    count = len(board.sets)
+    text = f"{first.label} leads with a mean AUROC of {100 * lead.value:.1f} % over {count} OOD set{'s'[: count > 1]}"
+    others = [row for row in known if row.label.split(":")[0] != first.label.split(":")[0]]
+    if not others:
+        return f"{text}."
+    second = others[0]
+    next_best = second.figures["all_auroc"]
+    text += f", {100 * (lead.value - next_best.value):.1f} points ahead of {second.label}"
+    if board.tags:
+        return f"{text}; rows on other data or settings are not comparable."
+    if not (lead.interval and next_best.interval):
+        return f"{text}; no intervals were recorded."
+    apart = lead.low > next_best.high
+    return f"{text}; the 95 % intervals {'do not overlap' if apart else 'overlap, so the lead may be chance'}."
+
+
+def _health_words(board: Board) -> str:
+    used = [run for run in board.runs if run.result.dictionary.get("used") is not False]
+    if not used:
+        return "No scorer reads attractors."
+    sick = sum(not run.result.dictionary["healthy"] for run in used)
+    if not sick:
+        return "The attractors are healthy."
+    return f"The attractors are unhealthy{f' in {sick} of {len(used)} runs' if len(used) > 1 else ''}: see below."
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One benchmark on several models: the mean AUROC of each scorer that at least two of them have."""
+
+    benchmark: str
+    models: list[str]
+    rows: list[tuple[str, list[Estimate | None]]]
+
+
+def side_by_side(found: Sequence[Board]) -> list[SideBySide]:
+    """Boards of one benchmark beside each other, scorers best first by their mean over models; rows on other data or
+    settings than the rest of their board stay out."""
+    tables = []
+    for benchmark in dict.fromkeys(board.benchmark for board in found):
+        own = [board for board in found if board.benchmark == benchmark]
+        figures = [{r.label: r.figures["all_auroc"] for r in board.rows if not r.tag} for board in own]
+        labels = [
+            label for label in dict.fromkeys(k for f in figures for k in f) if sum(label in f for f in figures) > 1
+        ]
+        if len(own) < 2 or not labels:
+            continue
+        rows = [(label, [f.get(label) for f in figures]) for label in labels]
+        rows.sort(key=lambda row: -_mean([f.value for f in row[1] if f is not None and f.known]))
+        tables.append(SideBySide(benchmark, [board.model for board in own], rows))
+    return tables
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def boards(runs: Sequence[Run]) -> list[Board]:

@@ -20,8 +20,37 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
         return sign * (numbers ? a - b : a.localeCompare(b));
       });
       body.append(...rows);
+      const top = Number(table.dataset.top);
+      if (top) rows.forEach((row, n) => row.classList.toggle("more", n >= top && !("papers" in row.dataset)));
     });
   }
+}
+
+// Long tables begin with their leaders.
+for (const more of document.querySelectorAll("button.all")) {
+  const section = more.closest("section");
+  const table = section.querySelector("table.board");
+  table.classList.add("short");
+  more.hidden = false;
+  const text = more.textContent;
+  more.addEventListener("click", () => {
+    const short = table.classList.toggle("short");
+    more.setAttribute("aria-expanded", String(!short));
+    more.textContent = short ? text : "Show the leaders";
+  });
+}
+
+// Strips of pictures say that they scroll, as long as there is something to scroll to.
+for (const reel of document.querySelectorAll(".reel")) {
+  const cue = reel.parentElement.querySelector(".cue");
+  const tell = () => {
+    const left = reel.scrollWidth - reel.clientWidth - reel.scrollLeft;
+    cue.hidden = reel.scrollWidth <= reel.clientWidth + 1;
+    reel.classList.toggle("ends", left <= 1);
+  };
+  reel.addEventListener("scroll", tell);
+  addEventListener("resize", tell);
+  tell();
 }
 
 // The theme follows the system until the button says otherwise.
