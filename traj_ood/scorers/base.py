@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -177,6 +178,11 @@ class Scorer(ABC):
     """Whether a score moves by 1e-5 at most, relative, when the network's answers move by their rounding: few images
     are then judged in calls of few rows. False for what reads gaps that are as short as rounding itself."""
 
+    at_least: ClassVar[Mapping[str, int]] = {}
+    """The smallest value of options, such as ``{"k": 1}``; an option may be None as well, where that is its default."""
+    above_0: ClassVar[tuple[str, ...]] = ()
+    """Options that are positive finite numbers."""
+
     def __post_init__(self) -> None:
         self._state: dict[str, Tensor] | None = None
         view = getattr(self, "view", None)
@@ -187,6 +193,14 @@ class Scorer(ABC):
             raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
         # Else the label would recreate another scorer.
         check_options(type(self), vars(self), f"scorer {self.name}", reserved=":,")
+        for option, least in self.at_least.items():
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise TrajOODError(f"scorer {self.name}: {option} must be at least {least}, got {value}")
+        for option in self.above_0:
+            value = getattr(self, option)
+            if value is not None and not 0 < value < math.inf:
+                raise TrajOODError(f"scorer {self.name}: {option} must be a number above 0, got {value}")
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -200,12 +214,20 @@ class Scorer(ABC):
         """The tensors that :meth:`score` needs, learnt from ID training images. Default: none."""
         return {}
 
-    def check_training_size(self, count: int) -> None:  # noqa: B027 (most scorers have nothing to refuse)
+    def check_training_size(self, count: int) -> None:
         """Refuse a number of training images that this scorer cannot learn from, before anything is computed.
+
+        By default an option ``k`` is a number of neighbours, which cannot be more than the images.
 
         Raises:
             TrajOODError: too few for its options.
         """
+        k = getattr(self, "k", None)
+        if k is not None and k > count:
+            raise TrajOODError(
+                f"scorer {self.label}: k = {k} neighbours, but only {count} training images: use more training images "
+                f"or k <= {count}"
+            )
 
     def f_evaluations(self, evidence: Evidence) -> float:
         """Mean evaluations of f per scored image, beyond the one encoding that every scorer shares.

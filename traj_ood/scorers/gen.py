@@ -30,15 +30,10 @@ class GEN(Scorer):
     name: ClassVar[str] = "gen"
     summary: ClassVar[str] = "generalised entropy of the largest softmax probabilities (Liu et al. 2023)"
     suite: ClassVar[dict[str, int]] = {"": 615}
+    at_least: ClassVar = {"top": 1}
+    above_0: ClassVar = ("gamma",)
     gamma: float = 0.1
     top: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.gamma < float("inf"):
-            raise TrajOODError(f"scorer {self.name}: gamma must be a number above 0, got {self.gamma}")
-        if self.top < 1:
-            raise TrajOODError(f"scorer {self.name}: top must be at least 1, got {self.top}")
 
     def needs(self) -> Needs:
         return Needs(logits=True)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -32,13 +31,9 @@ class IsolationForest(FeatureScorer):
     name: ClassVar[str] = "isolation-forest"
     summary: ClassVar[str] = "isolation forest of the training features (Liu et al. 2008)"
     suite: ClassVar[dict[str, int]] = {"": 370}
+    at_least: ClassVar = {"trees": 1}
     trees: int = 100
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.trees < 1:
-            raise TrajOODError(f"scorer {self.name}: trees must be at least 1, got {self.trees}")
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         from sklearn.ensemble import IsolationForest as Forest

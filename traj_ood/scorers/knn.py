@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from traj_ood.autoencoders import FeatureView
-from traj_ood.errors import TrajOODError
 from traj_ood.scorers.bank import BankScorer
 from traj_ood.scorers.base import Evidence
 from traj_ood.scorers.registry import register
@@ -33,21 +32,10 @@ class KNN(BankScorer):
     summary: ClassVar[str] = "distance to the k-th nearest L2-normalised training feature (Sun et al. 2022)"
     suite: ClassVar[dict[str, int]] = {"": 310, "view=cls": 420, "view=tokens": 421}
     view: FeatureView = "mean"
+    at_least: ClassVar = {"k": 1}
     k: int | None = 10
     reduce: Literal["kth", "mean"] = "kth"
     normalize: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k is not None and self.k < 1:
-            raise TrajOODError(f"scorer {self.name}: k must be at least 1, got {self.k}")
-
-    def check_training_size(self, count: int) -> None:
-        if self.k is not None and self.k > count:
-            raise TrajOODError(
-                f"scorer {self.label}: k = {self.k} neighbours, but only {count} training images: "
-                f"use more training images or k <= {count}"
-            )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         state = super().learn(train)

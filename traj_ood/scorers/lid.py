@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
 from traj_ood.scorers.bank import BankScorer
 from traj_ood.scorers.base import Evidence
 from traj_ood.scorers.registry import register
@@ -36,19 +35,8 @@ class LID(BankScorer):
     name: ClassVar[str] = "lid"
     summary: ClassVar[str] = "local intrinsic dimension, maximum likelihood (Levina and Bickel 2004; Ma et al. 2018)"
     suite: ClassVar[dict[str, int]] = {"": 380, "view=cls": 460}
+    at_least: ClassVar = {"k": 2}
     k: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k is not None and self.k < 2:
-            raise TrajOODError(f"scorer {self.name}: k must be at least 2, got {self.k}")
-
-    def check_training_size(self, count: int) -> None:
-        if self.k is not None and self.k > count:
-            raise TrajOODError(
-                f"scorer {self.label}: k = {self.k} neighbours, but only {count} training images: use more training "
-                f"images or k <= {count}"
-            )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         self.check_training_size(len(self.features(train)))

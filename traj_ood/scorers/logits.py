@@ -67,12 +67,8 @@ class Energy(Scorer):
     name: ClassVar[str] = "energy"
     summary: ClassVar[str] = "free energy of the classifier's logits (Liu et al. 2020)"
     suite: ClassVar[dict[str, int]] = {"": 620}
+    above_0: ClassVar = ("temperature",)
     temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.temperature < float("inf"):
-            raise TrajOODError(f"scorer {self.name}: temperature must be a number above 0, got {self.temperature}")
 
     def needs(self) -> Needs:
         return Needs(logits=True)

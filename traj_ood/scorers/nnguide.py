@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, Needs, Scorer
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -29,22 +28,11 @@ class NNGuide(Scorer):
     name: ClassVar[str] = "nnguide"
     summary: ClassVar[str] = "energy guided by similar training features and their energies (Park et al. 2023)"
     suite: ClassVar[dict[str, int]] = {"": 690}
+    at_least: ClassVar = {"k": 1}
     k: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 1:
-            raise TrajOODError(f"scorer {self.name}: k must be at least 1, got {self.k}")
 
     def needs(self) -> Needs:
         return Needs(features=frozenset({"backbone"}), logits=True)
-
-    def check_training_size(self, count: int) -> None:
-        if self.k > count:
-            raise TrajOODError(
-                f"scorer {self.label}: k = {self.k} neighbours, but only {count} training images: use more training "
-                f"images or k <= {count}"
-            )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         directions = self._directions(train)

@@ -40,6 +40,7 @@ class PatchCore(SearchingScorer, FeatureScorer):
     suite: ClassVar[dict[str, int]] = {}  # choosing the coreset takes the square of the number of patches
     views: ClassVar[tuple[str, ...]] = ("grid", *(v for v in VIEWS if v != "tokens"), "backbone")
     view: FeatureView = "grid"
+    at_least: ClassVar = {"neighbours": 1}
     share: float = 0.1
     neighbours: int = 9
     seed: int = 0
@@ -48,8 +49,6 @@ class PatchCore(SearchingScorer, FeatureScorer):
         super().__post_init__()
         if not 0 < self.share <= 1:
             raise TrajOODError(f"scorer {self.name}: share must be above 0 and at most 1, got {self.share}")
-        if self.neighbours < 1:
-            raise TrajOODError(f"scorer {self.name}: neighbours must be at least 1, got {self.neighbours}")
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         patches = self._patches(train).flatten(0, 1).float()

@@ -76,6 +76,8 @@ class KernelPCA(FeatureScorer):
     name: ClassVar[str] = "kernel-pca"
     summary: ClassVar[str] = "reconstruction error of cosine-Gaussian kernel PCA (Fang et al. 2024, CoRP)"
     suite: ClassVar[dict[str, int]] = {"": 360, "view=cls": 450}
+    at_least: ClassVar = {"components": 1}
+    above_0: ClassVar = ("gamma",)
     share: float = 0.8
     gamma: float | None = None
     components: int = 2048
@@ -84,10 +86,6 @@ class KernelPCA(FeatureScorer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.name, self.share)
-        if self.gamma is not None and not 0 < self.gamma < float("inf"):
-            raise TrajOODError(f"scorer {self.name}: gamma must be a number above 0, got {self.gamma}")
-        if self.components < 1:
-            raise TrajOODError(f"scorer {self.name}: components must be at least 1, got {self.components}")
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         from sklearn.kernel_approximation import RBFSampler

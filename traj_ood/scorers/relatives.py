@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, Needs, Scorer
 from traj_ood.scorers.mixture import learn_mixture, mixture_energies
 
@@ -31,13 +30,9 @@ class FieldStatistics(Scorer):
     """
 
     bears_rounding: ClassVar[bool] = False  # steps of a sample that has all but settled
+    at_least: ClassVar = {"steps": 2}
     steps: int = 10
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 2:
-            raise TrajOODError(f"scorer {self.name}: steps must be at least 2, got {self.steps}")
 
     @abstractmethod
     def statistics(self, field: Tensor) -> Tensor:

@@ -28,12 +28,8 @@ class ResidualSpace(HeadScorer):
             backbone: 1,000 where n >= 2,048, 512 where n >= 768, else n / 2.
     """
 
+    at_least: ClassVar = {"dim": 1}
     dim: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dim is not None and self.dim < 1:
-            raise TrajOODError(f"scorer {self.name}: dim must be at least 1, got {self.dim}")
 
     def residual_space(self, train: Evidence) -> dict[str, Tensor]:
         """``origin`` u (n,) and ``residual`` R (n, n − dim), float64.

@@ -40,6 +40,7 @@ class SSD(FeatureScorer):
     name: ClassVar[str] = "ssd"
     summary: ClassVar[str] = "squared Mahalanobis distance to clusters of unit features (Sehwag et al. 2021)"
     suite: ClassVar[dict[str, int]] = {"": 302}
+    at_least: ClassVar = {"clusters": 1}
     clusters: int = 1
     classes: bool = False
     covariance: Literal["empirical", "ledoit-wolf"] = "empirical"
@@ -47,8 +48,6 @@ class SSD(FeatureScorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clusters < 1:
-            raise TrajOODError(f"scorer {self.name}: clusters must be at least 1, got {self.clusters}")
         if self.classes and self.clusters > 1:
             raise TrajOODError(f"scorer {self.name}: clusters are the classes with classes=true: leave one out")
 
