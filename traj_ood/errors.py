@@ -6,6 +6,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, get_args
 
 from traj_ood.text import brief, one_line
 
@@ -56,3 +57,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str], then: str = "") -> 
     hint = "did you mean " + " or ".join(repr(c) for c in close) + "? " if close else ""
     listed = f"Known: {', '.join(names)}" if len(names) <= _MAX_LISTED else f"{len(names)} names are known"
     return TrajOODError(f"unknown {kind} {name!r}: {hint}{listed}{then}")
+
+
+def check_word(kind: str, value: object, words: Any) -> None:
+    """Raises :func:`unknown_name` unless ``value`` is one of ``words``, a ``Literal``."""
+    if value not in get_args(words):
+        raise unknown_name(kind, str(value), get_args(words))

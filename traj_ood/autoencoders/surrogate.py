@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -24,7 +24,7 @@ from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones import LIBRARIES, Backbone, Features, is_backbone_spec, load_backbone
 from traj_ood.backbones.packing import pack_backbone, unpack_backbone
 from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
-from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
+from traj_ood.errors import TrajOODError, check_word, foreign_errors
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import field_of, read_json, write_json
@@ -80,8 +80,7 @@ class SurrogateNetwork(nn.Module):
         widths = (self.features, *self.hidden, self.bottleneck)
         if min(widths) < 1:
             raise TrajOODError(f"surrogate: widths must be at least 1, got {' → '.join(map(str, widths))}")
-        if activation not in get_args(Activation):
-            raise unknown_name("surrogate activation", str(activation), get_args(Activation))
+        check_word("surrogate activation", activation, Activation)
         self.encoder = _mlp(widths, _ACTIVATIONS[activation])
         self.decoder = _mlp(widths[::-1], _ACTIVATIONS[activation])
         self.register_buffer("mean", torch.zeros(features))

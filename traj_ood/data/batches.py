@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.data.preprocessing import Normalised, Pixels, TakesPictures, check_images, prepare
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, check_word
 
 Images: TypeAlias = "Pixels | ImageSource | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Any"
 """Pixels in memory (uint8, or floats in [0, 1]; tensors or arrays, (B, C, H, W) or one (C, H, W)), an ImageSource, a
@@ -108,8 +108,7 @@ def batches(
     """
     count = count_of(images)
     images = images.to_list() if hasattr(images, "to_list") else images  # a column of paths, whatever its index
-    if on_error not in get_args(OnError):
-        raise unknown_name("value of on_error", str(on_error), get_args(OnError))
+    check_word("value of on_error", on_error, OnError)
     for name, value in (("batch size", size), ("workers", workers)):
         if value is not None and value < 1:
             raise TrajOODError(f"{name}: expected at least 1, got {value}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, check_word
 from traj_ood.io.weights import float_types, parts_of
 
 Resize = Literal["direct", "crop", "none"]
@@ -68,8 +68,7 @@ class Preprocessing:
             object.__setattr__(self, key, values)
         check_statistics("preprocessing", shape[0], self.mean, self.std)
         for key, known in (("resize", Resize), ("interpolation", Interpolation), ("offset", Offset)):
-            if getattr(self, key) not in get_args(known):
-                raise unknown_name(f"preprocessing: {key}", str(getattr(self, key)), get_args(known))
+            check_word(f"preprocessing: {key}", getattr(self, key), known)
         if not (math.isfinite(self.rescale) and self.rescale > 0):
             raise TrajOODError(f"preprocessing: rescale: expected a positive factor, got {self.rescale}")
         if (self.short_side is not None) != (self.resize == "crop"):

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import digests_of
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.dynamics.trajectory import Status
-from traj_ood.errors import TrajOODError, unknown_name, warn
+from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
 from traj_ood.scorers import WHOLE_PATH, Evidence, Scorer
@@ -194,8 +194,7 @@ class Detector:
             TrajOODError: too few images for ``tpr`` (the message says how many are needed), training images among
                 them, or scores that are not finite.
         """
-        if on_known not in get_args(OnKnown):
-            raise unknown_name("value of on_known", str(on_known), get_args(OnKnown))
+        check_word("value of on_known", on_known, OnKnown)
         check_count(count := count_of(images), tpr)
         classes = None if labels is None else _labels(labels, count)
         scores, known = (

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import get_args
 
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend
 from traj_ood.scorers import WHOLE_PATH
 from traj_ood.scorers.scorer_set import ScorerSet
@@ -27,10 +26,8 @@ def one_scorer(
         raise TrajOODError(f"tol: expected a squared residual >= 0, got {tol!r}")
     if type(max_steps) is not int or not 1 <= max_steps <= WHOLE_PATH:
         raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
-    if backend not in get_args(Backend):
-        raise unknown_name("backend", str(backend), get_args(Backend))
-    if approximate not in get_args(Approximate):
-        raise unknown_name("approximate search", str(approximate), get_args(Approximate))
+    check_word("backend", backend, Backend)
+    check_word("approximate search", approximate, Approximate)
     return ScorerSet(autoencoder, [spec], tol=tol, max_steps=max_steps, backend=backend, approximate=approximate)
 
 

@@ -24,7 +24,7 @@ from traj_ood.data.batches import OnError
 from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
-from traj_ood.errors import TrajOODError, unknown_name, warn
+from traj_ood.errors import TrajOODError, check_word, unknown_name, warn
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import keep_pictures
@@ -83,8 +83,7 @@ class RunConfig:
         _at_least("resamples", self.resamples, 0)
         _at_most("tol", self.tol, sys.float_info.max)
         _at_most("resamples", self.resamples, _MAX_RESAMPLES)
-        if self.on_error not in get_args(OnError):
-            raise unknown_name("value of on_error", str(self.on_error), get_args(OnError))
+        check_word("value of on_error", self.on_error, OnError)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce, wraps
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from traj_ood.dynamics.fixed_function import KnownWeights
 from traj_ood.dynamics.iterate import LowPrecision, Norm, Observer, iterate
 from traj_ood.dynamics.jacobian import divergence_at
 from traj_ood.dynamics.trajectory import Status, Trajectory
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.scorers import WHOLE_PATH, Evidence, Needs, Scorer, create_scorers
 from traj_ood.scorers.registry import lacking
@@ -80,8 +80,7 @@ class ScorerSet:
         approximate: Approximate = "none",
         precision: Precision = "fp32",
     ) -> None:
-        if precision not in get_args(Precision):
-            raise unknown_name("precision", str(precision), get_args(Precision))
+        check_word("precision", precision, Precision)
         self.autoencoder = autoencoder
         self.scorers: list[Scorer] = create_scorers(scorers, autoencoder)
         for scorer in self.scorers:

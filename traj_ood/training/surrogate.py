@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from traj_ood.backbones import Backbone, Features
 from traj_ood.backbones.feature_cache import backbone_answers
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.device import training_settings
-from traj_ood.errors import TrajOODError, unknown_name, warn
+from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.io.trees import as_json
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.card import surrogate_card
@@ -85,8 +85,7 @@ class SurrogateRecipe:
             raise TrajOODError(f"surrogate recipe: val_fraction must be between 0 and 1, got {self.val_fraction}")
         if not 0 <= self.warmup <= 1:
             raise TrajOODError(f"surrogate recipe: warmup must be a share from 0 to 1, got {self.warmup}")
-        if self.activation not in get_args(Activation):
-            raise unknown_name("surrogate activation", str(self.activation), get_args(Activation))
+        check_word("surrogate activation", self.activation, Activation)
         if min((*(self.hidden or ()), 1 if self.bottleneck is None else self.bottleneck)) < 1:
             raise TrajOODError(
                 f"surrogate recipe: widths must be at least 1, got hidden {self.hidden} and bottleneck "

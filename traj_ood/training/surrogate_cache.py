@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from traj_ood.data.batches import OnError, parts_of
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, transform_digest
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, check_word
 from traj_ood.io.extensions import imported, origin_of
 from traj_ood.io.files import cache_folder
 from traj_ood.io.provenance import code_digest, package_digest
@@ -79,8 +79,7 @@ def surrogate_for(
             f"surrogate: expected at least 1 worker and a limit of at least {MIN_FEATURES} images, got {workers} and "
             f"{limit}"
         )
-    if on_error not in get_args(OnError):
-        raise unknown_name("value of on_error", str(on_error), get_args(OnError))
+    check_word("value of on_error", on_error, OnError)
     recipe, root = recipe or SurrogateRecipe(), out if out is not None else cache_folder()
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
     if device is not None:
