@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 
 from traj_ood import Detector, Normalised
+from traj_ood.cli import main
 
 CONSUMERS = Path(__file__).parents[1] / "benchmarks" / "consumers"
 
@@ -141,3 +144,88 @@ def test_the_batch_job_loads_a_folder_and_raises_the_alarm(
         SystemExit, match=r"batch_job: error: scores\.txt: expected a name that ends in \.parquet or \.csv"
     ):
         load("batch_job").main()
+
+
+# ---------------------------------------------------------------------- containers and servers of others
+
+
+def steps_of(dockerfile: Path) -> list[tuple[str, str]]:
+    """(instruction, arguments) of a Dockerfile, lines continued by a backslash joined."""
+    text = "\n".join(line for line in dockerfile.read_text().splitlines() if not line.lstrip().startswith("#"))
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1]) for line in lines]
+
+
+def test_the_dockerfile_is_slim_not_root_and_starts_what_there_is(tmp_path: Path, detector: Detector) -> None:
+    """Without Docker: its steps, what they copy, the package that is built of it, and the command that it starts."""
+    steps = steps_of(CONSUMERS / "docker" / "Dockerfile")
+    known = {"FROM", "RUN", "COPY", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL", "ENTRYPOINT", "CMD"}
+    assert {name for name, _ in steps} <= known
+    assert all("slim" in words for name, words in steps if name == "FROM")
+    (user,) = [words for name, words in steps if name == "USER"]
+    assert user.isdigit()
+    assert int(user) > 0
+    root = CONSUMERS.parents[1]
+    context = tmp_path / "context"
+    for words in [words.split() for name, words in steps if name == "COPY" and "--from" not in words]:
+        target = context / words[-1].lstrip("/")
+        for source in words[:-1]:
+            assert (root / source).exists(), source
+            place = target / source if words[-1].endswith("/") else target
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if (root / source).is_dir():
+                shutil.copytree(root / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(root / source, place)
+    assert (context / "src" / "pyproject.toml").is_file()
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    install = next(words for name, words in steps if name == "RUN" and "/src" in words)
+    assert set(install.split("[")[1].split("]")[0].split(",")) <= extras.keys()
+
+    (entry,) = [json.loads(words) for name, words in steps if name == "ENTRYPOINT"]
+    (command,) = [json.loads(words) for name, words in steps if name == "CMD"]
+    assert entry[0] == "traj-ood"
+    main.make_context("traj-ood", [*entry[1:], *command], resilient_parsing=False).close()
+    serving = main.commands[entry[1]]
+    with serving.make_context(entry[1], list(command)) as context_of:  # every option is one
+        assert context_of.params["port"] == 8000
+
+
+def test_a_repository_for_triton_is_valid_and_says_what_the_detector_says(detector: Detector, tmp_path: Path) -> None:
+    for library in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(library, reason="needs traj_ood[export]")
+    from traj_ood.export import export_detector, open_answers
+
+    export_detector(detector, tmp_path / "d.onnx", images=torch.rand(3, 1, 8, 8))
+    script = CONSUMERS / "triton" / "make_repository.py"
+    command = [sys.executable, str(script), str(tmp_path / "d.onnx"), str(tmp_path / "repository")]
+    subprocess.run(command, check=True, timeout=tiny.PATIENCE)
+    place = tmp_path / "repository" / "traj_ood"
+    text = (place / "config.pbtxt").read_text()
+    for part in ('name: "images" data_type: TYPE_FP32 dims: [1, 8, 8]', '"p_values" data_type: TYPE_FP64 dims: [1]'):
+        assert part in text
+    assert '"decisions" data_type: TYPE_INT64' in text
+    assert open_answers("onnx", place / "1" / "model.onnx")[0](torch.rand(2, 1, 8, 8))["decisions"].shape == (2,)
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="the rest needs tritonclient[grpc]")
+    from google.protobuf import text_format
+
+    parsed = text_format.Parse(text, schema.ModelConfig())
+    assert [output.name for output in parsed.output] == ["scores", "p_values", "decisions"]
+    assert parsed.dynamic_batching.max_queue_delay_microseconds == 5000
+
+
+@pytest.mark.slow
+def test_the_bentoml_service_says_what_the_detector_says(
+    detector: Detector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bentoml", reason="needs bentoml")
+    detector.save(tmp_path / "d")
+    monkeypatch.setenv("TRAJ_OOD_DETECTOR", str(tmp_path / "d"))
+    monkeypatch.setenv("BENTOML_DO_NOT_TRACK", "True")
+    made = load("bentoml_service").OutOfDistribution.inner()
+    images = [Image.open(photos / "grey" / name) for name in ("000.png", "001.png")]
+    expected = [one.as_dict() for one in detector.decide(images)]
+    for one, own in zip(made.score(images), expected, strict=True):
+        assert one["score"] == pytest.approx(own["score"], rel=1e-4)
+        assert one["reason"] == own["reason"]
