@@ -30,7 +30,7 @@ import torch
 from traj_ood import AttractorDictionary, Autoencoder, Norm, Normalised, ScorerSet, ViTMAE, iterate, load_autoencoder
 from traj_ood.attractors import NearestAttractor
 from traj_ood.data import ImageSource, load_benchmark
-from traj_ood.dynamics.iterate import apply_in_chunks
+from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.index import NeighborIndex
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit

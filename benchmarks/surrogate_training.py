@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import SurrogateAutoencoder
 from traj_ood.backbones import CallableBackbone, Features
-from traj_ood.dynamics.iterate import apply_in_chunks
+from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.training.surrogate import SurrogateRecipe, fit_surrogate

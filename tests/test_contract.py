@@ -22,8 +22,8 @@ from torch import Tensor
 from traj_ood import Detector
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, Encoding, load_autoencoder
 from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.fixed_function import few_images
-from traj_ood.dynamics.iterate import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers import (

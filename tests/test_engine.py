@@ -12,7 +12,10 @@ import tiny
 import torch
 from torch import Tensor
 
-from traj_ood.dynamics.iterate import Norm, apply_in_chunks, iterate
+from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.host import to_host
+from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.maps import LowPrecision
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 
@@ -355,6 +358,81 @@ def test_on_step_reports_progress() -> None:
     assert [s for s, _ in seen] == list(range(1, int(path.steps.max()) + 1))
     assert seen[0] == (1, 2)
     assert seen[-1][1] == 0
+
+
+# ---------------------------------------------------------------------------------------------- looks of the host
+
+
+def fates(z: Tensor) -> Tensor:
+    """To −1, 0 or 1; beyond 2 to infinity in a few steps; beyond 10 at once."""
+    return torch.where(z.abs() > 10, torch.full_like(z, NAN), torch.where(z.abs() > 2, z**2, cubic(z)))
+
+
+@pytest.mark.parametrize("look", [2, 3, 8, 1000])
+@pytest.mark.parametrize("chunk", [7, 48])
+def test_results_do_not_depend_on_how_often_the_host_looks(look: int, chunk: int) -> None:
+    batches = [scattered(count, seed) for seed, count in enumerate((150, 1, 0, 40, 213))]
+    for row, value in ((0, NAN), (1, 2.5), (2, 11.0), (3, 1.0), (4, math.inf)):
+        batches[3][row] = value
+    options = {"chunk": chunk, "max_steps": 30}
+    recorders = Recorder(), Recorder()
+    often, seldom = (
+        list(iterate(fates, iter(batches), observers=[Norm(), r], look=n, **options))
+        for r, n in zip(recorders, (1, look), strict=True)
+    )
+    assert {int(s) for path in often for s in path.status} == {0, 1, 2}
+    for one, other in zip(often, seldom, strict=True):
+        assert one.residuals.shape == other.residuals.shape
+        assert_same(one, other)
+    assert recorders[0].points.keys() == recorders[1].points.keys()
+    for key, point in recorders[0].points.items():
+        torch.testing.assert_close(recorders[1].points[key], point, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("look", [1, 4, 8])
+def test_the_host_reads_once_in_so_many_steps(look: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that it reads goes through one function."""
+    reads, calls = [], []
+
+    def counted(values: list[Tensor]) -> list[Tensor]:
+        reads.append(len(values))
+        return to_host(values)
+
+    def f(z: Tensor) -> Tensor:
+        calls.append(len(z))
+        return cubic(z)
+
+    monkeypatch.setattr("traj_ood.dynamics.iterate.to_host", counted)
+    batches = [scattered(100, seed) for seed in range(6)]
+    assert len(list(iterate(f, iter(batches), chunk=192, max_steps=60, look=look))) == 6
+    steps = len(calls)
+    assert len(reads) <= -(-steps // look) + len(batches)  # one for each batch of starts: are they finite?
+    reads.clear()
+    calls.clear()
+    list(iterate(f, iter(batches), chunk=192, max_steps=60, look=look, observers=[Norm()]))
+    if look > 1:  # what observers measure comes with the next look; what is left of it with one more
+        assert len(reads) <= -(-len(calls) // look) + len(batches) + 1
+
+
+def test_low_precision_changes_over_at_the_same_step_however_often_the_host_looks() -> None:
+    start = torch.linspace(-1.4, 1.4, 42)[:, None].repeat(1, 2) + 0.01
+    start[7] = 1.7
+
+    def coarse(z: Tensor) -> Tensor:
+        return torch.where(z > 1.6, torch.full_like(z, NAN), (64 * cubic(z)).round() / 64)
+
+    low = LowPrecision(coarse, max_steps=12, patience=3)
+    options = {"low_precision": low, "max_steps": 60, "chunk": 6, "observers": [Norm()]}
+    often = iterate(cubic, start, look=1, **options)
+    assert often.steps.unique().numel() > 3
+    for look in (2, 5, 16):
+        assert_same(iterate(cubic, start, look=look, **options), often)
+
+
+@pytest.mark.parametrize("look", [0, -1, 1.5])
+def test_an_impossible_look_is_refused(look: Any) -> None:
+    with pytest.raises(TrajOODError, match="look: expected a whole number of at least 1 step, or None, got"):
+        iterate(cubic, torch.ones(1, 1), look=look)
 
 
 # ---------------------------------------------------------------------------------------------- a stream of starts

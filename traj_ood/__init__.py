@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark, register_benchmark
     from traj_ood.data.preprocessing import Normalised, Preprocessing
     from traj_ood.detector import Decision, Detector, Judgement
-    from traj_ood.dynamics.iterate import LowPrecision, Norm, Observer, iterate
+    from traj_ood.dynamics.iterate import Norm, Observer, iterate
+    from traj_ood.dynamics.maps import LowPrecision
     from traj_ood.dynamics.trajectory import Status, Trajectory
     from traj_ood.errors import TrajOODError
     from traj_ood.evaluation.diagnose import Diagnosis
@@ -82,8 +83,8 @@ _HOME = {
         "Detector",
         "Judgement",
     ),
+    "dynamics.maps": ("LowPrecision",),
     "dynamics.iterate": (
-        "LowPrecision",
         "Norm",
         "Observer",
         "iterate",

@@ -19,7 +19,9 @@ from traj_ood.analysis.singular import explicit_norms, explicit_radii
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
-from traj_ood.dynamics.iterate import SelfMap, apply_in_chunks, iterate
+from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.maps import SelfMap
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
 from traj_ood.index import greedy_leaders

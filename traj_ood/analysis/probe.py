@@ -29,7 +29,7 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
 from traj_ood.data.batches import parts_of
-from traj_ood.dynamics.iterate import apply_in_chunks
+from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from traj_ood.dynamics.iterate import apply_in_chunks
+from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.text import brief
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders.own_modules import halves_of, module_behind, original, tensor_of
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
+from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction, check_function, float_type, takes, trial_rows
-from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.io.trees import field_of
 from traj_ood.io.weights import fingerprint

@@ -14,7 +14,7 @@ from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.hub import read_config
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
-from traj_ood.dynamics.iterate import rows_per_call
+from traj_ood.dynamics.chunks import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import write_json

@@ -18,7 +18,7 @@ from traj_ood.autoencoders.hub import local_copy, read_config
 from traj_ood.autoencoders.own_modules import tensor_of
 from traj_ood.autoencoders.registry import family_of, register_autoencoder
 from traj_ood.data.preprocessing import Interpolation, Preprocessing
-from traj_ood.dynamics.iterate import rows_per_call
+from traj_ood.dynamics.chunks import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 

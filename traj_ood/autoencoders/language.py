@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
 from traj_ood.dynamics.fixed_function import FixedFunction
-from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.families import Families
 from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network

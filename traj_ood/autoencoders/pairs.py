@@ -36,7 +36,7 @@ from traj_ood.autoencoders.vision_encoder import RAE_ENCODERS, VisionTokens, enc
 from traj_ood.autoencoders.vit_mae import sine_cosine_table
 from traj_ood.backbones.image_processor import from_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
-from traj_ood.dynamics.iterate import rows_per_call
+from traj_ood.dynamics.chunks import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import check_digest, write_tensors

@@ -23,7 +23,7 @@ from traj_ood.autoencoders.hub import read_config
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones import LIBRARIES, Backbone, Features, is_backbone_spec, load_backbone
 from traj_ood.backbones.packing import pack_backbone, unpack_backbone
-from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
+from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, check_word, foreign_errors
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import check_digest, write_tensors

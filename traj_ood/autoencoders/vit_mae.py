@@ -18,7 +18,7 @@ from traj_ood.autoencoders.mae_network import DEFAULTS, MAENetwork, is_plain
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
-from traj_ood.dynamics.iterate import apply_in_chunks, rows_per_call
+from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors, warn
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic

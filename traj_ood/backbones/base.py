@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
+from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction, check_function, takes, trial_rows
-from traj_ood.dynamics.iterate import ROWS, apply_in_chunks
 from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint
 

@@ -15,29 +15,18 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
-from traj_ood.dynamics.fixed_function import check_answer, fixed_around, name_around
+from traj_ood.dynamics.chunks import ROWS, kind
+from traj_ood.dynamics.fixed_function import fixed_around
+from traj_ood.dynamics.host import to_device, to_host, where
+from traj_ood.dynamics.maps import LowPrecision, Maps, SelfMap
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 
-SelfMap = Callable[[Tensor], Tensor]
-"""f: latents (n, *L) → latents (n, *L), each row on its own."""
-
-
-ROWS = 24
-"""Rows per call of a network that says nothing about itself (see :func:`rows_per_call`)."""
 _UNDER_WAY = 192  # samples at a time: full chunks for any network, and few idle rows beside the slow ones at the end
 _SPARE = 32  # one row in so many may be idle before starts are taken in
 _MOST_BATCHES, _MOST_BEHIND = 4, 4  # unfinished at a time: batches, and samples as multiples of those under way
+_LOOK = 8  # steps of an accelerator between two looks: 2 % of a path of 186 steps in vain, an eighth of the waiting
 _END: Any = object()
-
-
-def rows_per_call(target: float) -> int:
-    """About ``target`` rows, such that a row's place among them does not change its rounding: 1, or 6, 12, 24, 48, 96.
-
-    MKL's matrix products on processors without AVX-512 take six rows at a time and round what is left over otherwise:
-    of 128 rows the last two, which a trajectory then amplifies to 1e-6 of f.
-    """
-    return 1 if target < 3 else 6 * 2 ** min(4, max(0, round(math.log2(target / 6))))
 
 
 class Observer(Protocol):
@@ -55,7 +44,7 @@ class Observer(Protocol):
             steps: (n,) int64, each sample's own t. rows: (n,) int64, the samples' numbers, counted over all starts.
             latents: (n, *L) the points.
         Returns:
-            (n,) numbers, or None.
+            (n,) numbers, on the CPU or where the latents are, or None.
         """
         ...
 
@@ -66,45 +55,7 @@ class Norm:
     name = "norm"
 
     def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
-        return latents.flatten(1).norm(dim=1).cpu().double()
-
-
-@dataclass(frozen=True)
-class LowPrecision:
-    """Cheap first steps: f in low precision far from the end, f itself ("polish") from there on, sample by sample.
-
-    A sample starts with ``self_map`` and changes to f for good as soon as one of these holds: its squared residual is
-    below (``switch`` · ‖z‖)², has not reached a new minimum for ``patience`` steps, or ``max_steps`` steps are done.
-    No trajectory converges or becomes non-finite on a cheap image: f itself decides. Cheap points are points of the
-    trajectory like all others (residuals, observers, ``steps``), so scores and numbers of steps change. On the bundled
-    model, with one dictionary from fp32, tests/test_precision.py holds that as many converge and that the mean distance
-    over horizon 16 stays within 6 % (median below 0.5 %). Over the own length single scores have no such bound: a path
-    that lingers between attractors may leave at another step.
-
-    Attributes:
-        self_map: f, cheaper, such as :func:`traj_ood.dynamics.device.bfloat16_map` makes; same shapes and type as f.
-        max_steps: most cheap steps. Default 250, half of the paper's 500, so that f has as many left. It does not
-            follow the limit of one call of :func:`iterate`: z_t must be the same whatever comes after t. Choose it
-            below that limit where the end points matter; else those that meet the limit may be cheap images.
-        switch: relative length of a step. Default 2⁻⁸, bfloat16's rounding unit: the bundled model stalls at 2⁻⁹, one
-            with ‖z‖ ≈ 400 at 2⁻¹⁰, so shorter steps say little about f.
-        patience: Default 8: at the noise floor of a deeper model, above ``switch``, new minima soon become rare, while
-            the residuals of a trajectory on its way seldom stay up that long. Where they do, f goes on: only slower.
-    Raises:
-        TrajOODError: impossible values.
-    """
-
-    self_map: SelfMap
-    max_steps: int = 250
-    switch: float = 2.0**-8
-    patience: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "patience"):
-            if getattr(self, name) < 1:
-                raise TrajOODError(f"low precision: expected {name} of at least 1, got {getattr(self, name)}")
-        if not self.switch >= 0:
-            raise TrajOODError(f"low precision: expected a switch >= 0, got {self.switch}")
+        return latents.flatten(1).norm(dim=1)
 
 
 @overload
@@ -118,6 +69,7 @@ def iterate(
     chunk: int = ...,
     on_step: Callable[[int, int], None] | None = ...,
     low_precision: LowPrecision | None = ...,
+    look: int | None = ...,
 ) -> Trajectory: ...
 @overload
 def iterate(
@@ -130,6 +82,7 @@ def iterate(
     chunk: int = ...,
     on_step: Callable[[int, int], None] | None = ...,
     low_precision: LowPrecision | None = ...,
+    look: int | None = ...,
 ) -> Iterator[Trajectory]: ...
 def iterate(
     self_map: SelfMap,
@@ -141,6 +94,7 @@ def iterate(
     chunk: int = ROWS,
     on_step: Callable[[int, int], None] | None = None,
     low_precision: LowPrecision | None = None,
+    look: int | None = None,
 ) -> Trajectory | Iterator[Trajectory]:
     """Run z_{t+1} = f(z_t) for every sample of ``start`` until it settles.
 
@@ -167,6 +121,10 @@ def iterate(
             sample under way has taken, and how many of those that were read have not ended.
         low_precision: cheaper first steps, see :class:`LowPrecision`. Default None: f alone. In a step in which both
             maps are at work each fills up its own last chunk, so the gain needs batches of several chunks.
+        look: steps between two looks of the host at what the device has computed. In between, samples that have ended
+            run on; the points that they had no need of are dropped, and observers never see them, so results do not
+            depend on it. Points wait for a look, so memory grows with it. Default: 1 on the CPU, where looking costs
+            nothing, 8 on an accelerator, which else waits for the host in every step.
     Returns:
         The :class:`Trajectory`, or one for each batch of the stream, in its order. The stopping test needs two
         consecutive images of f, so N >= 2 unless max_steps = 1.
@@ -174,9 +132,9 @@ def iterate(
         TrajOODError: impossible arguments, or a self-map that changes the latent's shape or type.
     """
     observers = list(observers)
-    _check_settings(tol, max_steps, chunk, observers)
-    maps = _Maps(self_map, low_precision, chunk)
-    flight = _Flight(maps, tol, max_steps, observers, on_step, max(chunk, _UNDER_WAY // chunk * chunk))
+    _check_settings(tol, max_steps, chunk, look, observers)
+    maps = Maps(self_map, low_precision, chunk)
+    flight = _Flight(maps, tol, max_steps, observers, on_step, max(chunk, _UNDER_WAY // chunk * chunk), look)
     if not isinstance(start, Iterable):
         raise TrajOODError(f"start: expected latents (B, *L) or a stream of them, got {type(start).__name__}")
     if isinstance(start, Tensor):
@@ -206,6 +164,7 @@ class _Batch:
     def __init__(self, first: int, start: Tensor) -> None:
         count = len(start)
         self.first, self.end, self.left = first, first + count, count
+        self.ended = 0  # the look at which the last of its samples was seen to have ended
         # Everything that decides lives on the CPU (MPS has no float64); only latents stay on the device.
         self.steps = torch.zeros(count, dtype=torch.int64)
         self.status = torch.full((count,), int(Status.STEP_LIMIT))
@@ -242,11 +201,11 @@ class _Running:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, keep: Tensor) -> _Running:
-        """Those of ``keep`` (n,) bool; itself when that is all of them, as it is in most steps."""
+    def take(self, keep: Tensor, latents: Tensor | None = None) -> _Running:
+        """Those of ``keep`` (n,) bool, at ``latents`` if given; itself when that is all of them."""
         if bool(keep.all()):
-            return self
-        latents = self.latents[keep.to(self.latents.device)]
+            return self if latents is None else replace(self, latents=latents)
+        latents = _rows_of(self.latents, keep) if latents is None else latents
         return _Running(
             self.rows[keep], self.steps[keep], latents, self.cheap[keep], self.best[keep], self.best_step[keep]
         )
@@ -255,25 +214,36 @@ class _Running:
         return _Running(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
 
+@dataclass(frozen=True)
+class _Points:
+    """Points of trajectories, n of them: the samples' numbers and steps on the CPU, and latents (n, *L)."""
+
+    rows: Tensor
+    steps: Tensor
+    latents: Tensor
+
+
 class _Flight:
     """The samples under way, the starts that wait for a row, and the batches they belong to, the oldest first."""
 
     def __init__(
         self,
-        maps: _Maps,
+        maps: Maps,
         tol: float,
         max_steps: int,
         observers: list[Observer],
         on_step: Callable[[int, int], None] | None,
         room: int,
+        look: int | None,
     ) -> None:
         self._maps, self._tol, self._max_steps, self._observers = maps, tol, max_steps, observers
-        self._on_step, self._room = on_step, room
+        self._on_step, self._room, self._look = on_step, room, look
         self._batches: deque[_Batch] = deque()
         self._running: _Running | None = None
         self._waiting: _Running | None = None
         self._silent: set[str] = set()  # observers that keep for themselves what they see
-        self._count, self._closed = 0, False
+        self._unread: list[tuple[str, _Points, Tensor]] = []  # what observers measured, and where
+        self._count, self._looks, self._closed = 0, 0, False
 
     def wants_starts(self) -> bool:
         """Whether rows are free that nothing waits for, and the stream may have more.
@@ -296,28 +266,37 @@ class _Flight:
         batch = _Batch(self._count, start)
         self._count += len(start)
         self._batches.append(batch)
-        finite = _finite_rows(start)
+        finite = to_host([start.flatten(1).norm(dim=1)])[0].isfinite()
         batch.status[~finite] = int(Status.NON_FINITE)
-        batch.left = int(finite.sum())
+        batch.left, batch.ended = int(finite.sum()), self._looks
+        if self._look is None:
+            self._look = 1 if start.device.type == "cpu" else _LOOK
         # A copy: its owner may fill the same buffer again while the samples are under way.
         self._waiting = _Running.begin(batch.first, start.detach().clone(), self._maps.has_cheap).take(finite)
 
     def advance(self) -> None:
         """Steps until the oldest batch has ended or starts are wanted."""
-        while not self.wants_starts() and not (self._batches and not self._batches[0].left):
+        while not self.wants_starts() and not self._has_ended():
             self._board()
             if not self._running:
+                self._read([])
                 return
-            self._step()
+            self._fly(self._running)
 
     def finished(self) -> Iterator[Trajectory]:
         """The oldest batches, as far as all of their samples have ended."""
-        while self._batches and not self._batches[0].left:
+        while self._has_ended():
             names = [o.name for o in self._observers if o.name not in self._silent]
             yield self._batches.popleft().trajectory(self._max_steps, names)
 
     def is_over(self) -> bool:
         return self._closed and not self._batches
+
+    def _has_ended(self) -> bool:
+        """Whether all samples of the oldest batch have, and what was measured of them is known."""
+        if not self._batches or self._batches[0].left:
+            return False
+        return not self._unread or self._batches[0].ended < self._looks
 
     def _has_room(self) -> bool:
         return self._room - len(self._running or ()) >= max(1, self._room // _SPARE)
@@ -328,37 +307,67 @@ class _Flight:
             return
         aboard = torch.arange(len(self._waiting)) < self._room - len(self._running or ())
         new, self._waiting = self._waiting.take(aboard), self._waiting.take(~aboard)
-        self._observe(new)
+        self._observe([_Points(new.rows, new.steps, new.latents)])
         self._running = self._running.with_more(new) if self._running else new
 
-    def _step(self) -> None:
-        assert self._running is not None
-        before = self._running
-        images, squared, exact = self._maps.step(before)
+    def _fly(self, before: _Running) -> None:
+        """Some steps of the samples under way, and one look at them."""
+        assert self._look is not None
+        length = min(self._look, self._max_steps - int(before.steps.min()))
+        points, lengths = self._maps.fly(before.latents, before.cheap, length)
+        moved, norms = self._read([lengths])[0]
         # A NaN or infinite coordinate, or a length that overflows, ends the trajectory at the point before.
-        finite = squared.isfinite()
-        if not bool(finite.all()):
-            self._end(before.take(~finite), Status.NON_FINITE)
-        moved = replace(before, steps=before.steps + 1, latents=images).take(finite)
-        squared, exact = squared[finite], exact[finite]
-        for batch, inside, places in self._parts(moved.rows):
-            batch.residuals.put(places, moved.steps[inside] - 1, squared[inside])
-        self._observe(moved)
-        # ‖f(z_{t+1}) − f(z_t)‖² compares two images of f: the first residual ‖f(z_0) − z_0‖² is not one. After
-        # cheap steps z_t is an image of f up to rounding, and what counts is that f itself no longer moves it.
-        settled = (squared < self._tol) & exact & (moved.steps > 1)
-        limited = ~settled & (moved.steps >= self._max_steps)
-        for ended, status in ((settled, Status.CONVERGED), (limited, Status.STEP_LIMIT)):
-            if bool(ended.any()):
-                self._end(moved.take(ended), status)
-        self._running = moved.take(~(settled | limited))
-        if self._on_step is not None:
-            self._on_step(int(moved.steps.max()) if len(moved) else 0, len(self._running) + len(self._waiting or ()))
+        self._land(before, points, torch.where(norms.isfinite(), moved.square(), torch.nan), norms)
 
-    def _observe(self, points: _Running) -> None:
-        if not len(points):
+    def _land(self, before: _Running, points: list[Tensor], squared: Tensor, norms: Tensor) -> None:
+        """How far each sample has really come: until it ended, or the other of the two maps was to take over; the rest
+        of its ``points`` is dropped. ``squared`` and ``norms`` are (steps, n)."""
+        count, exact = len(before), ~before.cheap
+        now = replace(before, steps=before.steps.clone(), cheap=before.cheap.clone())
+        flying, places = torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64)
+        fates = torch.full((count,), -1)
+        shown = []
+        for step in range(len(squared)):
+            finite = squared[step].isfinite()
+            fates[flying & ~finite & exact] = int(Status.NON_FINITE)
+            now.cheap[flying & ~finite] = False  # a smaller range of numbers must not end a trajectory: f decides
+            flying &= finite
+            now.steps += flying
+            places[flying] = step + 1
+            for batch, inside, rows in self._parts(before.rows[flying]):
+                batch.residuals.put(rows, now.steps[flying][inside] - 1, squared[step, flying][inside])
+            shown.append(_Points(before.rows[flying], now.steps[flying], _rows_of(points[step + 1], flying)))
+            # ‖f(z_{t+1}) − f(z_t)‖² compares two images of f: the first residual ‖f(z_0) − z_0‖² is not one. After
+            # cheap steps z_t is an image of f up to rounding, and what counts is that f itself no longer moves it.
+            settled = flying & (squared[step] < self._tol) & exact & (now.steps > 1)
+            limited = flying & ~settled & (now.steps >= self._max_steps)
+            fates[settled], fates[limited] = int(Status.CONVERGED), int(Status.STEP_LIMIT)
+            cheap = flying & ~exact
+            if bool(cheap.any()):
+                best, best_step = now.best[cheap], now.best_step[cheap]
+                now.cheap[cheap] = self._maps.stays(
+                    squared[step, cheap], norms[step, cheap], now.steps[cheap], best, best_step
+                )
+                now.best[cheap], now.best_step[cheap] = best, best_step
+            if self._on_step is not None:
+                going = int((fates < 0).sum()) + len(self._waiting or ())
+                self._on_step(int(now.steps[flying].max()) if bool(flying.any()) else 0, going)
+            flying &= (fates < 0) & (now.cheap | exact)
+            if not bool(flying.any()):
+                break
+        self._observe(shown)
+        self._end(before.rows, now.steps, fates, points, places)
+        kept = fates < 0
+        self._running = now.take(kept, _reached(points, places, kept))
+
+    def _observe(self, shown: list[_Points]) -> None:
+        """Show points to the observers; what they measure is read at the next look, or now where looking is free."""
+        shown = [points for points in shown if len(points.rows)]
+        if not shown or not self._observers:
             return
-        parts = list(self._parts(points.rows))
+        points = shown[0]
+        if len(shown) > 1:
+            points = _Points(*(torch.cat([getattr(p, f.name) for p in shown]) for f in fields(_Points)))
         for observer in self._observers:
             values = observer.observe(points.steps, points.rows, points.latents)
             if values is None:
@@ -367,20 +376,38 @@ class _Flight:
             if not isinstance(values, Tensor) or values.shape != points.rows.shape:
                 got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
                 raise TrajOODError(
-                    f"observer {observer.name}: expected None or a tensor of one number for each of {len(points)} "
-                    f"samples, got {got}"
+                    f"observer {observer.name}: expected None or a tensor of one number for each of "
+                    f"{len(points.rows)} samples, got {got}"
                 )
-            values = values.cpu().double()
-            for batch, inside, places in parts:
-                batch.measure(observer.name).put(places, points.steps[inside], values[inside])
+            where_to = _Points(points.rows, points.steps, points.latents[:0])
+            self._unread.append((observer.name, where_to, values))
+        if self._look == 1:
+            self._read([])
 
-    def _end(self, samples: _Running, status: Status) -> None:
-        for batch, inside, places in self._parts(samples.rows):
-            batch.left -= len(places)
-            batch.status[places] = int(status)
-            batch.steps[places] = samples.steps[inside]
+    def _read(self, values: list[Tensor]) -> list[Tensor]:
+        """Float64 copies on the CPU: a look, at which all that observers have measured comes, too."""
+        unread, self._unread = self._unread, []
+        self._looks += 1
+        if not values and not unread:
+            return []
+        found = to_host([*values, *(measured for _, _, measured in unread)])
+        for (name, points, _), measured in zip(unread, found[len(values) :], strict=True):
+            for batch, inside, rows in self._parts(points.rows):
+                batch.measure(name).put(rows, points.steps[inside], measured[inside])
+        return found[: len(values)]
+
+    def _end(self, rows: Tensor, steps: Tensor, fates: Tensor, points: list[Tensor], places: Tensor) -> None:
+        ended = fates >= 0
+        if not bool(ended.any()):
+            return
+        final = _reached(points, places, ended)
+        for batch, inside, own in self._parts(rows[ended]):
+            batch.left -= len(own)
+            batch.ended = self._looks
+            batch.status[own] = fates[ended][inside]
+            batch.steps[own] = steps[ended][inside]
             device = batch.final.device
-            batch.final[places.to(device)] = samples.latents[inside.to(device)]
+            batch.final[to_device(own, device)] = _rows_of(final, inside)
 
     def _parts(self, rows: Tensor) -> Iterator[tuple[_Batch, Tensor, Tensor]]:
         """Each batch that some of ``rows`` (n,) belong to, which of them (n,) bool, and their places in it."""
@@ -388,108 +415,6 @@ class _Flight:
             inside = (rows >= batch.first) & (rows < batch.end)
             if bool(inside.any()):
                 yield batch, inside, rows[inside] - batch.first
-
-
-def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int, name: str = "f") -> Tensor:
-    """``function`` on exactly ``chunk`` rows at a time, whatever the batch: float32 products round by their shape.
-
-    A last chunk that is short is filled up with copies of its last row, and their results are dropped. Every chunk is a
-    copy: a network may begin with an operation in place, such as ``nn.ReLU(inplace=True)``, and the rows are the
-    caller's.
-
-    Raises:
-        TrajOODError: an answer that is no tensor of ``chunk`` rows, or chunks whose answers do not go together; calls
-            the function ``name``.
-    """
-    if not len(inputs):
-        return check_answer(name, function(inputs.new_zeros(chunk, *inputs.shape[1:])), chunk)[:0]
-    answers: Tensor | None = None
-    for first, part in zip(range(0, len(inputs), chunk), inputs.split(chunk), strict=True):
-        answer = check_answer(name, function(_filled(part, chunk)), chunk)
-        if answers is None:  # copied into: a network may answer in one buffer again and again
-            answers = answer.new_empty((len(inputs), *answer.shape[1:]))
-        if _kind(answer) != _kind(answers):
-            raise TrajOODError(
-                f"{name}: expected rows alike in every chunk, got {_kind(answers)} and then {_kind(answer)}: return "
-                "one shape, type and device"
-            )
-        answers[first : first + len(part)] = answer[: len(part)]
-    assert answers is not None
-    return answers
-
-
-def _filled(rows: Tensor, count: int) -> Tensor:
-    """A copy with its last row repeated up to ``count`` rows, in the usual order in memory: convolutions round images
-    whose channels come last otherwise."""
-    full = rows.new_empty((count, *rows.shape[1:]))
-    full[: len(rows)] = rows
-    full[len(rows) :] = rows[-1:]
-    return full
-
-
-def _kind(rows: Tensor) -> str:
-    return f"{str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape[1:])} on {rows.device}"
-
-
-class _Maps:
-    """f for every sample, or its cheap copy for those that are still far from their end."""
-
-    def __init__(self, self_map: SelfMap, low: LowPrecision | None, chunk: int) -> None:
-        self._map, self._low, self._chunk, self._name = self_map, low, chunk, name_around(self_map)
-        self.has_cheap = low is not None
-
-    def step(self, running: _Running) -> tuple[Tensor, Tensor, Tensor]:
-        """One step; what is known of the samples for :class:`LowPrecision` is brought up to date in place.
-
-        Returns:
-            Images (n, *L); squared residuals (n,) float64, NaN or infinite where the image or its length is not
-            finite; (n,) bool: the image is one of f itself.
-        """
-        cheap, latents = running.cheap.clone(), running.latents
-        if self._low is None or not bool(cheap.any()):
-            images = self._images(self._map, latents)
-            squared, _ = _squared_residuals(images, latents)
-            return images, squared, ~cheap
-        if bool(cheap.all()):
-            images = self._images(self._low.self_map, latents)
-        else:
-            images = torch.empty_like(latents)
-            for f, part in ((self._low.self_map, cheap), (self._map, ~cheap)):
-                where = part.to(latents.device)
-                images[where] = self._images(f, latents[where])
-        squared, norms = _squared_residuals(images, latents)
-        failed = cheap & ~squared.isfinite()
-        if bool(failed.any()):  # a smaller range of numbers must not end a trajectory: f decides
-            where, images = failed.to(latents.device), images.clone()
-            images[where] = self._images(self._map, latents[where])
-            squared, norms = _squared_residuals(images, latents)
-            cheap &= ~failed
-        running.cheap[:] = cheap & self._stays(self._low, running, squared, norms)
-        return images, squared, ~cheap
-
-    def _stays(self, low: LowPrecision, running: _Running, squared: Tensor, norms: Tensor) -> Tensor:
-        """(n,) bool: the next step may be cheap, too."""
-        step, fell = running.steps + 1, squared < running.best
-        running.best[:] = torch.minimum(running.best, squared)
-        running.best_step[fell] = step[fell]
-        resolved = squared >= (low.switch * norms).square()
-        return resolved & (step - running.best_step < low.patience) & (step < low.max_steps)
-
-    def _images(self, function: SelfMap, latents: Tensor) -> Tensor:
-        images = apply_in_chunks(function, latents, self._chunk, self._name)
-        if images.shape != latents.shape:
-            raise TrajOODError(
-                f"{self._name} must keep the latent's shape {tuple(latents.shape[1:])}, got {tuple(images.shape[1:])}: "
-                "encode(decode(z)) has to end where it started"
-            )
-        if function is not self._map:
-            return images.to(latents.dtype)
-        if _kind(images) != _kind(latents):
-            raise TrajOODError(
-                f"{self._name}: expected latents like those it was given, {_kind(latents)}, got {_kind(images)}: "
-                "convert the model with .float(), and give both in its type"
-            )
-        return images
 
 
 class _Table:
@@ -511,32 +436,39 @@ class _Table:
         return self._values[:, : self._width].clone()
 
 
-def _finite_rows(latents: Tensor) -> Tensor:
-    return latents.flatten(1).norm(dim=1).isfinite().cpu()
+def _rows_of(latents: Tensor, keep: Tensor) -> Tensor:
+    """Those of ``keep`` (n,) bool on the CPU; itself when that is all of them, as it is in most steps."""
+    return latents if bool(keep.all()) else latents[where(keep, latents.device)]
 
 
-def _squared_residuals(images: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """‖f(z) − z‖² and ‖f(z)‖, (n,) float64 on the CPU; the first is NaN where the second is not finite."""
-    squared = (images - latents).flatten(1).norm(dim=1).cpu().double().square()
-    norms = images.flatten(1).norm(dim=1).cpu().double()
-    return torch.where(norms.isfinite(), squared, torch.nan), norms
+def _reached(points: list[Tensor], places: Tensor, keep: Tensor) -> Tensor:
+    """(K, *L) of each sample of ``keep`` (n,) bool the point ``places`` (n,) says, among those of each step."""
+    if bool((places[keep] == len(points) - 1).all()):
+        return _rows_of(points[-1], keep)
+    out = points[0].new_empty((int(keep.sum()), *points[0].shape[1:]))
+    for place in places[keep].unique().tolist():
+        there = places == place
+        out[where(there[keep], out.device)] = _rows_of(points[place], keep & there)
+    return out
 
 
 def _check_start(start: Tensor, before: Tensor | None) -> None:
     if not isinstance(start, Tensor) or start.ndim < 2 or not start.is_floating_point():
-        kind = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
-        raise TrajOODError(f"start: expected floating-point latents of shape (B, *L), got {kind}")
-    if before is not None and _kind(start) != _kind(before):
-        raise TrajOODError(f"start: expected batches alike, got {_kind(before)} and then {_kind(start)}")
+        got = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
+        raise TrajOODError(f"start: expected floating-point latents of shape (B, *L), got {got}")
+    if before is not None and kind(start) != kind(before):
+        raise TrajOODError(f"start: expected batches alike, got {kind(before)} and then {kind(start)}")
 
 
-def _check_settings(tol: float, max_steps: int, chunk: int, observers: list[Observer]) -> None:
+def _check_settings(tol: float, max_steps: int, chunk: int, look: int | None, observers: list[Observer]) -> None:
     if not isinstance(tol, int | float) or not 0 <= tol < math.inf:
         raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol!r}")
     if not isinstance(max_steps, int) or max_steps < 1:
         raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
     if not isinstance(chunk, int) or chunk < 1:
         raise TrajOODError(f"chunk: expected a whole number of at least 1 row, got {chunk!r}")
+    if look is not None and (not isinstance(look, int) or look < 1):
+        raise TrajOODError(f"look: expected a whole number of at least 1 step, or None, got {look!r}")
     names = [observer.name for observer in observers]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

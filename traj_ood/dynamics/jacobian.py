@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.fixed_function import fixed_around
-from traj_ood.dynamics.iterate import SelfMap, apply_in_chunks
+from traj_ood.dynamics.maps import SelfMap
 from traj_ood.errors import TrajOODError
 
 Derivative = Literal["forward", "differences"]

@@ -22,7 +22,8 @@ from torch import Tensor
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import Benchmark, Split
-from traj_ood.dynamics.iterate import apply_in_chunks, iterate
+from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.results import ScorerResult

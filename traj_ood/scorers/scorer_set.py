@@ -18,8 +18,9 @@ from traj_ood.data.batches import Images, batches
 from traj_ood.data.preprocessing import Normalised, prepare
 from traj_ood.dynamics.device import bfloat16_map
 from traj_ood.dynamics.fixed_function import KnownWeights
-from traj_ood.dynamics.iterate import LowPrecision, Norm, Observer, iterate
+from traj_ood.dynamics.iterate import Norm, Observer, iterate
 from traj_ood.dynamics.jacobian import divergence_at
+from traj_ood.dynamics.maps import LowPrecision
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend, NeighborIndex
