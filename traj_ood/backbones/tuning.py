@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from traj_ood.backbones.base import Backbone
-from traj_ood.dynamics.iterate import ROWS
+from traj_ood.dynamics.chunks import ROWS
 from traj_ood.errors import TrajOODError
 from traj_ood.io.files import cache_folder, write_atomic
 from traj_ood.io.provenance import package_digest
