@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ class RecordedStep:
 
     def loop(self) -> Loop:
         """A ``scan`` over the graph."""
-        scan = import_module("torch._higher_order_ops.scan").scan_op
+        from torch._higher_order_ops.scan import scan_op
 
         def run(latents: Tensor, running: Tensor, steps: int, prepared: list[Tensor]) -> list[Tensor]:
             own, loose = _own(self.step), iter(self.constants.all().values())
@@ -124,7 +123,7 @@ class RecordedStep:
                 return list(self.graph(*rest[:count], latents, running, first, *rest[count:]))
 
             first = torch.arange(steps, device=latents.device) == 0
-            return list(scan(body, [latents, running], [first], (*tensors, *prepared)))
+            return list(scan_op(body, [latents, running], [first], (*tensors, *prepared)))
 
         return run
 
