@@ -136,7 +136,7 @@ def can_scan() -> bool:
 
 def lengths(latents: Tensor) -> Tensor:
     """(B,) ‖z‖."""
-    return latents.flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(latents.flatten(1), dim=1)
 
 
 def _own(step: Step) -> dict[str, Tensor]:

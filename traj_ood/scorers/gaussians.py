@@ -36,7 +36,7 @@ def distances_to_gaussians(state: dict[str, Tensor], vectors: Tensor) -> Tensor:
 
     def distances(part: Tensor) -> Tensor:
         offsets = (part.double() - state["means"]).transpose(0, 1)  # (cells, chunk, d)
-        return (offsets @ state["factors"]).norm(dim=2).T
+        return torch.linalg.vector_norm(offsets @ state["factors"], dim=2).T
 
     return in_rows(distances, _cells(vectors).cpu())
 

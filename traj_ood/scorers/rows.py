@@ -15,6 +15,6 @@ def in_rows(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
     While a graph is recorded for export B is a symbol and cannot be cut into rows: ``function`` then sees all of them.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or len(inputs) <= ROWS:
         return function(inputs)
     return torch.cat([function(part) for part in inputs.split(ROWS)])
