@@ -115,6 +115,14 @@ if TYPE_CHECKING:
     help="Width of these; for the columns of a paper, 3.4 or 7 inches, without titles.",
 )
 @click.option("--no-plots", is_flag=True, hidden=True)
+@click.option(
+    "--log",
+    "trackers",
+    multiple=True,
+    type=NAME,
+    metavar="KIND:TARGET",
+    help="Tell a tracker of the finished run: mlflow:FOLDER|URL, wandb:PROJECT, tensorboard:FOLDER. Repeatable.",
+)
 @click.option("--no-pictures", is_flag=True, help="Keep no thumbnails, paths and frames for `traj-ood report`.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
 @one_line_errors
@@ -136,12 +144,14 @@ def bench(benchmark: str, **options: Any) -> None:
     from traj_ood.detector import refuse_inside
     from traj_ood.evaluation.leaderboard import render_markdown
     from traj_ood.evaluation.plots import plot_run
+    from traj_ood.evaluation.tracking import log_result, tracker
 
     silence_libraries()
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     refuse_inside(options["out"])
     team = Team.join()
+    trackers = [tracker(spec) for spec in options["trackers"]] if team.is_main else []
     with team.together():
         evaluator = _evaluator(benchmark, options, team)
         result = evaluator.run(fresh=options["fresh"])
@@ -150,6 +160,8 @@ def bench(benchmark: str, **options: Any) -> None:
     if not options["no_plots"] and options["plots"] != "none":
         plot_run(evaluator.folder, options["quiet"], options["plots"], options["plot_size"])
     say(render_markdown([result]), kept=f"all results are in {evaluator.folder}")
+    for told in trackers:
+        log_result(result, evaluator.folder, told)
     if not result.dictionary["healthy"]:
         stored = result.dictionary.get("verdict")  # results older than the verdict hold its reasons alone
         text = Verdict(**stored).text if stored else "; ".join(result.dictionary["warnings"])

@@ -21,6 +21,7 @@ from traj_ood.data.images import FileImages
 from traj_ood.detector.conformal import Calibration, check_count, entry, images_needed
 from traj_ood.detector.decision import Decision, Judgement, decide_each
 from traj_ood.detector.folder import Parts, read_detector, write_detector
+from traj_ood.detector.hub import OnTheHub
 from traj_ood.detector.module import as_module
 from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import digests_of
@@ -37,7 +38,7 @@ OnKnown = Literal["raise", "skip"]
 _MAX_SEEN_SHARE = 0.01
 
 
-class Detector:
+class Detector(OnTheHub):
     """Is this image out of distribution? A model, a scorer fitted on ID images, and a threshold.
 
     >>> detector = Detector.fit(autoencoder, train_images, "field")     # doctest: +SKIP
@@ -197,10 +198,7 @@ class Detector:
         check_word("value of on_known", on_known, OnKnown)
         check_count(count := count_of(images), tpr)
         classes = None if labels is None else _labels(labels, count)
-        scores, known = (
-            [_nothing(torch.float64)],
-            [_nothing(torch.bool)],
-        )
+        scores, known = [_nothing(torch.float64)], [_nothing(torch.bool)]
         ids: list[str] = []
         rows: list[int] = []
         for batch, scored in self._scored(self._read(images, on_error)):

@@ -45,7 +45,7 @@ _SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING = (
     f"{name}.safetensors" for name in ("scorer", "attractors", "calibration", "training")
 )
 _MODEL, _CARD = "model", "README.md"
-_KNOWN = (FILE_NAME, _SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING, _MODEL, _CARD)
+KNOWN_FILES = (FILE_NAME, _SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING, _MODEL, _CARD)
 _COMPARED = ("traj_ood", "torch", "torchvision", "transformers", "timm", "numpy", "faiss")
 
 
@@ -72,7 +72,7 @@ def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
     """Write ``folder``, or replace the detector in it; see :meth:`traj_ood.Detector.save` for the errors."""
     scorers = parts.scorers
     refuse_inside(folder.expanduser().absolute().parent)
-    with replaced_folder(folder, FILE_NAME, _KNOWN, overwrite) as fresh:
+    with replaced_folder(folder, FILE_NAME, KNOWN_FILES, overwrite) as fresh:
         tensors = {_SCORER: scorers.scorers[0].state, _TRAINING: {"digests": parts.seen}}
         scorers.scorers[0].save(fresh / _SCORER)
         write_tensors(fresh / _TRAINING, tensors[_TRAINING])

@@ -32,6 +32,7 @@ _DECIDES_NOTHING = (
     "evaluation/plots.py",
     "evaluation/runs.py",
     "evaluation/text_tables.py",
+    "evaluation/tracking.py",
     "evaluation/versus.py",
     "export/",
     "io/card.py",
