@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from traj_ood.detector.conformal import Calibration
 from traj_ood.errors import TrajOODError
 from traj_ood.stream import Entry, score_rows
 
+FEW = 1e-5  # of few images, whose calls of the network have fewer rows than those of a stream
 OLD = Path(__file__).parent / "detectors"
 
 
@@ -36,7 +38,7 @@ def detector() -> Detector:
 # ---------------------------------------------------------------------- the same everywhere
 
 
-def test_python_rows_and_the_exported_file_say_the_same(detector: Detector, tmp_path: Path) -> None:
+def test_python_rows_a_cluster_a_service_and_the_exported_file_say_the_same(detector: Detector, tmp_path: Path) -> None:
     for library in ("onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason="needs traj_ood[export]")
     from traj_ood.export import export_detector, open_answers
@@ -51,17 +53,18 @@ def test_python_rows_and_the_exported_file_say_the_same(detector: Detector, tmp_
 
     (rows,) = score_rows(detector, [Entry(path) for path in asked])
     for one, row in zip(said, rows, strict=True):
-        assert row.score == (one.score and pytest.approx(one.score, rel=1e-9))
+        assert row.score == (one.score and pytest.approx(one.score, rel=FEW))
         assert (row.p_value, row.decision, row.steps, row.status) == (one.p_value, one.decision, one.steps, one.status)
         assert row.reason.split(":")[0] == one.reason.split(":")[0]
     detector.save(tmp_path / "d")
     written = CliRunner().invoke(main, ["score", str(tmp_path / "d"), *asked, "--format", "jsonl", "--device", "cpu"])
     assert written.exit_code == 3
     for one, line in zip(said, map(json.loads, written.stdout.splitlines()), strict=True):
-        assert line["score"] == (one.score and pytest.approx(one.score, rel=1e-9))
+        assert line["score"] == (one.score and pytest.approx(one.score, rel=FEW))
         assert (line["p_value"], line["decision"]) == (one.p_value, one.decision)
         assert line["reason"].split(":")[0] == one.reason.split(":")[0]
 
+    assert_served_and_spread(tmp_path / "d", asked, said)
     export_detector(detector, tmp_path / "d.onnx", images=torch.rand(3, 1, 8, 8))
     answer, metadata = open_answers("onnx", tmp_path / "d.onnx")
     pixels = torch.stack([torch.tensor(np.asarray(Image.open(path)))[None] / 255 for path in paths])
@@ -75,6 +78,34 @@ def test_python_rows_and_the_exported_file_say_the_same(detector: Detector, tmp_
     assert reasons == [*(one.reason for one in whole), "invalid", "invalid"]
     assert bool(got["scores"][12:].isnan().all())
     assert bool(got["p_values"][12:].isnan().all())
+
+
+def assert_served_and_spread(folder: Path, asked: list[str], said: list[Decision]) -> None:
+    """The service, where its libraries are installed, and what an actor of a cluster runs."""
+    from traj_ood.distributed.actor import ScoreActor
+
+    found = ScoreActor(str(folder), "cpu", 1)({"path": np.array(asked, dtype=object)})
+    columns = {name: column.to_pylist() for name, column in found.items()}
+    answers = [{name: column[k] for name, column in columns.items()} for k in range(len(asked))]
+    check_answers(answers, said)
+    for library in ("fastapi", "multipart", "httpx"):
+        if importlib.util.find_spec(library) is None:
+            return
+    from starlette.testclient import TestClient
+
+    from traj_ood.serve import create_app
+
+    with TestClient(create_app(folder, device="cpu")) as client:
+        files = [("images", (Path(path).name, Path(path).read_bytes())) for path in asked]
+        check_answers(client.post("/v1/score", files=files).json()["decisions"], said)
+
+
+def check_answers(answers: list[dict[str, Any]], said: list[Decision]) -> None:
+    for answer, one in zip(answers, said, strict=True):
+        assert answer["score"] == (one.score and pytest.approx(one.score, rel=FEW))
+        for name in ("p_value", "decision", "steps", "status"):
+            assert answer[name] == getattr(one, name)
+        assert answer["reason"].partition(":")[0] == one.reason.partition(":")[0]
 
 
 def test_what_a_file_says_of_its_outputs(detector: Detector) -> None:
@@ -102,7 +133,7 @@ def test_one_bad_image_among_many_is_the_only_invalid_one(detector: Detector) ->
     assert [i for i, one in enumerate(said) if one.reason.startswith("invalid")] == [217]
     rest = detector.judge(Normalised(torch.cat([images[:217], images[218:]])))
     scores = [one.score for one in said if one.score is not None]
-    assert scores == pytest.approx(rest.scores.tolist(), rel=1e-9)
+    assert scores == pytest.approx(rest.scores.tolist(), rel=FEW)
     assert detector.decide([]) == []
 
 

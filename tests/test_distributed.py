@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -129,3 +130,27 @@ def test_a_killed_worker_costs_nothing_and_a_run_is_resumed(place: Path, cluster
     assert_same(read_rows_of(tmp_path / "rows"), rows)
     with pytest.raises(TrajOODError, match="expected an empty folder"):
         score_to(tmp_path / "rows", entries, place / "d")
+
+
+@pytest.mark.slow
+def test_the_command_and_sources_of_records(place: Path, cluster: Any, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="needs traj_ood[sources]")
+    from click.testing import CliRunner
+
+    from traj_ood.cli import main
+
+    out = tmp_path / "rows"
+    command = ["score", str(place / "d"), str(place / "photos"), "--engine", "ray", "--out", str(out), "--quiet"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 3, done.output  # one image is broken, and has its row
+    assert_same(read_rows_of(out), expected(place))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"a-{shard}.tar", "w") as archive:
+            for i in range(10 * shard, 10 * shard + 10):
+                archive.add(place / "photos" / f"{i:03d}.png", f"{i:03d}.png")
+    command[2], command[6] = str(tmp_path / "a-{0..1}.tar"), str(tmp_path / "more")
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert read_rows_of(tmp_path / "more")["score"].tolist() == pytest.approx(
+        [row.score for row in expected(place)[:20]], rel=1e-9
+    )
