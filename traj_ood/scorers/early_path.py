@@ -21,10 +21,9 @@ from traj_ood.scorers.registry import register
 class EarlyPath(Scorer):
     """Mean over cells of sqrt((v − μ)ᵀ Σ⁻¹ (v − μ)), v = [z_0, z_{t1} − z_0, z_{t2} − z_{t1}, …] of one cell.
 
-    Reason: by Theorem 1 (§3.1) f(z) − z approximates the score ∇ log p of the latent density. The pair (z_0, f(z_0) −
-    z_0) is judged jointly: where a sample is, and which way the field pulls it there. μ and Σ are one Ledoit–Wolf
-    Gaussian for each cell of the image, as in PaDiM (Defard et al. 2021), because what is usual differs from place to
-    place.
+    The pair (z_0, f(z_0) − z_0) is judged jointly: where a sample is, and which way the field pulls it there (see
+    ``field`` for why Theorem 1 is no reason). μ and Σ are one Ledoit–Wolf Gaussian for each cell of the image, as in
+    PaDiM (Defard et al. 2021), because what is usual differs from place to place.
 
     The control ``shuffled`` loses next to nothing (results/backbone, results/protocol): place and pull each count,
     their correspondence hardly does.

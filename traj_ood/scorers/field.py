@@ -34,10 +34,12 @@ class Field(Scorer):
     * b is the Mahalanobis distance of the logarithms of five lengths, those of z_0 and of v to their Gaussians in the
       views ``grid`` and ``mean``, and ‖v‖: large also where they are unusually *small*.
 
-    Reason: by Theorem 1 (§3.1) v approximates the score ∇ log p of the latent density, so that it says where the model
-    holds the sample to be wrong. Distances alone miss images simpler than the training images (blurred, smooth, one
-    colour): they lie nearer to the mean than any training image, where a high-dimensional Gaussian has its mode and
-    next to none of its mass. b, being a density of distances, sees both sides.
+    Reason: v says how the model corrects the sample. That it approximates the score ∇ log p of the latent density
+    (Theorem 1, §3.1) explains little of it: a gradient has a symmetric Jacobian, and that of f is far from it on
+    the bundled model (the antisymmetric part has 0.7 of the length of the symmetric one, of a random matrix 1; not
+    recorded). Distances alone miss images simpler than the training images (blurred, smooth, one colour): they lie
+    nearer to the mean than any training image, where a high-dimensional Gaussian has its mode and next to none of
+    its mass. b, being a density of distances, sees both sides.
 
     Each half of the training images is measured by the Gaussians of the other half, as a new image will be; a score is
     the mean over both. The halves are drawn at random, whatever the order of the images: lists are often sorted by

@@ -18,6 +18,8 @@ from traj_ood.scorers.registry import register
 class TrajectoryScore(Scorer):
     """score(z) = 1/(N+1) · Σ_{t=0…N} d(z_t, Z*_train), d the Euclidean distance to the nearest attractor.
 
+    §4.2 writes 1/N and does not say whether the sum begins at z_0; over the N + 1 points z_0 … z_N this is their mean.
+
     Args:
         view: latent view in which distances are measured; the dynamics always run on the whole latent. Default
             ``tokens``: the attractors live in the space where f does, and there alone is z* a fixed point.
