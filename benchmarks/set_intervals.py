@@ -2,8 +2,8 @@
 benchmarks/set_intervals.py [--out results/protocol]
 
 The intervals in tables.md carry the chance of test images alone. Here the sets of each suite, the models and the
-samples of training images are drawn with replacement (benchmarks/verdicts.py), from the runs that lie below OUT; once over all
-sets, and once without crops of few pictures and noise. Writes OUT/set-intervals.json.
+samples of training images are drawn with replacement (benchmarks/verdicts.py), from the runs that lie below OUT; once
+over all sets, and once without crops of few pictures and noise. Writes OUT/set-intervals.json.
 """
 
 from __future__ import annotations
