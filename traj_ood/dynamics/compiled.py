@@ -1,0 +1,48 @@
+"""f through torch.compile: for one number of rows, and f itself where the compiler fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from traj_ood.text import brief
+
+
+class CompiledMap:
+    """``self_map`` (n, *L) → (n, *L), compiled at the first call for that call's shape.
+
+    Scores move by rounding (1e-5 relative): kernels are fused, and sums taken in another order. The engine calls f on
+    one number of rows, so one shape is compiled; another one is answered by ``self_map`` itself.
+
+    Args:
+        self_map: f.
+        graphs: record CUDA graphs, too (``mode="reduce-overhead"``): for networks whose kernels are so short that
+            launching them takes longer. Their answers lie in one buffer, so each is copied.
+    """
+
+    def __init__(self, self_map: Callable[[Tensor], Tensor], *, graphs: bool = False) -> None:
+        self._map, self._graphs = self_map, graphs
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._shape: tuple[int, ...] | None = None
+        self.fell_back = ""  # why f itself answers; empty while it does not
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        if self.fell_back or (self._shape is not None and tuple(latents.shape) != self._shape):
+            return self._map(latents)
+        try:
+            if self._compiled is None:
+                mode = "reduce-overhead" if self._graphs else "default"
+                self._compiled = torch.compile(self._map, dynamic=False, mode=mode)
+                self._shape = tuple(latents.shape)
+            if self._graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+                return self._compiled(latents).clone()
+            return self._compiled(latents)
+        except Exception as error:  # the compiler's, of any kind: f's own faults come again from f itself
+            answer = self._map(latents)
+            self.fell_back = f"{type(error).__name__}: {brief(error)}"
+            warnings.warn(f"torch.compile failed, f runs uncompiled ({self.fell_back})", stacklevel=2)
+            return answer
