@@ -43,7 +43,7 @@ from traj_ood.stream import Entry, score_rows
 
 # A rehearsal takes seconds; its figures mean nothing.
 TINY = "--tiny" in sys.argv
-ROUNDS, STARTS, FEATURES, FILES = (3, 1, 6, 6) if TINY else (200, 5, 48, 400)
+ROUNDS, STARTS, FEATURES, FILES = (3, 1, 6, 6) if TINY else (200, 5, 24, 240)
 NETWORK, PIXELS = ("test_efficientnet", 96) if TINY else ("efficientnet_lite0", 224)
 FILE_SIDE = 500
 DATA = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
