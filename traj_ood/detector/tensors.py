@@ -12,6 +12,7 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.io.tensor_file import open_tensors
+from traj_ood.io.weights import all_finite
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -34,7 +35,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str,
         raise TrajOODError(
             f"{path}: tensor {key[:60]}: expected {str(known.get(key))[:100]}, got {found.get(key)}: damaged"
         )
-    bad = [k for k, t in tensors.items() if finite and t.is_floating_point() and not bool(t.isfinite().all())]
+    bad = [k for k, t in tensors.items() if finite and t.is_floating_point() and not all_finite(t)]
     if bad:
         raise TrajOODError(f"{path}: tensor {bad[0]} holds NaN or infinite values: damaged, or fitted on such data")
 
