@@ -6,16 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torch import Tensor
 
 from traj_ood import CallableAutoencoder, Detector, load_autoencoder
+from traj_ood.backbones import CallableBackbone, Features, feature_cache
+from traj_ood.backbones.feature_cache import FeatureCache
+from traj_ood.data.images import ArrayImages
 from traj_ood.data.preprocessing import as_picture
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.stream import Entry, score_rows
@@ -142,3 +149,60 @@ def test_scorers_that_read_rounding_keep_whole_chunks() -> None:
     model.calls.clear()
     detector.score(pixels(1))
     assert set(model.calls) == {48}
+
+
+# ---------------------------------------------------------------------------------------------- reading ahead
+
+
+def test_the_next_images_are_read_while_a_batch_is_judged(tmp_path: Path) -> None:
+    """A judge that waits for an image of the next batch: it would wait for ever if that were read afterwards."""
+    detector = Detector.fit(Counting(), pixels(20), "field")
+    places = [tmp_path / f"{number}.png" for number in range(9)]
+    for place, image in zip(places, pixels(9), strict=True):
+        as_picture("", image).save(place)
+    read, waited = [threading.Event() for _ in places], []
+
+    def transform(picture: Image.Image) -> Tensor:
+        read[len([event for event in read if event.is_set()])].set()
+        return detector.autoencoder.transform(picture)
+
+    def judge(images: Any, **options: Any) -> Any:
+        last = 3 * (len(waited) + 1)
+        waited.append(last >= len(read) or read[last].wait(tiny.PATIENCE))
+        return detector.judge(images, **options)
+
+    slow = SimpleNamespace(autoencoder=SimpleNamespace(transform=transform), reading=detector.reading, judge=judge)
+    rows = [row for batch in score_rows(slow, map(Entry, map(str, places)), batch_size=3, workers=1) for row in batch]
+    assert [row.path for row in rows] == list(map(str, places))
+    assert waited == [True] * 3
+
+
+def test_the_next_images_are_read_while_features_are_extracted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "_READ_IMAGES", 3)
+    read, waited = [threading.Event() for _ in range(9)], []
+    values = (pixels(9)[:, 0] * 255).to(torch.uint8).numpy()
+
+    class Source(ArrayImages):
+        def load(self, index: int) -> Image.Image:
+            read[index].set()
+            return super().load(index)
+
+    def forward(images: Tensor) -> Features:
+        return Features(images.flatten(1), None)
+
+    backbone = CallableBackbone(forward, (1, 8, 8), 64, module=torch.nn.Linear(1, 1), chunk=3)
+    extract = backbone.extract
+
+    def waiting(images: Tensor) -> Features:
+        if any(event.is_set() for event in read):  # not what the cache asks first, to know the network again
+            last = 3 * (len(waited) + 1)
+            waited.append(last >= len(read) or read[last].wait(tiny.PATIENCE))
+        return extract(images)
+
+    monkeypatch.setattr(backbone, "extract", waiting)
+    source = Source(tuple(map(str, range(9))), values)
+    ids, features, _ = FeatureCache(tmp_path).extract(backbone, source, range(9), workers=1)
+    assert ids == source.ids
+    assert waited == [True] * 3
+    assert features is not None
+    torch.testing.assert_close(features.features, torch.from_numpy(values).flatten(1) / 255)
