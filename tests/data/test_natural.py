@@ -189,3 +189,18 @@ def test_folders_become_openoods_layout_and_what_is_missing_is_said(root: Path, 
 
 def test_a_whole_benchmark_keeps_its_name(root: Path) -> None:
     assert load_benchmark("tiny-imagenet", root, allow_missing=True).name == "tiny-imagenet"
+
+
+def test_a_benchmark_of_ones_own_has_labels_from_folders(root: Path) -> None:
+    text = "train: {folder: tiny_imagenet/train, classes: true}\ntest: tiny_imagenet/val\nfar: {scenes: scenes}\n"
+    (root / "own.yaml").write_text(text)
+    found = load_benchmark(str(root / "own.yaml"))
+    assert set(found.train.images.labels) == {"n00000001", "n00000002"}
+    assert found.train.images.ids[0] == "train/n00000001/0.JPEG"
+    assert not found.test.images.labels
+    (root / "own.yaml").write_text(text.replace("tiny_imagenet/train", "chest_xray"))
+    with pytest.raises(TrajOODError, match=r"own\.yaml: train: .*expected a folder for each class"):
+        load_benchmark(str(root / "own.yaml"))
+    (root / "own.yaml").write_text(text.replace("true", "1"))
+    with pytest.raises(TrajOODError, match="classes: expected true or false, got int 1"):
+        load_benchmark(str(root / "own.yaml"))

@@ -3,6 +3,7 @@
     name: pets                 # default: the name of the YAML file
     root: ./images             # where folders start; default: the folder of the YAML file
     train: cats/train          # a folder, read with its subfolders, or {list: train.txt, root: ./images}
+                               # {folder: cats/train, classes: true}: its subfolders are the class labels
     val: cats/val              # optional
     test: cats/test
     near: {dogs: dogs}         # OOD sets by name; near, far or both
@@ -21,13 +22,14 @@ from typing import Any
 
 from traj_ood.data.benchmark import Benchmark, Role, Split
 from traj_ood.data.encoded import EncodedImages, read_encoded
-from traj_ood.data.images import FileImages, read_folder, read_image_list
+from traj_ood.data.images import FileImages, labelled_by_folder, read_folder, read_image_list
 from traj_ood.data.records import HUB, is_address, is_records
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.trees import read_yaml
 
 KEYS = ("name", "root", "train", "val", "test", "near", "far")
 LIST_KEYS = ("list", "root")
+FOLDER_KEYS = ("folder", "classes")
 _OOD_ROLES: tuple[Role, ...] = ("near", "far")
 
 
@@ -94,6 +96,12 @@ def _images(spec: object, here: Path, base: Path) -> FileImages | EncodedImages:
         return read_folder(_place(base, spec, "folder"))
     if not isinstance(spec, dict):
         raise TrajOODError(f"expected a folder or {{list: FILE, root: FOLDER}}, got {_kind(spec)}; name one")
+    if "folder" in spec:
+        _check_keys(spec, FOLDER_KEYS, "image folder")
+        folder, classes = _place(base, spec["folder"], "folder"), spec.get("classes", False)
+        if not isinstance(classes, bool):
+            raise TrajOODError(f"classes: expected true or false, got {_kind(classes)}")
+        return labelled_by_folder(read_folder(folder)) if classes else read_folder(folder)
     _check_keys(spec, LIST_KEYS, "image list")
     if "list" not in spec:
         raise TrajOODError("expected the key 'list' with an image list; add it, or give a folder as plain text")

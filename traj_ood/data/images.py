@@ -322,6 +322,20 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
     return FileImages(folder, tuple(paths), tuple(posixpath.join(prefix, path) for path in paths))
 
 
+def labelled_by_folder(images: FileImages) -> FileImages:
+    """The same, labelled by the first folder on the way to each image, as in an ImageFolder.
+
+    Raises:
+        TrajOODError: an image that lies in no such folder.
+    """
+    labels = tuple(path.split("/")[0] if "/" in path else "" for path in images.paths)
+    if "" in labels:
+        raise TrajOODError(
+            f"{images.root}: expected a folder for each class, found {images.paths[labels.index('')]} beside them"
+        )
+    return replace(images, labels=labels)
+
+
 def left_out(folder: str | Path, others: Counter[str]) -> str:
     """What to say of files by suffix that are no images, the most frequent first."""
     total, kinds = sum(others.values()), [f"{suffix or 'no suffix'} {n}" for suffix, n in others.most_common(5)]

@@ -22,7 +22,7 @@ from pathlib import Path
 from traj_ood.data.benchmark import Benchmark, Split, sample_indices
 from traj_ood.data.equal_files import EqualImages
 from traj_ood.data.fashion_mnist import read_fashion_mnist
-from traj_ood.data.images import ArrayImages, FileImages, ImageSource, read_folder
+from traj_ood.data.images import ArrayImages, FileImages, ImageSource, labelled_by_folder, read_folder
 from traj_ood.data.preflight import MissingDataError
 from traj_ood.errors import TrajOODError
 
@@ -92,13 +92,8 @@ def load_natural(name: str, root: str | Path | None = None, allow_missing: bool 
 
 def class_folders(root: Path, folder: str) -> FileImages:
     """The images below ``root / folder``, labelled by the first folder on the way to each, as in an ImageFolder."""
-    images = read_folder(root / folder, prefix=folder)
-    labels = tuple(path.split("/")[0] if "/" in path else "" for path in images.paths)
-    if "" in labels:
-        raise TrajOODError(
-            f"{root / folder}: expected a folder for each class, found {images.paths[labels.index('')]} beside them"
-        )
-    return FileImages(root, images.ids, images.ids, labels)
+    images = labelled_by_folder(read_folder(root / folder, prefix=folder))
+    return FileImages(root, images.ids, images.ids, images.labels)
 
 
 def _tiny(base: Path) -> tuple[ImageSource, ImageSource | None, ImageSource]:
