@@ -287,6 +287,7 @@ def test_a_folder_is_taken_when_its_seal_holds_and_only_then(tmp_path: Path) -> 
 # ---------------------------------------------------------------------- a real process
 
 
+@pytest.mark.slow
 def test_the_command_serves_on_loopback_and_ends_gracefully(tmp_path: Path, detector: Detector) -> None:
     import httpx
 
