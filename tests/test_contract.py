@@ -780,7 +780,7 @@ def test_a_registered_scorer_works_by_name(registry: dict[str, type[Scorer]]) ->
 
 def test_duplicate_registration_is_refused(registry: dict[str, type[Scorer]]) -> None:
     other = type("Other", (KNN,), {})
-    with pytest.raises(TrajOODError, match=r"scorer name 'knn' is taken by .*KNN: choose another"):
+    with pytest.raises(TrajOODError, match=r"scorer name 'knn' is taken by KNN of .*knn: choose another"):
         register(other)
     assert registry["knn"] is KNN
 
