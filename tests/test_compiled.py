@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from traj_ood.dynamics.compiled import CompiledMap
+from traj_ood.dynamics.fixed_function import name_around
 from traj_ood.dynamics.iterate import iterate
 
 
@@ -59,3 +61,14 @@ def test_a_fault_of_f_is_f_s_own() -> None:
 
     with pytest.raises(ValueError, match="not today"):
         CompiledMap(faulty)(torch.ones(1, 1))
+
+
+def test_the_model_behind_it_is_fixed_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.vit()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model.module.train()
+    path = iterate(CompiledMap(model.self_map), model.encode(tiny.images(3)), chunk=model.chunk, max_steps=3)
+    plain = iterate(model.self_map, model.encode(tiny.images(3)), chunk=model.chunk, max_steps=3)
+    torch.testing.assert_close(path.final, plain.final, rtol=0, atol=0)
+    assert model.module.training
+    assert name_around(CompiledMap(model.self_map)).startswith(model.name)

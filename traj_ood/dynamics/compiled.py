@@ -25,6 +25,8 @@ class CompiledMap:
 
     def __init__(self, self_map: Callable[[Tensor], Tensor], *, graphs: bool = False) -> None:
         self._map, self._graphs = self_map, graphs
+        # Whose method it is: the engine puts that model into evaluation mode, and names it in errors.
+        self.__self__ = getattr(self_map, "__self__", None)
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._shape: tuple[int, ...] | None = None
         self.fell_back = ""  # why f itself answers; empty while it does not
