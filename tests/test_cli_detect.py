@@ -455,11 +455,11 @@ def test_an_interruption_says_how_to_go_on(
     judge = Detector.judge
     calls = []
 
-    def interrupted(self: Detector, images: Any) -> Any:
+    def interrupted(self: Detector, images: Any, **options: Any) -> Any:
         calls.append(len(images))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return judge(self, images)
+        return judge(self, images, **options)
 
     monkeypatch.setattr(Detector, "judge", interrupted)
     options = ["--out", tmp_path / "a.csv", "--batch-size", 3, *FAST]

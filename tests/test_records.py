@@ -190,7 +190,7 @@ def test_fit_calibrate_score_and_bench_take_them(tmp_path: Path) -> None:
     assert [i for i, row in enumerate(rows) if row["reason"].startswith("invalid")] == [31, 32]
     detector = Detector.load(tmp_path / "d2", device="cpu")
     again = detector.decide([Image.open(io.BytesIO(content)) for content in FILES])
-    assert [row["score"] for row in rows[:30]] == pytest.approx([one.score for one in again], rel=1e-5)
+    assert [row["score"] for row in rows[:30]] == pytest.approx([one.score for one in again], rel=1e-3)
     run("score", tmp_path / "d2", source, bad, held, "--out", out, "--device", "cpu", "-q", "--resume")
 
     parquet(tmp_path / "odd.parquet", [png(200 + i, 9) for i in range(5)])

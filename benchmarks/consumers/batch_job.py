@@ -49,7 +49,7 @@ def _judge(detector: Detector, folder: Path, paths: list[str]) -> pd.DataFrame:
             errors[path] = str(error)
     table = pd.DataFrame({"path": paths, "error": [errors.get(p) for p in paths]}).set_index("path")
     if images:
-        said = detector.judge(Normalised(torch.stack(list(images.values()))))
+        said = detector.judge(Normalised(torch.stack(list(images.values()))), whole_chunks=True)
         known: dict[str, list[Any]] = {"score": said.scores.tolist()}
         if said.steps is not None and said.status is not None:  # a scorer of trajectories
             known["steps"] = said.steps.tolist()
