@@ -98,7 +98,8 @@ class NeighborIndex:
         points: (N, d), finite. Kept on ``device`` as float32, or as float64 where they are.
         backend: ``auto`` (default) takes FAISS where it is installed and suits the device, else torch; both give the
             same distances. ``faiss`` runs on the GPU when the points are there and FAISS sees one, on all GPUs in
-            shards when there are several and the points exceed ``SHARD_ABOVE`` bytes.
+            shards when there are several and the points exceed ``SHARD_ABOVE`` bytes. It is what :meth:`nearest` asks;
+            :meth:`search` and :meth:`kth` always take torch's products.
         device: where queries will come from. Default: where the points are.
         approximate: leave to :meth:`nearest` not to look everywhere. Default ``none``: exact, as the paper's score is
             defined. ``ivf`` looks into the cells of a k-means partition that are nearest to the query, ``hnsw`` walks
