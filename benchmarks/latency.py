@@ -260,6 +260,7 @@ def main() -> None:
     record |= {
         "machine": machine(),
         "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],  # of a minute; above 1 others were at work, and only ratios say something
         "versions": environment(),
         "commit": git_commit(Path(__file__).parent),
         "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python benchmarks/latency.py",
