@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -171,3 +173,19 @@ def test_there_are_four_notebooks_without_stale_state() -> None:
     for notebook in NOTEBOOKS:
         for cell in json.loads(text(notebook))["cells"]:
             assert not any("/tmp/" in line or "/home/" in line for line in json.dumps(cell).splitlines())
+
+
+@pytest.mark.slow
+def test_pyright_finds_no_mistake_in_the_examples(tmp_path: Path) -> None:
+    """py.typed is a promise: code that uses the public API as the pages do is clean in pyright's basic mode."""
+    program = shutil.which("pyright", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if program is None or shutil.which("node") is None:
+        pytest.skip("needs pyright and node: pip install pyright")
+    for page in (ROOT / "README.md", DOCS / "quickstart.md", DOCS / "guides" / "own-scorer.md"):
+        for n, block in enumerate(re.findall(r"```python\n(.*?)```", text(page), flags=re.DOTALL)):
+            (tmp_path / f"{page.stem.replace('-', '_').lower()}_{n}.py").write_text(block)
+    settings = {"include": ["."], "typeCheckingMode": "basic", "extraPaths": [str(ROOT)]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [program, "--pythonpath", sys.executable, "-p", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=tiny.PATIENCE)
+    assert done.returncode == 0, done.stdout[-3000:]
