@@ -159,7 +159,7 @@ def _run(
     limits = TINY if arguments.tiny else {"attractors": arguments.attractors, "per_set": arguments.per_set}
     config = RunConfig(scorers=tuple(specs), seed=seed, resamples=0, **limits)
     evaluator = Evaluator(model, benchmark, config, out=arguments.runs / benchmark.name, quiet=arguments.quiet)
-    evaluator.run()
+    evaluator.run(fresh=arguments.fresh)
     result = Result.load(evaluator.folder / FILE_NAME)
     table = pd.read_parquet(evaluator.folder / "scores.parquet").rename(columns={v: k for k, v in specs.items()})
     table = table[["split", "role", "id", *specs]]
@@ -393,6 +393,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("results/natural"), help="default: results/natural")
     parser.add_argument("--tables-only", action="store_true", help="make the tables again from what OUT holds")
     parser.add_argument("--tiny", action="store_true", help="rehearse with few images")
+    parser.add_argument("--fresh", action="store_true", help="discard what an interrupted run left in RUNS")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
     if not arguments.tables_only and not (arguments.suites and arguments.models):
