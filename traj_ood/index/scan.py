@@ -104,3 +104,11 @@ def table(rows: Tensor, values: Tensor, count: int, fill: float, width: int) -> 
     out = values.new_full((count, max(width, int(sizes.max()))), fill)
     out[rows, torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows]] = values
     return out
+
+
+def smallest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of each row, ascending; of equal ones, those with the lowest index first."""
+    by_index = indices.argsort(dim=1)
+    distances, indices = distances.gather(1, by_index), indices.gather(1, by_index)
+    order = distances.argsort(dim=1, stable=True)[:, :k]
+    return distances.gather(1, order), indices.gather(1, order)

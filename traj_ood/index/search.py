@@ -23,7 +23,7 @@ from traj_ood.dynamics.device import standard_settings
 from traj_ood.errors import TrajOODError
 from traj_ood.index.flat import Approximate, Backend, FaissApproximate, check_approximate, flat_backend
 from traj_ood.index.groups import greedy_leaders, leaders_in_cells
-from traj_ood.index.scan import Scan, table
+from traj_ood.index.scan import Scan, smallest, table
 
 # Groups of points (distinct attractors) from which an approximate index is used where it is asked for. Below, the
 # exact search of a query (one product with 100,000 points) is too short for the recall to be worth losing.
@@ -220,11 +220,11 @@ class NeighborIndex:
         elif math.isnan(self._norm):
             self._centred()
         queries, centred, error = self._prepare(queries)
-        if is_wide:  # direct differences to so many would take longer than they are worth
-            return self._in_blocks(lambda q, *_: self._dense(q, k), queries, centred, error, self._points.shape[1])
         if not len(queries):
             return Neighbors(torch.empty(0, k, dtype=torch.float64), torch.empty(0, k, dtype=torch.int64))
-        return self._in_blocks(partial(look, k), queries, centred, error, self._points.shape[1])
+        # Direct differences to so many would take longer than they are worth.
+        way = (lambda q, *_: self._dense(q, k)) if is_wide else partial(look, k)
+        return self._in_blocks(way, queries, centred, error, self._points.shape[1])
 
     def _in_blocks(
         self, search: Callable[..., tuple[Tensor, Tensor]], queries: Tensor, centred: Tensor, error: Tensor, width: int
@@ -239,7 +239,7 @@ class NeighborIndex:
         """Distances and indices (B, k), by direct difference to all candidates."""
         found = self._all().candidates(centred, k, error, _MAX_CANDIDATES)
         exact = self._exact(queries, found.rows, found.points)
-        distances, indices = _smallest(
+        distances, indices = smallest(
             table(found.rows, exact, len(queries), torch.inf, k),
             table(found.rows, found.points, len(queries), len(self), k),
             k,
@@ -264,7 +264,7 @@ class NeighborIndex:
         proposes, and a direct difference gives the distance."""
         _, indices = self._dense(queries, min(k + _SPARE, len(self)))
         rows = torch.arange(len(queries), device=self.device).repeat_interleave(indices.shape[1])
-        return _smallest(self._exact(queries, rows, indices.flatten()).view_as(indices), indices, k)
+        return smallest(self._exact(queries, rows, indices.flatten()).view_as(indices), indices, k)
 
     def _dense(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Distances and indices (B, k) by the expansion in float64; by direct difference where even that cancels."""
@@ -485,14 +485,6 @@ def _may_be_smallest(values: Tensor, doubt: Tensor, groups: Tensor, count: int) 
     limit = torch.full((count,), torch.inf, dtype=torch.float64, device=values.device)
     limit.scatter_reduce_(0, groups, values + doubt, "amin")
     return values - doubt <= limit[groups]
-
-
-def _smallest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest of each row, ascending; of equal ones, those with the lowest index first."""
-    by_index = indices.argsort(dim=1)
-    distances, indices = distances.gather(1, by_index), indices.gather(1, by_index)
-    order = distances.argsort(dim=1, stable=True)[:, :k]
-    return distances.gather(1, order), indices.gather(1, order)
 
 
 def _refuse_non_finite(values: Tensor, what: str) -> None:
