@@ -109,7 +109,7 @@ def test_a_benchmark_is_read_as_asked(tmp_path: Path, command: str, monkeypatch:
     yaml = tiny.write_benchmark(tmp_path)
     asked: list[Reading] = []
 
-    def remembered(name: str, root: Any = None, *, follow_links: bool = False, reading: Reading = AS_STORED) -> Any:
+    def remembered(name: str, root: Any = None, *, reading: Reading = AS_STORED, **_: Any) -> Any:
         asked.append(reading)
         made = registry.load_benchmark(name, root, reading=reading)
         assert all(split.images.reading() == {"exif": True, "bit_depth": 12} for split in made.splits())  # type: ignore[attr-defined]
@@ -137,5 +137,6 @@ def test_an_exported_file_says_how_images_are_read_and_its_reader_turns_them(tmp
     made = export_detector(detector, tmp_path / "x.onnx", "onnx")
     assert made.metadata["reading"] == {"exif": True}
     model = consumer.Model(str(tmp_path / "x.onnx"))
-    found = model.scores(np.stack([model.pixels(str(folder / path)) for path in images.paths[:3]]))
+    answers = model.answers(np.stack([model.pixels(str(folder / path)) for path in images.paths[:3]]))
+    found = [float(score) for score, _, _ in answers]
     np.testing.assert_allclose(found, detector.score(images.select(range(3))).numpy(), rtol=1e-4)

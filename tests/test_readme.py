@@ -19,7 +19,13 @@ def _blocks(language: str, page: Path = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize(("page", "words"), [(README, "called OOD: "), (DOCS / "quickstart.md", "converged=")])
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        (README, "called OOD: "),
+        pytest.param(DOCS / "quickstart.md", "converged=", marks=pytest.mark.slow),
+    ],
+)
 def test_the_python_example_runs(page, words):
     if find_fashion_mnist() is None:
         pytest.skip("needs Fashion-MNIST on this machine (run `make demo` once, or set TRAJ_OOD_DATA)")

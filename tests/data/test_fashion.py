@@ -226,6 +226,8 @@ def test_the_registry_lists_every_benchmark_and_helps_with_typos() -> None:
         "cifar10",
         "cifar100",
         "cifar10-local",
+        "tiny-imagenet",
+        "imagenet-sample",
     ]
     assert all(info.summary and info.needs for info in infos)
     with pytest.raises(TrajOODError, match=r"^unknown benchmark 'fasion': did you mean 'fashion'\? Known: "):
