@@ -59,7 +59,8 @@ def training(values: Tensor, recipe: SurrogateRecipe) -> tuple[SurrogateAutoenco
     record = model.record
     log = record["log"]
     steps = log[-1]["step"]
-    rate = steps * min(recipe.batch_size, record["data"]["trained_on"]) / record["seconds"]
+    # In tenths: those of a rehearsal are none.
+    rate = steps * min(recipe.batch_size, record["data"]["trained_on"]) / max(record["seconds"], 0.1)
     return model, {
         "network": record["network"],
         "parameters": record["parameters"],

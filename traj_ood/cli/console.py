@@ -90,12 +90,12 @@ def fail(text: str, code: int) -> NoReturn:
 def leave(code: str | int | None) -> NoReturn:
     """End the process without taking its libraries apart: torch's for CUDA read 130 MB from the disk for it, in half a
     second, whether or not there is a GPU. What Python has registered for its end is done; members of a team say
-    goodbye to each other in the usual way.
+    goodbye to each other in the usual way, and so does a process that is profiled or traced.
 
     Args:
         code: of ``SystemExit``.
     """
-    if not isinstance(code, int | None) or "WORLD_SIZE" in os.environ:
+    if not isinstance(code, int | None) or "WORLD_SIZE" in os.environ or sys.getprofile() or sys.gettrace():
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

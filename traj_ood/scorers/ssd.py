@@ -41,6 +41,7 @@ class SSD(FeatureScorer):
     summary: ClassVar[str] = "squared Mahalanobis distance to clusters of unit features (Sehwag et al. 2021)"
     suite: ClassVar[dict[str, int]] = {"": 302}
     at_least: ClassVar = {"clusters": 1}
+    bears_rounding: ClassVar[bool] = False  # the inverse of a cluster's covariance, of few images and unregularised
     clusters: int = 1
     classes: bool = False
     covariance: Literal["empirical", "ledoit-wolf"] = "empirical"
