@@ -20,6 +20,8 @@ from traj_ood import ScorerSet, load_autoencoder, load_benchmark
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.evaluation.metrics import compute_metrics
 
+pytestmark = pytest.mark.slow  # whole benchmark scripts, each of whose parts has quick tests in the package
+
 MEASURED = ["--attractors", "14", "--counts", "10", "14", "20", "--per-set", "8", "--max-steps", "25", "--epochs", "1"]
 
 

@@ -197,6 +197,7 @@ def test_the_dockerfile_is_slim_not_root_and_starts_what_there_is(tmp_path: Path
         assert context_of.params["port"] == 8000
 
 
+@pytest.mark.slow
 def test_a_repository_for_triton_is_valid_and_says_what_the_detector_says(detector: Detector, tmp_path: Path) -> None:
     for library in ("onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason="needs traj_ood[export]")

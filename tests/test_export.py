@@ -382,6 +382,7 @@ def test_relative_difference() -> None:
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_check_the_size_and_the_latency(tmp_path: Path) -> None:
     from click.testing import CliRunner
 

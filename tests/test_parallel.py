@@ -175,6 +175,7 @@ def check_close(found: Any, expected: Any) -> None:
 # ---------------------------------------------------------------------------------------------- two processes
 
 
+@pytest.mark.slow
 @launched
 def test_two_processes_equal_one_until_one_is_killed(place: Path) -> None:
     reference = alone(place, "alone").run()

@@ -23,6 +23,8 @@ from tiny import VIT, conv, vit, write_benchmark
 from traj_ood.evaluation.compare import PairedScores, delong, paired_bootstrap
 from traj_ood.evaluation.results import Result
 
+pytestmark = pytest.mark.slow  # whole benchmark scripts, each of whose parts has quick tests in the package
+
 MEASURED = ["--attractors", "12", "--per-set", "9", "--max-steps", "20", "--device", "cpu", "--quiet"]
 MEASURED += ["--resamples", "50", "--run-resamples", "0"]
 

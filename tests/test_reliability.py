@@ -64,8 +64,9 @@ def place(reliability: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 # ---------------------------------------------------------------------------------------------- the script in small
 
 
-@pytest.mark.parametrize(("moments", "images"), [(3, 2000), pytest.param(8, 5000, marks=pytest.mark.slow)])
-def test_killed_runs_resume_to_the_same_results(reliability: Any, place: Any, moments: int, images: int) -> None:
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_same_results(reliability: Any, place: Any) -> None:
+    moments, images = 8, 5000
     record = reliability.kill(place, moments, seed=0, images=images)
     assert {name: record[name]["identical_after_resuming"] for name in record} == {"bench": moments, "score": moments}
     rows = [int(text.split()[0]) for text in record["score"]["killed_when_there_was"] if text.endswith("rows")]
