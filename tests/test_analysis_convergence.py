@@ -221,6 +221,7 @@ def saved_conv(folder: Path, gain: float = 1.0) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_any_saved_model_on_any_benchmark(tmp_path: Path) -> None:
     model, data = saved_conv(tmp_path / "model"), tiny.write_benchmark(tmp_path / "data")
     pairs = [f"model={model}", f"data={data}", "images=8", "tol=1e-13", "epsilon=0.01", "curve_steps=9", "max_steps=60"]
@@ -259,6 +260,7 @@ def test_a_model_trained_for_the_question(tmp_path: Path) -> None:
     assert Convergence.paper().differences() == ()
 
 
+@pytest.mark.slow
 def test_chunks_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = saved_conv(tmp_path / "model"), tiny.write_benchmark(tmp_path / "data")
     question = Convergence(model=str(model), data=str(data), images=11, tol=1e-13, epsilon=0.01, curve_steps=9)

@@ -156,6 +156,7 @@ def test_the_question_is_answered_drawn_and_resumed(tmp_path: Path, pairs: list[
     assert work.resumed > 0
 
 
+@pytest.mark.slow
 def test_chunks_change_no_number(tmp_path: Path, pairs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     data = tiny.write_benchmark(tmp_path / "data")
     tiny.conv().save_pretrained(tmp_path / "model")

@@ -227,6 +227,7 @@ def test_settle_stops_at_the_papers_tolerance() -> None:
 # ---------------------------------------------------------------------------------------------- the question
 
 
+@pytest.mark.slow
 def test_the_question_resumes_between_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = write_digits(tmp_path / "digits")
     asked = options_from(Memorization, [*TINY, "bottlenecks=2,5"])

@@ -124,6 +124,7 @@ def test_jacobians_of_known_dynamics() -> None:
     assert torch.allclose(jacobians(Known(), points), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_variants_are_trained_measured_and_drawn(tmp_path: Path) -> None:
     benchmark = tiny.write_benchmark(tmp_path, train=24)
     pairs = ["epochs=1", "batch=6", "width=1", "bottleneck=3", "narrow=2", "starts=12", "per_set=5", "max_steps=3"]

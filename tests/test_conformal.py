@@ -150,6 +150,7 @@ def test_p_values_of_new_id_images_are_uniform(n: int) -> None:
     assert counts.sum() == 6000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tpr", [0.8, 0.9, 0.95])
 def test_ties_are_conservative_and_the_level_is_kept(tpr: float) -> None:
     draw = np.random.default_rng(1)

@@ -127,6 +127,7 @@ def test_the_batch_job_writes_a_row_for_every_file(
     assert table["status"][:3].tolist() == ["ok"] * 3
 
 
+@pytest.mark.slow
 def test_the_batch_job_loads_a_folder_and_raises_the_alarm(
     detector: Detector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,7 +258,7 @@ def assert_one_score(families: Sequence[str]) -> None:
             assert not moved, f"{family}: {moved}, allowed {bound}"
 
 
-@pytest.mark.parametrize("family", [*LARGE, "bundled"])
+@pytest.mark.parametrize("family", [*LARGE, pytest.param("bundled", marks=pytest.mark.slow)])
 def test_any_batch_and_order_give_the_same_score(family: str) -> None:
     assert_one_score([family])
 

@@ -257,6 +257,7 @@ def test_known_attractors_and_cautions() -> None:
     assert all(f"Caution: {text}." in got.report() for text in got.cautions)
 
 
+@pytest.mark.slow
 def test_numbers_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tiny.vit(), benchmark(train=20, val=15, side=8)
     whole = diagnose(model, data, images=20, max_steps=10)

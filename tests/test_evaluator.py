@@ -511,6 +511,7 @@ def test_scores_that_are_not_finite_are_refused(place: Path, tmp_path: Path) -> 
             evaluator(place, tmp_path, scorers=("steps",)).run()
 
 
+@pytest.mark.slow
 def test_the_cost_is_that_of_the_images_that_are_measured(tmp_path: Path) -> None:
     yaml = tiny.write_benchmark(tmp_path, train=20, test=20, ood=20)
     weight = torch.linalg.qr(torch.randn(64, 6, generator=torch.Generator().manual_seed(0))).Q

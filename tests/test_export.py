@@ -189,7 +189,7 @@ def torch_scores(path: Path, pixels: Tensor) -> Tensor:
     ("form", "name", "scorer", "steps"),
     [
         ("onnx", "vit", "trajectory", 3),  # a loop over f, whose network has constants of its own
-        ("torch", "conv", "field", None),
+        pytest.param("torch", "conv", "field", None, marks=pytest.mark.slow),
         pytest.param("onnx", "surrogate", "vim", None, marks=pytest.mark.slow),
         pytest.param("torch", "surrogate", "signature:horizon=3", None, marks=pytest.mark.slow),
         pytest.param("onnx", "conv", "early-path:steps=1+3", None, marks=pytest.mark.slow),

@@ -65,6 +65,7 @@ def test_a_backbone_library_is_one_file(tmp_path: Path) -> None:
     assert load_autoencoder(tmp_path / "surrogate").fingerprint() == model.fingerprint()
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_registered_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAJ_OOD_DATA", str(tmp_path / "cache"))
     yaml = tiny.write_benchmark(tmp_path, train=40)

@@ -117,6 +117,7 @@ def test_the_plan_declares_scorers_that_exist(script: ModuleType, tmp_path: Path
         script.Plan.load(tmp_path / "other.yaml")
 
 
+@pytest.mark.slow
 def test_a_rehearsal_from_end_to_end(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     suite = tiny.write_benchmark(tmp_path, train=40, test=12, ood=12)
     tiny.conv().save_pretrained(tmp_path / "conv")

@@ -501,6 +501,7 @@ def _absent(name: str) -> ModuleType:
     raise ModuleNotFoundError("No module named 'openood'", name="openood")
 
 
+@pytest.mark.slow
 def test_scripts_run_with_the_names_known(fake: Path) -> None:
     script = fake / "scripts" / "eval.py"
     script.parent.mkdir()

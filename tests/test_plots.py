@@ -272,6 +272,7 @@ def test_the_leaders_are_the_best_two_of_different_names_and_the_papers() -> Non
     assert leaders(replace(result, scorers={first: scorer})) == [first]
 
 
+@pytest.mark.slow
 def test_plots_never_touch_pyplot() -> None:
     code = "import sys, traj_ood.evaluation.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

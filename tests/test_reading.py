@@ -123,6 +123,7 @@ def test_a_benchmark_is_read_as_asked(tmp_path: Path, command: str, monkeypatch:
     assert (result.exit_code, asked) == (2, [Reading(True, 12)]), result.output
 
 
+@pytest.mark.slow
 def test_an_exported_file_says_how_images_are_read_and_its_reader_turns_them(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     where = Path(__file__).parents[1] / "benchmarks" / "consumers" / "onnx_runtime.py"

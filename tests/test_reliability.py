@@ -80,6 +80,7 @@ def test_full_and_read_only_disks(reliability: Any, place: Any) -> None:
     assert record.keys() in ({"full", "read_only"}, {"tmpfs", "file_limit"})
 
 
+@pytest.mark.slow
 def test_files_of_limited_size_stand_in_for_a_full_disk(reliability: Any, place: Any) -> None:
     assert len(reliability._limited_files(place)) == 2
 

@@ -472,6 +472,7 @@ def test_recorded_results_can_be_read(folder: str) -> None:
 # ---------------------------------------------------------------------------------------------- drawings
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_page(place: Path, page: Path) -> None:
     assert render(Run.load_all(place / "one")) == page.read_text(encoding="utf-8")
 

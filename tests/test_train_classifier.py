@@ -115,6 +115,7 @@ def test_the_declared_transform_is_that_of_training(place: Path) -> None:
     torch.testing.assert_close(backbone.transform(odd), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"recipe": {"flip": True, "input_noise": 0.1}}, {"model": {**MODEL, "drop_rate": 0.3}}]
 )
