@@ -4,7 +4,7 @@
 Scorers, claims and tests stand in preregistered.yaml, which is frozen: every record holds the digest of its content,
 and records of another one are refused. Each suite is run with every model on every sample of training images; a
 backbone gets an autoencoder of its features for each of --surrogate-seeds. A scorer that reads what a model or a suite
-does not have is left out there, and named.
+does not have, or that cannot be fitted on so few training images, is left out there, and named.
 
 Beside them stands a control on files alone, of the slope of the power spectrum, roughness, blockiness and size of the
 images as they are read: the Mahalanobis distance to those of the training images. Every table has it.
@@ -66,8 +66,9 @@ class Plan:
     digest: str
 
     @classmethod
-    def load(cls, path: Path = PLAN) -> Plan:
-        """Raises ``TrajOODError`` for a claim about scorers that are not declared."""
+    def load(cls, path: Path | None = None) -> Plan:
+        """Raises ``TrajOODError`` for a claim about scorers that are not declared. Default: ``PLAN``."""
+        path = path or PLAN
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
         scorers = {entry["spec"]: {"network": "both", **entry} for entry in tree["scorers"]}
@@ -157,9 +158,20 @@ def _run(
     target: Path,
 ) -> None:
     limits = TINY if arguments.tiny else {"attractors": arguments.attractors, "per_set": arguments.per_set}
+    if arguments.max_steps:
+        limits["max_steps"] = arguments.max_steps
     config = RunConfig(scorers=tuple(specs), seed=seed, resamples=0, **limits)
-    evaluator = Evaluator(model, benchmark, config, out=arguments.runs / benchmark.name, quiet=arguments.quiet)
-    evaluator.run(fresh=arguments.fresh)
+    try:
+        evaluator = Evaluator(model, benchmark, config, out=arguments.runs / benchmark.name, quiet=arguments.quiet)
+        evaluator.run(fresh=arguments.fresh)
+    except TrajOODError as error:
+        spec = _culprit(str(error), specs)
+        if spec is None:
+            raise
+        print(f"natural: {spec} is left out: {error}", file=sys.stderr)
+        rest = {s: label for s, label in specs.items() if s != spec}
+        _run(arguments, plan, benchmark, model, seed, rest, {**missing, spec: str(error)}, target)
+        return
     result = Result.load(evaluator.folder / FILE_NAME)
     table = pd.read_parquet(evaluator.folder / "scores.parquet").rename(columns={v: k for k, v in specs.items()})
     table = table[["split", "role", "id", *specs]]
@@ -183,6 +195,15 @@ def _run(
         "versions": environment(),
     }
     write_atomic(target.with_suffix(".json"), (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _culprit(message: str, specs: Mapping[str, str]) -> str | None:
+    """The one scorer that an error of fitting names, by its label or by its name."""
+    named = message.removeprefix("scorer ").split(": ", 1)[0] if message.startswith("scorer ") else None
+    found = [spec for spec, label in specs.items() if label == named] or [
+        spec for spec in specs if spec.split(":", 1)[0] == named
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def figures_of(table: pd.DataFrame, scorers: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -388,6 +409,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training samples; default: 0 1 2")
     parser.add_argument("--attractors", type=int, help="training images; default: the suite's own number")
     parser.add_argument("--per-set", type=int, default=1000, help="most test images a set; default: 1000")
+    parser.add_argument("--max-steps", type=int, help="longest trajectories; default: the evaluator's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--runs", type=Path, default=Path("runs/natural"), help="default: runs/natural")
     parser.add_argument("--out", type=Path, default=Path("results/natural"), help="default: results/natural")

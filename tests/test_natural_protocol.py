@@ -118,7 +118,13 @@ def test_the_plan_declares_scorers_that_exist(script: ModuleType, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_rehearsal_from_end_to_end(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rehearsal_from_end_to_end(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = yaml.safe_load(script.PLAN.read_text())
+    tree["scorers"].append({"spec": "knn:k=41", "kind": "static"})  # of 40 training images
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(script, "PLAN", tmp_path / "plan.yaml")
     suite = tiny.write_benchmark(tmp_path, train=40, test=12, ood=12)
     tiny.conv().save_pretrained(tmp_path / "conv")
     out = tmp_path / "out"
@@ -133,6 +139,8 @@ def test_a_rehearsal_from_end_to_end(script: ModuleType, tmp_path: Path, capsys:
     record = json.loads(path.read_text())
     assert set(record["figures"]["control: files"]) == {"dim", "bright"}
     assert record["rehearsal"]
+    assert "41" in record["missing"]["knn:k=41"]
+    assert "knn:k=41" not in record["figures"]
     claims = {c["id"]: c for c in json.loads((out / "summary.json").read_text())["claims"]}
     assert claims["path-ahead-on-autoencoders"]["per_set"][0]["auroc"]["p_holm"] <= 1
     assert claims["path-ahead-on-backbones"]["verdict"] == "cannot be told"
