@@ -250,6 +250,14 @@ def test_damaged_folders(folder: Path, tmp_path: Path, what: str, message: str) 
         load_autoencoder(f"diffusers:{damaged(folder, tmp_path / what, what)}")
 
 
+def test_the_command_line_chooses_the_side_of_the_images(folder: Path) -> None:
+    from traj_ood.cli.base import autoencoder_of
+    from traj_ood.data import load_benchmark
+
+    data = load_benchmark("fashion")
+    assert autoencoder_of(f"diffusers:{folder}", data, torch.device("cpu"), 64).input_shape == (3, 64, 64)
+
+
 def test_impossible_options(folder: Path) -> None:
     with pytest.raises(TrajOODError, match="image_size: expected a multiple of 2, got 15"):
         load_autoencoder(folder, image_size=15)

@@ -270,9 +270,9 @@ def test_a_surrogate_finds_its_backbone_of_another_image_size_again(tmp_path: Pa
     assert unpack(described, tmp_path / "packed").input_shape == (3, 96, 96)
 
 
-def test_an_image_size_belongs_to_timm(tmp_path: Path) -> None:
+def test_an_image_size_belongs_to_models_that_take_one(tmp_path: Path) -> None:
     yaml = tiny.write_benchmark(tmp_path)
     for model in ("fashion-mae", "torchvision:resnet18"):
         result = CliRunner().invoke(main, ["bench", str(yaml), "--model", model, "--input-size", "96"])
         assert result.exit_code == 2
-        assert f"--input-size belongs to timm: models, not to {model}" in result.stderr
+        assert f"--input-size belongs to timm:, diffusers: models, not to {model}" in result.stderr

@@ -221,7 +221,7 @@ def opening_of(options: Mapping[str, Any]) -> Opening:
 input_size_option = click.option(
     "--input-size",
     type=click.IntRange(1),
-    help="Side of a backbone's images, where it can change (timm:).  [default: as declared]",
+    help="Side of the model's images, where it can change (timm:, diffusers:).  [default: as declared]",
 )
 
 
@@ -236,7 +236,7 @@ def autoencoder_of(
     """The autoencoder ``model``; of a backbone the surrogate that is trained on the training split of ``data``, or was.
 
     Args:
-        input_size: side of a backbone's images. options: of the autoencoder's family.
+        input_size: side of the model's images. options: of the autoencoder's family.
         settings: of :func:`traj_ood.surrogate_for`.
     Raises:
         TrajOODError: a size for a model whose size cannot be chosen; and whatever the loaders raise.
@@ -245,14 +245,15 @@ def autoencoder_of(
     from traj_ood.backbones import LIBRARIES, is_backbone_spec, load_backbone
     from traj_ood.training.surrogate_cache import surrogate_for
 
-    any_size = [f"{name}:" for name, library in LIBRARIES.items() if library.any_size]
+    any_size = [*(f"{name}:" for name, library in LIBRARIES.items() if library.any_size), "diffusers:"]
     if input_size is not None and not model.startswith(tuple(any_size)):
         known = ", ".join(any_size)
         raise TrajOODError(
             f"--input-size belongs to {known} models, not to {model}, which has a size of its own: leave it out"
         )
     if not is_backbone_spec(model):
-        return load_autoencoder(model, **(options or {})).to(device)
+        side = {} if input_size is None else {"image_size": input_size}
+        return load_autoencoder(model, **side, **(options or {})).to(device)
     backbone = model if input_size is None else load_backbone(model, input_size=input_size)
     return surrogate_for(backbone, data, device=device, **settings)
 
