@@ -6,9 +6,13 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,17 +166,9 @@ def steps_of(dockerfile: Path) -> list[tuple[str, str]]:
     return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1]) for line in lines]
 
 
-def test_the_dockerfile_is_slim_not_root_and_starts_what_there_is(tmp_path: Path, detector: Detector) -> None:
-    """Without Docker: its steps, what they copy, the package that is built of it, and the command that it starts."""
-    steps = steps_of(CONSUMERS / "docker" / "Dockerfile")
-    known = {"FROM", "RUN", "COPY", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL", "ENTRYPOINT", "CMD"}
-    assert {name for name, _ in steps} <= known
-    assert all("slim" in words for name, words in steps if name == "FROM")
-    (user,) = [words for name, words in steps if name == "USER"]
-    assert user.isdigit()
-    assert int(user) > 0
+def copied(steps: list[tuple[str, str]], context: Path) -> Path:
+    """What the COPY steps take from the repository, in a folder that stands for the image's root."""
     root = CONSUMERS.parents[1]
-    context = tmp_path / "context"
     for words in [words.split() for name, words in steps if name == "COPY" and "--from" not in words]:
         target = context / words[-1].lstrip("/")
         for source in words[:-1]:
@@ -183,6 +179,20 @@ def test_the_dockerfile_is_slim_not_root_and_starts_what_there_is(tmp_path: Path
                 shutil.copytree(root / source, place, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(root / source, place)
+    return context
+
+
+def test_the_dockerfile_is_slim_not_root_and_starts_what_there_is(tmp_path: Path, detector: Detector) -> None:
+    """Without Docker: its steps, what they copy, the package that is built of it, and the command that it starts."""
+    steps = steps_of(CONSUMERS / "docker" / "Dockerfile")
+    known = {"FROM", "RUN", "COPY", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL", "ENTRYPOINT", "CMD"}
+    assert {name for name, _ in steps} <= known
+    assert all("slim" in words for name, words in steps if name == "FROM")
+    (user,) = [words for name, words in steps if name == "USER"]
+    assert user.isdigit()
+    assert int(user) > 0
+    root = CONSUMERS.parents[1]
+    context = copied(steps, tmp_path / "context")
     assert (context / "src" / "pyproject.toml").is_file()
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -196,6 +206,40 @@ def test_the_dockerfile_is_slim_not_root_and_starts_what_there_is(tmp_path: Path
     serving = main.commands[entry[1]]
     with serving.make_context(entry[1], list(command)) as context_of:  # every option is one
         assert context_of.params["port"] == 8000
+
+
+@pytest.mark.slow
+def test_what_the_dockerfile_builds_serves_a_detector(tmp_path: Path, detector: Detector) -> None:
+    """Its steps without Docker: the package of the files that it copies is built, installed alone and started by its
+    command, on a free port, and its health check asks."""
+    pytest.importorskip("fastapi", reason="needs traj_ood[serve]")
+    steps = steps_of(CONSUMERS / "docker" / "Dockerfile")
+    context = copied(steps, tmp_path / "context")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    subprocess.run([*install, "--target", tmp_path / "site", context / "src"], check=True, timeout=tiny.PATIENCE)
+    detector.save(tmp_path / "detector")
+    (entry,) = [json.loads(words) for name, words in steps if name == "ENTRYPOINT"]
+    (command,) = [json.loads(words) for name, words in steps if name == "CMD"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = {"/detector": str(tmp_path / "detector"), "8000": port, "0.0.0.0": "127.0.0.1"}
+    words = [sys.executable, "-m", "traj_ood", *entry[1:], *(here.get(word, word) for word in command)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    where = [sys.executable, "-c", "import traj_ood; print(traj_ood.__file__)"]
+    told = subprocess.run(where, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert told.startswith(str(tmp_path / "site"))
+    health = next(words for name, words in steps if name == "HEALTHCHECK")
+    check = json.loads(health[health.index("[") :].replace("8000", port))
+    with subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + tiny.PATIENCE
+            while subprocess.run([sys.executable, *check[1:]], stderr=subprocess.DEVNULL, check=False).returncode:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+        finally:
+            process.terminate()
+        assert process.wait(tiny.PATIENCE) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ HEAVY = {
     "click": {"cli/"},
     "fastapi": {"serve/"},
     "starlette": {"serve/"},
-    "uvicorn": {"cli/serve.py"},
+    "uvicorn": {"cli/serve.py", "serve/connections.py"},
 }
 
 

@@ -158,6 +158,14 @@ def test_the_exit_code_tells_cron(place: Path, tmp_path: Path) -> None:
     assert run(place / "d", place / "csv" / "1.csv", "--quiet").output == ""
 
 
+def test_rows_of_a_cluster_are_put_in_order_and_count_once(tmp_path: Path) -> None:
+    for name, keys in (("b", [5, 1]), ("a", [4, 1, 3])):
+        pd.DataFrame({"score": [10.0 * k for k in keys], "p_value": 0.5, "key": keys}).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    assert read_rows([tmp_path]).scores.tolist() == [10, 30, 40, 50]
+
+
 def test_an_unfinished_line_waits_and_strangers_are_refused(place: Path, tmp_path: Path) -> None:
     text = (place / "csv" / "1.csv").read_text()
     (tmp_path / "rows.csv.part").write_text(text + "half,1.2")

@@ -6,6 +6,8 @@ import csv
 import importlib.util
 import io
 import json
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from PIL import Image
 
 from traj_ood import Detector
 from traj_ood.cli import main
-from traj_ood.data import Reading, read_folder
-from traj_ood.data.decoding import AS_STORED
+from traj_ood.data import Reading, decoding, read_folder
+from traj_ood.data.decoding import AS_STORED, open_bytes, open_image, size_of
 from traj_ood.errors import TrajOODError
 from traj_ood.export import export_detector
 
@@ -141,3 +143,42 @@ def test_an_exported_file_says_how_images_are_read_and_its_reader_turns_them(tmp
     answers = model.answers(np.stack([model.pixels(str(folder / path)) for path in images.paths[:3]]))
     found = [float(score) for score, _, _ in answers]
     np.testing.assert_allclose(found, detector.score(images.select(range(3))).numpy(), rtol=1e-4)
+
+
+# ---------------------------------------------------------------------- files that are larger than they say
+
+
+def tiff_in_tiles(side: int, tile: int) -> bytes:
+    """A grey image of ``side`` pixels in one deflated tile of ``tile``, black."""
+    content = zlib.compress(bytes(tile * tile))
+    tags = [(256, side), (257, side), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile)]
+    tags += [(324, 8 + 2 + 12 * 10 + 4), (325, len(content))]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<I", 0) + content
+
+
+def test_a_tile_that_is_larger_than_its_image_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = tiff_in_tiles(20, 32), tiff_in_tiles(20, 512)
+    assert (size_of(small), size_of(large)) == ((32, 32), (512, 512))
+    assert open_bytes(small, "a.tif").size == open_bytes(large, "a.tif").size == (20, 20)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 10_000)
+    assert open_bytes(small, "a.tif").size == (20, 20)
+    with pytest.raises(TrajOODError, match="at most 10000 pixels, got 512 x 512 pixels"):
+        open_bytes(large, "a.tif")
+
+
+def test_a_jpeg_of_many_scans_is_refused_and_one_with_a_film_behind_it_is_not(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    thumbnail = Image.Exif()
+    thumbnail[270] = "\xff\xda" * 200
+    Image.fromarray(pixels).save(file, "JPEG", progressive=True, exif=thumbnail)
+    plain = file.getvalue()
+    film = plain + b"\xff\xda" * 200
+    assert np.array_equal(open_bytes(film, "a.jpg"), open_bytes(plain, "a.jpg"))
+    last = plain.rindex(b"\xff\xda")
+    many = plain[:last] + 200 * plain[last:-2] + plain[-2:]
+    (tmp_path / "a.jpg").write_bytes(many)
+    for call_it in (lambda: open_bytes(many, "a.jpg"), lambda: open_image(tmp_path / "a.jpg")):
+        with pytest.raises(TrajOODError, match=r"a\.jpg: expected a JPEG of at most 100 scans, got more"):
+            call_it()

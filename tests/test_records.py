@@ -19,7 +19,7 @@ from traj_ood import Detector, Normalised
 from traj_ood.cli import main
 from traj_ood.data import load_benchmark
 from traj_ood.data.encoded import read_encoded
-from traj_ood.data.records import Opening, is_records, read_records
+from traj_ood.data.records import Opening, files_of, is_records, read_records
 from traj_ood.errors import TrajOODError
 
 
@@ -69,7 +69,10 @@ def test_tar_shards(tmp_path: Path, suffix: str) -> None:
     assert [bool(record.error) for record in read_records(str(tmp_path / "b.tar"))] == [False, True, False]
 
 
-@pytest.mark.parametrize("kind", ["link", "hard link", "absolute", "dots", "device", "bomb", "sparse", "torn", "empty"])
+_HOSTILE = ("link", "hard link", "absolute", "dots", "device", "bomb", "sparse", "sparse 1.0", "head", "name", "sample")
+
+
+@pytest.mark.parametrize("kind", [*_HOSTILE, "torn", "empty"])
 def test_hostile_tars_are_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("webdataset", reason="needs traj_ood[sources]")
     path = tmp_path / "evil.tar"
@@ -82,14 +85,47 @@ def test_hostile_tars_are_refused(tmp_path: Path, kind: str, monkeypatch: pytest
         monkeypatch.setattr("traj_ood.data.records.MAX_MEMBER", 10)
     if kind == "sparse":
         member.type = tarfile.GNUTYPE_SPARSE
+    if kind == "sparse 1.0":
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "99"}
+    if kind == "name":
+        member.name = "a/" * 40_000 + "1.png"
+    if kind == "sample":
+        monkeypatch.setattr("traj_ood.data.records.MAX_SAMPLE", len(FILES[0]) + 1)
     with tarfile.open(path, "w") as archive:
+        if kind == "head":
+            attributes = tarfile.TarInfo("1.png")
+            attributes.type, attributes.size = tarfile.XHDTYPE, 10**5
+            archive.addfile(attributes, io.BytesIO(b"x" * 10**5))
         if kind != "empty":
+            archive.addfile(member, io.BytesIO(FILES[0]))
+        if kind == "sample":
+            member.name = "1.jpg"
             archive.addfile(member, io.BytesIO(FILES[0]))
     if kind == "torn":
         path.write_bytes(path.read_bytes()[:700])
-    text = {"torn": "cannot be read as a tar", "empty": "found none", "sparse": "evil.tar"}.get(kind, "do not trust")
+    text = {"torn": "cannot be read as a tar", "empty": "found none"}.get(kind, "do not trust")
     with pytest.raises(TrajOODError, match=text):
         list(read_records(str(path)))
+
+
+def test_of_what_is_no_image_nothing_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="needs traj_ood[sources]")
+    files = [("README", b"r" * 9000), ("1.png", FILES[0]), ("1.json", b"j" * 9000), ("1.cls", b"cat" + b" " * 9000)]
+    (one,) = read_records(tar(tmp_path / "a.tar", files))
+    assert (one.content, one.label) == (FILES[0], "cat")
+
+
+def test_files_of_a_source_have_its_records(tmp_path: Path) -> None:
+    source = shards(tmp_path)
+    (tmp_path / "p").mkdir()
+    for i in range(2):
+        parquet(tmp_path / "p" / f"{i}.parquet", FILES[i : i + 1])
+    for whole in (source, str(tmp_path / "p")):
+        files = files_of(whole)
+        assert len(files) == 2
+        assert [r for file in files for r in read_records(file)] == list(read_records(whole))
+    assert files_of("s3://b/a-{08..10}.tar") == [f"s3://b/a-{n}.tar" for n in ("08", "09", "10")]
+    assert files_of("hf:name@train") == ["hf:name@train"]
 
 
 def test_parquet_with_bytes_and_as_hugging_face_writes_it(tmp_path: Path) -> None:

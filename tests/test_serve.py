@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from PIL import Image
 
 from traj_ood import Detector, Normalised
 from traj_ood.detector.decision import decide_all
+from traj_ood.errors import TrajOODError
 
 pytest.importorskip("fastapi", reason="needs traj_ood[serve]")
 pytest.importorskip("multipart", reason="needs traj_ood[serve]")
@@ -34,8 +37,10 @@ pytest.importorskip("httpx", reason="needs httpx")
 
 from starlette.testclient import TestClient
 
-from traj_ood.serve import Limits, create_app
+from traj_ood.serve import Held, Limits, create_app
 from traj_ood.serve.batcher import Batcher
+from traj_ood.serve.connections import connections
+from traj_ood.serve.log import append
 
 FEW = 1e-3  # calls of few images have fewer rows than a stream's, and this untrained network passes rounding on
 
@@ -118,6 +123,9 @@ def test_what_is_no_image_is_an_invalid_decision(client: TestClient) -> None:
         ({"files": {"a": b""}}, 400, "multipart: expected files named images, got the field 'a'"),
         ({"json": {"images": [], "more": 1}}, 400, "JSON: expected"),
         ({"json": {"images": [""] * 9}}, 413, "expected at most 8 images, got 9"),
+        ({"content": b'{"images": [[], []]}', "headers": {"Content-Type": "application/json"}}, 400, "JSON: expected"),
+        ({"content": b"[" + b"1," * 40_000 + b"1]", "headers": {"Content-Type": "application/json"}}, 413, "got 40001"),
+        ({"data": {"images": "x" * 5000}, "files": {"images": b""}}, 400, "multipart: Part exceeded maximum size"),
         ({"files": [("images", ("a", b"x"))] * 9}, 413, "multipart: Too many files"),
         ({"content": b"x" * 100_001, "headers": {"Content-Type": "image/png"}}, 413, "body: expected at most 100000"),
         (
@@ -139,6 +147,45 @@ def test_a_body_without_a_length_is_bounded_as_well(client: TestClient) -> None:
     parts = (b"x" * 10_000 for _ in range(1000))
     answer = client.post("/v1/score", content=parts, headers={"Content-Type": "image/png"})
     assert answer.status_code == 413
+
+
+def test_a_request_that_no_queue_could_take_is_too_large_and_no_limit_is_nonsense() -> None:
+    assert (Limits(images=64, queue=10).images, Limits(body=10, bodies=5).body) == (10, 5)
+    for wrong, text in (
+        ({"patience": 0.0}, "patience: expected a number above 0, got 0"),
+        ({"patience": float("nan")}, "patience: expected a number above 0"),
+        ({"linger": -1.0}, "linger: expected seconds from 0"),
+        ({"batch": 0}, "batch: expected a number above 0, got 0"),
+    ):
+        with pytest.raises(TrajOODError, match=text):
+            Limits(**wrong)  # type: ignore[arg-type]
+
+
+def test_rows_that_cannot_be_written_are_counted_and_cost_no_answer(detector: Detector, tmp_path: Path) -> None:
+    with TestClient(create_app(detector, log=tmp_path / "rows")) as client:
+        (tmp_path / "rows" / "memory").write_text("in the way of the folder")
+        assert client.post("/v1/score", files=[("images", ("a", picture()))]).status_code == 200
+        assert "traj_ood_lost_rows_total 1.0" in client.get("/metrics").text
+        (tmp_path / "rows" / "memory").unlink()
+        (tmp_path / "rows").rmdir()  # moved away, to begin new rows
+        assert client.post("/v1/score", files=[("images", ("a", picture()))]).status_code == 200
+        assert len(list((tmp_path / "rows" / "memory").glob("*.jsonl"))) == 1
+    detector.save(tmp_path / "d")
+    with pytest.raises(TrajOODError, match="expected a place outside of any detector"):
+        create_app(detector, log=tmp_path / "d" / "rows")
+
+
+def test_half_of_the_rows_are_none(tmp_path: Path) -> None:
+    """A disk that fills up within a write."""
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[: len(data) // 2])
+
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with Full(tmp_path / "rows.jsonl", "ab") as file, pytest.raises(OSError, match="No space left"):
+        append(file, b'{"path": "a"}\n{"path": "b"}\n')
+    assert (tmp_path / "rows.jsonl").read_text() == "{}\n"
 
 
 def test_probes_metrics_and_the_description(client: TestClient) -> None:
@@ -180,7 +227,7 @@ def test_images_of_many_requests_are_judged_together_and_too_many_are_told_so(de
             return detector.judge(images)
 
     app = create_app(detector, limits=Limits(queue=10, batch=64, linger=0.0))
-    app.state.service.held.judge = partial(decide_all, Slow().judge)
+    app.state.service.held.now = replace(app.state.service.held.now, judge=partial(decide_all, Slow().judge))
     with TestClient(app) as client:
         answers: list[Any] = []
 
@@ -218,7 +265,7 @@ def test_an_answer_that_takes_too_long_is_told_and_forgotten(detector: Detector)
         go.wait(tiny.PATIENCE)
         return [None] * len(images)
 
-    app.state.service.held.judge = stuck
+    app.state.service.held.now = replace(app.state.service.held.now, judge=stuck)
     with TestClient(app) as client:
         answer = client.post("/v1/score", files=[("images", ("a", picture()))])
         assert answer.status_code == 504
@@ -255,11 +302,11 @@ def test_a_folder_is_taken_when_its_seal_holds_and_only_then(tmp_path: Path) -> 
     with TestClient(app) as client:
         told = expected(first, [picture()])
         assert_same(client.post("/v1/score", files=[("images", ("a", picture()))]), told)
-        digest = held.digest
+        digest = held.now.digest
         assert not held.reload()
         second.save(folder)
         assert held.reload()
-        assert held.digest != digest
+        assert held.now.digest != digest
         assert_same(client.post("/v1/score", files=[("images", ("a", picture()))]), expected(second, [picture()]))
 
         (folder / "scorer.safetensors").write_bytes(b"x")
@@ -275,13 +322,30 @@ def test_a_folder_is_taken_when_its_seal_holds_and_only_then(tmp_path: Path) -> 
         assert client.post("/v1/score", files=[("images", ("a", picture()))]).status_code == 200
 
     logs = sorted((tmp_path / "rows").rglob("*.jsonl"))
-    assert {path.parent.name for path in logs} == {digest, held.digest}
+    assert {path.parent.name for path in logs} == {digest, held.now.digest}
     lines = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
     assert len(lines) == 4
     assert all(line["path"] == "a" and line["at"] for line in lines)
     from traj_ood.monitor import read_rows
 
     read_rows([tmp_path / "rows" / digest]).check(first.calibration)
+
+
+@pytest.mark.parametrize("last", ["detector.json", "scorer.safetensors", "model/model.safetensors"])
+def test_a_folder_that_is_being_written_is_taken_when_it_is_whole(tmp_path: Path, last: str) -> None:
+    """Whichever file comes last: somebody copies file by file into the served folder."""
+    first, second = fitted(), fitted(seed=3)
+    first.save(tmp_path / "d")
+    second.save(tmp_path / "new")
+    held = Held(tmp_path / "d", "cpu")
+    shutil.rmtree(tmp_path / "d")
+    files = sorted(p.relative_to(tmp_path / "new") for p in (tmp_path / "new").rglob("*") if p.is_file())
+    for name in sorted(files, key=lambda name: name.as_posix() == last):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "new" / name, tmp_path / "d" / name)
+        assert held.reload() is (name.as_posix() == last)
+        assert bool(held.failure) is (name.as_posix() != last)
+    assert held.now.digest == Held(tmp_path / "new", "cpu").now.digest
 
 
 # ---------------------------------------------------------------------- a real process
@@ -311,6 +375,37 @@ def test_the_command_serves_on_loopback_and_ends_gracefully(tmp_path: Path, dete
             assert_same(answer, expected(detector, [picture()]))
         process.send_signal(signal.SIGTERM)
         assert process.wait(tiny.PATIENCE) in (0, -signal.SIGTERM)
+
+
+def test_connections_that_begin_no_request_are_closed(detector: Detector) -> None:
+    """A head that does not end, no word at all, and the rest of a body that was refused; honest ones stay."""
+    import uvicorn
+
+    app = create_app(detector, limits=Limits(body=1000))
+    config = uvicorn.Config(app, http=connections(0.4), ws="none", log_level="critical", port=0)
+    listening = config.bind_socket()
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    heads = {
+        "silent": b"",
+        "slow head": b"POST /v1/score HTTP/1.1\r\nHost: a\r\nX: ",
+        "refused": b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 9000\r\n\r\nxx",
+    }
+    try:
+        for kind, head in heads.items():
+            with socket.create_connection(listening.getsockname(), timeout=tiny.PATIENCE) as line:
+                line.sendall(head)
+                answer = b""
+                while part := line.recv(4096):
+                    answer += part
+                assert (b" 413 " in answer) is (kind == "refused")
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.mark.slow

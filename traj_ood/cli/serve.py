@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def serve(detector: str, host: str, port: int, log: Path | None, **options: Any)
         import uvicorn
 
         from traj_ood.serve import Limits, create_app
+        from traj_ood.serve.connections import connections
         from traj_ood.serve.limits import BYTES_PER_PIXEL
     except ImportError as error:
         raise TrajOODError(f"serve needs FastAPI, uvicorn and more ({error}): pip install 'traj_ood[serve]'") from error
@@ -86,13 +88,16 @@ def serve(detector: str, host: str, port: int, log: Path | None, **options: Any)
         app,
         host=host,
         port=port,
+        http=connections(limits.patience),
+        ws="none",
         log_level="warning",
         limit_concurrency=_CONNECTIONS,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=int(options["patience"]) + 1,
+        timeout_graceful_shutdown=math.ceil(2 * limits.patience) + 1,  # to arrive, and to be answered
         server_header=False,
     )
     server = uvicorn.Server(config)
     listening = config.bind_socket()
-    note(f"serving {detector} on http://{host}:{listening.getsockname()[1]}, /docs tells how to ask")
+    place = f"[{host}]" if ":" in host else host
+    note(f"serving {detector} on http://{place}:{listening.getsockname()[1]}, /docs tells how to ask")
     server.run(sockets=[listening])

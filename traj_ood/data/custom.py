@@ -20,10 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from traj_ood.data.addresses import is_address
 from traj_ood.data.benchmark import Benchmark, Role, Split
 from traj_ood.data.encoded import EncodedImages, read_encoded
 from traj_ood.data.images import FileImages, labelled_by_folder, read_folder, read_image_list
-from traj_ood.data.records import HUB, is_address, is_records
+from traj_ood.data.records import HUB, is_records
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.trees import read_yaml
 

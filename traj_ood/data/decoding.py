@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ _SATURATED = 0.01  # share of its values that may be higher all the same: dead s
 _BITS, _PHOTOMETRIC, _SAMPLES, _MAXIMUM, _PLANES, _FORMAT = 258, 262, 277, 281, 284, 339  # tags of TIFF
 _WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2  # values of the third, of the fifth and of the last
 _ORIENTATION = 274  # tag of EXIF
+_TILE = (322, 323)  # tags of TIFF: width and height
+MAX_SCANS = 100
+"""Of one JPEG. A progressive one has ten or so; each is decoded over the whole image, and a file of 30 MB could have
+a million."""
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_EOI, _SOS, _ALONE = 0xD9, 0xDA, (0x01, 0xD8)  # markers of JPEG: the end, a scan, and those without a length
 _FOREIGN = (
     (8, (b"avif", b"avis"), "AVIF, which this Pillow cannot decode: install pillow 11.3 or newer, or convert it"),
     (8, (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"), "HEIC, which Pillow cannot decode: convert it"),
@@ -97,10 +104,11 @@ def open_bytes(content: bytes, where: str, reading: Reading = AS_STORED) -> Imag
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height that the header of an image file says; (0, 0) where it cannot be read, which decoding tells."""
+    """Width and height of what decoding an image file holds, by its header, see :func:`held_size`; (0, 0) where that
+    cannot be read, which decoding tells."""
     try:
         with _picture(io.BytesIO(content)) as image:
-            return image.size
+            return held_size(image)
     except Exception:  # Pillow's plugins raise OSError, SyntaxError, struct.error, … on damaged bytes
         return 0, 0
 
@@ -167,18 +175,54 @@ def check_picture(image: Image.Image, where: str) -> None:
     Raises:
         TrajOODError: no pixels, more than ``MAX_PIXELS``, or several frames.
     """
-    pixels = image.width * image.height
-    if pixels == 0:
+    width, height = held_size(image)
+    if width * height == 0:
         raise TrajOODError(
             f"{where}: expected an image, got one of {image.width} x {image.height} pixels; leave it out"
         )
-    if pixels > MAX_PIXELS:
-        raise _too_large(where, f"{image.width} x {image.height} pixels")
+    if width * height > MAX_PIXELS:
+        raise _too_large(where, f"{width} x {height} pixels")
+    if image.format in ("JPEG", "MPO") and _has_too_many_scans(image):
+        raise TrajOODError(f"{where}: expected a JPEG of at most {MAX_SCANS} scans, got more; save it again")
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise TrajOODError(
             f"{where}: expected a single image, got several frames or pages ({image.format}); save the one that "
             "is meant as a file of its own"
         )
+
+
+def held_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of what decoding holds in memory: of a TIFF in tiles at least one of them, which may be larger
+    than the image that it is a part of."""
+    tags = getattr(image, "tag_v2", None) or {}
+    sides = [side if isinstance(side := tags.get(tag), int) else 0 for tag in _TILE]
+    if image.width * image.height == 0 or not all(sides):
+        return image.size
+    return max(image.width, sides[0]), max(image.height, sides[1])
+
+
+def _has_too_many_scans(image: Any) -> bool:
+    file = getattr(image, "fp", None)
+    if file is None or file.closed:  # decoded already
+        return False
+    place = file.tell()
+    try:
+        file.seek(0)
+        content = file.read()
+    finally:
+        file.seek(place)
+    return content.count(bytes((0xFF, _SOS))) > MAX_SCANS and _scans(content) > MAX_SCANS
+
+
+def _scans(content: bytes) -> int:
+    """Of a JPEG; what cameras append behind its end and embed in its segments does not count."""
+    scans, place = 0, 0
+    while scans <= MAX_SCANS and (match := _MARKER.search(content, place)) and content[match.end() - 1] != _EOI:
+        marker, place = content[match.end() - 1], match.end()
+        scans += marker == _SOS
+        if marker not in _ALONE:
+            place += max(2, int.from_bytes(content[place : place + 2], "big"))
+    return scans
 
 
 @dataclass(frozen=True)

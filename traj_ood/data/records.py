@@ -17,17 +17,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from traj_ood.data.addresses import RemoteFiles, check_allowed, is_address, library
+from traj_ood.data.decoding import MAX_PIXELS
 from traj_ood.data.images import IMAGE_SUFFIXES
 from traj_ood.errors import TrajOODError, foreign_errors
 
 MAX_MEMBER = 2**28
 """Bytes of one file in an archive: no image that we decode is larger as a file (89 megapixels of RGB are as many)."""
 MAX_MEMBERS = 10**8
+MAX_HEAD = 2**16
+"""Bytes of a tar member's long name or further attributes."""
+MAX_SAMPLE = MAX_MEMBER
+"""Bytes of the members of one sample together."""
+_LABEL = 4096
+_PLAIN_TYPES = (*tarfile.REGULAR_TYPES, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE)
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 VIDEOS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
+# A playlist is a video, too, of parts that it names: files of this machine, and addresses that nobody has allowed.
+_VIDEO_OPTIONS = {"format_whitelist": "avi,matroska,mov,mpeg,mpegts,mpegvideo", "protocol_whitelist": ""}
 HUB = "hf:"
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]*(::[a-z0-9+.:/-]*)?://", re.IGNORECASE)
 _IMAGE_COLUMNS = ("image", "img", "picture", "image_bytes", "bytes", "content", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "cls", "fine_label", "target")
 
@@ -55,8 +64,7 @@ class Opening:
 
     Attributes:
         stride: of a video's frames: every ``stride``-th. Default 1.
-        allow: beginnings of addresses that may be opened. Default none: an address in a list or a form may be
-            anybody's, and a request from this machine reaches what the machine reaches.
+        allow: beginnings of addresses that may be opened, see :mod:`traj_ood.data.addresses`. Default none.
     """
 
     stride: int = 1
@@ -73,11 +81,6 @@ def is_records(source: str) -> bool:
     return plain or is_address(source) or _is_parquet_folder(source)
 
 
-def is_address(source: str) -> bool:
-    """Whether ``source`` is a URL for fsspec, such as ``s3://bucket/folder``."""
-    return bool(_ADDRESS.match(source))
-
-
 def read_records(source: str, opening: Opening = AS_USUAL) -> Iterator[Record]:
     """The images of a source, in its own order, as they are read.
 
@@ -85,7 +88,7 @@ def read_records(source: str, opening: Opening = AS_USUAL) -> Iterator[Record]:
         source: ``shards-{000..009}.tar`` (also ``.tar.gz`` and its like), one sample a key as webdataset has them, the
             label in ``.cls``; ``hf:NAME`` or ``hf:NAME@SPLIT`` of the Hugging Face hub or a folder that ``datasets``
             loads; a ``.parquet`` file or a folder of them, with a column of image bytes or of Hugging Face images; a
-            video; an address of fsspec: an image, a folder of images, a tar or Parquet file.
+            video; an address of fsspec: an image, a folder of images, tar shards or a Parquet file.
         opening: see :class:`Opening`.
     Raises:
         TrajOODError: a library is missing, nothing of that name, no images in it, a hostile archive, or an address that
@@ -93,8 +96,8 @@ def read_records(source: str, opening: Opening = AS_USUAL) -> Iterator[Record]:
     """
     lower = source.lower()
     if is_address(source):
-        _check_allowed(source, opening.allow)
-        return _remote(source, opening.stride)
+        check_allowed(source, opening.allow)
+        return (record for name in _shard_names(source) for record in _remote(name, opening))
     if lower.startswith(HUB):
         return _hub(source)
     if lower.endswith(TARS):
@@ -104,23 +107,41 @@ def read_records(source: str, opening: Opening = AS_USUAL) -> Iterator[Record]:
     return _parquet(source)
 
 
+def files_of(source: str) -> list[str]:
+    """The files that a source is read from, each a source of its own with the same records: shards, and the files of a
+    Parquet folder; else the source itself.
+
+    Raises:
+        TrajOODError: a shard is not there.
+    """
+    if is_address(source) or source.lower().endswith(TARS):
+        return _shard_names(source) if is_address(source) else _shards(source)
+    if _is_parquet_folder(source):
+        return [str(path) for path in sorted(Path(source).glob("*.parquet"))]
+    return [source]
+
+
 # ---------------------------------------------------------------------- tar shards
 
 
+def _shard_names(source: str) -> list[str]:
+    """``a-{08..11}.tar`` as the names it stands for."""
+    match = _BRACES.search(source)
+    if match is None or not source.lower().endswith(TARS):
+        return [source]
+    first, last, width = int(match[1]), int(match[2]), len(match[1])
+    if not 0 <= last - first < 10**6:
+        raise TrajOODError(f"{source}: expected a rising range of at most a million shards, got {match[0]}")
+    return [source[: match.start()] + f"{n:0{width}d}" + source[match.end() :] for n in range(first, last + 1)]
+
+
 def _shards(source: str) -> list[str]:
-    """``a-{08..11}.tar`` as the names it stands for.
+    """Those names, each of a file here.
 
     Raises:
         TrajOODError: one of them is not there.
     """
-    match = _BRACES.search(source)
-    if match is None:
-        names = [source]
-    else:
-        first, last, width = int(match[1]), int(match[2]), len(match[1])
-        if not 0 <= last - first < 10**6:
-            raise TrajOODError(f"{source}: expected a rising range of at most a million shards, got {match[0]}")
-        names = [source[: match.start()] + f"{n:0{width}d}" + source[match.end() :] for n in range(first, last + 1)]
+    names = _shard_names(source)
     gone = [name for name in names if not Path(name).is_file()]
     if gone:
         raise TrajOODError(f"{gone[0]}: expected a tar file, found nothing ({len(gone)} of {len(names)} shards)")
@@ -128,9 +149,9 @@ def _shards(source: str) -> list[str]:
 
 
 def _tar(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]]) -> Iterator[Record]:
-    group_by_keys = _library("webdataset.tariterators", "webdataset").group_by_keys
+    group_by_keys = library("webdataset.tariterators", "webdataset").group_by_keys
     found = False
-    with opened() as file, foreign_errors(f"{name}: cannot be read as a tar file", ": make it again"):
+    with foreign_errors(f"{name}: cannot be read as a tar file", ": make it again"), opened() as file:
         for sample in group_by_keys(_members(name, file)):
             found = True
             yield _of_sample(name, sample)
@@ -138,25 +159,57 @@ def _tar(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]]) -> I
         raise TrajOODError(f"{name}: expected samples, found none: give tar files as webdataset writes them")
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose head is small, and says all that there is to say: tarfile reads long names and attributes of any
+    size, and lists of the holes in a sparse file without an end, before it hands the member out."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise TrajOODError(f"{self.name[:200]!r}: a sparse file")
+        if self.type not in _PLAIN_TYPES and self.size > MAX_HEAD:
+            raise TrajOODError(f"{self.name[:200]!r}: a head of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, following: tarfile.TarInfo, *_: Any) -> None:
+        raise TrajOODError(f"{following.name[:200]!r}: a sparse file")
+
+
 def _members(name: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
-    """What webdataset groups into samples, after a look at each member's head.
+    """What webdataset groups into samples, after a look at each member's head. Of what is neither an image nor a label
+    nothing is read.
 
     Raises:
-        TrajOODError: links, devices, names that leave the archive, or members beyond all sizes.
+        TrajOODError: links, devices, names that leave the archive, or members, samples or heads beyond all sizes.
     """
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
-        for number, member in enumerate(archive):
-            path = member.name
-            if member.isdir():
-                continue
-            kind = "a link" if member.islnk() or member.issym() else "a device" if not member.isreg() else ""
-            outside = path.startswith(("/", "\\")) or ".." in path.replace("\\", "/").split("/") or "\0" in path
-            if kind or outside or member.size > MAX_MEMBER or member.sparse or number >= MAX_MEMBERS:
-                reason = kind or ("a name that leads out of it" if outside else f"{member.size} bytes")
-                raise TrajOODError(f"{name}: member {path[:200]!r}: {reason}: do not trust this archive")
-            content = archive.extractfile(member)
-            assert content is not None
-            yield {"fname": path, "data": content.read(), "__url__": name}
+    key_of = library("webdataset.tariterators", "webdataset").base_plus_ext
+    key, size = "", 0
+    try:
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
+            for number, member in enumerate(archive):
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+                if member.isdir():
+                    continue
+                _check_member(member, number)
+                own, suffix = key_of(member.name)
+                key, size = own, member.size + (size if own is not None and own == key else 0)
+                if size > MAX_SAMPLE:
+                    raise TrajOODError(f"{member.name[:200]!r}: {size} bytes of one sample")
+                content = archive.extractfile(member)
+                assert content is not None
+                is_image = f".{(suffix or '').rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+                yield {"fname": member.name, "data": content.read(-1 if is_image else _LABEL), "__url__": name}
+    except TrajOODError as error:
+        raise TrajOODError(f"{name}: member {error}: do not trust this archive") from error
+
+
+def _check_member(member: tarfile.TarInfo, number: int) -> None:
+    path = member.name
+    kind = "a link" if member.islnk() or member.issym() else "" if member.isreg() else "a device"
+    kind = kind or ("a sparse file" if member.sparse else "")
+    outside = path.startswith(("/", "\\")) or ".." in path.replace("\\", "/").split("/") or "\0" in path
+    if kind or outside or member.size > MAX_MEMBER or number >= MAX_MEMBERS:
+        reason = kind or ("a name that leads out of it" if outside else f"{member.size} bytes")
+        raise TrajOODError(f"{path[:200]!r}: {reason}")
 
 
 def _of_sample(name: str, sample: dict[str, Any]) -> Record:
@@ -217,7 +270,7 @@ def _of_row(key: str, value: Any, label: Any) -> Record:
 
 
 def _hub(source: str) -> Iterator[Record]:
-    datasets = _library("datasets", "datasets")
+    datasets = library("datasets", "datasets")
     name, _, split = source.removeprefix(HUB).partition("@")
     with foreign_errors(f"{source}: cannot be loaded", ": give hf:NAME@SPLIT of the hub, or a folder"):
         local = Path(name).expanduser()
@@ -245,57 +298,40 @@ def _opened(value: dict[str, Any], folder: Path) -> Any:
 # ---------------------------------------------------------------------- addresses
 
 
-def _check_allowed(address: str, allow: Sequence[str]) -> None:
-    if ".." in address.split("/") or not any(allowed and _within(address, allowed) for allowed in allow):
-        told = ", ".join(allow) or "none"
-        raise TrajOODError(f"{address[:200]}: not an address that is allowed ({told}): name its beginning with --allow")
-
-
-def _within(address: str, allowed: str) -> bool:
-    """``s3://bucket/a`` holds ``s3://bucket/a`` and ``s3://bucket/a/b``, not ``s3://bucket/ab``."""
-    return address == allowed or address.startswith(allowed if allowed.endswith("/") else allowed + "/")
-
-
-def _remote(address: str, stride: int) -> Iterator[Record]:
-    core = _library("fsspec.core", "fsspec")
-    with foreign_errors(f"{address}: cannot be opened", ": correct the address, or install what fsspec asks for"):
-        system, path = core.url_to_fs(address)
-        names = sorted(system.find(path)) if system.isdir(path) else [path]
-    prefix = address[: _ADDRESS.match(address).end()]  # type: ignore[union-attr]
+def _remote(address: str, opening: Opening) -> Iterator[Record]:
+    files = RemoteFiles(address, opening.allow)
     wanted = (*IMAGE_SUFFIXES, *TARS, *VIDEOS, ".parquet")
-    names = [name for name in names if name.lower().endswith(wanted) or len(names) == 1]
+    names = [name for name in files.names if name.lower().endswith(wanted) or len(files.names) == 1]
     if not names:
         raise TrajOODError(f"{address}: expected images, found none in it")
     for name in names:
-        key = name if _ADDRESS.match(name) else prefix + name.lstrip("/")
         lower = name.lower()
         if lower.endswith(TARS):
-            yield from _tar(key, lambda n=name: system.open(n, "rb"))  # type: ignore[misc]
+            yield from _tar(name, lambda n=name: files.open(n))  # type: ignore[misc]
         elif lower.endswith(".parquet"):
-            with system.open(name, "rb") as file:
-                yield from _parquet_rows(key, file)
+            with files.open(name, seekable=True) as file:
+                yield from _parquet_rows(name, file)
         elif lower.endswith(VIDEOS):
-            yield from _video(key, lambda n=name: system.open(n, "rb"), stride)  # type: ignore[misc]
+            yield from _video(name, lambda n=name: files.open(n, seekable=True), opening.stride)  # type: ignore[misc]
         else:
-            yield _fetched(system, name, key)
+            yield _fetched(files, name)
 
 
-def _fetched(system: Any, name: str, key: str) -> Record:
+def _fetched(files: RemoteFiles, name: str) -> Record:
     try:
-        with system.open(name, "rb") as file:
-            content = file.read(MAX_MEMBER + 1)
-    except Exception as error:  # each file system has errors of its own
-        return Record(key, error=f"cannot be fetched ({type(error).__name__}: {str(error)[:200]})")
+        content = files.read(name, MAX_MEMBER)
+    except TrajOODError as error:
+        return Record(name, error=str(error).removeprefix(f"{name}: "))
     if len(content) > MAX_MEMBER:
-        return Record(key, error=f"expected at most {MAX_MEMBER} bytes, got more")
-    return Record(key, content)
+        return Record(name, error=f"expected at most {MAX_MEMBER} bytes, got more")
+    return Record(name, content)
 
 
 # ---------------------------------------------------------------------- videos
 
 
 def _video(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]], stride: int) -> Iterator[Record]:
-    av = _library("av", "av")
+    av = library("av", "av")
     if stride < 1:
         raise TrajOODError(f"stride: expected at least 1, got {stride}")
     try:
@@ -305,7 +341,12 @@ def _video(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]], st
     number = 0
     with file as content:
         try:
-            with av.open(content) as video:
+            with av.open(content, options=_VIDEO_OPTIONS) as video:
+                size = video.streams.video[0]
+                if size.width * size.height > MAX_PIXELS:
+                    told = f"expected frames of at most {MAX_PIXELS} pixels, got {size.width} x {size.height}"
+                    yield Record(f"{name}#frame=0", error=told)
+                    return
                 for number, frame in enumerate(video.decode(video=0)):
                     if number % stride == 0:
                         picture = io.BytesIO()
@@ -313,13 +354,6 @@ def _video(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]], st
                         yield Record(f"{name}#frame={number}", picture.getvalue())
         except (av.FFmpegError, IndexError) as error:  # what was decoded before it stands
             yield Record(f"{name}#frame={number}", error=f"the video cannot be decoded any further ({error})")
-
-
-def _library(module: str, package: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise TrajOODError(f"this source needs {package}: pip install 'traj_ood[sources]'") from error
 
 
 def short(key: str, source: str) -> str:

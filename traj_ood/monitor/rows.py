@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
-_COLUMNS = ("score", "p_value")
+_COLUMNS = ("score", "p_value", "key")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Rows:
 
 
 def read_rows(sources: Iterable[str | Path]) -> Rows:
-    """All rows of files and folders, in the order given; a folder's files in the order of their names.
+    """All rows of files and folders, in the order given; a folder's files in the order of their names, and the rows of
+    a cluster, which have keys, in the order of these, each of them once.
 
     What a writer has not finished is left for the next time: the last line of a text file without its end, and files
     below a folder whose names do not end in ``.csv``, ``.jsonl`` or ``.parquet``.
@@ -63,10 +64,17 @@ def read_rows(sources: Iterable[str | Path]) -> Rows:
     Raises:
         TrajOODError: nothing of that name, a file of another kind, without a column of scores, or damaged.
     """
-    tables = [_scores(path) for source in sources for path in _files(Path(source))]
-    whole = np.concatenate([np.empty((0, 2)), *tables])
+    whole = np.concatenate([np.empty((0, 2)), *(_source(Path(source)) for source in sources)])
     scored = ~np.isnan(whole[:, 0])
     return Rows(whole[scored, 0], whole[scored, 1], int((~scored).sum()))
+
+
+def _source(source: Path) -> np.ndarray:
+    """(rows, 2): scores and p-values of one file or folder."""
+    whole = np.concatenate([np.empty((0, 3)), *(_scores(path) for path in _files(source))])
+    if not np.isnan(whole[:, 2]).any():
+        whole = whole[np.unique(whole[:, 2], return_index=True)[1]]
+    return whole[:, :2]
 
 
 def _files(source: Path) -> list[Path]:
@@ -78,11 +86,11 @@ def _files(source: Path) -> list[Path]:
 
 
 def _scores(path: Path) -> np.ndarray:
-    """(rows, 2) float64: score and p-value, NaN where there is none."""
+    """(rows, 3) float64: score, p-value and key, NaN where there is none."""
     with foreign_errors(f"{path}: cannot be read as rows", ": give CSV, JSON lines or Parquet of traj-ood"):
         table = _table(path)
     if table is None:
-        return np.empty((0, 2))
+        return np.empty((0, 3))
     if "score" not in table:
         raise TrajOODError(
             f"{path}: expected a column score, got {', '.join(map(str, table.columns))[:200]}: give rows of traj-ood"

@@ -50,7 +50,7 @@ class Service:
         self.metrics.watch("queued_images", "Images that wait or are judged", lambda: self.batcher.queue.taken)
         self.metrics.watch("body_bytes", "Bytes of bodies in flight", lambda: self.bodies.taken)
         self.metrics.watch("decoded_bytes", "Bytes of images being decoded", lambda: self.decoded.taken)
-        self.metrics.detector.labels(held.digest).set(1)
+        self.metrics.detector.labels(held.now.digest).set(1)
 
     async def answer(self, request: Request) -> dict[str, Any]:
         """The decisions for a request.
@@ -59,43 +59,61 @@ class Service:
             RefusedError: as the functions it calls; 504 when the detector takes too long.
         """
         body = await receive(request, self.limits, self.bodies)
+        size = len(body)
         try:
             files = await uploads(request, body, self.limits)
+            del body  # its images are kept until the answer, and no second copy
             with self.batcher.queue.part(len(files)):
                 return await asyncio.wait_for(self._judged(files), self.limits.patience)
         except asyncio.TimeoutError as error:
             raise RefusedError(504, f"no answer within {self.limits.patience:g} s: try again later") from error
         finally:
-            self.bodies.give(len(body))
+            self.bodies.give(size)
 
     async def _judged(self, files: Sequence[Upload]) -> dict[str, Any]:
-        held = self.held
-        detector, digest, judge = held.detector, held.digest, held.judge  # one detector for the whole request
-        prepared = [await self._prepared(file, detector) for file in files]
-        judged = iter(await self.batcher.decide([p for p in prepared if isinstance(p, Tensor)], judge))
+        now = self.held.now  # one detector for the whole request
+        prepared = [await self._prepared(file, now.detector) for file in files]
+        judged = iter(await self.batcher.decide([p for p in prepared if isinstance(p, Tensor)], now.judge))
         said = [next(judged) if isinstance(p, Tensor) else p for p in prepared]
         names = [file.name for file in files]
         for one in said:
             self.metrics.images.labels(one.reason.partition(":")[0]).inc()
-        if self.rows is not None:
-            self.rows.write(digest, names, said)
+        self._log(now.digest, names, said)
         decisions = [{"name": name, **one.as_dict()} for name, one in zip(names, said, strict=True)]
-        return {"detector": digest, "decisions": decisions}
+        return {"detector": now.digest, "decisions": decisions}
 
     async def _prepared(self, file: Upload, detector: Detector) -> Tensor | Decision:
-        width, height = size_of(file.content)
+        loop = asyncio.get_running_loop()
+        width, height = await loop.run_in_executor(self._decoders, size_of, file.content)
         if width * height > self.limits.pixels:
             raise RefusedError(
                 413, f"{file.name}: expected at most {self.limits.pixels} pixels, got {width} x {height}: scale it down"
             )
-        with self.decoded.part(min(width * height * BYTES_PER_PIXEL, self.decoded.total)):
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, _prepare, file, detector)
+        size = min(width * height * BYTES_PER_PIXEL, self.decoded.total)
+        self.decoded.take(size)
+        work = self._decoders.submit(_prepare, file, detector)
+
+        def free(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the service has ended
+                loop.call_soon_threadsafe(self.decoded.give, size)
+
+        work.add_done_callback(free)  # when the thread is done with it: who gives up waiting does not free its memory
+        return await asyncio.wrap_future(work)
+
+    def _log(self, digest: str, names: Sequence[str], said: Sequence[Decision]) -> None:
+        """Rows of what was judged. A full disk costs rows, which is told, and not answers."""
+        try:
+            if self.rows is not None:
+                self.rows.write(digest, names, said)
+        except TrajOODError as error:
+            self.metrics.lost.inc(len(said))
+            _log.error("%d rows are lost: %s", len(said), error)
 
     async def look(self, seconds: float) -> None:
         """Take the folder's detector whenever it has changed, until cancelled."""
         while True:
             await asyncio.sleep(seconds)
-            before, failed = self.held.digest, self.held.failure
+            before, failed = self.held.now.digest, self.held.failure
             try:
                 changed = await asyncio.get_running_loop().run_in_executor(None, self.held.reload)
             except Exception as error:  # the old one stays, whatever the new one does
@@ -103,8 +121,8 @@ class Service:
             if changed:
                 self.metrics.reloads.labels("taken").inc()
                 self.metrics.detector.remove(before)
-                self.metrics.detector.labels(self.held.digest).set(1)
-                _log.warning("detector %s is in use now, in place of %s", self.held.digest, before)
+                self.metrics.detector.labels(self.held.now.digest).set(1)
+                _log.warning("detector %s is in use now, in place of %s", self.held.now.digest, before)
             elif self.held.failure and self.held.failure != failed:
                 self.metrics.reloads.labels("refused").inc()
                 _log.error("the detector in the folder is not taken: %s", self.held.failure)
@@ -170,8 +188,8 @@ def create_app(
 
     @app.get("/readyz", summary="A detector is ready to judge", responses={503: {"description": "It is not."}})
     async def readyz() -> Response:
-        held = service.held
-        content = {"status": "ok", "detector": held.digest, "is": repr(held.detector), "refused": held.failure}
+        now = service.held.now
+        content = {"status": "ok", "detector": now.digest, "is": repr(now.detector), "refused": service.held.failure}
         return JSONResponse(content if service.is_ready else {"status": "stopping"}, 200 if service.is_ready else 503)
 
     @app.get("/metrics", summary="Prometheus text", response_class=Response)

@@ -58,14 +58,13 @@ class Batcher:
             self._on_batch(len(batch))
             try:
                 said = await loop.run_in_executor(self._thread, batch[0].judge, [one.image for one in batch])
+                for one, decision in zip(batch, said, strict=True):
+                    if not one.answer.done():
+                        one.answer.set_result(decision)
             except Exception as error:  # told to those who asked; the service lives on
                 for one in batch:
                     if not one.answer.done():
                         one.answer.set_exception(error)
-                continue
-            for one, decision in zip(batch, said, strict=True):
-                if not one.answer.done():
-                    one.answer.set_result(decision)
 
     async def _collect(self) -> list[_Waiting]:
         first = self._held or await self._waiting.get()

@@ -19,6 +19,8 @@ from traj_ood.text import one_line
 
 _NAME = 200
 _KEY = "images"
+_FIELD = 4096  # bytes of a form field that is no file: there is none that we take
+_FORM = 'JSON: expected {"images": ["<base64>", …]}'
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ async def _multipart(request: Request, body: bytes, limits: Limits) -> list[Uplo
 
     try:
         parser = _InMemory(
-            request.headers, stream(), max_files=limits.images, max_fields=limits.images, max_part_size=limits.body
+            request.headers, stream(), max_files=limits.images, max_fields=limits.images, max_part_size=_FIELD
         )
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
@@ -112,15 +114,14 @@ async def _multipart(request: Request, body: bytes, limits: Limits) -> list[Uplo
 
 
 def _from_json(body: bytes, limits: Limits) -> list[Upload]:
+    _check_structure(body, limits)
     try:
         content: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RefusedError(400, f"JSON: {one_line(str(error))[:_NAME]}") from error
     given = content.get(_KEY) if isinstance(content, dict) and len(content) == 1 else None
     if not isinstance(given, list):
-        raise RefusedError(400, 'JSON: expected {"images": ["<base64>", …]}')
-    if len(given) > limits.images:
-        raise RefusedError(413, f"expected at most {limits.images} images, got {len(given)}")
+        raise RefusedError(400, _FORM)
     found = []
     for place, item in enumerate(given):
         if not isinstance(item, str):
@@ -130,3 +131,16 @@ def _from_json(body: bytes, limits: Limits) -> list[Upload]:
         except (binascii.Error, ValueError) as error:
             raise RefusedError(400, f"images[{place}]: not base64 ({one_line(str(error))[:80]})") from error
     return found
+
+
+def _check_structure(body: bytes, limits: Limits) -> None:
+    """Refuse a JSON text that is more than a list of texts before it is parsed: 32 MiB of empty lists would be 20 times
+    as large in memory. Base64 has none of these characters.
+
+    Raises:
+        RefusedError: 400 another structure, 413 too many images.
+    """
+    if body.count(b"[") + body.count(b"{") > 2:
+        raise RefusedError(400, _FORM)
+    if body.count(b",") >= limits.images:
+        raise RefusedError(413, f"expected at most {limits.images} images, got {body.count(b',') + 1}")

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +19,26 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.files import folder_errors
 
 
+@dataclass(frozen=True, eq=False)
+class Serving:
+    """A detector with what a request needs of it: a request keeps one from its beginning to its end.
+
+    Attributes:
+        detector: a detector.
+        digest: first 16 hex digits of the SHA-256 of its record; ``memory`` for one that came from no folder.
+        judge: decisions of prepared images (C, H, W); another object for every detector.
+    """
+
+    detector: Detector
+    digest: str
+    judge: Callable[[Sequence[Tensor]], list[Decision]]
+
+
 class Held:
     """A detector in use. A folder is loaded only when its seal holds, and looked at again by :meth:`reload`.
 
     Attributes:
-        detector: in use now.
-        digest: first 16 hex digits of the SHA-256 of its record; ``memory`` for one that came from no folder.
-        judge: decisions of prepared images (C, H, W); another object for every detector.
+        now: the detector in use; replaced as a whole, since threads read it while another one reloads.
         failure: why the folder as it is now was not taken; empty while it is in use.
     """
 
@@ -37,20 +51,18 @@ class Held:
         self._folder = None if isinstance(source, Detector) else Path(source).expanduser()
         self._device, self.failure = device, ""
         self._seen = self._stamp()
-        if isinstance(source, Detector):
-            self._take(source, "memory")
-        else:
-            self._take(*self._load())
+        self.now = _serving(source, "memory") if isinstance(source, Detector) else _serving(*self._load())
 
     def reload(self) -> bool:
-        """Whether the folder has changed and another detector is in use now. One that is damaged, newer than this
-        program or without its seal is not taken: the one in use stays, and ``failure`` says why."""
+        """Whether the folder has changed and another detector is in use now. One that is damaged, half written, newer
+        than this program or without its seal is not taken: the one in use stays, ``failure`` says why, and the next
+        change of any file is another try."""
         stamp = self._stamp()
         if self._folder is None or stamp == self._seen:
             return False
         self._seen = stamp
         try:
-            self._take(*self._load())
+            self.now = _serving(*self._load())
         except TrajOODError as error:
             self.failure = str(error)
             return False
@@ -73,16 +85,20 @@ class Held:
             except TrajOODError as error:
                 raise TrajOODError(str(error).replace(str(copy), str(self._folder))) from error
 
-    def _take(self, detector: Detector, digest: str) -> None:
-        with torch.no_grad():
-            detector.score(torch.zeros(1, *detector.autoencoder.input_shape))  # what is made at first use is made now
-        self.detector, self.digest = detector, digest
-        self.judge: Callable[[Sequence[Tensor]], list[Decision]] = partial(decide_all, detector.judge)
-
-    def _stamp(self) -> tuple[int, ...]:
-        """What changes when the folder is replaced."""
+    def _stamp(self) -> tuple[tuple[str, int, int, int], ...]:
+        """What changes when any file of the folder does: a copy that is under way ends with another file than the
+        record, and is to be taken then."""
+        found = []
         try:
-            status = (self._folder / FILE_NAME).stat() if self._folder else None
-        except OSError:
+            for path in sorted(self._folder.rglob("*")) if self._folder else ():
+                status = path.lstat()
+                found.append((str(path), status.st_mtime_ns, status.st_ino, status.st_size))
+        except OSError:  # it is being replaced
             return ()
-        return (status.st_mtime_ns, status.st_ino, status.st_size) if status else ()
+        return tuple(found)
+
+
+def _serving(detector: Detector, digest: str) -> Serving:
+    with torch.no_grad():
+        detector.score(torch.zeros(1, *detector.autoencoder.input_shape))  # what is made at first use is made now
+    return Serving(detector, digest, partial(decide_all, detector.judge))

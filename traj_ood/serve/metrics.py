@@ -20,6 +20,7 @@ class Metrics:
         self.images = Counter("images", "Images by decision: ok, ood, invalid, uncalibrated", ["reason"], **made)
         self.seconds = Histogram("request_seconds", "From the request's head to its answer", buckets=_SECONDS, **made)
         self.batch = Histogram("batch_images", "Images judged together", buckets=(1, 2, 4, 8, 16, 32, 64), **made)
+        self.lost = Counter("lost_rows", "Rows that could not be written to the log", **made)
         self.reloads = Counter("reloads", "Detectors taken while serving, and refused", ["outcome"], **made)
         self.detector = Gauge("detector_info", "The detector in use", ["digest"], **made)
 
