@@ -23,11 +23,11 @@ from traj_ood.analysis.variants import (
     penalised,
     r_contractive,
     sparse_l1,
-    squared_jacobian,
     variants,
 )
 from traj_ood.autoencoders import ConvNetwork
 from traj_ood.errors import TrajOODError
+from traj_ood.training.penalties import squared_jacobian
 
 
 def generator(seed: int = 0) -> torch.Generator:

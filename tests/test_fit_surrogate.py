@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -193,6 +194,58 @@ def test_the_jacobian_penalty_estimates_the_frobenius_norm() -> None:
     assert sum(penalties) / len(penalties) == pytest.approx(exact, rel=0.1)
 
 
+@pytest.mark.parametrize("penalty", ["contractive", "asymmetry"])
+def test_the_other_penalties_are_quadratic_forms_of_the_float64_jacobian(penalty: str) -> None:
+    """Exactly at the direction that is drawn; and the mean over directions is the squared norm."""
+    run = SurrogateTrainer(fit(), clustered(), QUICK, 0)
+    run.network = copy.deepcopy(run.network).double()
+    clean = run.network.standardise(run.features[:4].double())
+    latents = run.network.encode(clean)
+    if penalty == "contractive":
+        points, forward = clean, run.network.encode
+    else:
+        points, forward = latents, lambda z: run.network.encode(run.network.decode(z))
+    jacobians = torch.stack([torch.autograd.functional.jacobian(lambda x: forward(x[None])[0], p) for p in points])
+    matrices = jacobians if penalty == "contractive" else jacobians - jacobians.mT
+    run.options = SurrogateRecipe(**{**vars(QUICK), penalty: 2.0})
+    draws, same = (torch.Generator().manual_seed(3) for _ in range(2))
+    v = torch.randn(latents.shape, generator=same).double()
+    expected = torch.einsum("bk,bkn->bn", v, matrices).square().sum(dim=1).mean() / points.shape[1]
+    assert float(run.penalties(clean, latents, draws)) == pytest.approx(2 * float(expected), rel=1e-9)
+    found = [float(run.penalties(clean, latents, draws)) for _ in range(600)]
+    norm = float(matrices.square().sum(dim=(1, 2)).mean()) / points.shape[1]
+    assert sum(found) / len(found) == pytest.approx(2 * norm, rel=0.1)
+
+
+@pytest.mark.parametrize("penalty", ["contractive", "asymmetry"])
+def test_the_other_penalties_lower_what_they_penalise(penalty: str) -> None:
+    def size(recipe: SurrogateRecipe) -> float:
+        model = fit(recipe=recipe)
+        clean = model.network.standardise(clustered(20, seed=5))
+        latents = model.network.encode(clean)
+        if penalty == "contractive":
+            own = torch.func.vmap(torch.func.jacrev(lambda x: model.network.encode(x[None])[0]))(clean)
+        else:
+            own = torch.func.vmap(torch.func.jacrev(lambda z: model.self_map(z[None])[0]))(latents)
+            own = own - own.mT
+        return float(own.square().sum(dim=(1, 2)).mean())
+
+    plain = SurrogateRecipe(steps=60, check_every=60, batch_size=64, hidden=(24,), bottleneck=6, input_noise=0.1)
+    assert size(SurrogateRecipe(**{**vars(plain), penalty: 1.0})) < 0.7 * size(plain)
+
+
+def test_each_row_draws_one_of_several_noise_levels() -> None:
+    run = SurrogateTrainer(fit(), clustered(), QUICK, 0)
+    clean = torch.zeros(400, N)
+    single, several = (torch.Generator().manual_seed(1) for _ in range(2))
+    one = run.noisy(clean, single)
+    run.options = SurrogateRecipe(**{**vars(QUICK), "noise_levels": (0.0, 0.5, 2.0)})
+    ratios = (run.noisy(clean, several) / one).mean(dim=1)
+    values, counts = ratios.round(decimals=4).unique(return_counts=True)
+    assert values.tolist() == [0.0, 0.5, 2.0]
+    assert int(counts.min()) > 80
+
+
 def test_the_default_noise_grows_with_the_width() -> None:
     assert [SurrogateRecipe().noise(n) for n in (16, 100, 400, 1600)] == pytest.approx([0.7, 0.7, 1.1, 2.2])
     assert SurrogateRecipe(input_noise=0.0).noise(1024) == 0.0
@@ -292,6 +345,10 @@ def test_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"clip": float("nan")}, "clip must be above 0 and finite, got nan"),
         ({"input_noise": -1.0}, "input_noise must be 0 or more and finite, got -1.0"),
         ({"jacobian": float("inf")}, "jacobian must be 0 or more and finite, got inf"),
+        ({"contractive": -1.0}, "contractive must be 0 or more and finite, got -1.0"),
+        ({"asymmetry": float("nan")}, "asymmetry must be 0 or more and finite, got nan"),
+        ({"noise_levels": ()}, r"noise_levels must be one or more finite multiples from 0 on, got \(\)"),
+        ({"noise_levels": (1.0, -2.0)}, r"noise_levels must be one or more finite multiples from 0 on, got \(1.0, -2"),
         ({"val_fraction": 0.0}, "val_fraction must be between 0 and 1, got 0.0"),
         ({"warmup": 1.5}, "warmup must be a share from 0 to 1, got 1.5"),
         ({"activation": "gleu"}, "unknown surrogate activation 'gleu': did you mean"),

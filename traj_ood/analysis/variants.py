@@ -1,8 +1,7 @@
 """The autoencoders of Table 3: each a loss on the same network, (‖x − F(x)‖² + λ R) / m with m pixels, as Eq. (1).
 
 Dividing by m leaves λ the paper's and makes losses comparable with mean squared errors. Norms of Jacobians are
-estimated without bias from one random direction v ~ N(0, I) per image: E ‖Jᵀ v‖² = ‖J‖_F² (Hutchinson), a second
-backward pass instead of one for each latent unit or pixel.
+estimated from one random direction per image (:mod:`traj_ood.training.penalties`).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from traj_ood.analysis.models import Build, Loss, mse
 from traj_ood.autoencoders import ConvNetwork
+from traj_ood.training.penalties import squared_jacobian
 
 Penalty = Callable[[ConvNetwork, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(network, images, randomness) → reconstruction (B, C, H, W) and R as a scalar: a mean over images."""
@@ -86,13 +86,6 @@ def r_contractive(network: ConvNetwork, images: Tensor, draws: torch.Generator) 
     inputs = images.detach().requires_grad_(True)
     output = network.decode(network.encode(inputs))
     return output, squared_jacobian(output, inputs, draws)
-
-
-def squared_jacobian(outputs: Tensor, inputs: Tensor, draws: torch.Generator) -> Tensor:
-    """Unbiased estimate of the mean over images of ‖∂ outputs / ∂ inputs‖_F², rows depending on their own row alone."""
-    v = torch.randn(outputs.shape, generator=draws).to(outputs.device)
-    (gradient,) = torch.autograd.grad((outputs * v).sum(), inputs, create_graph=True)
-    return gradient.flatten(1).square().sum(dim=1).mean()
 
 
 def sparse_kl(rho: float) -> Penalty:

@@ -26,6 +26,7 @@ from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.card import surrogate_card
 from traj_ood.training.config import Recipe
 from traj_ood.training.loop import SEED_STRIDE, Trainer, shuffled
+from traj_ood.training.penalties import squared_asymmetry, squared_jacobian
 
 MIN_FEATURES = 32
 _MAX_HELD_OUT = 5000
@@ -46,7 +47,8 @@ class SurrogateRecipe:
         input_noise: deviation of the Gaussian noise added to the standardised features; it is what makes f contract.
             None (default) is 0.055·√n of n features, at least 0.7: along the few directions in which features vary, the
             variance grows with n, and noise that is small beside it leaves f close to the identity. More noise merges
-            attractors. Figures of this choice and of the next two: docs/choices.md.
+            attractors. Figures of this choice, of ``latent_noise`` and of ``jacobian``: docs/choices.md.
+        noise_levels: multiples of that deviation, of which each row of a batch draws one. Default (1,): one level.
         latent_noise: likewise on z, where ‖z‖² = k. Default 0: it helped one feature set and hurt another.
         jacobian: weight of ‖∂f/∂z · v‖² / ‖v‖² at a random direction v. Default 0: it speeds f up by merging
             attractors, in the end into one.
@@ -63,8 +65,11 @@ class SurrogateRecipe:
     clip: float = 1.0
     warmup: float = 0.05
     input_noise: float | None = None
+    noise_levels: tuple[float, ...] = (1.0,)
     latent_noise: float = 0.0
     jacobian: float = 0.0
+    contractive: float = 0.0
+    asymmetry: float = 0.0
     val_fraction: float = 0.1
     hidden: tuple[int, ...] | None = None
     bottleneck: int | None = None
@@ -78,9 +83,14 @@ class SurrogateRecipe:
         for key in ("learning_rate", "clip"):
             if not 0 < getattr(self, key) < math.inf:
                 raise TrajOODError(f"surrogate recipe: {key} must be above 0 and finite, got {getattr(self, key)}")
-        for key in ("weight_decay", "input_noise", "latent_noise", "jacobian"):
+        for key in ("weight_decay", "input_noise", "latent_noise", "jacobian", "contractive", "asymmetry"):
             if getattr(self, key) is not None and not 0 <= getattr(self, key) < math.inf:
                 raise TrajOODError(f"surrogate recipe: {key} must be 0 or more and finite, got {getattr(self, key)}")
+        if not self.noise_levels or not all(0 <= level < math.inf for level in self.noise_levels):
+            raise TrajOODError(
+                f"surrogate recipe: noise_levels must be one or more finite multiples from 0 on, got "
+                f"{self.noise_levels}"
+            )
         if not 0 < self.val_fraction < 1:
             raise TrajOODError(f"surrogate recipe: val_fraction must be between 0 and 1, got {self.val_fraction}")
         if not 0 <= self.warmup <= 1:
@@ -251,18 +261,43 @@ class SurrogateTrainer(Trainer):
         return self.network.standardise(self.features.index_select(0, rows).to(self.device))
 
     def loss(self, clean: Tensor, draws: torch.Generator) -> Tensor:
-        """Mean squared error of ``clean`` (B, n) from its noisy self, plus the recipe's penalty on the Jacobian."""
+        """Mean squared error of ``clean`` (B, n) from its noisy self, plus the recipe's penalties on Jacobians."""
         recipe, network = self.options, self.network
-        latents = network.encode(clean + _noise(clean, recipe.noise(network.features), draws))
+        latents = network.encode(self.noisy(clean, draws))
         if recipe.latent_noise:
             latents = latents + _noise(latents, recipe.latent_noise, draws)
-        loss = (network.decode(latents) - clean).square().mean()
+        return (network.decode(latents) - clean).square().mean() + self.penalties(clean, latents.detach(), draws)
+
+    def noisy(self, clean: Tensor, draws: torch.Generator) -> Tensor:
+        """``clean`` (B, n) with noise of the recipe's levels."""
+        recipe = self.options
+        noise = _noise(clean, recipe.noise(clean.shape[1]), draws)
+        if recipe.noise_levels != (1.0,):
+            levels = torch.tensor(recipe.noise_levels)
+            noise = noise * levels[torch.randint(len(levels), (len(clean), 1), generator=draws)].to(noise)
+        return clean + noise
+
+    def penalties(self, clean: Tensor, latents: Tensor, draws: torch.Generator) -> Tensor | float:
+        """The recipe's, at features (B, n) and latents (B, k), neither with a gradient; 0 without any."""
+        recipe, network = self.options, self.network
+        found: Tensor | float = 0.0
+
+        def self_map(z: Tensor) -> Tensor:
+            return network.encode(network.decode(z))
+
         if recipe.jacobian:
-            start, direction = latents.detach(), _noise(latents, 1.0, draws)
-            along = torch.func.jvp(lambda z: network.encode(network.decode(z)), (start,), (direction,))[1]
+            direction = _noise(latents, 1.0, draws)
+            along = torch.func.jvp(self_map, (latents,), (direction,))[1]
             stretched = along.square().sum(dim=1) / direction.square().sum(dim=1)
-            loss = loss + recipe.jacobian * stretched.mean()
-        return loss
+            found = found + recipe.jacobian * stretched.mean()
+        if recipe.contractive:
+            inputs = clean.detach().requires_grad_(True)
+            stretched = squared_jacobian(network.encode(inputs), inputs, draws)
+            found = found + recipe.contractive * stretched / clean.shape[1]
+        if recipe.asymmetry:
+            twisted = squared_asymmetry(self_map, latents, draws)
+            found = found + recipe.asymmetry * twisted / latents.shape[1]
+        return found
 
     def held_out_loss(self) -> tuple[float, float]:
         """Mean squared error of the denoising (same noise at every check) and of the clean reconstruction."""
@@ -271,8 +306,7 @@ class SurrogateTrainer(Trainer):
         with torch.inference_mode():
             for rows in self.val.split(1024):
                 clean = self.standardised(rows)
-                noisy = clean + _noise(clean, self.options.noise(clean.shape[1]), draws)
-                for kind, inputs in enumerate((noisy, clean)):
+                for kind, inputs in enumerate((self.noisy(clean, draws), clean)):
                     restored = self.network.decode(self.network.encode(inputs))
                     errors[kind] += float((restored - clean).square().mean(dim=1).sum())
         denoising, plain = (errors / len(self.val)).tolist()
