@@ -157,3 +157,65 @@ def test_options_that_cannot_be(spec: str, text: str) -> None:
 def test_few_images_are_refused() -> None:
     with pytest.raises(TrajOODError, match="scorer entry-path: expected at least 10 training images, got 9"):
         EntryPath().check_training_size(9)
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def of_own_class(train: np.ndarray, test: np.ndarray, labels: np.ndarray, horizon: int) -> np.ndarray:
+    """``values(...)["attractors"]``, to the attractors of the class whose mean in whitened space is nearest to x."""
+    w, ends = white(train, True), train
+    for _ in range(STEPS + 1):
+        ends = mapped(ends)
+    starts, ends = w(train), w(ends)
+    found = []
+    for x in test:
+        path = [x]
+        for _ in range(horizon):
+            path.append(mapped(path[-1]))
+        y = [w(p[None])[0] for p in path]
+        off = {c: np.linalg.norm(y[0] - starts[labels == c].mean(axis=0)) for c in set(labels.tolist())}
+        own = ends[labels == min(off, key=off.__getitem__)]
+        found.append(np.mean([np.linalg.norm(own - p, axis=1).min() for p in y]))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_attractors_of_the_predicted_class_in_a_float64_loop(horizon: int) -> None:
+    train, test = drawn(60, 1), drawn(15, 2, shift=-0.2)
+    labels = (train.flatten(1)[:, 0] > 0.3).long() + 2 * (train.flatten(1)[:, 1] > 0.3).long()
+    spec = f"entry-path:parts=attractors:horizon={horizon}:classes=true"
+    scorers = ScorerSet(tiny.toy(), [spec], tol=0.0, max_steps=STEPS).fit(Normalised(train), labels=labels)
+    (found,) = scorers.score(Normalised(test)).scores.values()
+
+    x, z, own = train.flatten(1).double().numpy(), test.flatten(1).double().numpy(), labels.numpy()
+    fold = folds(scorers.scorers[0]._on_sphere(train.reshape(60, 4, 1)), 5).numpy()  # type: ignore[attr-defined]
+    held_out = np.zeros(len(x))
+    for k in range(5):
+        held_out[fold == k] = of_own_class(x[fold != k], x[fold == k], own[fold != k], horizon)
+    expected = (of_own_class(x, z, own, horizon) - held_out.mean()) / held_out.std()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-4, atol=2e-4)
+    anywhere = ScorerSet(tiny.toy(), [spec.replace(":classes=true", "")], tol=0.0, max_steps=STEPS)
+    (others,) = anywhere.fit(Normalised(train)).score(Normalised(test)).scores.values()
+    assert not torch.allclose(found, others, rtol=1e-3)
+
+
+def test_a_class_without_attractors_is_not_predicted() -> None:
+    from traj_ood.scorers.entry_path import _of_classes, _to_own_class
+
+    start = torch.tensor([[0.0, 0.0], [0.5, 0.0], [9.0, 9.0]]).double()
+    state = _of_classes(start, torch.tensor([4, 4, 7]), torch.tensor([4]))
+    assert state["classes/means"].tolist() == [[0.25, 0.0]]
+    state["attractors"] = torch.tensor([[1.0, 0.0]])
+    assert _to_own_class(state, torch.tensor([[[9.0, 9.0], [1.0, 2.0]]]).double()).tolist() == pytest.approx(
+        [(np.hypot(8, 9) + 2) / 2]
+    )
+
+
+def test_classes_ask_for_labels_and_for_the_part_that_reads_them() -> None:
+    assert create_scorer("entry-path:classes=true").needs().labels
+    assert not create_scorer("entry-path").needs().labels
+    with pytest.raises(TrajOODError, match=r"classes=true chooses attractors, which 'step' does not read: add the"):
+        create_scorer("entry-path:parts=step:classes=true")
+    with pytest.raises(TrajOODError, match="expected class labels of the training images, got none"):
+        ScorerSet(tiny.toy(), ["entry-path:classes=true"]).fit(Normalised(drawn(20, 1)))

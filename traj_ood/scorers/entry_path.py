@@ -17,6 +17,7 @@ from traj_ood.scorers.base import Evidence, Needs
 from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments
 from traj_ood.scorers.folds import folds
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.labels import classes_of
 from traj_ood.scorers.path import check_horizon
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -61,6 +62,9 @@ class EntryPath(SearchingScorer):
             reconstructed too well. ``density`` is the Mahalanobis distance of log s to its Gaussian over held-out
             images: parts are judged together.
         sphere: L2-normalise the points first. Default true, as Mahalanobis++ does.
+        classes: measure ``attractors`` to those of the predicted class alone, the one whose mean of y_0 over training
+            images is nearest to y_0; needs class labels. Default false: most benchmarks have none, and no record says
+            that it helps. Only classes with a finite attractor are predicted.
     """
 
     name: ClassVar[str] = "entry-path"
@@ -74,6 +78,7 @@ class EntryPath(SearchingScorer):
     horizon: int = 1
     read: Literal["sum", "two-sided", "density"] = "sum"
     sphere: bool = True
+    classes: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +89,11 @@ class EntryPath(SearchingScorer):
                 raise unknown_name(f"part of scorer {self.name}", part, PARTS)
         if len(set(self._parts)) < len(self._parts):
             raise TrajOODError(f"scorer {self.name}: expected each part once, got {self.parts!r}")
+        if self.classes and "attractors" not in self._parts:
+            raise TrajOODError(
+                f"scorer {self.name}: classes=true chooses attractors, which {self.parts!r} does not read: add the "
+                "part attractors, or leave classes out"
+            )
 
     def needs(self) -> Needs:
         later = frozenset(("decoded", t) for t in range(1, self.horizon)) if self._is_long else frozenset()
@@ -92,6 +102,7 @@ class EntryPath(SearchingScorer):
             points=later,  # type: ignore[arg-type]
             steps=self.horizon - 1 if self._is_long else 0,
             attractors=frozenset({"decoded"} if "attractors" in self._parts else ()),
+            labels=self.classes,
         )
 
     def check_training_size(self, count: int) -> None:
@@ -104,12 +115,13 @@ class EntryPath(SearchingScorer):
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         points = self._points(train)
         self.check_training_size(len(points[0]))
+        classes = classes_of(self.label, train, len(points[0])) if self.classes else None
         fold = folds(points[0], _FOLDS)
         held_out = torch.zeros(len(fold), len(self._parts), dtype=torch.float64)
         for k in range(_FOLDS):
-            state = self._measure_of([p[fold != k] for p in points], self._attractors(train, fold != k))
+            state = self._measure_of(train, points, classes, fold != k)
             held_out[fold == k] = self._values(state, [p[fold == k] for p in points])
-        state = self._measure_of(points, self._attractors(train, None))
+        state = self._measure_of(train, points, classes, torch.ones_like(fold, dtype=torch.bool))
         logs = held_out.clamp(min=_TINY).log()
         read = learn_gaussians(logs) if self.read == "density" else _scales(held_out)
         return state | {f"read/{name}": value for name, value in read.items()}
@@ -141,23 +153,27 @@ class EntryPath(SearchingScorer):
         lengths = points.double().flatten(1).norm(dim=1).clamp(min=_TINY)
         return (points / lengths[:, None, None]).to(points.dtype)
 
-    def _attractors(self, train: Evidence, kept: Tensor | None) -> Tensor | None:
-        """(M, cells, d) D(z*) of the training images ``kept`` (N,) bool, or of all."""
-        if "attractors" not in self._parts:
-            return None
+    def _attractors(self, train: Evidence, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, cells, d) D(z*) of the training images ``kept`` (N,) bool, and (M,) the images that they are of."""
         ends = self._on_sphere(train.attractors["decoded"].cpu())
         own = torch.arange(len(ends)) if train.own is None else train.own
-        if kept is not None:
-            ends = ends[own[kept & (own >= 0)]]
-        if not len(ends):
+        images = (kept & (own >= 0)).nonzero()[:, 0]
+        if not len(images):
             raise TrajOODError(f"scorer {self.label}: the training images of one fold have no finite attractor")
-        return ends
+        return ends[own[images]], images
 
-    def _measure_of(self, points: list[Tensor], attractors: Tensor | None) -> dict[str, Tensor]:
-        """What measures the parts: Gaussians of x_0, whitened attractors, the step that x_0 predicts."""
+    def _measure_of(
+        self, train: Evidence, every: list[Tensor], classes: Tensor | None, kept: Tensor
+    ) -> dict[str, Tensor]:
+        """What measures the parts, of the training images ``kept`` (N,) bool of all: Gaussians of x_0, whitened
+        attractors and their classes, the step that x_0 predicts."""
+        points = [p[kept] for p in every]
         state = {f"white/{name}": value for name, value in learn_gaussians(points[0]).items()}
-        if attractors is not None:
+        if "attractors" in self._parts:
+            attractors, images = self._attractors(train, kept)
             state["attractors"] = _whiten(state, attractors).flatten(1).float()
+            if classes is not None:
+                state |= _of_classes(_whiten(state, points[0]).flatten(1), classes[kept], classes[images])
         if "residual" in self._parts:
             start, step = _whiten(state, points[0]), _whiten(state, points[1]) - _whiten(state, points[0])
             predicted, rest = _linear(start, step)
@@ -184,6 +200,8 @@ class EntryPath(SearchingScorer):
         return torch.stack(found, dim=1)
 
     def _to_attractors(self, state: Mapping[str, Tensor], white: list[Tensor]) -> Tensor:
+        if self.classes:
+            return _to_own_class(state, torch.stack([w.flatten(1) for w in white], dim=1))
         fitted = self._state is not None and state.get("attractors") is self._state.get("attractors")
         index = self.index(torch.device("cpu")) if fitted else NeighborIndex(state["attractors"])
         each = [index.nearest(w.flatten(1).float()).distances[:, 0].cpu() for w in white]
@@ -198,6 +216,36 @@ def _whiten(state: Mapping[str, Tensor], points: Tensor) -> Tensor:
         return (offsets @ state["white/factors"]).transpose(0, 1)
 
     return in_rows(white, points)
+
+
+def _of_classes(start: Tensor, classes: Tensor, of: Tensor) -> dict[str, Tensor]:
+    """Means (C, n) of whitened starts (N, n) by class, and (M,) the class of each attractor, 0 … C − 1; classes (N,)
+    without any attractor, which are not among ``of`` (M,), are left out."""
+    there, own = of.unique(return_inverse=True)
+    means = [start[classes == c].mean(dim=0) for c in there]
+    return {"classes/means": torch.stack(means), "classes/own": own}
+
+
+def _to_own_class(state: Mapping[str, Tensor], white: Tensor) -> Tensor:
+    """(B,) mean over t of the distances of white points (B, t, n) to the nearest attractor of the class whose mean is
+    nearest to the first. The expansion of the square finds both, a direct difference gives the distance."""
+    ends, own = state["attractors"].double(), state["classes/own"]
+
+    def distances(part: Tensor) -> Tensor:
+        predicted = _squares(part[:, 0], state["classes/means"]).argmin(dim=1)
+        each = []
+        for points in part.unbind(dim=1):
+            squares = _squares(points, ends).masked_fill(own != predicted[:, None], torch.inf)
+            nearest = torch.nn.functional.embedding(squares.argmin(dim=1), ends)
+            each.append((points - nearest).norm(dim=1))
+        return torch.stack(each).mean(dim=0)
+
+    return in_rows(distances, white)
+
+
+def _squares(points: Tensor, others: Tensor) -> Tensor:
+    """(B, M) squared distances of points (B, n) to others (M, n), less what all of a row have in common."""
+    return torch.addmm(others.square().sum(dim=1), points, others.T, alpha=-2)
 
 
 def _linear(start: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
