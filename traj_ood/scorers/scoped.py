@@ -20,13 +20,20 @@ _TINY = 1e-12
 class SCOPED(Scorer):
     """−log density of S = log(‖v‖² / |∇·v|) under a Gaussian kernel estimate from ID training images; v = f(z_0) − z_0.
 
-    Score-curvature out-of-distribution proximity evaluator (Barkley, Culbertson and Fridovich-Keil 2025): the squared
-    length of a diffusion model's score and the trace of its Jacobian, by one Hutchinson probe, in one ratio, judged by
-    a kernel density. For a score the two are equal on average, up to sign; for v, which is none (J_f is not
-    symmetric), they need not be. No code of the authors was at hand: the form of the
-    ratio follows their abstract.
+    Score-curvature out-of-distribution proximity evaluator (Barkley, Culbertson and Fridovich-Keil, ICLR 2026,
+    arXiv:2510.01456): the squared length of a diffusion model's score s(x, t) over the trace of its Jacobian, by one
+    Hutchinson probe, judged by a kernel density of ID images. For a score the two are equal on average, up to sign;
+    for v, which is none (J_f is not symmetric), they need not be.
 
-    The kernel's width is Scott's, N^(−1/5) deviations.
+    The paper was read as far as its abstract and its public reviews (OpenReview TMLiG9Rk2J), which give
+    T = ‖s‖² / tr ∇s, −log density of T as the score, and one or two noise levels (steps 1 and 300 of the diffusion in
+    its experiments on images); no code of the authors was found. What differs here, or was not to be learnt:
+
+    * f − id stands in the score's place and has no noise level, so there is one T;
+    * log |T| is what the density is of: T spans decades, and for v its sign means nothing;
+    * the trace is a central difference along the probe, not a Jacobian-vector product;
+    * the kernel's width is Scott's, N^(−1/5) deviations. Theirs, and how two levels are joined, are not
+      known.
     """
 
     name: ClassVar[str] = "scoped"
