@@ -56,7 +56,7 @@ _FAILED = 3  # exit code: every image has its row, some of them an error
 @click.option(
     "--model", type=NAME, required=True, help="As for `traj-ood bench`; a backbone gets a surrogate trained on IMAGES."
 )
-@click.option("--scorer", default="field", show_default=True, help="Options as name:key=value.")
+@click.option("--scorer", help="Options as name:key=value.  [default: the one recommended for the kind of model]")
 @click.option("--images", "count", type=int, help="Images to learn from.  [default: the benchmark's protocol, or all]")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of that sample and of what is held out.")
 @click.option(

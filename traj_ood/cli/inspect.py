@@ -90,10 +90,11 @@ def list_(what: str) -> None:
         _section("benchmarks", [(b.name, f"{b.summary}; needs {b.needs}") for b in list_benchmarks()])
     if what in ("scorers", "all"):
         from traj_ood.io.extensions import load_plugins
-        from traj_ood.scorers import SCORERS
+        from traj_ood.scorers import RECOMMENDED, SCORERS
 
         load_plugins("traj_ood.scorers")
         _section("scorers", [(name, f"{c.summary}; options {c().options()}") for name, c in SCORERS.items()])
+        _section("recommended", [(f"on {kind}s", found.scorer) for kind, found in RECOMMENDED.items()])
     if what in ("models", "all"):
         from traj_ood.autoencoders import FAMILIES, MODELS
         from traj_ood.backbones import LIBRARIES

@@ -30,7 +30,7 @@ from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
-from traj_ood.scorers import WHOLE_PATH, Evidence, Scorer
+from traj_ood.scorers import WHOLE_PATH, Evidence, Scorer, recommended
 from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
 from traj_ood.text import printable
 
@@ -106,7 +106,7 @@ class Detector(OnTheHub):
         cls,
         autoencoder: Autoencoder,
         images: Images,
-        scorer: str = "field",
+        scorer: str | None = None,
         *,
         labels: Tensor | Sequence[Any] | None = None,
         tol: float = 1e-5,
@@ -123,8 +123,8 @@ class Detector(OnTheHub):
         Args:
             autoencoder: the model, on the device to compute on.
             images: ID training images.
-            scorer: name with options, see :func:`traj_ood.create_scorer`. Default ``field``: it needs no
-                attractors, so it does not depend on whether the dynamics converge.
+            scorer: name with options, see :func:`traj_ood.create_scorer`. Default: the one that is recommended for the
+                kind of model, see :func:`traj_ood.recommended`.
             labels: N classes (whole numbers or texts) for class-conditional scorers. Default: those that the source,
                 Dataset or DataLoader gives.
             tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
@@ -136,7 +136,8 @@ class Detector(OnTheHub):
             TrajOODError: too few images, an unknown scorer or one that the model cannot serve, missing labels, images
                 that cannot be read, or a model that leaves the finite numbers on them.
         """
-        scorers = one_scorer(autoencoder, scorer, tol, max_steps, backend, approximate)
+        spec = recommended(autoencoder).scorer if scorer is None else scorer
+        scorers = one_scorer(autoencoder, spec, tol, max_steps, backend, approximate)
         count = count_of(images)
         scorers.check_training_size(count)
         classes = _classes(scorers, images, labels, count)

@@ -42,6 +42,9 @@ from traj_ood.scorers.path_energy import PathEnergy as PathEnergy
 from traj_ood.scorers.pca import KernelPCA as KernelPCA
 from traj_ood.scorers.pca import PCAResidual as PCAResidual
 from traj_ood.scorers.react import ReAct as ReAct
+from traj_ood.scorers.recommended import RECOMMENDED as RECOMMENDED
+from traj_ood.scorers.recommended import Recommendation as Recommendation
+from traj_ood.scorers.recommended import recommended as recommended
 from traj_ood.scorers.reconstruction import Reconstruction as Reconstruction
 from traj_ood.scorers.registry import SCORERS as SCORERS
 from traj_ood.scorers.registry import create_scorer as create_scorer
