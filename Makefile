@@ -55,7 +55,7 @@ docs: install-dev
 # The recorded protocol of results/: 2,000 attractors, whole test splits, three seeds of the attractor sample.
 results: install
 	for seed in 0 1 2; do $(BIN)/traj-ood bench fashion --seed $$seed --out results/paper --quiet --no-plots || exit 1; done
-	$(BIN)/traj-ood leaderboard results/paper --csv results/paper/leaderboard.csv --readme docs/results.md
+	$(BIN)/traj-ood leaderboard results/paper --diagnostics textures,photos,noise --csv results/paper/leaderboard.csv --readme docs/results.md
 
 # Every figure of docs/performance.md beside the recorded one, on an idle machine; fails on a loss of more than 15 %.
 benchmarks: install-dev

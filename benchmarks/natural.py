@@ -37,13 +37,13 @@ from verdicts import BETTER
 
 from traj_ood import Autoencoder, Evaluator, RunConfig, TrajOODError, load_autoencoder, load_benchmark
 from traj_ood.backbones import is_backbone_spec, load_backbone
-from traj_ood.data import Benchmark
+from traj_ood.data import OOD_ROLES, Benchmark
 from traj_ood.data.images import ImageSource
 from traj_ood.data.spectrum import image_statistics
 from traj_ood.dynamics.device import resolve_device
 from traj_ood.evaluation.compare import PairedScores, paired_bootstrap
 from traj_ood.evaluation.metrics import compute_metrics
-from traj_ood.evaluation.results import FILE_NAME, Result
+from traj_ood.evaluation.results import CONTROL, FILE_NAME, Result
 from traj_ood.evaluation.versus import holm
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
@@ -51,7 +51,6 @@ from traj_ood.scorers import create_scorer, create_scorers
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
 from traj_ood.scorers.registry import lacking
 
-CONTROL = "control: files"
 PLAN = Path(__file__).parent / "preregistered.yaml"
 TINY = {"attractors": 40, "per_set": 12, "max_steps": 20}
 
@@ -160,7 +159,8 @@ def _run(
     limits = TINY if arguments.tiny else {"attractors": arguments.attractors, "per_set": arguments.per_set}
     if arguments.max_steps:
         limits["max_steps"] = arguments.max_steps
-    config = RunConfig(scorers=tuple(specs), seed=seed, resamples=0, **limits)
+    # The control below is the study's own: of all training images, where that of ``bench`` takes a run's sample.
+    config = RunConfig(scorers=tuple(specs), seed=seed, resamples=0, control=False, **limits)
     try:
         evaluator = Evaluator(model, benchmark, config, out=arguments.runs / benchmark.name, quiet=arguments.quiet)
         evaluator.run(fresh=arguments.fresh)
@@ -212,7 +212,7 @@ def figures_of(table: pd.DataFrame, scorers: Sequence[str]) -> dict[str, dict[st
     found: dict[str, dict[str, dict[str, float]]] = {}
     for scorer in scorers:
         found[scorer] = {}
-        for name, rows in table[table["role"].isin(["near", "far"])].groupby("split", sort=False):
+        for name, rows in table[table["role"].isin(OOD_ROLES)].groupby("split", sort=False):
             metrics = compute_metrics(test[scorer].to_numpy(), rows[scorer].to_numpy())
             found[scorer][str(name)] = {figure: float(getattr(metrics, figure)) for figure in BETTER}
     return found
@@ -224,7 +224,7 @@ def _control(benchmark: Benchmark, config: RunConfig, table: pd.DataFrame) -> np
     learnt = learn_gaussians(torch.from_numpy(_statistics(sample.train.images)), shrink=False)
     scores: dict[tuple[str, str], float] = {}
     for split in sample.splits():
-        if split.role in ("test", "near", "far"):
+        if split.role in ("test", *OOD_ROLES):
             values = distances_to_gaussians(learnt, torch.from_numpy(_statistics(split.images)))[:, 0]
             scores |= {(split.name, i): float(v) for i, v in zip(split.images.ids, values, strict=True)}
     return np.array([scores[split, i] for split, i in zip(table["split"], table["id"], strict=True)])
@@ -255,9 +255,10 @@ def stored(out: Path, plan: Plan) -> tuple[list[dict[str, Any]], pd.DataFrame]:
         record = json.loads(path.read_text(encoding="utf-8"))
         _expect_plan(plan, record, path)
         records.append({**record, "path": path})
+        own_diagnostics = [name for name, facts in record.get("data", {}).items() if facts["role"] == "diagnostic"]
         for scorer, sets in record["figures"].items():
             for name, figures in sets.items():
-                if name not in plan.tests["diagnostics"]:
+                if name not in (*plan.tests["diagnostics"], *own_diagnostics):
                     place = {"suite": record["suite"], "set": name, "kind": record["kind"]}
                     own = {"model": record["model"]["name"], "seed": record["seed"], "scorer": scorer}
                     rows.append({**place, **own, **figures})

@@ -8,9 +8,9 @@ evaluations of f an image (``--whole-path`` adds the paper's, up to 500), and ev
 * The form of the candidate, ``field``, was settled on outliers made from ID validation images, but test sets of both
   suites were looked at while its form was tried: its lead is no blind result.
 * The rival is the *best* static scorer, and which one that is, is read from the very test sets it is then compared on:
-  over all sets of all suites, and once more within each suite and each set. A static scorer is one that reads neither a
-  path nor attractors. ``field:start_only=true`` reads neither too, but is the candidate's own form without the field:
-  a control, compared like a rival and never chosen as one.
+  over all sets of all suites but diagnostics (crops of few pictures, noise), and once more within each suite and each
+  set. A static scorer is one that reads neither a path nor attractors. ``field:start_only=true`` reads neither too, but
+  is the candidate's own form without the field: a control, compared like a rival and never chosen as one.
 * Tests are paired: DeLong on each set in each run, and a bootstrap over images (all runs are evaluated on the same
   draws, and crops of one picture stay together) for means over sets; see traj_ood/compare.py. They cover the chance of
   test images. That of training and of the training sample is shown by the standard deviation over the nine runs.
@@ -36,7 +36,7 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ from traj_ood.evaluation.compare import (
     paired_bootstrap,
 )
 from traj_ood.evaluation.metrics import compute_metrics
-from traj_ood.evaluation.results import FILE_NAME, Result
+from traj_ood.evaluation.results import CONTROL as FILES
+from traj_ood.evaluation.results import FILE_NAME, Result, is_in, near_first, sets_in_words
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.scorers import SCORERS, create_scorer, default_suite
@@ -69,6 +70,8 @@ SUITES = {"fashion": "fashion-mae", "cifar10-local": "cifar10-mae"}  # suite →
 MOST_EVALUATIONS = 16
 SIGNIFICANT = 0.01
 CONTROL = "control: the candidate without the field"  # what such a scorer was chosen as
+RELATIVES = ("early-path",)  # scorers of the path whose scores of each image are kept and compared, too
+RELATIVE = "another score of the path"  # what such a scorer was chosen as
 UNTRAINED = "-untrained"
 UNRECORDED = ("out", "runs", "models_dir", "data_root", "quiet", "fresh", "tables_only")  # folders and manners
 
@@ -88,6 +91,8 @@ def kind_of(spec: str) -> str:
     A static form of the candidate (``field:start_only=true``) is the candidate's own form without the field. It was
     made to show what the field adds, with the candidate: no rival that was there before, however well it scores.
     """
+    if spec == FILES:
+        return "control"
     if not is_static(spec):
         return "path"
     return "control" if spec.split(":")[0] == CANDIDATE else "static"
@@ -246,9 +251,8 @@ class Stored:
 
     @property
     def sets(self) -> dict[str, str]:
-        """OOD set → role, near before far."""
-        sets = self.results[0].scorers[CANDIDATE].sets
-        return dict(sorted(((n, s.role) for n, s in sets.items()), key=lambda item: (item[1] == "far", item[0])))
+        """OOD set → role: near, far, diagnostics."""
+        return near_first({n: s.role for n, s in self.results[0].scorers[CANDIDATE].sets.items()})
 
 
 def stored_suites(out: Path) -> list[Stored]:
@@ -277,7 +281,8 @@ def _expect_one_protocol(suite: Stored) -> None:
         config = {k: v for k, v in result.config.items() if k != "model_options"}
         wanted = {k: v for k, v in first.config.items() if k != "model_options"}
         tests = [
-            {k: (v["count"], v["sha256"]) for k, v in r.data.items() if v["role"] != "train"} for r in (result, first)
+            {k: (v["count"], v["sha256"], v["role"]) for k, v in r.data.items() if v["role"] != "train"}
+            for r in (result, first)
         ]
         if config != wanted or tests[0] != tests[1]:
             different = [k for k in wanted if config.get(k) != wanted[k]] or ["data"]
@@ -295,8 +300,7 @@ def compared_scores(suite: Stored, labels: Sequence[str], runs: Path) -> list[pd
     columns = ["split", "role", "id", *labels]
     tables = []
     for result, path in suite.runs:
-        published = path.with_suffix(".parquet")
-        places = (runs / suite.name / result.name / "scores.parquet", published)
+        *_, published = places = places_of_scores(suite, result, path, runs)
         source = next((place for place in places if set(columns) <= set(_columns(place))), None)
         if source is None:
             raise TrajOODError(
@@ -305,10 +309,23 @@ def compared_scores(suite: Stored, labels: Sequence[str], runs: Path) -> list[pd
             )
         table = pd.read_parquet(source, columns=columns)
         _expect_own_scores(table, result, labels, source)
-        if source != published or _columns(published) != columns:
+        if not set(columns) <= set(_columns(published)):
             _publish(table, published)
         tables.append(table)
     return tables
+
+
+def has_scores(suite: Stored, label: str, runs: Path) -> bool:
+    """Whether RUNS or OUT hold a scorer's scores of each image in every run."""
+    return all(
+        any(label in _columns(place) for place in places_of_scores(suite, result, path, runs))
+        for result, path in suite.runs
+    )
+
+
+def places_of_scores(suite: Stored, result: Result, path: Path, runs: Path) -> tuple[Path, Path]:
+    """Where a run's scores of each image may lie: below RUNS those of all scorers, below OUT those published."""
+    return runs / suite.name / result.name / "scores.parquet", path.with_suffix(".parquet")
 
 
 def _expect_own_scores(table: pd.DataFrame, result: Result, labels: Sequence[str], path: Path) -> None:
@@ -384,12 +401,17 @@ class Rivals:
         return list(dict.fromkeys(found))
 
 
-def rivals_of(tables: dict[str, list[dict[str, Any]]], sets: dict[str, list[str]]) -> Rivals:
-    """From the rows of every suite; see :class:`Rivals`. Raises ``TrajOODError`` without a static scorer in all."""
+def rivals_of(tables: dict[str, list[dict[str, Any]]], sets: dict[str, dict[str, str]]) -> Rivals:
+    """From the rows of every suite and the roles of its sets; see :class:`Rivals`.
+
+    Raises ``TrajOODError`` without a static scorer in all.
+    """
     static = {suite: {r["scorer"]: r for r in rows if r["kind"] == "static"} for suite, rows in tables.items()}
     everywhere = set.intersection(*(set(rows) for rows in static.values()))
     if not everywhere:
         raise TrajOODError("static scorers: expected at least one that every suite has, got none; run them again")
+
+    held = {s: [name for name, role in own.items() if is_in(role, "all")] for s, own in sets.items()}
 
     def best(key: str, suites: Sequence[str], names: dict[str, list[str]]) -> str:
         sign = 1 if key == "auroc" else -1
@@ -400,8 +422,8 @@ def rivals_of(tables: dict[str, list[dict[str, Any]]], sets: dict[str, list[str]
         return max(sorted(everywhere), key=mean)
 
     return Rivals(
-        overall={key: best(key, list(tables), sets) for key in FIGURES},
-        suites={s: {key: best(key, [s], sets) for key in FIGURES} for s in tables},
+        overall={key: best(key, list(tables), held) for key in FIGURES},
+        suites={s: {key: best(key, [s], held) for key in FIGURES} for s in tables},
         sets={s: {name: best("auroc", [s], {s: [name]}) for name in sets[s]} for s in tables},
     )
 
@@ -429,10 +451,10 @@ def contest(rival: str, scores: dict[str, list[pd.DataFrame]], resamples: int) -
 
 
 def comparisons(
-    suites: Sequence[Stored], rivals: Rivals, controls: Sequence[str], contests: dict[str, Contest]
+    suites: Sequence[Stored], rivals: Rivals, others: Mapping[str, str], contests: dict[str, Contest]
 ) -> list[dict[str, Any]]:
-    """One row per scope and rival or control: how it was chosen, both tests, and in how many runs the candidate is
-    ahead."""
+    """One row per scope and rival or other scorer (label → why it is compared): how it was chosen, both tests, and in
+    how many runs the candidate is ahead."""
     rows: list[dict[str, Any]] = []
 
     def add(scope: str, where: Sequence[Stored], rival: str, chosen: str, found: Comparison) -> dict[str, Any]:
@@ -443,7 +465,7 @@ def comparisons(
         return rows[-1]
 
     overall = rivals.overall
-    own = [(label, CONTROL) for label in controls]
+    own = list(others.items())
     for rival, chosen in _choices([*((overall[key], f"best {key}") for key in FIGURES), *own]):
         add("all suites", suites, rival, chosen, contests[rival].bootstrap.mean)
     for i, suite in enumerate(suites):
@@ -484,8 +506,9 @@ def leaving_out(
     found = []
     for rival in [*dict.fromkeys(rivals.overall.values()), *controls]:
         own = contests[rival].bootstrap
-        everything = [(i, name) for i, sets in enumerate(own.sets) for name in sets]
-        crops = contests[rival].crops
+        places = [(i, name) for i, sets in enumerate(own.sets) for name in sets]
+        everything = [place for place, held in zip(places, own.held, strict=True) if held]
+        crops = [place for place in contests[rival].crops if place in everything]
         rows = [entry([], "mean", own.mean)]
         if len(everything) > 1:
             rows += [entry([one], "mean", own.without(one)) for one in everything]
@@ -501,10 +524,11 @@ def leaving_out(
 
 
 def _sets_ahead(found: BootstrapComparison) -> dict[str, dict[str, int]]:
-    """By figure, on how many sets the candidate's mean over runs is better, equal and worse."""
+    """By figure, on how many sets but diagnostics the candidate's mean over runs is better, equal and worse."""
     counts = {}
+    each = [c for sets in found.sets for c in sets.values()]
     for key, sign in (("auroc", 1), ("fpr95", -1)):
-        gains = [sign * getattr(c, key).difference for sets in found.sets for c in sets.values()]
+        gains = [sign * getattr(c, key).difference for c, held in zip(each, found.held, strict=True) if held]
         ahead, behind = sum(g > 1e-12 for g in gains), sum(g < -1e-12 for g in gains)  # what is smaller is rounding
         counts[key] = {"ahead": ahead, "level": len(gains) - ahead - behind, "behind": behind}
     return counts
@@ -538,9 +562,10 @@ def _delong_summary(tests: Sequence[DeLong]) -> dict[str, Any]:
 
 
 def target(rows: Sequence[dict[str, Any]], evaluations: float, suites: Sequence[Stored]) -> dict[str, Any]:
-    """The claim this protocol was made for, and whether it holds against both overall rivals; controls are none."""
+    """The claim this protocol was made for, and whether it holds against both overall rivals; controls and relatives
+    are none."""
     wanting = []
-    for row in (r for r in rows if r["scope"] == "all suites" and r["chosen"] != CONTROL):
+    for row in (r for r in rows if r["scope"] == "all suites" and r["chosen"] not in (CONTROL, RELATIVE)):
         for key, sign in (("auroc", 1), ("fpr95", -1)):
             if not (sign * row[key]["difference"] > 0 and row[key]["p"] < SIGNIFICANT):
                 found = f"difference {row[key]['difference']:+.4f}, p = {row[key]['p']:.3g}"
@@ -557,13 +582,15 @@ def target(rows: Sequence[dict[str, Any]], evaluations: float, suites: Sequence[
 def summarize(suites: Sequence[Stored], arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything the tables say, as plain data: fractions in [0, 1]."""
     tables = {s.name: scorer_rows(s, s.results) for s in suites}
-    rivals = rivals_of(tables, {s.name: list(s.sets) for s in suites})
+    rivals = rivals_of(tables, {s.name: s.sets for s in suites})
     in_all = set.intersection(*({r["scorer"] for r in t if r["kind"] == "control"} for t in tables.values()))
     controls = sorted(in_all)
-    labels = [*controls, *rivals.labels()]
+    relatives = [label for label in RELATIVES if all(has_scores(s, label, arguments.runs) for s in suites)]
+    others = dict.fromkeys(controls, CONTROL) | dict.fromkeys(relatives, RELATIVE)
+    labels = list(dict.fromkeys([*others, *rivals.labels()]))
     scores = {s.name: compared_scores(s, [CANDIDATE, *labels], arguments.runs) for s in suites}
     contests = {label: contest(label, scores, arguments.resamples) for label in labels}
-    rows = comparisons(suites, rivals, controls, contests)
+    rows = comparisons(suites, rivals, others, contests)
     cost = max(r["f_evaluations"] for t in tables.values() for r in t if r["scorer"] == CANDIDATE)
     return {
         "candidate": CANDIDATE,
@@ -571,6 +598,7 @@ def summarize(suites: Sequence[Stored], arguments: argparse.Namespace) -> dict[s
         "comparisons": rows,
         "leaving_out": leaving_out(suites, rivals, controls, contests),
         "rivals": asdict(rivals),
+        "scores_not_kept": [label for label in RELATIVES if label not in relatives],
         "resamples": arguments.resamples,
         "suites": {
             s.name: {
@@ -731,6 +759,7 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         "## How to read this",
         "",
         "- Percent. Means over OOD sets give each set equal weight. ± is the standard deviation over runs (n − 1).",
+        *(f"- {name}: {sets_in_words(suite['sets'])}" for name, suite in summary["suites"].items()),
         "- FPR95 is the paper's: the threshold keeps 95 % of ID images; the figure is the share of OOD images "
         "accepted. `result.json` holds OpenOOD's as `fpr95_openood`.",
         f"- The form of `{summary['candidate']}` was settled on outliers made from ID validation images, but test sets "
@@ -744,11 +773,18 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         f"the number of runs in which the candidate is better, or worse, with p < {SIGNIFICANT:g}; it takes "
         "crops of one picture for independent images, so do not read it on textures and photos. p-values of single "
         "sets are not corrected for being many.",
+        *_not_kept(summary),
         "- Tests and intervals carry the chance of test images only; ± shows that of training and training samples.",
         "- kind `path`: reads the path or the attractors. kind `static`: reads neither. kind `control`: reads neither, "
         "but is the candidate's own form without the field (`field:start_only=true`), so never a rival and no part of "
-        "the claim. f / image counts evaluations of f beyond the one encoding that all share.",
+        'the claim. f / image counts evaluations of f beyond the one encoding that all share. Chosen as "another score '
+        'of the path": compared like a rival, and no part of the claim.',
     ]
+
+
+def _not_kept(summary: dict[str, Any]) -> list[str]:
+    names = ", ".join(f"`{label}`" for label in summary["scores_not_kept"])
+    return [f"- The scores of each image by {names} were not kept by these runs: no test against it."] if names else []
 
 
 def write_tables(arguments: argparse.Namespace) -> str:

@@ -60,10 +60,10 @@ def test_splits_roles_and_counts(root: Path) -> None:
         ("deer", "near", 2),
         ("truck", "near", 2),
         ("fashion-mnist", "far", 60),
-        ("textures", "far", 60),
-        ("photos", "far", 60),
-        ("noise", "far", 60),
         ("imagenet", "far", 3),
+        ("textures", "diagnostic", 60),
+        ("photos", "diagnostic", 60),
+        ("noise", "diagnostic", 60),
     ]
     assert (benchmark.train_size, benchmark.test_size) == (2000, None)
 
@@ -93,8 +93,8 @@ def test_the_digests_depend_on_neither_the_place_nor_the_time(root: Path) -> Non
     assert load_benchmark("cifar10-local", moved).digests() == first
 
 
-def test_colour_and_size_of_the_far_sets(root: Path) -> None:
-    sets = {s.name: s.images for s in load_benchmark("cifar10-local", root).ood if s.role == "far"}
+def test_colour_and_size_of_far_sets_and_diagnostics(root: Path) -> None:
+    sets = {s.name: s.images for s in load_benchmark("cifar10-local", root).ood if s.role != "near"}
     looks = {name: (images.load(0).mode, images.load(0).size) for name, images in sets.items()}
     assert looks == {
         "fashion-mnist": ("L", (28, 28)),
@@ -112,7 +112,7 @@ def test_colour_and_size_of_the_far_sets(root: Path) -> None:
 
 
 def test_imagenet_images_are_centre_squares_of_classes_cifar_lacks(root: Path) -> None:
-    images = load_benchmark("cifar10-local", root).ood[-1].images
+    images = next(s.images for s in load_benchmark("cifar10-local", root).ood if s.name == "imagenet")
     assert images.ids == tuple(f"imagenet_sample/{name}.JPEG" for name in KEPT)
     # Blue but for what JPEG smears over the edges: the red sides, a third of the image, are cut and not squeezed in.
     square = np.asarray(images.load(0)).astype(int)[:, 2:-2]

@@ -326,3 +326,41 @@ def test_what_the_bootstrap_refuses() -> None:
 def test_the_order_of_sets_is_kept() -> None:
     found: BootstrapComparison = paired_bootstrap([several(0, 1, {"z": 5, "a": 6}, ties=False)], resamples=3)
     assert list(found.sets[0]) == ["z", "a"]
+
+
+# ---------------------------------------------------------------------------------------------- diagnostics
+
+
+def test_means_leave_diagnostics_out_and_sets_keep_them() -> None:
+    suites = [several(1, 3, {"u": 20, "v": 11}, False), several(2, 2, {"w": 15, "x": 9}, False, n=23)]
+    found = paired_bootstrap([replace(suites[0], diagnostics=frozenset({"v"})), suites[1]], resamples=20)
+    every = paired_bootstrap(suites, resamples=20)
+    assert found.sets == every.sets
+    assert found.mean == every.without((0, "v"))
+    assert found.suites == (every.sets[0]["u"], every.suites[1])
+    assert found.without((1, "w")) == every.without((0, "v"), (1, "w"))
+    gains = [every.sets[0]["u"], *every.sets[1].values()]
+    assert found.median().fpr95.difference == pytest.approx(np.median([c.fpr95.difference for c in gains]))
+    with pytest.raises(TrajOODError, match="expected to keep at least 1 of 4 sets, got all left out"):
+        found.without((0, "u"), (1, "w"), (1, "x"))
+
+
+def test_diagnostics_of_a_table() -> None:
+    def table(role: str) -> pd.DataFrame:
+        parts = [("test", "test"), ("near", "near"), ("noise", role)]
+        return pd.concat(
+            pd.DataFrame({"split": s, "role": r, "id": [f"{s}{i}" for i in range(4)], "a": 1.0, "b": 2.0})
+            for s, r in parts
+        )
+
+    pairs = PairedScores.from_tables([table("diagnostic")], "a", "b")
+    assert (set(pairs.ood), pairs.diagnostics) == ({"near", "noise"}, {"noise"})
+    with pytest.raises(TrajOODError, match="noise is far in run 1 and diagnostic in run 0: means would hold it or not"):
+        PairedScores.from_tables([table("diagnostic"), table("far")], "a", "b")
+    alone = table("diagnostic").query("split != 'near'")
+    with pytest.raises(
+        TrajOODError, match=r"expected at least 1 OOD set, got none but diagnostics \(noise\); name one"
+    ):
+        PairedScores.from_tables([alone], "a", "b")
+    with pytest.raises(TrajOODError, match="unknown diagnostic OOD set 'nosie': did you mean 'noise'"):
+        replace(pairs, diagnostics=frozenset({"nosie"}))

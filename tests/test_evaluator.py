@@ -181,6 +181,15 @@ def test_other_weights_in_the_same_folder(done: tuple[Evaluator, Result], place:
         evaluator(place, place / "done", model=tiny.vit(seed=5, name="mae")).run()
 
 
+def test_other_roles_in_the_same_folder(done: tuple[Evaluator, Result], place: Path) -> None:
+    text = (place / "tiny.yaml").read_text().replace("far: {bright: far}", "diagnostic: {bright: far}")
+    (place / "roles.yaml").write_text(text)
+    with pytest.raises(
+        TrajOODError, match=r"holds a run with another data \(the role of bright\): choose another --out"
+    ):
+        evaluator(place, place / "done", yaml="roles.yaml").run()
+
+
 def test_fresh_discards(place: Path, tmp_path: Path) -> None:
     first = evaluator(place, tmp_path, scorers=("steps",), resamples=0)
     first.run()

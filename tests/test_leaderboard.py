@@ -9,7 +9,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
+from traj_ood.cli import main
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.leaderboard import (
     END,
@@ -23,7 +25,7 @@ from traj_ood.evaluation.leaderboard import (
     write_openood_csv,
 )
 from traj_ood.evaluation.metrics import Metrics
-from traj_ood.evaluation.results import Result, ScorerResult, SetScore
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore, with_diagnostics
 
 
 def metrics(auroc: float) -> Metrics:
@@ -272,3 +274,44 @@ def test_openood_rows_of_one_seed_and_of_a_missing_role() -> None:
     assert text.splitlines()[1] == '/,"KNN, k=5",/,85.00,/,No,vitmae,fashion; 1 seed'
     with pytest.raises(TrajOODError, match="expected at least 1 result, got 0"):
         openood_csv([])
+
+
+# ---------------------------------------------------------------------------------------------- diagnostics
+
+
+def test_diagnostics_have_columns_and_are_in_no_mean() -> None:
+    text = render_markdown([run(0), run(1)], columns=["all_auroc"])
+    assert "Means hold bags (near) and digits, noise (far)." in text.splitlines()
+    runs = with_diagnostics([run(0), run(1)], ["noise"])
+    table = leaderboard(runs)
+    got = row(table, "trajectory")
+    assert got["all_auroc"] == pytest.approx((0.65 + 0.9) / 2)
+    assert got["far_auroc"] == pytest.approx(0.9)
+    assert got["diagnostics"] == "noise"
+    assert list(per_set(runs)["role"])[:3] == ["near", "far", "diagnostic"]
+    text = render_markdown(runs, columns=["all_auroc"])
+    assert (
+        "Means hold bags (near) and digits (far); noise is a diagnostic, which none of them holds." in text.splitlines()
+    )
+    assert "| Scorer | bags (near) | digits (far) | noise (diagnostic) |" in text
+    assert openood_csv(runs).splitlines()[1].endswith(",fashion; 2 seeds; means without noise")
+    with pytest.raises(TrajOODError, match="unknown OOD set of these results 'nosie': did you mean 'noise'"):
+        with_diagnostics([run(0)], ["nosie"])
+
+
+def test_runs_whose_means_hold_other_sets_are_never_averaged() -> None:
+    (new,) = with_diagnostics([run(1)], ["noise"])
+    table = leaderboard([run(0), new])
+    assert sorted(table.loc[table["scorer"] == "knn", "variant"]) == ["sets.noise=diagnostic", "sets.noise=far"]
+    text = render_markdown([run(0), new], columns=["all_auroc"])
+    assert "Means hold bags (near) and digits, noise (far) (sets.noise=far)." in text
+    assert "which none of them holds (sets.noise=diagnostic)." in text
+
+
+def test_the_option_of_the_command(tmp_path: Path) -> None:
+    run(0).save(tmp_path / "a" / "result.json")
+    done = CliRunner().invoke(main, ["leaderboard", str(tmp_path), "--diagnostics", "noise", "--columns", "all_auroc"])
+    assert done.exit_code == 0, done.output
+    assert "| Trajectory | **75.0** |" in done.stdout
+    wrong = CliRunner().invoke(main, ["leaderboard", str(tmp_path), "--diagnostics", "nosie"])
+    assert wrong.exit_code == 2

@@ -26,7 +26,7 @@ from traj_ood.evaluation.plots import (
     scorer_overview,
     shared_bins,
 )
-from traj_ood.evaluation.results import Result, ScorerResult, SetScore
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore, with_diagnostics
 
 RNG = np.random.default_rng(0)
 ID = RNG.gamma(20, 2, 200)
@@ -144,6 +144,11 @@ def test_dynamics_curves(tmp_path: Path, far: int) -> None:
     figure = dynamics_curves(curves(sets), 1e-5)
     assert_plot(figure, tmp_path / "dynamics.png")
     assert len(figure.axes) == (6 if far == 6 else 3)  # near and far sets in rows of their own
+    sets["crops"] = "diagnostic"
+    figure = dynamics_curves(curves(sets), 1e-5)
+    assert len(figure.axes) == (9 if far == 6 else 3)
+    keys = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "crops (diagnostic)" in keys, "and no ID split"
 
 
 def test_dynamics_of_id_alone(tmp_path: Path) -> None:
@@ -156,6 +161,11 @@ def test_scorer_overview(tmp_path: Path) -> None:
     warned = scorer_overview(make_result(dictionary=sick))
     assert_plot(healthy, tmp_path / "healthy.png")
     assert_plot(warned, tmp_path / "sick.png")
+    marked = scorer_overview(with_diagnostics([make_result()], ["b"])[0])
+    assert_plot(marked, tmp_path / "marked.png")
+    keys = [text.get_text() for text in marked.legends[0].get_texts()]
+    assert "diagnostic, in no mean" in keys
+    assert "diagnostic, in no mean" not in [t.get_text() for t in healthy.legends[0].get_texts()]
     assert [label.get_text() for label in healthy.axes[0].get_yticklabels()] == ["Trajectory", "KNN"]
     said = " ".join(" ".join(text.get_text() for text in warned.texts).split())
     assert "⚠ unhealthy dictionary: only 61.0 % of 2,000 samples converged" in said

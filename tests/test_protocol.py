@@ -131,6 +131,7 @@ def test_comparisons_are_the_tests_of_the_published_scores(summary: dict[str, An
     tables = [pd.read_parquet(p) for p in paths]
     assert len(tables) == 4
     assert set(tables[0].columns) == {"split", "role", "id", "field", *(r["rival"] for r in summary["comparisons"])}
+    assert "early-path" in tables[0].columns, "another score of the path, kept and compared"
     for row in summary["comparisons"]:
         pair = PairedScores.from_tables(tables, "field", row["rival"])
         expected = paired_bootstrap([pair], resamples=50)
@@ -309,11 +310,14 @@ def test_the_best_rival_over_two_suites(script: ModuleType) -> None:
         ] + [{"scorer": "field", "kind": "path"}]  # fmt: skip
 
     tables = {"one": rows(a=(0.9, 0.8, 0.1), b=(0.5, 0.8, 0.1)), "two": rows(c=(0.9, 0.6, 0.1))}  # type: ignore[arg-type]
-    rivals = script.rivals_of(tables, {"one": ["a", "b"], "two": ["c"]})
+    rivals = script.rivals_of(tables, {"one": {"a": "near", "b": "far"}, "two": {"c": "far"}})
     assert rivals.overall == {"auroc": "knn", "fpr95": "gmm"}  # 2.3 of 3 sets against 2.2
     assert rivals.suites == {"one": {"auroc": "lid", "fpr95": "gmm"}, "two": {"auroc": "knn", "fpr95": "gmm"}}
     assert rivals.sets == {"one": {"a": "knn", "b": "lid"}, "two": {"c": "knn"}}
     assert rivals.labels() == ["knn", "gmm", "lid"]
+    without = script.rivals_of(tables, {"one": {"a": "diagnostic", "b": "far"}, "two": {"c": "far"}})
+    assert without.suites["one"] == {"auroc": "lid", "fpr95": "gmm"}  # of b alone
+    assert without.sets["one"] == {"a": "knn", "b": "lid"}
 
 
 @pytest.mark.parametrize("worse", ["auroc", "fpr95", "p", "cost", None])

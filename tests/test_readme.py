@@ -46,7 +46,8 @@ def test_the_yaml_example_is_a_benchmark_once_its_folders_exist(tmp_path):
 
     (example,) = _blocks("yaml", DOCS / "guides" / "own-images.md")
     tree = yaml.safe_load(example)
-    folders = [tree["train"], tree["val"], "cats/listed", *tree["near"].values(), *tree["far"].values()]
+    ood = [folder for role in ("near", "far", "diagnostic") for folder in tree[role].values()]
+    folders = [tree["train"], tree["val"], "cats/listed", *ood]
     for shade, folder in enumerate(folders):
         (tmp_path / folder).mkdir(parents=True)
         for i in range(2):
@@ -56,6 +57,7 @@ def test_the_yaml_example_is_a_benchmark_once_its_folders_exist(tmp_path):
     (tmp_path / "pets.yaml").write_text(example)
     benchmark = load_benchmark(str(tmp_path / "pets.yaml"))
     assert [s.name for s in benchmark.splits()] == ["train", "val", "test", "dogs", "textures", "noise"]
+    assert benchmark.ood[-1].role == "diagnostic"
     assert all(len(s.images) == 2 for s in benchmark.splits())
 
 

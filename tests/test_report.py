@@ -36,14 +36,14 @@ from traj_ood.evaluation import dynamics_plots, plots
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import Frames, Mistake, PathSample, Pictures
 from traj_ood.evaluation.metrics import bootstrap, compute_metrics
-from traj_ood.evaluation.results import Result, ScorerResult, SetScore
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore, is_in
 from traj_ood.report import Run, render, tables, write_report
 from traj_ood.report.page import TOP
 from traj_ood.report.tables import boards, health_card
 
 EVIL = "<script>window.hacked=1</script>"
 EVIL_ID = '"><img src=x onerror=window.hacked=1>'
-SETS = {"bag": "near", "boot": "near", "digits": "far", "noise": "far", "faces": "far"}
+SETS = {"bag": "near", "boot": "near", "digits": "far", "faces": "far", "noise": "diagnostic"}
 SCORERS = {"field": 1.6, "knn:k=5": 1.0, EVIL: 0.7, "trajectory:horizon=4": 0.3, "msp": 0.1}
 RECORDED = Path(__file__).parents[1] / "results"
 
@@ -319,7 +319,7 @@ def test_figures_are_those_of_result_json(place: Path, reader: Reader) -> None:
         record = tree["scorers"][label]
         assert [value for value, _ in cells[:9]] == [pytest.approx(record[r][m], rel=1e-12) for r, m in order]
         for (value, text), (region, metric) in zip(cells, order, strict=False):
-            own = [s for s in record["sets"].values() if region in ("all", s["role"])]
+            own = [s for s in record["sets"].values() if is_in(s["role"], region)]
             low, high = np.mean([s["intervals"][metric] for s in own], axis=0)
             assert text.split() == [f"{100 * value:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"]
         assert cells[9][0] == record["f_evaluations"]
@@ -330,6 +330,10 @@ def test_figures_are_those_of_result_json(place: Path, reader: Reader) -> None:
             assert value == record["metrics"]["auroc"]
             assert text.split() == [f"{100 * value:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"]
     assert list(means) == sorted(SCORERS, key=lambda label: -tree["scorers"][label]["all"]["auroc"])
+    caption = " ".join(reader.text["span"])
+    held = "Means hold bag, boot (near) and digits, faces (far); noise is a diagnostic, which none of them holds."
+    assert held in caption
+    assert "crosses: diagnostics, in no mean" in " ".join(reader.text["li"])
 
 
 def test_the_interval_of_a_mean_is_at_least_as_wide_as_it_should_be() -> None:

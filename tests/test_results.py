@@ -74,6 +74,21 @@ def test_means_weigh_sets_equally_and_are_written(tmp_path: Path) -> None:
     assert written["all"] == asdict(scorer.all)
 
 
+def test_diagnostics_are_in_no_mean(tmp_path: Path) -> None:
+    knn = make_result().scorers["knn"]
+    sets = {**knn.sets, "noise": replace(knn.sets["noise"], role="diagnostic")}
+    result = make_result(scorers={"knn": replace(knn, sets=sets)})
+    assert result.scorers["knn"].far == sets["digits"].metrics
+    assert result.scorers["knn"].all.auroc == pytest.approx(0.85)  # type: ignore[union-attr]
+    result.save(tmp_path / "result.json")
+    assert Result.load(tmp_path / "result.json") == result
+    tree = json.loads((tmp_path / "result.json").read_text())
+    tree["scorers"]["knn"]["sets"]["noise"]["role"] = "other"
+    (tmp_path / "result.json").write_text(json.dumps(tree))
+    with pytest.raises(TrajOODError, match=r"sets\.noise\.role"):
+        Result.load(tmp_path / "result.json")
+
+
 def test_a_scorer_without_near_sets_has_no_near_mean(tmp_path: Path) -> None:
     knn = make_result().scorers["knn"]
     far_only = replace(knn, sets={k: s for k, s in knn.sets.items() if s.role == "far"})
@@ -151,7 +166,7 @@ NAN = float("nan")
         (
             ("scorers", "knn", "sets", "digits", "role"),
             {"value": "middle"},
-            "result.json 'middle': Known: far, near; run it again",
+            "result.json 'middle': Known: diagnostic, far, near; run it again",
         ),
         (
             ("scorers", "knn", "sets", "digits", "intervals", "auroc"),

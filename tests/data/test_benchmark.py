@@ -35,9 +35,11 @@ def ids(part: Split | None) -> tuple[str, ...]:
     return tuple(part.images.ids)
 
 
-def test_near_sets_come_before_far_sets() -> None:
+def test_near_sets_come_before_far_sets_and_diagnostics_last() -> None:
     assert [s.name for s in benchmark().splits()] == ["train", "val", "test", "a", "b"]
     assert [s.name for s in benchmark(val=None).splits()] == ["train", "test", "a", "b"]
+    ood = (split("c", "diagnostic", 3), split("b", "far", 40), split("a", "near", 8))
+    assert [s.name for s in benchmark(val=None, ood=ood).ood] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -48,9 +50,10 @@ def test_near_sets_come_before_far_sets() -> None:
             "benchmark 'toy': fewer than 2 ID samples: the train split holds 1; give at least 2 training",
         ),
         ({"ood": ()}, "benchmark 'toy': expected at least one near or far OOD set, got none; add one"),
+        ({"ood": (split("c", "diagnostic", 2),)}, "expected at least one near or far OOD set, got none; add one"),
         ({"ood": (split("test", "far", 2),)}, "benchmark 'toy': two splits are named 'test'; rename one"),
         ({"test": split("t", "near", 2)}, "split 't' stands where the role test is expected, its role is 'near'"),
-        ({"ood": (split("v", "val", 2),)}, "split 'v' stands where the role near or far is expected"),
+        ({"ood": (split("v", "val", 2),)}, "split 'v' stands where the role near or far or diagnostic is expected"),
         ({"name": "../x"}, "benchmark name '../x': expected letters, digits, '_', '-' and '.', starting with"),
     ],
 )

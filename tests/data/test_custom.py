@@ -18,12 +18,15 @@ val: cats/val
 test: {list: lists/test.txt, root: ./images}
 near: {dogs: dogs}
 far: {textures: {list: lists/textures.txt}}
+diagnostic: {crops: crops}
 """
 
 
 @pytest.fixture
 def pets(tmp_path: Path, make_images: Callable[[Path, Iterable[str]], None]) -> Path:
-    names = [f"{s}/{i}.png" for s in ("cats/train", "cats/val", "cats/test", "dogs", "walls") for i in range(3)]
+    names = [
+        f"{s}/{i}.png" for s in ("cats/train", "cats/val", "cats/test", "dogs", "walls", "crops") for i in range(3)
+    ]
     make_images(tmp_path / "images", names)
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "test.txt").write_text("cats/test/0.png 0\ncats/test/2.png 1\n")
@@ -50,6 +53,7 @@ def test_a_yaml_file_describes_a_benchmark(pets: Path, monkeypatch: pytest.Monke
         ("test", "test", ("test/cats/test/0.png", "test/cats/test/2.png")),
         ("dogs", "near", ("dogs/0.png", "dogs/1.png", "dogs/2.png")),
         ("textures", "far", ("textures/walls/1.png",)),
+        ("crops", "diagnostic", ("crops/0.png", "crops/1.png", "crops/2.png")),
     ]
     # Relative paths start from the YAML file, not from where the command is run.
     monkeypatch.chdir(pets.parent)
@@ -70,7 +74,7 @@ def test_name_and_root_have_defaults_and_root_can_be_given(pets: Path, tmp_path:
         (
             "train:",
             "trian:",
-            ": unknown key 'trian': did you mean 'train'? Known: far, name, near, root, test, train, val",
+            ": unknown key 'trian': did you mean 'train'? Known: control, diagnostic, far, name, ne",
         ),
         (
             "root: ./images}",
@@ -84,6 +88,7 @@ def test_name_and_root_have_defaults_and_root_can_be_given(pets: Path, tmp_path:
         ("{dogs: dogs}", "{2024: dogs}", ": near: set name: expected text, got int 2024; write it in quotes"),
         ("{dogs: dogs}", "{a b: dogs}", ": near: a b: split name 'a b': expected letters"),
         ("{dogs: dogs}", "{dogs: }", ": near: dogs: expected a folder or {list: FILE, root: FOLDER}, got nothing"),
+        ("name: pets", "name: pets\ncontrol: 1", ": control: expected true or false, got int 1"),
         ("name: pets", "name: 3", ": name: expected text, got int 3; write it in quotes"),
         ("val: cats/val", "train: cats/val", " line 5: malformed YAML (the key 'train' is given twice)"),
         ("near: {dogs: dogs}", "near: {dogs: dogs", " line 8: malformed YAML (expected ',' or '}', but got"),
@@ -119,7 +124,8 @@ def test_leaks_and_too_few_samples_are_refused(pets: Path, tmp_path: Path) -> No
 def test_files_without_keys_are_refused(pets: Path, text: str, got: str) -> None:
     message = refused(pets, text)
     assert message == (
-        f"{pets}: expected the keys name, root, train, val, test, near, far, got {got}; name at least train and test"
+        f"{pets}: expected the keys name, root, train, val, test, near, far, diagnostic, control, got {got}; name at "
+        "least train and test"
     )
 
 

@@ -140,7 +140,7 @@ def test_fashion_splits_by_class(tmp_path: Path) -> None:
     values = {
         s.name: {s.images.load(i).getpixel((0, 0)) for i in range(len(s.images))}
         for s in benchmark.splits()
-        if s.role != "far"
+        if s.role not in ("far", "diagnostic")
     }
     id_classes = set(ID_CLASSES)
     assert id_classes == {0, 1, 2, 3, 4, 6, 9}
@@ -154,6 +154,9 @@ def test_fashion_splits_by_class(tmp_path: Path) -> None:
     assert (len(benchmark.train.images), len(benchmark.val.images), len(benchmark.test.images)) == (100, 2000, 70)
     assert benchmark.ood[0].images.ids[0] == "fashion-mnist/t10k/00005"
     assert (benchmark.train_size, benchmark.test_size) == (2000, None)
+    roles = {s.name: s.role for s in benchmark.ood}
+    assert list(roles) == ["sandal", "sneaker", "bag", "digits", "faces", "textures", "photos", "noise"]
+    assert [name for name, role in roles.items() if role == "diagnostic"] == ["textures", "photos", "noise"]
 
 
 def test_too_little_or_mismatched_data_is_refused(tmp_path: Path) -> None:
@@ -168,7 +171,7 @@ def test_too_little_or_mismatched_data_is_refused(tmp_path: Path) -> None:
         load_benchmark("fashion", tmp_path / "mixed")
 
 
-def test_far_sets_are_what_they_claim() -> None:
+def test_far_sets_and_diagnostics_are_what_they_claim() -> None:
     sets = {s.name: s for s in far_sets()}
     pixels = {name: np.stack([np.asarray(s.images.load(i)) for i in range(100)]) for name, s in sets.items()}
     assert {name: len(s.images) for name, s in sets.items()} == {
@@ -204,7 +207,7 @@ def test_far_sets_are_the_same_every_time() -> None:
 @needs_fashion_mnist
 def test_the_real_fashion_benchmark_has_its_published_sizes() -> None:
     benchmark = load_benchmark("fashion", FOUND)
-    assert {s.name: len(s.images) for s in benchmark.splits() if s.role != "far"} == {
+    assert {s.name: len(s.images) for s in benchmark.splits() if s.role not in ("far", "diagnostic")} == {
         "train": 40000,
         "val": 2000,
         "test": 7000,

@@ -89,6 +89,12 @@ if TYPE_CHECKING:
 )
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
 @click.option(
+    "--control/--no-control",
+    default=None,
+    help="Add a row for what the image files alone give away (spectrum, blockiness, size); reads every image once more."
+    "  [default: on tiny-imagenet, imagenet-sample, cifar10 and cifar100]",
+)
+@click.option(
     "--on-duplicates",
     type=click.Choice(["error", "warn"]),
     help="Images that training, test and OOD sets share: files of the same bytes, whatever their names; a picture that "
@@ -236,4 +242,5 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
         precision=options["precision"],
         approximate=options["approximate"],
         on_error=options["on_error"],
+        control=options["control"],
     )

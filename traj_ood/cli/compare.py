@@ -148,6 +148,11 @@ def _named(run: Any, place: str) -> Any:
 @click.option("--scorers", type=NAME, help="Comma-separated labels to show.  [default: all]")
 @click.option("--top", type=click.IntRange(1), help="So many rows of each table.  [default: all]")
 @click.option(
+    "--diagnostics",
+    type=NAME,
+    help="Comma-separated OOD sets that the means leave out, for runs older than their benchmark's own diagnostics.",
+)
+@click.option(
     "--tables",
     type=click.Choice(["means", "sets", "both"]),
     default="both",
@@ -169,7 +174,7 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
         write_csv,
         write_openood_csv,
     )
-    from traj_ood.evaluation.results import Result
+    from traj_ood.evaluation.results import Result, with_diagnostics
 
     quote = options["quote_formulas"]
     if readme is not None and form != "markdown":
@@ -179,7 +184,7 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
     choice = Choice(columns or DEFAULT_COLUMNS, options["sort"], _listed(options["scorers"]), options["top"], tables)
     if csv_path is not None:
         refuse_inside(csv_path.parent)
-    results = Result.load_all(folder)
+    results = with_diagnostics(Result.load_all(folder), _listed(options["diagnostics"]))
     if form == "openood":
         if csv_path is not None:
             write_openood_csv(results, csv_path, quote_formulas=quote)

@@ -1,18 +1,20 @@
 """Images with stable ids, splits, and the named benchmarks made of them."""
 
-from traj_ood.data.benchmark import Benchmark, Role, Split
+from traj_ood.data.benchmark import OOD_ROLES, Benchmark, OODRole, Role, Split
 from traj_ood.data.decoding import Reading
 from traj_ood.data.images import ArrayImages, FileImages, ImageSource, read_folder, read_image_list
 from traj_ood.data.preflight import MissingDataError, preflight
 from traj_ood.data.registry import BenchmarkInfo, list_benchmarks, load_benchmark, register_benchmark
 
 __all__ = [
+    "OOD_ROLES",
     "ArrayImages",
     "Benchmark",
     "BenchmarkInfo",
     "FileImages",
     "ImageSource",
     "MissingDataError",
+    "OODRole",
     "Reading",
     "Role",
     "Split",

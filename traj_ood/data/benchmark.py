@@ -19,7 +19,11 @@ from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.errors import TrajOODError
 
-Role = Literal["train", "val", "test", "near", "far"]
+OODRole = Literal["near", "far", "diagnostic"]
+Role = Literal["train", "val", "test", "near", "far", "diagnostic"]
+OOD_ROLES: tuple[OODRole, ...] = get_args(OODRole)
+"""In the order of every table. Diagnostics are OOD sets that no mean over sets holds: crops of a few pictures, of which
+a thousand say no more than the pictures do, and noise, which any reading of roughness finds."""
 # Test and OOD images are drawn with this seed whatever the attractor seed, so that runs over several attractor seeds
 # are compared on the same images.
 TEST_SEED = 0
@@ -33,7 +37,8 @@ class Split:
     Attributes:
         name: letters, digits, ``_``, ``-`` and ``.``, not starting with the last two: it becomes part of file names
             and table headings.
-        role: train, val and test are in distribution; near and far are OOD sets.
+        role: train, val and test are in distribution; near, far and diagnostic ones are OOD sets. Scorers are measured
+            on diagnostics as on others, but means over sets leave them out.
         images: the images.
 
     Raises:
@@ -98,15 +103,17 @@ class Benchmark:
         train: ID images that attractors and features come from; at least 2.
         val: ID images held out for choosing and calibrating, or None.
         test: ID images the scores are measured on.
-        ood: OOD sets; sorted near before far, otherwise in the order given.
+        ood: OOD sets; sorted near, far, diagnostic, otherwise in the order given.
         train_size: training images the protocol uses when the user asks for no number; None is all.
         test_size: likewise for the test split and each OOD set.
         note: where the protocol comes from, and what in it is inferred.
         how_to_get: one line on obtaining the data, for errors about missing files.
+        control: whether runs add the control on image files (:mod:`traj_ood.evaluation.file_control`) to their tables
+            unless they are told otherwise. Default false: it reads every image once more.
 
     Raises:
-        TrajOODError: fewer than 2 training images, no OOD set, a role in the wrong place, two splits of one name, or
-            an image shared by two ID splits or by an ID split and an OOD set.
+        TrajOODError: fewer than 2 training images, no near or far set, a role in the wrong place, two splits of one
+            name, or an image shared by two ID splits or by an ID split and an OOD set.
     """
 
     name: str
@@ -118,10 +125,11 @@ class Benchmark:
     test_size: int | None = None
     note: str = ""
     how_to_get: str = ""
+    control: bool = False
 
     def __post_init__(self) -> None:
         _check_name("benchmark", self.name)
-        object.__setattr__(self, "ood", tuple(sorted(self.ood, key=lambda split: split.role == "far")))
+        object.__setattr__(self, "ood", tuple(sorted(self.ood, key=_rank)))
         self._check_roles_and_names()
         if len(self.train.images) < 2:
             raise TrajOODError(
@@ -131,7 +139,7 @@ class Benchmark:
         self._check_disjoint()
 
     def splits(self) -> list[Split]:
-        """Every split: train, val when there is one, test, near sets, far sets."""
+        """Every split: train, val when there is one, test, near sets, far sets, diagnostics."""
         return [*self._id_splits(), *self.ood]
 
     def subsample(self, *, train: int | None, per_set: int | None, seed: int) -> Benchmark:
@@ -225,13 +233,13 @@ class Benchmark:
         return [self.train, *([self.val] if self.val is not None else []), self.test]
 
     def _check_roles_and_names(self) -> None:
-        if not self.ood:
+        if all(split.role == "diagnostic" for split in self.ood):
             raise TrajOODError(f"benchmark {self.name!r}: expected at least one near or far OOD set, got none; add one")
         expected = [
             ("train",),
             *([("val",)] if self.val is not None else []),
             ("test",),
-            *[("near", "far")] * len(self.ood),
+            *[OOD_ROLES] * len(self.ood),
         ]
         names: set[str] = set()
         for split, roles in zip(self.splits(), expected, strict=True):
@@ -290,7 +298,12 @@ def _sampled(split: Split, size: int | None, seed: int) -> Split:
 
 
 def _is_ood(split: Split) -> bool:
-    return split.role in ("near", "far")
+    return split.role in OOD_ROLES
+
+
+def _rank(split: Split) -> int:
+    """Place among OOD sets; a role that is none is refused later."""
+    return [*OOD_ROLES, split.role].index(split.role)
 
 
 def _is_read(images: ImageSource, changes: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The benchmark `cifar10-local`: CIFAR-10 without three classes, against those classes and five far sets.
+"""The benchmark `cifar10-local`: CIFAR-10 without three classes, against those, two far sets and three diagnostics.
 
 It needs two folders of JPEG files below one root, and no image list::
 
@@ -129,9 +129,9 @@ def load_cifar10_local(root: str | Path | None = None) -> Benchmark:
         ood=(
             *(Split(name, "near", _cifar(base, "test", (name,))) for name in NEAR_CLASSES),
             Split("fashion-mnist", "far", _fashion_mnist(base)),
-            Split("textures", "far", crops(TEXTURES, TEXTURE_SIDES, "textures", scaled_to=SIDE)),
-            Split("photos", "far", crops(COLOUR_PHOTOS, PHOTO_SIDES, "photos", scaled_to=SIDE, mode="RGB")),
-            Split("noise", "far", noise((SIDE, SIDE, 3))),
+            Split("textures", "diagnostic", crops(TEXTURES, TEXTURE_SIDES, "textures", scaled_to=SIDE)),
+            Split("photos", "diagnostic", crops(COLOUR_PHOTOS, PHOTO_SIDES, "photos", scaled_to=SIDE, mode="RGB")),
+            Split("noise", "diagnostic", noise((SIDE, SIDE, 3))),
             Split("imagenet", "far", _imagenet(base)),
         ),
         train_size=2000,

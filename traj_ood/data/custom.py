@@ -8,6 +8,8 @@
     test: cats/test
     near: {dogs: dogs}         # OOD sets by name; near, far or both
     far: {textures: {list: lists/textures.txt}}
+    diagnostic: {noise: noise}   # optional: OOD sets with figures of their own, which no mean over sets holds
+    control: true              # optional: tables also say what the image files alone give away, see `bench --control`
 
 Folders, and the paths inside image lists, start from ``root``. What names a place in the YAML file itself (``root``,
 ``list`` and a list's own ``root``) starts from the folder of the YAML file.
@@ -21,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from traj_ood.data.addresses import is_address
-from traj_ood.data.benchmark import Benchmark, Role, Split
+from traj_ood.data.benchmark import OOD_ROLES, Benchmark, Role, Split
 from traj_ood.data.encoded import EncodedImages, read_encoded
 from traj_ood.data.images import FileImages, labelled_by_folder, read_folder, read_image_list
 from traj_ood.data.records import HUB, is_records
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.trees import read_yaml
 
-KEYS = ("name", "root", "train", "val", "test", "near", "far")
+KEYS = ("name", "root", "train", "val", "test", *OOD_ROLES, "control")
 LIST_KEYS = ("list", "root")
 FOLDER_KEYS = ("folder", "classes")
-_OOD_ROLES: tuple[Role, ...] = ("near", "far")
 
 
 def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchmark:
@@ -70,11 +71,12 @@ def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchm
         test=split("test", "test", config["test"], "test"),
         ood=tuple(
             split(name, role, spec, f"{role}: {name}")
-            for role in _OOD_ROLES
+            for role in OOD_ROLES
             for name, spec in _named_sets(config.get(role), f"{yaml_path}: {role}")
         ),
         note=f"Described by {yaml_path.name}.",
         how_to_get=f"put the files there or correct {yaml_path}",
+        control=_flag(config.get("control", False), f"{yaml_path}: control"),
     )
 
 
@@ -100,9 +102,8 @@ def _images(spec: object, here: Path, base: Path) -> FileImages | EncodedImages:
     if "folder" in spec:
         _check_keys(spec, FOLDER_KEYS, "image folder")
         folder, classes = _place(base, spec["folder"], "folder"), spec.get("classes", False)
-        if not isinstance(classes, bool):
-            raise TrajOODError(f"classes: expected true or false, got {_kind(classes)}")
-        return labelled_by_folder(read_folder(folder)) if classes else read_folder(folder)
+        labelled = _flag(classes, "classes")
+        return labelled_by_folder(read_folder(folder)) if labelled else read_folder(folder)
     _check_keys(spec, LIST_KEYS, "image list")
     if "list" not in spec:
         raise TrajOODError("expected the key 'list' with an image list; add it, or give a folder as plain text")
@@ -129,6 +130,12 @@ def _check_keys(mapping: dict[Any, Any], known: tuple[str, ...], where: str) -> 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise TrajOODError(f"{where}: expected text, got {_kind(value)}; write it in quotes")
+    return value
+
+
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise TrajOODError(f"{where}: expected true or false, got {_kind(value)}")
     return value
 
 

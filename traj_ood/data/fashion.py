@@ -1,4 +1,4 @@
-"""The offline benchmark `fashion`: Fashion-MNIST without three classes, against those classes and five far sets.
+"""The offline benchmark `fashion`: Fashion-MNIST without three classes, against those, two far sets, three diagnostics.
 
 Every image comes from Fashion-MNIST or from files bundled in scikit-learn and scikit-image, is 28 x 28 greyscale, and
 is the same on every machine for given versions of these libraries: draws use PCG64 with fixed seeds, and all resizing
@@ -91,17 +91,18 @@ def load_fashion(root: str | Path | None = None) -> Benchmark:
 
 
 def far_sets() -> tuple[Split, ...]:
-    """The five far sets; needs scikit-learn and scikit-image but neither network nor Fashion-MNIST.
+    """The two far sets and the three diagnostics, crops of ten pictures and noise; needs scikit-learn and scikit-image
+    but neither network nor Fashion-MNIST.
 
     Raises:
         TrajOODError: a bundled image file is not there.
     """
     return (
         Split("digits", "far", _digits()),
-        Split("textures", "far", crops(TEXTURES, TEXTURE_SIDES, "textures")),
-        Split("photos", "far", crops(PHOTOS, PHOTO_SIDES, "photos")),
         Split("faces", "far", _faces()),
-        Split("noise", "far", noise((SIDE, SIDE))),
+        Split("textures", "diagnostic", crops(TEXTURES, TEXTURE_SIDES, "textures")),
+        Split("photos", "diagnostic", crops(PHOTOS, PHOTO_SIDES, "photos")),
+        Split("noise", "diagnostic", noise((SIDE, SIDE))),
     )
 
 

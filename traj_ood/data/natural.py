@@ -8,8 +8,9 @@ They need folders below one root, and no image list::
     dtd10/CLASS/*.jpg, chest_xray/*.jpg      far: Describable Textures, chest X-rays
     mnist/t10k-images-idx3-ubyte             far: handwritten digits, with their labels beside them (gzipped or not)
 
-Every image of a benchmark, in distribution or not, passes one resize and one JPEG step (:mod:`.equal_files`). Near and
-far were decided by what the sets show, before any score was computed on them.
+Every image of a benchmark, in distribution or not, passes one resize and one JPEG step (:mod:`.equal_files`), and what
+files give away all the same stands in every table (:mod:`traj_ood.evaluation.file_control`). Near and far were decided
+by what the sets show, before any score was computed on them.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def load_natural(name: str, root: str | Path | None = None, allow_missing: bool 
         note=f"This project's own protocol; every image at {suite.side} x {suite.side} pixels through one JPEG step."
         + (f" Left out, for want of data: {', '.join(absent)}." if absent else ""),
         how_to_get=_how(suite),
+        control=True,
     )
 
 

@@ -38,8 +38,8 @@ _REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[..., Benchmark]]] = {
         (
             BenchmarkInfo(
                 "fashion",
-                "Fashion-MNIST without sandals, sneakers and bags vs those (near) and digits, textures, photos, faces, "
-                "noise (far)",
+                "Fashion-MNIST without sandals, sneakers and bags vs those (near), digits and faces (far); textures, "
+                "photos, noise (diagnostics)",
                 "nothing: Fashion-MNIST (30 MB) is found on this machine or fetched",
             ),
             load_fashion,
@@ -79,8 +79,8 @@ _REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[..., Benchmark]]] = {
         (
             BenchmarkInfo(
                 "cifar10-local",
-                "CIFAR-10 without cats, deer and trucks vs those (near) and Fashion-MNIST, textures, photos, noise, "
-                "ImageNet samples (far)",
+                "CIFAR-10 without cats, deer and trucks vs those (near), Fashion-MNIST and ImageNet samples (far); "
+                "textures, photos, noise (diagnostics)",
                 "folders cifar10/ and imagenet_sample/ of JPEG files, given as root, in $TRAJ_OOD_DATA or as ./data",
             ),
             load_cifar10_local,

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from traj_ood.data import OOD_ROLES
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.metrics import RECALL, Counts, Floats, check_scores
 
@@ -111,20 +112,29 @@ class PairedScores:
     Attributes:
         id: (2, R, n) float64 of the n ID test images.
         ood: for each OOD set (2, R, m).
+        diagnostics: OOD sets that means over sets leave out. Default: none.
         pictures: for each OOD set made of crops (m,), the number 0, 1, … of the picture that an image was cut from.
             The images of the other sets, and ID images, are independent of each other.
 
     Raises:
-        TrajOODError: no OOD set, other shapes, numbers of pictures with gaps, or scores that are not finite.
+        TrajOODError: no OOD set but diagnostics, other shapes, numbers of pictures with gaps, or scores that are not
+            finite.
     """
 
     id: Floats
     ood: Mapping[str, Floats]
     pictures: Mapping[str, Counts] = field(default_factory=dict)
+    diagnostics: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if not self.ood:
-            raise TrajOODError("paired scores: expected at least 1 OOD set, got none; name one")
+        if not self.ood.keys() - self.diagnostics:
+            raise TrajOODError(
+                "paired scores: expected at least 1 OOD set, got none"
+                + (f" but diagnostics ({', '.join(sorted(self.diagnostics))})" if self.ood else "")
+                + "; name one"
+            )
+        for name in self.diagnostics - self.ood.keys():
+            raise unknown_name("diagnostic OOD set", name, list(self.ood))
         runs = self.id.shape[1] if self.id.ndim == 3 else 0
         for name, scores in (("ID", self.id), *self.ood.items()):
             if scores.ndim != 3 or scores.shape[:2] != (2, runs) or scores.size == 0:
@@ -174,7 +184,12 @@ class PairedScores:
                         f"paired scores: the images of {split} in run {number} are not those of run 0: compare runs on "
                         "the same images only"
                     )
-                first[str(split)], roles[str(split)] = ids, str(role)
+                if roles.setdefault(str(split), str(role)) != role:
+                    raise TrajOODError(
+                        f"paired scores: {split} is {role} in run {number} and {roles[str(split)]} in run 0: means "
+                        "would hold it or not; run the older one again"
+                    )
+                first[str(split)] = ids
                 blocks.setdefault(str(split), []).append(part[[a, b]].to_numpy(dtype=np.float64).T)
         short = next((s for s, found in blocks.items() if len(found) != len(tables)), None)
         if short is not None:
@@ -183,9 +198,10 @@ class PairedScores:
         tests = [split for split, role in roles.items() if role == "test"]
         if len(tests) != 1:
             raise TrajOODError(f"paired scores: expected one split of role test, got {', '.join(tests) or 'none'}")
-        ood = {s: v for s, v in stacked.items() if roles[s] in ("near", "far")}
+        ood = {s: v for s, v in stacked.items() if roles[s] in OOD_ROLES}
         numbered = {s: _numbered_pictures(first[s]) for s in ood}
-        return cls(stacked[tests[0]], ood, {s: n for s, n in numbered.items() if n.max() + 1 < len(n)})
+        pictures = {s: n for s, n in numbered.items() if n.max() + 1 < len(n)}
+        return cls(stacked[tests[0]], ood, pictures, frozenset(s for s in ood if roles[s] == "diagnostic"))
 
 
 def _numbered_pictures(ids: Sequence[str]) -> Counts:
@@ -228,8 +244,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BootstrapComparison:
-    """``mean`` is over all sets of all suites, each set with equal weight; ``suites`` are the means within each suite
-    and ``sets`` single sets, both in the order given. ``points`` (S, 2, 2), all sets × figures × scorers, and ``draws``
+    """``mean`` is over all sets of all suites but diagnostics, each set with equal weight; ``suites`` are the means
+    within each suite and ``sets`` single sets, diagnostics among them, both in the order given. ``held`` (S,) bool says
+    which sets are in means. ``points`` (S, 2, 2), all sets × figures × scorers, and ``draws``
     (S, 2, 2, B) are what they were made from: other summaries of the same resamples come from them."""
 
     mean: Comparison
@@ -237,10 +254,11 @@ class BootstrapComparison:
     sets: tuple[dict[str, Comparison], ...]
     points: Floats = field(repr=False, compare=False)
     draws: Floats = field(repr=False, compare=False)
+    held: NDArray[np.bool_] = field(repr=False, compare=False)
     level: float = 0.95
 
     def without(self, *left_out: tuple[int, str]) -> Comparison:
-        """Means over all sets but these, each given as the number of its suite and its name.
+        """Means over all sets but diagnostics and these, each given as the number of its suite and its name.
 
         Raises:
             TrajOODError: a set that is not there, or none is left.
@@ -249,7 +267,7 @@ class BootstrapComparison:
         absent = [pair for pair in left_out if pair not in names]
         if absent:
             raise TrajOODError(f"sets left out: expected some of {names}, got {absent}")
-        kept = [i for i, pair in enumerate(names) if pair not in left_out]
+        kept = [i for i, pair in enumerate(names) if self.held[i] and pair not in left_out]
         if not kept:
             raise TrajOODError(f"sets left out: expected to keep at least 1 of {len(names)} sets, got all left out")
         return _compare(self.points[kept], self.draws[kept], self.level)
@@ -257,8 +275,9 @@ class BootstrapComparison:
     def median(self) -> Comparison:
         """The median over sets of the difference on each; ``a`` and ``b`` are each scorer's own median, whose
         difference is another number."""
-        own, points = np.median(self.points, axis=0), np.median(self.points[:, :, 0] - self.points[:, :, 1], axis=0)
-        draws = np.median(self.draws[:, :, 0] - self.draws[:, :, 1], axis=0)
+        held, drawn = self.points[self.held], self.draws[self.held]
+        own, points = np.median(held, axis=0), np.median(held[:, :, 0] - held[:, :, 1], axis=0)
+        draws = np.median(drawn[:, :, 0] - drawn[:, :, 1], axis=0)
         found = (_difference(own[k, 0], own[k, 1], draws[k], self.level) for k in range(2))
         return Comparison(*(replace(d, difference=float(points[k])) for k, d in enumerate(found)))
 
@@ -298,16 +317,19 @@ def paired_bootstrap(
     streams = np.random.SeedSequence(seed).spawn(len(suites))
     measured = [_figures(suite, resamples, stream) for suite, stream in zip(suites, streams, strict=True)]
 
+    held = [np.array([name not in suite.diagnostics for name in suite.ood]) for suite in suites]
+    all_held = np.concatenate(held)
     all_points, all_draws = (np.concatenate([m[k] for m in measured]) for k in range(2))
     return BootstrapComparison(
-        mean=_compare(all_points, all_draws, level),
-        suites=tuple(_compare(*m, level) for m in measured),
+        mean=_compare(all_points[all_held], all_draws[all_held], level),
+        suites=tuple(_compare(m[0][own], m[1][own], level) for m, own in zip(measured, held, strict=True)),
         sets=tuple(
             {name: _compare(points[i : i + 1], draws[i : i + 1], level) for i, name in enumerate(suite.ood)}
             for suite, (points, draws) in zip(suites, measured, strict=True)
         ),
         points=all_points,
         draws=all_draws,
+        held=all_held,
         level=level,
     )
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
+from traj_ood.data import OOD_ROLES
 from traj_ood.drawing.charts import PictureRow, picture_rows
 from traj_ood.drawing.style import DASHES, INKS, Figure, Frame, Look, canvas, line_of, look
 from traj_ood.errors import TrajOODError
@@ -27,7 +28,8 @@ QUANTITIES = {
     "norm": "Latent norm ‖z‖",
     "running": "Still running (%)",
 }
-ROLES = ("near", "far")
+ROLE_INKS = {"near": "near", "far": "far", "diagnostic": "gold"}
+"""Of OOD samples in the plane; others are ID."""
 Floats = NDArray[np.float64]
 _CURVE_POINTS = 100
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -38,14 +40,14 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
     """Residual, latent norm and share of running samples over steps, ID against OOD, as the paper's Fig 12.
 
     Args:
-        curves: columns ``split``, ``role`` (near, far; anything else is ID), ``step``, ``quantity`` (``residual_sq``,
-            ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples. NaN in a residual means
-            that the quantile has fallen below ``tol``; ``running`` is a fraction and stands in ``q50``.
+        curves: columns ``split``, ``role`` (near, far, diagnostic; anything else is ID), ``step``, ``quantity``
+            (``residual_sq``, ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples. NaN in
+            a residual means that the quantile has fallen below ``tol``; ``running`` is a fraction and stands in
+            ``q50``.
         tol: the tolerance of the iteration on the squared residual, drawn as a line.
         width: inches of a figure for print, see :func:`traj_ood.drawing.style.canvas`.
 
-    Up to 4 OOD sets share a row of panels; more are split into a row of near and a row of far sets, see
-    :func:`set_rows`.
+    Up to 4 OOD sets share a row of panels; more are split into a row for each role, see :func:`set_rows`.
 
     Raises:
         TrajOODError: missing columns, no rows, or a tolerance that is not positive.
@@ -57,7 +59,7 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
     if not tol > 0:
         raise TrajOODError(f"plot: expected a tolerance above 0, got {tol}; 1e-5 is the paper's")
     roles: dict[str, str] = dict(curves[["split", "role"]].drop_duplicates().itertuples(index=False))
-    sets = near_first({name: role for name, role in roles.items() if role in ROLES})
+    sets = near_first({name: role for name, role in roles.items() if role in OOD_ROLES})
     known = sorted((name for name in roles if name not in sets), key=lambda name: roles[name] != "test")
     ids = {name: look("id", DASHES[n % len(DASHES)]) for n, name in enumerate(known)}
     looks = {**ids, **{name: look(*line_of(n)) for n, name in enumerate(sets)}}
@@ -75,11 +77,11 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
 
 
 def set_rows(sets: Mapping[str, str]) -> dict[str, list[str]]:
-    """OOD sets, name → role, by the title of the row of panels that shows them: one row up to four, else near and far
-    apart."""
+    """OOD sets, name → role, by the title of the row of panels that shows them: one row up to four, else one for each
+    role."""
     if len(sets) <= 4:
         return {"ID and OOD sets": list(sets)}
-    rows = {f"ID and {role} sets": [name for name in sets if sets[name] == role] for role in ROLES}
+    rows = {f"ID and {role} sets": [name for name in sets if sets[name] == role] for role in OOD_ROLES}
     return {title: names for title, names in rows.items() if names}
 
 
@@ -149,6 +151,8 @@ def _power_of_ten(value: float, _: int) -> str:
 def paths(pictures: Pictures, title: str, width: float | None = None) -> Figure:
     """Paths of a few samples in the plane of the run's gallery, see :func:`plane`."""
     legend = {"ID": look("id"), "near OOD": look("near"), "far OOD": look("far")}
+    if any(sample.role == "diagnostic" for sample in pictures.samples):
+        legend["diagnostic OOD"] = look("gold")
     legend["attractor of a training image"] = {"color": INKS["muted"], "marker": ".", "linestyle": ""}
     note = "A ring is where a path starts (z₀), a disc where it ends."
     figure, (axis,) = canvas(PLANE, title=f"{title}\n{note}", legend=legend, width=width)
@@ -168,7 +172,7 @@ def plane(axis: Axes, pictures: Pictures) -> None:
     for sample, path in zip(pictures.samples, known, strict=True):
         if not len(path):
             continue
-        ink = INKS[sample.role if sample.role in ROLES else "id"]
+        ink = INKS[ROLE_INKS.get(sample.role, "id")]
         thin = _without_crowds(path, 0.004 * float(np.max(high - low)))
         axis.plot(*thin.T, color=ink, linewidth=1.1, alpha=0.75)
         axis.plot(*path[0], "o", markerfacecolor=INKS["paper"], markeredgecolor=ink, markersize=4.6)

@@ -26,12 +26,13 @@ from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
 from traj_ood.errors import TrajOODError, check_word, unknown_name, warn
 from traj_ood.evaluation.curves import curve_quantiles
+from traj_ood.evaluation.file_control import NOTE, control_scores
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import keep_pictures
-from traj_ood.evaluation.outcome import judged, measure, score_table
+from traj_ood.evaluation.outcome import judged, measure, measure_sets, score_table
 from traj_ood.evaluation.parallel import Team
 from traj_ood.evaluation.passes import Parts, Passes, even_size, key_of
-from traj_ood.evaluation.results import FILE_NAME, Result, ScorerResult
+from traj_ood.evaluation.results import CONTROL, FILE_NAME, Result, ScorerResult
 from traj_ood.evaluation.snapshot import Snapshot
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.files import alone_in, empty_folder, write_atomic
@@ -63,6 +64,8 @@ class RunConfig:
         precision, approximate: see :class:`traj_ood.ScorerSet`; exact float32 by default.
         on_error: ``raise`` (default) or ``skip`` images that cannot be read or have no finite score, which are
             then counted in the result.
+        control: add the control on image files (:mod:`traj_ood.evaluation.file_control`) to the table. Default None:
+            where the benchmark asks for it.
     """
 
     scorers: tuple[str, ...] = ("all",)
@@ -75,6 +78,7 @@ class RunConfig:
     precision: Precision = "fp32"
     approximate: Approximate = "none"
     on_error: OnError = "raise"
+    control: bool | None = None
 
     def __post_init__(self) -> None:
         """Raises ``TrajOODError`` for values no run can have, before anything is computed or written."""
@@ -146,6 +150,7 @@ class Evaluator:
             precision=config.precision,
         )
         self.scorers.check_training_size(len(self.sample.train.images))
+        self.control = bench.control if config.control is None else config.control
         self.out = Path(self.out)
         self.name = f"{bench.name}--{re.sub('[/:]', '-', self.autoencoder.name)}--seed{config.seed}"
         self.folder = self.out / self.name
@@ -282,13 +287,14 @@ class Evaluator:
 
     def _identity(self, found: list[Copies]) -> dict[str, Any]:
         """What two runs must share to be one run."""
-        config = {k: v for k, v in asdict(self.config).items() if k != "seed"}
+        config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "control")}
         config |= {
             "scorers": self.scorers.labels,
             "attractors": len(self.sample.train.images),
             "per_set": self.config.per_set if self.config.per_set is not None else self.benchmark.test_size,
             "model_options": self.autoencoder.options(),
         }
+        config |= {"control": True} if self.control else {}  # older results have no such key
         data = self.sample.digests(self._snapshot.contents)
         for copies in found:
             data[copies.second].setdefault("copies", {})[copies.first] = copies.count
@@ -315,6 +321,9 @@ class Evaluator:
         if different:
             changed = self._snapshot.changed(self.folder) if "data" in different else None
             words = f" ({self._snapshot.words(changed)})" if changed and any(changed.values()) else ""
+            data = other.get("data", {})
+            moved = [name for name, split in mine["data"].items() if split["role"] != data.get(name, split)["role"]]
+            words += f" (the role of {', '.join(moved)})" if moved else ""
             raise TrajOODError(
                 f"{self.folder}: holds a run with another {', '.join(different)}{words}: choose another --out, or "
                 "discard it with --fresh"
@@ -350,6 +359,10 @@ class Evaluator:
         if dictionary is not None:
             health = {"used": True, **judged(passes, dictionary, config.seed)}
         scorers = measure(self.scorers, sample, table, scored, resamples=config.resamples, quiet=self.quiet)
+        if self.control:
+            table[CONTROL] = control_scores(sample, table, self.workers, config.on_error)
+            sets = measure_sets(table[["split", CONTROL]], sample, config.resamples)
+            scorers[CONTROL] = ScorerResult(CONTROL, {}, NOTE, 0.0, sets)
         splits = {s.name: s for s in sample.splits()}
         curves = pd.concat([curve_quantiles(splits[n], pieces, config.tol) for n, pieces in parts.items()])
         write_atomic(self.folder / "curves.parquet", lambda f: curves.to_parquet(f, index=False))

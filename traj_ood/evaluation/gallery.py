@@ -26,8 +26,9 @@ from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation.results import ScorerResult
+from traj_ood.evaluation.results import CONTROL, ScorerResult
 from traj_ood.io.tensor_file import open_tensors, write_tensors
+from traj_ood.scorers import RECOMMENDED
 
 FILE_NAME = "gallery.safetensors"
 
@@ -182,13 +183,13 @@ def _from_words(words: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Pict
 
 
 def chosen_scorers(scorers: Mapping[str, ScorerResult]) -> list[str]:
-    """Labels of the scorers that get pictures, best mean AUROC first: the best three, ``field``, and the best
+    """Labels of the scorers that get pictures, best mean AUROC first: the best three, those recommended, and the best
     ``trajectory`` (the paper's, with any options)."""
-    ranked = [s for s in scorers.values() if s.all is not None]
+    ranked = [s for s in scorers.values() if s.all is not None and s.label != CONTROL]
     ranked.sort(key=lambda s: (-s.all.auroc if s.all else 0.0, s.label))
     labels = [s.label for s in ranked]
     papers = [label for label in labels if label.split(":")[0] == "trajectory"]
-    wanted = {*labels[:3], *(label for label in labels if label == "field"), *papers[:1]}
+    wanted = {*labels[:3], *(found.scorer for found in RECOMMENDED.values()), *papers[:1]}
     return [label for label in labels if label in wanted]
 
 

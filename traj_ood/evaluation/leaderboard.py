@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from traj_ood.data import OOD_ROLES
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.metrics import METRIC_NAMES, Metrics
-from traj_ood.evaluation.results import Result, ScorerResult
+from traj_ood.evaluation.results import CONTROL, Result, ScorerResult, near_first, sets_in_words
 from traj_ood.evaluation.text_tables import Bold, TextTable
 from traj_ood.io.files import write_atomic
 from traj_ood.text import printable, quote_formula
@@ -46,8 +47,8 @@ _TITLES = {
     "fpr95_openood": "FPR95-OpenOOD ↓",
 }
 _NOTES = (
-    "All figures in percent; near, far and all are means over OOD sets, each set with equal weight; "
-    "± is the standard deviation over seeds (n − 1).",
+    "All figures in percent; near, far and all are means over OOD sets, each set with equal weight, without "
+    "diagnostics; ± is the standard deviation over seeds (n − 1).",
     "**FPR95** is the paper's: the threshold keeps 95 % of ID images; the figure is the share of OOD images accepted. "
     "**FPR95-OpenOOD** is OpenOOD's: the threshold catches 95 % of OOD images; the figure is the share of ID images "
     "rejected. Never compare one with the other.",
@@ -76,13 +77,19 @@ class Group:
             "seeds": len(self.runs),
         }
 
+    def sets(self) -> dict[str, str]:
+        """The role of each OOD set, in the order of every table."""
+        return near_first({name: score.role for name, score in self.runs[0][1].sets.items()})
+
     def tail(self) -> dict[str, Any]:
-        """The columns that qualify the figures: cost, health of the dictionaries and what the scorer measures."""
+        """The columns that qualify the figures: cost, sets that the means leave out, health of the dictionaries and
+        what the scorer measures."""
         costs = [s.f_evaluations for _, s in self.runs if s.f_evaluations is not None]
         dictionaries = [(r.seed, r.dictionary) for r, _ in self.runs]
         warnings = [f"seed {seed}: {text}" for seed, d in dictionaries for text in d["warnings"]]
         return {
             "f_evaluations": float(np.mean(costs)) if costs else float("nan"),
+            "diagnostics": " ".join(n for n, role in self.sets().items() if role == "diagnostic"),
             "healthy": all(d["healthy"] for _, d in dictionaries),
             "warnings": "; ".join(warnings),
             "note": self.runs[0][1].note,
@@ -95,7 +102,8 @@ def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
     Columns: ``benchmark``, ``model``, ``fingerprint``, ``scorer``, ``label``, ``variant`` (what sets the row apart
     from others of its benchmark and model, empty when nothing does), ``seeds`` (how many); for near, far and all and
     each metric ``<region>_<metric>`` and ``<region>_<metric>_std``, fractions, the mean and the sample standard
-    deviation (n − 1) over seeds, NaN where undefined; ``f_evaluations`` per image, ``healthy``, ``warnings``, ``note``.
+    deviation (n − 1) over seeds, NaN where undefined; ``f_evaluations`` per image, ``diagnostics`` (sets that the means
+    leave out), ``healthy``, ``warnings``, ``note``.
 
     Raises ``TrajOODError`` without results, or when a seed comes twice for the same row.
     """
@@ -115,17 +123,16 @@ def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
 def per_set(results: Sequence[Result]) -> pd.DataFrame:
     """The rows of ``leaderboard`` unfolded by OOD set: ``set``, ``role``, ``count``, ``<metric>``, ``<metric>_std``.
 
-    ``count`` is the smallest number of images scored over the seeds. Near sets stand before far ones.
+    ``count`` is the smallest number of images scored over the seeds. Near sets come first, diagnostics last.
     Raises as ``leaderboard``.
     """
     import pandas as pd
 
     rows = []
     for group in groups_of(results):
-        sets = sorted(group.runs[0][1].sets.items(), key=lambda item: (item[1].role == "far", item[0]))
-        for name, score in sets:
+        for name, role in group.sets().items():
             scores = [scorer.sets[name] for _, scorer in group.runs]
-            place = {"set": name, "role": score.role, "count": min(s.count for s in scores)}
+            place = {"set": name, "role": role, "count": min(s.count for s in scores)}
             rows.append(group.head() | place | _over_seeds([s.metrics for s in scores]))
     return pd.DataFrame(rows)
 
@@ -147,8 +154,8 @@ def openood_csv(results: Sequence[Result], *, quote_formulas: bool = True) -> st
     AUROCs in percent with 2 decimals, ``±`` over seeds; ``Training`` is the model's family and ``Arch`` its name. What
     does not exist is ``/``, as there: a mean over no sets, and the accuracy, which results do not hold. No scorer here
     learns from outliers. OpenOOD keeps one file per benchmark: the description begins with the benchmark's name and
-    ends with what a reader must know (variant, an unhealthy dictionary). ``quote_formulas`` as in :func:`write_csv`.
-    Raises as ``leaderboard``.
+    ends with what a reader must know (variant, an unhealthy dictionary, diagnostics). ``quote_formulas`` as in
+    :func:`write_csv`. Raises as ``leaderboard``.
     """
     import pandas as pd
 
@@ -157,6 +164,7 @@ def openood_csv(results: Sequence[Result], *, quote_formulas: bool = True) -> st
     for _, row in leaderboard(results).iterrows():
         seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
         notes = [row["benchmark"], seeds, row["variant"], "" if row["healthy"] else "unhealthy attractors"]
+        notes += [f"means without {row['diagnostics']}"] if row["diagnostics"] else []
         near, far = (_openood_percent(row[f"{r}_auroc"], row[f"{r}_auroc_std"]) for r in ("near", "far"))
         rows.append(
             {
@@ -212,14 +220,16 @@ def update_readme(readme_path: str | Path, markdown: str) -> None:
 def _run_identity(result: Result, ambiguous: Set[str]) -> dict[str, str]:
     """What runs must share to be compared or averaged, flat, as text by dotted name.
 
-    The seed is left out, and what no score depends on: which other scorers ran, and the bootstrap's resamples. Images
-    are those of one list, and of one content where a list is ``ambiguous``: older results hold only the list.
+    The seed is left out, and what no score depends on: which other scorers or a control ran, and the bootstrap's
+    resamples. Images are those of one list, and of one content where a list is ``ambiguous``: older results hold only
+    the list.
     """
-    config = {key: value for key, value in result.config.items() if key not in ("seed", "scorers", "resamples")}
+    idle = ("seed", "scorers", "resamples", "control")
+    config = {key: value for key, value in result.config.items() if key not in idle}
     tests = {
         name: data.get("contents", data["sha256"]) if data["sha256"] in ambiguous else data["sha256"]
         for name, data in result.data.items()
-        if data["role"] in ("test", "near", "far")
+        if data["role"] in ("test", *OOD_ROLES)
     }
     return _flat({"model": result.model["fingerprint"], "config": config, "data": tests})
 
@@ -382,9 +392,8 @@ def render(results: Sequence[Result], form: str, choice: Choice | None = None) -
         place = f"{benchmark} · {model}"
         tables = []
         if "means" in choice.tables:
-            tables.append(
-                replace(_means_table(rows, choice.columns, _copies(own)), caption=f"{place}: means over sets")
-            )
+            table = _means_table(rows, choice.columns, [_held(here), *_copies(own)])
+            tables.append(replace(table, caption=f"{place}: means over sets"))
         if "sets" in choice.tables:
             tables.append(replace(_sets_table(rows, here), caption=f"{place}: AUROC by OOD set"))
         if form == "markdown":
@@ -419,10 +428,12 @@ def _means_table(rows: pd.DataFrame, columns: Sequence[str], notes: Sequence[str
     titles = [f"{c.partition('_')[0]} {_TITLES[c.partition('_')[2]]}" for c in columns]
     header = ["Scorer", *titles, "f / image", "Dictionary", "Seeds"]
     comparable = bool((rows["variant"] == "").all())
-    best = {c: rows[c].min() if "fpr" in c else rows[c].max() for c in columns}
+    scorers = rows[rows["label"] != CONTROL]
+    best = {c: scorers[c].min() if "fpr" in c else scorers[c].max() for c in columns}
     lines = []
     for _, row in rows.iterrows():
-        cells = [_percent(row[c], row[f"{c}_std"], bold=comparable and row[c] == best[c]) for c in columns]
+        ranked = comparable and row["label"] != CONTROL
+        cells = [_percent(row[c], row[f"{c}_std"], bold=ranked and row[c] == best[c]) for c in columns]
         cost = "—" if np.isnan(row["f_evaluations"]) else f"{row['f_evaluations']:.1f}"
         health = "healthy" if row["healthy"] else f"⚠ unhealthy [{reasons.index(row['warnings']) + 1}]"
         lines.append([_name(row), *cells, cost, health, str(row["seeds"])])
@@ -432,6 +443,17 @@ def _means_table(rows: pd.DataFrame, columns: Sequence[str], notes: Sequence[str
         for number, reason in enumerate(reasons, 1)
     ]
     return TextTable(header, lines, notes=[*footnotes, *notes])
+
+
+def _held(sets: pd.DataFrame) -> str:
+    """Which sets the means hold, in the words of each way in which the rows divide them (records of several ages)."""
+    ways = {
+        json.dumps(dict(zip(own["set"], own["role"], strict=True))): str(variant)
+        for variant, own in sets.groupby("variant", sort=False)
+    }
+    if len(ways) == 1:
+        return sets_in_words(json.loads(next(iter(ways))))
+    return " ".join(f"{sets_in_words(json.loads(way))[:-1]} ({variant})." for way, variant in ways.items())
 
 
 def _copies(results: Sequence[Result]) -> list[str]:
@@ -448,9 +470,9 @@ def _copies(results: Sequence[Result]) -> list[str]:
 
 
 def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> TextTable:
-    """AUROC (scorers × OOD sets), scorers in the order of ``rows``, near sets first."""
-    roles = sets.drop_duplicates(["set", "role"]).sort_values("role", ascending=False, kind="stable")
-    places = list(zip(roles["set"], roles["role"], strict=True))
+    """AUROC (scorers × OOD sets), scorers in the order of ``rows``, near sets first and diagnostics last."""
+    roles = sets.drop_duplicates(["set", "role"])
+    places = sorted(zip(roles["set"], roles["role"], strict=True), key=lambda place: OOD_ROLES.index(place[1]))
     figures = sets.set_index(["scorer", "variant", "set", "role"])[["auroc", "auroc_std"]].to_dict("index")
     nothing = {"auroc": float("nan"), "auroc_std": float("nan")}
     lines = []

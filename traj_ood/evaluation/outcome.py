@@ -62,20 +62,30 @@ def measure(
     Raises:
         TrajOODError: scores that no metric can be computed of.
     """
-    by_split = dict(list(table.groupby("split", sort=False)))
     pieces = [p for some in scored.values() for p in some if p.ids]
     results = {}
     for scorer in tqdm(scorers.scorers, desc="metrics", unit="scorer", delay=2, disable=quiet, dynamic_ncols=True):
         label = scorer.label
-        id_scores = check_scores(by_split[sample.test.name][label], "ID test")
-        sets = {}
-        for split in sample.ood:
-            scores = by_split[split.name][label].to_numpy()
-            intervals = bootstrap(id_scores, scores, resamples=resamples) if resamples else {}
-            role: Any = split.role  # near or far, as of all that is scored and not ID
-            sets[split.name] = SetScore(role, len(scores), compute_metrics(id_scores, scores), intervals)
+        sets = measure_sets(table[["split", label]], sample, resamples)
         results[label] = ScorerResult(label, scorer.options(), scorer.summary, _mean_cost(label, pieces), sets)
     return results
+
+
+def measure_sets(table: pd.DataFrame, sample: Benchmark, resamples: int) -> dict[str, SetScore]:
+    """The metrics on every OOD set of the second column of a table, whose first is ``split``.
+
+    Raises:
+        TrajOODError: scores that no metric can be computed of.
+    """
+    by_split = {str(name): own.iloc[:, 1] for name, own in table.groupby("split", sort=False)}
+    id_scores = check_scores(by_split[sample.test.name], "ID test")
+    sets = {}
+    for split in sample.ood:
+        scores = by_split[split.name].to_numpy()
+        intervals = bootstrap(id_scores, scores, resamples=resamples) if resamples else {}
+        role: Any = split.role  # an OOD one, as of all that is scored and not ID
+        sets[split.name] = SetScore(role, len(scores), compute_metrics(id_scores, scores), intervals)
+    return sets
 
 
 def _mean_cost(label: str, pieces: list[Part]) -> float:

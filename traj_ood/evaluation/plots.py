@@ -24,7 +24,7 @@ from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas, lines_of, 
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.dynamics_plots import Floats, dynamics_curves, paths
 from traj_ood.evaluation.metrics import RECALL, check_scores
-from traj_ood.evaluation.results import Result, SetScore, mean_interval
+from traj_ood.evaluation.results import CONTROL, Result, SetScore, is_in, mean_interval
 from traj_ood.evaluation.runs import Run
 
 HISTOGRAM = Frame(2.4, 1.35, margins=(0.08, 0.08, 0.25, 0.05))
@@ -80,7 +80,7 @@ def plot_run(folder: Path, quiet: bool = False, form: PlotForm = "png", size: st
 def leaders(result: Result) -> list[str]:
     """Labels of the scorers that a reader asks for first: the best two by mean AUROC, of another name each, and the
     paper's."""
-    means = {label: scorer.all.auroc for label, scorer in result.scorers.items() if scorer.all is not None}
+    means = {k: s.all.auroc for k, s in result.scorers.items() if s.all is not None and k != CONTROL}
     best: dict[str, str] = {}
     for label in sorted(means, key=lambda label: (-means[label], label)):
         best.setdefault(label.split(":")[0], label)
@@ -266,7 +266,7 @@ def scorer_overview(result: Result, width: float | None = None) -> Figure:
         means = {}
         for region in _MARKS:
             if mean := getattr(scorer, region):
-                low, high = mean_interval([s for s in scorer.sets.values() if region in ("all", s.role)], "auroc")
+                low, high = mean_interval([s for s in scorer.sets.values() if is_in(s.role, region)], "auroc")
                 means[region] = (100 * mean.auroc, 100 * low, 100 * high)
         sets = [(s.role, 100 * s.metrics.auroc) for s in scorer.sets.values()]
         rows.append(ScorerRow(scorer.label, means, sets))
@@ -281,6 +281,8 @@ def scorer_overview(result: Result, width: float | None = None) -> Figure:
         f"mean of {region} sets": {"color": INKS[_ink(region)], "marker": marker, "linestyle": ""}
         for region, (marker, _) in _MARKS.items()
     }
+    if any(role == "diagnostic" for row in rows for role, _ in row.sets):
+        legend["diagnostic, in no mean"] = {"color": INKS["gold"], "marker": "x", "linestyle": ""}
     legend["one set"] = {"color": INKS["muted"], "marker": ".", "linestyle": ""}
     legend["chance"] = {"color": INKS["muted"], "linestyle": ":"}
     figure, (axis,) = canvas(overview_frame(len(rows), width), title=title, legend=legend, width=width)
@@ -289,8 +291,8 @@ def scorer_overview(result: Result, width: float | None = None) -> Figure:
 
 
 def overview(axis: Axes, rows: Sequence[ScorerRow]) -> None:
-    """AUROC in percent by scorer: a mark for near, far and all sets, with its interval as a thin line, and a faint dot
-    for each set."""
+    """AUROC in percent by scorer: a mark for near, far and all sets, with its interval as a thin line, a faint dot for
+    each of them, and a faint cross for each diagnostic."""
     for region, (marker, shift) in _MARKS.items():
         ink = INKS[_ink(region)]
         singles = [(value, y + shift) for y, row in enumerate(rows) for role, value in row.sets if role == region]
@@ -299,6 +301,8 @@ def overview(axis: Axes, rows: Sequence[ScorerRow]) -> None:
         value, low, high, y = (*means.T[:3], means[:, 3] + shift)
         axis.hlines(y, low, high, color=ink, linewidth=1, alpha=0.6)
         axis.plot(value, y, marker, color=ink, markersize=3.6, linestyle="")
+    crosses = [(value, y) for y, row in enumerate(rows) for role, value in row.sets if role == "diagnostic"]
+    axis.plot(*np.reshape(crosses, (-1, 2)).T, "x", color=INKS["gold"], alpha=0.6, markersize=2.8)
     axis.axvline(50, color=INKS["muted"], linestyle=":", linewidth=1)
     name_rows(axis, [row.name for row in rows])
     axis.set_xlim(right=101)

@@ -7,12 +7,13 @@ loading is strict: a file that was cut, edited or written by another version is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from traj_ood.errors import TrajOODError
+from traj_ood.data import OOD_ROLES, OODRole
+from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.metrics import Metrics, mean_metrics
 from traj_ood.io.options import read_options
 from traj_ood.io.trees import field_of, read_json, write_json
@@ -20,7 +21,10 @@ from traj_ood.io.trees import field_of, read_json, write_json
 SCHEMA = 1
 FILE_NAME = "result.json"
 
+CONTROL = "control: files"
+"""Label of the control on image files (:mod:`traj_ood.evaluation.file_control`): a row of tables, and no scorer."""
 _MEANS = ("near", "far", "all")
+_RANKS: dict[str, int] = {role: n for n, role in enumerate(OOD_ROLES)}
 _REQUIRED: dict[str, dict[str, type]] = {
     "model": {"name": str, "fingerprint": str},
     "data": {"role": str, "count": int, "sha256": str},
@@ -30,12 +34,13 @@ _REQUIRED: dict[str, dict[str, type]] = {
 
 @dataclass(frozen=True)
 class SetScore:
-    """One scorer on one OOD set: its role (``near`` or ``far``), the images scored, the metrics and their intervals.
+    """One scorer on one OOD set: its role (``near``, ``far`` or ``diagnostic``), the images scored, the metrics and
+    their intervals.
 
     ``intervals`` holds (low, high) by metric name, fractions in [0, 1]; empty when no bootstrap was run.
     """
 
-    role: Literal["near", "far"]
+    role: OODRole
     count: int
     metrics: Metrics
     intervals: dict[str, tuple[float, float]]
@@ -66,7 +71,8 @@ class ScorerResult:
 
     @property
     def all(self) -> Metrics | None:
-        """The mean over all sets, each with equal weight (not the mean of ``near`` and ``far``); None without any."""
+        """The mean over near and far sets, each with equal weight (not the mean of ``near`` and ``far``); None without
+        any. Diagnostics are in no mean."""
         return self._mean("near", "far")
 
     def _mean(self, *roles: str) -> Metrics | None:
@@ -155,8 +161,54 @@ class Result:
 
 
 def near_first(sets: Mapping[str, str]) -> dict[str, str]:
-    """OOD sets, name → role, in the order of every figure and table: near ones first, then by name."""
-    return dict(sorted(sets.items(), key=lambda item: (item[1] == "far", item[0])))
+    """OOD sets, name → role, in the order of every figure and table: near, far, diagnostic, each by name."""
+    return dict(sorted(sets.items(), key=lambda item: (_RANKS[item[1]], item[0])))
+
+
+def is_in(role: str, region: str) -> bool:
+    """Whether the mean over a region (near, far, all) holds sets of that role.
+
+    >>> is_in("far", "all"), is_in("near", "far"), is_in("diagnostic", "all")
+    (True, False, False)
+    """
+    return role == region or (region == "all" and role != "diagnostic")
+
+
+def sets_in_words(sets: Mapping[str, str]) -> str:
+    """Which OOD sets, name → role, the means hold, and which none of them does.
+
+    >>> sets_in_words({"digits": "far", "bag": "near", "noise": "diagnostic"})
+    'Means hold bag (near) and digits (far); noise is a diagnostic, which none of them holds.'
+    """
+    named: dict[str, list[str]] = {role: [] for role in OOD_ROLES}
+    for name, role in near_first(sets).items():
+        named[role].append(name)
+    held = " and ".join(f"{', '.join(named[role])} ({role})" for role in ("near", "far") if named[role]) or "no set"
+    own = named["diagnostic"]
+    verb = "are diagnostics" if len(own) > 1 else "is a diagnostic"
+    return f"Means hold {held}" + (f"; {', '.join(own)} {verb}, which none of them holds." if own else ".")
+
+
+def with_diagnostics(results: Sequence[Result], names: Collection[str]) -> list[Result]:
+    """The same runs with these OOD sets as diagnostics, for records older than that role: their means leave them out.
+
+    Raises:
+        TrajOODError: a set that none of the runs has (with near names).
+    """
+    known = {name for result in results for scorer in result.scorers.values() for name in scorer.sets}
+    for name in names:
+        if name not in known:
+            raise unknown_name("OOD set of these results", name, known)
+
+    def sets(scorer: ScorerResult) -> dict[str, SetScore]:
+        return {n: replace(s, role="diagnostic") if n in names else s for n, s in scorer.sets.items()}
+
+    def data(result: Result) -> dict[str, dict[str, Any]]:
+        return {n: {**d, "role": "diagnostic"} if n in names else d for n, d in result.data.items()}
+
+    return [
+        replace(r, data=data(r), scorers={k: replace(s, sets=sets(s)) for k, s in r.scorers.items()}) for r in results
+    ]
 
 
 def mean_interval(scores: Sequence[SetScore], metric: str) -> tuple[float, float]:

@@ -43,8 +43,8 @@ class Versus:
     Attributes:
         a, b: what is compared, as a reader knows it.
         runs: how many runs the figures are means of, by benchmark.
-        mean: by metric, over all sets of all benchmarks, each with equal weight.
-        sets: by metric, each OOD set.
+        mean: by metric, over all near and far sets of all benchmarks, each with equal weight.
+        sets: by metric, each OOD set, diagnostics among them.
         resamples: of the bootstrap.
     """
 
@@ -61,7 +61,7 @@ class Versus:
 
     def verdict(self, metric: Metric = "auroc") -> str:
         """Sentences: who is better, by how much, how sure that is, and on which sets it is otherwise."""
-        d, count = self.mean[metric], len(self.sets[metric])
+        d, count = self.mean[metric], sum(row.role != "diagnostic" for row in self.sets[metric])
         sign = _sign(d, d.p, metric)
         over = f"mean {_NAMES[metric]} over {count} OOD set{'s' if count > 1 else ''}"
         points = f"{_points(d.difference)} points [{_points(d.low)}, {_points(d.high)}], p = {d.p:.2g}"
@@ -79,7 +79,9 @@ class Versus:
             if found[key]
         ]
         parts += [f"no difference is shown on {len(found[0])}"] if found[0] else []
-        return f"{first} On single sets, corrected for their number (Holm), {'; '.join(parts)}." if count > 1 else first
+        if len(self.sets[metric]) == 1:
+            return first
+        return f"{first} On single sets, corrected for their number (Holm), {'; '.join(parts)}."
 
     def frame(self) -> pd.DataFrame:
         """A row for each metric and OOD set, and one for the mean over sets; fractions."""
@@ -113,11 +115,13 @@ class Versus:
 
     def notes(self) -> list[str]:
         """How to read the tables."""
+        own = [row.name for row in self.sets["auroc"] if row.role == "diagnostic"]
+        left = f" The mean over sets leaves out diagnostics: {', '.join(own)}." if own else ""
         runs = ", ".join(f"{n} run{'s' if n > 1 else ''} of {name}" for name, n in self.runs.items())
         return [
             f"Means over {runs}. Differences are {self.a} minus {self.b}, in points, with 95 % intervals of a paired "
             f"bootstrap over images ({self.resamples:,} resamples; crops of one picture stay together). They say "
-            "whether the test images could explain the difference, not what another training would give."
+            f"whether the test images could explain the difference, not what another training would give.{left}"
         ]
 
     def as_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from traj_ood.data import OOD_ROLES
 from traj_ood.drawing.style import Figure, line_of, lines_of, look
 from traj_ood.drawing.svg import inline_svg
 from traj_ood.dynamics.trajectory import Status
@@ -316,9 +317,9 @@ def _mistakes(run: Run, label: str, missing: list[str]) -> list[tuple[str, list[
 
 
 def _mistake(images: Mapping[str, bytes], label: str, mistake: Mistake) -> Thumbnail:
-    kind = f"{mistake.role} OOD" if mistake.role in ("near", "far") else "ID"
+    kind = f"{mistake.role} OOD" if mistake.role in OOD_ROLES else "ID"
     alt = f"{kind} image {mistake.id} of {mistake.split}, score {mistake.score:.4g} by {label}"
-    role = mistake.role if mistake.role in ("near", "far") else "id"
+    role = mistake.role if mistake.role in OOD_ROLES else "id"
     return _thumbnail(images[mistake.image], alt, role, mistake.split, [f"{mistake.score:.4g}", mistake.id])
 
 
@@ -329,7 +330,7 @@ def _thumbnail(png: bytes, alt: str, role: str, caption: str, details: Sequence[
 
 def _film(pictures: Pictures, film: Frames) -> Film:
     sample = pictures.samples[film.sample]
-    role = sample.role if sample.role in ("near", "far") else "id"
+    role = sample.role if sample.role in OOD_ROLES else "id"
     ended = {
         Status.CONVERGED: f"settles after {sample.steps} steps",
         Status.STEP_LIMIT: f"still moving after {sample.steps} steps",
@@ -345,9 +346,10 @@ def _film(pictures: Pictures, film: Frames) -> Film:
 
 def _plane_label(pictures: Pictures) -> str:
     roles = [s.role for s in pictures.samples]
-    near, far = roles.count("near"), roles.count("far")
+    near, far, diagnostic = (roles.count(role) for role in OOD_ROLES)
+    others = f"{near} near, {far} far and {diagnostic} diagnostic" if diagnostic else f"{near} near and {far} far"
     return (
-        f"Paths of {len(roles) - near - far} ID, {near} near and {far} far samples in a plane, "
+        f"Paths of {len(roles) - near - far - diagnostic} ID, {others} samples in a plane, "
         f"with {len(pictures.attractors)} attractors"
     )
 
@@ -373,7 +375,7 @@ def _no_dynamics(run: Run) -> str:
 
 
 def _dynamics(draw: Draw, run: Run) -> list[tuple[str, list[Drawing], list[Key]]]:
-    """Rows of panels: all sets in one row up to four, else near and far apart."""
+    """Rows of panels: all sets in one row up to four, else one for each role."""
     if run.curves is None or run.curves.empty:
         return []
     tol = run.result.config.get("tol")

@@ -10,7 +10,16 @@ from typing import Any
 from traj_ood.attractors import Verdict
 from traj_ood.evaluation.leaderboard import REGIONS, groups_of, leaderboard
 from traj_ood.evaluation.metrics import METRIC_NAMES
-from traj_ood.evaluation.results import Result, ScorerResult, SetScore, mean_interval, near_first
+from traj_ood.evaluation.results import (
+    CONTROL,
+    Result,
+    ScorerResult,
+    SetScore,
+    is_in,
+    mean_interval,
+    near_first,
+    sets_in_words,
+)
 from traj_ood.evaluation.runs import Run
 
 NAN = float("nan")
@@ -83,12 +92,22 @@ class Board:
     @property
     def scorers(self) -> int:
         """How many different scorers there are."""
-        return len({row.label for row in self.rows})
+        return len({row.label for row in self.rows} - {CONTROL})
 
     @property
     def notes(self) -> dict[str, str]:
         """What each scorer measures, in a line."""
         return {row.label: row.note for row in self.rows if row.note}
+
+    @property
+    def leader(self) -> Row:
+        """The first row that is no control."""
+        return next((row for row in self.rows if row.label != CONTROL), self.rows[0])
+
+    @property
+    def held(self) -> str:
+        """Which sets the means hold."""
+        return sets_in_words(self.sets)
 
     @property
     def conclusion(self) -> str:
@@ -97,19 +116,19 @@ class Board:
 
     def best(self, column: str) -> float:
         """The best value of a column of figures; NaN where the rows are not comparable."""
-        values = [row.figures[column].value for row in self.rows if row.figures[column].known]
+        values = [r.figures[column].value for r in self.rows if r.figures[column].known and r.label != CONTROL]
         if self.tags or not values:
             return NAN
         return min(values) if "fpr" in column else max(values)
 
 
 def _leader(board: Board) -> str:
-    known = [row for row in board.rows if row.figures["all_auroc"].known]
+    known = [row for row in board.rows if row.figures["all_auroc"].known and row.label != CONTROL]
     if not known:
         return "No scorer has a mean AUROC."
     first = known[0]
     lead = first.figures["all_auroc"]
-    count = len(board.sets)
+    count = sum(is_in(role, "all") for role in board.sets.values())
     text = f"{first.label} leads with a mean AUROC of {100 * lead.value:.1f} % over {count} OOD set{'s'[: count > 1]}"
     others = [row for row in known if row.label.split(":")[0] != first.label.split(":")[0]]
     if not others:
@@ -196,7 +215,7 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
     scorers = [scorer for _, scorer in members]
     figures = {}
     for region in REGIONS:
-        scores = [s for scorer in scorers for s in scorer.sets.values() if region in ("all", s.role)]
+        scores = [s for scorer in scorers for s in scorer.sets.values() if is_in(s.role, region)]
         for metric in METRIC_NAMES:
             low, high = mean_interval(scores, metric)
             name = f"{region}_{metric}"
