@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cluster as local
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +22,7 @@ import tiny
 
 from traj_ood import Detector, Normalised
 from traj_ood.distributed.actor import KEY, ScoreActor
+from traj_ood.distributed.engine import check_same_run
 from traj_ood.distributed.output import read_rows_of, written_keys
 from traj_ood.errors import TrajOODError
 from traj_ood.stream import COLUMNS, Row, judge_entries, walk
@@ -76,24 +81,29 @@ def test_unfinished_files_are_removed_or_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "2.parquet").exists()
 
 
+def test_a_run_is_continued_with_its_own_detector_and_images_alone(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for names, wrong in ((["a", "b"], ""), (["a", "b"], ""), (["b", "a"], "list of images"), (["a"], "list of images")):
+        if not wrong:
+            check_same_run(tmp_path / "rows", place / "d", names)
+            continue
+        with pytest.raises(TrajOODError, match=f"expected rows of this {wrong}, found another's: choose another --out"):
+            check_same_run(tmp_path / "rows", place / "d", names)
+    again = Detector.load(place / "d", device="cpu")
+    again.calibrate(Normalised(tiny.images(40, (1, 8, 8), seed=8))).save(tmp_path / "d")
+    with pytest.raises(TrajOODError, match="expected rows of this detector"):
+        check_same_run(tmp_path / "rows", tmp_path / "d", ["a", "b"])
+
+
 # ---------------------------------------------------------------------- on a cluster
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two nodes on this machine, each with processes of its own, which end with the test."""
-    ray = pytest.importorskip("ray", reason="needs traj_ood[ray]")
-    from ray.cluster_utils import Cluster
-
-    room = {"num_cpus": 1, "object_store_memory": 100_000_000}
-    nodes = Cluster(initialize_head=True, head_node_args={**room, "include_dashboard": False})
-    try:
-        nodes.add_node(**room)
-        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-        yield ray
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
+def cluster() -> Iterator[tuple[Any, list[subprocess.Popen[bytes]]]]:
+    """ray, connected to two nodes on this machine by `ray start`, and the process of each; they end with the tests."""
+    pytest.importorskip("ray", reason="needs traj_ood[ray]")
+    with local.nodes(2) as both:
+        yield both
 
 
 @pytest.mark.slow
@@ -101,7 +111,8 @@ def test_a_killed_worker_costs_nothing_and_a_run_is_resumed(place: Path, cluster
     from traj_ood.distributed import score_to
     from traj_ood.distributed.engine import Workers
 
-    assert len(cluster.nodes()) == 2
+    ray = cluster[0]
+    assert len(ray.nodes()) == 2
     rows = expected(place)
     killed: list[int] = []
 
@@ -109,7 +120,7 @@ def test_a_killed_worker_costs_nothing_and_a_run_is_resumed(place: Path, cluster
         """The first actor that has come up, by its process."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
-            actors = [a for a in cluster._private.state.actors().values() if a["State"] == "ALIVE" and a["Pid"]]
+            actors = [a for a in ray._private.state.actors().values() if a["State"] == "ALIVE" and a["Pid"]]
             for actor in [a for a in actors if "MapWorker" in a["ActorClassName"]][:1]:
                 os.kill(actor["Pid"], signal.SIGKILL)
                 killed.append(actor["Pid"])
@@ -154,3 +165,40 @@ def test_the_command_and_sources_of_records(place: Path, cluster: Any, tmp_path:
     assert read_rows_of(tmp_path / "more")["score"].tolist() == pytest.approx(
         [row.score for row in expected(place)[:20]], rel=1e-9
     )
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_nothing(place: Path, cluster: Any, tmp_path: Path) -> None:
+    """All processes of the second node are killed while images are judged: its workers and blocks are lost with it."""
+    from traj_ood.distributed import score_to
+    from traj_ood.distributed.engine import Workers
+
+    ray, processes = cluster
+
+    def kill() -> None:
+        deadline = time.monotonic() + tiny.PATIENCE
+        while time.monotonic() < deadline:
+            actors = ray._private.state.actors().values()
+            if any(a["State"] == "ALIVE" and "MapWorker" in a["ActorClassName"] for a in actors):
+                local.end_node(processes[1])
+                return
+            time.sleep(0.1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    entries = list(walk(str(place / "photos")))
+    assert score_to(tmp_path / "rows", entries, place / "d", workers=Workers(count=2, batch=2)) == 60
+    killer.join()
+    assert processes[1].poll() is not None
+    assert_same(read_rows_of(tmp_path / "rows"), expected(place))
+
+
+@pytest.mark.slow
+def test_one_worker_and_two_are_timed(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs traj_ood[ray]")
+    command = [sys.executable, local.__file__, "--tiny", "--out", tmp_path / "cluster.json"]
+    subprocess.run(command, check=True, capture_output=True, timeout=tiny.PATIENCE)
+    record = json.loads((tmp_path / "cluster.json").read_text())
+    for name in ("one process", "1 worker", "2 workers"):
+        assert record[name]["seconds, long"] > 0
+    assert record["2 workers"]["largest relative difference"] <= 1e-9

@@ -278,4 +278,5 @@ def silence_libraries() -> None:
     from traj_ood.io.pretrained import silence_transformers
 
     silence_transformers()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, which our own errors tell, one line each
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # torch's own derivatives use it

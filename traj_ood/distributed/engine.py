@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from traj_ood.data.records import AS_USUAL, Opening, is_records, read_records
+from traj_ood.data.records import AS_USUAL, Opening, files_of, is_records, read_records
 from traj_ood.detector import FILE_NAME, SCHEMA, refuse_inside
 from traj_ood.distributed.actor import KEY, ScoreActor
 from traj_ood.distributed.output import written_keys
 from traj_ood.errors import TrajOODError
+from traj_ood.io.files import write_atomic
 from traj_ood.io.sealed import open_sealed
 from traj_ood.stream import Entry
 
 _RECORDS = 2**32
-"""Keys of one source of records: those of the n-th begin at n · 2³²."""
+"""Keys of one file of records: those of the n-th begin at n · 2³²."""
 _TABLE = 4096  # names in one block of the input
 _BATCH_BYTES = 2**26  # of decoded images, at float32 in the model's own size
 _MAX_BATCH = 256
@@ -94,9 +96,10 @@ def images_of(entries: Iterable[Entry], *, skip: Any = ()) -> Any:
 
 
 def records_of(sources: Iterable[str], opening: Opening = AS_USUAL, *, skip: Any = ()) -> Any:
-    """A Ray dataset of the images in sources of records (tar shards, Parquet, videos): each is read by one task, on any
-    node, which leaves out those whose keys are in ``skip``."""
-    units = [{"source": source, "first": n * _RECORDS} for n, source in enumerate(sources)]
+    """A Ray dataset of the images in sources of records (tar shards, Parquet, videos): each file is read by one task,
+    on any node, which leaves out those whose keys are in ``skip``."""
+    files = [file for source in sources for file in files_of(source)]
+    units = [{"source": file, "first": n * _RECORDS} for n, file in enumerate(files)]
 
     def read(unit: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for number, record in enumerate(read_records(unit["source"], opening)):
@@ -133,22 +136,23 @@ def score_to(
     folder = Path(out).expanduser().absolute()
     refuse_inside(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = [path.name for path in folder.iterdir()]
-    strange = sorted(name for name in found if not name.endswith((".parquet", ".crc")) and name != _ABOUT)
-    if strange or (found and not resume):
+    names = [path.name for path in folder.iterdir()]
+    strange = sorted(name for name in names if not name.endswith((".parquet", ".crc")) and name != _ABOUT)
+    if strange or (names and not resume):
         raise TrajOODError(
             f"{folder}: expected an empty folder{' or rows of an earlier run' if resume else ''}, found "
-            f"{(strange or sorted(found))[0]!r}: choose another --out{'' if resume else ', or continue with --resume'}"
+            f"{(strange or sorted(names))[0]!r}: choose another --out{'' if resume else ', or continue with --resume'}"
         )
-    _same_detector(folder, Path(detector).expanduser())
+    given, expected = list(sources), 0
+    check_same_run(folder, Path(detector).expanduser(), [s.path if isinstance(s, Entry) else str(s) for s in given])
     done = written_keys(folder, remove_broken=True)
-    given = list(sources)
     if given and isinstance(given[0], str):
         dataset = records_of([str(source) for source in given], opening, skip=done)
     else:
         entries = [entry for entry in given if isinstance(entry, Entry)]
-        if len(done) == len(entries):
-            return len(done)
+        expected = len(entries)
+        if len(done) == expected:
+            return expected
         dataset = images_of(entries, skip=done)
     try:
         score(dataset, detector, workers=workers, reading=reading).write_parquet(str(folder))
@@ -157,7 +161,10 @@ def score_to(
     except Exception as error:  # of the cluster: ray has many classes
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise TrajOODError(f"ray: {text[-1][:300]}: rows so far are in {folder}: continue with --resume") from error
-    return len(written_keys(folder))
+    found = len(written_keys(folder, remove_broken=True))  # a killed writer's; what it had begun is written elsewhere
+    if found < expected:
+        raise TrajOODError(f"{folder}: expected {expected} rows, found {found}: continue with --resume")
+    return found
 
 
 def split_sources(sources: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -166,18 +173,26 @@ def split_sources(sources: Iterable[str]) -> tuple[list[str], list[str]]:
     return [s for s in given if is_records(s)], [s for s in given if not is_records(s)]
 
 
-_ABOUT = "_detector.json"
+_ABOUT = "_run.json"
 
 
-def _same_detector(folder: Path, detector: Path) -> None:
-    """Keep the digest of the detector beside the rows, and refuse to continue with another."""
-    record = open_sealed(detector, FILE_NAME, SCHEMA)
-    about, now = folder / _ABOUT, {"schema": "traj_ood.rows/1", "detector": record["digest"]}
-    if about.exists():
-        if json.loads(about.read_text()) != now:
-            raise TrajOODError(f"{folder}: expected rows of this detector, found another's: choose another --out")
+def check_same_run(folder: Path, detector: Path, names: Sequence[str]) -> None:
+    """Keep the digests of the detector and of the sources' names beside the rows, and refuse to continue with others:
+    keys are places among the sources.
+
+    Raises:
+        TrajOODError: says which of them has changed.
+    """
+    sources = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    now = {"detector": open_sealed(detector, FILE_NAME, SCHEMA)["digest"], "sources": sources}
+    about = folder / _ABOUT
+    if not about.exists():
+        write_atomic(about, (json.dumps({"schema": "traj_ood.rows/2", **now}) + "\n").encode())
         return
-    about.write_text(json.dumps(now) + "\n")
+    before = json.loads(about.read_text())
+    for name, what in (("detector", "detector"), ("sources", "list of images")):
+        if before.get(name) != now[name]:
+            raise TrajOODError(f"{folder}: expected rows of this {what}, found another's: choose another --out")
 
 
 def _batch(folder: Path) -> int:
