@@ -184,7 +184,4 @@ class NearestOther(NearestAttractor):
         self._own = own
 
     def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
-        found = self._index.search(self._autoencoder.view(latents, self._view), 2)
-        mine = found.indices[:, 0].cpu() == self._own[rows]
-        distances = found.distances.cpu()
-        return torch.where(mine, distances[:, 1], distances[:, 0])
+        return self._index.nearest(self._autoencoder.view(latents, self._view), self._own[rows]).distances[:, 0]

@@ -79,6 +79,20 @@ def _operations(*backends: Any) -> list[Any]:
     return [operation for operation in found if hasattr(operation, "fp32_precision")]
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Without TF32, also where :func:`set_tf32` allows it: for what relies on a bound on float32's rounding. Other
+    threads compute more exactly meanwhile, not less."""
+    if not _PROCESS.tf32:
+        yield
+        return
+    _round_products(False)
+    try:
+        yield
+    finally:
+        _round_products(True)
+
+
 class _ProcessSettings:
     """What torch keeps for the whole process: the first thread to enter sets it, the last to leave puts back what the
     caller had. Other threads of the caller see ours meanwhile; torch has no other way."""

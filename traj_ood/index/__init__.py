@@ -2,7 +2,8 @@
 
 from traj_ood.index.flat import Approximate, Backend
 from traj_ood.index.groups import greedy_leaders
-from traj_ood.index.search import NeighborIndex, Neighbors, Recall
+from traj_ood.index.neighbors import Neighbors, Recall
+from traj_ood.index.search import NeighborIndex
 
 __all__ = [
     "Approximate",

@@ -33,7 +33,7 @@ _HNSW_LINKS, _HNSW_BUILD, _HNSW_SEARCH = 32, 80, 64  # twice FAISS's breadths: t
 def flat_backend(backend: Backend, device: torch.device) -> type[TorchFlat] | type[FaissFlat]:
     if backend not in ("auto", "faiss", "torch"):
         raise unknown_name("index backend", backend, ("auto", "faiss", "torch"))
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):  # FAISS takes its queries from the host
         return TorchFlat
     try:
         import faiss

@@ -12,17 +12,19 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from traj_ood.dynamics.device import standard_settings
+from traj_ood.dynamics.device import exact_products, standard_settings
+from traj_ood.dynamics.host import to_device
 from traj_ood.errors import TrajOODError
-from traj_ood.index.flat import Approximate, Backend, FaissApproximate, check_approximate, flat_backend
+from traj_ood.index.flat import Approximate, Backend, FaissApproximate, TorchFlat, check_approximate, flat_backend
 from traj_ood.index.groups import greedy_leaders, leaders_in_cells
+from traj_ood.index.neighbors import Neighbors, Recall
+from traj_ood.index.one_read import OneReadSearch, first_of_nearest
 from traj_ood.index.scan import Scan, smallest, table
 
 # Groups of points (distinct attractors) from which an approximate index is used where it is asked for. Below, the
@@ -49,40 +51,16 @@ _SEARCHING = threading.RLock()
 
 
 def _alone(method: _Method) -> _Method:
-    """One search at a time, under torch's standard settings: parts are built when they are first needed, FAISS reads
-    numbers that belong to the process, and its GPU indices are for one thread. Both use all cores by themselves."""
+    """One search at a time, under torch's standard settings and without TF32, which no bound on rounding here allows
+    for: parts are built when they are first needed, FAISS reads numbers that belong to the process, and its GPU indices
+    are for one thread. Both use all cores by themselves."""
 
     @wraps(method)
     def guarded(*args: Any, **options: Any) -> Any:
-        with _SEARCHING, standard_settings():
+        with _SEARCHING, standard_settings(), exact_products():
             return method(*args, **options)
 
     return cast("_Method", guarded)
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """``distances`` (B, k) float64 ascending (plain, not squared) and ``indices`` (B, k) int64 into the points."""
-
-    distances: Tensor
-    indices: Tensor
-
-
-@dataclass(frozen=True)
-class Recall:
-    """How much an approximate index loses against the exact search.
-
-    Attributes:
-        queries: number of queries it was measured on.
-        recall: share of them whose nearest point (or one exactly as near) was found.
-        mean_excess, max_excess: (distance found − true distance) / true distance; infinite if a query lies on a point
-            that was missed.
-    """
-
-    queries: int
-    recall: float
-    mean_excess: float
-    max_excess: float
 
 
 class NeighborIndex:
@@ -96,10 +74,11 @@ class NeighborIndex:
 
     Args:
         points: (N, d), finite. Kept on ``device`` as float32, or as float64 where they are.
-        backend: ``auto`` (default) takes FAISS where it is installed and suits the device, else torch; both give the
-            same distances. ``faiss`` runs on the GPU when the points are there and FAISS sees one, on all GPUs in
-            shards when there are several and the points exceed ``SHARD_ABOVE`` bytes. It is what :meth:`nearest` asks;
-            :meth:`search` and :meth:`kth` always take torch's products.
+        backend: ``auto`` (default) takes FAISS on the CPU, where it is installed, and torch on an accelerator, where
+            :meth:`nearest` then makes the host wait once for all of its queries; both give the same distances.
+            ``faiss`` runs on the GPU when the points are there and FAISS sees one, on all GPUs in shards when there are
+            several and the points exceed ``SHARD_ABOVE`` bytes; queries then go by way of the host. It is what
+            :meth:`nearest` asks; :meth:`search` and :meth:`kth` always take torch's products.
         device: where queries will come from. Default: where the points are.
         approximate: leave to :meth:`nearest` not to look everywhere. Default ``none``: exact, as the paper's score is
             defined. ``ivf`` looks into the cells of a k-means partition that are nearest to the query, ``hnsw`` walks
@@ -139,6 +118,8 @@ class NeighborIndex:
         self._scan: Scan | None = None
         check_approximate(approximate, backend)
         self._permitted, self._grouped = approximate, False
+        self._reads_once = _waits_for(device) and self._make_flat is TorchFlat
+        self._one_read: OneReadSearch | None = None
 
     def __len__(self) -> int:
         return len(self._points)
@@ -158,16 +139,29 @@ class NeighborIndex:
         return self._approximate
 
     @_alone
-    def nearest(self, queries: Tensor) -> Neighbors:
+    def nearest(self, queries: Tensor, other_than: Tensor | None = None) -> Neighbors:
         """The nearest point of each query (B, d), exact down to the spacing of the inputs' type; of points exactly as
         near, the first.
 
+        Args:
+            other_than: (B,) int64 on the CPU, a point that does not count for this query; −1 for none. Default: all
+                count.
         Raises:
-            TrajOODError: wrong dimension, or a non-finite query (it would come back as infinitely far).
+            TrajOODError: wrong dimension, a non-finite query (it would come back as infinitely far), or no other point.
         """
+        if other_than is not None and len(self) < 2:
+            raise TrajOODError("index: expected another point than the one left out, got 1 in all")
         self._ensure_groups()
+        if self._one_read is not None:
+            queries, centred, lengths = self._centre(queries)
+            own = None if other_than is None else to_device(other_than, self.device)
+            return Neighbors(*self._one_read.nearest(queries, centred, self._error(lengths), own, self._exact))
+        if other_than is not None:
+            found = self.search(queries, 2)
+            mine = found.indices[:, 0] == other_than.to(found.indices.device)
+            return Neighbors(*(torch.where(mine, v[:, 1], v[:, 0])[:, None] for v in (found.distances, found.indices)))
         queries, centred, error = self._prepare(queries)
-        width = max(self._points.shape[1], int(self._sizes.max()))
+        width = max(self._points.shape[1], self._largest)
         return self._in_blocks(self._nearest_block, queries, centred, error, width)
 
     @_alone
@@ -289,13 +283,20 @@ class NeighborIndex:
     def _prepare(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, d) of the points' type, the same less the mean in float32, and (B,) float64 bounds on the error
         of the rounded ‖x‖² + ‖y‖² − 2x·y over all points y."""
+        queries, centred, norms = self._centre(queries)
+        _refuse_non_finite(norms, "queries")  # a NaN or infinite coordinate makes the norm so, too
+        return queries, centred, self._error(norms)
+
+    def _centre(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, d) of the points' type, the same less the mean in float32, and its (B,) norms."""
         if queries.ndim != 2 or queries.shape[1] != self._points.shape[1]:
             raise TrajOODError(f"queries: expected (B, {self._points.shape[1]}), got {tuple(queries.shape)}")
         queries = queries.to(self._points)
         centred = (queries - self._mean).float()
-        norms = centred.norm(dim=1)
-        _refuse_non_finite(norms, "queries")  # a NaN or infinite coordinate makes the norm so, too
-        return queries, centred, (_ERROR_FACTOR * _UNIT) * (norms + self._norm).double().square()
+        return queries, centred, centred.norm(dim=1)
+
+    def _error(self, norms: Tensor) -> Tensor:
+        return (_ERROR_FACTOR * _UNIT) * (norms + self._norm).double().square()
 
     def _exact(self, queries: Tensor, rows: Tensor, points: Tensor) -> Tensor:
         """(P,) float64 distances of the pairs, by direct difference of the original coordinates."""
@@ -323,12 +324,7 @@ class NeighborIndex:
             return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
         rows, points = self._closest_members(queries, rows, groups)
         distances = self._exact(queries, rows, points)
-        best = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=self.device)
-        best.scatter_reduce_(0, rows, distances, "amin")
-        won = distances == best[rows]
-        first = torch.full((len(queries),), len(self), device=self.device)
-        first.scatter_reduce_(0, rows[won], points[won], "amin")
-        best, first = best[:, None], first[:, None]
+        best, first = (v[:, None] for v in first_of_nearest(distances, rows, points, len(queries), len(self)))
         lost = best[:, 0].isinf()  # an approximate index may propose nothing
         if bool(lost.any()):
             best[lost], first[lost] = self._dense(queries[lost], 1)
@@ -460,6 +456,11 @@ class NeighborIndex:
         self._leaders = leaders
         self._approximate: Approximate = approximate if len(leaders) >= APPROXIMATE_FROM else "none"
         self._flat: Any
+        if self._reads_once and self._approximate == "none":
+            del centred
+            unit = 2 * _ERROR_FACTOR * _UNIT  # a product alone may have all of the expansion's error
+            self._one_read = OneReadSearch(self._points, self._mean, leaders, assigned, unit)
+            return
         if self._approximate == "none":
             del centred  # before the index makes its own copy
             self._flat = self._make_flat(self._points, self._mean, leaders)
@@ -473,11 +474,16 @@ class NeighborIndex:
         self._offsets = distances[self._order]
         self._sizes = torch.bincount(assigned[members], minlength=len(leaders))
         self._starts = self._sizes.cumsum(0) - self._sizes
-        self._shared = (self._sizes > 1).tolist()
+        self._shared, self._largest = (self._sizes > 1).tolist(), int(self._sizes.max())
         self._cache: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._radii = torch.zeros(len(leaders), dtype=torch.float64, device=self.device)
         self._radii.scatter_reduce_(0, assigned, distances, "amax")
         self._max_radius = float(self._radii.max())
+
+
+def _waits_for(device: torch.device) -> bool:
+    """Whether the host waits for this device when it reads of it."""
+    return device.type != "cpu"
 
 
 def _may_be_smallest(values: Tensor, doubt: Tensor, groups: Tensor, count: int) -> Tensor:
