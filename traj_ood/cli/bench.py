@@ -15,6 +15,7 @@ from traj_ood.cli.base import (
     SEED,
     THREADS,
     autoencoder_of,
+    compile_option,
     examples,
     input_size_option,
     main,
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     help="bf16 takes a test image's first steps in bfloat16 and finishes in fp32; attractors are always fp32. Scores "
     "over the whole path can differ.",
 )
+@compile_option
 @click.option("--index", type=click.Choice(["auto", "faiss", "torch"]), default="auto", show_default=True)
 @click.option(
     "--approximate",
@@ -243,4 +245,5 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
         approximate=options["approximate"],
         on_error=options["on_error"],
         control=options["control"],
+        compile=options["compile"],
     )

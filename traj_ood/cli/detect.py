@@ -19,6 +19,7 @@ from traj_ood.cli.base import (
     SEED,
     THREADS,
     autoencoder_of,
+    compile_option,
     examples,
     input_size_option,
     main,
@@ -78,6 +79,7 @@ _FAILED = 3  # exit code: every image has its row, some of them an error
 @click.option("--overwrite", is_flag=True, help="Replace the detector that is in OUT.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@compile_option
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
@@ -118,7 +120,7 @@ def fit(source: str, **options: Any) -> None:
         _model(options, chosen, device),
         chosen.fit,
         options["scorer"],
-        **{key: options[key] for key in ("tol", "max_steps", "batch_size", "workers", "on_error", "quiet")},
+        **{key: options[key] for key in ("tol", "max_steps", "compile", "batch_size", "workers", "on_error", "quiet")},
     )
     if not quiet:
         note(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}")
@@ -219,6 +221,7 @@ class _TrainingSplit:
 @quote_formulas_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@compile_option
 @click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
 @click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
@@ -274,7 +277,7 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
     resume, out = options["resume"], options["out"]
     asked = {key: options[key] for key in ("format", "resume", "overwrite", "quote_formulas")}
     with open_table(out, **asked) as table:
-        detector = Detector.load(Path(folder), device=options["device"])
+        detector = Detector.load(Path(folder), device=options["device"], compile=options["compile"])
         detector.reading = _reading(detector.reading, options)
         if detector.calibration is None:
             warn(f"{folder} is not calibrated: p_value and decision stay empty")
@@ -312,6 +315,8 @@ def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any
     out = options["out"]
     if out is None or options["format"] not in (None, "parquet") or options["overwrite"]:
         raise TrajOODError("--engine ray: expected --out with a new folder, or --resume, for Parquet files")
+    if options["compile"]:
+        raise TrajOODError("--compile: expected --engine local, got ray, whose workers compute f itself: leave it out")
     records, files = split_sources(sources)
     if records and (files or options["list_path"]):
         raise TrajOODError("--engine ray: expected sources of records or of files, got both: score them one by one")

@@ -113,6 +113,7 @@ class Detector(OnTheHub):
         max_steps: int = 500,
         backend: Backend = "auto",
         approximate: Approximate = "none",
+        compile: bool = False,
         batch_size: int | None = None,
         workers: int = 2,
         on_error: OnError = "raise",
@@ -129,6 +130,8 @@ class Detector(OnTheHub):
                 Dataset or DataLoader gives.
             tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
             backend, approximate: of :class:`traj_ood.NeighborIndex`.
+            compile: of :class:`traj_ood.ScorerSet`, for the fit and for this object's scores. ``training`` says so; a
+                detector that is loaded asks for it anew. Default false.
             batch_size, workers: see the class.
             on_error: ``raise`` (default) or ``skip`` images that cannot be read; their number is in ``training``.
             quiet: no progress bar. Default true, since this is a library call.
@@ -137,7 +140,7 @@ class Detector(OnTheHub):
                 that cannot be read, or a model that leaves the finite numbers on them.
         """
         spec = recommended(autoencoder).scorer if scorer is None else scorer
-        scorers = one_scorer(autoencoder, spec, tol, max_steps, backend, approximate)
+        scorers = one_scorer(autoencoder, spec, tol, max_steps, backend, approximate, compile)
         count = count_of(images)
         scorers.check_training_size(count)
         classes = _classes(scorers, images, labels, count)
@@ -161,6 +164,7 @@ class Detector(OnTheHub):
             "list": images.digest() if hasattr(images, "digest") else None,
             "attractors": health,
             **({"reading": files.options()} if files != AS_STORED else {}),
+            **({"compile": True} if scorers.compile else {}),
         }
         _warn_of_attractors(scorers, health)
         return cls(scorers, training=training, seen=torch.cat(found.seen), batch_size=batch_size, workers=workers)
@@ -372,7 +376,14 @@ class Detector(OnTheHub):
         write_detector(parts, Path(folder), overwrite)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto", autoencoder: Autoencoder | None = None) -> Detector:
+    def load(
+        cls,
+        folder: str | Path,
+        device: str = "auto",
+        autoencoder: Autoencoder | None = None,
+        *,
+        compile: bool = False,
+    ) -> Detector:
         """Read what :meth:`save` wrote, after checking all of it; nothing is downloaded and no code in it is run.
 
         Before use: the schema, the list of files with sizes and hashes, the type of every entry, names, dtypes, shapes
@@ -384,11 +395,13 @@ class Detector(OnTheHub):
                 about 1e-4.
             autoencoder: the model the detector was fitted with. Needed when its code is your own; it stays on its
                 device when ``device`` is ``auto``.
+            compile: of :class:`traj_ood.ScorerSet`: whole chunks of images, as streams have them, to 1e-5 of the plain
+                scores. Default false.
         Raises:
             TrajOODError: damage anywhere (the message names the file), a newer schema, another model, or a model that
                 gives other numbers here.
         """
-        parts = read_detector(Path(folder).expanduser(), device, autoencoder)
+        parts = read_detector(Path(folder).expanduser(), device, autoencoder, compile)
         return cls(
             parts.scorers,
             training=parts.training,

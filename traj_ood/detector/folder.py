@@ -166,7 +166,7 @@ def _is_detector(folder: Path) -> bool:
     return isinstance(record, dict) and str(record.get("schema", "")).startswith(SCHEMA.split("/")[0])
 
 
-def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) -> Parts:
+def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None, compile: bool = False) -> Parts:
     """Read and check ``folder``; see :meth:`traj_ood.Detector.load` for the errors."""
     record = open_sealed(folder, FILE_NAME, SCHEMA)
     where = str(folder / FILE_NAME)
@@ -178,7 +178,7 @@ def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) ->
         check_same(described, autoencoder, where)
         model = autoencoder if device == "auto" else autoencoder.to(resolve_device(device))
     stored = field_of(record, "tensors", dict, where)
-    scorers = _scorer(model, record, stored, folder)
+    scorers = _scorer(model, record, stored, folder, compile)
     parts = Parts(
         scorers,
         training=field_of(record, "training", dict, where),
@@ -192,7 +192,9 @@ def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None) ->
     return parts
 
 
-def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, Any], folder: Path) -> ScorerSet:
+def _scorer(
+    model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, Any], folder: Path, compile: bool
+) -> ScorerSet:
     """The fitted scorer, and the attractors that it measures distances to."""
     where = str(folder / FILE_NAME)
     settings, facts = (field_of(record, key, dict, where) for key in ("settings", "scorer"))
@@ -208,6 +210,7 @@ def _scorer(model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, 
         field_of(settings, "max_steps", int, where),
         field_of(settings, "backend", str, where),  # type: ignore[arg-type]
         field_of(settings, "approximate", str, where),  # type: ignore[arg-type]
+        compile,
     )
     scorer = scorers.scorers[0]
     if as_json(scorer.options()) != options:

@@ -25,6 +25,7 @@ _SHARE = 0.05  # devices and TF32 differ by 1e-3, other weights by the whole val
 
 def probe(scorers: ScorerSet) -> dict[str, Any]:
     """JSON-able results on two fixed images: coordinates of z0, lengths of the first steps, and scores."""
+    scorers.try_compile()  # before there is a copy, which would compile for itself
     short = copy.copy(scorers)
     short.max_steps = min(_STEPS, scorers.max_steps)
     encoding = scorers.autoencoder.examine(_images(scorers.autoencoder.input_shape))

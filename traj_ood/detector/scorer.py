@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError, check_word
@@ -13,7 +14,13 @@ from traj_ood.scorers.scorer_set import ScorerSet
 
 
 def one_scorer(
-    autoencoder: Autoencoder, spec: str, tol: float, max_steps: int, backend: Backend, approximate: Approximate
+    autoencoder: Autoencoder,
+    spec: str,
+    tol: float,
+    max_steps: int,
+    backend: Backend,
+    approximate: Approximate,
+    compile: bool = False,
 ) -> ScorerSet:
     """A :class:`traj_ood.ScorerSet` of the scorer ``spec``, not fitted.
 
@@ -28,7 +35,8 @@ def one_scorer(
         raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
     check_word("backend", backend, Backend)
     check_word("approximate search", approximate, Approximate)
-    return ScorerSet(autoencoder, [spec], tol=tol, max_steps=max_steps, backend=backend, approximate=approximate)
+    settings: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "backend": backend, "approximate": approximate}
+    return ScorerSet(autoencoder, [spec], **settings, compile=compile)
 
 
 def forget_fit(scorers: ScorerSet) -> None:

@@ -12,19 +12,20 @@ from traj_ood.text import brief
 
 
 class CompiledMap:
-    """``self_map`` (n, *L) → (n, *L), compiled at the first call for that call's shape.
+    """``self_map`` (n, *L) → (n, *L), compiled at its first call for that call's shape.
 
     Scores move by rounding (1e-5 relative): kernels are fused, and sums taken in another order. The engine calls f on
     one number of rows, so one shape is compiled; another one is answered by ``self_map`` itself.
 
     Args:
         self_map: f.
+        rows: of the calls to compile for; others are answered by ``self_map``. Default: those of the first call.
         graphs: record CUDA graphs, too (``mode="reduce-overhead"``): for networks whose kernels are so short that
             launching them takes longer. Their answers lie in one buffer, so each is copied.
     """
 
-    def __init__(self, self_map: Callable[[Tensor], Tensor], *, graphs: bool = False) -> None:
-        self._map, self._graphs = self_map, graphs
+    def __init__(self, self_map: Callable[[Tensor], Tensor], *, rows: int | None = None, graphs: bool = False) -> None:
+        self._map, self._rows, self._graphs = self_map, rows, graphs
         # Whose method it is: the engine puts that model into evaluation mode, and names it in errors.
         self.__self__ = getattr(self_map, "__self__", None)
         self._compiled: Callable[[Tensor], Tensor] | None = None
@@ -32,7 +33,7 @@ class CompiledMap:
         self.fell_back = ""  # why f itself answers; empty while it does not
 
     def __call__(self, latents: Tensor) -> Tensor:
-        if self.fell_back or (self._shape is not None and tuple(latents.shape) != self._shape):
+        if self.fell_back or not self._is_compiled_for(latents):
             return self._map(latents)
         try:
             if self._compiled is None:
@@ -48,3 +49,9 @@ class CompiledMap:
             self.fell_back = f"{type(error).__name__}: {brief(error)}"
             warnings.warn(f"torch.compile failed, f runs uncompiled ({self.fell_back})", stacklevel=2)
             return answer
+
+    def _is_compiled_for(self, latents: Tensor) -> bool:
+        """Or will be, at this call."""
+        if self._shape is not None:
+            return tuple(latents.shape) == self._shape
+        return self._rows in (None, len(latents))

@@ -61,7 +61,8 @@ class RunConfig:
         seed: of the training sample.
         tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
         resamples: bootstrap resamples for the 95 % intervals; 0 for none.
-        precision, approximate: see :class:`traj_ood.ScorerSet`; exact float32 by default.
+        precision, approximate, compile: see :class:`traj_ood.ScorerSet`; exact float32 by default, not compiled. A run
+            whose f could not be compiled is a plain one.
         on_error: ``raise`` (default) or ``skip`` images that cannot be read or have no finite score, which are
             then counted in the result.
         control: add the control on image files (:mod:`traj_ood.evaluation.file_control`) to the table. Default None:
@@ -79,6 +80,7 @@ class RunConfig:
     approximate: Approximate = "none"
     on_error: OnError = "raise"
     control: bool | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``TrajOODError`` for values no run can have, before anything is computed or written."""
@@ -148,6 +150,7 @@ class Evaluator:
             backend=self.backend,
             approximate=config.approximate,
             precision=config.precision,
+            compile=config.compile,
         )
         self.scorers.check_training_size(len(self.sample.train.images))
         self.control = bench.control if config.control is None else config.control
@@ -288,6 +291,9 @@ class Evaluator:
     def _identity(self, found: list[Copies]) -> dict[str, Any]:
         """What two runs must share to be one run."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "control")}
+        self.scorers.try_compile()
+        config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "compile")}
+        config |= {"compile": True} if self.scorers.compile else {}  # results older than it have none, and are plain
         config |= {
             "scorers": self.scorers.labels,
             "attractors": len(self.sample.train.images),

@@ -16,11 +16,14 @@ from traj_ood.attractors import AttractorDictionary, NearestAttractor, NearestOt
 from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, View
 from traj_ood.data.batches import Images, batches
 from traj_ood.data.preprocessing import Normalised, prepare
+from traj_ood.dynamics.chunks import filled
+from traj_ood.dynamics.compiled import CompiledMap
 from traj_ood.dynamics.device import bfloat16_map
 from traj_ood.dynamics.fixed_function import KnownWeights
+from traj_ood.dynamics.host import where
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
 from traj_ood.dynamics.jacobian import divergence_at
-from traj_ood.dynamics.maps import LowPrecision
+from traj_ood.dynamics.maps import LowPrecision, SelfMap
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend, NeighborIndex
@@ -66,6 +69,10 @@ class ScorerSet:
         precision: ``bf16`` takes the first steps of scored images in bfloat16 (see :class:`traj_ood.LowPrecision` for
             what that changes). Default ``fp32``. Training trajectories are always fp32: attractors that are off move
             every score.
+        compile: f through ``torch.compile``, see :class:`traj_ood.dynamics.compiled.CompiledMap`: every path, those of
+            training images, too, within 1e-5 of the plain scores. Default false: docs/performance.md says what it
+            brings. Calls of fewer rows than the model's ``chunk``, and the first steps of ``bf16``, stay as they are.
+            Where the compiler fails a warning says so, f itself computes, and :attr:`compile` becomes false.
     Raises:
         TrajOODError: unknown scorers or options, or a scorer that reads what this model does not have.
     """
@@ -80,6 +87,7 @@ class ScorerSet:
         backend: Backend = "auto",
         approximate: Approximate = "none",
         precision: Precision = "fp32",
+        compile: bool = False,
     ) -> None:
         check_word("precision", precision, Precision)
         self.autoencoder = autoencoder
@@ -90,6 +98,8 @@ class ScorerSet:
                 raise TrajOODError(f"scorer {scorer.label}: {lack}")
         self.tol, self.max_steps = tol, max_steps
         self.backend, self.approximate, self.precision = backend, approximate, precision
+        self.compile = compile
+        self._compiled: CompiledMap | None = None
         self.needs: Needs = reduce(lambda a, b: a | b, (s.needs() for s in self.scorers))
         self.dictionary: AttractorDictionary | None = None
         self._indices: dict[View, NeighborIndex] = {}
@@ -113,6 +123,24 @@ class ScorerSet:
             raise TrajOODError(f"fewer than 2 ID samples: expected at least 2 ID training images, got {count}")
         for scorer in self.scorers:
             scorer.check_training_size(count)
+
+    def try_compile(self) -> None:
+        """Compile f now, where that was asked for and has not been done. Afterwards :attr:`compile` says whether paths
+        are walked with a compiled f, before any was: whatever keeps results says by it whose they are."""
+        self.compile = self.compile and bool(self.needs.steps or self.needs.points or self.needs_dictionary)
+        if not self.compile or self._compiled is not None:
+            return
+        model = self.autoencoder
+        self._compiled = CompiledMap(model.self_map, rows=model.chunk)
+        start = model.encode(torch.zeros(1, *model.input_shape, device="cpu"))
+        with model.fixed(), torch.inference_mode():
+            self._compiled(filled(start, model.chunk))
+        self.compile = not self._compiled.fell_back
+
+    def _self_map(self) -> SelfMap:
+        """f, as paths are walked with it."""
+        self.try_compile()
+        return self._compiled if self.compile and self._compiled is not None else self.autoencoder.self_map
 
     def check_weights(self) -> None:
         """Refuse a model whose weights or buffers are others than when the scorers learnt from it. Equal weights that
@@ -174,7 +202,9 @@ class ScorerSet:
                 taken.append((encoding.latents, ids))
                 yield encoding
 
+        self.try_compile()
         provenance = {"model": self.autoencoder.fingerprint(), "tol": self.tol, "max_steps": self.max_steps}
+        provenance |= {"compile": True} if self.compile else {}
         for evidence in self._passes(encodings(), [], steps, on_step):
             start, ids = taken.popleft()
             if not self.needs_dictionary:
@@ -294,7 +324,7 @@ class ScorerSet:
                 yield encoding.latents
 
         for path in iterate(
-            model.self_map,
+            self._self_map(),
             starts(),
             tol=self.tol,
             max_steps=min(self.max_steps, max(1, steps)),  # one step still measures z0
@@ -340,7 +370,7 @@ class ScorerSet:
         start = start.to(model.device, dictionary.points.dtype)  # features are float32, a model may be float64
         steps = max(s.needs().steps for s in self.scorers if s.needs().train_path)
         return iterate(
-            model.self_map,
+            self._self_map(),
             start,
             tol=self.tol,
             max_steps=min(self.max_steps, steps),
@@ -367,7 +397,7 @@ class _Points:
         for t, pieces in self._seen.items():
             there = steps == t
             if bool(there.any()):
-                points = latents[there.to(latents.device)]
+                points = latents[where(there, latents.device)]
                 pieces.append((rows[there], self._model.latent_view(points, self._view).cpu()))
 
     def points(self, path: Trajectory, first: int) -> dict[tuple[FeatureView, int], Tensor]:
