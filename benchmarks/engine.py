@@ -4,7 +4,10 @@ Part 1, the bundled model on Fashion-MNIST with 2,000 attractors: time per evalu
 stopping, distances) over a bare loop of f on the same batch, and a whole scoring run against the naive way: iterate the
 whole batch until its slowest sample stops, keep every point, then torch.cdist.
 
-Part 2, ViT-MAE base geometry with random weights and 2,000 random attractors of 151,296 dimensions: the share of a step
+Part 2, the bundled model's f through ``torch.compile`` beside f itself, both in the model's chunks; what compiling
+costs, after how many rows that is earned back, and how far scores move.
+
+Part 3, ViT-MAE base geometry with random weights and 2,000 random attractors of 151,296 dimensions: the share of a step
 that distances take, and the peak memory of the process.
 
 Seconds are CPU seconds, of as many threads as OMP_NUM_THREADS says.
@@ -31,6 +34,7 @@ from traj_ood import AttractorDictionary, Autoencoder, Norm, Normalised, ScorerS
 from traj_ood.attractors import NearestAttractor
 from traj_ood.data import ImageSource, load_benchmark
 from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.compiled import CompiledMap
 from traj_ood.index import NeighborIndex
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
@@ -119,6 +123,32 @@ def score_naive() -> dict[str, Any]:
     return {"seconds": time.process_time() - began, "scores": scores.tolist()}
 
 
+def compiled() -> dict[str, Any]:
+    """f through torch.compile: CPU seconds of chunks in turn with f's own, and the scores of both."""
+    model, start, dictionary = _bundled()
+    rows = start[: model.chunk]
+    f, began = CompiledMap(model.self_map, rows=model.chunk), time.process_time()
+    with torch.inference_mode(), model.fixed():
+        f(rows)
+        compiling = time.process_time() - began
+        ways: dict[str, Callable[[], object]] = {"plain": lambda: model.self_map(rows), "compiled": lambda: f(rows)}
+        seconds = _interleaved(ways, repeats=3 if TINY else 100)
+    images = Normalised(_images(model, load_benchmark("fashion").test.images, min(BATCH, 96)))
+    scores = []
+    for compile in (False, True):
+        scorers = ScorerSet(model, ["trajectory:horizon=16"], max_steps=LIMIT, compile=compile)
+        scores.append(scorers.learn(dictionary, _no_evidence()).score(images).scores["trajectory:horizon=16"])
+    saved = (seconds["plain"] - seconds["compiled"]) / len(rows)
+    return {
+        "fell_back": f.fell_back,
+        "ms_per_chunk": {name: 1e3 * value for name, value in seconds.items()},
+        "compiled_over_plain": seconds["compiled"] / seconds["plain"],
+        "compile_seconds": compiling,
+        "rows_to_earn_it_back": compiling / saved if saved > 0 else None,
+        "max_relative_score_difference": float(((scores[1] - scores[0]).abs() / scores[0]).max()),
+    }
+
+
 def base_geometry() -> dict[str, Any]:
     """ViT-MAE base, random weights: distances against f, per step."""
     from traj_ood.autoencoders.vit_mae import build_model
@@ -154,7 +184,7 @@ def _base_step(model: Autoencoder, index: NeighborIndex, latents: torch.Tensor) 
 
 
 PIECES: dict[str, Callable[[], dict[str, Any]]] = {
-    f.__name__: f for f in (overhead, score_engine, score_naive, base_geometry)
+    f.__name__: f for f in (overhead, score_engine, score_naive, compiled, base_geometry)
 }
 
 

@@ -45,6 +45,7 @@ def of_engine(record: Mapping[str, Any]) -> Ratios:
         "engine over the bare loop of f": record["overhead"]["engine_over_fastest_bare_loop"],
         "engine over the naive way, time": 1 / naive["seconds"],
         "engine over the naive way, memory": 1 / naive["peak_memory"],
+        "f compiled over f": record["compiled"]["compiled_over_plain"],
         "ViT-MAE base: distances' share of a step, 32 images": base["32_images"]["distances_share_of_step"],
         "ViT-MAE base: peak memory, GB": base["peak_memory_gb"],
     }
@@ -117,8 +118,8 @@ def compare(today: Mapping[str, float], recorded: Mapping[str, float]) -> tuple[
     return lines, losses
 
 
-def measure(piece: Piece, *, tiny: bool) -> Ratios:
-    """Raises ``RuntimeError`` with the script's last words where it fails."""
+def measure(piece: Piece, *, tiny: bool) -> dict[str, Any]:
+    """The record of a piece. Raises ``RuntimeError`` with the script's last words where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
         command = [sys.executable, str(HERE / piece.script), *(piece.tiny if tiny else piece.words), "--out", str(out)]
@@ -127,7 +128,7 @@ def measure(piece: Piece, *, tiny: bool) -> Ratios:
         if done.returncode:
             words = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
             raise RuntimeError(f"exit code {done.returncode}: {words[0]}")
-        return piece.ratios(json.loads(out.read_text()))
+        return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
 def main() -> None:
@@ -149,7 +150,7 @@ def main() -> None:
             continue
         began = time.monotonic()
         try:
-            today |= measure(PIECES[name], tiny=arguments.tiny)
+            today |= PIECES[name].ratios(measure(PIECES[name], tiny=arguments.tiny))
         except (RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
             failures.append(f"{name}: {type(error).__name__}: {error}")
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
