@@ -21,6 +21,9 @@ from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
 
+_TRIANGULAR_ROWS = 512  # at a time: a factor in narrow blocks needs more of them to fill its products
+
+
 @register
 @dataclass
 class Mahalanobis(FeatureScorer):
@@ -84,7 +87,7 @@ class Mahalanobis(FeatureScorer):
             return distances_to_gaussians(self.state, features).mean(dim=1)
         if torch.compiler.is_compiling() or not is_upper(self.state["factor"]):
             return in_rows(partial(self._distances, torch.matmul), features)
-        return in_rows(partial(self._distances, times_upper), features)
+        return in_rows(partial(self._distances, times_upper), features, _TRIANGULAR_ROWS)
 
     def features(self, evidence: Evidence) -> Tensor:
         features = super().features(evidence)

@@ -10,11 +10,11 @@ from torch import Tensor
 ROWS = 128
 
 
-def in_rows(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """``function`` on ``inputs`` (B, …), at most ``ROWS`` rows at a time.
+def in_rows(function: Callable[[Tensor], Tensor], inputs: Tensor, rows: int = ROWS) -> Tensor:
+    """``function`` on ``inputs`` (B, …), at most ``rows`` rows at a time.
 
     While a graph is recorded for export B is a symbol and cannot be cut into rows: ``function`` then sees all of them.
     """
-    if torch.compiler.is_compiling() or len(inputs) <= ROWS:
+    if torch.compiler.is_compiling() or len(inputs) <= rows:
         return function(inputs)
-    return torch.cat([function(part) for part in inputs.split(ROWS)])
+    return torch.cat([function(part) for part in inputs.split(rows)])
