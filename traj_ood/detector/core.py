@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, Encoding
-from traj_ood.data.batches import Batch, Images, OnError, batches, count_of, has_own_labels
+from traj_ood.data.batches import Batch, Images, OnError, batches, count_of
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages
@@ -22,6 +22,7 @@ from traj_ood.detector.conformal import Calibration, check_count, entry, images_
 from traj_ood.detector.decision import Decision, Judgement, decide_each
 from traj_ood.detector.folder import Parts, read_detector, write_detector
 from traj_ood.detector.hub import OnTheHub
+from traj_ood.detector.labels import classes_given, labels_of, numbered
 from traj_ood.detector.module import as_module
 from traj_ood.detector.scorer import forget_fit, one_scorer
 from traj_ood.detector.tensors import digests_of
@@ -31,7 +32,7 @@ from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
 from traj_ood.scorers import WHOLE_PATH, Evidence, Scorer, recommended
-from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
+from traj_ood.scorers.scorer_set import Scored, ScorerSet
 from traj_ood.text import printable
 
 OnKnown = Literal["raise", "skip"]
@@ -143,14 +144,14 @@ class Detector(OnTheHub):
         scorers = one_scorer(autoencoder, spec, tol, max_steps, backend, approximate, compile)
         count = count_of(images)
         scorers.check_training_size(count)
-        classes = _classes(scorers, images, labels, count)
+        classes = classes_given(scorers, images, labels, count)
         files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages | EncodedImages) else AS_STORED
         reading = batches(autoencoder, images, batch_size, workers, on_error, files)
         with tqdm(total=count, desc=printable(f"fit {scorers.labels[0]}"), unit="img", delay=2, disable=quiet) as bar:
             found = _explore(scorers, reading, bar)
         dictionary = AttractorDictionary.concatenate(found.dictionaries) if found.dictionaries else None
         if classes is None and scorers.needs.labels:
-            classes = _numbered(found.labels, len(found.rows), scorers)
+            classes = numbered(found.labels, len(found.rows), scorers)
         elif classes is not None:
             classes = classes[found.rows]
         train = replace(Evidence.join(found.evidence), labels=classes)
@@ -202,7 +203,7 @@ class Detector(OnTheHub):
         """
         check_word("value of on_known", on_known, OnKnown)
         check_count(count := count_of(images), tpr)
-        classes = None if labels is None else _labels(labels, count)
+        classes = None if labels is None else labels_of(labels, count)
         scores, known = [_nothing(torch.float64)], [_nothing(torch.bool)]
         ids: list[str] = []
         rows: list[int] = []
@@ -288,7 +289,7 @@ class Detector(OnTheHub):
         known = self.calibration
         if known is None:
             return Judgement(scores, None, None, steps, status)
-        classes = None if labels is None else _labels(labels, len(scores))
+        classes = None if labels is None else labels_of(labels, len(scores))
         return Judgement(scores, known.p_values(scores, classes), known.decide(scores, classes), steps, status)
 
     def decide(self, images: Images) -> list[Decision]:
@@ -411,43 +412,9 @@ class Detector(OnTheHub):
         )
 
 
-def _labels(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
-    """One label per image.
-
-    Raises:
-        TrajOODError: another number of them, or what is no class.
-    """
-    class_numbers(labels, count)
-    return list(labels.tolist() if hasattr(labels, "tolist") else labels)
-
-
 def _nothing(kind: torch.dtype) -> Tensor:
     """On the CPU, whatever the caller's default device."""
     return torch.empty(0, dtype=kind, device="cpu")
-
-
-def _classes(scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int) -> Tensor | None:
-    """(N,) int64 classes 0 … C − 1 of the images given, or None where there are none, or where they come with the
-    images."""
-    own = has_own_labels(images)
-    given = labels if labels is not None else () if own else getattr(images, "labels", ())
-    if labels is None and len(given) == 0:
-        return None if own else _numbered((), count, scorers) if scorers.needs.labels else None
-    return _numbered(given, count, scorers)
-
-
-def _numbered(given: Any, count: int, scorers: ScorerSet) -> Tensor:
-    """(N,) int64 classes 0 … C − 1.
-
-    Raises:
-        TrajOODError: none, another number of them, or what is no class.
-    """
-    if len(given) == 0 and count:
-        raise TrajOODError(
-            f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or images "
-            "from a list with classes (traj_ood.data.read_image_list)"
-        )
-    return class_numbers(given, count)
 
 
 @dataclass

@@ -290,9 +290,8 @@ class Evaluator:
 
     def _identity(self, found: list[Copies]) -> dict[str, Any]:
         """What two runs must share to be one run."""
-        config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "control")}
         self.scorers.try_compile()
-        config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "compile")}
+        config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "control", "compile")}
         config |= {"compile": True} if self.scorers.compile else {}  # results older than it have none, and are plain
         config |= {
             "scorers": self.scorers.labels,

@@ -20,7 +20,6 @@ from traj_ood.scorers.labels import classes_of
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
-
 _TRIANGULAR_ROWS = 512  # at a time: a factor in narrow blocks needs more of them to fill its products
 
 

@@ -1,0 +1,48 @@
+"""Classes of images as a caller gives them: in a list or tensor, or with the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from traj_ood.data.batches import Images, has_own_labels
+from traj_ood.errors import TrajOODError
+from traj_ood.scorers.scorer_set import ScorerSet, class_numbers
+
+
+def labels_of(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
+    """One label per image.
+
+    Raises:
+        TrajOODError: another number of them, or what is no class.
+    """
+    class_numbers(labels, count)
+    return list(labels.tolist() if hasattr(labels, "tolist") else labels)
+
+
+def classes_given(
+    scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int
+) -> Tensor | None:
+    """(N,) int64 classes 0 … C − 1 of the images given, or None where there are none, or where they come with the
+    images."""
+    own = has_own_labels(images)
+    given = labels if labels is not None else () if own else getattr(images, "labels", ())
+    if labels is None and len(given) == 0:
+        return None if own else numbered((), count, scorers) if scorers.needs.labels else None
+    return numbered(given, count, scorers)
+
+
+def numbered(given: Any, count: int, scorers: ScorerSet) -> Tensor:
+    """(N,) int64 classes 0 … C − 1.
+
+    Raises:
+        TrajOODError: none, another number of them, or what is no class.
+    """
+    if len(given) == 0 and count:
+        raise TrajOODError(
+            f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or images "
+            "from a list with classes (traj_ood.data.read_image_list)"
+        )
+    return class_numbers(given, count)
