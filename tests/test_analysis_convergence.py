@@ -266,7 +266,7 @@ def test_chunks_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     question = Convergence(model=str(model), data=str(data), images=11, tol=1e-13, epsilon=0.01, curve_steps=9)
     figures = []
     for size in (1000, 1):  # the model's own chunk of rows is the least
-        monkeypatch.setattr(convergence, "_BATCH", size)
+        monkeypatch.setattr(convergence, "_UNIT_IMAGES", size)
         work = Workspace(tmp_path / f"work-{size}")
         figures.append(question.run(work, tmp_path / "out").figures)
         units = len(list(work.folder.glob("trajectories-*")))
@@ -335,7 +335,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
     work = Workspace(tmp_path / "work")
     model, data = saved_conv(tmp_path / "model"), tiny.write_benchmark(tmp_path / "data")
     restless = saved_conv(tmp_path / "restless", gain=3)
-    with raises("convergence: expected trajectories that move and settle, got 0 of 8 settled"):
+    with raises("convergence: expected trajectories that move and converge, got 0 of 8 that converged"):
         Convergence(model=str(restless), data=str(data), images=8, tol=1e-30, max_steps=2).run(work, tmp_path / "out")
     with raises("unknown model 'fashion-may': did you mean 'fashion-mae'"):
         Convergence(model="fashion-may", data=str(data)).run(work, tmp_path / "out")

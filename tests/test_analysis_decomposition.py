@@ -165,7 +165,7 @@ def test_chunks_change_no_number(tmp_path: Path, pairs: list[str], monkeypatch: 
     )
     figures = []
     for size in (1000, 1):  # the model's own chunk of rows is the least
-        monkeypatch.setattr(decomposition, "_BATCH", size)
+        monkeypatch.setattr(decomposition, "_UNIT_STARTS", size)
         work = Workspace(tmp_path / f"work-{size}")
         figures.append(question.run(work, tmp_path / "out").figures)
     assert figures[0] == figures[1]
@@ -198,7 +198,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path, pairs: list
     restless.save_pretrained(tmp_path / "restless")
     changes = [f"model={tmp_path / 'restless'}", "tol=1e-30", "max_steps=2"]
     unsettled = options_from(find_question("decomposition"), [*pairs, *changes])
-    with raises("decomposition: expected trajectories that settle, got 0 of 10"):
+    with raises("decomposition: expected trajectories that converge, got 0 of 10"):
         unsettled.run(Workspace(tmp_path / "work"), tmp_path / "out")
     with raises("decomposition: expected 1 to 10 images"):
         options_from(find_question("decomposition"), [*pairs, "images=50"]).run(

@@ -57,7 +57,7 @@ def test_trajectories_that_leave_the_finite_numbers_end_there(tmp_path: Path, mo
     finding = question.run(Workspace(tmp_path / "work"), tmp_path / "out")
     figures = finding.figures
     assert finding.sentence == (
-        "The mean latent residual over 8 steps: tiny/grows: leaves the finite numbers (5 of 5 samples)."
+        "The mean latent residual over 8 steps: tiny/grows: becomes NaN or infinite (5 of 5 samples)."
     )
     assert figures["rows"][0]["left_the_finite_numbers"] == 5
     assert figures["curves"]["tiny/grows"]["norm"][-1] is None
@@ -75,7 +75,7 @@ def test_bounded_norms_are_claimed_only_where_no_sample_is_lost() -> None:
     assert told == (
         "The mean latent residual over 7 steps: a: ends at 0.5 of its first value and changes by a factor of 0.5 a "
         "step at the end; b: ends at 0.5 of its first value and changes by a factor of 0.5 a step at the end (of those "
-        "still finite; 1 of 4 samples leave the finite numbers); c: vanishes. "
+        "still finite; 1 of 4 samples become NaN or infinite); c: vanishes. "
         "From the first step on, the largest mean norm of a is at most 1.001 times its smallest."
     )
     assert "of every model is at most 2 times" in dynamics._sentence([row("a", 0, 1.0, 2.0)], 7)
@@ -125,9 +125,9 @@ def test_more_models_than_colours_are_refused_at_once() -> None:
         ("diffusers:vae", "unknown model of dynamics 'diffusers:vae'"),
         (
             "causal-lm:./nowhere",
-            r"expected a name or a folder, \./nowhere is no folder; correct 'causal-lm:\./nowhere'",
+            r"expected a name or a folder, got \./nowhere, which is no folder: correct 'causal-lm:\./nowhere'",
         ),
-        ("a/b/c", "a/b/c is no folder"),
+        ("a/b/c", "got a/b/c, which is no folder"),
     ],
 )
 def test_all_names_are_checked_before_anything_is_computed(
@@ -257,7 +257,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 def test_too_few_texts_are_told(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("short\nlong enough for sixteen\n")
     question = Dynamics(models=("rehearsal-llama",), texts="texts.txt", text_samples=2, tokens=16)
-    with pytest.raises(TrajOODError, match=r"expected 2 of at least 16 tokens, texts\.txt has 1; ask for fewer"):
+    with pytest.raises(TrajOODError, match=r"expected 2 of at least 16 tokens, got 1 from texts\.txt: use fewer"):
         question.run(Workspace(tmp_path / "work", data_root=tmp_path), tmp_path / "out")
 
 

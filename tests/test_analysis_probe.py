@@ -200,7 +200,7 @@ def test_points_that_never_settle_are_not_said_to_converge(tmp_path: Path, monke
     finding = of(tmp_path, monkeypatch, 1.5, max_steps=20)
     assert (finding.figures["converged"], finding.figures["finite"]) == (0.0, 1.0)
     assert finding.sentence.startswith(
-        "Of 4 starts from noise 0 (0.0%) converged within 20 steps and 0 left the finite numbers; the finite end "
+        "Of 4 starts from noise 0 (0.0%) converged within 20 steps and 0 became NaN or infinite; the finite end "
         "points (4, distinct: 4) are the atoms"
     )
     assert "With at most 2 atoms (50.0% of the starts; 2 in the median reconstruction" in finding.sentence
@@ -217,7 +217,7 @@ def test_atoms_that_the_pursuit_could_not_use_are_not_counted(tmp_path: Path, mo
     monkeypatch.setattr(probe, "settle", three_lost)
     finding = of(tmp_path, monkeypatch, 0.5)
     assert finding.figures["finite"] == 0.25
-    assert "3 left the finite numbers; the finite end points (1, distinct: 1)" in finding.sentence
+    assert "3 became NaN or infinite; the finite end points (1, distinct: 1)" in finding.sentence
     assert "With at most 2 atoms (50.0% of the starts; 1 in the median reconstruction, 2 of the" in finding.sentence
     used = [r["median_atoms_used"] for r in finding.figures["rows"] if r["dictionary"] == ATTRACTORS]
     assert used == [1, 1]
@@ -226,10 +226,10 @@ def test_atoms_that_the_pursuit_could_not_use_are_not_counted(tmp_path: Path, mo
 def test_noise_that_is_no_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         TrajOODError,
-        match=r"probe: attractors: .*got 4 of 4 that are 0; .* take another \(traj-ood diagnose fashion-mae\)",
+        match=r"probe: attractors: .*got 4 of 4 that are 0; .* use another \(traj-ood diagnose fashion-mae\)",
     ):
         of(tmp_path, monkeypatch, 0.0)
-    with pytest.raises(TrajOODError, match=r"probe: attractors: .*got none: all 4 starts left the finite numbers; "):
+    with pytest.raises(TrajOODError, match=r"probe: attractors: .*got none: all 4 starts became NaN or infinite; "):
         of(tmp_path, monkeypatch, 1e15)
 
 
@@ -244,7 +244,7 @@ def test_images_that_the_model_makes_nothing_finite_of_are_named(
     monkeypatch.setattr(made, "_encode", lambda x: encode(x) / (x.flatten(1) != 77))
     monkeypatch.setattr(probe, "load_autoencoder", lambda _: made)
     question = Probe(data=(str(tmp_path / "images"),), shares=(0.5, 1.0))
-    with pytest.raises(TrajOODError, match=r"expected finite latents, linear gives NaN or infinity for images/000"):
+    with pytest.raises(TrajOODError, match=r"expected finite latents, got NaN or infinity from linear for images/000"):
         question.run(Workspace(tmp_path / "work"), tmp_path / "out")
 
 
@@ -276,8 +276,8 @@ def test_the_starts_do_not_depend_on_the_units() -> None:
 
 
 def test_units_are_small_and_an_interruption_costs_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_UNIT", 1)
-    monkeypatch.setattr(probe, "_GROUP", 3)
+    monkeypatch.setattr(probe, "_UNIT_STARTS", 1)
+    monkeypatch.setattr(probe, "_GROUP_IMAGES", 3)
     chunked = tiny.conv()
     chunked.chunk = 2
     monkeypatch.setattr(probe, "load_autoencoder", lambda _: chunked)
@@ -297,7 +297,7 @@ def test_units_are_small_and_an_interruption_costs_one(folders: Path, monkeypatc
     assert len(list((folders / "work").glob("reconstructions-*"))) == 1
     found = question.run(work(folders), folders / "out")
     assert calls == [("dark", range(3), 3), *[("dark", range(3, 5), 1)] * 2]
-    monkeypatch.setattr(probe, "_UNIT", 64)
+    monkeypatch.setattr(probe, "_UNIT_STARTS", 64)
     at_once = question.run(Workspace(folders / "other", data_root=folders), folders / "out")
     assert at_once.figures == found.figures
 
@@ -338,7 +338,7 @@ def test_what_cannot_be_asked(folders: Path, monkeypatch: pytest.MonkeyPatch) ->
         asked(folders, atoms=7).run(work(folders), folders / "out")
     with pytest.raises(TrajOODError, match="unknown set of images 'fashon': did you mean 'fashion'"):
         asked(folders, data=("fashon",)).run(work(folders), folders / "out")
-    with pytest.raises(TrajOODError, match="two sets of images are called 'dark'"):
+    with pytest.raises(TrajOODError, match="expected sets of images with different names, got 'dark' twice"):
         asked(folders, data=("dark", str(folders / "dark"))).run(work(folders), folders / "out")
     model = tiny.conv()
     monkeypatch.setattr(model, "decode_batch", lambda latents: latents)

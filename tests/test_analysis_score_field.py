@@ -20,7 +20,7 @@ from traj_ood.analysis.score_field import (
     angles,
     carried_score,
     data_space,
-    journey,
+    distances_to_modes,
     latent_space,
     train_denoiser,
 )
@@ -191,7 +191,7 @@ def test_an_encoder_that_is_no_similarity_turns_the_latent_field_away_from_the_s
 def test_the_best_denoiser_leads_to_the_modes() -> None:
     mixture, sigma = named_mixture("ring"), 0.2
     model = Linear(mixture, sigma, torch.eye(2, dtype=torch.float64))
-    found = journey(model, mixture, sigma, mixture.sample(20, draws()))
+    found = distances_to_modes(model, mixture, sigma, mixture.sample(20, draws()))
     assert found["converged"] == 1
     assert found["end_to_mode"] < 1e-3 < found["start_to_mode"]
 

@@ -65,9 +65,9 @@ def test_from_trajectory_on_an_analytic_map() -> None:
 def test_from_trajectory_refuses_other_lengths() -> None:
     start = torch.ones(2, 2)
     path = iterate(lambda z: 0.5 * z, start)
-    with pytest.raises(TrajOODError, match="attractors: 2 trajectories, 2 starts and 1 ids"):
+    with pytest.raises(TrajOODError, match="got 2 trajectories, 2 starts and 1 ids"):
         AttractorDictionary.from_trajectory(start, path, ("a",))
-    with pytest.raises(TrajOODError, match="attractors: 2 trajectories, 3 starts and 2 ids"):
+    with pytest.raises(TrajOODError, match="got 2 trajectories, 3 starts and 2 ids"):
         AttractorDictionary.from_trajectory(torch.ones(3, 2), path, ("a", "b"))
 
 
@@ -146,7 +146,7 @@ def test_non_finite_end_points_are_left_out() -> None:
 
 def test_no_usable_end_point() -> None:
     built = make(corners(), [2] * 16)
-    with pytest.raises(TrajOODError, match="every training trajectory left the finite numbers"):
+    with pytest.raises(TrajOODError, match="every training trajectory became NaN or infinite"):
         built.usable()
     health = built.health()
     assert not health.healthy

@@ -310,10 +310,10 @@ def test_impossible_geometry_in_a_config(folder: Path, changes: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({}, "its images are 224 x 224, and the network takes 8 x 8"),
+        ({}, "expected images of 8 x 8, as the network takes, got 224 x 224"),
         ({"size": 8, "image_mean": [0.5] * 3, "image_std": [1.0] * 3}, "for each of 1 channels"),
         ({"size": 8, "image_mean": "grey"}, "expected numbers image_mean and image_std, got 'grey'"),
-        ({"size": 8, "do_pad": True}, "do_pad: expected a setting that is known here, got True"),
+        ({"size": 8, "do_pad": True}, "do_pad: expected no such setting, got True"),
         ({"size": {"shortest_edge": 8}}, "size: expected do_center_crop with shortest_edge"),
         ({"size": 8, "resample": 77}, "expected one of Pillow's filters, got 77"),
         ({"size": 8, "image_processor_type": "ImageGPTImageProcessor"}, "expected a ViTImageProcessor, got 'ImageGPT"),

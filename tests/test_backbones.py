@@ -139,7 +139,7 @@ def test_specs(model: str, expected: bool) -> None:
         ("timn:resnet18", "unknown backbone library 'timn': did you mean 'timm'"),
         ("timm:", r"'timm:': expected a name after timm:"),
         ("timm:resnet81", r"unknown timm model 'resnet81': did you mean .*'resnet18'.*\d+ names are known"),
-        ("timm:./nowhere", r"timm:\./nowhere: no such folder; expected one with config\.json"),
+        ("timm:./nowhere", r"timm:\./nowhere: no such folder; expected a folder with config\.json"),
         ("timm:test_resnet:nowhere.pth", r"nowhere\.pth: expected a file of weights .*found nothing"),
         ("torchvision:resnet81", "unknown torchvision model 'resnet81': did you mean"),
         ("torchvision:resnet18:nowhere.pth", r"nowhere\.pth: expected a file of weights"),
@@ -297,7 +297,7 @@ def test_no_network_and_no_local_weights(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr(models, "get_model", offline)
-    text = r"cannot be fetched \(cannot reach the hub\); give local ones: "
+    text = r"cannot be downloaded \(cannot reach the hub\); give local ones: "
     with pytest.raises(TrajOODError, match=rf"timm:resnet18: its weights.*{text}timm:<name>:<file") as caught:
         load_backbone("timm:resnet18")
     assert "\n" not in str(caught.value)
@@ -468,7 +468,7 @@ def test_transformers_refusals(tmp_path: Path) -> None:
     refuse("classifier.bias holds NaN", {**weights, "classifier.bias": torch.full((4,), torch.nan)})
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "preprocessor_config.json").unlink()
-    refuse(r"preprocessor_config\.json cannot be read here or fetched .*transformers:<folder>")
+    refuse(r"preprocessor_config\.json can be neither read nor downloaded .*transformers:<folder>")
 
 
 def test_transformers_pickled_weights_are_plain_tensors_or_refused(tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ def test_vit_mae_is_no_backbone(tmp_path: Path) -> None:
     import tiny
 
     tiny.vit().save_pretrained(tmp_path)
-    with pytest.raises(TrajOODError, match="masks at random and is an autoencoder itself"):
+    with pytest.raises(TrajOODError, match="got a ViT-MAE, which is itself an autoencoder"):
         load_backbone(f"transformers:{tmp_path}")
 
 
@@ -569,7 +569,7 @@ def test_openood_transform_is_openoods(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (type("N", (FakeNet,), {"fault": "tensor"}), r"returns one tensor \(2, 10\) with return_feature=True"),
         (type("N", (FakeNet,), {"fault": "list"}), "returns a list of 2 as features"),
-        (OldNet, "does not know return_feature, so it is of an older version or tells none"),
+        (OldNet, "does not take return_feature; it is older, or returns no features"),
         (None, r"expected v1\.5 .* without openood\.networks\.resnet18_32x32\.ResNet18_32x32: pip install git"),
     ],
 )

@@ -101,7 +101,7 @@ def test_ssd_finds_separated_clusters() -> None:
 def test_labels_are_asked_for(spec: str) -> None:
     with pytest.raises(TrajOODError, match=f"scorer {spec}: expected class labels of the training images, got none"):
         create_scorer(spec).fit(Evidence(TRAIN.features))
-    with pytest.raises(TrajOODError, match="expected 200 whole labels from 0 on, got shape"):
+    with pytest.raises(TrajOODError, match="expected 200 labels, whole numbers from 0, got shape"):
         create_scorer(spec).fit(Evidence(TRAIN.features, labels=torch.full((200,), -1)))
 
 
@@ -109,7 +109,7 @@ def test_labels_are_asked_for(spec: str) -> None:
     ("spec", "text"),
     [
         ("ssd:clusters=0", "clusters must be at least 1, got 0"),
-        ("ssd:clusters=2:classes=true", "clusters are the classes with classes=true"),
+        ("ssd:clusters=2:classes=true", "expected clusters or classes=true, got both"),
         ("patchcore:share=0", "share must be above 0 and at most 1, got 0"),
         ("patchcore:neighbours=0", "neighbours must be at least 1, got 0"),
         ("patchcore:view=tokens", "unknown view of scorer patchcore 'tokens'"),

@@ -288,7 +288,7 @@ def test_she_refuses_labels_that_do_not_number_the_classifiers_classes() -> None
 def test_fdbd_refuses_classes_of_the_same_weights() -> None:
     weight = torch.ones(3, WIDTH)
     twins = Evidence(TRAIN.features, logits=TRAIN.logits, head=(weight, torch.arange(3.0)))
-    with pytest.raises(TrajOODError, match="scorer fdbd: expected classes of different weights"):
+    with pytest.raises(TrajOODError, match="scorer fdbd: expected a different weight vector for each class"):
         create_scorer("fdbd").fit(twins)
 
 

@@ -263,9 +263,9 @@ def test_impossible_options(folder: Path) -> None:
         load_autoencoder(folder, image_size=15)
     with pytest.raises(TrajOODError, match="unexpected keyword argument 'sise'"):
         load_autoencoder(folder, sise=1)
-    with pytest.raises(TrajOODError, match="no such folder; expected one, or owner/name"):
+    with pytest.raises(TrajOODError, match="no such folder; expected a folder, or owner/name"):
         load_autoencoder("diffusers:./nowhere")
-    with pytest.raises(TrajOODError, match="a language model has no images"):
+    with pytest.raises(TrajOODError, match="expected a model of images, got a language model"):
         load_autoencoder("causal-lm:gpt2")
 
 

@@ -500,7 +500,9 @@ def test_the_caller_and_its_starts_stay_out_of_inference_mode() -> None:
 
 
 def test_batches_of_a_stream_must_be_alike() -> None:
-    with pytest.raises(TrajOODError, match=r"start: expected batches alike, got float32 \(3,\) on cpu and then float"):
+    with pytest.raises(
+        TrajOODError, match=r"expected batches of one shape, type and device, got float32 \(3,\) on cpu and"
+    ):
         list(iterate(cubic, iter([scattered(9, 0), scattered(9, 1).double()])))
     with pytest.raises(TrajOODError, match=r"start: expected floating-point latents of shape \(B, \*L\), got list"):
         list(iterate(cubic, iter([[1.0]])))  # type: ignore[list-item]
@@ -565,7 +567,7 @@ class Answer:
         ({"tol": "a"}, "tol: expected a finite squared residual >= 0, got 'a'"),
         ({"max_steps": 2.5}, r"max_steps: expected a whole number of at least 1, got 2\.5"),
         ({"chunk": 2.5}, r"chunk: expected a whole number of at least 1 row, got 2\.5"),
-        ({"observers": [Norm(), Norm()]}, "observers: expected a name for each, got 'norm' twice"),
+        ({"observers": [Norm(), Norm()]}, "observers: expected different names, got 'norm' twice"),
         ({"observers": [Answer(torch.ones(1))]}, r"observer mine: expected None or .* of 4 samples, got shape \(1,\)"),
         ({"observers": [Answer(1.0)]}, "observer mine: expected None or .* of 4 samples, got float"),
     ],
@@ -637,12 +639,12 @@ def test_impossible_arguments(changes: dict[str, object], text: str) -> None:
 
 
 def test_f_that_changes_the_shape() -> None:
-    with pytest.raises(TrajOODError, match=r"f must keep the latent's shape \(3, 2\), got \(6,\): encode\(decode"):
+    with pytest.raises(TrajOODError, match=r"f must keep the latent's shape \(3, 2\), got \(6,\): encode must return"):
         iterate(lambda z: z.flatten(1), torch.ones(2, 3, 2))
 
 
 def test_unknown_measure_and_bad_horizon() -> None:
-    with pytest.raises(TrajOODError, match=r"holds no measure 'norm', only \['distance/tokens'\]"):
+    with pytest.raises(TrajOODError, match=r"has no measure 'norm', only \['distance/tokens'\]"):
         record().measure("norm")
     with pytest.raises(TrajOODError, match="horizon: expected a number of steps >= 0, got -1"):
         record().mean_over_path("distance/tokens", -1)

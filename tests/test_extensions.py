@@ -142,7 +142,7 @@ def test_a_file_is_run_once_and_may_import_its_neighbours_but_hides_no_library(t
         (MINE.replace("def score", "def scored"), "Mine is abstract: expected score(): define them"),
         (
             MINE.replace(" = 5", "").replace("@dataclass", "@dataclass(kw_only=True)"),
-            "Mine: option k has no default: write one",
+            "Mine: option k has no default: add one",
         ),
         (MINE + "    def needs(self):\n        return 3\n", "expected needs() to return traj_ood.Needs(...), got int"),
         (MINE + "    def needs(self):\n        return self.x\n", "or its needs() fail ('Mine' object has no attribute"),

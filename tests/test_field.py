@@ -208,7 +208,7 @@ def test_it_costs_one_evaluation_and_no_attractors() -> None:
 
 
 def test_too_few_training_images() -> None:
-    text = "scorer field: expected at least 8 training images, got 7: each half of them measures the other"
+    text = "scorer field: expected at least 8 training images, got 7: add images, since the fit splits them into"
     with pytest.raises(TrajOODError, match=text):
         Field().fit(evidence(7, 0))
     with pytest.raises(TrajOODError, match=text):

@@ -347,8 +347,11 @@ def test_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"jacobian": float("inf")}, "jacobian must be 0 or more and finite, got inf"),
         ({"contractive": -1.0}, "contractive must be 0 or more and finite, got -1.0"),
         ({"asymmetry": float("nan")}, "asymmetry must be 0 or more and finite, got nan"),
-        ({"noise_levels": ()}, r"noise_levels must be one or more finite multiples from 0 on, got \(\)"),
-        ({"noise_levels": (1.0, -2.0)}, r"noise_levels must be one or more finite multiples from 0 on, got \(1.0, -2"),
+        ({"noise_levels": ()}, r"noise_levels must be one or more finite factors of at least 0, got \(\)"),
+        (
+            {"noise_levels": (1.0, -2.0)},
+            r"noise_levels must be one or more finite factors of at least 0, got \(1\.0",
+        ),
         ({"val_fraction": 0.0}, "val_fraction must be between 0 and 1, got 0.0"),
         ({"warmup": 1.5}, "warmup must be a share from 0 to 1, got 1.5"),
         ({"activation": "gleu"}, "unknown surrogate activation 'gleu': did you mean"),
@@ -371,9 +374,9 @@ def interrupted(out: Path) -> None:
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     interrupted(tmp_path)
     changed = SurrogateRecipe(**{**vars(QUICK), "learning_rate": 0.01})
-    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another recipe: choose another folder"):
+    with pytest.raises(TrajOODError, match=r"checkpoint of a run with another recipe: choose another folder"):
         fit(recipe=changed, out=tmp_path)
-    with pytest.raises(TrajOODError, match="made with another seed, features"):
+    with pytest.raises(TrajOODError, match="checkpoint of a run with another seed, features"):
         fit(clustered(seed=1), seed=1, out=tmp_path)
     assert fit(recipe=changed, out=tmp_path, fresh=True).fingerprint() == fit(recipe=changed).fingerprint()
 

@@ -239,7 +239,7 @@ class Pair(Net):
 @pytest.mark.parametrize(
     ("net", "text"),
     [
-        (Loses, r"Loses: encode: expected 2 rows for 2 rows, got shape \(1, 6\): return one row for each"),
+        (Loses, r"Loses: encode: expected 2 rows for 2 rows, got shape \(1, 6\): return one row per input"),
         (LosesInDecode, r"LosesInDecode: encode\(decode\(z\)\): expected 2 rows for 2 rows, got shape \(1, 6\)"),
         (Samples, r"Samples: encode draws random numbers: two calls .* differ by .*: return the mean"),
         (SamplesInDecode, r"SamplesInDecode: encode\(decode\(z\)\) draws random numbers"),
@@ -271,7 +271,10 @@ def test_rows_that_change_between_chunks_and_halves() -> None:
         return images.flatten(1)[:, :wide]
 
     model = CallableAutoencoder(encode, lambda z: z[:, :1, None, None].expand(-1, *SHAPE), SHAPE, chunk=1)
-    with pytest.raises(TrajOODError, match=r"custom: encode: expected rows alike in every chunk, got float32 \(2,\)"):
+    with pytest.raises(
+        TrajOODError,
+        match=r"custom: encode: expected the same shape, type and device for every chunk, got float32 \(2,\)",
+    ):
         model.encode(tiny.images(2))
     short = CallableAutoencoder(lambda x: x.flatten(1).half(), lambda z: z.float().view(-1, *SHAPE), SHAPE)
     with pytest.raises(TrajOODError, match="custom: encode: expected float32 or float64, got float16"):
@@ -349,7 +352,7 @@ def test_weights_that_changed_since_the_fit_are_noticed(change: Callable[[Net], 
     change(net)
     for use in (lambda: detector.score(images), lambda: detector.judge(images[:1]), lambda: module(images)):
         with pytest.raises(
-            TrajOODError, match=r"Net: its weights, or batch statistics, have changed since .*: fit again"
+            TrajOODError, match=r"Net: its weights or batch statistics have changed since .*: fit again"
         ):
             use()
     net.load_state_dict(kept)  # equal weights are the same weights

@@ -316,7 +316,7 @@ def test_features_belong_to_bytes_transform_and_code(tmp_path: Path, monkeypatch
     found, read = extracted(FeatureCache(cache), backbone(), a)
     assert read == 5
     torch.testing.assert_close(found, direct(backbone(), a))
-    with pytest.raises(TrajOODError, match="with the name 'b' and the weights of this one that computes something"):
+    with pytest.raises(TrajOODError, match="with the same name 'b' and weights, but other outputs"):
         extracted(FeatureCache(cache), backbone(scale=2.0), a)
     distrusting = FeatureCache(cache)
     distrusting.distrust()

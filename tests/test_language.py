@@ -166,7 +166,7 @@ def test_what_is_no_causal_language_model(folder: Path, tmp_path: Path) -> None:
         (copy / file.name).write_bytes(file.read_bytes())
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").unlink()
-    with pytest.raises(TrajOODError, match=r"copy: model\.safetensors cannot be read here or fetched"):
+    with pytest.raises(TrajOODError, match=r"copy: model\.safetensors can be neither read nor downloaded"):
         LanguageModel.load(str(copy))
     (copy / "model.safetensors").write_bytes(weights)
     config = json.loads((copy / "config.json").read_text())

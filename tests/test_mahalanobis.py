@@ -116,9 +116,9 @@ def test_a_class_mean_is_at_distance_zero_from_far_away() -> None:
     ("labels", "text"),
     [
         (None, "scorer mahalanobis:classes=true: expected class labels of the training images, got none"),
-        (torch.zeros(4, dtype=torch.int64), r"expected 5 whole labels from 0 on, got shape \(4,\), torch.int64"),
-        (torch.tensor([0, 1, -1, 0, 1]), r"expected 5 whole labels from 0 on, got shape \(5,\), .*, smallest -1"),
-        (torch.zeros(5), r"expected 5 whole labels from 0 on, got shape \(5,\), torch.float32"),
+        (torch.zeros(4, dtype=torch.int64), r"expected 5 labels, whole numbers from 0, got shape \(4,\), torch.int64"),
+        (torch.tensor([0, 1, -1, 0, 1]), r"expected 5 labels, whole numbers from 0, got shape \(5,\), .*, smallest -1"),
+        (torch.zeros(5), r"expected 5 labels, whole numbers from 0, got shape \(5,\), torch.float32"),
     ],
 )
 def test_bad_labels(labels: Tensor | None, text: str) -> None:

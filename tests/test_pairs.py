@@ -258,7 +258,9 @@ def test_a_pair_of_ones_own() -> None:
     torch.testing.assert_close(model.self_map(start), 0.5 * start)
     trajectory = iterate(model.self_map, start, tol=0, max_steps=10, chunk=model.chunk)
     torch.testing.assert_close(trajectory.final, start * 0.5**10)
-    with pytest.raises(TrajOODError, match="only a transformers encoder with a ViTDecoder can be saved"):
+    with pytest.raises(
+        TrajOODError, match="expected a transformers encoder with a ViTDecoder, got modules of your own"
+    ):
         model.save_pretrained(Path("nowhere"))
 
 
@@ -271,7 +273,7 @@ def test_pairs_that_do_not_fit(tmp_path: Path) -> None:
         PairAutoencoder(nn.Flatten(), nn.Unflatten(1, (1, 4, 4)), (1, 4, 4), spread=torch.zeros(16))
     with pytest.raises(TrajOODError, match="expected a square number of tokens, got 15"):
         decoder(15)
-    with pytest.raises(TrajOODError, match="expected a width that 5 heads divide, got 32"):
+    with pytest.raises(TrajOODError, match="expected a width divisible by the 5 heads, got 32"):
         ViTDecoder.from_weights(decoder().state_dict(), 5, "model.pt")
 
 

@@ -265,7 +265,8 @@ def test_dry_run_names_missing_data_and_model_at_once(
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     assert errors[0] == (
-        f"paper_table1: error: model '{missing}': no such folder; expected one with config.json and model.safetensors"
+        f"paper_table1: error: model '{missing}': no such folder; expected a folder with config.json and "
+        "model.safetensors"
     )
     assert errors[1].startswith("paper_table1: error: benchmark 'imagenet-paper': expected OpenOOD's layout")
     # Without the data the hours are still told.

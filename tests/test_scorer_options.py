@@ -193,7 +193,7 @@ def bad_classes() -> Iterator[tuple[type, str]]:
     yield Undecorated, "k would not be its options: put @dataclass below @register"
     yield Unwritable, "Unwritable, option table: expected bool, int, .* got dict"
     yield Unknown, "the annotations of its options cannot be read"
-    yield Required, "option k has no default: write one, and its reason beside it"
+    yield Required, "option k has no default: add one, and document its reason"
     yield Needless, r"expected needs\(\) to return traj_ood.Needs\(...\), got NoneType"
     yield Knn, "scorer name 'knn' is taken by"
     yield dict, "expected a subclass of traj_ood.Scorer"

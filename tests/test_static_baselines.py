@@ -297,5 +297,7 @@ def test_mahalanobis_of_cells_is_their_mean() -> None:
     grid = scorer.fit(Evidence(features={"grid": train})).score(Evidence(features={"grid": queries}))
     cells = [scores(create_scorer("mahalanobis"), train[:, c], queries[:, c]) for c in range(3)]
     np.testing.assert_allclose(grid.numpy(), np.mean(cells, axis=0), rtol=1e-9)
-    with pytest.raises(TrajOODError, match="scorer mahalanobis: view=grid has no classes: use view=mean"):
+    with pytest.raises(
+        TrajOODError, match="scorer mahalanobis: view=grid does not support classes=true: use view=mean"
+    ):
         create_scorer("mahalanobis:view=grid:classes=true")

@@ -109,7 +109,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_log(tmp_path: Path, r
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, identity={"data": "a", "seed": 1}).run()
     other = trainer(tmp_path, identity={"data": "b", "seed": 1})
-    with pytest.raises(TrajOODError, match=r"checkpoint\.pt: made with another data: choose another folder"):
+    with pytest.raises(TrajOODError, match=r"checkpoint of a run with another data: choose another folder"):
         other.run()
     other.run(fresh=True)
     trainer(tmp_path, identity={"data": "b", "seed": 1}).run()

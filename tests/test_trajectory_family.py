@@ -19,7 +19,7 @@ from traj_ood.scorers.alignment import Alignment
 from traj_ood.scorers.contraction_rate import ContractionRate
 from traj_ood.scorers.early_path import EarlyPath
 from traj_ood.scorers.early_trajectory import EarlyTrajectory
-from traj_ood.scorers.path import held, log_distances, log_lengths
+from traj_ood.scorers.path import log_distances, log_lengths, pad_with_last
 from traj_ood.scorers.path_energy import PathEnergy
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.scorers.signature import Signature
@@ -137,8 +137,8 @@ def test_a_sample_that_settles_keeps_its_last_value() -> None:
     nan = math.nan
     table = torch.tensor([[1, 2, 3, 4], [5, 6, nan, nan], [nan] * 4])
     expected = torch.tensor([[1, 2, 3, 4, 4, 4], [5, 6, 6, 6, 6, 6], [nan] * 6])
-    torch.testing.assert_close(held(table, 6), expected, equal_nan=True)
-    torch.testing.assert_close(held(table, 2), expected[:, :2], equal_nan=True)
+    torch.testing.assert_close(pad_with_last(table, 6), expected, equal_nan=True)
+    torch.testing.assert_close(pad_with_last(table, 2), expected[:, :2], equal_nan=True)
 
 
 def test_steps_and_distances_below_rounding_count_as_rounding() -> None:

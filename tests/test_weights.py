@@ -247,7 +247,9 @@ def test_a_vit_of_another_image_size_is_the_one_that_timm_builds(tmp_path: Path)
     from timm import create_model
 
     path = vit_file(tmp_path, 96)
-    with pytest.raises(TrajOODError, match=r"pos_embed expected .* made for another image size\? .*--input-size"):
+    with pytest.raises(
+        TrajOODError, match=r"pos_embed expected .* if it was trained at another image size, .*--input-size"
+    ):
         load_backbone(f"timm:test_vit:{path}")
     backbone = load_backbone(f"timm:test_vit:{path}", input_size=96)
     assert backbone.input_shape == (3, 96, 96)

@@ -1,7 +1,6 @@
-"""What the latent vector field says about a model: one file per question of the paper, each with its options, its
-result and its pictures. See :mod:`traj_ood.analysis.base`.
+"""The paper's analyses of the latent vector field: one file per question, with its options, results and figures.
 
-A question is registered when it is imported here.
+See :mod:`traj_ood.analysis.base`. Importing a file registers its question.
 """
 
 from traj_ood.analysis.base import QUESTIONS as QUESTIONS

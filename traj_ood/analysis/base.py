@@ -1,6 +1,7 @@
-"""A question that the paper asks of a model, its options, and the record of the answer.
+"""Question, the base class of the paper's analyses; Answer, its result; and Finding, the record of a run.
 
-A question is a frozen dataclass of options in a file of its own, which ``analysis/__init__.py`` imports::
+A question is a frozen dataclass, whose fields are its options, in a file of its own, imported by
+``analysis/__init__.py``::
 
     @register
     @dataclass(frozen=True)
@@ -46,21 +47,22 @@ if TYPE_CHECKING:
 FILE_NAME = "finding.json"
 SCHEMA = "traj_ood.finding/1"
 QUESTIONS: dict[str, type[Question]] = {}
-"""Every question by its name, in the paper's order; filled by ``analysis/__init__.py``, which imports their files."""
+"""All questions by name, in the paper's order; registered when ``analysis/__init__.py`` imports their files."""
 
 _Q = TypeVar("_Q", bound="type[Question]")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question found.
+    """The result of a question.
 
     Attributes:
-        figures: numbers, texts, and tables as lists of rows {column: value}; None where nothing could be measured
-            (NaN and infinity are refused: a reader would not know which of the two reasons they stand for).
-        sentence: one sentence that says what was found, with its numbers.
-        pictures: file name → function that draws it.
-        differences: further ones, beside those that the options show, for what only the run knows.
+        figures: numbers, texts, and tables as lists of rows {column: value}; None where nothing could be measured. NaN
+            and infinity are refused, because their meaning would be ambiguous.
+        sentence: one sentence that states the result with its numbers.
+        pictures: file name → function that draws the figure.
+        differences: differences from the paper's settings that are known only after the run, in addition to those of
+            the options.
     """
 
     figures: Mapping[str, Any]
@@ -71,16 +73,22 @@ class Answer:
 
 @dataclass(frozen=True)
 class Finding:
-    """The record of one answer, as ``finding.json`` holds it.
+    """The record of a run of a question, the contents of ``finding.json``.
 
     Attributes:
-        question, paper: the name, and the figure or section of the paper it belongs to.
-        options: every option, as text shows it. figures, sentence: see :class:`Answer`.
-        differences: where this run departs from the paper's settings, a sentence each; empty when nowhere.
-        choices: what the paper leaves open, and what was chosen.
-        pictures: names of the files beside the record.
-        seed, command, commit, versions: what it takes to run it again.
-        seconds: wall time, that of resumed units included.
+        question: name of the question.
+        paper: the figure or section of the paper.
+        options: all options, as plain data.
+        figures: see :class:`Answer`.
+        sentence: see :class:`Answer`.
+        differences: differences from the paper's settings, one sentence each.
+        choices: what the paper leaves open and what was chosen, one sentence each.
+        pictures: names of the figure files in the same folder.
+        seed: the seed.
+        command: the command line of the run.
+        commit: the commit of the code; None if unknown.
+        versions: versions of the libraries.
+        seconds: wall time, including that of units resumed from earlier runs.
     """
 
     question: str
@@ -98,7 +106,7 @@ class Finding:
     seconds: float
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/finding.json``, whole or not at all.
+        """Write ``folder/finding.json``, atomically.
 
         Raises:
             TrajOODError: figures that JSON cannot hold (NaN, infinity, objects), or an unwritable folder.
@@ -106,7 +114,7 @@ class Finding:
         write_atomic(folder / FILE_NAME, (self.text() + "\n").encode())
 
     def text(self) -> str:
-        """The JSON.
+        """The record as JSON text.
 
         Raises:
             TrajOODError: as :meth:`save`.
@@ -120,7 +128,7 @@ class Finding:
 
     @classmethod
     def load(cls, path: Path) -> Finding:
-        """Read what :meth:`save` wrote; ``path`` is the file or its folder.
+        """Read a record that :meth:`save` wrote; ``path`` is the file or its folder.
 
         Raises:
             TrajOODError: no such file, not JSON, another schema, or missing keys.
@@ -135,18 +143,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Question(ABC):
-    """Options of one question; the fields of a subclass are what ``--option key=value`` can set.
+    """A question of the paper. The fields of a subclass are its options, which ``--option key=value`` sets.
+
+    Fields may be int, float, bool, str, and tuples of these. Checks that cannot be declared by the attributes below
+    belong in the subclass's ``__post_init__``, see :meth:`expect`.
 
     Attributes:
-        name, figure, summary: what lists and records call it; the figure or section of the paper; one line.
-        choices: what the paper leaves open and what was chosen, with the reason, a sentence each.
-        unstated: options that the paper does not state: :meth:`paper` holds our choice for them, and says so.
-        at_least: the smallest values of options. above_0: options that are positive numbers.
-        meanings: what special values of an option mean, such as ``{"images": {0: "all"}}``.
-        seed: of everything that is drawn. Default 0.
-
-    Fields may be int, float, bool, str, and tuples of them. Checks that are not declared stand in ``__post_init__`` of
-    a subclass, see :meth:`expect`.
+        name: name of the question.
+        figure: the figure or section of the paper.
+        summary: one-line description.
+        choices: what the paper leaves open and what was chosen, with the reason, one sentence each.
+        unstated: options that the paper does not state; for these :meth:`paper` holds our choice, and records say so.
+        at_least: smallest allowed values of options.
+        above_0: options that must be positive.
+        meanings: meanings of special values of options, such as ``{"images": {0: "all"}}``.
+        seed: seed of all randomness. Default 0.
     """
 
     name: ClassVar[str]
@@ -172,18 +183,19 @@ class Question(ABC):
     @classmethod
     @abstractmethod
     def paper(cls) -> Question:
-        """The paper's own settings; for what it does not state, the default."""
+        """The question with the paper's settings."""
 
     @abstractmethod
     def answer(self, work: Workspace) -> Answer:
-        """Compute the answer; each expensive step through :meth:`Workspace.unit`."""
+        """Compute the answer. Run expensive steps through :meth:`Workspace.unit`, which stores their results."""
 
     def run(self, work: Workspace, folder: Path, *, command: str = "") -> Finding:
-        """Answer, draw, and record everything in ``folder``; returns the record.
+        """Compute the answer, write the record and the figures to ``folder``, and return the record.
 
         Args:
-            work: see :class:`Workspace`. folder: of ``finding.json`` and the pictures.
-            command: what was typed, for the record.
+            work: see :class:`Workspace`.
+            folder: folder for ``finding.json`` and the figures.
+            command: the command line, for the record.
         Raises:
             TrajOODError: bad options or data, an unwritable folder.
         """
@@ -205,7 +217,7 @@ class Question(ABC):
             versions=environment(),
             seconds=round(time.perf_counter() - began + work.resumed, 1),
         )
-        finding.text()  # before anything is drawn: are the figures fit to be recorded?
+        finding.text()  # raises before anything is drawn if the figures cannot be recorded
         finding.save(folder)
         for file, draw in answer.pictures.items():
             from traj_ood.drawing.style import save_png
@@ -214,11 +226,11 @@ class Question(ABC):
         return finding
 
     def options(self) -> dict[str, Any]:
-        """Every option by name, as plain data."""
+        """All options by name, as plain data."""
         return as_json(asdict(self))
 
     def differences(self) -> tuple[str, ...]:
-        """One sentence per option that is not the paper's."""
+        """One sentence per option whose value differs from the paper's."""
         mine, theirs = self.options(), self.paper().options()
         return tuple(
             f"{key}: {self.shown(key, mine[key])} here, {self.shown(key, theirs[key])} "
@@ -228,38 +240,44 @@ class Question(ABC):
         )
 
     def shown(self, option: str, value: Any) -> str:
-        """An option's value in words, for differences; see :attr:`meanings`."""
+        """The value of an option as text, by :attr:`meanings` if it has a special meaning."""
         words = self.meanings.get(option, {})
         return words.get(value) or _shown(value) if words else _shown(value)
 
     def expect(self, condition: bool, option: str, expected: str) -> None:
-        """For ``__post_init__``: refuse an option.
+        """Check a condition on an option; for use in ``__post_init__``.
 
+        Args:
+            condition: what must hold.
+            option: name of the option.
+            expected: description of allowed values, for the message.
         Raises:
-            TrajOODError: ``condition`` is false; names the question, the option, what was expected and what arrived.
+            TrajOODError: ``condition`` is false.
         """
         if not condition:
             raise TrajOODError(f"{self.name}: {option}: expected {expected}, got {_shown(getattr(self, option))}")
 
 
 def register(cls: _Q) -> _Q:
-    """Class decorator: make a question available under its name.
+    """Class decorator that registers a question by its name.
 
     Raises:
-        TrajOODError: a name that is taken.
+        TrajOODError: another question has the name.
     """
     taken = QUESTIONS.get(cls.name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise TrajOODError(f"question {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+        raise TrajOODError(
+            f"question {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}: choose another name"
+        )
     QUESTIONS[cls.name] = cls
     return cls
 
 
 def find_question(name: str) -> type[Question]:
-    """The question's class.
+    """The class of a question.
 
     Raises:
-        TrajOODError: unknown name, with near ones.
+        TrajOODError: an unknown name (the message lists similar ones).
     """
     if name not in QUESTIONS:
         raise unknown_name("question", name, QUESTIONS)
@@ -267,13 +285,15 @@ def find_question(name: str) -> type[Question]:
 
 
 def options_from(cls: type[Question], pairs: Iterable[str], *, paper: bool = False) -> Question:
-    """A question with options written ``key=value``; tuples are comma-separated.
+    """Create a question from options written as ``key=value``.
 
     Args:
-        cls: the question. pairs: later ones win.
-        paper: start from the paper's settings and not from the defaults.
+        cls: the class of the question.
+        pairs: options; tuples are comma-separated, and of repeated options the last counts.
+        paper: whether to start from the paper's settings instead of the defaults.
     Raises:
-        TrajOODError: unknown option (with near ones), no ``=``, a value of another kind, or one the question refuses.
+        TrajOODError: an unknown option (the message lists similar ones), no ``=``, a value of the wrong type, or one
+            that the question refuses.
     """
     given = dict(split_pairs(pairs, cls.name))
     return replace(cls.paper() if paper else cls(), **read_options(cls, given, cls.name, joint=","))

@@ -1,8 +1,10 @@
-"""Are networks contractive before any training? Variance of their outputs on N(0, I), over that of the inputs (Fig. 6).
+"""Are untrained networks contractive? The variance of their outputs for N(0, I), relative to that of the inputs (Fig.
+6).
 
-The paper gives the ratio of all output numbers' variance to the input's. A network that ignores its input can pass for
-expansive by that (its outputs differ from each other, not from image to image), so the variance between images is
-reported beside it: the mean over outputs of the variance across images. Only the second speaks of contraction.
+The paper reports the ratio of the variance of all output numbers to the variance of the inputs. By that measure a
+network that ignores its input may appear expansive, because its outputs differ from each other although they do not
+differ between images. Therefore the variance between images is reported, too: the mean over outputs of the variance
+across images. Only this one measures contraction.
 """
 
 from __future__ import annotations
@@ -41,20 +43,22 @@ BACKBONES = (
 STATISTICS = ("running", "batch")
 OUTPUTS = ("logits", "features")
 KEYS = tuple(f"{s}_{o}_{name}" for s in STATISTICS for o in OUTPUTS for name in ("all", "between"))
-_FIXED_SIZE_PREFIXES = ("vit_",)  # built for one image size, which has to be said
-_MIN_SIZE = 64  # below that some of the pooling layers have nothing to pool
+_FIXED_SIZE_PREFIXES = ("vit_",)  # models that are built for a given image size
+_MIN_SIZE = 64  # below it the inputs of some pooling layers are empty
 
 
 @register
 @dataclass(frozen=True)
 class Contraction(Question):
-    """Options of ``contraction``.
+    """Variance ratios of untrained classifiers.
 
     Attributes:
-        models: names of torchvision's classifiers. runs: initialisations of each, with the seeds from ``seed`` on.
-        images: samples of N(0, I). size: side of the images, in pixels.
-        batch: images per forward pass, at most, in passes of sizes as equal as can be; with batch statistics it
-            decides the numbers.
+        models: names of torchvision's classifiers.
+        runs: number of initialisations of each, with consecutive seeds from ``seed``.
+        images: number of samples of N(0, I).
+        size: side of the images in pixels.
+        batch: maximum number of images per forward pass; passes are of nearly equal size. It affects the results with
+            batch statistics.
     """
 
     name: ClassVar[str] = "contraction"
@@ -132,10 +136,10 @@ class Contraction(Question):
 
 
 def check_names(models: Iterable[str]) -> None:
-    """Whether torchvision has all of these classifiers.
+    """Check that torchvision has all of these classifiers.
 
     Raises:
-        TrajOODError: it lacks one; near names are given.
+        TrajOODError: it does not; the message lists similar names.
     """
     from torchvision import models as library
 
@@ -146,7 +150,7 @@ def check_names(models: Iterable[str]) -> None:
 
 
 def untrained(model: str, size: int, seed: int) -> nn.Module:
-    """A torchvision classifier as its constructor initialises it; nothing is downloaded.
+    """Build a torchvision classifier with random weights, without a download.
 
     Raises:
         TrajOODError: it cannot be built for images of ``size`` pixels.
@@ -162,14 +166,14 @@ def untrained(model: str, size: int, seed: int) -> nn.Module:
 
 
 def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> tuple[Tensor, Tensor]:
-    """(B, …) outputs and (B, …) inputs of the last linear or convolutional layer, on ``inputs`` (B, C, H, W).
-
-    Dropout is off.
+    """Outputs (B, …) of a network, and inputs (B, …) of its last linear or convolutional layer; without dropout.
 
     Args:
-        batch: most rows per call; the calls' sizes differ by at most one, so that no row is alone unless ``batch`` is
-            1, or 2 with an odd number of rows.
-        statistics: ``running`` or ``batch``, of batch normalisations; their running ones stay as they are.
+        network: the network.
+        inputs: (B, C, H, W).
+        batch: maximum number of rows per call. Sizes of calls differ by at most one, so that no call has a single row
+            unless ``batch`` is 1, or 2 with an odd number of rows.
+        statistics: statistics of batch normalisations: ``running`` or ``batch``. The running ones are not changed.
     """
     network.eval()
     features: list[Tensor] = []
@@ -180,7 +184,7 @@ def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> 
     if statistics == "batch":
         for module in normalisations:
             module.train()
-            module.momentum = 0.0  # else the statistics of this call would stay behind
+            module.momentum = 0.0  # keeps the running statistics unchanged
     cuts = math.ceil(len(inputs) / batch)
     try:
         with torch.inference_mode():
@@ -200,10 +204,10 @@ def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> 
 
 
 def variance_ratios(inputs: Tensor, outputs: Tensor) -> dict[str, float | None]:
-    """Variance of the outputs (B, …) over that of the inputs (B, …): ``all`` numbers, and ``between`` images.
+    """Variance ratios of outputs (B, …) to inputs (B, …); None if the outputs are not finite.
 
-    ``between`` is the mean over output coordinates of the variance across the B rows, over the same of the inputs.
-    None where the outputs are not finite.
+    ``all`` is the ratio of the variances of all numbers, ``between`` that of the mean over coordinates of the variance
+    across the B rows.
     """
     x, y = inputs.flatten(1).double().cpu(), outputs.flatten(1).double().cpu()
     if not bool(y.isfinite().all()):
@@ -215,7 +219,7 @@ def variance_ratios(inputs: Tensor, outputs: Tensor) -> dict[str, float | None]:
 
 
 def _summary(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, standard deviation (n − 1) and share below 1 over the runs of one model, for each ratio."""
+    """Mean, standard deviation (n − 1) and share below 1 of each ratio over the runs of one model."""
     summary: dict[str, Any] = {"model": model}
     for key in KEYS:
         values = torch.tensor([row[key] for row in rows if row[key] is not None], dtype=torch.float64)
@@ -242,12 +246,12 @@ def _sentence(summary: list[dict[str, Any]]) -> str:
 
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
-    """A row per backbone, a dot per run; left of the dotted line the network contracts (Fig. 6)."""
+    """Draw a row per backbone and a dot per run; left of the dotted line networks contract (Fig. 6)."""
     from traj_ood.drawing.charts import DotPanel, dots
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     labels = {"all": "variance of all output numbers (Fig. 6)", "between": "variance between images"}
-    least = 1e-12  # a constant output has no place on a logarithmic axis
+    least = 1e-12  # a constant output would be 0, which a logarithmic axis cannot show
     largest = 3 * max([30.0, *(x for row in rows for key in KEYS if (x := row[key]) is not None)])
     panels = []
     for statistics, mode in (("running", "evaluation mode"), ("batch", "batch statistics")):

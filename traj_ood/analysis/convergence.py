@@ -1,9 +1,9 @@
-"""How fast do trajectories reach their attractor? Prop. A.9: in log(ε / ‖e₀‖) / log ‖J_f(z*)‖_σ steps.
+"""How fast do trajectories reach their attractor? Prop. A.9: in log(ε / ‖e₀‖) / log ‖J_f(z*)‖_σ steps, e_t = z_t − z*.
 
-e_t = z_t − z*. The Jacobian's spectral norm bounds every single step near z*; its spectral radius is the rate at which
-the last steps of almost every trajectory shrink, and the norm exceeds it wherever J is not normal. Both predictions are
-compared with the steps that trajectories really take: from their start, as Fig. 11, and over the last factor of ten,
-where the linear approximation should hold. Residuals and norms on the way are those of Fig. 12.
+The Jacobian's spectral norm bounds every single step near z*. Its spectral radius is the rate at which the last steps
+of almost every trajectory shrink; the norm is larger wherever J is not normal. Both predictions are compared with the
+measured steps: from the start, as in Fig. 11, and over the last factor of ten, where the linear approximation should
+hold. The curves of residuals and norms are those of Fig. 12.
 """
 
 from __future__ import annotations
@@ -39,27 +39,33 @@ from traj_ood.io.parts import Part
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
-_CLOSENESS = 0.1  # an end point is an attractor when its own remaining error is at most this share of ε
-_STRETCH = 10.0  # the last stretch: from the first error of at most 10 ε to ε
-_BATCH = 64  # images per unit of work, or the model's chunk where that is more
-_CURVE_POINTS = 100  # steps of a curve in the record, at most
-_JACOBIANS = 32  # points per unit of work
+_CLOSENESS = 0.1  # an end point counts as an attractor if its remaining error is at most this share of ε
+_STRETCH = 10.0  # the last stretch runs from the first error of at most 10 ε to ε
+_UNIT_IMAGES = 64  # images per unit of work, or the model's chunk if larger
+_CURVE_POINTS = 100  # maximum number of points of a recorded curve
+_UNIT_JACOBIANS = 32  # Jacobians per unit of work
 
 
 @register
 @dataclass(frozen=True)
 class Convergence(Question):
-    """Options of ``convergence``.
+    """Whether Prop. A.9 predicts the number of steps to the attractor, and the curves of residuals and norms.
 
     Attributes:
-        model: as for :func:`traj_ood.load_autoencoder`, or ``conv``, trained here.
+        model: as for :func:`traj_ood.load_autoencoder`, or ``conv``, which is trained first.
         data: an image set, a benchmark or a folder, see :func:`traj_ood.analysis.subjects.subject`.
-        images: training images whose trajectories are measured.
-        predict: compare steps with Prop. A.9; false leaves the residual and norm curves (Fig. 12), far less work.
+        images: number of training images whose trajectories are measured.
+        predict: whether to compare steps with Prop. A.9; false computes only the residual and norm curves (Fig. 12),
+            which is far less work.
         epsilon: ε as a share of the median ‖e₀‖.
-        tol, max_steps: of the iteration that finds the attractors; tol is on the squared residual.
-        curve_tol, curve_steps: tolerance and number of steps of the residual and norm curves.
-        train_images, epochs, bottleneck, width: of ``conv``; 0 training images takes all.
+        tol: tolerance on the squared residual for the attractors.
+        max_steps: step limit for the attractors.
+        curve_tol: tolerance of the residual and norm curves.
+        curve_steps: step limit of these curves.
+        train_images: training images of ``conv``; 0 is all.
+        epochs: epochs of ``conv``.
+        bottleneck: k of ``conv``.
+        width: d of ``conv``.
     """
 
     name: ClassVar[str] = "convergence"
@@ -129,22 +135,22 @@ class Convergence(Question):
         self, work: Workspace, name: str, model: Autoencoder, images: ImageSource, key: dict[str, Any],
         measure: Callable[[Tensor], dict[str, Tensor]],
     ) -> list[dict[str, Tensor]]:  # fmt: skip
-        """What ``measure`` makes of the codes of all images, a chunk a unit: no trajectory depends on batch-mates."""
+        """Apply ``measure`` to the latents of all images, in units of work, on whose size no trajectory depends."""
         key = {"model": model.fingerprint(), "images": images.digest(), **key}
 
         def compute(rows: range) -> Unit:
             return Unit(measure(model.encode(stack(model, images.select(list(rows))))))
 
-        return work.pieces(name, key, parts_of(len(images), max(_BATCH, model.chunk)), compute, title=name)
+        return work.pieces(name, key, parts_of(len(images), max(_UNIT_IMAGES, model.chunk)), compute, title=name)
 
     def _paths(self, work: Workspace, model: Autoencoder, images: ImageSource) -> Unit:
-        """End points of the trajectories of a sample, and the errors ‖z_t − z*‖ on the way there."""
+        """End points of the trajectories of a sample of images, and the errors ‖z_t − z*‖ along them."""
 
         def measure(start: Tensor) -> dict[str, Tensor]:
             path, errors = errors_on_the_way(model, start, tol=self.tol, max_steps=self.max_steps)
             return {
                 "ends": path.final,
-                "last": _last_residual(path),
+                "last": path.last_residuals.sqrt(),
                 "errors": errors,
                 "converged": path.converged,
             }
@@ -158,15 +164,15 @@ class Convergence(Question):
         median = float(errors[converged, 0].median()) if bool(converged.any()) else 0.0
         if not median > 0:
             raise TrajOODError(
-                f"convergence: expected trajectories that move and settle, got {int(converged.sum())} of "
-                f"{len(converged)} settled with a median initial error of {median:g}: allow more max_steps or a larger "
-                f"tol, see traj-ood diagnose {model.name}, or draw the curves alone with predict=false"
+                f"convergence: expected trajectories that move and converge, got {int(converged.sum())} of "
+                f"{len(converged)} that converged, with a median initial error of {median:g}: raise max_steps or tol, "
+                f"see traj-ood diagnose {model.name}, or draw the curves alone with predict=false"
             )
         notes = {"converged": float(converged.double().mean()), "epsilon": self.epsilon * median}
         return Unit({**tensors, "errors": errors}, notes)
 
     def _curves(self, work: Workspace, model: Autoencoder, images: ImageSource) -> list[Part]:
-        """What the curves of Fig. 12 are made of."""
+        """The residuals and norms for the curves of Fig. 12."""
 
         def measure(start: Tensor) -> dict[str, Tensor]:
             path = iterate(
@@ -183,14 +189,14 @@ class Convergence(Question):
         return [Part((), [], part, {}) for part in self._chunks(work, "curves", model, images, key, measure)]
 
     def _jacobians(self, work: Workspace, key: dict[str, Any], about: Subject, paths: Unit) -> dict[str, Tensor]:
-        """Spectral norm and radius of each image's attractor; ends within ε of each other share one Jacobian."""
+        """Spectral norm and radius at each image's attractor; end points within ε of each other share one Jacobian."""
         settled = paths.tensors["converged"].nonzero()[:, 0]
         ends = paths.tensors["ends"][settled]
         leaders, group = greedy_leaders(ends.flatten(1).double(), paths.notes["epsilon"])
         points = ends[leaders]
         made: dict[str, list[Tensor]] = {"norms": [], "radii": []}
         with work.bar(len(points), "Jacobians", "attractor") as bar:
-            for first, batch in zip(range(0, len(points), _JACOBIANS), points.split(_JACOBIANS), strict=True):
+            for first, batch in zip(range(0, len(points), _UNIT_JACOBIANS), points.split(_UNIT_JACOBIANS), strict=True):
                 unit = work.unit("jacobians", {**key, "first": first}, partial(_spectra, about.model, batch, self.seed))
                 for name, values in made.items():
                     values.append(unit.tensors[name])
@@ -199,7 +205,7 @@ class Convergence(Question):
         return {"settled": settled, "attractor": group, **spectra}
 
     def _compare(self, paths: Unit, found: dict[str, Tensor]) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """Predicted against measured steps, one row per settled image, and their summary."""
+        """Predicted and measured steps, one row per converged image, and their summary."""
         epsilon = paths.notes["epsilon"]
         errors = paths.tensors["errors"][found["settled"]]
         norms, radii = (found[name][found["attractor"]] for name in ("norms", "radii"))
@@ -237,9 +243,9 @@ class Convergence(Question):
 
 
 def errors_on_the_way(model: Autoencoder, start: Tensor, *, tol: float, max_steps: int) -> tuple[Trajectory, Tensor]:
-    """Trajectories of ``start`` (B, *L), and ‖z_t − z_N‖ (B, T+1) float64 along them, NaN where none was measured.
+    """Trajectories from ``start`` (B, *L), and their errors ‖z_t − z_N‖, (B, T+1) float64, NaN past their ends.
 
-    Two passes, since a trajectory's points are never stored: the first finds the end points, the second measures.
+    Since points are not stored, there are two passes: the first finds the end points, the second measures the errors.
     """
     path = iterate(model.self_map, start, tol=tol, max_steps=max_steps, chunk=model.chunk)
     again = iterate(
@@ -254,7 +260,7 @@ def errors_on_the_way(model: Autoencoder, start: Tensor, *, tol: float, max_step
 
 
 class _DistanceTo:
-    """Observer: the distance of each sample's point to its own target (B, *L)."""
+    """Observer that measures the distance of each sample's point to its own target, (B, *L)."""
 
     name = "error"
 
@@ -266,9 +272,11 @@ class _DistanceTo:
 
 
 def predicted_steps(errors: Tensor, rates: Tensor, epsilon: float) -> Tensor:
-    """(B,) Prop. A.9: log(ε / ‖e₀‖) / log(rate), the steps until an error that shrinks by ``rate`` is at most ε.
+    """Steps predicted by Prop. A.9, (B,): log(ε / ‖e₀‖) / log(rate), until an error that shrinks by ``rate`` is at most
+    ε.
 
-    0 where it already is; NaN where the rate is 1 or more, for which the proposition makes no statement.
+    0 where the error is at most ε already; NaN where the rate is 1 or more, for which the proposition makes no
+    statement.
     """
     errors, rates = errors.double(), rates.double()
     steps = (epsilon / errors).log() / rates.log()
@@ -277,13 +285,13 @@ def predicted_steps(errors: Tensor, rates: Tensor, epsilon: float) -> Tensor:
 
 
 def first_below(errors: Tensor, epsilon: float) -> Tensor:
-    """(B,) int64: the first column of (B, T) that is at most ε; −1 where none is."""
+    """Index of the first column of (B, T) that is at most ε, (B,) int64; −1 where none is."""
     below = errors <= epsilon
     return torch.where(below.any(dim=1), below.int().argmax(dim=1), -1)
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Pearson's correlation of two rows of numbers; None for fewer than 3 or where one does not vary."""
+    """Pearson's correlation; None for fewer than 3 pairs or if one side does not vary."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
@@ -291,7 +299,7 @@ def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def _agreement(table: pd.DataFrame, prefix: str, rate: str) -> dict[str, Any]:
-    """Correlation and medians of predicted against measured steps, where there is a prediction of at least a step."""
+    """Correlation and medians of predicted and measured steps, over rows where both are positive."""
     measured, predicted = table[f"{prefix}measured"], table[f"{prefix}by {rate}"]
     counted = predicted.notna() & (predicted > 0) & (measured > 0)
     measured, predicted, errors = measured[counted], predicted[counted], table["error"][counted]
@@ -314,13 +322,8 @@ def _spectra(model: Autoencoder, points: Tensor, seed: int) -> Unit:
     return Unit({"norms": norms, "radii": radii})
 
 
-def _last_residual(path: Trajectory) -> Tensor:
-    """(B,) ‖z_N − z_{N−1}‖."""
-    return path.residuals.gather(1, (path.steps - 1).clamp(min=0)[:, None])[:, 0].sqrt()
-
-
 def _quantiles(values: Tensor) -> list[float | None]:
-    """5, 25, 50, 75, 95 %; None where that is infinite (products that left the finite numbers)."""
+    """Quantiles at 5, 25, 50, 75 and 95 %; None where one is infinite (products that became NaN or infinite)."""
     found = torch.quantile(
         values, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64), interpolation="lower"
     )
@@ -330,11 +333,11 @@ def _quantiles(values: Tensor) -> list[float | None]:
 def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
     """The curves of Fig. 12 for the record, at no more than 100 steps.
 
-    ``steps`` t; ``residual`` quantiles of ‖z_{t+1} − z_t‖ over the samples, None where one has fallen below the
-    tolerance; ``norm`` those of ‖z_t‖; ``running``: the share of samples that had not stopped before the step.
-
     Args:
-        table: of :func:`traj_ood.evaluation.curves.curve_quantiles`, of one split.
+        table: result of :func:`traj_ood.evaluation.curves.curve_quantiles` for one split.
+    Returns:
+        ``steps`` t; ``residual``, quantiles of ‖z_{t+1} − z_t‖ over the samples, None where one is below the tolerance;
+        ``norm``, quantiles of ‖z_t‖; ``running``, the share of samples that had not stopped before the step.
     """
     every = table["step"].unique()
     steps = every[np.unique(np.linspace(0, len(every) - 1, min(len(every), _CURVE_POINTS)).round().astype(int))]
@@ -358,7 +361,7 @@ def _rounded(value: float) -> float | None:
 
 
 def _told_curves(common: dict[str, Any], table: pd.DataFrame) -> str:
-    """The curves in a sentence: the medians, first and where they are last known."""
+    """A sentence about the curves: first and last known medians."""
     medians = {quantity: rows["q50"].dropna() for quantity, rows in table.groupby("quantity")}
     steps = int(table["step"].max()) + 1
 
@@ -395,10 +398,13 @@ def _sentence(figures: dict[str, Any]) -> str:
 
 
 def steps_figure(table: pd.DataFrame, model: str) -> Figure:
-    """Steps over the initial error, and predicted against measured from the start and over the last stretch (Fig. 11).
+    """Draw steps over the initial error, and predicted over measured steps from the start and in the last stretch (Fig.
+    11).
 
-    ``table`` has a row per image: ``error``, ``measured``, ``by norm``, ``by radius``, and the last three with the
-    prefix ``last``; NaN where there is no prediction.
+    Args:
+        table: one row per image: ``error``, ``measured``, ``by norm``, ``by radius``, and the last three with the
+            prefix ``last``; NaN where there is no prediction.
+        model: name of the model, for the title.
     """
     from traj_ood.drawing.charts import Curve, Panel, curves
 
@@ -421,7 +427,7 @@ def steps_figure(table: pd.DataFrame, model: str) -> Figure:
 
 
 def _why_none(predicted: pd.Series) -> str:
-    """Why there is nothing to show: no image at all, no prediction, or none with a step on both sides."""
+    """Why there is nothing to draw: no image, no prediction, or none where both sides are positive."""
     if predicted.empty:
         return "no image to compare"
     return "it is 1 or more" if predicted.isna().all() else "no step predicted or measured"

@@ -1,14 +1,14 @@
-"""Test error against attractors: the error to the prototype and the coverage error of Prop. 3.2 (A.8).
+"""Decomposition of the test error into prototype error and coverage error, and tests of the bound of Prop. 3.2 (A.8).
 
 With z = E(x), Π(z) the nearest attractor, a = x − D(Π(z)) and b = D(Π(z)) − D(z), the reconstruction error is
-‖a + b‖². The paper bounds it by ‖a‖² + L_D²‖z − Π(z)‖², by way of ‖a + b‖² ≤ ‖a‖² + ‖b‖², which fails wherever
-⟨a, b⟩ > 0 (on a line: x = 0, D the identity, Π(z) = 1, z = 2 makes it 4 ≤ 1 + 1). What holds always is
-‖a + b‖² ≤ 2‖a‖² + 2‖b‖². Each form is checked image by image:
+‖a + b‖². The paper bounds it by ‖a‖² + L_D²‖z − Π(z)‖², using ‖a + b‖² ≤ ‖a‖² + ‖b‖², which fails if ⟨a, b⟩ > 0 (on
+a line, x = 0, D the identity, Π(z) = 1 and z = 2 give 4 ≤ 1 + 1). The inequality ‖a + b‖² ≤ 2‖a‖² + 2‖b‖² always
+holds. Four forms of the bound are checked for every image:
 
-* ``proof step``: ‖a‖² + ‖b‖², before the Lipschitz constant comes in;
+* ``proof step``: ‖a‖² + ‖b‖², before the Lipschitz constant is used;
 * ``stated``: ‖a‖² + L_D²‖z − Π(z)‖², the proposition;
 * ``corrected``: 2‖a‖² + 2 L_D²‖z − Π(z)‖²;
-* ``held out``: the same with an L_D estimated on the other half of the images, which alone of the two can fail.
+* ``held out``: the corrected form with an L_D estimated on the other half of the images, which can fail, too.
 """
 
 from __future__ import annotations
@@ -28,33 +28,38 @@ from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL
 from traj_ood.analysis.singular import spectral_norms
 from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.attractors.health import group_directions
 from traj_ood.data.batches import parts_of
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
-from traj_ood.index import NeighborIndex, greedy_leaders
+from traj_ood.index import NeighborIndex
 
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
-_NORMS = 16  # points per unit of work on L_D
-_BATCH = 64  # trajectories per unit of work, or the model's chunk where that is more
-_ROUNDING = 1e-9  # relative, of sums over pixels in float64
-_COSINE = 0.99  # §3.2: end points at least that similar are one attractor
+_CHUNK_NORMS = 16  # rows per call when spectral norms for L_D are computed
+_UNIT_STARTS = 64  # trajectories per unit of work, or the model's chunk if larger
+_ROUNDING = 1e-9  # relative rounding of sums over pixels in float64
 
 
 @register
 @dataclass(frozen=True)
 class Decomposition(Question):
-    """Options of ``decomposition``.
+    """The terms of Prop. 3.2 for test images, and how often each form of its bound holds.
 
     Attributes:
-        model, data: see :func:`traj_ood.analysis.subjects.subject`.
-        attractors: training images whose attractors form the dictionary; sizes: dictionaries made of its first ones,
-            as far as there are that many.
-        images: test images.
-        points: on how many segments from z to Π(z) the decoder's Jacobian is measured, for L_D.
-        tol, max_steps: of the iteration.
-        train_images, epochs, bottleneck, width: of ``conv``; 0 training images takes all.
+        model: see :func:`traj_ood.analysis.subjects.subject`.
+        data: likewise.
+        attractors: number of training images whose attractors form the dictionary.
+        sizes: sizes of further dictionaries, made of the first attractors, as far as there are enough.
+        images: number of test images.
+        points: number of segments from z to Π(z) on which the decoder's Jacobian is measured, for L_D.
+        tol: tolerance on the squared residual.
+        max_steps: step limit.
+        train_images: training images of ``conv``; 0 is all.
+        epochs: epochs of ``conv``.
+        bottleneck: k of ``conv``.
+        width: d of ``conv``.
     """
 
     name: ClassVar[str] = "decomposition"
@@ -112,8 +117,8 @@ class Decomposition(Question):
         about = subject(work, self.model, self.data, self.seed, training)
         if about.test is about.train:
             raise TrajOODError(
-                f"decomposition: data: expected an image set or a benchmark, with test images that no attractor comes "
-                f"from, got the folder {self.data}: describe it in a benchmark's YAML file"
+                f"decomposition: data: expected an image set or a benchmark, with test images other than the training "
+                f"images, got the folder {self.data}: describe it in a benchmark's YAML file"
             )
         settings = ("attractors", "images", "points", "tol", "max_steps", "seed")
         key = {k: getattr(self, k) for k in settings} | {
@@ -135,7 +140,7 @@ class Decomposition(Question):
         return Answer(figures=figures, sentence=_sentence(about.model.name, rows[-1]), pictures=pictures)
 
     def _attractors(self, work: Workspace, about: Subject) -> Unit:
-        """End points of training trajectories that settled; one that did not is no attractor."""
+        """End points of the training trajectories that converged."""
         model = about.model
         chosen = sample(about.train, self.attractors, self.seed, "attractors")
         key = {
@@ -150,20 +155,20 @@ class Decomposition(Question):
             path = iterate(model.self_map, start, tol=self.tol, max_steps=self.max_steps, chunk=model.chunk)
             return Unit({"ends": path.final, "converged": path.converged})
 
-        found = work.pieces("ends", key, parts_of(len(chosen), max(_BATCH, model.chunk)), compute, title="trajectories")
+        parts = parts_of(len(chosen), max(_UNIT_STARTS, model.chunk))
+        found = work.pieces("ends", key, parts, compute, title="trajectories")
         ends, converged = (torch.cat([part[name] for part in found]) for name in ("ends", "converged"))
         points = ends[converged]
         if not len(points):
             raise TrajOODError(
-                f"decomposition: expected trajectories that settle, got 0 of {len(ends)}: allow more max_steps or a "
-                f"larger tol, or see traj-ood diagnose {model.name}"
+                f"decomposition: expected trajectories that converge, got 0 of {len(ends)}: raise max_steps or tol, or "
+                f"see traj-ood diagnose {model.name}"
             )
-        directions = torch.nn.functional.normalize(points.flatten(1), dim=1)
-        distinct = len(greedy_leaders(directions, (2 - 2 * _COSINE) ** 0.5)[0])
+        distinct = len(group_directions(points)[0])
         return Unit({"points": points}, {"converged": float(converged.double().mean()), "distinct": distinct})
 
     def _terms(self, about: Subject, attractors: Tensor) -> Unit:
-        """Every term of the decomposition for each test image."""
+        """All terms of the decomposition for each test image."""
         model = about.model
         images = stack(model, sample(about.test, self.images, self.seed, "decomposition"))
         codes = model.encode(images).cpu()
@@ -175,8 +180,8 @@ class Decomposition(Question):
         probes = torch.cat([a, b, (a + b) / 2]).to(model.device)
         norms = torch.cat(
             [
-                spectral_norms(model.decode_batch, some, chunk=_NORMS, seed=self.seed).values
-                for some in probes.split(_NORMS)
+                spectral_norms(model.decode_batch, some, chunk=_CHUNK_NORMS, seed=self.seed).values
+                for some in probes.split(_CHUNK_NORMS)
             ]
         )
         distortion, gap, places = errors["distortion"], errors["gap"], chosen.repeat(3)
@@ -185,16 +190,20 @@ class Decomposition(Question):
 
 
 def nearest(codes: Tensor, attractors: Tensor) -> Tensor:
-    """(B, *L) Π(z): of ``attractors`` (N, *L) the nearest to each of ``codes`` (B, *L), in Euclidean distance."""
+    """Π(z), (B, *L): the nearest of ``attractors`` (N, *L) to each of ``codes`` (B, *L), in Euclidean distance."""
     found = NeighborIndex(attractors.flatten(1), backend="torch").search(codes.flatten(1), 1)
     return attractors[found.indices[:, 0].cpu()]
 
 
 def terms(images: Tensor, own: Tensor, prototype: Tensor, codes: Tensor, nearest: Tensor) -> dict[str, Tensor]:
-    """Squared lengths (B,) float64 of the proposition, in the units of the images.
+    """The squared lengths in the proposition, (B,) float64 each, in the units of the images.
 
     Args:
-        images: x. own: D(z). prototype: D(Π(z)); all (B, …). codes: z. nearest: Π(z); both (B, *L).
+        images: x, (B, …).
+        own: D(z), (B, …).
+        prototype: D(Π(z)), (B, …).
+        codes: z, (B, *L).
+        nearest: Π(z), (B, *L).
     Returns:
         ``error`` ‖x − D(z)‖², ``prototype`` ‖x − D(Π(z))‖², ``distortion`` ‖D(Π(z)) − D(z)‖² and ``gap`` ‖z − Π(z)‖².
     """
@@ -208,22 +217,27 @@ def terms(images: Tensor, own: Tensor, prototype: Tensor, codes: Tensor, nearest
 
 
 def lipschitz(distortion: Tensor, gap: Tensor, norms: Tensor) -> Tensor:
-    """() the largest stretch of the decoder that was seen, a lower bound of L_D: over secants and Jacobians.
+    """The largest measured stretch of the decoder, over secants and Jacobians: a lower bound of L_D, scalar tensor.
 
-    Infinite where the decoder's values or products left the finite numbers; 0 where nothing was seen.
+    It is infinite if the decoder's values or products became NaN or infinite, and 0 if there is nothing to measure.
 
     Args:
-        distortion, gap: (B,) squared lengths of D(Π(z)) − D(z) and of z − Π(z). norms: (P,) spectral norms of J_D.
+        distortion: (B,) ‖D(Π(z)) − D(z)‖².
+        gap: (B,) ‖z − Π(z)‖².
+        norms: (P,) spectral norms of J_D.
     """
     secants = (distortion / gap)[gap > 0].sqrt()
     return torch.cat([secants, norms.double().cpu(), torch.zeros(1).double()]).nan_to_num(nan=torch.inf).max()
 
 
 def elsewhere(distortion: Tensor, gap: Tensor, norms: Tensor, places: Tensor) -> Tensor:
-    """(B,) for each image the estimate of L_D that the other half makes: even places for odd ones, and vice versa.
+    """For each image an estimate of L_D from the other half of the images (even indices for odd ones), (B,).
 
     Args:
-        distortion, gap, norms: as for :func:`lipschitz`. places: (P,) of which image each norm is.
+        distortion: as for :func:`lipschitz`.
+        gap: as for :func:`lipschitz`.
+        norms: as for :func:`lipschitz`.
+        places: (P,) index of the image of each norm.
     """
     found = torch.empty(len(gap), dtype=torch.float64)
     for half in (0, 1):
@@ -234,10 +248,14 @@ def elsewhere(distortion: Tensor, gap: Tensor, norms: Tensor, places: Tensor) ->
 def bounds(
     prototype: Tensor, distortion: Tensor, gap: Tensor, lipschitz: Tensor, elsewhere: Tensor
 ) -> dict[str, Tensor]:
-    """(B,) right-hand sides of the forms, see the module; only ``corrected`` must hold for every x.
+    """The right-hand sides (B,) of the four forms, see the module; only ``corrected`` must hold for every x.
 
     Args:
-        prototype, distortion, gap: (B,) squared lengths. lipschitz: () L_D. elsewhere: (B,) L_D for ``held out``.
+        prototype: (B,) ‖x − D(Π(z))‖².
+        distortion: (B,) ‖D(Π(z)) − D(z)‖².
+        gap: (B,) ‖z − Π(z)‖².
+        lipschitz: scalar tensor, L_D.
+        elsewhere: (B,) L_D for ``held out``.
     """
     coverage = lipschitz**2 * gap
     return {
@@ -251,14 +269,14 @@ def bounds(
 def summary(
     error: Tensor, prototype: Tensor, distortion: Tensor, gap: Tensor, lipschitz: Tensor, elsewhere: Tensor
 ) -> dict[str, Any]:
-    """Means of all terms, and how often and by how much each form holds.
+    """Means of all terms, and how often and how tightly each form holds.
 
-    ``holds``: share of images, None where L_D is not finite. ``median_ratio``: bound / error over the images that have
-    an error; ``worst_ratio``: the smallest such ratio, below 1 where the form fails; None where no image has an error.
-    ``needed``: the least L_D with which the stated form would hold for all of these images: 0 where the prototype
-    error alone does, None where no L_D would.
+    For each form, ``holds`` is the share of images for which it holds (None if L_D is not finite), ``median_ratio`` the
+    median of bound / error over images with an error, and ``worst_ratio`` the smallest such ratio, below 1 if the form
+    fails (both None if no image has an error). ``needed`` is the smallest L_D with which the stated form would hold for
+    all images: 0 if the prototype error suffices, None if no L_D would.
     """
-    # Equality up to rounding, as for an image whose code is an attractor, is no violation.
+    # Equality up to rounding is not a violation; it occurs for images whose code is an attractor.
     missing = error * (1 - _ROUNDING) - prototype
     short = missing > 0
     needed = (missing[short] / gap[short]).sqrt().max() if bool(short.any()) else torch.zeros(())
@@ -311,7 +329,7 @@ def _sentence(model: str, row: dict[str, Any]) -> str:
 
 
 def terms_figure(rows: list[dict[str, Any]], terms: Mapping[str, Tensor], model: str) -> Figure:
-    """Mean terms, and the share of images for which each form holds, over the dictionary's size; how tight each is."""
+    """Draw over the dictionary's size the mean terms and how often each form holds; and how tight each form is."""
     from traj_ood.drawing.charts import Curve, Panel, curves
 
     sizes, axis = [row["attractors"] for row in rows], "attractors in the dictionary"

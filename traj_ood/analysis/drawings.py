@@ -1,4 +1,4 @@
-"""The pictures of planes: vector fields (``field``) and angles between fields and scores (``score-field``)."""
+"""Figures in the plane: vector fields (``field``) and angles between fields and scores (``score-field``)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas
 
 Floats = NDArray[np.float64]
 
-_DECADES = 3  # of norms that the colours span, below the largest
-_MAX_ANGLE = 90.0  # degrees at which the colours end: a field that ascends nothing
-_CODES = 1500  # codes drawn, so that they can be told apart
+_DECADES = 3  # decades of norms, below the largest, that the colours span
+_MAX_ANGLE = 90.0  # degrees at which the colour scale ends: from here on the field does not ascend
+_MAX_CODES = 1500  # codes drawn; more would overlap
 _STAR: Look = {"marker": "*", "markersize": 10, "linestyle": "", "color": INKS["near"]}
 
 
 def fields(panels: Sequence[tuple[str, Mapping[str, Floats]]], title: str) -> Figure:
-    """Vector fields, one per panel, each in its own box and with its own scale of colours.
+    """Draw vector fields, one per panel, each with its own axes and colour scale.
 
     Args:
-        panels: title and ``points`` (P, 2) of a square grid, ``vectors`` (P, 2) f(z) − z, ``codes`` (B, 2) of images
-            and ``attractors`` (A, 2).
-        title: of the figure.
+        panels: pairs of a title and arrays: ``points`` (P, 2) of a square grid, ``vectors`` (P, 2) f(z) − z, ``codes``
+            (B, 2) of images, and ``attractors`` (A, 2).
+        title: title of the figure.
     """
     ring = {"marker": ".", "linestyle": "", "color": INKS["paper"], "markeredgecolor": INKS["muted"]}
     legend = {"codes of images": ring, "attractors found": _STAR}
@@ -39,7 +39,7 @@ def fields(panels: Sequence[tuple[str, Mapping[str, Floats]]], title: str) -> Fi
 
 
 def _field(axis: Axes, tensors: Mapping[str, Floats]) -> None:
-    """Streamlines over the norm of f(z) − z, with the encoder's support and the attractors."""
+    """Draw streamlines over the norm of f(z) − z, with the codes of images and the attractors."""
     points, attractors = tensors["points"], tensors["attractors"]
     x, y, u, v = _grid(points, tensors["vectors"])
     norms = np.hypot(u, v)
@@ -59,19 +59,19 @@ def _field(axis: Axes, tensors: Mapping[str, Floats]) -> None:
 
 
 def score_maps(name: str, maps: Mapping[float, Mapping[str, Floats]]) -> Figure:
-    """A column per noise level: above the plane of the data, below the latent codes, both coloured by the angle.
+    """Draw one column per noise level: the data plane above, the latent codes below, both coloured by the angle.
 
     Args:
-        name: of the mixture.
-        maps: σ → ``plane`` (P, 2), ``field`` (P, 2), ``plane_angle`` (P,), ``plane_density`` (P,), ``codes`` (B, 2) and
-            ``code_angle`` (B,), P the points of a square grid.
+        name: name of the mixture.
+        maps: σ → ``plane`` (P, 2), the points of a square grid, ``field`` (P, 2), ``plane_angle`` (P,),
+            ``plane_density`` (P,), ``codes`` (B, 2) and ``code_angle`` (B,).
     """
     columns = len(maps)
     figure, axes = canvas(Frame(3.1, 3.0), 2 * columns, columns, f"Score and vector field: {name}")
     for column, (sigma, tensors) in enumerate(maps.items()):
         shades = _plane(axes[column], tensors)
         axes[column].title.set_text(f"noise σ = {sigma:g}")
-        codes, angles = tensors["codes"][:_CODES], tensors["code_angle"][:_CODES]
+        codes, angles = tensors["codes"][:_MAX_CODES], tensors["code_angle"][:_MAX_CODES]
         latent = axes[columns + column]
         latent.scatter(codes[:, 0], codes[:, 1], c=angles, s=4, vmin=0, vmax=_MAX_ANGLE, cmap="viridis", linewidths=0)
         latent.set_aspect("equal", adjustable="datalim")
@@ -85,7 +85,7 @@ def score_maps(name: str, maps: Mapping[float, Mapping[str, Floats]]) -> Figure:
 
 
 def _plane(axis: Axes, tensors: Mapping[str, Floats]) -> Any:
-    """Angles as shades (returned), the density as contours, the direction of F(x) − x as arrows of one length."""
+    """Draw angles as colours (returned), the density as contours, and the direction of F(x) − x as unit arrows."""
     x, y, u, v, angles, density = _grid(
         tensors["plane"], tensors["field"], tensors["plane_angle"], np.exp(tensors["plane_density"])
     )
@@ -101,7 +101,7 @@ def _plane(axis: Axes, tensors: Mapping[str, Floats]) -> Any:
 
 
 def _grid(*tensors: Floats) -> list[Floats]:
-    """Columns of (P, 2) and (P,) tensors over the points of a square grid, each as a square."""
+    """Reshape the columns of arrays (P, 2) and (P,) over a square grid to squares."""
     side = round(len(tensors[0]) ** 0.5)
     columns = np.concatenate([tensor.reshape(side * side, -1) for tensor in tensors], axis=1)
     return [column.reshape(side, side) for column in columns.T]

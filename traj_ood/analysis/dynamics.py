@@ -1,8 +1,8 @@
 """Residuals and norms over hundreds of steps, beyond autoencoders (App. B.8, Figs 16 and 17).
 
-Encoders with decoders trained for them, and causal language models: does iterating f contract, and do the latents stay
-bounded? With the paper's models, where there is a network and a GPU (ImageNet's training images in a folder, a file
-with a text of the Pile per line)::
+For encoders with separately trained decoders and for causal language models: does iterating f contract, and do latents
+stay bounded? With the paper's models, on a machine with a network and a GPU (ImageNet's training images in a folder, a
+file with one text of the Pile per line)::
 
     traj-ood analyze dynamics --paper --device cuda --data-root … --option images=ImageNet1k --option texts=pile.jsonl
 """
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
 DOCUMENTATION = "documentation"
-_LAST_STEPS = 50  # steps whose mean factor says whether the residual still falls
-_PIECE_CHARACTERS = 1000  # characters of a text of the documentation
-MAX_MODELS = 6  # models of a kind: a panel of curves has that many colours
+_LAST_STEPS = 50  # steps over which the final factor of the residual is averaged
+_PIECE_CHARACTERS = 1000  # characters per text of the documentation
+MAX_MODELS = 6  # models per kind, the number of colours of a panel
 _PILE = "pile.jsonl"
 
 
@@ -53,13 +53,17 @@ class Dynamics(Question):
 
     Attributes:
         models: autoencoders as for :func:`traj_ood.load_autoencoder`; ``causal-lm:SOURCE`` for language models, see
-            :class:`traj_ood.autoencoders.language.LanguageModel`; ``rehearsal-dinov2``, ``-siglip2``, ``-qwen3``
-            and ``-llama`` for small random models of the paper's architectures. At most 6 autoencoders, 6 language
+            :class:`traj_ood.autoencoders.language.LanguageModel`; ``rehearsal-dinov2``, ``-siglip2``, ``-qwen3`` and
+            ``-llama`` for small random models of the paper's architectures. At most 6 autoencoders and 6 language
             models.
-        images: whose training images autoencoders start from: a benchmark, ``fashion-mnist``, ``mnist``, ``cifar10``,
-            or a folder. texts: what language models start from: a file, a text per line, or of JSON lines with the key
-            ``text``; ``documentation``: that of the Python language, which is on every machine.
-        image_samples, text_samples: how many. steps: of f. tokens: of a text that are used.
+        images: source of the images for autoencoders: a benchmark, ``fashion-mnist``, ``mnist`` or ``cifar10`` (their
+            training images), or a folder.
+        texts: source of the texts for language models: a file with one text per line, or JSON lines with the key
+            ``text``; or ``documentation``, that of the Python language, which is on every machine.
+        image_samples: number of images.
+        text_samples: number of texts.
+        steps: number of steps.
+        tokens: number of tokens of each text that are used.
     """
 
     name: ClassVar[str] = "dynamics"
@@ -67,13 +71,13 @@ class Dynamics(Question):
     summary: ClassVar[str] = "residuals and norms over 300 steps of encoders with decoders and of language models"
     choices: ClassVar[tuple[str, ...]] = (
         "Curves are means over the samples of Euclidean norms of the whole latent (all tokens) and the whole image.",
-        "No tolerance ends a trajectory: each takes every step unless it leaves the finite numbers before; means are "
+        "No tolerance ends a trajectory: each takes every step unless it becomes NaN or infinite before; means are "
         "over the samples that are still finite.",
         "The paper's models end in a normalisation (the encoder's last LayerNorm, the language model's last RMSNorm), "
         "so that their norms are bounded by construction, which other models need not be; bounded norms alone do not "
         "show that a field is well behaved.",
         "How many tokens the paper's texts have is not stated: the first 64, of texts that have as many.",
-        "Of RAE's decoders the paper names the publication only: those with a ViT-XL and DINOv2 or SigLIP2 base.",
+        "The paper names only the publication of RAE's decoders: those with a ViT-XL and DINOv2 or SigLIP2 base.",
     )
     unstated: ClassVar[tuple[str, ...]] = ("tokens",)
     at_least: ClassVar = {"image_samples": 1, "text_samples": 1, "tokens": 1, "steps": 2}
@@ -113,7 +117,7 @@ class Dynamics(Question):
         )
 
     def answer(self, work: Workspace) -> Answer:
-        for name in self.models:  # all of them before hours are spent on the first
+        for name in self.models:  # check all names before hours are spent on the first model
             _check_name(name)
         self._check_data(work)
         found = [self._measured(work, name) for name in self.models]
@@ -133,7 +137,7 @@ class Dynamics(Question):
         return Answer(figures, _sentence(rows, self.steps), _pictures(found), differences)
 
     def _measured(self, work: Workspace, name: str) -> _Curves:
-        """All samples of one model, a chunk a unit."""
+        """Measure all samples of one model, one chunk per unit of work."""
         subject = self._subject(work, name)
         model = subject.model.to(work.device)
         key = {"model": model.fingerprint(), "starts": subject.digest, "steps": self.steps}
@@ -141,7 +145,7 @@ class Dynamics(Question):
         parts = work.pieces(
             "dynamics", key, rows, lambda some: Unit(self._run(subject, some)), title=name, unit="sample"
         )
-        width = {"latent": self.steps}  # the others have a value at z_0, too
+        width = {"latent": self.steps}  # the other tables also have a value at z_0
         tables = {c: join_tables([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
         return _Curves(name, name.startswith(rehearsals.PREFIX), tables)
 
@@ -170,7 +174,7 @@ class Dynamics(Question):
         return _Images(autoencoder, training_images(self.images, work.data_root, self.image_samples, self.seed))
 
     def _check_data(self, work: Workspace) -> None:
-        """Whether there are images and texts to start from, before hours are spent on models that need only the other.
+        """Check that images and texts are available, before hours are spent on models that need only one of them.
 
         Raises:
             TrajOODError: missing or malformed data, or too few.
@@ -186,12 +190,12 @@ class Dynamics(Question):
         return _documentation() if self.texts == DOCUMENTATION else read_texts(Path(where))
 
     def _texts(self, work: Workspace, model: LanguageModel) -> tuple[tuple[str, ...], str]:
-        """Texts that are long enough, and the digest of those drawn."""
+        """A sample of the texts that are long enough, and its digest."""
         fitting = [text for text in self._every_text(work) if model.fits(text)]
         if len(fitting) < self.text_samples:
             raise TrajOODError(
-                f"dynamics: texts: expected {self.text_samples} of at least {self.tokens} tokens, {self.texts} has "
-                f"{len(fitting)}; ask for fewer texts or tokens"
+                f"dynamics: texts: expected {self.text_samples} of at least {self.tokens} tokens, got {len(fitting)} "
+                f"from {self.texts}: use fewer texts or tokens"
             )
         drawn = tuple(fitting[i] for i in sample_indices(len(fitting), self.text_samples, self.seed, "texts"))
         return drawn, hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
@@ -199,7 +203,7 @@ class Dynamics(Question):
 
 @dataclass(frozen=True)
 class _Images:
-    """An autoencoder and the images it starts from."""
+    """An autoencoder and the images whose latents are the starts."""
 
     model: Autoencoder
     source: ImageSource
@@ -221,7 +225,7 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Texts:
-    """A language model and the texts it starts from."""
+    """A language model and the texts whose embeddings are the starts."""
 
     model: LanguageModel
     texts: tuple[str, ...]
@@ -239,7 +243,7 @@ class _Texts:
 
 
 class OutputResidual:
-    """Observer: ‖D(z_t) − D(z_{t−1})‖ (Fig. 16a), NaN at z_0. Decodes every point once more than f does."""
+    """Observer that measures ‖D(z_t) − D(z_{t−1})‖ (Fig. 16a), NaN at z_0; it decodes every point a second time."""
 
     name = "output"
 
@@ -257,14 +261,18 @@ class OutputResidual:
 
 @dataclass(frozen=True)
 class _Curves:
-    """Of one model: ``latent`` (B, steps), ``norm`` and ``output`` (B, steps + 1), NaN past a sample's last point."""
+    """The measurements of one model.
+
+    ``tables`` holds ``latent`` (B, steps), ``norm`` and for autoencoders ``output`` (B, steps + 1), with NaN past a
+    sample's last point.
+    """
 
     name: str
     rehearsal: bool
     tables: Mapping[str, Tensor]
 
     def mean(self, column: str) -> list[float | None]:
-        """Over the samples; residuals from step 1, norms from z_0. None where no sample is left."""
+        """Means over the samples, residuals from step 1 and norms from z_0; None where no sample is left."""
         table = self.tables[column]
         means = (table[:, 1:] if column == "output" else table).nanmean(dim=0)
         return [float(f"{v:.6g}") if math.isfinite(v) else None for v in means.tolist()]
@@ -273,9 +281,9 @@ class _Curves:
         return {column: self.mean(column) for column in self.tables}
 
     def summary(self) -> dict[str, Any]:
-        """A row of numbers about the curves."""
+        """Summary statistics of the curves, as a row of a table."""
         latent, norm = self.mean("latent"), self.mean("norm")
-        # Residuals tell who is left: a norm in float32 can overflow while every number of z_t is finite.
+        # Residuals show which samples are left; a norm in float32 may overflow although z_t is finite.
         residuals = self.tables["latent"]
         same = bool((residuals[:, -_LAST_STEPS - 1 :][:, 0].isfinite() == residuals[:, -1].isfinite()).all())
         row: dict[str, Any] = {
@@ -286,7 +294,7 @@ class _Curves:
             "latent_residual_first": latent[0],
             "latent_residual_last": latent[-1],
             "latent_residual_falls_until_step": _falls_until(latent),
-            "last_factor": _factor(latent) if same else None,  # else of one mean to that of other samples
+            "last_factor": _factor(latent) if same else None,  # otherwise the two means are over different samples
             "norm_first": norm[0],
             "norm_last": norm[-1],
             "norm_spread": _spread(norm[1:]),
@@ -298,13 +306,13 @@ class _Curves:
 
 
 def read_texts(path: Path) -> list[str]:
-    """A text per line of a file, or the key ``text`` of each of its JSON lines (``.jsonl``).
+    """Read one text per line of a file, or the key ``text`` of each JSON line (``.jsonl``).
 
     Raises:
-        TrajOODError: missing, not UTF-8, not JSON, or no texts.
+        TrajOODError: the file is missing, not UTF-8, not JSON, or holds no texts.
     """
     try:
-        # Not splitlines, which also ends a line at characters that a JSON string may hold as they are.
+        # Not splitlines, which also splits at characters that a JSON string may contain unescaped.
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         texts = [str(json.loads(line)["text"]) for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -317,7 +325,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def _documentation() -> list[str]:
-    """The topics of the Python language's reference, in pieces: English prose that every machine has."""
+    """The topics of the Python language reference, in pieces: English prose that is on every machine."""
     from pydoc_data.topics import topics
 
     whole = (" ".join(str(topics[name]).split()) for name in sorted(topics))
@@ -325,12 +333,12 @@ def _documentation() -> list[str]:
 
 
 def _falls_until(curve: Sequence[float | None]) -> int:
-    """The last step before the curve rises for the first time."""
+    """The last step before the first rise of the curve."""
     return next((step for step, (a, b) in enumerate(pairwise(curve), 1) if a is None or b is None or b > a), len(curve))
 
 
 def _factor(curve: Sequence[float | None]) -> float | None:
-    """Geometric mean of r_{t+1} / r_t over the last steps; None where the curve vanishes or ends early."""
+    """Geometric mean of r_{t+1} / r_t over the last steps; None if the curve vanishes or ends early."""
     last = curve[-_LAST_STEPS - 1 :]
     first, end = last[0], last[-1]
     if not first or not end or len(last) < 2:
@@ -339,7 +347,7 @@ def _factor(curve: Sequence[float | None]) -> float | None:
 
 
 def _spread(curve: Sequence[float | None]) -> float | None:
-    """Largest over smallest value; None where one is missing, or 0."""
+    """Ratio of the largest to the smallest value; None if a value is missing or 0."""
     values = [v for v in curve if v is not None]
     return max(values) / min(values) if len(values) == len(curve) and min(values) > 0 else None
 
@@ -349,10 +357,10 @@ def _is_language(name: str) -> bool:
 
 
 def _check_name(name: str) -> None:
-    """Refuse what no loader takes, without loading: a name is known, a folder, or may be one of the hub.
+    """Check, without loading, that a name is known, is a folder, or may be a hub name.
 
     Raises:
-        TrajOODError: an unknown name (with near ones), or a folder that is not there.
+        TrajOODError: an unknown name (the message lists similar ones), or a missing folder.
     """
     families: dict[str, Any] = {**FAMILIES, **LANGUAGE_MODELS}
     word, _, source = name.partition(":")
@@ -364,7 +372,7 @@ def _check_name(name: str) -> None:
     fewest, most = families.get(word, Autoencoder).hub_slashes
     if source.startswith((".", "/", "~")) or source.count("/") > most:
         raise TrajOODError(
-            f"dynamics: models: expected a name or a folder, {source} is no folder; correct {name!r} in models"
+            f"dynamics: models: expected a name or a folder, got {source}, which is no folder: correct {name!r}"
         )
     if source.count("/") < fewest:
         known = (*named, *(f"{family}:SOURCE" for family in families), "owner/name", "a folder")
@@ -376,24 +384,24 @@ def _sentence(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    """What becomes of one model's residual."""
+    """A clause about one model's residual."""
     first, last, factor = row["latent_residual_first"], row["latent_residual_last"], row["last_factor"]
     name = f"{row['model']}{' (random weights)' if row['rehearsal'] else ''}"
     lost = f"{row['left_the_finite_numbers']} of {row['samples']} samples"
     if last is None:
-        return f"{name}: leaves the finite numbers ({lost})"
+        return f"{name}: becomes NaN or infinite ({lost})"
     slope = "" if factor is None else f" and changes by a factor of {factor:.4g} a step at the end"
     share = f"ends at {last / first:.2g} of its first value" if first and last else "vanishes"
-    some = f" (of those still finite; {lost} leave the finite numbers)" if row["left_the_finite_numbers"] else ""
+    some = f" (of those still finite; {lost} become NaN or infinite)" if row["left_the_finite_numbers"] else ""
     return f"{name}: {share}{slope}{some}"
 
 
 def _told_norms(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How far the norms stay apart, of the models all of whose samples stay finite; others have no bound to tell."""
+    """A sentence about the spread of the norms, over the models whose samples all stay finite."""
     kept = {r["model"]: r["norm_spread"] for r in rows if not r["left_the_finite_numbers"] and r["norm_spread"]}
     if not kept:
         return ""
-    most = Context(prec=4, rounding=ROUND_CEILING).create_decimal(max(kept.values()))  # up: "at most" has to be true
+    most = Context(prec=4, rounding=ROUND_CEILING).create_decimal(max(kept.values()))  # rounded up for "at most"
     of = "every model" if len(kept) == len(rows) else ", ".join(kept)
     return f" From the first step on, the largest mean norm of {of} is at most {most} times its smallest."
 

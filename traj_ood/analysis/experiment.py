@@ -1,4 +1,4 @@
-"""The budget that the questions on trained Table 4 autoencoders share: data, training, iteration."""
+"""Budget, the base class of questions that train Table 4 autoencoders: options for data, training and iteration."""
 
 from __future__ import annotations
 
@@ -44,7 +44,14 @@ MEMORY_CHOICES = (
 
 @dataclass(frozen=True)
 class Sampled:
-    """The images of an experiment: training (all the model sees), starts among them, and test images."""
+    """The images of an experiment.
+
+    Attributes:
+        shape: (C, H, W).
+        train: all images that the model is trained on.
+        starts: indices of the training images whose trajectories are followed.
+        test: held-out images.
+    """
 
     shape: tuple[int, int, int]
     train: ImageSource
@@ -53,27 +60,30 @@ class Sampled:
 
     @cached_property
     def probe(self) -> Probe:
-        """As pixels in [0, 1]; read once, when first asked for."""
+        """The images as pixels in [0, 1]; read when first used."""
         return Probe(read_pixels(self.train, self.shape), torch.tensor(self.starts), read_pixels(self.test, self.shape))
 
 
 @dataclass(frozen=True)
 class Budget(Question):
-    """Options of a question that trains Table 4 autoencoders.
+    """A question that trains Table 4 autoencoders.
 
     Attributes:
-        data: ``fashion-mnist`` (default: it is found or fetched without a network), ``mnist`` or ``cifar10``.
-        epochs, batch, rate, decay: of Adam with a linearly falling rate. Defaults: 24 epochs in batches of 64 at four
-            times the paper's rate, because 500 epochs of 60,000 images would take days.
-        width: d of Table 4. Default 16: f takes a third of the time it takes at 32.
-        starts: training images whose trajectories give attractors, at most. Default 200.
-        test: held-out images; 0 is all. Default 1,000.
-        tol, max_steps: of the iteration. The tolerance is the paper's; 1,000 steps instead of 3,000.
+        data: ``fashion-mnist`` (default, because it needs no network), ``mnist`` or ``cifar10``.
+        epochs: default 24, because the paper's 500 epochs of 60,000 images would take days.
+        batch: batch size. Default 64.
+        rate: learning rate of Adam, which falls linearly. Default 2e-3, four times the paper's.
+        decay: weight decay. Default 1e-4, the paper's.
+        width: d of Table 4. Default 16, at which f takes a third of the time of 32.
+        starts: maximum number of training images whose trajectories give attractors. Default 200.
+        test: number of held-out images; 0 is all. Default 1,000.
+        tol: tolerance on the squared residual. Default 1e-6, the paper's.
+        max_steps: step limit. Default 1,000 instead of the paper's 3,000.
     """
 
     unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "starts")
     paper_data: ClassVar[tuple[str, ...]] = ("cifar10", "mnist", "fashion-mnist")
-    """The sets that the figure is drawn for; the paper's settings name one of them."""
+    """The image sets of the paper's figure; :meth:`paper` uses one of them."""
     at_least: ClassVar = {"epochs": 1, "batch": 1, "width": 1, "starts": 1, "max_steps": 1, "test": 0, "decay": 0}
     above_0: ClassVar = ("rate", "tol")
     meanings: ClassVar[Mapping[str, Mapping[Any, str]]] = {"images": {0: "all"}, "test": {0: "all"}}
@@ -96,7 +106,7 @@ class Budget(Question):
 
     @classmethod
     def paper_budget(cls, data: str = "fashion-mnist") -> dict[str, Any]:
-        """App. D. Where the paper draws CIFAR, MNIST and FashionMNIST, that is a run each, by ``--option data=…``."""
+        """The settings of App. D. For figures with CIFAR, MNIST and FashionMNIST, run each by ``--option data=…``."""
         return {
             "data": data,
             "epochs": PAPER_EPOCHS,
@@ -115,10 +125,10 @@ class Budget(Question):
         return tuple(d for d in found if not (d.startswith("data: ") and self.data in self.paper_data))
 
     def load(self, work: Workspace, size: int) -> Sampled:
-        """The images, with ``size`` training images (0: all), drawn by the seed.
+        """Load the images, with ``size`` training images (0: all) drawn by the seed.
 
         Raises:
-            TrajOODError: data that are missing, or fewer than asked for.
+            TrajOODError: missing data, or fewer images than ``size``.
         """
         data = load_images(self.data, work.data_root)
         train = sample(data.train, size, self.seed, f"{self.data} training images")
@@ -128,17 +138,17 @@ class Budget(Question):
     def train(
         self, work: Workspace, images: ImageSource, shape: tuple[int, int, int], *, bottleneck: int, **options: Any
     ) -> Trained:
-        """A model of this budget; ``options`` as in :func:`traj_ood.analysis.models.train_conv`."""
+        """Train a model within this budget; ``options`` as in :func:`traj_ood.analysis.models.train_conv`."""
         recipe = options.pop("recipe", None) or self.recipe()
         settings = {"width": self.width, "bottleneck": bottleneck, "seed": self.seed, **options}
         return train_conv(work, f"{self.name}-k{bottleneck}", images, shape, recipe, **settings)
 
     def recipe(self, epochs: int | None = None, decay: float | None = None) -> Recipe:
-        """The recipe of this budget, or one with other epochs or weight decay."""
+        """The recipe of this budget, optionally with other epochs or weight decay."""
         return paper_recipe(epochs or self.epochs, self.batch, self.rate, self.decay if decay is None else decay)
 
     def measure_key(self, model: ConvAutoencoder, data: Sampled, **further: Any) -> dict[str, Any]:
-        """Everything that decides what is measured on a model."""
+        """The key of measurements on a model: everything that decides their result."""
         return {
             "model": model.fingerprint(),
             "train": data.train.digest(),
@@ -151,12 +161,12 @@ class Budget(Question):
 
 
 def change(first: Mapping[str, Any], last: Mapping[str, Any], name: str, form: str) -> str:
-    """``a to b`` for a sentence; none where a row has no such figure."""
+    """``a to b`` for a sentence, from two rows; ``none`` where a value is None."""
     return " to ".join("none" if row[name] is None else format(row[name], form) for row in (first, last))
 
 
 def spearman(x: Sequence[float], y: Sequence[float | None]) -> float | None:
-    """Rank correlation over the pairs where y is known; None for fewer than three, or where either is constant."""
+    """Spearman's rank correlation over the pairs where y is known; None for fewer than 3 pairs or a constant side."""
     from scipy.stats import spearmanr
 
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
@@ -167,6 +177,6 @@ def spearman(x: Sequence[float], y: Sequence[float | None]) -> float | None:
 
 
 def read_pixels(images: ImageSource, shape: tuple[int, int, int]) -> Tensor:
-    """(N, C, H, W) pixels in [0, 1], in the channels and size of ``shape``."""
+    """The images as pixels in [0, 1], (N, C, H, W), converted to ``shape`` (C, H, W)."""
     preprocessing = Preprocessing(shape)
     return torch.stack([preprocessing(images.load(i)) for i in range(len(images))])

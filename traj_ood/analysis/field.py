@@ -1,4 +1,4 @@
-"""The latent vector field in the plane: f(z) − z of autoencoders with two latent units (Figs 1, 3a)."""
+"""The latent vector field f(z) − z of autoencoders with two latent units (Figs 1, 3a)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from traj_ood.analysis.images import load_images, sample, stack
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL, paper_recipe, train_conv
 from traj_ood.analysis.singular import explicit_norms, explicit_radii
 from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.attractors.health import group_directions
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
 from traj_ood.dynamics.chunks import apply_in_chunks
@@ -29,29 +30,33 @@ from traj_ood.index import greedy_leaders
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
-_STARTS = 15  # grid points per side that trajectories start from; the codes of images are further starts
-_SAME_DISTANCE = 0.01  # of the box's diagonal: end points closer than that are one attractor
-# As near an end must be to its attractor: two ends of one attractor are then never counted as two.
+_START_SIDE = 15  # side of the grid of starts; the codes of images are further starts
+_SAME_DISTANCE = 0.01  # relative to the box's diagonal: end points closer than this are one attractor
+# Largest distance of an end point to its attractor, so that two end points of one attractor are never counted as two.
 _CLOSENESS = _SAME_DISTANCE / 2
-# Of the diagonal: shorter steps are rest. An end with a radius of up to 1 − _REST_STEP / _CLOSENESS is then close.
+# Step length, relative to the diagonal, below which iteration may stop. With it, end points with a spectral radius of
+# up to 1 − _REST_STEP / _CLOSENESS are within _CLOSENESS of their attractor.
 _REST_STEP = 1e-5
-_COSINE = 0.99  # §3.2: end points at least that similar are one attractor
-_CHUNK = 24  # rows per call of f: the few slow trajectories of the plane would run in chunks of 96 otherwise
+_CHUNK = 24  # rows per call of f, fewer than the model's 96, because few trajectories run long
 
 
 @register
 @dataclass(frozen=True)
 class Field(Question):
-    """Options of ``field``.
+    """Two-dimensional vector fields across training and initialisations.
 
     Attributes:
-        data: ``fashion-mnist``, ``mnist`` or ``cifar10``. train_images: drawn by the seed; 0 takes all.
-        at: epochs at which the field of the first run is drawn; the last one is where training ends, for all runs.
-        runs: models of different initialisation. width: d of Table 4.
-        reach: the box is [−reach, reach]²; 0 fits it to the encoder's support.
-        grid: points per side at which f is evaluated. codes: training images whose codes show the support.
-        tol, max_steps: of the iteration that finds attractors; tol, on the squared residual, is lowered where the box
-            is so small that it would end trajectories on their way.
+        data: ``fashion-mnist``, ``mnist`` or ``cifar10``.
+        train_images: number of training images, drawn by the seed; 0 is all.
+        at: epochs at which the field of the first run is drawn; training ends with the last, for all runs.
+        runs: number of models with different initialisations.
+        width: d of Table 4.
+        reach: the box is [−reach, reach]²; 0 fits it to the codes.
+        grid: points per side at which f is evaluated.
+        codes: number of training images whose codes are shown.
+        tol: tolerance on the squared residual for attractors; lowered if the box is so small that trajectories would
+            stop before they arrive.
+        max_steps: step limit.
     """
 
     name: ClassVar[str] = "field"
@@ -59,11 +64,11 @@ class Field(Question):
     summary: ClassVar[str] = "two-dimensional vector fields across training and initialisations"
     choices: ClassVar[tuple[str, ...]] = (
         "The width d of Table 4, the epochs of Fig. 3a, the number of models and the batch size (128) are not stated.",
-        "An end point is an attractor where the Jacobian's spectral radius ρ is below 1 and what is left of the way, "
-        "the last step / (1 − ρ), is at most 0.5 % of the box's diagonal; other trajectories have not settled.",
+        "An end point is an attractor if the Jacobian's spectral radius ρ is below 1 and the remaining distance, the "
+        "last step / (1 − ρ), is at most 0.5 % of the box's diagonal; other trajectories have not settled.",
         "Fig. 1 draws [−8, 8]²; the box fits the codes here, since their scale depends on the training.",
         "Two end points are one attractor within 1 % of the box's diagonal; the paper's cosine of 0.99 would merge all "
-        "points of one direction, which in the plane are many. Its count is given beside.",
+        "points of one direction, which in the plane are many. The count by cosine is recorded, too.",
     )
     unstated: ClassVar[tuple[str, ...]] = ("at", "runs", "width", "grid", "codes")
 
@@ -100,7 +105,7 @@ class Field(Question):
         )
 
     def differences(self) -> tuple[str, ...]:
-        """Of the epochs in ``at``, the paper states where training ends."""
+        """As :meth:`Question.differences`, and for ``at`` only the last epoch, the only one that the paper states."""
         last = max(self.at)
         ends = () if last == PAPER_EPOCHS else (f"training ends after epoch {last} here, {PAPER_EPOCHS} in the paper",)
         return (*super().differences(), *ends)
@@ -132,26 +137,25 @@ class Field(Question):
         return {key: getattr(self, key) for key in ("reach", "grid", "tol", "max_steps")}
 
     def _measure(self, model: Autoencoder, images: ImageSource) -> Unit:
-        """The field of one model, its attractors and the encoder's support."""
+        """The field of one model, its attractors, and the codes of images."""
         codes = model.encode(stack(model, images))
         if not bool(codes.isfinite().all()):
             raise TrajOODError(
-                f"field: expected finite codes, got {int((~codes.isfinite()).any(dim=1).sum())} of {len(codes)} that "
-                f"are not, from {model.name}: its training diverged; try another seed or fewer epochs"
+                f"field: expected finite codes, got {int((~codes.isfinite()).any(dim=1).sum())} of {len(codes)} from "
+                f"{model.name} that are not: its training diverged; try another seed or fewer epochs"
             )
         low, high = box(codes, self.reach)
         points = plane(low, high, self.grid).to(codes)
         vectors = vector_field(model.self_map, points, model.chunk)
-        starts = torch.cat([plane(low, high, _STARTS).to(codes), codes])
+        starts = torch.cat([plane(low, high, _START_SIDE).to(codes), codes])
         diagonal = float((high - low).norm())
         ends = settled_ends(model.self_map, starts, diagonal, self.tol, self.max_steps, model.chunk)
         leaders, group = greedy_leaders(ends.double(), _SAME_DISTANCE * diagonal)
         spots = ends[leaders]
-        directions = torch.nn.functional.normalize(ends.double(), dim=1)
         notes: dict[str, Any] = {
             "settled": len(ends) / len(starts),
             "attractors": len(spots),
-            "attractors_cosine": len(greedy_leaders(directions, (2 - 2 * _COSINE) ** 0.5)[0]),
+            "attractors_cosine": len(group_directions(ends.double())[0]),
             "norm_on_codes": _median_norm(vector_field(model.self_map, codes, model.chunk)),
             "norm_in_box": _median_norm(vectors),
             "contractive_codes": _contractive(model, codes),
@@ -163,16 +167,22 @@ class Field(Question):
 
 
 def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float, max_steps: int, chunk: int) -> Tensor:
-    """(E, 2) on the CPU: end points of the trajectories from ``starts`` (P, 2) that are as good as at an attractor.
+    """End points that are close to an attractor, (E, 2) on the CPU, of the trajectories from ``starts`` (P, 2).
 
-    A short step alone proves nothing: where each step is ρ times the one before, a step of length r leaves up to
-    r / (1 − ρ) to go. ρ is the Jacobian's spectral radius at the end point, and what is left must be short in the box.
+    A short step alone is not enough: if each step is ρ times the previous one, a last step of length r leaves a
+    distance of up to r / (1 − ρ). With ρ the Jacobian's spectral radius at the end point, that distance must be short
+    relative to the box.
 
     Args:
-        diagonal: of the box. tol, max_steps: of the iteration, see :class:`Field`. chunk: rows per call of f.
+        self_map: f.
+        starts: (P, 2).
+        diagonal: length of the box's diagonal.
+        tol: tolerance, see :class:`Field`.
+        max_steps: step limit.
+        chunk: rows per call of f.
     """
     path = iterate(self_map, starts, tol=min(tol, (_REST_STEP * diagonal) ** 2), max_steps=max_steps, chunk=chunk)
-    last = path.residuals.gather(1, (path.steps - 1).clamp(min=0)[:, None])[:, 0].sqrt()
+    last = path.last_residuals.sqrt()
     radii = explicit_radii(planar_jacobians(self_map, path.final, chunk))
     left = last / (1 - radii)
     settled = (path.status != Status.NON_FINITE) & (radii < 1) & (left <= _CLOSENESS * diagonal)
@@ -180,14 +190,14 @@ def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float,
 
 
 def vector_field(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:
-    """(P, *L) f(z) − z at ``points`` (P, *L), Eq. (4)."""
+    """The field f(z) − z at ``points`` (P, *L), Eq. (4)."""
     with torch.inference_mode():
         return apply_in_chunks(self_map, points, chunk) - points
 
 
 def planar_jacobians(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:
-    """(P, k, k) float64 explicit Jacobians of f at ``points`` (P, k), a forward-mode product per column."""
-    points = points.detach().clone()  # what inference mode made, no derivative can use
+    """Explicit Jacobians of f at ``points`` (P, k), (P, k, k) float64, by one forward-mode product per column."""
+    points = points.detach().clone()  # derivatives cannot use tensors created in inference mode
 
     def column(direction: Tensor) -> Tensor:
         def push(rows: Tensor) -> Tensor:
@@ -202,12 +212,12 @@ def planar_jacobians(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:
 
 
 def _contractive(model: Autoencoder, codes: Tensor) -> float:
-    """Share of the codes at which ‖J_f‖_σ < 1."""
+    """Share of the codes at which the spectral norm of J_f is below 1."""
     return float((explicit_norms(planar_jacobians(model.self_map, codes, model.chunk)) < 1).double().mean())
 
 
 def _median_norm(vectors: Tensor) -> float | None:
-    """None where f left the finite numbers at half of the points."""
+    """Median norm; None if f is NaN or infinite at half of the points or more."""
     median = float(vectors.norm(dim=1).nan_to_num(nan=torch.inf).median())
     return median if math.isfinite(median) else None
 

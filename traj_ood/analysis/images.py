@@ -1,4 +1,4 @@
-"""The image sets of the paper's small experiments, whole: Fashion-MNIST, MNIST and CIFAR-10, train and test."""
+"""The image sets of the paper's small experiments: Fashion-MNIST, MNIST and CIFAR-10, all classes, train and test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: its name, the shape (C, H, W) of its images, its training and its test images."""
+    """An image set: its name, the shape (C, H, W) of its images, and its training and test images."""
 
     name: str
     shape: tuple[int, int, int]
@@ -36,14 +36,14 @@ class ImageData:
 
 
 def load_images(name: str, root: Path | None = None) -> ImageData:
-    """All classes of ``fashion-mnist``, ``mnist`` or ``cifar10``.
+    """Load all classes of ``fashion-mnist``, ``mnist`` or ``cifar10``.
 
     Args:
-        name: of the set.
-        root: where its files lie, or a folder of the set's name with them. None is each set's own places:
-            Fashion-MNIST is fetched where it is nowhere, MNIST through torchvision, CIFAR-10 must lie as
-            ``cifar10/{train,test}/CLASS/*.jpg`` in ``$TRAJ_OOD_DATA`` or ``./data`` (the layout of the benchmark
-            ``cifar10-local``).
+        name: name of the set.
+        root: folder of its files, or a folder that contains one with the set's name. Default: each set's usual places.
+            Fashion-MNIST is downloaded if it is not found, MNIST through torchvision; CIFAR-10 must be in
+            ``$TRAJ_OOD_DATA`` or ``./data`` as ``cifar10/{train,test}/CLASS/*.jpg``, the layout of the benchmark
+            ``cifar10-local``.
     Raises:
         TrajOODError: unknown name, or files that are missing or malformed.
     """
@@ -53,12 +53,16 @@ def load_images(name: str, root: Path | None = None) -> ImageData:
 
 
 def sample(images: ImageSource, size: int, seed: int, stream: str) -> ImageSource:
-    """``size`` images drawn without replacement, in their order; a larger sample of the seed contains the smaller.
+    """Draw ``size`` images without replacement, in their order; a larger sample of the same seed contains a smaller
+    one.
 
     Args:
-        images, seed: as they say. size: 0 is all of them. stream: tells draws of one seed apart, and what errors say.
+        images: the images.
+        size: number of images; 0 is all.
+        seed: seed of the draw.
+        stream: text that distinguishes draws of the same seed, and begins messages.
     Raises:
-        TrajOODError: fewer images than asked for.
+        TrajOODError: ``size`` exceeds the number of images.
     """
     if size == 0:
         return images
@@ -68,15 +72,15 @@ def sample(images: ImageSource, size: int, seed: int, stream: str) -> ImageSourc
 
 
 def spread(length: int, count: int) -> tuple[int, ...]:
-    """``count`` places of 0 … length − 1 at even distances, both ends among them.
+    """``count`` evenly spaced indices in 0 … length − 1, including both ends.
 
-    Lists of images are often sorted by class: their first images are no sample of them.
+    Lists of images are often sorted by class, so that their first images are not representative.
     """
     return tuple(torch.linspace(0, length - 1, count, dtype=torch.float64).round().long().tolist())
 
 
 def stack(autoencoder: Autoencoder, images: ImageSource) -> Tensor:
-    """(N, C, H, W) the images in the model's normalised units, on the CPU."""
+    """The images in the model's normalised units, (N, C, H, W) on the CPU."""
     return torch.stack([autoencoder.transform(images.load(i)) for i in range(len(images))])
 
 
@@ -90,7 +94,7 @@ def _mnist(root: Path | None) -> ImageData:
     folder = _find_mnist(bases)
     if folder is None and root is None:
         check_writable(cache)
-        # Whatever stops a download (no network, a moved mirror, a wrong checksum), the way out is the same.
+        # The remedy is the same for any failure of the download (no network, a moved mirror, a wrong checksum).
         try:
             from torchvision.datasets import MNIST
 
@@ -127,15 +131,16 @@ def _idx(name: str, folder: Path) -> ImageData:
 
 
 def _own_folder(root: Path | None, name: str) -> Path | None:
-    """The set's own folder below ``root`` where there is one, so that one root serves sets of the same file names."""
+    """The folder ``root/name`` if it exists, else ``root``: one root can hold several sets with equal file names."""
     return root if root is None or not (Path(root) / name).is_dir() else Path(root) / name
 
 
 def _check_is(name: str, folder: Path) -> None:
-    """MNIST and Fashion-MNIST have the same file names; digits have few bright pixels, clothes many.
+    """Check that the files are those of MNIST or Fashion-MNIST, which have the same names, by the share of bright
+    pixels.
 
     Raises:
-        TrajOODError: a share of bright pixels that this set does not have (19 % on digits, 50 % on clothes).
+        TrajOODError: the share is that of the other set (19 % for digits, 50 % for clothes).
     """
     path = next(p for p in (folder / FILES[2], folder / f"{FILES[2]}.gz") if p.is_file())
     share = float((read_idx(path) > 0).mean())

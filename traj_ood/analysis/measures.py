@@ -1,4 +1,4 @@
-"""The numbers that several questions report, each a function of plain tensors with the paper's symbols."""
+"""Measures that several questions report, as functions of plain tensors."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from torch.nn.functional import normalize
 
 from traj_ood.errors import TrajOODError
 
-_ROWS = 2048  # rows of a similarity matrix at a time
+_BLOCK_ROWS = 2048  # rows of a similarity matrix per block
 
 
 def memorization_coefficients(decoded: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
-    """mem(z*) of each decoded attractor: the cosine to its closest training image, and which one that is (§3.2.1).
+    """Memorisation coefficient mem(z*) of each decoded attractor: the cosine to its closest training image (§3.2.1).
 
-    The paper prints min over x of cos(D(z*), x), which would be the farthest image; its sentence says the closest, so
-    this is the maximum.
+    The paper's formula has min over x of cos(D(z*), x), which would be the farthest image; its text says the closest,
+    so this is the maximum.
 
     Args:
-        decoded: (K, *) D(z*). training: (N, *). Both in units in which a cosine means what it should: the paper does
-            not say whether pixels are centred; pixels in [0, 1] are not.
+        decoded: (K, *) D(z*).
+        training: (N, *) training images in the same units. The paper does not say whether pixels are centred; pixels in
+            [0, 1] are not.
     Returns:
-        (K,) float64 cosines in [-1, 1], (K,) int64 rows of ``training``.
+        The cosines in [-1, 1], (K,) float64, and the indices of the closest training images, (K,) int64.
     Raises:
-        TrajOODError: nothing to compare, or shapes that differ.
+        TrajOODError: an empty set, or shapes that differ.
 
     >>> a, which = memorization_coefficients(torch.eye(2), torch.tensor([[3.0, 4.0], [0.0, -1.0]]))
     >>> a.tolist(), which.tolist()
@@ -38,13 +39,15 @@ def memorization_coefficients(decoded: Tensor, training: Tensor) -> tuple[Tensor
 
 
 def chamfer_similarity(a: Tensor, b: Tensor) -> float:
-    """Symmetric Chamfer similarity of two sets: the mean cosine to the nearest of the other set, both ways, averaged.
+    """Symmetric Chamfer similarity of two sets: the mean cosine to the nearest point of the other set, averaged over
+    both directions.
 
-    §3.2.2 names it without a formula. Cosines, because the paper tells attractors apart by cosine; 1 exactly when
-    every direction of one set is one of the other.
+    §3.2.2 names it without a formula. Cosines are used because the paper distinguishes attractors by cosine. It is 1 if
+    and only if both sets have the same directions.
 
     Args:
-        a, b: (N, *), (M, *).
+        a: (N, *).
+        b: (M, *).
     Raises:
         TrajOODError: an empty set, or shapes that differ.
 
@@ -59,16 +62,15 @@ def chamfer_similarity(a: Tensor, b: Tensor) -> float:
 
 
 def rank_explaining(points: Tensor, share: float = 0.9) -> int:
-    """Fewest principal directions that explain ``share`` of the variance of the rows (Fig. 13's "generalization
-    entropy").
+    """Number of principal directions that explain ``share`` of the variance of the rows (Fig. 13's "generalization
+    entropy"); 0 if all rows are equal.
 
-    Rows are centred, since variance is about the mean; App. B.5 writes the SVD of the matrix as it is, whose first
-    direction would mostly be that mean.
+    Rows are centred, since variance is about the mean. App. B.5 takes the SVD of the matrix without centring, whose
+    first direction would mostly be the mean.
 
     Args:
-        points: (N, *). share: of the total variance, in (0, 1].
-    Returns:
-        0 where all rows agree.
+        points: (N, *).
+        share: share of the total variance, in (0, 1].
     Raises:
         TrajOODError: no rows, or a share outside (0, 1].
     """
@@ -78,16 +80,17 @@ def rank_explaining(points: Tensor, share: float = 0.9) -> int:
     centred = rows - rows.mean(dim=0)
     variances = torch.linalg.svdvals(centred).square()
     total = variances.sum()
-    # Rounding leaves identical rows a variance of this relative size.
+    # Rounding gives identical rows a variance of this relative size.
     if total <= torch.finfo(torch.float32).eps ** 2 * rows.square().sum():
         return 0
-    # Cumulative sums end a rounding error below 1; a rank must not grow by that.
+    # Cumulative sums may end slightly below 1 by rounding, which must not raise the rank.
     return int((variances.cumsum(0) / total < share - 1e-12).sum()) + 1
 
 
 def _closest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) largest cosine of each row of ``a`` with a row of ``b``, and its row; a zero vector has cosine 0."""
+    """For each row of ``a`` the largest cosine with a row of ``b``, and the index of that row; (N,) each. A zero vector
+    has cosine 0."""
     a, b = normalize(a.flatten(1).double(), dim=1), normalize(b.flatten(1).double(), dim=1)
-    best = [(part @ b.T).max(dim=1) for part in a.split(_ROWS)]
+    best = [(part @ b.T).max(dim=1) for part in a.split(_BLOCK_ROWS)]
     cosines = torch.cat([m.values for m in best]).clamp(-1.0, 1.0)
     return cosines.cpu(), torch.cat([m.indices for m in best]).cpu()

@@ -1,4 +1,4 @@
-"""Memorisation against the bottleneck: how close decoded attractors come to training images, for k = 2 … 512."""
+"""Memorisation over the bottleneck: how close decoded attractors come to training images, for k = 2 … 512."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class Memorization(Budget):
-    """Options of ``memorization``, beyond :class:`traj_ood.analysis.experiment.Budget`.
+    """How close decoded attractors come to training images, over the bottleneck k.
+
+    Further options are those of :class:`traj_ood.analysis.experiment.Budget`.
 
     Attributes:
-        images: training images, drawn by the seed; 0 is all. Default 4,000, half a minute a model on a slow core.
+        images: number of training images, drawn by the seed; 0 is all. Default 4,000, which takes half a minute per
+            model on a slow core.
         bottlenecks: values of k, ascending. Default: powers of two from 2 to 512, the paper's range.
     """
 
     name: ClassVar[str] = "memorization"
     figure: ClassVar[str] = "Figs 2 and 13 (left), §3.2.1"
     summary: ClassVar[str] = "how close decoded attractors come to training images, over the bottleneck's width"
-    choices: ClassVar[tuple[str, ...]] = (*MEMORY_CHOICES, "Of k the range is stated, 2 to 512, and not the values.")
+    choices: ClassVar[tuple[str, ...]] = (*MEMORY_CHOICES, "The range of k is stated, 2 to 512, but not its values.")
     unstated: ClassVar[tuple[str, ...]] = (*Budget.unstated, "bottlenecks")
     at_least: ClassVar = {**Budget.at_least, "images": 0}
 

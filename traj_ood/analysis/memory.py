@@ -1,4 +1,4 @@
-"""What one model has memorised: the figures that memorization, training, overfitting and regularizers share."""
+"""Measures of memorisation of one model, shared by memorization, training, overfitting and regularizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
 SHOWN = 10
-"""Decoded attractors that are kept as pictures."""
+"""Maximum number of decoded attractors kept as images."""
 _OF_ATTRACTORS = (
     "memorization",
     "memorization_std",
@@ -36,12 +36,12 @@ _OF_ATTRACTORS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """The images that models are compared on, as pixels in [0, 1].
+    """The images that models are measured on, as pixels in [0, 1].
 
     Attributes:
-        training: (N, C, H, W) everything the model was trained on: where the closest image is looked for.
-        starts: rows of ``training`` whose trajectories give the attractors.
-        test: (M, C, H, W) held-out images.
+        training: (N, C, H, W), all images that the model was trained on.
+        starts: indices of the training images whose trajectories give the attractors.
+        test: (M, C, H, W), held-out images.
     """
 
     training: Tensor
@@ -50,19 +50,19 @@ class Probe:
 
 
 def pixels(model: ConvAutoencoder, images: Tensor) -> Tensor:
-    """Images in the model's normalised units, as pixels; D's output may leave [0, 1]."""
+    """Convert images in the model's normalised units to pixels; D's output may lie outside [0, 1]."""
     assert model.preprocessing is not None  # every ConvAutoencoder declares one
     return model.preprocessing.unnormalise(images).cpu()
 
 
 def normalised(model: ConvAutoencoder, images: Tensor) -> Tensor:
-    """Pixels in [0, 1] in the model's normalised units."""
+    """Convert pixels in [0, 1] to the model's normalised units."""
     assert model.preprocessing is not None  # every ConvAutoencoder declares one
     return model.preprocessing.normalise(images)
 
 
 def settle_images(model: ConvAutoencoder, images: Tensor, tol: float, max_steps: int) -> AttractorDictionary:
-    """Where trajectories that start at images (N, C, H, W), pixels in [0, 1], end."""
+    """The end points of trajectories that start at images (N, C, H, W), pixels in [0, 1]."""
     start = model.encode(normalised(model, images))
     return settle(model, start, tuple(map(str, range(len(start)))), tol=tol, max_steps=max_steps)[0]
 
@@ -70,10 +70,12 @@ def settle_images(model: ConvAutoencoder, images: Tensor, tol: float, max_steps:
 def memory(
     model: ConvAutoencoder, probe: Probe, dictionary: AttractorDictionary
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Figures of one model, plain data, and pictures of its attractors.
+    """Measures of one model as plain data, and images of its attractors.
 
     Args:
-        model, probe: see there. dictionary: where the trajectories of the starts end (:func:`settle_images`).
+        model: the model.
+        probe: the images to measure it on.
+        dictionary: end points of the trajectories of ``probe.starts`` (:func:`settle_images`).
     Returns:
         ``memorization``, ``memorization_std``: mean and standard deviation of mem(z*) over the end points of all
         starts; ``memorization_distinct``: mean over distinct attractors (cosine 0.99); ``memorization_converged``:
@@ -96,7 +98,7 @@ def memory(
     if not bool(finite.any()):
         return found | {"finite": 0.0} | dict.fromkeys(_OF_ATTRACTORS), {}
     decoded = pixels(model, model.decode(dictionary.usable()))
-    drawn = decoded.flatten(1).isfinite().all(dim=1)  # D of a point far out may overflow where the point does not
+    drawn = decoded.flatten(1).isfinite().all(dim=1)  # D may overflow although its input is finite
     kept = dictionary.distinct()
     found |= {"finite": float(drawn.sum()) / len(dictionary), "distinct": len(kept)}
     if not bool(drawn.any()):
@@ -107,7 +109,7 @@ def memory(
 def _of_attractors(
     decoded: Tensor, drawn: Tensor, kept: Tensor, finite: Tensor, probe: Probe, dictionary: AttractorDictionary
 ) -> dict[str, float | None]:
-    """The figures that compare decoded end points (M, C, H, W) with training images."""
+    """The measures that compare decoded end points (M, C, H, W) with training images."""
     coefficients, closest = memorization_coefficients(decoded[drawn], probe.training)
     distinct = torch.zeros(len(decoded), dtype=torch.bool)
     distinct[kept] = True
@@ -125,7 +127,7 @@ def _of_attractors(
 
 
 def _shown(decoded: Tensor, drawn: Tensor, kept: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Pictures of the first distinct attractors and of their closest training images."""
+    """Images of the first distinct attractors, and of their closest training images."""
     rows = kept[drawn[kept]][:SHOWN]
     if not len(rows):
         return {}
@@ -138,9 +140,9 @@ def _mean(values: Tensor) -> float | None:
 
 
 def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None:
-    """Mean squared error per pixel of D(E(x)), images (N, C, H, W) and result in pixels in [0, 1].
+    """Mean squared error per pixel of D(E(x)) for images (N, C, H, W), pixels in [0, 1].
 
-    None where it is not finite: random weights can send an image anywhere.
+    None if it is not finite, as may happen with random weights.
     """
     units = normalised(model, images)
     back = pixels(model, model.decode(model.encode(units)))
@@ -149,16 +151,17 @@ def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None
 
 
 def reference(probe: Probe) -> float:
-    """Mean cosine of test images to their closest training image: mem of something that was not memorised at all."""
+    """Mean cosine of test images to their closest training image: the coefficient of images that were not memorised."""
     return float(memorization_coefficients(probe.test, probe.training)[0].mean())
 
 
 def gallery(pictures: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Callable[[], Figure]]:
-    """``attractors.png``: two rows for each label, decoded attractors and the training image closest to each (Fig. 2
+    """The figure ``attractors.png``: for each label decoded attractors above their closest training images (Fig. 2
     right).
 
-    ``pictures`` holds the tensors ``decoded`` and ``closest`` (K, C, H, W) in pixels of [0, 1] by label; labels without
-    tensors are left out, and without any there is no picture.
+    Args:
+        pictures: label → tensors ``decoded`` and ``closest`` (K, C, H, W), pixels in [0, 1]. Labels without tensors are
+            left out; if none has any, there is no figure.
     """
 
     def draw() -> Figure:

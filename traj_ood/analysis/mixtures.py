@@ -1,4 +1,4 @@
-"""Gaussian mixtures: densities whose score, and whose best possible denoiser, can be written down."""
+"""Gaussian mixtures: densities whose score and optimal denoiser are known in closed form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Mixture:
         means: (K, d) float64.
         covariances: (K, d, d) float64, symmetric and positive definite.
     Raises:
-        TrajOODError: shapes that do not belong together, weights or covariances that are none.
+        TrajOODError: inconsistent shapes, weights that are not positive with sum 1, or covariances that are not
+            positive definite.
     """
 
     weights: Tensor
@@ -37,13 +38,13 @@ class Mixture:
             )
         if not bool((self.weights > 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-9:
             raise TrajOODError(f"mixture: expected positive weights of sum 1, got {self.weights.tolist()}")
-        finite = bool(self.covariances.isfinite().all())  # LAPACK refuses others
+        finite = bool(self.covariances.isfinite().all())  # LAPACK fails on non-finite values
         if not finite or not bool((torch.linalg.eigvalsh(self.covariances) > 0).all()):
             raise TrajOODError("mixture: expected positive definite covariances, got one that is not")
 
     @property
     def dim(self) -> int:
-        """d."""
+        """The dimension d."""
         return self.means.shape[1]
 
     def smoothed(self, sigma: float) -> Mixture:
@@ -51,19 +52,19 @@ class Mixture:
         return replace(self, covariances=self.covariances + sigma**2 * torch.eye(self.dim, dtype=torch.float64))
 
     def log_density(self, points: Tensor) -> Tensor:
-        """(B,) log p at ``points`` (B, d)."""
+        """log p at ``points`` (B, d), (B,)."""
         return self._joint(points).logsumexp(dim=1)
 
     def score(self, points: Tensor) -> Tensor:
-        """(B, d) ∇ log p = −Σ_k r_k(x) C_k⁻¹ (x − μ_k), with the responsibilities r_k."""
+        """The score ∇ log p = −Σ_k r_k(x) C_k⁻¹ (x − μ_k) at ``points`` (B, d), (B, d), with responsibilities r_k."""
         pulls = -_times(self.covariances.inverse(), self._deviations(points))
         return (self._responsibilities(points)[..., None] * pulls).sum(dim=1)
 
     def denoise(self, points: Tensor, sigma: float) -> Tensor:
-        """(B, d) E[x | x + σε = point], what a denoising autoencoder with all the capacity in the world learns.
+        """The optimal denoiser E[x | x + σε = point] at ``points`` (B, d), (B, d): the minimum of the denoising loss.
 
-        Written as the posterior mean, Σ_k r_k (μ_k + C_k (C_k + σ²I)⁻¹ (z − μ_k)), not through the score: that the two
-        agree, f*(z) − z = σ² ∇ log p_σ(z), is Tweedie's formula (Miyasawa 1961) and tested.
+        Computed as the posterior mean Σ_k r_k (μ_k + C_k (C_k + σ²I)⁻¹ (z − μ_k)), not from the score. By Tweedie's
+        formula (Miyasawa 1961) f*(z) − z = σ² ∇ log p_σ(z), which is tested.
         """
         noisy = self.smoothed(sigma)
         gains = self.covariances @ noisy.covariances.inverse()
@@ -71,17 +72,17 @@ class Mixture:
         return (noisy._responsibilities(points)[..., None] * means).sum(dim=1)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, d) draws."""
+        """Draw samples, (count, d)."""
         which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, self.dim, dtype=torch.float64, generator=generator)
         return self.means[which] + (torch.linalg.cholesky(self.covariances)[which] @ noise[..., None])[..., 0]
 
     def _deviations(self, points: Tensor) -> Tensor:
-        """(B, K, d) x − μ_k."""
+        """x − μ_k, (B, K, d)."""
         return points[:, None].double() - self.means
 
     def _joint(self, points: Tensor) -> Tensor:
-        """(B, K) log w_k N(x; μ_k, C_k)."""
+        """log w_k N(x; μ_k, C_k), (B, K)."""
         factors = torch.linalg.cholesky(self.covariances)
         white = _times(factors.inverse(), self._deviations(points))
         log_det = 2 * factors.diagonal(dim1=1, dim2=2).log().sum(dim=1)
@@ -93,12 +94,12 @@ class Mixture:
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """(B, K, d) product of (K, d, d) with (B, K, d)."""
+    """Product of matrices (K, d, d) with vectors (B, K, d), (B, K, d)."""
     return torch.einsum("kij,bkj->bki", matrices, vectors)
 
 
 def _triangle() -> Mixture:
-    """Three elongated components of unequal weight: no symmetry that a wrong field could hide behind."""
+    """Three elongated components of unequal weight, without symmetries that could hide a wrong field."""
     turns = torch.tensor([0.3, 1.5, 2.6], dtype=torch.float64)
     axes = torch.stack([torch.stack([turns.cos(), turns.sin()], 1), torch.stack([-turns.sin(), turns.cos()], 1)], 2)
     spread = torch.diag(torch.tensor([0.8, 0.25], dtype=torch.float64) ** 2)
@@ -107,7 +108,7 @@ def _triangle() -> Mixture:
 
 
 def _ring() -> Mixture:
-    """Eight round components on a circle of radius 2: many modes, and a valley in the middle."""
+    """Eight round components on a circle of radius 2: many modes around a valley."""
     turns = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
     means = 2 * torch.stack([turns.cos(), turns.sin()], dim=1)
     return Mixture(torch.full((8,), 1 / 8, dtype=torch.float64), means, 0.3**2 * torch.eye(2).double().expand(8, 2, 2))
@@ -117,10 +118,10 @@ MIXTURES: dict[str, Callable[[], Mixture]] = {"triangle": _triangle, "ring": _ri
 
 
 def named_mixture(name: str) -> Mixture:
-    """A mixture of :data:`MIXTURES`.
+    """The mixture of a name in :data:`MIXTURES`.
 
     Raises:
-        TrajOODError: another name.
+        TrajOODError: an unknown name.
     """
     if name not in MIXTURES:
         raise unknown_name("mixture", name, MIXTURES)

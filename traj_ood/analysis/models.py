@@ -1,4 +1,4 @@
-"""Small autoencoders for the questions, trained once per configuration, and where their trajectories end."""
+"""Training of small autoencoders for the questions, once per configuration, and their end points."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from traj_ood.training.images import ImageTrainer, TrainingImages
 from traj_ood.training.loop import Trainer
 
 Loss = Callable[[ConvNetwork, Tensor, torch.Generator], Tensor]
-"""(network in training mode, images (B, C, H, W), source of all randomness) → scalar loss."""
+"""A loss function: network in training mode, images (B, C, H, W), generator of all randomness → scalar."""
 Build = Callable[[int, int, int, int], ConvNetwork]
-"""(channels, size, width, bottleneck) → a new network; its class decides the latents."""
+"""A constructor of networks: channels, size, width, bottleneck → network."""
 
 PAPER_EPOCHS, PAPER_RATE, PAPER_DECAY = 500, 5e-4, 1e-4
 PAPER_TOL, PAPER_STEPS = 1e-6, 3000
-"""App. D, for Figs 2, 3 and 14."""
+"""The settings of App. D for Figs 2, 3 and 14."""
 
 
 def paper_recipe(
     epochs: int, batch_size: int = 128, learning_rate: float = PAPER_RATE, weight_decay: float = PAPER_DECAY
 ) -> Recipe:
-    """App. D's optimiser: Adam, a rate that falls linearly, weight decay 1e-4; no clipping, no warm-up."""
+    """The recipe of App. D: Adam, a linearly falling rate, weight decay 1e-4, no clipping, no warm-up."""
     return Recipe(
         epochs=epochs,
         batch_size=batch_size,
@@ -53,10 +53,10 @@ def mse(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Trained:
-    """Networks of one training run.
+    """The result of a training run.
 
     Attributes:
-        models: epoch → autoencoder as it was after that epoch (0: initialisation); the last one is always there.
+        models: epoch → autoencoder after that epoch (0 is the initialisation); always includes the last epoch.
         losses: mean training loss of each epoch.
     """
 
@@ -83,14 +83,20 @@ def train_conv(
     variant: Mapping[str, Any] | None = None,
     at: Iterable[int] = (),
 ) -> Trained:
-    """A Table 4 autoencoder trained on ``images`` (all of them); a unit of ``work``, resumable between epochs.
+    """Train a Table 4 autoencoder as a unit of ``work``; an interrupted training resumes between epochs.
 
     Args:
-        work: see :class:`Workspace`. name: of the unit and the model.
-        shape: (C, H, W), H = W, to which images are brought.
-        recipe: such as :func:`paper_recipe`. width, bottleneck: d and k of Table 4. seed: of weights and batches.
-        loss, build: what is minimised, and the network; ``variant`` is plain data that tells them apart from others:
-            part of the unit's key.
+        work: see :class:`Workspace`.
+        name: name of the unit and the model.
+        images: all of them are used.
+        shape: (C, H, W) to which images are resized, H = W.
+        recipe: such as :func:`paper_recipe`.
+        width: d of Table 4.
+        bottleneck: k of Table 4.
+        seed: seed of weights and batches.
+        loss: the loss to minimise. Default: mean squared error.
+        build: constructs the network.
+        variant: plain data that identify ``loss`` and ``build``; part of the unit's key.
         at: further epochs whose weights are kept; 0 is the initialisation.
     Raises:
         TrajOODError: impossible sizes, a loss that is not finite, an unwritable folder.
@@ -153,11 +159,14 @@ def settle(
     max_steps: int = PAPER_STEPS,
     observers: Iterable[Observer] = (),
 ) -> tuple[AttractorDictionary, Trajectory]:
-    """Iterate f from ``start`` (N, *L): the end points as a dictionary, and the trajectories.
+    """Iterate f from ``start``, and return the end points as a dictionary, and the trajectories.
 
     Args:
-        autoencoder: whose f. start: latents. ids: N names of the starts.
-        tol, max_steps: of :func:`traj_ood.iterate`; the defaults are the paper's for these models (App. D).
+        autoencoder: the model.
+        start: (N, *L) latents.
+        ids: N names of the starts.
+        tol: see :func:`traj_ood.iterate`. Default 1e-6, the paper's for these models (App. D).
+        max_steps: see :func:`traj_ood.iterate`. Default 3,000, the paper's for these models (App. D).
         observers: see :func:`traj_ood.iterate`.
     """
     trajectory = iterate(

@@ -1,4 +1,4 @@
-"""Orthogonal matching pursuit: latents from few atoms of a dictionary, and a random basis to compare one with."""
+"""Orthogonal matching pursuit with a dictionary of atoms, and a random orthogonal basis as baseline."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Floats = NDArray[np.float64]
 
 
 def random_basis(count: int, dimension: int, seed: int) -> Tensor:
-    """(count, dimension) float64: the first rows of a random orthogonal basis, uniform over all of them.
+    """The first rows of a uniformly random (Haar) orthogonal basis, (count, dimension) float64.
 
-    QR of a Gaussian matrix, with the signs that make the distribution uniform (Haar).
+    Computed by QR of a Gaussian matrix, with the signs that make the distribution uniform.
     """
     draws = torch.Generator().manual_seed(seed * 1_000_003 + 999_983)
     gaussian = torch.randn(dimension, count, generator=draws, dtype=torch.float64)
@@ -27,12 +27,12 @@ def random_basis(count: int, dimension: int, seed: int) -> Tensor:
 
 
 class OMPDictionary:
-    """Atoms for orthogonal matching pursuit.
+    """A dictionary for orthogonal matching pursuit.
 
     Args:
-        atoms: (N, k); scaled to length 1, computed with in float64.
+        atoms: (N, k); converted to float64 and scaled to length 1.
     Raises:
-        TrajOODError: no atoms, or one of length zero or not finite.
+        TrajOODError: no atoms, or one that is zero or not finite.
     """
 
     def __init__(self, atoms: Tensor) -> None:
@@ -50,21 +50,23 @@ class OMPDictionary:
         return len(self.atoms)
 
     def reconstruct(self, target: Floats, levels: Sequence[int]) -> tuple[Floats, int]:
-        """Approximate one latent with few atoms, by scikit-learn's ``orthogonal_mp_gram``.
+        """Approximate a latent by few atoms, with scikit-learn's ``orthogonal_mp_gram``.
 
-        The pursuit takes the atom most correlated with what is left, solves least squares over all taken so far, and
-        repeats: a reconstruction of m atoms is the m-th on the way to more.
+        In each step the pursuit adds the atom most correlated with the residual and solves least squares over all atoms
+        chosen so far, so the reconstruction with m atoms is the m-th step.
 
         Args:
-            target: (k,). levels: numbers of atoms, ascending.
+            target: (k,).
+            levels: numbers of atoms, ascending.
         Returns:
-            (levels, k) reconstructions, and how many atoms could be used: fewer than asked for once the target is
-            exact or every further atom depends on those taken. Later levels then repeat the last reconstruction.
+            The reconstructions (levels, k), and the number of atoms used. It is smaller than the largest level if the
+            reconstruction is exact before, or every further atom depends on those chosen; later levels then repeat the
+            last reconstruction.
         """
         from sklearn.linear_model import orthogonal_mp_gram
 
         most = min(max(levels), len(self))
-        with warnings.catch_warnings():  # that it ends early is what ``used`` says
+        with warnings.catch_warnings():  # an early end is returned as ``used``
             warnings.simplefilter("ignore", RuntimeWarning)
             path = orthogonal_mp_gram(
                 self.gram, self.atoms @ target, n_nonzero_coefs=most, return_path=True, copy_Gram=True
@@ -77,9 +79,9 @@ class OMPDictionary:
         return path[:, columns].T @ self.atoms, used
 
     def spectrum(self) -> tuple[int, int]:
-        """Numerical rank, and how many directions hold 90 % of the atoms' energy."""
+        """Numerical rank, and the number of directions that hold 90 % of the atoms' energy."""
         values = np.sort(np.linalg.eigvalsh(self.gram))[::-1].clip(min=0)
-        # Atoms are computed in float32: a singular value below its rounding is no direction.
+        # Atoms are computed in float32: singular values below its rounding do not count.
         least = values[0] * (len(values) * np.finfo(np.float32).eps) ** 2
         rank = int((values > least).sum())
         return rank, int(np.searchsorted(np.cumsum(values) / values.sum(), 0.9) + 1)

@@ -1,4 +1,4 @@
-"""Memorisation by overfitting: attractors against the number of training images, at one bottleneck."""
+"""Memorisation by overfitting: attractors over the number of training images, at a fixed bottleneck."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class Overfitting(Budget):
-    """Options of ``overfitting``, beyond :class:`traj_ood.analysis.experiment.Budget`.
+    """How close decoded attractors come to training images, over the number of training images.
+
+    Further options are those of :class:`traj_ood.analysis.experiment.Budget`.
 
     Attributes:
         bottleneck: k. Default 128, the paper's.
-        sizes: numbers of training images, ascending. A larger set contains the smaller ones.
-        steps: gradient steps for every size; 0 trains each size for ``epochs``, as the paper does. Default 1,600: at
-            few epochs a small set would see a handful of steps, and what it shows would be a lack of training.
+        sizes: numbers of training images, ascending; a larger set contains the smaller ones.
+        steps: gradient steps for every size; 0 trains each size for ``epochs``, as the paper does. Default 1,600,
+            because with few epochs a small set would be trained for only a few steps.
     """
 
     name: ClassVar[str] = "overfitting"
@@ -75,7 +77,7 @@ class Overfitting(Budget):
         )
 
     def _row(self, work: Workspace, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Train on ``size`` images and measure."""
+        """Train on ``size`` images and measure the model."""
         data = self.load(work, size)
         epochs = self.epochs
         if self.steps:

@@ -1,8 +1,8 @@
-"""Data-free probing (§4.1): attractors of Gaussian noise as a dictionary for images that the model may never have seen.
+"""Data-free probing (§4.1): attractors of Gaussian noise as a dictionary for images.
 
-No data enters the dictionary: N starts from N(0, I) are iterated to their attractors, and those alone must reconstruct
-the latents of test images by orthogonal matching pursuit. The yardstick is a random orthogonal basis of the latent
-space. With the paper's models, where there is a network and a GPU::
+The dictionary is made without data: N starts from N(0, I) are iterated to their attractors, from which latents of test
+images are reconstructed by orthogonal matching pursuit. The baseline is a random orthogonal basis of the latent space.
+With the paper's models, on a machine with a network and a GPU::
 
     traj-ood analyze probe --paper --device cuda --data-root FOLDER_OF_IMAGE_FOLDERS        # Fig. 4, 7-9, 18
     traj-ood analyze probe --paper --device cuda --data-root … --option model=sdxl-vae      # Fig. 15
@@ -33,27 +33,33 @@ from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
 
-_DRAW = 512  # starts drawn from one seed, whatever the units of work
-_UNIT = 64  # starts per unit of work, or the model's chunk where that is more: what an interruption can cost
-_GROUP = 16  # images whose reconstructions are decoded together: 0.3 GB at 256 × 256 pixels
+_DRAW_STARTS = 512  # starts drawn from one seed, independent of the units of work
+_UNIT_STARTS = 64  # starts per unit of work, or the model's chunk if larger
+_GROUP_IMAGES = 16  # images whose reconstructions are decoded together: 0.3 GB at 256 × 256 pixels
 
 
 @register
 @dataclass(frozen=True)
 class Probe(Question):
-    """How well do attractors of noise reconstruct images, against atoms that know nothing of the model?
+    """How well attractors of noise reconstruct images, compared with atoms that do not depend on the model.
 
     Attributes:
-        model: as for :func:`traj_ood.load_autoencoder`, default the bundled one; or ``conv``, an autoencoder of Table 4
-            that is trained first, on ``train_images`` (0: all) of the image set ``trained_on``, with ``epochs``,
-            ``bottleneck`` and ``width``.
+        model: as for :func:`traj_ood.load_autoencoder`; default the bundled model. ``conv`` is an autoencoder of Table
+            4 that is trained first.
         data: benchmarks (their test and OOD splits), ``fashion-mnist``, ``mnist``, ``cifar10``, or folders of images,
-            also below --data-root.
-        images: of each set, at most. Default 50.
-        atoms: N, the size of each dictionary; none is the latent's dimension, as in the paper.
-        shares: of N, how many atoms a reconstruction may use, ascending.
-        tol, max_steps: of the iteration from noise; the defaults are the paper's (App. D).
-        examples: images of each set in the pictures. pictured: sets in them, the first of ``data``; 0 draws neither.
+            also in --data-root.
+        images: maximum number of images per set. Default 50.
+        atoms: N, the size of each dictionary; none (default) is the latent's dimension, as in the paper.
+        shares: numbers of atoms that a reconstruction may use, as shares of N, ascending.
+        tol: tolerance on the squared residual. Default 1e-5, the paper's (App. D).
+        max_steps: step limit. Default 500, the paper's (App. D).
+        examples: number of images per set in the figures of reconstructions.
+        pictured: number of sets in these figures, the first of ``data``; 0 draws none.
+        trained_on: image set that ``conv`` is trained on.
+        train_images: training images of ``conv``; 0 is all.
+        epochs: epochs of ``conv``.
+        bottleneck: k of ``conv``.
+        width: d of ``conv``.
     """
 
     name: ClassVar[str] = "probe"
@@ -63,11 +69,11 @@ class Probe(Question):
     )
     choices: ClassVar[tuple[str, ...]] = (
         "The error is that of decoded images against the images, in the model's normalised pixel units; the paper does "
-        "not say against what. The error in latent space, and that of D(E(x)), which no dictionary undercuts by much, "
-        "stand beside it.",
+        "not say against what. The error in latent space, and that of D(E(x)), which is about the lowest that a "
+        "dictionary can reach, are recorded, too.",
         "Atoms have length 1 and are not centred. Attractors share a common part, the mean latent, that a random basis "
-        "lacks. The dictionary 'one step' shares it, too: f applied once to the same noise. What attractors do better "
-        "than that is due to the iteration.",
+        "lacks. The dictionary 'one step', f applied once to the same noise, shares it, too, so that the advantage of "
+        "attractors over it is due to the iteration.",
         "The paper calls its baseline both 'the initial orthogonal samples' and 'a random orthogonal basis'; here it "
         "is a random orthogonal basis that is independent of the starts of the noise, which are not orthogonal.",
         "The shares of the atoms on the paper's axis are not stated but for 5 %.",
@@ -121,7 +127,7 @@ class Probe(Question):
         return cls(model="sd-vae", data=folders, images=500, pictured=len(folders))
 
     def answer(self, work: Workspace) -> Answer:
-        sets = named_images(self.data, work.data_root, self.images)  # before a model is trained for them
+        sets = named_images(self.data, work.data_root, self.images)  # fails before a model is trained
         model = self._model(work)
         zeros = model.encode(torch.zeros(1, *model.input_shape))
         dimension = zeros[0].numel()
@@ -154,15 +160,15 @@ class Probe(Question):
         return subject(work, TRAINED, self.trained_on, self.seed, training).model
 
     def _check_atoms(self, name: str, atoms: Tensor, starts: int) -> None:
-        """Refuse atoms of which no image can be made: none is left, or one has no direction."""
+        """Check that there are atoms and that none is zero."""
         zero = int((atoms.double().norm(dim=1) == 0).sum())
         if len(atoms) and not zero:
             return
-        got = f"{zero} of {len(atoms)} that are 0" if zero else f"none: all {starts} starts left the finite numbers"
+        got = f"{zero} of {len(atoms)} that are 0" if zero else f"none: all {starts} starts became NaN or infinite"
         advice = "other training options" if self.model == TRAINED else f"another (traj-ood diagnose {self.model})"
         raise TrajOODError(
             f"probe: {name}: expected finite atoms that are not 0, got {got}; noise yields no dictionary of the model "
-            f"{self.model}: take {advice}"
+            f"{self.model}: use {advice}"
         )
 
     def _levels(self, count: int) -> tuple[int, ...]:
@@ -171,7 +177,7 @@ class Probe(Question):
     def _attractors(
         self, work: Workspace, model: Autoencoder, shape: tuple[int, ...], count: int, key: Mapping[str, Any]
     ) -> Noise:
-        """Where N starts from N(0, I) end, some starts a unit."""
+        """The end points of N starts from N(0, I)."""
 
         def compute(rows: range) -> Unit:
             start = _noise(rows, count, shape, self.seed).to(model.device)
@@ -180,7 +186,7 @@ class Probe(Question):
             ends, _ = settle(model, start, _names(rows), tol=self.tol, max_steps=self.max_steps)
             return Unit({**ends.tensors(), "once": once})
 
-        parts = _parts(count, max(_UNIT, model.chunk))
+        parts = _parts(count, max(_UNIT_STARTS, model.chunk))
         found = work.pieces("noise", key, parts, compute, title="attractors of noise", unit="start")
         first = [tensors.pop("once") for tensors in found]
         ends = AttractorDictionary.concatenate(
@@ -190,11 +196,11 @@ class Probe(Question):
         return Noise(ends, usable[usable.flatten(1).isfinite().all(dim=1)])
 
     def _of_set(self, work: Workspace, coder: Coder, images: NamedImages, key: Mapping[str, Any]) -> Errors:
-        """Errors of every dictionary at every level on one set of images, a group of images a unit."""
+        """The errors of every dictionary at every level on one set of images."""
         key = {**key, "images": images.source.digest(), "levels": list(coder.levels)}
         parts: list[Mapping[str, Tensor]] = []
         with work.bar(len(images.source), images.name, "image") as bar:
-            for rows in parts_of(len(images.source), _GROUP):
+            for rows in parts_of(len(images.source), _GROUP_IMAGES):
                 shown = max(0, min(len(rows), self.examples - rows.start))
                 place = {"rows": [rows.start, rows.stop], "shown": shown}
                 unit = work.unit("reconstructions", {**key, **place}, partial(coder.measure, images, rows, shown))
@@ -204,11 +210,11 @@ class Probe(Question):
 
 
 def _parts(count: int, size: int) -> list[range]:
-    """The places of ``count`` starts, at most ``size`` a part; no part reaches over two draws."""
+    """Split ``count`` starts into ranges of at most ``size``, each within a single draw."""
     return [
-        range(begin, min(begin + size, drawn + _DRAW, count))
-        for drawn in range(0, count, _DRAW)
-        for begin in range(drawn, min(drawn + _DRAW, count), size)
+        range(begin, min(begin + size, drawn + _DRAW_STARTS, count))
+        for drawn in range(0, count, _DRAW_STARTS)
+        for begin in range(drawn, min(drawn + _DRAW_STARTS, count), size)
     ]
 
 
@@ -217,11 +223,11 @@ def _names(rows: range) -> tuple[str, ...]:
 
 
 def _noise(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor:
-    """(n, *L) the starts at ``rows`` of ``count``: part of one draw, so that no number depends on the parts."""
-    draw = rows.start // _DRAW
+    """The starts ``rows`` of ``count``, (n, *L), taken from a whole draw so that they do not depend on the ranges."""
+    draw = rows.start // _DRAW_STARTS
     draws = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-    begin = draw * _DRAW
-    whole = torch.randn(min(_DRAW, count - begin), *shape, generator=draws)
+    begin = draw * _DRAW_STARTS
+    whole = torch.randn(min(_DRAW_STARTS, count - begin), *shape, generator=draws)
     return whole[rows.start - begin : rows.stop - begin]
 
 
@@ -229,6 +235,6 @@ def _check_images(model: Autoencoder, latents: Tensor) -> None:
     shape = tuple(model.decode(latents).shape[1:])
     if shape != model.input_shape:
         raise TrajOODError(
-            f"probe: expected a model that decodes to images {model.input_shape}, {model.name} decodes to {shape}; "
-            "a surrogate reconstructs features: use the autoencoder of images"
+            f"probe: expected a model that decodes to images {model.input_shape}, got {shape} from {model.name}: use "
+            "an autoencoder of images, as a surrogate reconstructs features"
         )

@@ -1,4 +1,4 @@
-"""Latents of images through dictionaries of atoms and back to images: what the probe measures."""
+"""Reconstruction of images from dictionaries of atoms: the measurements of the probe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ DICTIONARIES = (ORTHOGONAL, ATTRACTORS, ONE_STEP)
 
 @dataclass(frozen=True)
 class Noise:
-    """What became of the noise: end points, and (N, *L) finite images of one step."""
+    """The trajectories from noise.
+
+    Attributes:
+        dictionary: their end points.
+        first: (N, *L), the finite images of the starts under f.
+    """
 
     dictionary: AttractorDictionary
     first: Tensor
@@ -31,30 +36,42 @@ class Noise:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one set: ``image`` and ``latent`` (B, dictionaries, levels) mean squared errors, ``used`` (B, dictionaries)
-    atoms that OMP could use, ``decoded`` (B,) error of D(E(x)), and ``inputs`` and ``pictures`` to draw."""
+    """The errors on one set of images.
+
+    Attributes:
+        name: name of the set.
+        tensors: ``image`` and ``latent`` (B, dictionaries, levels), mean squared errors; ``used`` (B, dictionaries),
+            number of atoms that OMP used; ``decoded`` (B,), error of D(E(x)); ``inputs`` and ``pictures``, images and
+            reconstructions to draw.
+    """
 
     name: str
     tensors: dict[str, Tensor]
 
     def means(self, kind: str) -> Tensor:
-        """(dictionaries, levels) mean over the images."""
+        """Mean over the images, (dictionaries, levels)."""
         return self.tensors[kind].mean(dim=0)
 
 
 @dataclass(frozen=True)
 class Coder:
-    """Latents of images through the dictionaries and back to images."""
+    """Reconstructs images of a model from dictionaries.
+
+    Attributes:
+        model: the autoencoder.
+        dictionaries: by name.
+        levels: numbers of atoms that a reconstruction may use.
+    """
 
     model: Autoencoder
     dictionaries: Mapping[str, OMPDictionary]
     levels: tuple[int, ...]
 
     def measure(self, images: NamedImages, rows: range, shown: int) -> Unit:
-        """All that :class:`Errors` holds of the images at ``rows``, the first ``shown`` of them to draw.
+        """Measure the tensors of :class:`Errors` for the images at ``rows``, and keep the first ``shown`` for figures.
 
         Raises:
-            TrajOODError: the model makes of an image what is not finite; it is named.
+            TrajOODError: latents or decoded images are not finite; the message names the first image.
         """
         source = images.source.select(list(rows))
         pixels = stack(self.model, source)
@@ -80,12 +97,12 @@ class Coder:
         bad = (~values.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             raise TrajOODError(
-                f"probe: expected finite {what}, {self.model.name} gives NaN or infinity for {ids[bad[0]]}; leave such "
-                "images out, or take another model"
+                f"probe: expected finite {what}, got NaN or infinity from {self.model.name} for {ids[bad[0]]}: leave "
+                "such images out, or use another model"
             )
 
     def _guesses(self, latent: Tensor) -> tuple[Tensor, list[int]]:
-        """(dictionaries, levels, *L) float64 reconstructions of one latent (*L), and the atoms each could use."""
+        """Reconstructions of one latent (*L), (dictionaries, levels, *L) float64, and the number of atoms each used."""
         target = latent.double().flatten().numpy()
         found = [d.reconstruct(target, self.levels) for d in self.dictionaries.values()]
         guesses = torch.from_numpy(np.stack([guess for guess, _ in found]))
@@ -93,5 +110,5 @@ class Coder:
 
 
 def _errors(differences: Tensor, dimensions: int) -> Tensor:
-    """Mean squares over all but the first ``dimensions``, float64."""
+    """Mean squares over all but the first ``dimensions`` dimensions, float64."""
     return differences.double().square().flatten(dimensions).mean(dim=dimensions)

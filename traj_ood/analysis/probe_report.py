@@ -1,4 +1,4 @@
-"""What the probe found: figures, a sentence and pictures."""
+"""The answer of the probe: figures, sentence and pictures."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ if TYPE_CHECKING:
 
 
 _SHARE_SHOWN = 0.05
-"""Of the atoms, in pictures and in the sentence: Fig. 4a's."""
+"""Share of the atoms in pictures and in the sentence, as in Fig. 4a."""
 
-_GALLERY = 24
+_GALLERY_ATOMS = 24
 
 
 def report(noise: Noise, coder: Coder, sets: Sequence[Errors], *, max_steps: int, pictured: int) -> Answer:
-    """The answer, from what was measured on each set of images.
+    """Make the answer from the measurements.
 
     Args:
-        noise: where the starts ended. coder: model, dictionaries and levels.
-        max_steps: of the iteration, for the sentence. pictured: sets in the pictures, the first of ``sets``.
+        noise: the trajectories from noise.
+        coder: model, dictionaries and levels.
+        sets: the errors on each set of images.
+        max_steps: step limit, for the sentence.
+        pictured: number of sets in the figures of reconstructions, the first of ``sets``.
     """
     return _Report(noise, coder, sets, max_steps, pictured).answer()
 
 
 @dataclass(frozen=True)
 class _Report:
-    """Figures, sentence and pictures."""
+    """Computes figures, sentence and pictures; the fields are the arguments of :func:`report`."""
 
     noise: Noise
     coder: Coder
@@ -69,21 +72,21 @@ class _Report:
         return Answer(figures, self._sentence(ratios, at), self._pictures(at))
 
     def _share(self, status: Status) -> float:
-        """Of the starts from noise, those that ended so."""
+        """Share of the starts from noise that ended with ``status``."""
         return float((self.noise.dictionary.statuses == status).double().mean())
 
     def _used(self, errors: Sequence[Errors], name: str, level: int) -> float:
-        """Atoms in a reconstruction that may have ``level``, the median over the images: a pursuit may end before."""
+        """Median number of atoms used if ``level`` are allowed, over the images; a pursuit may end early."""
         used = torch.cat([e.tensors["used"][:, DICTIONARIES.index(name)] for e in errors])
         return float(used.clamp(max=level).double().median())
 
     def _shown_level(self) -> int:
-        """Place of the level nearest to 5 % of the atoms."""
+        """Index of the level nearest to 5 % of the atoms."""
         wanted = _SHARE_SHOWN * len(self.noise.dictionary)
         return min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
 
     def _ratio(self, errors: Errors, name: str, at: int) -> float | None:
-        """Error over that of the random basis; None where the basis makes no error to compare with."""
+        """Ratio of the error to that of the random basis; None if the basis has no error."""
         means = errors.means("image")[:, at]
         ratio = float(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
         return ratio if math.isfinite(ratio) else None
@@ -131,7 +134,7 @@ class _Report:
         used = {name: f"{self._used(self.sets, name, level):g}" for name in DICTIONARIES}
         return (
             f"Of {len(ends):,} starts from noise {converged:,} ({converged / len(ends):.1%}) converged within "
-            f"{self.max_steps:,} steps and {lost:,} left the finite numbers; the finite end points "
+            f"{self.max_steps:,} steps and {lost:,} became NaN or infinite; the finite end points "
             f"({len(ends) - lost:,}, distinct: {len(ends.distinct()):,}) are the atoms called attractors. With at most "
             f"{level:,} atoms ({level / len(ends):.1%} of the starts; {used[ATTRACTORS]} in the median reconstruction, "
             f"{used[ORTHOGONAL]} of the random basis) they have a lower error than a random orthogonal basis on "
@@ -189,7 +192,7 @@ class _Report:
         from traj_ood.drawing.charts import PictureRow, picture_rows
 
         ends = self.noise.dictionary
-        kept = ends.distinct()[:_GALLERY]
+        kept = ends.distinct()[:_GALLERY_ATOMS]
         images = self.coder.model.decode(ends.usable()[kept].to(self.coder.model.device)).cpu()
         title = (
             f"{self.coder.model.name}: where noise ends, decoded ({self._share(Status.CONVERGED):.1%} converged), "
@@ -199,7 +202,7 @@ class _Report:
         return picture_rows(rows, title)
 
     def _limits(self) -> Floats:
-        """(2, C): black and white in the model's units."""
+        """Black and white in the model's units, (2, C)."""
         ends = [
             self.coder.model.transform(Image.new("RGB", (8, 8), colour)).flatten(1)[:, 0]
             for colour in ("black", "white")
@@ -208,13 +211,13 @@ class _Report:
 
 
 def _median(ratios: Sequence[float | None]) -> str:
-    """Of those that could be measured, in words."""
+    """The median of the known ratios, as text."""
     known = [ratio for ratio in ratios if ratio is not None]
     return f"{median(known):.2g}" if known else "none: the basis makes no error"
 
 
 def _told(names: Sequence[str], count: int) -> str:
-    """Which of the sets, in words."""
+    """The number and names of some of ``count`` sets, as text."""
     some = f" ({', '.join(names)})" if 0 < len(names) < count else ""
     return f"{len(names)} of {count} sets of images{some}"
 

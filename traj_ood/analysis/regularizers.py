@@ -1,4 +1,4 @@
-"""The autoencoder variants of Table 3 on equal budgets: does each contract, and what is that good for?"""
+"""The autoencoder variants of Table 3 on equal budgets: contraction, health, memorisation and OOD detection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.experiment import read_pixels, spearman
-from traj_ood.analysis.images import spread
+from traj_ood.analysis.images import spread, stack
 from traj_ood.analysis.memory import Probe, gallery, memory, normalised, reference
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_RATE, paper_recipe, train_conv
 from traj_ood.analysis.variants import Variant, variants
@@ -29,27 +29,32 @@ if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
 SCORERS = ("trajectory", "trajectory:horizon=16", "field", "mahalanobis", "reconstruction")
-"""The paper's score, its first 16 steps, the field alone, and two that need no dynamics."""
+"""The paper's score, its first 16 steps, the field alone, and two scorers without dynamics."""
 _NAMES = tuple(v.name for v in variants())
-_POINTS = 16  # Jacobians at held-out latents, and at most as many at attractors
+_MAX_JACOBIANS = 16  # at latents of test images, and at attractors
 
 
 @register
 @dataclass(frozen=True)
 class Regularizers(Question):
-    """Options of ``regularizers``.
+    """Measures of the autoencoder variants of Table 3, trained on equal budgets.
 
     Attributes:
         variants: names of Table 3's rows, see :mod:`traj_ood.analysis.variants`. Default: all ten.
-        strength: multiplies every λ. Default 1.
-        benchmark: whose ID training images are learned and whose OOD sets are scored. Default ``fashion``.
-        images, epochs, batch, rate: of the training, the same for all. Defaults: 16 epochs of 4,000 images.
+        strength: factor of every λ. Default 1.
+        benchmark: the benchmark whose ID training images are used, and whose OOD sets are scored. Default ``fashion``.
+        images: number of training images. Default 4,000.
+        epochs: default 16.
+        batch: batch size. Default 64.
+        rate: learning rate. Default 2e-3.
         width: d of Table 4. Default 16.
-        bottleneck: k of all variants but ``bottleneck``, whose k is ``narrow``. Defaults 64 and 8.
-        starts: training images the scorers learn from and attractors come from. Default 200.
-        per_set: test images, and images per OOD set. Default 50: an AUROC is then known to ± 4 points (one standard
-            error), the mean over eight sets to about ± 2.
-        tol, max_steps: of the iteration. Defaults: the benchmark's 1e-5, and 300 steps.
+        bottleneck: k of all variants except ``bottleneck``. Default 64.
+        narrow: k of the variant ``bottleneck``. Default 8.
+        starts: number of training images for the scorers and the attractors. Default 200.
+        per_set: number of test images, and of images per OOD set. Default 50, at which an AUROC has a standard error of
+            4 points, and the mean over eight sets one of about 2.
+        tol: tolerance on the squared residual. Default 1e-5, the benchmark's.
+        max_steps: step limit. Default 300.
     """
 
     name: ClassVar[str] = "regularizers"
@@ -99,7 +104,7 @@ class Regularizers(Question):
 
     @classmethod
     def paper(cls) -> Regularizers:
-        """App. D's training and §4.2's iteration, as far as either goes."""
+        """The training of App. D and the iteration of §4.2, as far as they are stated."""
         return cls(epochs=PAPER_EPOCHS, rate=PAPER_RATE, batch=128, width=32, bottleneck=128, images=20_000,
                    starts=2000, per_set=1000, max_steps=500)  # fmt: skip
 
@@ -156,13 +161,13 @@ class Regularizers(Question):
         scorers = ScorerSet(model, SCORERS, tol=self.tol, max_steps=self.max_steps)
         try:
             scorers.fit(Normalised(starts))
-        except TrajOODError as error:  # a model without one finite attractor has nothing to fit; that is a result
+        except TrajOODError as error:  # a model without a finite attractor cannot be fitted, which is a result
             return Unit({}, {"refused": str(error)})
         assert scorers.dictionary is not None
         health = scorers.dictionary.health()
         found, shown = memory(model, probe, scorers.dictionary)
         test = _scores(scorers, normalised(model, probe.test))
-        per_set = {s.name: _aurocs(test, _scores(scorers, _images(model, s.images))) for s in data.ood}
+        per_set = {s.name: _aurocs(test, _scores(scorers, stack(model, s.images))) for s in data.ood}
         aurocs = {label: _mean([row[label] for row in per_set.values()]) for label in SCORERS}
         return Unit(
             shown,
@@ -188,16 +193,15 @@ def _shape(data: Benchmark) -> tuple[int, int, int]:
     """(C, H, W) of the benchmark's images, from the first training image.
 
     Raises:
-        TrajOODError: it is not square.
+        TrajOODError: the image is not square.
     """
     first = data.train.images.load(0)
     if first.width != first.height:
-        raise TrajOODError(f"regularizers: expected square images, {data.name} has {first.width} × {first.height}")
+        raise TrajOODError(
+            f"regularizers: expected square images, got {first.width} × {first.height} from {data.name}: use another "
+            "benchmark"
+        )
     return (1 if first.mode == "L" else 3), first.height, first.width
-
-
-def _images(model: ConvAutoencoder, images: Any) -> Tensor:
-    return torch.stack([model.transform(images.load(i)) for i in range(len(images))])
 
 
 def _scores(scorers: ScorerSet, images: Tensor) -> dict[str, Tensor]:
@@ -206,7 +210,7 @@ def _scores(scorers: ScorerSet, images: Tensor) -> dict[str, Tensor]:
 
 
 def _aurocs(test: dict[str, Tensor], ood: dict[str, Tensor]) -> dict[str, float | None]:
-    """AUROC by scorer; None where a score is not finite."""
+    """AUROC by scorer; None if a score is not finite."""
     found: dict[str, float | None] = {}
     for label in SCORERS:
         finite = bool(test[label].isfinite().all()) and bool(ood[label].isfinite().all())
@@ -220,24 +224,24 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _contraction(model: ConvAutoencoder, latents: Tensor, scorers: ScorerSet) -> dict[str, float | None]:
-    """Median spectral norm of J_f at latents of test images, and median spectral radius at converged attractors."""
+    """Median spectral norm of J_f at latents of test images, and median spectral radius at converged end points."""
     assert scorers.dictionary is not None
     known = scorers.dictionary
     found: dict[str, float | None] = {"norm_at_data": None, "radius_at_attractors": None}
-    at_data = jacobians(model, latents[list(spread(len(latents), min(_POINTS, len(latents))))])
-    if bool(at_data.isfinite().all()):  # LAPACK raises or worse on what is not
+    at_data = jacobians(model, latents[list(spread(len(latents), min(_MAX_JACOBIANS, len(latents))))])
+    if bool(at_data.isfinite().all()):  # LAPACK fails on non-finite values
         found["norm_at_data"] = float(torch.linalg.matrix_norm(at_data, 2).median())
     settled = known.points[known.statuses == Status.CONVERGED]
     if len(settled):
-        at = jacobians(model, settled[list(spread(len(settled), min(_POINTS, len(settled))))])
+        at = jacobians(model, settled[list(spread(len(settled), min(_MAX_JACOBIANS, len(settled))))])
         if bool(at.isfinite().all()):
             found["radius_at_attractors"] = float(torch.linalg.eigvals(at).abs().amax(dim=1).median())
     return found
 
 
 def jacobians(model: ConvAutoencoder, points: Tensor) -> Tensor:
-    """(P, k, k) float64 Jacobians of f at latents (P, k), exact: k is small."""
-    points = points.to(model.device).clone()  # what inference mode made, no derivative can use
+    """Explicit Jacobians of f at latents (P, k), (P, k, k) float64."""
+    points = points.to(model.device).clone()  # derivatives cannot use tensors created in inference mode
 
     def f(z: Tensor) -> Tensor:
         return model.self_map(z[None])[0]
@@ -246,7 +250,7 @@ def jacobians(model: ConvAutoencoder, points: Tensor) -> Tensor:
 
 
 def _trends(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Spearman correlation over the variants of the trajectory score's AUROC with what might explain it."""
+    """Spearman correlation of the trajectory score's AUROC with possible explanations, over the variants."""
     known = [row for row in rows if not row["refused"] and row["norm_at_data"] is not None]
     aurocs = [row["auroc"]["trajectory"] for row in known]
     return {

@@ -1,15 +1,15 @@
-"""Does the latent vector field point along the score? Theorem 1 where the truth is known: mixtures of Gaussians.
+"""Does the latent vector field point along the score? A test of Theorem 1 on Gaussian mixtures, whose score is known.
 
-An autoencoder with two latent units learns to remove Gaussian noise from points of the plane. There the density p, its
-smoothed form p_σ and the best possible denoiser are known (:mod:`traj_ood.analysis.mixtures`). Two statements are kept
-apart:
+An autoencoder with two latent units learns to remove Gaussian noise from points in the plane. The density p, its
+smoothed form p_σ and the optimal denoiser are known (:mod:`traj_ood.analysis.mixtures`). Two statements are tested
+separately:
 
-* in data space, F(x) − x against ∇ log p_σ(x) (Alain and Bengio 2014: exact for the best denoiser) and ∇ log p(x);
-* in latent space, f(z) − z against ∇ log q(z), q the density of z = E(x) (Theorem 1), known through the change of
+* in data space, F(x) − x against ∇ log p_σ(x) (Alain and Bengio 2014: exact for the optimal denoiser) and ∇ log p(x);
+* in latent space, f(z) − z against ∇ log q(z), with q the density of z = E(x) (Theorem 1), known through the change of
   variables q(E(x)) = p(x) / |det J_E(x)|.
 
-The second holds where the first does and E is close to a similarity: f(z) − z ≈ J_E (F(x) − x), a vector, while a score
-changes coordinates by J_E⁻ᵀ and gains a term from the volume.
+The second follows from the first if E is close to a similarity: f(z) − z ≈ J_E (F(x) − x) transforms as a vector, while
+a score transforms by J_E⁻ᵀ and gains a volume term.
 """
 
 from __future__ import annotations
@@ -36,20 +36,24 @@ from traj_ood.training.loop import Trainer
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
-_ENDS = 300  # trajectories that are followed to their end
-_MARGIN = 1.5  # of the box around the samples that is drawn and measured, in the data's own units
+_MAX_TRAJECTORIES = 300  # trajectories iterated to their end
+_MARGIN = 1.5  # margin of the box around the samples, in the data's units
 
 
 @register
 @dataclass(frozen=True)
 class ScoreField(Question):
-    """Options of ``score-field``.
+    """The angle between the vector field and the score, in data space and in latent space.
 
     Attributes:
         mixtures: names of :data:`traj_ood.analysis.mixtures.MIXTURES`.
         noise: standard deviations σ of the training noise, in the data's units (components are 0.25 to 0.8 wide).
-        width: hidden units per layer. steps, batch, rate: of the training.
-        samples: points at which angles are measured. grid: points per side of the map.
+        width: hidden units per layer.
+        steps: training steps.
+        batch: batch size.
+        rate: learning rate.
+        samples: number of points at which angles are measured.
+        grid: points per side of the map.
     """
 
     name: ClassVar[str] = "score-field"
@@ -107,7 +111,7 @@ class ScoreField(Question):
         return {"mixture": name, "noise": sigma, **{key: getattr(self, key) for key in chosen}}
 
     def _measure(self, name: str, sigma: float) -> Unit:
-        """Train one model, and compare both of its fields with the truth."""
+        """Train one model, and compare its fields in data and latent space with the true scores."""
         mixture = named_mixture(name)
         model = train_denoiser(mixture, sigma, self.width, self.steps, self.batch, self.rate, self.seed)
         draws = torch.Generator().manual_seed(self.seed + 1)
@@ -115,7 +119,7 @@ class ScoreField(Question):
         noisy = clean + sigma * torch.randn(clean.shape, generator=draws, dtype=torch.float64)
         notes = data_space(model, mixture, sigma, noisy)
         latent = latent_space(model, mixture, sigma, clean)
-        notes |= latent.figures | journey(model, mixture, sigma, clean[:_ENDS])
+        notes |= latent.figures | distances_to_modes(model, mixture, sigma, clean[:_MAX_TRAJECTORIES])
         low, high = clean.amin(dim=0) - _MARGIN, clean.amax(dim=0) + _MARGIN
         points = plane(low, high, self.grid)
         field = model(points) - points
@@ -133,7 +137,7 @@ class ScoreField(Question):
 
 
 class PlaneAutoencoder(nn.Module):
-    """E and D are perceptrons dim → width → width → dim with SiLU between: smooth, so that J_E has derivatives too."""
+    """E and D are perceptrons dim → width → width → dim with SiLU, smooth so that J_E is differentiable."""
 
     def __init__(self, dim: int = 2, width: int = 64) -> None:
         super().__init__()
@@ -146,21 +150,23 @@ class PlaneAutoencoder(nn.Module):
         self.encode, self.decode = perceptron(), perceptron()
 
     def forward(self, points: Tensor) -> Tensor:
-        """F = D∘E on (B, dim)."""
+        """F = D∘E on points (B, dim)."""
         return self.decode(self.encode(points))
 
     def self_map(self, latents: Tensor) -> Tensor:
-        """f = E∘D on (B, dim)."""
+        """f = E∘D on latents (B, dim)."""
         return self.encode(self.decode(latents))
 
 
 def train_denoiser(
     mixture: Mixture, sigma: float, width: int, steps: int, batch: int, rate: float, seed: int
 ) -> PlaneAutoencoder:
-    """Minimise E‖F(x + σε) − x‖² over fresh samples of ``mixture``; Adam, rate falling to 0 along a cosine.
+    """Train a denoising autoencoder: minimise E‖F(x + σε) − x‖² over new samples of ``mixture`` in every step.
 
-    Returns the model in float64, ready to be differentiated.
+    The optimizer is Adam, with a rate that falls to 0 along a cosine.
 
+    Returns:
+        The model in float64.
     Raises:
         TrajOODError: a loss or weights that are not finite.
     """
@@ -173,7 +179,7 @@ def train_denoiser(
 
 
 class _Denoising(Trainer):
-    """One round over fresh samples of a mixture."""
+    """Trains on new samples of a mixture, in a single round."""
 
     def __init__(
         self, model: PlaneAutoencoder, mixture: Mixture, sigma: float, recipe: Recipe, steps: int, seed: int
@@ -189,28 +195,30 @@ class _Denoising(Trainer):
             yield (self.module(noisy) - clean).square().sum(dim=1).mean()
 
     def rate(self, step: int) -> float:
-        """From the last one, as torch's CosineAnnealingLR has it; the closed form differs in the last digits."""
+        """The recursive form of torch's CosineAnnealingLR; the closed form differs in the last digits."""
         last = self.optimizer.param_groups[0]["lr"]
         now, before = (1 + math.cos(math.pi * s / self.steps) for s in (step, step - 1))
         return now / before * last if step else last
 
 
 def angles(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) degrees between the rows of a and b (B, d), float64; NaN where one of them is 0.
+    """Angles in degrees between the rows of a and b (B, d), (B,) float64; NaN where a row is 0.
 
-    Through the half angle, whose tangent is ‖â − b̂‖ / ‖â + b̂‖: the arc cosine loses half of the digits near 0.
+    Computed from the half angle, whose tangent is ‖â − b̂‖ / ‖â + b̂‖, because the arc cosine loses half of the digits
+    near 0.
     """
     a, b = (v.double() / v.double().norm(dim=1, keepdim=True) for v in (a, b))
     return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)))
 
 
 def data_space(model: Callable[[Tensor], Tensor], mixture: Mixture, sigma: float, points: Tensor) -> dict[str, Any]:
-    """F(x) − x at noisy ``points`` (B, d) against the truth.
+    """Compare F(x) − x at noisy ``points`` (B, d) with the true scores.
 
-    Returns medians in degrees (``angle``: to ∇ log p_σ; ``angle_clean``: to ∇ log p; ``oracle_clean``: what the best
-    possible denoiser has to ∇ log p), ``angle_q90``, ``length_ratio`` = median ‖F(x) − x‖ / σ²‖∇ log p_σ‖ (1 for the
-    best), and ``oracle_error``, the largest ‖f*(x) − x − σ²∇ log p_σ(x)‖ relative to the median length of σ²∇ log p_σ:
-    rounding alone.
+    Returns:
+        Median angles in degrees: ``angle`` to ∇ log p_σ, ``angle_clean`` to ∇ log p, and ``oracle_clean``, the angle of
+        the optimal denoiser to ∇ log p; ``angle_q90``, the 90 % quantile of ``angle``; ``length_ratio``, the median of
+        ‖F(x) − x‖ / σ²‖∇ log p_σ‖, which is 1 for the optimal denoiser; and ``oracle_error``, the largest
+        ‖f*(x) − x − σ²∇ log p_σ(x)‖ relative to the median length of σ²∇ log p_σ, which is rounding only.
     """
     field, best = model(points) - points, mixture.denoise(points, sigma) - points
     clean, smooth = mixture.score(points), mixture.smoothed(sigma).score(points)
@@ -228,12 +236,16 @@ def data_space(model: Callable[[Tensor], Tensor], mixture: Mixture, sigma: float
 
 @dataclass(frozen=True)
 class LatentField:
-    """Theorem 1 at latent codes: ``codes`` (B, d), ``angles`` (B,) degrees between f(z) − z and ∇ log q, ``figures``.
+    """The comparison of f(z) − z with ∇ log q at latent codes (Theorem 1).
 
-    ``latent_angle``: median of the angles. ``latent_ascent``: share of codes with ⟨∇ log q, f(z) − z⟩ > 0 (Lemma A.5).
-    ``latent_carried``: median angle to J_E ∇ log p_σ, the data-space score carried along as a vector. ``contractive``:
-    share of codes with ‖J_f(z)‖_σ < 1, what the theorem assumes. ``one_sheet``: share of codes at which det J_E has
-    its more frequent sign; below 1 E folds the plane, and q has further terms there.
+    Attributes:
+        codes: (B, d).
+        angles: (B,) degrees between f(z) − z and ∇ log q.
+        figures: ``latent_angle``, the median angle; ``latent_ascent``, the share of codes with ⟨∇ log q, f(z) − z⟩ > 0
+            (Lemma A.5); ``latent_carried``, the median angle to J_E ∇ log p_σ, the data-space score transformed as a
+            vector; ``contractive``, the share of codes with ‖J_f(z)‖_σ < 1, which the theorem assumes; ``one_sheet``,
+            the share of codes at which det J_E has its more frequent sign. If it is below 1, E folds the plane, and q
+            has further terms.
     """
 
     codes: Tensor
@@ -242,7 +254,7 @@ class LatentField:
 
 
 def latent_space(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Tensor) -> LatentField:
-    """f(z) − z at z = E(x), x = ``points`` (B, d) drawn from p, against the score of q; see :class:`LatentField`."""
+    """Compare f(z) − z at z = E(x) with the score of q, for ``points`` x (B, d) from p; see :class:`LatentField`."""
     codes = model.encode(points)
     field = model.self_map(codes) - codes
     truth, jacobians = carried_score(model.encode, mixture.score(points), points)
@@ -261,20 +273,21 @@ def latent_space(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points
 
 
 def jacobians_at(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    """(B, m, d) explicit Jacobians of a row-wise ``function`` at ``points`` (B, d)."""
+    """Explicit Jacobians of a row-wise ``function`` at ``points`` (B, d), (B, m, d)."""
     return torch.func.vmap(torch.func.jacrev(lambda x: function(x[None])[0]))(points)
 
 
 def carried_score(encode: Callable[[Tensor], Tensor], score: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """∇_z log q at z = E(x) from ∇_x log p: J⁻ᵀ (∇_x log p − ∇_x log|det J|), with J = J_E(x).
+    """Transform the score of p to that of q at z = E(x): ∇_z log q = J⁻ᵀ (∇_x log p − ∇_x log|det J|), J = J_E(x).
 
     Args:
         encode: E, (B, d) → (B, d), twice differentiable and locally invertible.
-        score: (B, d) ∇ log p at ``points`` (B, d).
+        score: (B, d), ∇ log p at ``points``.
+        points: (B, d), x.
     Returns:
         The scores (B, d) and the Jacobians (B, d, d).
     Raises:
-        TrajOODError: a Jacobian that is not finite, or that cannot be inverted: q has no density there.
+        TrajOODError: a Jacobian is not finite or singular, so that q has no density there.
     """
 
     def log_volume(x: Tensor) -> Tensor:
@@ -284,17 +297,18 @@ def carried_score(encode: Callable[[Tensor], Tensor], score: Tensor, points: Ten
     bad = ~(jacobians.isfinite().all(dim=(1, 2)) & torch.linalg.det(jacobians.nan_to_num()).ne(0))
     if bool(bad.any()):
         raise TrajOODError(
-            f"score-field: expected an encoder that can be inverted locally, got a Jacobian that is singular or not "
-            f"finite at {int(bad.sum())} of {len(points)} points: its training failed; choose a smaller rate"
+            f"score-field: expected a locally invertible encoder, got a Jacobian that is singular or not finite at "
+            f"{int(bad.sum())} of {len(points)} points: its training failed; choose a smaller rate"
         )
     volumes = torch.func.vmap(torch.func.grad(log_volume))(points)
     return torch.linalg.solve(jacobians.transpose(1, 2), (score - volumes)[..., None])[..., 0], jacobians
 
 
-def journey(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Tensor) -> dict[str, Any]:
-    """Where z ← f(z) leads from E(``points``), and how far from the modes of p_σ it starts and ends, in data space.
+def distances_to_modes(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Tensor) -> dict[str, Any]:
+    """Median distances to the nearest mode of p_σ at the start and at the end of trajectories from E(``points``).
 
-    Theorem A.6 has every trajectory end at a mode. Modes are the fixed points of the best denoiser, which climbs p_σ.
+    Distances are in data space. By Theorem A.6 every trajectory ends at a mode. Modes are computed as the fixed points
+    of the optimal denoiser, which ascends p_σ.
     """
     modes = iterate(lambda z: mixture.denoise(z, sigma), mixture.means, tol=1e-16, max_steps=5000, chunk=8).final
     path = iterate(model.self_map, model.encode(points), tol=1e-12, max_steps=2000, chunk=len(points))
@@ -319,7 +333,7 @@ def _share(mask: Tensor) -> float:
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:
-    """Over all models: how close to the smoothed score, to the clean one, and to the latent one."""
+    """A sentence about the angles to the smoothed, the clean and the latent score, over all models."""
 
     def span(key: str, scale: float = 1.0) -> str:
         known = [row[key] for row in rows if row[key] is not None]

@@ -1,4 +1,4 @@
-"""The spectral norm of a Jacobian, by products or explicit: the most that the map stretches any small step there."""
+"""Spectral norms of Jacobians (the largest stretch of a small step), by Jacobian products or from explicit matrices."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from traj_ood.errors import TrajOODError
 from traj_ood.text import brief
 
 Map = Callable[[Tensor], Tensor]
-"""(n, *A) → (n, *B), each row on its own; differentiable."""
+"""A row-wise, differentiable function (n, *A) → (n, *B)."""
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Spectral norms of the Jacobian, each from below (power iteration never overshoots).
+    """Spectral norms of Jacobians; lower bounds, because power iteration never overshoots.
 
     Attributes:
-        values: (P,) float64; infinite where the products, or their lengths, left the finite numbers.
-        settled: (P,) bool: the last step changed the value by less than the tolerance.
+        values: (P,) float64; infinite where the products, or their lengths, became NaN or infinite.
+        settled: (P,) bool, whether the last step changed the value by less than the tolerance.
     """
 
     values: Tensor
@@ -33,18 +33,19 @@ class Norms:
 def spectral_norms(
     function: Map, points: Tensor, *, steps: int = 100, tolerance: float = 1e-4, seed: int = 0, chunk: int = 32
 ) -> Norms:
-    """‖J‖_σ, the largest singular value of ∂function/∂z, at each of ``points``.
+    """Spectral norm ‖J‖_σ, the largest singular value of ∂function/∂z, at each of ``points``.
 
-    Power iteration on JᵀJ: v ← JᵀJv / ‖JᵀJv‖ by one forward- and one reverse-mode product a step, until ‖Jv‖ of every
-    point changes by less than ``tolerance`` (relative) or ``steps`` are done. The Jacobian itself is never formed.
+    Power iteration on JᵀJ: v ← JᵀJv / ‖JᵀJv‖, with one forward- and one reverse-mode product per step, until ‖Jv‖
+    changes by less than ``tolerance`` (relative) at every point or ``steps`` are done. The Jacobian itself is never
+    formed.
 
     Args:
-        function: called on min(chunk, P) rows; its output may have another shape than its input (a decoder).
-        points: (P, *A) float32 or float64.
-        steps: Default 100: tests hold the result to 1 % of the explicit Jacobian's, random matrices included.
-        tolerance: Default 1e-4.
-        seed: of v.
-        chunk: most rows per call.
+        function: called on min(chunk, P) rows; its output may have another shape than its input, as for a decoder.
+        points: (P, *A), float32 or float64.
+        steps: maximum number of steps. Default 100, which in the tests gives 1 % accuracy, including random matrices.
+        tolerance: default 1e-4.
+        seed: seed of v.
+        chunk: maximum number of rows per call.
     Raises:
         TrajOODError: no points, no steps, or a function without derivatives.
     """
@@ -52,7 +53,7 @@ def spectral_norms(
         raise TrajOODError("spectral norm: expected at least 1 point, got 0")
     if steps < 1:
         raise TrajOODError(f"spectral norm: expected at least 1 step, got {steps}")
-    points = points.detach().clone()  # what inference mode made, no derivative can use
+    points = points.detach().clone()  # derivatives cannot use tensors created in inference mode
     draws = torch.Generator().manual_seed(seed)
     start = torch.randn(points.shape[1:], generator=draws).to(points).expand_as(points)
     directions = start / _lengths(start)
@@ -65,42 +66,42 @@ def spectral_norms(
         squares = (images * directions).flatten(1).sum(dim=1).cpu().double()
         found = squares.clamp(min=0).sqrt()
         length = _lengths(images)
-        # Remembered: a direction scaled by an infinite length is 0, and from then on would pass for a norm of 0.
+        # Recorded, because a direction divided by an infinite length becomes 0, and the norm would later appear as 0.
         escaped |= ~(squares.isfinite() & length.flatten().isfinite().cpu())
         settled = ((found - values).abs() <= tolerance * found) & ~escaped
         values = found
         if bool((settled | escaped).all()):
             break
-        # JᵀJ v = 0 stays zero: the norm along it is 0, and so is what it becomes.
+        # If JᵀJ v = 0 the direction stays zero, and so does the norm.
         directions = torch.where(length > 0, images / length, torch.zeros_like(images))
     return Norms(torch.where(escaped, torch.inf, values), settled)
 
 
 def explicit_norms(matrices: Tensor) -> Tensor:
-    """(P,) spectral norms of explicit Jacobians (P, m, n), infinite where one is not finite (LAPACK refuses those)."""
+    """Spectral norms (P,) of explicit Jacobians (P, m, n); infinite where a matrix is not finite."""
     finite = matrices.isfinite().all(dim=(1, 2))
     norms = torch.linalg.matrix_norm(torch.where(finite[:, None, None], matrices, 0.0), ord=2)
     return torch.where(finite, norms, torch.inf)
 
 
 def explicit_radii(matrices: Tensor) -> Tensor:
-    """(P,) spectral radii of explicit Jacobians (P, n, n), infinite where one is not finite."""
+    """Spectral radii (P,) of explicit Jacobians (P, n, n); infinite where a matrix is not finite."""
     finite = matrices.isfinite().all(dim=(1, 2))
     radii = torch.linalg.eigvals(torch.where(finite[:, None, None], matrices, 0.0)).abs().amax(dim=1)
     return torch.where(finite, radii, torch.inf)
 
 
 def _normal_products(function: Map, points: Tensor, directions: Tensor, chunk: int) -> Tensor:
-    """JᵀJv at every point; a row of the chunk is a point and its direction."""
+    """JᵀJv at every point, in chunks whose rows are pairs of a point and its direction."""
     pairs = torch.stack([points, directions], dim=1)
     try:
-        # Fused attention has no forward derivative; the plain products it stands for do.
+        # Fused attention has no forward derivative; the equivalent plain products do.
         with sdpa_kernel(SDPBackend.MATH):
             return apply_in_chunks(lambda rows: _normal(function, rows[:, 0], rows[:, 1]), pairs, chunk)
     except (NotImplementedError, RuntimeError) as error:
         raise TrajOODError(
-            f"spectral norm: expected a map with forward and reverse derivatives, got: {brief(error)}; "
-            "spectral_radii works by differences where there are none"
+            f"spectral norm: expected a map with forward and reverse derivatives, got: {brief(error)}: use "
+            "spectral_radii, which needs no derivatives"
         ) from error
 
 
@@ -112,5 +113,5 @@ def _normal(function: Map, points: Tensor, directions: Tensor) -> Tensor:
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    """(P, 1, …) Euclidean lengths of (P, *A), shaped to divide them."""
+    """Euclidean lengths of rows (P, *A), shaped (P, 1, …) for division."""
     return rows.flatten(1).norm(dim=1).reshape(-1, *[1] * (rows.ndim - 1))

@@ -1,4 +1,4 @@
-"""Sets of images by name, for questions that can be asked of any: benchmarks, whole image sets, folders."""
+"""Sets of images by name: benchmarks, image sets and folders."""
 
 from __future__ import annotations
 
@@ -14,36 +14,40 @@ from traj_ood.errors import TrajOODError, unknown_name
 
 @dataclass(frozen=True)
 class NamedImages:
-    """Images with the name that results give them."""
+    """Images with their name in results."""
 
     name: str
     source: ImageSource
 
 
 def named_images(names: Sequence[str], root: Path | None, most: int) -> list[NamedImages]:
-    """At most ``most`` images of each set, the same ones on every machine.
+    """Load sets of images by name, each sampled to at most ``most`` images, the same ones on every machine.
 
     Args:
-        names: each a folder of images (as it is, or below ``root``), an image set of
-            :data:`traj_ood.analysis.images.IMAGE_SETS` (its test images; ``cifar10`` is the image set, not OpenOOD's
-            benchmark), or a benchmark: a name or a YAML file, of which the test split and every OOD set are taken.
-        root: of the data, as for :func:`traj_ood.load_benchmark`.
-        most: images of each set, drawn by a fixed seed.
+        names: each a folder of images (a path, or a folder in ``root``); an image set of
+            :data:`traj_ood.analysis.images.IMAGE_SETS`, which stands for its test images (``cifar10`` is the image set,
+            not OpenOOD's benchmark); or the name or YAML file of a benchmark, which stands for its test split and all
+            its OOD sets.
+        root: folder of the data, as for :func:`traj_ood.load_benchmark`.
+        most: maximum number of images per set, drawn by a fixed seed.
     Raises:
-        TrajOODError: a name that is nothing of these, or data that are missing or malformed.
+        TrajOODError: an unknown name, two sets with the same name, or data that are missing or malformed.
     """
     found = [images for name in names for images in _of(name, root)]
     twice = next((a.name for i, a in enumerate(found) if a.name in {b.name for b in found[:i]}), None)
     if twice is not None:
-        raise TrajOODError(f"data: two sets of images are called {twice!r}; leave one out or rename its folder")
+        raise TrajOODError(
+            f"data: expected sets of images with different names, got {twice!r} twice: leave one out or rename its "
+            "folder"
+        )
     return [NamedImages(images.name, _sampled(images, most)) for images in found]
 
 
 def training_images(name: str, root: Path | None, size: int, seed: int) -> ImageSource:
-    """``size`` images drawn by ``seed``: of a folder, or of the training images of an image set or a benchmark.
+    """Draw ``size`` images by ``seed`` from a folder, or from the training images of an image set or a benchmark.
 
     Raises:
-        TrajOODError: as :func:`named_images`, or fewer images than asked for.
+        TrajOODError: as :func:`named_images`, or fewer than ``size`` images.
     """
     folder = _folder(name, root)
     if folder is not None:

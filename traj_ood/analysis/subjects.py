@@ -1,4 +1,4 @@
-"""What a question is asked about: a model, loaded by name or trained for it, with training and test images."""
+"""The subject of a question: a model, loaded by name or trained first, with its training and test images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from traj_ood.data import ImageSource, list_benchmarks, load_benchmark, read_fol
 from traj_ood.errors import TrajOODError
 
 TRAINED = "conv"
-"""The model name that stands for an autoencoder of Table 4, trained here."""
+"""The model name of an autoencoder of Table 4 that is trained first."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How an autoencoder of Table 4 is trained where the model is :data:`TRAINED`.
+    """Settings of the training of an autoencoder of Table 4, if the model is :data:`TRAINED`.
 
     Attributes:
-        images: of the training set, drawn by the seed; 0 takes all. epochs, bottleneck, width: k and d of Table 4.
-        at_least, meanings: of the options of questions that ask for one, see :class:`traj_ood.analysis.base.Question`.
+        images: number of training images, drawn by the seed; 0 is all.
+        epochs: number of epochs.
+        bottleneck: k of Table 4.
+        width: d of Table 4.
+        at_least: minima of these options in questions that have them, see :class:`traj_ood.analysis.base.Question`.
+        meanings: of their special values, likewise.
     """
 
     at_least: ClassVar[Mapping[str, int]] = {"train_images": 0, "epochs": 1, "bottleneck": 1, "width": 1}
@@ -38,9 +42,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with in-distribution images: ``train``, which its attractors come from, and ``test``.
+    """A model with in-distribution images: ``train``, for its attractors, and ``test``.
 
-    Of a folder of images both are the same: a question that needs images the attractors do not come from refuses it.
+    For a folder of images both are the same; questions that need separate test images refuse it.
     """
 
     model: Autoencoder
@@ -49,18 +53,17 @@ class Subject:
 
 
 def subject(work: Workspace, model: str, data: str, seed: int, training: Training) -> Subject:
-    """Load, or train, what a question is about.
+    """Load or train the model of a question, and load its images.
 
     Args:
         work: see :class:`Workspace`.
         model: as for :func:`traj_ood.load_autoencoder`, or ``conv``.
-        data: an image set (:data:`traj_ood.analysis.images.IMAGE_SETS`, all classes), a benchmark's name or YAML file
-            (its ID splits), or a folder of images, as it is or below the root of the data.
-        seed: of the training and of the training sample.
-        training: how, for ``conv``.
+        data: an image set (:data:`traj_ood.analysis.images.IMAGE_SETS`, all classes), the name or YAML file of a
+            benchmark (its ID splits), or a folder of images (a path, or a folder in the root of the data).
+        seed: seed of the training and of the training sample.
+        training: settings of the training, for ``conv``.
     Raises:
-        TrajOODError: unknown model or data, data that cannot be had, ``conv`` on a benchmark (whose images have no
-            common size).
+        TrajOODError: unknown model or data, missing data, or ``conv`` on a benchmark, whose images have no common size.
     """
     images = load_images(data, work.data_root) if data in IMAGE_SETS else None
     if model == TRAINED:
@@ -82,7 +85,7 @@ def subject(work: Workspace, model: str, data: str, seed: int, training: Trainin
 
 
 def _folder(data: str, root: Path | None) -> Path | None:
-    """The folder that ``data`` names; a benchmark's name is never one."""
+    """The folder that ``data`` names, unless it is the name of a benchmark."""
     if data in [info.name for info in list_benchmarks()]:
         return None
     places = (Path(data).expanduser(), *([root / data] if root is not None else []))

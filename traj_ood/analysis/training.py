@@ -1,4 +1,4 @@
-"""Memorisation and generalisation across training: attractors of training, test and noise starts, epoch by epoch."""
+"""Memorisation and generalisation during training: attractors of training, test and noise starts by epoch."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ _GROUPS = ("train", "test", "noise")
 @register
 @dataclass(frozen=True)
 class Training(Budget):
-    """Options of ``training``, beyond :class:`traj_ood.analysis.experiment.Budget`.
+    """Memorisation, distinct attractors and their separation from noise, by epoch of the training.
 
-    ``starts`` counts each of training images, test images and N(0, I).
+    Further options are those of :class:`traj_ood.analysis.experiment.Budget`; ``starts`` is the number of training
+    images, of test images and of samples of N(0, I).
 
     Attributes:
-        images: training images, drawn by the seed; 0 is all. Default 4,000, half a minute a model on a slow core.
+        images: number of training images, drawn by the seed; 0 is all. Default 4,000, which takes half a minute per
+            model on a slow core.
         bottleneck: k. Default 128, the paper's.
         at: epochs at which the model is measured, ascending; 0 is the initialisation. Default: powers of two, because
-            most changes early. The last epoch of the training is measured in any case, and none after it.
+            most changes happen early. The last epoch is always measured, and later epochs are ignored.
     """
 
     name: ClassVar[str] = "training"
@@ -97,7 +99,7 @@ class Training(Budget):
         )
 
     def _measure(self, model: ConvAutoencoder, data: Sampled) -> Unit:
-        """Figures of the model after one epoch, see :func:`traj_ood.analysis.memory.memory`, and of its noise."""
+        """Measures of the model after one epoch: those of :func:`traj_ood.analysis.memory.memory` and of noise."""
         starts = self._starts(model, data)
         known = self._settle(model, starts["train"])[0]
         found, shown = memory(model, data.probe, known)
@@ -116,7 +118,7 @@ class Training(Budget):
         return Unit(shown, found | _separation(scores))
 
     def _starts(self, model: ConvAutoencoder, data: Sampled) -> dict[str, Tensor]:
-        """(n, k) latents of training and test images, and draws of N(0, I), of one number where data allow."""
+        """Starts (n, k): latents of training and test images, and samples of N(0, I), of equal number if data allow."""
         probe = data.probe
         unseen = list(spread(len(probe.test), min(len(probe.starts), len(probe.test))))
         draws = torch.Generator().manual_seed(self.seed)
@@ -134,7 +136,7 @@ class Training(Budget):
 
 
 def _distinct(ends: AttractorDictionary) -> int | None:
-    """Distinct attractors at cosine 0.99; None where no trajectory stayed finite."""
+    """Number of distinct attractors at cosine 0.99; None if no trajectory stayed finite."""
     return len(ends.distinct()) if bool((ends.statuses != Status.NON_FINITE).any()) else None
 
 
@@ -144,7 +146,7 @@ def _similarity(a: AttractorDictionary, b: AttractorDictionary) -> float | None:
 
 
 def _separation(scores: dict[str, Tensor]) -> dict[str, float | None]:
-    """How well the trajectory score tells noise from training and from test trajectories; None if one is infinite."""
+    """How well the trajectory score separates noise from training and test trajectories; None if not finite."""
     known = {group: s.numpy() for group, s in scores.items() if bool(s.isfinite().all())}
     paper = compute_metrics(known["train"], known["noise"]) if {"train", "noise"} <= set(known) else None
     unseen = compute_metrics(known["test"], known["noise"]) if {"test", "noise"} <= set(known) else None
@@ -175,7 +177,7 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
 def _curves(rows: list[dict[str, Any]], closest: float, asked: Training) -> Figure:
     from traj_ood.drawing.charts import Curve, Panel, curves
 
-    # Epoch 0 has no place on a logarithmic axis; a linear one would hide the first epochs. Drawn at 1/2.
+    # A logarithmic axis, since a linear one would hide the first epochs; epoch 0 is drawn at 1/2.
     x = [row["epoch"] or 0.5 for row in rows]
 
     def line(label: str, name: str, spread: str | None = None) -> Curve:

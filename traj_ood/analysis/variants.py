@@ -1,6 +1,6 @@
-"""The autoencoders of Table 3: each a loss on the same network, (‖x − F(x)‖² + λ R) / m with m pixels, as Eq. (1).
+"""The autoencoders of Table 3 as losses on the same network: (‖x − F(x)‖² + λ R) / m with m pixels, as in Eq. (1).
 
-Dividing by m leaves λ the paper's and makes losses comparable with mean squared errors. Norms of Jacobians are
+Division by m keeps the paper's λ and makes losses comparable with mean squared errors. Squared norms of Jacobians are
 estimated from one random direction per image (:mod:`traj_ood.training.penalties`).
 """
 
@@ -18,11 +18,11 @@ from traj_ood.autoencoders import ConvNetwork
 from traj_ood.training.penalties import squared_jacobian
 
 Penalty = Callable[[ConvNetwork, Tensor, torch.Generator], tuple[Tensor, Tensor]]
-"""(network, images, randomness) → reconstruction (B, C, H, W) and R as a scalar: a mean over images."""
+"""A penalty: network, images, generator → reconstruction (B, C, H, W), and R as a scalar, the mean over images."""
 
 
 class SparseNetwork(ConvNetwork):
-    """:class:`ConvNetwork` whose latents pass an activation: sigmoid or ReLU."""
+    """A :class:`ConvNetwork` with an activation, sigmoid or ReLU, on its latents."""
 
     def __init__(self, channels: int, size: int, width: int, bottleneck: int, activation: type[nn.Module]) -> None:
         super().__init__(channels, size, width, bottleneck)
@@ -33,14 +33,14 @@ class SparseNetwork(ConvNetwork):
 
 
 class VariationalNetwork(ConvNetwork):
-    """:class:`ConvNetwork` with a second head for log σ². E is the mean μ(x), so that f is deterministic."""
+    """A :class:`ConvNetwork` with a second head for log σ². E is the mean μ(x), so that f is deterministic."""
 
     def __init__(self, channels: int, size: int, width: int, bottleneck: int) -> None:
         super().__init__(channels, size, width, bottleneck)
         self.to_log_variance = nn.Linear(self.to_latent.in_features, bottleneck)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """μ and log σ², (B, k) each."""
+        """μ and log σ², each (B, k)."""
         hidden = self.down(images)
         return self.to_latent(hidden), self.to_log_variance(hidden)
 
@@ -50,9 +50,13 @@ class Variant:
     """A row of Table 3.
 
     Attributes:
-        name, regularizer: what it is called, and R with its λ in words.
-        loss, build: what is trained. options: what tells it apart, for the key of its unit.
-        decay: weight decay, 0 for all others. narrow: uses the narrow bottleneck.
+        name: name of the variant.
+        regularizer: R with its λ, in words.
+        loss: the loss.
+        build: constructs the network.
+        options: plain data that identify loss and network, for the key of the unit of work.
+        decay: weight decay. Default 0.
+        narrow: whether it has the narrow bottleneck. Default false.
     """
 
     name: str
@@ -65,7 +69,7 @@ class Variant:
 
 
 def penalised(penalty: Penalty, weight: float) -> Loss:
-    """(‖x − F(x)‖² + λ R) / m, a mean over images."""
+    """The loss (‖x − F(x)‖² + λ R) / m, as a mean over images, with λ = ``weight``."""
 
     def loss(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> Tensor:
         output, regularizer = penalty(network, images, draws)
@@ -89,7 +93,7 @@ def r_contractive(network: ConvNetwork, images: Tensor, draws: torch.Generator) 
 
 
 def sparse_kl(rho: float) -> Penalty:
-    """R = Σ_i KL(ρ ‖ ρ̂_i), ρ̂_i the mean activation of a sigmoid unit over the batch (Ng 2011)."""
+    """R = Σ_i KL(ρ ‖ ρ̂_i), with ρ̂_i the mean activation of a sigmoid unit over the batch (Ng 2011)."""
 
     def penalty(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         latents = network.encode(images)
@@ -115,7 +119,7 @@ def sparse_l1(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> t
 
 
 def variational(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """R = KL(N(μ, σ²) ‖ N(0, I)), decoding a sample (Kingma and Welling 2013)."""
+    """R = KL(N(μ, σ²) ‖ N(0, I)), with a sample of the posterior decoded (Kingma and Welling 2013)."""
     assert isinstance(network, VariationalNetwork)
     mean, log_variance = network.posterior(images)
     sample = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=draws).to(mean.device)
@@ -123,12 +127,12 @@ def variational(network: ConvNetwork, images: Tensor, draws: torch.Generator) ->
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Mean over rows of KL(N(μ, σ²) ‖ N(0, I)); both (B, k)."""
+    """Mean over rows of KL(N(μ, σ²) ‖ N(0, I)), from ``mean`` and ``log_variance`` (B, k)."""
     return (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean() / 2
 
 
 def denoising(noise: float) -> Loss:
-    """‖x − F(x + ε)‖² / m with ε ~ N(0, noise²) in standardised units (Vincent et al. 2008)."""
+    """The loss ‖x − F(x + ε)‖² / m with ε ~ N(0, noise²) in standardised units (Vincent et al. 2008)."""
 
     def loss(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> Tensor:
         corrupted = images + noise * torch.randn(images.shape, generator=draws).to(images.device)
@@ -138,10 +142,10 @@ def denoising(noise: float) -> Loss:
 
 
 def masked(ratio: float, patch: int) -> Loss:
-    """‖x − F(Mx)‖² / m, M hiding a share of square patches (they become 0, the mean grey).
+    """The loss ‖x − F(Mx)‖² / m, where M sets a share of square patches to 0, the mean grey.
 
-    Table 3 prints the error on M ⊙ (…) alone; Eq. (2), which is followed here, has all pixels. On hidden or visible
-    ones alone, D's output on the others would stay untrained, and f is applied to it.
+    Table 3 has the error on M ⊙ (…) only; here it is over all pixels, as in Eq. (2). Otherwise D's output on the other
+    pixels would stay untrained, although f uses it.
     """
 
     def loss(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> Tensor:
@@ -158,10 +162,11 @@ def _sparse(activation: type[nn.Module]) -> Build:
 
 
 def variants(strength: float = 1.0) -> tuple[Variant, ...]:
-    """Every row of Table 3, with λ (or noise, or share hidden) that costs reconstruction something without ruling it.
+    """All rows of Table 3, with λ (or noise, or hidden share) chosen to affect the reconstruction without dominating
+    it.
 
     Args:
-        strength: multiplies every λ, the noise and the weight decay; not the hidden share.
+        strength: factor of every λ, of the noise and of the weight decay, but not of the hidden share.
     """
     s = strength
     return (

@@ -1,4 +1,4 @@
-"""Where a question works: a folder whose finished units of work survive an interruption, a device, a progress bar."""
+"""Workspace: runs a question in units of work, which are stored in a folder and survive an interruption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNIT = re.compile(_SCRATCH.pattern + r"\.safetensors")
 
 @dataclass(frozen=True)
 class Unit:
-    """What one unit of work leaves: tensors by name, and notes that JSON can hold (no NaN)."""
+    """The result of a unit of work: tensors by name, and notes that JSON can hold (no NaN)."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -36,15 +36,15 @@ class Unit:
 
 @dataclass
 class Workspace:
-    """A folder of finished units, and how to compute the others.
+    """A folder of finished units of work, with the device and data that further units use.
 
     Attributes:
-        folder: holds ``<name>-<hash of its key>.safetensors`` for each finished unit. Deleting it starts over; a unit
-            that other code of this package has computed is computed again.
+        folder: holds a file ``<name>-<hash of the key>.safetensors`` per finished unit. Delete it to start over; units
+            computed by another version of this package's code are computed again.
         device: where networks run.
-        data_root: as for :func:`traj_ood.load_benchmark`; None looks in each data set's own places.
-        quiet: no progress bars.
-        resumed: seconds that units found here had cost an earlier run.
+        data_root: as for :func:`traj_ood.load_benchmark`; None is each dataset's usual places.
+        quiet: whether to show no progress bars.
+        resumed: seconds that the units read from the folder took in earlier runs.
     """
 
     folder: Path
@@ -54,17 +54,18 @@ class Workspace:
     resumed: float = field(default=0.0, init=False)
 
     def unit(self, name: str, key: Mapping[str, Any], compute: Callable[[], Unit]) -> Unit:
-        """The unit ``name`` of configuration ``key``: read from the folder where it is finished, else computed.
+        """Return the unit ``name`` with key ``key``: read from the folder if it is finished, else computed and stored.
 
-        Two units are the same exactly when name and key are. The key therefore names everything that decides the
-        numbers: options, seed, fingerprints or digests of what it was computed from.
+        Units are identified by name and key, so the key must contain everything that decides the numbers: options,
+            seed,
+        and fingerprints or digests of the inputs.
 
         Args:
             name: letters, digits, ``-`` and ``_``; part of the file name.
             key: plain data for JSON.
-            compute: called with nothing when the unit is not there. What it raises leaves no file.
+            compute: computes the unit if it is not stored. If it raises, nothing is stored.
         Raises:
-            TrajOODError: a damaged unit (its file is named), a name or key that cannot be stored, an unwritable folder.
+            TrajOODError: a damaged file, a name or key that cannot be stored, or an unwritable folder.
         """
         store = PartStore(self.folder, "unit of work", "compute it again")
         label = self.scratch(name, key).name
@@ -90,11 +91,15 @@ class Workspace:
         title: str,
         unit: str = "image",
     ) -> list[dict[str, Tensor]]:
-        """The tensors of one unit for each of ``parts``, whose places are added to its key; with a progress bar.
+        """Compute a unit for each of ``parts``, with a progress bar, and return the tensors of each.
 
         Args:
-            name, key: of :meth:`unit`. parts: places, such as those of :func:`traj_ood.data.batches.parts_of`.
-            compute: makes the unit of some places. title, unit: of the bar.
+            name: see :meth:`unit`.
+            key: see :meth:`unit`; the range of the part is added to it.
+            parts: ranges of indices, such as those of :func:`traj_ood.data.batches.parts_of`.
+            compute: computes the unit of one range.
+            title: title of the progress bar.
+            unit: name of one index in the progress bar.
         Raises:
             TrajOODError: as :meth:`unit`.
         """
@@ -107,19 +112,19 @@ class Workspace:
         return found
 
     def scratch(self, name: str, key: Mapping[str, Any]) -> Path:
-        """A folder for what a unit keeps while it is being made (checkpoints of a training); remove it afterwards."""
+        """A folder for temporary files of a unit, such as the checkpoints of a training; remove it afterwards."""
         digest = hashlib.sha256(json.dumps(self._plain(name, key), sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"{name}-{digest}"
 
     def bar(self, total: int, description: str, unit: str = "unit") -> tqdm[Any]:
-        """A progress bar on stderr that shows up after two seconds, as everywhere in traj_ood."""
+        """A progress bar on stderr that appears after two seconds."""
         return tqdm(
             total=total, desc=printable(description), unit=unit, delay=2, disable=self.quiet, dynamic_ncols=True
         )
 
     def discard(self) -> None:
-        """Forget every unit, finished or begun, and what was remembered of the images. What else lies in the folder
-        stays: it may be anybody's."""
+        """Delete all units, finished or not, and forget the stored digests of images. Other files in the folder are
+        kept, since they may not be ours."""
         distrust()
         if not self.folder.is_dir():
             return

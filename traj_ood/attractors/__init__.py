@@ -1,4 +1,4 @@
-"""End points of ID training samples: the dictionary of attractors, its health and its verdict."""
+"""The dictionary of attractors (end points of ID training trajectories), its health and its verdict."""
 
 from traj_ood.attractors.dictionary import AttractorDictionary, NearestAttractor, NearestOther
 from traj_ood.attractors.health import Health, Verdict

@@ -1,4 +1,4 @@
-"""AttractorDictionary: the end points of in-distribution training trajectories, and whether they can be trusted."""
+"""AttractorDictionary: the end points of ID training trajectories, and observers that measure distances to them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from traj_ood.attractors.health import Health, health_of
+from traj_ood.attractors.health import SAME, Health, group_directions, health_of
 from traj_ood.autoencoders.base import Autoencoder, View
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
-from traj_ood.index import Approximate, Backend, NeighborIndex, greedy_leaders
+from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.io.tensor_file import open_tensors, write_tensors
 
 _SCHEMA = "traj_ood.attractors/1"
@@ -25,12 +25,13 @@ class AttractorDictionary:
     """End points Z*_train of the trajectories of ID training samples.
 
     Attributes:
-        points: (N, *L) float32 end points, converged or not: the paper keeps those that met the step limit too.
-        residuals: (N,) float64 last squared residual.
-        steps, statuses: (N,) int64.
+        points: (N, *L) float32 end points, converged or not: the paper also keeps those at the step limit.
+        residuals: (N,) float64, the last squared residual of each trajectory.
+        steps: (N,) int64 number of steps.
+        statuses: (N,) int64, a :class:`traj_ood.dynamics.trajectory.Status` each.
         displacements: (N,) float64 ‖z* − z0‖ / ‖z0‖.
-        ids: N source ids.
-        provenance: what made it (model fingerprint, tolerance, …); stored with it.
+        ids: N ids of the training samples.
+        provenance: model fingerprint, tolerance and the like; saved with the dictionary.
     """
 
     points: Tensor
@@ -51,14 +52,15 @@ class AttractorDictionary:
             TrajOODError: the numbers of trajectories, starts and ids differ.
         """
         if not len(trajectory) == len(start) == len(ids):
-            raise TrajOODError(f"attractors: {len(trajectory)} trajectories, {len(start)} starts and {len(ids)} ids")
+            raise TrajOODError(
+                "attractors: expected as many starts and ids as trajectories, got "
+                f"{len(trajectory)} trajectories, {len(start)} starts and {len(ids)} ids"
+            )
         moved = (trajectory.final - start).flatten(1).norm(dim=1).double().cpu()
         length = start.flatten(1).norm(dim=1).double().cpu()
-        last = (trajectory.steps - 1).clamp(min=0)
-        residuals = trajectory.residuals.gather(1, last[:, None])[:, 0]
         return cls(
             points=trajectory.final.cpu(),
-            residuals=residuals,
+            residuals=trajectory.last_residuals,
             steps=trajectory.steps,
             statuses=trajectory.status,
             displacements=moved / length.clamp(min=torch.finfo(torch.float64).tiny),
@@ -68,7 +70,7 @@ class AttractorDictionary:
 
     @classmethod
     def concatenate(cls, parts: list[AttractorDictionary]) -> AttractorDictionary:
-        """One dictionary of several batches, in their order."""
+        """Concatenate the dictionaries of several batches, in their order."""
         return cls(
             points=torch.cat([p.points for p in parts]),
             residuals=torch.cat([p.residuals for p in parts]),
@@ -83,27 +85,27 @@ class AttractorDictionary:
         return len(self.ids)
 
     def usable(self) -> Tensor:
-        """(M, *L) the end points that are finite: those a distance can be measured to.
+        """The finite end points, (M, *L), to which distances can be measured.
 
         Raises:
-            TrajOODError: there is none.
+            TrajOODError: no end point is finite.
         """
         points = self.points[self.statuses != Status.NON_FINITE]
         if not len(points):
             raise TrajOODError(
-                "attractors: every training trajectory left the finite numbers; this model has no attractors"
+                "attractors: every training trajectory became NaN or infinite, so this model has no attractors: check "
+                "its weights, or train it with input noise so that f contracts"
             )
         return points
 
-    def distinct(self, cosine: float = 0.99) -> Tensor:
-        """Indices into :meth:`usable` of one end point per attractor.
+    def distinct(self, cosine: float = SAME) -> Tensor:
+        """Indices into :meth:`usable` of one end point per distinct attractor.
 
         Args:
-            cosine: end points at least this similar to an earlier kept one count as the same. Default 0.99 (§3.2).
+            cosine: end points with at least this cosine similarity to an earlier one are merged with it. Default 0.99
+                (§3.2).
         """
-        directions = torch.nn.functional.normalize(self.usable().flatten(1), dim=1)
-        # On the unit sphere ‖a − b‖² = 2 − 2 cos.
-        return greedy_leaders(directions, max(0.0, 2 - 2 * cosine) ** 0.5)[0]
+        return group_directions(self.usable(), cosine)[0]
 
     def index(
         self,
@@ -112,12 +114,13 @@ class AttractorDictionary:
         backend: Backend = "auto",
         approximate: Approximate = "none",
     ) -> NeighborIndex:
-        """A :class:`NeighborIndex` over one latent view; always built from the points, never read from disk."""
+        """Build a :class:`NeighborIndex` over the end points in one latent view."""
         points = autoencoder.view(self.usable().to(autoencoder.device), view)
         return NeighborIndex(points, backend=backend, approximate=approximate)
 
     def health(self) -> Health:
-        """See :class:`traj_ood.attractors.health.Health`."""
+        """Statistics that show whether these attractors can be trusted; see
+        :class:`traj_ood.attractors.health.Health`."""
         non_finite = float((self.statuses == Status.NON_FINITE).double().mean())
         return health_of(
             count=len(self),
@@ -130,7 +133,7 @@ class AttractorDictionary:
         )
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, atomically."""
+        """Write the dictionary to one safetensors file, atomically."""
         header = {"schema": _SCHEMA, "ids": self.ids, "provenance": dict(self.provenance)}
         write_tensors(path, self.tensors(), header)
 
@@ -140,7 +143,7 @@ class AttractorDictionary:
 
     @classmethod
     def load(cls, path: Path) -> AttractorDictionary:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             TrajOODError: unreadable, another schema, inconsistent lengths, or non-finite points marked as finite.
@@ -159,7 +162,7 @@ class AttractorDictionary:
 
 
 class NearestAttractor:
-    """Observer: d(z_t, Z*_train) at every point of every trajectory, in one latent view."""
+    """Observer that measures the distance d(z_t, Z*_train) to the nearest attractor in one latent view."""
 
     def __init__(self, autoencoder: Autoencoder, index: NeighborIndex, view: View) -> None:
         self.name = f"distance/{view}"
@@ -170,13 +173,12 @@ class NearestAttractor:
 
 
 class NearestOther(NearestAttractor):
-    """Observer of training trajectories: the distance to the nearest attractor of another training sample.
+    """Observer of training trajectories that measures the distance to the nearest attractor of another training sample.
 
-    A sample's own attractor says nothing about where a new sample would end; leaving it out makes the distances those
-    of a held-out one.
+    Leaving out a sample's own attractor makes its distances comparable to those of a new sample.
 
     Args:
-        own: (B,) int64, the place of each sample's own end point among the index's points; −1 where it is not there.
+        own: (B,) int64 index of each sample's own end point among the indexed points; −1 where it is not among them.
     """
 
     def __init__(self, autoencoder: Autoencoder, index: NeighborIndex, view: View, own: Tensor) -> None:

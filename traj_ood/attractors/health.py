@@ -1,4 +1,4 @@
-"""Whether attractors can be trusted: a dictionary's health, and a verdict on a model's attractors with its remedy."""
+"""Whether attractors can be trusted: the health of a dictionary, and a verdict on a model's attractors."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ from traj_ood.index import greedy_leaders
 HEALTHY_CONVERGED = 0.90
 HEALTHY_DISTINCT = 10
 HEALTHY_DISPLACEMENT = 0.02
-"""Median ‖z* − z0‖ / ‖z0‖. Below that the end point is z0 again (cosine above 0.9998), the path says nothing that z0
-does not, and a score against attractors is a distance to training latents."""
+"""Minimum of the median displacement ‖z* − z0‖ / ‖z0‖. Below it the end point is almost z0 (cosine above 0.9998), so
+the path adds nothing to z0, and a distance to attractors is a distance to training latents."""
 Word = Literal[
     "healthy", "slow", "not converging", "diverging", "near-identity", "collapsed", "unstable", "random-like"
 ]
-_NO_ATTRACTORS = "such as field, early-path, knn or mahalanobis"
+_SCORERS_WITHOUT_ATTRACTORS = "such as field, early-path, knn or mahalanobis"
 SAME = 0.99
-"""Cosine from which two end points count as one attractor: the paper's (§3.2), as in AttractorDictionary.distinct."""
+"""Cosine from which two end points count as one attractor: the paper's (§3.2)."""
 RANDOM_EXPLAINED = 0.1
-"""D(E(x)) that explains less of the images' variance than this does no better than the mean image, as random weights
-do (measured: −72 %). A trained model is far above: two latent units explain 58 % of Fashion-MNIST's ID classes."""
+"""Minimum share of the images' variance that D(E(x)) explains. Below it the model reconstructs no better than the mean
+image, like random weights (measured: −72 %). A trained model is far above: two latent units explain 58 % of
+Fashion-MNIST's ID classes."""
 STILL_FALLING = 0.1
-"""A residual below this share of its value at half the path is on its way: the tolerance is a matter of more steps.
-Those of limit cycles and wandering samples stay within a factor of a few."""
+"""A residual below this share of its value half-way along the path is still decreasing, so more steps would reach the
+tolerance. Residuals of limit cycles and wandering samples stay within a factor of a few."""
 STABLE = 0.5
-"""Least share of attractors with a spectral radius below 1. Iteration cannot settle at an unstable point except by
-creeping, so at a healthy model nearly all are stable; most of them unstable means that the tolerance was met by
-slowness, not by arrival."""
+"""Minimum share of attractors with a spectral radius below 1. Near an unstable point iteration can only slow down, not
+converge, so nearly all attractors of a healthy model are stable. If most are unstable, the steps fell below the
+tolerance because they were slow, not because the trajectories arrived."""
 
-_MEASURED_ATTRACTORS = 16  # attractors whose radius is measured
+_MAX_MEASURED = 16  # attractors whose spectral radius is measured
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One word on a model's attractors, why, and what to do about it.
+    """A one-word judgement of a model's attractors, with its reason and a remedy.
 
     Attributes:
-        word: ``healthy``, or what is wrong.
-        reason, remedy: a sentence each, without full stop; the remedy of a healthy model is empty.
+        word: ``healthy``, or the problem.
+        reason: one sentence without full stop.
+        remedy: one sentence without full stop; empty if healthy.
     """
 
     word: Word
@@ -55,33 +57,36 @@ class Verdict:
 
     @property
     def meaningful(self) -> bool:
-        """Whether a score against these attractors says something about the image."""
+        """Whether distances to these attractors carry information about the image: the word is ``healthy``."""
         return self.word == "healthy"
 
     @property
     def text(self) -> str:
-        """The whole verdict in one line; a bad one also names what is still of use."""
+        """The verdict in one line; if it is bad, with the scorers that do not depend on attractors."""
         if self.meaningful:
             return f"{self.word}: {self.reason}."
         line = f"{self.word}: {self.reason}. Scores against these attractors mean nothing; {self.remedy}."
         if self.word == "random-like":
             return line
-        return f"{line} Scorers that need no attractors ({_NO_ATTRACTORS}) do not depend on this."
+        return f"{line} Scorers that need no attractors ({_SCORERS_WITHOUT_ATTRACTORS}) do not depend on this."
 
 
 @dataclass(frozen=True)
 class Health:
-    """Whether a dictionary describes attractors at all. A score against an unhealthy one is not to be trusted.
+    """Statistics of a dictionary that show whether its end points are attractors. Do not trust scores against an
+    unhealthy dictionary.
 
     Attributes:
         count: number of end points.
-        converged: share that reached the tolerance; non_finite: share that left the finite numbers.
-        residual_quantiles, steps_quantiles, displacement_quantiles: at 5, 25, 50, 75, 95 %. The residual is the last
-            squared one, the displacement is ‖z* − z0‖ / ‖z0‖.
-        distinct: number of end points left when those with cosine >= 0.99 to an earlier one are merged.
-        healthy: at least 90 % converged, at least 10 distinct, and a median displacement of at least 2 %.
-        warnings: one sentence per reason why it is not.
-        verdict: the same in words, with the remedy; of several reasons it names the one that explains the others.
+        converged: share of trajectories that reached the tolerance.
+        non_finite: share of trajectories that became NaN or infinite.
+        residual_quantiles: last squared residual at 5, 25, 50, 75 and 95 %.
+        steps_quantiles: number of steps at the same quantiles.
+        displacement_quantiles: ‖z* − z0‖ / ‖z0‖ at the same quantiles.
+        distinct: number of end points after merging those with cosine >= 0.99 to an earlier one.
+        healthy: whether at least 90 % converged, at least 10 are distinct, and the median displacement is at least 2 %.
+        warnings: one sentence per condition that does not hold.
+        verdict: the judgement in words with a remedy; if several conditions fail, for the one that causes the others.
     """
 
     count: int
@@ -101,12 +106,13 @@ class Health:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a verdict needs beyond the dictionary's health; None where there was nothing to measure it on.
+    """Measurements that a verdict uses in addition to the dictionary's health; None where they could not be taken.
 
     Attributes:
-        still_falling: share of the training trajectories at the step limit whose residual was still falling.
-        radii: spectral radius of the Jacobian at sampled attractors. stable: share below 1.
-        explained: share of ID images' variance that D(E(x)) explains (of the features' for a surrogate).
+        still_falling: share of the training trajectories at the step limit whose residual was still decreasing.
+        radii: spectral radius of the Jacobian at each sampled attractor.
+        stable: share of ``radii`` below 1.
+        explained: share of the variance of ID images (for a surrogate: of their features) that D(E(x)) explains.
         explained_hidden: the same on hidden patches, for masked autoencoders.
     """
 
@@ -127,7 +133,7 @@ def health_of(
     steps: Tensor,
     displacements: Tensor,
 ) -> Health:
-    """The health of ``count`` end points; the tensors, (count,) float64, become quantiles of their finite values."""
+    """Compute the health of ``count`` end points; quantiles are over the finite values of the (count,) tensors."""
     moved = _quantiles(displacements)
     verdicts = _objections(count, converged, non_finite, distinct, moved)
     good = f"{converged:.1%} of {count} training trajectories end at {distinct} distinct attractors"
@@ -146,7 +152,7 @@ def health_of(
 
 
 def judge(health: Health, facts: Facts) -> Verdict:
-    """The dictionary's own verdict, unless the other measurements explain it, or contradict a good one."""
+    """The verdict of ``health``, replaced or extended where ``facts`` explain a bad one or contradict a good one."""
     verdict = health.verdict
     hidden = facts.explained_hidden
     blind = facts.explained < RANDOM_EXPLAINED
@@ -175,8 +181,15 @@ def judge(health: Health, facts: Facts) -> Verdict:
 
 
 def still_falling(residuals: Tensor, statuses: Tensor) -> float | None:
-    """Share of the trajectories at the step limit whose squared residual (N, T) was still falling; the median over a
-    tenth of the path damps a single odd step. None where none met the limit."""
+    """Share of the trajectories at the step limit whose squared residual was still decreasing; None if there are none.
+
+    The end of the path is compared with its middle (:data:`STILL_FALLING`), each as the median over a tenth of the
+    path, so that single outliers do not matter.
+
+    Args:
+        residuals: (N, T) squared residuals.
+        statuses: (N,) int64.
+    """
     limited = residuals[statuses == Status.STEP_LIMIT]
     steps = limited.shape[1]
     if not len(limited) or steps < 2:
@@ -188,28 +201,34 @@ def still_falling(residuals: Tensor, statuses: Tensor) -> float | None:
 
 
 def drawn_attractors(ends: Tensor, seed: int) -> list[tuple[int, int]]:
-    """Up to 16 attractors among converged end points (M, *L), drawn as often as trajectories end there, the most
-    visited first: (index of its leader, number of its end points)."""
-    leaders, group = greedy_leaders(directions(ends), (2 - 2 * SAME) ** 0.5)
+    """Sample up to 16 distinct attractors among converged end points (M, *L), with probability proportional to their
+    number of end points; returns pairs (index of one end point, number of end points), the largest first."""
+    leaders, group = group_directions(ends)
     order = torch.randperm(len(ends), generator=torch.Generator().manual_seed(seed))
-    drawn = list(dict.fromkeys(group[order].tolist()))[:_MEASURED_ATTRACTORS]
+    drawn = list(dict.fromkeys(group[order].tolist()))[:_MAX_MEASURED]
     visits = torch.bincount(group).tolist()
     return [(int(leaders[g]), visits[g]) for g in sorted(drawn, key=lambda g: -visits[g])]
 
 
 def share_stable(radii: Sequence[float]) -> float | None:
-    """Share of spectral radii below 1."""
+    """Share of spectral radii below 1; None if there are none."""
     return sum(r < 1 for r in radii) / len(radii) if radii else None
 
 
 def explained(errors: Tensor, targets: Tensor, mean: Tensor) -> float:
-    """1 − Σ squared errors (N,) of D(E(x)) / Σ ‖target − mean‖²; NaN where all targets (N, *) are the mean."""
+    """Explained variance 1 − Σ errors / Σ ‖target − mean‖²; NaN if all targets equal the mean.
+
+    Args:
+        errors: (N,) squared errors of D(E(x)), summed over pixels.
+        targets: (N, *) images as the model reconstructs them.
+        mean: (*) mean over training images.
+    """
     variance = _variance(targets, mean)
     return 1 - float(errors.sum()) / variance if variance > 0 else math.nan
 
 
 def explained_hidden(model: Autoencoder, targets: Tensor, mean: Tensor) -> float | None:
-    """The same share for hidden patches; None for models without masking."""
+    """As :func:`explained`, for hidden patches; None for models without masking."""
     variance = _variance(targets, mean)
     if not model.reconstruction_masks() or not variance > 0:
         return None
@@ -217,13 +236,23 @@ def explained_hidden(model: Autoencoder, targets: Tensor, mean: Tensor) -> float
 
 
 def reconstruction_errors(model: Autoencoder, encoding: Encoding) -> Tensor:
-    """(B,) float64 squared error of D(E(x)), summed over pixels."""
+    """Squared errors of D(E(x)) summed over pixels, (B,) float64."""
     difference = model.decode(encoding.latents) - encoding.target.to(model.device)
     return difference.flatten(1).square().sum(dim=1).cpu().double()
 
 
+def group_directions(points: Tensor, cosine: float = SAME) -> tuple[Tensor, Tensor]:
+    """Group points (N, *L) greedily: a point joins the first earlier leader with at least this cosine similarity.
+
+    Returns:
+        See :func:`traj_ood.index.greedy_leaders`.
+    """
+    # On the unit sphere ‖a − b‖² = 2 − 2 cos.
+    return greedy_leaders(directions(points), max(0.0, 2 - 2 * cosine) ** 0.5)
+
+
 def directions(points: Tensor) -> Tensor:
-    """(N, d) the points scaled to unit length."""
+    """The points scaled to unit length, (N, d)."""
     return torch.nn.functional.normalize(points.flatten(1), dim=1)
 
 
@@ -234,7 +263,7 @@ def _variance(targets: Tensor, mean: Tensor) -> float:
 def _objections(
     count: int, converged: float, non_finite: float, distinct: int, displacements: tuple[float, ...]
 ) -> list[Verdict]:
-    """What speaks against a dictionary, causes before their consequences."""
+    """The conditions of health that do not hold, causes before consequences."""
     found = []
     if converged < HEALTHY_CONVERGED:
         reason = f"only {converged:.1%} of {count} training trajectories converged (healthy: at least 90 %)"
@@ -242,7 +271,7 @@ def _objections(
             remedy = (
                 "bound the latents (end the encoder in a LayerNorm) and train with input noise, so that f contracts"
             )
-            found.append(Verdict("diverging", f"{reason}, {non_finite:.1%} left the finite numbers", remedy))
+            found.append(Verdict("diverging", f"{reason}, {non_finite:.1%} became NaN or infinite", remedy))
         else:
             remedy = "train with the loss on all pixels and input noise (loss: all, input_noise: 0.3 to 1.0), or "
             found.append(Verdict("not converging", reason, remedy + "allow more steps"))

@@ -1,4 +1,4 @@
-"""Autoencoders by name: the protocol, one file per family, each of which registers itself, and the loader."""
+"""Autoencoders: the base class, one file per family, each of which registers itself on import, and the loader."""
 
 from traj_ood.autoencoders.base import (
     FEATURE_VIEWS,

@@ -1,4 +1,4 @@
-"""The Autoencoder protocol: what traj_ood needs of a model, and the parts every family shares."""
+"""Autoencoder, the base class of all models, and CallableAutoencoder, a wrapper for models of your own."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ VIEWS: tuple[View, ...] = get_args(View)
 FeatureView = Literal["tokens", "cls", "mean", "backbone", "grid", "entry", "decoded"]
 FEATURE_VIEWS: tuple[FeatureView, ...] = get_args(FeatureView)
 GRID = 4
-"""Most cells a side of the view ``grid``: a Gaussian per cell over [z0, z1 − z0] costs (2d)² numbers, at d = 768 300 MB
-in all."""
+"""Maximum number of cells per side in the view ``grid``. A Gaussian per cell over [z0, z1 − z0] takes (2d)² numbers:
+300 MB for all cells at d = 768."""
 ENTRY_PIXELS = 8
-"""Most pixels a side that a cell of the view ``entry`` keeps: with 4 × 4 cells images of 32 × 32 are whole, and a
-Gaussian per cell of a colour image has 192 dimensions."""
+"""Maximum number of pixels per side of a cell in the view ``entry``. With 4 × 4 cells, images of 32 × 32 keep all
+pixels, and the Gaussian of a cell of a colour image has 192 dimensions."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """The result of one pass over B images: where their trajectories start, and what static scorers read.
+    """The result of one pass of B images through a model.
 
     Attributes:
         latents: (B, *L) z0 = E(x), on the model's device.
-        target: (B, *) what D(z0) is compared with: the images, or the features that a surrogate reconstructs.
-        features: (B, n) penultimate features of the frozen backbone; None without one.
-        logits: (B, classes) of the classifier; None without one.
+        target: (B, *) that D(z0) is compared with: the images, or for a surrogate the features it reconstructs.
+        features: (B, n) penultimate features of the frozen backbone; None without a backbone.
+        logits: (B, classes) of the classifier; None without a classifier.
     """
 
     latents: Tensor
@@ -55,50 +55,51 @@ class Encoding:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A named model: where its weights are, as :func:`traj_ood.load_autoencoder` takes it, and what it is."""
+    """A named model: its source, in the form that :func:`traj_ood.load_autoencoder` takes, and a one-line summary."""
 
     source: str
     summary: str
 
 
 class Autoencoder(FixedFunction, Preprocessed, ABC):
-    """An encoder E and a decoder D with one latent space, and hence a self-map f = E∘D.
+    """An encoder E and a decoder D with a common latent space, and hence a self-map f = E∘D.
 
     Subclasses implement :meth:`encode_batch` and :meth:`decode_batch` and set the attributes below. Users call
-    :meth:`encode`, :meth:`decode` and :meth:`self_map`, which hand those two a constant number of rows.
+    :meth:`encode`, :meth:`decode` and :meth:`self_map`, which call these two with a constant number of rows.
 
-    Both are fixed functions while traj_ood uses them: evaluation mode, no autocast, float32 or the model's own float64,
-    one thread at a time; see :meth:`fixed`. The first :meth:`encode` tries E and f on two images of noise and refuses a
-    model that draws random numbers or whose answer for an image depends on the images beside it.
+    While in use E and D are fixed functions: evaluation mode, no autocast, float32 or the model's own float64, one
+    thread at a time; see :meth:`fixed`. The first :meth:`encode` tests E and f on two images of noise and refuses a
+    model that draws random numbers, or whose output for an image depends on other images in the batch.
 
-    A class under :func:`traj_ood.autoencoders.register_autoencoder` is a family, described by the first five attributes
-    below: :func:`traj_ood.load_autoencoder` then finds its models, and detectors keep them. It defines
-    :meth:`from_pretrained` and :meth:`save_pretrained`; :meth:`load`, :meth:`pack` and :meth:`unpack` where these two
-    are not enough.
+    A class decorated with :func:`traj_ood.autoencoders.register_autoencoder` is a family, described by the first six
+    attributes below: :func:`traj_ood.load_autoencoder` then finds its models, and detectors can be saved with them. It
+    must define :meth:`from_pretrained` and :meth:`save_pretrained`, and may override :meth:`load`, :meth:`pack` and
+    :meth:`unpack`.
 
     Attributes:
-        family: the word before the colon of ``family:source``; ``custom`` for what is not registered.
-        summary: of the family, in a line.
-        marks: what ``config.json`` says in folders of this family, such as ``{"model_type": "vit_mae"}``; several
-            values of one entry as a tuple.
-        hub_slashes: fewest and most slashes in a name on the Hugging Face hub; 1 in ``owner/name``, more where a folder
-            of the repository may follow.
-        models: its published models by name.
-        unsaved: options of :meth:`from_pretrained` that :meth:`options` tells and :meth:`save_pretrained` does not
-            write, with their types.
-        name: what tables call the model.
-        module: the nn.Module(s) whose weights define the model, on :attr:`device`.
-        input_shape: (C, H, W) that :meth:`encode` takes.
-        preprocessing: what is done to a picture; None where :meth:`transform` is code of the user's own.
-        chunk: rows per call of the network (see :func:`traj_ood.iterate`). It belongs to the model because it must
-            not follow the batch size: floating-point rounding follows the shape of the call. Default 24. Choose 1 or a
-            multiple of 6: of any other number, processors without AVX-512 round the last rows otherwise, so that a
-            score then moves with the image's place in the batch, by 1e-7 to 1e-4.
-        ladder: rows per call when a detector judges fewer images than ``chunk``, see
-            :func:`traj_ood.dynamics.fixed_function.few_images`. Set it to () to have whole chunks always.
-        has_cls: whether the first latent token summarises the image (a CLS token). Latents of shape (B, T, d) are T
-            tokens; any other shape counts as one token, for which every view is the whole latent.
-        feature_dim: width of the frozen backbone's features; 0 for models that encode the image themselves.
+        family: the word before the colon in ``family:source``; ``custom`` for classes that are not registered.
+        summary: one-line description of the family.
+        marks: entries of ``config.json`` that identify folders of this family, such as ``{"model_type": "vit_mae"}``;
+            a tuple lists alternative values.
+        hub_slashes: minimum and maximum number of slashes in a Hugging Face hub name; 1 for ``owner/name``, more if a
+            folder of the repository may follow.
+        models: published models by name.
+        unsaved: options of :meth:`from_pretrained`, with their types, that :meth:`options` returns but
+            :meth:`save_pretrained` does not write.
+        name: the model's name in tables and messages.
+        module: the nn.Module whose weights define the model, on :attr:`device`.
+        input_shape: (C, H, W) of the images that :meth:`encode` takes.
+        preprocessing: how an image file becomes an input; None if :meth:`transform` is the user's own code.
+        chunk: rows per call of the network (see :func:`traj_ood.iterate`). It is a property of the model and must not
+            depend on the batch size, because floating-point rounding depends on the shape of the call. Default 24. Use
+            1 or a multiple of 6: for other numbers, processors without AVX-512 round the last rows differently, so that
+                a
+            score changes with the image's position in the batch, by 1e-7 to 1e-4.
+        ladder: allowed numbers of rows per call when a detector scores fewer images than ``chunk``, see
+            :func:`traj_ood.dynamics.fixed_function.few_images`. Set it to () to always use whole chunks.
+        has_cls: whether the first latent token is a CLS token, which summarises the image. Latents of shape (B, T, d)
+            are T tokens; any other shape counts as one token, for which every view is the whole latent.
+        feature_dim: width of the frozen backbone's features; 0 for models without a backbone.
         classes: number of classes of the backbone's classifier; 0 without one.
     """
 
@@ -125,15 +126,15 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         """D: latents (chunk, *L) → images (chunk, C, H, W)."""
 
     def options(self) -> dict[str, Any]:
-        """The declared options that change f (masking, …); part of the fingerprint."""
+        """The options that change f, such as masking; part of the fingerprint."""
         return {}
 
     def reconstruction_masks(self) -> int:
-        """How many fixed masks :meth:`reconstruct_masked` averages over; 0 for models without masking."""
+        """Number of fixed masks that :meth:`reconstruct_masked` averages over; 0 for models without masking."""
         return 0
 
     def reconstruct_masked(self, images: Tensor) -> Tensor:
-        """(B,) float64 reconstruction error averaged over fixed masks.
+        """Reconstruction error on hidden patches, averaged over fixed masks, (B,) float64.
 
         Raises:
             TrajOODError: the family has no masking.
@@ -143,25 +144,32 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
     def reconstruct_corrupted(
         self, images: Tensor, input_noise: float, mask_ratio: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """One training step's forward pass: D(E(x + noise)) with a fresh random mask, and which pixels were hidden.
+        """Forward pass of a training step: D(E(x + noise)) with a new random mask.
 
+        Args:
+            images: (B, C, H, W) x, in normalised units.
+            input_noise: standard deviation of the Gaussian noise.
+            mask_ratio: share of the patches that are hidden.
+            generator: draws noise and mask.
         Returns:
-            (B, C, H, W) reconstruction, and a (B, C, H, W) 0/1 tensor of hidden pixels (None without masking).
+            The reconstruction (B, C, H, W), and a 0/1 tensor (B, C, H, W) of hidden pixels (None without masking).
         Raises:
             TrajOODError: the family cannot be trained here, or has no masking and ``mask_ratio`` > 0.
         """
-        raise TrajOODError(f"{self.name} ({self.family}) cannot be trained by traj_ood: train it where it comes from")
+        raise TrajOODError(
+            f"{self.name} ({self.family}) cannot be trained by traj_ood: train it in the library it comes from"
+        )
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by name that training may change."""
+        """The parameters that training may change, by name."""
         return dict(self.module.named_parameters())
 
     def encode(self, images: Tensor) -> Tensor:
-        """E on any number of images (B, C, H, W) → latents (B, *L) on :attr:`device`.
+        """Encode any number of images (B, C, H, W) → latents (B, *L) on :attr:`device`.
 
         Raises:
-            TrajOODError: the images are not float (B, C, H, W) of the model's shape, or not finite; or the model is no
-                fixed function (see the class), or answers with another number of rows than it was given.
+            TrajOODError: the images are not float (B, C, H, W) of the model's shape, or not finite; the model is not a
+                fixed function (see the class); or it returns another number of rows than it was given.
         """
         with self.fixed(), torch.inference_mode():
             images = self._input(images)
@@ -171,10 +179,10 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """D on any number of latents (B, *L) → images (B, C, H, W).
+        """Decode any number of latents (B, *L) → images (B, C, H, W).
 
         Raises:
-            TrajOODError: an answer of another number of rows, or that is not float32 or float64.
+            TrajOODError: the model returns another number of rows, or neither float32 nor float64.
         """
         with self.fixed(), torch.inference_mode():
             latents = latents.to(self.device, float_type(self.module) or latents.dtype)
@@ -195,11 +203,11 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
             check_function(f"{self.name}: encode(decode(z))", self.self_map, latents, self.chunk)
         except TrajOODError:
             raise
-        except Exception:  # whoever uses f hears of it; scorers that read z0 alone need none
+        except Exception:  # raised again when f is used; scorers that read only z0 do not use it
             return
 
     def examine(self, images: Tensor) -> Encoding:
-        """E, and everything else that one pass through the model yields for images (B, C, H, W).
+        """Encode images (B, C, H, W), and return everything else that the pass computes, such as features and logits.
 
         Raises:
             TrajOODError: as :meth:`encode`.
@@ -215,12 +223,15 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return None
 
     def view(self, latents: Tensor, name: View) -> Tensor:
-        """(B, d) view of latents (B, *L): ``tokens`` = all of them, flattened; ``cls`` = the first token; ``mean`` =
-        the mean of the patch tokens, or over the places of a feature map (B, C, H, W). For a latent of a single token
-        the three are the same.
+        """One vector per image, (B, d), from latents (B, *L).
 
+        Args:
+            latents: (B, *L).
+            name: ``tokens`` is the whole latent, flattened; ``cls`` the first token; ``mean`` the mean of the patch
+                tokens, or over the positions of a feature map (B, C, H, W). For a latent of a single token all three
+                are equal.
         Raises:
-            TrajOODError: unknown view, or ``cls`` of tokens that have no CLS token.
+            TrajOODError: unknown view, or ``cls`` of tokens without a CLS token.
         """
         if name not in VIEWS:
             raise TrajOODError(f"latent view: expected one of {', '.join(VIEWS)}, got {name!r}")
@@ -235,10 +246,11 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return latents[:, int(self.has_cls) :].mean(dim=1)
 
     def grid(self, latents: Tensor) -> Tensor:
-        """(B, cells, d) view ``grid`` of latents (B, *L): patch tokens, or a feature map (B, C, H, W), averaged over at
-        most 4 × 4 cells of the image, so that statistics may differ from place to place; any other latent is one cell.
+        """The view ``grid``, (B, cells, d): latents (B, *L) averaged over at most 4 × 4 cells of the image.
 
-        Tokens whose number is no square have no known place: they are one cell, their mean.
+        Patch tokens and feature maps (B, C, H, W) are pooled, so that statistics may differ between positions; any
+        other latent is one cell. Patch tokens whose number is not a square have no known position and form one cell,
+        their mean.
         """
         if latents.ndim == 4:
             cells = (min(GRID, latents.shape[2]), min(GRID, latents.shape[3]))
@@ -255,8 +267,11 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return nn.functional.adaptive_avg_pool2d(planes, GRID).flatten(2).transpose(1, 2)
 
     def entry(self, target: Tensor) -> Tensor:
-        """(B, cells, d) what is compared of x and of D(z), in a space that no encoder has a part in: images
-        (B, C, H, W) pooled to at most 8 × 8 pixels in each of at most 4 × 4 cells, or any other target as one cell."""
+        """The view ``entry``, (B, cells, d): x, or D(z), in a space that does not depend on the encoder.
+
+        Images (B, C, H, W) are pooled to at most 8 × 8 pixels in each of at most 4 × 4 cells; any other target is one
+        cell.
+        """
         if target.ndim != 4:
             return target.flatten(1)[:, None]
         cells = [min(GRID, side) for side in target.shape[2:]]
@@ -268,8 +283,8 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return parts.reshape(-1, rows * columns, channels * height * width)
 
     def latent_view(self, latents: Tensor, name: FeatureView) -> Tensor:
-        """View of latents (B, *L) of any name but ``backbone`` and ``entry``, which no latent tells: as :meth:`view`,
-        ``grid`` as :meth:`grid`, and ``decoded``, the :meth:`entry` of D(z)."""
+        """A view of latents (B, *L): those of :meth:`view`, ``grid`` (:meth:`grid`) or ``decoded``, the :meth:`entry`
+        of D(z). ``backbone`` and ``entry`` are not functions of the latent; see :meth:`feature_view`."""
         if name == "grid":
             return self.grid(latents)
         if name == "decoded":
@@ -277,11 +292,10 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return self.view(latents, name)  # type: ignore[arg-type]
 
     def feature_view(self, encoding: Encoding, name: FeatureView) -> Tensor:
-        """What a scorer reads of B images under the name of a view: of z0, of the backbone, or of x itself
-        (``entry``).
+        """The features that scorers read under the name of a view: of z0, of the backbone, or of x (``entry``).
 
         Raises:
-            TrajOODError: ``backbone`` without one.
+            TrajOODError: ``backbone`` for a model without one.
         """
         if name == "entry":
             return self.entry(encoding.target)
@@ -293,35 +307,41 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
 
     @classmethod
     def load(cls, source: str, **options: Any) -> Autoencoder:
-        """The model ``family:source``; by default :meth:`from_pretrained`."""
+        """Load the model ``family:source``; by default :meth:`from_pretrained`."""
         return cls.from_pretrained(source, **options)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Autoencoder:
-        """The model in a folder that :meth:`save_pretrained` wrote; ``options`` are ``name`` and others of the family.
+        """Load the model from a folder that :meth:`save_pretrained` wrote.
 
+        Args:
+            options: ``name``, and other options of the family.
         Raises:
             TrajOODError: files that are missing, damaged or of another architecture.
         """
-        raise NotImplementedError(f"{cls.__name__} is of no registered family")
+        raise NotImplementedError(f"{cls.__name__} does not belong to a registered family")
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the model as safetensors and JSON."""
-        raise NotImplementedError(f"{self.name} is of no registered family")
+        """Write the model to a folder as safetensors and JSON."""
+        raise NotImplementedError(f"{self.name} does not belong to a registered family")
 
     def pack(self, folder: Path) -> dict[str, Any] | None:
-        """Write what :meth:`unpack` needs without any download: by default :meth:`save_pretrained`.
+        """Write all that :meth:`unpack` needs, so that it downloads nothing; by default :meth:`save_pretrained`.
 
         Returns:
-            Entries for the description, JSON-able; None, and nothing is written, where a part's code is the user's own.
+            JSON-serialisable entries for the description. None, and nothing is written, if part of the model is the
+            user's own code.
         """
         self.save_pretrained(folder)
         return {}
 
     @classmethod
     def unpack(cls, described: Mapping[str, Any], folder: Path) -> Autoencoder:
-        """The model that :meth:`pack` wrote, from its ``name``, its ``options`` and what :meth:`pack` returned.
+        """Restore the model that :meth:`pack` wrote.
 
+        Args:
+            described: the model's ``name``, its ``options``, and the entries that :meth:`pack` returned.
+            folder: where :meth:`pack` wrote.
         Raises:
             TrajOODError: files or entries that are missing, damaged or of another architecture.
         """
@@ -330,7 +350,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return cls.from_pretrained(folder, name=described["name"], **unsaved)
 
     def fingerprint(self) -> str:
-        """sha256 over every weight and the declared options: equal exactly for equal models."""
+        """SHA-256 (hex) over all weights and :meth:`options`; equal models have equal fingerprints."""
         return fingerprint(self.module, [self.family, self.options()])
 
     def parameter_count(self) -> int:
@@ -348,30 +368,34 @@ def _check_floats(name: str, answer: Tensor) -> None:
     if answer.dtype not in (torch.float32, torch.float64):
         raise TrajOODError(
             f"{name}: expected float32 or float64, got {str(answer.dtype).removeprefix('torch.')}: convert the model "
-            "with .float(), or its answer"
+            "or its output with .float()"
         )
 
 
 class CallableAutoencoder(Autoencoder):
-    """An autoencoder of your own: two callables, or an nn.Module with ``encode`` and ``decode``, or ``encoder`` and
-    ``decoder``.
+    """Wraps your own encoder and decoder functions as an autoencoder.
 
-    Your module stays as it is: it is in evaluation mode while it is used, and in its own mode again afterwards.
+    The module behind them is put into evaluation mode while it is used, and back into its own mode afterwards.
 
     Args:
-        encode, decode: E and D on batches; each row must depend on its own input row alone, and not on chance. They
-            return a tensor, or what diffusers and transformers do: of a distribution the mode is taken.
+        encode: E on a batch: images (n, C, H, W) → latents (n, *L). Each output row must depend on its own input row
+            alone and must not be random. It returns a tensor, or an output object of diffusers or transformers, of
+            which the main tensor, or the mode of a distribution, is taken.
+        decode: D on a batch: latents (n, *L) → images (n, C, H, W), likewise.
         input_shape: (C, H, W) of the images.
-        preprocessing: from a picture to what ``encode`` takes. Default: resize to ``input_shape``, pixels in [0, 1].
-        transform: PIL image → (C, H, W) tensor, in the place of ``preprocessing``, for what that does not cover. A
+        name: the model's name in tables and messages.
+        preprocessing: how an image file becomes an input of ``encode``. Default: resize to ``input_shape``, pixels in
+            [0, 1].
+        transform: PIL image → (C, H, W) tensor, instead of ``preprocessing``, for transforms that it does not cover. A
             detector can be saved and loaded with it, but not exported.
-        module: whose weights are fingerprinted, moved between devices and put into evaluation mode. Default: what the
-            callables are methods of, close over or name; pass it where they reach their networks in another way.
+        module: the network whose weights are fingerprinted, moved between devices and put into evaluation mode.
+            Default: found through the callables (their owner, closure or globals); pass it if they reach their network
+            in another way.
         has_cls: see :class:`Autoencoder`.
         chunk: rows per call, 1 or a multiple of 6 (see :class:`Autoencoder`). Default 48: small models need many rows
             to fill a matrix product.
     Raises:
-        TrajOODError: an ``input_shape`` of other than three positive numbers.
+        TrajOODError: ``input_shape`` is not three positive numbers.
     """
 
     def __init__(
@@ -396,11 +420,14 @@ class CallableAutoencoder(Autoencoder):
 
     @classmethod
     def from_module(cls, module: nn.Module, input_shape: Sequence[int], **options: Any) -> CallableAutoencoder:
-        """Wrap a module that has ``encode`` and ``decode``, or ``encoder`` and ``decoder``; ``options`` as in the
-        constructor. Of a module that ``torch.compile`` made, the one that it compiled.
+        """Wrap a module that has ``encode`` and ``decode``, or ``encoder`` and ``decoder``.
 
+        Args:
+            module: the network; a module that ``torch.compile`` returned is replaced by the original one.
+            input_shape: (C, H, W) of the images.
+            options: as in the constructor.
         Raises:
-            TrajOODError: it has neither; the message shows the five lines of a wrapper.
+            TrajOODError: the module has neither pair; the message shows the five lines of a wrapper.
         """
         module = original(module)
         options.setdefault("name", type(module).__name__)
@@ -418,7 +445,7 @@ class CallableAutoencoder(Autoencoder):
         return tensor_of(f"{self.name}: decode", self._decode(latents))
 
     def fingerprint(self) -> str:
-        """As :meth:`Autoencoder.fingerprint`; parts that ``torch.compile`` wrapped are the same parts."""
+        """As :meth:`Autoencoder.fingerprint`; wrapping parts in ``torch.compile`` does not change it."""
         return fingerprint(self.module, [self.family, self.options()], lambda key: key.replace("_orig_mod.", ""))
 
     def transform(self, image: Image.Image) -> Tensor:

@@ -24,16 +24,20 @@ STRIDES = 4
 
 
 class ConvNetwork(nn.Module):
-    """Table 4: four stride-2 3×3 convolutions d, 2d, 4d, 8d, a linear bottleneck of k units, and their mirror image.
+    """Convolutional autoencoder of Table 4: four stride-2 3×3 convolutions of widths d, 2d, 4d, 8d, a linear bottleneck
+    of k units, and a decoder that mirrors them.
 
-    Sides are divided by 16 (rounded up, 28 → 2) and the decoder's output is cropped back to the input's size. Table 4
-    names no activation; ReLU between the layers and a linear output are the plain choice (images are standardised, so
-    a squashing output would not reach them).
+    Sides are divided by 16, rounded up (28 → 2), and the decoder's output is cropped to the input's size. Table 4 names
+    no activation. Here there is a ReLU between layers and a linear output, because images are standardised and a
+    bounded output could not reach all values.
 
     Args:
-        channels, size: images (B, channels, size, size).
+        channels: number of image channels.
+        size: side of the square images.
         width: d of Table 4. Default 32.
         bottleneck: k. Default 128, the paper's for Figs 3 and 14.
+    Raises:
+        TrajOODError: an argument below 1.
     """
 
     def __init__(self, channels: int = 1, size: int = 28, width: int = 32, bottleneck: int = 128) -> None:
@@ -58,22 +62,24 @@ class ConvNetwork(nn.Module):
         self.up = nn.Sequential(*up)
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, k)."""
+        """Images (B, C, H, W) → latents (B, k)."""
         return self.to_latent(self.down(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, k) → (B, C, H, W)."""
+        """Latents (B, k) → images (B, C, H, W)."""
         images = self.up(self.from_latent(latents).view(-1, *self.folded))
         return images[..., : self.size, : self.size]
 
 
 @register_autoencoder
 class ConvAutoencoder(Autoencoder):
-    """:class:`ConvNetwork` with its image transform; latents are (B, k), one token.
+    """A :class:`ConvNetwork` with its image preprocessing. Latents are (B, k), one token.
 
     Args:
         network: the network.
-        mean, std: per channel, of the pixels in [0, 1].
+        name: the model's name in tables and messages.
+        mean: mean per channel of the pixels in [0, 1]. Default 0.5.
+        std: standard deviation per channel. Default 0.5.
     """
 
     family, summary = "conv", "the convolutional autoencoder of the paper's Table 4: conv:<folder>"
@@ -92,7 +98,7 @@ class ConvAutoencoder(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ConvAutoencoder:
-        """Load what :meth:`save_pretrained` wrote.
+        """Load a folder that :meth:`save_pretrained` wrote.
 
         Raises:
             TrajOODError: unreadable files, weights of another architecture, NaN weights.
@@ -103,7 +109,7 @@ class ConvAutoencoder(Autoencoder):
             config = read_config(folder)
             weights = load_file(path)
             refuse_larger(config["network"], weights, f"{folder}/config.json")
-            with torch.device("meta"):  # shapes first: a damaged config could ask for any amount of memory
+            with torch.device("meta"):  # shapes first: a damaged config could request any amount of memory
                 check_weights(weights, ConvNetwork(**config["network"]), str(path))
             network = ConvNetwork(**config["network"])
             mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))

@@ -1,8 +1,8 @@
-"""Autoencoders of images in diffusers: those of Stable Diffusion and SDXL (§4.1, Figs 4, 7–9, 15, 18), the tiny ones
-that stand in for them, deep-compression and vector-quantised ones.
+"""Image autoencoders of diffusers: those of Stable Diffusion and SDXL (§4.1, Figs 4, 7–9, 15, 18), and tiny,
+deep-compression and vector-quantised ones.
 
-Of published weights the tiny autoencoders of Stable Diffusion 1 and 3 (taesd, taesd3) were run here; the paper's own
-could not be downloaded. Tests build small random ones of every kind and check them against diffusers itself.
+Of published weights, the tiny autoencoders of Stable Diffusion 1 and 3 (taesd, taesd3) were run; the paper's could not
+be downloaded. Tests build small random models of every kind and compare them with diffusers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_netwo
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 PAPER_SIZE = 256
 """Side of the paper's images (Table 2)."""
-_PIXELS_A_CALL = 2**18
-"""Four images of 256 × 256, in calls of six: at this geometry a call takes about 1 GB an image."""
+_PIXELS_PER_CALL = 2**18
+"""Four images of 256 × 256, rounded to calls of six; a call of these networks takes about 1 GB per image."""
 
 
 _ASYMMETRIC = "down_block_out_channels"
@@ -39,25 +39,27 @@ KINDS = (
     "AutoencoderKLFlux2",
     "AutoencoderKLHunyuanImage",
 )
-"""diffusers' classes with latents (B, channels, h, w) of images; those of videos and sounds are others."""
+"""diffusers' classes for images, with latents (B, channels, h, w); those for video and audio are not supported."""
 
 
 @register_autoencoder
 class DiffusersVAE(Autoencoder):
-    """One of diffusers' autoencoders of images (``KINDS``): E(x) is the latent, or the mean of the posterior where
-    there is one, so that f = E∘D is deterministic. D of a ``VQModel`` quantises first, as diffusers' does: f is then a
-    map of code words.
+    """An image autoencoder of diffusers, of one of the classes in ``KINDS``.
 
-    Latents are (B, channels, h, w), which counts as one token. Images are in [−1, 1], as these models were trained, and
-    resized as diffusers' ``VaeImageProcessor`` does.
+    E(x) is the latent, or the mean of the posterior where there is one, so that f = E∘D is deterministic. D of a
+    ``VQModel`` quantises first, as in diffusers, so that f maps code words. Latents are (B, channels, h, w), which
+    counts as one token. Images are in [−1, 1], as in these models' training, and resized as by diffusers'
+    ``VaeImageProcessor``.
 
     Args:
-        model: of one of ``KINDS``.
-        image_size: side of the images. Default: the config's ``sample_size``, but at most 256, the paper's (SDXL's
-            1024 costs 16 times as much), and 256 where the config names none.
-        scaled: False (default) leaves latents as E makes them, which is the paper's f = E∘D read plainly. True puts
-            them into the units of the diffusion model, (z − shift) · scaling_factor: images' latents then have about
-            unit variance, as starts from N(0, I) do. The dynamics are the same; starts and tolerance are not.
+        model: the diffusers model.
+        name: the model's name in tables and messages.
+        image_size: side of the images. Default: the config's ``sample_size``, but at most 256, the paper's size (SDXL's
+            1024 costs 16 times as much); 256 if the config has none.
+        scaled: False (default) uses latents as E returns them, the literal reading of the paper's f = E∘D. True
+            converts them to the units of the diffusion model, (z − shift) · scaling_factor, in which the latents of
+            images, like starts from N(0, I), have about unit variance. The dynamics are the same; starts and tolerance
+            are not.
         interpolation: of the direct resize. Default ``lanczos``, ``VaeImageProcessor``'s.
     Raises:
         TrajOODError: an image size that the strides do not divide, or ``scaled`` without a scaling factor.
@@ -90,7 +92,7 @@ class DiffusersVAE(Autoencoder):
         if side < stride or side % stride:
             raise TrajOODError(f"{name}: image_size: expected a multiple of {stride}, got {side}")
         if scaled and not config.get("scaling_factor"):
-            raise TrajOODError(f"{name}: scaled: its config has no scaling_factor; use scaled=False")
+            raise TrajOODError(f"{name}: scaled: expected a scaling_factor in its config, found none: use scaled=False")
         self.name, self.module = name, model.eval().requires_grad_(False)
         self.input_shape = (int(config.in_channels), side, side)
         half = (0.5,) * self.input_shape[0]
@@ -98,11 +100,11 @@ class DiffusersVAE(Autoencoder):
         self.scaled = bool(scaled)
         self._factor = float(config.scaling_factor) if scaled else 1.0
         self._shift = float(getattr(config, "shift_factor", None) or 0.0) if scaled else 0.0
-        self.chunk = rows_per_call(min(64, _PIXELS_A_CALL / side**2))
+        self.chunk = rows_per_call(min(64, _PIXELS_PER_CALL / side**2))
 
     @classmethod
     def load(cls, source: str, **options: Any) -> Autoencoder:
-        """A folder or repository in diffusers' layout, of any family here; of a whole pipeline on disk its ``vae``."""
+        """Load a folder or hub repository in diffusers' layout, of any family; of a pipeline on disk its ``vae``."""
         folder = local_copy(source, FILES)
         if (folder / "model_index.json").is_file() and (folder / "vae").is_dir():
             folder = folder / "vae"
@@ -112,16 +114,17 @@ class DiffusersVAE(Autoencoder):
 
     @classmethod
     def unpack(cls, described: Mapping[str, Any], folder: Path) -> Autoencoder:
-        # What is not said was bilinear in older versions, and is left out where it is.
+        # Older versions used bilinear interpolation and did not record it.
         options = {"interpolation": "bilinear", **described["options"]}
         return super().unpack({**described, "options": options}, folder)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DiffusersVAE:
-        """Load ``config.json`` and the weights, from a folder also the library's ``.bin``, as plain tensors.
+        """Load ``config.json`` and the weights; from a folder also a ``.bin`` file, read as plain tensors.
 
-        ``source`` as for :func:`local_copy`.
-
+        Args:
+            source: as for :func:`local_copy`.
+            options: of the constructor.
         Raises:
             TrajOODError: diffusers is not installed; files missing, damaged or of another architecture; NaN weights.
         """
@@ -142,7 +145,7 @@ class DiffusersVAE(Autoencoder):
         if not any(folder.glob("diffusion_pytorch_model.*")):
             raise TrajOODError(f"{folder / FILES[1]}: expected the weights, found nothing; download them, too")
         with foreign_errors(f"{folder}: cannot be read as an {kind}"):
-            # Without the meta device: what a file lacks would stay there, and be found only when it is used.
+            # Not on the meta device: missing weights would stay there, and fail only when they are used.
             answer = from_pretrained(
                 network, folder, output_loading_info=True, low_cpu_mem_usage=False, **use_safetensors(folder)
             )
@@ -156,11 +159,11 @@ class DiffusersVAE(Autoencoder):
         return cls(model, **options)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write what :meth:`from_pretrained` reads, through diffusers; ``image_size`` and ``scaled`` are not stored."""
+        """Write the model in diffusers' layout; ``image_size``, ``scaled`` and ``interpolation`` are not stored."""
         self.module.save_pretrained(folder)  # type: ignore[operator]
 
     def options(self) -> dict[str, Any]:
-        """What the weights do not tell; without ``scaled`` the config's factor and shift decide nothing."""
+        """The options that change f and do not show in the weights; factor and shift are 1 and 0 unless ``scaled``."""
         assert self.preprocessing is not None  # made with the model
         own = {} if self.preprocessing.is_plain else {"interpolation": self.preprocessing.interpolation}
         return own | {
@@ -168,7 +171,7 @@ class DiffusersVAE(Autoencoder):
             "scaled": self.scaled,
             "factor": self._factor,
             "shift": self._shift,
-            **_untold(self.module),
+            **_config_beyond_weights(self.module),
         }
 
     def encode_batch(self, images: Tensor) -> Tensor:
@@ -181,17 +184,20 @@ class DiffusersVAE(Autoencoder):
 
 
 def _stride(model: Any) -> int:
-    """Pixels of the image for one place of the latent, along a side."""
+    """Image pixels per latent position, along a side."""
     known = getattr(model, "spatial_compression_ratio", None)
     config = model.config
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or config.get(_ASYMMETRIC)
     return int(known) if known else int(2 ** (len(blocks) - 1))
 
 
-def _untold(model: Any) -> dict[str, Any]:
-    """What of the config decides f and leaves no mark in the weights' names and shapes."""
+def _config_beyond_weights(model: Any) -> dict[str, Any]:
+    """The entries of the config that change f but not the names and shapes of the weights."""
     kind, config = type(model).__name__, model.config
     if kind == KINDS[0]:
         return {"norm_num_groups": config.norm_num_groups, "act_fn": config.act_fn}
-    told = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}
-    return {"class": kind, "config": {key: value for key, value in config.items() if key[0] != "_" and key not in told}}
+    other = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}
+    return {
+        "class": kind,
+        "config": {key: value for key, value in config.items() if key[0] != "_" and key not in other},
+    }

@@ -1,4 +1,4 @@
-"""Files of a model on this machine: a local folder as it is, or a copy from the Hugging Face hub."""
+"""Locates the files of a model: a local folder, or a local copy of a Hugging Face hub repository."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.trees import MAX_CONFIG, read_json
 
-DOWNLOAD = "download it where there is a network and pass the folder"
-"""What to do about a model that cannot be fetched here."""
+DOWNLOAD = "download it on a machine with a network and pass the folder"
+"""The remedy for a model that cannot be downloaded."""
 
 
 def local_copy(source: str, files: Sequence[str]) -> Path:
-    """The folder that holds ``files`` of ``source``.
+    """The local folder that holds the files of ``source``, which is downloaded if it is a hub name.
 
     Args:
-        source: a local folder, or ``owner/name`` on the hub, where a third part names a folder of the repository
+        source: a local folder, or ``owner/name`` on the hub, optionally with a folder of the repository as third part
             (``stabilityai/stable-diffusion-xl-base-1.0/vae``). Copies are kept in the hub's own cache.
-        files: names or patterns; of a hub repository nothing else is fetched. Pickled weights should not be among them.
+        files: names or patterns of the files to download; pickled weights should not be among them.
     Raises:
         TrajOODError: no such folder, no network, no such repository.
     """
@@ -29,13 +29,13 @@ def local_copy(source: str, files: Sequence[str]) -> Path:
     parts = source.split("/")
     if source.startswith((".", "/", "~")) or len(parts) not in (2, 3) or not all(parts):
         raise TrajOODError(
-            f"model {source!r}: no such folder; expected one, or owner/name or owner/name/folder of the hub"
+            f"model {source!r}: no such folder; expected a folder, or owner/name or owner/name/folder on the hub"
         )
     from huggingface_hub import snapshot_download
 
     inner = parts[2] if len(parts) == 3 else ""
     patterns = [f"{inner}/{file}" if inner else file for file in files]
-    with foreign_errors(f"model {source!r}: neither a local folder nor to be had from the hub", f"; {DOWNLOAD}"):
+    with foreign_errors(f"model {source!r}: neither a local folder nor available from the hub", f"; {DOWNLOAD}"):
         copy = snapshot_download("/".join(parts[:2]), allow_patterns=patterns)
     if not (Path(copy) / inner).is_dir():
         raise TrajOODError(f"model {source!r}: the repository {'/'.join(parts[:2])} has no folder {inner!r}")
@@ -43,9 +43,9 @@ def local_copy(source: str, files: Sequence[str]) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model.
+    """Read a model's ``config.json``.
 
     Raises:
-        TrajOODError: missing, not JSON, or no object.
+        TrajOODError: the file is missing, is not JSON, or does not hold an object.
     """
     return read_json(folder / "config.json", "the config of a model", "correct the folder", limit=MAX_CONFIG)

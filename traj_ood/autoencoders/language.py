@@ -1,13 +1,13 @@
-"""Causal language models as self-maps: f carries the embedding's output through the whole residual stream.
+"""Causal language models as self-maps: f maps the output of the embedding layer through the whole residual stream.
 
-App. B.8.2 (Fig. 17): f goes from "the embedding layer to the final layer before the softmax". There is no decoder and
-there are no images, so this is no :class:`~traj_ood.autoencoders.Autoencoder`: it offers what
-:func:`traj_ood.iterate` needs, starts and a self-map, and nothing else::
+App. B.8.2 (Fig. 17): f goes from "the embedding layer to the final layer before the softmax". There are no images and
+no decoder, so a language model is not an :class:`~traj_ood.autoencoders.Autoencoder`: it provides only what
+:func:`traj_ood.iterate` needs, starts and a self-map::
 
     model = LANGUAGE_MODELS.load("causal-lm:HuggingFaceTB/SmolLM2-1.7B", {"tokens": 64})
     trajectory = iterate(model.self_map, model.start(texts), tol=0, max_steps=300, chunk=model.chunk)
 
-Never run here on published weights, which this project could not download; tests build small random GPT-2, Llama and
+It was never run on published weights, which this project could not download; tests build small random GPT-2, Llama and
 Qwen3 models.
 """
 
@@ -31,27 +31,27 @@ from traj_ood.io.weights import fingerprint
 LANGUAGE_MODELS: Families[LanguageModel] = Families(
     FixedFunction, "language model family", "language model", "family", ("load",)
 )
-"""Families of models over texts, by the word before the colon of a spec."""
+"""Families of language models, by the word before the colon in ``family:source``."""
 Encode = Callable[[str], Sequence[int]]
-"""Text → token ids, with what the model expects at the start of a text."""
-_TOKENS_A_CALL = 2048
+"""Text → token ids, including special tokens at the start of a text."""
+_TOKENS_PER_CALL = 2048
 _BOOKKEEPING = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"""Entries of a config that say where and how a checkpoint was stored; f is computed in float32 whatever they say."""
+"""Entries of a config on where and how a checkpoint was stored; f is computed in float32 in any case."""
 
 
 @LANGUAGE_MODELS.register
 class LanguageModel(FixedFunction):
-    """A causal transformer without its head: f = embeddings of a text → last hidden states, of the same shape.
+    """A causal transformer without its head; f maps the embeddings of a text to the last hidden states, of equal shape.
 
-    Position is not part of z: the model adds or rotates it in anew at every step. The last hidden state comes after the
-    final norm, so ‖f(z)‖ is bounded by construction; bounded norms alone prove nothing.
+    Positions are not part of z: the model adds or rotates them in at every step. The last hidden states come after the
+    final norm, so ‖f(z)‖ is bounded by construction, and bounded norms alone prove nothing.
 
     Args:
-        model: a transformers model without head (``AutoModel``), causal, in memory.
+        model: a causal transformers model without head (``AutoModel``), in memory.
         encode: text → token ids.
-        tokens: T, of each text exactly its first T tokens are used: no padding, so no text sees another's length.
-            Default 64; the paper does not say.
-        name: what results call it.
+        tokens: T; exactly the first T tokens of each text are used. There is no padding, so no text depends on the
+            length of another. Default 64; the paper does not specify it.
+        name: the model's name in results.
     Raises:
         TrajOODError: fewer than 1 token, more than the model has positions for, or hidden states of another width than
             the embeddings.
@@ -68,25 +68,27 @@ class LanguageModel(FixedFunction):
             raise TrajOODError(f"{name}: tokens: expected 1 to {most}, the model's positions, got {tokens}")
         self.name, self.module, self.tokens = name, model.eval().requires_grad_(False), tokens
         self._encode = encode
-        self.chunk = rows_per_call(min(64, _TOKENS_A_CALL / tokens))
+        self.chunk = rows_per_call(min(64, _TOKENS_PER_CALL / tokens))
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         width = table.weight.shape[1]
         with self.fixed(), torch.inference_mode():
             image = self.self_map(torch.zeros(1, 1, width, device=self.device))
         if image.shape[2] != width:
             raise TrajOODError(
-                f"{name}: expected hidden states as wide as the embeddings, {width}, got {image.shape[2]}: f needs that"
+                f"{name}: expected hidden states as wide as the embeddings, {width}, got {image.shape[2]}: use another "
+                "model, since f must map a space to itself"
             )
 
     @classmethod
     def load(cls, source: str, *, tokens: int = 64, name: str | None = None) -> LanguageModel:
-        """Any transformers causal language model by hub name or local folder, in float32.
+        """Load a causal language model of transformers by hub name or local folder, in float32.
 
         Args:
             source: for instance ``Qwen/Qwen3-0.6B``.
             tokens: see :class:`LanguageModel`.
+            name: the model's name in results. Default: ``causal-lm:`` and the source.
         Raises:
-            TrajOODError: not to be had, no causal language model, pickled or missing weights, NaN weights.
+            TrajOODError: not available, not a causal language model, pickled or missing weights, NaN weights.
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -95,7 +97,7 @@ class LanguageModel(FixedFunction):
         where = str(folder) if folder.is_dir() else source
         if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
             raise TrajOODError(
-                f"{shown}: no such folder; expected one with config.json, model.safetensors and a tokenizer"
+                f"{shown}: no such folder; expected a folder with config.json, model.safetensors and a tokenizer"
             )
         with _reading(shown, "config.json"):
             config = from_pretrained(AutoConfig, where)
@@ -112,14 +114,14 @@ class LanguageModel(FixedFunction):
         return cls(model, lambda text: tokenizer(text)["input_ids"], tokens=tokens, name=shown)
 
     def fits(self, text: str) -> bool:
-        """Whether ``text`` has enough tokens."""
+        """Whether ``text`` has at least T tokens."""
         return len(self._encode(text)) >= self.tokens
 
     def start(self, texts: Sequence[str]) -> Tensor:
-        """z_0: (B, T, d) embeddings of the first T tokens of each text.
+        """The starts z_0, (B, T, d): embeddings of the first T tokens of each text.
 
         Raises:
-            TrajOODError: a text with fewer tokens; its place and beginning are named.
+            TrajOODError: a text with fewer tokens; the message gives its index and beginning.
         """
         ids = torch.empty(len(texts), self.tokens, dtype=torch.int64)
         for row, text in enumerate(texts):
@@ -139,11 +141,11 @@ class LanguageModel(FixedFunction):
         return self.module(inputs_embeds=latents, use_cache=False).last_hidden_state
 
     def fingerprint(self) -> str:
-        """sha256 over every weight, T, and the architecture's config (heads, rotary base, … change no weight)."""
+        """SHA-256 (hex) over all weights, T, and the config, as heads or rotary base do not show in the weights."""
         return fingerprint(self.module, ["causal-lm", self.options()])
 
     def options(self) -> dict[str, Any]:
-        """What decides f beside the weights; part of the fingerprint."""
+        """The settings that decide f in addition to the weights; part of the fingerprint."""
         config: Any = self.module.config
         told = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         return {"tokens": self.tokens, "config": {k: v for k, v in told.items() if k not in _BOOKKEEPING}}
@@ -153,7 +155,7 @@ class LanguageModel(FixedFunction):
 
 
 def _is_causal(config: Any) -> bool:
-    """Whether the checkpoint was made as a causal model; where it does not say, whether its kind can be one."""
+    """Whether the checkpoint is a causal model, or, if its config names no architecture, its model type can be one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.architectures:
@@ -163,6 +165,6 @@ def _is_causal(config: Any) -> bool:
 
 def _reading(name: str, file: str) -> AbstractContextManager[None]:
     return foreign_errors(
-        f"{name}: {file} cannot be read here or fetched",
+        f"{name}: {file} can be neither read nor downloaded",
         f"; give a local folder with config.json, model.safetensors and tokenizer: {LanguageModel.family}:<folder>",
     )

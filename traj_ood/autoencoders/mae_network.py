@@ -1,8 +1,8 @@
-"""The network of a ViT-MAE in plain torch: transformers' operations and names of tensors, without transformers.
+"""MAENetwork: a ViT-MAE in plain torch, with the operations and tensor names of transformers.
 
-Importing transformers takes longer than judging an image, and so do its wrappers around a small network: one f of the
-bundled model takes 3.6 ms in transformers' classes and 1.3 ms here (one row, one core). The numbers are transformers'
-own to the last bits, see tests/test_mae_network.py.
+It exists for speed: importing transformers takes longer than scoring an image, and its classes slow down small networks
+(one f of the bundled model takes 3.6 ms in transformers and 1.3 ms here; one row, one core). Outputs equal those of
+transformers up to the last bits; see tests/test_mae_network.py.
 """
 
 from __future__ import annotations
@@ -31,35 +31,36 @@ DEFAULTS: dict[str, Any] = {
     "hidden_act": "gelu",
     "norm_pix_loss": False,
 }
-"""Of a ``ViTMAEConfig``: what a ``config.json`` may leave out."""
-_DECIDE_NOTHING = {  # in evaluation; what transformers writes beside them
+"""Defaults of ``ViTMAEConfig``, for entries that a ``config.json`` leaves out."""
+_IRRELEVANT = {  # entries that transformers writes and that do not change the network in evaluation mode
     *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path"),
     *("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range", "mask_ratio"),
 }
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether :class:`MAENetwork` computes what transformers does of this config: entries that are known here, of the
-    usual types and of sizes that go together. Of any other, transformers has to say what it means."""
-    told = {**DEFAULTS, **{key: value for key, value in config.items() if key not in _DECIDE_NOTHING}}
-    if told.keys() != DEFAULTS.keys() or told["hidden_act"] != "gelu":
+    """Whether :class:`MAENetwork` supports this config: only known entries, of the usual types, with sizes that divide.
+    Any other config is left to transformers."""
+    known = {**DEFAULTS, **{key: value for key, value in config.items() if key not in _IRRELEVANT}}
+    if known.keys() != DEFAULTS.keys() or known["hidden_act"] != "gelu":
         return False
-    if any(type(told[key]) is not type(value) for key, value in DEFAULTS.items()):
+    if any(type(known[key]) is not type(value) for key, value in DEFAULTS.items()):
         return False
-    counts = [value for value in told.values() if type(value) is int]
+    counts = [value for value in known.values() if type(value) is int]
     pairs = [("image_size", "patch_size"), ("hidden_size", "num_attention_heads")]
     pairs.append(("decoder_hidden_size", "decoder_num_attention_heads"))
-    return min(counts) >= 1 and not any(told[whole] % told[part] for whole, part in pairs)
+    return min(counts) >= 1 and not any(known[whole] % known[part] for whole, part in pairs)
 
 
 class MAENetwork(nn.Module):
-    """Encoder and decoder of He et al. (2022), with the tensors of transformers' ``ViTMAEForPreTraining``.
+    """Encoder and decoder of He et al. (2022), with the tensor names of transformers' ``ViTMAEForPreTraining``.
 
     Args:
-        config: of ``config.json``, :func:`is_plain`.
+        config: the entries of ``config.json``, for which :func:`is_plain` holds.
 
     Attributes:
-        config: all entries, those of the file and the defaults of what it leaves out. given: those of the file.
+        config: ``config`` completed by :data:`DEFAULTS`.
+        given: ``config`` as given.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -68,17 +69,18 @@ class MAENetwork(nn.Module):
         self.vit, self.decoder = _Encoder(self.config), _Decoder(self.config)
 
     def encode(self, images: Tensor, order: Tensor | None = None, visible: int | None = None) -> Tensor:
-        """(B, C, H, W) → (B, 1 + visible, d).
+        """Images (B, C, H, W) → tokens (B, 1 + visible, d).
 
         Args:
-            order: (patches,) or (B, patches) int64, the places of the patches; the first ``visible`` are encoded.
-                Default: all patches where they are.
+            images: (B, C, H, W).
+            order: (patches,) or (B, patches) int64, a permutation of the patches. Default: their natural order.
+            visible: number of patches, the first of ``order``, that are encoded. Default: all.
         """
         vit = self.vit
         table = vit.embeddings.position_embeddings
         tokens = vit.embeddings.patch_embeddings.projection(images).flatten(2).transpose(1, 2) + table[:, 1:]
         if order is not None:
-            tokens = _taken(tokens, order[..., :visible])
+            tokens = _take(tokens, order[..., :visible])
         first = (vit.embeddings.cls_token + table[:, :1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([first, tokens], dim=1)
         for layer in vit.layers:
@@ -86,23 +88,25 @@ class MAENetwork(nn.Module):
         return vit.layernorm(tokens)
 
     def decode(self, latents: Tensor, restore: Tensor | None = None) -> Tensor:
-        """(B, 1 + visible, d) → (B, C, H, W).
+        """Tokens (B, 1 + visible, d) → images (B, C, H, W).
 
         Args:
-            restore: (patches,) or (B, patches) int64: the inverse of ``order``. Default: all patches where they are.
+            latents: (B, 1 + visible, d).
+            restore: (patches,) or (B, patches) int64, the inverse of ``order``. Default: all patches in their natural
+                order.
         """
         decoder = self.decoder
         tokens = decoder.decoder_embed(latents)
         if restore is not None:
             hidden = decoder.mask_token.expand(tokens.shape[0], restore.shape[-1] + 1 - tokens.shape[1], -1)
-            tokens = torch.cat([tokens[:, :1], _taken(torch.cat([tokens[:, 1:], hidden], dim=1), restore)], dim=1)
+            tokens = torch.cat([tokens[:, :1], _take(torch.cat([tokens[:, 1:], hidden], dim=1), restore)], dim=1)
         tokens = tokens + decoder.decoder_pos_embed
         for layer in decoder.decoder_layers:
             tokens = layer(tokens)
         return self.unpatchify(decoder.decoder_pred(decoder.decoder_norm(tokens))[:, 1:])
 
     def patchify(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, patches, p² C), pixel by pixel with its channels, as the decoder predicts them."""
+        """Images (B, C, H, W) → patches (B, patches, p² C) in the decoder's order: by pixel, then by channel."""
         patch, channels, side = self._sizes()
         planes = images.reshape(-1, channels, side, patch, side, patch)
         return planes.permute(0, 2, 4, 3, 5, 1).reshape(-1, side * side, patch * patch * channels)
@@ -114,7 +118,7 @@ class MAENetwork(nn.Module):
         return planes.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
 
     def _sizes(self) -> tuple[int, int, int]:
-        """Side of a patch in pixels, channels, patches a side."""
+        """Pixels per side of a patch, channels, and patches per side of the image."""
         patch = self.config["patch_size"]
         return patch, self.config["num_channels"], self.config["image_size"] // patch
 
@@ -160,7 +164,7 @@ class _Decoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    """x + attention(norm(x)), and that plus mlp(norm(·))."""
+    """A pre-norm transformer layer: y = x + attention(norm(x)), then y + mlp(norm(y))."""
 
     def __init__(self, width: int, heads: int, inner: int, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -184,8 +188,8 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # One product in place of three, of weights put side by side anew, since anybody may change them: two thirds of
-        # the time for one image.
+        # One matrix product instead of three takes two thirds of the time for one image. The weights are concatenated
+        # at every call, because they may change between calls.
         three = self.q_proj, self.k_proj, self.v_proj
         bias = None if self.q_proj.bias is None else torch.cat([layer.bias for layer in three])
         mixed = functional.linear(tokens, torch.cat([layer.weight for layer in three]), bias)
@@ -203,8 +207,8 @@ class _MLP(nn.Module):
         return self.fc2(functional.gelu(self.fc1(tokens)))
 
 
-def _taken(tokens: Tensor, places: Tensor) -> Tensor:
-    """(B, n, d) of tokens (B, N, d): those at ``places``, (n,) or (B, n) int64."""
-    if places.ndim == 1:
-        return tokens[:, places]
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
+def _take(tokens: Tensor, indices: Tensor) -> Tensor:
+    """The tokens (B, n, d) at ``indices``, (n,) or (B, n) int64, of tokens (B, N, d)."""
+    if indices.ndim == 1:
+        return tokens[:, indices]
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[2]))

@@ -1,4 +1,4 @@
-"""Finds the parts of a user's network: its two halves, the module behind a function, the tensor in an answer."""
+"""Finds the parts of a user's network: encoder and decoder, the module behind a function, the tensor in an output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from traj_ood.errors import TrajOODError
 
 _HALVES = (("encode", "decode"), ("encoder", "decoder"))
 _TENSORS = ("latents", "latent", "sample", "last_hidden_state")
-"""Where diffusers' and transformers' outputs keep the one tensor that they are about."""
+"""Attributes that hold the main tensor in outputs of diffusers and transformers."""
 WRAPPER = """
 class Fixed(torch.nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
@@ -24,18 +24,18 @@ model = traj_ood.CallableAutoencoder.from_module(Fixed(net), (3, 32, 32))"""
 
 
 class WrapperError(TrajOODError):
-    """Information that only the network's author has is missing; the message ends with the five lines of code to
-    write."""
+    """An ambiguity that only the network's author can resolve; the message ends with five lines of code to write."""
 
     def __str__(self) -> str:
         return f"{super().__str__()}:{WRAPPER}"
 
 
 def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
-    """E and D: the methods ``encode`` and ``decode`` of a module, or its parts ``encoder`` and ``decoder``.
+    """The encoder and decoder of a module: its methods ``encode`` and ``decode``, or its parts ``encoder`` and
+    ``decoder``.
 
     Raises:
-        WrapperError: neither pair.
+        WrapperError: the module has neither pair.
     """
     for names in _HALVES:
         encode, decode = (getattr(module, name, None) for name in names)
@@ -49,10 +49,10 @@ def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Ten
 
 
 def tensor_of(name: str, answer: Any) -> Tensor:
-    """The tensor in a network's answer: the mode of a distribution, or the main tensor of a library's output object.
+    """The tensor in a network's output: the mode of a distribution, or the main tensor of a library's output object.
 
     Raises:
-        WrapperError: several tensors, of which only the author knows the right one.
+        WrapperError: there are several tensors, or none that is known.
     """
     if isinstance(answer, Tensor):
         return answer
@@ -66,13 +66,13 @@ def tensor_of(name: str, answer: Any) -> Tensor:
             return value
     kind = type(answer).__name__
     parts = f" of {len(answer)}" if isinstance(answer, Sequence) else ""
-    raise WrapperError(f"{name}: expected one tensor, got {kind}{parts}, and only you know which: wrap it")
+    raise WrapperError(f"{name}: expected one tensor, got {kind}{parts}: choose the right one and wrap it")
 
 
 def module_behind(*functions: Callable[..., Any]) -> nn.Module:
-    """The module whose weights the functions use: their own or their owner's, or those they close over or name.
+    """The module whose weights the functions use: the function itself, its owner, or modules in its closure or globals.
 
-    One that is part of another is left out; several become one list; without any, an empty module.
+    Modules that are part of another one are left out. Several are returned as a ModuleList; none, as an empty module.
     """
     found = list({id(m): m for function in functions for m in _reached(function, set())}.values())
     outer = [m for m in found if not any(m is part for other in found if other is not m for part in other.modules())]
@@ -80,7 +80,7 @@ def module_behind(*functions: Callable[..., Any]) -> nn.Module:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wrapped, which computes the same, or the module itself."""
+    """The module that ``torch.compile`` wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 

@@ -1,7 +1,7 @@
-"""Encoders with separately trained decoders: DINOv2 and SigLIP2 with the decoders of RAE, and pairs of one's own.
+"""Encoders with separately trained decoders: DINOv2 and SigLIP2 with the decoders of RAE, and pairs of your own.
 
 Zheng et al. (2025), "Diffusion Transformers with Representation Autoencoders", train ViT decoders for frozen encoders;
-App. B.8.1 of the paper iterates E∘D of those (Fig. 16). Three ways to have one::
+App. B.8.1 of the paper iterates E∘D of these (Fig. 16). There are three ways to make one::
 
     load_autoencoder("diffusers:nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08")  # published for diffusers' AutoencoderRAE
     pair = PairAutoencoder.from_parts(  # the files that github.com/bytetriper/RAE publishes
@@ -13,8 +13,8 @@ App. B.8.1 of the paper iterates E∘D of those (Fig. 16). Three ways to have on
     pair.save_pretrained(Path("runs/rae-dinov2"))  # then load_autoencoder("runs/rae-dinov2")
     PairAutoencoder(my_encoder, my_decoder, input_shape=(3, 64, 64))  # any two modules
 
-Never run here on published weights, which this project could not download. The layouts are those of their sources
-(bytetriper/RAE, January 2026; diffusers 0.42); tests hold our decoder to diffusers' own, at equal small random weights.
+They were never run on published weights, which this project could not download. File layouts follow bytetriper/RAE
+(January 2026) and diffusers 0.42; tests compare the decoder with diffusers' own at equal small random weights.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
 
 MODEL_TYPE = "traj_ood_pair"
 RAE_EPS = 1e-5
-"""RAE divides by √(variance + ε), its port to diffusers by deviation + ε, with the same ε."""
-_TOKENS_A_CALL = 4096
-_WEIGHTLESS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size")
-"""Entries of a vision encoder's config that change E and no weight's shape. Not the whole config, which grows from one
-version of transformers to the next: a fingerprint must not."""
+"""ε of the standardisation. RAE divides by √(variance + ε); its port to diffusers divides by deviation + ε."""
+_TOKENS_PER_CALL = 4096
+_CONFIG_BEYOND_WEIGHTS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size")
+"""Entries of a vision encoder's config that change E but not the shapes of its weights. Not the whole config, which
+changes between versions of transformers; a fingerprint must not."""
 
 
 class _Pair(nn.Module):
-    """Encoder, decoder, and what standardises the latents between them."""
+    """Encoder and decoder, with the mean and spread that standardise the latents between them."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, centre: Tensor, spread: Tensor) -> None:
         super().__init__()
@@ -63,18 +63,24 @@ class _Pair(nn.Module):
 
 @register_autoencoder
 class PairAutoencoder(Autoencoder):
-    """An encoder and a decoder that were trained apart; f = E∘D, with images between D and E.
+    """An encoder and a decoder that were trained separately; f = E∘D passes through images.
 
     Args:
         encoder: images (B, C, s, s) in normalised units → latents (B, *L).
         decoder: latents (B, *L) → images (B, C, H, W) in the same units.
         input_shape: (C, H, W) of the decoder's images.
-        encoder_size: s. Where it is not H, images are resized (bicubic, as in RAE) on their way from D to E: part of f.
-        mean, std: per channel, of the pixels in [0, 1], the encoder's.
-        centre, spread: latents are (E(x) − centre) / spread; tensors that broadcast to L. Default 0 and 1.
+        name: the model's name in tables and messages.
+        encoder_size: s. If it differs from H, images are resized between D and E (bicubic, as in RAE), as part of f.
+            Default H.
+        mean: mean per channel of the pixels in [0, 1], as the encoder expects it. Default 0.5.
+        std: standard deviation per channel, likewise. Default 0.5.
+        centre: latents are (E(x) − centre) / spread; a tensor that broadcasts to L. Default 0.
+        spread: see ``centre``; positive. Default 1.
         has_cls: see :class:`Autoencoder`.
+        chunk: rows per call. Default: as many as hold about 4,096 tokens, at most 64 rounded as in
+            :func:`traj_ood.dynamics.chunks.rows_per_call`.
     Raises:
-        TrajOODError: a decoder whose images have another shape, or an encoder that cannot take them.
+        TrajOODError: the decoder's images have another shape, or the encoder does not accept them.
     """
 
     family, summary = "pair", "an encoder of transformers with RAE's decoder: pair:<folder>"
@@ -117,10 +123,10 @@ class PairAutoencoder(Autoencoder):
             raise TrajOODError(f"{name}: expected a positive spread of every latent, got {float(spread.min()):g}")
         self.module = _Pair(encoder, decoder, centre, spread).eval().requires_grad_(False)
         self.chunk = 1
-        self.chunk = chunk or self._tried()
+        self.chunk = chunk or self._default_chunk()
 
-    def _tried(self) -> int:
-        """Rows per call, after one image has gone through both networks."""
+    def _default_chunk(self) -> int:
+        """Rows per call, from the number of tokens of one image that is passed through both networks."""
         where = f"{self.name}: encoder and decoder do not fit images of shape {self.input_shape}"
         with foreign_errors(where), torch.inference_mode():
             latents = self.encode_batch(torch.zeros(1, *self.input_shape, device=self.device))
@@ -130,7 +136,7 @@ class PairAutoencoder(Autoencoder):
                 f"{self.name}: expected a decoder of images {self.input_shape}, got {tuple(images.shape[1:])}"
             )
         tokens = latents.shape[1] if latents.ndim == 3 else 16
-        return rows_per_call(min(64, _TOKENS_A_CALL / tokens))
+        return rows_per_call(min(64, _TOKENS_PER_CALL / tokens))
 
     @classmethod
     def from_parts(
@@ -144,14 +150,16 @@ class PairAutoencoder(Autoencoder):
         plain_norm: bool = True,
         **options: Any,
     ) -> PairAutoencoder:
-        """A transformers encoder with an RAE decoder, from where each of them is published.
+        """Combine a transformers encoder with an RAE decoder, from their published files.
 
         Args:
             encoder: hub name or local folder, with its preprocessor_config.json.
             decoder: file of weights (``model.pt`` of RAE, or safetensors).
-            statistics: file with ``mean`` and ``var`` of the latents, (d, √N, √N) or (d,); None standardises nothing.
+            statistics: file with ``mean`` and ``var`` of the latents, (d, √N, √N) or (d,); None does not standardise.
             encoder_size: side of the encoder's images. Default: its config's; RAE's DINOv2 decoders need 224.
-            heads: of the decoder; its weights do not tell. plain_norm: see :class:`VisionTokens`.
+            heads: number of the decoder's attention heads, which its weights do not determine. Default 16, RAE's.
+            plain_norm: see :class:`VisionTokens`.
+            options: of the constructor.
         Raises:
             TrajOODError: files missing, damaged, or of another architecture.
         """
@@ -176,7 +184,7 @@ class PairAutoencoder(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> PairAutoencoder:
-        """Load what :meth:`save_pretrained` wrote, or a folder that diffusers' ``AutoencoderRAE`` wrote.
+        """Load a folder that :meth:`save_pretrained` or diffusers' ``AutoencoderRAE`` wrote.
 
         Raises:
             TrajOODError: files missing, damaged, or of another architecture.
@@ -202,8 +210,8 @@ class PairAutoencoder(Autoencoder):
 
     @classmethod
     def _from_diffusers(cls, folder: Path, config: dict[str, Any], options: dict[str, Any]) -> PairAutoencoder:
-        """Read without diffusers: its ``AutoencoderRAE`` (0.42) builds the encoder from the installed transformers and
-        then expects that version's names, while the published files have those of transformers 4."""
+        """Load without diffusers, whose ``AutoencoderRAE`` (0.42) builds the encoder from the installed transformers
+        and expects the tensor names of that version, whereas the published files have those of transformers 4."""
         path = folder / "diffusion_pytorch_model.safetensors"
         weights = read_weights(path)
         kind = str(config.get("encoder_type"))
@@ -213,8 +221,8 @@ class PairAutoencoder(Autoencoder):
         encoder = VisionTokens(model, int(config["encoder_input_size"]))
         parts = _below("decoder.", weights)
         tokens = (encoder.size // int(config["encoder_patch_size"])) ** 2
-        # At RAE's usual 16 × 16 tokens this is also diffusers' table; for other grids diffusers scales positions to 16,
-        # unlike RAE, whose decoders were trained with this one.
+        # At RAE's usual 16 × 16 tokens diffusers has the same table. For other grids diffusers scales positions to 16,
+        # but RAE's decoders were trained with this table.
         parts.setdefault("decoder_pos_embed", sine_cosine_table(math.isqrt(tokens), int(config["decoder_hidden_size"])))
         decoder = ViTDecoder.from_weights(parts, int(config["decoder_num_attention_heads"]), str(path))
         scale = float(config.get("scaling_factor") or 1.0)
@@ -228,12 +236,13 @@ class PairAutoencoder(Autoencoder):
         """Write ``encoder/`` (transformers can read it), ``model.safetensors`` (the rest) and ``config.json``.
 
         Raises:
-            TrajOODError: a pair of one's own modules, which only their own code can write.
+            TrajOODError: the pair consists of your own modules, which only your code can save.
         """
         parts: Any = self.module
         if not (isinstance(parts.encoder, VisionTokens) and isinstance(parts.decoder, ViTDecoder)):
             raise TrajOODError(
-                f"{self.name}: only a transformers encoder with a ViTDecoder can be saved; save your modules"
+                f"{self.name}: expected a transformers encoder with a ViTDecoder, got modules of your own: save them "
+                "with your own code"
             )
         (folder / "encoder").mkdir(parents=True, exist_ok=True)
         encoder: Any = parts.encoder.model
@@ -256,15 +265,15 @@ class PairAutoencoder(Autoencoder):
         return super().pack(folder) if known else None
 
     def options(self) -> dict[str, Any]:
-        """What the weights do not tell. Of modules of one's own, only their weights can be known."""
+        """The options that change f and do not show in the weights; those inside your own modules are not known."""
         parts: Any = self.module
-        told: dict[str, Any] = {"mean": list(self.mean), "std": list(self.std), "encoder_size": self.encoder_size}
+        found: dict[str, Any] = {"mean": list(self.mean), "std": list(self.std), "encoder_size": self.encoder_size}
         if isinstance(parts.decoder, ViTDecoder):
-            told["heads"] = parts.decoder.heads
+            found["heads"] = parts.decoder.heads
         if isinstance(parts.encoder, VisionTokens):
             config: Any = parts.encoder.model.config
-            told["encoder"] = {key: getattr(config, key) for key in _WEIGHTLESS if hasattr(config, key)}
-        return told
+            found["encoder"] = {key: getattr(config, key) for key in _CONFIG_BEYOND_WEIGHTS if hasattr(config, key)}
+        return found
 
     def encode_batch(self, images: Tensor) -> Tensor:
         parts: Any = self.module
@@ -282,7 +291,7 @@ def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_tokens(statistic: Tensor) -> Tensor:
-    """Statistics (d, h, w), also with a leading 1, as (h · w, d); (d,) and single numbers as they are."""
+    """Reshape statistics (d, h, w), or (1, d, h, w), to (h · w, d); (d,) and scalars are kept."""
     statistic = statistic.float().squeeze()
     return statistic.flatten(1).T.contiguous() if statistic.ndim == 3 else statistic
 
@@ -293,8 +302,8 @@ def _config_size(model: Any) -> int:
 
 
 def _statistics_of(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation, of pixels in [0, 1], that the encoder's own image processor normalises by; its sizes are the
-    encoder's, and not those of the images that D makes."""
+    """Mean and standard deviation of pixels in [0, 1] from the encoder's image processor; its sizes are ignored,
+    because D makes images of another size."""
     path = folder / "preprocessor_config.json"
     stored = read_json(path, "the encoder's image processor", "correct the folder", limit=MAX_CONFIG)
     any_size = {"do_resize": True, "size": 1, "do_center_crop": False, "crop_pct": None}

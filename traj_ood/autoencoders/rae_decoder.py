@@ -1,4 +1,4 @@
-"""RAE's decoder: latent tokens → images, from the weights that RAE and diffusers publish."""
+"""ViTDecoder: RAE's decoder from latent tokens to images, for the weights that RAE and diffusers publish."""
 
 from __future__ import annotations
 
@@ -15,19 +15,27 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import put_weights
 
 HEADS = 16
-"""Attention heads of RAE's ViT-L and ViT-XL decoders, the published ones; the only number their weights do not tell."""
+"""Attention heads of RAE's published ViT-L and ViT-XL decoders; the only size that the weights do not determine."""
 _NORM_EPS = 1e-12
 
 
 class ViTDecoder(nn.Module):
-    """RAE's decoder: the latent tokens and a learned class token through a ViT, a linear layer to pixels per patch.
+    """A ViT over the latent tokens and a learned class token, followed by a linear layer to the pixels of each patch.
 
-    Latents (B, N, width) → images (B, channels, √N · patch, √N · patch). Its parameters are named as in RAE's
-    checkpoints (those of ViT-MAE in transformers 4), so that these load as they are.
+    Latents (B, N, latent_width) → images (B, channels, √N · patch, √N · patch). Parameters are named as in RAE's
+    checkpoints (and ViT-MAE in transformers 4), so that these load directly.
 
     Args:
-        latent_width: of a latent token. width, layers, heads, hidden: of the ViT.
-        tokens: N, a square. patch: pixels a side of what one token becomes.
+        latent_width: width of a latent token.
+        tokens: N, a square number.
+        width: width of the ViT.
+        layers: number of layers.
+        heads: number of attention heads.
+        hidden: width of the MLPs.
+        patch: side in pixels of the patch that one token becomes.
+        channels: number of image channels.
+    Raises:
+        TrajOODError: ``tokens`` is not a square, or ``heads`` does not divide ``width``.
     """
 
     def __init__(
@@ -46,7 +54,7 @@ class ViTDecoder(nn.Module):
         if math.isqrt(tokens) ** 2 != tokens:
             raise TrajOODError(f"ViT decoder: expected a square number of tokens, got {tokens}")
         if width % heads:
-            raise TrajOODError(f"ViT decoder: expected a width that {heads} heads divide, got {width}")
+            raise TrajOODError(f"ViT decoder: expected a width divisible by the {heads} heads, got {width}")
         self.patch, self.channels, self.heads = patch, channels, heads
         self.decoder_embed = nn.Linear(latent_width, width)
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
@@ -57,10 +65,14 @@ class ViTDecoder(nn.Module):
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], heads: int, where: str) -> ViTDecoder:
-        """The decoder that ``weights`` describe, in RAE's names or diffusers'.
+        """Build the decoder whose sizes the weights have, and load them.
 
+        Args:
+            weights: tensors by name, named as in RAE or in diffusers.
+            heads: number of attention heads.
+            where: the source, for messages.
         Raises:
-            TrajOODError: weights of another architecture; names ``where``.
+            TrajOODError: weights of another architecture.
         """
         weights = {_rae_name(key): value for key, value in weights.items()}
         try:
@@ -91,7 +103,7 @@ class ViTDecoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """A pre-norm transformer layer; the nesting is that of the checkpoints' names."""
+    """A pre-norm transformer layer, nested as in the names of the checkpoints."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -120,7 +132,7 @@ class _Block(nn.Module):
 
 
 def _rae_name(key: str) -> str:
-    """RAE's name of a decoder weight that diffusers or RAE call ``key``."""
+    """RAE's name of a decoder weight; ``key`` is its name in RAE or diffusers."""
     names = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
     found = re.fullmatch(r"(decoder_layers\.\d+\.attention)\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)", key)
     return f"{found[1]}.{names[found[2]]}.{found[3]}" if found else key

@@ -1,4 +1,4 @@
-"""Autoencoders by name, by family, and by what a folder's ``config.json`` says."""
+"""The registry of autoencoder families, and loading by model name, by family, or by a folder's ``config.json``."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ FAMILIES: Families[Autoencoder] = Families(
     Autoencoder, "autoencoder family", "model", "family", ("from_pretrained", "save_pretrained")
 )
 MODELS: dict[str, ModelInfo] = {}
-"""The published models of all families, by name."""
-_HUB_FAMILY = "vit_mae"  # of owner/name without a family
-_MARKS = {"model_type": "model family", "_class_name": "diffusers autoencoder"}  # the first that a config.json has
+"""Published models of all families, by name."""
+_HUB_FAMILY = "vit_mae"  # the family of a hub name owner/name without a family
+_MARKS = {"model_type": "model family", "_class_name": "diffusers autoencoder"}  # in order of precedence
 
 _C = TypeVar("_C", bound=type[Autoencoder])
 
 
 def register_autoencoder(cls: _C) -> _C:
-    """Class decorator: make a family available by its ``family``, with its ``models`` (see :class:`Autoencoder`).
+    """Class decorator that registers an autoencoder family and its ``models``; see :class:`Autoencoder`.
 
     Raises:
-        TrajOODError: a name, a summary or a method is missing, or the name is taken.
+        TrajOODError: the class lacks ``family``, ``summary`` or a method, or the family name is taken.
     """
     FAMILIES.register(cls)
     MODELS.update(cls.models)
@@ -36,14 +36,15 @@ def register_autoencoder(cls: _C) -> _C:
 
 
 def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
-    """An autoencoder by registered name, local folder, hub name (``owner/name``, a ViT-MAE), or ``family:source``.
+    """Load an autoencoder by registered name, local folder, hub name (``owner/name``, a ViT-MAE), or ``family:source``.
 
     Args:
         model: for instance ``fashion-mae``, ``runs/conv``, ``facebook/vit-mae-base``, ``diffusers:runs/vae`` or
-            ``diffusers:stabilityai/sd-vae-ft-mse`` (a third part names a folder of the repository, such as ``/vae``).
+            ``diffusers:stabilityai/sd-vae-ft-mse``; a third part such as ``/vae`` is a folder of the repository.
         options: passed to the family, such as ``mask_ratio=0.5`` for a ViT-MAE.
     Raises:
-        TrajOODError: unknown name (with near ones), or files that are missing, damaged or of another architecture.
+        TrajOODError: unknown name (the message lists similar ones), or files that are missing, damaged or of another
+            architecture.
     """
     name = str(model)
     if name in MODELS:
@@ -52,14 +53,16 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
     if ":" in name and FAMILIES.knows(name.partition(":")[0]):
         return FAMILIES.load(name, options)
     if ":" in name and name.partition(":")[0] in LANGUAGE_MODELS:
-        raise TrajOODError(f"model {name!r}: a language model has no images: only traj-ood analyze dynamics takes it")
+        raise TrajOODError(
+            f"model {name!r}: expected a model of images, got a language model: use it with traj-ood analyze dynamics"
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         name, family = str(folder), family_of(folder)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         family = FAMILIES.named(_HUB_FAMILY)
     elif "/" in name:
-        raise TrajOODError(f"model {name!r}: no such folder; expected one with config.json and model.safetensors")
+        raise TrajOODError(f"model {name!r}: no such folder; expected a folder with config.json and model.safetensors")
     else:
         raise unknown_name("model", name, MODELS)
     with unknown_options_named(f"model {name!r} ({family.family})"):
@@ -67,12 +70,13 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
 
 
 def family_of(folder: Path, mark: str | None = None) -> type[Autoencoder]:
-    """The family whose mark is in the ``config.json`` of ``folder``.
+    """The family of the model in ``folder``, by an entry of its ``config.json`` (:attr:`Autoencoder.marks`).
 
     Args:
-        mark: the entry to go by. Default: ``model_type``, and without one diffusers' ``_class_name``.
+        folder: folder of the model.
+        mark: name of the entry. Default: ``model_type``, or diffusers' ``_class_name`` if there is none.
     Raises:
-        TrajOODError: no such file, no such entry, or an unknown one (with near ones).
+        TrajOODError: no such file, no such entry, or an unknown value (the message lists similar ones).
     """
     config = _read_config(folder)
     key = mark or next(key for key in _MARKS if key in config)
@@ -86,7 +90,7 @@ def family_of(folder: Path, mark: str | None = None) -> type[Autoencoder]:
 
 
 def _marked(key: str) -> dict[str, type[Autoencoder]]:
-    """What ``config.json`` may say under ``key``, and the family of each."""
+    """The known values of the entry ``key`` of ``config.json``, with their families."""
     found: dict[str, type[Autoencoder]] = {}
     for family in FAMILIES.values():
         marks = family.marks.get(key, ())

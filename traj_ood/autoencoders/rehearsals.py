@@ -1,7 +1,7 @@
-"""Small random models of the families whose published weights cannot be had without a network.
+"""Small random models of families whose published weights need a download.
 
-They show that the machinery runs, and what random weights do; they say nothing about the trained models. Whatever is
-measured on them is called a rehearsal.
+They show that the code runs, and how random weights behave; they say nothing about the trained models. Results measured
+on them are labelled as rehearsals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from traj_ood.errors import unknown_name
 PREFIX = "rehearsal-"
 PAIRS = ("rehearsal-dinov2", "rehearsal-siglip2")
 LANGUAGE = ("rehearsal-qwen3", "rehearsal-llama")
-"""Qwen3's and SmolLM2's (a Llama) architectures."""
+"""The architectures of Qwen3 and SmolLM2 (a Llama)."""
 _WIDTH, _LAYERS, _HEADS = 64, 4, 4
 
 
@@ -27,7 +27,7 @@ def rehearsal_pair(name: str, seed: int = 0) -> PairAutoencoder:
     """A random encoder of 16 tokens with a random RAE decoder to RGB images of 32 × 32 pixels (0.4 M parameters).
 
     Raises:
-        TrajOODError: none of :data:`PAIRS`.
+        TrajOODError: ``name`` is not in :data:`PAIRS`.
     """
     import transformers
 
@@ -43,7 +43,7 @@ def rehearsal_pair(name: str, seed: int = 0) -> PairAutoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "rehearsal-dinov2":
-            # The size of its files is not the size it is shown: 28 pixels in patches of 7, resized as in RAE.
+            # Its images are resized from 32 to 28 pixels, in patches of 7, as in RAE.
             config = transformers.Dinov2WithRegistersConfig(**{**sizes, "image_size": 28, "patch_size": 7})
             encoder = VisionTokens(transformers.Dinov2WithRegistersModel(config).eval(), 28)
         else:
@@ -57,7 +57,7 @@ def rehearsal_language_model(name: str, *, tokens: int = 64, seed: int = 0) -> L
     """A random causal model over bytes (0.2 M parameters).
 
     Raises:
-        TrajOODError: none of :data:`LANGUAGE`.
+        TrajOODError: ``name`` is not in :data:`LANGUAGE`.
     """
     import transformers
 

@@ -1,8 +1,8 @@
-"""SurrogateAutoencoder: an autoencoder of a frozen backbone's features, whose self-map carries the trajectories.
+"""SurrogateAutoencoder: an autoencoder of a frozen backbone's features, which provides the self-map f.
 
-A classifier has no decoder, so E∘D does not exist for it. The paper's way out (§6.1) is a surrogate autoencoder in the
-latent space of the model of interest, whatever that model was trained for. :mod:`traj_ood.training.surrogate`
-trains it.
+A classifier has no decoder, so E∘D does not exist for it. The paper (§6.1) proposes a surrogate autoencoder in the
+latent space of the model of interest, whatever that model was trained for. :mod:`traj_ood.training.surrogate` trains
+it.
 """
 
 from __future__ import annotations
@@ -34,30 +34,32 @@ MODEL_TYPE = "traj_ood_surrogate"
 Activation = Literal["gelu", "relu", "identity"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
 _PACKED_WEIGHTS = "network.safetensors"
-_FLOOR = 0.1
-_ROWS = 4096  # features turned to float64 at a time
+_STD_FLOOR = 0.1  # smallest standard deviation, relative to the median
+_BLOCK_ROWS = 4096  # features converted to float64 at a time
 
 
 class SurrogateNetwork(nn.Module):
     """An MLP autoencoder of standardised features (B, n), with latents (B, k).
 
-    E is n → hidden → k and ends in a LayerNorm without parameters; D is its mirror image with a linear output. The
-    LayerNorm fixes ‖z‖² = k, so that the tolerance on the squared residual (1e-5) means the same for every backbone
-    and no training can buy convergence by shrinking the latents. Within the MLP there is no normalisation: nothing
-    depends on other rows.
+    E is n → hidden → k and ends in a LayerNorm without parameters; D is the mirror image of E with a linear output. The
+    LayerNorm fixes ‖z‖² = k, so that the tolerance on the squared residual (1e-5) means the same for every backbone,
+    and training cannot reach it by shrinking the latents. There is no other normalisation, so no row depends on
+    another.
 
     Args:
         features: n.
-        hidden: widths between n and k. Default: one layer of 2n units, within 256 … 512. More layers or units
-            contract no better, see docs/choices.md.
-        bottleneck: k. Default: n/2, within 16 … 128. Half of that does worse, see
-            docs/choices.md.
-        activation: between the layers; ``gelu`` (default, smooth like f should be), ``relu``, or ``identity``, which
+        hidden: widths between n and k. Default: one layer of 2n units, clamped to 256 … 512. More layers or units do
+            not improve the contraction, see docs/choices.md.
+        bottleneck: k. Default: n/2, clamped to 16 … 128. Half of that does worse, see docs/choices.md.
+        activation: between the layers: ``gelu`` (default, because f should be smooth), ``relu``, or ``identity``, which
             makes f linear up to the LayerNorm.
-        latent_norm: the LayerNorm at the encoder's end. Default true; see above.
+        latent_norm: whether the encoder ends in the LayerNorm. Default true; see above.
 
     Attributes:
-        mean, std: (n,) buffers, of the training features; see :meth:`set_statistics`.
+        mean: (n,) buffer, mean of the training features; see :meth:`set_statistics`.
+        std: (n,) buffer, standard deviation of the training features.
+    Raises:
+        TrajOODError: a width below 1, or an unknown activation.
     """
 
     mean: Tensor
@@ -97,58 +99,60 @@ class SurrogateNetwork(nn.Module):
         }
 
     def set_statistics(self, features: Tensor) -> None:
-        """Mean and standard deviation per dimension of (N, n) training features, summed in float64.
+        """Set mean and standard deviation per dimension from training features (N, n), summed in float64.
 
-        A deviation below a tenth of the median one is raised to it: a unit that is dead or nearly so in training
-        would otherwise blow up the one sample that wakes it, or divide by zero.
+        The standard deviation is at least a tenth of the median one: otherwise a unit that is almost constant in
+        training would be divided by almost zero, and dominate for samples that activate it.
 
         Raises:
             TrajOODError: no dimension varies.
         """
-        blocks = features.split(_ROWS)
+        blocks = features.split(_BLOCK_ROWS)
         mean = torch.stack([b.double().sum(dim=0) for b in blocks]).sum(dim=0) / len(features)
         squares = torch.stack([(b.double() - mean).square().sum(dim=0) for b in blocks]).sum(dim=0)
         std = (squares / len(features)).sqrt()
-        alive = std > 1e-6 * mean.abs()  # what float32 leaves of a constant is not variation
+        alive = std > 1e-6 * mean.abs()  # smaller deviations are float32 rounding of a constant
         if not bool(alive.any()):
             raise TrajOODError(
                 f"surrogate: no dimension of the {len(features)} features varies: every image looks the same to the "
                 "backbone; check its weights and the images"
             )
         self.mean.copy_(mean)
-        self.std.copy_(std.clamp(min=_FLOOR * float(std[alive].median())))
+        self.std.copy_(std.clamp(min=_STD_FLOOR * float(std[alive].median())))
 
     def standardise(self, features: Tensor) -> Tensor:
-        """(B, n) in the backbone's units → (B, n) in standard deviations from the training mean."""
+        """Features (B, n) in the backbone's units → (B, n) in standard deviations from the training mean."""
         return (features - self.mean) / self.std
 
     def encode(self, features: Tensor) -> Tensor:
-        """E: (B, n) standardised → (B, k)."""
+        """E: standardised features (B, n) → latents (B, k)."""
         latents = self.encoder(features)
         return nn.functional.layer_norm(latents, (self.bottleneck,)) if self.latent_norm else latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """D: (B, k) → (B, n) standardised."""
+        """D: latents (B, k) → standardised features (B, n)."""
         return self.decoder(latents)
 
 
 @register_autoencoder
 class SurrogateAutoencoder(Autoencoder):
-    """A frozen backbone and a :class:`SurrogateNetwork` on its features.
+    """A frozen backbone with a :class:`SurrogateNetwork` on its features.
 
-    E(image) is the network's encoder on the backbone's standardised features. D ends at features, so f = E∘D repeats
-    the small network alone: the backbone sees every image once.
+    E(image) is the network's encoder applied to the backbone's standardised features. D returns features, so f = E∘D
+    iterates the small network alone, and the backbone processes every image once.
 
     Args:
         backbone: see :class:`traj_ood.backbones.Backbone`.
-        network: of the backbone's feature width.
-        name: what tables call the model. Default: the backbone's name.
-        mean, std: (n,) to standardise with. Default: what the network holds.
+        network: a network for features of the backbone's width.
+        name: the model's name in tables and messages. Default: the backbone's name.
+        mean: (n,) to standardise with. Default: the network's.
+        std: (n,) to standardise with, positive. Default: the network's.
 
     Attributes:
-        record: what ``training.json`` says (recipe, log, ``health`` of the attractors, versions); empty when unknown.
+        record: the contents of ``training.json`` (recipe, log, ``health`` of the attractors, versions); empty if there
+            is none.
     Raises:
-        TrajOODError: a network of another width, or deviations that are not positive.
+        TrajOODError: a network for another width, or standard deviations that are not positive.
     """
 
     family, summary = "surrogate", "an autoencoder of a frozen backbone's features: surrogate:<folder>"
@@ -167,8 +171,8 @@ class SurrogateAutoencoder(Autoencoder):
         self.name, self.module = name or backbone.name, self.network
         self.input_shape, self.preprocessing = backbone.input_shape, backbone.preprocessing
         self.feature_dim, self.classes = backbone.feature_dim, backbone.classes
-        # Calls of about 128 rows take no longer than one of 1,024 (benchmarks/surrogate_training.py); larger chunks
-        # would drag more idle rows along with the few trajectories that settle last.
+        # Calls of about 128 rows are as fast per row as calls of 1,024 (benchmarks/surrogate_training.py), and larger
+        # chunks would compute more idle rows beside the last trajectories to converge.
         self.chunk = rows_per_call(128)
         self.record: Mapping[str, Any] = {}
         if network.features != backbone.feature_dim:
@@ -184,7 +188,10 @@ class SurrogateAutoencoder(Autoencoder):
             if values is not None:
                 getattr(network, key).copy_(values)
         if not bool((network.std > 0).all()):
-            raise TrajOODError(f"{self.name}: expected positive deviations of the features: the network is damaged")
+            raise TrajOODError(
+                f"{self.name}: expected positive deviations of the features, got some that are not: the network is "
+                "damaged; load it again or train a new one"
+            )
 
     def modules_used(self) -> tuple[nn.Module, ...]:
         return self.backbone.module, self.network
@@ -192,7 +199,7 @@ class SurrogateAutoencoder(Autoencoder):
     # ------------------------------------------------------------------ the map
 
     def examine(self, images: Tensor) -> Encoding:
-        """One pass through the backbone: where the trajectories start, its features and its logits.
+        """One pass through the backbone: the latents, the features and the logits of the images.
 
         Raises:
             TrajOODError: the images are not finite floats (B, C, H, W) of the backbone's shape.
@@ -200,7 +207,7 @@ class SurrogateAutoencoder(Autoencoder):
         return self.examine_features(self.backbone.extract(images))
 
     def examine_features(self, features: Features) -> Encoding:
-        """:meth:`examine` for images whose features are known already.
+        """As :meth:`examine`, from features that are already known.
 
         Raises:
             TrajOODError: features of another width, not floating point, or not finite.
@@ -213,7 +220,7 @@ class SurrogateAutoencoder(Autoencoder):
         return Encoding(latents=latents, target=target, features=values, logits=features.logits)
 
     def encode(self, images: Tensor) -> Tensor:
-        """E on any number of images (B, C, H, W) → latents (B, k); raises as :meth:`examine`."""
+        """Encode any number of images (B, C, H, W) → latents (B, k); raises as :meth:`examine`."""
         return self.examine(images).latents
 
     def encode_batch(self, images: Tensor) -> Tensor:
@@ -225,11 +232,11 @@ class SurrogateAutoencoder(Autoencoder):
         return self.network.decode(latents)
 
     def self_map(self, latents: Tensor) -> Tensor:
-        """f(z) = E(D(z)) in feature space: never touches the backbone."""
+        """f(z) = E(D(z)), through features; the backbone is not used."""
         return self.network.encode(self.network.decode(latents))
 
     def entry(self, target: Tensor) -> Tensor:
-        """(B, 1, n) standardised features (B, n) in the backbone's units, as static scorers read them."""
+        """Standardised features (B, n) converted to the backbone's units, (B, 1, n)."""
         return (target * self.network.std + self.network.mean)[:, None]
 
     # ------------------------------------------------------------------ what it is
@@ -245,11 +252,11 @@ class SurrogateAutoencoder(Autoencoder):
 
     @cached_property
     def backbone_fingerprint(self) -> str:
-        """Taken once: the backbone is frozen, and hashing its weights takes seconds."""
+        """The backbone's fingerprint; computed once, because the backbone is frozen and hashing takes seconds."""
         return self.backbone.fingerprint()
 
     def parameter_count(self) -> int:
-        """Of the backbone and the network."""
+        """Number of parameters of backbone and network."""
         parts = (self.backbone.module, self.network)
         return sum(p.numel() for part in parts for p in part.parameters())
 
@@ -264,11 +271,11 @@ class SurrogateAutoencoder(Autoencoder):
     def from_pretrained(
         cls, source: str | Path, backbone: Backbone | None = None, **options: Any
     ) -> SurrogateAutoencoder:
-        """Load what :meth:`save_pretrained` wrote.
+        """Load a folder that :meth:`save_pretrained` wrote.
 
         Args:
-            source: folder with config.json and model.safetensors; training.json is read where there is one.
-            backbone: the very one it was trained on. Default: loaded by the spec in config.json.
+            source: folder with config.json and model.safetensors; training.json is read if present.
+            backbone: the backbone it was trained on. Default: loaded by the spec in config.json.
             options: of the constructor, such as ``name``.
         Raises:
             TrajOODError: unreadable or damaged files, weights of another architecture or with NaN, or a backbone with
@@ -286,7 +293,7 @@ class SurrogateAutoencoder(Autoencoder):
             asked = dict(config["backbone"].get("options") or {})
             weights = load_file(path)
             refuse_larger(config["network"], weights, f"{folder}/config.json")
-            with torch.device("meta"):  # shapes first: a damaged config could ask for any amount of memory
+            with torch.device("meta"):  # shapes first: a damaged config could request any amount of memory
                 check_weights(weights, SurrogateNetwork(**config["network"]), str(path))
             network = SurrogateNetwork(**config["network"])
             record = folder / "training.json"
@@ -304,7 +311,7 @@ class SurrogateAutoencoder(Autoencoder):
         return model
 
     def save_pretrained(self, folder: Path, recipe: Mapping[str, Any] | None = None) -> None:
-        """Write config.json and model.safetensors: the network, and the backbone by spec, name and fingerprint."""
+        """Write model.safetensors with the network, and config.json with the backbone's spec, name and fingerprint."""
         config = {
             "model_type": MODEL_TYPE,
             "backbone": {
@@ -335,17 +342,17 @@ class SurrogateAutoencoder(Autoencoder):
 
 
 def check_features(name: str, features: Tensor, width: int) -> None:
-    """Refuse features that are not finite floats (B, ``width``).
+    """Check that features are finite floats (B, ``width``).
 
     Raises:
-        TrajOODError: names ``name`` and what arrived.
+        TrajOODError: they are not; the message begins with ``name``.
     """
     if features.ndim != 2 or features.shape[1] != width or not features.is_floating_point():
         raise TrajOODError(
             f"{name}: expected float features (B, {width}), got {features.dtype} of shape {tuple(features.shape)}"
         )
-    for start in range(0, len(features), _ROWS):  # by blocks: a mask over all of them would double the memory
-        bad = (~features[start : start + _ROWS].isfinite().all(dim=1)).nonzero()[:, 0]
+    for start in range(0, len(features), _BLOCK_ROWS):  # in blocks: a mask over all rows would double the memory
+        bad = (~features[start : start + _BLOCK_ROWS].isfinite().all(dim=1)).nonzero()[:, 0]
         if len(bad):
             raise TrajOODError(
                 f"{name}: {len(bad)} row(s) of features hold NaN or infinite values, first at row "

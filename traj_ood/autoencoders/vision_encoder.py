@@ -1,5 +1,4 @@
-"""Vision encoders of transformers as an autoencoder needs them: the patch tokens of an image, and every weight from its
-file."""
+"""Vision encoders of transformers that return the patch tokens of an image, loaded without random weights."""
 
 from __future__ import annotations
 
@@ -15,14 +14,15 @@ from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_netwo
 
 
 class VisionTokens(nn.Module):
-    """The patch tokens (B, N, d) of a transformers vision model: CLS and register tokens are left out.
+    """A transformers vision model that returns its patch tokens (B, N, d), without CLS and register tokens.
 
     Args:
         model: such as ``Dinov2WithRegistersModel``, ``SiglipVisionModel``, ``ViTModel``.
-        size: side of the images it is shown.
-        plain_norm: take the gain and bias off its last LayerNorm, as RAE does with every encoder. Default True.
+        size: side of the input images.
+        plain_norm: whether to remove gain and bias of the last LayerNorm, as RAE does with every encoder. Default True.
     Raises:
-        TrajOODError: no LayerNorm to change, or an output that is not one token per patch behind some others.
+        TrajOODError: there is no last LayerNorm, or the output is not one token per patch after at most 64 other
+            tokens.
     """
 
     def __init__(self, model: nn.Module, size: int, *, plain_norm: bool = True) -> None:
@@ -32,8 +32,10 @@ class VisionTokens(nn.Module):
         if plain_norm:
             norm = next((getattr(model, n) for n in ("layernorm", "post_layernorm") if hasattr(model, n)), None)
             if norm is None:
-                raise TrajOODError(f"{type(model).__name__}: it has no final LayerNorm; pass plain_norm=False")
-            with torch.no_grad():  # the same function as without the two, and weights of an unchanged architecture
+                raise TrajOODError(
+                    f"{type(model).__name__}: expected a final LayerNorm, found none: pass plain_norm=False"
+                )
+            with torch.no_grad():  # 1 and 0 have the same effect as removing them, and keep the architecture
                 norm.weight.fill_(1.0)
                 norm.bias.zero_()
         self._options = {"interpolate_pos_encoding": True} if _interpolates(model) else {}
@@ -55,12 +57,11 @@ class VisionTokens(nn.Module):
 
 
 def load_vision_model(source: str) -> Any:
-    """A transformers vision encoder by hub name or local folder, with every weight from its file.
-
-    Of a model of images and texts (SigLIP2) the vision tower is taken.
+    """Load a vision encoder of transformers by hub name or local folder; of a model of images and texts (SigLIP2), its
+    vision tower.
 
     Raises:
-        TrajOODError: not to be had, or weights that are missing or NaN.
+        TrajOODError: not available, or weights that are missing or NaN.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -76,12 +77,21 @@ RAE_ENCODERS = {
     "dinov2": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", 518, "layernorm"),
     "siglip2": ("SiglipVisionConfig", "SiglipVisionModel", 256, "post_layernorm"),
 }
-"""Config, model, the size its position embeddings are made for, and its last LayerNorm (which the files leave out).
-RAE's third encoder, ViT-MAE, is an autoencoder of its own here."""
+"""Config class, model class, image size of the position embeddings, and name of the last LayerNorm, which the files
+leave out. RAE's third encoder, ViT-MAE, is supported as an autoencoder of its own."""
 
 
 def encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> nn.Module:
-    """The encoder of a diffusers folder; transformers itself translates the names of weights between its versions."""
+    """Build the encoder of a diffusers folder; transformers translates the names of weights between its versions.
+
+    Args:
+        kind: a key of :data:`RAE_ENCODERS`.
+        config: the folder's config.
+        weights: the encoder's tensors by name.
+        where: the source, for messages.
+    Raises:
+        TrajOODError: weights that are missing, NaN or of another architecture.
+    """
     import transformers
 
     config_name, model_name, size, norm = RAE_ENCODERS[kind]
@@ -95,7 +105,7 @@ def encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[str
         num_hidden_layers=int(config["encoder_num_hidden_layers"]),
     )
     gain = next((k for k in weights if k.endswith(f"{norm}.weight")), None)
-    if gain is None:  # RAE takes gain and bias off
+    if gain is None:  # RAE removes gain and bias
         prefix = "vision_model." if any(k.startswith("vision_model.") for k in weights) else ""
         weights |= {f"{prefix}{norm}.weight": torch.ones(width), f"{prefix}{norm}.bias": torch.zeros(width)}
     with foreign_errors(f"{where}: its encoder cannot be read as {model_name}"):
@@ -110,7 +120,7 @@ def _siglip_hidden(weights: Mapping[str, Tensor], width: int) -> int:
 
 
 def _interpolates(model: nn.Module) -> bool:
-    """Whether forward has to be told that images are not of the config's size."""
+    """Whether forward takes an argument that allows images of another size than the config's."""
     import inspect
 
     return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""ViT-MAE (He et al., 2022) as an autoencoder with deterministic latent dynamics, on transformers' own modules."""
+"""ViTMAE: masked autoencoders (He et al. 2022) as autoencoders with deterministic latent dynamics."""
 
 from __future__ import annotations
 
@@ -35,22 +35,26 @@ RECONSTRUCTION_RATIO = 0.75
 
 @register_autoencoder
 class ViTMAE(Autoencoder):
-    """Any transformers ViT-MAE with its decoder: by hub name, local folder or a ``ViTMAEForPreTraining`` in memory.
+    """A transformers ViT-MAE with its decoder.
 
-    The latent is every output token of the encoder, (B, 1 + visible patches, d): the decoder needs them all, so only
-    all of them make E∘D a self-map. Unlike ``model(pixel_values)``, nothing here is random: transformers shuffles the
-    patches anew at every call even at mask ratio 0, here their order is fixed.
+    The latent is the sequence of all output tokens of the encoder, (B, 1 + visible patches, d), because the decoder
+    needs all of them, so that E∘D is a self-map. Nothing is random: transformers' own ``model(pixel_values)`` shuffles
+    the patches at every call, even at mask ratio 0; here their order is fixed.
 
     Args:
-        model: a ``transformers.ViTMAEForPreTraining``, or a :class:`MAENetwork`, which is the same in plain torch and
-            what a folder is read into.
-        mask_ratio: 0.0 (default) shows the encoder all patches. The paper does not say; without masking f sees the
-            whole image and no choice of a mask enters the score. Above 0 the same patches are hidden at every step
-            and for every image.
-        mask_seed: draws the fixed mask. Only used when ``mask_ratio`` > 0.
-        mean, std: per channel, of the rescaled pixels. Default: those of ``preprocessing``, else ImageNet's, as all
-            public checkpoints use.
-        preprocessing: from a picture to the network's input. Default: bilinear direct resize, pixels in [0, 1].
+        model: a ``transformers.ViTMAEForPreTraining``, or a :class:`MAENetwork`, the same network in plain torch, which
+            is used for local folders.
+        name: the model's name in tables and messages.
+        mask_ratio: share of hidden patches. 0.0 (default) shows the encoder all patches: the paper does not specify it,
+            and without masking f sees the whole image and the score depends on no choice of mask. Above 0 the same
+            patches are hidden at every step and for every image.
+        mask_seed: seed of the fixed mask, used if ``mask_ratio`` > 0.
+        mean: mean per channel of the rescaled pixels. Default: that of ``preprocessing``, else ImageNet's (0.5 unless
+            there are 3 channels), as in all public checkpoints.
+        std: standard deviation per channel, likewise.
+        preprocessing: how an image file becomes an input. Default: bilinear direct resize, pixels in [0, 1].
+    Raises:
+        TrajOODError: a mask ratio outside [0, 1) or that hides all patches, or position embeddings that are zero.
     """
 
     family, summary = "vit_mae", "ViT-MAE of transformers, with its decoder: vit_mae:<hub name or folder>"
@@ -108,8 +112,8 @@ class ViTMAE(Autoencoder):
             raise TrajOODError(
                 f"mask_ratio: expected one that leaves at least one of {self.patches} patches visible, got {mask_ratio}"
             )
-        # About a thousand tokens a call fill the matrix products of a CPU; more leave rows idle beside the last slow
-        # samples (the bundled model, two cores: 155 µs a row in 48 rows, 189 in 96).
+        # About 1,000 tokens per call fill the matrix products of a CPU; larger calls compute more idle rows beside the
+        # last samples (the bundled model on two cores: 155 µs per row in calls of 48 rows, 189 µs in calls of 96).
         self.chunk = rows_per_call(1024 / (self.patches + 1))
         self._noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)
         self._restore = self._noise.argsort().argsort()
@@ -117,7 +121,7 @@ class ViTMAE(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ViTMAE:
-        """Load a checkpoint by hub name (``facebook/vit-mae-base``) or local folder.
+        """Load a checkpoint by hub name, such as ``facebook/vit-mae-base``, or local folder.
 
         Raises:
             TrajOODError: not found, not a ViT-MAE, without a decoder, of another architecture, or with NaN weights.
@@ -144,7 +148,7 @@ class ViTMAE(Autoencoder):
             stored = _read_json(folder / PROCESSOR)
             options.setdefault("preprocessing", _preprocessing(stored, {**DEFAULTS, **raw}, str(folder / PROCESSOR)))
         autoencoder = cls(model, **options)
-        check_digest(path, written, raw, stored)  # last: the other errors say more
+        check_digest(path, written, raw, stored)  # last: the other errors are more specific
         return autoencoder
 
     @classmethod
@@ -160,7 +164,7 @@ class ViTMAE(Autoencoder):
         return cls(model, **options)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and preprocessor_config.json, readable by transformers too."""
+        """Write config.json, model.safetensors and preprocessor_config.json, which transformers can read, too."""
         network: Any = self.module
         if isinstance(network, MAENetwork):
             text = json.dumps(network.given, indent=2, sort_keys=True) + "\n"  # as transformers writes it
@@ -192,8 +196,8 @@ class ViTMAE(Autoencoder):
         return self._decode(latents, self._restore.to(latents.device).expand(latents.shape[0], -1))
 
     def grid(self, latents: Tensor) -> Tensor:
-        """As :meth:`Autoencoder.grid`; under a mask, which is the same for all images, the mean of the visible patches
-        of each cell, without cells that have none."""
+        """As :meth:`Autoencoder.grid`. With a mask, the mean of the visible patches of each cell, without cells that
+        have none; the mask is the same for all images."""
         if self._cells is None:
             return super().grid(latents)
         patches = latents[:, 1:]
@@ -203,9 +207,9 @@ class ViTMAE(Autoencoder):
         return RECONSTRUCTION_MASKS
 
     def reconstruct_masked(self, images: Tensor) -> Tensor:
-        """Mean squared error on the hidden patches, the MAE's own training task, over fixed masks.
+        """Mean squared error on hidden patches, the training task of an MAE, averaged over fixed masks, (B,) float64.
 
-        Four masks of ratio 0.75 (He et al.'s), seeds 0 … 3, the same for every image, so the score is deterministic.
+        There are four masks of ratio 0.75 (He et al.'s) with seeds 0 … 3, the same for every image.
         """
         errors = torch.zeros(len(images), dtype=torch.float64)
         for seed in range(RECONSTRUCTION_MASKS):
@@ -223,7 +227,7 @@ class ViTMAE(Autoencoder):
         return self._decode(latents, restore), self.module.unpatchify(hidden[..., None].expand(-1, -1, patch_pixels))  # type: ignore[operator]
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """All but the position tables, which stay the fixed sine-cosine ones, as in the original."""
+        """All parameters except the position embeddings, which stay sine-cosine tables, as in the original."""
         fixed = ("position_embeddings", "decoder_pos_embed")
         return {k: p for k, p in self.module.named_parameters() if not k.endswith(fixed)}
 
@@ -240,7 +244,7 @@ class ViTMAE(Autoencoder):
         return self.module.patchify(images)  # type: ignore[operator]
 
     def _encode(self, images: Tensor, noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, hidden-patch mask (B, patches), ids_restore — the encoder with our patch order."""
+        """Encode with the patch order of ``noise``: latents, 0/1 mask of hidden patches (B, patches), inverse order."""
         if isinstance(self.module, MAENetwork):
             order = noise.to(images.device).argsort(dim=-1)
             restore = order.argsort(dim=-1)
@@ -248,7 +252,7 @@ class ViTMAE(Autoencoder):
             hidden = (restore >= visible).to(images.dtype).expand(len(images), -1)
             return self.module.encode(images, order, visible), hidden, restore
         vit: Any = self.module.vit
-        # The embedding reads the ratio from a config that whoever made the model, and others that wrap it, use, too.
+        # transformers reads the ratio from the model's config, which other users of the same model share: restore it.
         config = vit.embeddings.config
         before, config.mask_ratio = config.mask_ratio, float(ratio)  # transformers rejects the int 0
         try:
@@ -265,29 +269,32 @@ class ViTMAE(Autoencoder):
 
 
 PROCESSOR = "preprocessor_config.json"
-_PROCESSORS = ("ViTImageProcessor", "ViTFeatureExtractor")  # with and without "Fast"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
+_PROCESSORS = ("ViTImageProcessor", "ViTFeatureExtractor")  # with or without the suffix "Fast"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of precedence
 
 
 def _preprocessing(stored: dict[str, Any], config: dict[str, Any], where: str) -> Preprocessing:
-    """Of the checkpoint's own image processor."""
+    """The preprocessing that the checkpoint's image processor describes."""
     kind = str(stored.get("image_processor_type") or stored.get("feature_extractor_type") or _PROCESSORS[0])
     if kind.removesuffix("Fast").removesuffix("Pil") not in _PROCESSORS:
-        raise TrajOODError(f"{where}: expected a {_PROCESSORS[0]}, got {kind!r}: its images cannot be made here")
+        raise TrajOODError(
+            f"{where}: expected a {_PROCESSORS[0]}, got {kind!r}, which is not supported: wrap the model in a "
+            "traj_ood.CallableAutoencoder with a transform of your own"
+        )
     side = config["image_size"]
     return from_processor(stored, (config["num_channels"], side, side), where)
 
 
 def _fetched_processor(source: str) -> dict[str, Any]:
-    """``preprocessor_config.json`` of a repository on the hub."""
+    """Download ``preprocessor_config.json`` of a hub repository."""
     from huggingface_hub import hf_hub_download
 
-    where = f"model {source!r}: its {PROCESSOR}, which says how images are prepared, cannot be had"
+    where = f"model {source!r}: its {PROCESSOR}, which says how images are prepared, is not available"
     with foreign_errors(where, "; download the repository and pass the folder"):
         return _read_json(Path(hf_hub_download(source, PROCESSOR)))
 
 
-# transformers 5 gave ViT-MAE's tensors other names than the published files and transformers 4 have.
+# transformers 5 renamed the tensors of ViT-MAE; published files have the names of transformers 4.
 _RENAMED = (
     (r"^vit\.encoder\.layer\.", "vit.layers."),
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),  # what transformers 5 itself writes
@@ -299,7 +306,7 @@ _RENAMED = (
 
 
 def own_name(key: str) -> str:
-    """One name for a tensor of a ViT-MAE, whichever version of transformers wrote or holds it."""
+    """The name of a ViT-MAE's tensor in transformers 5, from its name in any version."""
     for pattern, name in _RENAMED:
         key = re.sub(pattern, name, key)
     return key
@@ -309,13 +316,13 @@ _NEED_DECODER = "use a ViTMAEForPreTraining checkpoint such as facebook/vit-mae-
 
 
 def _built(config: dict[str, Any], written: dict[str, Tensor], config_path: Path, path: Path) -> Any:
-    """The model of a config with the weights ``written``, by their names in it.
+    """Build the model of a config and load the weights ``written``.
 
-    Shapes first, which take no memory: a damaged config could ask for any amount of it.
+    Shapes are checked first, on the meta device, because a damaged config could request any amount of memory.
     """
     refuse_larger(config, written, str(config_path))
     with torch.device("meta"):
-        shapes = MAENetwork(config) if is_plain(config) else _theirs(config)
+        shapes = MAENetwork(config) if is_plain(config) else _transformers_network(config)
     names = {own_name(key): key for key in shapes.state_dict()}
     weights = {names.get(own_name(key), key): value for key, value in written.items()}
     if not any(key.startswith("decoder.") for key in weights):
@@ -325,26 +332,25 @@ def _built(config: dict[str, Any], written: dict[str, Tensor], config_path: Path
         model = build_model(config)
         model.load_state_dict(weights)
         return model
-    # In their own memory, and where allocations begin: kernels round by the alignment of what they read, too.
+    # Copied to freshly allocated memory, because the rounding of kernels depends on the alignment of their inputs.
     shapes.load_state_dict({key: value.float().clone() for key, value in weights.items()}, assign=True)
     return shapes
 
 
-def _theirs(config: dict[str, Any]) -> Any:
-    """transformers' own network."""
+def _transformers_network(config: dict[str, Any]) -> Any:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     return ViTMAEForPreTraining(ViTMAEConfig(**{k: v for k, v in config.items() if k != "model_type"}))
 
 
 def build_model(config: dict[str, Any]) -> Any:
-    """A ``ViTMAEForPreTraining`` of the given transformers config with sound initial weights.
+    """Build a ``ViTMAEForPreTraining`` of a transformers config with correct initial weights.
 
-    transformers leaves the decoder's position embeddings (and in some versions the encoder's) at zero when a model is
-    built from a config: training then runs and silently learns nothing. They are filled with the 2-D sine-cosine table
-    of the original implementation here; class and mask token get std 0.02.
+    When a model is built from a config, transformers leaves the decoder's position embeddings (and in some versions the
+    encoder's) at zero, and training silently learns nothing. Here they are set to the 2-D sine-cosine table of the
+    original implementation; class and mask token are drawn with standard deviation 0.02.
     """
-    model = _theirs(config)
+    model = _transformers_network(config)
     grid = int(model.vit.embeddings.patch_embeddings.num_patches**0.5)
     with torch.no_grad():
         for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
@@ -355,17 +361,17 @@ def build_model(config: dict[str, Any]) -> Any:
 
 
 def geometry_keys() -> tuple[str, ...]:
-    """The keys that :func:`build_model` understands; transformers itself swallows any other in silence."""
+    """The config keys that :func:`build_model` accepts; transformers itself silently ignores unknown ones."""
     from transformers import ViTMAEConfig
 
     return tuple(ViTMAEConfig().to_dict())
 
 
 def assert_position_embeddings(model: Any, name: str) -> None:
-    """Refuse a model whose position embeddings are zero: it cannot tell one patch from another.
+    """Refuse a model whose position embeddings are zero, since it cannot distinguish patches.
 
     Raises:
-        TrajOODError: naming the table.
+        TrajOODError: the encoder's or decoder's position embeddings are all zero.
     """
     tables = {
         "encoder": model.vit.embeddings.position_embeddings,
@@ -380,9 +386,13 @@ def assert_position_embeddings(model: Any, name: str) -> None:
 
 
 def sine_cosine_table(grid: int, width: int) -> Tensor:
-    """(1, 1 + grid², width): [sin x, cos x, sin y, cos y] per patch in row-major order, zeros for the class token.
+    """The 2-D sine-cosine position table, (1, 1 + grid², width), of ``grid`` × ``grid`` patches.
 
-    The original implementation passes (x, y) where its names say (y, x); its weights, and so ours, keep that order.
+    Rows are [sin x, cos x, sin y, cos y] per patch in row-major order, after zeros for the class token. The original
+    implementation swaps x and y relative to its variable names; published weights depend on this order.
+
+    Raises:
+        TrajOODError: ``width`` is not a multiple of 4.
     """
     if width % 4:
         raise TrajOODError(f"hidden size: the 2-D sine-cosine table needs a multiple of 4, got {width}")
@@ -394,7 +404,7 @@ def sine_cosine_table(grid: int, width: int) -> Tensor:
 
 
 def _fixed_order(patches: int, ratio: float, seed: int) -> Tensor:
-    """(patches,) ranks that transformers sorts: ascending = patches in order; a seeded permutation hides the last."""
+    """The noise (patches,) by which transformers sorts patches: in natural order, with hidden patches at the end."""
     if ratio == 0:
         return torch.arange(patches, dtype=torch.float32)
     drawn = torch.randperm(patches, generator=torch.Generator().manual_seed(seed))
@@ -406,7 +416,7 @@ def _fixed_order(patches: int, ratio: float, seed: int) -> Tensor:
 
 
 def _cells_of(noise: Tensor, visible: int) -> list[list[int]]:
-    """Which of the ``visible`` patch tokens lie in each cell of ``GRID`` x ``GRID``, those without any left out."""
+    """Indices of the visible patch tokens in each cell of ``GRID`` × ``GRID``, without empty cells."""
     side = math.isqrt(len(noise))
     cells: dict[tuple[int, int], list[int]] = {}
     for token, patch in enumerate(noise.argsort()[:visible].tolist()):

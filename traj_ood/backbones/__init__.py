@@ -1,4 +1,4 @@
-"""Frozen backbones by name: one file per library, each of which registers itself, and the loader."""
+"""Frozen backbones: the base class, one file per library, each of which registers itself on import, and the loader."""
 
 from traj_ood.backbones.base import Backbone, CallableBackbone, Features
 from traj_ood.backbones.openood_networks import OpenOODBackbone

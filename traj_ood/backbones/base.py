@@ -1,4 +1,4 @@
-"""The Backbone protocol: a frozen network that turns images into penultimate features and, maybe, logits."""
+"""Backbone, the base class of frozen networks, and CallableBackbone, a wrapper for networks of your own."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from traj_ood.io.weights import fingerprint
 
 @dataclass(frozen=True)
 class Features:
-    """What a frozen backbone says of B images.
+    """The output of a frozen backbone for B images.
 
     Attributes:
-        features: (B, n) float32 or the network's own float64, the input of the classifier (penultimate features).
+        features: (B, n) penultimate features, the input of the classifier; float32, or float64 if the network is.
         logits: (B, c) of the same type; None without a classifier.
     """
 
@@ -37,30 +37,33 @@ class Features:
 
 
 class Backbone(FixedFunction, Preprocessed, ABC):
-    """A frozen network with the image transform it was trained with.
+    """A frozen network with its image preprocessing, which returns penultimate features and, if it classifies, logits.
 
-    Subclasses implement :meth:`forward_batch` and :meth:`transform` and set the attributes below. Users call
-    :meth:`extract`, which hands the network a constant number of rows: features must not depend on batch-mates.
+    Subclasses implement :meth:`forward_batch` and set the attributes below. Users call :meth:`extract`, which calls the
+    network with a constant number of rows, so that features do not depend on the batch.
 
-    A class under :func:`traj_ood.backbones.register_backbone` stands for a library of networks: ``library:source`` is
-    then its ``load(source, **options)``, and detectors keep its networks by :meth:`pack` and :meth:`unpack`.
+    A class decorated with :func:`traj_ood.backbones.register_backbone` represents a library of networks: the spec
+    ``library:source`` is loaded by its ``load(source, **options)``, and detectors save its networks by :meth:`pack` and
+    :meth:`unpack`.
 
     Attributes:
-        library: whose network it is: ``timm``, ``torchvision``, … or ``custom``; the word before the colon of a spec.
-        summary: of a registered library, in a line: the specs it understands.
-        any_size: whether its ``load`` takes ``input_size``, the side of the images.
-        load: class method of a registered library: source, options → the backbone, on the CPU.
-        name: what tables call it, such as ``timm:resnet18``; never a machine's path.
-        spec: what :func:`traj_ood.backbones.load_backbone` takes to make it again; may hold a path.
+        library: name of the library (``timm``, ``torchvision``, …), the word before the colon in a spec; ``custom`` for
+            your own networks.
+        summary: one-line description of a registered library, with the form of its specs.
+        any_size: whether ``load`` takes ``input_size``, the side of the images.
+        load: class method of a registered library that loads a backbone, on the CPU, from a source and options.
+        name: the backbone's name in tables and messages, such as ``timm:resnet18``; never a path.
+        spec: the text from which :func:`traj_ood.backbones.load_backbone` loads it again; may contain a path.
         module: the network, on :attr:`device`.
-        input_shape: (C, H, W) that :meth:`extract` takes.
-        preprocessing: what is done to a picture; None where :meth:`transform` is code of the user's own.
+        input_shape: (C, H, W) of the images that :meth:`extract` takes.
+        preprocessing: how an image file becomes an input; None if :meth:`transform` is the user's own code.
         feature_dim: n, width of the features.
         classes: c, number of logits; 0 without a classifier.
-        load_options: options of :func:`traj_ood.backbones.load_backbone` that go with ``spec``, JSON-able.
-        chunk, ladder: rows per call of the network (see :class:`traj_ood.Autoencoder`).
-        channels_last: whether the network gets images whose channels come last in memory, which many convolutions take
-            faster and round otherwise. Default false; see :func:`traj_ood.backbones.tuning.tuned`.
+        load_options: options of :func:`traj_ood.backbones.load_backbone` that belong to ``spec``, JSON-serialisable.
+        chunk: rows per call of the network (see :class:`traj_ood.Autoencoder`).
+        ladder: allowed numbers of rows for few images (see :class:`traj_ood.Autoencoder`).
+        channels_last: whether images are passed in channels-last memory order, which makes many convolutions faster and
+            changes their rounding. Default false; see :func:`traj_ood.backbones.tuning.tuned`.
     """
 
     library: ClassVar[str] = "custom"
@@ -79,25 +82,26 @@ class Backbone(FixedFunction, Preprocessed, ABC):
 
     @abstractmethod
     def forward_batch(self, images: Tensor) -> Features:
-        """Images (chunk, C, H, W) in the network's normalised units → what it says of them."""
+        """Features and logits of images (chunk, C, H, W) in the network's normalised units."""
 
     def options(self) -> dict[str, Any]:
-        """Everything besides the weights that decides the features (transform, pooling), JSON-able; fingerprinted."""
+        """The settings that decide the features in addition to the weights (transform, pooling), JSON-serialisable;
+        part of the fingerprint."""
         return {}
 
     def head(self) -> tuple[Tensor, Tensor] | None:
-        """Weight (c, n) and bias (c,) when the logits are a linear function of the features, else None."""
+        """Weight (c, n) and bias (c,) if the logits are a linear function of the features, else None."""
         return None
 
     def extract(self, images: Tensor) -> Features:
         """Features and logits of any number of images (B, C, H, W), on :attr:`device`.
 
-        A row never depends on its batch: the network is only called on exactly :attr:`chunk` rows, in evaluation mode
-        and under :meth:`fixed`.
+        No row depends on the batch: the network is always called on exactly :attr:`chunk` rows, in evaluation mode and
+        under :meth:`fixed`.
 
         Raises:
-            TrajOODError: the images are not finite floats (B, C, H, W) of :attr:`input_shape`, or the network answers
-                with other shapes than it declared or with NaN, draws random numbers, or looks at other images of the
+            TrajOODError: the images are not finite floats (B, C, H, W) of :attr:`input_shape`; or the network returns
+                other shapes than it declared or NaN, draws random numbers, or its output for an image depends on the
                 batch.
         """
         images = network_input(self.name, images, self.input_shape, "backbone.transform", self.module)
@@ -110,7 +114,7 @@ class Backbone(FixedFunction, Preprocessed, ABC):
                 f"{self.name}: features of {len(bad)} image(s) are NaN or infinite, first at row {int(bad[0])}: check "
                 "the weights"
             )
-        # Clones, made outside inference mode: a surrogate trains on these, and a view would keep both parts alive.
+        # Cloned outside inference mode, since a surrogate trains on them; views would keep both parts in memory.
         features, logits = joint[:, : self.feature_dim].clone(), joint[:, self.feature_dim :].clone()
         return Features(features, logits if self.classes else None)
 
@@ -121,7 +125,7 @@ class Backbone(FixedFunction, Preprocessed, ABC):
             self.ladder = ()
 
     def _joint(self, images: Tensor) -> Tensor:
-        """(chunk, n + c): one tensor, because chunks are put together row by row."""
+        """Features and logits side by side, (chunk, n + c), because :func:`apply_in_chunks` returns one tensor."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         answer = self.forward_batch(images)
@@ -137,20 +141,23 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         return torch.cat(parts, dim=1)
 
     def pack(self, folder: Path) -> dict[str, Any]:
-        """Write the weights into ``folder``, as safetensors; returns the JSON-able recipe that :meth:`unpack` needs."""
-        raise NotImplementedError(f"{self.name} is of no registered library")
+        """Write the weights to ``folder`` as safetensors; returns a JSON-serialisable recipe for :meth:`unpack`."""
+        raise NotImplementedError(f"{self.name} does not belong to a registered library")
 
     @classmethod
     def unpack(cls, described: Mapping[str, Any], folder: Path) -> Backbone:
-        """The backbone of a ``name``, ``options`` and ``recipe``, of the weights in ``folder``, without any download.
+        """Restore the backbone that :meth:`pack` wrote, without any download.
 
+        Args:
+            described: the backbone's ``name``, ``options`` and ``recipe``.
+            folder: where :meth:`pack` wrote.
         Raises:
             TrajOODError: files or entries that are missing, damaged or of another architecture.
         """
-        raise NotImplementedError(f"{cls.__name__} is of no registered library")
+        raise NotImplementedError(f"{cls.__name__} does not belong to a registered library")
 
     def fingerprint(self) -> str:
-        """sha256 over every weight and the options: two backbones agree exactly when this does."""
+        """SHA-256 (hex) over all weights and :meth:`options`; equal backbones have equal fingerprints."""
         return fingerprint(self.module, [self.library, self.options()])
 
     def parameter_count(self) -> int:
@@ -158,16 +165,21 @@ class Backbone(FixedFunction, Preprocessed, ABC):
 
 
 class CallableBackbone(Backbone):
-    """Bring your own: a callable on batches, and the module whose weights it uses.
+    """Wraps your own function on batches of images as a backbone.
 
     Args:
         forward: images (chunk, C, H, W) → :class:`Features`; each row must depend on its own image alone.
-        input_shape: (C, H, W). feature_dim, classes: see :class:`Backbone`.
-        module: fingerprinted, moved between devices, and in evaluation mode while it is used.
-        preprocessing: from a picture to what ``forward`` takes. Default: resize to ``input_shape``, pixels in [0, 1].
-        transform: PIL image → (C, H, W) tensor, in the place of ``preprocessing``, for what that does not cover. It is
-            not part of the fingerprint; caches know it by what it makes of fixed pictures.
-        head: weight (c, n) and bias (c,) when the logits are linear in the features; default None.
+        input_shape: (C, H, W) of the images.
+        feature_dim: n, width of the features.
+        classes: c, number of logits. Default 0: no classifier.
+        module: the network whose weights ``forward`` uses; it is fingerprinted, moved between devices, and in
+            evaluation mode while it is used.
+        name: the backbone's name in tables and messages.
+        preprocessing: how an image file becomes an input of ``forward``. Default: resize to ``input_shape``, pixels in
+            [0, 1].
+        transform: PIL image → (C, H, W) tensor, instead of ``preprocessing``, for transforms that it does not cover. It
+            is not part of the fingerprint; caches identify it by its output for fixed images.
+        head: weight (c, n) and bias (c,) if the logits are linear in the features. Default None.
         chunk: rows per call. Default 24.
     """
 

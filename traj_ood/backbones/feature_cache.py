@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, extracted once: one file per block of images, whatever batches are asked for."""
+"""FeatureCache: features of a frozen backbone, extracted once and stored in blocks of 512 images."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from traj_ood.io.trees import as_json
 
 Failures = list[dict[str, str]]
 BLOCK = 512  # images per file
-_READ_IMAGES = 128  # images in memory at a time: at 224 x 224 a whole block would take 300 MB
+_READ_IMAGES = 128  # images in memory at a time: a whole block of 224 x 224 would take 300 MB
 IDENTITY = "cache.json"
 
 
 class FeatureCache:
-    """``folder/<backbone>-<images>/``: cache.json, which says whose features these are, and one file per block.
+    """A folder of features, with a subfolder for each pair of a backbone and a list of images.
 
-    The key is the backbone's fingerprint (weights, options), what its transform does, how it is called (rows, order in
-    memory) and the digest of the images' contents, and all of them stand in cache.json in full. A block that other code
-    of this package has written counts as absent. Blocks are the same whatever the caller's batches, and a row of
-    features never depends on its batch; so two processes that fill one cache write the same bytes, and each block is
-    whole or absent.
+    A subfolder holds cache.json, which identifies the features, and one file per block. The identity is the backbone's
+    fingerprint (weights, options), the behaviour of its transform, the way it is called (rows, memory order) and the
+    digest of the images' contents. A block written by another version of this package's code counts as absent. Blocks
+    do not depend on the caller's batches, nor rows on their batch, so two processes that fill the same cache write the
+    same bytes; each block is complete or absent.
 
     Args:
-        folder: made when the first block is written.
+        folder: created when the first block is written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -45,27 +45,29 @@ class FeatureCache:
         self._recent: _Blocks | None = None
 
     def distrust(self) -> None:
-        """From now on believe only blocks that this object writes from now on."""
+        """Ignore all blocks that this object has not written itself after this call."""
         self._parts.distrust()
         self._recent = None
 
     def extract(
         self, backbone: Backbone, images: ImageSource, indices: range, *, workers: int = 2, on_error: OnError = "raise"
     ) -> tuple[tuple[str, ...], Features | None, Failures]:
-        """Ids, features (on the CPU) and failures of the images ``indices``, in their order.
+        """Return ids, features (on the CPU) and failures of some images, in their order.
 
-        What no file holds is read and extracted in whole blocks. A block with an image that cannot be read is not
-        stored: each pass tries again, and repaired images count.
+        Missing blocks are read and extracted as a whole, and may include images outside ``indices``. A block with an
+        image that cannot be read is not stored, so that it is tried again in the next pass.
 
         Args:
-            backbone: the frozen network. images: the whole list. indices: consecutive, within the list.
-            workers, on_error: of :func:`traj_ood.data.batches.batches`, for what is not stored; that are whole blocks,
-                which may hold images outside ``indices``.
+            backbone: the frozen network.
+            images: the whole list of images.
+            indices: consecutive indices into the list.
+            workers: threads that read images, see :func:`traj_ood.data.batches.batches`.
+            on_error: ``raise`` (default) or ``skip`` images that cannot be read, likewise.
         Returns:
-            None in place of features when no image could be read.
+            Ids, features and failures; the features are None if no image could be read.
         Raises:
-            TrajOODError: indices outside the list, a cache of something else, a damaged file, an unwritable folder,
-                images that changed since the first call, or one that cannot be read.
+            TrajOODError: indices outside the list, a folder that holds other features, a damaged file, an unwritable
+                folder, images that changed since the first call, or an image that cannot be read.
         """
         if indices.step != 1 or (len(indices) and not 0 <= indices.start <= indices.stop <= len(images)):
             raise TrajOODError(f"features: expected consecutive indices within {len(images)} images, got {indices}")
@@ -83,12 +85,13 @@ class FeatureCache:
         return ids, Features(features, logits if backbone.classes else None), failures
 
     def _code(self) -> str:
-        """Of a library's network, without what a user imported: a change in an own scorer costs no extraction."""
+        """The digest of the code that makes the features. For a library's network, code that the user imported is left
+        out, so that a change in a scorer of your own does not repeat the extraction."""
         own = self._recent is None or origin_of(type(self._recent.backbone)) is not None
         return code_digest() if own else package_digest()
 
     def _blocks(self, backbone: Backbone, images: ImageSource) -> _Blocks:
-        """Those of the last call when they are asked for again: hashing weights and pixels takes a while."""
+        """The blocks of this backbone and these images, reused from the last call, because hashing takes a while."""
         if self._recent is None or self._recent.backbone is not backbone or self._recent.images is not images:
             self._recent = _Blocks(self._parts, backbone, images)
         return self._recent
@@ -119,26 +122,26 @@ class _Blocks:
             "images": images.digest(),
             "count": len(images),
             "block": BLOCK,
-            "calls": f"{backbone.chunk}{' channels-last' * backbone.channels_last}",  # the rounding follows them
+            "calls": f"{backbone.chunk}{' channels-last' * backbone.channels_last}",  # they decide the rounding
         }
         names = [identity[name][:16] for name in ("fingerprint", "images", "transform")]
         self._group = "-".join([*names, identity["calls"].replace(" ", "-")])
         self._claim(as_json(identity), backbone_answers(backbone))
 
-    def _claim(self, mine: dict[str, Any], said: list[float | None] | None) -> None:
-        """Write cache.json, or check that the one that is there says the same."""
+    def _claim(self, mine: dict[str, Any], outputs: list[float | None] | None) -> None:
+        """Write cache.json, or check that an existing one has the same contents."""
         path = self._parts.index(self._group)
-        stored = self._parts.open({**mine, "answers": said}, self._group)
+        stored = self._parts.open({**mine, "answers": outputs}, self._group)
         different = [key for key in mine if key != "backbone" and mine[key] != stored[key]]
         if different:
             raise TrajOODError(
                 f"{path}: holds features of backbone {_short(stored)}, expected those of {_short(mine)} (other "
                 f"{', '.join(different)}): choose another cache folder, or delete {path.parent}"
             )
-        if said is not None and not agree(stored["answers"], said):
+        if outputs is not None and not agree(stored["answers"], outputs):
             raise TrajOODError(
-                f"{path}: holds features of a backbone with the name {mine['backbone']!r} and the weights of this one "
-                f"that computes something else of them: give this one another name, or delete {path.parent}"
+                f"{path}: holds features of a backbone with the same name {mine['backbone']!r} and weights, but other "
+                f"outputs: give this one another name, or delete {path.parent}"
             )
 
     def block(self, number: int, workers: int, on_error: OnError) -> Part:
@@ -175,7 +178,7 @@ class _Blocks:
 
 
 def backbone_answers(backbone: Backbone) -> list[float | None] | None:
-    """What a backbone of the user's own answers, which nothing else tells of its code; None for the libraries'."""
+    """Sample outputs that identify the code of a user's own backbone; None for the backbones of libraries."""
     if backbone.library != "custom":
         return None
 

@@ -1,4 +1,4 @@
-"""transformers' image processors (``preprocessor_config.json``) as a :class:`traj_ood.Preprocessing`."""
+"""Conversion of transformers' image processors (``preprocessor_config.json``) to :class:`traj_ood.Preprocessing`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from traj_ood.data.preprocessing import Interpolation, Preprocessing, largest_di
 from traj_ood.errors import TrajOODError
 
 LARGEST_DIFFERENCE = 2.0
-"""Most that our pixels may differ from the library's on the trial pictures, in 1/255; both round a resized byte. They
-equal those of transformers' Pillow backend. Its torchvision backend, with a bicubic filter, differs from that itself:
-2/255 were seen of noise enlarged, 31/255 of thin lines shrunk more in height than in width."""
+"""Largest allowed difference from the library's pixels on the trial images, in 1/255, as both round resized bytes. The
+pixels equal those of transformers' Pillow backend. Its torchvision backend itself differs from that with a bicubic
+filter: by 2/255 for enlarged noise, by 31/255 for thin lines shrunk more in height than in width."""
 _READ = {
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 }
-_DECIDES_NOTHING = {
+_IRRELEVANT = {  # settings that do not change the pixels
     *("image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "default_to_square"),
     *("return_tensors", "data_format", "input_data_format", "device", "_valid_processor_keys", "image_seq_length"),
 }
-_WHOLE = 384  # ConvNeXt's processor squeezes images from this side on, and crops smaller ones
-_DEFAULTS: dict[str, Any] = {  # of ViTImageProcessor, for files that leave them out
+_UNCROPPED_SIDE = 384  # ConvNeXt's processor resizes directly from this side on, and crops below it
+_DEFAULTS: dict[str, Any] = {  # of ViTImageProcessor
     "do_resize": True,
     "size": 224,
     "resample": Image.Resampling.BILINEAR,
@@ -37,53 +37,56 @@ _DEFAULTS: dict[str, Any] = {  # of ViTImageProcessor, for files that leave them
 
 
 def from_processor(settings: Mapping[str, Any], shape: tuple[int, int, int], where: str) -> Preprocessing:
-    """What an image processor with these settings does to one picture.
+    """The preprocessing that an image processor with these settings applies to an image.
 
     Args:
-        settings: of ``preprocessor_config.json``, or a processor's ``to_dict()``; what is left out has the defaults of
-            ``ViTImageProcessor``.
-        shape: (C, H, W) that the network takes.
-        where: for the message.
+        settings: the contents of ``preprocessor_config.json``, or a processor's ``to_dict()``; missing settings have
+            the defaults of ``ViTImageProcessor``.
+        shape: (C, H, W) of the network's input.
+        where: the source of the settings, for messages.
     Raises:
-        TrajOODError: a setting that is not covered here (it is named), or images of another size than the network's.
+        TrajOODError: a setting that is not supported (the message names it), or images of another size than the
+            network's.
     """
-    told = {**_DEFAULTS, **{k: v for k, v in settings.items() if v is not None}}
-    odd = sorted(k for k, v in told.items() if k not in _READ | _DECIDES_NOTHING and v)
-    if odd:
-        raise _refused(where, odd[0], told[odd[0]], "a setting that is known here")
-    resize, side, short_side = _geometry(told, where)
+    complete = {**_DEFAULTS, **{k: v for k, v in settings.items() if v is not None}}
+    unknown = sorted(k for k, v in complete.items() if k not in _READ | _IRRELEVANT and v)
+    if unknown:
+        raise _refused(where, unknown[0], complete[unknown[0]], "no such setting")
+    resize, side, short_side = _geometry(complete, where)
     if side is not None and side != shape[1:]:
         raise TrajOODError(
-            f"{where}: its images are {side[0]} x {side[1]}, and the network takes {shape[1]} x {shape[2]}: correct "
-            "size and crop_size"
+            f"{where}: expected images of {shape[1]} x {shape[2]}, as the network takes, got {side[0]} x {side[1]}: "
+            "correct size and crop_size"
         )
     channels = shape[0]
-    normalises = bool(told["do_normalize"])
-    mean, std = (_statistic(told[f"image_{key}"], channels, where) if normalises else () for key in ("mean", "std"))
+    normalises = bool(complete["do_normalize"])
+    mean, std = (_statistic(complete[f"image_{key}"], channels, where) if normalises else () for key in ("mean", "std"))
     try:
         return Preprocessing(
             shape=shape,
             mean=mean,
             std=std,
             resize=resize,  # type: ignore[arg-type]
-            interpolation=interpolation_of(told["resample"]),
+            interpolation=interpolation_of(complete["resample"]),
             short_side=short_side,
             offset="floor",
-            rescale=float(told["rescale_factor"]) if told["do_rescale"] else 1.0,
+            rescale=float(complete["rescale_factor"]) if complete["do_rescale"] else 1.0,
         )
     except (TrajOODError, TypeError, ValueError) as error:
         raise TrajOODError(f"{where}: {error}") from error
 
 
 def to_processor(preprocessing: Preprocessing) -> dict[str, Any]:
-    """``preprocessor_config.json`` of a ``ViTImageProcessor`` that does the same, which :func:`from_processor` reads.
+    """The settings of a ``ViTImageProcessor`` that applies ``preprocessing``; the inverse of :func:`from_processor`.
 
     Raises:
-        TrajOODError: a crop, which that processor does not have.
+        TrajOODError: the preprocessing crops, which that processor does not support.
     """
     _, height, width = preprocessing.shape
     if preprocessing.resize == "crop":
-        raise TrajOODError("preprocessing: a crop cannot be written for a ViT-MAE: expected resize 'direct' or 'none'")
+        raise TrajOODError(
+            "preprocessing: expected resize 'direct' or 'none', which a ViT-MAE's processor supports, got 'crop'"
+        )
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": preprocessing.resize == "direct",
@@ -98,21 +101,25 @@ def to_processor(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def check_agreement(preprocessing: Preprocessing, transform: Callable[[Image.Image], Tensor], where: str) -> None:
-    """Refuse a declared preprocessing that is not what the library itself does, tried on two pictures.
+    """Check that a declared preprocessing agrees with the library's own transform on trial images.
 
     Raises:
-        TrajOODError: they differ by more than 1/255.
+        TrajOODError: pixels differ by more than :data:`LARGEST_DIFFERENCE`.
     """
     found = largest_difference(preprocessing, transform)
     if not found <= LARGEST_DIFFERENCE + 1e-3:
         raise TrajOODError(
-            f"{where}: its library's own transform differs from what its settings say here by {found:.3g}/255 of a "
-            "pixel's range: one of them is not covered; use traj_ood.backbones.CallableBackbone with that transform"
+            f"{where}: the library's own transform differs from the one made from its settings by {found:.3g}/255 of a "
+            "pixel's range, so a setting is not supported: use traj_ood.backbones.CallableBackbone with that transform"
         )
 
 
 def interpolation_of(value: Any) -> Interpolation:
-    """Pillow's filter, by its number or name."""
+    """The name of a Pillow filter, from its number or name.
+
+    Raises:
+        TrajOODError: no such filter.
+    """
     text = str(getattr(value, "value", value)).lower()
     try:
         name = Image.Resampling(int(text)).name if text.isdigit() else Image.Resampling[text.upper()].name
@@ -121,32 +128,32 @@ def interpolation_of(value: Any) -> Interpolation:
     return name.lower()  # type: ignore[return-value]
 
 
-def _geometry(told: Mapping[str, Any], where: str) -> tuple[str, tuple[int, int] | None, int | None]:
-    """How images are resized, (height, width) of the result (None: the network's own), and the short side of a crop."""
-    crop = _sides(told.get("crop_size"), where) if told.get("do_center_crop") else None
-    if not told["do_resize"]:
+def _geometry(settings: Mapping[str, Any], where: str) -> tuple[str, tuple[int, int] | None, int | None]:
+    """The kind of resize, (height, width) of the result (None: the network's), and the short side before a crop."""
+    crop = _sides(settings.get("crop_size"), where) if settings.get("do_center_crop") else None
+    if not settings["do_resize"]:
         if crop is not None:
             raise _refused(where, "do_center_crop", True, "do_resize with it, since images have any size")
         return "none", None, None
-    size = told["size"]
+    size = settings["size"]
     short = size.get("shortest_edge") if isinstance(size, Mapping) else None
     if short is None:
         if crop is not None and crop != _sides(size, where):
-            raise _refused(where, "crop_size", told["crop_size"], "a resize of the shortest edge before a crop")
+            raise _refused(where, "crop_size", settings["crop_size"], "a resize of the shortest edge before a crop")
         return "direct", _sides(size, where), None
     if any(v for k, v in size.items() if k != "shortest_edge"):
         raise _refused(where, "size", dict(size), "shortest_edge alone")
-    if told.get("crop_pct"):
-        if short >= _WHOLE:
+    if settings.get("crop_pct"):
+        if short >= _UNCROPPED_SIDE:
             return "direct", (short, short), None
-        return "crop", (short, short), int(short / told["crop_pct"])
+        return "crop", (short, short), int(short / settings["crop_pct"])
     if crop is None:
         raise _refused(where, "size", dict(size), "do_center_crop with shortest_edge: images of one size")
     return "crop", crop, int(short)
 
 
 def _sides(size: Any, where: str) -> tuple[int, int]:
-    """(height, width)."""
+    """A size setting as (height, width)."""
     if isinstance(size, int) and not isinstance(size, bool):
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2:
@@ -166,4 +173,7 @@ def _statistic(value: Any, channels: int, where: str) -> tuple[float, ...]:
 
 
 def _refused(where: str, key: str, value: Any, expected: str) -> TrajOODError:
-    return TrajOODError(f"{where}: {key}: expected {expected}, got {value!r}: its images cannot be made here")
+    return TrajOODError(
+        f"{where}: {key}: expected {expected}, got {value!r}, which is not supported: wrap the model with a transform "
+        "of your own"
+    )

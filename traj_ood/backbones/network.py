@@ -1,4 +1,4 @@
-"""What the libraries' backbones share: a frozen module, a declared transform, and facts found by trying them out."""
+"""Base classes of the libraries' backbones: a frozen module with a declared preprocessing, tested on construction."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from traj_ood.errors import TrajOODError, foreign_errors
 
 _TRIAL_ROWS = 2
 PACKED_WEIGHTS = "backbone.safetensors"
-"""File of the weights of a packed backbone."""
+"""File name of the weights of a packed backbone."""
 
 
 class NetworkBackbone(Backbone):
-    """A backbone around a network of some library. Subclasses implement :meth:`forward_batch`.
+    """A backbone around a library's network. Subclasses implement :meth:`forward_batch`.
 
-    Construction runs two random images through the network: widths, the linear head and the absence of random numbers
-    are facts then, and a preprocessing that does not fit the network is found before any data is read.
+    The constructor runs two random images through the network. It determines the widths and whether the head is linear,
+    and refuses random outputs or a preprocessing that does not fit the network, before any data are read.
 
     Args:
-        module: the network with its weights; put into eval mode without gradients.
-        name, spec: see :class:`Backbone`.
-        preprocessing: from a picture to the network's input.
-        options: everything that decides the features beside the weights: the library's own settings of its transform,
-            and the pooling.
-        classifier: the linear layer that makes the logits, where there is one; checked against the logits.
+        module: the network with its weights; put into evaluation mode without gradients.
+        name: see :class:`Backbone`.
+        spec: see :class:`Backbone`.
+        preprocessing: how an image file becomes the network's input.
+        options: the settings that decide the features in addition to the weights: the library's settings of its
+            transform, and the pooling.
+        classifier: the linear layer that computes the logits, if any; checked against the logits.
     Raises:
-        TrajOODError: the network cannot process what the transform makes, or answers at random.
+        TrajOODError: the network cannot process images of the preprocessing's shape, or its outputs are random.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class NetworkBackbone(Backbone):
             self.try_once()
 
     def _first_answer(self) -> Features:
-        where = f"{self.name}: cannot process images of shape {self.input_shape}, which its preprocessing makes"
+        where = f"{self.name}: cannot process images of shape {self.input_shape}, as its preprocessing returns them"
         with foreign_errors(where):
             answer = self.forward_batch(trial_images(self.input_shape))
         if answer.features.ndim != 2:
@@ -79,10 +80,13 @@ class NetworkBackbone(Backbone):
 
 
 class ClassifierInputBackbone(NetworkBackbone):
-    """A classifier whose features are what its last linear layer reads, caught on the way by a hook.
+    """A classifier whose features are the inputs of its last linear layer, captured by a forward hook.
 
     Args:
-        call: images → logits, by way of ``module``. classifier: the layer that makes them.
+        module: see :class:`NetworkBackbone`.
+        call: images → logits, through ``module``.
+        classifier: the layer that computes the logits.
+        settings: further arguments of :class:`NetworkBackbone`.
     """
 
     def __init__(
@@ -102,10 +106,10 @@ class ClassifierInputBackbone(NetworkBackbone):
 
 
 def find_classifier(name: str, module: nn.Module, call: Callable[[Tensor], Tensor], images: Tensor) -> nn.Linear:
-    """The linear layer whose output is the network's output, found by running it.
+    """The linear layer whose output is the network's output, found by running the network on ``images``.
 
     Raises:
-        TrajOODError: the logits are not the output of one linear layer.
+        TrajOODError: the logits are not the output of a single linear layer.
     """
     module.eval()
     made: list[tuple[nn.Linear, Tensor]] = []
@@ -115,8 +119,8 @@ def find_classifier(name: str, module: nn.Module, call: Callable[[Tensor], Tenso
         if output.shape == logits.shape and torch.equal(output, logits):
             return layer
     raise TrajOODError(
-        f"{name}: its logits are not the output of one linear layer, so it has no penultimate features to read; use "
-        "timm's version of the architecture, or traj_ood.backbones.CallableBackbone"
+        f"{name}: its logits are not the output of one linear layer, so it has no penultimate features: use timm's "
+        "version of the architecture, or traj_ood.backbones.CallableBackbone"
     )
 
 
@@ -135,7 +139,7 @@ def _watch_linear_layers(module: nn.Module, made: list[tuple[nn.Linear, Tensor]]
 
 
 def _is_linear_in(answer: Features, classifier: nn.Linear) -> bool:
-    """Whether W h + b gives the network's own logits, to float32 rounding (norms or activations between do not)."""
+    """Whether W h + b equals the network's logits up to float32 rounding, so no norm or activation lies between."""
     features, logits = answer.features.float(), answer.logits
     if logits is None or classifier.weight.shape != (logits.shape[1], features.shape[1]):
         return False
@@ -145,7 +149,7 @@ def _is_linear_in(answer: Features, classifier: nn.Linear) -> bool:
 
 
 def trial_images(shape: tuple[int, int, int]) -> Tensor:
-    """Two images of noise, always the same."""
+    """Two images of noise (2, C, H, W), always the same."""
     return torch.randn(_TRIAL_ROWS, *shape, generator=torch.Generator().manual_seed(0))
 
 

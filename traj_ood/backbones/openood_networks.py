@@ -1,4 +1,4 @@
-"""Backbones from OpenOOD: its networks with a checkpoint, asked with ``return_feature=True``."""
+"""OpenOODBackbone: OpenOOD's networks with a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from traj_ood.text import brief
 
 INSTALL = "pip install git+https://github.com/Jingkang50/OpenOOD"
 _RECIPE: dict[str, type] = {"data": str, "size": int, "pre_size": int, "mean": list, "std": list}
-_HEADS = ("fc", "heads.head", "head")  # where OpenOOD's networks keep their classifier
+_HEADS = ("fc", "heads.head", "head")  # names of the classifier in OpenOOD's networks
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Preparation:
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# By data set, as in openood.evaluation_api.preprocessor (OpenOOD 1.5).
+# By dataset, as in openood.evaluation_api.preprocessor (OpenOOD 1.5).
 PREPARATIONS = {
     "cifar10": Preparation(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Preparation(32, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -52,7 +52,15 @@ PREPARATIONS = {
 
 @dataclass(frozen=True)
 class Network:
-    """Where a network's class is, what it is built with, and whether it takes 32 x 32 images."""
+    """How to build one of OpenOOD's networks.
+
+    Attributes:
+        module: module below ``openood.networks``.
+        cls: name of the class.
+        small: whether it takes images of 32 x 32.
+        arguments: of the constructor.
+        any_classes: whether the constructor takes ``num_classes``.
+    """
 
     module: str
     cls: str
@@ -75,7 +83,7 @@ NETWORKS = {
 
 @register_backbone
 class OpenOODBackbone(NetworkBackbone):
-    """``net(x, return_feature=True)`` → (logits, features), OpenOOD's own contract."""
+    """A network of OpenOOD, whose features come from ``net(x, return_feature=True)`` → (logits, features)."""
 
     library = "openood"
     summary = "OpenOOD's networks: openood:<network>:<checkpoint>"
@@ -86,7 +94,7 @@ class OpenOODBackbone(NetworkBackbone):
         except TypeError as error:
             if "return_feature" not in str(error):
                 raise
-            raise self._refused("does not know return_feature, so it is of an older version or tells none") from error
+            raise self._refused("does not take return_feature; it is older, or returns no features") from error
         if not (isinstance(answer, (tuple, list)) and len(answer) == 2):
             raise self._refused(f"returns {_describe(answer)} with return_feature=True")
         logits, features = answer
@@ -106,17 +114,20 @@ class OpenOODBackbone(NetworkBackbone):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
     ) -> OpenOODBackbone:
-        """``<network>:<checkpoint>``; the checkpoint decides the number of classes.
+        """Load ``<network>:<checkpoint>``; the checkpoint determines the number of classes.
 
         Args:
-            source: for instance ``resnet18_32x32:cifar10_res18/best.ckpt``; never unpickled beyond plain tensors.
-            name: what tables call it; default the spec with the checkpoint's stem.
-            data: whose transform OpenOOD uses, see :data:`PREPARATIONS`. Default: imagenet; for 32 x 32 networks
-                cifar100 when the checkpoint has 100 classes, else cifar10.
-            size, pre_size, mean, std: changes to that transform.
+            source: for instance ``resnet18_32x32:cifar10_res18/best.ckpt``; only plain tensors are unpickled.
+            name: the backbone's name. Default: the spec, with the checkpoint's file name without folder and extension.
+            data: dataset whose test transform is used, see :data:`PREPARATIONS`. Default: imagenet; for 32 x 32
+                networks cifar100 if the checkpoint has 100 classes, else cifar10.
+            size: side of the images. Default: that of the transform.
+            pre_size: shorter side before the crop. Default: ``size`` if given, else that of the transform.
+            mean: mean per channel. Default: that of the transform.
+            std: standard deviation per channel. Default: that of the transform.
         Raises:
-            TrajOODError: OpenOOD is missing or older, the network is unknown or tells no features, or the checkpoint is
-                missing, damaged or of another architecture.
+            TrajOODError: OpenOOD is missing or older, the network is unknown or returns no features, or the checkpoint
+                is missing, damaged or of another architecture.
         """
         network, _, checkpoint = source.partition(":")
         if network not in NETWORKS:
@@ -166,7 +177,7 @@ class OpenOODBackbone(NetworkBackbone):
 
     def _refused(self, what: str) -> TrajOODError:
         return TrajOODError(
-            f"{self.name}: expected (logits, features) from net(x, return_feature=True), but this network {what}: take "
+            f"{self.name}: expected (logits, features) from net(x, return_feature=True), but this network {what}: use "
             f"another network ({', '.join(NETWORKS)}) or update OpenOOD: {INSTALL}"
         )
 
@@ -181,10 +192,10 @@ def _plain(preparation: Preparation) -> dict[str, Any]:
 
 
 def import_openood(name: str, *attributes: str) -> ModuleType:
-    """A module of openood, checked.
+    """Import a module of openood and check that it has ``attributes``.
 
     Raises:
-        TrajOODError: openood or something that it needs is not installed, it fails, or it lacks one of ``attributes``.
+        TrajOODError: openood or one of its dependencies is not installed, the import fails, or an attribute is missing.
     """
     try:
         module = importlib.import_module(name)
@@ -198,7 +209,7 @@ def import_openood(name: str, *attributes: str) -> ModuleType:
             f"openood is installed, but {name} needs {missing!r}, which is not: install it (OpenOOD's own list of "
             "dependencies is incomplete)"
         ) from error
-    except Exception as error:  # its undeclared dependencies fail in their own ways, such as imgaug with NumPy 2
+    except Exception as error:  # undeclared dependencies fail with errors of any kind, such as imgaug with NumPy 2
         raise TrajOODError(
             f"openood is installed, but importing {name} fails ({brief(error)}): repair that first"
         ) from error
@@ -209,7 +220,7 @@ def import_openood(name: str, *attributes: str) -> ModuleType:
 
 
 def older_openood(missing: str) -> TrajOODError:
-    """The error for a version of openood without something."""
+    """The error for an older version of openood, which lacks ``missing``."""
     return TrajOODError(f"openood: expected v1.5 (main of December 2025), got a version without {missing}: {INSTALL}")
 
 

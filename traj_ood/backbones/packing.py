@@ -1,4 +1,4 @@
-"""A model as files that need nothing else: what describes it, how it is rebuilt, and whether it is the same again."""
+"""Saving models so that they can be rebuilt offline, and checks that a rebuilt model is the one that was saved."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ _MAX_CHUNK = 2**20
 
 
 def pack_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
-    """Write a backbone of a registered library, and try whether its library makes the same network of the files.
+    """Write a backbone of a registered library, and check that the network rebuilt from the files is the same.
 
-    That takes the memory of a second copy for a moment.
+    The check needs memory for a second copy of the network.
 
     Returns:
-        A JSON-able description: ``library``, ``name``, ``options``, ``fingerprint``, ``chunk``, ``channels_last``,
-        ``recipe``.
+        A JSON-serialisable description: ``library``, ``name``, ``options``, ``fingerprint``, ``chunk``,
+        ``channels_last``, ``recipe``.
     Raises:
-        TrajOODError: the folder cannot be written; or the network that is rebuilt from it has another fingerprint or
-            gives other features.
+        TrajOODError: the folder cannot be written, or the rebuilt network has another fingerprint or other features.
     """
     described = {
         "library": backbone.library,
@@ -50,12 +49,12 @@ def pack_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
 def unpack_backbone(described: Mapping[str, Any], folder: Path) -> Backbone:
     """The backbone that :func:`pack_backbone` described; raises as :func:`rebuild`."""
     made = rebuild(LIBRARIES, described, "library", folder)
-    made.channels_last = described.get("channels_last") is True  # which older versions did not write
+    made.channels_last = described.get("channels_last") is True  # older versions did not write it
     return made
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """What all packed models, autoencoders and backbones, are described by; JSON-able."""
+    """The part of the description that autoencoders and backbones share, JSON-serialisable."""
     return {
         "name": model.name,
         "options": as_json(model.options()),
@@ -65,10 +64,13 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def rebuild(families: Families[M], described: Mapping[str, Any], key: str, folder: Path) -> M:
-    """The model of a description, by the ``unpack`` of its family, on the CPU.
+    """Rebuild the model of a description on the CPU, by the ``unpack`` of its family.
 
     Args:
-        key: of the family's name in the description.
+        families: the registry of the model's kind.
+        described: the description, as returned by :func:`pack_backbone`, or that of an autoencoder.
+        key: the entry that names the family.
+        folder: the folder of the files.
     Raises:
         TrajOODError: an unknown family; files or entries that are missing, damaged or of another architecture; weights
             or options with another fingerprint.
@@ -88,22 +90,22 @@ def rebuild(families: Families[M], described: Mapping[str, Any], key: str, folde
 
 
 def check_same(described: Mapping[str, Any], model: Any, where: str) -> None:
-    """Refuse a model that is not the one described.
+    """Check that a model is the one described.
 
     Raises:
-        TrajOODError: another input shape, preprocessing or fingerprint, and which options differ.
+        TrajOODError: its input shape, preprocessing or fingerprint differs; the message names differing options.
     """
     if "input_shape" in described and field_of(described, "input_shape", list, where) != list(model.input_shape):
         raise TrajOODError(
             f"{where}: expected a model for images {str(tuple(described['input_shape']))[:60]}, got {model.name} for "
             f"{model.input_shape}"
         )
-    if "preprocessing" in described:  # which older versions did not write
+    if "preprocessing" in described:  # older versions did not write it
         other = preprocessing_differences(field_of(described, "preprocessing", dict, where), model)
         if other:
             raise TrajOODError(
                 f"{where}: expected {model.name} with the preprocessing that it was saved with, got another "
-                f"({', '.join(other)} differ): scores of the same pictures would be others; pass the model as it was"
+                f"({', '.join(other)} differ), which would change the scores: pass the model as it was"
             )
     expected, found = field_of(described, "fingerprint", str, where), model.fingerprint()
     if found != expected:
@@ -112,12 +114,13 @@ def check_same(described: Mapping[str, Any], model: Any, where: str) -> None:
         what = f"options {', '.join(differing)} differ" if differing else "its weights differ"
         raise TrajOODError(
             f"{where}: expected the model {described.get('name')!r} with fingerprint {expected[:12]}…, got "
-            f"{model.name!r} with {found[:12]}… ({what}): use the very model that was saved, and its libraries"
+            f"{model.name!r} with {found[:12]}… ({what}): use the model that was saved, with the same libraries"
         )
 
 
 def _same_answers(packed: Backbone, rebuilt: Backbone) -> bool:
-    """Arguments such as the kind of activation leave no trace in weights. Devices may round differently, no more."""
+    """Whether two backbones have the same outputs up to the rounding of devices. Equal weights are not enough, because
+    arguments such as the activation do not show in them."""
     shapes = [(backbone.feature_dim, backbone.classes, backbone.input_shape) for backbone in (packed, rebuilt)]
     if shapes[0] != shapes[1]:
         return False

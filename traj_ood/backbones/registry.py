@@ -1,4 +1,4 @@
-"""Backbones by the name of their library."""
+"""The registry of backbone libraries, and loading by a spec ``library:source``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def is_backbone_spec(model: str) -> bool:
 
 
 def load_backbone(spec: str, **options: Any) -> Backbone:
-    """A frozen backbone by library and name, in eval mode on the CPU.
+    """Load a frozen backbone by library and name, in evaluation mode on the CPU.
 
     Args:
         spec: ``timm:<name>[:<weights file>]`` or ``timm:<folder>``; ``torchvision:<name>[:<weights file>]``;
-            ``transformers:<hub name or folder>``; ``openood:<network>:<checkpoint>``; or ``library:source`` of your
-            own, see :func:`register_backbone`.
+            ``transformers:<hub name or folder>``; ``openood:<network>:<checkpoint>``; or ``library:source`` of a
+            library that you registered, see :func:`register_backbone`.
         options: of the library's ``load``, such as ``input_size=224``.
     Raises:
-        TrajOODError: unknown library, name or option (with near ones); weights that are missing, damaged or of another
-            architecture; no network for a download.
+        TrajOODError: unknown library, name or option (the message lists similar ones); weights that are missing,
+            damaged or of another architecture; no network for a download.
     """
     return LIBRARIES.load(spec, options)

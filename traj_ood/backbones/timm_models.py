@@ -1,4 +1,4 @@
-"""Backbones from timm: any of its models with its own weights, a local file, or timm's local-directory format."""
+"""TimmBackbone: any timm model, with timm's weights, a local file, or a folder in timm's local-directory format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import MAX_CONFIG, as_json, field_of, read_json, write_json
 from traj_ood.io.weights import check_weights, prefix_of, put_weights
 
-DEFAULT_CROP = 0.875  # timm's, for a config that has none
+DEFAULT_CROP = 0.875  # timm's default crop_pct
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _OPTIONS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _NOT_PACKED = ("pretrained", "checkpoint", "cache_dir")
@@ -29,13 +29,17 @@ _LOCAL_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "model.pth")
 
 @register_backbone
 class TimmBackbone(NetworkBackbone):
-    """Features are ``forward_head(forward_features(x), pre_logits=True)``: timm's own pooling, before the classifier.
+    """A timm model, whose features are ``forward_head(forward_features(x), pre_logits=True)``: timm's own pooling.
 
     Args:
         network: a timm model with its weights.
-        name, spec: see :class:`traj_ood.backbones.Backbone`.
-        data: changes to the transform timm declares for the model: ``input_size`` (a side, or (C, H, W)), ``mean``,
-            ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
+        name: see :class:`traj_ood.backbones.Backbone`.
+        spec: see :class:`traj_ood.backbones.Backbone`.
+        data: changes to the transform that timm declares for the model: ``input_size`` (a side, or (C, H, W)),
+            ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
+    Raises:
+        TrajOODError: a model without penultimate features, or a transform that does not fit the model or is not
+            supported.
     """
 
     library = "timm"
@@ -47,7 +51,10 @@ class TimmBackbone(NetworkBackbone):
 
         for method in ("forward_features", "forward_head", "get_classifier"):
             if not callable(getattr(network, method, None)):
-                raise TrajOODError(f"{name}: this timm model has no {method}, so it tells no penultimate features")
+                raise TrajOODError(
+                    f"{name}: expected a timm model with {method}, which penultimate features require, found none: use "
+                    "another model"
+                )
         settings = resolve_model_data_config(network)
         channels = int(settings["input_size"][0])
         self.load_options = {key: value for key, value in (data or {}).items() if key in _OPTIONS}
@@ -58,7 +65,7 @@ class TimmBackbone(NetworkBackbone):
         if len(settings["mean"]) != channels or len(settings["std"]) != channels:
             raise TrajOODError(
                 f"{name}: expected a mean and a std for each of {channels} input channel(s), got mean "
-                f"{list(settings['mean'])}: state them in a timm folder's config.json or as options mean= and std="
+                f"{list(settings['mean'])}: set them in the timm folder's config.json or by the options mean= and std="
             )
         preprocessing = _preprocessing(settings, name)
         transform = create_transform(**settings, is_training=False)
@@ -81,11 +88,14 @@ class TimmBackbone(NetworkBackbone):
 
     @classmethod
     def load(cls, source: str, *, name: str | None = None, **data: Any) -> TimmBackbone:
-        """``<name>`` (timm's weights, downloaded once), ``<name>:<weights file>``, ``<folder>`` or ``hf-hub:<name>``.
+        """Load a timm model.
 
-        A weights file decides the number of classes and of input channels. ``data`` as in :class:`TimmBackbone`;
-        networks of a fixed image size, such as ViTs, are built for ``input_size``.
-
+        Args:
+            source: ``<name>`` (timm's weights, downloaded once), ``<name>:<weights file>``, ``<folder>`` or
+                ``hf-hub:<name>``. A weights file determines the number of classes and of input channels.
+            name: the backbone's name. Default: from the source.
+            data: as in :class:`TimmBackbone`; networks of a fixed image size, such as ViTs, are built for
+                ``input_size``.
         Raises:
             TrajOODError: unknown model; weights missing, damaged or of another architecture; no network.
         """
@@ -101,7 +111,7 @@ class TimmBackbone(NetworkBackbone):
             return cls(_from_hub(source, size), name=name or spec, spec=spec, data=data)
         if "/" in architecture or architecture.startswith((".", "~")):
             raise TrajOODError(
-                f"{spec}: no such folder; expected one with {CONFIG} and {WEIGHTS}, or <timm name>:<weights file>"
+                f"{spec}: no such folder; expected a folder with {CONFIG} and {WEIGHTS}, or <timm name>:<weights file>"
             )
         _assert_known(architecture)
         if not weights:
@@ -116,7 +126,7 @@ class TimmBackbone(NetworkBackbone):
         arguments = {k: v for k, v in given.items() if _may_be_packed(k, v)}
         arguments["num_classes"] = network.num_classes
         channels = self.input_shape[0]
-        if channels != 3:  # not every architecture takes the argument
+        if channels != 3:  # not every architecture accepts the argument
             arguments["in_chans"] = channels
         return {"architecture": str(network.pretrained_cfg.get("architecture", "")), "arguments": arguments}
 
@@ -127,7 +137,9 @@ class TimmBackbone(NetworkBackbone):
         arguments = field_of(described["recipe"], "arguments", dict, where)
         for key, value in arguments.items():
             if not _may_be_packed(key, value):
-                raise TrajOODError(f"{where}: argument {key!r} is not one that a packed network may have")
+                raise TrajOODError(
+                    f"{where}: argument {key!r} is not allowed for a packed network: the file is damaged"
+                )
         network = new_network(architecture, **arguments)
         put_weights(network, read_weights(path), str(path))
         data = {k: tuple(v) if isinstance(v, list) else v for k, v in described["options"]["transform"].items()}
@@ -135,7 +147,8 @@ class TimmBackbone(NetworkBackbone):
 
 
 def _preprocessing(settings: Mapping[str, Any], name: str) -> Preprocessing:
-    """Of timm's data config, in evaluation: the shorter side to size / crop_pct and the centre, or squashed."""
+    """The preprocessing of timm's data config in evaluation: the shorter side is resized to size / crop_pct, followed
+    by a centre crop; or the image is squashed."""
     channels, height, width = (int(n) for n in settings["input_size"])
     squashed = settings.get("crop_mode") == "squash"
     short = math.floor(height / float(settings.get("crop_pct") or DEFAULT_CROP))
@@ -161,10 +174,10 @@ def _short(settings: Mapping[str, Any]) -> str:
 
 
 def new_network(architecture: str, **arguments: Any) -> nn.Module:
-    """An untrained timm model.
+    """Build an untrained timm model.
 
     Raises:
-        TrajOODError: unknown model, or arguments it cannot be built with.
+        TrajOODError: unknown model, or arguments that it does not accept.
     """
     from timm import create_model
 
@@ -176,10 +189,13 @@ def new_network(architecture: str, **arguments: Any) -> nn.Module:
 def save_folder(
     network: nn.Module, folder: Path, architecture: str, arguments: Mapping[str, Any], data: Mapping[str, Any]
 ) -> None:
-    """Write timm's local-directory format, which ``timm:<folder>`` and timm's ``local-dir:<folder>`` read.
+    """Write a network in timm's local-directory format, which ``timm:<folder>`` and timm's ``local-dir:<folder>`` read.
 
     Args:
-        network: built by :func:`new_network` with ``arguments`` (which hold ``num_classes``).
+        network: the network, built by :func:`new_network`.
+        folder: where to write.
+        architecture: its timm name.
+        arguments: that it was built with, including ``num_classes``.
         data: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct`` and ``crop_mode``.
     """
     own: Any = network
@@ -208,7 +224,7 @@ def _from_folder(folder: Path, size: Any) -> nn.Module:
         raise TrajOODError(f"{folder}: expected weights in {' or '.join(_LOCAL_WEIGHTS)}, found none")
     with foreign_errors(f"{path}: timm cannot build this model"):
         network = create_model(f"local-dir:{folder}", pretrained=False, **_sized(str(architecture), size))
-    put_weights(network, read_weights(weights), str(weights))  # ours, since timm adapts or drops what does not fit
+    put_weights(network, read_weights(weights), str(weights))  # strict, unlike timm, which adapts or drops weights
     return network
 
 
@@ -216,7 +232,7 @@ def _from_hub(model: str, size: Any) -> nn.Module:
     from timm import create_model
 
     with foreign_errors(
-        f"timm:{model}: its weights are not on this machine and cannot be fetched",
+        f"timm:{model}: its weights are not on this machine and cannot be downloaded",
         "; give local ones: timm:<name>:<file.safetensors or .pth>, or timm:<folder>",
     ):
         network = create_model(model, pretrained=True, **_sized(model, size))
@@ -233,7 +249,7 @@ def _from_file(architecture: str, path: Path, size: Any) -> nn.Module:
         if "pos_embed" not in str(error):
             raise
         raise TrajOODError(
-            f"{error}: made for another image size? Give it: --input-size (in Python: input_size=)"
+            f"{error}: if it was trained at another image size, pass that: --input-size (in Python: input_size=)"
         ) from error
     settings = network.pretrained_cfg
     settings["input_size"] = (_channels(network, settings), *settings["input_size"][1:])
@@ -241,7 +257,7 @@ def _from_file(architecture: str, path: Path, size: Any) -> nn.Module:
 
 
 def _sized(architecture: str, size: Any) -> dict[str, Any]:
-    """How to build a network for images of ``size`` (a side, or (C, H, W)), where it takes one size only."""
+    """Arguments that build a network for images of ``size`` (a side, or (C, H, W)), if it takes a fixed size only."""
     from timm.models import get_pretrained_cfg, is_model
 
     cfg = get_pretrained_cfg(architecture) if is_model(architecture.split(".")[0]) else None
@@ -256,7 +272,7 @@ def _channels(network: nn.Module, settings: Mapping[str, Any]) -> int:
 
 
 def _shapes_from(weights: Mapping[str, Tensor], architecture: str) -> dict[str, int]:
-    """Number of classes and of input channels, as the weights' own first and last layers have them."""
+    """Number of classes and of input channels, from the first and last layers of the weights."""
     from timm.models import get_pretrained_cfg
 
     cfg = get_pretrained_cfg(architecture)
@@ -270,7 +286,7 @@ def _shapes_from(weights: Mapping[str, Tensor], architecture: str) -> dict[str, 
 
 
 def _folder_arguments(spec: str) -> dict[str, Any]:
-    """What older versions of timm do not keep of a network that was read from a folder."""
+    """Arguments of a network that was read from a folder, which older versions of timm do not keep."""
     path = Path(spec.partition(":")[2]).expanduser() / CONFIG
     try:
         return dict(read_json(path, "timm's config", "", limit=MAX_CONFIG).get("model_args") or {})
@@ -279,7 +295,7 @@ def _folder_arguments(spec: str) -> dict[str, Any]:
 
 
 def _may_be_packed(key: str, value: Any) -> bool:
-    """Whether an argument of a network is plain data, and none that timm's factory would follow to other weights."""
+    """Whether an argument is plain data and does not make timm's factory load other weights."""
     return not key.startswith(_NOT_PACKED) and _is_plain(value)
 
 

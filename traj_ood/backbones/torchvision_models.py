@@ -1,4 +1,4 @@
-"""Backbones from torchvision: its classifiers, with its weights or a local file."""
+"""TorchvisionBackbone: torchvision's classifiers, with torchvision's weights or a local file."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from traj_ood.io.weights import check_weights, prefix_of, put_weights
 
 @register_backbone
 class TorchvisionBackbone(ClassifierInputBackbone):
-    """Features are the input of the last linear layer, so that the logits are always linear in them."""
+    """A torchvision classifier. Features are the input of its last linear layer, so the logits are linear in them."""
 
     library = "torchvision"
     summary = "torchvision's classifiers: torchvision:<name>[:<weights file>]"
 
     @classmethod
     def load(cls, source: str, *, name: str | None = None, weights: str = "DEFAULT") -> TorchvisionBackbone:
-        """``<name>`` (torchvision's weights, downloaded once) or ``<name>:<weights file>``.
+        """Load a torchvision classifier.
 
         Args:
-            source: a classification model, such as ``resnet50``.
-            name: what tables call it; default the spec, with a file's stem in place of its path.
-            weights: entry of the model's weights enum; it also declares the transform, for a local file too. Default
+            source: ``<name>`` of a classification model such as ``resnet50``, whose weights are downloaded once, or
+                ``<name>:<weights file>``.
+            name: the backbone's name. Default: the spec, with a file's name without folder and extension.
+            weights: entry of the model's weights enum, which also defines the transform, even for a local file. Default
                 DEFAULT, torchvision's best.
         Raises:
             TrajOODError: unknown model or entry; weights missing, damaged or of another architecture; no network.
@@ -93,13 +94,13 @@ class TorchvisionBackbone(ClassifierInputBackbone):
 
 
 def _declared(transform: Any) -> dict[str, Any]:
-    """What torchvision's ImageClassification preset was made with, JSON-able."""
+    """The arguments of torchvision's ImageClassification preset, JSON-serialisable."""
     keys = ("resize_size", "crop_size", "mean", "std", "antialias")
     return {**{key: getattr(transform, key) for key in keys}, "interpolation": transform.interpolation.value}
 
 
 def _preprocessing(transform: Any) -> Preprocessing:
-    """Of torchvision's ImageClassification preset."""
+    """The preprocessing of torchvision's ImageClassification preset."""
     side = int(transform.crop_size[0])
     return Preprocessing(
         shape=(3, side, side),
@@ -115,7 +116,7 @@ def _download(architecture: str, entry: Any) -> nn.Module:
     from torchvision import models
 
     with foreign_errors(
-        f"torchvision:{architecture}: its weights are not on this machine and cannot be fetched",
+        f"torchvision:{architecture}: its weights are not on this machine and cannot be downloaded",
         f"; give local ones: torchvision:{architecture}:<file.pth or .safetensors>",
     ):
         network = models.get_model(architecture, weights=entry)
@@ -124,7 +125,7 @@ def _download(architecture: str, entry: Any) -> nn.Module:
 
 
 def _from_file(architecture: str, path: Path, shape: tuple[int, int, int]) -> nn.Module:
-    """The architecture with the file's own number of classes."""
+    """Build the architecture with the number of classes of the weights file, and load the weights."""
     weights = _renamed(read_weights(path))
     network = _build(architecture)
     prefix = prefix_of(weights, next(iter(network.state_dict())))
@@ -137,7 +138,7 @@ def _from_file(architecture: str, path: Path, shape: tuple[int, int, int]) -> nn
 
 
 def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's own densenet files have names like ``denselayer1.norm.1.weight``, which its loader changes, too."""
+    """Rename tensors of torchvision's DenseNet files, such as ``denselayer1.norm.1.weight``, as its loader does."""
     old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
     return (
         {old.sub(r"\1\2", key): value for key, value in weights.items()} if any(map(old.search, weights)) else weights
@@ -145,9 +146,9 @@ def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _build(architecture: str, **arguments: Any) -> nn.Module:
-    """Untrained, but otherwise as torchvision builds it for its own weights."""
+    """Build an untrained network as torchvision builds it for its own weights."""
     from torchvision import models
 
-    if architecture in ("googlenet", "inception_v3"):  # these renormalise their input when they carry such weights
+    if architecture in ("googlenet", "inception_v3"):  # with torchvision's weights they renormalise their input
         arguments |= {"transform_input": True, "init_weights": False}
     return models.get_model(architecture, weights=None, **arguments)

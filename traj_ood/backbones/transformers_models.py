@@ -1,4 +1,4 @@
-"""Backbones from transformers: image classifiers, or encoders without one, from a local folder or the hub."""
+"""Backbones from transformers: image classifiers and encoders, from a local folder or the hub."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 
 _CLASSIFIER = "ForImageClassification"
-_PACKED = "backbone"  # folder of a packed model
+_PACKED = "backbone"  # folder name of a packed model
 
 
 @register_backbone
 class TransformersEncoder(NetworkBackbone):
-    """A model without classifier: features are its pooler's output, else the first token, else the maps' mean."""
+    """A transformers model without classifier. Features are the pooler's output, else the first token, else the mean of
+    the feature maps."""
 
     library = "transformers"
     summary = "vision models of transformers: transformers:<hub name or folder>"
@@ -46,11 +47,15 @@ class TransformersEncoder(NetworkBackbone):
 
     @classmethod
     def load(cls, source: str, *, name: str | None = None) -> TransformersEncoder:
-        """A local folder (config.json, model.safetensors, preprocessor_config.json) or a name on the Hugging Face hub.
+        """Load a classifier or an encoder.
 
-        Pickled weights are read only from a folder without others, and only as plain tensors. Code that comes with the
-        model is never run.
+        Pickled weights are read only from a folder that has no others, and only as plain tensors. Code that comes with
+        the model is never run.
 
+        Args:
+            source: a local folder with config.json, model.safetensors and preprocessor_config.json, or a name on the
+                Hugging Face hub.
+            name: the backbone's name. Default: ``transformers:`` and the folder's or hub name.
         Raises:
             TrajOODError: files missing, damaged or of another architecture; no network; a model of another kind.
         """
@@ -59,7 +64,7 @@ class TransformersEncoder(NetworkBackbone):
         folder = Path(source).expanduser()
         if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
             raise TrajOODError(
-                f"transformers:{source}: no such folder; expected one with config.json, model.safetensors and "
+                f"transformers:{source}: no such folder; expected a folder with config.json, model.safetensors and "
                 "preprocessor_config.json"
             )
         where = str(folder) if folder.is_dir() else source
@@ -68,8 +73,8 @@ class TransformersEncoder(NetworkBackbone):
             config = from_pretrained(AutoConfig, where)
         if config.model_type == "vit_mae":
             raise TrajOODError(
-                f"{shown}: ViT-MAE masks at random and is an autoencoder itself: use it as the model, without "
-                "transformers:"
+                f"{shown}: expected a classifier or encoder, got a ViT-MAE, which is itself an autoencoder: use it as "
+                "the model, without transformers:"
             )
         network = _network(shown, where, config)
         with _reading(shown, "preprocessor_config.json"):
@@ -93,7 +98,7 @@ class TransformersEncoder(NetworkBackbone):
     def pack(self, folder: Path) -> dict[str, Any]:
         network: Any = self.module
         (folder / _PACKED).mkdir(parents=True, exist_ok=True)
-        network.save_pretrained(folder / _PACKED, max_shard_size="1000GB")  # one file, which is what is read back
+        network.save_pretrained(folder / _PACKED, max_shard_size="1000GB")  # in one file, as unpack expects
         processor = json.dumps(self.options()["transform"], indent=2, sort_keys=True)
         write_atomic(folder / _PACKED / "preprocessor_config.json", processor.encode())
         return {}
@@ -104,7 +109,7 @@ class TransformersEncoder(NetworkBackbone):
 
 
 class TransformersClassifier(ClassifierInputBackbone, TransformersEncoder):
-    """A model with a classifier: features are what its last linear layer reads (a CLS token, pooled maps, …)."""
+    """A transformers classifier. Features are the input of its last linear layer (a CLS token, pooled maps, …)."""
 
 
 def _network(name: str, source: str, config: Any) -> nn.Module:
@@ -123,21 +128,21 @@ def _network(name: str, source: str, config: Any) -> nn.Module:
 
 def _reading(name: str, file: str) -> AbstractContextManager[None]:
     return foreign_errors(
-        f"{name}: {file} cannot be read here or fetched",
+        f"{name}: {file} can be neither read nor downloaded",
         "; give a local folder with config.json, model.safetensors and preprocessor_config.json: transformers:<folder>",
     )
 
 
 def _preprocessing(processor: Any, channels: int, name: str) -> Preprocessing:
-    """Of an image processor, compared with the processor itself."""
+    """The preprocessing of an image processor, checked against the processor itself."""
     prepare = _Prepare(processor)
     mode = "L" if channels == 1 else "RGB"
     shapes = {tuple(prepare(picture).shape) for picture in trial_pictures(mode)}
     where = f"{name}: preprocessor_config.json"
     if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[0] != channels:
         raise TrajOODError(
-            f"{where}: expected pictures of any size to become {channels} x H x W of one size, as a resize to height "
-            "and width or a crop makes them: correct do_resize, size, do_center_crop and crop_size"
+            f"{where}: expected settings that bring images of any size to one size {channels} x H x W, by a resize to "
+            "height and width or a crop: correct do_resize, size, do_center_crop and crop_size"
         )
     made = from_processor(_declared(processor), (shape[0], shape[1], shape[2]), where)
     check_agreement(made, prepare, where)
@@ -145,7 +150,7 @@ def _preprocessing(processor: Any, channels: int, name: str) -> Preprocessing:
 
 
 class _Prepare:
-    """An image processor on one image."""
+    """An image processor as a function of one image."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor

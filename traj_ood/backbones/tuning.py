@@ -1,9 +1,9 @@
-"""How a frozen network is called fastest on this machine: rows at a time and the order of pixels in memory, timed once.
+"""Finds the fastest way to call a frozen network on this machine: rows per call and memory order, timed once.
 
-A convolution over channels that lie next to each other is often the faster one, and large batches leave the caches:
-EfficientNet-Lite0 at 224 px on one core makes 14 images a second of 64 rows in the usual order, 39 of one row with its
-channels last. Which is fastest follows the network and the processor, so it is timed, for about a second, and kept: a
-decision that came out otherwise in the next process would move every feature by its rounding.
+Convolutions are often faster in channels-last order, and large batches do not fit into the caches: EfficientNet-Lite0
+at 224 px on one core processes 14 images/s in calls of 64 rows in the usual order, and 39 images/s in calls of one row
+in channels-last order. Which way is fastest depends on the network and the processor. It is timed for about a second,
+and the decision is stored, because another decision in the next process would change the rounding of every feature.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from traj_ood.io.provenance import package_digest
 from traj_ood.io.trees import field_of, read_json
 
 B = TypeVar("B", bound=Backbone)
-_ROWS = (1, 6, 24)  # as rows_per_call has them: places in other numbers of rows round otherwise
-_SECONDS = 0.15  # of each way, at least; four to six ways are about a second
-_MOST_CALLS = 20
-_QUICK = 0.002  # seconds an image: a file of 500 px takes longer to decode
+_CANDIDATE_ROWS = (1, 6, 24)  # as in rows_per_call: with other numbers rounding depends on the position in the call
+_MIN_SECONDS = 0.15  # timed per candidate; four to six candidates take about a second
+_MAX_CALLS = 20
+_FAST_ENOUGH = 0.002  # seconds per image: decoding a file of 500 px takes longer
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Rows of one call of a network, and whether the channels of its images come last in memory."""
+    """A way to call a network: rows per call, and whether images are in channels-last memory order."""
 
     rows: int
     channels_last: bool
 
 
 def tuned(backbone: B, root: Path | None = None) -> B:
-    """The backbone, from now on called in the way that is fastest on this machine, to be used before any feature is
-    made. Left as it is: one of the user's own code, one whose ``chunk`` was set, one on a GPU, one that takes no other
-    number of rows, and any where the decision cannot be kept.
+    """Set ``chunk`` and ``channels_last`` of a backbone to the fastest way on this machine, and return it.
 
-    Features of two ways agree to the rounding of float32, about 1e-6. A detector keeps the way that it was fitted
-    with, whichever machine it goes to.
+    Call it before any feature is extracted. A backbone is left unchanged if it is the user's own code, has a ``chunk``
+    that was set, is on a GPU, takes no other number of rows, or if the decision cannot be stored. Features of two ways
+    agree up to float32 rounding, about 1e-6. A detector keeps the way it was fitted with on every machine.
 
     Args:
-        root: decisions go to ``root/calls``, a file for each network, machine, number of threads and version of this
-            package and the libraries. Default: the cache folder.
+        backbone: the backbone.
+        root: decisions are stored in ``root/calls``, in a file per network, machine, number of threads and version of
+            this package and the libraries. Default: the cache folder.
     """
     if backbone.library == "custom" or backbone.chunk != ROWS or backbone.device.type != "cpu" or not backbone.ladder:
         return backbone
@@ -61,27 +61,30 @@ def tuned(backbone: B, root: Path | None = None) -> B:
     try:
         if not path.is_file():
             decision = {"backbone": backbone.name, **asdict(fastest(backbone))}
-            write_atomic(path, (json.dumps(decision, indent=2) + "\n").encode(), replace=False)  # the first one stays
+            write_atomic(path, (json.dumps(decision, indent=2) + "\n").encode(), replace=False)  # keep the first one
         stored = read_json(path, "how a network is called here", "delete it")
         calls = Calls(field_of(stored, "rows", int, str(path)), field_of(stored, "channels_last", bool, str(path)))
-    except TrajOODError:  # a folder that cannot be written, or a damaged file: as everywhere else
+    except TrajOODError:  # the folder cannot be written, or the file is damaged: keep the defaults
         return backbone
-    if calls.rows in _ROWS:
+    if calls.rows in _CANDIDATE_ROWS:
         backbone.chunk, backbone.channels_last = calls.rows, calls.channels_last
     return backbone
 
 
 def fastest(backbone: Backbone) -> Calls:
-    """The way with the least time an image; the backbone is left as it was. In each order more rows are tried for as
-    long as they are faster. Where an image takes less than reading one does, it is the way it is called now."""
+    """The way with the least time per image; the backbone is left as it was.
+
+    In each memory order, more rows are tried as long as they are faster. If an image already takes less time than
+    decoding a file, the current way is returned.
+    """
     before = Calls(backbone.chunk, backbone.channels_last)
     taken: dict[Calls, float] = {}
     try:
-        if _seconds(backbone, Calls(_ROWS[1], False)) < _QUICK:
+        if _seconds(backbone, Calls(_CANDIDATE_ROWS[1], False)) < _FAST_ENOUGH:
             return before
         for last in (False, True):
             best = float("inf")
-            for rows in _ROWS:
+            for rows in _CANDIDATE_ROWS:
                 way = Calls(rows, last)
                 taken[way] = _seconds(backbone, way)
                 if taken[way] >= best:
@@ -93,7 +96,7 @@ def fastest(backbone: Backbone) -> Calls:
 
 
 def machine() -> list[Any]:
-    """What decides the speed of a call besides the network: processor, vector instructions, threads. No name of it."""
+    """The properties of the machine that decide the speed of a call: processor, vector instructions, threads."""
     known: Callable[[], str] = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")
     return [platform.machine(), _processor(), known(), torch.get_num_threads()]
 
@@ -107,11 +110,11 @@ def _processor() -> str:
 
 
 def _seconds(backbone: Backbone, way: Calls) -> float:
-    """Of the fastest call, by image. The first one makes ready what the others use; a long one counts all the same."""
+    """Seconds per image of the fastest of several calls, of which the first warms up; a long call is made only once."""
     backbone.chunk, backbone.channels_last = way.rows, way.channels_last
     images = torch.zeros(way.rows, *backbone.input_shape)
     taken: list[float] = []
-    while sum(taken) < _SECONDS and len(taken) < _MOST_CALLS:
+    while sum(taken) < _MIN_SECONDS and len(taken) < _MAX_CALLS:
         start = time.perf_counter()
         backbone.extract(images)
         taken.append(time.perf_counter() - start)

@@ -1,1 +1,1 @@
-"""The self-map f(z) = E(D(z)) under iteration: ``iterate``, ``Trajectory``, the Jacobian, the device's settings."""
+"""Iteration of the self-map f(z) = E(D(z)): ``iterate``, ``Trajectory``, Jacobians, and device settings."""

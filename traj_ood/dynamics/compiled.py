@@ -1,4 +1,4 @@
-"""f through torch.compile: for one number of rows, and f itself where the compiler fails."""
+"""CompiledMap: f through torch.compile, for one shape, with f itself as fallback."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from traj_ood.text import brief
 class CompiledMap:
     """``self_map`` (n, *L) → (n, *L), compiled at its first call for that call's shape.
 
-    Scores move by rounding (1e-5 relative): kernels are fused, and sums taken in another order. The engine calls f on
-    one number of rows, so one shape is compiled; another one is answered by ``self_map`` itself.
+    Scores change by rounding (1e-5 relative), because kernels are fused and sums taken in another order. The engine
+    calls f on one number of rows, so one shape is compiled; for other shapes ``self_map`` itself is called.
 
     Args:
         self_map: f.

@@ -1,4 +1,4 @@
-"""Where to compute, and how exactly."""
+"""Choice of the device, and torch's global settings of precision."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 def resolve_device(name: str = "auto", *, tf32: bool = False) -> torch.device:
-    """``auto`` takes CUDA, then MPS, then the CPU; any other name must be a device that is there.
+    """The device of a name; ``auto`` chooses CUDA, then MPS, then the CPU.
 
     Args:
         name: auto, cpu, cuda, cuda:1, mps.
-        tf32: whether CUDA may round the factors of fp32 products to TF32; see :func:`set_tf32`, which is called for
-            CUDA devices only.
+        tf32: whether CUDA may use TF32 in fp32 products; passed to :func:`set_tf32`, for CUDA devices only.
     Raises:
-        TrajOODError: unknown device name, or one this machine lacks.
+        TrajOODError: an unknown device name, or a device that this machine does not have.
     """
     device = _find(name)
     if device.type == "cuda":
@@ -53,18 +52,17 @@ def _find(name: str) -> torch.device:
 def set_tf32(allowed: bool) -> None:
     """Allow or forbid TF32 in matrix products and convolutions, for the whole process.
 
-    Off is traj_ood's default and not torch's, which lets cuDNN's convolutions use it (a ViT's patch embedding is
-    one): TF32 keeps 10 bits of a factor's mantissa, and steps as short as the paper's tolerance need more.
-
-    :func:`standard_settings` keeps to what was said here last, whatever the caller sets meanwhile.
+    traj_ood's default is off, unlike torch's, which allows it in cuDNN's convolutions (such as a ViT's patch
+    embedding): TF32 keeps 10 bits of the mantissa of factors, too few for steps as short as the paper's tolerance.
+    :func:`standard_settings` applies the last value set here, whatever the caller sets meanwhile.
     """
     _PROCESS.tf32 = allowed
     _round_products(allowed)
 
 
 def _round_products(tf32: bool) -> None:
-    """Torch 2.9 brought a second way to say so (``fp32_precision``), and raises in the older getters once the two
-    disagree. Setting both, the older first, leaves them agreed whatever was set before."""
+    """Set TF32 in both APIs of torch. Since 2.9 there is a second one (``fp32_precision``), and the older getters raise
+    if the two disagree; setting both, the older first, makes them agree whatever was set before."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     for operation in _operations(torch.backends.cuda, torch.backends.cudnn):
@@ -74,7 +72,7 @@ def _round_products(tf32: bool) -> None:
 
 
 def _operations(*backends: Any) -> list[Any]:
-    """What of these backends has a precision of its own; nothing before torch 2.9."""
+    """The operations of these backends that have an ``fp32_precision``; none before torch 2.9."""
     found = [getattr(backend, name, None) for backend in backends for name in ("matmul", "conv", "rnn")]
     return [operation for operation in found if hasattr(operation, "fp32_precision")]
 
@@ -94,8 +92,9 @@ def exact_products() -> Iterator[None]:
 
 
 class _ProcessSettings:
-    """What torch keeps for the whole process: the first thread to enter sets it, the last to leave puts back what the
-    caller had. Other threads of the caller see ours meanwhile; torch has no other way."""
+    """torch's settings that hold for the whole process. The first thread to enter sets them, and the last to leave
+    restores the caller's. Other threads of the caller see the changed settings meanwhile, since torch has no per-thread
+    ones."""
 
     def __init__(self) -> None:
         self.tf32 = False
@@ -116,7 +115,7 @@ class _ProcessSettings:
                     restore()
 
     def _set(self) -> list[Callable[[], None]]:
-        """Set what differs; returns what undoes it."""
+        """Set what differs from the standard; returns the functions that undo it."""
         undo: list[Callable[[], None]] = []
         dtype = torch.get_default_dtype()
         if dtype != torch.float32:
@@ -125,7 +124,7 @@ class _ProcessSettings:
         return undo if self._is_exact() else undo + self._set_precision()
 
     def _is_exact(self) -> bool:
-        """Where CUDA was never used, only the CPU's products count."""
+        """Whether products already have full precision; only the CPU's settings matter if CUDA was never used."""
         if self.tf32 or torch.cuda.is_initialized():
             return False
         return all(o.fp32_precision in ("ieee", "none") for o in _operations(torch.backends.mkldnn)) and (
@@ -136,7 +135,7 @@ class _ProcessSettings:
         backends = torch.backends
         operations = _operations(backends.cuda, backends.cudnn, backends.mkldnn)
         undo: list[Callable[[], None]] = [partial(setattr, o, "fp32_precision", o.fp32_precision) for o in operations]
-        # Where the two ways disagree, what the older one says is lost already.
+        # If the two APIs disagree, the older getters raise, and their values cannot be restored.
         with suppress(RuntimeError):
             undo.insert(0, partial(setattr, backends.cudnn, "allow_tf32", backends.cudnn.allow_tf32))
         with suppress(RuntimeError):
@@ -150,11 +149,11 @@ _PROCESS = _ProcessSettings()
 
 @contextmanager
 def standard_settings() -> Iterator[None]:
-    """torch's default settings, whatever the caller has set: no autocast, float32 as default type, the CPU as default
-    device, and float32 products that are not rounded (see :func:`set_tf32`).
+    """Context of fixed torch settings: no autocast, float32 as default type, the CPU as default device, and float32
+    products of full precision (see :func:`set_tf32`).
 
-    The caller's settings come back at the end, also after an error. Re-entrant, and for many threads at once. Says
-    nothing about gradients. A function under it as a decorator is fine, a generator is not.
+    The caller's settings are restored at the end, also after an error. It is re-entrant and thread-safe, and leaves
+    gradients as they are. As a decorator, use it on functions but not on generators.
     """
     with ExitStack() as stack:
         for kind in _AUTOCAST:
@@ -177,21 +176,21 @@ def training_settings() -> Iterator[None]:
 def bfloat16_map(self_map: Callable[[Tensor], Tensor], device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """``self_map`` (n, *L) → (n, *L) under bfloat16 autocast, for :class:`traj_ood.dynamics.iterate.LowPrecision`.
 
-    Matrix products and convolutions round their factors to 8 bits; softmax, LayerNorm and the weights stay fp32, and
-    so does the type of what comes out. On its own it never meets the paper's tolerance.
+    Matrix products and convolutions round their factors to 8 bits; softmax, LayerNorm, the weights and the result stay
+    fp32. On its own this map never reaches the paper's tolerance.
 
     Args:
         self_map: f on fp32 latents.
         device: where f runs.
     Raises:
-        TrajOODError: neither the CPU nor a CUDA device with bfloat16.
+        TrajOODError: the device is neither the CPU nor a CUDA device with bfloat16.
     """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_bf16_supported()):
         raise TrajOODError(f"bfloat16 steps: expected the CPU or a CUDA device with bfloat16, got {device}: use fp32")
 
     def low(latents: Tensor) -> Tensor:
-        # No cache of cast weights: f uses each weight once, and a cache would outlive this call in an outer autocast.
+        # No cache of cast weights: each is used once per call, and within an outer autocast the cache would persist.
         with torch.autocast(kind, dtype=torch.bfloat16, cache_enabled=False):
             return self_map(latents).to(latents.dtype)
 

@@ -1,4 +1,4 @@
-"""A network as a fixed function: evaluation mode, torch's standard settings, one thread at a time."""
+"""FixedFunction: a network in evaluation mode under fixed settings, checked to be deterministic and row-wise."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 
 _F = TypeVar("_F", bound="FixedFunction")
-_ROWS = 2
-"""Of a trial: enough for one image to stand beside another."""
+_TRIAL_ROWS = 2  # enough to test whether one image depends on another
 _FLOATS = (torch.float32, torch.float64)
 _SAMPLED_VALUES, _MIN_VALUES = 2**15, 16
-"""Values of a model's weights that are looked at in all, and at least of a tensor."""
+"""Number of weight values that are sampled to detect changes, in total and at least per tensor."""
 
 
 LADDER = (1, 6, 12, 24, 48, 96)
-"""Sizes of calls with few images: one, and then what takes no longer than the next smaller one would for its rows. Six
-rows are what MKL's matrix products take at a time (see :func:`traj_ood.dynamics.iterate.rows_per_call`)."""
+"""Numbers of rows per call for few images: one, and multiples of the six rows that MKL's matrix products process at a
+time (see :func:`traj_ood.dynamics.chunks.rows_per_call`)."""
 
 
 class FixedFunction:
-    """Base class of what wraps a network: a name and a module. Every pass through it runs inside :meth:`fixed`.
+    """Base class of wrappers around a network. Every pass through the network runs inside :meth:`fixed`.
 
     Attributes:
-        name: what errors call it. module: the network. chunk: rows of one of its calls.
-        ladder: numbers of rows that a call may have in place of ``chunk`` when there are few images, see
-            :func:`few_images`. Default :data:`LADDER`; of a network that takes no other number than ``chunk``, which
-            :meth:`try_out` finds out, none.
+        name: name in messages.
+        module: the network.
+        chunk: rows per call.
+        ladder: numbers of rows that a call may have instead of ``chunk`` for few images, see :func:`few_images`.
+            Default :data:`LADDER`; empty for a network that accepts only ``chunk`` rows, which :meth:`try_out` detects.
     """
 
     name: str
@@ -46,39 +46,39 @@ class FixedFunction:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; the CPU for a module without any."""
+        """The device of the weights; the CPU for a module without weights."""
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     def to(self: _F, device: torch.device | str) -> _F:
-        """Move the network; returns itself."""
+        """Move the network to a device; returns self."""
         self.module.to(device)
         return self
 
     @property
     def rows(self) -> int:
-        """Rows of a call now: ``chunk``, or within :func:`few_images` the smallest of ``ladder`` that holds these."""
+        """Current rows per call: ``chunk``, or within :func:`few_images` the smallest sufficient one of ``ladder``."""
         count = _INSIDE.__dict__.get("few")
         if count is None:
             return self.chunk
         return next((rows for rows in self.ladder if count <= rows < self.chunk), self.chunk)
 
     def modules_used(self) -> tuple[nn.Module, ...]:
-        """Every network whose weights and training flags decide what comes out."""
+        """All networks whose weights and training flags affect the output."""
         return (self.module,)
 
     @contextmanager
     def fixed(self) -> Iterator[None]:
-        """Evaluation mode for all modules and the device's ``standard_settings``, in one thread at a time.
+        """Context in which all modules are in evaluation mode under ``standard_settings``, for one thread at a time.
 
-        The caller's training flags and settings come back at the end, also after an error. Re-entrant. Entered once a
-        pass, not once a step. Gradients are left as they are.
+        The caller's training flags and settings are restored at the end, also after an error. It is re-entrant, is
+        entered once per pass rather than per step, and leaves gradients as they are.
 
         Raises:
             TrajOODError: weights that are neither float32 nor float64.
         """
-        modules = sorted(self.modules_used(), key=id)  # one order for all, so that no two threads wait for each other
+        modules = sorted(self.modules_used(), key=id)  # the same order in all threads, which excludes deadlocks
         held: list[nn.Module] = _INSIDE.__dict__.setdefault("modules", [])
-        if all(any(module is other for other in held) for module in modules):  # a pass inside a pass
+        if all(any(module is other for other in held) for module in modules):  # a nested pass
             yield
             return
         with ExitStack() as stack:
@@ -95,13 +95,13 @@ class FixedFunction:
             yield
 
     def try_once(self) -> None:
-        """Run :meth:`try_out` the first time this model is used."""
+        """Run :meth:`try_out` if it has not been run before."""
         if not self._is_tried:
             self.try_out()
             self._is_tried = True
 
     def try_out(self) -> None:
-        """Refuse a network that is not a fixed function; called under :meth:`fixed` and without gradients.
+        """Check that the network is a fixed function; called under :meth:`fixed` and without gradients.
 
         Raises:
             TrajOODError: see :func:`check_function`.
@@ -110,11 +110,12 @@ class FixedFunction:
 
 @contextmanager
 def few_images(count: int) -> Iterator[None]:
-    """Within it this thread's calls of networks have as few rows as ``count`` images need.
+    """Context in which this thread's network calls have only as many rows as ``count`` images need.
 
-    A whole chunk of 48 rows for one image takes 25 times as long. But a float32 product of another shape rounds
-    otherwise, so that scores are those of whole chunks to 1e-5, and not to 1e-9: nothing that compares scores with
-    those of a long stream may be within it. Not around a generator's ``yield``, which the caller's code would be in.
+    A whole chunk of 48 rows takes 25 times as long as one image. Since float32 products of another shape round
+    differently, scores agree with those of whole chunks to 1e-5 and not to 1e-9, so do not use it where scores are
+    compared with those of a long stream. Do not use it around a generator's ``yield``, since it would then also apply
+    to the caller's code.
     """
     before = _INSIDE.__dict__.get("few")
     _INSIDE.few = count
@@ -125,21 +126,19 @@ def few_images(count: int) -> Iterator[None]:
 
 
 def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
-    """:meth:`FixedFunction.fixed` of the model that ``function`` is a method of; standard settings for any other
-    function."""
+    """:meth:`FixedFunction.fixed` if ``function`` is a method of a model, else :func:`standard_settings`."""
     owner = getattr(function, "__self__", None)
     return owner.fixed() if isinstance(owner, FixedFunction) else standard_settings()
 
 
 def name_around(function: Callable[..., Any]) -> str:
-    """How errors name ``function``: f, with the model's name where it is a method of a model."""
+    """Name of ``function`` in messages: f, preceded by the model's name if it is a method of a model."""
     owner = getattr(function, "__self__", None)
     return f"{owner.name}: f" if isinstance(owner, FixedFunction) else "f"
 
 
 def float_type(module: nn.Module) -> torch.dtype | None:
-    """The type that a module takes: that of its weights, float32 where they have several types, None where it has
-    none."""
+    """The input type of a module: the type of its weights, float32 if they have several, None if there are none."""
     types = float_types(parts_of(module))
     return (types.pop() if len(types) == 1 else torch.float32) if types else None
 
@@ -149,19 +148,19 @@ def _check_type(name: str, parts: list[nn.Module]) -> None:
     if short:
         found = " and ".join(sorted(str(t).removeprefix("torch.") for t in short))
         raise TrajOODError(
-            f"{name}: expected float32 or float64 weights, got {found}: convert the model with .float(); steps as "
-            "short as the tolerance need it"
+            f"{name}: expected float32 or float64 weights, got {found}: convert the model with .float(), because "
+            "shorter types cannot resolve steps near the tolerance"
         )
 
 
 # ---------------------------------------------------------------------- evaluation mode, one thread at a time
 
 _INSIDE = threading.local()
-"""What this thread holds."""
+"""The modules that this thread has locked, and its number of ``few`` images."""
 _GUARD = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _SWITCHED: dict[nn.Module, int] = {}
-"""Modules that were in training mode, and how many passes hold them in evaluation mode: parts may be shared."""
+"""Modules that were in training mode, with the number of passes that hold them in evaluation mode."""
 
 
 def _lock_of(module: nn.Module) -> threading.RLock:
@@ -171,7 +170,7 @@ def _lock_of(module: nn.Module) -> threading.RLock:
 
 @contextmanager
 def _evaluation_mode(parts: list[nn.Module]) -> Iterator[None]:
-    """The flags alone: a module's own ``eval`` and ``train`` may do more, and could not be undone."""
+    """Set only the flags: a module's own ``eval`` and ``train`` may have other effects, which could not be undone."""
     with _GUARD:
         held = [part for part in parts if getattr(part, "training", False) or part in _SWITCHED]
         for part in held:
@@ -188,27 +187,27 @@ def _evaluation_mode(parts: list[nn.Module]) -> Iterator[None]:
                     part.training = True
 
 
-# ---------------------------------------------------------------------- is it one?
+# ---------------------------------------------------------------------- checks of a function
 
 
 def check_answer(name: str, answer: object, rows: int) -> Tensor:
-    """Check that ``answer`` is a tensor of ``rows`` rows, and return it.
+    """Return ``answer``, the output of the function ``name``, after checking that it is a tensor of ``rows`` rows.
 
     Raises:
-        TrajOODError: names the function, what it returned, and what to return.
+        TrajOODError: it is not.
     """
     if not isinstance(answer, Tensor):
         raise TrajOODError(f"{name}: expected one tensor, got {type(answer).__name__}: return the tensor alone")
     if not answer.ndim or len(answer) != rows:
         raise TrajOODError(
-            f"{name}: expected {rows} rows for {rows} rows, got shape {tuple(answer.shape)}: return one row for each, "
-            "in their order"
+            f"{name}: expected {rows} rows for {rows} rows, got shape {tuple(answer.shape)}: return one row per input "
+            "row, in the same order"
         )
     return answer
 
 
 def takes(function: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
-    """Whether a function takes one row alone: a recorded graph may take one number of rows and no other."""
+    """Whether a function accepts a single row; a traced graph may accept only the number of rows it was traced with."""
     try:
         return len(function(rows[:1])) == 1
     except Exception:  # any network, any error
@@ -216,26 +215,31 @@ def takes(function: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
 
 
 def check_function(name: str, function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
-    """Refuse a function of rows (n, …) whose output for a row depends on other rows, or changes from call to call.
+    """Check that a function is deterministic, and that its output for a row does not depend on other rows.
 
-    Rounding is let pass: 16 units in the last place between two calls of one shape, half of the digits between places
-    in a batch. A network that takes no other batches than ``chunk`` rows is tried on as many.
+    Rounding is tolerated: 16 units in the last place between two calls of the same shape, half of the digits between
+    positions in a batch.
 
+    Args:
+        name: name of the function in messages.
+        function: rows (n, …) → rows.
+        inputs: rows to test it with, of which two are used.
+        chunk: number of rows to use if the function accepts no other.
     Returns:
-        The answers to two rows.
+        The outputs for two rows.
     Raises:
-        TrajOODError: it draws random numbers, or looks at other rows of the batch; says what to do.
+        TrajOODError: the function is random, or its output for a row depends on other rows.
     """
 
     def call(rows: Tensor) -> Tensor:
         return check_answer(name, function(rows), len(rows))
 
-    rows = inputs[:_ROWS]
+    rows = inputs[:_TRIAL_ROWS]
     try:
         first = call(rows)
     except TrajOODError:
         raise
-    except Exception:  # any network, any error: the caller's own call names it, if this one has it, too
+    except Exception:  # it may accept only ``chunk`` rows; a real error is raised again below
         rows = rows.repeat(-(-chunk // len(rows)), *[1] * (rows.ndim - 1))[:chunk]
         first = call(rows)
     eps = torch.finfo(first.dtype).eps if first.is_floating_point() else 1.0
@@ -245,42 +249,42 @@ def check_function(name: str, function: Callable[[Tensor], Tensor], inputs: Tens
             f"{name} draws random numbers: two calls on the same images differ by {moved:.1e} of the largest value: "
             "return the mean in place of a sample, and switch off dropout and noise in evaluation mode"
         )
-    copies = [call(rows[i : i + 1].expand_as(rows).contiguous()) for i in range(len(inputs[:_ROWS]))]
+    copies = [call(rows[i : i + 1].expand_as(rows).contiguous()) for i in range(len(inputs[:_TRIAL_ROWS]))]
     moved = max(_difference(answer, first[i : i + 1].expand_as(answer)) for i, answer in enumerate(copies))
     if moved > eps**0.5:
         raise TrajOODError(
-            f"{name} depends on batch-mates: an image among others and among copies of itself differ by {moved:.1e} of "
-            "the largest value: let every row depend on its own image alone, such as with running statistics in place "
-            "of the batch's (BatchNorm with track_running_stats, LayerNorm, GroupNorm)"
+            f"{name} depends on batch-mates: its outputs for an image among others and among copies of itself differ "
+            f"by {moved:.1e} of the largest value: let every row depend on its own image alone, such as by running "
+            "statistics instead of the batch's (BatchNorm with track_running_stats, LayerNorm, GroupNorm)"
         )
-    return first[:_ROWS]
+    return first[:_TRIAL_ROWS]
 
 
 def trial_rows(shape: tuple[int, ...], like: nn.Module) -> Tensor:
-    """A dark and a bright image (2, C, H, W) of noise in [0, 1], always the same, as ``like`` takes them."""
-    noise = torch.rand(_ROWS, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    images = (noise + torch.arange(_ROWS).view(-1, *[1] * len(shape))) / _ROWS
+    """A dark and a bright noise image (2, C, H, W) in [0, 1], always the same, in the type and device of ``like``."""
+    noise = torch.rand(_TRIAL_ROWS, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    images = (noise + torch.arange(_TRIAL_ROWS).view(-1, *[1] * len(shape))) / _TRIAL_ROWS
     device = next((p.device for p in like.parameters()), images.device)
     return images.to(device, float_type(like) or images.dtype)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """Largest |a − b| as a share of the largest |b|, where both are finite."""
+    """Largest |a − b| relative to the largest |b|, over elements that are finite in both."""
     known = a.isfinite() & b.isfinite()
     if a.shape != b.shape or not bool(known.any()):
         return 0.0
     return float((a - b)[known].abs().max() / b[known].abs().max().clamp(min=torch.finfo(b.dtype).tiny))
 
 
-# ---------------------------------------------------------------------- are its weights what they were?
+# ---------------------------------------------------------------------- changes of weights
 
 
 class KnownWeights:
     """A record of a model's weights and buffers, to detect later changes.
 
-    A look compares the tensors' identities and version counters and a sample of their values, which also sees what goes
-    past the counters (``parameter.data``). Where those differ a hash of all values decides, so that moving a model, or
-    loading equal weights into it, changes nothing.
+    :meth:`check` compares the identities and version counters of the tensors, and a sample of their values, which also
+    detects changes that bypass the counters (``parameter.data``). If these differ, a hash of all values decides, so
+    that moving a model or loading equal weights is not a change.
     """
 
     def __init__(self, model: FixedFunction) -> None:
@@ -289,12 +293,12 @@ class KnownWeights:
         self._mark()
 
     def check(self) -> None:
-        """Raises ``TrajOODError`` when they have changed."""
+        """Raise ``TrajOODError`` if weights or buffers have changed."""
         if self._marks == self._look() and torch.equal(self._values, torch.cat(self._sample)):
             return
         if self._hash() != self._digest:
             raise TrajOODError(
-                f"{self._name}: its weights, or batch statistics, have changed since the scorer was fitted: fit again, "
+                f"{self._name}: its weights or batch statistics have changed since the scorer was fitted: fit again, "
                 "or load the weights that it was fitted with"
             )
         self._mark()
@@ -319,8 +323,8 @@ class KnownWeights:
 
 
 def _sample_of(tensor: Tensor, count: int) -> Tensor:
-    """A view of at most ``count`` of the values, all over the tensor, whatever order they lie in."""
+    """A view of at most about ``count`` values, spread evenly over the tensor's memory."""
     values = tensor.detach()
     size = min(tensor.numel(), values.untyped_storage().nbytes() // values.element_size() - values.storage_offset())
-    step = -(-size // count) | 1  # odd: rows are of even lengths, and a column is not the tensor
+    step = -(-size // count) | 1  # odd, since rows have even lengths and an even step would sample few columns
     return values.as_strided((-(-size // step),), (step,)) if size > 0 else values.flatten()

@@ -1,4 +1,4 @@
-"""Between the device that computes and the host that decides: every read of the engine goes through :func:`to_host`."""
+"""Transfers between device and host. Every read of the engine goes through :func:`to_host`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def to_host(values: Sequence[Tensor]) -> list[Tensor]:
-    """Float64 copies on the CPU, of what may be on a device: one transfer, for which the host waits once.
+    """Float64 copies of tensors on the CPU, in a single transfer, for which the host waits once.
 
-    On CUDA it goes through page-locked memory, so that nothing else is waited for than what the values need.
+    On CUDA the transfer uses page-locked memory, so that the host waits only for the computation of these values.
     """
     if all(value.device.type == "cpu" for value in values):
         return [value.double() for value in values]
@@ -25,14 +25,14 @@ def to_host(values: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
-def to_device(places: Tensor, device: torch.device) -> Tensor:
-    """Indices on the device; from page-locked memory on CUDA, so that nobody waits."""
+def to_device(indices: Tensor, device: torch.device) -> Tensor:
+    """Copy indices to the device; on CUDA from page-locked memory, so that the host does not wait."""
     if device.type == "cuda":
-        return places.pin_memory().to(device, non_blocking=True)
-    return places.to(device)
+        return indices.pin_memory().to(device, non_blocking=True)
+    return indices.to(device)
 
 
 def where(mask: Tensor, device: torch.device) -> Tensor:
-    """Indices on the device of what a mask (n,) on the CPU says. A mask on the device would be counted there first, and
-    the host would wait for the count."""
+    """Indices, on the device, of the true elements of a mask (n,) on the CPU. With a mask on the device the host would
+    wait for their number."""
     return to_device(mask.nonzero()[:, 0], device)

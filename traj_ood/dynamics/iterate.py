@@ -1,6 +1,6 @@
-"""The fixed-point engine: a stream of starts in, finished trajectories out in order, every point shown to observers.
+"""iterate, the fixed-point engine: turns a stream of starts into trajectories, in order, and measures every point.
 
-Equation (3) of the paper: z_{t+1} = f(z_t) with f = E∘D, stopped per sample at ‖f(z_{t+1}) − f(z_t)‖² < tol (App. D,
+Equation (3) of the paper: z_{t+1} = f(z_t) with f = E∘D, stopped per sample at ‖f(z_{t+1}) − f(z_t)‖² < tol (App. D:
 squared, 1e-5 for foundation models) or after ``max_steps`` (500 there).
 """
 
@@ -22,35 +22,36 @@ from traj_ood.dynamics.maps import LowPrecision, Maps, SelfMap
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 
-_UNDER_WAY = 192  # samples at a time: full chunks for any network, and few idle rows beside the slow ones at the end
-_SPARE = 32  # one row in so many may be idle before starts are taken in
-_MOST_BATCHES, _MOST_BEHIND = 4, 4  # unfinished at a time: batches, and samples as multiples of those under way
-_LOOK = 8  # steps of an accelerator between two looks: 2 % of a path of 186 steps in vain, an eighth of the waiting
+_UNDER_WAY = 192  # samples iterated at a time: full chunks for any network, and few idle rows beside the last samples
+_IDLE_SHARE = 32  # one in so many rows may be idle before new starts are taken in
+_MAX_BATCHES, _MAX_BEHIND = 4, 4  # unfinished batches, and unfinished samples as a multiple of those under way
+_LOOK = 8  # steps on an accelerator between two reads: wastes 2 % of a path of 186 steps, and waits an eighth as often
 _END: Any = object()
 
 
 class Observer(Protocol):
-    """Sees each point of each trajectory once, while it exists, and keeps one number of it.
+    """Measures each point of each trajectory once, while the point is in memory.
 
-    ``name`` is the key in :attr:`Trajectory.measures`; an observer that answers None leaves no measure.
+    ``name`` is the key in :attr:`Trajectory.measures`; an observer that returns None leaves no measure.
     """
 
     name: str
 
     def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor | None:
-        """Measure a point z_t of each of n samples.
+        """Measure one point z_t of each of n samples.
 
         Args:
-            steps: (n,) int64, each sample's own t. rows: (n,) int64, the samples' numbers, counted over all starts.
-            latents: (n, *L) the points.
+            steps: (n,) int64, t of each sample.
+            rows: (n,) int64, numbers of the samples, counted over all starts.
+            latents: (n, *L), the points.
         Returns:
-            (n,) numbers, on the CPU or where the latents are, or None.
+            (n,) numbers, on the CPU or on the device of the latents, or None.
         """
         ...
 
 
 class Norm:
-    """‖z_t‖ at every point (Fig. 12b): bounded norms mean that the trajectory does not diverge."""
+    """Observer that records ‖z_t‖ at every point (Fig. 12b); bounded norms show that a trajectory does not diverge."""
 
     name = "norm"
 
@@ -96,37 +97,39 @@ def iterate(
     low_precision: LowPrecision | None = None,
     look: int | None = None,
 ) -> Trajectory | Iterator[Trajectory]:
-    """Run z_{t+1} = f(z_t) for every sample of ``start`` until it settles.
+    """Iterate z_{t+1} = f(z_t) for every sample of ``start`` until it converges.
 
-    About 192 samples are under way at a time; whenever some have ended, the next starts take their rows, over the
-    borders of the stream's batches, so that hardly a row of f is spent on filling.
+    About 192 samples are iterated at a time. Whenever some have ended, the next starts take their rows, across the
+    batches of the stream, so that few rows of f are padding.
 
-    No result depends on batch-mates, order or batch size beyond 1e-9. Three things see to that: each sample stops on
-    its own residual; converged and non-finite samples leave at once; and f is only ever called on exactly ``chunk``
-    rows (the last chunk is filled up with copies of its last row), because a float32 product of another shape rounds
-    differently by 1e-7, and a residual next to the tolerance would then stop one step earlier or later.
+    No result depends on other samples, their order or the batch size beyond 1e-9, for three reasons: each sample stops
+    on its own residual; converged and non-finite samples are removed at once; and f is always called on exactly
+    ``chunk`` rows (a short last chunk is padded with copies of its last row), because float32 products of another shape
+    differ by 1e-7, so that a residual near the tolerance might stop one step earlier or later.
 
     Args:
-        self_map: f, called under ``torch.inference_mode`` on (chunk, *L), and under
-            :func:`traj_ood.dynamics.device.standard_settings`. A method of a model, such as ``autoencoder.self_map``,
-            also has that model in evaluation mode meanwhile; what a function of your own calls is yours to switch.
-        start: z_0, (B, *L) floating point, on the device where f runs; or a stream of such batches, alike but for B,
-            which is read no further than the samples under way need: the unfinished batches are at most four, or
-            hold less than 1,000 samples.
-        tol: on the squared residual. Default 1e-5, the paper's for foundation models.
-        max_steps: most evaluations of f per sample. Default 500, the paper's.
-        observers: measure every point z_0 … z_N; memory grows with one number per point, not with the latents.
-        chunk: rows per call of f. Default 24. Each :class:`Autoencoder` knows a number that suits it.
-        on_step: called as ``on_step(step, running)`` after each evaluation, for progress bars: the most steps that any
-            sample under way has taken, and how many of those that were read have not ended.
-        low_precision: cheaper first steps, see :class:`LowPrecision`. Default None: f alone. In a step in which both
-            maps are at work each fills up its own last chunk, so the gain needs batches of several chunks.
-        look: steps between two looks of the host at what the device has computed. In between, samples that have ended
-            run on; the points that they had no need of are dropped, and observers never see them, so results do not
-            depend on it. Points wait for a look, so memory grows with it. Default: 1 on the CPU, where looking costs
-            nothing, 8 on an accelerator, which else waits for the host in every step.
+        self_map: f, called on (chunk, *L) under ``torch.inference_mode`` and
+            :func:`traj_ood.dynamics.device.standard_settings`. If it is a method of a model, such as
+            ``autoencoder.self_map``, the model is put into evaluation mode meanwhile; for any other function that is up
+            to you.
+        start: z_0, (B, *L) floating point, on the device of f; or a stream of such batches that differ only in B. The
+            stream is read only as far as needed: at most four batches are unfinished, or they hold fewer than 1,000
+            samples.
+        tol: tolerance on the squared residual. Default 1e-5, the paper's for foundation models.
+        max_steps: maximum number of evaluations of f per sample. Default 500, the paper's.
+        observers: measure every point z_0 … z_N; memory grows by one number per point and observer.
+        chunk: rows per call of f. Default 24. Each :class:`Autoencoder` has a suitable number.
+        on_step: called as ``on_step(step, running)`` after each evaluation, for progress bars: the largest number of
+            steps of any sample in progress, and the number of samples read that have not ended.
+        low_precision: cheaper first steps, see :class:`LowPrecision`. Default None: f alone. In a step that uses both
+            maps each pads its own last chunk, so a gain needs batches of several chunks.
+        look: steps between two reads of the device's results by the host. Samples that have ended in between run on;
+            their surplus points are dropped before observers see them, so results do not depend on it. Memory grows
+            with it. Default: 1 on the CPU, where reading is free, and 8 on an accelerator, which otherwise waits for
+                the host
+            in every step.
     Returns:
-        The :class:`Trajectory`, or one for each batch of the stream, in its order. The stopping test needs two
+        The :class:`Trajectory`, or for a stream an iterator over one per batch, in order. The stopping test needs two
         consecutive images of f, so N >= 2 unless max_steps = 1.
     Raises:
         TrajOODError: impossible arguments, or a self-map that changes the latent's shape or type.
@@ -143,7 +146,7 @@ def iterate(
 
 
 def _trajectories(flight: _Flight, self_map: SelfMap, starts: Iterator[Tensor]) -> Iterator[Trajectory]:
-    # Neither the caller's code between two trajectories nor that which makes the starts runs in f's settings.
+    # Only f runs in its settings, not the code that makes the starts or the caller's code between two trajectories.
     while True:
         while flight.wants_starts():
             start = next(starts, _END)
@@ -159,13 +162,13 @@ def _trajectories(flight: _Flight, self_map: SelfMap, starts: Iterator[Tensor]) 
 
 
 class _Batch:
-    """What is known of the trajectories of one batch of starts; its first sample has the number ``first``."""
+    """The record of the trajectories of one batch of starts; its first sample has the number ``first``."""
 
     def __init__(self, first: int, start: Tensor) -> None:
         count = len(start)
         self.first, self.end, self.left = first, first + count, count
-        self.ended = 0  # the look at which the last of its samples was seen to have ended
-        # Everything that decides lives on the CPU (MPS has no float64); only latents stay on the device.
+        self.ended = 0  # number of the read at which its last sample was found to have ended
+        # Decisions are made on the CPU (MPS has no float64); only latents stay on the device.
         self.steps = torch.zeros(count, dtype=torch.int64)
         self.status = torch.full((count,), int(Status.STEP_LIMIT))
         self.final = start.detach().clone()
@@ -182,7 +185,7 @@ class _Batch:
 
 @dataclass
 class _Running:
-    """The samples under way: numbers, steps taken and points (n, *L), and what :class:`LowPrecision` knows of each."""
+    """The samples in progress: numbers, steps made, points (n, *L), and the state that :class:`LowPrecision` needs."""
 
     rows: Tensor
     steps: Tensor
@@ -202,7 +205,7 @@ class _Running:
         return len(self.rows)
 
     def take(self, keep: Tensor, latents: Tensor | None = None) -> _Running:
-        """Those of ``keep`` (n,) bool, at ``latents`` if given; itself when that is all of them."""
+        """The samples of ``keep`` (n,) bool, with new ``latents`` if given; self if these are all."""
         if bool(keep.all()):
             return self if latents is None else replace(self, latents=latents)
         latents = _rows_of(self.latents, keep) if latents is None else latents
@@ -216,7 +219,7 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Points:
-    """Points of trajectories, n of them: the samples' numbers and steps on the CPU, and latents (n, *L)."""
+    """n points of trajectories: numbers and steps of the samples on the CPU, and latents (n, *L)."""
 
     rows: Tensor
     steps: Tensor
@@ -224,7 +227,7 @@ class _Points:
 
 
 class _Flight:
-    """The samples under way, the starts that wait for a row, and the batches they belong to, the oldest first."""
+    """The state of the engine: samples in progress, waiting starts, and their batches, the oldest first."""
 
     def __init__(
         self,
@@ -241,26 +244,26 @@ class _Flight:
         self._batches: deque[_Batch] = deque()
         self._running: _Running | None = None
         self._waiting: _Running | None = None
-        self._silent: set[str] = set()  # observers that keep for themselves what they see
-        self._unread: list[tuple[str, _Points, Tensor]] = []  # what observers measured, and where
+        self._silent: set[str] = set()  # observers that return None
+        self._unread: list[tuple[str, _Points, Tensor]] = []  # measures that have not been read yet, and their points
         self._count, self._looks, self._closed = 0, 0, False
 
     def wants_starts(self) -> bool:
-        """Whether rows are free that nothing waits for, and the stream may have more.
+        """Whether to read the next batch: there are free rows, no waiting starts, and the stream has not ended.
 
-        Nothing is read while much waits for one slow sample: what was read before stays in memory until that ends.
+        Nothing is read while many finished samples wait for a slow one, because they stay in memory until it ends.
         """
         behind = self._count - self._batches[0].first + len(self._batches) if self._batches else 0
-        if len(self._batches) >= _MOST_BATCHES and behind >= _MOST_BEHIND * self._room:
+        if len(self._batches) >= _MAX_BATCHES and behind >= _MAX_BEHIND * self._room:
             return False
         return not self._closed and self._has_room() and not self._waiting
 
     def close(self) -> None:
-        """The stream has ended."""
+        """Record that the stream has ended."""
         self._closed = True
 
     def add(self, start: Any) -> None:
-        """The next batch."""
+        """Take in the next batch."""
         known = self._running or self._waiting
         _check_start(start, known.latents if known else None)
         batch = _Batch(self._count, start)
@@ -271,11 +274,11 @@ class _Flight:
         batch.left, batch.ended = int(finite.sum()), self._looks
         if self._look is None:
             self._look = 1 if start.device.type == "cpu" else _LOOK
-        # A copy: its owner may fill the same buffer again while the samples are under way.
+        # A copy, because the caller may reuse the buffer for the next batch.
         self._waiting = _Running.begin(batch.first, start.detach().clone(), self._maps.has_cheap).take(finite)
 
     def advance(self) -> None:
-        """Steps until the oldest batch has ended or starts are wanted."""
+        """Make steps until the oldest batch has ended or starts are needed."""
         while not self.wants_starts() and not self._has_ended():
             self._board()
             if not self._running:
@@ -284,7 +287,7 @@ class _Flight:
             self._fly(self._running)
 
     def finished(self) -> Iterator[Trajectory]:
-        """The oldest batches, as far as all of their samples have ended."""
+        """Yield the trajectories of the oldest batches whose samples have all ended."""
         while self._has_ended():
             names = [o.name for o in self._observers if o.name not in self._silent]
             yield self._batches.popleft().trajectory(self._max_steps, names)
@@ -293,16 +296,16 @@ class _Flight:
         return self._closed and not self._batches
 
     def _has_ended(self) -> bool:
-        """Whether all samples of the oldest batch have, and what was measured of them is known."""
+        """Whether all samples of the oldest batch have ended and their measures have been read."""
         if not self._batches or self._batches[0].left:
             return False
         return not self._unread or self._batches[0].ended < self._looks
 
     def _has_room(self) -> bool:
-        return self._room - len(self._running or ()) >= max(1, self._room // _SPARE)
+        return self._room - len(self._running or ()) >= max(1, self._room // _IDLE_SHARE)
 
     def _board(self) -> None:
-        """Give free rows to starts that wait."""
+        """Give free rows to waiting starts."""
         if not self._waiting or not self._has_room():
             return
         aboard = torch.arange(len(self._waiting)) < self._room - len(self._running or ())
@@ -311,17 +314,20 @@ class _Flight:
         self._running = self._running.with_more(new) if self._running else new
 
     def _fly(self, before: _Running) -> None:
-        """Some steps of the samples under way, and one look at them."""
+        """Make some steps of the samples in progress, and read the results once."""
         assert self._look is not None
         length = min(self._look, self._max_steps - int(before.steps.min()))
         points, lengths = self._maps.fly(before.latents, before.cheap, length)
         moved, norms = self._read([lengths])[0]
-        # A NaN or infinite coordinate, or a length that overflows, ends the trajectory at the point before.
+        # A NaN or infinite coordinate, or a norm that overflows, ends the trajectory at the previous point.
         self._land(before, points, torch.where(norms.isfinite(), moved.square(), torch.nan), norms)
 
     def _land(self, before: _Running, points: list[Tensor], squared: Tensor, norms: Tensor) -> None:
-        """How far each sample has really come: until it ended, or the other of the two maps was to take over; the rest
-        of its ``points`` is dropped. ``squared`` and ``norms`` are (steps, n)."""
+        """Record the steps of each sample up to its end, or to its switch from the cheap map to f; drop later
+        ``points``.
+
+        ``squared`` and ``norms`` are (steps, n).
+        """
         count, exact = len(before), ~before.cheap
         now = replace(before, steps=before.steps.clone(), cheap=before.cheap.clone())
         flying, places = torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64)
@@ -330,15 +336,15 @@ class _Flight:
         for step in range(len(squared)):
             finite = squared[step].isfinite()
             fates[flying & ~finite & exact] = int(Status.NON_FINITE)
-            now.cheap[flying & ~finite] = False  # a smaller range of numbers must not end a trajectory: f decides
+            now.cheap[flying & ~finite] = False  # an overflow of the cheap map does not end a trajectory: f decides
             flying &= finite
             now.steps += flying
             places[flying] = step + 1
             for batch, inside, rows in self._parts(before.rows[flying]):
                 batch.residuals.put(rows, now.steps[flying][inside] - 1, squared[step, flying][inside])
             shown.append(_Points(before.rows[flying], now.steps[flying], _rows_of(points[step + 1], flying)))
-            # ‖f(z_{t+1}) − f(z_t)‖² compares two images of f: the first residual ‖f(z_0) − z_0‖² is not one. After
-            # cheap steps z_t is an image of f up to rounding, and what counts is that f itself no longer moves it.
+            # The stopping test compares two images of f, so it does not apply to the first residual ‖f(z_0) − z_0‖².
+            # After cheap steps z_t is an image of f up to rounding, and the test is whether f moves it.
             settled = flying & (squared[step] < self._tol) & exact & (now.steps > 1)
             limited = flying & ~settled & (now.steps >= self._max_steps)
             fates[settled], fates[limited] = int(Status.CONVERGED), int(Status.STEP_LIMIT)
@@ -361,7 +367,7 @@ class _Flight:
         self._running = now.take(kept, _reached(points, places, kept))
 
     def _observe(self, shown: list[_Points]) -> None:
-        """Show points to the observers; what they measure is read at the next look, or now where looking is free."""
+        """Call the observers; their results are read with the next residuals, or at once if reading is free."""
         shown = [points for points in shown if len(points.rows)]
         if not shown or not self._observers:
             return
@@ -385,7 +391,7 @@ class _Flight:
             self._read([])
 
     def _read(self, values: list[Tensor]) -> list[Tensor]:
-        """Float64 copies on the CPU: a look, at which all that observers have measured comes, too."""
+        """Read values as float64 copies on the CPU, and with them all pending measures of observers."""
         unread, self._unread = self._unread, []
         self._looks += 1
         if not values and not unread:
@@ -410,7 +416,7 @@ class _Flight:
             batch.final[to_device(own, device)] = _rows_of(final, inside)
 
     def _parts(self, rows: Tensor) -> Iterator[tuple[_Batch, Tensor, Tensor]]:
-        """Each batch that some of ``rows`` (n,) belong to, which of them (n,) bool, and their places in it."""
+        """Each batch that contains some of ``rows`` (n,), the mask (n,) bool of these, and their indices in it."""
         for batch in self._batches:
             inside = (rows >= batch.first) & (rows < batch.end)
             if bool(inside.any()):
@@ -418,7 +424,7 @@ class _Flight:
 
 
 class _Table:
-    """One number per sample and step; NaN where a sample had already ended."""
+    """A growing table with one number per sample and step; NaN after a sample's end."""
 
     def __init__(self, count: int) -> None:
         self._values = torch.full((count, 1), torch.nan, dtype=torch.float64)
@@ -427,7 +433,7 @@ class _Table:
     def put(self, rows: Tensor, columns: Tensor, values: Tensor) -> None:
         self._width = max(self._width, int(columns.max()) + 1)
         missing = self._width - self._values.shape[1]
-        if missing > 0:  # doubled: a path that grows step by step must not be copied at each of them
+        if missing > 0:  # doubled, so that the table is not copied at every step
             more = self._values.new_full((len(self._values), max(missing, self._values.shape[1])), torch.nan)
             self._values = torch.cat([self._values, more], dim=1)
         self._values[rows, columns] = values
@@ -437,12 +443,13 @@ class _Table:
 
 
 def _rows_of(latents: Tensor, keep: Tensor) -> Tensor:
-    """Those of ``keep`` (n,) bool on the CPU; itself when that is all of them, as it is in most steps."""
+    """The rows of ``keep`` (n,) bool on the CPU; ``latents`` itself if these are all, as in most steps."""
     return latents if bool(keep.all()) else latents[where(keep, latents.device)]
 
 
 def _reached(points: list[Tensor], places: Tensor, keep: Tensor) -> Tensor:
-    """(K, *L) of each sample of ``keep`` (n,) bool the point ``places`` (n,) says, among those of each step."""
+    """For each sample of ``keep`` (n,) bool its point at step ``places`` (n,), (K, *L); ``points`` has one tensor per
+    step."""
     if bool((places[keep] == len(points) - 1).all()):
         return _rows_of(points[-1], keep)
     out = points[0].new_empty((int(keep.sum()), *points[0].shape[1:]))
@@ -457,7 +464,9 @@ def _check_start(start: Tensor, before: Tensor | None) -> None:
         got = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
         raise TrajOODError(f"start: expected floating-point latents of shape (B, *L), got {got}")
     if before is not None and kind(start) != kind(before):
-        raise TrajOODError(f"start: expected batches alike, got {kind(before)} and then {kind(start)}")
+        raise TrajOODError(
+            f"start: expected batches of one shape, type and device, got {kind(before)} and then {kind(start)}"
+        )
 
 
 def _check_settings(tol: float, max_steps: int, chunk: int, look: int | None, observers: list[Observer]) -> None:
@@ -472,4 +481,4 @@ def _check_settings(tol: float, max_steps: int, chunk: int, look: int | None, ob
     names = [observer.name for observer in observers]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise TrajOODError(f"observers: expected a name for each, got {twice!r} twice: rename one of the two")
+        raise TrajOODError(f"observers: expected different names, got {twice!r} twice: rename one of the two")

@@ -1,4 +1,4 @@
-"""The spectral radius of f's Jacobian: below 1 at a fixed point, that point attracts its surroundings."""
+"""Spectral radius of f's Jacobian (below 1 at a fixed point, the point is attracting), and divergence of f(z) − z."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from traj_ood.dynamics.maps import SelfMap
 from traj_ood.errors import TrajOODError
 
 Derivative = Literal["forward", "differences"]
-_STEP = 1e-3
-"""Of a central difference, relative to ‖z‖: in float32 its rounding error (1e-7 / 1e-3) stays near its truncation's."""
+_DIFFERENCE_STEP = 1e-3
+"""Step of a central difference, relative to ‖z‖, at which in float32 rounding (1e-7 / 1e-3) and truncation error are of
+similar size."""
 _AGREEMENT = 0.2
-"""Forward mode and central differences may differ by this share. It only has to find tangents that got lost (a
-``detach`` or ``no_grad`` inside a user's f), which would pass for stability."""
+"""Allowed relative difference between forward mode and central differences. It only has to detect lost tangents (a
+``detach`` or ``no_grad`` inside a user's f), which would look like stability."""
 
-_PROBE = 1e-2
-"""Step of a divergence's probe, relative to ‖z‖. Larger than that of a product: one difference has no second chance,
-and in float32 its rounding is the noise of the trace."""
+_PROBE_STEP = 1e-2
+"""Step of the divergence's central difference, relative to ‖z‖. Larger than ``_DIFFERENCE_STEP``, because the rounding
+of a single difference in float32 is the noise of the trace."""
 
 Product = Callable[[Tensor], Tensor]
 
@@ -35,8 +36,8 @@ class Radii:
     """Spectral radii of the Jacobian.
 
     Attributes:
-        values: (P,) float64; infinite where the products left the finite numbers.
-        derivative: ``forward`` mode, or central ``differences`` where f does not support it.
+        values: (P,) float64; infinite where the products became NaN or infinite.
+        derivative: ``forward`` mode, or central ``differences`` if f does not support it.
     """
 
     values: Tensor
@@ -53,26 +54,26 @@ def spectral_radii(
 ) -> Radii:
     """Spectral radius ρ(∂f/∂z) at each of ``points``, by power iteration on Jacobian-vector products.
 
-    ‖Jᵏv‖ grows like ρᵏ for almost every v. Its logarithm is recorded at every step (v is scaled back to length 1), and
-    the slope of a line through the last ``window`` steps is log ρ. A single ratio would not do: a complex pair of
-    eigenvalues makes the growth swing about its mean. The Jacobian itself (n × n) is never formed.
+    ‖Jᵏv‖ grows like ρᵏ for almost every v. log ρ is the slope of a line fitted to log ‖Jᵏv‖ over the last ``window``
+    steps, with v rescaled to length 1 at every step. A single ratio would not suffice, because a complex pair of
+    eigenvalues makes the growth oscillate. The Jacobian itself (n × n) is never formed.
 
     Args:
-        self_map: f on (n, *L), each row on its own; called on min(chunk, P) rows.
+        self_map: row-wise f on (n, *L); called on min(chunk, P) rows.
         points: (P, *L), float32 or float64.
         burn: steps before the window, in which smaller eigenvalues die out. Default 40.
-        window: Default 60. Tests hold both defaults to 3 % of the eigenvalues of linear maps, complex pairs and random
-            matrices included.
-        seed: of v.
-        chunk: most rows per call of f.
+        window: steps of the fit. Default 60. In the tests both defaults give 3 % accuracy for linear maps, including
+            complex pairs and random matrices.
+        seed: seed of v.
+        chunk: maximum number of rows per call of f.
     Raises:
-        TrajOODError: no points, or a window that no line fits.
+        TrajOODError: no points, a negative ``burn``, or a window of fewer than 2 steps.
     """
     if not len(points):
         raise TrajOODError("spectral radius: expected at least 1 point, got 0")
     if burn < 0 or window < 2:
         raise TrajOODError(f"spectral radius: expected burn >= 0 and window >= 2, got {burn} and {window}")
-    points = points.detach().clone()  # what inference mode made, forward mode cannot use
+    points = points.detach().clone()  # forward mode cannot use tensors created in inference mode
     draws = torch.Generator().manual_seed(seed)
     start = torch.randn(points.shape[1:], generator=draws).to(points).expand_as(points)
     directions = start / _lengths(start)
@@ -83,7 +84,7 @@ def spectral_radii(
             images = product(directions)
             length = _lengths(images)
             logs[k] = length.flatten().cpu().double().log()
-            # A length of zero (J v = 0) stays zero: log 0 and the radius 0 below are what that means.
+            # If J v = 0 the direction stays zero, and the radius is set to 0 below.
             directions = torch.where(length > 0, images / length, torch.zeros_like(images))
     values = _slopes(logs.cumsum(dim=0)[burn:]).exp()
     vanished = (logs == -torch.inf).any(dim=0)
@@ -92,7 +93,7 @@ def spectral_radii(
 
 
 def _product(self_map: SelfMap, points: Tensor, directions: Tensor, chunk: int) -> tuple[Product, Derivative]:
-    """v → J v at every point, by forward mode where it works and agrees with differences, else by differences."""
+    """The product v → J v at every point, by forward mode if it works and agrees with differences, else by these."""
     forward = _in_chunks(lambda z, v: _forward(self_map, z, v), points, chunk)
     differences = _in_chunks(lambda z, v: _difference(self_map, z, v), points, chunk)
     expected = differences(directions)
@@ -100,14 +101,14 @@ def _product(self_map: SelfMap, points: Tensor, directions: Tensor, chunk: int) 
         got = forward(directions)
     except (NotImplementedError, RuntimeError):  # an operation without a forward derivative
         return differences, "differences"
-    scale = _lengths(expected).clamp(min=10 * _STEP)  # shorter ones are rounding
+    scale = _lengths(expected).clamp(min=10 * _DIFFERENCE_STEP)  # shorter products are rounding
     if bool((_lengths(got - expected) > _AGREEMENT * scale).any()):
         return differences, "differences"
     return forward, "forward"
 
 
 def _in_chunks(product: Callable[[Tensor, Tensor], Tensor], points: Tensor, chunk: int) -> Product:
-    """The product at all points; a row of the chunk is a point and its direction."""
+    """The product at all points, in chunks whose rows are pairs of a point and its direction."""
 
     def apply(directions: Tensor) -> Tensor:
         pairs = torch.stack([points, directions], dim=1)
@@ -117,7 +118,7 @@ def _in_chunks(product: Callable[[Tensor, Tensor], Tensor], points: Tensor, chun
 
 
 def _forward(self_map: SelfMap, points: Tensor, directions: Tensor) -> Tensor:
-    # Fused attention has no forward derivative; the plain products it stands for do.
+    # Fused attention has no forward derivative; the equivalent plain products do.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=r"`torch\.jit\.script` is deprecated"
@@ -127,37 +128,40 @@ def _forward(self_map: SelfMap, points: Tensor, directions: Tensor) -> Tensor:
 
 
 def _difference(self_map: SelfMap, points: Tensor, directions: Tensor) -> Tensor:
-    step = _STEP * _lengths(points).clamp(min=1.0)
+    step = _DIFFERENCE_STEP * _lengths(points).clamp(min=1.0)
     with torch.no_grad():
         return (self_map(points + step * directions) - self_map(points - step * directions)) / (2 * step)
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    """(P, 1, …) Euclidean lengths of (P, *L), shaped to divide them."""
+    """Euclidean lengths of rows (P, *L), shaped (P, 1, …) for division."""
     return rows.flatten(1).norm(dim=1).reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def _slopes(table: Tensor) -> Tensor:
-    """(P,) slopes of the least-squares lines through the columns of (K, P)."""
+    """Slopes (P,) of the least-squares lines through the columns of (K, P)."""
     steps = torch.arange(len(table), dtype=table.dtype)
     centred = steps - steps.mean()
     return centred @ table / centred.square().sum()
 
 
 def divergence_at(self_map: SelfMap, points: Tensor, chunk: int, seed: int = 0) -> Tensor:
-    """(B,) float64 estimate of tr(∂f/∂z) − dim at points (B, *L): the divergence of the field f(z) − z.
+    """Estimate of the divergence tr(∂f/∂z) − dim of the field f(z) − z, (B,) float64.
 
-    One Hutchinson probe ε of random signs, the same for every point, and a central difference along it: εᵀ Jε has the
-    trace as its mean over ε, and no estimate of one point depends on another.
+    Hutchinson's estimator εᵀ J ε, whose mean over random signs ε is the trace, with one probe ε that is the same for
+    all points and a central difference along it. No estimate depends on other points.
 
     Args:
-        self_map: f on chunks of rows. chunk: rows per call. seed: of ε.
+        self_map: f on chunks of rows.
+        points: (B, *L).
+        chunk: rows per call of f.
+        seed: seed of ε.
     """
     draws = torch.Generator().manual_seed(seed)
     probe = (2.0 * torch.randint(0, 2, points.shape[1:], generator=draws) - 1).to(points)
     size = probe.numel()
-    step = _PROBE * points.flatten(1).norm(dim=1) / size**0.5
-    step = torch.where(step > 0, step, _PROBE).view(-1, *[1] * (points.ndim - 1))
+    step = _PROBE_STEP * points.flatten(1).norm(dim=1) / size**0.5
+    step = torch.where(step > 0, step, _PROBE_STEP).view(-1, *[1] * (points.ndim - 1))
     with fixed_around(self_map), torch.inference_mode():
         ahead, behind = (apply_in_chunks(self_map, points + sign * step * probe, chunk, "f") for sign in (1, -1))
     along = ((ahead - behind).cpu().double() * probe.cpu().double()).flatten(1).sum(dim=1)

@@ -1,4 +1,4 @@
-"""f, or its cheap copy: which of the two takes a sample's next step, and several steps of many samples at a time."""
+"""Application of f, or of a cheaper copy in the first steps, to many samples for several steps at a time."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ from traj_ood.dynamics.host import where
 from traj_ood.errors import TrajOODError
 
 SelfMap = Callable[[Tensor], Tensor]
-"""f: latents (n, *L) → latents (n, *L), each row on its own."""
+"""A row-wise self-map f: latents (n, *L) → latents (n, *L)."""
 
 
 @dataclass(frozen=True)
 class LowPrecision:
-    """Cheap first steps: f in low precision far from the end, f itself ("polish") from there on, sample by sample.
+    """Low-precision first steps: each sample is iterated with a cheaper copy of f until its steps become short, then
+    with f.
 
-    A sample starts with ``self_map`` and changes to f for good as soon as one of these holds: its squared residual is
-    below (``switch`` · ‖z‖)², has not reached a new minimum for ``patience`` steps, or ``max_steps`` steps are done.
-    No trajectory converges or becomes non-finite on a cheap image: f itself decides. Cheap points are points of the
-    trajectory like all others (residuals, observers, ``steps``), so scores and numbers of steps change. On the bundled
-    model, with one dictionary from fp32, tests/test_precision.py holds that as many converge and that the mean distance
-    over horizon 16 stays within 6 % (median below 0.5 %). Over the own length single scores have no such bound: a path
-    that lingers between attractors may leave at another step.
+    A sample starts with ``self_map`` and switches to f permanently as soon as its squared residual is below
+    (``switch`` · ‖z‖)², its residual has not reached a new minimum for ``patience`` steps, or ``max_steps`` steps are
+    done. Convergence and non-finite points are decided by f alone. Cheap points belong to the trajectory like all
+    others (residuals, observers, ``steps``), so scores and numbers of steps change. On the bundled model, with a
+    dictionary from fp32, as many trajectories converge and the mean distance over horizon 16 stays within 6 % (median
+    below 0.5 %; tests/test_precision.py). Scores over the whole path have no such bound, because a path that lingers
+    between attractors may leave at another step.
 
     Attributes:
-        self_map: f, cheaper, such as :func:`traj_ood.dynamics.device.bfloat16_map` makes; same shapes and type as f.
-        max_steps: most cheap steps. Default 250, half of the paper's 500, so that f has as many left. It does not
-            follow the limit of one call of :func:`iterate`: z_t must be the same whatever comes after t. Choose it
-            below that limit where the end points matter; else those that meet the limit may be cheap images.
-        switch: relative length of a step. Default 2⁻⁸, bfloat16's rounding unit: the bundled model stalls at 2⁻⁹, one
-            with ‖z‖ ≈ 400 at 2⁻¹⁰, so shorter steps say little about f.
-        patience: Default 8: at the noise floor of a deeper model, above ``switch``, new minima soon become rare, while
-            the residuals of a trajectory on its way seldom stay up that long. Where they do, f goes on: only slower.
+        self_map: cheaper f with the same shapes and type, such as :func:`traj_ood.dynamics.device.bfloat16_map`
+            returns.
+        max_steps: maximum number of cheap steps. Default 250, half of the paper's 500. It is independent of the limit
+            of a call of :func:`iterate`, because z_t must not depend on later steps. Choose it below that limit if the
+            end points matter; otherwise end points at the limit may be cheap ones.
+        switch: step length relative to ‖z‖ at which to switch. Default 2⁻⁸, bfloat16's rounding unit: the bundled model
+            stalls at 2⁻⁹, a model with ‖z‖ ≈ 400 at 2⁻¹⁰, so shorter steps say little about f.
+        patience: steps without a new minimum. Default 8: at the noise floor of a deeper model, above ``switch``, new
+            minima become rare, while residuals of a converging trajectory seldom stay up that long. If they do, the
+            only cost is that f takes over earlier.
     Raises:
         TrajOODError: impossible values.
     """
@@ -56,18 +59,21 @@ class LowPrecision:
 
 
 class Maps:
-    """f for every sample, or its cheap copy for those that are still far from their end."""
+    """Applies f, or its cheap copy to samples that still use it."""
 
     def __init__(self, self_map: SelfMap, low: LowPrecision | None, chunk: int) -> None:
         self._map, self._low, self._chunk, self._name = self_map, low, chunk, name_around(self_map)
         self.has_cheap = low is not None
 
     def fly(self, latents: Tensor, cheap: Tensor, length: int) -> tuple[list[Tensor], Tensor]:
-        """``length`` steps of every sample, those of ``cheap`` (n,) bool, on the CPU, by the cheap map; nothing of them
-        is read, so that a device has always work.
+        """Make ``length`` steps of every sample, without reading results, so that a device never waits for the host.
 
+        Args:
+            latents: (n, *L) current points.
+            cheap: (n,) bool on the CPU, which samples use the cheap map.
+            length: number of steps.
         Returns:
-            The points, latents (n, *L) first; and ‖f(z) − z‖ and ‖f(z)‖, (2, length, n) on the device.
+            The points (length + 1 tensors, ``latents`` first); and ‖f(z) − z‖ and ‖f(z)‖, (2, length, n) on the device.
         """
         parts = []
         if self._low is not None and bool(cheap.any()):
@@ -88,8 +94,8 @@ class Maps:
         return points, torch.stack(lengths, dim=1)
 
     def stays(self, squared: Tensor, norms: Tensor, steps: Tensor, best: Tensor, best_step: Tensor) -> Tensor:
-        """(n,) bool: the next step of a sample that had a cheap one may be cheap, too. ``best`` and ``best_step``, the
-        smallest squared residual and its step, are brought up to date in place."""
+        """Whether the next step of a sample that made a cheap step may be cheap, too, (n,) bool. ``best`` and
+        ``best_step``, the smallest squared residual and its step, are updated in place."""
         low = self._low
         assert low is not None
         fell = squared < best
@@ -102,13 +108,13 @@ class Maps:
         if images.shape != latents.shape:
             raise TrajOODError(
                 f"{self._name} must keep the latent's shape {tuple(latents.shape[1:])}, got {tuple(images.shape[1:])}: "
-                "encode(decode(z)) has to end where it started"
+                "encode must return latents of the shape that decode takes"
             )
         if function is not self._map:
             return images.to(latents.dtype)
         if kind(images) != kind(latents):
             raise TrajOODError(
-                f"{self._name}: expected latents like those it was given, {kind(latents)}, got {kind(images)}: "
-                "convert the model with .float(), and give both in its type"
+                f"{self._name}: expected latents of its input's kind, {kind(latents)}, got {kind(images)}: convert the "
+                "model with .float(), or pass latents of its type"
             )
         return images

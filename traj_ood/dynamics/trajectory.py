@@ -1,4 +1,4 @@
-"""The record of one batch of trajectories z_0, z_1 = f(z_0), …, z_N under the self-map f = E∘D."""
+"""Trajectory: the record of a batch of trajectories z_0, z_1 = f(z_0), …, z_N under the self-map f = E∘D."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from traj_ood.errors import TrajOODError
 class Status(IntEnum):
     """Why a trajectory ended. Not converging is data, not an exception.
 
-    ``OK`` is said by detectors alone: the scorer reads a fixed number of steps, and the path has that many.
+    ``OK`` is used only by detectors, for scorers that read a fixed number of steps, if the path has that many.
     """
 
     CONVERGED = 0
@@ -25,10 +25,11 @@ class Status(IntEnum):
 
 
 def join_tables(tables: Sequence[Tensor], width: int | None = None) -> Tensor:
-    """Tables (n_i, t_i) of values by step below each other, NaN beyond a sample's end: (Σ n_i, width).
+    """Stack tables (n_i, t_i) of values by step into one (Σ n_i, width), padded with NaN.
 
     Args:
-        width: steps; default: those of the longest.
+        tables: at least one.
+        width: number of columns. Default: that of the widest table.
     """
     width = max(table.shape[1] for table in tables) if width is None else width
     return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=torch.nan) for t in tables])
@@ -36,19 +37,19 @@ def join_tables(tables: Sequence[Tensor], width: int | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What is kept of B trajectories: scalars per step and the end point, never the points in between.
+    """The record of B trajectories: scalars per step and the end points, without the points in between.
 
-    A trajectory of sample b has the N_b + 1 points z_0 … z_{N_b} with N_b = ``steps[b]``; columns past a sample's own
-    length hold NaN (masked padding, never an invented value).
+    The trajectory of sample b has the N_b + 1 points z_0 … z_{N_b} with N_b = ``steps[b]``; columns past its own length
+    hold NaN.
 
     Attributes:
-        steps: (B,) int64, number N of evaluations of f that belong to the trajectory.
+        steps: (B,) int64, number N of steps, that is, evaluations of f.
         status: (B,) int64, a :class:`Status` per sample.
         residuals: (B, T) float64, the squared residuals ‖z_{t+1} − z_t‖² for t = 0 … N−1.
         final: (B, *L) float32, the end point z_N; for a non-finite trajectory its last finite point.
-        measures: named (B, T+1) float64 columns that observers recorded at z_0 … z_N, such as the distance to the
-            nearest attractor in one latent view (``distance/tokens``) or the latent norm (``norm``).
-        max_steps: the step limit they ran under.
+        measures: name → (B, T+1) float64 values that observers recorded at z_0 … z_N, such as the distance to the
+            nearest attractor in a latent view (``distance/tokens``) or the latent norm (``norm``).
+        max_steps: the step limit.
     """
 
     steps: Tensor
@@ -69,31 +70,36 @@ class Trajectory:
 
     @property
     def converged(self) -> Tensor:
-        """(B,) bool: the residual fell below the tolerance."""
+        """Whether the residual fell below the tolerance, (B,) bool."""
         return self.status == Status.CONVERGED
 
+    @property
+    def last_residuals(self) -> Tensor:
+        """Squared residual of the last step, (B,) float64; NaN for a trajectory without a step."""
+        return self.residuals.gather(1, (self.steps - 1).clamp(min=0)[:, None])[:, 0]
+
     def measure(self, name: str) -> Tensor:
-        """The (B, T+1) column recorded under ``name``.
+        """The values (B, T+1) recorded under ``name``.
 
         Raises:
             TrajOODError: nothing was recorded under that name.
         """
         if name not in self.measures:
             raise TrajOODError(
-                f"the trajectory holds no measure {name!r}, only {sorted(self.measures)}: pass its observer to iterate"
+                f"the trajectory has no measure {name!r}, only {sorted(self.measures)}: pass its observer to iterate"
             )
         return self.measures[name]
 
     def mean_over_path(self, name: str, horizon: int | None = None) -> Tensor:
-        """(B,) float64 mean of a measure over the points of the path.
+        """Mean of a measure over the points of each path, (B,) float64; NaN for a trajectory without a finite point.
 
         Args:
             name: the measure, recorded at z_0 … z_N.
-            horizon: None averages over the sample's own N + 1 points (§4.2 writes the sum over the sample's own
-                trajectory). A number H averages over z_0 … z_H for every sample: a sample that converged before H
-                stays at its end point (its further steps are shorter than √tol), so that point counts for the rest.
-        Returns:
-            NaN where a trajectory has no finite point at all.
+            horizon: None averages over the sample's own N + 1 points, as §4.2 sums over the sample's own trajectory. A
+                number H averages over z_0 … z_H for every sample; a sample that ended before H counts its end point for
+                the remaining steps (after convergence they would be shorter than √tol).
+        Raises:
+            TrajOODError: no such measure, or a negative horizon.
         """
         values = self.measure(name)
         if horizon is None:
@@ -108,15 +114,16 @@ class Trajectory:
         return torch.where(own > 0, total / (horizon + 1), torch.nan)
 
     def at_end(self, name: str) -> Tensor:
-        """(B,) float64: the measure at the end point z_N (NaN where nothing was recorded)."""
+        """The measure at the end point z_N, (B,) float64; NaN where nothing was recorded."""
         values = self.measure(name)
         last = (values.isfinite().sum(dim=1) - 1).clamp(min=0)
         return values.gather(1, last[:, None])[:, 0]
 
 
 def total_of(values: Tensor) -> Tensor:
-    """(B,) float64 sums of the rows of padded values (B, T), NaN counting as zero, added one after the other.
+    """Row sums (B,) float64 of padded values (B, T), with NaN as zero, added one after the other.
 
-    ``nansum`` adds in an order that depends on T, and T on the longest path among the batch-mates: the last bit would.
+    ``nansum`` adds in an order that depends on T, and hence on the longest path in the batch, which changes the last
+    bit.
     """
     return torch.where(values.isnan(), 0.0, values).cumsum(dim=1)[:, -1]

@@ -1,4 +1,4 @@
-"""Exact distances to the nearest of many points, near zero and in high dimension; faiss is imported here alone."""
+"""Exact nearest-neighbour distances, accurate near zero and in high dimension. Only this room imports faiss."""
 
 from traj_ood.index.flat import Approximate, Backend
 from traj_ood.index.groups import greedy_leaders

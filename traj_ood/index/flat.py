@@ -1,4 +1,4 @@
-"""What proposes candidates: the k nearest of a set of points in float32, by torch or FAISS, exact or approximate."""
+"""Backends that search the k nearest points in float32: torch or FAISS, exact or approximate."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ from traj_ood.errors import TrajOODError, unknown_name
 Backend = Literal["auto", "faiss", "torch"]
 Approximate = Literal["none", "ivf", "hnsw"]
 
-# Bytes of points above which several GPUs share them: a third of a 24 GB card, on which the points lie twice (torch's
-# copy and FAISS's) beside the model. 14,000 attractors of ViT-MAE base.
+# Bytes of points above which they are split among several GPUs: a third of a 24 GB card, which holds the points twice
+# (torch's copy and FAISS's) in addition to the model. It is 14,000 attractors of ViT-MAE base.
 SHARD_ABOVE = 8 * 2**30
 SEED = 0
-"""Of k-means."""
+"""Seed of k-means."""
 CELL_SAMPLE = 64
-"""Points per cell that k-means sees: FAISS asks for 39 or more, and its time grows with them."""
+"""Points per cell in the k-means training sample: FAISS recommends at least 39, and the time grows with it."""
 
-_COPIED = 2**24  # coordinates of points at a time: 64 MiB
+_COPIED_COORDINATES = 2**24  # coordinates copied at a time: 64 MiB
 _FAISS_GPU_MAX_K = 2048
 _INSTALL = "pip install 'traj_ood[faiss-cpu]' or, with an NVIDIA GPU, 'traj_ood[faiss-gpu]'"
-_PROBED_CELLS = 32  # of 4·√N: 2 % of the cells at 100,000 points
-_HNSW_LINKS, _HNSW_BUILD, _HNSW_SEARCH = 32, 80, 64  # twice FAISS's breadths: the defaults (40, 16) lose more points
+_PROBED_CELLS = 32  # of 4·√N cells: 2.5 % at 100,000 points
+_HNSW_LINKS, _HNSW_BUILD, _HNSW_SEARCH = 32, 80, 64  # wider than FAISS's defaults (40, 16), which miss more points
 
 
 def flat_backend(backend: Backend, device: torch.device) -> type[TorchFlat] | type[FaissFlat]:
+    """The class of the exact backend; ``auto`` takes FAISS where it is installed and supports the device.
+
+    Raises:
+        TrajOODError: an unknown name, or ``faiss`` where it cannot be imported.
+    """
     if backend not in ("auto", "faiss", "torch"):
         raise unknown_name("index backend", backend, ("auto", "faiss", "torch"))
     if backend == "torch" or (backend == "auto" and device.type != "cpu"):  # FAISS takes its queries from the host
@@ -43,14 +48,19 @@ def flat_backend(backend: Backend, device: torch.device) -> type[TorchFlat] | ty
                 f"index backend 'faiss' is not importable ({error}): {_INSTALL}; or use backend 'torch'"
             ) from error
         return TorchFlat
-    # The only safe gate: StandardGpuResources exists even without a GPU.
+    # The only safe test: StandardGpuResources exists even without a GPU.
     if device.type == "cuda" and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0):
         return TorchFlat
     return FaissFlat
 
 
 def check_approximate(approximate: Approximate, backend: Backend) -> None:
-    """Refused at any size, so that a run does not fail only once its dictionary has grown."""
+    """Check that the approximate index is available, at any number of points: a run must not fail only once its
+    dictionary is large.
+
+    Raises:
+        TrajOODError: an unknown name, the backend torch, or FAISS cannot be imported.
+    """
     if approximate == "none":
         return
     if approximate not in ("ivf", "hnsw"):
@@ -70,26 +80,32 @@ def check_approximate(approximate: Approximate, backend: Backend) -> None:
 
 
 def _blocks(points: Tensor, centre: Tensor | None, chosen: Tensor | None) -> Iterator[Tensor]:
-    """The points in float32, some at a time: with FAISS's copy of 2,000 attractors of ViT-MAE base (1.2 GB) there is no
-    room for one more. All at once where nothing is to be done to them."""
+    """The points ``chosen``, minus ``centre``, in float32 and in blocks: beside FAISS's own copy of 2,000 attractors of
+    ViT-MAE base (1.2 GB) there may be no memory for another. All points at once if there is nothing to change."""
     if centre is None and chosen is None:
         yield points
         return
     rows = torch.arange(len(points), device=points.device) if chosen is None else chosen
-    for part in rows.split(max(1, _COPIED // points.shape[1])):
+    for part in rows.split(max(1, _COPIED_COORDINATES // points.shape[1])):
         some = take_rows(points, part)
         yield (some if centre is None else some - centre).float()
 
 
 def take_rows(points: Tensor, rows: Tensor) -> Tensor:
-    """``points[rows]``, without a copy where ``rows`` (n,) follow one another."""
+    """``points[rows]``, without a copy if ``rows`` (n,) are consecutive."""
     if len(rows) and bool((rows.diff() == 1).all()):
         return points[int(rows[0]) : int(rows[-1]) + 1]
     return points[rows]
 
 
 class TorchFlat:
-    """Top-k by the float32 expansion, in blocks, over points (N, d), those of ``chosen`` less ``centre`` (d,)."""
+    """Exhaustive search by the expansion ‖x‖² + ‖y‖² − 2x·y in float32.
+
+    Args:
+        points: (N, d).
+        centre: (d,) subtracted from the points; None subtracts nothing.
+        chosen: (n,) int64 indices of the points to search; None searches all.
+    """
 
     name = "torch"
 
@@ -108,7 +124,7 @@ class TorchFlat:
 
 
 class FaissFlat:
-    """FAISS IndexFlatL2 (squared distances), on the GPU when the points are there; over the same as TorchFlat."""
+    """Exhaustive search by FAISS's IndexFlatL2, on the GPU if the points are there. Arguments as for TorchFlat."""
 
     name = "faiss"
 
@@ -118,7 +134,7 @@ class FaissFlat:
         self._device = points.device
         index: Any = faiss.IndexFlatL2(points.shape[1])
         count = len(points) if chosen is None else len(chosen)
-        index.codes.resize(count * index.code_size)  # else the array is copied as it grows, and lies in memory twice
+        index.codes.resize(count * index.code_size)  # allocated once: growing would copy the array, at twice the memory
         index.codes.resize(0)
         for block in _blocks(points, centre, chosen):
             index.add(block.cpu().numpy())
@@ -136,8 +152,11 @@ class FaissFlat:
 
 
 def _to_gpu(index: Any, gpu: int, size: int) -> Any:
-    """A flat index of ``size`` bytes on one GPU, or in shards on all of them. Whole copies on every GPU would only
-    speed up batches far larger than a chunk of trajectories. Among several processes each keeps to its own GPU."""
+    """Move a flat index of ``size`` bytes to one GPU, or in shards to all of them if it exceeds ``SHARD_ABOVE``.
+
+    Whole copies on every GPU would only speed up batches far larger than a chunk of trajectories. With several
+    processes each uses its own GPU.
+    """
     import faiss
 
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
@@ -149,7 +168,7 @@ def _to_gpu(index: Any, gpu: int, size: int) -> Any:
 
 
 class FaissApproximate:
-    """FAISS's IVF or HNSW over (N, d) points, on the CPU; what a query finds does not depend on its batch."""
+    """Approximate search by FAISS's IVF or HNSW over points (N, d), on the CPU; results do not depend on the batch."""
 
     def __init__(self, points: Tensor, kind: Approximate) -> None:
         import faiss
@@ -161,13 +180,13 @@ class FaissApproximate:
             self._index = faiss.IndexHNSWFlat(dimension, _HNSW_LINKS)
             self._index.hnsw.efConstruction, self._index.hnsw.efSearch = _HNSW_BUILD, _HNSW_SEARCH
             threads = faiss.omp_get_max_threads()
-            faiss.omp_set_num_threads(1)  # several would link the points in an order that no seed fixes
+            faiss.omp_set_num_threads(1)  # several threads would insert points in an order that no seed determines
             try:
                 self._index.add(vectors)
             finally:
                 faiss.omp_set_num_threads(threads)
         else:
-            self._cells = faiss.IndexFlatL2(dimension)  # the index does not keep it alive
+            self._cells = faiss.IndexFlatL2(dimension)  # kept here, because the index holds no reference to it
             self._index = faiss.IndexIVFFlat(self._cells, dimension, cell_count(len(points), 4))
             self._index.cp.seed, self._index.cp.max_points_per_centroid = SEED, CELL_SAMPLE
             self._index.nprobe = _PROBED_CELLS
@@ -175,8 +194,8 @@ class FaissApproximate:
             self._index.add(vectors)
 
     def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        # One query with one cell at a time: a product of the whole batch rounds by the batch's size, which would let a
-        # query visit other cells beside other queries.
+        # No BLAS product of the whole batch: its rounding depends on the batch size, so that a query might visit other
+        # cells in another batch.
         with _faiss_setting("distance_compute_blas_threshold", 2**31 - 1):
             squared, indices = self._index.search(queries.cpu().numpy(), k)
         return torch.from_numpy(squared).to(self._device), torch.from_numpy(indices).to(self._device)
@@ -184,7 +203,7 @@ class FaissApproximate:
 
 @contextmanager
 def _faiss_setting(name: str, value: int) -> Iterator[None]:
-    """One of FAISS's global numbers, for the length of a search."""
+    """Set one of FAISS's global variables within the block."""
     import faiss
 
     before = getattr(faiss.cvar, name)
@@ -196,5 +215,5 @@ def _faiss_setting(name: str, value: int) -> Iterator[None]:
 
 
 def cell_count(count: int, factor: int) -> int:
-    """``factor``·√N cells, fewer where that leaves too few points for k-means."""
+    """Number of k-means cells: ``factor``·√N, or fewer if a cell would have fewer than ``CELL_SAMPLE`` points."""
     return max(1, min(int(factor * count**0.5), count // CELL_SAMPLE))

@@ -1,4 +1,4 @@
-"""Points that (nearly) coincide, as groups around one of them each: many trajectories end at one attractor."""
+"""Group points that (nearly) coincide around a leader: many trajectories end at the same attractor."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from torch import Tensor
 
 from traj_ood.index.flat import CELL_SAMPLE, SEED, cell_count, take_rows
 
-_BLOCK = 1024  # points that are compared with all leaders at a time
-_HELD = 2**24  # coordinates of points copied at a time: 64 MiB
+_BLOCK_POINTS = 1024  # points compared with all leaders at a time
+_COPIED_COORDINATES = 2**24  # coordinates copied at a time: 64 MiB
 
 
 def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Group points (N, d) greedily: in order, a point within ``radius`` of an earlier leader joins the first such one.
+    """Group points (N, d) greedily, in order: a point joins the first earlier leader within ``radius``, or becomes one.
 
     Returns:
-        leaders (G,) int64 indices of the leaders, and assigned (N,) int64, each point's position in ``leaders``.
+        leaders (G,) int64, the indices of the leaders, and assigned (N,) int64, each point's position in ``leaders``.
     """
     count, device = len(points), points.device
-    # A few at a time: a copy of all points (1.2 GB for 2,000 attractors of ViT-MAE base) would be the peak of memory.
-    step = max(1, _HELD // points.shape[1])
+    # In blocks: a copy of all points (1.2 GB for 2,000 attractors of ViT-MAE base) would set the peak memory.
+    step = max(1, _COPIED_COORDINATES // points.shape[1])
     norms = torch.cat([part.square().sum(dim=1) for part in points.split(step)])
     assigned = torch.full((count,), -1, dtype=torch.int64, device=device)
     leaders = torch.empty(0, dtype=torch.int64, device=device)
 
     def near(some: Tensor, others: Tensor) -> Tensor:
-        """(S, O) bool."""
+        """Whether pairs are within the radius, (S, O) bool."""
         squared = [
             torch.cat(
                 [norms[s, None] + norms[o] - 2 * rows @ take_rows(points, o).T for o in others.split(step)], dim=1
@@ -35,14 +35,14 @@ def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         ]
         return torch.cat(squared) <= radius**2
 
-    for block in torch.arange(count, device=device).split(_BLOCK):
+    for block in torch.arange(count, device=device).split(_BLOCK_POINTS):
         if len(leaders):
             places = torch.arange(len(leaders), device=device, dtype=torch.int32)
             first = torch.where(near(block, leaders), places, len(leaders)).min(dim=1).values
             joined = first < len(leaders)
             assigned[block[joined]] = first[joined].long()
             block = block[~joined]
-        # Within a block the order decides, one point after the other.
+        # Within a block points are assigned one after the other, in their order.
         inside = near(block, block).cpu()
         new: list[int] = []
         places_inside: list[int] = []
@@ -57,8 +57,11 @@ def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 
 def leaders_in_cells(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """:func:`greedy_leaders` within each cell of a k-means partition: √N times faster with N leaders. A group on a
-    border is cut into two, which costs time later but no exactness; leaders are not in the order of the points."""
+    """:func:`greedy_leaders` within each cell of a k-means partition, which is √N times faster with N leaders.
+
+    A group across a border is split in two, which costs search time but no accuracy. The leaders are not in the order
+    of the points.
+    """
     import faiss
 
     vectors = points.cpu().numpy()

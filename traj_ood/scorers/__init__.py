@@ -1,7 +1,7 @@
-"""OOD scorers: one file each, registered by name when it is imported here.
+"""OOD scorers, one file each; importing the file registers its scorers by name.
 
-A new scorer is a file of its own and an import below; nothing else is edited. What belongs to the suite ``all``, its
-class declares itself (:attr:`Scorer.suite`).
+To add a scorer, write a file and import it below; nothing else is edited. Each class declares which of its variants
+belong to the suite ``all`` (:attr:`Scorer.suite`).
 """
 
 from traj_ood.scorers.alignment import Alignment as Alignment

@@ -1,4 +1,4 @@
-"""Whether the field points to where training images end."""
+"""Angle between the field f(z) − z at a sample and the direction to its nearest attractor."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class Alignment(SearchingScorer):
-    """−cos(f(z_0) − z_0, a − z_0), a the attractor nearest to z_0.
+    """Negated cosine −cos(f(z_0) − z_0, a − z_0), where a is the attractor nearest to z_0.
 
-    Reason: the field f(z) − z points up the latent density (Theorem 1, §3.1). For a sample in distribution the way up
-    leads to the attractor next to it; elsewhere the field is whatever the network extrapolates, and points past it. A
-    cosine knows nothing of distances, so it can only add to them. A field or a way of no length counts as orthogonal.
+    Reason: the field f(z) − z points up the latent density (Theorem 1, §3.1). For an in-distribution sample it leads to
+    the nearby attractor; elsewhere it is an extrapolation of the network and points past the attractor. The cosine does
+    not depend on distances, so it complements scores that do. A field or direction of length zero counts as orthogonal.
 
     Cost: 1 evaluation of f.
 
     Args:
-        view: Default ``mean``.
-        target: ``attractor`` (default), or ``mean``: a is the mean training feature, for which no attractor is needed.
+        view: latent view of all points. Default ``mean``.
+        target: ``attractor`` (default), or ``mean``: a is the mean training feature, and no attractors are needed.
     """
 
     name: ClassVar[str] = "alignment"
-    summary: ClassVar[str] = "negated cosine between the first step and the way to the nearest attractor"
+    summary: ClassVar[str] = "negated cosine between the first step and the direction to the nearest attractor"
     suite: ClassVar[dict[str, int]] = {"": 150}
     view: View = "mean"
     target: Literal["attractor", "mean"] = "attractor"
@@ -54,6 +54,6 @@ class Alignment(SearchingScorer):
         start = evidence.features[self.view].cpu()
         nearest = self.state["targets"][self.index(start.device).nearest(start).indices[:, 0]]
         field = evidence.points[self.view, 1].double() - start.double()
-        way = nearest.double() - start.double()
-        lengths = field.norm(dim=1) * way.norm(dim=1)
-        return -(field * way).sum(dim=1) / lengths.clamp(min=torch.finfo(torch.float64).tiny)
+        direction = nearest.double() - start.double()
+        lengths = field.norm(dim=1) * direction.norm(dim=1)
+        return -(field * direction).sum(dim=1) / lengths.clamp(min=torch.finfo(torch.float64).tiny)

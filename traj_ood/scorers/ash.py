@@ -1,4 +1,4 @@
-"""ASH: the energy after most activations are removed (Djurisic et al. 2023)."""
+"""ASH, activation shaping: the energy after most activations are removed (Djurisic et al. 2023)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class ASH(ShapedEnergy):
-    """The energy of features of which each image keeps its largest and loses the rest.
+    """Energy of the logits computed from each image's k largest features; all others are set to zero.
 
-    ASH (Djurisic et al., ICLR 2023); pytorch-ood's ``ASH``, and OpenOOD's ``ash`` (``variant=b``) with the sign turned.
+    ASH (Djurisic et al., ICLR 2023). Equals pytorch-ood's ``ASH`` and, negated, OpenOOD's ``ash`` (``variant=b``).
 
     Args:
-        variant: what becomes of the features that are kept: ``s`` (default, the paper's best on ImageNet) multiplies
-            them by exp(s1 / s2), the sums before and after; ``b`` makes each s1 / k; ``p`` leaves them.
-        percentile: of the features that go. Default 90, the paper's for ImageNet with ``s``, and OpenOOD's.
+        variant: how the k kept features are changed. ``s`` (default, the paper's best on ImageNet) multiplies them by
+            exp(s1 / s2), where s1 and s2 are the sums of the features before and after the removal; ``b`` sets each to
+            s1 / k; ``p`` leaves them unchanged.
+        percentile: percentage of the features that are removed. Default 90, the paper's for ImageNet with ``s``, and
+            OpenOOD's.
     """
 
     name: ClassVar[str] = "ash"

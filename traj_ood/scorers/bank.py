@@ -1,4 +1,4 @@
-"""Scorers that search for nearest neighbours among points learnt from training images."""
+"""Base classes of scorers that search for nearest neighbours among points learnt from training images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _S = TypeVar("_S", bound="SearchingScorer")
 
 
 class Index(Protocol):
-    """What a scorer needs of an index; :class:`traj_ood.NeighborIndex` is one."""
+    """The methods of an index that scorers call; implemented by :class:`traj_ood.NeighborIndex`."""
 
     def __len__(self) -> int: ...
 
@@ -31,7 +31,7 @@ class Index(Protocol):
 
 
 class _FiniteQueries:
-    """An index that answers NaN for a query that is not finite: one such image must not end the scoring of the rest."""
+    """Wraps an index to return NaN distances for non-finite queries: one bad image must not stop the whole batch."""
 
     def __init__(self, index: NeighborIndex) -> None:
         self._index = index
@@ -43,27 +43,27 @@ class _FiniteQueries:
         return self._answer(queries, self._index.nearest)
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
-        return self._answer(queries, lambda asked: self._index.search(asked, k))
+        return self._answer(queries, lambda finite: self._index.search(finite, k))
 
     def kth(self, queries: Tensor, k: int) -> Tensor:
-        def ask(asked: Tensor) -> Neighbors:
-            distances = self._index.kth(asked, k)[:, None]
+        def kth(finite: Tensor) -> Neighbors:
+            distances = self._index.kth(finite, k)[:, None]
             return Neighbors(distances, torch.empty_like(distances, dtype=torch.int64))
 
-        return self._answer(queries, ask).distances[:, 0]
+        return self._answer(queries, kth).distances[:, 0]
 
-    def _answer(self, queries: Tensor, ask: Callable[[Tensor], Neighbors]) -> Neighbors:
+    def _answer(self, queries: Tensor, search: Callable[[Tensor], Neighbors]) -> Neighbors:
         finite = queries.isfinite().all(dim=1)
         if bool(finite.all()):
-            return ask(queries)
-        found = ask(torch.where(finite[:, None], queries, 0.0))
-        odd = (~finite).to(found.distances.device)
-        return replace(found, distances=found.distances.masked_fill(odd[:, None], torch.nan))
+            return search(queries)
+        found = search(torch.where(finite[:, None], queries, 0.0))
+        non_finite = (~finite).to(found.distances.device)
+        return replace(found, distances=found.distances.masked_fill(non_finite[:, None], torch.nan))
 
 
 @dataclass
 class SearchingScorer(Scorer):
-    """Keeps an index over :meth:`points`, which is built when a score first needs it."""
+    """A scorer with an index over :meth:`points`, built when it is first searched."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +71,7 @@ class SearchingScorer(Scorer):
 
     @abstractmethod
     def points(self) -> Tensor:
-        """(N, d) float32, from the learnt state: what distances are measured to."""
+        """The points that distances are measured to, (N, d) float32, from the learnt state."""
 
     def fit(self, train: Evidence) -> Scorer:
         self._index = None
@@ -82,7 +82,7 @@ class SearchingScorer(Scorer):
         return super().load(path)
 
     def index(self, device: torch.device) -> Index:
-        """The index over :meth:`points`; where it is built now, on ``device``."""
+        """The index over :meth:`points`; the first call builds it on ``device``."""
         if self._index is None:
             self._index = _FiniteQueries(NeighborIndex(self.points().to(device)))
         return self._index
@@ -94,7 +94,7 @@ class SearchingScorer(Scorer):
         return other
 
     def with_index(self: _S, index: Index) -> _S:
-        """A copy that asks another index over :meth:`points`."""
+        """A copy that searches ``index``, another index over :meth:`points`."""
         other = copy.copy(self)
         other._index = index
         return other
@@ -102,7 +102,7 @@ class SearchingScorer(Scorer):
 
 @dataclass
 class BankScorer(SearchingScorer, FeatureScorer):
-    """A static scorer that searches the training features."""
+    """A static scorer whose index holds the training features."""
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         return {"bank": self.features(train).cpu()}
@@ -111,9 +111,9 @@ class BankScorer(SearchingScorer, FeatureScorer):
         return self.state["bank"]
 
     def neighbour_distances(self, queries: Tensor, k: int) -> Tensor:
-        """(B, k) float64 distances to the nearest training features, ascending, on the CPU."""
+        """Distances to the k nearest training features, (B, k) float64, ascending, on the CPU."""
         return self.index(queries.device).search(queries, k).distances.cpu()
 
     def kth_distance(self, queries: Tensor, k: int) -> Tensor:
-        """(B,) float64 distances to the k-th nearest training feature, on the CPU."""
+        """Distances to the k-th nearest training feature, (B,) float64, on the CPU."""
         return self.index(queries.device).kth(queries, k).cpu()

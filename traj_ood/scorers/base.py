@@ -1,4 +1,4 @@
-"""Scorer: one OOD scorer. HIGHER = MORE OOD everywhere inside traj_ood."""
+"""Scorer, the base class of all OOD scorers, and the evidence they read. HIGHER = MORE OOD everywhere in traj_ood."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from traj_ood.io.trees import as_json
 ReconstructionKind = Literal["plain", "masked"]
 
 WHOLE_PATH = 2**31
-"""More steps than any limit: iterate until the sample settles."""
+"""A number of steps above every step limit: iterate until the sample converges."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a scorer reads, so that one pass over the images computes just that, once, for all scorers.
+    """The inputs that a scorer declares, so that one pass over the images computes them once for all scorers.
 
     Attributes:
         features: latent views of z0, ``backbone`` for a frozen backbone's penultimate features, or ``entry`` for x
             itself and ``decoded`` for D(z0), both in the space of :meth:`traj_ood.Autoencoder.entry`.
-        reconstruction: ``plain`` ‖x − D(E(x))‖² or ``masked``, the MAE's own task.
+        reconstruction: ``plain`` for ‖x − D(E(x))‖², ``masked`` for the masked autoencoder's own task.
         distances: views in which the distance to the nearest attractor is measured along the path.
-        steps: how much of the path beyond z0 is read; ``WHOLE_PATH`` is until it settles.
-        points: (view, t): latent views of z_t for t >= 1, kept while fitting and scoring; ``decoded`` is D(z_t).
-        attractors: views in which the attractors themselves are read, while fitting.
-        train_path: while fitting, the training images' own trajectories, as far as ``steps``, with their distances to
-            the attractors of the other training images. Such a scorer also asks for the feature ``tokens``.
-        logits: the classifier's logits.
-        head: the classifier's weight and bias, while fitting.
-        labels: the training images' class labels, while fitting.
-        divergence: of the field f(z) − z at z0; two evaluations of f beside the path.
+        steps: number of steps read beyond z0; ``WHOLE_PATH`` reads until convergence.
+        points: pairs (view, t): latent views of z_t for t >= 1, kept while fitting and scoring; ``decoded`` is D(z_t).
+        attractors: views of the attractors that are read while fitting.
+        train_path: whether fitting reads the training images' own trajectories, up to ``steps``, with their distances
+            to the attractors of the other training images. Such a scorer must also declare the feature ``tokens``.
+        logits: whether the classifier's logits are read.
+        head: whether the classifier's weight and bias are read while fitting.
+        labels: whether the training images' class labels are read while fitting.
+        divergence: whether the divergence of the field f(z) − z at z0 is read; it takes two more evaluations of f.
     """
 
     features: frozenset[FeatureView] = frozenset()
@@ -76,21 +76,23 @@ class Needs:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one pass over B images collects for the scorers.
+    """The measurements of one pass over B images, which the scorers read.
 
     Attributes:
         features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the views ``grid``,
             ``entry`` and ``decoded``.
         reconstruction: kind → (B,) float64 mean squared error per pixel.
         trajectory: residuals, steps and (while scoring) distances to the attractors.
-        points: (view, t) → latent view of z_t, shaped as in ``features``; of a sample that settled before t, its end.
-        attractors: view → (M, …) of the attractors that are finite; while fitting only.
-        own: (B,) int64 place of each training image's own attractor among them, −1 where it is not; while fitting only.
+        points: (view, t) → latent view of z_t, shaped as in ``features``; the end point for a sample that converged
+            before t.
+        attractors: view → (M, …) of the finite attractors; only while fitting.
+        own: (B,) int64 index of each training image's own attractor among them, −1 where it is not finite; only while
+            fitting.
         logits: (B, classes) float32 of the classifier.
-        head: weight (classes, n) and bias (classes,) of the classifier; while fitting only.
-        labels: (B,) int64 class labels 0 … C−1; while fitting only.
-        divergence: (B,) float64 estimate of the trace of the Jacobian of f(z) − z at z0: one Hutchinson probe ε of
-            signs, the same for all images, εᵀ (f(z0 + hε) − f(z0 − hε)) / 2h less the number of coordinates.
+        head: weight (classes, n) and bias (classes,) of the classifier; only while fitting.
+        labels: (B,) int64 class labels 0 … C−1; only while fitting.
+        divergence: (B,) float64 estimate of the trace of the Jacobian of f(z) − z at z0, from one Hutchinson probe ε of
+            random signs, the same for all images: εᵀ (f(z0 + hε) − f(z0 − hε)) / 2h minus the number of coordinates.
     """
 
     features: Mapping[FeatureView, Tensor] = field(default_factory=dict)
@@ -105,11 +107,11 @@ class Evidence:
     divergence: Tensor | None = None
 
     def kept(self) -> Evidence:
-        """The part that scorers learn from, on the CPU; trajectories are left out, since no scorer learns from them."""
+        """The part that scorers learn from, on the CPU; without the trajectories, which no scorer learns from."""
         return Evidence.from_tensors(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What scorers learn from as named tensors on the CPU, one row for each image."""
+        """The part that scorers learn from, as named tensors on the CPU with one row per image."""
         named = {f"features/{view}": values for view, values in self.features.items()}
         named |= {f"reconstruction/{kind}": values for kind, values in self.reconstruction.items()}
         named |= {f"points/{view}/{t}": values for (view, t), values in self.points.items()}
@@ -119,7 +121,7 @@ class Evidence:
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, Tensor]) -> Evidence:
-        """The evidence in what :meth:`tensors` returned; other names are ignored."""
+        """The inverse of :meth:`tensors`; unknown names are ignored."""
         parts: dict[str, dict[Any, Tensor]] = {"features": {}, "reconstruction": {}, "points": {}}
         for name, values in named.items():
             part, *key = name.split("/")
@@ -132,7 +134,7 @@ class Evidence:
 
     @classmethod
     def join(cls, batches: Sequence[Evidence]) -> Evidence:
-        """The evidence of several batches, made in the same way, as one."""
+        """Concatenate the evidence of several batches, which must hold the same parts."""
         each = [batch.tensors() for batch in batches]
         return cls.from_tensors({name: torch.cat([named[name] for named in each]) for name in each[0]})
 
@@ -140,7 +142,7 @@ class Evidence:
         """The trajectory.
 
         Raises:
-            TrajOODError: the pass did not iterate f.
+            TrajOODError: the pass did not iterate f, as no scorer declared that it reads the path.
         """
         if self.trajectory is None:
             raise TrajOODError(
@@ -149,10 +151,10 @@ class Evidence:
         return self.trajectory
 
     def class_logits(self) -> Tensor:
-        """(B, classes) float64 logits.
+        """The logits, (B, classes) float64 on the CPU.
 
         Raises:
-            TrajOODError: the pass kept none.
+            TrajOODError: the pass kept no logits, as no scorer declared that it reads them.
         """
         if self.logits is None:
             raise TrajOODError("this scorer reads logits, but the pass kept none: declare them in needs()")
@@ -161,27 +163,28 @@ class Evidence:
 
 @dataclass
 class Scorer(ABC):
-    """One scorer. Dataclass fields are its declared options; ``fit`` learns from ID training images alone.
+    """An OOD scorer: :meth:`fit` learns from ID training images alone, :meth:`score` returns (B,) float64, higher =
+    more OOD. The fields of the dataclass are its options.
 
-    Life: ``scorer = KNN(k=5)``; ``scorer.fit(evidence)``; ``scorer.score(evidence)`` → (B,) float64, higher = more OOD.
+    Use: ``scorer = KNN(k=5)``; ``scorer.fit(train_evidence)``; ``scorer.score(evidence)``.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     views: ClassVar[tuple[str, ...]] = VIEWS
-    """Values of the option ``view``: scorers of the path know latent views alone, :class:`FeatureScorer` s more."""
+    """Allowed values of the option ``view``: latent views; :class:`FeatureScorer` adds ``backbone``."""
     suite: ClassVar[dict[str, int]] = {"": 900}
-    """What of it belongs to the suite ``all``: options, as in ``{"": 310, "view=cls": 420}``, and their place in it:
-    from 100 scorers of the path, from 200 controls, from 300 static ones, from 400 further views, from 500 masked
-    reconstruction, from 600 classifiers. Default: with its defaults, after all others."""
+    """The variants in the suite ``all`` and their sort keys, as in ``{"": 310, "view=cls": 420}``. Keys from 100 are
+    for scorers of the path, from 200 controls, from 300 static scorers, from 400 further views, from 500 masked
+    reconstruction, from 600 classifiers. Default: the scorer with its default options, after all others."""
     bears_rounding: ClassVar[bool] = True
-    """Whether a score moves by 1e-5 at most, relative, when the network's answers move by their rounding: few images
-    are then judged in calls of few rows. False for what reads gaps that are as short as rounding itself."""
+    """Whether rounding in the network's output changes a score by at most 1e-5, relative. If so, a few images may be
+    scored in calls of few rows. False for scorers that read differences as small as that rounding."""
 
     at_least: ClassVar[Mapping[str, int]] = {}
-    """The smallest value of options, such as ``{"k": 1}``; an option may be None as well, where that is its default."""
+    """Smallest allowed values of options, such as ``{"k": 1}``; None is allowed, too, where it is the default."""
     above_0: ClassVar[tuple[str, ...]] = ()
-    """Options that are positive finite numbers."""
+    """Options that must be positive and finite."""
 
     def __post_init__(self) -> None:
         self._state: dict[str, Tensor] | None = None
@@ -191,7 +194,7 @@ class Scorer(ABC):
         seed = getattr(self, "seed", 0)
         if not 0 <= seed < 2**32:
             raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
-        # Else the label would recreate another scorer.
+        # Otherwise the label would not recreate this scorer.
         check_options(type(self), vars(self), f"scorer {self.name}", reserved=":,")
         for option, least in self.at_least.items():
             value = getattr(self, option)
@@ -204,23 +207,23 @@ class Scorer(ABC):
 
     @abstractmethod
     def needs(self) -> Needs:
-        """What :meth:`score` (and :meth:`fit`) read."""
+        """The inputs that :meth:`score` and :meth:`fit` read."""
 
     @abstractmethod
     def score(self, evidence: Evidence) -> Tensor:
-        """(B,) float64, higher = more OOD; each image's score depends on that image alone."""
+        """Scores (B,) float64, higher = more OOD; each image's score depends on that image alone."""
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        """The tensors that :meth:`score` needs, learnt from ID training images. Default: none."""
+        """The learnt state that :meth:`score` needs, as named tensors, from ID training images. Default: none."""
         return {}
 
     def check_training_size(self, count: int) -> None:
-        """Refuse a number of training images that this scorer cannot learn from, before anything is computed.
+        """Refuse too few training images, before anything is computed.
 
-        By default an option ``k`` is a number of neighbours, which cannot be more than the images.
+        By default an option ``k`` is a number of neighbours, which cannot exceed the number of images.
 
         Raises:
-            TrajOODError: too few for its options.
+            TrajOODError: ``count`` is too small for this scorer's options.
         """
         k = getattr(self, "k", None)
         if k is not None and k > count:
@@ -230,9 +233,9 @@ class Scorer(ABC):
             )
 
     def f_evaluations(self, evidence: Evidence) -> float:
-        """Mean evaluations of f per scored image, beyond the one encoding that every scorer shares.
+        """Mean number of evaluations of f per scored image, beyond the encoding that all scorers share.
 
-        They are as many as :meth:`needs` names; an image that settles before takes no more.
+        It is the number of steps that :meth:`needs` declares, or fewer for an image that converges before.
         """
         wanted = self.needs().steps
         return float(evidence.path().steps.clamp(max=wanted).double().mean()) if wanted else 0.0
@@ -243,17 +246,17 @@ class Scorer(ABC):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`fit` learnt.
+        """The tensors that :meth:`fit` learnt.
 
         Raises:
-            TrajOODError: not fitted.
+            TrajOODError: the scorer is not fitted.
         """
         if self._state is None:
             raise TrajOODError(f"scorer {self.name} is not fitted: call fit with ID training images first")
         return self._state
 
     def with_state(self, state: Mapping[str, Tensor]) -> Scorer:
-        """A copy that scores with these tensors: what :meth:`fit` learnt, kept elsewhere."""
+        """A copy that scores with the given state, as :meth:`fit` learnt it."""
         other = copy.copy(self)
         other._state = dict(state)
         return other
@@ -263,20 +266,20 @@ class Scorer(ABC):
 
     @property
     def label(self) -> str:
-        """The name with the options that differ from their defaults, as ``traj-ood bench --scorers`` takes it."""
+        """The name and the options that differ from their defaults, in the form that ``--scorers`` takes."""
         defaults = option_defaults(type(self))
         mine = {key: getattr(self, key) for key in defaults}
         return spec_text(self.name, {key: value for key, value in mine.items() if value != defaults[key]})
 
     def save(self, path: Path) -> None:
-        """Write the learnt tensors and the options as one safetensors file, atomically."""
+        """Write the learnt tensors and the options to one safetensors file, atomically."""
         write_tensors(path, self.state, {"scorer": self.name, "options": self.options()})
 
     def load(self, path: Path) -> Scorer:
-        """Read what :meth:`save` wrote into this scorer.
+        """Load the learnt tensors from a file that :meth:`save` wrote; returns this scorer.
 
         Raises:
-            TrajOODError: unreadable, or written by another scorer or with other options.
+            TrajOODError: the file is unreadable, or was written by another scorer or with other options.
         """
         mine = {"scorer": self.name, "options": as_json(self.options())}
         with open_tensors(path, "scorer file", "fit the scorer and save it again") as file:
@@ -287,16 +290,16 @@ class Scorer(ABC):
 
 
 def spec_text(name: str, options: Mapping[str, Any]) -> str:
-    """The text from which :func:`traj_ood.create_scorer` makes a scorer with these options."""
+    """The text ``name:key=value:…`` from which :func:`traj_ood.create_scorer` makes a scorer with these options."""
     return ":".join([name, *(f"{key}={write_option(value)}" for key, value in options.items())])
 
 
 @dataclass
 class FeatureScorer(Scorer):
-    """A static scorer: it reads one feature vector per image.
+    """A static scorer: it reads one feature vector per image and no path.
 
-    On a model with a frozen backbone the command line reads that backbone's penultimate features unless a ``view`` is
-    written out, because that is where the published forms of these scorers stand.
+    On a model with a frozen backbone, scorers created by name read that backbone's penultimate features unless a
+    ``view`` is given, because the published forms of these scorers do.
     """
 
     views: ClassVar[tuple[str, ...]] = (*VIEWS, "backbone")
@@ -311,10 +314,10 @@ class FeatureScorer(Scorer):
 
 
 def _row_major(value: Tensor) -> Tensor:
-    """The tensor in the layout in which a file holds it.
+    """The tensor in the memory layout it has when read from a file.
 
-    BLAS takes another kernel, which rounds otherwise, for other strides: scores after loading would not be the same.
-    ``contiguous`` is no help, because it leaves the strides of dimensions of size 1 as they are.
+    With other strides BLAS chooses another kernel, which rounds differently, and scores would change by loading.
+    ``contiguous`` does not suffice, because it keeps the strides of dimensions of size 1.
     """
     if value.stride() == torch.empty(value.shape, device="meta").stride():
         return value

@@ -1,4 +1,4 @@
-"""How fast steps shrink along the path."""
+"""Contraction rate: how fast the steps shrink along the path."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class ContractionRate(PathStatistic):
-    """λ = 1/(n−1) · Σ_{t=1…n−1} log(‖r_t‖ / ‖r_{t−1}‖), r_t = z_{t+1} − z_t, n steps: Lyapunov-like, in nats per step.
+    """Mean log ratio of successive steps, in nats per step, similar to a Lyapunov exponent.
 
-    Reason: near an attractor steps shrink by the spectral radius of f's Jacobian, so λ tells without a single
-    derivative how strongly the map contracts where the sample passes; weakly where training put no attractor. The sum
-    is (log ‖r_{n−1}‖ − log ‖r_0‖) / (n − 1); a path of a single step shows no contraction: λ = 0.
+    λ = 1/(n−1) · Σ_{t=1…n−1} log(‖r_t‖ / ‖r_{t−1}‖) = (log ‖r_{n−1}‖ − log ‖r_0‖) / (n − 1), with r_t = z_{t+1} − z_t
+    and n steps; λ = 0 for a path of a single step.
 
-    Cost: ``horizon`` evaluations of f, fewer for samples that settle before. Default 16, the ``horizon`` of the
+    Reason: near an attractor the steps shrink by the spectral radius of f's Jacobian, so λ measures without derivatives
+    how strongly f contracts along the path. Where training placed no attractor, the contraction is weak.
+
+    Cost: ``horizon`` evaluations of f, fewer for samples that converge before. Default 16, the ``horizon`` of the
     trajectory score's fixed variant.
     """
 

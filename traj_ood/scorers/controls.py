@@ -1,4 +1,4 @@
-"""Controls: parts of the trajectory score on their own, which show what the path adds to them."""
+"""Control scorers: single parts of the trajectory score, for measuring what the rest of the path adds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class StartDistance(Scorer):
-    """d(z_0, Z*_train): the trajectory score without a trajectory.
+    """Distance d(z_0, Z*_train) of the start to the nearest attractor: the trajectory score without a trajectory.
 
     Args:
-        view: Default ``tokens``, as in the trajectory score.
+        view: latent view. Default ``tokens``, as in the trajectory score.
     """
 
     name: ClassVar[str] = "start-distance"
@@ -37,16 +37,16 @@ class StartDistance(Scorer):
 @register
 @dataclass
 class EndDistance(Scorer):
-    """d(z_N, Z*_train): does the sample end in a training sample's basin?
+    """Distance d(z_N, Z*_train) of the end point to the nearest attractor; small if it ends at a training attractor.
 
     Args:
-        view: Default ``tokens``, as in the trajectory score.
+        view: latent view. Default ``tokens``, as in the trajectory score.
     """
 
     name: ClassVar[str] = "end-distance"
     summary: ClassVar[str] = "control: distance of the end point to the nearest attractor"
     suite: ClassVar[dict[str, int]] = {"": 210}
-    bears_rounding: ClassVar[bool] = False  # of a sample that has settled on an attractor
+    bears_rounding: ClassVar[bool] = False  # at an attractor the distance is as small as rounding
     view: View = "tokens"
 
     def needs(self) -> Needs:
@@ -59,7 +59,7 @@ class EndDistance(Scorer):
 @register
 @dataclass
 class FirstResidual(Scorer):
-    """‖f(z_0) − z_0‖: the length of the vector field at the sample, one evaluation of f."""
+    """Length ‖f(z_0) − z_0‖ of the vector field at the sample; one evaluation of f."""
 
     name: ClassVar[str] = "first-residual"
     summary: ClassVar[str] = "control: length of the first step, ‖f(z0) − z0‖"
@@ -75,7 +75,7 @@ class FirstResidual(Scorer):
 @register
 @dataclass
 class Steps(Scorer):
-    """Number of steps to converge, the step limit for samples that do not: slower counts as more OOD."""
+    """Number of steps to convergence, or the step limit for samples that do not converge."""
 
     name: ClassVar[str] = "steps"
     summary: ClassVar[str] = "control: number of steps until convergence"

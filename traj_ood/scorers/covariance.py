@@ -1,4 +1,4 @@
-"""Second moments of many features in float64, without a float64 copy of the features."""
+"""Covariances of features in float64, without a float64 copy of all features."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_HELD = 2**18 * 3 // 2  # float64 values of features at a time: 3 MiB, which stay in the cache while they are needed
-_COLUMNS = 192  # of a triangular factor at a time: narrower blocks leave out more, and multiply more slowly
+_BLOCK_VALUES = 2**18 * 3 // 2  # float64 values of features per block: 3 MiB, which stay in the cache
+_BLOCK_COLUMNS = 192  # columns of a triangular factor per block: narrower blocks skip more, but multiply more slowly
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of N offsets x − μ in d dimensions.
+    """Second and fourth moments of N offsets x − μ in d dimensions.
 
     Attributes:
         count: N.
         covariance: (d, d) float64, Σ (x − μ)(x − μ)ᵀ / N.
-        fourth: Σ ‖x − μ‖⁴ / N, which only :func:`ledoit_wolf` reads; NaN where nobody asked.
+        fourth: Σ ‖x − μ‖⁴ / N, which only :func:`ledoit_wolf` reads; NaN where it was not computed.
     """
 
     count: int
@@ -29,7 +29,7 @@ class Moments:
 
 
 def class_means(features: Tensor, classes: Tensor, count: int) -> Tensor:
-    """(count, d) float64 means of features (N, d) by class (N,) int64 in 0 … count − 1, all of which occur."""
+    """Class means, (count, d) float64, of features (N, d) with ``classes`` (N,) int64 in 0 … count − 1, none empty."""
     sums = torch.zeros(count, features.shape[1], dtype=torch.float64)
     for part, own, room in _parts(features, classes):
         sums.index_add_(0, own, room.copy_(part))
@@ -37,8 +37,12 @@ def class_means(features: Tensor, classes: Tensor, count: int) -> Tensor:
 
 
 def moments(features: Tensor, centres: Tensor, classes: Tensor, *, fourth: bool = True) -> Moments:
-    """Moments of features (N, d) around their own centre: ``centres`` (C, d) float64, ``classes`` (N,) int64."""
-    from scipy.linalg.blas import dsyrk  # computes one half of what is symmetric; torch's product would do both
+    """Moments of features (N, d) about the centre of their class: ``centres`` (C, d) float64, ``classes`` (N,) int64.
+
+    Args:
+        fourth: whether to compute the fourth moment, too. Default true.
+    """
+    from scipy.linalg.blas import dsyrk  # computes one triangle of the symmetric product; torch would compute both
 
     dimension = features.shape[1]
     half = np.zeros((dimension, dimension), order="F")
@@ -53,41 +57,51 @@ def moments(features: Tensor, centres: Tensor, classes: Tensor, *, fourth: bool 
     return Moments(len(features), matrix / len(features), float(lengths) / len(features))
 
 
+def single_class(features: Tensor, *, fourth: bool = True) -> tuple[Tensor, Moments]:
+    """Mean (d,) float64 of features (N, d), and their moments about it."""
+    classes = torch.zeros(len(features), dtype=torch.int64)
+    mean = class_means(features, classes, 1)
+    return mean[0], moments(features, mean, classes, fourth=fourth)
+
+
 def _parts(features: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Some rows of the features with their classes, and float64 room for as many: always the same, since memory that
-    comes anew for each part is touched page by page, which takes longer than what is done with it."""
-    step = max(1, _HELD // features.shape[1])
+    """Blocks of features with their classes, and a float64 buffer of the block's size.
+
+    The buffer is the same for all blocks, because the page faults of newly allocated memory would take longer than the
+    computation.
+    """
+    step = max(1, _BLOCK_VALUES // features.shape[1])
     room = torch.empty(min(step, len(features)), features.shape[1], dtype=torch.float64)
     for part, own in zip(features.split(step), classes.split(step), strict=True):
         yield part, own, room[: len(part)]
 
 
 def ledoit_wolf(sample: Moments) -> Tensor:
-    """(d, d) covariance shrunk towards μI, μ = tr(S)/d: (1 − ρ) S + ρ μI, ρ as in Ledoit and Wolf (2004, §3.2).
+    """Covariance shrunk towards μI, (d, d): (1 − ρ) S + ρ μI, μ = tr(S)/d, with ρ as in Ledoit and Wolf (2004, §3.2).
 
-    The estimate is scikit-learn's. The sum over all entries of (X∘X)ᵀ(X∘X), for which it forms that product, is the
-    sum of the rows' ‖x‖⁴: what costs two more products there is here known from one look at the features.
+    The same estimate as scikit-learn's, in a single pass over the features: the sum of all entries of (X∘X)ᵀ(X∘X), a
+    product that scikit-learn forms, is the sum of the rows' ‖x‖⁴.
     """
     covariance, dimension = sample.covariance, len(sample.covariance)
     scale = float(covariance.trace()) / dimension
     spread = float(covariance.square().sum())
-    to_target = spread - dimension * scale**2  # d² of the paper, times the dimension; likewise b² below
+    to_target = spread - dimension * scale**2  # the paper's d² times the dimension; ``noise`` is its b², likewise
     noise = min((sample.fourth - spread) / sample.count, to_target)
     shrinkage = noise / to_target if noise > 0 else 0.0
     return (1 - shrinkage) * covariance + shrinkage * scale * torch.eye(dimension, dtype=torch.float64)
 
 
 def whitening(covariance: Tensor) -> Tensor:
-    """(d, r) float64 F with F Fᵀ = Σ⁺, so that (z − μ)ᵀ Σ⁺ (z − μ) = ‖(z − μ) F‖²: two products become one.
+    """Whitening factor F (d, r) float64 with F Fᵀ = Σ⁺, so that (z − μ)ᵀ Σ⁺ (z − μ) = ‖(z − μ) F‖².
 
-    Eigenvalues below d · 2⁻⁵² of the largest count as zero, as in SciPy's ``pinvh`` and hence in scikit-learn: what the
-    training features do not span is not measured.
+    Eigenvalues below d · 2⁻⁵² of the largest count as zero, as in SciPy's ``pinvh`` and hence in scikit-learn:
+    directions that the training features do not span are ignored.
     """
     share = len(covariance) * torch.finfo(torch.float64).eps
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False)
-        # ‖L⁻¹‖² = tr Σ⁻¹ >= 1/λ_min and ‖Σ‖ >= λ_max: below, no eigenvalue is small, and none has to be computed
+        # ‖L⁻¹‖² = tr Σ⁻¹ >= 1/λ_min and ‖Σ‖ >= λ_max: if this holds no eigenvalue counts as zero: eigh is not needed
         if float(inverse.square().sum()) * float(covariance.norm()) * share < 1:
             return inverse.T.contiguous()
     values, vectors = torch.linalg.eigh(covariance)
@@ -96,15 +110,17 @@ def whitening(covariance: Tensor) -> Tensor:
 
 
 def times_upper(rows: Tensor, factor: Tensor) -> Tensor:
-    """(B, d) ``rows`` times an upper triangular ``factor`` (d, d), of which nothing below its diagonal is read: little
-    more than half of the product's time. What :func:`whitening` returns is triangular where Σ is regular."""
+    """Product of ``rows`` (B, d) and an upper triangular ``factor`` (d, d), in little more than half of the time.
+
+    Nothing below the diagonal is read. :func:`whitening` returns a triangular factor where Σ is regular.
+    """
     out = torch.empty_like(rows)
-    for first in range(0, len(factor), _COLUMNS):
-        end = min(first + _COLUMNS, len(factor))
+    for first in range(0, len(factor), _BLOCK_COLUMNS):
+        end = min(first + _BLOCK_COLUMNS, len(factor))
         torch.mm(rows[:, :end], factor[:end, first:end], out=out[:, first:end])
     return out
 
 
 def is_upper(factor: Tensor) -> bool:
-    """Whether ``factor`` (d, r) is square, and zero below its diagonal."""
+    """Whether ``factor`` (d, r) is square and zero below its diagonal."""
     return factor.shape[0] == factor.shape[1] and not bool(factor.tril(-1).any())

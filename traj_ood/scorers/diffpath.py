@@ -1,4 +1,4 @@
-"""DiffPath: sums of powers of the score and of its change along a path (Heng et al. 2024), carried over to f."""
+"""DiffPath: sums of powers of the score and of its change along a path (Heng et al. 2024), adapted to f."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from traj_ood.scorers.relatives import FieldStatistics
 @register
 @dataclass
 class DiffPath(FieldStatistics):
-    """−log density of six numbers: Σ v, Σ v², Σ v³ and Σ ∂v, Σ (∂v)², Σ (∂v)³ over steps and coordinates.
+    """−log density of the six sums Σ v, Σ v², Σ v³, Σ ∂v, Σ (∂v)², Σ (∂v)³ over steps and coordinates.
 
-    DiffPath-6D (Heng, Thiery and Soh, NeurIPS 2024), as the authors' code sums a diffusion model's ε_t along its ODE,
-    with v_t in the place of ε_t, and ∂v = T · (v_{t+1} − v_t), T the number of steps. BIC chooses the mixture's
-    components where they use cross-validation.
+    DiffPath-6D (Heng, Thiery and Soh, NeurIPS 2024) as in the authors' code, which sums a diffusion model's ε_t along
+    its ODE. Here v_t replaces ε_t, ∂v = T · (v_{t+1} − v_t) with T the number of steps, and the number of mixture
+    components is chosen by BIC instead of cross-validation.
     """
 
     name: ClassVar[str] = "diffpath"

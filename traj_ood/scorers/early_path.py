@@ -1,4 +1,4 @@
-"""Where a sample is and which way the field pulls it there, judged together."""
+"""Joint density of a sample's position and its first displacements under f."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class EarlyPath(Scorer):
-    """Mean over cells of sqrt((v − μ)ᵀ Σ⁻¹ (v − μ)), v = [z_0, z_{t1} − z_0, z_{t2} − z_{t1}, …] of one cell.
+    """Mahalanobis distance of position and first displacements together, averaged over the cells of the image.
 
-    The pair (z_0, f(z_0) − z_0) is judged jointly: where a sample is, and which way the field pulls it there (see
-    ``field`` for why Theorem 1 is no reason). μ and Σ are one Ledoit–Wolf Gaussian for each cell of the image, as in
-    PaDiM (Defard et al. 2021), because what is usual differs from place to place.
+    Mean over cells of sqrt((v − μ)ᵀ Σ⁻¹ (v − μ)), where v = [z_0, z_{t1} − z_0, z_{t2} − z_{t1}, …] of one cell. By
+    default v is the position z_0 and the field f(z_0) − z_0 (see ``field`` for why Theorem 1 is no reason). μ and Σ are
+    one Ledoit–Wolf Gaussian per cell, as in PaDiM (Defard et al. 2021), because normal values differ between positions
+    in the image.
 
-    The control ``shuffled`` loses next to nothing (results/backbone, results/protocol): place and pull each count,
-    their correspondence hardly does.
+    The control ``shuffled`` scores almost as well (results/backbone, results/protocol): position and displacement each
+    carry information, their pairing hardly any.
 
     Cost: as many evaluations of f as the last step, 1 by default.
 
     Args:
         view: ``grid`` (default, at most 4 × 4 cells), ``mean`` or ``cls``.
-        steps: t1+t2+…, such as ``1+4``. Default ``1``. A sample that settles before t is at its end then.
-        shuffled: control, default false: the Gaussians are fitted to the z_0 of one training image with the
-            displacements of another, so they know either alone, and not what belongs together.
-        seed: of the shuffling.
+        steps: t1+t2+…, such as ``1+4``. Default ``1``. z_t is the end point for a sample that converges before t.
+        shuffled: control, default false: the Gaussians are fitted to z_0 of one training image with the displacements
+            of another, so they describe each part but not how the parts belong together.
+        seed: seed of the shuffling.
     """
 
     name: ClassVar[str] = "early-path"
@@ -60,7 +61,7 @@ class EarlyPath(Scorer):
         if self.shuffled:
             order = torch.randperm(len(start), generator=torch.Generator().manual_seed(self.seed))
             other = torch.empty_like(order)
-            other[order] = order.roll(1)  # a random cycle: nobody keeps their own
+            other[order] = order.roll(1)  # a random cycle: no image keeps its own displacements
             displacements = [d[other] for d in displacements]
         return learn_gaussians(torch.cat([start, *displacements], dim=-1))
 
@@ -68,6 +69,6 @@ class EarlyPath(Scorer):
         return distances_to_gaussians(self.state, torch.cat(self._parts(evidence), dim=-1)).mean(dim=1)
 
     def _parts(self, evidence: Evidence) -> list[Tensor]:
-        """z_0 and the displacements, (B, cells, d) or (B, d) each."""
+        """z_0 and the displacements, each (B, cells, d) or (B, d)."""
         points = [evidence.features[self.view].cpu(), *(evidence.points[self.view, t] for t in self._steps)]
         return [points[0], *(b - a for a, b in pairwise(points))]

@@ -1,4 +1,4 @@
-"""The trajectory score at a few early points, against attractors or what might stand in for them."""
+"""The trajectory score at a few early points, with attractors or, as controls, other reference points."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from traj_ood.autoencoders import View
 from traj_ood.index import NeighborIndex
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.base import Evidence, Needs
-from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.scorers.covariance import ledoit_wolf, single_class, whitening
 from traj_ood.scorers.path import parse_steps
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -21,23 +21,26 @@ from traj_ood.scorers.rows import in_rows
 @register
 @dataclass
 class EarlyTrajectory(SearchingScorer):
-    """1/|T| · Σ_{t∈T} min_{r∈R} ‖(z_t − r) F‖ over a few steps T: the trajectory score of §4.2 at a few points.
+    """Mean distance of a few early points z_t to the nearest reference point: §4.2's trajectory score at few points.
 
-    Reason: it separates what the paper's score is made of. With R = Z*_train it is that score on a few points; with R
-    the training features, or their k-means centroids, the same path is measured against points that know nothing of
-    the dynamics. Compare the three: a claim about attractors is their difference. With F the whitening of the training
-    features (Ledoit–Wolf), instead of the identity, no direction counts more because latents vary more along it.
+    score = 1/|T| · Σ_{t∈T} min_{r∈R} ‖(z_t − r) F‖ for steps T and reference points R; F is the identity or a
+    whitening.
 
-    Cost: as many evaluations of f as the last step, fewer for samples that settle before.
+    Reason: it isolates what attractors contribute to the paper's score. With R = Z*_train it is that score at a few
+    points. With R the training features or their k-means centroids, the same path is measured against points that do
+    not depend on the dynamics; the difference between these variants is what attractors contribute.
+
+    Cost: as many evaluations of f as the last step, fewer for samples that converge before.
 
     Args:
-        reference: R: ``attractors`` (default), ``features`` (z_0 of the training images) or ``centroids`` of those, as
-            many as there are attractors that differ in this view (see :attr:`traj_ood.NeighborIndex.groups`). Where all
-            differ there are as many centroids as training images, and hence the features again.
-        whiten: Default false.
-        view: Default ``mean``.
+        reference: R: ``attractors`` (default), ``features`` (z_0 of the training images) or ``centroids`` of these, as
+            many as there are distinct attractors in this view (see :attr:`traj_ood.NeighborIndex.groups`). If all
+            attractors are distinct there is one centroid per training image, so the centroids are the features.
+        whiten: whether F whitens the training features (Ledoit–Wolf), so that directions of large variance do not
+            dominate. Default false.
+        view: latent view. Default ``mean``.
         steps: T. Default ``0+1+2+4+8+16``: steps shrink about geometrically, so later points lie close together.
-        seed: of k-means.
+        seed: seed of k-means.
     """
 
     name: ClassVar[str] = "early-trajectory"
@@ -70,9 +73,8 @@ class EarlyTrajectory(SearchingScorer):
         features = train.features[self.view].cpu()
         state = {"reference": self._reference(train, features).to(features.dtype)}
         if self.whiten:
-            together = torch.zeros(len(features), dtype=torch.int64)
-            mean = class_means(features, together, 1)
-            state |= {"mean": mean, "factor": whitening(ledoit_wolf(moments(features, mean, together)))}
+            mean, sample = single_class(features)
+            state |= {"mean": mean[None], "factor": whitening(ledoit_wolf(sample))}
         return state
 
     def points(self) -> Tensor:
@@ -98,7 +100,7 @@ class EarlyTrajectory(SearchingScorer):
         return torch.from_numpy(kmeans.cluster_centers_)
 
     def _metric(self, points: Tensor) -> Tensor:
-        """(B, d) in the coordinates in which the Euclidean distance is the one to measure."""
+        """(B, d) whitened if ``whiten``: coordinates in which distances are Euclidean."""
         if not self.whiten:
             return points
         mean, factor = self.state["mean"], self.state["factor"]

@@ -1,4 +1,4 @@
-"""The path that begins at x: x0 = x, x1 = D(E(x)), x2 = D(E(x1)), … and its attractors D(z*)."""
+"""Scores of the path that starts at the input: x_0 = x, x_1 = D(E(x)), x_2 = D(E(x_1)), …, with attractors D(z*)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import NeighborIndex
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.base import Evidence, Needs
-from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments
+from traj_ood.scorers.covariance import ledoit_wolf, single_class
 from traj_ood.scorers.folds import folds
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
 from traj_ood.scorers.labels import classes_of
@@ -31,40 +31,40 @@ _TINY = 1e-12
 @register
 @dataclass
 class EntryPath(SearchingScorer):
-    """Σ over parts of (s − E[s]) / Std[s], s read from the path of F = D∘E that begins at x, in whitened space.
+    """Standardised statistics of the path of F = D∘E that starts at x: Σ over parts of (s − E[s]) / Std[s].
 
-    The scorers of z begin at z0 = E(x), behind the bottleneck: what E discards of x, no path from there shows. F maps
-    the space of x into itself, x_{t+1} = D(z_t), so its path costs no more than that of f and begins one step earlier.
+    Latent scorers start at z_0 = E(x), behind the bottleneck, and so cannot see what E discards of x. F maps the space
+    of x into itself, x_{t+1} = D(z_t), so its path costs no more than that of f and starts one step earlier.
 
     The space is the backbone's features for a surrogate, and the image itself, pooled to cells, for other autoencoders
-    (:meth:`traj_ood.Autoencoder.entry`). Points are put on the unit sphere and whitened by Ledoit–Wolf Gaussians of
-    the training images, one for each cell: y = W(x). With H = ``horizon`` the parts are
+    (:meth:`traj_ood.Autoencoder.entry`). Points are scaled to the unit sphere and whitened by Ledoit–Wolf Gaussians of
+    the training images, one per cell: y = W(x). With H = ``horizon`` the parts are
 
-    * ``step``: ‖y_1 − y_0‖, what E discards;
+    * ``step``: ‖y_1 − y_0‖, which measures what E discards;
     * ``attractors``: the mean over t = 0 … H of the distance of y_t to the nearest whitened D(z*);
     * ``energy``: √(Σ_{t<H} ‖y_{t+1} − y_t‖²);
-    * ``residual``: the Mahalanobis distance of y_1 − y_0 from what a linear map of y_0 predicts: what the step says
-      that the point does not;
+    * ``residual``: the Mahalanobis distance of y_1 − y_0 to its linear prediction from y_0, that is, what the step
+      tells beyond the starting point;
     * ``static``: ‖y_0‖, class-free ``mahalanobis:normalize=true``, which needs no path.
 
-    Expectations and deviations are those of held-out images: each fifth of the training images is measured by the
-    Gaussians and the attractors of the other four.
+    E[s] and Std[s] are estimated by five-fold cross-fitting: each fifth of the training images is measured with the
+    Gaussians and attractors of the other four.
 
     Measured before its form was frozen (results/README.md): ahead of the static scorers on a wide network, behind them
     on a narrow one. It is a candidate, not the recommended scorer.
 
-    Cost: ``horizon`` − 1 evaluations of f, and one decoding for each step.
+    Cost: ``horizon`` − 1 evaluations of f, and one decoding per step.
 
     Args:
-        parts: joined by +. Default ``step+attractors``.
+        parts: names of parts, joined by +. Default ``step+attractors``.
         horizon: H. Default 1: x and its reconstruction.
-        read: ``sum`` (default) as above, large is OOD. ``two-sided`` sums |s − E[s]| / Std[s]: an OOD image may be
-            reconstructed too well. ``density`` is the Mahalanobis distance of log s to its Gaussian over held-out
-            images: parts are judged together.
-        sphere: L2-normalise the points first. Default true, as Mahalanobis++ does.
-        classes: measure ``attractors`` to those of the predicted class alone, the one whose mean of y_0 over training
-            images is nearest to y_0; needs class labels. Default false: most benchmarks have none, and no record says
-            that it helps. Only classes with a finite attractor are predicted.
+        read: how parts are combined. ``sum`` (default) is the sum above. ``two-sided`` sums |s − E[s]| / Std[s],
+            because an OOD image may be reconstructed too well. ``density`` is the Mahalanobis distance of the vector of
+            all log s to its Gaussian over held-out images.
+        sphere: whether to L2-normalise the points first. Default true, as Mahalanobis++ does.
+        classes: whether ``attractors`` measures the distance to attractors of the predicted class only, the class whose
+            mean of y_0 over training images is nearest to y_0; it needs class labels. Default false, because most
+            benchmarks have none, and no record shows that it helps. Only classes with a finite attractor are predicted.
     """
 
     name: ClassVar[str] = "entry-path"
@@ -108,8 +108,8 @@ class EntryPath(SearchingScorer):
     def check_training_size(self, count: int) -> None:
         if count < _MIN_IMAGES:
             raise TrajOODError(
-                f"scorer {self.label}: expected at least {_MIN_IMAGES} training images, got {count}: each fifth "
-                "of them is measured by the others"
+                f"scorer {self.label}: expected at least {_MIN_IMAGES} training images, got {count}: add images, since "
+                "the fit splits them into five parts"
             )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ class EntryPath(SearchingScorer):
         return self.horizon > 1 and bool({"attractors", "energy"} & set(self._parts))
 
     def _points(self, evidence: Evidence) -> list[Tensor]:
-        """x_0 … x_H, (B, cells, d) each, on the CPU."""
+        """x_0 … x_H, each (B, cells, d), on the CPU."""
         read = [evidence.features[view] for view in ("entry", "decoded") if view in self.needs().features]
         read += [evidence.points[view, t] for view, t in sorted(self.needs().points)]
         return [self._on_sphere(points.cpu()) for points in read]
@@ -154,7 +154,7 @@ class EntryPath(SearchingScorer):
         return (points / lengths[:, None, None]).to(points.dtype)
 
     def _attractors(self, train: Evidence, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, cells, d) D(z*) of the training images ``kept`` (N,) bool, and (M,) the images that they are of."""
+        """D(z*), (M, cells, d), of the training images ``kept`` (N,) bool, and the indices (M,) of these images."""
         ends = self._on_sphere(train.attractors["decoded"].cpu())
         own = torch.arange(len(ends)) if train.own is None else train.own
         images = (kept & (own >= 0)).nonzero()[:, 0]
@@ -165,8 +165,8 @@ class EntryPath(SearchingScorer):
     def _measure_of(
         self, train: Evidence, every: list[Tensor], classes: Tensor | None, kept: Tensor
     ) -> dict[str, Tensor]:
-        """What measures the parts, of the training images ``kept`` (N,) bool of all: Gaussians of x_0, whitened
-        attractors and their classes, the step that x_0 predicts."""
+        """Fit what measures the parts to the training images ``kept`` (N,) bool: Gaussians of x_0, whitened attractors
+        and their classes, the linear prediction of the step."""
         points = [p[kept] for p in every]
         state = {f"white/{name}": value for name, value in learn_gaussians(points[0]).items()}
         if "attractors" in self._parts:
@@ -182,7 +182,7 @@ class EntryPath(SearchingScorer):
         return state
 
     def _values(self, state: Mapping[str, Tensor], points: list[Tensor]) -> Tensor:
-        """(B, parts) float64."""
+        """The parts s, (B, parts) float64."""
         white = [_whiten(state, p) for p in points]
         found = []
         for part in self._parts:
@@ -194,7 +194,7 @@ class EntryPath(SearchingScorer):
                 steps = [(b - a).flatten(1).norm(dim=1).square() for a, b in pairwise(white)]
                 found.append(torch.stack(steps).sum(dim=0).sqrt())
             elif part == "residual":
-                found.append(_beyond(state, white[0], white[1] - white[0]))
+                found.append(_prediction_distances(state, white[0], white[1] - white[0]))
             else:
                 found.append(self._to_attractors(state, white))
         return torch.stack(found, dim=1)
@@ -209,7 +209,7 @@ class EntryPath(SearchingScorer):
 
 
 def _whiten(state: Mapping[str, Tensor], points: Tensor) -> Tensor:
-    """(B, cells, d) float64 y of points (B, cells, d) of x."""
+    """y = W(x), (B, cells, d) float64, of points (B, cells, d)."""
 
     def white(part: Tensor) -> Tensor:
         offsets = (part.double() - state["white/means"]).transpose(0, 1)
@@ -219,16 +219,24 @@ def _whiten(state: Mapping[str, Tensor], points: Tensor) -> Tensor:
 
 
 def _of_classes(start: Tensor, classes: Tensor, of: Tensor) -> dict[str, Tensor]:
-    """Means (C, n) of whitened starts (N, n) by class, and (M,) the class of each attractor, 0 … C − 1; classes (N,)
-    without any attractor, which are not among ``of`` (M,), are left out."""
+    """Class means (C, n) of whitened starts (N, n), and the class (M,) in 0 … C − 1 of each attractor.
+
+    Args:
+        start: (N, n).
+        classes: (N,) class of each start; classes without an attractor are left out.
+        of: (M,) class of each attractor.
+    """
     there, own = of.unique(return_inverse=True)
     means = [start[classes == c].mean(dim=0) for c in there]
     return {"classes/means": torch.stack(means), "classes/own": own}
 
 
 def _to_own_class(state: Mapping[str, Tensor], white: Tensor) -> Tensor:
-    """(B,) mean over t of the distances of white points (B, t, n) to the nearest attractor of the class whose mean is
-    nearest to the first. The expansion of the square finds both, a direct difference gives the distance."""
+    """Mean over t of the distances of whitened points (B, t, n) to the nearest attractor of the predicted class, (B,).
+
+    The predicted class is the one whose mean is nearest to the first point. The expanded square finds class and
+    attractor; a direct difference gives the distance.
+    """
     ends, own = state["attractors"].double(), state["classes/own"]
 
     def distances(part: Tensor) -> Tensor:
@@ -244,16 +252,15 @@ def _to_own_class(state: Mapping[str, Tensor], white: Tensor) -> Tensor:
 
 
 def _squares(points: Tensor, others: Tensor) -> Tensor:
-    """(B, M) squared distances of points (B, n) to others (M, n), less what all of a row have in common."""
+    """Squared distances (B, M) of points (B, n) to others (M, n), minus the squared norms of the points."""
     return torch.addmm(others.square().sum(dim=1), points, others.T, alpha=-2)
 
 
 def _linear(start: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """(cells, d, d) map A of the shrunk joint covariance, by cell, and (N, cells, d) what step − start A leaves."""
+    """Per cell the linear map A (cells, d, d) of the shrunk joint covariance; and step − start A, (N, cells, d)."""
     width, maps = start.shape[2], []
-    together = torch.zeros(len(start), dtype=torch.int64)
     for cell in torch.cat([start, step], dim=2).unbind(dim=1):
-        joint = ledoit_wolf(moments(cell, class_means(cell, together, 1), together))
+        joint = ledoit_wolf(single_class(cell)[1])
         maps.append(torch.linalg.lstsq(joint[:width, :width], joint[:width, width:], driver="gelsd").solution)
     found = torch.stack(maps)
     return found, step - _predicted(found, start)
@@ -263,13 +270,13 @@ def _predicted(maps: Tensor, start: Tensor) -> Tensor:
     return (start.transpose(0, 1) @ maps).transpose(0, 1)
 
 
-def _beyond(state: Mapping[str, Tensor], start: Tensor, step: Tensor) -> Tensor:
-    """(B,) distance of the step to what its start predicts."""
+def _prediction_distances(state: Mapping[str, Tensor], start: Tensor, step: Tensor) -> Tensor:
+    """(B,) Mahalanobis distance of the step to its prediction from the start."""
     measured = {"means": state["linear/means"], "factors": state["linear/factors"]}
     rest = step - _predicted(state["linear/map"], start)
     return distances_to_gaussians(measured, rest).square().sum(dim=1).sqrt()
 
 
 def _scales(values: Tensor) -> dict[str, Tensor]:
-    """Mean and deviation (parts,) over held-out images."""
+    """Mean and standard deviation, (parts,) each, over held-out images."""
     return {"mean": values.mean(dim=0), "std": values.std(dim=0, correction=0).clamp(min=_TINY)}

@@ -19,14 +19,15 @@ _TINY = torch.finfo(torch.float64).tiny
 @register
 @dataclass
 class FDBD(HeadScorer):
-    """−mean over classes c ≠ ŷ of |f_ŷ − f_c| / ‖w_ŷ − w_c‖, over ‖h − μ‖; μ the mean training feature.
+    """Negated mean distance to the decision boundaries of the classes c ≠ ŷ, divided by ‖h − μ‖.
 
-    Fast decision boundary based detector (Liu and Qin, ICML 2024): pytorch-ood's ``fDBD``, and OpenOOD's ``fdbd`` over
-    C − 1 with the sign turned. ŷ is the predicted class, f are the logits.
+    The distance is |f_ŷ − f_c| / ‖w_ŷ − w_c‖ with f the logits, ŷ the predicted class and μ the mean training feature.
+    Fast decision boundary based detector (Liu and Qin, ICML 2024). Equals pytorch-ood's ``fDBD`` and, negated and
+    divided by C − 1, OpenOOD's ``fdbd``.
 
     Args:
-        regularizer: what the distances are divided by: ``distance`` (default, the paper's) to the mean training
-            feature, or ``norm``, ‖h‖, which OpenOOD chooses where its validation set prefers it.
+        regularizer: the divisor: ``distance`` (default, the paper's) is ‖h − μ‖, ``norm`` is ‖h‖, which OpenOOD uses
+            where its validation set prefers it.
     """
 
     name: ClassVar[str] = "fdbd"
@@ -38,11 +39,11 @@ class FDBD(HeadScorer):
         weight, _ = self.head_of(train)
         if len(weight) < 2:
             raise TrajOODError(f"scorer {self.label}: expected a classifier of at least 2 classes, got {len(weight)}")
-        between = torch.stack([(weight - own).norm(dim=1) for own in weight])  # of differences: no squares cancel
+        between = torch.stack([(weight - own).norm(dim=1) for own in weight])  # direct differences: nothing cancels
         if bool((between.fill_diagonal_(1) == 0).any()):
             raise TrajOODError(
-                f"scorer {self.label}: expected classes of different weights, got two that are the same: no boundary "
-                "lies between them"
+                f"scorer {self.label}: expected a different weight vector for each class, got two equal ones, which "
+                "have no boundary between them"
             )
         return {"between": between, "mean": self.features(train).double().mean(dim=0)}
 

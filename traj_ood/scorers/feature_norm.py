@@ -1,4 +1,4 @@
-"""The length of the feature vector."""
+"""Feature norm: the length of the feature vector as an OOD score."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class FeatureNorm(FeatureScorer):
-    """−log ‖z‖: short features count as OOD, since networks respond less to what they were not trained on.
+    """−log ‖z‖: short features count as OOD, because networks respond less to inputs unlike their training data.
 
-    That is the published direction (Tack et al. 2020; Yu et al. 2023), found on classifiers. An encoder that ends in a
-    LayerNorm gives every token the same length, up to its learnt scale: ``tokens`` and ``cls`` then say little, and
-    ``mean`` says how much the tokens of an image agree.
+    This direction is the published one (Tack et al. 2020; Yu et al. 2023), found on classifiers. An encoder that ends
+    in a LayerNorm gives every token the same length up to its learnt scale: ``tokens`` and ``cls`` then carry little
+    information, and ``mean`` measures how much the tokens of an image agree.
 
     Args:
         view: Default ``mean``.
-        two_sided: |log ‖z‖ − mean of log ‖z‖ over training images| instead: no direction is assumed. Default false, as
-            published.
+        two_sided: score |log ‖z‖ − mean of log ‖z‖ over training images| instead, which assumes no direction. Default
+            false, as published.
     """
 
     name: ClassVar[str] = "feature-norm"

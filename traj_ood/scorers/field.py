@@ -1,4 +1,4 @@
-"""How far a sample and the vector field at it lie from those of training images, and how unusual that distance is."""
+"""Field: how far a sample and its first step f(z_0) − z_0 lie from training images, and how unusual that is."""
 
 from __future__ import annotations
 
@@ -20,41 +20,43 @@ _VIEWS: tuple[FeatureView, ...] = ("grid", "mean")
 _FOLDS = 2
 _MIN_IMAGES = 8
 _TINY = 1e-12
-_BOTH = "both"  # (z_0, v), whose distance is a and no length of b
+_BOTH = "both"  # name of the vectors (z_0, v): their distance is a, and is not one of the lengths in b
 
 
 @register
 @dataclass
 class Field(Scorer):
-    """score = a / E[a] + b / E[b], from one step of f; expectations over ID training images.
+    """Distance and typicality of z_0 and the field v = f(z_0) − z_0: score = a / E[a] + b / E[b].
 
-    With the field v = f(z_0) − z_0, in each view one Ledoit–Wolf Gaussian for each cell (see ``early-path``):
+    Expectations are over ID training images. In each view there is one Ledoit–Wolf Gaussian per cell (see
+    ``early-path``):
 
-    * a is the distance of (z_0, v) to its Gaussians: large where a sample or the field at it lies far out;
-    * b is the Mahalanobis distance of the logarithms of five lengths, those of z_0 and of v to their Gaussians in the
-      views ``grid`` and ``mean``, and ‖v‖: large also where they are unusually *small*.
+    * a is the Mahalanobis distance of (z_0, v) to its Gaussians, large where a sample or its field is far from those of
+      training images;
+    * b is the Mahalanobis distance of the logarithms of five lengths: the distances of z_0 and of v to their Gaussians
+      in the views ``grid`` and ``mean``, and ‖v‖. b is also large where these are unusually *small*.
 
-    Reason: v says how the model corrects the sample. That it approximates the score ∇ log p of the latent density
-    (Theorem 1, §3.1) explains little of it: a gradient has a symmetric Jacobian, and that of f is far from it on
-    the bundled model (the antisymmetric part has 0.7 of the length of the symmetric one, of a random matrix 1; not
-    recorded). Distances alone miss images simpler than the training images (blurred, smooth, one colour): they lie
-    nearer to the mean than any training image, where a high-dimensional Gaussian has its mode and next to none of
-    its mass. b, being a density of distances, sees both sides.
+    Reason: v shows how the model corrects the sample. That v approximates the score ∇ log p of the latent density
+    (Theorem 1, §3.1) explains little of this: a gradient has a symmetric Jacobian, and that of f is far from symmetric
+    on the bundled model (the antisymmetric part is 0.7 times as long as the symmetric part, 1 for a random matrix; not
+    recorded). Distances alone miss images that are simpler than the training images (blurred, smooth, one colour): they
+    lie nearer to the mean than any training image, where a high-dimensional Gaussian has its mode but almost no mass.
+    b is a density of distances and detects both.
 
-    Each half of the training images is measured by the Gaussians of the other half, as a new image will be; a score is
-    the mean over both. The halves are drawn at random, whatever the order of the images: lists are often sorted by
-    class, or alternate between the two kinds of a pair. The form (one step, equal weights) was chosen on self-made
-    outliers of ID validation images (blends, jigsaws, rotations, inversions, blurs, CutMix), see results/README.md.
+    The fit is cross-fitted: each half of the training images is measured with the Gaussians of the other half, as a new
+    image will be, and a score is the mean over the two fits. The halves are drawn at random whatever the order of the
+    images, because lists are often sorted by class or alternate between the two kinds of a pair. The form (one step,
+    equal weights) was chosen on artificial outliers made from ID validation images (blends, jigsaws, rotations,
+    inversions, blurs, CutMix); see results/README.md.
 
-    With fewer than about 20 training images b drowns a, because its mean over the images it was learnt from is then far
-    below that of new ones: ``early-path`` is the better choice there (docs/choices.md).
+    With fewer than about 20 training images b dominates a, because its mean over the images it was fitted to is then
+    far below its mean over new ones: use ``early-path`` there (docs/choices.md).
 
-    Cost: one evaluation of f, and 16 · (2d)² numbers for latents of d dimensions a token.
+    Cost: one evaluation of f, and 16 · (2d)² numbers for latents of d dimensions per token.
 
     Args:
-        start_only: control, default false: the same form without the field, a from z_0 alone and b from its two
-            distances. It costs no evaluation of f; what ``field`` detects beyond it is owed to v. That it looks at
-            both sides is not.
+        start_only: control without the field, default false: a is the distance of z_0 alone, and b uses its two
+            distances. It needs no evaluation of f, so it shows what v contributes to ``field``.
     """
 
     name: ClassVar[str] = "field"
@@ -71,8 +73,8 @@ class Field(Scorer):
     def check_training_size(self, count: int) -> None:
         if count < _MIN_IMAGES:
             raise TrajOODError(
-                f"scorer {self.label}: expected at least {_MIN_IMAGES} training images, got {count}: each half of them "
-                "measures the other"
+                f"scorer {self.label}: expected at least {_MIN_IMAGES} training images, got {count}: add images, since "
+                "the fit splits them into two halves"
             )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
@@ -96,7 +98,7 @@ class Field(Scorer):
         return self.terms(evidence).sum(dim=1)
 
     def terms(self, evidence: Evidence) -> Tensor:
-        """(B, 2) float64: a / E[a] and b / E[b], means over both halves."""
+        """The two terms a / E[a] and b / E[b], (B, 2) float64, as means over the two fits."""
         parts, halves = _Parts.of(evidence, self.start_only), []
         for k in range(_FOLDS):
             far, lengths = _distances(self.state, k, parts)
@@ -107,12 +109,12 @@ class Field(Scorer):
 
 @dataclass(frozen=True)
 class _Parts:
-    """What is measured of B images.
+    """The vectors of B images whose distances are measured.
 
     Attributes:
-        vectors: name → (B, cells, d), or (B, d); by their distance to their Gaussians.
-        far: the one of them whose distance is a.
-        length: (B,) float64 ‖v‖, at least the rounding of z_0; None where the field is left out.
+        vectors: name → (B, cells, d) or (B, d), each with its own Gaussians.
+        far: name of the vectors whose distance is a.
+        length: ‖v‖, (B,) float64, at least the rounding of z_0; None without the field.
     """
 
     vectors: dict[str, Tensor]
@@ -122,7 +124,7 @@ class _Parts:
     @staticmethod
     def of(evidence: Evidence, start_only: bool) -> _Parts:
         grid = evidence.features["grid"]
-        # The views of a latent of one token are the same, and say nothing twice.
+        # With a latent of one token the two views are equal: one is enough.
         views = _VIEWS if grid.ndim == 3 and grid.shape[1] > 1 else _VIEWS[:1]
         vectors = {f"{view}/start": evidence.features[view].cpu() for view in views}
         if start_only:
@@ -142,7 +144,7 @@ class _Parts:
 
 
 def _distances(state: dict[str, Tensor], fold: int, parts: _Parts) -> tuple[Tensor, Tensor]:
-    """a (B,), and the logarithms of the lengths (B, n), by the Gaussians of one fold."""
+    """a (B,) and the logarithms of the lengths (B, n), measured with the Gaussians of one fold."""
     found = {
         name: distances_to_gaussians(_under(state, f"{fold}/{name}"), vectors).mean(dim=1)
         for name, vectors in parts.vectors.items()

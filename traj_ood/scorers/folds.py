@@ -1,4 +1,4 @@
-"""Parts of the training images, each measured by a fit to the others, as new images will be."""
+"""Folds of the training images for cross-fitting: each fold is measured by a fit to the others, like new images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from torch import Tensor
 
 
 def folds(vectors: Tensor, count: int) -> Tensor:
-    """(B,) int64 0 … count − 1: equal parts drawn at random, the same in any order of the rows (B, …) as long as they
-    differ. Lists are often sorted by class, or alternate between the two kinds of a pair."""
+    """Fold numbers (B,) int64 in 0 … count − 1: random folds of equal size, the same for any order of distinct rows.
+
+    Random, because lists of images are often sorted by class or alternate between the two kinds of a pair.
+
+    Args:
+        vectors: (B, …) one row per image.
+        count: number of folds.
+    """
     draws = torch.Generator().manual_seed(0)
     flat = vectors.double().flatten(1)
     direction = torch.randn(flat.shape[1], generator=draws, dtype=torch.float64)

@@ -1,38 +1,36 @@
-"""One Gaussian for each cell of an image, shrunk by Ledoit and Wolf: per-position statistics as in PaDiM."""
+"""One Gaussian per cell of an image with Ledoit–Wolf shrinkage: per-position statistics as in PaDiM."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.scorers.covariance import ledoit_wolf, single_class, whitening
 from traj_ood.scorers.rows import in_rows
 
 
 def learn_gaussians(vectors: Tensor, shrink: bool = True) -> dict[str, Tensor]:
-    """Mean and whitening of every cell.
+    """Fit a Gaussian to each cell.
 
     Args:
-        vectors: (N, cells, d), or (N, d) of one cell.
-        shrink: as Ledoit and Wolf. Default true; false takes the sample's own covariance.
+        vectors: (N, cells, d), or (N, d) for a single cell.
+        shrink: whether to shrink the covariance as Ledoit and Wolf. Default true; false takes the sample covariance.
     Returns:
-        ``means`` (cells, d) and ``factors`` (cells, d, d) float64, F Fᵀ = Σ⁻¹ with Σ the cell's covariance; directions
-        without any variance (those of a constant cell) are zero columns: they do not count.
+        ``means`` (cells, d) and ``factors`` (cells, d, d) float64 with F Fᵀ = Σ⁻¹, Σ the cell's covariance. Directions
+        without variance (all of a constant cell) are zero columns, so they add nothing to a distance.
     """
     cells = _cells(vectors).cpu()
-    together = torch.zeros(len(cells), dtype=torch.int64)
     means, factors = [], []
     for cell in cells.unbind(dim=1):
-        mean = class_means(cell, together, 1)
-        sample = moments(cell, mean, together)
+        mean, sample = single_class(cell)
         factor = whitening(ledoit_wolf(sample) if shrink else sample.covariance)
-        means.append(mean[0])
+        means.append(mean)
         factors.append(torch.nn.functional.pad(factor, (0, len(factor) - factor.shape[1])))
     return {"means": torch.stack(means), "factors": torch.stack(factors)}
 
 
 def distances_to_gaussians(state: dict[str, Tensor], vectors: Tensor) -> Tensor:
-    """(B, cells) float64 Mahalanobis distances of vectors (B, cells, d) or (B, d) to what was learnt."""
+    """Mahalanobis distances, (B, cells) float64, of vectors (B, cells, d) or (B, d) to the learnt Gaussians."""
 
     def distances(part: Tensor) -> Tensor:
         offsets = (part.double() - state["means"]).transpose(0, 1)  # (cells, chunk, d)

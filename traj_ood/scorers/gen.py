@@ -16,15 +16,15 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class GEN(Scorer):
-    """Σ p^γ (1 − p)^γ over the M largest softmax probabilities p.
+    """Generalised entropy Σ p^γ (1 − p)^γ over the M largest softmax probabilities p.
 
-    GEN (Liu et al., CVPR 2023); OpenOOD's ``gen`` with the sign turned, and M times pytorch-ood's, which averages.
-    1 − p of the largest p is computed from the other logits: the difference is zero for every logit that leads by more
-    than 37.
+    GEN (Liu et al., CVPR 2023). Equals OpenOOD's ``gen`` negated, and M times pytorch-ood's, which averages. For the
+    largest p, 1 − p is computed from the other logits, because it would round to zero once a logit leads by more than
+    37.
 
     Args:
         gamma: γ. Default 0.1, the paper's.
-        top: M, or all classes where there are fewer. Default 100, the paper's for ImageNet.
+        top: M; all classes are used where there are fewer. Default 100, the paper's for ImageNet.
     """
 
     name: ClassVar[str] = "gen"
@@ -44,7 +44,7 @@ class GEN(Scorer):
             raise TrajOODError(f"scorer {self.name}: expected logits of at least 2 classes, got {logits.shape[1]}")
         ordered = logits.sort(dim=1, descending=True).values
         logs = ordered.log_softmax(dim=1)
-        rest = torch.log1p(-logs[:, 1:].exp())  # of all but the largest, p is at most a half
+        rest = torch.log1p(-logs[:, 1:].exp())  # accurate for all but the largest p: these are at most 1/2
         first = logs[:, 1:].logsumexp(dim=1, keepdim=True)
         terms = self.gamma * (logs + torch.cat([first, rest], dim=1))
         return terms[:, : self.top].exp().sum(dim=1)

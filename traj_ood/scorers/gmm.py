@@ -1,42 +1,38 @@
-"""A Gaussian mixture of the training features."""
+"""Negative log-likelihood under a Gaussian mixture of the training features."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer
-from traj_ood.scorers.covariance import ledoit_wolf, moments, whitening
+from traj_ood.scorers.covariance import ledoit_wolf, single_class, whitening
 from traj_ood.scorers.mixture import learn_mixture, mixture_energies
 from traj_ood.scorers.principal import check_share, principal_axes
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
-CANDIDATES = (1, 2, 4, 8, 16)
-_IMAGES_PER_COMPONENT = 10  # training images per component
-
 
 @register
 @dataclass
 class GMM(FeatureScorer):
-    """−log Σ_c π_c N(y; μ_c, Σ_c) + ½ (M² − Σ_j y_j² / λ_j), y = Pᵀ(z − μ) in the leading principal axes P.
+    """−log Σ_c π_c N(y; μ_c, Σ_c) + ½ (M² − Σ_j y_j² / λ_j), where y = Pᵀ(z − μ) in the leading principal axes P.
 
-    Few images do not fill several full covariances in hundreds of dimensions, so the mixture (scikit-learn's, full
-    covariances) lives where most of the variance is. What is outside is not forgotten, as outliers are often there:
-    there it is one Gaussian, whose share of the squared Mahalanobis distance M² is what the axes, of shrunk variances
-    λ, leave of it. So one component is the scorer ``mahalanobis`` again, and more are a refinement of it.
+    The mixture (scikit-learn's, with full covariances) is fitted in the principal axes only, because a few thousand
+    images do not determine several full covariances in hundreds of dimensions. The orthogonal complement, where many
+    outliers lie, is modelled by a single Gaussian: the second term is the part of the squared Mahalanobis distance M²
+    that lies outside the axes, whose shrunk variances are λ. With one component the ranking is that of ``mahalanobis``.
 
     The number of components is the one of 1, 2, 4, 8, 16 with the lowest BIC (Schwarz 1978) on the training features,
-    among those that leave each component 10 images.
+    among those that leave at least 10 images per component.
 
     Args:
         view: Default ``mean``. As for ``mahalanobis``, ``tokens`` would need a covariance of the whole latent.
-        share: of the variance in the principal axes. Default 0.9, as in ``pca-residual``.
-        seed: of the fit's k-means start.
+        share: share of the variance in the principal axes. Default 0.9, as in ``pca-residual``.
+        seed: seed of the k-means initialisation.
     """
 
     name: ClassVar[str] = "gmm"
@@ -53,9 +49,10 @@ class GMM(FeatureScorer):
         features = self.features(train).cpu()
         found = principal_axes(self.label, features, self.share)
         if not len(found.variances):
-            raise TrajOODError(f"scorer {self.label}: expected training features that vary in 2 directions, got one")
-        together = torch.zeros(len(features), dtype=torch.int64)
-        covariance = ledoit_wolf(moments(features, found.mean[None], together))
+            raise TrajOODError(
+                f"scorer {self.label}: expected training features that vary in at least 2 directions, got one"
+            )
+        covariance = ledoit_wolf(single_class(features)[1])
         state = {
             "mean": found.mean,
             "axes": found.axes,
@@ -70,13 +67,13 @@ class GMM(FeatureScorer):
         return in_rows(self._energies, self.features(evidence).cpu())
 
     def _energies(self, features: Tensor) -> Tensor:
-        """(chunk,) float64."""
+        """The score of features (chunk, d), (chunk,) float64."""
         inside, outside = _split(self.state, features)
         return outside / 2 + mixture_energies(self.state, inside)
 
 
 def _split(state: dict[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
-    """(chunk, q) coordinates in the axes and (chunk,) squared Mahalanobis distance outside them, float64."""
+    """Coordinates in the axes (chunk, q) and squared Mahalanobis distance outside them (chunk,), float64."""
     offsets = features.double() - state["mean"]
     inside = offsets @ state["axes"]
     whole = (offsets @ state["whitening"]).square().sum(dim=1)

@@ -1,4 +1,4 @@
-"""What scorers of a linear classifier over a backbone's features share."""
+"""Base classes of scorers that read a linear classifier over a backbone's features."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from traj_ood.scorers.rows import in_rows
 
 @dataclass
 class HeadScorer(Scorer):
-    """Reads the backbone's features h, the logits of the pass, and learns the head: logits = W h + b."""
+    """A scorer that reads the backbone's features h, the logits, and while fitting the head: logits = W h + b."""
 
     def needs(self) -> Needs:
         return Needs(features=frozenset({"backbone"}), logits=True, head=True)
 
     def head_of(self, train: Evidence) -> tuple[Tensor, Tensor]:
-        """W (C, n) and b (C,) float64 on the CPU.
+        """The head's weight W (C, n) and bias b (C,), float64 on the CPU.
 
         Raises:
-            TrajOODError: the pass kept none.
+            TrajOODError: the evidence holds no head.
         """
         if train.head is None:
             raise TrajOODError(f"scorer {self.label}: expected the classifier's weight and bias, got none")
@@ -32,13 +32,13 @@ class HeadScorer(Scorer):
         return weight, bias
 
     def features(self, evidence: Evidence) -> Tensor:
-        """(B, n) features of the backbone, on the CPU."""
+        """The backbone's features, (B, n) on the CPU."""
         return evidence.features["backbone"].cpu()
 
 
 @dataclass
 class ShapedEnergy(HeadScorer):
-    """−log Σ_c exp(W s(h) + b)_c: the energy of logits that the classifier gives for shaped features s(h)."""
+    """Energy of the logits computed from shaped features s(h): −log Σ_c exp(W s(h) + b)_c."""
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         weight, bias = self.head_of(train)
@@ -57,32 +57,29 @@ class ShapedEnergy(HeadScorer):
 
 
 def check_percentile(scorer: str, percentile: float) -> None:
-    """Raises TrajOODError unless 0 <= percentile < 100."""
+    """Raise TrajOODError unless 0 <= percentile < 100."""
     if not 0 <= percentile < 100:
         raise TrajOODError(f"scorer {scorer}: percentile must be at least 0 and below 100, got {percentile}")
 
 
 def largest(features: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
-    """Values and places (chunk, k) of the features of each row that are not among its lowest ``percentile`` %.
-
-    At least one stays: of 4 features no 90 % can be dropped.
-    """
+    """Values and indices (chunk, k) of each row's features above its lowest ``percentile`` %; at least one is kept."""
     width = features.shape[1]
     kept = max(1, width - round(width * percentile / 100))
     found = features.topk(kept, dim=1)
     return found.values, found.indices
 
 
-_MAX_SLOPE = 500.0
-"""exp of more does not fit into float64."""
+_MAX_EXPONENT = 500.0
+"""exp overflows in float64 not far above this."""
 
 
 def sharpening(features: Tensor, kept: Tensor) -> Tensor:
-    """(chunk, 1) exp(s1 / s2): s1 the sum of all features of a row, s2 that of those ``kept`` (chunk, k).
+    """exp(s1 / s2), (chunk, 1): s1 is the sum of all features of a row, s2 the sum of those ``kept`` (chunk, k).
 
-    The papers' features come from a ReLU, so that s1 / s2 >= 1. A row without any activation has the ratio 1, and no
-    ratio counts as more than 500, which features of both signs may have.
+    After a ReLU, as in the papers, s1 / s2 >= 1. The ratio is 1 for a row without activation, and is clamped to ±500,
+    which features of both signs may exceed.
     """
     whole, part = features.sum(dim=1), kept.sum(dim=1)
     ratio = torch.where(part == 0, 1.0, whole / torch.where(part == 0, 1.0, part))
-    return ratio.clamp(-_MAX_SLOPE, _MAX_SLOPE).exp()[:, None]
+    return ratio.clamp(-_MAX_EXPONENT, _MAX_EXPONENT).exp()[:, None]

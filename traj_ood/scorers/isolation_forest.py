@@ -1,4 +1,4 @@
-"""Isolation forest over features, with its trees as plain tensors."""
+"""Isolation forest over features, with its trees stored as plain tensors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from traj_ood.scorers.rows import in_rows
 @register
 @dataclass
 class IsolationForest(FeatureScorer):
-    """2^(−mean depth / c(n)): how few random cuts isolate z (Liu et al. 2008, eq. 2).
+    """2^(−mean depth / c(n)): large if few random splits isolate z (Liu et al. 2008, eq. 2).
 
-    scikit-learn's forest, and its −``score_samples`` to the last bit of the trees; they are kept as tensors (children,
-    feature, threshold, depth at the leaf), so a saved scorer needs neither pickle nor the same scikit-learn.
+    Equals −``score_samples`` of scikit-learn's forest. The trees are stored as tensors (children, feature, threshold,
+    depth of the leaf), so a saved scorer needs neither pickle nor the same version of scikit-learn.
 
     Args:
         view: Default ``mean``.
-        trees: Default 100, each grown on n = 256 training images, or all where there are fewer; both the authors'.
-        seed: of the forest.
+        trees: number of trees. Default 100, each grown on n = 256 training images, or on all where there are fewer;
+            both are the authors' values.
+        seed: seed of the forest.
     """
 
     name: ClassVar[str] = "isolation-forest"
@@ -57,7 +58,7 @@ class IsolationForest(FeatureScorer):
         node = torch.zeros(len(features), len(tree), dtype=torch.int64)
         while True:
             left = trees["left"][tree, node]
-            inner = left > 0  # 0 is the root: nobody's child
+            inner = left > 0  # 0 marks a leaf: the root is no node's child
             if not bool(inner.any()):
                 break
             goes_left = features.gather(1, trees["feature"][tree, node]) <= trees["threshold"][tree, node]
@@ -67,7 +68,7 @@ class IsolationForest(FeatureScorer):
 
 
 def _tree(tree: Any) -> dict[str, Tensor]:
-    """Nodes of one tree of scikit-learn's; a leaf has left = right = feature = 0."""
+    """The nodes of a scikit-learn tree; a leaf has left = right = feature = 0."""
     depth = np.zeros(tree.node_count)
     for node in range(tree.node_count):  # parents come before their children
         for child in (tree.children_left[node], tree.children_right[node]):
@@ -83,7 +84,7 @@ def _tree(tree: Any) -> dict[str, Tensor]:
 
 
 def _unsuccessful_search(counts: np.ndarray) -> Tensor:
-    """c(n), the mean depth of an unsuccessful search in a binary tree of n samples (Liu et al. 2008, eq. 1)."""
+    """c(n), the mean depth of an unsuccessful search in a binary search tree of n samples (Liu et al. 2008, eq. 1)."""
     n = torch.from_numpy(counts.astype(np.float64))
     large = 2 * ((n - 1).clamp(min=1).log() + np.euler_gamma) - 2 * (n - 1) / n
     return torch.where(n > 2, large, torch.where(n == 2, 1.0, 0.0).double())

@@ -1,4 +1,4 @@
-"""k nearest neighbours in feature space: Sun et al. (2022), and the paper's own adaptation of it."""
+"""k nearest neighbours in feature space: Sun et al. (2022), and the paper's adaptation of it (§4.2)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class KNN(BankScorer):
     """Distance to the k-th nearest training feature: ‖z̄ − z̄_(k)‖ with z̄ = z/‖z‖ (Sun et al. 2022, eq. 2).
 
     Args:
-        view: Default ``mean``: pooled patch tokens, the usual image feature of an MAE, and the better baseline.
-        k: rank of the neighbour. Default 10: Sun et al. take 0.1 % of CIFAR-10's 50,000 (k = 50) and k = 10 for their
-            1 % subset of ImageNet (12,812 images), the published setting nearest to 2,000 training images. None takes
-            all training images.
-        reduce: ``kth`` (default) or ``mean`` of the k distances.
-        normalize: L2-normalise features first. Default true: the step Sun et al. find decisive.
+        view: Default ``mean``: pooled patch tokens, the usual image feature of an MAE and the better baseline.
+        k: rank of the neighbour; None is the number of training images. Default 10: Sun et al. use k = 50 for the
+            50,000 images of CIFAR-10 (0.1 %) and k = 10 for their 1 % subset of ImageNet (12,812 images), the published
+            setting nearest to 2,000 training images.
+        reduce: ``kth`` (default) for the k-th distance, ``mean`` for the mean of the k smallest.
+        normalize: whether to L2-normalise features first. Default true: Sun et al. find this step decisive.
     """
 
     name: ClassVar[str] = "knn"
@@ -56,11 +56,11 @@ class KNN(BankScorer):
 @register
 @dataclass
 class PaperKNN(KNN):
-    """The paper's baseline: mean Euclidean distance to K = 2,000 neighbours (§4.2) of 2,000 training features.
+    """The paper's baseline: mean Euclidean distance to the K = 2,000 nearest of 2,000 training features (§4.2).
 
-    With as many neighbours as training images it is the mean distance to all of them, a weak baseline, kept to
-    reproduce the paper's table. Defaults: ``k`` = all, ``normalize`` = false and ``view`` = tokens, the latent that
-    the trajectory uses, since §4.2 says neither.
+    With K equal to the number of training images this is the mean distance to all of them, a weak baseline that is
+    included to reproduce the paper's table. Defaults: ``k`` = all; ``normalize`` = false and ``view`` = tokens, the
+    latent that the trajectory uses, because §4.2 specifies neither.
     """
 
     name: ClassVar[str] = "knn-paper"

@@ -15,27 +15,28 @@ from traj_ood.scorers.base import Evidence
 from traj_ood.scorers.registry import register
 
 CANDIDATES = (1, 5, 10, 20, 50, 100, 200)
-_REFERENCES = 1000  # beside as many training images the standard error of an AUROC is below 0.015
+_REFERENCES = 1000  # reference samples: with as many training images the standard error of an AUROC is below 0.015
 
 
 @register
 @dataclass
 class KNNAuto(BankScorer):
-    """‖z̄ − z̄_(k)‖ with z̄ = z/‖z‖ (Sun et al. 2022, eq. 2), k the best of 1, 5, 10, 20, 50, 100, 200 on ID data.
+    """The scorer ``knn`` with k chosen from 1, 5, 10, 20, 50, 100, 200 on ID training images alone.
 
-    Sun et al. and OpenOOD choose k on OOD validation images. Here k is the one whose scores best tell training images,
-    each with itself left out, from samples of a reference: a Gaussian of the training features' mean and covariance,
-    put back on the sphere. To compare detectors by how they part data from a known reference measure is the framework
-    of Steinwart, Hush and Scovel (2005): the ranking that does so best is that of the density relative to the
-    reference, and no outlier is needed. A Gaussian fitted to the data (Hempstalk et al. 2008) rather than a uniform
-    reference, because in hundreds of dimensions any k tells the latter; the former asks k for what a Mahalanobis
-    distance does not know. Likelihoods of k-NN densities do not compare: those densities do not integrate to one.
+    score = ‖z̄ − z̄_(k)‖ with z̄ = z/‖z‖ (Sun et al. 2022, eq. 2). Sun et al. and OpenOOD choose k on OOD validation
+    images. Here k is the candidate with the highest AUROC of leave-one-out scores of the training images against
+    samples of a reference: a Gaussian with the training features' mean and covariance, projected to the sphere. In the
+    framework of Steinwart, Hush and Scovel (2005) the ranking that best separates data from a known reference measure
+    is that of the density relative to it, so no outliers are needed. The reference is a Gaussian fitted to the data
+    (Hempstalk et al. 2008) rather than uniform, because in hundreds of dimensions every k separates a uniform one; a
+    fitted Gaussian tests what k-NN adds to a Mahalanobis distance. Likelihoods of k-NN densities cannot be compared
+    instead, because these densities do not integrate to one.
 
-    Of equal AUROC the smallest k; a k that leaves no neighbour (k >= N) is no candidate.
+    If AUROCs are equal, the smallest k is chosen. Candidates with k >= N, the number of training images, are skipped.
 
     Args:
         view: Default ``mean``, as ``knn``.
-        seed: of the reference samples.
+        seed: seed of the reference samples.
     """
 
     name: ClassVar[str] = "knn-auto"
@@ -51,9 +52,9 @@ class KNNAuto(BankScorer):
         candidates = [k for k in CANDIDATES if k < len(bank)]
         index = NeighborIndex(bank)
         own = index.search(bank, candidates[-1] + 1).distances[:, 1:]  # the first is the image itself
-        strange = index.search(self._reference(bank), candidates[-1]).distances
-        truth = [0] * len(own) + [1] * len(strange)
-        aurocs = [roc_auc_score(truth, torch.cat([own, strange])[:, k - 1].numpy()) for k in candidates]
+        reference = index.search(self._reference(bank), candidates[-1]).distances
+        truth = [0] * len(own) + [1] * len(reference)
+        aurocs = [roc_auc_score(truth, torch.cat([own, reference])[:, k - 1].numpy()) for k in candidates]
         return state | {"k": torch.tensor([candidates[aurocs.index(max(aurocs))]])}
 
     def score(self, evidence: Evidence) -> Tensor:
@@ -63,7 +64,8 @@ class KNNAuto(BankScorer):
         return normalize(super().features(evidence), dim=1)
 
     def _reference(self, bank: Tensor) -> Tensor:
-        """(1000, d) unit vectors. Gaussian weights of the centred features have their covariance, whatever d."""
+        """Reference samples, (1000, d) unit vectors. Gaussian combinations of the centred features have the covariance
+        of the features, whatever d."""
         draw = torch.Generator().manual_seed(self.seed)
         weights = torch.randn(_REFERENCES, len(bank), generator=draw, dtype=bank.dtype) / len(bank) ** 0.5
         mean = bank.mean(dim=0)

@@ -1,4 +1,4 @@
-"""Class labels of training images, as class-conditional scorers read them."""
+"""Checks of the class labels of training images, for class-conditional scorers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from traj_ood.scorers.base import Evidence
 
 
 def labels_of(scorer: str, train: Evidence, count: int) -> Tensor:
-    """(N,) int64 labels from 0 on, as the caller numbered them.
+    """The labels (N,) int64 >= 0, as the caller numbered them.
 
     Raises:
-        TrajOODError: none, not ``count`` of them, or what is no class.
+        TrajOODError: no labels, not ``count`` of them, or other values than whole numbers >= 0.
     """
     if train.labels is None:
         raise TrajOODError(f"scorer {scorer}: expected class labels of the training images, got none")
@@ -20,12 +20,12 @@ def labels_of(scorer: str, train: Evidence, count: int) -> Tensor:
     if labels.shape != (count,) or labels.is_floating_point() or bool((labels < 0).any()):
         smallest = labels.min().item() if labels.numel() else "none"
         got = f"shape {tuple(labels.shape)}, {labels.dtype}, smallest {smallest}"
-        raise TrajOODError(f"scorer {scorer}: expected {count} whole labels from 0 on, got {got}")
+        raise TrajOODError(f"scorer {scorer}: expected {count} labels, whole numbers from 0, got {got}")
     return labels
 
 
 def classes_of(scorer: str, train: Evidence, count: int) -> Tensor:
-    """(N,) int64 classes 0 … C − 1, all of which occur: those of the labels that do, in their order.
+    """Class indices (N,) int64 in 0 … C − 1: the labels that occur, renumbered without gaps, in their order.
 
     Raises:
         TrajOODError: as :func:`labels_of`.

@@ -1,4 +1,4 @@
-"""Local intrinsic dimension of the training features around a sample."""
+"""LID: local intrinsic dimension of the training features around a sample."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from traj_ood.scorers.bank import BankScorer
 from traj_ood.scorers.base import Evidence
 from traj_ood.scorers.registry import register
 
-_K = 20
+_DEFAULT_K = 20
 _TINY = torch.finfo(torch.float64).tiny
-_MAX_DIMENSION = 1e12  # dimension of a sample whose neighbours are all equally far, up to rounding
+_MAX_DIMENSION = 1e12  # returned for a sample whose neighbours are all equally far, up to rounding
 
 
 @register
 @dataclass
 class LID(BankScorer):
-    """(1/(k−1) · Σ_{i<k} log(r_k / r_i))⁻¹, r_i the distance to the i-th nearest training feature.
+    """Local intrinsic dimension (1/(k−1) · Σ_{i<k} log(r_k / r_i))⁻¹, r_i the distance to the i-th nearest training
+    feature.
 
-    The maximum-likelihood estimate of Levina and Bickel (2004, eq. 8), read as an outlier score as by Ma et al. (2018):
-    away from the manifold all neighbours are about equally far, and the dimension appears high. (Amsaleg et al. 2015
-    and Ma et al. divide by k, the last term being zero: the same order.) A sample on k training features has dimension
-    0.
+    The maximum-likelihood estimate of Levina and Bickel (2004, eq. 8), used as an outlier score as in Ma et al. (2018):
+    away from the manifold all neighbours are about equally far, and the dimension appears high. Amsaleg et al. (2015)
+    and Ma et al. divide by k, with a last term of zero; the ranking is the same. A sample that coincides with k
+    training features has dimension 0.
 
     Args:
         view: Default ``mean``.
-        k: neighbours. None (default) takes 20, as Ma et al., or all training images where there are fewer.
+        k: number of neighbours. None (default) is 20, as in Ma et al., or all training images where there are fewer.
     """
 
     name: ClassVar[str] = "lid"
@@ -43,7 +44,7 @@ class LID(BankScorer):
         return super().learn(train)
 
     def score(self, evidence: Evidence) -> Tensor:
-        k = self.k or min(_K, len(self.state["bank"]))
+        k = self.k or min(_DEFAULT_K, len(self.state["bank"]))
         radii = self.neighbour_distances(self.features(evidence), k).clamp(min=_TINY)
         spread = (radii[:, -1:] / radii[:, :-1]).log().mean(dim=1)
         dimension = 1 / spread.clamp(min=1 / _MAX_DIMENSION)

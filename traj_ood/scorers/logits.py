@@ -1,4 +1,4 @@
-"""Scores of a classifier's logits alone, f (B, C): MSP, max-logit and energy."""
+"""Scores of a classifier's logits f (B, C) alone: maximum softmax probability, maximum logit and energy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class MaxSoftmax(Scorer):
-    """Maximum softmax probability p (Hendrycks and Gimpel 2017), as the log-odds against it: log((1 − p) / p).
+    """Maximum softmax probability p (Hendrycks and Gimpel 2017), as negative log-odds log((1 − p) / p).
 
-    That is logsumexp of the other logits less the largest one. It ranks as OpenOOD's p and pytorch-ood's −p do, and
-    p = 1 / (1 + exp(score)) gives theirs back; but 1 − p itself is zero, and its order lost, for every logit that leads
-    by more than 37 (by 17 in float32).
+    Computed as the logsumexp of the other logits minus the largest logit. The ranking is that of OpenOOD's and
+    pytorch-ood's score, p = 1 / (1 + exp(score)). 1 − p itself would round to zero, and lose the order, for every logit
+    that leads by more than 37 (17 in float32).
     """
 
     name: ClassVar[str] = "msp"
@@ -42,7 +42,7 @@ class MaxSoftmax(Scorer):
 @register
 @dataclass
 class MaxLogit(Scorer):
-    """−max_c f_c (Hendrycks et al. 2022): as pytorch-ood's, and OpenOOD's (``mls``) with the sign turned."""
+    """Negated maximum logit −max_c f_c (Hendrycks et al. 2022); pytorch-ood's score, and OpenOOD's ``mls`` negated."""
 
     name: ClassVar[str] = "max-logit"
     summary: ClassVar[str] = "largest logit of the classifier, negated (Hendrycks et al. 2022)"
@@ -58,10 +58,11 @@ class MaxLogit(Scorer):
 @register
 @dataclass
 class Energy(Scorer):
-    """Free energy −T · log Σ_c exp(f_c / T) (Liu et al. 2020, eq. 4): pytorch-ood's, and OpenOOD's (``ebo``) negated.
+    """Free energy −T · log Σ_c exp(f_c / T) (Liu et al. 2020, eq. 4); pytorch-ood's score, and OpenOOD's ``ebo``
+    negated.
 
     Args:
-        temperature: T. Default 1: Liu et al. find it the best and call the score parameter-free with it.
+        temperature: T. Default 1, which Liu et al. find best, so that the score has no parameter.
     """
 
     name: ClassVar[str] = "energy"

@@ -1,4 +1,4 @@
-"""Mahalanobis distance to the Gaussians of the training features (Lee et al. 2018): one, or one for each class."""
+"""Mahalanobis distance to one Gaussian of the training features, or to one per class (Lee et al. 2018)."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ _TRIANGULAR_ROWS = 512  # at a time: a factor in narrow blocks needs more of the
 @register
 @dataclass
 class Mahalanobis(FeatureScorer):
-    """min over classes c of sqrt((z − μ_c)ᵀ Σ⁻¹ (z − μ_c)), with one Σ of the features less their class mean; float64.
+    """Mahalanobis distance to the nearest class mean: min over classes c of sqrt((z − μ_c)ᵀ Σ⁻¹ (z − μ_c)).
 
-    ``classes=true:covariance=empirical`` is OpenOOD's ``mds``, whose score is the negative square of this one, and
-    pytorch-ood's ``Mahalanobis``, whose score is this one's square over 2N for N training features (it does not divide
-    its scatter matrix by N, and adds 1e-6 to the diagonal): equal ranks.
+    Σ is the covariance of the features minus their class means, shared by all classes; computed in float64.
+    ``classes=true:covariance=empirical`` ranks as OpenOOD's ``mds``, whose score is the negative square, and as
+    pytorch-ood's ``Mahalanobis``, whose score is the square divided by 2N for N training features (it does not divide
+    its scatter matrix by N, and adds 1e-6 to the diagonal).
 
     Args:
-        view: Default ``mean``: pooled patch tokens. ``grid`` fits one Gaussian to each cell of the image, as PaDiM
-            (Defard et al. 2021), and averages the cells' distances. ``tokens`` would need a covariance of the whole
-            latent.
-        classes: false (default) takes all features as one class, because an autoencoder's images need no labels. True
-            needs the class of every training image; classes without one are left out.
-        covariance: ``ledoit-wolf`` (default) shrinks Σ, because a few thousand images do not fill a covariance of
-            several hundred dimensions; it sets its strength from the data, so nothing is tuned. ``empirical`` does not
-            shrink. Where its Σ is singular Σ⁻¹ is the pseudo-inverse, as in OpenOOD: directions that no training
-            feature takes do not count, so use it with many more images than dimensions.
-        normalize: L2-normalise features first, as Mahalanobis++ does (Müller and Hein 2025), made for classifiers,
-            whose features' lengths vary. Mahalanobis++ itself is ``classes=true:normalize=true``; without classes this
-            is its class-free form, which is ``ssd`` (Sehwag et al. 2021) up to the shrinkage. Default false: Lee et
-            al.'s form, and the better one on pooled MAE tokens.
+        view: Default ``mean``: pooled patch tokens. ``grid`` fits one Gaussian per cell of the image, as PaDiM (Defard
+            et al. 2021), and averages the cells' distances. ``tokens`` would need a covariance of the whole latent.
+        classes: false (default) treats all features as one class, because images for an autoencoder need no labels.
+            True needs the class of every training image; classes without images are left out.
+        covariance: ``ledoit-wolf`` (default) shrinks Σ, because a few thousand images do not determine a covariance in
+            several hundred dimensions; the shrinkage follows from the data, so nothing is tuned. ``empirical`` does not
+            shrink. If Σ is singular its pseudo-inverse is used, as in OpenOOD, and directions that the training
+            features do not span are ignored: use it with many more images than dimensions.
+        normalize: whether to L2-normalise features first, as Mahalanobis++ does (Müller and Hein 2025), which was
+            designed for classifiers, whose features vary in length. Mahalanobis++ itself is
+            ``classes=true:normalize=true``; without classes it is ``ssd`` (Sehwag et al. 2021) up to the shrinkage.
+            Default false: Lee et al.'s form, and the better one on pooled MAE tokens.
     """
 
     name: ClassVar[str] = "mahalanobis"
@@ -59,7 +59,9 @@ class Mahalanobis(FeatureScorer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.classes and self.view == "grid":
-            raise TrajOODError(f"scorer {self.name}: view=grid has no classes: use view=mean, or leave classes out")
+            raise TrajOODError(
+                f"scorer {self.name}: view=grid does not support classes=true: use view=mean or classes=false"
+            )
 
     def needs(self) -> Needs:
         return super().needs() | Needs(labels=self.classes)
@@ -93,15 +95,15 @@ class Mahalanobis(FeatureScorer):
         return normalize(features, dim=-1) if self.normalize else features
 
     def _distances(self, product: Callable[[Tensor, Tensor], Tensor], features: Tensor) -> Tensor:
-        """(chunk,) distances to the nearest class mean, both whitened by ``product``. The expansion of the square finds
-        the class, where its cancellation does no harm; the difference to that class gives the distance."""
+        """Distances (chunk,) to the nearest class mean, with whitening by ``product``. The expanded square finds the
+        class, where its cancellation does no harm; the difference to that class mean gives the distance."""
         means = self.state["means"]
         white = product(features.double() - self.state["centre"], self.state["factor"])
         nearest = torch.addmm(means.square().sum(dim=1), white, means.T, alpha=-2).argmin(dim=1)
         return (white - means[nearest]).norm(dim=1)
 
     def _classes(self, train: Evidence, count: int) -> Tensor:
-        """(N,) int64 classes 0 … C − 1 of the training images, all of which occur."""
+        """Class indices (N,) int64 of the training images; all 0 without classes."""
         if not self.classes:
             return torch.zeros(count, dtype=torch.int64)
         return classes_of(self.label, train, count)

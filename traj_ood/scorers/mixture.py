@@ -1,4 +1,4 @@
-"""A Gaussian mixture of few numbers an image: scikit-learn's, with full covariances and components by BIC."""
+"""Gaussian mixtures with full covariances (scikit-learn's), with the number of components chosen by BIC."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 CANDIDATES = (1, 2, 4, 8, 16)
-_LEAST = 10  # training images per component
+_IMAGES_PER_COMPONENT = 10  # the minimum
 
 
 def learn_mixture(values: Tensor, seed: int, floor: float) -> dict[str, Tensor]:
-    """``weights`` (k,), ``means`` (k, q) and ``factors`` (k, q, q) float64, the Cholesky factors of the precisions.
+    """Fit a Gaussian mixture of k components.
 
-    k is the one of 1, 2, 4, 8, 16 with the lowest BIC (Schwarz 1978) among those that leave each component 10 images.
+    k is the one of 1, 2, 4, 8, 16 with the lowest BIC (Schwarz 1978) among those that leave at least 10 images per
+    component.
 
     Args:
         values: (N, q) float64.
-        seed: of the fit's k-means start.
-        floor: added to the covariances' diagonals, in units of the values.
+        seed: seed of the k-means initialisation.
+        floor: added to the diagonals of the covariances, in squared units of the values.
+    Returns:
+        ``weights`` (k,), ``means`` (k, q) and ``factors`` (k, q, q), the Cholesky factors of the precisions; float64.
     """
     from sklearn.mixture import GaussianMixture
 
@@ -28,7 +31,7 @@ def learn_mixture(values: Tensor, seed: int, floor: float) -> dict[str, Tensor]:
     mixtures = [
         GaussianMixture(k, covariance_type="full", reg_covar=floor, random_state=seed).fit(array)
         for k in CANDIDATES
-        if k == 1 or k * _LEAST <= len(array)
+        if k == 1 or k * _IMAGES_PER_COMPONENT <= len(array)
     ]
     best = min(mixtures, key=lambda m: m.bic(array))
     learnt = {"weights": best.weights_, "means": best.means_, "factors": best.precisions_cholesky_}
@@ -36,7 +39,7 @@ def learn_mixture(values: Tensor, seed: int, floor: float) -> dict[str, Tensor]:
 
 
 def mixture_energies(state: Mapping[str, Tensor], values: Tensor) -> Tensor:
-    """(chunk,) float64 −log density of values (chunk, q)."""
+    """−log density, (chunk,) float64, of values (chunk, q) under the mixture ``state``."""
     factors = state["factors"]
     white = (values - state["means"][:, None]) @ factors  # (k, chunk, q)
     scale = factors.diagonal(dim1=1, dim2=2).log().sum(dim=1) - values.shape[1] / 2 * math.log(2 * math.pi)

@@ -1,4 +1,4 @@
-"""MSMA: lengths of the score at several scales (Mahmood et al. 2021), carried over to the field of f."""
+"""MSMA: norms of the score at several scales (Mahmood et al. 2021), adapted to the field of f."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.relatives import FieldStatistics
 
-_LEAST = 1e-2
+_MIN_RELATIVE_STD = 1e-2
 
 
 @register
 @dataclass
 class MSMA(FieldStatistics):
-    """−log density of (‖v_0‖, …, ‖v_{T−1}‖): multiscale score matching analysis with v_t in the place of s(x, σ_t).
+    """−log density of the norms (‖v_0‖, …, ‖v_{T−1}‖): multiscale score matching analysis with v_t for s(x, σ_t).
 
-    Mahmood, Oliva and Styner (ICLR 2021) fit a Gaussian mixture of full covariances to the lengths of a noise-
-    conditional score network at ten noise levels, standardised. Here the lengths are those of the field along the path
-    (:class:`FieldStatistics`), and BIC chooses the components where they use cross-validation.
+    Mahmood, Oliva and Styner (ICLR 2021) fit a Gaussian mixture with full covariances to the standardised norms of a
+    noise-conditional score network at ten noise levels. Here the norms are those of the field along the path
+    (:class:`FieldStatistics`), and the number of components is chosen by BIC instead of cross-validation.
     """
 
     name: ClassVar[str] = "msma"
@@ -32,5 +32,6 @@ class MSMA(FieldStatistics):
 
     def deviations(self, values: Tensor) -> Tensor:
         found = super().deviations(values)
-        # Of a step at which all images have settled only rounding is left, which must not count as much as the others.
-        return found.clamp(min=_LEAST * float(found.max()))
+        # At a step by which all images have converged only rounding is left, which must not weigh as much as the
+        # others.
+        return found.clamp(min=_MIN_RELATIVE_STD * float(found.max()))

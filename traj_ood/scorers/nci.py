@@ -1,4 +1,4 @@
-"""NCI: how near the feature lies to the weight vector of its class (Liu and Qin 2025)."""
+"""NCI: alignment of the feature with the weight vector of its predicted class (Liu and Qin 2025)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _TINY = torch.finfo(torch.float64).tiny
 @register
 @dataclass
 class NCI(HeadScorer):
-    """−(w_ŷ · (h − μ) / ‖h − μ‖ + α ‖h‖₁): ŷ the predicted class, w_ŷ its weights, μ the mean training feature.
+    """−(w_ŷ · (h − μ) / ‖h − μ‖ + α ‖h‖₁), with ŷ the predicted class, w_ŷ its weights and μ the mean training feature.
 
-    Detection by neural collapse (Liu and Qin, CVPR 2025): OpenOOD's ``nci`` with the sign turned. pytorch-ood's takes
-    the cosine instead, which is the same where all w_ŷ have the length 1.
+    Detection by neural collapse (Liu and Qin, CVPR 2025). Equals OpenOOD's ``nci`` negated. pytorch-ood's version uses
+    the cosine, which is the same if all w_ŷ have length 1.
 
     Args:
-        alpha: α. Default 0.0001, OpenOOD's; the paper chooses it for each network on validation outliers.
+        alpha: α. Default 0.0001, OpenOOD's; the paper chooses it per network on validation outliers.
     """
 
     name: ClassVar[str] = "nci"

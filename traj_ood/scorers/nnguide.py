@@ -16,13 +16,15 @@ from traj_ood.scorers.rows import in_rows
 @register
 @dataclass
 class NNGuide(Scorer):
-    """−E(x) · mean of the k largest h̄ · (E_i h̄_i) over training images i; h̄ = h / ‖h‖, E the logsumexp of the logits.
+    """−E · mean of the k largest h̄ · (E_i h̄_i) over training images i, with h̄ = h / ‖h‖ and E the logsumexp of the
+    logits.
 
-    Nearest neighbour guidance (Park et al., ICCV 2023): pytorch-ood's ``NNGuide``, and OpenOOD's ``nnguide`` with the
-    sign turned. The paper's bank is a share of the training images (1 % of ImageNet's); here it is those of the fit.
+    Nearest neighbour guidance (Park et al., ICCV 2023). Equals pytorch-ood's ``NNGuide``, and OpenOOD's ``nnguide``
+    negated. The paper's bank holds a share of the training images (1 % of ImageNet's); here it holds all images of the
+    fit.
 
     Args:
-        k: neighbours. Default 10, the paper's for ImageNet; OpenOOD's is 100.
+        k: number of neighbours. Default 10, the paper's for ImageNet; OpenOOD's is 100.
     """
 
     name: ClassVar[str] = "nnguide"

@@ -15,29 +15,31 @@ from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.base import Evidence, FeatureScorer
 from traj_ood.scorers.registry import register
 
-_DISTORTION = 0.9  # of the random projection in which patches are chosen: the authors' and anomalib's
+_DISTORTION = 0.9  # eps of the random projection in which patches are chosen: the authors' and anomalib's
 
 
 @register
 @dataclass
 class PatchCore(SearchingScorer, FeatureScorer):
-    """w · s: s the distance of the image's farthest patch to the coreset, w = 1 − softmax of its distances to the
-    ``neighbours`` of the nearest coreset patch m*, taken at m*.
+    """Weighted distance w · s of the image's farthest patch to a coreset of training patches.
 
-    PatchCore (Roth et al., CVPR 2022) in anomalib's form: the coreset is chosen greedily, each time the patch farthest
-    from those chosen so far, in a sparse random projection; the first at random.
+    s is the largest distance of a patch to its nearest coreset patch m*. With the softmax of that patch's distances to
+    the ``neighbours`` nearest coreset patches of m*, w is 1 minus its value at m* itself. PatchCore (Roth et al., CVPR
+    2022) in anomalib's form: the coreset is chosen greedily in a sparse random projection, starting from a random patch
+    and always adding the patch farthest from those already chosen.
 
     Args:
-        view: Default ``grid``: pooled cells of the latent, at most 4 × 4 (the paper pools patches, too). Of a view of
-            one vector an image it is a coreset of images.
-        share: of the training patches that the coreset keeps, at least one. Default 0.1, anomalib's.
-        neighbours: of m* within the coreset, itself included. Default 9, anomalib's; 1 leaves w out.
-        seed: of the projection and the first patch.
+        view: Default ``grid``: pooled cells of the latent, at most 4 × 4 (the paper pools patches, too). With a view of
+            one vector per image the coreset consists of images.
+        share: share of the training patches in the coreset, which holds at least one. Default 0.1, anomalib's.
+        neighbours: number of neighbours of m* in the coreset, m* included. Default 9, anomalib's; with 1 the score is
+            s.
+        seed: seed of the projection and the first patch.
     """
 
     name: ClassVar[str] = "patchcore"
     summary: ClassVar[str] = "distance of the farthest patch to a coreset of training patches (Roth et al. 2022)"
-    suite: ClassVar[dict[str, int]] = {}  # choosing the coreset takes the square of the number of patches
+    suite: ClassVar[dict[str, int]] = {}  # not in ``all``: the coreset costs the square of the number of patches
     views: ClassVar[tuple[str, ...]] = ("grid", *(v for v in VIEWS if v != "tokens"), "backbone")
     view: FeatureView = "grid"
     at_least: ClassVar = {"neighbours": 1}
@@ -74,13 +76,13 @@ class PatchCore(SearchingScorer, FeatureScorer):
         return weights * largest[:, 0]
 
     def _patches(self, evidence: Evidence) -> Tensor:
-        """(B, cells, d) on the CPU."""
+        """The patches, (B, cells, d) on the CPU."""
         features = self.features(evidence).cpu()
         return features[:, None] if features.ndim == 2 else features
 
 
 def greedy_coreset(patches: Tensor, size: int, seed: int) -> Tensor:
-    """(size,) int64 places of a greedy k-centre coreset of patches (N, d)."""
+    """Indices (size,) int64 of a greedy k-centre coreset of patches (N, d)."""
     projected = torch.from_numpy(_project(patches, seed))
     place = torch.randint(len(patches), (1,), generator=torch.Generator().manual_seed(seed))
     chosen = [int(place)]
@@ -96,7 +98,7 @@ def _project(patches: Tensor, seed: int) -> np.ndarray:
     from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
 
     values = patches.double().numpy()
-    # Fewer dimensions than the projection would have need none.
+    # No projection where it would not lower the dimension.
     if johnson_lindenstrauss_min_dim(len(values), eps=_DISTORTION) >= values.shape[1]:
         return values
     found: np.ndarray = SparseRandomProjection(eps=_DISTORTION, random_state=seed).fit_transform(values)

@@ -1,4 +1,4 @@
-"""Statistics of the beginning of a path, whether or not a sample settles within it."""
+"""Statistics of the first steps of a path, and helpers that handle samples which converge within them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import WHOLE_PATH, Evidence, Needs, Scorer
 
 HORIZON = 16
-"""Steps read by default: as many as the fixed variant of the trajectory score in the default suite."""
-_ROUNDING = 2.0**-24  # of a float32 coordinate: a step, or a distance, below this share of ‖z‖ has no length
+"""Default number of steps read, that of the trajectory score's fixed variant in the suite ``all``."""
+_ROUNDING = 2.0**-24  # float32 rounding: a step or distance below this share of ‖z‖ cannot be measured
 
 
 def parse_steps(scorer: str, text: str, least: int) -> tuple[int, ...]:
-    """Step numbers from ``1+4``: increasing, from ``least`` on.
+    """Parse step numbers joined by +, such as ``1+4``.
 
     Raises:
-        TrajOODError: anything else.
+        TrajOODError: not increasing whole numbers >= ``least``.
     """
     try:
         steps = tuple(int(part) for part in text.split("+"))
@@ -35,42 +35,43 @@ def parse_steps(scorer: str, text: str, least: int) -> tuple[int, ...]:
 
 
 def check_horizon(scorer: str, horizon: int | None, least: int) -> None:
-    """Raises TrajOODError for a horizon below ``least``; None, the own length, is fine."""
+    """Raise TrajOODError for a horizon below ``least``; None, the sample's own length, is allowed."""
     if horizon is not None and horizon < least:
         raise TrajOODError(f"scorer {scorer}: horizon must be a number of steps >= {least}, got {horizon}")
 
 
-def held(values: Tensor, width: int) -> Tensor:
-    """(B, width) of a table (B, W): a sample that ended earlier keeps its last value; NaN where it has none."""
+def pad_with_last(values: Tensor, width: int) -> Tensor:
+    """The first ``width`` columns of a table (B, W), where a sample that ended before repeats its last value; NaN where
+    it has none."""
     own = values[:, :width].isfinite().sum(dim=1)
     column = torch.minimum(torch.arange(width), (own - 1).clamp(min=0)[:, None])
     return values.gather(1, column)
 
 
 def log_lengths(path: Trajectory) -> Tensor:
-    """(B, T) log ‖z_{t+1} − z_t‖, NaN past a sample's end. A step below the rounding of z_t counts as that rounding."""
+    """Log step lengths log ‖z_{t+1} − z_t‖, (B, T), NaN past a sample's end; at least the log rounding of z_t."""
     norms = path.measure("norm")[:, : path.residuals.shape[1]]
     return torch.log(torch.maximum(path.residuals.sqrt(), smallest_length(norms)))
 
 
 def log_distances(path: Trajectory, view: str) -> Tensor:
-    """(B, T + 1) log d(z_t, Z*_train) in a latent view; floor as in :func:`log_lengths`."""
+    """Log distances log d(z_t, Z*_train), (B, T + 1), in a latent view; bounded below as in :func:`log_lengths`."""
     return torch.log(torch.maximum(path.measure(f"distance/{view}"), smallest_length(path.measure("norm"))))
 
 
 def smallest_length(norms: Tensor) -> Tensor:
-    """The rounding of points of these lengths; NaN where there is no point."""
+    """The float32 rounding of points with these norms; NaN where there is no point."""
     return (_ROUNDING * norms).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 @dataclass
 class PathStatistic(Scorer):
-    """One number of the first ``horizon`` steps; as it is, or its distance from what training images show.
+    """A scorer that computes one statistic s of the first ``horizon`` steps.
 
     Args:
-        horizon: steps read, fewer for a sample that settles before. None reads the sample's own length.
-        two_sided: |s − mean of s over ID training images| instead of s, for models on which OOD samples are too quick
-            or too calm rather than too slow. It walks the training trajectories once more.
+        horizon: number of steps read, fewer for a sample that converges before. None reads the whole path.
+        two_sided: score |s − mean of s over ID training images| instead of s, for models on which OOD samples converge
+            faster or move less than ID samples. Fitting then computes the training trajectories a second time.
     """
 
     horizon: int | None = HORIZON
@@ -82,7 +83,7 @@ class PathStatistic(Scorer):
 
     @abstractmethod
     def statistic(self, path: Trajectory) -> Tensor:
-        """(B,) float64, higher = more OOD when read on one side."""
+        """The statistic s, (B,) float64; higher = more OOD unless ``two_sided``."""
 
     def needs(self) -> Needs:
         steps = WHOLE_PATH if self.horizon is None else self.horizon
@@ -102,10 +103,10 @@ class PathStatistic(Scorer):
 
 
 def finite_rows(scorer: str, values: Tensor) -> Tensor:
-    """The rows of training images whose path has finite points.
+    """The rows of ``values`` (N, n), one per training image, that are finite.
 
     Raises:
-        TrajOODError: fewer than 2.
+        TrajOODError: fewer than 2 are.
     """
     kept = values[values.isfinite().all(dim=1)]
     if len(kept) < 2:

@@ -1,4 +1,4 @@
-"""The energy of a sample's path."""
+"""Path energy: the sum of squared steps of a sample's path."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class PathEnergy(PathStatistic):
-    """log Σ_{t<H} ‖z_{t+1} − z_t‖²: the discrete energy of the path's first H steps.
+    """Log energy of the path's first H steps: log Σ_{t<H} ‖z_{t+1} − z_t‖².
 
-    Reason: a sample in distribution starts near where training put the attractors, so the field moves it little. Unlike
-    the sum of distances it needs no attractors at all. The logarithm keeps the order and makes ``two_sided`` a ratio.
+    Reason: an in-distribution sample starts near the attractors that training formed, so the field moves it little.
+    Unlike the mean distance, this needs no attractors. The logarithm keeps the ranking and makes ``two_sided`` a ratio.
 
-    Cost: ``horizon`` evaluations of f, fewer for samples that settle before. Default 16, as for ``contraction-rate``.
+    Cost: ``horizon`` evaluations of f, fewer for samples that converge before. Default 16, as for ``contraction-rate``.
     """
 
     name: ClassVar[str] = "path-energy"

@@ -1,4 +1,4 @@
-"""Residuals of principal component analysis: in feature space, and in that of a Gaussian kernel."""
+"""Residuals of principal component analysis, in feature space and in the space of a Gaussian kernel."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from traj_ood.scorers.principal import check_share, principal_axes
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
-_PAIRS = 1000  # training images whose mutual distances give the kernel's width
-_SAME_DISTANCE = 1e-6  # distance of unit vectors in float32 that are the same
+_MEDIAN_IMAGES = 1000  # training images whose mutual distances give the kernel's width
+_SAME_DISTANCE = 1e-6  # largest distance between unit vectors that are equal up to float32 rounding
 
 
 @register
 @dataclass
 class PCAResidual(FeatureScorer):
-    """‖(I − P Pᵀ)(z − μ)‖, P the leading principal axes of the training features.
+    """PCA residual ‖(I − P Pᵀ)(z − μ)‖, where P are the leading principal axes of the training features.
 
     Args:
-        view: Default ``mean``. ``tokens`` works, at the cost of one axis as long as the latent per kept component.
-        share: of the variance that the axes hold; at least one direction of variance is always left over. Default 0.9,
+        view: Default ``mean``. ``tokens`` works, but stores one vector of the latent's size per axis.
+        share: share of the variance in the axes; at least one direction of variance is always left out. Default 0.9,
             the usual choice.
-        normalize: L2-normalise features first. With it this is the cosine kernel PCA ("CoP") of Fang et al. (2024),
-            who find the plain residual weak on classifiers. Default false.
+        normalize: whether to L2-normalise features first, which gives the cosine kernel PCA ("CoP") of Fang et al.
+            (2024), who find the plain residual weak on classifiers. Default false.
     """
 
     name: ClassVar[str] = "pca-residual"
@@ -57,20 +57,19 @@ class PCAResidual(FeatureScorer):
 @register
 @dataclass
 class KernelPCA(FeatureScorer):
-    """‖(I − P Pᵀ)(φ(z) − μ)‖, φ the random Fourier features of exp(−γ ‖a − b‖²) of normalised features ("CoRP").
+    """Kernel PCA residual ‖(I − P Pᵀ)(φ(z) − μ)‖ in the space of a Gaussian kernel of normalised features ("CoRP").
 
-    Kernel PCA for OOD detection (Fang et al. 2024): a cosine kernel, then a Gaussian one, then the reconstruction error
-    of PCA where the kernel is linear. φ(z) = sqrt(2/M) cos(W z̄ + b), drawn by scikit-learn's ``RBFSampler``.
-
+    Kernel PCA for OOD detection (Fang et al. 2024): the reconstruction error of PCA on random Fourier features
+    φ(z) = sqrt(2/M) cos(W z̄ + b) of the kernel exp(−γ ‖a − b‖²), drawn by scikit-learn's ``RBFSampler``; z̄ = z/‖z‖.
     The authors' scripts set γ (0.5 … 3) and the share (0.5 … 0.8) for each network. Here nothing is tuned.
 
     Args:
         view: Default ``mean``.
-        share: of the variance of φ that the axes hold. Default 0.8, the authors' for a ResNet-18 on CIFAR-10.
-        gamma: None (default) is the median heuristic: γ = 1 / median ‖z̄_i − z̄_j‖² over training images. The features
-            of an autoencoder share a long common part, so the authors' γ would leave the kernel all but linear.
+        share: share of the variance of φ in the axes P. Default 0.8, the authors' for a ResNet-18 on CIFAR-10.
+        gamma: γ. None (default) is the median heuristic: γ = 1 / median ‖z̄_i − z̄_j‖² over training images. Features
+            of an autoencoder share a large common component, so the authors' γ would leave the kernel almost linear.
         components: M. Default 2048, the authors' for CIFAR-10.
-        seed: of W and b.
+        seed: seed of W and b.
     """
 
     name: ClassVar[str] = "kernel-pca"
@@ -112,25 +111,25 @@ class KernelPCA(FeatureScorer):
         return normalize(super().features(evidence), dim=1)
 
     def _width(self, features: Tensor) -> float:
-        some = normalize(features[:: -(-len(features) // _PAIRS)].double(), dim=1)
+        some = normalize(features[:: -(-len(features) // _MEDIAN_IMAGES)].double(), dim=1)
         first, second = torch.triu_indices(len(some), len(some), 1)
         squared = (2 - 2 * some @ some.T)[first, second]
         median = float(squared.median())
         if median <= _SAME_DISTANCE**2:
             raise TrajOODError(
-                f"scorer {self.label}: expected training features of different directions, got mostly the same: set "
+                f"scorer {self.label}: expected training features of different directions, got mostly equal ones: set "
                 "gamma, or check the model"
             )
         return 1 / median
 
 
 def _fourier(state: dict[str, Tensor], features: Tensor) -> Tensor:
-    """(chunk, M) float64 random Fourier features."""
+    """Random Fourier features φ, (chunk, M) float64."""
     phases = features.double() @ state["weights"] + state["offset"]
     return phases.cos() * (2 / len(state["offset"])) ** 0.5
 
 
 def _residual(state: dict[str, Tensor], features: Tensor) -> Tensor:
-    """(chunk,) float64 lengths outside the axes."""
+    """Lengths of the features outside the axes, (chunk,) float64."""
     offsets = features.double() - state["mean"]
     return (offsets - offsets @ state["axes"] @ state["axes"].T).norm(dim=1)

@@ -1,4 +1,4 @@
-"""Principal axes in float64, for more images than dimensions or fewer."""
+"""Principal axes in float64, with more images than dimensions or fewer."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
-from traj_ood.scorers.covariance import class_means, moments
+from traj_ood.scorers.covariance import class_means, single_class
 
-_COLUMNS = 4096  # dimensions in float64 at a time, where there are more of them than images
+_BLOCK_COLUMNS = 4096  # dimensions per float64 block, where there are more dimensions than images
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Leading q of the principal axes of features (N, d).
+    """The q leading principal axes of features (N, d).
 
     Attributes:
-        mean: (d,) float64.
+        mean: (d,) float64 mean of the features.
         axes: (d, q) float64, orthonormal.
-        variances: (q,) float64 along them, descending.
+        variances: (q,) float64 variances along the axes, descending.
     """
 
     mean: Tensor
@@ -29,21 +29,24 @@ class Principal:
 
 
 def check_share(scorer: str, share: float) -> None:
-    """Raises TrajOODError unless 0 < share < 1."""
+    """Raise TrajOODError unless 0 < share < 1."""
     if not 0 < share < 1:
         raise TrajOODError(f"scorer {scorer}: share must be above 0 and below 1, got {share}")
 
 
 def principal_axes(scorer: str, features: Tensor, share: float) -> Principal:
-    """The fewest axes that hold a share of the variance of features (N, d), but never all that have any.
+    """The fewest principal axes that hold ``share`` of the variance of features (N, d); one direction is always left.
 
     Raises:
         TrajOODError: the features do not vary.
     """
-    together = torch.zeros(len(features), dtype=torch.int64)
-    mean = class_means(features, together, 1)
     wide = features.shape[1] > len(features)
-    matrix = _gram(features, mean[0]) if wide else moments(features, mean, together).covariance
+    if wide:
+        mean = class_means(features, torch.zeros(len(features), dtype=torch.int64), 1)[0]
+        matrix = _gram(features, mean)
+    else:
+        mean, sample = single_class(features, fourth=False)
+        matrix = sample.covariance
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(matrix))
     rank = int((values > len(matrix) * torch.finfo(torch.float64).eps * values[0]).sum())
     if not (values[0] > 0 and bool(values.isfinite().all())):
@@ -53,20 +56,20 @@ def principal_axes(scorer: str, features: Tensor, share: float) -> Principal:
     kept = min(reached, rank - 1)
     axes = vectors[:, :kept]
     if wide:
-        axes = _axes(features, mean[0], axes) / (len(features) * values[:kept]).sqrt()
-    return Principal(mean[0], axes.contiguous(), values[:kept])
+        axes = _axes(features, mean, axes) / (len(features) * values[:kept]).sqrt()
+    return Principal(mean, axes.contiguous(), values[:kept])
 
 
 def _gram(features: Tensor, mean: Tensor) -> Tensor:
-    """(N, N) products of the centred features over N: the eigenvalues of their covariance."""
+    """Gram matrix (N, N) of the centred features over N, which has the nonzero eigenvalues of their covariance."""
     gram = torch.zeros(len(features), len(features), dtype=torch.float64)
-    for part, centre in zip(features.split(_COLUMNS, dim=1), mean.split(_COLUMNS), strict=True):
+    for part, centre in zip(features.split(_BLOCK_COLUMNS, dim=1), mean.split(_BLOCK_COLUMNS), strict=True):
         offsets = part.double() - centre
         gram += offsets @ offsets.T
     return gram / len(features)
 
 
 def _axes(features: Tensor, mean: Tensor, vectors: Tensor) -> Tensor:
-    """(d, q) directions of the Gram matrix's eigenvectors (N, q)."""
-    parts = zip(features.split(_COLUMNS, dim=1), mean.split(_COLUMNS), strict=True)
+    """Unnormalised axes (d, q) of the eigenvectors (N, q) of the Gram matrix."""
+    parts = zip(features.split(_BLOCK_COLUMNS, dim=1), mean.split(_BLOCK_COLUMNS), strict=True)
     return torch.cat([(part.double() - centre).T @ vectors for part, centre in parts])

@@ -1,4 +1,4 @@
-"""ReAct: the energy after activations are cut off at a percentile (Sun et al. 2021)."""
+"""ReAct, rectified activations: the energy after activations are clipped at a percentile (Sun et al. 2021)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class ReAct(ShapedEnergy):
-    """−log Σ_c exp(W min(h, τ) + b)_c, τ a percentile of all activations of all training images.
+    """Energy of clipped features: −log Σ_c exp(W min(h, τ) + b)_c, τ a percentile of all training activations.
 
-    ReAct (Sun et al., NeurIPS 2021); the energy of pytorch-ood's and, with the sign turned, of OpenOOD's ``react``.
-    OpenOOD takes τ from ID validation images, the paper from training images, as here.
+    ReAct (Sun et al., NeurIPS 2021). Equals the energy of pytorch-ood's ReAct and, negated, of OpenOOD's ``react``.
+    OpenOOD takes τ from ID validation images; the paper takes it from training images, as here.
 
     Args:
-        percentile: of τ. Default 90, the paper's.
+        percentile: percentile τ of the activations. Default 90, the paper's.
     """
 
     name: ClassVar[str] = "react"

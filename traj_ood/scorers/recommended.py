@@ -1,6 +1,6 @@
-"""The scorer to try first, by kind of model: declared here alone, each with the record that it follows.
+"""The recommended scorer for each kind of model, with the recorded result that supports it.
 
-README, docs/which-score.md and docs/faq.md name the same ones; a test holds them to it.
+README, docs/which-score.md and docs/faq.md recommend the same scorers, which a test checks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ ModelKind = Literal["autoencoder", "backbone"]
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A scorer to try first.
+    """A recommended scorer.
 
     Attributes:
         scorer: spec, see :func:`traj_ood.create_scorer`. It needs no class labels, which not every user has.
-        record: the file below the repository that says so, and how far it reaches.
+        record: path in the repository of the result that supports it.
     """
 
     scorer: str
@@ -30,13 +30,13 @@ RECOMMENDED: dict[ModelKind, Recommendation] = {
     "autoencoder": Recommendation("field", "results/protocol/tables.md"),
     "backbone": Recommendation("field", "results/backbone/fashion--timm-fashion-resnet--seed0/result.json"),
 }
-"""By kind: an autoencoder of images, or a frozen backbone with an autoencoder of its features."""
+"""Recommendations for an autoencoder of images, and for a frozen backbone with an autoencoder of its features."""
 
 
 def recommended(model: Autoencoder) -> Recommendation:
-    """What to try first on a model; which one is best on your data, ``traj-ood bench`` and ``compare`` tell.
+    """The scorer to try first on a model; use ``traj-ood bench`` and ``compare`` to find the best one on your data.
 
     Args:
-        model: with ``feature_dim`` it stands on the features of a backbone.
+        model: the model; it has a backbone if its ``feature_dim`` is not 0.
     """
     return RECOMMENDED["backbone" if model.feature_dim else "autoencoder"]

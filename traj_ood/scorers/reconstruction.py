@@ -14,11 +14,11 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class Reconstruction(Scorer):
-    """‖x − D(E(x))‖² per pixel, in the model's normalised units (the paper's Table 1 baseline).
+    """Mean squared reconstruction error ‖x − D(E(x))‖² per pixel, in the model's normalised units (a Table 1 baseline).
 
     Args:
-        masked: false (default) reconstructs the whole image. True is the masked autoencoder's own task: the error on
-            hidden patches only, averaged over four fixed masks of 75 %, the same for every image.
+        masked: false (default) reconstructs the whole image. True measures the masked autoencoder's own task: the error
+            on hidden patches only, averaged over four fixed masks of 75 %, the same for every image.
     """
 
     name: ClassVar[str] = "reconstruction"

@@ -1,4 +1,4 @@
-"""Scorers by name, with their options written ``name:key=value:key=value``."""
+"""The registry of scorers, and their creation from text such as ``name:key=value:key=value``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ _P = TypeVar("_P", bound=type[Scorer])
 
 
 def register(cls: _P) -> _P:
-    """Class decorator: make a scorer available by its ``name``; a name is taken once.
-
-    It goes above ``@dataclass``.
+    """Class decorator that makes a scorer available by its ``name``. Put it above ``@dataclass``.
 
     Raises:
-        TrajOODError: no scorer that could be made and named: another kind of class, an abstract one, one without
-            ``name`` or ``summary``, options without default, that are no dataclass fields or of kinds that have no text
-            (see :mod:`traj_ood.io.options`), ``needs()`` that fails or returns something else; or the name is taken by
-            another class.
+        TrajOODError: the class is not a :class:`Scorer`, is abstract, or lacks ``name`` or ``summary``; an option has
+            no default, is not a dataclass field, or has a type that cannot be written as text (see
+            :mod:`traj_ood.io.options`); ``needs()`` fails or returns something else; or another class has the name.
     """
     _check_class(cls)
     taken = SCORERS.get(cls.name)
@@ -41,7 +38,7 @@ def register(cls: _P) -> _P:
 
 
 def _check_class(cls: type[Any]) -> None:
-    """Refuse what would fail only when it is first asked for."""
+    """Refuse at registration a class that would fail when it is first used."""
     where = f"scorer class {getattr(cls, '__qualname__', cls)}"
     if not (isinstance(cls, type) and issubclass(cls, Scorer)):
         raise TrajOODError(f"{where}: expected a subclass of traj_ood.Scorer: derive it from that")
@@ -67,7 +64,7 @@ def _check_class(cls: type[Any]) -> None:
         raise TrajOODError(f"{where}: {', '.join(plain)} would not be its options: put @dataclass below @register")
     bare = [key for key, default in option_defaults(cls).items() if default is MISSING]
     if bare:
-        raise TrajOODError(f"{where}: option {', '.join(bare)} has no default: write one, and its reason beside it")
+        raise TrajOODError(f"{where}: option {', '.join(bare)} has no default: add one, and document its reason")
     with foreign_errors(f"{where}: with its defaults it cannot be made, or its needs() fail"):
         needs = cls().needs()
     if not isinstance(needs, Needs):
@@ -75,10 +72,11 @@ def _check_class(cls: type[Any]) -> None:
 
 
 def scorer_class(name: str) -> type[Scorer]:
-    """The class of a name; where none is registered, that of an installed plugin (entry points ``traj_ood.scorers``).
+    """The scorer class registered under a name, from an installed plugin (entry points ``traj_ood.scorers``) if need
+    be.
 
     Raises:
-        TrajOODError: unknown name (with near ones), or a plugin that cannot be imported.
+        TrajOODError: unknown name (the message lists similar ones), or a plugin that cannot be imported.
     """
     if name not in SCORERS:
         load_plugins(_PLUGINS, name)
@@ -88,10 +86,10 @@ def scorer_class(name: str) -> type[Scorer]:
 
 
 def create_scorer(spec: str) -> Scorer:
-    """A scorer from ``name`` or ``name:key=value:…``, such as ``knn:k=5:view=cls``.
+    """Create a scorer from ``name`` or ``name:key=value:…``, such as ``knn:k=5:view=cls``.
 
     Raises:
-        TrajOODError: unknown name or option (with near ones), or a value of the wrong kind.
+        TrajOODError: unknown name or option (the message lists similar ones), or a value of the wrong type.
     """
     name, *pairs = spec.strip().split(":")
     cls = scorer_class(name)
@@ -104,10 +102,10 @@ def create_scorer(spec: str) -> Scorer:
 
 
 def create_scorers(specs: Sequence[str], autoencoder: Autoencoder) -> list[Scorer]:
-    """The scorers of a run; ``all`` stands for :func:`default_suite`. Duplicates (by label) are refused.
+    """Create the scorers of a run; ``all`` stands for :func:`default_suite`.
 
     Raises:
-        TrajOODError: no scorer, an unknown one, or one listed twice.
+        TrajOODError: no scorer, an unknown one, or two with the same label.
     """
     expanded = [s for spec in specs for s in (default_suite(autoencoder) if spec.strip() == "all" else [spec])]
     scorers = [create_scorer(_with_backbone(s, autoencoder)) for s in expanded]
@@ -121,17 +119,17 @@ def create_scorers(specs: Sequence[str], autoencoder: Autoencoder) -> list[Score
 
 
 def _with_backbone(spec: str, autoencoder: Autoencoder) -> str:
-    """A static scorer stands, as published, on the features of the backbone where there is one."""
+    """Add ``view=backbone``, the published form, to a static scorer without a view if the model has a backbone."""
     static = issubclass(scorer_class(spec.strip().split(":")[0]), FeatureScorer)
     return f"{spec}:view=backbone" if autoencoder.feature_dim and static and ":view=" not in spec else spec
 
 
 def default_suite(autoencoder: Autoencoder) -> list[str]:
-    """The scorers of the suite ``all``: those that registered scorers declare (:attr:`Scorer.suite`) and the model
-    provides the inputs of.
+    """The scorers of the suite ``all``: the variants that scorers declare (:attr:`Scorer.suite`) and the model
+    supports.
 
-    A scorer that needs class labels (whether images have some, a model does not know) is to be asked for by name. So
-    are the views of a latent of one token, which are all the same. Installed plugins declare their part, too.
+    Scorers that need class labels are left out, because a model does not tell whether the images have any, and so are
+    variants with a ``view`` if the latent has a single token, where all views are equal. Plugins are included.
     """
     load_plugins(_PLUGINS)
     places = {
@@ -145,7 +143,7 @@ def default_suite(autoencoder: Autoencoder) -> list[str]:
 
 
 def lacking(autoencoder: Autoencoder, needs: Needs) -> str | None:
-    """What a scorer reads that the model does not provide, and what to do about it; None where nothing is missing."""
+    """The first input in ``needs`` that the model does not provide, with a remedy; None if nothing is missing."""
     name = f"{autoencoder.name} ({autoencoder.family})"
     if (needs.logits or needs.head) and not autoencoder.classes:
         return (
@@ -158,7 +156,7 @@ def lacking(autoencoder: Autoencoder, needs: Needs) -> str | None:
         )
     if needs.head and autoencoder.head() is None:
         return (
-            f"needs a linear classifier over the features, and that of {autoencoder.name} is another kind: leave this "
+            f"needs a linear classifier over the features, and that of {autoencoder.name} is not linear: leave this "
             "scorer out"
         )
     if "masked" in needs.reconstruction and not autoencoder.reconstruction_masks():

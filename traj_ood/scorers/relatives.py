@@ -1,4 +1,4 @@
-"""What scores of diffusion models read, carried over to the field of f: statistics of v_t = z_{t+1} − z_t."""
+"""Base class of diffusion-model scores adapted to the field of f: densities of statistics of v_t = z_{t+1} − z_t."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from torch import Tensor
 from traj_ood.scorers.base import Evidence, Needs, Scorer
 from traj_ood.scorers.mixture import learn_mixture, mixture_energies
 
-_FLOOR = 1e-6  # of the standardised statistics' covariance: scikit-learn's
+_FLOOR = 1e-6  # added to the covariance's diagonal, for standardised statistics: scikit-learn's default
 _TINY = 1e-12
 
 
 @dataclass
 class FieldStatistics(Scorer):
-    """−log density of a few statistics of the field along the path's first steps, under a Gaussian mixture of those of
-    ID training images. The statistics are standardised; see :mod:`.mixture` for the number of components.
+    """−log density of a few statistics of the field along the first steps, under a Gaussian mixture.
 
-    A diffusion model's score s(x, σ) stands at several noise levels σ; f has one, and comes to smoother places by being
-    iterated: step t stands for the t-th level. The view is ``grid``: latents pooled to at most 4 × 4 cells.
+    The mixture is fitted to the standardised statistics of ID training images; see :mod:`.mixture` for the number of
+    components. A diffusion model's score s(x, σ) is evaluated at several noise levels σ; f has a single level, and
+    reaches smoother points by iteration, so step t takes the place of the t-th level. The view is ``grid``: latents
+    pooled to at most 4 × 4 cells.
 
     Args:
-        steps: levels. Default 10, as many as the papers' networks are asked for.
-        seed: of the mixture's start.
+        steps: number of levels. Default 10, as in the papers.
+        seed: seed of the mixture's initialisation.
     """
 
-    bears_rounding: ClassVar[bool] = False  # steps of a sample that has all but settled
+    bears_rounding: ClassVar[bool] = False  # steps of a nearly converged sample are as small as rounding
     at_least: ClassVar = {"steps": 2}
     steps: int = 10
     seed: int = 0
 
     @abstractmethod
     def statistics(self, field: Tensor) -> Tensor:
-        """(B, q) float64 of the field (B, steps, n) float64."""
+        """The statistics, (B, q) float64, of the field (B, steps, n) float64."""
 
     def deviations(self, values: Tensor) -> Tensor:
-        """(q,) by which the statistics (N, q) are standardised."""
+        """Standard deviations (q,) by which the statistics (N, q) are divided."""
         return values.std(dim=0, correction=0).clamp(min=_TINY)
 
     def needs(self) -> Needs:

@@ -1,4 +1,4 @@
-"""Residual: the part of a feature outside the principal space of the training features (Wang et al. 2022)."""
+"""Residual: the norm of a feature outside the principal space of the training features (Wang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from traj_ood.scorers.head import HeadScorer
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
-# A residual below this share of the features' length is rounding: it is the square root of an eigenvalue near 0.
-_NO_RESIDUAL = 1e-6
+# A mean residual below this share of the features' length is rounding: the square root of an eigenvalue near 0.
+_MIN_RESIDUAL = 1e-6
 
 
 @dataclass
 class ResidualSpace(HeadScorer):
-    """Features seen from u = −W⁺b, where the logits vanish, in the space that their principal directions leave over.
+    """Base class of scorers that use the residual space of ViM, the complement of the principal space of the features.
+
+    The principal space is spanned by the ``dim`` principal directions of the training features around the origin
+    u = −W⁺b, where the classifier's logits vanish.
 
     Args:
-        dim: of the principal space. None (default) is the rule of the ViM authors' code by the n features of the
-            backbone: 1,000 where n >= 2,048, 512 where n >= 768, else n / 2.
+        dim: dimension of the principal space. None (default) follows the ViM authors' code: for n features, 1,000 if
+            n >= 2,048, 512 if n >= 768, else n / 2.
     """
 
     at_least: ClassVar = {"dim": 1}
     dim: int | None = None
 
     def residual_space(self, train: Evidence) -> dict[str, Tensor]:
-        """``origin`` u (n,) and ``residual`` R (n, n − dim), float64.
+        """Fit ``origin`` u (n,) and ``residual`` R (n, n − dim), an orthonormal basis of the residual space; float64.
 
         Raises:
-            TrajOODError: no head, too wide a principal space, or training features that lie within it.
+            TrajOODError: no head, dim >= n, or training features that lie within the principal space.
         """
         weight, bias = self.head_of(train)
         features = self.features(train)
@@ -45,7 +48,7 @@ class ResidualSpace(HeadScorer):
         residual = vectors[:, : features.shape[1] - self._principal(features.shape[1])].contiguous()
         state = {"origin": origin, "residual": residual}
         lengths, whole = residual_lengths(state, features), residual_lengths({"origin": origin}, features)
-        if float(lengths.mean()) <= _NO_RESIDUAL * float(whole.mean()):
+        if float(lengths.mean()) <= _MIN_RESIDUAL * float(whole.mean()):
             dim = features.shape[1] - residual.shape[1]
             raise TrajOODError(
                 f"scorer {self.label}: the {len(features)} training images lie in their {dim} principal directions and "
@@ -62,7 +65,7 @@ class ResidualSpace(HeadScorer):
 
 
 def residual_lengths(state: dict[str, Tensor], features: Tensor) -> Tensor:
-    """(B,) float64 lengths of features (B, n) less the origin, in the residual space where ``state`` has one."""
+    """Norms ‖(h − u) R‖, (B,) float64, of features h (B, n); ‖h − u‖ if ``state`` holds no ``residual``."""
 
     def length(part: Tensor) -> Tensor:
         offsets = part.double() - state["origin"]
@@ -74,10 +77,10 @@ def residual_lengths(state: dict[str, Tensor], features: Tensor) -> Tensor:
 @register
 @dataclass
 class Residual(ResidualSpace):
-    """‖(h − u) R‖: OpenOOD's ``residual`` of the same ``dim`` with the sign turned, the residual alone of ViM (Wang et
-    al. 2022).
+    """Norm ‖(h − u) R‖ of the feature in the residual space: the residual term of ViM alone (Wang et al. 2022).
 
-    OpenOOD learns R from ID validation images; here, as ViM does, from those of the fit.
+    Equals OpenOOD's ``residual`` of the same ``dim``, negated, except that OpenOOD learns R from ID validation images;
+    here R is learnt from the training images, as in ViM.
 
     Args:
         dim: see :class:`ResidualSpace`. OpenOOD's own setting is 512.

@@ -1,4 +1,4 @@
-"""Relative Mahalanobis distance (Ren et al. 2021)."""
+"""RMDS: relative Mahalanobis distance (Ren et al. 2021)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from traj_ood.scorers.rows import in_rows
 @register
 @dataclass
 class RMDS(FeatureScorer):
-    """min over classes c of (z − μ_c)ᵀ Σ⁻¹ (z − μ_c), less (z − μ)ᵀ Σ₀⁻¹ (z − μ): Gaussians of the classes and of all.
+    """Squared Mahalanobis distance to the nearest class minus that to the Gaussian of all features.
 
-    Relative Mahalanobis distance (Ren et al. 2021); OpenOOD's ``rmds`` with the sign turned, and 1/N of pytorch-ood's
-    ``RMD``, which does not divide its scatter matrices by the N training features.
+    min over classes c of (z − μ_c)ᵀ Σ⁻¹ (z − μ_c) − (z − μ)ᵀ Σ₀⁻¹ (z − μ) (Ren et al. 2021). Equals OpenOOD's ``rmds``
+    negated, and 1/N of pytorch-ood's ``RMD``, which does not divide its scatter matrices by the N training features.
 
     Args:
         view: Default ``mean``.
-        covariance: ``empirical`` (default, the paper's and OpenOOD's): where it is singular, the pseudo-inverse.
-            ``ledoit-wolf`` shrinks both, for fewer images than fill them.
-        normalize: L2-normalise features first, as Mahalanobis++ does. Default false, as published.
+        covariance: ``empirical`` (default, the paper's and OpenOOD's), with the pseudo-inverse where it is singular.
+            ``ledoit-wolf`` shrinks both covariances, for few images.
+        normalize: whether to L2-normalise features first, as Mahalanobis++ does. Default false, as published.
     """
 
     name: ClassVar[str] = "rmds"

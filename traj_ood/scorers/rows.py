@@ -1,4 +1,4 @@
-"""Scores in float64 without a float64 copy of all features."""
+"""Apply a function to a few rows at a time, for float64 scores without a float64 copy of all features."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ROWS = 128
 
 
 def in_rows(function: Callable[[Tensor], Tensor], inputs: Tensor, rows: int = ROWS) -> Tensor:
-    """``function`` on ``inputs`` (B, …), at most ``rows`` rows at a time.
+    """Apply ``function`` to ``inputs`` (B, …), at most ``rows`` rows at a time, and concatenate the results.
 
-    While a graph is recorded for export B is a symbol and cannot be cut into rows: ``function`` then sees all of them.
+    While a graph is traced for export B is symbolic and cannot be split: ``function`` then gets all rows at once.
     """
     if torch.compiler.is_compiling() or len(inputs) <= rows:
         return function(inputs)

@@ -1,4 +1,4 @@
-"""SCALE: the energy after all activations are scaled by how peaked they are (Xu et al. 2024)."""
+"""SCALE: the energy after activations are scaled by how concentrated they are (Xu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class SCALE(ShapedEnergy):
-    """−log Σ_c exp(exp(s1 / s2) W h + b)_c, s1 the sum of an image's features and s2 that of its largest ones.
+    """Energy of scaled features: −log Σ_c exp(exp(s1 / s2) W h + b)_c.
 
-    SCALE (Xu et al., ICLR 2024); pytorch-ood's ``SCALE``, and OpenOOD's ``scale`` with the sign turned.
+    s1 is the sum of all features of the image, s2 the sum of those above the percentile. SCALE (Xu et al., ICLR 2024).
+    Equals pytorch-ood's ``SCALE``, and OpenOOD's ``scale`` negated.
 
     Args:
-        percentile: of the features that s2 leaves out. Default 85, the paper's.
+        percentile: percentage of the features that s2 leaves out. Default 85, the paper's.
     """
 
     name: ClassVar[str] = "scale"

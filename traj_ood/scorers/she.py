@@ -17,15 +17,15 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class SHE(Scorer):
-    """−h · S_ŷ, S_c the mean feature of the training images of class c that the classifier gets right.
+    """Negated inner product −h · S_ŷ with the pattern of the predicted class ŷ.
 
-    Simplified Hopfield energy (Zhang et al., ICLR 2023): pytorch-ood's ``SHE``, and OpenOOD's ``she`` with the sign
-    turned. A class without such an image has the pattern 0: after a ReLU no image can be more OOD than one of it.
+    The pattern S_c is the mean feature of the training images of class c that the classifier predicts correctly.
+    Simplified Hopfield energy (Zhang et al., ICLR 2023). Equals pytorch-ood's ``SHE``, and OpenOOD's ``she`` negated.
+    The pattern of a class without such images is 0, which after a ReLU gives the largest possible score.
 
     Args:
-        patterns: ``correct`` (default, the paper's) needs labels, numbered as the classifier's logits. ``predicted``
-            takes every training image as one of its predicted class: for training images without labels, or with those
-            of other classes than the classifier's.
+        patterns: ``correct`` (default, the paper's) needs labels numbered as the classifier's logits. ``predicted``
+            averages all training images by their predicted class, for images without labels or with other classes.
         metric: ``inner_product`` (default, the paper's), ``euclidean`` or ``cosine``, as in OpenOOD.
     """
 

@@ -1,4 +1,4 @@
-"""The shape of a path: is it one that training images take?"""
+"""Signature: how unusual the curves of step lengths and distances along a path are."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from traj_ood.scorers.path import (
     HORIZON,
     check_horizon,
     finite_rows,
-    held,
     log_distances,
     log_lengths,
+    pad_with_last,
 )
 from traj_ood.scorers.registry import register
 
@@ -25,28 +25,30 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class Signature(Scorer):
-    """sqrt((s − μ)ᵀ Σ⁻¹ (s − μ)), s = (log ‖z_{t+1} − z_t‖, log d(z_t, Z*_train)) for t < H; one Gaussian of ID paths.
+    """Mahalanobis distance of the path's log step lengths and log distances to a Gaussian of ID paths.
 
-    Reason: the paper's mean distance reads the path on one side, far is OOD. Simple inputs may land nearer to
-    attractors than training images do, and it then ranks them as ID. A density of the whole curve is two-sided:
-    too near and too quick is as unlike ID as too far. Logarithms, because both fall geometrically.
+    score = sqrt((s − μ)ᵀ Σ⁻¹ (s − μ)) with s = (log ‖z_{t+1} − z_t‖, log d(z_t, Z*_train)) for t < H.
 
-    μ and Σ (Ledoit–Wolf) come from the training images' own paths, with the distance to the attractors of the *other*
-    training images, as a new image would have it. A sample that settles before H keeps its last step and distance; a
-    step or distance below the float32 rounding of z counts as that rounding.
+    Reason: the paper's mean distance is one-sided. Simple inputs may end up nearer to attractors than training images
+    do, and then rank as ID. A density of the whole curve is two-sided: too near and too fast counts as OOD like too
+    far. Logarithms, because both curves fall geometrically.
 
-    Cost: ``horizon`` evaluations of f, fewer for samples that settle before; the fit walks the training images once
-    more.
+    μ and Σ (Ledoit–Wolf) are fitted to the training images' own paths, with distances to the attractors of the *other*
+    training images, as for a new image. A sample that converges before H keeps its last step and distance; a step or
+    distance below the float32 rounding of z counts as that rounding.
+
+    Cost: ``horizon`` evaluations of f, fewer for samples that converge before; fitting computes the training
+    trajectories a second time.
 
     Args:
-        view: of the distances. Default ``tokens``, as in the trajectory score.
+        view: view of the distances. Default ``tokens``, as in the trajectory score.
         horizon: H. Default 16, that of the trajectory score's fixed variant.
     """
 
     name: ClassVar[str] = "signature"
     summary: ClassVar[str] = "two-sided: Gaussian of ID paths over the log-lengths of steps and log-distances"
     suite: ClassVar[dict[str, int]] = {"": 140}
-    bears_rounding: ClassVar[bool] = False  # the logarithms of the last steps before a sample settles
+    bears_rounding: ClassVar[bool] = False  # logarithms of the last steps before convergence amplify rounding
     view: View = "tokens"
     horizon: int = HORIZON
 
@@ -66,7 +68,7 @@ class Signature(Scorer):
         return distances_to_gaussians(self.state, self._curves(evidence))[:, 0]
 
     def _curves(self, evidence: Evidence) -> Tensor:
-        """(B, 2H) float64."""
+        """The curves s, (B, 2H) float64."""
         path = evidence.path()
         columns = (log_lengths(path), log_distances(path, self.view))
-        return torch.cat([held(c, self.horizon) for c in columns], dim=1)
+        return torch.cat([pad_with_last(c, self.horizon) for c in columns], dim=1)

@@ -1,4 +1,4 @@
-"""The paper's score: mean distance of a trajectory's points to the nearest training attractor (§4.2)."""
+"""The paper's trajectory score: mean distance of a trajectory's points to the nearest training attractor (§4.2)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from traj_ood.scorers.registry import register
 @register
 @dataclass
 class TrajectoryScore(Scorer):
-    """score(z) = 1/(N+1) · Σ_{t=0…N} d(z_t, Z*_train), d the Euclidean distance to the nearest attractor.
+    """Mean Euclidean distance of a trajectory's points to their nearest attractor (§4.2).
 
-    §4.2 writes 1/N and does not say whether the sum begins at z_0; over the N + 1 points z_0 … z_N this is their mean.
+    score(z) = 1/(N+1) · Σ_{t=0…N} d(z_t, Z*_train). §4.2 writes 1/N and does not say whether the sum begins at z_0;
+    here it is the mean over the N + 1 points z_0 … z_N.
 
     Args:
         view: latent view in which distances are measured; the dynamics always run on the whole latent. Default
-            ``tokens``: the attractors live in the space where f does, and there alone is z* a fixed point.
-        horizon: None (default) averages over the sample's own N + 1 points, as the sum over the sample's trajectory
-            in §4.2 reads. A number H averages over z_0 … z_H for every sample, so that fast and slow samples weigh
-            the same part of the path (see :meth:`traj_ood.Trajectory.mean_over_path`).
+            ``tokens``, the whole latent: only there is z* a fixed point.
+        horizon: None (default) averages over the sample's own N + 1 points, as §4.2 sums over the sample's trajectory.
+            A number H averages over z_0 … z_H for every sample, so that fast and slow samples are compared on the same
+            part of the path (see :meth:`traj_ood.Trajectory.mean_over_path`).
     """
 
     name: ClassVar[str] = "trajectory"

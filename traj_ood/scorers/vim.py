@@ -1,4 +1,4 @@
-"""ViM: virtual-logit matching (Wang et al. 2022), features and logits together."""
+"""ViM: virtual-logit matching, which combines features and logits (Wang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from traj_ood.scorers.residual import ResidualSpace, residual_lengths
 @register
 @dataclass
 class ViM(ResidualSpace):
-    """α ‖(x − u) R‖ − log Σ_c exp f_c, all in float64.
+    """Virtual logit plus energy: α ‖(h − u) R‖ − log Σ_c exp f_c, in float64.
 
-    x are the features of the frozen backbone and f its logits. The origin u = −W⁺b is where the classifier's logits
-    vanish; R spans the residual space, what is orthogonal to the ``dim`` principal directions of the training features
-    around u; α = Σ max_c f_c / Σ ‖(x − u) R‖ over the training images brings the virtual logit to the scale of the
-    others. Equals pytorch-ood's ``ViM``, and OpenOOD's ``vim`` with the sign turned, of the same ``dim``.
+    h are the features of the frozen backbone and f its logits. The logits vanish at the origin u = −W⁺b; R spans the
+    residual space, the orthogonal complement of the ``dim`` principal directions of the training features around u;
+    α = Σ max_c f_c / Σ ‖(h − u) R‖ over the training images scales the virtual logit to the other logits. Equals
+    pytorch-ood's ``ViM``, and OpenOOD's ``vim`` negated, of the same ``dim``.
 
-    Where the training images' largest logits are negative on average, as classifiers trained with a binary
-    cross-entropy may have them, the published α is negative and a large residual counts as ID: a warning says so.
+    If the training images' largest logits are negative on average, as in classifiers trained with a binary
+    cross-entropy, the published α is negative and a large residual counts as ID; a warning is issued.
 
     Args:
-        dim: of the principal space. None (default) is the rule of the authors' code by the n features of the backbone:
-            1,000 where n >= 2,048, 512 where n >= 768, else n / 2. OpenOOD's own setting is 256.
+        dim: dimension of the principal space. None (default) follows the authors' code: for n features, 1,000 if
+            n >= 2,048, 512 if n >= 768, else n / 2. OpenOOD's own setting is 256.
     """
 
     name: ClassVar[str] = "vim"
@@ -42,7 +42,7 @@ class ViM(ResidualSpace):
         if alpha <= 0:
             warn(
                 f"scorer {self.label}: the training images' largest logit is negative on average, so ViM's alpha is "
-                f"({float(alpha):.3g}) and far from the principal space counts as ID",
+                f"negative ({float(alpha):.3g}) and a large residual counts as ID",
                 stacklevel=2,
             )
         return state | {"alpha": alpha[None]}

@@ -1,1 +1,1 @@
-"""Models from data: the training loop, and what is trained with it."""
+"""Training of autoencoders, classifiers and surrogates with one training loop."""

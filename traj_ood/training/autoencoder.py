@@ -1,4 +1,4 @@
-"""Train a model on a benchmark's ID training split: resumable, logged, and described by a model card."""
+"""Trains an autoencoder on a benchmark's ID training split, with checkpoints, a log and a model card."""
 
 from __future__ import annotations
 
@@ -43,11 +43,18 @@ def train_model(
 ) -> Autoencoder | Backbone:
     """Train an autoencoder, or a classifier (see :func:`traj_ood.training.classifier.train_classifier`).
 
-    ``out`` gets the model, its log, ``training.json`` (config, log, versions) and README.md, its card.
+    Between epochs, at most every ten seconds, a checkpoint is written. The same call resumes from it and ends with the
+    same weights as an uninterrupted run, because every epoch has its own seed.
 
-    Between epochs a checkpoint is written, at most every ten seconds; the same call continues from it and ends with the
-    same weights as an uninterrupted run, because every epoch draws from its own seed.
-
+    Args:
+        config: model, data and recipe.
+        out: folder for the model, its log, ``training.json`` (config, log, versions) and README.md, the model card.
+        data_root: folder of the benchmark's data, see :func:`traj_ood.data.load_benchmark`.
+        follow_links: whether to follow symbolic links in image folders.
+        reading: how image files are read.
+        device: where to train. Default: the CPU.
+        fresh: ignore a checkpoint, and hash the images again.
+        quiet: print one JSON line per epoch instead of a progress bar.
     Raises:
         TrajOODError: bad data or settings, an unwritable folder, or a checkpoint of other settings.
     """
@@ -63,7 +70,7 @@ def train_model(
 
 
 def _print_line(trainer: Trainer) -> None:
-    """For logs, where there are no bars: a finished epoch as one line of JSON."""
+    """Print the last epoch's log line as JSON, for log files."""
     print(json.dumps(trainer.log[-1]), file=sys.stderr, flush=True)
 
 
@@ -91,13 +98,19 @@ def _train_autoencoder(
 
 
 def build_autoencoder(config: TrainConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> Autoencoder:
-    """A new, untrained autoencoder of the configured family and geometry.
+    """Build an untrained autoencoder of the configured family and geometry.
 
+    Args:
+        config: family and geometry.
+        mean: mean per channel of the pixels in [0, 1].
+        std: standard deviation per channel.
     Raises:
-        TrajOODError: impossible geometry.
+        TrajOODError: the family is ``classifier``, an unknown key, or impossible geometry.
     """
     if config.family == "classifier":
-        raise TrajOODError(f"{config.name}: a classifier is no autoencoder: train it with train_model")
+        raise TrajOODError(
+            f"{config.name}: expected an autoencoder family, got 'classifier': train it with train_model"
+        )
     known = ("width", "bottleneck") if config.family == "conv" else geometry_keys()
     for key in config.model:
         if key not in known:
@@ -112,7 +125,12 @@ def build_autoencoder(config: TrainConfig, mean: tuple[float, ...], std: tuple[f
 
 
 def reconstruction_loss(model: Autoencoder, recipe: Recipe) -> ImageLoss:
-    """The mean squared error of images reconstructed from corrupted ones: noisy and masked as ``recipe`` says."""
+    """The loss function of an autoencoder: mean squared error of the reconstruction from a noisy, masked input.
+
+    Args:
+        model: the autoencoder.
+        recipe: input noise, mask ratios, and the pixels that count.
+    """
 
     def loss(images: Tensor, rows: Tensor, draws: torch.Generator) -> Tensor:
         ratio = recipe.mask_ratios[int(torch.randint(len(recipe.mask_ratios), (), generator=draws))]
@@ -126,7 +144,7 @@ def reconstruction_loss(model: Autoencoder, recipe: Recipe) -> ImageLoss:
 
 
 def _health(model: Autoencoder, benchmark: Benchmark, config: TrainConfig) -> dict[str, Any]:
-    """Convergence figures of the trained f on a sample of training images, at the paper's tolerance."""
+    """Health of the trained model's attractors, from a sample of training images at the paper's tolerance."""
     count = min(config.health_images, len(benchmark.train.images))
     if count < 2:
         return {}

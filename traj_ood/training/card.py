@@ -1,4 +1,4 @@
-"""What the README.md beside trained weights says, of autoencoders, classifiers and surrogates, from their records."""
+"""Model cards (README.md) of trained autoencoders, classifiers and surrogates, made from their records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from traj_ood.io.card import listed, markdown_card, numbers
 
 
 def autoencoder_card(name: str, record: Mapping[str, Any]) -> str:
-    """Markdown: what the model is, its data, recipe, losses, convergence figures and versions."""
+    """Markdown card of an autoencoder: description, data, recipe, losses, convergence and versions."""
     config, log, validation = record["config"], record["log"], record["validation_loss"]
     return markdown_card(
         name,
@@ -32,7 +32,7 @@ def autoencoder_card(name: str, record: Mapping[str, Any]) -> str:
 
 
 def classifier_card(name: str, record: Mapping[str, Any]) -> str:
-    """Markdown: what the classifier is, its data, accuracy, recipe and versions."""
+    """Markdown card of a classifier: description, data, accuracy, recipe and versions."""
     classes, log = record["classes"], record["log"]
     reached = [
         f"- {role}: {found['accuracy']:.2%} of {found['count']:,} images" for role, found in record["accuracy"].items()
@@ -59,7 +59,7 @@ def classifier_card(name: str, record: Mapping[str, Any]) -> str:
 
 
 def surrogate_card(record: Mapping[str, Any]) -> str:
-    """Markdown: what the surrogate is, its data, losses, convergence figures and versions."""
+    """Markdown card of a surrogate: description, data, losses, convergence and versions."""
     backbone, data, network = record["backbone"], record["data"], record["network"]
     widths = " → ".join(str(w) for w in (network["features"], *network["hidden"], network["bottleneck"]))
     source = f"`{data['split']}` of the benchmark `{data['benchmark']}`" if "benchmark" in data else "features given"

@@ -1,4 +1,4 @@
-"""Train a small timm classifier on a benchmark's labelled ID training split: the backbone of offline examples."""
+"""Trains a timm classifier on a benchmark's labelled ID training split, as a backbone for offline examples."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ _READ_IMAGES = 512
 def train_classifier(
     config: TrainConfig, benchmark: Benchmark, out: Path, device: torch.device, fresh: bool, **progress: Any
 ) -> Backbone:
-    """Train a classifier, writing to ``out`` timm's local-directory format, ``training.json`` and README.md, its card.
+    """Train a classifier and write it in timm's local-directory format, with ``training.json`` and a card, README.md.
 
-    Checkpoints and resuming are those of :func:`traj_ood.training.autoencoder.train_model`, which calls this. Images
+    It is called by :func:`traj_ood.training.autoencoder.train_model`, which describes checkpoints and resuming. Images
     are resized directly to ``image_size`` (bilinear), in training and in the transform that the folder declares.
 
     Args:
-        config: of family ``classifier``; ``model`` holds ``architecture`` (a timm name) and timm's arguments for it.
-        benchmark: whose ID training split has labels. out: folder for everything.
-        device: where it trains. fresh: disregard a checkpoint.
+        config: of family ``classifier``; ``model`` holds ``architecture``, a timm name, and timm's arguments for it.
+        benchmark: its ID training split must have labels.
+        out: folder for all files.
+        device: where to train.
+        fresh: ignore a checkpoint.
         progress: ``quiet`` and ``on_round`` of :class:`traj_ood.training.loop.Trainer`.
     Returns:
         The trained backbone, loaded back from ``out``.
@@ -43,7 +45,7 @@ def train_classifier(
     """
     classes = class_names(benchmark)
     held_out = [split for split in (benchmark.val, benchmark.test) if split is not None]
-    for split in held_out:  # before hours of training: are these labels the same classes?
+    for split in held_out:  # refuse unknown labels before hours of training
         _targets(split, classes)
     shape = (config.channels, config.image_size, config.image_size)
     arguments = {k: v for k, v in config.model.items() if k != "architecture"}
@@ -75,17 +77,17 @@ def train_classifier(
 
 
 def class_names(benchmark: Benchmark) -> tuple[str, ...]:
-    """The labels of the ID training split, sorted (by number where all are numbers): class k is the k-th of them.
+    """The names of the classes: the distinct labels of the ID training split, numbers first and in order, then texts.
 
     Raises:
         TrajOODError: no labels, or fewer than 2 classes.
     """
     names = set(benchmark.train.images.labels)
     if len(names) < 2:
-        found = "it has no labels" if not names else f"all of its images are of class {names.pop()!r}"
+        found = "no labels" if not names else f"only class {names.pop()!r}"
         raise TrajOODError(
-            f"benchmark {benchmark.name!r}: a classifier needs training images of at least 2 classes, but {found}: "
-            "give image lists with labels"
+            f"benchmark {benchmark.name!r}: expected labelled training images of at least 2 classes for a classifier, "
+            f"got {found}: give image lists with labels"
         )
     return tuple(sorted(names, key=lambda n: (0, int(n), n) if n.lstrip("-").isdecimal() else (1, 0, n)))
 
@@ -94,7 +96,7 @@ def accuracy(backbone: Backbone, split: Split, classes: Sequence[str]) -> dict[s
     """Top-1 ``accuracy`` on a labelled split, and the ``count`` of its images.
 
     Raises:
-        TrajOODError: a label the classifier does not know, or an image that cannot be read.
+        TrajOODError: a label that is not among the classes, or an image that cannot be read.
     """
     targets, right = _targets(split, classes), 0
     for start in range(0, len(targets), _READ_IMAGES):
@@ -106,7 +108,13 @@ def accuracy(backbone: Backbone, split: Split, classes: Sequence[str]) -> dict[s
 
 
 def cross_entropy(network: nn.Module, targets: Tensor, recipe: Recipe) -> ImageLoss:
-    """The cross-entropy of the classes ``targets`` (N,) of all images, the input noisy as ``recipe`` says."""
+    """The loss function of a classifier: cross-entropy, with the recipe's input noise.
+
+    Args:
+        network: images → logits.
+        targets: (N,) int64 class of every training image.
+        recipe: input noise.
+    """
 
     def loss(images: Tensor, rows: Tensor, draws: torch.Generator) -> Tensor:
         if recipe.input_noise:
@@ -117,22 +125,30 @@ def cross_entropy(network: nn.Module, targets: Tensor, recipe: Recipe) -> ImageL
 
 
 def check_classifier(config: TrainConfig) -> None:
-    """Refuse settings that say nothing to a classifier, rather than ignore them.
+    """Refuse settings that do not apply to a classifier, instead of ignoring them.
 
     Raises:
-        TrajOODError: names the setting.
+        TrajOODError: such a setting, or no architecture.
     """
     if not isinstance(config.model.get("architecture"), str):
-        raise TrajOODError(f"{config.name}: a classifier's model needs architecture, a timm name such as resnet18")
-    for key, instead in (("num_classes", "the training labels"), ("in_chans", "channels"), ("pretrained", "nothing")):
+        raise TrajOODError(
+            f"{config.name}: expected architecture in a classifier's model, a timm name such as resnet18, got "
+            f"{config.model.get('architecture')!r}"
+        )
+    reasons = {
+        "num_classes": "follows from the training labels",
+        "in_chans": "follows from channels",
+        "pretrained": "does not apply to training from scratch",
+    }
+    for key, reason in reasons.items():
         if key in config.model:
-            raise TrajOODError(f"{config.name}: model key {key!r} is decided by {instead}: leave it out")
+            raise TrajOODError(f"{config.name}: model key {key!r} {reason}: leave it out")
     if config.recipe.loss != "all" or any(config.recipe.mask_ratios):
         raise TrajOODError(f"{config.name}: a classifier has no masking: leave out mask_ratios and loss")
 
 
 def _targets(split: Split, classes: Sequence[str]) -> Tensor:
-    """(N,) int64 class numbers of a split's labels."""
+    """Class indices (N,) int64 of a split's labels."""
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = next((label for label in split.images.labels if label not in numbers), None)
     if unknown is not None:

@@ -1,4 +1,4 @@
-"""What a training run is told: its recipe, and the YAML file that names the model, the data and the recipe."""
+"""The settings of a training run: model, data and recipe, read from a YAML file."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ from traj_ood.io.trees import as_json, read_yaml
 
 Family = Literal["vit_mae", "conv", "classifier"]
 CONFIGS = PACKAGE / "configs"
-"""Folder of the bundled configs."""
+"""Folder of the bundled training configs."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """The hyperparameters of a training run.
 
     Attributes:
-        epochs, batch_size, learning_rate, weight_decay, clip: as usual; ``clip`` is the gradient's norm.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        learning_rate: the highest rate, reached after the warm-up.
+        weight_decay: not applied to biases, norms and tokens.
+        clip: maximum norm of the gradient.
         optimizer: ``adamw`` (default; betas 0.9, 0.95 as in MAE) or ``adam`` (the paper's conv autoencoders).
-        schedule: ``cosine`` (default), ``linear`` (the paper's conv autoencoders) or ``constant``, after ``warmup``,
-            a share of all steps.
+        schedule: of the learning rate after the warm-up: ``cosine`` (default), ``linear`` (the paper's conv
+            autoencoders) or ``constant``.
+        warmup: share of all steps in which the learning rate rises linearly.
         input_noise: standard deviation of Gaussian noise added to the input, in normalised units.
-        mask_ratios: one is drawn per batch.
-        loss: ``all`` pixels (default) or only ``masked`` ones. Masked-only is MAE's own loss; it leaves D's output on
-            visible patches untrained, and E∘D without masking then does not converge.
-        flip: random horizontal flips.
+        mask_ratios: shares of hidden patches, of which one is drawn per batch.
+        loss: pixels that count: ``all`` (default) or only the ``masked`` ones. The latter is MAE's own loss; it leaves
+            D's output on visible patches untrained, so that E∘D without masking does not converge.
+        flip: whether to flip images horizontally at random.
+    Raises:
+        TrajOODError: an impossible value.
     """
 
     epochs: int = 8
@@ -57,21 +64,25 @@ class Recipe:
             raise TrajOODError("train: mask_ratios: expected at least one, got none")
         if self.loss == "masked" and min(self.mask_ratios) == 0:
             raise TrajOODError(
-                "train: loss 'masked' needs every mask ratio above 0, got 0: there is nothing to predict"
+                "train: loss 'masked': expected mask ratios above 0, got 0, which leaves nothing to predict: remove it"
             )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run, as its YAML file says.
+    """The settings of a training run.
 
     Attributes:
-        name: of the model. benchmark: whose ID training split. family: ``vit_mae``, ``conv`` or
-            ``classifier``.
-        model: the family's geometry: keys of transformers' ViTMAEConfig; ``width`` and ``bottleneck``; for a classifier
-            ``architecture``, a timm name, and arguments timm builds it with.
-        recipe: see :class:`Recipe`. seed: of weights and batches.
-        health_images: training images whose trajectories the model card reports at the end.
+        name: name of the model.
+        benchmark: the benchmark whose ID training split is used.
+        family: ``vit_mae``, ``conv`` or ``classifier``.
+        image_size: side of the images.
+        channels: number of image channels.
+        model: geometry of the network: for ``vit_mae`` keys of transformers' ViTMAEConfig; for ``conv`` ``width`` and
+            ``bottleneck``; for a classifier ``architecture``, a timm name, and timm's arguments for it.
+        recipe: see :class:`Recipe`.
+        seed: seed of weights and batches.
+        health_images: number of training images whose trajectories are reported in the model card. Default 2,000.
     """
 
     name: str
@@ -86,7 +97,7 @@ class TrainConfig:
 
     @classmethod
     def load(cls, source: str) -> TrainConfig:
-        """From a YAML file, or by the name of a bundled one.
+        """Read a YAML file, or a bundled config by its name.
 
         Raises:
             TrajOODError: no such file or name, not YAML, unknown or missing keys, bad values.
@@ -95,7 +106,7 @@ class TrainConfig:
         if not path.is_file():
             if path.parent == CONFIGS:
                 raise unknown_name("training config", source, [p.stem for p in CONFIGS.glob("*.yaml")])
-            raise TrajOODError(f"{path}: no such training config")
+            raise TrajOODError(f"{path}: no such training config: give the path of a YAML file or a bundled name")
         tree = read_yaml(path, "the training config")
         if not isinstance(tree, dict):
             raise TrajOODError(f"{path}: expected a mapping with {', '.join(f.name for f in fields(cls))}")
@@ -106,5 +117,5 @@ class TrainConfig:
         return config
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The config as plain JSON data."""
         return as_json(asdict(self))

@@ -1,4 +1,4 @@
-"""Training on images: kept small in memory, flipped at random, an epoch at a time."""
+"""Training on images: an image cache and a trainer that runs epochs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from traj_ood.training.config import TrainConfig
 from traj_ood.training.loop import SEED_STRIDE, Trainer, shuffled
 
 ImageLoss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""(images (B, C, H, W), their rows (B,) int64, source of all randomness) → scalar."""
+"""A loss function: images (B, C, H, W), their indices (B,) int64, and a generator for all randomness → scalar."""
 _STATISTICS_IMAGES = 10_000
 _CACHE_BYTES = 2**30
 
 
 class ImageTrainer(Trainer):
-    """Epochs over images, in batches that leave out what does not fill the last one.
+    """A trainer that runs epochs over images; an incomplete last batch is dropped.
 
     Args:
-        config: name, recipe and seed of the run; all of it is part of its identity.
-        module, out, further: see :class:`Trainer`.
-        images: see :class:`TrainingImages`. loss: what is minimised.
+        config: name, recipe and seed of the run, all part of its identity.
+        module: the network.
+        images: the training images.
+        loss: the loss to minimise.
+        out: see :class:`Trainer`.
+        further: other arguments of :class:`Trainer`.
     """
 
     def __init__(
@@ -65,16 +68,21 @@ class ImageTrainer(Trainer):
         return {"epoch": len(self.log) + 1}
 
     def save(self) -> None:
-        """As :meth:`Trainer.save`; raises ``TrajOODError`` also for images that have changed meanwhile."""
+        """As :meth:`Trainer.save`; also raises ``TrajOODError`` if images have changed during training."""
         self.images.check()
         super().save()
 
 
 class TrainingImages:
-    """Resized training images by index: kept as uint8 where they fit into 1 GiB, else read when needed.
+    """Resized training images by index, kept in memory as uint8 if they fit into 1 GiB, else read when needed.
 
+    Args:
+        source: the images.
+        shape: (C, H, W) after resizing.
+        workers: threads that read images. Default 4.
     Attributes:
-        digest: of the source, when it was first looked at. labels: the source's.
+        digest: digest of the source's contents at construction.
+        labels: labels of the source.
     """
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int], workers: int = 4) -> None:
@@ -90,15 +98,16 @@ class TrainingImages:
         return len(self._source)
 
     def check(self) -> None:
-        """Refuse images that have changed since they were first looked at, unless all of them are kept here.
+        """Check that the images have not changed since construction.
 
         Raises:
-            TrajOODError: says how many, and names the first.
+            TrajOODError: images have changed; the message gives their number and names the first.
         """
         check_unchanged(self._source, range(len(self)), self._contents)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel of the pixels in [0, 1], over at most 10,000 images, evenly taken."""
+        """Mean and standard deviation per channel of the pixels in [0, 1], over 10,000 evenly spaced images or fewer;
+        :meth:`batch` then normalises by them."""
         stride = max(1, len(self) // _STATISTICS_IMAGES)
         pixels = self._pixels(torch.arange(0, len(self), stride)).float() / 255
         self._mean = tuple(round(float(m), 4) for m in pixels.mean(dim=(0, 2, 3)))
@@ -106,7 +115,7 @@ class TrainingImages:
         return self._mean, self._std
 
     def batch(self, indices: Tensor) -> Tensor:
-        """(B, C, H, W) float32 in normalised units."""
+        """The images at ``indices`` (B,), (B, C, H, W) float32 in normalised units."""
         mean, std = torch.tensor(self._mean).view(-1, 1, 1), torch.tensor(self._std).view(-1, 1, 1)
         return (self._pixels(indices).float() / 255 - mean) / std
 

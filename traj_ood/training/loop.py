@@ -1,4 +1,4 @@
-"""The training loop that every model shares; an interrupted run continues to the same weights."""
+"""Trainer, the training loop of all models: an interrupted run resumes and ends with the same weights."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from traj_ood.text import brief, printable
 from traj_ood.training.config import Recipe
 
 RECORD = "training.json"
-"""File of the record of a finished training."""
+"""File name of the record of a finished training."""
 SEED_STRIDE = 1_000_003
-"""Rounds of one seed, at most: the next seed's begin there."""
+"""Distance between the round seeds of two consecutive seeds, and hence the maximum number of rounds."""
 CHECKPOINT_SECONDS = 10.0
-"""Between two checkpoints, at least: a round of few images takes milliseconds, less than writing its checkpoint."""
+"""Minimum time between two checkpoints, since a short round takes less time than writing its checkpoint."""
 _CHECKPOINT = "checkpoint.pt"
 
 
 class Trainer(ABC):
-    """A training run: rounds of optimizer steps, each with a line in the log; a checkpoint is written between rounds.
+    """A training run in rounds of optimizer steps, with a log line and possibly a checkpoint after each round.
 
-    A round is an epoch, or the steps between two checks. Subclasses say in :meth:`losses` what is minimised; what else
-    may differ (:meth:`rate`, :meth:`check`, :attr:`finished`) has a default. Each round draws everything random from a
-    seed of its own, so a run that continues from a checkpoint ends with the same weights as an uninterrupted one. The
-    caller's random numbers are not touched.
+    A round is an epoch, or the steps between two checks. Subclasses implement :meth:`losses`, and may override
+    :meth:`rate`, :meth:`check` and :attr:`finished`. Each round has its own random seed, so a run that resumes from a
+    checkpoint ends with the same weights as an uninterrupted one. The caller's random state is not changed.
 
     Args:
-        title: of the run, for messages and the progress bar.
-        module: on the device where it trains; in evaluation mode and without gradients at the end.
-        recipe: optimizer, learning rate, weight decay, clipping and schedule; what else is in it is for subclasses.
-            Biases, norms, class and mask tokens do not decay.
-        steps: optimizer steps of the run, at most. round_steps: of one round; the last may be shorter.
-        seed: of the first round; each later one has the next number.
+        title: title of the run in messages and the progress bar.
+        module: the network, on the device where it trains; afterwards in evaluation mode and without gradients.
+        recipe: optimizer, learning rate, weight decay, clipping and schedule; other fields are for subclasses. Biases,
+            norms, class and mask tokens do not decay.
+        steps: maximum number of optimizer steps.
+        round_steps: steps per round; the last round may be shorter.
+        seed: seed of the first round; each later round has the next number.
         out: folder of ``checkpoint.pt`` and ``log.jsonl``. Default: nothing is written.
-        identity: plain data that tell this run from others: a checkpoint of another identity is refused. The digest of
-            the code is added.
-        parameters: those that training changes. Default: all of the module's.
-        on_round: called with the trainer when the log has a new line, before the checkpoint.
-        quiet: no progress bar.
+        identity: plain data that identify the run; a checkpoint with another identity is refused. The digest of the
+            code is added.
+        parameters: the parameters to train. Default: all of the module's.
+        on_round: called with the trainer after each new log line, before the checkpoint.
+        quiet: whether to show no progress bar.
     Attributes:
-        log: one line per finished round: ``step`` (how many have been made), mean ``loss``, ``learning_rate`` of the
-            last step, ``seconds``, and what :meth:`check` says.
-        kept: weights that :meth:`keep` has copied, by name; they are in the checkpoint, too.
+        log: one line per finished round: ``step`` (steps made so far), mean ``loss``, ``learning_rate`` of the last
+            step, ``seconds``, and the result of :meth:`check`.
+        kept: weights that :meth:`keep` has copied, by name; part of the checkpoint.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class Trainer(ABC):
 
     @abstractmethod
     def losses(self, steps: int, draws: torch.Generator) -> Iterator[Tensor]:
-        """The scalar losses of ``steps`` batches, each computed when it is asked for; ``draws`` decides all of them."""
+        """Yield the scalar losses of ``steps`` batches, one at a time; all randomness comes from ``draws``."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         return learning_rate(self.recipe, step, self.steps)
 
     def check(self) -> dict[str, float]:
-        """What the log says of the round that has just ended, beside loss, rate and time."""
+        """Further entries for the log line of the round that has just ended. Default: none."""
         return {}
 
     @property
@@ -113,7 +113,7 @@ class Trainer(ABC):
 
     @property
     def step(self) -> int:
-        """Steps made in finished rounds."""
+        """Number of steps made in finished rounds."""
         return int(self.log[-1]["step"]) if self.log else 0
 
     @property
@@ -121,30 +121,30 @@ class Trainer(ABC):
         return self.parameters[0].device
 
     def keep(self, name: str) -> None:
-        """Copy the weights as they are now to :attr:`kept`."""
+        """Copy the current weights to :attr:`kept`."""
         self.kept[name] = {key: value.detach().clone() for key, value in self.module.state_dict().items()}
 
     def save(self) -> None:
         """Write checkpoint and log.
 
         Raises:
-            TrajOODError: an unwritable folder.
+            TrajOODError: the folder is not writable.
         """
         if self.out is None:
             return
         state = {"identity": self._identity, "log": self.log, "kept": self.kept}
         state |= {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        buffer = io.BytesIO()  # a full disk is an error of the operating system only while plain bytes are written
+        buffer = io.BytesIO()  # a full disk then raises OSError in write_atomic, not an error of torch
         torch.save(state, buffer)
         write_atomic(self.out / _CHECKPOINT, buffer.getvalue())
         write_atomic(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
         self._saved = time.monotonic()
 
     def resume(self) -> None:
-        """Continue from the checkpoint, if there is one.
+        """Restore the state from the checkpoint, if there is one.
 
         Raises:
-            TrajOODError: it is damaged, or of another run.
+            TrajOODError: the checkpoint is damaged, or of another run.
         """
         if self.out is None or not (self.out / _CHECKPOINT).is_file():
             return
@@ -156,22 +156,24 @@ class Trainer(ABC):
                 self.module.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.log, self.kept = state["log"], state["kept"]
-        except Exception as error:  # pickle, zipfile and torch each have error classes of their own
+        except Exception as error:  # pickle, zipfile and torch raise different error classes
             raise TrajOODError(
                 f"{path}: damaged checkpoint ({brief(error)}): delete it, or start over with --fresh (fresh=True)"
             ) from error
         if different:
             raise TrajOODError(
-                f"{path}: made with another {', '.join(different)}: choose another folder (--out), or start over with "
-                "--fresh (fresh=True)"
+                f"{path}: checkpoint of a run with another {', '.join(different)}: choose another folder (--out), or "
+                "start over with --fresh (fresh=True)"
             )
 
     # ------------------------------------------------------------------ training
 
     @training_settings()
     def run(self, fresh: bool = False) -> None:
-        """All rounds that are not in the checkpoint yet; ``fresh`` disregards it.
+        """Train until :attr:`finished`, from the checkpoint if there is one.
 
+        Args:
+            fresh: ignore the checkpoint.
         Raises:
             TrajOODError: an unwritable folder, a checkpoint that is damaged or of another run, or a loss or weights
                 that are not finite.
@@ -179,7 +181,7 @@ class Trainer(ABC):
         if not fresh:
             self.resume()
         if not self.finished:
-            self.save()  # before hours of work: is the folder writable at all?
+            self.save()  # fails now, before hours of work, if the folder is not writable
         try:
             with tqdm(
                 total=self.steps,
@@ -196,11 +198,11 @@ class Trainer(ABC):
             self.module.eval().requires_grad_(False)
 
     def train_round(self, bar: tqdm[Any]) -> None:
-        """The next round: ``round_steps`` steps (the last round may be shorter), then :meth:`check`."""
+        """Run the next round: ``round_steps`` steps (the last round may be shorter), then :meth:`check`."""
         began, seed, before, total = time.perf_counter(), self._seed + len(self.log), self.step, 0.0
         draws = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # dropout, where a network has it
+            torch.manual_seed(seed)  # for dropout
             self.module.train()
             for p in self.parameters:
                 p.requires_grad_(True)
@@ -219,7 +221,7 @@ class Trainer(ABC):
             self.save()
 
     def _descend(self, loss: Tensor, step: int) -> float:
-        """One optimizer step down ``loss``, whose value is returned."""
+        """Make one optimizer step on ``loss``, and return its value."""
         if not bool(loss.isfinite()):
             raise TrajOODError(
                 f"{self.title}: the loss is {loss.item()} in step {step} of {self.steps}: lower the learning rate"
@@ -244,7 +246,7 @@ class Trainer(ABC):
     # ------------------------------------------------------------------ what is left of it
 
     def record(self) -> dict[str, Any]:
-        """What the record of every training says: its log and seconds, and the code and libraries behind it."""
+        """The part of the record that all trainings share: log, seconds, commit and versions of libraries."""
         return {
             "log": self.log,
             "seconds": round(sum(line["seconds"] for line in self.log), 1),
@@ -255,7 +257,7 @@ class Trainer(ABC):
     def write_record(self, record: Mapping[str, Any], card: str) -> None:
         """Write README.md and ``training.json``, and remove the checkpoint.
 
-        The record comes last: its presence says that everything else is there.
+        The record is written after all other files, so its presence shows that the training is complete.
         """
         if self.out is not None:
             write_atomic(self.out / "README.md", card.encode())
@@ -264,14 +266,14 @@ class Trainer(ABC):
 
 
 def shuffled(rows: Tensor, batch_size: int, steps: int, draws: torch.Generator) -> tuple[Tensor, ...]:
-    """``steps`` batches of ``rows`` (N,): as many whole passes in random order as it takes, cut off."""
+    """``steps`` batches from ``rows`` (N,), in as many randomly ordered passes as needed, of which the last is cut."""
     count = steps * batch_size
     passes = [rows[torch.randperm(len(rows), generator=draws)] for _ in range(-(-count // len(rows)))]
     return torch.cat(passes)[:count].split(batch_size)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The rate of one step: linear warm-up, then the recipe's schedule down to 0 (or constant)."""
+    """The learning rate of a step (from 0): linear warm-up, then the recipe's schedule down to 0, or constant."""
     warmup = max(1, round(recipe.warmup * steps))
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup

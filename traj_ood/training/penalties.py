@@ -1,6 +1,7 @@
-"""Penalties on Jacobians, estimated from one random direction v ~ N(0, I) for each row.
+"""Penalties on Jacobians, estimated without bias from one random direction v ~ N(0, I) per row.
 
-E ‖Jᵀv‖² = ‖J‖_F² and E ‖(J − Jᵀ)v‖² = ‖J − Jᵀ‖_F² (Hutchinson): a second backward pass instead of one for each unit.
+E ‖Jᵀv‖² = ‖J‖_F² and E ‖(J − Jᵀ)v‖² = ‖J − Jᵀ‖_F² (Hutchinson), which takes one further backward pass instead of one
+per unit.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from torch import Tensor
 
 
 def squared_jacobian(outputs: Tensor, inputs: Tensor, draws: torch.Generator) -> Tensor:
-    """Unbiased estimate of the mean over rows of ‖∂ outputs / ∂ inputs‖_F², rows depending on their own row alone.
+    """Unbiased estimate of the mean over rows of ‖∂ outputs / ∂ inputs‖_F², for a row-wise function.
 
     Args:
-        outputs: (B, …), computed of ``inputs`` (B, …), which require a gradient.
-        draws: of the direction.
+        outputs: (B, …), computed from ``inputs``.
+        inputs: (B, …), which require a gradient.
+        draws: generator of the direction.
     """
     v = torch.randn(outputs.shape, generator=draws).to(outputs.device)
     (gradient,) = torch.autograd.grad((outputs * v).sum(), inputs, create_graph=True)
@@ -24,13 +26,14 @@ def squared_jacobian(outputs: Tensor, inputs: Tensor, draws: torch.Generator) ->
 
 
 def squared_asymmetry(function: Callable[[Tensor], Tensor], points: Tensor, draws: torch.Generator) -> Tensor:
-    """Unbiased estimate of the mean over rows of ‖J − Jᵀ‖_F², J the Jacobian of a map of (B, k) into itself.
+    """Unbiased estimate of the mean over rows of ‖J − Jᵀ‖_F², with J the Jacobian of a row-wise map (B, k) → (B, k).
 
-    J is symmetric where f(z) − z is the gradient of something, as it is of a log density in the ideal denoiser.
+    J is symmetric if f(z) − z is a gradient, as for the optimal denoiser, where it is that of a log density.
 
     Args:
-        function: each of its rows depends on the same row alone. points: (B, k), where J is taken.
-        draws: of the direction.
+        function: the map.
+        points: (B, k), where J is evaluated.
+        draws: generator of the direction.
     """
     v = torch.randn(points.shape, generator=draws).to(points)
     start = points.detach().requires_grad_(True)

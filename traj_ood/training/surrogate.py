@@ -1,4 +1,4 @@
-"""Train a SurrogateAutoencoder on a frozen backbone's features: resumable, logged, checked for healthy attractors."""
+"""Trains a SurrogateAutoencoder on a frozen backbone's features, and checks the health of its attractors."""
 
 from __future__ import annotations
 
@@ -35,25 +35,40 @@ _HEALTH_FEATURES = 2000
 
 @dataclass(frozen=True)
 class SurrogateRecipe:
-    """How to train a surrogate. Defaults were chosen on convergence, distinct attractors and held-out loss alone.
+    """The hyperparameters of a surrogate. Defaults were chosen by convergence, distinct attractors and held-out loss
+    only.
 
     Attributes:
-        steps: most optimizer steps. Default 2,000: 11 passes over 45,000 features, minutes on two cores, and as many
-            for a small set.
-        check_every: steps between two checks of the held-out loss, each with a log line and a checkpoint.
-        patience: checks without a better held-out loss before training stops; the best weights are kept.
-        batch_size, learning_rate, weight_decay, clip: as usual; AdamW with betas 0.9, 0.95; ``clip`` is the
-            gradient's norm; biases do not decay. The rate follows a cosine after ``warmup``, a share of ``steps``.
-        input_noise: deviation of the Gaussian noise added to the standardised features; it is what makes f contract.
-            None (default) is 0.055·√n of n features, at least 0.7: along the few directions in which features vary, the
-            variance grows with n, and noise that is small beside it leaves f close to the identity. More noise merges
-            attractors. Figures of this choice, of ``latent_noise`` and of ``jacobian``: docs/choices.md.
-        noise_levels: multiples of that deviation, of which each row of a batch draws one. Default (1,): one level.
-        latent_noise: likewise on z, where ‖z‖² = k. Default 0: it helped one feature set and hurt another.
-        jacobian: weight of ‖∂f/∂z · v‖² / ‖v‖² at a random direction v. Default 0: it speeds f up by merging
-            attractors, in the end into one.
-        val_fraction: share of the features held out, drawn by the seed; 5,000 features at most.
-        hidden, bottleneck, activation, latent_norm: of :class:`SurrogateNetwork`; None takes its defaults.
+        steps: maximum number of optimizer steps. Default 2,000: 11 passes over 45,000 features, which takes minutes on
+            two cores.
+        check_every: steps between two checks of the held-out loss, each with a log line.
+        patience: number of checks without a lower held-out loss after which training stops; the best weights are kept.
+        batch_size: features per step.
+        learning_rate: the highest rate; after the warm-up it follows a cosine. The optimizer is AdamW with betas 0.9,
+            0.95.
+        weight_decay: not applied to biases.
+        clip: maximum norm of the gradient.
+        warmup: share of ``steps`` in which the learning rate rises linearly.
+        input_noise: standard deviation of the Gaussian noise added to the standardised features, which makes f
+            contract. None (default) is 0.055·√n for n features, at least 0.7: along the few directions in which
+            features vary, the variance grows with n, and noise that is small in comparison leaves f close to the
+            identity. More noise merges attractors. For measurements of this choice, of ``latent_noise`` and of
+            ``jacobian`` see docs/choices.md.
+        noise_levels: factors of that standard deviation, of which one is drawn per row of a batch. Default (1,).
+        latent_noise: standard deviation of noise added to z, where ‖z‖² = k. Default 0: it improved one feature set and
+            worsened another.
+        jacobian: weight of the penalty ‖∂f/∂z · v‖² / ‖v‖² at a random direction v. Default 0: it makes f converge
+            faster by merging attractors, finally into one.
+        contractive: weight of the penalty ‖J_E‖_F² / n at the clean features, as in a contractive autoencoder. Default
+            0.
+        asymmetry: weight of the penalty ‖J_f − J_fᵀ‖_F² / k, which is 0 if f(z) − z is a gradient. Default 0.
+        val_fraction: share of the features that is held out, drawn by the seed; at most 5,000 features.
+        hidden: see :class:`SurrogateNetwork`; None takes its default.
+        bottleneck: likewise.
+        activation: likewise.
+        latent_norm: likewise.
+    Raises:
+        TrajOODError: an impossible value.
     """
 
     steps: int = 2000
@@ -88,7 +103,7 @@ class SurrogateRecipe:
                 raise TrajOODError(f"surrogate recipe: {key} must be 0 or more and finite, got {getattr(self, key)}")
         if not self.noise_levels or not all(0 <= level < math.inf for level in self.noise_levels):
             raise TrajOODError(
-                f"surrogate recipe: noise_levels must be one or more finite multiples from 0 on, got "
+                f"surrogate recipe: noise_levels must be one or more finite factors of at least 0, got "
                 f"{self.noise_levels}"
             )
         if not 0 < self.val_fraction < 1:
@@ -103,11 +118,11 @@ class SurrogateRecipe:
             )
 
     def noise(self, features: int) -> float:
-        """Deviation of the input noise for features of that width."""
+        """Standard deviation of the input noise for features of a given width."""
         return max(0.7, 0.055 * math.sqrt(features)) if self.input_noise is None else self.input_noise
 
     def network(self, features: int) -> SurrogateNetwork:
-        """An untrained network for features of that width; torch's global generator draws its weights."""
+        """Build an untrained network for features of a given width, with weights from torch's global generator."""
         return SurrogateNetwork(
             features, self.hidden, self.bottleneck, activation=self.activation, latent_norm=self.latent_norm
         )
@@ -125,23 +140,23 @@ def fit_surrogate(
     fresh: bool = False,
     quiet: bool = False,
 ) -> SurrogateAutoencoder:
-    """Train a surrogate on features of ID training images, and follow the trajectories of up to 2,000 of them.
+    """Train a surrogate on features of ID training images, and measure the health of its attractors on up to 2,000.
 
-    The same seed, features and recipe give the same weights on one machine, also after an interruption: every round
-    of ``check_every`` steps draws from its own seed. Class labels play no part.
+    The same seed, features and recipe give the same weights on the same machine, even after an interruption, because
+    every round of ``check_every`` steps has its own seed. Class labels are not used.
 
     Args:
-        backbone: whose features these are; it is not called.
-        features: (N, n) as ``backbone.extract`` gives them, not standardised; at least 32.
-        recipe: default :class:`SurrogateRecipe`.
-        seed: of weights, held-out share and batches.
+        backbone: the backbone of the features; it is not called.
+        features: (N, n) as ``backbone.extract`` returns them, not standardised; N >= 32.
+        recipe: hyperparameters. Default :class:`SurrogateRecipe`.
+        seed: seed of weights, held-out share and batches.
         out: folder for checkpoint, model, ``training.json`` and README.md. Default: nothing is written.
         name: see :class:`SurrogateAutoencoder`.
-        data: where the features come from, for the record.
+        data: origin of the features, for the record.
         fresh: ignore a checkpoint in ``out``.
-        quiet: no progress bar.
+        quiet: whether to show no progress bar.
     Returns:
-        The surrogate on the backbone's device; ``record["health"]`` is its dictionary's health.
+        The surrogate on the backbone's device; ``record["health"]`` holds the health of its attractors.
     Raises:
         TrajOODError: features that are too few, not finite, of another width or all the same; a loss that is not
             finite; an unwritable folder, or a checkpoint that is damaged or of other settings.
@@ -169,7 +184,14 @@ def fit_surrogate(
 
 
 def surrogate_health(model: SurrogateAutoencoder, features: Tensor, *, seed: int = 0, quiet: bool = True) -> Health:
-    """Convergence of f at the paper's tolerance, on up to 2,000 of (N, n) ID training features drawn by ``seed``."""
+    """Health of a surrogate's attractors at the paper's tolerance.
+
+    Args:
+        model: the surrogate.
+        features: (N, n) ID training features, of which at most 2,000 are used.
+        seed: seed of that sample.
+        quiet: whether to show no progress bar.
+    """
     rows = sample_indices(len(features), min(_HEALTH_FEATURES, len(features)), seed, "surrogate/health")
     encoding = model.examine_features(Features(features[torch.tensor(rows)], None))
     with tqdm(total=len(rows), desc="attractors", unit="img", delay=2, disable=quiet, leave=False) as bar:
@@ -184,13 +206,18 @@ def surrogate_health(model: SurrogateAutoencoder, features: Tensor, *, seed: int
 
 
 class SurrogateTrainer(Trainer):
-    """Trains on batches of features; checks of the held-out loss say when to stop, and which weights are kept.
+    """A trainer of surrogate networks that stops early by the held-out loss, and keeps the weights with the lowest.
 
     Args:
-        model: whose network is trained. features: (N, n), of which the seed draws those that are held out.
-        recipe, seed, out, quiet: see :func:`fit_surrogate`.
+        model: the surrogate whose network is trained.
+        features: (N, n), split by ``seed`` into training and held-out features.
+        recipe: see :func:`fit_surrogate`.
+        seed: see :func:`fit_surrogate`.
+        out: see :func:`fit_surrogate`.
+        quiet: see :func:`fit_surrogate`.
     Attributes:
-        val, rows: (V,) and (N − V,) rows of ``features`` that are held out and trained on.
+        val: (V,) indices of the held-out features.
+        rows: (N − V,) indices of the training features.
     """
 
     def __init__(
@@ -231,7 +258,7 @@ class SurrogateTrainer(Trainer):
 
     @property
     def best_check(self) -> int:
-        """Number of the check with the lowest held-out loss, the first of equals."""
+        """Index of the first check with the lowest held-out loss."""
         return min(range(len(self.log)), key=lambda i: self.log[i]["val_loss"])
 
     @property
@@ -240,7 +267,7 @@ class SurrogateTrainer(Trainer):
         return super().finished or waited >= self.options.patience
 
     def run(self, fresh: bool = False) -> None:
-        """As :meth:`Trainer.run`; the best weights are in the network at the end."""
+        """As :meth:`Trainer.run`; afterwards the network has the best weights."""
         super().run(fresh)
         self.network.load_state_dict(self.kept["best"])
 
@@ -257,11 +284,11 @@ class SurrogateTrainer(Trainer):
         return {"val_loss": denoising, "val_clean": clean}
 
     def standardised(self, rows: Tensor) -> Tensor:
-        """(B, n) features of these rows (B,), standardised, on the network's device."""
+        """The features at ``rows`` (B,), standardised, (B, n) on the network's device."""
         return self.network.standardise(self.features.index_select(0, rows).to(self.device))
 
     def loss(self, clean: Tensor, draws: torch.Generator) -> Tensor:
-        """Mean squared error of ``clean`` (B, n) from its noisy self, plus the recipe's penalties on Jacobians."""
+        """Mean squared error of reconstructing ``clean`` (B, n) with noise added, plus the penalties on Jacobians."""
         recipe, network = self.options, self.network
         latents = network.encode(self.noisy(clean, draws))
         if recipe.latent_noise:
@@ -269,7 +296,7 @@ class SurrogateTrainer(Trainer):
         return (network.decode(latents) - clean).square().mean() + self.penalties(clean, latents.detach(), draws)
 
     def noisy(self, clean: Tensor, draws: torch.Generator) -> Tensor:
-        """``clean`` (B, n) with noise of the recipe's levels."""
+        """Add noise of the recipe's levels to ``clean`` (B, n)."""
         recipe = self.options
         noise = _noise(clean, recipe.noise(clean.shape[1]), draws)
         if recipe.noise_levels != (1.0,):
@@ -278,7 +305,7 @@ class SurrogateTrainer(Trainer):
         return clean + noise
 
     def penalties(self, clean: Tensor, latents: Tensor, draws: torch.Generator) -> Tensor | float:
-        """The recipe's, at features (B, n) and latents (B, k), neither with a gradient; 0 without any."""
+        """The sum of the recipe's penalties at features (B, n) and latents (B, k), detached; 0 without penalties."""
         recipe, network = self.options, self.network
         found: Tensor | float = 0.0
 
@@ -300,7 +327,7 @@ class SurrogateTrainer(Trainer):
         return found
 
     def held_out_loss(self) -> tuple[float, float]:
-        """Mean squared error of the denoising (same noise at every check) and of the clean reconstruction."""
+        """Mean squared error on the held-out features with noise (the same at every check) and without."""
         draws = torch.Generator().manual_seed(self.seed)
         errors = torch.zeros(2, dtype=torch.float64)
         with torch.inference_mode():
@@ -344,16 +371,16 @@ def _record(model: SurrogateAutoencoder, trainer: SurrogateTrainer, data: Mappin
 
 
 def warn_of_health(model: SurrogateAutoencoder) -> None:
-    """Warn of every reason why the attractors are unhealthy, as the model's record has them."""
+    """Warn of each reason in the model's record why its attractors are unhealthy."""
     for text in model.record.get("health", {}).get("warnings", []):
         warn(f"surrogate of {model.backbone.name}: unhealthy attractors: {text}", stacklevel=3)
 
 
 def check_count(backbone: Backbone, count: int) -> None:
-    """Refuse too few features.
+    """Check that there are at least 32 features.
 
     Raises:
-        TrajOODError: names the backbone.
+        TrajOODError: there are fewer.
     """
     if count < MIN_FEATURES:
         raise TrajOODError(

@@ -1,4 +1,4 @@
-"""Surrogates of backbones for benchmarks: a finished one from a folder, else trained on features that stay there."""
+"""Surrogates of backbones for benchmarks, trained once and reused from a cache folder with their features."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from traj_ood.training.surrogate import (
 )
 
 LIMIT = 50_000
-"""Training features a surrogate is trained on at most: 400 MB at 2,048 dimensions."""
-_SAMPLE_SEED = 0  # of the sample of LIMIT images: surrogates of several seeds share one extraction
+"""Maximum number of training features: 400 MB at 2,048 dimensions."""
+_SAMPLE_SEED = 0  # fixed, so that surrogates of several seeds share the same sample of features
 
 
 def surrogate_for(
@@ -55,21 +55,23 @@ def surrogate_for(
     fresh: bool = False,
     quiet: bool = False,
 ) -> SurrogateAutoencoder:
-    """The surrogate of a backbone for a benchmark's ID training split: a finished one from ``out``, else trained now.
+    """The surrogate of a backbone for a benchmark's ID training split, loaded from ``out`` if it exists, else trained.
 
     Args:
         backbone: a spec such as ``timm:resnet18`` (see :func:`traj_ood.backbones.load_backbone`), or a backbone.
-        benchmark: its training split alone is read.
-        out: features go to ``out/features``, the surrogate to a folder of ``out/surrogates`` that is named after the
-            backbone's fingerprint and transform, the images' contents, recipe and seed; one that other code of this
-            package has trained is trained again. Default: ``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``.
-        recipe, seed, quiet: see :func:`fit_surrogate`.
+        benchmark: only its training split is read.
+        out: features are stored in ``out/features``, surrogates in subfolders of ``out/surrogates`` that are named
+            after the backbone's fingerprint and transform, the images' contents, recipe and seed. A surrogate trained
+            by another version of this package's code is trained again. Default: ``$TRAJ_OOD_DATA``, or
+            ``~/.cache/traj_ood``.
+        recipe: see :func:`fit_surrogate`.
+        seed: see :func:`fit_surrogate`.
         workers: threads that read images.
         on_error: ``raise`` (default) or ``skip`` images that cannot be read.
-        limit: most training images; a larger split is sampled, the same whatever the seed. Default 50,000.
+        limit: maximum number of training images; a larger split is sampled, independent of ``seed``. Default 50,000.
         device: where backbone and surrogate run. Default: where the backbone is.
-        fresh: train again even when a finished surrogate or a checkpoint is there, on features that are extracted
-            again of images that are hashed again.
+        fresh: ignore a finished surrogate, a checkpoint and stored features, and hash the images again.
+        quiet: whether to show no progress bar.
     Raises:
         TrajOODError: see :func:`fit_surrogate`; also images that are missing or cannot be read, damaged files in
             ``out``, and impossible arguments.
@@ -115,11 +117,11 @@ def surrogate_for(
 
 
 def _is_wanted(model: SurrogateAutoencoder, on_error: OnError) -> bool:
-    """Whether a finished surrogate is what training would give now: made by this code, of this backbone's answers, and
-    not without images that the caller wants read or reported."""
+    """Whether a finished surrogate is the one that training would give now: trained by this code, on a backbone with
+    the same outputs, and without skipped images unless ``on_error`` is ``skip``."""
     record, own = model.record, backbone_answers(model.backbone)
     versions = record.get("versions", {})
-    ours = origin_of(type(model.backbone)) is None  # then what a user imported has no part in it
+    ours = origin_of(type(model.backbone)) is None  # then code that the user imported does not matter
     stored = versions.get("package") if ours and "package" in versions else versions.get("code")
     return (
         stored == (package_digest() if ours and imported() else code_digest())
@@ -131,7 +133,7 @@ def _is_wanted(model: SurrogateAutoencoder, on_error: OnError) -> bool:
 def _extract(
     backbone: Backbone, images: ImageSource, cache: FeatureCache, workers: int, on_error: OnError, quiet: bool
 ) -> tuple[Tensor, int]:
-    """(N, n) features of every image that can be read, and how many cannot."""
+    """Features (N, n) of all images that can be read, and the number of those that cannot."""
     parts: list[Tensor] = []
     skipped = 0
     title = printable(f"features of {backbone.name}")
