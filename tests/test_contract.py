@@ -862,7 +862,7 @@ def test_what_is_no_stream_of_encodings_is_named() -> None:
     scorers = fitted("conv")
     with pytest.raises(TrajOODError, match="encodings: expected several, such as a list or generator, got one"):
         list(scorers.score_all(model("conv").examine(tiny.images(3))))  # type: ignore[arg-type]
-    with pytest.raises(TrajOODError, match=r"encodings: expected what autoencoder\.examine.* returns, got Tensor"):
+    with pytest.raises(TrajOODError, match=r"encodings: expected results of autoencoder\.examine.*, got Tensor"):
         list(scorers.score_all([tiny.images(3)]))  # type: ignore[list-item]
     with pytest.raises(TrajOODError, match="ids: expected a name for each of 14 images, got 1"):
         ScorerSet(model("conv"), ["knn"]).fit(train_images(), ids=["a"])

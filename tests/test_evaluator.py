@@ -410,10 +410,10 @@ def test_an_image_without_a_score_is_refused_or_counted(place: Path, tmp_path: P
 
 def test_training_images_that_nothing_can_be_learnt_from(place: Path, tmp_path: Path) -> None:
     blind = CallableAutoencoder(lambda x: 0 * x.flatten(1), lambda z: z.reshape(-1, 1, 8, 8), (1, 8, 8), name="mae")
-    with pytest.raises(TrajOODError, match=r"mae: the features \(mean\) of all 12 training images are the same"):
+    with pytest.raises(TrajOODError, match=r"mae: the features \(mean\) of all 12 training images are equal"):
         evaluator(place, tmp_path / "a", scorers=("mahalanobis",), model=blind).run()
     lost = CallableAutoencoder(lambda x: x.flatten(1) / 0, lambda z: z.reshape(-1, 1, 8, 8), (1, 8, 8), name="mae")
-    with pytest.raises(TrajOODError, match=r"mae: features \(mean\) of 12 of 12 training images not finite, first"):
+    with pytest.raises(TrajOODError, match=r"mae: features \(mean\) of 12 of 12 training images are not finite, first"):
         evaluator(place, tmp_path / "b", scorers=("mahalanobis",), model=lost).run()
 
 

@@ -19,18 +19,21 @@ class CompiledMap:
 
     Args:
         self_map: f.
-        rows: of the calls to compile for; others are answered by ``self_map``. Default: those of the first call.
-        graphs: record CUDA graphs, too (``mode="reduce-overhead"``): for networks whose kernels are so short that
-            launching them takes longer. Their answers lie in one buffer, so each is copied.
+        rows: number of rows of the calls to compile for; other calls go to ``self_map``. Default: that of the first
+            call.
+        graphs: whether to record CUDA graphs, too (``mode="reduce-overhead"``), for networks whose kernels take less
+            time than their launch. Results share one buffer, so each is copied.
+    Attributes:
+        fell_back: why the compiler failed and ``self_map`` is called instead; empty if it did not.
     """
 
     def __init__(self, self_map: Callable[[Tensor], Tensor], *, rows: int | None = None, graphs: bool = False) -> None:
         self._map, self._rows, self._graphs = self_map, rows, graphs
-        # Whose method it is: the engine puts that model into evaluation mode, and names it in errors.
+        # As of a bound method: the engine puts this model into evaluation mode, and names it in messages.
         self.__self__ = getattr(self_map, "__self__", None)
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._shape: tuple[int, ...] | None = None
-        self.fell_back = ""  # why f itself answers; empty while it does not
+        self.fell_back = ""
 
     def __call__(self, latents: Tensor) -> Tensor:
         if self.fell_back or not self._is_compiled_for(latents):
@@ -44,14 +47,14 @@ class CompiledMap:
                 torch.compiler.cudagraph_mark_step_begin()
                 return self._compiled(latents).clone()
             return self._compiled(latents)
-        except Exception as error:  # the compiler's, of any kind: f's own faults come again from f itself
+        except Exception as error:  # any error of the compiler; an error of f is raised again by the next line
             answer = self._map(latents)
             self.fell_back = f"{type(error).__name__}: {brief(error)}"
             warnings.warn(f"torch.compile failed, f runs uncompiled ({self.fell_back})", stacklevel=2)
             return answer
 
     def _is_compiled_for(self, latents: Tensor) -> bool:
-        """Or will be, at this call."""
+        """Whether f is compiled for latents of this shape, or will be at this call."""
         if self._shape is not None:
             return tuple(latents.shape) == self._shape
         return self._rows in (None, len(latents))

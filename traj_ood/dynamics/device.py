@@ -79,8 +79,10 @@ def _operations(*backends: Any) -> list[Any]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Without TF32, also where :func:`set_tf32` allows it: for what relies on a bound on float32's rounding. Other
-    threads compute more exactly meanwhile, not less."""
+    """Context without TF32, even if :func:`set_tf32` allows it, for code that relies on a bound on float32 rounding.
+
+    Other threads are affected meanwhile, but only become more accurate.
+    """
     if not _PROCESS.tf32:
         yield
         return

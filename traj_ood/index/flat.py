@@ -31,14 +31,14 @@ _HNSW_LINKS, _HNSW_BUILD, _HNSW_SEARCH = 32, 80, 64  # wider than FAISS's defaul
 
 
 def flat_backend(backend: Backend, device: torch.device) -> type[TorchFlat] | type[FaissFlat]:
-    """The class of the exact backend; ``auto`` takes FAISS where it is installed and supports the device.
+    """The class of the exact backend; ``auto`` takes FAISS on the CPU if it is installed, else torch.
 
     Raises:
         TrajOODError: an unknown name, or ``faiss`` where it cannot be imported.
     """
     if backend not in ("auto", "faiss", "torch"):
         raise unknown_name("index backend", backend, ("auto", "faiss", "torch"))
-    if backend == "torch" or (backend == "auto" and device.type != "cpu"):  # FAISS takes its queries from the host
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):  # FAISS takes queries from the host
         return TorchFlat
     try:
         import faiss

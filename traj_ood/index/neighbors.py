@@ -1,4 +1,4 @@
-"""What a search answers, and what an approximate one loses."""
+"""Results of a search, and the accuracy of an approximate one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Neighbors:
-    """``distances`` (B, k) float64 ascending (plain, not squared) and ``indices`` (B, k) int64 into the points."""
+    """The k nearest points of B queries.
+
+    Attributes:
+        distances: (B, k) float64 Euclidean distances, ascending.
+        indices: (B, k) int64 indices of the points.
+    """
 
     distances: Tensor
     indices: Tensor
@@ -17,13 +22,14 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class Recall:
-    """How much an approximate index loses against the exact search.
+    """The accuracy of an approximate index, relative to the exact search.
 
     Attributes:
-        queries: number of queries it was measured on.
-        recall: share of them whose nearest point (or one exactly as near) was found.
-        mean_excess, max_excess: (distance found − true distance) / true distance; infinite if a query lies on a point
-            that was missed.
+        queries: number of queries.
+        recall: share of the queries whose nearest point, or one exactly as near, was found.
+        mean_excess: mean of (distance found − true distance) / true distance; infinite if a query coincides with a
+            point that was missed.
+        max_excess: the maximum, likewise.
     """
 
     queries: int

@@ -1,8 +1,8 @@
-"""The nearest of N points for queries on an accelerator, with one read by the host, however many queries there are.
+"""OneReadSearch: the nearest of N points for queries on an accelerator, with a single read by the host.
 
-A search that opens groups of points asks, again and again, how many of something there are, and every answer makes the
-host wait for the device. Here all points are compared in one float32 product, whose shape nothing depends on; the host
-reads once how many pairs its rounding leaves open, and float64 differences decide among those.
+A search over groups of points reads counts repeatedly, and at every read the host waits for the device. Here all points
+are compared in one float32 product, on whose shape no result depends; the host reads once how many pairs its rounding
+leaves undecided, and float64 differences decide among these.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from torch import Tensor
 from traj_ood.dynamics.host import to_host
 from traj_ood.errors import TrajOODError
 
-_HELD = 2**24  # float64 values at a time: 128 MiB
+_BLOCK_VALUES = 2**24  # float64 values held at a time: 128 MiB
 
 
 class OneReadSearch:
-    """Points (N, d) in groups around a leader each, and bounds on what float32 makes of them.
+    """Searches points (N, d) that are grouped around leaders, with bounds on float32 rounding.
 
-    For a query q and a point p = l + o of the group with leader l, all less the points' mean,
-    ‖q − p‖² − ‖q‖² = (‖l‖² − 2 q·l) + (‖o‖² + 2 l·o − 2 q·o). The first term is that of any expansion, with an error
-    of the points' own scale; the second has one of the scale of ‖o‖, which tells members of a group apart however near
-    they are to each other. So a pair is left open unless another member of its group is nearer for certain by the
-    second term, or any point by both. Nobody who may be the nearest is left out.
+    For a query q and a point p = l + o of the group with leader l, all relative to the points' mean,
+    ‖q − p‖² − ‖q‖² = (‖l‖² − 2 q·l) + (‖o‖² + 2 l·o − 2 q·o). The error of the first term is relative to the points'
+    norms; that of the second is relative to ‖o‖, so that it distinguishes members of a group however near they are. A
+    pair is excluded only if another member of its group is certainly nearer by the second term, or any point by both;
+    no nearest point is missed.
 
     Args:
-        points: (N, d) float32 or float64, on their device. mean: (d,).
-        leaders: (G,) int64 points, and assigned: (N,) int64 the place among them of each point's leader.
-        unit: of the product's rounding, as a multiple of ‖x‖ · ‖y‖.
+        points: (N, d) float32 or float64, on their device.
+        mean: (d,) mean of the points.
+        leaders: (G,) int64 indices of the leaders.
+        assigned: (N,) int64 index into ``leaders`` of each point's leader.
+        unit: bound on the rounding error of a product, relative to ‖x‖ · ‖y‖.
     """
 
     def __init__(self, points: Tensor, mean: Tensor, leaders: Tensor, assigned: Tensor, unit: float) -> None:
@@ -38,7 +40,7 @@ class OneReadSearch:
         self._rows = points.new_empty(points.shape, dtype=torch.float32)  # leaders, and offsets from them
         scalars = points.new_empty((3, len(points)), dtype=torch.float64)
         everyone = torch.arange(len(points), device=points.device)
-        for some in everyone.split(max(1, _HELD // points.shape[1])):
+        for some in everyone.split(max(1, _BLOCK_VALUES // points.shape[1])):
             own = leaders[assigned[some]]
             centres, offsets = points[own].double() - mean, points[some].double() - points[own]
             self._rows[some] = torch.where((own == some)[:, None], centres, offsets).float()
@@ -56,11 +58,13 @@ class OneReadSearch:
         other_than: Tensor | None,
         exact: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Distances and indices (B, 1) of the nearest points; of those exactly as near, the first.
+        """Distances and indices (B, 1) of the nearest points; of equally near points the first.
 
         Args:
-            queries: (B, d). centred: the same less the mean, float32. error: (B,) float64 bounds on the first term's.
-            other_than: (B,) int64 a point that does not count for this query, or −1.
+            queries: (B, d).
+            centred: the queries minus the mean, float32.
+            error: (B,) float64 bounds on the error of the first term.
+            other_than: (B,) int64 index of a point to leave out for each query, or −1.
             exact: (queries, rows, points) → float64 distances of the pairs.
         Raises:
             TrajOODError: queries that are not finite.
@@ -70,7 +74,7 @@ class OneReadSearch:
             return torch.empty(0, 1, dtype=torch.float64), torch.empty(0, 1, dtype=torch.int64)
         lengths = centred.norm(dim=1)
         finite = lengths.isfinite()
-        step = max(1, _HELD // count)
+        step = max(1, _BLOCK_VALUES // count)
         left_open = []
         for i in range(0, len(queries), step):
             part = slice(i, i + step)
@@ -80,7 +84,7 @@ class OneReadSearch:
         bad, first, *counts = (int(value) for value in to_host([numbers])[0].tolist())
         if bad:
             raise TrajOODError(f"index queries: {bad} of {len(queries)} rows are not finite, first at row {first}")
-        # In their order: of a bool, a stable sort puts those that are true first.
+        # A stable descending sort of the mask puts the true elements first, in their order.
         pairs = torch.cat(
             [
                 mask.to(torch.uint8).argsort(descending=True, stable=True)[:found] + number * step * count
@@ -92,7 +96,7 @@ class OneReadSearch:
         return best[:, None], indices[:, None]
 
     def _left_open(self, centred: Tensor, lengths: Tensor, error: Tensor, other_than: Tensor | None) -> Tensor:
-        """(B, N) bool: the pairs that float32 does not rule out."""
+        """The pairs that float32 does not exclude, (B, N) bool."""
         product = (centred @ self._rows.T).double()
         to_leader = (self._shift - 2 * product)[:, self._leaders]  # (B, G)
         within = (self._shift - 2 * product).index_fill_(1, self._leaders, 0.0)
@@ -111,8 +115,15 @@ class OneReadSearch:
 def first_of_nearest(
     distances: Tensor, rows: Tensor, points: Tensor, queries: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Of pairs (P,) of a query (``rows``) and one of ``count`` points, for each of so many queries: the smallest of
-    their distances, infinite without a pair, and the first of the points that have it. Reads nothing."""
+    """Smallest distance of each query (infinite without a pair), and the first point at that distance; no host reads.
+
+    Args:
+        distances: (P,) distances of pairs.
+        rows: (P,) queries of the pairs.
+        points: (P,) points of the pairs.
+        queries: number of queries.
+        count: number of points.
+    """
     best = torch.full((queries,), torch.inf, dtype=torch.float64, device=distances.device)
     best.scatter_reduce_(0, rows, distances, "amin")
     first = torch.full((queries,), count, device=distances.device)

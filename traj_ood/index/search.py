@@ -1,10 +1,10 @@
-"""NeighborIndex: exact Euclidean distances to the nearest of many points, near zero and in high dimension.
+"""NeighborIndex: exact Euclidean distances to the nearest of many points, accurate near zero and in high dimension.
 
-‖x‖² + ‖y‖² − 2x·y, the form that FAISS, BLAS and ``cdist`` use, cancels when x is close to y: in float32 at
-d = 151,296 and ‖x‖ ≈ 400 a true distance of 0.01 comes out as 0.085. Here that form only proposes candidates, on
-centred points, with a bound on its rounding error that says which of them may be among the nearest; what is returned
-are direct differences in float64. Only searches for hundreds of neighbours use the form itself, in float64, and
-differences where even that cancels.
+The expansion ‖x‖² + ‖y‖² − 2x·y, which FAISS, BLAS and ``cdist`` use, cancels if x is close to y: in float32 at
+d = 151,296 and ‖x‖ ≈ 400 a true distance of 0.01 comes out as 0.085. Here the expansion, on centred points, only
+selects candidates, with a bound on its rounding error that guarantees that no nearest point is missed; returned
+distances are direct differences in float64. Only searches for hundreds of neighbours use the expansion itself, in
+float64, with direct differences where even that cancels.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from traj_ood.index.neighbors import Neighbors, Recall
 from traj_ood.index.one_read import OneReadSearch, first_of_nearest
 from traj_ood.index.scan import Scan, smallest, table
 
-# Groups of points (distinct attractors) from which an approximate index is used where it is asked for. Below, the
-# exact search of a query (one product with 100,000 points) is too short for the recall to be worth losing.
+# Number of groups (distinct attractors) from which an approximate index is used if requested. With fewer, the exact
+# search (one product with 100,000 points) is so short that losing recall is not worthwhile.
 APPROXIMATE_FROM = 100_000
 
 _UNIT = 2.0**-24  # float32 rounding
 # Errors of the float32 form reach 15 · _UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
 _ERROR_FACTOR = 32.0
-# Squared distances of a float64 product whose rounding bound is a larger share than this are computed again by direct
-# difference: the product rounds by the number of queries, and no distance may follow that by more than 1e-9.
+# Squared distances from a float64 product are computed again by direct difference if the relative rounding bound
+# exceeds this: the rounding depends on the number of queries, and distances must not depend on it by more than 1e-9.
 _RELATIVE = 1e-9
 _GROUP_RADIUS = 5e-3  # of the points' RMS distance to their mean: far above rounding, far below any score
 _BLOCK = 2**24  # float64 differences held at a time: 128 MiB
-_CACHED = 2**18  # of which a CPU's core takes so many, 2 MiB, without going to the memory: a fourth of the time
-_MAX_CANDIDATES = 256  # more neighbours than that are found faster by one float64 product
-_SPARE = 8  # candidates beyond k: they settle nearly every query
-_FEW = 16  # candidate groups, or a 16th of all: looking into more of them costs more than a float64 product
-_CROWD = 4  # members of a group left open by float32; settling more by direct difference costs more than float64
+_CACHED = 2**18  # float64 differences that fit into the cache of a CPU core, 2 MiB: takes a fourth of the time
+_MAX_CANDIDATES = 256  # more neighbours than this are found faster by one float64 product
+_SPARE = 8  # candidates beyond k, which suffice for nearly every query
+_FEW = 16  # candidate groups, or a 16th of all: searching more of them costs more than a float64 product
+_CROWD = 4  # members of a group left open by float32: more direct differences cost more than a float64 product
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -51,9 +51,9 @@ _SEARCHING = threading.RLock()
 
 
 def _alone(method: _Method) -> _Method:
-    """One search at a time, under torch's standard settings and without TF32, which no bound on rounding here allows
-    for: parts are built when they are first needed, FAISS reads numbers that belong to the process, and its GPU indices
-    are for one thread. Both use all cores by themselves."""
+    """Decorator that allows one search at a time, under torch's standard settings and without TF32, which the bounds on
+    rounding do not cover. One at a time, because indices are built lazily, FAISS has process-wide settings, and its GPU
+    indices are not thread-safe; a single search uses all cores."""
 
     @wraps(method)
     def guarded(*args: Any, **options: Any) -> Any:
@@ -64,32 +64,30 @@ def _alone(method: _Method) -> _Method:
 
 
 class NeighborIndex:
-    """Nearest points by Euclidean distance.
+    """An index of points for exact nearest-neighbour search by Euclidean distance.
 
-    Points closer together than a small radius (trajectories that ended on the same attractor) form a group around one
-    of them. :meth:`nearest` searches the groups' leaders first and opens only groups that the triangle inequality
-    cannot exclude, so a dictionary of 2,000 end points on 200 attractors costs little more than 200 points, and the
-    members of a group are told apart exactly because their differences are taken before any product. A query's
-    distances are within 1e-9 relative the same whatever other queries come with it, approximate or not.
+    Points within a small radius (trajectories that ended at the same attractor) form a group around a leader.
+    :meth:`nearest` first searches the leaders, and then only the groups that the triangle inequality cannot exclude, so
+    2,000 end points on 200 attractors cost little more than 200 points. Members of a group are distinguished exactly,
+    because their differences are taken before any product. Distances of a query do not depend on other queries beyond
+    1e-9 relative, whether the index is approximate or not.
 
     Args:
-        points: (N, d), finite. Kept on ``device`` as float32, or as float64 where they are.
-        backend: ``auto`` (default) takes FAISS on the CPU, where it is installed, and torch on an accelerator, where
-            :meth:`nearest` then makes the host wait once for all of its queries; both give the same distances.
-            ``faiss`` runs on the GPU when the points are there and FAISS sees one, on all GPUs in shards when there are
-            several and the points exceed ``SHARD_ABOVE`` bytes; queries then go by way of the host. It is what
-            :meth:`nearest` asks; :meth:`search` and :meth:`kth` always take torch's products.
-        device: where queries will come from. Default: where the points are.
-        approximate: leave to :meth:`nearest` not to look everywhere. Default ``none``: exact, as the paper's score is
-            defined. ``ivf`` looks into the cells of a k-means partition that are nearest to the query, ``hnsw`` walks
-            a graph of neighbours; both are FAISS's, on the CPU, over the groups' leaders, and only propose groups:
-            groups are opened exactly, so a nearest point may be missed but the distance to what is found is as exact
-            as without. Ask :meth:`recall` how many are missed. It is a permission: with fewer than
-            ``APPROXIMATE_FROM`` groups the search stays exact, because there it would give up recall for no time
-            worth having; the attribute ``approximate`` tells what is in use. Both builds are deterministic for one
-            version of FAISS. Recommended is ``ivf``: its k-means has a fixed seed and uses all threads, whereas the
-            graph depends on the order of insertion, so ``hnsw`` is built by one thread and takes long.
-            :meth:`search` is always exact.
+        points: (N, d), finite; kept on ``device`` as float32, or as float64 if they are.
+        backend: backend of :meth:`nearest`; both give the same distances. ``auto`` (default) uses FAISS on the CPU if
+            it is installed, and torch on an accelerator, where the host then waits only once for all queries. ``faiss``
+            runs on the GPU if the points are there and FAISS finds one, and in shards on all GPUs if the points exceed
+            ``SHARD_ABOVE`` bytes; queries then pass through the host. :meth:`search` and :meth:`kth` always use torch.
+        device: device of the queries. Default: the device of the points.
+        approximate: whether :meth:`nearest` may miss points. Default ``none``: exact, as the paper's score is defined.
+            ``ivf`` searches the cells of a k-means partition that are nearest to the query, ``hnsw`` walks a neighbour
+            graph; both are FAISS's, on the CPU, over the leaders of the groups. They only select groups, which are
+            searched exactly: a nearest point may be missed, but the distance to the point found is exact.
+            :meth:`recall` measures how many are missed. With fewer than ``APPROXIMATE_FROM`` groups the search stays
+            exact, because an approximate one would hardly be faster; the attribute ``approximate`` is the kind in use.
+            Both builds are deterministic for a given version of FAISS. ``ivf`` is recommended: its k-means has a fixed
+            seed and uses all threads, whereas the graph depends on the order of insertion, so ``hnsw`` is built by a
+            single thread and takes long. :meth:`search` is always exact.
     Raises:
         TrajOODError: no points, not (N, d), non-finite points, or an approximate index without FAISS.
     """
@@ -107,7 +105,7 @@ class NeighborIndex:
             raise TrajOODError(f"index: expected at least one point of shape (N, d), got {tuple(points.shape)}")
         _refuse_non_finite(points.norm(dim=1), "points")
         device = torch.device(device or points.device)
-        if device.type == "mps":  # no float64 there
+        if device.type == "mps":  # has no float64
             device = torch.device("cpu")
         self.device = device
         self._points = points.to(device, torch.float64 if points.dtype == torch.float64 else torch.float32)
@@ -127,30 +125,31 @@ class NeighborIndex:
     @property
     @_alone
     def groups(self) -> int:
-        """How many groups of (nearly) coinciding points there are."""
+        """Number of groups of (nearly) coinciding points."""
         self._ensure_groups()
         return len(self._leaders)
 
     @property
     @_alone
     def approximate(self) -> Approximate:
-        """The approximation that :meth:`nearest` uses, of those permitted."""
+        """The approximation that :meth:`nearest` uses: the one requested, or ``none`` with too few groups."""
         self._ensure_groups()
         return self._approximate
 
     @_alone
     def nearest(self, queries: Tensor, other_than: Tensor | None = None) -> Neighbors:
-        """The nearest point of each query (B, d), exact down to the spacing of the inputs' type; of points exactly as
-        near, the first.
+        """The nearest point of each query, exact down to the spacing of the inputs' type; of equally near points the
+        first.
 
         Args:
-            other_than: (B,) int64 on the CPU, a point that does not count for this query; −1 for none. Default: all
-                count.
+            queries: (B, d).
+            other_than: (B,) int64 on the CPU, index of a point to leave out for each query; −1 leaves out none.
+                Default: none.
         Raises:
             TrajOODError: wrong dimension, a non-finite query (it would come back as infinitely far), or no other point.
         """
         if other_than is not None and len(self) < 2:
-            raise TrajOODError("index: expected another point than the one left out, got 1 in all")
+            raise TrajOODError("index: expected at least 2 points if one is left out, got 1")
         self._ensure_groups()
         if self._one_read is not None:
             queries, centred, lengths = self._centre(queries)
@@ -166,8 +165,9 @@ class NeighborIndex:
 
     @_alone
     def recall(self, queries: Tensor) -> Recall:
-        """What :meth:`nearest` finds of queries (B, d) against a float64 search over all points: costly, so measure on
-        a sample; draw it from ID and OOD trajectories, as recall depends on where the queries are.
+        """Compare :meth:`nearest` for queries (B, d) with a float64 search over all points.
+
+        It is slow, so use a sample; take it from ID and OOD trajectories, because recall depends on the queries.
 
         Raises:
             TrajOODError: no query, or what :meth:`nearest` refuses.
@@ -197,8 +197,8 @@ class NeighborIndex:
 
     @_alone
     def kth(self, queries: Tensor, k: int) -> Tensor:
-        """(B,) float64 distances of each query (B, d) to its k-th nearest point: what :meth:`search` returns last, for
-        a fraction of its time, because float32 nearly always tells who else is nearer or farther.
+        """Distances (B,) float64 of queries (B, d) to their k-th nearest point: the last column of :meth:`search`, in a
+        fraction of the time, because float32 nearly always decides which other points are nearer.
 
         Raises:
             TrajOODError: as :meth:`search`.
@@ -216,21 +216,21 @@ class NeighborIndex:
         queries, centred, error = self._prepare(queries)
         if not len(queries):
             return Neighbors(torch.empty(0, k, dtype=torch.float64), torch.empty(0, k, dtype=torch.int64))
-        # Direct differences to so many would take longer than they are worth.
+        # For so many neighbours direct differences would be slower.
         way = (lambda q, *_: self._dense(q, k)) if is_wide else partial(look, k)
         return self._in_blocks(way, queries, centred, error, self._points.shape[1])
 
     def _in_blocks(
         self, search: Callable[..., tuple[Tensor, Tensor]], queries: Tensor, centred: Tensor, error: Tensor, width: int
     ) -> Neighbors:
-        """Search a few queries at a time, so that no intermediate of ``width`` float64 per query exceeds 128 MiB."""
+        """Search in blocks of queries, so that no intermediate of ``width`` float64 per query exceeds 128 MiB."""
         step = max(1, _BLOCK // width)
         blocks = zip(queries.split(step), centred.split(step), error.split(step), strict=True)
         found = [search(*block) for block in blocks]
         return Neighbors(torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]))
 
     def _nearest_k(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances and indices (B, k), by direct difference to all candidates."""
+        """Distances and indices (B, k) by direct differences to all candidates."""
         found = self._all().candidates(centred, k, error, _MAX_CANDIDATES)
         exact = self._exact(queries, found.rows, found.points)
         distances, indices = smallest(
@@ -243,7 +243,7 @@ class NeighborIndex:
         return distances, indices
 
     def _kth_alone(self, k: int, queries: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances (B, 1) to the k-th nearest, by direct difference to those that may be it, and no indices."""
+        """Distances (B, 1) to the k-th nearest, by direct differences to the points that may be it; indices (B, 0)."""
         found = self._all().candidates(centred, k, error, _MAX_CANDIDATES)
         nearer = found.rows[found.certain].bincount(minlength=len(queries))
         rows, points = found.rows[~found.certain], found.points[~found.certain]
@@ -254,14 +254,14 @@ class NeighborIndex:
         return distances, torch.empty(len(queries), 0, dtype=torch.int64)
 
     def _nearest_of_crowd(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Distances and indices (B, k) where float32 tells too few points apart, as among collapsed ones: float64
-        proposes, and a direct difference gives the distance."""
+        """Distances and indices (B, k) if float32 leaves too many candidates, as among collapsed points: float64
+        selects them, and direct differences give the distances."""
         _, indices = self._dense(queries, min(k + _SPARE, len(self)))
         rows = torch.arange(len(queries), device=self.device).repeat_interleave(indices.shape[1])
         return smallest(self._exact(queries, rows, indices.flatten()).view_as(indices), indices, k)
 
     def _dense(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Distances and indices (B, k) by the expansion in float64; by direct difference where even that cancels."""
+        """Distances and indices (B, k) by the expansion in float64, with direct differences where even that cancels."""
         found = [self._dense_block(part, k) for part in queries.split(max(1, _BLOCK // len(self)))]
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
@@ -281,10 +281,10 @@ class NeighborIndex:
         return distances.gather(1, order), indices.gather(1, order)
 
     def _prepare(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, d) of the points' type, the same less the mean in float32, and (B,) float64 bounds on the error
-        of the rounded ‖x‖² + ‖y‖² − 2x·y over all points y."""
+        """Queries (B, d) in the points' type, the queries minus the mean in float32, and bounds (B,) float64 on the
+        rounding error of ‖x‖² + ‖y‖² − 2x·y over all points y."""
         queries, centred, norms = self._centre(queries)
-        _refuse_non_finite(norms, "queries")  # a NaN or infinite coordinate makes the norm so, too
+        _refuse_non_finite(norms, "queries")  # a NaN or infinite coordinate makes the norm NaN or infinite
         return queries, centred, self._error(norms)
 
     def _centre(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,7 +299,7 @@ class NeighborIndex:
         return (_ERROR_FACTOR * _UNIT) * (norms + self._norm).double().square()
 
     def _exact(self, queries: Tensor, rows: Tensor, points: Tensor) -> Tensor:
-        """(P,) float64 distances of the pairs, by direct difference of the original coordinates."""
+        """Distances (P,) float64 of pairs of queries and points, by direct difference of the original coordinates."""
         out = torch.empty(len(rows), dtype=torch.float64, device=self.device)
         step = max(1, min(_BLOCK, _CACHED if self.device.type == "cpu" else _BLOCK) // self._points.shape[1])
         for i in range(0, len(rows), step):
@@ -317,7 +317,7 @@ class NeighborIndex:
         if bool(many.any()):
             return self._nearest_of_many(queries, centred, error, many)
         pieces = -(-len(rows) * queries.shape[1] // (4 * _BLOCK))
-        if pieces > 1 and len(queries) > 1:  # offsets from the leaders are as many rows as there are pairs
+        if pieces > 1 and len(queries) > 1:  # there is one row of offsets from a leader per pair
             step = -(-len(queries) // min(pieces, len(queries)))
             blocks = zip(queries.split(step), centred.split(step), error.split(step), strict=True)
             found = [self._nearest_block(*block) for block in blocks]
@@ -325,14 +325,14 @@ class NeighborIndex:
         rows, points = self._closest_members(queries, rows, groups)
         distances = self._exact(queries, rows, points)
         best, first = (v[:, None] for v in first_of_nearest(distances, rows, points, len(queries), len(self)))
-        lost = best[:, 0].isinf()  # an approximate index may propose nothing
+        lost = best[:, 0].isinf()  # an approximate index may return no group
         if bool(lost.any()):
             best[lost], first[lost] = self._dense(queries[lost], 1)
         return best, first
 
     def _nearest_of_many(self, queries: Tensor, centred: Tensor, error: Tensor, many: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`_nearest_block` where, for the queries ``many`` (B,) bool, groups rule nothing out, as far away from
-        collapsed points: float64 looks at all points for those, and direct differences decide among the closest."""
+        """:meth:`_nearest_block` if for the queries ``many`` (B,) bool groups exclude little, as far away from
+        collapsed points: for these float64 searches all points, and direct differences decide among the closest."""
         distances = torch.empty(len(queries), 1, dtype=torch.float64, device=self.device)
         indices = torch.empty(len(queries), 1, dtype=torch.int64, device=self.device)
         few = ~many
@@ -348,19 +348,19 @@ class NeighborIndex:
     def _closest_members(
         self, queries: Tensor, rows: Tensor, groups: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Of pairs (row, group), ordered by group, those pairs (row, point) that may be the nearest: two (C,) tensors.
+        """Pairs (row, point) that may be the nearest, two (C,) tensors, from pairs (row, group) ordered by group.
 
-        Both sides are taken relative to the leader l before any product, so that the product's rounding error is of
-        the member's own scale: ‖q − p‖² = ‖q − l‖² + ‖p − l‖² − 2 (q − l)·(p − l). What that error leaves open is for
-        the caller to settle: nearly always a single pair for each row. Where float32 leaves more than a few (members
-        collapsed onto one another away from their leader), float64 decides.
+        Queries and points are taken relative to the leader l before any product, so that rounding errors are relative
+        to the member's offset: ‖q − p‖² = ‖q − l‖² + ‖p − l‖² − 2 (q − l)·(p − l). Usually a single pair per row
+        remains; the caller decides among several. If float32 leaves more than a few (members collapsed onto one another
+        away from their leader), float64 is used.
         """
         unit = torch.finfo(dtype).eps / 2
         wide = torch.promote_types(dtype, self._points.dtype)
         local = (queries[rows].to(wide) - self._points[self._leaders[groups]]).to(dtype)
         from_leader = local.square().sum(dim=1)
         sizes = self._sizes[groups]
-        pairs = torch.arange(len(rows), device=self.device).repeat_interleave(sizes)  # (M,) of each member looked at
+        pairs = torch.arange(len(rows), device=self.device).repeat_interleave(sizes)  # (M,) the pair of each member
         before = (sizes.cumsum(0) - sizes)[pairs]
         places = self._starts[groups][pairs] + torch.arange(len(pairs), device=self.device) - before
         gain = torch.zeros(len(pairs), dtype=dtype, device=self.device)  # ‖q − p‖² − ‖q − l‖²: zero for the leader
@@ -374,7 +374,7 @@ class NeighborIndex:
         if parts:
             gain[(sizes > 1)[pairs]] = torch.cat(parts)
         squared, radius = from_leader.double()[pairs], self._offsets[places]
-        doubt = (unit * _ERROR_FACTOR) * radius * (2 * squared.sqrt() + radius)  # as that of any product
+        doubt = (unit * _ERROR_FACTOR) * radius * (2 * squared.sqrt() + radius)  # the bound of any such product
         kept = _may_be_smallest(gain, doubt, pairs, len(rows))  # the first term is the same for all members
         pairs, places = pairs[kept], places[kept]
         # The first term is a sum of squares, in which nothing cancels.
@@ -390,7 +390,7 @@ class NeighborIndex:
 
     def _candidate_groups(self, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs (row, group) that may hold the nearest point, ordered by group: two (P,) tensors. With an approximate
-        index, those of the groups it proposes."""
+        index, only among the groups it returns."""
         todo = torch.arange(len(centred), device=self.device)
         pairs: list[tuple[Tensor, Tensor]] = []
         width = min(8, self.groups)
@@ -405,7 +405,7 @@ class NeighborIndex:
             settled = (unseen > limit)[:, 0]
             if width == self.groups or self._approximate != "none":
                 settled = torch.ones_like(settled)
-            # FAISS fills the lists of an approximate index up with −1.
+            # FAISS pads the results of an approximate index with −1.
             rows, columns = ((reach <= limit) & settled[:, None] & (groups >= 0)).nonzero(as_tuple=True)
             pairs.append((todo[rows], groups[rows, columns]))
             todo = todo[~settled]
@@ -415,7 +415,7 @@ class NeighborIndex:
         return rows[order], groups[order]
 
     def _members(self, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Offsets of a group's members from its leader (d, M), and their squared norms (M,); kept if small."""
+        """Offsets of a group's members from its leader (d, M), and their squared norms (M,); cached if small."""
         key = group, dtype
         if key in self._cache:
             return self._cache[key]
@@ -428,20 +428,20 @@ class NeighborIndex:
         return found
 
     def _ensure_groups(self) -> None:
-        """Group the points when :meth:`nearest` first needs it: :meth:`search` never does, and with 50,000 points that
-        are all apart the N² comparisons take a hundred times as long as adding them to FAISS."""
+        """Group the points before the first :meth:`nearest`. :meth:`search` needs no groups, and for 50,000 distinct
+        points the N² comparisons take a hundred times as long as adding them to FAISS."""
         if not self._grouped:
             self._build_groups(self._permitted)
             self._grouped = True
 
     def _all(self) -> Scan:
-        """All points, as :meth:`search` alone looks at them."""
+        """The index over all points that :meth:`search` uses."""
         if self._scan is None:
             self._scan = Scan(self._centred())
         return self._scan
 
     def _centred(self) -> Tensor:
-        """The points less their mean; what bounds rounding errors is known from here on."""
+        """The points minus their mean; also sets the norm that bounds rounding errors."""
         centred = (self._points - self._mean).float()
         self._norm = float(centred.norm(dim=1).max())
         return centred
@@ -462,13 +462,13 @@ class NeighborIndex:
             self._one_read = OneReadSearch(self._points, self._mean, leaders, assigned, unit)
             return
         if self._approximate == "none":
-            del centred  # before the index makes its own copy
+            del centred  # frees memory before the index makes its own copy
             self._flat = self._make_flat(self._points, self._mean, leaders)
         else:
             self._flat = FaissApproximate(centred[leaders], self._approximate)
         everyone = torch.arange(len(self), device=self.device)
         distances = self._exact(self._points, everyone, leaders[assigned])
-        # A copy of its leader can never be nearer than it.
+        # Exact copies of a leader are left out: they cannot be nearer than the leader.
         members = ((distances > 0) | (leaders[assigned] == everyone)).nonzero()[:, 0]
         self._order = members[assigned[members].argsort(stable=True)]
         self._offsets = distances[self._order]
@@ -487,7 +487,7 @@ def _waits_for(device: torch.device) -> bool:
 
 
 def _may_be_smallest(values: Tensor, doubt: Tensor, groups: Tensor, count: int) -> Tensor:
-    """(P,) bool: whether each of the values (P,), known to ± ``doubt``, may be the smallest of its group (P,)."""
+    """Whether each of the values (P,), known up to ± ``doubt``, may be the smallest of its group (P,); (P,) bool."""
     limit = torch.full((count,), torch.inf, dtype=torch.float64, device=values.device)
     limit.scatter_reduce_(0, groups, values + doubt, "amin")
     return values - doubt <= limit[groups]

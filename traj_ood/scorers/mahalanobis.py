@@ -20,7 +20,7 @@ from traj_ood.scorers.labels import classes_of
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
-_TRIANGULAR_ROWS = 512  # at a time: a factor in narrow blocks needs more of them to fill its products
+_TRIANGULAR_ROWS = 512  # rows at a time: products with narrow blocks of a factor need more rows to be efficient
 
 
 @register

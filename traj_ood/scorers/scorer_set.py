@@ -1,4 +1,4 @@
-"""One pass over images for any number of scorers: encode once, iterate once, and let every scorer read the evidence."""
+"""ScorerSet: any number of scorers on one pass over the images, which encodes and iterates every image once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _of_fixed_model(method: _Method) -> _Method:
-    """A method of :class:`ScorerSet` under ``autoencoder.fixed()``, after a look at the model's weights."""
+    """Decorator that runs a method of :class:`ScorerSet` under ``autoencoder.fixed()``, after checking the weights."""
 
     @wraps(method)
     def guarded(self: ScorerSet, *args: Any, **options: Any) -> Any:
@@ -49,14 +49,19 @@ def _of_fixed_model(method: _Method) -> _Method:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of B images: label → (B,) float64, higher = more OOD, and the evidence they were read from."""
+    """Scores of B images.
+
+    Attributes:
+        scores: label of the scorer → (B,) float64, higher = more OOD.
+        evidence: the evidence that the scores were computed from.
+    """
 
     scores: dict[str, Tensor]
     evidence: Evidence
 
 
 class ScorerSet:
-    """An autoencoder and scorers that share one pass over its images.
+    """An autoencoder with scorers that share one pass over the images.
 
     >>> scorers = ScorerSet(autoencoder, ["trajectory", "knn"])         # doctest: +SKIP
     >>> scorers.fit(train_images).score(test_images).scores["knn"]      # doctest: +SKIP
@@ -64,17 +69,19 @@ class ScorerSet:
     Args:
         autoencoder: the model.
         scorers: names with options (see :func:`traj_ood.create_scorer`), or ``all``.
-        tol, max_steps: of :func:`traj_ood.iterate`; defaults are the paper's 1e-5 and 500.
-        backend, approximate: of :class:`traj_ood.NeighborIndex`.
-        precision: ``bf16`` takes the first steps of scored images in bfloat16 (see :class:`traj_ood.LowPrecision` for
-            what that changes). Default ``fp32``. Training trajectories are always fp32: attractors that are off move
-            every score.
-        compile: f through ``torch.compile``, see :class:`traj_ood.dynamics.compiled.CompiledMap`: every path, those of
-            training images, too, within 1e-5 of the plain scores. Default false: docs/performance.md says what it
-            brings. Calls of fewer rows than the model's ``chunk``, and the first steps of ``bf16``, stay as they are.
-            Where the compiler fails a warning says so, f itself computes, and :attr:`compile` becomes false.
+        tol: tolerance on the squared residual, see :func:`traj_ood.iterate`. Default 1e-5, the paper's.
+        max_steps: step limit, see :func:`traj_ood.iterate`. Default 500, the paper's.
+        backend: see :class:`traj_ood.NeighborIndex`.
+        approximate: see :class:`traj_ood.NeighborIndex`.
+        precision: ``bf16`` computes the first steps of scored images in bfloat16; :class:`traj_ood.LowPrecision`
+            describes the effect. Default ``fp32``. Training trajectories are always fp32, because inaccurate attractors
+            would change every score.
+        compile: whether to run f through ``torch.compile`` (:class:`traj_ood.dynamics.compiled.CompiledMap`) for all
+            trajectories, which changes scores by at most 1e-5. Default false; docs/performance.md has the speed-ups.
+            Calls of fewer rows than the model's ``chunk``, and the first steps of ``bf16``, are not compiled. If the
+            compiler fails, a warning is issued, f is used as it is, and :attr:`compile` becomes false.
     Raises:
-        TrajOODError: unknown scorers or options, or a scorer that reads what this model does not have.
+        TrajOODError: unknown scorers or options, or a scorer that reads an input which this model does not provide.
     """
 
     def __init__(
@@ -114,10 +121,10 @@ class ScorerSet:
         return bool(self.needs.distances or self.needs.attractors or self.needs.train_path)
 
     def check_training_size(self, count: int) -> None:
-        """Refuse too few training images before anything is computed.
+        """Refuse too few training images, before anything is computed.
 
         Raises:
-            TrajOODError: fewer than 2, or fewer than a scorer needs.
+            TrajOODError: fewer than 2 images, or fewer than a scorer needs.
         """
         if count < 2:
             raise TrajOODError(f"fewer than 2 ID samples: expected at least 2 ID training images, got {count}")
@@ -125,8 +132,8 @@ class ScorerSet:
             scorer.check_training_size(count)
 
     def try_compile(self) -> None:
-        """Compile f now, where that was asked for and has not been done. Afterwards :attr:`compile` says whether paths
-        are walked with a compiled f, before any was: whatever keeps results says by it whose they are."""
+        """Compile f if it was requested and has not been done. Afterwards :attr:`compile` is whether trajectories will
+        use a compiled f, so that stored results can be labelled before they are computed."""
         self.compile = self.compile and bool(self.needs.steps or self.needs.points or self.needs_dictionary)
         if not self.compile or self._compiled is not None:
             return
@@ -138,16 +145,17 @@ class ScorerSet:
         self.compile = not self._compiled.fell_back
 
     def _self_map(self) -> SelfMap:
-        """f, as paths are walked with it."""
+        """f as used for trajectories: compiled or not."""
         self.try_compile()
         return self._compiled if self.compile and self._compiled is not None else self.autoencoder.self_map
 
     def check_weights(self) -> None:
-        """Refuse a model whose weights or buffers are others than when the scorers learnt from it. Equal weights that
-        were loaded again, or moved to another device, are the same. The first call learns them.
+        """Check that the model's weights and buffers are those that the scorers were fitted with.
+
+        The first call records them. Reloading equal weights, or moving them to another device, is not a change.
 
         Raises:
-            TrajOODError: names the model: fit again.
+            TrajOODError: weights or buffers have changed.
         """
         if self._weights is None:
             self._weights = KnownWeights(self.autoencoder)
@@ -161,18 +169,18 @@ class ScorerSet:
         labels: Tensor | Sequence[Any] | None = None,
         on_step: OnStep | None = None,
     ) -> ScorerSet:
-        """Learn from ID training images.
+        """Fit all scorers to ID training images; returns self.
 
         Args:
             images: N images of any kind that a detector takes: (N, C, H, W) uint8 pixels or floats in [0, 1], a list
                 of Pillow images or paths, a Dataset or DataLoader, an ImageSource; or :class:`traj_ood.Normalised`, in
-                the model's own units. All of them are in memory at once; for more, use a Detector or an Evaluator.
-            ids: N names for the attractors. Default: their numbers.
-            labels: N classes, (N,) int64 from 0 on, or whole numbers or texts in a list or array; only
-                class-conditional scorers read them. Default: those that a Dataset or DataLoader gives with its images.
+                the model's own units. All are held in memory; for more images use a Detector or an Evaluator.
+            ids: N names of the attractors. Default: their numbers.
+            labels: N class labels, as int64 (N,) from 0, or as whole numbers or texts in a list or array; only
+                class-conditional scorers read them. Default: the labels of the Dataset or DataLoader.
             on_step: see :func:`traj_ood.iterate`.
         Raises:
-            TrajOODError: fewer than 2 images, what is no image, or what a scorer refuses.
+            TrajOODError: fewer than 2 images, invalid images, or what a scorer refuses.
         """
         self._weights = None
         encoding, own = self._examined(images)
@@ -186,13 +194,13 @@ class ScorerSet:
     def explore(
         self, encoding: Encoding, ids: tuple[str, ...], on_step: OnStep | None = None
     ) -> tuple[AttractorDictionary | None, Evidence]:
-        """The training pass over one batch: its end points (None when no scorer needs them) and its evidence."""
+        """The training pass over one batch; returns its end points (None if no scorer needs them) and its evidence."""
         return next(self.explore_all([(encoding, ids)], on_step))
 
     def explore_all(
         self, batches: Iterable[tuple[Encoding, tuple[str, ...]]], on_step: OnStep | None = None
     ) -> Iterator[tuple[AttractorDictionary | None, Evidence]]:
-        """:meth:`explore` of each batch of a stream, in its order, several of them under way at once."""
+        """:meth:`explore` for each batch of a stream, in order, with several batches in progress at a time."""
         kept = max((t for _, t in self.needs.points), default=0)
         steps = WHOLE_PATH if self.needs_dictionary else kept
         taken: deque[tuple[Tensor, tuple[str, ...]]] = deque()
@@ -214,12 +222,14 @@ class ScorerSet:
 
     @_of_fixed_model
     def learn(self, dictionary: AttractorDictionary | None, train: Evidence) -> ScorerSet:
-        """Fit every scorer on what :meth:`explore` returned; ``train.labels`` are the caller's to add.
+        """Fit every scorer to the results of :meth:`explore`; returns self.
 
+        Args:
+            dictionary: end points of all training images, None if no scorer needs them.
+            train: their evidence, to which the caller adds ``labels`` if a scorer needs them.
         Raises:
-            TrajOODError: fewer than 2 training images, no labels where a scorer needs them, training images that the
-                model does not tell apart or whose features are not finite, weights that changed since :meth:`explore`,
-                or what a scorer refuses.
+            TrajOODError: fewer than 2 training images, missing labels, features that are equal for all images or not
+                finite, weights that changed since :meth:`explore`, or what a scorer refuses.
         """
         _check_training(self.autoencoder.name, train)
         if self.needs.labels and train.labels is None:
@@ -246,7 +256,7 @@ class ScorerSet:
         return self
 
     def attach(self, dictionary: AttractorDictionary | None) -> None:
-        """Measure distances to these attractors: those that :meth:`learn` was given, or that were kept of it."""
+        """Set the attractors that distances are measured to: those given to :meth:`learn`, or loaded from a file."""
         self.dictionary = dictionary
         self._indices = {}
         if dictionary is not None:
@@ -256,21 +266,24 @@ class ScorerSet:
             }
 
     def score(self, images: Images | Encoding, on_step: OnStep | None = None) -> Scored:
-        """Score images, as in :meth:`fit`, or what the model made of them; each image's scores depend on it alone.
+        """Score images; each image's scores depend on that image alone.
 
+        Args:
+            images: as in :meth:`fit`, or an :class:`Encoding` of the model.
+            on_step: see :func:`traj_ood.iterate`.
         Raises:
-            TrajOODError: not fitted, what is no image, or a model whose weights have changed since.
+            TrajOODError: the scorers are not fitted, an image is invalid, or the model's weights have changed.
         """
         self._check_fitted()
         encoding = images if isinstance(images, Encoding) else self._examined(images)[0]
         return next(self.score_all([encoding], on_step))
 
     def score_all(self, encodings: Iterable[Encoding], on_step: OnStep | None = None) -> Iterator[Scored]:
-        """:meth:`score` of each batch of a stream, in its order, several of them under way at once: rows of f that one
-        batch no longer needs are the next one's (see :func:`traj_ood.iterate`).
+        """:meth:`score` for each batch of a stream, in order, with several batches in progress at a time, so that the
+        next batch uses the rows of f that the last one no longer needs (see :func:`traj_ood.iterate`).
 
         Args:
-            encodings: read no further than needed.
+            encodings: the batches; read only as far as needed.
             on_step: see :func:`traj_ood.iterate`.
         Raises:
             TrajOODError: as :meth:`score`.
@@ -287,7 +300,7 @@ class ScorerSet:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")
 
     def _examined(self, images: Images) -> tuple[Encoding, list[Any] | None]:
-        """What the model makes of images, and their labels where they come with some."""
+        """The encoding of images, and their labels if they have any."""
         if isinstance(images, Tensor | np.ndarray | Normalised):
             return self.autoencoder.examine(prepare(self.autoencoder, images)), None
         read = list(batches(self.autoencoder, images))
@@ -303,7 +316,7 @@ class ScorerSet:
         on_step: OnStep | None,
         low_precision: LowPrecision | None = None,
     ) -> Iterator[Evidence]:
-        """The evidence of each batch of a stream."""
+        """Yield the evidence of each batch of a stream."""
         if isinstance(encodings, Encoding):
             raise TrajOODError("encodings: expected several, such as a list or generator, got one: put it into a list")
         if not (steps or watchers):
@@ -318,7 +331,7 @@ class ScorerSet:
         def starts() -> Iterator[Tensor]:
             for encoding in encodings:
                 _check_encoding(encoding)
-                # The target may be a buffer that its owner fills again while the samples are under way.
+                # A copy, because the caller may reuse the target's buffer while the samples are in progress.
                 target = encoding.target.clone() if self.needs.reconstruction else encoding.target
                 taken.append(replace(encoding, target=target))
                 yield encoding.latents
@@ -327,7 +340,7 @@ class ScorerSet:
             self._self_map(),
             starts(),
             tol=self.tol,
-            max_steps=min(self.max_steps, max(1, steps)),  # one step still measures z0
+            max_steps=min(self.max_steps, max(1, steps)),  # at least one, so that z0 is measured
             observers=[Norm(), *watchers, *keepers],
             chunk=model.rows,
             on_step=on_step,
@@ -347,7 +360,7 @@ class ScorerSet:
         reconstruction = {}
         if "plain" in self.needs.reconstruction:
             difference = (model.decode(encoding.latents) - encoding.target.to(model.device)).flatten(1)
-            # Not a mean: torch splits that of one long row among its threads, and then rounds it otherwise.
+            # Not a mean: torch splits the mean of one long row among threads, which changes its rounding.
             reconstruction["plain"] = difference.norm(dim=1).cpu().double().square() / difference.shape[1]
         if "masked" in self.needs.reconstruction:
             reconstruction["masked"] = model.reconstruct_masked(encoding.target)
@@ -357,14 +370,14 @@ class ScorerSet:
         return Evidence(features, reconstruction, path, points, logits=logits, divergence=divergence)  # type: ignore[arg-type]
 
     def _low_precision(self) -> LowPrecision | None:
-        """Half of the run's own step limit at most: that of one call follows the other scorers of the set."""
+        """The low-precision map, for at most half of the set's step limit, which does not depend on the scorers."""
         if self.precision == "fp32" or self.max_steps < 2:
             return None
         cheap = bfloat16_map(self.autoencoder.self_map, self.autoencoder.device)
         return LowPrecision(cheap, max_steps=self.max_steps // 2)
 
     def _walk_again(self, dictionary: AttractorDictionary, own: Tensor, train: Evidence) -> Trajectory:
-        """The training trajectories once more, now that there are attractors to measure their distance to."""
+        """Compute the training trajectories a second time, to measure their distances to the attractors."""
         model = self.autoencoder
         start = train.features["tokens"].reshape(-1, *dictionary.points.shape[1:])
         start = start.to(model.device, dictionary.points.dtype)  # features are float32, a model may be float64
@@ -380,13 +393,13 @@ class ScorerSet:
 
 
 def _own_attractors(dictionary: AttractorDictionary) -> Tensor:
-    """(N,) int64 place of each training image's end point among those that are finite, −1 of one that is not."""
+    """Index (N,) int64 of each training image's end point among the finite ones; −1 if it is not finite."""
     kept = dictionary.statuses != Status.NON_FINITE
     return torch.where(kept, kept.cumsum(dim=0) - 1, -1)
 
 
 class _Points:
-    """Observer that keeps one latent view of the points z_t for a few t."""
+    """Observer that keeps one latent view of the points z_t for some t."""
 
     def __init__(self, model: Autoencoder, view: FeatureView, wanted: frozenset[tuple[FeatureView, int]]) -> None:
         self.name = f"points/{view}"
@@ -401,11 +414,11 @@ class _Points:
                 pieces.append((rows[there], self._model.latent_view(points, self._view).cpu()))
 
     def points(self, path: Trajectory, first: int) -> dict[tuple[FeatureView, int], Tensor]:
-        """What was kept of the samples of ``path``, whose numbers begin at ``first``; those before are forgotten.
+        """The kept points of the samples of ``path``, whose numbers begin at ``first``; earlier samples are dropped.
 
-        A sample that ended before t is at its end then, one that left the finite numbers nowhere.
+        For a sample that ended before t it is the end point, or NaN if the trajectory became NaN or infinite.
         """
-        end = self._model.latent_view(path.final, self._view).cpu().clone()  # a view may be the points themselves
+        end = self._model.latent_view(path.final, self._view).cpu().clone()  # a view may share memory with the points
         end[path.status == Status.NON_FINITE] = torch.nan
         found = {}
         for t, pieces in self._seen.items():
@@ -418,10 +431,13 @@ class _Points:
 
 
 def class_numbers(labels: Any, count: int) -> Tensor:
-    """(N,) int64 classes 0 … C − 1 of N whole numbers or texts: a list, tensor, NumPy array or pandas column.
+    """Convert N class labels, whole numbers or texts, to class indices (N,) int64 in 0 … C − 1.
 
+    Args:
+        labels: a list, tensor, NumPy array or pandas column.
+        count: N.
     Raises:
-        TrajOODError: not ``count`` of them, or of another kind.
+        TrajOODError: not ``count`` labels, or labels of another type.
     """
     values = labels.tolist() if hasattr(labels, "tolist") else labels
     values = list(values) if isinstance(values, Iterable) else [values]
@@ -430,7 +446,7 @@ def class_numbers(labels: Any, count: int) -> Tensor:
             f"labels: expected {count} whole numbers or texts, one per image, got {len(values)} of "
             f"{', '.join(sorted({type(v).__name__ for v in values})) or 'nothing'}"
         )
-    # Sorted as numbers where they are: the same classes have the same numbers however they are written.
+    # Numbers are sorted as numbers, so that the same classes get the same indices as numbers or texts.
     order = sorted({str(v) for v in values}, key=lambda text: (len(text), text))
     number = {text: i for i, text in enumerate(order)}
     return torch.tensor([number[str(v)] for v in values])
@@ -439,7 +455,7 @@ def class_numbers(labels: Any, count: int) -> Tensor:
 def _check_encoding(encoding: object) -> None:
     if not isinstance(encoding, Encoding):
         raise TrajOODError(
-            f"encodings: expected what autoencoder.examine(images) returns, got {type(encoding).__name__}: for images "
+            f"encodings: expected results of autoencoder.examine(images), got {type(encoding).__name__}: for images "
             "use score, or examine them first"
         )
 
@@ -449,10 +465,10 @@ def _numbered(labels: Any, count: int) -> Tensor | None:
 
 
 def _check_training(model: str, train: Evidence) -> None:
-    """Refuse training images that no scorer can learn from.
+    """Check that scorers can learn from the training images.
 
     Raises:
-        TrajOODError: features or points of the path that are not finite, or features that are all the same.
+        TrajOODError: features or points of the path are not finite, or all features are equal.
     """
     read = {f"features ({view})": f for view, f in train.features.items()}
     read |= {f"point z{t} ({view})": points for (view, t), points in train.points.items()}
@@ -460,14 +476,14 @@ def _check_training(model: str, train: Evidence) -> None:
         odd = (~values.flatten(1).isfinite().all(dim=1)).nonzero()[:, 0]
         if len(odd):
             raise TrajOODError(
-                f"{model}: {name} of {len(odd)} of {len(values)} training images not finite, first of image "
+                f"{model}: {name} of {len(odd)} of {len(values)} training images are not finite, first for image "
                 f"{int(odd[0])} (from 0): check the model's weights and the images' normalisation"
             )
     for view, features in train.features.items():
         if len(features) > 1 and bool((features == features[:1]).all()):
             raise TrajOODError(
-                f"{model}: the features ({view}) of all {len(features)} training images are the same: expected images "
-                "that differ, and a model that tells them apart"
+                f"{model}: the features ({view}) of all {len(features)} training images are equal: expected different "
+                "images, and a model that distinguishes them"
             )
 
 
