@@ -479,7 +479,7 @@ def test_transformers_pickled_weights_are_plain_tensors_or_refused(tmp_path: Pat
     torch.save(weights, tmp_path / "pytorch_model.bin")
     assert load_backbone(f"transformers:{tmp_path}").fingerprint() == expected
     torch.save({**weights, "more": Path("x")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(TrajOODError, match=r"pickled weights cannot be read \(it asks for the Python object pathlib"):
+    with pytest.raises(TrajOODError, match=r"pickled weights cannot be read \(it requires the Python object pathlib"):
         load_backbone(f"transformers:{tmp_path}")
 
 

@@ -137,7 +137,7 @@ def test_a_file_is_run_once_and_may_import_its_neighbours_but_hides_no_library(t
         ("def f(:\n", "mine.py: line 1 is not Python"),
         ("\n1 / 0\n", "mine.py, line 2: ZeroDivisionError: division by zero: correct it"),
         ("import no_such_library\n", "mine.py: it imports no_such_library, which is not installed"),
-        ("raise SystemExit(3)\n", "mine.py: it ended the program (exit code 3)"),
+        ("raise SystemExit(3)\n", "mine.py: it calls sys.exit (code 3)"),
         (MINE.replace('"mine"', '"knn"'), "scorer name 'knn' is taken by KNN of traj_ood.scorers.knn"),
         (MINE.replace("def score", "def scored"), "Mine is abstract: expected score(): define them"),
         (
@@ -216,5 +216,5 @@ def test_the_template_passes_its_own_test_and_the_linter(tmp_path: Path) -> None
     assert code == 0
     assert call("new", "scorer", "my-score", "--out", tmp_path).exit_code == 2
     assert "is taken by KNN" in call("new", "scorer", "knn", "--out", tmp_path).stderr
-    assert "expected small letters" in call("new", "scorer", "Mein Score", "--out", tmp_path).stderr
+    assert "expected lower-case letters" in call("new", "scorer", "Mein Score", "--out", tmp_path).stderr
     assert torch.get_default_dtype() == torch.float32

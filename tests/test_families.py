@@ -92,8 +92,8 @@ def test_published_models_of_a_family_have_names() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"family": "custom"}, "expected family to be a word of its own, got 'custom'"),
-        ({"family": "a:b"}, "expected family to be a word of its own, got 'a:b'"),
+        ({"family": "custom"}, "expected family to be one word other than 'custom', got 'custom'"),
+        ({"family": "a:b"}, "expected family to be one word other than 'custom', got 'a:b'"),
         ({"family": "conv"}, "family 'conv' is taken by ConvAutoencoder: choose another"),
         ({"summary": ""}, "expected a summary in the class"),
     ],

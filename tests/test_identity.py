@@ -383,7 +383,7 @@ def test_the_code_that_decides_numbers_is_known_by_its_source(tmp_path: Path, mo
         "training/loop.py",
     } <= names
     assert not {name for name in names if name.startswith(("cli/", "report/", "evaluation/plots"))}
-    for start in provenance._DECIDES_NOTHING:
+    for start in provenance._WITHOUT_EFFECT:
         assert list(provenance.PACKAGE.glob(f"{start}*")), f"{start} is no longer there"
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
     (tmp_path / "cli").mkdir()

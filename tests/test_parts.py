@@ -35,7 +35,7 @@ def test_a_damaged_part_and_that_of_another_place_are_named(tmp_path: Path) -> N
     store(tmp_path).save("a", PART)
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     with pytest.raises(
-        TrajOODError, match=r"b\.safetensors: not a readable batch \(it is that of a\): delete this file"
+        TrajOODError, match=r"b\.safetensors: not a readable batch \(it contains the part a\): delete this file"
     ):
         store(tmp_path).load("b")
     path = tmp_path / "a.safetensors"

@@ -159,7 +159,7 @@ def test_no_source_runs_what_a_file_says(reliability: Any) -> None:
 
 def test_alone_in_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    with alone_in(folder), pytest.raises(TrajOODError, match="b: another process is at work in it"), alone_in(folder):
+    with alone_in(folder), pytest.raises(TrajOODError, match="b: in use by another process"), alone_in(folder):
         pass
     assert not (tmp_path / "a").exists()  # nothing was written to it
     with alone_in(folder):
@@ -182,7 +182,7 @@ def test_a_run_that_is_at_work_is_left_alone_and_fresh_keeps_its_lock(tmp_path: 
     first = run()
     with alone_in(first.folder):
         for fresh in (False, True):
-            with pytest.raises(TrajOODError, match="another process is at work in it"):
+            with pytest.raises(TrajOODError, match="in use by another process"):
                 run().run(fresh=fresh)
     assert not (tmp_path / "out").exists()
     first.run()

@@ -156,7 +156,7 @@ NAN = float("nan")
         (
             ("seconds", "score"),
             {"value": NAN},
-            "expected JSON, got NaN is no JSON number; restore the file or run again",
+            "expected JSON, got NaN is not a JSON number; restore the file or run again",
         ),
         (
             ("scorers", "knn", "sets", "digits", "metrics", "auroc"),

@@ -103,7 +103,9 @@ def test_a_prefix_of_all_weights_is_taken_off(tmp_path: Path, prefix: str) -> No
 
 def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {**prefixed("model."), **prefixed("ema_model.", 1)}}, tmp_path / "w.ckpt")
-    with pytest.raises(TrajOODError, match=r"w\.ckpt: holds 2 sets of .* below 'ema_model\.' and 'model\.': save the"):
+    with pytest.raises(
+        TrajOODError, match=r"w\.ckpt: contains 2 sets of .* below 'ema_model\.' and 'model\.': save the"
+    ):
         load_backbone(f"timm:{NAME}:{tmp_path / 'w.ckpt'}")
 
 
@@ -161,14 +163,14 @@ def test_the_object_that_a_pickle_asks_for_is_named_and_not_called(tmp_path: Pat
     mark = tmp_path / "ran"
     texts = {os.system: f"touch {mark}", eval: f"open({str(mark)!r}, 'w')"}
     torch.save({"state_dict": prefixed(""), "extra": Ask(what, texts.get(what, mark))}, tmp_path / "w.pth")
-    with pytest.raises(TrajOODError, match=rf"\(it asks for the Python object .*({named}).*, and no code"):
+    with pytest.raises(TrajOODError, match=rf"\(it requires the Python object .*({named}).*, and no code"):
         read_weights(tmp_path / "w.pth")
     assert not mark.exists()
 
 
 def test_a_whole_pickled_model_is_refused_by_its_class(tmp_path: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "w.pth")
-    with pytest.raises(TrajOODError, match=r"asks for the Python object torch\.nn\.modules\.container\.Sequential"):
+    with pytest.raises(TrajOODError, match=r"requires the Python object torch\.nn\.modules\.container\.Sequential"):
         read_weights(tmp_path / "w.pth")
 
 
@@ -277,4 +279,4 @@ def test_an_image_size_belongs_to_models_that_take_one(tmp_path: Path) -> None:
     for model in ("fashion-mae", "torchvision:resnet18"):
         result = CliRunner().invoke(main, ["bench", str(yaml), "--model", model, "--input-size", "96"])
         assert result.exit_code == 2
-        assert f"--input-size belongs to timm:, diffusers: models, not to {model}" in result.stderr
+        assert f"--input-size applies to timm:, diffusers: models, not to {model}" in result.stderr

@@ -126,7 +126,7 @@ _HOME = {
     "training.surrogate": ("SurrogateRecipe",),
     "training.surrogate_cache": ("surrogate_for",),
 }
-# The words of the first releases; OpenOOD says postprocessor, too.
+# Deprecated names from the first releases, which followed OpenOOD's term "postprocessor".
 _FORMER = {"Postprocessor": "Scorer", "create_postprocessor": "create_scorer"}
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

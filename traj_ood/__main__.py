@@ -1,18 +1,18 @@
-"""``python -m traj_ood``, and the command ``traj-ood``."""
+"""Entry point of ``python -m traj_ood`` and of the command ``traj-ood``."""
 
 from __future__ import annotations
 
 import gc
 import sys
 
-_NEW_OBJECTS = 100_000
-"""Between two looks for garbage, in place of Python's 700: while torch is imported, a sixth of the time goes into them,
-and what a module makes is no garbage."""
+_GC_THRESHOLD = 100_000
+"""New objects between two garbage collections. With Python's 700, collections take a sixth of the time that importing
+torch takes, and find nothing: what a module creates on import stays alive."""
 
 
 def run() -> None:
-    """The command line; an interruption while it is still being loaded is one line, too."""
-    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
+    """Run the command line; Ctrl-C prints one line, also while the modules are still being imported."""
+    gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
     try:
         from traj_ood.cli import main
         from traj_ood.cli.console import leave

@@ -1,4 +1,4 @@
-"""The one error a user of traj_ood is meant to read, and the "did you mean" of every registry."""
+"""The error class of traj_ood, warnings, and the "did you mean" message of every registry."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MAX_LISTED = 60
 
 
 class TrajOODError(ValueError):
-    """Bad input or a bad environment, told in one line: what was expected, what arrived, what to do next.
+    """Bad input or a bad environment. The message says what was expected, what arrived and what to do next.
 
-    The command line prints the line and exits with code 2; a library user catches it as a ``ValueError``. Whatever
-    names, values and other libraries' words go into it, it is one printable line below 2 kB (see
-    :func:`traj_ood.text.one_line`).
+    The command line prints the message and exits with code 2; library code can catch it as a ``ValueError``. The
+    message is always one printable line below 2 kB, whatever names, values or texts of other libraries it contains
+    (see :func:`traj_ood.text.one_line`).
     """
 
     def __init__(self, message: object = "") -> None:
@@ -27,9 +27,9 @@ class TrajOODError(ValueError):
 
 @contextmanager
 def foreign_errors(before: str, then: str = "") -> Iterator[None]:
-    """What the code inside raises becomes one error, ``before (what it says)then``; a ``TrajOODError`` stays as it is.
+    """Context manager that turns any exception into a ``TrajOODError`` with the message ``before (error)then``.
 
-    For the code of libraries and of users: each has error classes of its own.
+    For calls into libraries and user code, whose exception classes are not known. A ``TrajOODError`` passes unchanged.
     """
     try:
         yield
@@ -40,14 +40,14 @@ def foreign_errors(before: str, then: str = "") -> Iterator[None]:
 
 
 def warn(message: str, stacklevel: int = 1) -> None:
-    """A ``UserWarning`` of one printable line below 2 kB; ``stacklevel`` as ``warnings.warn`` has it."""
+    """Issue a ``UserWarning`` of one printable line below 2 kB; ``stacklevel`` as in ``warnings.warn``."""
     warnings.warn(one_line(message), stacklevel=stacklevel + 1)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], then: str = "") -> TrajOODError:
-    """The error for a name that no registry holds, with the nearest known names; a long list is counted, not printed.
+    """The error for an unknown name. Its message suggests the nearest known names and lists all of them, up to 60.
 
-    ``then`` says what else may help.
+    ``then`` is appended, for further advice.
 
     >>> print(unknown_name("scorer", "knnn", ["knn", "mahalanobis"]))
     unknown scorer 'knnn': did you mean 'knn'? Known: knn, mahalanobis
@@ -60,6 +60,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str], then: str = "") -> 
 
 
 def check_word(kind: str, value: object, words: Any) -> None:
-    """Raises :func:`unknown_name` unless ``value`` is one of ``words``, a ``Literal``."""
+    """Raise :func:`unknown_name` unless ``value`` is one of the values of ``words``, a ``Literal``."""
     if value not in get_args(words):
         raise unknown_name(kind, str(value), get_args(words))

@@ -1,4 +1,4 @@
-"""The former name of :mod:`traj_ood.scorers`, for imports that were written then."""
+"""Deprecated alias of :mod:`traj_ood.scorers`; every access warns with a ``DeprecationWarning``."""
 
 from __future__ import annotations
 

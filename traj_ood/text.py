@@ -1,8 +1,8 @@
-"""Text on its way out: short one-line messages, names that no terminal obeys, cells that no spreadsheet runs.
+"""Safe output text: one-line messages, names without control characters, cells without spreadsheet formulas.
 
-Names of files, classes and layers are the user's, or a stranger's: they may hold escape sequences, line breaks or
-megabytes. Data files keep them as they are; everything that is read on a screen goes through :func:`one_line` or
-:func:`printable`.
+Names of files, classes and layers come from users and from downloaded data: they may contain escape sequences or line
+breaks, or be megabytes long. Data files keep them unchanged; whatever is shown on a screen goes through
+:func:`one_line` or :func:`printable`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import re
 import unicodedata
 
 MAX_MESSAGE = 1800
-"""Bytes of a message: below 2 kB on any console, with what the command line puts before and after it."""
+"""Bytes in a message. With the text that the command line adds around it, a message stays below 2 kB."""
 
-_HEAD = 1200  # of these bytes for the beginning: what was expected and what arrived; the rest says what to do
+_HEAD_BYTES = 1200  # of MAX_MESSAGE for the beginning (expected, got); the end says what to do
 _GAP = " [...] "
 _BREAKS = re.compile(r"\s*[\n\r\t\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
-_FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")  # of OWASP's "CSV injection"; Excel takes the wide forms, too
+_FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")  # OWASP, "CSV injection"; Excel accepts the full-width forms, too
 
 
 def printable(text: str) -> str:
-    """``text`` with every character that a terminal may obey or hide as its escape, as ``repr`` writes it.
+    """``text`` with every non-printable character replaced by its escape sequence, as in ``repr``.
 
-    Controls, marks of writing direction, lone surrogates and unassigned code points; letters of all scripts and spaces
-    stay.
+    Escaped are control characters, marks of writing direction, lone surrogates and unassigned code points. Letters of
+    all scripts and spaces are kept.
 
     >>> print(printable("cat\\x1b[2J\\u202egnp.png"))
     cat\\x1b[2J\\u202egnp.png
@@ -32,26 +32,26 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A message: printable, on one line, and at most ``MAX_MESSAGE`` bytes in any encoding.
+    """``text`` as a message: printable, on one line, and at most ``MAX_MESSAGE`` bytes in any encoding.
 
-    A longer one keeps its beginning and its end, which says what to do.
+    A longer text is cut in the middle, because the end of a message says what to do.
 
     >>> one_line("expected a name,\\n  got '\\x07': choose another")
     "expected a name, got '\\\\x07': choose another"
     """
-    if len(text) > 2 * MAX_MESSAGE:  # may be megabytes: the middle is not even looked at
+    if len(text) > 2 * MAX_MESSAGE:  # cut first: the text may be megabytes long
         text = text[:MAX_MESSAGE] + _GAP + text[-MAX_MESSAGE:]
-    line = printable(_BREAKS.sub(" ", text.rstrip().lstrip("\n\r\t\v\f")))  # what is indented stays so
+    line = printable(_BREAKS.sub(" ", text.rstrip().lstrip("\n\r\t\v\f")))  # leading spaces are kept
     if _bytes(line) <= MAX_MESSAGE:
         return line
-    end = _within(line[::-1], MAX_MESSAGE - _HEAD - len(_GAP))[::-1]
-    return _within(line, _HEAD) + _GAP + end
+    end = _within(line[::-1], MAX_MESSAGE - _HEAD_BYTES - len(_GAP))[::-1]
+    return _within(line, _HEAD_BYTES) + _GAP + end
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what an error of another library says, and the next after a colon; at most 200 characters.
+    """The first line of an exception's message, at most 200 characters; a line after a colon is joined to it.
 
-    Errors of hubs run over pages. One that says nothing is named by its class.
+    For errors of other libraries, which may be pages long. An exception without a message gives its class name.
 
     >>> brief(OSError("no such repository:\\n  owner/name.\\nMany more lines."))
     'no such repository: owner/name'
@@ -61,10 +61,10 @@ def brief(error: BaseException) -> str:
 
 
 def quote_formula(text: str) -> str:
-    """A cell of a table that no spreadsheet takes for a formula: one that begins like one gets a ``'`` before it.
+    """``text`` as a table cell that no spreadsheet evaluates: a ``'`` is put before anything like a formula.
 
-    Begins like one: with ``=``, ``+``, ``-``, ``@``, a tab or a line break. :func:`unquote_formula` is the inverse, so
-    a text whose own quotes stand before such a character gets one more.
+    A formula begins with ``=``, ``+``, ``-``, ``@``, a tab or a line break. A text that begins with quotes before such
+    a character gets one more quote, so that :func:`unquote_formula` is the exact inverse.
 
     >>> [quote_formula(text) for text in ("a.png", "=1+1.png", "'=1.png", "'a.png")]
     ['a.png', "'=1+1.png", "''=1.png", "'a.png"]
@@ -73,7 +73,7 @@ def quote_formula(text: str) -> str:
 
 
 def unquote_formula(cell: str) -> str:
-    """The text that :func:`quote_formula` made a cell of."""
+    """The inverse of :func:`quote_formula`."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
@@ -82,12 +82,12 @@ def _escaped(character: str) -> str:
 
 
 def _bytes(text: str) -> int:
-    """Of the text where every character that is not ASCII has to be escaped, as on an ASCII console."""
+    """Length of ``text`` in bytes with every non-ASCII character escaped, as on an ASCII console."""
     return len(text.encode("ascii", "backslashreplace"))
 
 
 def _within(text: str, size: int) -> str:
-    """The longest beginning of at most ``size`` bytes."""
+    """The longest prefix of ``text`` of at most ``size`` bytes."""
     for position, character in enumerate(text):
         size -= _bytes(character)
         if size < 0:

@@ -1,1 +1,1 @@
-"""Files: tensors with a digest, weights, atomic and sealed writes, part stores, bounded JSON and YAML, provenance."""
+"""Reading and writing files: tensors with a digest, weights, sealed folders, part stores, JSON, YAML, provenance."""

@@ -1,4 +1,4 @@
-"""The README.md beside weights: paragraphs and tables under headings, all written from a record."""
+"""Markdown of a model card, the README.md beside a model's weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Block = str | Mapping[str, Any]
-"""Markdown as it stands, or the rows of a table of two columns."""
+"""Markdown text, or the rows of a two-column table."""
 
 
 def markdown_card(title: str, lead: Sequence[Block], sections: Mapping[str, Sequence[Block]]) -> str:
-    """A card: title, what is said at once, and sections by their heading. Empty blocks and sections are left out."""
+    """A card as Markdown: the title, the lead, then the sections by heading. Empty blocks and sections are omitted."""
     blocks: list[Block] = [f"# {title}", *lead]
     for heading, content in sections.items():
         if any(content):
@@ -19,12 +19,12 @@ def markdown_card(title: str, lead: Sequence[Block], sections: Mapping[str, Sequ
 
 
 def listed(values: Mapping[str, Any], between: str = " ") -> str:
-    """The names and values, sorted by name: ``python 3.11.7, torch 2.14.1``."""
+    """Names and values as one line, sorted by name: ``python 3.11.7, torch 2.14.1``."""
     return ", ".join(f"{key}{between}{value}" for key, value in sorted(values.items()))
 
 
 def numbers(values: Iterable[float], form: str) -> str:
-    """The numbers, formatted: ``42, 74, 123``."""
+    """Numbers as one line, each formatted with ``form``: ``42, 74, 123``."""
     return ", ".join(format(value, form) for value in values)
 
 

@@ -1,4 +1,4 @@
-"""Files of weights as training scripts and libraries write them, read as plain tensors; no code in them runs."""
+"""Read safetensors files and PyTorch checkpoints as plain tensors, without running any code in them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from traj_ood.errors import TrajOODError
 from traj_ood.text import brief
 
-# Where checkpoints keep their tensors, in timm's order of preference: the averaged weights (EMA) before the raw ones.
+# Keys under which checkpoints keep tensors, in timm's order of preference: averaged weights (EMA) before raw ones.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
-# Put before names by torch.compile, nn.DataParallel and DistributedDataParallel, in any order.
+# Prefixes that torch.compile, nn.DataParallel and DistributedDataParallel add to names, in any order.
 _WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")
-_AVERAGING = "n_averaged"  # how often torch's AveragedModel has averaged; no weight
-# Settings and counters that training scripts save beside the weights. Nothing of these classes is imported: while a
-# file is read, the first stand for dictionaries, the others for objects that keep nothing.
+_AVERAGING = "n_averaged"  # update counter of torch's AveragedModel, not a weight
+# Classes of the settings and counters that training scripts save beside the weights. None of them is imported: while a
+# file is read, _DICTIONARIES are replaced by dictionaries and _RECORDS by objects without content.
 _DICTIONARIES = (
     "collections.defaultdict",
     "lightning.fabric.utilities.data.AttributeDict",
@@ -57,14 +57,14 @@ _RECORDS = (
 
 
 class _Dictionary:
-    """Makes a plain dictionary, whatever it is called with."""
+    """Constructs an empty dictionary, whatever the arguments."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
 
 
 class _Record:
-    """Takes any arguments and any state, and keeps none."""
+    """Accepts any arguments and any state, and keeps none of it."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -72,20 +72,20 @@ class _Record:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a PyTorch checkpoint, whatever its name says, without running code in it.
+    """Read the tensors of a safetensors file or a PyTorch checkpoint without running any code in it.
 
-    A checkpoint may keep its tensors under ``state_dict``, ``model``, ``model_state_dict`` or ``net``. Averaged weights
-    (``state_dict_ema``, ``model_ema``) are taken before the raw ones, as timm does. The prefixes of wrappers,
-    ``module.`` and ``_orig_mod.``, are taken off; what else is in the file (epoch, optimizer, arguments) is passed
-    over.
+    The format is recognised by content, not by the file's name. A checkpoint may keep its tensors under ``state_dict``,
+    ``model``, ``model_state_dict`` or ``net``; averaged weights (``state_dict_ema``, ``model_ema``) are preferred to
+    raw ones, as in timm. The wrapper prefixes ``module.`` and ``_orig_mod.`` are removed. Everything else in the file
+    (epoch, optimizer, arguments) is ignored.
 
     Args:
         path: the file, or an index of shards (``*.index.json``) with the shards beside it.
     Returns:
-        Name → tensor on the CPU; with the attribute ``_metadata`` (the versions of modules) where the file has it.
+        Tensors on the CPU by name; with the attribute ``_metadata`` (module versions) if the file has it.
     Raises:
-        TrajOODError: missing, damaged, holding something else than named tensors, or needing Python objects that are
-            no plain data; the message names the first of them.
+        TrajOODError: the file is missing, damaged, contains anything but named tensors, or requires Python objects
+            that are not plain data; the message names the first of them.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -105,7 +105,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with _plain_data(), open(path, "rb") as file:  # by its path, newer versions of torch go by the suffix
+        with _plain_data(), open(path, "rb") as file:  # given a path, newer versions of torch go by its suffix
             tree = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile, pickle and torch each have error classes of their own
         raise TrajOODError(
@@ -116,15 +116,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why weights could not be read, in words; of pickled ones, which Python object they ask for."""
+    """The reason why weights could not be read; for a pickle, the Python object that it requires."""
     cause: BaseException | None = error
     while cause is not None:
         found = re.search(r"GLOBAL ([\w.]+)|unrecognized function (.+)", str(cause))
         if found:
             wanted = found[1] or found[2]
-            return (
-                f"it asks for the Python object {wanted[:100]}, and no code in a file is run: save state_dict() alone"
-            )
+            return f"it requires the Python object {wanted[:100]}, and no code in a file is run: save only state_dict()"
         if "Unsupported operand" in str(cause):
             return "it is a pickle that torch.save did not write"
         if re.search(r"central directory|unexpected EOF|Ran out of input|not fully covered", str(cause)):
@@ -134,7 +132,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _other_content(head: bytes, path: Path) -> str:
-    """What a file that cannot hold weights is instead, from its first bytes; empty for all others."""
+    """What a file is, if its first bytes show that it cannot contain weights; else an empty string."""
     if not head:
         return "it is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -150,12 +148,12 @@ def _other_content(head: bytes, path: Path) -> str:
     if head.startswith(b"PK") and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return "it is a TorchScript program: save state_dict() alone"
+                return "it is a TorchScript program: save only state_dict()"
     return ""
 
 
 def _plain_data() -> AbstractContextManager[Any]:
-    """While it is open, torch's restricted unpickler takes the names above for inert objects."""
+    """Context manager in which torch's restricted unpickler replaces the classes above by inert objects."""
     allow = getattr(torch.serialization, "safe_globals", None)  # torch 2.5
     if allow is None:
         return nullcontext()
@@ -173,9 +171,11 @@ def _shards(index: Path) -> Iterator[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError("a shard that is not beside it")
+            raise ValueError("a shard that is not in the same folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TrajOODError(f"{index}: expected the weight_map of a sharded checkpoint, got none ({error})") from error
+        raise TrajOODError(
+            f"{index}: expected the weight_map of a sharded checkpoint, got none ({error}): copy the model again"
+        ) from error
     yield from (index.parent / name for name in names)
 
 
@@ -192,7 +192,7 @@ def _tensors(tree: Any, path: Path) -> dict[str, Tensor]:
     for key, value in found.items():
         name = _WRAPPERS.sub("", key)
         if name in weights:
-            raise TrajOODError(f"{path}: holds {name} twice, with and without the prefix of a wrapper: save it again")
+            raise TrajOODError(f"{path}: contains {name} twice, with and without a wrapper's prefix: save it again")
         if name != _AVERAGING:
             weights[name] = value
     versions = getattr(tree, "_metadata", None)

@@ -1,7 +1,7 @@
-"""Code of other people: files and modules that a user names with ``--import``, and plugins that are installed.
+"""User code that extends traj_ood: files and modules given with ``--import``, and installed plugins.
 
-Nothing is run because a model's or a detector's folder names it: a file is run because the user names it, a plugin
-because the user has installed it.
+Only the user decides what runs, by naming a file or by installing a plugin. What the folder of a model or a detector
+names is never run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 from traj_ood.errors import TrajOODError, foreign_errors, warn
 
 GROUPS = ("traj_ood.scorers", "traj_ood.models", "traj_ood.benchmarks")
-"""Entry points of installed plugins: the name is that of the scorer, the model family or the benchmark; the value is
+"""Entry-point groups of plugins. An entry point's name is that of the scorer, model family or benchmark; its value is
 the module or class whose import registers it."""
 _PACKAGE = __name__.split(".")[0]
 
 
 @dataclass(frozen=True)
 class Extension:
-    """What was imported: ``name`` for messages (a file's name, or a module's), and the SHA-256 of its source files."""
+    """An imported file or module: its name, for messages, and the SHA-256 of its source files."""
 
     name: str
     digest: str
@@ -39,36 +39,36 @@ _IMPORTED: dict[str, Extension] = {}
 
 
 def imported() -> list[Extension]:
-    """All that was imported by :func:`import_extension`, by name."""
+    """All extensions that :func:`import_extension` has imported, sorted by name."""
     return sorted(_IMPORTED.values(), key=lambda extension: (extension.name, extension.digest))
 
 
 def import_extension(source: str) -> Extension:
     """Run a Python file, or import a module, so that it registers scorers, models or benchmarks.
 
-    A file may import its neighbours. The same file again is not run again.
+    A file can import modules of its own folder. A source is run only once per process.
 
     Args:
-        source: a path that ends in ``.py``, or the dotted name of a module, which may lie in the working directory.
+        source: a path that ends in ``.py``, or the dotted name of a module, which may be in the working directory.
     Raises:
-        TrajOODError: no such file or module, or whatever its code raises, with the place.
+        TrajOODError: there is no such file or module, or its code raises; the message names the line.
     """
     is_file = source.endswith(".py")
     key = str(Path(source).expanduser().resolve()) if is_file else source
     if key in _IMPORTED:
         return _IMPORTED[key]
-    with _importable(str(Path(key).parent) if is_file else "."), _told(source):
+    with _importable(str(Path(key).parent) if is_file else "."), _extension_errors(source):
         files = _run_file(Path(key)) if is_file else _files_of(importlib.import_module(source))
     made = _IMPORTED[key] = Extension(Path(key).name if is_file else source, _digest(files))
     return made
 
 
 def load_plugins(group: str, name: str | None = None) -> None:
-    """Import the installed plugins of a group; with ``name`` those of this name alone.
+    """Import the installed plugins of a group; with ``name``, only those of this name.
 
     Raises:
-        TrajOODError: the plugin that ``name`` asks for cannot be imported. Without a name, one that is broken is a
-            warning: it must not take all others away.
+        TrajOODError: the plugin called ``name`` cannot be imported. Without ``name``, a broken plugin only gives a
+            warning, so that the others remain usable.
     """
     for point in _entry_points(group):
         if name in (None, point.name):
@@ -82,9 +82,9 @@ def load_plugins(group: str, name: str | None = None) -> None:
 
 
 def origin_of(cls: type[Any]) -> dict[str, str] | None:
-    """Where a class of other people's comes from: its module, and the name and SHA-256 of the file; None for ours.
+    """Where a user's class was defined: its module, and the name and SHA-256 of its file. None for our own classes.
 
-    The names are for people: nothing is ever loaded by them.
+    This is information for readers of a record; nothing is ever loaded by these names.
     """
     if cls.__module__.split(".")[0] == _PACKAGE:
         return None
@@ -119,7 +119,7 @@ def _run_file(path: Path) -> list[Path]:
 
 
 def _files_of(module: Any) -> list[Path]:
-    """A module's source files: of a package all that lie below it."""
+    """The source files of a module; for a package, all files below its folder."""
     if getattr(module, "__path__", None):
         return sorted(file for folder in module.__path__ for file in Path(folder).rglob("*.py"))
     return [Path(module.__file__)] if getattr(module, "__file__", None) else []
@@ -134,7 +134,7 @@ def _digest(files: list[Path]) -> str:
 
 @contextlib.contextmanager
 def _importable(folder: str) -> Iterator[None]:
-    """``folder`` at the end of the module path while the code inside runs: it must not hide installed libraries."""
+    """Context manager that appends ``folder`` to ``sys.path``: at its end, so that it hides no installed library."""
     sys.path.append(folder)
     try:
         yield
@@ -143,8 +143,8 @@ def _importable(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(source: str) -> Iterator[None]:
-    """What a stranger's code raises as one line that names the file, and the line in it."""
+def _extension_errors(source: str) -> Iterator[None]:
+    """Context manager that turns what the extension raises into a ``TrajOODError`` with its file and line."""
     try:
         yield
     except TrajOODError as error:
@@ -163,13 +163,11 @@ def _told(source: str) -> Iterator[None]:
         line = _line_of(error, source)
         raise TrajOODError(f"--import {source}{line}: {type(error).__name__}: {error}: correct it") from error
     except SystemExit as error:
-        raise TrajOODError(
-            f"--import {source}: it ended the program (exit code {error.code}): take that out"
-        ) from error
+        raise TrajOODError(f"--import {source}: it calls sys.exit (code {error.code}): remove the call") from error
 
 
 def _line_of(error: Exception, source: str) -> str:
-    """``, line 7`` where the error passed through the file."""
+    """``, line 7`` if ``source`` is in the error's traceback, else an empty string."""
     lines, trace = [], error.__traceback__
     while trace is not None:
         if Path(trace.tb_frame.f_code.co_filename).name == Path(source).name:

@@ -1,4 +1,4 @@
-"""The registry of model families: classes by the word before the colon of a spec, such as ``timm:resnet18``."""
+"""Registry of model families. A model is specified as ``family:source``, such as ``timm:resnet18``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _C = TypeVar("_C", bound=type[Any])
 
 
 class Families(dict[str, type[M]]):
-    """Model classes by name; each is added in its own file, by :meth:`register`.
+    """Model classes by family name. Each class registers itself in its own file with :meth:`register`.
 
     Args:
-        base: of all the classes.
-        kind: what a class is, for errors: ``backbone library``. model: what an object of it is: ``backbone``.
-        key: the class attribute that holds the name.
-        methods: what a class has to define beside what is abstract in ``base``.
+        base: the common base class.
+        kind: what a class is called in error messages, such as ``backbone library``.
+        model: what an instance is called in error messages, such as ``backbone``.
+        key: the class attribute with the family's name.
+        methods: methods that a class must define in addition to the abstract ones of ``base``.
     """
 
     def __init__(self, base: type[Any], kind: str, model: str, key: str, methods: tuple[str, ...]) -> None:
@@ -29,10 +30,10 @@ class Families(dict[str, type[M]]):
         self._base, self.kind, self.model, self.key, self._methods = base, kind, model, key, methods
 
     def register(self, cls: _C) -> _C:
-        """Class decorator: make a family available by its name; a name is taken once.
+        """Class decorator that registers a family under its name.
 
         Raises:
-            TrajOODError: a method or the summary is missing; the name cannot stand before a colon, or is taken.
+            TrajOODError: a method or the summary is missing, or the name is taken or not a single word.
         """
         own: Any = cls
         where, name = f"{self.kind} {own.__qualname__}", getattr(own, self.key)
@@ -42,33 +43,33 @@ class Families(dict[str, type[M]]):
         if missing or not own.summary:
             raise TrajOODError(f"{where}: expected {', '.join(missing) or 'a summary'} in the class: define it")
         if name == "custom" or not re.fullmatch(r"\w[\w.-]*", name):
-            raise TrajOODError(f"{where}: expected {self.key} to be a word of its own, got {name!r}")
+            raise TrajOODError(f"{where}: expected {self.key} to be one word other than 'custom', got {name!r}")
         if name in self and (self[name].__module__, self[name].__qualname__) != home:  # a module may be reloaded
             raise TrajOODError(f"{where}: {self.key} {name!r} is taken by {self[name].__qualname__}: choose another")
         self[name] = own
         return cls
 
     def knows(self, name: str) -> bool:
-        """Whether a family has this name; installed plugins (entry points ``traj_ood.models``) are asked, too."""
+        """Whether a family of this name is registered, here or by a plugin (entry points ``traj_ood.models``)."""
         if name not in self:
             load_plugins("traj_ood.models", name)
         return name in self
 
     def named(self, name: str) -> type[M]:
-        """The class of a name.
+        """The class registered under ``name``.
 
         Raises:
-            TrajOODError: unknown, with near ones; or a plugin of that name that cannot be imported.
+            TrajOODError: the name is unknown (similar names are suggested), or its plugin cannot be imported.
         """
         if not self.knows(name):
             raise unknown_name(self.kind, name, self)
         return self[name]
 
     def load(self, spec: str, options: Mapping[str, Any]) -> M:
-        """The model ``name:source``, by the ``load`` of its family.
+        """Load the model ``name:source`` with the ``load`` method of its family.
 
         Raises:
-            TrajOODError: unknown name, no source, an unknown option, or whatever the family raises.
+            TrajOODError: the name or an option is unknown, the source is missing, or the family raises it.
         """
         name, _, source = spec.partition(":")
         family: Any = self.named(name)
@@ -80,7 +81,7 @@ class Families(dict[str, type[M]]):
 
 @contextmanager
 def unknown_options_named(where: str) -> Iterator[None]:
-    """An option that a loader does not know becomes a :class:`traj_ood.TrajOODError` that begins with ``where``."""
+    """Context manager that turns an unexpected keyword argument into a ``TrajOODError`` that begins with ``where``."""
     try:
         yield
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: the one way anything is written to disk."""
+"""Atomic writes and locks: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from traj_ood.errors import TrajOODError
 
@@ -16,12 +16,12 @@ CACHE_VARIABLE = "TRAJ_OOD_DATA"
 
 
 def cache_folder() -> Path:
-    """``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``; what cannot be written there is an error that names the variable.
+    """The cache folder: ``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``.
 
-    Raises ``TrajOODError`` when the variable is not set and this user has no home folder.
+    Raises ``TrajOODError`` if the variable is not set and the user has no home folder.
     """
     try:
-        # Absolute, because apt runs in another working folder.
+        # Absolute, because apt runs in another working directory.
         return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "traj_ood").absolute()
     except RuntimeError as error:
         raise TrajOODError(
@@ -30,15 +30,18 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object], *, replace: bool = True) -> None:
-    """Write ``content`` (bytes, or a callable given an open binary file) so that ``path`` is whole or unchanged.
+    """Write a file atomically: after a failure, ``path`` is as it was before.
 
-    The bytes go to a hidden file in the same folder (a rename across file systems is not atomic), reach the disk, and
-    take the place of ``path`` in one step. Missing folders are made. On any failure the hidden file is removed.
-    Without ``replace`` a file that is there by then stays, and of several processes the first one's does.
+    The content goes to a hidden file in the same folder (a rename across file systems is not atomic), is flushed to
+    disk and then renamed to ``path``. On any failure the hidden file is removed. Missing folders are created.
 
-    Raises ``TrajOODError`` naming the folder when it cannot be written (no permission, disk full), and for a ``path``
-    that is there and no regular file: a rename would replace a device by a file. Any error of the callable other than
-    OSError passes through.
+    Args:
+        path: the file.
+        content: the bytes, or a callable that writes them to an open binary file.
+        replace: false keeps a file that exists by the time of the rename, so that the first of several processes wins.
+    Raises:
+        TrajOODError: the folder cannot be written (permissions, disk full), or ``path`` exists and is no regular file:
+            a rename would replace a device by a file. Errors of the callable other than OSError pass through.
     """
     path = Path(path)
     if os.path.exists(path) and not os.path.isfile(path):
@@ -48,7 +51,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
     try:
         with folder_errors(path.parent, path.name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened by name, not through tempfile: its files are private (0600), and results are there to be read.
+            # Not with tempfile, whose files only the user can read (mode 0600): results are to be shared.
             with open(temporary, "xb") as file:
                 if callable(content):
                     content(file)
@@ -67,9 +70,9 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
 
 
 def check_writable(folder: str | Path) -> None:
-    """Refuse a place where ``folder`` could not be made, or replaced, before hours of work for it; nothing is left.
+    """Check that ``folder`` can be created or replaced, before hours of work for it; nothing is left behind.
 
-    Raises ``TrajOODError`` naming the folder.
+    Raises ``TrajOODError`` naming the folder if it cannot.
     """
     folder = Path(os.path.realpath(Path(folder).expanduser()))
     made = [path for path in folder.parents if not os.path.exists(path)]
@@ -78,20 +81,20 @@ def check_writable(folder: str | Path) -> None:
         with folder_errors(folder):
             probe.mkdir(parents=True)
     finally:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             for path in (probe, *made):
                 path.rmdir()
 
 
 @contextlib.contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
-    """This process alone works in ``folder``, until the block ends or the process dies, however it dies.
+    """Context manager that locks ``folder`` for this process; the lock also ends if the process is killed.
 
-    Missing folders are made, and removed again if nothing was written to them. It is the folder itself that is locked,
-    so no file stands for the lock; do not replace it meanwhile. Where folders cannot be locked (Windows, some network
-    file systems) nothing is guarded.
+    The folder itself is locked, without a lock file; do not replace it meanwhile. Missing folders are created, and
+    removed again if nothing was written to them. Where folders cannot be locked (Windows, some network file systems)
+    there is no protection.
 
-    Raises ``TrajOODError`` when another process is in it, or when it can be neither made nor opened.
+    Raises ``TrajOODError`` if another process has the lock, or if the folder can be neither created nor opened.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -105,21 +108,21 @@ def alone_in(folder: str | Path) -> Iterator[None]:
                 lock(opened, folder)
             except BlockingIOError as error:
                 raise TrajOODError(
-                    f"{folder}: another process is at work in it; wait until it ends, or choose another folder"
+                    f"{folder}: in use by another process; wait until it ends, or choose another folder"
                 ) from error
         yield
     finally:
         if opened >= 0:
             os.close(opened)
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             for path in made:
                 path.rmdir()
 
 
 def empty_folder(folder: str | Path, first: str) -> None:
-    """Remove everything in ``folder``, the file ``first`` before all else, but not the folder itself.
+    """Empty ``folder``, removing the file ``first`` before everything else.
 
-    Raises ``TrajOODError`` when something cannot be removed.
+    Raises ``TrajOODError`` if something cannot be removed.
     """
     folder = Path(folder)
     with folder_errors(folder):
@@ -132,12 +135,12 @@ def empty_folder(folder: str | Path, first: str) -> None:
 
 
 def lock(opened: int, path: Path) -> None:
-    """Keep other processes out of ``path``, open as ``opened``, until that is closed, however this process dies.
+    """Lock ``path`` for this process through its file descriptor ``opened``, until that is closed or the process ends.
 
-    Where nothing can be locked (Windows, some network file systems), nothing is guarded.
+    Where locks are not supported (Windows, some network file systems) there is no protection.
 
     Raises:
-        BlockingIOError: another process is in it, or has replaced or removed it since it was opened.
+        BlockingIOError: another process has the lock, or has replaced or removed ``path`` since it was opened.
     """
     try:
         import fcntl
@@ -145,7 +148,7 @@ def lock(opened: int, path: Path) -> None:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
-    except (ImportError, OSError):  # better unguarded than not at all
+    except (ImportError, OSError):  # go on without protection
         return
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(opened), os.stat(path)):
@@ -153,12 +156,22 @@ def lock(opened: int, path: Path) -> None:
     raise BlockingIOError
 
 
+def abandon(stream: BinaryIO | TextIO) -> None:
+    """Redirect a broken output stream to the null device, so that Python's flush at exit does not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        number, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
+
+
 @contextlib.contextmanager
 def folder_errors(folder: Path, name: str = "", then: str = "") -> Iterator[None]:
-    """OSError as the one line of a folder that cannot be written.
+    """Context manager that turns an OSError into a ``TrajOODError`` about a folder that cannot be written.
 
     Args:
-        name: of the file that is meant for it. then: what to do; by default, find space elsewhere.
+        folder: the folder.
+        name: the file to be written into it, for the message.
+        then: what to do; by default, free space or choose another folder.
     """
     try:
         yield
@@ -171,7 +184,7 @@ def folder_errors(folder: Path, name: str = "", then: str = "") -> Iterator[None
 
 
 def _elsewhere(folder: Path) -> str:
-    """How to have something written elsewhere."""
+    """Advice on how to choose another folder."""
     with contextlib.suppress(TrajOODError):
         if folder.absolute().is_relative_to(cache_folder()):
             return f"set {CACHE_VARIABLE} to another folder for the cache"

@@ -1,15 +1,15 @@
-"""Options: fields of a dataclass, read from text or from a YAML or JSON tree, and written as text again.
+"""Options: the fields of a dataclass, read from text or from a YAML or JSON tree, and written as text again.
 
-One parser for the options of scorers (``knn:k=5``), those of questions (``--option sizes=2,16``), training configs,
-OpenOOD's yml files, and the records of runs and questions. A field may be annotated as
+This one parser serves the options of scorers (``knn:k=5``) and of questions (``--option sizes=2,16``), training
+configs, OpenOOD's yml files, and the records of runs and questions. A field can be annotated as
 
     int · float · bool · str · Literal["a", "b"] · tuple[int, ...] · any of these | None (written none)
 
-also as ``Optional[int]``, and as text under ``from __future__ import annotations``. In a tree it may also be another
-dataclass, ``dict[str, …]``, ``list[…]``, a tuple of fixed length, or ``Any`` for what is checked elsewhere.
+also as ``Optional[int]``, and as a string under ``from __future__ import annotations``. A tree can also contain another
+dataclass, ``dict[str, …]``, ``list[…]``, a tuple of fixed length, and ``Any`` for values that are checked elsewhere.
 
-It is not pydantic's: that reads ``yes`` as true, ``5.0`` and ``1_0`` as integers, and knows no tuples and no none in
-text, so the grammar below would be needed all the same, and a translation of its errors besides.
+Pydantic is not used: it reads ``yes`` as true and ``5.0`` and ``1_0`` as integers, and has no text form of tuples and
+None. The grammar below would be needed in any case, and its errors would have to be translated.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from traj_ood.errors import TrajOODError, unknown_name
 
 MAX_INT = 2**32 - 1
-"""The largest seed that NumPy and scikit-learn take; nothing else is as large."""
+"""Largest accepted integer: the largest seed that NumPy and scikit-learn accept. No other option needs more."""
 _MAX_CHARACTERS = 40  # of a number
 _SCALARS = (bool, int, float, str)
 _UNIONS = (Union, UnionType)
 
 
 def option_kinds(cls: type[Any]) -> dict[str, Any]:
-    """Annotation by option, resolved.
+    """The resolved type annotation of each option.
 
     Raises:
-        TrajOODError: an annotation that does not exist at run time.
+        TrajOODError: an annotation cannot be resolved at run time.
     """
     try:
         hints = get_type_hints(cls)
-    except Exception as error:  # whatever evaluating a stranger's annotation may raise
+    except Exception as error:  # evaluating a user's annotation may raise anything
         raise TrajOODError(
             f"class {cls.__qualname__}: the annotations of its options cannot be read ({error}): import their types "
             "outside of TYPE_CHECKING, at the top of the module"
@@ -48,12 +48,12 @@ def option_kinds(cls: type[Any]) -> dict[str, Any]:
 
 
 def option_defaults(cls: type[Any]) -> dict[str, Any]:
-    """Default by option; ``MISSING`` where there is none."""
+    """The default of each option; ``MISSING`` if it has none."""
     return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls) if f.init}
 
 
 def split_pairs(texts: Iterable[str], owner: str) -> Iterator[tuple[str, str]]:
-    """Key and value of each ``key=value``.
+    """Split each ``key=value`` into its key and value.
 
     Raises:
         TrajOODError: a text without ``=``.
@@ -74,40 +74,44 @@ def read_options(
     joint: str | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of ``cls``: what is given, each value as the kind its field has.
+    """Convert the given options to keyword arguments of ``cls``, each value to the type of its field.
 
     Args:
         cls: the dataclass.
-        given: by option: text, or what YAML or JSON made of it.
-        owner, noun: whose options they are and what one is called, for errors: ``scorer knn``, ``option``.
-        joint: parts the text of a tuple. Default: none, a tuple is a list.
-        strict: a tree that a program wrote. Default false: text counts as what it says, because YAML takes ``5e-3`` for
-            text, and a section may be empty.
+        given: values by option: text, or parsed YAML or JSON.
+        owner: whose options they are, for error messages, such as ``scorer knn``.
+        noun: what an option is called in error messages.
+        joint: separator of the parts of a tuple in text. Default None: a tuple must be given as a list.
+        strict: for trees written by a program. Default false: text is parsed as a number where a number is expected,
+            because YAML reads ``5e-3`` as text, and a section may be empty.
     Raises:
-        TrajOODError: an unknown option (with near ones), one without default that is not given, or a value of another
-            kind; a number that is not finite, or an integer beyond :data:`MAX_INT`, is of none.
+        TrajOODError: an option is unknown (similar names are suggested), an option without default is missing, or a
+            value has the wrong type, is not finite, or is an integer beyond :data:`MAX_INT`.
     """
     return _Reader(owner, noun, joint, strict).options(cls, given, "")
 
 
 def write_option(value: Any, joint: str = "+") -> str:
-    """A value as :func:`read_options` reads it."""
+    """A value as text, the inverse of :func:`read_options`."""
     if isinstance(value, tuple | list):
         return joint.join(write_option(part, joint) for part in value)
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    # The sign of an exponent would be another part of a tuple that + joins.
+    # 1e+20 is written 1e20, because + may be the separator of a tuple.
     return repr(float(value)).replace("e+", "e") if isinstance(value, float) else str(value)
 
 
 def check_options(cls: type[Any], values: Mapping[str, Any], owner: str, *, reserved: str, joint: str = "+") -> None:
-    """Refuse values whose text would not be read as the same value.
+    """Check that every value, written as text, is read back as the same value.
 
     Args:
-        cls: the dataclass. values: by option, all of them. owner, joint: see :func:`read_options`.
-        reserved: signs that part one option from the next.
+        cls: the dataclass.
+        values: the values of all options.
+        owner: whose options they are, for error messages.
+        reserved: characters that separate options.
+        joint: separator of the parts of a tuple.
     Raises:
-        TrajOODError: a value that is not of the option's kind, or a text with a reserved sign or with space around it.
+        TrajOODError: a value has the wrong type, or a text contains a reserved character or begins or ends with space.
     """
     reader = _Reader(owner, "option", joint)
     for key, kind in option_kinds(cls).items():
@@ -120,10 +124,10 @@ def check_options(cls: type[Any], values: Mapping[str, Any], owner: str, *, rese
 
 
 def check_writable(cls: type[Any]) -> None:
-    """Refuse a dataclass with an option whose values have no text.
+    """Check that all options of a dataclass have types whose values can be written as text.
 
     Raises:
-        TrajOODError: names the option.
+        TrajOODError: one has not; the message names it.
     """
     for name, kind in option_kinds(cls).items():
         if not _is_writable(kind):
@@ -135,7 +139,7 @@ def check_writable(cls: type[Any]) -> None:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Attributes as the arguments of :func:`read_options`; a place is the dotted key of a value."""
+    """The parser of :func:`read_options`, with its arguments as attributes; ``place`` is the dotted key of a value."""
 
     owner: str
     noun: str
@@ -153,7 +157,7 @@ class _Reader:
         return {key: self.read(kinds[key], value, f"{place}.{key}".strip(".")) for key, value in given.items()}
 
     def read(self, kind: Any, given: Any, place: str) -> Any:
-        """The value that is given, as this kind."""
+        """``given`` converted to the type ``kind``."""
         origin, inner = get_origin(kind), get_args(kind)
         if kind is Any:
             return given
@@ -189,12 +193,12 @@ class _Reader:
 
 
 def _is_converted(kind: Any, given: Any) -> bool:
-    """Whether a number would become text, or text a number."""
+    """Whether reading ``given`` as ``kind`` would turn a number into text or text into a number."""
     return kind in _SCALARS and isinstance(given, str) != (kind is str)
 
 
 def _scalar(kind: Any, text: str) -> Any:
-    """The value that ``text`` stands for; KeyError or ValueError where it is none."""
+    """``text`` parsed as a scalar; KeyError or ValueError if it is not of this type."""
     if get_origin(kind) is Literal:
         return _choices(kind)[text]
     if kind is bool:
@@ -210,12 +214,12 @@ def _scalar(kind: Any, text: str) -> Any:
 
 
 def _choices(kind: Any) -> dict[str, Any]:
-    """The values of a Literal by their text."""
+    """The values of a ``Literal`` by their text form."""
     return {write_option(value): value for value in get_args(kind)}
 
 
 def _named(kind: Any, joint: str | None) -> str:
-    """A kind in words."""
+    """A type in words, for error messages."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in _UNIONS:
         return " or ".join(_named(k, joint) for k in sorted(inner, key=lambda k: k is NoneType))

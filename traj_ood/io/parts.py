@@ -1,4 +1,4 @@
-"""What a long computation has finished: one file per part, so that an interruption loses one part at most."""
+"""Store of finished parts of a long computation, one file per part: an interruption loses at most one part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from traj_ood.io.trees import read_json, write_json
 
 @dataclass(frozen=True)
 class Part:
-    """One batch: the ids that were read, the failures ({id, error}), tensors with one row per id, and plain notes."""
+    """The result for one batch.
+
+    Attributes:
+        ids: ids of the images that were read.
+        failures: ``{id, error}`` of each image that could not be read.
+        tensors: by name, each with one row per id.
+        notes: further JSON values.
+    """
 
     ids: tuple[str, ...] = ()
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -27,17 +34,19 @@ class Part:
 
 
 class PartStore:
-    """``folder/<key>.safetensors``: parts by key, each whole or absent.
+    """Parts by key, stored in ``folder/<key>.safetensors``; each is complete or absent.
 
-    A part that other code of this package has computed counts as absent. A folder of parts may say in a JSON file whose
-    they are, see :meth:`claim`.
+    A part that a different version of the code has computed counts as absent. A JSON file can record which computation
+    the parts belong to, see :meth:`claim`.
 
     Args:
-        folder: made with the first part.
-        what: a part is, for errors: ``batch of a run``.
-        redo: what deleting a damaged part makes happen, for errors: ``compute it again``.
-        index: name of the JSON file. discard: how to be rid of a folder with another or a damaged one, for errors.
-        code: the digest of the code that decides what is in the parts. Default: all of it, with what a user imported.
+        folder: created with the first part.
+        what: what a part is called in error messages, such as ``batch of a run``.
+        redo: what deleting a damaged part does, for error messages, such as ``compute it again``.
+        index: name of the JSON file.
+        discard: how to discard a folder whose JSON file is damaged or of another computation, for error messages.
+        code: returns the digest of the code that computes the parts. Default: :func:`code_digest`, over the whole
+            package and the user's imports.
     """
 
     def __init__(
@@ -55,21 +64,21 @@ class PartStore:
         self._believed: set[str] | None = None
 
     def distrust(self) -> None:
-        """From now on believe only the parts that this object writes."""
+        """Ignore all parts that were stored before; only those that this object saves from now on count."""
         self._believed = set()
 
-    # ------------------------------------------------------------------ whose parts they are
+    # ------------------------------------------------------------------ identity of the computation
 
     def index(self, group: str = "") -> Path:
-        """The JSON file of the parts whose keys begin with ``group/``; by default, of those without a group."""
+        """Path of the JSON file for the parts whose keys begin with ``group/``; by default, for those without group."""
         return self.folder / group / self._index
 
     def open(self, identity: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-        """The identity of the computation that the parts belong to: ``identity``, where nobody has claimed them yet.
+        """The recorded identity of the computation that the parts belong to; a new folder is given ``identity``.
 
         Raises:
-            TrajOODError: the folder cannot be written, its identity is damaged or has other keys, or there are parts
-                without one.
+            TrajOODError: the folder cannot be written, the recorded identity is damaged or has other keys, or the
+                folder has parts but no identity.
         """
         path = self.index(group)
         if not path.is_file():
@@ -83,10 +92,10 @@ class PartStore:
         return stored
 
     def claim(self, identity: Mapping[str, Any], group: str = "") -> None:
-        """Say whose parts these are, whatever was said before.
+        """Record ``identity`` as the computation that the parts belong to, replacing any earlier record.
 
         Args:
-            identity: plain data for JSON; what is none is written as text.
+            identity: JSON data; other objects are written as text.
         Raises:
             TrajOODError: the folder cannot be written.
         """
@@ -95,11 +104,11 @@ class PartStore:
     # ------------------------------------------------------------------ parts
 
     def has(self, key: str) -> bool:
-        """Whether a part has been written."""
+        """Whether a part has been saved."""
         return self._path(key).is_file() and (self._believed is None or key in self._believed)
 
     def save(self, key: str, part: Part) -> None:
-        """Write a part.
+        """Save a part.
 
         Raises:
             TrajOODError: the folder cannot be written.
@@ -110,7 +119,7 @@ class PartStore:
             self._believed.add(key)
 
     def load(self, key: str) -> Part | None:
-        """A part, or None where it has not been computed.
+        """The part of this key, or None if it has not been computed by this code.
 
         Raises:
             TrajOODError: its file is damaged, or that of another part.
@@ -122,11 +131,11 @@ class PartStore:
             if header.get("code") != self._code():
                 return None
             if header["part"] != key:
-                raise ValueError(f"it is that of {header['part']}")
+                raise ValueError(f"it contains the part {header['part']}")
             return Part(tuple(header["ids"]), header["failures"], file.tensors, header["notes"])
 
     def get(self, key: str) -> Part:
-        """A part that is known to be finished.
+        """The part of this key, which another process has finished.
 
         Raises:
             TrajOODError: its file is absent or damaged.

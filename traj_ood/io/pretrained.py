@@ -1,4 +1,4 @@
-"""How models of transformers and diffusers are read: no code of theirs runs, nothing is asked, nothing is followed."""
+"""Load models of transformers and diffusers without running code that comes with a model, and without questions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from traj_ood.io.weights import check_weights
 
 _ELSEWHERE = ("auto_map", "use_pretrained_backbone", "custom_pipelines")
 _SILENT: list[bool] = []
-"""Not empty where a program has asked for :func:`silence_transformers`."""
+"""Not empty after :func:`silence_transformers`."""
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin")
 
 
 def silence_transformers() -> None:
-    """From now on transformers announces no loading, and asks nothing on standard input: for programs with words of
-    their own. It is not imported for that: what need not load a model of its does not wait for it."""
+    """Turn off the log messages, progress bars and questions on standard input of transformers, for command lines.
+
+    This does not import transformers: the settings are applied when a model of it is first loaded.
+    """
     _SILENT.append(True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if "transformers" in sys.modules:
@@ -32,24 +34,24 @@ def _silence() -> None:
     from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # in place of a question on standard input: no
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # the question whether to run a model's code is answered "no"
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
-    """``kind.from_pretrained(source, **options)``, with what the source may not do shut off.
+    """``kind.from_pretrained(source, **options)``, without running any code that comes with the model.
 
-    Python files that come with a model are never run: left to itself, transformers asks on standard input whether it
-    may, and takes a "y" from any pipe. Of a folder nothing is fetched from the network.
+    By default, transformers asks on standard input whether to run such code, and accepts a "y" from any pipe. For a
+    local folder nothing is fetched from the network.
 
     Args:
         kind: a class of transformers or diffusers, such as ``AutoModel``.
         source: a local folder, or ``owner/name`` on the hub.
-        options: of the library.
+        options: further arguments of the library.
     Raises:
-        TrajOODError: the model brings code of its own, or asks for some from the hub.
-        Exception: whatever else the library raises.
+        TrajOODError: the model requires code of its own, or code from the hub.
+        Exception: any other error of the library.
     """
     if _SILENT:
         _silence()
@@ -65,7 +67,7 @@ def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
             raise TrajOODError(f"{source}: its pickled weights cannot be read ({reason})") from error
         raise
     kernel = getattr(found, "_attn_implementation", None)
-    if isinstance(kernel, str) and "/" in kernel:  # a repository of compiled code on the hub
+    if isinstance(kernel, str) and "/" in kernel:  # names a repository of compiled code on the hub
         raise _refused(source, f"the attention {kernel!r} from the hub")
     return found
 
@@ -73,12 +75,15 @@ def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
 def whole_network(
     answer: tuple[Any, Mapping[str, Any]], where: str, *, optional: Sequence[str] = (), then: str = ""
 ) -> Any:
-    """The network of ``from_pretrained(…, output_loading_info=True)`` in float32, with every weight from its file: what
-    a file lacks would be random numbers.
+    """The network of ``from_pretrained(…, output_loading_info=True)`` in float32, checked to be complete.
+
+    The libraries fill weights that a file lacks with random numbers; here they are an error.
 
     Args:
-        answer: the network, and the library's report. where, then: begin and end the message.
-        optional: parts of the names of weights that may be missing.
+        answer: the network and the library's loading report.
+        where: beginning of the error message.
+        optional: weights whose names contain one of these may be missing.
+        then: end of the error message.
     Raises:
         TrajOODError: weights are missing, of another shape or NaN.
     """
@@ -96,28 +101,33 @@ def whole_network(
 
 
 def use_safetensors(source: str | Path) -> dict[str, Any]:
-    """The option that says which weights of ``source`` a library reads: safetensors, and pickled ones where a folder
-    has no others, which both libraries read as plain tensors (torch's ``weights_only``)."""
+    """The option ``use_safetensors`` for ``source``: true, unless a folder has pickled weights only.
+
+    Both libraries read pickled weights as plain tensors (torch's ``weights_only``).
+    """
     folder = Path(source).expanduser()
     pickled = any((folder / name).is_file() for name in _PICKLED) and not any(folder.glob("*.safetensors*"))
     return {"use_safetensors": not pickled}
 
 
 def refuse_elsewhere(folder: Path) -> None:
-    """Refuse a folder with a JSON file that would lead a library to code or weights outside of it.
+    """Refuse a folder if a JSON file in it would make a library load code or weights from outside the folder.
 
     Raises:
-        TrajOODError: names the file and the entry.
+        TrajOODError: there is such a file; the message names it and the entry.
     """
     for path in sorted(folder.rglob("*.json")):
         content = _read(path)
         asking = sorted(key for key in _ELSEWHERE if content.get(key))
         if asking:
-            raise TrajOODError(f"{path}: {asking[0]!r} asks for code or files from elsewhere: nothing packed here does")
+            raise TrajOODError(
+                f"{path}: {asking[0]!r} asks for code or files from elsewhere, which is never packed: do not trust "
+                "this folder"
+            )
 
 
 def forget_paths(folder: Path) -> None:
-    """Take out of every config.json where its model came from: a path on this machine, and nobody else's business."""
+    """Remove from every config.json the path that its model was loaded from, which is private to this machine."""
     for path in sorted(folder.rglob("config.json")):
         config = _read(path)
         if config.pop("_name_or_path", None) is not None:
@@ -130,6 +140,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _refused(source: str, what: str) -> TrajOODError:
     return TrajOODError(
-        f"{source}: its config.json asks for {what}, which is never run: take a model that transformers itself knows, "
+        f"{source}: its config.json asks for {what}, which is never run: use a model that transformers itself has, "
         "or build it in Python and wrap it in traj_ood.CallableBackbone or traj_ood.CallableAutoencoder"
     )

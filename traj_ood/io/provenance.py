@@ -1,4 +1,7 @@
-"""Which code, libraries, machine and commit made a number. Caches and resumed runs believe their own code alone."""
+"""Provenance of a result: digest of the code, library versions, machine and git commit.
+
+Caches and resumed runs reuse only what code with the same digest has computed.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from traj_ood.io.extensions import imported
 PACKAGE = Path(__file__).parents[1]
 _PACKAGES = ("traj_ood", "torch", "torchvision", "transformers", "timm", "numpy", "scikit-learn", "pandas")
 _FAISS_PACKAGES = ("faiss-gpu", "faiss-cpu")
-# What drives, draws or carries numbers and never makes one. All else decides numbers, a module added later included.
-_DECIDES_NOTHING = (
+# Modules that call, draw or print, and cannot change a number. All others, including future ones, count as able to.
+_WITHOUT_EFFECT = (
     "__main__.py",
     "analysis/drawings.py",
     "cli/",
@@ -40,9 +43,7 @@ _DECIDES_NOTHING = (
     "report/",
     "training/card.py",
 )
-
-
-# A decoder, a resize or a kernel of another version makes other numbers, if only in the last digits.
+# Another version of a decoder, a resize or a kernel changes numbers, if only in the last digits.
 _LIBRARIES = (
     *("torch", "torchvision", "timm", "transformers", "diffusers", "openood"),
     *("pillow", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu"),
@@ -50,7 +51,7 @@ _LIBRARIES = (
 
 
 def code_digest() -> str:
-    """16 hex digits over all code that decides numbers: :func:`package_digest`, and what ``--import`` has added."""
+    """16 hex digits that identify all code behind a number: :func:`package_digest` and what ``--import`` has added."""
     own = imported()
     if not own:
         return package_digest()
@@ -60,11 +61,11 @@ def code_digest() -> str:
 
 @cache
 def package_digest() -> str:
-    """16 hex digits over the source of this package that decides numbers, and the versions of the libraries that do.
+    """16 hex digits over the package's source and the versions of the libraries that can change a number.
 
-    A digest and not a version that somebody has to raise: what is forgotten once is a wrong number in every cache. It
-    is taken once per process, in milliseconds. A comment counts, too: its change costs a cache, not a result. Where
-    there are no source files (a zipped package) the package's version stands for them.
+    A digest cannot be forgotten, unlike a version number that someone has to raise. It is computed once per process, in
+    milliseconds. Comments count, too: changing one costs a cache, not a result. In a zipped package, without source
+    files, the package's version replaces them.
     """
     digest = hashlib.sha256(metadata.version("traj_ood").encode())
     for name in _LIBRARIES:
@@ -79,16 +80,15 @@ def package_digest() -> str:
 def deciding_files() -> list[Path]:
     """The source files behind :func:`code_digest`, sorted."""
     files = sorted(PACKAGE.rglob("*.py"))
-    return [path for path in files if not path.relative_to(PACKAGE).as_posix().startswith(_DECIDES_NOTHING)]
+    return [path for path in files if not path.relative_to(PACKAGE).as_posix().startswith(_WITHOUT_EFFECT)]
 
 
 def environment() -> dict[str, str]:
-    """Versions of what can change a number, by name, from package metadata: nothing heavy is imported.
+    """Versions of Python, of the libraries and of the code, from package metadata; nothing heavy is imported.
 
-    ``faiss`` names the installed package and its version, or ``none`` (the torch index then does the search);
-    where a user imported code, ``imported`` names it, with the beginning of its SHA-256, and
-    ``package`` is :func:`package_digest`;
-    ``threads`` is OMP_NUM_THREADS where set, else the number of CPUs; ``code`` is :func:`code_digest`.
+    ``code`` is :func:`code_digest`. ``faiss`` is the installed package and its version, or ``none`` (the torch index is
+    used then). ``threads`` is OMP_NUM_THREADS if set, else the number of CPUs. If the user has imported code,
+    ``imported`` names it with the beginning of its SHA-256, and ``package`` is :func:`package_digest`.
     """
     faiss = [f"{name} {_version(name)}" for name in _FAISS_PACKAGES if _version(name) != "none"]
     own = ", ".join(f"{extension.name} {extension.digest[:16]}" for extension in imported())
@@ -111,12 +111,11 @@ def _version(package: str) -> str:
 
 
 def git_commit(folder: str | Path = PACKAGE) -> str | None:
-    """The commit checked out around ``folder``, this package's by default: 40 hex digits, and ``-dirty`` when tracked
-    files differ from it.
+    """The git commit of ``folder`` (default: this package): 40 hex digits, with ``-dirty`` if tracked files differ.
 
-    Untracked files do not count, as in ``git describe --dirty``: the results of an earlier run are some. None without
-    git, outside a checkout, or in a folder the checkout does not track (a package installed in someone's project
-    must not report that project's commit).
+    Untracked files, such as results of earlier runs, do not count, as in ``git describe --dirty``. None without git,
+    outside a checkout, or if the checkout does not track the folder: a package installed inside a project must not
+    report that project's commit.
     """
     tracked = _git(folder, "ls-files", "--", ".")
     commit = _git(folder, "rev-parse", "--verify", "HEAD")
@@ -126,7 +125,7 @@ def git_commit(folder: str | Path = PACKAGE) -> str | None:
 
 
 def _git(folder: str | Path, *arguments: str) -> str | None:
-    """What git prints, stripped; None when it is not installed, fails, or hangs for 10 s."""
+    """The output of a git command, stripped; None if git is not installed, fails, or takes longer than 10 s."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

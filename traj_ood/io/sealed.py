@@ -1,6 +1,6 @@
-"""A folder whose every byte is accounted for: one JSON with the size and hash of every other file, and of itself.
+"""Sealed folders: one JSON file lists the size and hash of every other file, and contains its own digest.
 
-The seal finds damage and half copies. It is no signature: who can write the folder can write a new seal.
+The seal detects damage and incomplete copies. It is not a signature: whoever can write the folder can seal it again.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ _MAX_JSON = 2**26
 
 @contextmanager
 def replaced_folder(folder: str | Path, name: str, known: Collection[str], overwrite: bool = True) -> Iterator[Path]:
-    """A new folder beside ``folder`` to write into, which takes its place in the end; on any failure nothing changes.
+    """Context manager that yields a new folder to write into, which replaces ``folder`` at the end.
 
-    A crash leaves the old folder or the new one. Only one that comes between two renames leaves neither under this
-    name, but both, whole, under hidden names beside it.
+    On any failure ``folder`` is unchanged. A crash leaves the old folder or the new one; a crash between the two
+    renames leaves both, complete, under hidden names beside it.
 
     Args:
-        name: of the JSON that marks a folder which may be replaced; only an empty one may lack it.
-        known: all names that ``folder`` may hold now. It is deleted, so anything else in it is refused.
-        overwrite: false takes an empty folder or none, also when another process has filled it meanwhile.
+        folder: the folder to create or replace.
+        name: the JSON file that marks a folder as replaceable; only an empty folder may lack it.
+        known: all names that ``folder`` may contain now. It is deleted, so anything else in it is refused.
+        overwrite: false refuses any folder that is not empty, also one that another process fills meanwhile.
     Raises:
-        TrajOODError: strangers in ``folder``, or no permission or space to write.
+        TrajOODError: ``folder`` contains other files, or there is no permission or space to write.
     """
     target = Path(os.path.realpath(Path(folder).expanduser()))
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -59,13 +60,11 @@ def _refuse_strangers(target: Path, name: str, known: Collection[str]) -> None:
     present = set(os.listdir(target)) if target.is_dir() else set()
     strangers = sorted(present - set(known) if name in present else present)
     if strangers:
-        raise TrajOODError(
-            f"{target}: holds {strangers[0]!r}, which is no part of what would be replaced: choose an empty folder"
-        )
+        raise TrajOODError(f"{target}: contains {strangers[0]!r}, which would be deleted: choose an empty folder")
 
 
 def _take(fresh: Path, target: Path) -> None:
-    """The name ``target``, which the system gives to one process alone."""
+    """Rename ``fresh`` to ``target``, which succeeds in one process only."""
     try:
         os.rename(fresh, target)
     except OSError as error:
@@ -89,21 +88,24 @@ def _swap(fresh: Path, target: Path) -> None:
 
 
 def seal(folder: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Write ``folder/name``, last: the record, size and sha256 of every file there is, and its own digest."""
+    """Write ``folder/name``: the record, the size and sha256 of every file, and a digest of itself. Call it last."""
     files = {path: {"size": size, "sha256": _sha256(folder / path)} for path, size in _listing(folder).items()}
     whole = {**record, "files": files}
     write_atomic(folder / name, _canonical({**whole, "digest": hashlib.sha256(_canonical(whole)).hexdigest()}))
 
 
 def open_sealed(folder: Path, name: str, schema: str) -> dict[str, Any]:
-    """The record of a sealed folder, after everything in it has been checked.
+    """Check every file of a sealed folder and return its record.
 
-    Files whose names start with a dot, at the top level, are passed over: nothing here reads them.
+    Hidden files at the top level are ignored, as nothing reads them.
 
     Args:
-        name: of the JSON. schema: ``<what>/<version>``, the newest version that is understood.
+        folder: the sealed folder.
+        name: the JSON file.
+        schema: ``<what>/<version>`` with the newest supported version.
     Raises:
-        TrajOODError: no such folder, a newer schema, damage anywhere, files that are missing or too many, or links.
+        TrajOODError: there is no such folder, its schema is newer, a file is damaged, missing or unexpected, or the
+            folder contains links.
     """
     try:
         return _opened(folder, name, schema)
@@ -193,10 +195,10 @@ def _check_files(folder: Path, record: Mapping[str, Any], path: Path) -> None:
 
 
 def _listing(folder: Path) -> dict[str, int]:
-    """Relative path → size of every file below ``folder`` but for hidden ones at its top level.
+    """Size of every file below ``folder`` by relative path, without hidden ones at the top level.
 
     Raises:
-        TrajOODError: a link or a device: what it leads to is not in the folder.
+        TrajOODError: the folder contains a link or a device, whose content is not in the folder.
     """
     found = {}
     for current, folders, files in os.walk(folder):
@@ -220,7 +222,7 @@ def _listing(folder: Path) -> dict[str, int]:
 
 
 def _canonical(record: Mapping[str, Any]) -> bytes:
-    """The one way a record is written, so that not even white space may change."""
+    """The canonical JSON of a record, so that a change of white space is noticed, too."""
     return (json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 
@@ -233,7 +235,7 @@ def _sha256(path: Path) -> str:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _subject(schema: str) -> str:
@@ -241,7 +243,7 @@ def _subject(schema: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name that can be printed, whatever bytes it is made of."""
+    """A file name as printable text, whatever bytes it consists of."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -1,7 +1,7 @@
-"""One safetensors file: tensors, a JSON header, and the digest of both that safetensors itself does not keep.
+"""safetensors files with a JSON header and a digest of tensors and header.
 
-Without it a flipped bit is just another number. Files of older versions, and those of others, have none and are taken
-as they are.
+safetensors has no checksum, so that a flipped bit would go unnoticed. Files without the digest, written by older
+versions or other programs, are read unchecked.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from traj_ood.io.checkpoints import reason_of
 from traj_ood.io.files import write_atomic
 
 DIGEST = "traj_ood_sha256"
-"""Key of the digest among the metadata of a file."""
-_FORMAT = {"format": "pt"}  # without it transformers refuses the file
-# What libraries write into a config of their own accord, and what decides nothing.
+"""Key of the digest in a file's metadata."""
+_FORMAT = {"format": "pt"}  # required by transformers
+# Keys that libraries add to a config on their own, and that have no effect; the digest leaves them out.
 _UNSEALED = ("_name_or_path", "transformers_version")
 
 
@@ -43,7 +43,7 @@ def digest_of(tensors: Mapping[str, Tensor], declared: Any) -> str:
     digest = hashlib.sha256(json.dumps(declared, sort_keys=True, default=str).encode())
     for key, value in sorted(tensors.items()):
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        # Cloned: one element of any stride counts as contiguous, and yet cannot be viewed as bytes.
+        # Cloned, because a one-element tensor counts as contiguous with any stride, but cannot be viewed as bytes.
         values = value.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
         digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -56,20 +56,20 @@ def write_tensors(
     *,
     beside: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write one file, atomically; the same content always gives the same bytes.
+    """Write tensors to one file atomically; the same content always gives the same bytes.
 
     Args:
-        path: of the file; missing folders are made.
+        path: the file; missing folders are created.
         tensors: on any device; they may share memory.
-        header: plain data for JSON, by key.
-        beside: JSON objects in other files, such as a model's config, that the digest covers, too.
+        header: JSON values by key.
+        beside: JSON objects of other files, such as a model's config, that the digest covers as well.
     Raises:
         TrajOODError: the folder cannot be written.
     """
     # Cloned, since safetensors refuses tensors that share memory.
     plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     texts = {key: json.dumps(value, sort_keys=True) for key, value in (header or {}).items()}
-    # Of several metadata safetensors makes a header of random order, so they are put into it here.
+    # The metadata are inserted here, because safetensors writes several of them in random order.
     content = memoryview(save(plain))
     end = 8 + int.from_bytes(content[:8], "little")
     metadata = {**_FORMAT, **texts, DIGEST: _digest(plain, texts, beside)}
@@ -81,14 +81,14 @@ def write_tensors(
 
 @contextmanager
 def open_tensors(path: Path, what: str, fix: str) -> Iterator[TensorFile]:
-    """The content of a file; whatever fails while it is read, or understood in the ``with`` block, means damage.
+    """Context manager that yields the content of a file; any exception in the ``with`` block is reported as damage.
 
     Args:
-        path: of a file that :func:`write_tensors` wrote.
-        what: it is, for errors: ``attractor dictionary``.
-        fix: what to do about a damaged one, for errors.
+        path: a file written by :func:`write_tensors`.
+        what: what the file is called in error messages, such as ``attractor dictionary``.
+        fix: what to do about a damaged file, for error messages.
     Raises:
-        TrajOODError: missing, no safetensors file, changed since it was written, or what the block raises.
+        TrajOODError: the file is missing, not a safetensors file or changed since it was written, or the block raises.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -101,17 +101,19 @@ def open_tensors(path: Path, what: str, fix: str) -> Iterator[TensorFile]:
         yield TensorFile(tensors, {key: _value(text) for key, text in texts.items()})
     except TrajOODError:
         raise
-    except Exception as error:  # safetensors has error classes of its own, and the block's may be any
+    except Exception as error:  # safetensors has its own error classes, and the block may raise any
         raise TrajOODError(f"{path}: not a readable {what} ({reason_of(error)}): {fix}") from error
 
 
 def check_digest(path: Path, weights: Mapping[str, Tensor], *beside: Mapping[str, Any]) -> None:
-    """Refuse a model's weights that differ from what :func:`write_tensors` wrote, or whose JSON files do.
+    """Compare a model's weights and JSON files with the digest that :func:`write_tensors` recorded.
 
     Args:
-        path: a file of weights. weights: its tensors, by their names in it. beside: the JSON objects read beside it.
+        path: the file of weights.
+        weights: its tensors, by their names in the file.
+        beside: the JSON objects read from the files beside it.
     Raises:
-        TrajOODError: damaged or edited.
+        TrajOODError: they differ.
     """
     if path.suffix != ".safetensors":
         return
@@ -130,7 +132,7 @@ def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str], beside: Seq
 
 
 def _value(text: str) -> Any:
-    """A header's value; older versions wrote some texts as they were."""
+    """A value of the header; older versions wrote some texts without JSON quotes."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""YAML and JSON of a user's, or a stranger's, folder: read strictly, in bounded time and memory.
+"""Strict reading of YAML and JSON files from untrusted folders, in bounded time and memory.
 
-A file may be of any size, nest without end, or name one list in another until half a kilobyte stands for gigabytes.
-What people write by hand needs none of that, so it is refused by name.
+A hostile file can be huge, nest endlessly, or use aliases so that half a kilobyte expands to gigabytes. Files written
+by hand need none of that, so each such case is refused with a message that names it.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
 
 MAX_YAML = 2**16
-"""Bytes of a YAML file: thousands of lines, which PyYAML reads in a fraction of a second."""
+"""Largest YAML file in bytes: thousands of lines, which PyYAML reads in a fraction of a second."""
 MAX_JSON = 2**28
-"""Bytes of a JSON file; the result of a large run holds a record for each failed image."""
+"""Largest JSON file in bytes; the result of a large run has a record for each failed image."""
 MAX_CONFIG = 2**22
-"""Bytes of a JSON file that people or libraries write to describe a model; some list 1,000 classes twice."""
+"""Largest JSON config of a model in bytes; some list 1,000 classes twice."""
 MAX_DEPTH = 50
-"""Lists and mappings inside each other."""
+"""Most lists and mappings inside each other."""
 
-_MAX_VALUES = 5_000  # of a YAML file, those that aliases repeat counted each time
+_MAX_VALUES = 5_000  # in a YAML file; values repeated by aliases count each time
 _MAX_TEXT = 4_096  # characters of one YAML value: the longest path
-_MAX_DIGITS = 40  # of a whole number; Python refuses to print those of thousands
+_MAX_DIGITS = 40  # of an integer; Python refuses to print integers of thousands of digits
 
 _T = TypeVar("_T")
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """The tree in a YAML file: plain types, each key of a mapping once, aliases only as far as they stay small.
+    """Read a YAML file as plain Python types. Duplicate keys are errors, and aliases count towards the size limits.
 
     Args:
-        path: of the file, in UTF-8.
-        what: it is, for errors: ``the benchmark file``.
+        path: the file, in UTF-8.
+        what: what the file is called in error messages, such as ``the benchmark file``.
     Raises:
-        TrajOODError: unreadable, not UTF-8, malformed, or beyond the bounds above.
+        TrajOODError: the file is unreadable, not UTF-8, malformed, or exceeds one of the limits above.
     """
     try:
         text = _content(path, what, MAX_YAML).decode("utf-8-sig")
         return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds no objects
     except UnicodeDecodeError as error:
         raise TrajOODError(f"{path}: expected a YAML file in UTF-8, got other bytes; save it as UTF-8") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date or number
         if isinstance(error, TrajOODError):
             raise
         mark = getattr(error, "problem_mark", None)
@@ -58,21 +58,21 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The object in a JSON file; the words NaN and Infinity, which JSON has not, are refused.
+    """Read a JSON file that contains an object. NaN and Infinity, which are not part of JSON, are refused.
 
     Args:
-        path: of the file, in UTF-8.
-        what: it is, for errors: ``the config of a model``.
-        fix: what to do about a damaged one, for errors.
-        limit: bytes, at most.
+        path: the file, in UTF-8.
+        what: what the file is called in error messages, such as ``the config of a model``.
+        fix: what to do about a damaged file, for error messages.
+        limit: largest size in bytes.
     Raises:
-        TrajOODError: unreadable, not JSON, no object, or beyond the bounds above.
+        TrajOODError: the file is unreadable, not JSON, not an object, or exceeds one of the limits.
     """
     content = _content(path, what, limit, fix)
     try:
         tree = json.loads(content, parse_constant=_no_number)
         _check_depth(tree)
-    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError includes bytes that are not UTF-8
         raise TrajOODError(f"{path}: expected JSON, got {error}; {fix}") from error
     if not isinstance(tree, dict):
         raise TrajOODError(f"{path}: expected a JSON object, got {type(tree).__name__}; {fix}")
@@ -80,21 +80,24 @@ def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict
 
 
 def write_json(path: str | Path, tree: Any, **options: Any) -> None:
-    """Write plain data as a JSON file with two spaces of indentation, whole or not at all.
+    """Write data as a JSON file, indented by two spaces and atomically.
 
     Args:
-        options: of ``json.dumps``, such as ``sort_keys=True``.
+        path: the file.
+        tree: the data.
+        options: further arguments of ``json.dumps``, such as ``sort_keys=True``.
     Raises:
-        TrajOODError: the file cannot be written. TypeError, ValueError: what JSON cannot hold; nothing is written.
+        TrajOODError: the file cannot be written.
+        TypeError, ValueError: JSON cannot represent the data; nothing is written.
     """
     write_atomic(path, (json.dumps(tree, **{"indent": 2, **options}) + "\n").encode())
 
 
 def field_of(tree: Mapping[str, Any], key: str, kind: type[_T], where: str) -> _T:
-    """``tree[key]``, which must be a ``kind``; an int counts as a float, a bool never as a number.
+    """``tree[key]``, checked to be of type ``kind``; an int is accepted as a float, a bool is no number.
 
     Raises:
-        TrajOODError: missing, of another type, or not finite.
+        TrajOODError: the key is missing, or its value is of another type or not finite.
     """
     value = tree.get(key)
     if kind is float and type(value) is int:
@@ -106,7 +109,7 @@ def field_of(tree: Mapping[str, Any], key: str, kind: type[_T], where: str) -> _
 
 
 def as_json(value: Any) -> Any:
-    """Plain data as it comes back from a JSON file: tuples as lists, other objects as their text."""
+    """Data as it would be read back from a JSON file: tuples become lists, other objects their text."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -114,7 +117,7 @@ def _content(path: Path, what: str, limit: int, fix: str = "correct the path") -
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(limit + 1)  # a device says that it is empty, and never ends
+            content = file.read(limit + 1)  # bounded, because a device reports size 0 and may never end
     except OSError as error:
         raise TrajOODError(f"{path}: expected {what}, got {error.strerror}; {fix}") from error
     if len(content) > limit:
@@ -133,11 +136,11 @@ def _check_depth(tree: Any) -> None:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that is bounded, and refuses a key given twice: plain YAML keeps the last one and drops the rest."""
+    """PyYAML's safe loader with limits and without duplicate keys, of which plain YAML keeps only the last."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -155,12 +158,12 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if node not in self._sizes:
-                raise _refused(f"the alias {event.anchor!r} of what it stands in", event)
+                raise _refused(f"the alias {event.anchor!r} inside the value it refers to", event)
             self._values += self._sizes[node]
         else:
             self._values += 1
         if self._values > _MAX_VALUES:
-            raise _refused(f"more than {_MAX_VALUES} values, those of aliases counted each time", event)
+            raise _refused(f"more than {_MAX_VALUES} values, those repeated by aliases included", event)
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > _MAX_DIGITS:
             raise _refused(f"a number of {len(node.value)} digits, expected at most {_MAX_DIGITS}", event)
         if node is not None:

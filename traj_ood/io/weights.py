@@ -1,4 +1,4 @@
-"""Weights as facts: what a module must be given, and the hash that says which weights it has."""
+"""Check, load and fingerprint the weights of a module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _COUNTER = "num_batches_tracked"
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """As ``module.modules()``, in a fifth of its time: that makes the name of each, and this is asked at every call."""
+    """All modules inside ``module``, itself included.
+
+    Takes a fifth of the time of ``module.modules()``, which builds the name of each; this runs at every call.
+    """
     found, seen, waiting = [], {id(module)}, [module]
     while waiting:
         part = waiting.pop()
@@ -31,19 +34,19 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def tensors_of(parts: Sequence[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers of :func:`parts_of`, each once."""
+    """The parameters and buffers of the modules that :func:`parts_of` returns, each once."""
     held = (t for part in parts for own in (part._parameters, part._buffers) for t in own.values())
     return list({id(t): t for t in held if t is not None}.values())
 
 
 def float_types(parts: Sequence[nn.Module]) -> set[torch.dtype]:
-    """Of the floating-point parameters of :func:`parts_of`."""
+    """The dtypes of the floating-point parameters of the modules that :func:`parts_of` returns."""
     held = (p for part in parts for p in part._parameters.values() if p is not None)
     return {p.dtype for p in held if p.is_floating_point()}
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite, by the smallest and the largest: a mask of all doubles the memory."""
+    """Whether no value is NaN or infinite. Only the minimum and maximum are tested: a mask would double the memory."""
     if not values.numel():
         return True
     return all(bool(extreme.isfinite()) for extreme in values.aminmax())  # both are NaN where any value is
@@ -52,18 +55,18 @@ def all_finite(values: Tensor) -> bool:
 def fingerprint(module: nn.Module, declared: Any, own_name: Callable[[str], str] = str) -> str:
     """sha256 over the JSON of ``declared`` and every name, shape, dtype and byte of the module's state.
 
-    ``own_name`` turns a library's name of a tensor into one that no version of the library changes.
+    ``own_name`` maps a library's name of a tensor to one that is the same in every version of the library.
     """
     return digest_of({own_name(key): value for key, value in module.state_dict().items()}, declared)
 
 
 def refuse_larger(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a configuration that counts more of anything than there are weights, or more layers than tensors.
+    """Refuse a configuration in which any number exceeds that of the weights, or that has more layers than tensors.
 
-    Building what it describes could take all the memory, or go on for ever.
+    Building such a network could exhaust the memory or never end.
 
     Raises:
-        TrajOODError: names the key.
+        TrajOODError: the configuration is too large; the message names the key.
     """
     values = sum(value.numel() for value in weights.values())
     for key, count in config.items():
@@ -76,10 +79,10 @@ def refuse_larger(config: Mapping[str, Any], weights: Mapping[str, Tensor], wher
 
 
 def check_weights(weights: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
-    """Refuse weights of another architecture or with NaN, by name, before they are loaded.
+    """Check, before loading, that weights fit ``module`` in names and shapes, and are finite.
 
     Raises:
-        TrajOODError: names ``where`` and the first offending tensor.
+        TrajOODError: they do not; the message begins with ``where`` and names the first such tensor.
     """
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
@@ -110,17 +113,17 @@ def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
 
 
 def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load ``weights`` into ``module``, every one that it has, by the module's own loader.
+    """Load ``weights`` into ``module`` with ``load_state_dict``; every weight of the module must be given.
 
-    They may stand under one prefix, such as ``model.`` of Lightning or ``encoder.``: what the file holds beside it is
-    left out then. Batch norms' ``num_batches_tracked`` may be missing: it is for training only, and older checkpoints
-    lack it.
+    All names can share one prefix, such as Lightning's ``model.`` or ``encoder.``; tensors outside it are then ignored.
+    ``num_batches_tracked`` of batch norms may be missing: it is used in training only, and older checkpoints lack it.
 
     Args:
-        module: new; after an error its weights are undefined.
-        weights: as :func:`traj_ood.io.checkpoints.read_weights` returns them.
+        module: newly created; after an error its weights are undefined.
+        weights: as returned by :func:`traj_ood.io.checkpoints.read_weights`.
+        where: beginning of error messages.
     Raises:
-        TrajOODError: as :func:`check_weights`; also two sets of weights under different prefixes.
+        TrajOODError: as :func:`check_weights`; also if there are two sets of weights under different prefixes.
     """
     expected = module.state_dict()
     prefix = _prefix(weights, [key for key in expected if not key.endswith(_COUNTER)], where)
@@ -129,23 +132,23 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) ->
     _check_finite(own, where)
     try:
         report = module.load_state_dict(own, strict=False)
-    except Exception as error:  # shapes, and versions that a module's own loader does not take
+    except Exception as error:  # wrong shapes, or a version that the module's own loader refuses
         check_weights({**{k: v for k, v in expected.items() if k.endswith(_COUNTER)}, **own}, module, where)
         raise TrajOODError(f"{where}: weights of another architecture or version ({brief(error)})") from error
     _refuse_names([key for key in report.missing_keys if not key.endswith(_COUNTER)], report.unexpected_keys, where)
 
 
 def prefix_of(weights: Mapping[str, Tensor], name: str) -> str:
-    """What stands before ``name`` in the shortest key that ends with it; empty where none does."""
+    """The prefix before ``name`` in the shortest key that ends with it; empty if there is none."""
     found = [key for key in weights if key == name or key.endswith(f".{name}")]
     return min(found, key=len).removesuffix(name) if found else ""
 
 
 def _prefix(weights: Mapping[str, Tensor], names: Sequence[str], where: str) -> str:
-    """The prefix under which at least half of ``names`` are found, more than under any other.
+    """The prefix under which most of ``names`` are found, and at least half of them; else empty.
 
     Raises:
-        TrajOODError: all of them are found under several.
+        TrajOODError: all names are found under several prefixes.
     """
     known = set(names)
     counts: Counter[str] = Counter()
@@ -158,14 +161,14 @@ def _prefix(weights: Mapping[str, Tensor], names: Sequence[str], where: str) -> 
     best = sorted(prefix for prefix, count in counts.items() if count == most)
     if len(best) > 1 and most == len(known):
         raise TrajOODError(
-            f"{where}: holds {len(best)} sets of weights of this architecture, below {best[0]!r} and {best[1]!r}: save "
-            "the one that is meant as a file of its own"
+            f"{where}: contains {len(best)} sets of weights of this architecture, below {best[0]!r} and {best[1]!r}: "
+            "save the one to use as a separate file"
         )
     return best[0]
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names start with ``prefix``, without it, and with the versions of their modules."""
+    """The tensors whose names start with ``prefix``, with the prefix removed; module versions are kept."""
     own = OrderedDict((key.removeprefix(prefix), value) for key, value in weights.items() if key.startswith(prefix))
     versions = getattr(weights, "_metadata", None)
     if versions is not None:
