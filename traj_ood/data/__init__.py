@@ -1,4 +1,4 @@
-"""Images with stable ids, splits, and the named benchmarks made of them."""
+"""Images with stable ids, their preprocessing, and benchmarks of named splits."""
 
 from traj_ood.data.benchmark import OOD_ROLES, Benchmark, OODRole, Role, Split
 from traj_ood.data.decoding import Reading

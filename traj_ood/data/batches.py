@@ -1,4 +1,4 @@
-"""Images of any kind that a detector or a scorer set takes, a batch at a time in the model's own units."""
+"""Batches of preprocessed images from every kind of input that a detector or a scorer set accepts."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from torch import Tensor
 from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages, ImageSource
-from traj_ood.data.preprocessing import Normalised, Pixels, TakesPictures, check_images, prepare
+from traj_ood.data.preprocessing import ImageModel, Normalised, Pixels, check_images, prepare
 from traj_ood.errors import TrajOODError, check_word
 
 Images: TypeAlias = "Pixels | ImageSource | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Any"
-"""Pixels in memory (uint8, or floats in [0, 1]; tensors or arrays, (B, C, H, W) or one (C, H, W)), an ImageSource, a
-list of Pillow images, paths or single images of pixels, a ``torch.utils.data`` Dataset of images or of tuples that
-begin with one, a DataLoader of such, or :class:`traj_ood.Normalised`."""
+"""Accepted inputs: pixels in memory (tensor or array, uint8 or float in [0, 1], (B, C, H, W) or one (C, H, W)); an
+ImageSource; a list of Pillow images, paths or (C, H, W) pixels; a ``torch.utils.data`` Dataset of images or of tuples
+that begin with an image; a DataLoader of such a Dataset; :class:`traj_ood.Normalised`."""
 OnError = Literal["raise", "skip"]
 IMAGE_KEYS = ("image", "img", "pixel_values", "data")
-"""Where the items of a data set that are mappings hold the image; the first that is there."""
+"""Keys under which the image is looked for when the items of a data set are mappings; the first one present counts."""
 LABEL_KEYS = ("label", "labels", "target")
-_MAX_BYTES = 2**27  # of pixels at a time; the latents of usual models are of about that size, too
-_MAX_IMAGES = 1024
+_MAX_BYTES = 2**27  # of pixels in a batch; the latents of common models take about as much again
+_MAX_IMAGES = 1024  # in a batch
 _DECODING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that could be read.
+    """A batch of preprocessed images.
 
     Attributes:
-        ids: B names: an ImageSource's ids, paths as they were given, else numbers.
-        rows: B places in what was given; all of them unless images were skipped.
+        ids: B ids: those of the ImageSource, the paths as given, or else the positions in the input.
+        rows: B positions in the input, without those of skipped images.
         images: (B, C, H, W) float32 in the model's units; B may be 0.
-        failures: {id, error} of each image that was skipped.
-        labels: B classes, where a data set or loader gives them with the images; else empty.
+        failures: ``{id, error}`` of each skipped image.
+        labels: B class labels if a Dataset or DataLoader yields them with the images, else empty.
     """
 
     ids: tuple[str, ...]
@@ -53,10 +53,10 @@ class Batch:
 
 
 def count_of(images: Images) -> int:
-    """How many images these are.
+    """The number of images.
 
     Raises:
-        TrajOODError: nothing that a detector takes, such as a single path.
+        TrajOODError: ``images`` is not an accepted input, such as a single path, or its length is unknown.
     """
     if isinstance(images, Tensor | np.ndarray):
         return 1 if images.ndim == 3 else len(images) if images.ndim else 0
@@ -73,7 +73,7 @@ def count_of(images: Images) -> int:
         if indexed or isinstance(images, Normalised) or _is_source(images):
             return len(images)
     except TypeError as error:
-        raise TrajOODError(f"images: expected a number of images that is known, got {error}: make a list") from error
+        raise TrajOODError(f"images: expected images of known number, got {error}: make a list") from error
     raise TrajOODError(
         "images: expected pixels (B, C, H, W), an ImageSource, a Dataset or DataLoader, or a list of PIL images or "
         f"paths, got {type(images).__name__}: make a list of it"
@@ -81,33 +81,35 @@ def count_of(images: Images) -> int:
 
 
 def has_own_labels(images: Images) -> bool:
-    """Whether images may come with a class each, as the items of a Dataset or DataLoader do."""
+    """Whether the input may yield class labels with its images, as a Dataset or DataLoader does."""
     known = Tensor | np.ndarray | Normalised | list | tuple
     return not isinstance(images, known) and not _is_source(images)
 
 
 def batches(
-    autoencoder: TakesPictures,
+    autoencoder: ImageModel,
     images: Images,
     size: int | None = None,
     workers: int = 2,
     on_error: OnError = "raise",
     reading: Reading = AS_STORED,
 ) -> Iterator[Batch]:
-    """Read and prepare images, one batch ahead of the caller; no more than two batches are in memory.
+    """Iterate over batches of preprocessed images. The next batch is read in the background, so two are in memory.
 
     Args:
-        size: most images at a time. Default: 128 MiB of pixels, at most 1,024 images. Results do not depend on it. A
-            DataLoader's batches are as it makes them.
-        workers: threads that read. Default 2. A Dataset is read by one, since its code need not be made for more.
-        on_error: ``raise`` (default) or ``skip`` images that cannot be read, which are then in ``failures``. It is
-            about reading: a tensor of the wrong shape or with NaN is always an error.
-        reading: how paths and Pillow images become pixels. Image files of a source have to be read so, too.
+        autoencoder: the model whose ``transform`` is applied.
+        images: any accepted input, see :data:`Images`.
+        size: images per batch. Default: 128 MiB of pixels, at most 1,024 images. Results do not depend on it. The
+            batches of a DataLoader keep their size.
+        workers: threads that read images. Default 2. A Dataset is read by one thread, as it may not be thread-safe.
+        on_error: ``raise`` (default), or ``skip`` images that cannot be read and list them in ``failures``. A tensor
+            of the wrong shape or with NaN is always an error.
+        reading: how paths and Pillow images are decoded; image files of a source must have the same setting.
     Raises:
-        TrajOODError: what cannot be read, or is no image.
+        TrajOODError: an image cannot be read, or an item is no image.
     """
     count = count_of(images)
-    images = images.to_list() if hasattr(images, "to_list") else images  # a column of paths, whatever its index
+    images = images.to_list() if hasattr(images, "to_list") else images  # a pandas column, whatever its index
     check_word("value of on_error", on_error, OnError)
     for name, value in (("batch size", size), ("workers", workers)):
         if value is not None and value < 1:
@@ -134,31 +136,31 @@ def batches(
 
 
 def parts_of(count: int, size: int) -> list[range]:
-    """The places 0 … count − 1 in parts of ``size``, the last of what is left."""
+    """The positions 0 … count − 1 as ranges of ``size``; the last one may be shorter."""
     return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def read_rows(
-    model: TakesPictures, images: ImageSource, rows: range, workers: int = 2, on_error: OnError = "raise"
+    model: ImageModel, images: ImageSource, rows: range, workers: int = 2, on_error: OnError = "raise"
 ) -> Batch:
-    """The images ``rows`` of a source as one batch; see :func:`batches`."""
+    """Read the images at ``rows`` of a source as one batch; see :func:`batches`."""
     return next(read_parts(model, images, [rows], workers, on_error))
 
 
 def read_parts(
-    model: TakesPictures, images: ImageSource, parts: list[range], workers: int = 2, on_error: OnError = "raise"
+    model: ImageModel, images: ImageSource, parts: list[range], workers: int = 2, on_error: OnError = "raise"
 ) -> Iterator[Batch]:
-    """:func:`read_rows` of each part, one ahead of the caller."""
+    """:func:`read_rows` for each part; the next part is read in the background."""
     return _read(model, images, parts, workers, on_error, AS_STORED)
 
 
-def _default_size(autoencoder: TakesPictures) -> int:
+def _default_size(autoencoder: ImageModel) -> int:
     channels, height, width = autoencoder.input_shape
     most = min(_MAX_IMAGES, _MAX_BYTES // (4 * channels * height * width))
     return max(1, most // autoencoder.chunk) * autoencoder.chunk
 
 
-def _slices(autoencoder: TakesPictures, images: Pixels, ranges: list[range]) -> Iterator[Batch]:
+def _slices(autoencoder: ImageModel, images: Pixels, ranges: list[range]) -> Iterator[Batch]:
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 3:
         images = images[None]
     rest = images.images if isinstance(images, Normalised) else images
@@ -171,8 +173,8 @@ def _slices(autoencoder: TakesPictures, images: Pixels, ranges: list[range]) -> 
         yield Batch(tuple(map(str, rows)), tuple(rows), made)
 
 
-def _loaded(autoencoder: TakesPictures, loader: Any) -> Iterator[Batch]:
-    """The batches of a DataLoader: images, or tuples and mappings that hold images and perhaps labels."""
+def _loaded(autoencoder: ImageModel, loader: Any) -> Iterator[Batch]:
+    """The batches of a DataLoader, which are images, or tuples or mappings of images and labels."""
     start = 0
     for item in loader:
         pixels, labels = _parts(item, "the loader's batch")
@@ -188,7 +190,7 @@ def _loaded(autoencoder: TakesPictures, loader: Any) -> Iterator[Batch]:
 
 
 def _read(
-    autoencoder: TakesPictures, images: Any, ranges: list[range], workers: int, on_error: OnError, reading: Reading
+    autoencoder: ImageModel, images: Any, ranges: list[range], workers: int, on_error: OnError, reading: Reading
 ) -> Iterator[Batch]:
     foreign = has_own_labels(images)
 
@@ -227,7 +229,7 @@ def _is_source(images: object) -> bool:
 
 
 def _item(images: Any, index: int, foreign: bool, reading: Reading) -> tuple[Image.Image | Tensor | np.ndarray, Any]:
-    """Image ``index``, decoded, and its label where it has one."""
+    """Image ``index``, decoded, and its label or None."""
     if _is_source(images):
         return images.load(index), None
     label = None
@@ -236,14 +238,14 @@ def _item(images: Any, index: int, foreign: bool, reading: Reading) -> tuple[Ima
             item, label = _parts(images[index], f"item {index} of {type(images).__name__}")
         except TrajOODError:
             raise
-        except Exception as error:  # a data set's code may be anybody's
+        except Exception as error:  # user code may raise anything
             raise TrajOODError(f"images: item {index} of {type(images).__name__} cannot be read: {error!r}") from error
     else:
         item = images[index]
     if isinstance(item, str | Path):
         return open_image(Path(item), reading), label
     if isinstance(item, Image.Image):
-        with _DECODING:  # the same picture may be in a list twice
+        with _DECODING:  # a list may contain the same Pillow image twice, and decoding it is not thread-safe
             return decode(item, f"images: the one at place {index}", reading), label
     if isinstance(item, Tensor | np.ndarray):
         if item.ndim != 3:
@@ -261,7 +263,7 @@ def _name(images: Any, index: int) -> str:
 
 
 def _parts(item: Any, where: str) -> tuple[Any, Any]:
-    """The image (or images) and the label of what a data set or loader gives."""
+    """The image (or images) and the label (or labels) in an item of a Dataset or DataLoader."""
     if isinstance(item, Mapping):
         key = next((k for k in IMAGE_KEYS if k in item), None)
         if key is None:

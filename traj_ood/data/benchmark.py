@@ -1,4 +1,4 @@
-"""A benchmark: ID train, val and test splits and near and far OOD sets, checked when it is put together."""
+"""A benchmark: ID train, val and test splits, and near and far OOD sets, checked at construction."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from traj_ood.errors import TrajOODError
 OODRole = Literal["near", "far", "diagnostic"]
 Role = Literal["train", "val", "test", "near", "far", "diagnostic"]
 OOD_ROLES: tuple[OODRole, ...] = get_args(OODRole)
-"""In the order of every table. Diagnostics are OOD sets that no mean over sets holds: crops of a few pictures, of which
-a thousand say no more than the pictures do, and noise, which any reading of roughness finds."""
-# Test and OOD images are drawn with this seed whatever the attractor seed, so that runs over several attractor seeds
-# are compared on the same images.
+"""The roles of OOD sets, in the order of every table. Diagnostic sets are left out of means over sets: a thousand crops
+of a few pictures say no more than the pictures, and noise is found by any measure of roughness."""
+# Test and OOD images are always drawn with this seed, so that runs with different attractor seeds are compared on the
+# same images.
 TEST_SEED = 0
 _EMPTY = hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True)
 class Split:
-    """One named set of images.
+    """A named set of images.
 
     Attributes:
-        name: letters, digits, ``_``, ``-`` and ``.``, not starting with the last two: it becomes part of file names
-            and table headings.
-        role: train, val and test are in distribution; near, far and diagnostic ones are OOD sets. Scorers are measured
-            on diagnostics as on others, but means over sets leave them out.
+        name: letters, digits, ``_``, ``-`` and ``.``, not starting with ``-`` or ``.``; used in file names and table
+            headings.
+        role: train, val and test are in distribution; near, far and diagnostic are OOD sets. Scorers are measured on
+            diagnostic sets too, but means over sets leave these out.
         images: the images.
 
     Raises:
-        TrajOODError: a name or role outside these sets, or no images.
+        TrajOODError: the name or role is invalid, or there are no images.
     """
 
     name: str
@@ -57,13 +57,13 @@ class Split:
             raise TrajOODError(f"split {self.name!r}: expected at least one image, it is empty; fill or remove it")
 
     def digests(self, contents: Sequence[str] | None = None) -> dict[str, Any]:
-        """Role, number of images, ``sha256`` of the list (of the pixels for arrays), and ``contents``, the SHA-256 of
-        images and labels, which is the same on every machine.
+        """The identity of the split: role, count, ``sha256`` and ``contents``.
 
-        Results older than content digests hold the first three; the list is what they can be compared by.
+        ``sha256`` is over the list of files (over the pixels for arrays). ``contents`` is over the contents of images
+        and labels, and is the same on every machine. Old results lack it, and are compared by ``sha256``.
 
         Args:
-            contents: of all images, where they are known already.
+            contents: the content digest of every image, if already known.
         """
         images = self.images
         listed, reading = images.digest, {}
@@ -77,8 +77,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Copies:
-    """Images of the split ``second`` that are in ``first``, too: how many of how many, and the ids of one such pair
-    (in ``second``, in ``first``)."""
+    """Images of the split ``second`` that are also in ``first``.
+
+    Attributes:
+        first, second: names of the splits.
+        count: number of such images.
+        total: number of images in ``second``.
+        example: ids of one such pair, in ``second`` and in ``first``.
+    """
 
     first: str
     second: str
@@ -96,24 +102,24 @@ class Copies:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Named splits that belong together.
+    """An OOD benchmark: ID splits and OOD sets.
 
     Attributes:
-        name: what results and the leaderboard call it; same characters as a split's.
-        train: ID images that attractors and features come from; at least 2.
-        val: ID images held out for choosing and calibrating, or None.
-        test: ID images the scores are measured on.
-        ood: OOD sets; sorted near, far, diagnostic, otherwise in the order given.
-        train_size: training images the protocol uses when the user asks for no number; None is all.
-        test_size: likewise for the test split and each OOD set.
-        note: where the protocol comes from, and what in it is inferred.
-        how_to_get: one line on obtaining the data, for errors about missing files.
+        name: its name in results and on the leaderboard; same characters as a split's name.
+        train: ID images for attractors and features; at least 2.
+        val: held-out ID images for selection and calibration, or None.
+        test: ID images on which scores are measured.
+        ood: OOD sets, in the order near, far, diagnostic, otherwise in the order given.
+        train_size: default number of training images in the protocol; None means all.
+        test_size: default number of images in the test split and in each OOD set; None means all.
+        note: the source of the protocol, and which parts of it are inferred.
+        how_to_get: one line on how to obtain the data, for errors about missing files.
         control: whether runs add the control on image files (:mod:`traj_ood.evaluation.file_control`) to their tables
-            unless they are told otherwise. Default false: it reads every image once more.
+            by default. Default false: it reads every image once more.
 
     Raises:
-        TrajOODError: fewer than 2 training images, no near or far set, a role in the wrong place, two splits of one
-            name, or an image shared by two ID splits or by an ID split and an OOD set.
+        TrajOODError: there are fewer than 2 training images or no near or far set, a split has the wrong role, two
+            splits have the same name, or an image is shared by two ID splits or by an ID split and an OOD set.
     """
 
     name: str
@@ -139,22 +145,22 @@ class Benchmark:
         self._check_disjoint()
 
     def splits(self) -> list[Split]:
-        """Every split: train, val when there is one, test, near sets, far sets, diagnostics."""
+        """All splits in order: train, val if present, test, near sets, far sets, diagnostic sets."""
         return [*self._id_splits(), *self.ood]
 
     def subsample(self, *, train: int | None, per_set: int | None, seed: int) -> Benchmark:
-        """A smaller benchmark, the same on every machine and with every numpy version.
+        """A random subsample, identical on every machine and with every numpy version.
 
         Images keep their order, and a larger sample with the same seed contains the smaller one.
 
         Args:
-            train: number of training images, drawn by ``seed``; None keeps all.
-            per_set: most images per val, test and OOD set, drawn by a fixed seed; smaller sets stay whole, None
-                keeps all.
-            seed: for the training sample only.
+            train: number of training images, drawn with ``seed``; None keeps all.
+            per_set: largest number of images in val, test and each OOD set, drawn with a fixed seed; None keeps all.
+            seed: seed of the training sample only.
 
         Raises:
-            TrajOODError: ``train`` is under 2 or more than there are, ``per_set`` is under 1, or ``seed`` is negative.
+            TrajOODError: ``train`` is below 2 or above the number available, ``per_set`` is below 1, or ``seed`` is
+                negative.
         """
         if seed < 0:
             raise TrajOODError(
@@ -178,11 +184,11 @@ class Benchmark:
         )
 
     def following_links(self) -> Benchmark:
-        """The same, where image lists may reach out of their roots by links; see :func:`read_image_list`."""
+        """A copy in which image lists may follow links out of their root folder; see :func:`read_image_list`."""
         return self._with_files(follow_links=True)
 
     def reading(self, how: Reading) -> Benchmark:
-        """The same, whose image files become pixels as ``how`` says."""
+        """A copy whose image files are decoded as ``how`` says."""
         return self._with_files(exif=how.exif, bit_depth=how.bit_depth)
 
     def _with_files(self, **changes: Any) -> Benchmark:
@@ -201,19 +207,19 @@ class Benchmark:
         )
 
     def contents(self) -> dict[str, Sequence[str]]:
-        """What every image holds, by split; see :meth:`ImageSource.contents`."""
+        """The content digest of every image by split name; see :meth:`ImageSource.contents`."""
         return {split.name: split.images.contents() for split in self.splits()}
 
     def digests(self, contents: Mapping[str, Sequence[str]] | None = None) -> dict[str, dict[str, Any]]:
-        """The identity of the data: :meth:`Split.digests` by name; ``contents`` where they are known already."""
+        """The identity of the data: :meth:`Split.digests` by split name; ``contents`` if already known."""
         contents = self.contents() if contents is None else contents
         return {split.name: split.digests(contents[split.name]) for split in self.splits()}
 
     def copies(self, contents: Mapping[str, Sequence[str]] | None = None) -> list[Copies]:
-        """Images of equal content in two splits, unless both are OOD sets: byte by byte the same file, or the same
-        pixels in memory. A file that was saved again is another one here.
+        """Images with equal content in two splits, at least one of them in distribution.
 
-        It follows :meth:`splits`: what test images share with training images stands before what OOD sets share.
+        Equal are files with the same bytes, or the same pixels in memory; a file that was saved again is not found.
+        Pairs are in the order of :meth:`splits`, so that those within the ID splits come first.
         """
         contents = self.contents() if contents is None else contents
         found = []
@@ -245,15 +251,15 @@ class Benchmark:
         for split, roles in zip(self.splits(), expected, strict=True):
             if split.role not in roles:
                 raise TrajOODError(
-                    f"benchmark {self.name!r}: split {split.name!r} stands where the role {' or '.join(roles)} is "
-                    f"expected, its role is {split.role!r}; correct the role"
+                    f"benchmark {self.name!r}: split {split.name!r}: expected the role {' or '.join(roles)}, got "
+                    f"{split.role!r}; correct the role"
                 )
             if split.name in names:
                 raise TrajOODError(f"benchmark {self.name!r}: two splits are named {split.name!r}; rename one")
             names.add(split.name)
 
     def _check_disjoint(self) -> None:
-        # The training split, by far the largest (ImageNet: 1.3 million), only streams past and is never held.
+        # The training split, by far the largest (ImageNet: 1.3 million), is only iterated over, never held in memory.
         held: dict[str, Split] = {}
         for split in self.splits()[1:]:
             for key, image_id in _keys(split):
@@ -272,10 +278,10 @@ class Benchmark:
 
 
 def sample_indices(count: int, size: int, seed: int, stream: str) -> list[int]:
-    """``size`` of ``count`` indices, without replacement, ascending.
+    """Draw ``size`` of ``count`` indices without replacement, in ascending order.
 
-    Drawn from the raw PCG64 stream, which numpy guarantees never to change (unlike ``Generator.permutation``).
-    ``stream`` separates draws of one seed, so that two sets of one size do not get the same positions.
+    They come from the raw PCG64 stream, which numpy guarantees never to change (unlike ``Generator.permutation``).
+    ``stream`` distinguishes draws with the same seed, so that two sets of equal size get different positions.
     """
     entropy = np.random.SeedSequence([seed, zlib.crc32(stream.encode())])
     keys = np.random.PCG64(entropy).random_raw(count)
@@ -307,15 +313,15 @@ def _rank(split: Split) -> int:
 
 
 def _is_read(images: ImageSource, changes: Mapping[str, Any]) -> bool:
-    """Whether the images are files that these settings are of."""
+    """Whether the images are files to which all these settings apply."""
     return isinstance(images, FileImages) or (isinstance(images, EncodedImages) and "follow_links" not in changes)
 
 
 def _keys(split: Split) -> Iterator[tuple[str, str]]:
-    """(key, id) for every way in which two splits can hold the same image.
+    """Keys by which images are recognised in two splits, each with the image's id.
 
-    Files are compared by canonical path, so a link or a second spelling does not hide them. Ids are compared within
-    the ID splits only: those of unrelated OOD sources may be alike by chance.
+    Files are compared by canonical path, which also finds links and other spellings. Ids are compared within the ID
+    splits only, as ids of unrelated OOD sources may coincide.
     """
     if isinstance(split.images, FileImages):
         yield from zip(("file:" + path for path in split.images.resolved()), split.images.ids, strict=True)

@@ -1,27 +1,25 @@
-"""The benchmark `cifar10-local`: CIFAR-10 without three classes, against those, two far sets and three diagnostics.
+"""The benchmark `cifar10-local`: CIFAR-10 without three classes (ID), those classes (near), two far and three
+diagnostic sets.
 
-It needs two folders of JPEG files below one root, and no image list::
+It needs two folders of JPEG files below one root::
 
     cifar10/{train,test}/CLASS/*.jpg    5,000 and 1,000 images of each of the ten classes, 32 x 32
     imagenet_sample/WNID_NAME.JPEG      one image of each of ImageNet's 1,000 classes
 
 The choices below were made before any score was computed on these images:
 
-* Near: cat, deer and truck, each of which leaves a look-alike in distribution (dog, horse, automobile). A detector has
-  to tell kinds apart here; colour or background alone do not do it. Held-out classes are never trained on, so only
-  their test images are used.
-* Far: nothing that shows one of the ten CIFAR-10 classes, held out or not: a far set that held dogs or cats would
-  count right answers as errors, or near images as far ones. See ``DROPPED``; of scikit-image's photographs, the cat
-  is left out for the same reason.
-* Colour follows the source: Fashion-MNIST and the textures are grey, all others are colour. A model that notices only
-  grey separates those two sets, so read them beside the others.
-* CIFAR-10 comes here as JPEG, which most far sets never were. Near sets went through the same files and are the fair
+* Near: cat, deer and truck, each with a look-alike in distribution (dog, horse, automobile), so that colour or
+  background alone do not separate them. Only their test images are used, as held-out classes are never trained on.
+* Far: no image of any of the ten CIFAR-10 classes, held out or not. Dogs in a far set would count correct answers as
+  errors, and cats are near images. See ``DROPPED``; the cat among scikit-image's photographs is left out as well.
+* Colour follows the source: Fashion-MNIST and the textures are grey, all others are in colour. A model that detects
+  only grey separates those two sets, so compare them with the others.
+* CIFAR-10 is stored as JPEG here, unlike most far sets. The near sets are stored in the same way and are the fair
   comparison in this respect.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from traj_ood.data.benchmark import Benchmark, Split, sample_indices
 from traj_ood.data.fashion import FAR_SEED, FAR_SIZE, PHOTOS, TEXTURES, VAL_SEED, crops, noise
 from traj_ood.data.fashion_mnist import find_fashion_mnist, obtain_fashion_mnist, read_fashion_mnist
 from traj_ood.data.images import ArrayImages, FileImages, read_folder
-from traj_ood.data.preflight import SHOWN, MissingDataError
+from traj_ood.data.preflight import SHOWN, MissingDataError, data_folders, find_root
 from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
@@ -56,11 +54,11 @@ TEXTURE_SIDES = (32, 128)
 PHOTO_SIDES = (64, 320)
 COLOUR_PHOTOS = tuple(name for name in PHOTOS if name != "chelsea.png")  # Chelsea is a cat
 
-# ImageNet classes that show a CIFAR-10 class, by name alone and not by looking at the sampled image: instances, parts
-# and scenes of it (car wheel, dock, dog sled), and kin that 32 pixels do not tell from it (wolf, zebra, gazelle).
-# 725 of 1,000 classes are left. By name also means that a few images still show such a class by the way: the tennis
-# ball lies before a dog, the bow belongs to a hunter with his deer.
-# Where a WordNet family stands together in ImageNet's order, its first and last class stand for all between.
+# ImageNet classes that show a CIFAR-10 class, judged by name, not by the sampled image: instances, parts and scenes of
+# it (car wheel, dock, dog sled), and relatives that look alike at 32 pixels (wolf, zebra, gazelle). 725 of 1,000
+# classes are left. A few of their images still show such a class: the tennis ball lies before a dog, the bow belongs to
+# a hunter with his deer.
+# A WordNet family that is contiguous in ImageNet's order is given by its first and last class.
 DROPPED_FAMILIES = {
     "bird, from cocks to owls": ("n01514668_cock", "n01622779_great_grey_owl"),
     "bird, from grouse to swans": ("n01795545_black_grouse", "n01860187_black_swan"),
@@ -108,13 +106,13 @@ def load_cifar10_local(root: str | Path | None = None) -> Benchmark:
     """The benchmark `cifar10-local`.
 
     Args:
-        root: the folder that holds ``cifar10/`` and ``imagenet_sample/``; default ``$TRAJ_OOD_DATA``, then ``./data``.
-            Fashion-MNIST is taken from it when it lies there, else from the places of the benchmark `fashion`.
+        root: the folder with ``cifar10/`` and ``imagenet_sample/``; default ``$TRAJ_OOD_DATA``, then ``./data``.
+            Fashion-MNIST is read from it if present, else from the places where the benchmark `fashion` looks.
 
     Raises:
-        MissingDataError: no root, or folders are not there; all of them are named, with the command that unpacks them
-            where only their archives are found.
-        TrajOODError: a folder holds more or fewer images than it should, or Fashion-MNIST cannot be obtained.
+        MissingDataError: the root or folders in it are missing; the message names them, and the command that unpacks
+            them if their archives are there.
+        TrajOODError: a folder has the wrong number of images, or Fashion-MNIST cannot be obtained.
     """
     base = _find_root(root)
     _check_folders(base)
@@ -142,7 +140,7 @@ def load_cifar10_local(root: str | Path | None = None) -> Benchmark:
 
 
 def shows_cifar_class(stem: str) -> bool:
-    """Whether an ImageNet class, as ``wnid_name``, shows one of CIFAR-10's ten classes; only the wnid counts.
+    """Whether an ImageNet class, given as ``wnid_name``, shows one of CIFAR-10's ten classes; only the wnid is used.
 
     >>> [shows_cifar_class(stem) for stem in ("n02124075_Egyptian_cat", "n03594945_jeep", "n07753592_banana")]
     [True, True, False]
@@ -153,11 +151,10 @@ def shows_cifar_class(stem: str) -> bool:
 
 @dataclass(frozen=True)
 class CentreSquares(FileImages):
-    """Image files of any size, each loaded as its centre square at 32 x 32.
+    """Image files of any size, each loaded as its centre square at 32 x 32 pixels.
 
-    Scaled down here and not left to the model's transform: that would squeeze wide images, and give models with a
-    larger input a sharper image than CIFAR-10's, either of which tells the sets apart without looking at what they
-    show.
+    A model's transform would squeeze wide images, and models with larger inputs would get sharper images than
+    CIFAR-10's. Either would separate the sets by something else than what they show.
     """
 
     def load(self, index: int) -> Image.Image:
@@ -171,7 +168,7 @@ class CentreSquares(FileImages):
 
 
 def _cifar(base: Path, part: str, classes: tuple[str, ...]) -> FileImages:
-    """The images of some classes, class after class; a wrong number would be another benchmark under this name."""
+    """The images of some classes, class by class; a wrong number of images is an error, not another benchmark."""
     paths: list[str] = []
     for name in classes:
         folder = f"{CIFAR}/{part}/{name}"
@@ -188,7 +185,7 @@ def _imagenet(base: Path) -> CentreSquares:
     for name in names:
         if not re.match(r"n\d{8}_.", name):
             raise TrajOODError(
-                f"{folder / name}: expected a name of the form WNID_NAME.JPEG (n01440764_tench.JPEG), which tells the "
+                f"{folder / name}: expected a name of the form WNID_NAME.JPEG (n01440764_tench.JPEG), which gives the "
                 "class; rename or remove the file"
             )
     _check_count(folder, IMAGENET_IMAGES, len(names))
@@ -197,35 +194,25 @@ def _imagenet(base: Path) -> CentreSquares:
 
 
 def _fashion_mnist(base: Path) -> ArrayImages:
-    """1,000 test images, grey and 28 x 28 as they are: as many as the other far sets, drawn over all ten classes."""
+    """1,000 test images of all ten classes, grey and 28 x 28 pixels; as many as in the other far sets."""
     images, _ = read_fashion_mnist(find_fashion_mnist(base) or obtain_fashion_mnist(), "t10k")
     chosen = sample_indices(len(images), FAR_SIZE, FAR_SEED, f"{NAME}/fashion-mnist")
     return ArrayImages(tuple(f"fashion-mnist/t10k/{i:05d}" for i in chosen), images[chosen])
 
 
 def _find_root(root: str | Path | None) -> Path:
-    """The first candidate that holds ``cifar10/``, or else one of the archives (to be told how to unpack it)."""
-    if root is not None:
-        candidates = [Path(root)]
-    else:
-        variable = os.environ.get("TRAJ_OOD_DATA")
-        candidates = [*([Path(variable)] if variable else []), Path("data")]
-    for candidate in candidates:
-        if (candidate / CIFAR).is_dir():
-            return candidate
-    for candidate in candidates:
-        if any((candidate / archive).is_file() for archive in ARCHIVES.values()):
-            return candidate
-    looked = tuple(str(candidate / CIFAR) for candidate in candidates)
-    raise MissingDataError(
-        f"benchmark {NAME!r}: expected the folders {CIFAR}/ and {IMAGENET}/, found no {' and no '.join(looked)}; give "
-        f"the folder that holds them as root or in $TRAJ_OOD_DATA; {_HOW}",
-        looked,
-    )
+    """The first folder with ``cifar10/``, else the first with an archive, for the error that says how to unpack it."""
+    try:
+        return find_root(NAME, root, CIFAR, f"a folder with {CIFAR}/ and {IMAGENET}/", _HOW)
+    except MissingDataError:
+        for folder in data_folders(root):
+            if any((folder / archive).is_file() for archive in ARCHIVES.values()):
+                return folder
+        raise
 
 
 def _check_folders(base: Path) -> None:
-    """The held-out classes are not looked for among the training images, where they are not used."""
+    """Check that all folders exist; training folders of the held-out classes are not needed."""
     places = [
         *(base / CIFAR / "train" / name for name in ID_CLASSES),
         *(base / CIFAR / "test" / name for name in ID_CLASSES + NEAR_CLASSES),

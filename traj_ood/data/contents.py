@@ -1,8 +1,8 @@
-"""What is in a file: the SHA-256 of its bytes, remembered so that a file that has not changed is not read twice.
+"""SHA-256 of files, cached so that an unchanged file is read only once.
 
-``contents.sqlite`` in the cache folder (``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``) holds a row per file: a hash of
-its resolved path, of its size, times and inode number, and of its bytes. Any number of processes may share it. It is a
-convenience: where it cannot be read or written, files are hashed anew, and one warning says so.
+The cache, ``contents.sqlite`` in ``$TRAJ_OOD_DATA`` or ``~/.cache/traj_ood``, has a row per file: a hash of its
+resolved path, a hash of its size, times and inode number, and the hash of its bytes. Any number of processes can share
+it. If it cannot be read or written, files are hashed again, with one warning.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from traj_ood.io.files import cache_folder
 
 FILE_NAME = "contents.sqlite"
 ABSENT = ""
-"""Stands for what cannot be read, or is no regular file."""
+"""The digest of what cannot be read or is no regular file."""
 
 _READERS = 4
-_PER_TASK = 64  # files: a task for each would cost as much as a small file
-_PER_COMMIT = 8192  # files: a million of them take minutes, and an interruption must not lose them all
-_QUESTIONS = 500  # older SQLite takes at most 999 variables
-_BLOCK = 2**20
-_LOCK_SECONDS = 10.0  # seconds for another process that writes
-_FINE_CLOCK, _COARSE_CLOCK = 100_000_000, 2_000_000_000  # nanoseconds
+_FILES_PER_TASK = 64  # one task per file would cost as much as reading a small file
+_FILES_PER_COMMIT = 8192  # a million files take minutes, and an interruption must not lose them all
+_KEYS_PER_QUERY = 500  # older versions of SQLite allow at most 999 variables
+_BLOCK = 2**20  # bytes read at a time
+_LOCK_SECONDS = 10.0  # how long to wait for another process that writes
+_FINE_CLOCK, _COARSE_CLOCK = 100_000_000, 2_000_000_000  # bounds on the clock's tick, in nanoseconds
 _T = TypeVar("_T")
 _Key = tuple[bytes, bytes]
 
 _memory = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
 _lock = threading.Lock()
 _warned: set[str] = set()
-_believed: set[_Key] | None = None  # None: all
+_trusted: set[_Key] | None = None  # keys of the rows that count; None: all rows
 
 
 def stamp(path: str) -> tuple[int, ...] | None:
-    """Size, times of last change (ns) and inode of a regular file: it stays the same while its bytes do.
+    """Size, mtime and ctime (ns) and inode of a regular file, which change whenever its bytes do.
 
-    The time of the last change of the inode is part of it, since anyone can set the time of modification back (``cp
-    -p``, ``rsync -t``). None for all that is no regular file or cannot be looked at.
+    ctime is included because mtime can be set back (``cp -p``, ``rsync -t``). None if ``path`` is no regular file or
+    cannot be accessed.
     """
     try:
         found = os.stat(path)
@@ -58,10 +58,10 @@ def stamp(path: str) -> tuple[int, ...] | None:
 
 
 def hash_file(path: str) -> str:
-    """SHA-256 (hex) of a regular file's bytes; ``ABSENT`` where there is none to read."""
+    """SHA-256 (hex) of a regular file; ``ABSENT`` if it cannot be read."""
     digest = hashlib.sha256()
     try:
-        # A pipe put there since would wait for its writer.
+        # Without O_NONBLOCK, opening a pipe that has replaced the file would wait for a writer.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return ABSENT
@@ -73,23 +73,23 @@ def hash_file(path: str) -> str:
 
 
 def distrust() -> None:
-    """From now on this process believes only the rows that it writes itself: every file is read once more."""
-    global _believed
+    """Ignore the rows of other processes and of earlier runs from now on: every file is read once more."""
+    global _trusted
     with _lock:
-        _believed = set()
+        _trusted = set()
 
 
 def hash_files(paths: Sequence[str]) -> tuple[str, ...]:
-    """SHA-256 (hex) of the bytes of each file, ``ABSENT`` for what cannot be read.
+    """SHA-256 (hex) of each file, ``ABSENT`` for those that cannot be read.
 
-    A file whose stamp is that of its row is not read. One that has just been written is not remembered: its bytes may
-    change once more within one tick of the clock that stamps it.
+    A file whose :func:`stamp` equals that of its row is not read. A file written a moment ago is not cached, as it may
+    change again within one tick of the file system's clock.
 
     Args:
-        paths: resolved ones, links followed.
+        paths: resolved paths, links followed.
     """
     found: list[str] = []
-    for part in _parts(paths, _PER_COMMIT):
+    for part in _parts(paths, _FILES_PER_COMMIT):
         found += _hash_part(part)
     return tuple(found)
 
@@ -98,22 +98,22 @@ def _hash_part(paths: Sequence[str]) -> list[str]:
     found = [(path, stamp(path)) for path in paths]
     keys = [None if marks is None else _key(path, marks) for path, marks in found]
     wanted = [key for key in keys if key is not None]
-    known = _ask(lambda store: _lookup(store, wanted)) or {}
+    known = _with_store(lambda store: _lookup(store, wanted)) or {}
     if len(known) < len(wanted):
         known |= _lookup(_memory, wanted)
-    if _believed is not None:
-        known = {key: digest for key, digest in known.items() if key in _believed}
+    if _trusted is not None:
+        known = {key: digest for key, digest in known.items() if key in _trusted}
     new = [(path, key) for path, key in zip(paths, keys, strict=True) if key is not None and key not in known]
     made: dict[_Key, str] = {}
     for path, key, digest in _read(new):
         known[key] = digest
-        # What changed while it was read has the digest of neither state: the next question reads it again.
+        # A file that changed while it was read has an invalid digest, which is not cached.
         marks = stamp(path)
         if digest != ABSENT and marks is not None and _is_settled(marks) and _key(path, marks) == key:
             made[key] = digest
-    if _believed is not None:
-        _believed.update(made)
-    if made and _ask(lambda store: _remember(store, made)) is None:
+    if _trusted is not None:
+        _trusted.update(made)
+    if made and _with_store(lambda store: _remember(store, made)) is None:
         _remember(_memory, made)
     return [ABSENT if key is None else known[key] for key in keys]
 
@@ -123,7 +123,7 @@ def _read(files: Sequence[tuple[str, _Key]]) -> Iterator[tuple[str, _Key, str]]:
         return [(path, key, hash_file(path)) for path, key in part]
 
     with ThreadPoolExecutor(_READERS) as pool:
-        for done in pool.map(task, _parts(files, _PER_TASK)):
+        for done in pool.map(task, _parts(files, _FILES_PER_TASK)):
             yield from done
 
 
@@ -133,8 +133,8 @@ def _key(path: str, marks: tuple[int, ...]) -> _Key:
 
 
 def _is_settled(marks: tuple[int, ...]) -> bool:
-    """Whether a change of the file from now on would get another time than it has. Some file systems count seconds."""
-    changed = marks[1] if os.name == "nt" else marks[2]  # on Windows the last one is the time of creation
+    """Whether a later change of the file would change its time, too. Some file systems store whole seconds."""
+    changed = marks[1] if os.name == "nt" else marks[2]  # on Windows ctime is the time of creation
     return time.time_ns() - changed > (_FINE_CLOCK if changed % 1_000_000_000 else _COARSE_CLOCK)
 
 
@@ -145,15 +145,15 @@ def _parts(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
 # ---------------------------------------------------------------------- the store
 
 
-def _ask(question: Callable[[sqlite3.Connection], _T]) -> _T | None:
-    """The answer of the file; None, and a warning, where it has none to give."""
+def _with_store(query: Callable[[sqlite3.Connection], _T]) -> _T | None:
+    """The result of ``query`` on the cache file; None, with a warning, if the file cannot be used."""
     path = Path(FILE_NAME)
     try:
         path = cache_folder() / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)) as store:
-            return question(store)
-    except (OSError, sqlite3.Error, TrajOODError) as error:  # the last: no home folder
+            return query(store)
+    except (OSError, sqlite3.Error, TrajOODError) as error:  # TrajOODError: no home folder
         _warn(path, error)
         return None
 
@@ -163,8 +163,8 @@ def _warn(path: Path, error: Exception) -> None:
         return
     _warned.add(str(path))
     warn(
-        f"{path}: hashes of files cannot be kept there ({error}): files are read again by every run; delete it if it "
-        "is damaged, or name a folder that can be written in $TRAJ_OOD_DATA",
+        f"{path}: hashes of files cannot be cached there ({error}): files are read again by every run; delete it if it "
+        "is damaged, or set $TRAJ_OOD_DATA to a folder that can be written",
         stacklevel=2,
     )
 
@@ -172,11 +172,11 @@ def _warn(path: Path, error: Exception) -> None:
 def _lookup(store: sqlite3.Connection, keys: Sequence[_Key]) -> dict[_Key, str]:
     known: dict[_Key, str] = {}
     with _lock:
-        _make(store)
-        for part in _parts(keys, _QUESTIONS):
+        _create_table(store)
+        for part in _parts(keys, _KEYS_PER_QUERY):
             marks = dict(part)
-            question = f"SELECT path, stamp, sha256 FROM files WHERE path IN ({','.join('?' * len(marks))})"
-            for path, mark, value in store.execute(question, list(marks)):
+            query = f"SELECT path, stamp, sha256 FROM files WHERE path IN ({','.join('?' * len(marks))})"
+            for path, mark, value in store.execute(query, list(marks)):
                 digest = _opened(path, mark, value)
                 if digest is not None and mark == marks[path]:
                     known[path, mark] = digest
@@ -186,24 +186,25 @@ def _lookup(store: sqlite3.Connection, keys: Sequence[_Key]) -> dict[_Key, str]:
 def _remember(store: sqlite3.Connection, made: dict[_Key, str]) -> bool:
     rows = [(path, mark, _sealed(path, mark, digest)) for (path, mark), digest in made.items()]
     with _lock:
-        _make(store)
+        _create_table(store)
         store.execute("BEGIN IMMEDIATE")
         store.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
         store.execute("COMMIT")
     return True
 
 
-def _make(store: sqlite3.Connection) -> None:
+def _create_table(store: sqlite3.Connection) -> None:
     store.execute("CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, stamp BLOB, sha256 BLOB) WITHOUT ROWID")
 
 
 def _sealed(path: bytes, mark: bytes, digest: str) -> bytes:
-    """The digest with a checksum of its row: a bit that flips on a disk must not make one picture another."""
+    """The digest followed by a checksum of its row, so that a flipped bit on disk is not taken for another image."""
     value = bytes.fromhex(digest)
     return value + hashlib.blake2b(path + mark + value, digest_size=8).digest()
 
 
 def _opened(path: bytes, mark: bytes, value: object) -> str | None:
+    """The inverse of :func:`_sealed`; None if the checksum does not match."""
     if not isinstance(value, bytes) or len(value) != 40:
         return None
     digest = value[:32].hex()

@@ -1,4 +1,4 @@
-"""Your own benchmark: a YAML file that names an image folder or an image list per split.
+"""User-defined benchmarks: a YAML file that names an image folder or an image list for each split.
 
     name: pets                 # default: the name of the YAML file
     root: ./images             # where folders start; default: the folder of the YAML file
@@ -11,8 +11,8 @@
     diagnostic: {noise: noise}   # optional: OOD sets with figures of their own, which no mean over sets holds
     control: true              # optional: tables also say what the image files alone give away, see `bench --control`
 
-Folders, and the paths inside image lists, start from ``root``. What names a place in the YAML file itself (``root``,
-``list`` and a list's own ``root``) starts from the folder of the YAML file.
+Folders, and the paths inside image lists, are relative to ``root``. The keys ``root`` and ``list``, and a list's own
+``root``, are relative to the folder of the YAML file.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ FOLDER_KEYS = ("folder", "classes")
 
 
 def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchmark:
-    """The benchmark a YAML file describes.
+    """Load the benchmark that a YAML file describes; the module's docstring shows the format.
 
-    Image ids are ``split/relative path``, so equal file names in two folders stay apart.
+    Image ids are ``split/relative path``, so that equal file names in two folders are distinct.
 
     Args:
-        yaml_path: the file; the module's docstring shows the format.
-        root: used instead of the file's own top ``root``; default the file's.
+        yaml_path: the file.
+        root: replaces the top-level ``root`` of the file; default: the file's.
 
     Raises:
         TrajOODError: the file is missing or malformed, a key is unknown, missing or given twice, or a split is
@@ -90,7 +90,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _images(spec: object, here: Path, base: Path) -> FileImages | EncodedImages:
-    """The images of one split: a folder below ``base``, or a list with paths that start from its root."""
+    """The images of one split: a folder below ``base``, an image list, or a source of records."""
     if isinstance(spec, str) and (is_address(spec) or spec.startswith(HUB)):
         return read_encoded(spec)
     if isinstance(spec, str) and spec.strip() and is_records(str(_place(base, spec, "source"))):
@@ -98,7 +98,7 @@ def _images(spec: object, here: Path, base: Path) -> FileImages | EncodedImages:
     if isinstance(spec, str) and spec.strip():
         return read_folder(_place(base, spec, "folder"))
     if not isinstance(spec, dict):
-        raise TrajOODError(f"expected a folder or {{list: FILE, root: FOLDER}}, got {_kind(spec)}; name one")
+        raise TrajOODError(f"expected a folder or {{list: FILE, root: FOLDER}}, got {_kind(spec)}; give one")
     if "folder" in spec:
         _check_keys(spec, FOLDER_KEYS, "image folder")
         folder, classes = _place(base, spec["folder"], "folder"), spec.get("classes", False)
@@ -140,7 +140,7 @@ def _flag(value: object, where: str) -> bool:
 
 
 def _place(start: Path, value: object, where: str) -> Path:
-    """A path of the YAML file: relative to ``start`` unless absolute; ``~`` is the home folder."""
+    """A path in the YAML file, relative to ``start`` unless absolute; ``~`` is the home folder."""
     return start / Path(_text(value, where)).expanduser()
 
 

@@ -1,4 +1,4 @@
-"""From an image file, or an image in memory, to 8 bits of grey or RGB: the same pixels wherever they are asked for."""
+"""Decode image files, and Pillow images, to 8-bit greyscale or RGB. All images are read by this module."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from traj_ood.errors import TrajOODError
 if TYPE_CHECKING:
     from PIL import Image
 
-# Pillow's own warning limit (a 256 MiB RGB image). Ours stands apart from Pillow's global, which any library may lift.
+# The limit above which Pillow warns (a 256 MiB RGB image); a constant, because any library may change Pillow's global.
 MAX_PIXELS = 89_478_485
-# Files are known by their bytes, whatever their name says. Formats beyond these stay closed: Pillow would hand an EPS
-# file to Ghostscript, which runs the program that such a file is.
+# The format is recognised from a file's bytes, not its name. Other formats are not opened: Pillow would pass an EPS
+# file, which is a program, to Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BIT_DEPTHS = (10, 12, 14, 16)
-_DARK = 4096  # a 16-bit image with hardly a value as high as this may be one of 10 or 12 bits
-_SATURATED = 0.01  # share of its values that may be higher all the same: dead sensor cells, marks that were written in
-_BITS, _PHOTOMETRIC, _SAMPLES, _MAXIMUM, _PLANES, _FORMAT = 258, 262, 277, 281, 284, 339  # tags of TIFF
-_WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2  # values of the third, of the fifth and of the last
-_ORIENTATION = 274  # tag of EXIF
-_TILE = (322, 323)  # tags of TIFF: width and height
+_DARK = 4096  # a 16-bit image with nearly all values below this may be one of 10 or 12 bits
+_SATURATED = 0.01  # share of values that may be higher in such an image: dead sensor cells, burnt-in marks
+_BITS, _PHOTOMETRIC, _SAMPLES, _MAXIMUM, _PLANES, _FORMAT = 258, 262, 277, 281, 284, 339  # TIFF tags
+_WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2  # values of the tags photometric, planes and format
+_ORIENTATION = 274  # EXIF tag
+_TILE = (322, 323)  # TIFF tags: tile width and height
 MAX_SCANS = 100
-"""Of one JPEG. A progressive one has ten or so; each is decoded over the whole image, and a file of 30 MB could have
-a million."""
+"""Most scans in a JPEG. A progressive JPEG has about ten; each is decoded over the whole image, and a file of 30 MB
+can contain a million."""
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_EOI, _SOS, _ALONE = 0xD9, 0xDA, (0x01, 0xD8)  # markers of JPEG: the end, a scan, and those without a length
+_EOI, _SOS, _ALONE = 0xD9, 0xDA, (0x01, 0xD8)  # JPEG markers: end of image, start of scan, markers without a length
 _FOREIGN = (
     (8, (b"avif", b"avis"), "AVIF, which this Pillow cannot decode: install pillow 11.3 or newer, or convert it"),
     (8, (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"), "HEIC, which Pillow cannot decode: convert it"),
@@ -48,17 +48,17 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What decides the pixels of a file besides its bytes.
+    """How image files are decoded.
 
     Attributes:
-        exif: turn photographs upright, as the EXIF orientation says. Default false, as OpenOOD, torchvision and timm
-            read them: results stay comparable, and models were trained on images read so.
-        bit_depth: 10, 12, 14 or 16, the bits that are used of each value in 16-bit files. Default: as the file says
-            (TIFF's BitsPerSample and MaxSampleValue, PNG's sBIT), else 16; a 16-bit image with hardly a value (at most
-            1 %) of 4096 or more is refused then, since as one of 12 bits it would be 16 times as bright.
+        exif: rotate photographs according to their EXIF orientation. Default false, as in OpenOOD, torchvision and
+            timm: results stay comparable, and models were trained on images read in this way.
+        bit_depth: number of used bits in each value of a 16-bit file: 10, 12, 14 or 16. Default: what the file says
+            (TIFF's BitsPerSample and MaxSampleValue, PNG's sBIT), else 16. Without it, a 16-bit image with at most 1 %
+            of its values at 4096 or above is refused: read as one of 12 bits, it would be 16 times as bright.
 
     Raises:
-        TrajOODError: another bit depth.
+        TrajOODError: any other bit depth.
     """
 
     exif: bool = False
@@ -69,7 +69,7 @@ class Reading:
             raise TrajOODError(f"bit depth: expected one of {', '.join(map(str, BIT_DEPTHS))}, got {self.bit_depth!r}")
 
     def options(self) -> dict[str, Any]:
-        """Those that are not the defaults, JSON-able."""
+        """The settings that differ from the defaults, as JSON data."""
         told = {"exif": self.exif, "bit_depth": self.bit_depth}
         return {key: value for key, value in told.items() if value}
 
@@ -78,34 +78,36 @@ AS_STORED = Reading()
 
 
 def open_image(path: Path, reading: Reading = AS_STORED) -> Image.Image:
-    """Decode one image file completely, as mode 'L' (greyscale) or 'RGB'; see :func:`decode`.
+    """Decode an image file to mode 'L' (greyscale) or 'RGB'; see :func:`decode`.
 
     Raises:
-        TrajOODError: missing, empty, no regular file, or as :func:`decode`; the message names the path.
+        TrajOODError: the file is missing, empty or no regular file, or as :func:`decode`; the message names the path.
     """
-    with _told(str(path), lambda: path.open("rb")):
+    with _pillow_errors(str(path), lambda: path.open("rb")):
         _check_is_filled_file(path)
         with _picture(path) as image:
             return decode(image, str(path), reading)
 
 
 def open_bytes(content: bytes, where: str, reading: Reading = AS_STORED) -> Image.Image:
-    """As :func:`open_image`, of a file's content in memory; nothing is written anywhere.
+    """Decode the content of an image file in memory; see :func:`open_image`. Nothing is written to disk.
 
     Args:
-        where: for errors.
+        content: the bytes of the file.
+        where: name of the image in error messages.
+        reading: how it is decoded.
     Raises:
-        TrajOODError: empty, or as :func:`decode`.
+        TrajOODError: the content is empty, or as :func:`decode`.
     """
     if not content:
         raise TrajOODError(f"{where}: expected an image, found nothing (0 bytes)")
-    with _told(where, lambda: io.BytesIO(content)), _picture(io.BytesIO(content)) as image:
+    with _pillow_errors(where, lambda: io.BytesIO(content)), _picture(io.BytesIO(content)) as image:
         return decode(image, where, reading)
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height of what decoding an image file holds, by its header, see :func:`held_size`; (0, 0) where that
-    cannot be read, which decoding tells."""
+    """Width and height of what decoding holds in memory, according to the header (see :func:`held_size`); (0, 0) if the
+    header cannot be read, which decoding will report."""
     try:
         with _picture(io.BytesIO(content)) as image:
             return held_size(image)
@@ -120,8 +122,8 @@ def _picture(file: Path | BinaryIO) -> Image.Image:
 
 
 @contextmanager
-def _told(where: str, again: Callable[[], BinaryIO]) -> Iterator[None]:
-    """What Pillow raises, as the one error that names ``where``; ``again`` opens the file anew."""
+def _pillow_errors(where: str, again: Callable[[], BinaryIO]) -> Iterator[None]:
+    """Context manager that turns errors of Pillow into a ``TrajOODError``; ``again`` opens the file once more."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -141,26 +143,28 @@ def _told(where: str, again: Callable[[], BinaryIO]) -> Iterator[None]:
 
 
 def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Image.Image:
-    """Any Pillow image as one of mode 'L' or 'RGB', decoded to its end.
+    """Convert any Pillow image to mode 'L' or 'RGB', decoding it completely.
 
-    Like OpenOOD, palette, CMYK and alpha images become RGB with alpha dropped, colour profiles are not applied, and
-    EXIF orientation is not, unless asked for (Pillow itself always applies that of TIFF). Unlike OpenOOD, truncated
-    files are errors (a grey half would be scored as if it were the image), 16-bit greyscale is scaled to 8 bits
-    (Pillow's ``convert`` clips it to white) and inverted where 0 is white, and animations and files of several pages
-    are refused: which of their frames is meant, nobody has said. The extra pictures that cameras hide in a JPEG are
-    passed over.
+    As in OpenOOD, palette, CMYK and alpha images become RGB without alpha, colour profiles are not applied, and EXIF
+    orientation is applied only on request (except that of TIFF, which Pillow always applies). Unlike in OpenOOD:
+
+    * Truncated files are errors; otherwise a half-grey image would be scored.
+    * 16-bit greyscale is scaled to 8 bits, where Pillow's ``convert`` clips it to white, and inverted if 0 is white.
+    * Animations and files of several pages are refused, as it is unknown which frame is meant. The additional pictures
+      that cameras embed in a JPEG are ignored.
 
     Args:
-        image: opened, perhaps not yet decoded; it is not changed.
-        where: for errors.
+        image: an opened image, decoded or not; it is not changed.
+        where: name of the image in error messages.
+        reading: how it is decoded.
     Raises:
-        TrajOODError: truncated, undecodable, several frames, too large, values of unknown range, or dark as images of
-            10 or 12 bits in 16-bit files are.
+        TrajOODError: the image is truncated, undecodable or too large, has several frames or values of unknown range,
+            or is as dark as an image of 10 or 12 bits in a 16-bit file.
     """
     check_picture(image, where)
     try:
         stored = _stored(image)
-        image.load()  # decodes to the end: opening only reads the header, and truncation shows here
+        image.load()  # opening reads only the header; truncation is found here
         plain = _grey_or_rgb(image, stored, where, reading)
         return _upright(plain, image) if reading.exif else plain
     except TrajOODError:
@@ -170,10 +174,10 @@ def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Imag
 
 
 def check_picture(image: Image.Image, where: str) -> None:
-    """Refuse an image that is opened, but not decoded yet, for what its header says; ``where`` is for the error.
+    """Check the header of an image before it is decoded; ``where`` names the image in the error.
 
     Raises:
-        TrajOODError: no pixels, more than ``MAX_PIXELS``, or several frames.
+        TrajOODError: the image has no pixels, more than ``MAX_PIXELS``, or several frames.
     """
     width, height = held_size(image)
     if width * height == 0:
@@ -186,8 +190,8 @@ def check_picture(image: Image.Image, where: str) -> None:
         raise TrajOODError(f"{where}: expected a JPEG of at most {MAX_SCANS} scans, got more; save it again")
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise TrajOODError(
-            f"{where}: expected a single image, got several frames or pages ({image.format}); save the one that "
-            "is meant as a file of its own"
+            f"{where}: expected a single image, got several frames or pages ({image.format}); save the one to use as a "
+            "separate file"
         )
 
 
@@ -227,13 +231,13 @@ def _scans(content: bytes) -> int:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What the header of a file says of its values.
+    """How pixel values are stored, according to the header of a file.
 
     Attributes:
-        bits: of each value; 0 where it is not known.
-        used: how many of them are used, where the file says so, else 0.
-        white_is_zero: as X-ray scanners write.
-        planes: colours are stored one after the other.
+        bits: bits per value; 0 if unknown.
+        used: how many of them are used, if the file says so, else 0.
+        white_is_zero: 0 is white, as X-ray scanners write.
+        planes: colour channels are stored one after the other.
         signed: values of 8 or 16 bits may be negative.
     """
 
@@ -250,7 +254,7 @@ def _stored(image: Image.Image) -> _Stored:
     if tags is not None:
         bits = max(tags.get(_BITS) or (1,))
         highest = max(tags.get(_MAXIMUM) or (0,))
-        # Written, too, as the highest value of this image; only as that of a bit depth it says anything.
+        # MaxSampleValue gives the bit depth only if it is 2^depth - 1; it may also be the largest value of this image.
         used = highest.bit_length() if highest in [2**depth - 1 for depth in BIT_DEPTHS] else 0
         return _Stored(
             bits=bits,
@@ -266,7 +270,7 @@ def _stored(image: Image.Image) -> _Stored:
 
 
 def _significant_bits(image: Any) -> int:
-    """What the sBIT chunk of a PNG says, which Pillow passes over; 0 without one."""
+    """The significant bits in the sBIT chunk of a PNG, which Pillow ignores; 0 without such a chunk."""
     file = getattr(image, "fp", None)
     if file is None:  # decoded already
         name = getattr(image, "filename", "")
@@ -292,14 +296,14 @@ def _sbit(file: BinaryIO) -> int:
 
 
 def _grey_or_rgb(image: Image.Image, stored: _Stored, where: str, reading: Reading) -> Image.Image:
-    """A loaded image of any mode as a plain 'L' or 'RGB' image."""
+    """Convert a loaded image of any mode to 'L' or 'RGB'."""
     from PIL import Image
 
     mode = image.mode
     if mode == "F":
         raise TrajOODError(
-            f"{where}: expected an image of 8 or 16 bits per channel, got floating point; its range is unknown, so "
-            "save it as 8 or 16 bit"
+            f"{where}: expected an image of 8 or 16 bits per channel, got floating point of unknown range; save it as "
+            "8 or 16 bit"
         )
     if stored.signed:
         raise TrajOODError(f"{where}: expected values from 0, got signed ones of unknown range; save it as 8 or 16 bit")
@@ -321,7 +325,7 @@ def _grey_or_rgb(image: Image.Image, stored: _Stored, where: str, reading: Readi
 
 
 def _check_deep_colour(image: Image.Image, stored: _Stored, where: str, reading: Reading) -> None:
-    """Pillow hands out the upper 8 of 16 bits, which are all there is of an image that uses them all."""
+    """Check that a 16-bit colour image uses all bits: Pillow returns the upper 8 of them."""
     if stored.planes:
         raise TrajOODError(f"{where}: expected 16-bit colours pixel by pixel, got planes; save it as 8 bit or as PNG")
     if reading.bit_depth not in (None, 16):
@@ -334,17 +338,17 @@ def _check_deep_colour(image: Image.Image, stored: _Stored, where: str, reading:
     if reading.bit_depth is None and _is_dark(colours, _DARK // 256):
         raise TrajOODError(
             f"{where}: hardly any 16-bit colour is {_DARK} or more, as in images of 10 or 12 bits; save it as 8 bit, "
-            "or, if it is as dark as that, say --bit-depth 16 (in Python: bit_depth=16)"
+            "or, if it really is that dark, give --bit-depth 16 (in Python: bit_depth=16)"
         )
 
 
 def _grey_of(pixels: np.ndarray, stored: _Stored, where: str, reading: Reading) -> np.ndarray:
-    """Greyscale (H, W) of any integer dtype to uint8, rounded: 65535 / 255 = 257."""
+    """Scale greyscale (H, W) of any integer dtype to uint8, rounded: 65535 / 255 = 257."""
     low, high = int(pixels.min()), int(pixels.max())
     if pixels.dtype.itemsize > 2 and (0 < high < 256 or stored.white_is_zero) and low >= 0:
         raise TrajOODError(
-            f"{where}: expected greyscale of 8 or 16 bits, got integers of 32 bits from {low} to {high}, which may be "
-            "meant as either; save it as 8 or 16 bit"
+            f"{where}: expected greyscale of 8 or 16 bits, got integers of 32 bits from {low} to {high}, which could "
+            "be either; save it as 8 or 16 bit"
         )
     if low < 0 or high > 65535:
         raise TrajOODError(
@@ -353,8 +357,8 @@ def _grey_of(pixels: np.ndarray, stored: _Stored, where: str, reading: Reading) 
     top = 2 ** _depth(pixels, stored, high, where, reading) - 1
     if high > top:
         raise TrajOODError(
-            f"{where}: expected values up to {top} at a bit depth of {top.bit_length()}, got {high}; give the bit "
-            "depth that it has"
+            f"{where}: expected values up to {top} at a bit depth of {top.bit_length()}, got {high}; give its actual "
+            "bit depth"
         )
     values = pixels.astype(np.int64)
     values = top - values if stored.white_is_zero else values
@@ -362,30 +366,30 @@ def _grey_of(pixels: np.ndarray, stored: _Stored, where: str, reading: Reading) 
 
 
 def _depth(pixels: np.ndarray, stored: _Stored, high: int, where: str, reading: Reading) -> int:
-    """How many bits of 16 the values use: as the file says, else as asked for."""
+    """The number of bits that the values use: according to the file, else to ``reading``, else 16."""
     if stored.bits in range(9, 16):
         return stored.bits
     if reading.bit_depth is not None:
         return reading.bit_depth
-    # PNG's own rule is to scale values up to 16 bits and to note how many counted; some only note them.
+    # By the PNG standard values are scaled to 16 bits and sBIT is the original depth; some writers do not scale them.
     scaled = stored.used and not bool((pixels.astype(np.int64) % 2 ** (16 - stored.used)).any())
     if 8 < stored.used < 16 and high < 2**stored.used and not scaled:
         return stored.used
     if _is_dark(pixels, _DARK):
         raise TrajOODError(
             f"{where}: hardly any 16-bit value is {_DARK} or more (the highest is {high}), as in images of 10 or 12 "
-            "bits; say how many bits are used: --bit-depth 10, 12, 14 or 16 (in Python: bit_depth=)"
+            "bits; give the number of used bits: --bit-depth 10, 12, 14 or 16 (in Python: bit_depth=)"
         )
     return 16
 
 
 def _is_dark(values: np.ndarray, limit: int) -> bool:
-    """Whether nearly all values are below ``limit``, and not all 0."""
+    """Whether nearly all values are below ``limit`` and not all of them 0."""
     return bool(values.any() and np.count_nonzero(values >= limit) <= _SATURATED * values.size)
 
 
 def _upright(plain: Image.Image, image: Image.Image) -> Image.Image:
-    """``plain`` turned as the EXIF orientation of ``image`` says; of TIFF Pillow has done so, and taken it away."""
+    """``plain`` rotated by the EXIF orientation of ``image``; Pillow has applied and removed that of TIFF."""
     from PIL import ImageOps
 
     orientation = image.getexif().get(_ORIENTATION, 1)
@@ -398,7 +402,7 @@ def _upright(plain: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def _foreign_format(head: bytes) -> str:
-    """What a file is that Pillow does not open, by its first bytes; empty where that is not known."""
+    """What a file is that Pillow cannot open, from its first bytes; empty if unknown."""
     return next((name for place, marks, name in _FOREIGN if head[place:].startswith(marks)), "")
 
 
@@ -416,14 +420,14 @@ def _too_large(where: str, size: str) -> TrajOODError:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of ``FORMATS`` that this Pillow was built with; naming any other would be a KeyError.
+    """Those of ``FORMATS`` that this build of Pillow supports; naming any other would be a KeyError.
 
-    Their plugins alone are imported: all of Pillow's take a fifth of a second.
+    Only their plugins are imported, as importing all takes a fifth of a second.
     """
     from PIL import Image
 
     for name in FORMATS:
-        with suppress(ImportError):  # of a format that this Pillow has not got
+        with suppress(ImportError):  # a format that this build does not support
             import_module(f"PIL.{'WebP' if name == 'WEBP' else name.capitalize()}ImagePlugin")
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -431,7 +435,7 @@ def _formats() -> tuple[str, ...]:
 def _check_is_filled_file(path: Path) -> None:
     if not path.exists():
         raise TrajOODError(f"{path}: expected an image file, found nothing; restore it or take it out of the set")
-    if not path.is_file():  # reading from a pipe or a device could go on for ever
+    if not path.is_file():  # reading from a pipe or a device could never end
         found = "a folder" if path.is_dir() else "a pipe or device"
         raise TrajOODError(f"{path}: expected an image file, found {found}; give regular files")
     if path.stat().st_size == 0:

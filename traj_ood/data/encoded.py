@@ -1,4 +1,4 @@
-"""Images whose files are in memory: what ``fit``, ``calibrate`` and ``bench`` make of a source of records."""
+"""Encoded image files in memory, the form in which ``fit``, ``calibrate`` and ``bench`` hold a source of records."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from traj_ood.data.decoding import AS_STORED, Reading, open_bytes
-from traj_ood.data.records import AS_USUAL, Opening, read_records, short
+from traj_ood.data.records import DEFAULT_OPENING, Opening, read_records, short
 from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_BYTES = 2**33
-"""Of all files together, 8 GiB: fifty thousand photographs. Scoring streams and has no such bound."""
+"""Largest total size of the files, 8 GiB: fifty thousand photographs. ``score`` streams and has no such limit."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """A finite source; what is broken in it is an error when it is loaded.
+    """An ImageSource of encoded files in memory; a broken record raises when it is loaded.
 
     Attributes:
-        ids: N unique ids, without where the source lies.
-        files: N contents of image files, or the reason why there is none.
-        labels: N class labels, or empty where not all have one.
-        exif, bit_depth: how files become pixels, see :class:`traj_ood.data.Reading`.
+        ids: N unique ids, without the location of the source.
+        files: N contents of image files, each bytes, or the reason why the record is broken.
+        labels: N class labels, or empty if any image has none.
+        exif, bit_depth: how files are decoded, see :class:`traj_ood.data.Reading`.
     """
 
     ids: tuple[str, ...]
@@ -39,10 +39,10 @@ class EncodedImages:
         return len(self.ids)
 
     def load(self, index: int) -> Image.Image:
-        """Image ``index``.
+        """Decode image ``index``.
 
         Raises:
-            TrajOODError: it is broken, or cannot be decoded.
+            TrajOODError: the record is broken, or the image cannot be decoded.
         """
         content = self.files[index]
         if isinstance(content, str):
@@ -50,12 +50,12 @@ class EncodedImages:
         return open_bytes(content, self.ids[index], Reading(self.exif, self.bit_depth))
 
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
-        """SHA-256 of each file; of a broken one its reason."""
+        """SHA-256 of each file; for a broken record its reason."""
         rows = range(len(self)) if indices is None else indices
         return tuple(_digest(self.files[i]) for i in rows)
 
     def digest(self) -> str:
-        """SHA-256 over ids and contents, and over how they are read where that is not the default."""
+        """SHA-256 over ids and contents, and over decoding settings that are not the default."""
         reading = Reading(self.exif, self.bit_depth).options()
         parts = [*self.ids, *self.contents(), *(f"{key}={value}" for key, value in sorted(reading.items()))]
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
@@ -67,15 +67,16 @@ class EncodedImages:
         return EncodedImages(ids, files, labels, self.exif, self.bit_depth)  # type: ignore[arg-type]
 
     def missing(self) -> list[str]:
-        """Ids of those that are broken in the source."""
+        """Ids of the broken records."""
         return [name for name, content in zip(self.ids, self.files, strict=True) if isinstance(content, str)]
 
 
-def read_encoded(source: str, reading: Reading = AS_STORED, opening: Opening = AS_USUAL) -> EncodedImages:
-    """All records of a source, see :func:`traj_ood.data.records.read_records`.
+def read_encoded(source: str, reading: Reading = AS_STORED, opening: Opening = DEFAULT_OPENING) -> EncodedImages:
+    """Read all records of a source into memory; see :func:`traj_ood.data.records.read_records`.
 
     Raises:
-        TrajOODError: as there; none; two with one id; or more than ``MAX_BYTES``.
+        TrajOODError: as ``read_records``; also if there are no records, two with the same id, or more than
+            ``MAX_BYTES``.
     """
     ids: dict[str, None] = {}
     files: list[bytes | str] = []
@@ -84,7 +85,7 @@ def read_encoded(source: str, reading: Reading = AS_STORED, opening: Opening = A
     for record in read_records(source, opening):
         name = short(record.key, source)
         if name in ids:
-            raise TrajOODError(f"{source}: two records are called {name!r}: give each image a key of its own")
+            raise TrajOODError(f"{source}: two records are called {name!r}: give each image a different key")
         ids[name] = None
         files.append(record.error if record.content is None else record.content)
         labels.append(record.label)

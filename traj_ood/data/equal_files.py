@@ -1,8 +1,8 @@
-"""The same resize and the same JPEG step for every image of a benchmark, so that no set gives itself away by its files.
+"""The same resize and JPEG compression for every image of a benchmark, so that file properties do not separate sets.
 
-Full-size photographs beside 64-pixel ones are told apart by resolution alone, and JPEG files beside PNG ones by their
-blocks; a score that does so has seen nothing of what the images show. What the step cannot take away (a 28-pixel digit
-has no more detail at 64) :mod:`traj_ood.data.spectrum` measures.
+Resolution alone separates full-size photographs from 64-pixel images, and block artefacts separate JPEG from PNG files;
+a score that uses them detects nothing about the content. Differences that remain (a 28-pixel digit gains no detail at
+64 pixels) are measured by :mod:`traj_ood.data.spectrum`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 QUALITY = 90
-"""Of the JPEG step: high enough to leave textures, and an encoder's common choice."""
+"""Default JPEG quality: high enough to preserve textures, and a common choice of encoders."""
 
 
 def squared(image: Image.Image, side: int) -> Image.Image:
@@ -37,7 +37,7 @@ def squared(image: Image.Image, side: int) -> Image.Image:
 
 
 def equalise(image: Image.Image, side: int, quality: int = QUALITY) -> Image.Image:
-    """:func:`squared`, once through JPEG."""
+    """:func:`squared`, then compressed and decoded as JPEG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -48,15 +48,15 @@ def equalise(image: Image.Image, side: int, quality: int = QUALITY) -> Image.Ima
 
 @dataclass(frozen=True, eq=False)
 class EqualImages:
-    """Images of another source after :func:`equalise`, under their own ids and labels.
+    """An ImageSource that applies :func:`equalise` to the images of another; ids and labels are unchanged.
 
     Attributes:
-        source: the images.
-        side: of the squares, in pixels.
-        quality: of the JPEG step.
+        source: the original images.
+        side: side of the square images in pixels.
+        quality: JPEG quality.
 
     Raises:
-        TrajOODError: a side below 8 or a quality outside 1 … 100.
+        TrajOODError: the side is below 8 or the quality outside 1 … 100.
     """
 
     source: ImageSource
@@ -86,12 +86,12 @@ class EqualImages:
         return equalise(self.source.load(index), self.side, self.quality)
 
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
-        """Of what the source holds, and the step."""
+        """SHA-256 over the content of each original image, the side and the quality."""
         found = self.source.contents(indices)
         return tuple(hashlib.sha256(f"{c} {self.side} {self.quality}".encode()).hexdigest() for c in found)
 
     def digest(self) -> str:
-        """Of the source and the step."""
+        """SHA-256 over the digest of the source, the side and the quality."""
         return hashlib.sha256(f"{self.source.digest()} {self.side} {self.quality}".encode()).hexdigest()
 
     def select(self, indices: Sequence[int]) -> EqualImages:

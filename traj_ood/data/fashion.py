@@ -1,7 +1,8 @@
-"""The offline benchmark `fashion`: Fashion-MNIST without three classes, against those, two far sets, three diagnostics.
+"""The offline benchmark `fashion`: Fashion-MNIST without three classes (ID), those classes (near), two far and three
+diagnostic sets.
 
-Every image comes from Fashion-MNIST or from files bundled in scikit-learn and scikit-image, is 28 x 28 greyscale, and
-is the same on every machine for given versions of these libraries: draws use PCG64 with fixed seeds, and all resizing
+All images are 28 x 28 greyscale, from Fashion-MNIST or from files bundled with scikit-learn and scikit-image. They are
+the same on every machine for given versions of these libraries: random draws use PCG64 with fixed seeds, and resizing
 is Pillow's integer arithmetic.
 """
 
@@ -29,7 +30,8 @@ FAR_SEED = 28
 FAR_SIZE = 1000
 
 TEXTURES = ("brick.png", "grass.png", "gravel.png")
-# Below 28 pixels a crop would be a blur made by enlarging; above 112 (4 x) the grain averages out to flat grey.
+# Smallest and largest side of a crop. Below 28 pixels it would be enlarged and blurred; above 112 (4 x) the texture
+# averages out to flat grey.
 TEXTURE_SIDES = (28, 112)
 PHOTOS = (
     "astronaut.png",
@@ -40,20 +42,18 @@ PHOTOS = (
     "retina.jpg",
     "ihc.png",
 )
-# Larger than for textures: objects (an eye, a spoon, a galaxy) must stay recognisable. 280
-# fits the smallest one.
+# Larger than for textures, so that objects (an eye, a spoon, a galaxy) stay recognisable. 280 fits the smallest photo.
 PHOTO_SIDES = (56, 280)
-# Standard deviation in grey levels. Sky and the black round the retina give crops that show nothing at all; a set of
-# photographs must hold photographs.
+# Smallest standard deviation of a crop in grey levels: crops of sky, or of the black around the retina, show nothing.
 MIN_CONTRAST = 10
-LFW_FACES = 100  # of the 200 entries of lfw_subset, the first 100 are faces, the rest is not
+LFW_FACES = 100  # only the first 100 of the 200 entries of lfw_subset are faces
 
 
 def load_fashion(root: str | Path | None = None) -> Benchmark:
-    """The benchmark `fashion`; see :func:`~traj_ood.data.fashion_mnist.obtain_fashion_mnist` for ``root``.
+    """Load the benchmark `fashion`; see :func:`~traj_ood.data.fashion_mnist.obtain_fashion_mnist` for ``root``.
 
     Raises:
-        TrajOODError: Fashion-MNIST cannot be obtained or is damaged, or a bundled image file is not there.
+        TrajOODError: Fashion-MNIST cannot be obtained or is damaged, or a bundled image file is missing.
     """
     folder = obtain_fashion_mnist(root)
     train_images, train_labels = read_fashion_mnist(folder, "train")
@@ -91,11 +91,11 @@ def load_fashion(root: str | Path | None = None) -> Benchmark:
 
 
 def far_sets() -> tuple[Split, ...]:
-    """The two far sets and the three diagnostics, crops of ten pictures and noise; needs scikit-learn and scikit-image
-    but neither network nor Fashion-MNIST.
+    """The two far sets and the three diagnostic sets (crops of ten pictures, noise); needs scikit-learn and
+    scikit-image, but neither a network nor Fashion-MNIST.
 
     Raises:
-        TrajOODError: a bundled image file is not there.
+        TrajOODError: a bundled image file is missing.
     """
     return (
         Split("digits", "far", _digits()),
@@ -107,7 +107,7 @@ def far_sets() -> tuple[Split, ...]:
 
 
 def _digits() -> ArrayImages:
-    """scikit-learn's 1,797 handwritten digits: 8 x 8 with values 0 to 16."""
+    """scikit-learn's 1,797 handwritten digits, originally 8 x 8 with values 0 to 16."""
     from sklearn.datasets import load_digits
 
     digits = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
@@ -115,13 +115,13 @@ def _digits() -> ArrayImages:
 
 
 def _faces() -> ArrayImages:
-    """The 100 faces of scikit-image's Labeled Faces in the Wild subset: 25 x 25 with values 0 to 1."""
+    """The 100 faces of scikit-image's Labeled Faces in the Wild subset, originally 25 x 25 with values 0 to 1."""
     faces = np.load(_bundled("lfw_subset.npy"))[:LFW_FACES]
     return _numbered("skimage/lfw", np.stack([_resized(face) for face in np.rint(faces * 255).astype(np.uint8)]))
 
 
 def noise(shape: tuple[int, ...]) -> ArrayImages:
-    """1,000 images ``shape`` of independent uniform bytes, straight from the PCG64 stream (which never changes)."""
+    """1,000 images of independent uniform bytes, from the raw PCG64 stream, which never changes between versions."""
     words = np.random.PCG64(FAR_SEED).random_raw(FAR_SIZE * math.prod(shape) // 8)
     return _numbered("noise/uniform", words.astype("<u8").view(np.uint8).reshape(FAR_SIZE, *shape))
 
@@ -134,12 +134,13 @@ def crops(
     scaled_to: int = SIDE,
     mode: Literal["L", "RGB"] = "L",
 ) -> ArrayImages:
-    """1,000 square crops of random side and place of scikit-image's ``files`` in turn, ``scaled_to`` pixels a side.
+    """1,000 square crops of random size and position from scikit-image's ``files`` in turn.
 
-    Near-uniform crops are drawn again (``MIN_CONTRAST``, judged on the scaled crop in grey).
+    Crops are scaled to ``scaled_to`` x ``scaled_to`` pixels. A nearly uniform one (standard deviation below
+    ``MIN_CONTRAST``, measured on the scaled crop in grey) is drawn again.
 
     Raises:
-        TrajOODError: a bundled image file is not there.
+        TrajOODError: a bundled image file is missing.
     """
     sources = [np.asarray(open_image(_bundled(name)).convert(mode)) for name in files]
     generators = [np.random.Generator(np.random.PCG64([FAR_SEED, len(stream), i])) for i in range(len(files))]
@@ -152,7 +153,7 @@ def crops(
 
 
 def _crop(source: np.ndarray, sides: tuple[int, int], generator: np.random.Generator, scaled_to: int) -> np.ndarray:
-    """One scaled crop of ``source`` (H, W) or (H, W, 3), both uint8, that is not near-uniform."""
+    """One scaled crop of ``source``, (H, W) or (H, W, 3) uint8, that is not nearly uniform."""
     height, width = source.shape[:2]
     while True:
         side = int(generator.integers(sides[0], sides[1], endpoint=True))
@@ -165,20 +166,20 @@ def _crop(source: np.ndarray, sides: tuple[int, int], generator: np.random.Gener
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
-    """Pillow's integer luma of an RGB image; grey ones as they are."""
+    """Pillow's integer luma of an RGB image; a grey image is returned unchanged."""
     from PIL import Image
 
     return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
 
 
 def _variance_times_count_squared(grey: np.ndarray) -> int:
-    """n² var = n Σx² − (Σx)² in integers: ``std`` may round differently elsewhere and change every later draw."""
+    """n² var = n Σx² − (Σx)², in integers: ``std`` may round differently on other machines and change later draws."""
     values = grey.astype(np.int64)
     return int(values.size * (values**2).sum() - values.sum() ** 2)
 
 
 def _resized(square: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """A square uint8 image to ``side``, bilinear; Pillow widens the filter when it scales down (antialias)."""
+    """Resize a square uint8 image to ``side``, bilinear; Pillow antialiases when scaling down."""
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(square))
@@ -190,7 +191,7 @@ def _numbered(prefix: str, array: np.ndarray) -> ArrayImages:
 
 
 def _bundled(name: str) -> Path:
-    """A file shipped inside the scikit-image wheel, read by path: ``skimage.data`` would download missing ones."""
+    """Path of a file in the scikit-image wheel. Not from ``skimage.data``, which would download missing files."""
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise TrajOODError(

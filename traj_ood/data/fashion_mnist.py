@@ -1,4 +1,4 @@
-"""Fashion-MNIST's four idx files: where they may already be, how to fetch them, how to read them strictly."""
+"""Find, download and read Fashion-MNIST's four idx files."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ FILES = (
 )
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-SOCKET_TIMEOUT = 10.0  # seconds without an answer; a machine without network must move on quickly
+SOCKET_TIMEOUT = 10.0  # seconds; short, so that a machine without network tries the next way soon
 APT_TIMEOUT = 300.0  # seconds for one apt-get call: package lists and 30 MB over a slow line
 
 
 def find_fashion_mnist(root: str | Path | None = None) -> Path | None:
-    """The folder that holds the four files, or None. Never downloads.
+    """The folder with the four files, or None; nothing is downloaded.
 
-    Looks in ``root`` alone when it is given, else in Debian's folder and the cache. Files may be gzipped or not, and
-    may lie in torchvision's ``FashionMNIST/raw`` below these folders.
+    Looks in ``root`` only if given, else in Debian's folder and the cache. Files may be gzipped, and may be in
+    torchvision's ``FashionMNIST/raw`` below these folders.
     """
-    for base in [Path(root)] if root is not None else _own_places():
+    for base in [Path(root)] if root is not None else _default_folders():
         for folder in (base, base / "FashionMNIST" / "raw"):
             if all(_idx_path(folder, name) is not None for name in FILES):
                 return folder
     return None
 
 
-def _own_places() -> Iterator[Path]:
+def _default_folders() -> Iterator[Path]:
     yield DEBIAN_FOLDER
-    yield from (cache_folder() / "fashion-mnist", cache_folder())  # asked for last: there may be no home folder
+    yield from (cache_folder() / "fashion-mnist", cache_folder())  # last, as it raises without a home folder
 
 
 def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
-    """The folder that holds the four files, downloading them into the cache when they are nowhere on this machine.
+    """The folder with the four files, which are downloaded into the cache if they are not on this machine.
 
-    Order: ``root`` (alone, when given), Debian's dataset folder, the cache, torchvision's download, Debian's package
-    unpacked without root rights.
+    Looks in ``root`` only if given. Otherwise tries, in this order: Debian's dataset folder, the cache, torchvision's
+    download, and Debian's package, unpacked without root rights.
 
     Raises:
-        TrajOODError: ``root`` is given without the files in it, the cache cannot be written, or no way works; the
-            message lists the ways.
+        TrajOODError: ``root`` is given and lacks files, the cache cannot be written, or all of these fail; the message
+            lists the possibilities.
     """
     found = find_fashion_mnist(root)
     if found is not None:
@@ -68,7 +68,7 @@ def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
     if root is not None:
         raise TrajOODError(
             f"Fashion-MNIST: expected {', '.join(name + '[.gz]' for name in FILES)} in {root} or in FashionMNIST/raw "
-            "below it, found not all four; correct the root, or leave it out to let them be fetched"
+            "below it, found not all four; correct the root, or leave it out to download them"
         )
     target = cache_folder() / "fashion-mnist"
     check_writable(target)
@@ -77,16 +77,16 @@ def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
             return target
     raise TrajOODError(
         f"Fashion-MNIST was not found and could not be downloaded; either put {', '.join(f + '.gz' for f in FILES)} "
-        f"into {target}, or give the folder that holds them as root, or install Debian's package {DEBIAN_PACKAGE} "
+        f"into {target}, or give the folder that contains them as root, or install Debian's package {DEBIAN_PACKAGE} "
         f"(files in {DEBIAN_FOLDER}), or run again with network access for torchvision's download"
     )
 
 
 def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 28, 28) and labels uint8 (N,) of part ``train`` or ``t10k``.
+    """Read the images, (N, 28, 28) uint8, and labels, (N,) uint8, of the part ``train`` or ``t10k``.
 
     Raises:
-        TrajOODError: a file is damaged, of another format, or the two files do not belong together.
+        TrajOODError: a file is damaged or has another format, or the two files do not match.
     """
     images = _read_part(folder, f"{part}-images-idx3-ubyte")
     labels = _read_part(folder, f"{part}-labels-idx1-ubyte")
@@ -101,12 +101,12 @@ def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An idx file of unsigned bytes, gzipped or not, as uint8 of the shape its header gives.
+    """Read an idx file of unsigned bytes, gzipped or not, as a uint8 array of the shape in its header.
 
     Header: two zero bytes, type 0x08 (unsigned byte), the number of dimensions, then each size as big-endian uint32.
 
     Raises:
-        TrajOODError: unreadable or truncated gzip, another magic number, or more or fewer bytes than the header says.
+        TrajOODError: the gzip stream is unreadable or truncated, or the magic number or number of bytes is wrong.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -148,10 +148,9 @@ def _idx_path(folder: Path, name: str) -> Path | None:
 
 
 def _into_cache(target: Path, fetch: Callable[[Path], Path | None]) -> bool:
-    """Run ``fetch`` in a temporary folder beside ``target`` and move what it found there into place in one rename.
+    """Run ``fetch`` in a temporary folder beside ``target`` and rename the result to ``target``.
 
-    A download is a convenience: whatever stops it, the next way is tried, and the caller's error lists them all.
-    Returns whether ``target`` holds the files now.
+    Errors are only logged, as the caller then tries the next way. Returns whether ``target`` has the files now.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,17 +159,17 @@ def _into_cache(target: Path, fetch: Callable[[Path], Path | None]) -> bool:
             if folder is None:
                 return False
             for part in ("train", "t10k"):
-                read_fashion_mnist(folder, part)  # a proxy's error page must not end up in the cache
+                read_fashion_mnist(folder, part)  # keeps a proxy's error page out of the cache
             if find_fashion_mnist(target) is None:  # else another process was faster
                 shutil.rmtree(target, ignore_errors=True)  # an incomplete set would block the rename
                 folder.rename(target)
-    except Exception as error:  # whatever a network, a proxy or apt comes up with
+    except Exception as error:  # network, proxy and apt errors of any class
         logger.info("Fashion-MNIST: %s failed (%s)", fetch.__name__, " ".join(str(error).split()))
     return find_fashion_mnist(target) is not None
 
 
 def _fetch_torchvision(temp: Path) -> Path | None:
-    """torchvision's own download, which checks the files' MD5."""
+    """Download with torchvision, which checks the files' MD5."""
     from torchvision.datasets import FashionMNIST
 
     with _socket_timeout(SOCKET_TIMEOUT), contextlib.redirect_stdout(io.StringIO()):  # it prints every failed mirror
@@ -179,10 +178,10 @@ def _fetch_torchvision(temp: Path) -> Path | None:
 
 
 def _fetch_debian(temp: Path) -> Path | None:
-    """Download Debian's package with apt and unpack it here: needs neither root rights nor an installation."""
+    """Download Debian's package with apt and unpack it, without root rights and without installing it."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         return None
-    # The system's package lists are used when there are any; else apt gets lists of its own, in our folder.
+    # Try the system's package lists first, then download lists into the temporary folder.
     if not _apt(temp, ["download", DEBIAN_PACKAGE]):
         state, cache = temp / "lists", temp / "cache"
         (state / "partial").mkdir(parents=True)
@@ -210,7 +209,8 @@ def _apt(folder: Path, arguments: list[str]) -> bool:
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torchvision offers no timeout of its own; without one, a firewall that drops packets blocks for minutes."""
+    """Context manager that sets the global socket timeout: torchvision has none, and would wait for minutes behind a
+    firewall that drops packets."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

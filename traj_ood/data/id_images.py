@@ -1,4 +1,4 @@
-"""The ID images of a detector: those it learns from, and others that its threshold comes from."""
+"""Choose the ID images of a detector: images to fit its scorer, and other images to calibrate its threshold."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages, read_encoded
 from traj_ood.data.images import FileImages, ImageSource, read_folder, read_image_list
-from traj_ood.data.records import AS_USUAL, Opening, is_records
+from traj_ood.data.records import DEFAULT_OPENING, Opening, is_records
 from traj_ood.data.registry import list_benchmarks, load_benchmark
 from traj_ood.errors import TrajOODError, unknown_name
 
 HELD_OUT = 0.2
-"""Share of the ID images that is held out for calibration where none are given."""
+"""Share of the ID images that is held out for calibration if no calibration images are given."""
 MAX_CALIBRATION = 2000
-"""Most images of that share, or of a benchmark's val split. With so many, the share of ID images that a threshold of
-95 % accepts is known to half a percent (one standard deviation); more would cost time and say little."""
+"""Largest number of held-out images, or of images from a benchmark's val split. With so many, the share of ID images
+that a 95 % threshold accepts is known to half a percent (one standard deviation); more would only cost time."""
 
 
 @dataclass(frozen=True)
 class IDImages:
-    """ID images by what they are for; no image is in both ``train`` and ``calibration``.
+    """ID images by purpose; no image is in both ``train`` and ``calibration``.
 
     Attributes:
-        name: of the benchmark, folder or list.
-        train: all that may be learnt from, such as by a surrogate of a backbone.
-        fit: those of ``train`` that the scorer learns from.
-        calibration: those that the threshold comes from.
-        origin: of the calibration images, in words.
+        name: name of the benchmark, folder or list.
+        train: all images that may be used for learning, such as by a surrogate of a backbone.
+        fit: images of ``train`` on which the scorer is fitted.
+        calibration: images on which the threshold is calibrated.
+        origin: where the calibration images come from, in words.
     """
 
     name: str
@@ -49,26 +49,26 @@ def choose_id_images(
     root: str | Path | None = None,
     follow_links: bool = False,
     reading: Reading = AS_STORED,
-    opening: Opening = AS_USUAL,
+    opening: Opening = DEFAULT_OPENING,
 ) -> IDImages:
-    """ID images from a benchmark, a folder or an image list.
+    """Choose ID images from a benchmark, a folder or an image list.
 
     Args:
-        source: a benchmark's name or YAML file, whose training split is taken; a folder; or an image list.
-        count: images to learn from, drawn by ``seed``. Default: the benchmark's protocol, or all.
-        seed: of that draw and of what is held out.
-        calibration: a folder or list of images to calibrate on, all of them. Default: the benchmark's val split, else a
-            fifth of the images, drawn by ``seed``; of either at most 2,000.
-        least: calibration images that are needed: where a fifth of the images is fewer, more are held out. Default 1.
-        root: where a benchmark's data are, and where the paths of image lists start. Default: each benchmark's own
-            places, and the list's own folder.
-        follow_links: let image lists reach out of their roots by links. Default false.
-        reading: how image files become pixels.
-        opening: of sources of records (tar shards, Parquet, videos, addresses; :mod:`traj_ood.data.records`), which may
-            stand wherever a folder or list may.
+        source: the name or YAML file of a benchmark, whose training split is used; a folder; or an image list.
+        count: number of images to fit on, drawn with ``seed``. Default: the benchmark's protocol, or all.
+        seed: seed of this draw and of the held-out images.
+        calibration: a folder or list of calibration images, all of which are used. Default: the benchmark's val split,
+            else a fifth of the images, drawn with ``seed``; at most 2,000 of either.
+        least: smallest number of held-out images. Default 1.
+        root: folder of a benchmark's data, and the folder to which paths in image lists are relative. Default: where
+            each benchmark looks, and the list's own folder.
+        follow_links: let image lists follow links out of their root. Default false.
+        reading: how image files are decoded.
+        opening: how sources of records are opened (tar shards, Parquet, videos, addresses;
+            :mod:`traj_ood.data.records`), which are accepted wherever a folder or list is.
     Raises:
-        TrajOODError: nothing of that name, a link out of a list's root, images that cannot be told apart, fewer images
-            than ``count``, or fewer than two for each that is held out.
+        TrajOODError: the source does not exist, a link leads out of a list's root, ``train`` and ``calibration`` share
+            images, or there are fewer images than ``count`` or than twice ``least``.
     """
     name, images, val, protocol = _read(source, root, follow_links, reading, opening)
     if seed < 0:
@@ -83,7 +83,7 @@ def choose_id_images(
         if len(images) < 2 * least:
             raise TrajOODError(
                 f"{source}: expected at least {2 * least} images, {least} of them to be held out for calibration, got "
-                f"{len(images)}: give more images, a smaller tpr, or calibration images of their own (--calibrate)"
+                f"{len(images)}: give more images, a smaller tpr, or separate calibration images (--calibrate)"
             )
         size = max(least, min(MAX_CALIBRATION, round(HELD_OUT * len(images))))
         chosen = set(sample_indices(len(images), size, seed, "calibration"))
@@ -105,22 +105,23 @@ def calibration_images(
     root: str | Path | None = None,
     follow_links: bool = False,
     reading: Reading = AS_STORED,
-    opening: Opening = AS_USUAL,
+    opening: Opening = DEFAULT_OPENING,
 ) -> ImageSource:
-    """ID images to calibrate a detector on that is there already: all of a folder or list, or a benchmark's val split.
+    """ID images for calibrating an existing detector: all of a folder or list, or a benchmark's val split.
 
     Args:
+        source: the folder, list or benchmark.
         root, follow_links, reading, opening: see :func:`choose_id_images`.
     Raises:
-        TrajOODError: nothing of that name, or a benchmark without a val split.
+        TrajOODError: the source does not exist, or is a benchmark without a val split.
     """
     _, images, val, _ = _read(source, root, follow_links, reading, opening)
     if not _is_benchmark(source):
         return images
     if val is None:
         raise TrajOODError(
-            f"{source}: expected a val split of ID images that nothing was trained on, got a benchmark without one: "
-            "give a folder or a list of such images"
+            f"{source}: expected a val split of ID images that were not used for training, got a benchmark without "
+            "one: give a folder or a list of such images"
         )
     return val
 
@@ -128,7 +129,7 @@ def calibration_images(
 def _read(
     source: str, root: str | Path | None, follow_links: bool, reading: Reading, opening: Opening
 ) -> tuple[str, ImageSource, ImageSource | None, int | None]:
-    """Name, training images, val images and the protocol's number of training images, the last two where there are."""
+    """Name, training images, val images or None, and the protocol's number of training images or None."""
     if is_records(source):
         return source.rstrip("/").rpartition("/")[2], read_encoded(source, reading, opening), None, None
     is_benchmark = _is_benchmark(source)
@@ -165,13 +166,13 @@ def _at_most(images: ImageSource, count: int, seed: int, stream: str) -> ImageSo
 
 
 def _check_disjoint(images: ImageSource, held: ImageSource, source: str, calibration: str) -> None:
-    """Images cannot calibrate what has learnt from them: their scores are lower than those of images to come."""
+    """Refuse calibration images that are also fitted on: their scores are lower than those of new images."""
     if not (isinstance(images, FileImages) and isinstance(held, FileImages)):
         return
     known = set(held.resolved())
     shared = sum(path in known for path in images.resolved())
     if shared:
         raise TrajOODError(
-            f"{calibration}: {shared} of its images are in {source}, too; calibrate on images that the detector does "
-            "not learn from, or leave --calibrate out to hold some of them out"
+            f"{calibration}: {shared} of its images are also in {source}; calibrate on images that the detector is not "
+            "fitted on, or omit --calibrate to hold out some of them"
         )

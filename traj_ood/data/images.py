@@ -1,7 +1,7 @@
-"""Where images come from: arrays in memory or files on disk, each image with a stable id.
+"""Image sources: arrays in memory or files on disk, each image with a stable id.
 
-Every source hands out Pillow images of mode 'L' or 'RGB' and nothing else, so that no transform further up has to know
-about palettes, alpha channels or 16-bit greyscale.
+Every source returns Pillow images of mode 'L' or 'RGB' only, so that no transform has to handle palettes, alpha
+channels or 16-bit greyscale.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ class ImageSource(Protocol):
 
     @property
     def ids(self) -> Sequence[str]:
-        """One stable id per image, unique within the source and free of machine-specific paths."""
+        """One id per image, unique within the source and the same on every machine."""
 
     @property
     def labels(self) -> Sequence[str]:
-        """One class label per image, or empty where none is known."""
+        """One class label per image, or empty if they are unknown."""
 
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Image.Image:
-        """The fully decoded image, mode 'L' or 'RGB'.
+        """Image ``index``, fully decoded, of mode 'L' or 'RGB'.
 
         Raises:
             TrajOODError: the image is missing, empty, truncated or cannot be decoded; the message names it.
         """
 
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
-        """What is in each image (default: all), as a text that is the same for images of the same content alone."""
+        """A content digest of each image (default: all): equal texts if and only if the contents are equal."""
 
     def digest(self) -> str:
         """SHA-256 (hex) over the ids and the content of every image; the same on every machine."""
 
     def select(self, indices: Sequence[int]) -> ImageSource:
-        """The images at ``indices``, in that order, with the ids they have here."""
+        """The images at ``indices``, in that order, with the same ids."""
 
     def missing(self) -> list[str]:
-        """Paths that should be image files but are absent or empty; always ``[]`` for arrays."""
+        """Paths of image files that are absent or empty; always ``[]`` for arrays."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class ArrayImages:
         labels: N class labels, or empty.
 
     Raises:
-        TrajOODError: another dtype or shape, or ids or labels that do not match.
+        TrajOODError: the dtype or shape is another, or ids or labels do not match the images.
     """
 
     ids: tuple[str, ...]
@@ -94,7 +94,7 @@ class ArrayImages:
         return len(self.ids)
 
     def load(self, index: int) -> Image.Image:
-        """Image ``index`` as a copy, so that no caller can change the source."""
+        """Image ``index``, as a copy."""
         from PIL import Image
 
         return Image.fromarray(np.ascontiguousarray(self.array[index]))
@@ -106,7 +106,7 @@ class ArrayImages:
         return tuple(hashlib.sha256(shape + np.ascontiguousarray(self.array[i]).tobytes()).hexdigest() for i in rows)
 
     def digest(self) -> str:
-        """SHA-256 over the ids, the shape and the pixel bytes; labels are left out, since no image depends on them."""
+        """SHA-256 over the ids, the shape and the pixels. Labels are left out, as they do not affect images."""
         sha = _digest_of(self.ids)
         sha.update(repr(self.array.shape).encode())
         sha.update(np.ascontiguousarray(self.array).data)
@@ -121,7 +121,7 @@ class ArrayImages:
         )
 
     def missing(self) -> list[str]:
-        """Nothing can be missing from memory."""
+        """Always empty."""
         return []
 
 
@@ -130,18 +130,17 @@ class FileImages:
     """Image files below one folder.
 
     Attributes:
-        root: the folder that ``paths`` start from; it is left out of ids and digest, so both are the same on every
-            machine.
+        root: the folder to which ``paths`` are relative. It is not part of ids and digest, which are therefore the same
+            on every machine.
         paths: N relative paths with forward slashes.
         ids: N unique ids.
-        labels: N texts as the image list gives them, or empty when there is no list. Class-conditional scorers and the
-            training of classifiers read them.
-        follow_links: read also what links on the way lead to outside ``root``. Default true, for folders that somebody
-            filled and named; false for image lists, which may come from anybody (see :func:`read_image_list`).
-        exif, bit_depth: how files become pixels, see :class:`traj_ood.data.Reading`; part of the digest.
+        labels: N class labels, or empty; for class-conditional scorers and the training of classifiers.
+        follow_links: whether to read files that links put outside ``root``. Default true, for folders; false for image
+            lists, which may come from an untrusted source (see :func:`read_image_list`).
+        exif, bit_depth: how files are decoded, see :class:`traj_ood.data.Reading`; part of the digest.
 
     Raises:
-        TrajOODError: ids or labels do not match the paths, or an unknown bit depth.
+        TrajOODError: ids or labels do not match the paths, or the bit depth is invalid.
     """
 
     root: Path
@@ -164,26 +163,26 @@ class FileImages:
         return len(self.paths)
 
     def load(self, index: int) -> Image.Image:
-        """Read and fully decode file ``index``; see :func:`open_image` for the errors, and :meth:`check_links`."""
+        """Read and decode file ``index``; raises as :func:`open_image` and :meth:`check_links`."""
         self.check_links([index])
         return open_image(self.root / self.paths[index], Reading(self.exif, self.bit_depth))
 
     def reading(self) -> dict[str, Any]:
-        """What decides the loaded images besides the bytes of the files, JSON-able; part of the digest."""
+        """The decoding settings that differ from the defaults, as JSON data; part of the digest."""
         return Reading(self.exif, self.bit_depth).options()
 
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
-        """SHA-256 of the bytes of each file, empty for one that cannot be read; see :func:`hash_files`."""
+        """SHA-256 of each file, an empty text for one that cannot be read; see :func:`hash_files`."""
         part = self if indices is None else self.select(indices)
         return hash_files(list(part.resolved()))
 
     def digest(self) -> str:
-        """SHA-256 over ids, bytes and :meth:`reading`. Neither root nor labels are in it: no image depends on them."""
+        """SHA-256 over ids, file contents and :meth:`reading`, without root and labels, which do not affect images."""
         how = json.dumps([type(self).__name__, self.reading()], sort_keys=True)
         return _digest_of(self.ids, self.contents(), [how]).hexdigest()
 
     def list_digest(self) -> str:
-        """SHA-256 over ids, relative paths, labels and :meth:`reading`: which files these are, whatever they hold."""
+        """SHA-256 over ids, relative paths, labels and :meth:`reading`, without the contents of the files."""
         how = [[str(self.reading())]] if self.reading() else []
         return _digest_of(self.ids, self.paths, self.labels, *how).hexdigest()
 
@@ -197,10 +196,10 @@ class FileImages:
         )
 
     def check_links(self, indices: Sequence[int] | None = None) -> None:
-        """Refuse files (default: any of all) that a link on the way puts outside ``root``, unless links are followed.
+        """Unless ``follow_links``, check that no link puts a file (default: of all files) outside ``root``.
 
         Raises:
-            TrajOODError: names the first of them.
+            TrajOODError: there is such a file; the message names the first.
         """
         if self.follow_links:
             return
@@ -214,13 +213,13 @@ class FileImages:
                 )
 
     def missing(self) -> list[str]:
-        """Full paths that are absent, empty or not a file, in list order."""
+        """Full paths that are absent, empty or not a file, in order."""
         return [full for full in (os.path.join(self.root, path) for path in self.paths) if not _is_filled_file(full)]
 
     def resolved(self) -> Iterator[str]:
         """Canonical absolute path of every file, links followed.
 
-        Folders are resolved once each: a whole ``realpath`` per file takes minutes for a million of them.
+        Each folder is resolved once, as ``realpath`` of a million full paths takes minutes.
         """
         folders: dict[str, str] = {}
         for path in self.paths:
@@ -232,34 +231,36 @@ class FileImages:
 
 
 def check_unchanged(images: ImageSource, indices: Sequence[int], contents: Sequence[str]) -> None:
-    """Refuse what was made of the images ``indices`` when they are not what they were.
+    """Check that the images at ``indices`` have not changed since the work began.
 
     Args:
-        contents: of all images, when the work began.
+        images: the source.
+        indices: the images to check.
+        contents: content digests of all images when the work began.
     Raises:
-        TrajOODError: says how many have changed, and names the first.
+        TrajOODError: images have changed; the message gives their number and names the first.
     """
     found = images.contents(indices)
     changed = [images.ids[i] for i, now in zip(indices, found, strict=True) if contents[i] != now]
     if changed:
         raise TrajOODError(
             f"{len(changed)} image(s) changed while they were being read, first {changed[0]!r}: start the same command "
-            "again when nothing writes them any more"
+            "again once nothing writes them any more"
         )
 
 
 def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bool = False) -> FileImages:
     """Read an image list in OpenOOD's format: one ``relative/path label`` per line.
 
-    The path ends at the first space; the label (a class number, −1, a dict literal, or nothing) is kept for the digest
-    only. Blank lines are skipped. The ids are the normalised relative paths.
+    The path ends at the first space; the rest is the label (a class number, −1, a dict literal, or nothing). Blank
+    lines are skipped. The ids are the normalised relative paths.
 
     Args:
         list_path: the text file, UTF-8.
-        root: the folder the paths start from, and may not leave. It need not exist yet: preflight reports missing
-            files all at once. It may itself be a link.
-        follow_links: read also files that links below ``root`` put elsewhere. Default false: they are refused when
-            they are looked for (by preflight, ``fit``) or loaded.
+        root: the folder to which paths are relative, and which they may not leave. It may be a link, and need not exist
+            yet: preflight reports all missing files together.
+        follow_links: whether to read files that links below ``root`` put elsewhere. Default false: preflight, ``fit``
+            and :meth:`FileImages.load` refuse them.
 
     Raises:
         TrajOODError: the list is missing, unreadable or empty, a path is absolute or leaves ``root`` through '..', or a
@@ -295,16 +296,16 @@ def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bo
 def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
     """All image files in and below ``folder``, sorted by relative path.
 
-    Image files are known by their suffix, in any case; other files are left out, with a warning that counts them.
-    Hidden files and folders are passed over (macOS leaves ``._name.jpg`` files that are no images); linked folders are
-    followed, each real folder once.
+    Image files are recognised by suffix, in upper or lower case. Other files are left out, with a warning that counts
+    them. Hidden files and folders are ignored (macOS creates ``._name.jpg`` files that are no images). Links to folders
+    are followed, each real folder once.
 
     Args:
-        folder: where to look.
-        prefix: put before each relative path to form the id, e.g. ``sun`` gives ``sun/a/b.jpg``; default none.
+        folder: the folder.
+        prefix: put before each relative path to form the id: ``sun`` gives ``sun/a/b.jpg``. Default: none.
 
     Raises:
-        TrajOODError: the folder is missing or holds no image.
+        TrajOODError: the folder is missing or has no images.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -323,10 +324,10 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
 
 
 def labelled_by_folder(images: FileImages) -> FileImages:
-    """The same, labelled by the first folder on the way to each image, as in an ImageFolder.
+    """A copy with each image labelled by its first subfolder, as in torchvision's ImageFolder.
 
     Raises:
-        TrajOODError: an image that lies in no such folder.
+        TrajOODError: an image is in no subfolder.
     """
     labels = tuple(path.split("/")[0] if "/" in path else "" for path in images.paths)
     if "" in labels:
@@ -337,24 +338,24 @@ def labelled_by_folder(images: FileImages) -> FileImages:
 
 
 def left_out(folder: str | Path, others: Counter[str]) -> str:
-    """What to say of files by suffix that are no images, the most frequent first."""
+    """The warning about files that are no images, with counts by suffix, the most frequent first."""
     total, kinds = sum(others.values()), [f"{suffix or 'no suffix'} {n}" for suffix, n in others.most_common(5)]
     more = ", …" if len(others) > len(kinds) else ""
     return f"{folder}: left out {total} file(s) that are no images: {', '.join(kinds)}{more}"
 
 
 def suffix_of(name: str) -> str:
-    """The suffix by which files that are no images are counted, short and printable."""
+    """The suffix of a file name, or ``.…`` if it is long or not printable."""
     suffix = posixpath.splitext(name)[1].lower()
     return suffix if suffix.isprintable() and len(suffix) <= 12 else ".…"
 
 
 def _walk(folder: Path, others: Counter[str]) -> Iterator[str]:
-    """Relative posix paths of the image files below ``folder``, in a fixed order; ``others`` counts what is none."""
+    """Relative posix paths of the image files below ``folder``; ``others`` counts all other files by suffix."""
     seen: set[str] = set()
     for current, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(current)
-        if real in seen:  # a link back to a folder already walked: without this a loop never ends
+        if real in seen:  # a link to a folder already walked, which would loop for ever
             folders.clear()
             continue
         seen.add(real)
@@ -375,11 +376,10 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def inside_root(written: str, where: str) -> str:
-    """The normalised form of a relative path as an image list gives it; ``where`` it stands is for the error.
+    """Normalise a relative path from an image list; ``where`` begins the error message.
 
     Raises:
-        TrajOODError: the path is absolute or leaves its root through '..'. Links are another matter:
-            see ``check_links``.
+        TrajOODError: the path is absolute or leaves its root through '..'; for links see ``check_links``.
     """
     path = posixpath.normpath(written)
     if path.startswith("/") or os.path.isabs(path):
@@ -392,7 +392,7 @@ def inside_root(written: str, where: str) -> str:
 def _is_filled_file(path: str) -> bool:
     try:
         return os.path.isfile(path) and os.stat(path).st_size > 0
-    except OSError:  # removed between the two calls, or no permission to look
+    except OSError:  # removed between the two calls, or no permission
         return False
 
 
@@ -412,7 +412,7 @@ def _check_labels(labels: tuple[str, ...], count: int, what: str) -> None:
 
 
 def _digest_of(*columns: Sequence[str]) -> hashlib._Hash:
-    """A SHA-256 over columns of text; lengths are hashed too, so no two different tables look alike."""
+    """SHA-256 over columns of text; lengths are hashed too, so that no two different tables collide."""
     sha = hashlib.sha256()
     for column in columns:
         sha.update(f"{len(column)}\n".encode())

@@ -1,21 +1,21 @@
 """The benchmarks `tiny-imagenet` and `imagenet-sample`: photographs against scenes, textures, X-rays and digits.
 
-They need folders below one root, and no image list::
+They need folders below one root, without image lists::
 
     tiny_imagenet/{train,val}/WNID/*.JPEG    `tiny-imagenet`: 64 x 64, any number of each class
     imagenet_sample/WNID_NAME.JPEG           `imagenet-sample`: one image of each of ImageNet's 1,000 classes
-    scenes/CLASS/*.jpg                       near: landscapes, streets and buildings, which ImageNet shows by the way
+    scenes/CLASS/*.jpg                       near: landscapes, streets, buildings, which are backgrounds in ImageNet
     dtd10/CLASS/*.jpg, chest_xray/*.jpg      far: Describable Textures, chest X-rays
     mnist/t10k-images-idx3-ubyte             far: handwritten digits, with their labels beside them (gzipped or not)
 
-Every image of a benchmark, in distribution or not, passes one resize and one JPEG step (:mod:`.equal_files`), and what
-files give away all the same stands in every table (:mod:`traj_ood.evaluation.file_control`). Near and far were decided
-by what the sets show, before any score was computed on them.
+Every image of a benchmark, in distribution or not, goes through the same resize and JPEG compression
+(:mod:`.equal_files`); differences between files that remain are measured in every table
+(:mod:`traj_ood.evaluation.file_control`). Near and far were decided by the sets' content, before any score was computed
+on them.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from traj_ood.data.benchmark import Benchmark, Split, sample_indices
 from traj_ood.data.equal_files import EqualImages
 from traj_ood.data.fashion_mnist import read_fashion_mnist
 from traj_ood.data.images import ArrayImages, FileImages, ImageSource, labelled_by_folder, read_folder
-from traj_ood.data.preflight import MissingDataError
+from traj_ood.data.preflight import MissingDataError, find_root
 from traj_ood.errors import TrajOODError
 
 _SEED = 0
@@ -36,7 +36,7 @@ FAR = ("dtd10", "chest_xray", "mnist")
 
 @dataclass(frozen=True)
 class _Suite:
-    """``folder`` holds the ID images, ``side`` is that of the squares, ``source`` says where the data come from."""
+    """The folder of the ID images, the side of the square images in pixels, and where the data come from."""
 
     folder: str
     side: int
@@ -51,19 +51,19 @@ NATURAL_BENCHMARKS = tuple(_SUITES)
 
 
 def load_natural(name: str, root: str | Path | None = None, allow_missing: bool = False) -> Benchmark:
-    """One of ``NATURAL_BENCHMARKS``.
+    """Load one of ``NATURAL_BENCHMARKS``.
 
     Args:
-        name: which.
-        root: the folder that holds the folders above; default ``$TRAJ_OOD_DATA``, then ``./data``.
-        allow_missing: leave out OOD sets that are not there; the name then ends in ``-partial``.
+        name: the benchmark.
+        root: the folder that contains the folders above; default ``$TRAJ_OOD_DATA``, then ``./data``.
+        allow_missing: omit missing OOD sets; the benchmark's name then ends in ``-partial``.
 
     Raises:
-        MissingDataError: no root, or folders are not there; all of them are named.
-        TrajOODError: a folder holds what it should not.
+        MissingDataError: the root or folders in it are missing; the message names all of them.
+        TrajOODError: a folder contains unexpected files.
     """
     suite = _SUITES[name]
-    base = _find_root(name, suite, root)
+    base = find_root(name, root, suite.folder, f"the folder {suite.folder}/", _how(suite))
     absent = tuple(s for s in (*NEAR, *FAR) if not (base / s).is_dir())
     if absent and (not allow_missing or len(absent) == len((*NEAR, *FAR))):
         raise MissingDataError(
@@ -93,7 +93,7 @@ def load_natural(name: str, root: str | Path | None = None, allow_missing: bool 
 
 
 def class_folders(root: Path, folder: str) -> FileImages:
-    """The images below ``root / folder``, labelled by the first folder on the way to each, as in an ImageFolder."""
+    """The images below ``root / folder``, each labelled by its subfolder, as in torchvision's ImageFolder."""
     images = labelled_by_folder(read_folder(root / folder, prefix=folder))
     return FileImages(root, images.ids, images.ids, images.labels)
 
@@ -107,7 +107,7 @@ def _tiny(base: Path) -> tuple[ImageSource, ImageSource | None, ImageSource]:
 
 
 def _sample(base: Path) -> tuple[ImageSource, None, ImageSource]:
-    """500 images to fit on and 500 to test on. They have no labels: one image of a class says nothing of the class."""
+    """500 images to fit on and 500 to test on, without labels, as there is only one image of each class."""
     images = read_folder(base / "imagenet_sample", prefix="imagenet_sample")
     for path in images.paths:
         if not re.match(r"n\d{8}_.", path):
@@ -125,21 +125,6 @@ def _ood(base: Path, name: str) -> ImageSource:
         return read_folder(base / name, prefix=name)
     digits, _ = read_fashion_mnist(base / name, "t10k")
     return ArrayImages(tuple(f"mnist/t10k/{i:05d}" for i in range(len(digits))), digits)
-
-
-def _find_root(name: str, suite: _Suite, root: str | Path | None) -> Path:
-    """The first candidate that holds the ID images."""
-    variable = os.environ.get("TRAJ_OOD_DATA")
-    places = [Path(root)] if root is not None else [*([Path(variable)] if variable else []), Path("data")]
-    for place in places:
-        if (place / suite.folder).is_dir():
-            return place
-    looked = tuple(str(place / suite.folder) for place in places)
-    raise MissingDataError(
-        f"benchmark {name!r}: expected the folder {suite.folder}/, found no {' and no '.join(looked)}; give the folder "
-        f"that holds it as root or in $TRAJ_OOD_DATA; {_how(suite)}",
-        looked,
-    )
 
 
 def _how(suite: _Suite) -> str:

@@ -7,13 +7,12 @@ its covariate-shifted sets). ``imagenet-paper`` is the older protocol of the pap
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from traj_ood.data.benchmark import Benchmark, Role, Split
 from traj_ood.data.images import FileImages, read_folder, read_image_list
-from traj_ood.data.preflight import MissingDataError
+from traj_ood.data.preflight import MissingDataError, find_root
 
 CLASSIC = "images_classic"
 LARGE = "images_largescale"
@@ -21,13 +20,13 @@ LARGE = "images_largescale"
 
 @dataclass(frozen=True)
 class _Source:
-    """One split.
+    """Where one split is stored.
 
     Attributes:
         name, role: as in :class:`~traj_ood.data.benchmark.Split`.
         list_file: its image list, below ``benchmark_imglist``.
-        images: the folder that the list's paths start from.
-        folder: read when there is no list, below ``images``; None where only the list defines the split.
+        images: the folder to which paths in the list are relative.
+        folder: folder below ``images`` that is read if there is no list; None if only the list defines the split.
     """
 
     name: str
@@ -52,8 +51,8 @@ def _cifar(name: str, other: str) -> tuple[_Source, ...]:
     )
 
 
-# v1.5's sets are what their lists say (Textures leaves out 480 images): only the older protocol, part of which never
-# had lists, falls back on folders.
+# v1.5's sets are defined by their lists (Textures omits 480 images). Only the older protocol, which lacks some lists,
+# reads folders instead.
 _SOURCES: dict[str, tuple[_Source, ...]] = {
     "imagenet-paper": (
         _imagenet("train", "train"),
@@ -94,35 +93,36 @@ _DOWNLOADS = {
     "cifar100": "--dataset_mode benchmark --datasets cifar-100",
 }
 OPENOOD_BENCHMARKS = tuple(_SOURCES)
-# Read in the place of a set that may be missing and is, under its own name.
-_STAND_INS = {
+# Sets that replace a missing one if ``allow_missing``; they keep their own name.
+_REPLACEMENTS = {
     ("cifar10", "places365"): _Source("scenes", "far", "cifar10/test_scenes.txt", CLASSIC),
     ("cifar100", "places365"): _Source("scenes", "far", "cifar100/test_scenes.txt", CLASSIC),
 }
 
 
 def load_openood(name: str, root: str | Path | None = None, allow_missing: bool = False) -> Benchmark:
-    """One of ``OPENOOD_BENCHMARKS`` from the files under ``root``.
+    """Load one of ``OPENOOD_BENCHMARKS``.
 
-    The OOD sets of ``imagenet-paper`` are read from their folder when they have no image list (v1.5 has none for SUN
-    and Places); the benchmark's note then says so.
+    OOD sets of ``imagenet-paper`` without an image list (v1.5 has none for SUN and Places) are read from their folders;
+    the benchmark's note then says so.
 
     Args:
-        name: which benchmark.
-        root: the folder that holds ``benchmark_imglist/``; default ``$TRAJ_OOD_DATA``, then ``./data``.
-        allow_missing: leave out OOD sets whose list is not there, or none of whose images are. The benchmark's name
-            then ends in ``-partial``, so that no table can pass for the whole, and its note names them.
+        name: the benchmark.
+        root: the folder that contains ``benchmark_imglist/``; default ``$TRAJ_OOD_DATA``, then ``./data``.
+        allow_missing: omit OOD sets without a list or without any image. The benchmark's name then ends in
+            ``-partial``, so that its results are not taken for the full benchmark's, and its note names the sets.
 
     Raises:
-        MissingDataError: no root, or lists and folders of some splits are not there; all of them are named.
+        MissingDataError: the root, or lists and folders of some splits, are missing; the message names all of them.
         TrajOODError: a list is malformed, or splits share images.
     """
     how = _how_to_get(name)
-    base = _find_root(name, root, how)
     sources = _SOURCES[name]
+    lists = Path("benchmark_imglist", Path(sources[0].list_file).parent)
+    base = find_root(name, root, lists, f"OpenOOD's layout (benchmark_imglist/, {LARGE}/, {CLASSIC}/)", how)
     left_out: tuple[str, ...] = ()
     if allow_missing:
-        sources, left_out = _those_there(name, base, sources)
+        sources, left_out = _available(name, base, sources)
     absent = [place for source in sources if (place := _absent(base, source)) is not None]
     if absent:
         raise MissingDataError(
@@ -145,10 +145,10 @@ def load_openood(name: str, root: str | Path | None = None, allow_missing: bool 
     )
 
 
-def _those_there(name: str, base: Path, sources: tuple[_Source, ...]) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
-    """The ID splits, and the OOD sets that can be read or their stand-ins; then the names of those left out.
+def _available(name: str, base: Path, sources: tuple[_Source, ...]) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
+    """The ID splits and the available OOD sets or their replacements; then the names of the omitted sets.
 
-    Without any OOD set all are returned, for the error that names them.
+    If no OOD set is available, all are returned, for the error that names them.
     """
     kept, left_out = [], []
     for source in sources:
@@ -156,7 +156,7 @@ def _those_there(name: str, base: Path, sources: tuple[_Source, ...]) -> tuple[t
             kept.append(source)
             continue
         left_out.append(source.name)
-        other = _STAND_INS.get((name, source.name))
+        other = _REPLACEMENTS.get((name, source.name))
         if other is not None and _has_images(base, other):
             kept.append(other)
     if not any(source.role in ("near", "far") for source in kept):
@@ -169,25 +169,6 @@ def _has_images(base: Path, source: _Source) -> bool:
         return False
     images = _read(base, source)
     return any((images.root / path).is_file() for path in images.paths)
-
-
-def _find_root(name: str, root: str | Path | None, how: str) -> Path:
-    """The first candidate that holds image lists for the benchmark."""
-    if root is not None:
-        candidates = [Path(root)]
-    else:
-        variable = os.environ.get("TRAJ_OOD_DATA")
-        candidates = [*([Path(variable)] if variable else []), Path("data")]
-    lists = Path("benchmark_imglist", Path(_SOURCES[name][0].list_file).parent)
-    for candidate in candidates:
-        if (candidate / lists).is_dir():
-            return candidate
-    looked = tuple(str(candidate / lists) for candidate in candidates)
-    raise MissingDataError(
-        f"benchmark {name!r}: expected OpenOOD's layout (benchmark_imglist/, {LARGE}/, {CLASSIC}/), found no "
-        f"{' and no '.join(looked)}; give the folder that holds it as root or in $TRAJ_OOD_DATA; {how}",
-        looked,
-    )
 
 
 def _note(name: str, base: Path, sources: tuple[_Source, ...]) -> str:
@@ -205,7 +186,7 @@ def _list_path(base: Path, source: _Source) -> Path:
 
 
 def _absent(base: Path, source: _Source) -> str | None:
-    """Where the split was expected, or None when it can be read."""
+    """Where the missing split was expected; None if it is there."""
     if _list_path(base, source).is_file():
         return None
     if source.folder is None:
@@ -217,5 +198,5 @@ def _absent(base: Path, source: _Source) -> str | None:
 def _read(base: Path, source: _Source) -> FileImages:
     if source.folder is None or _list_path(base, source).is_file():
         return read_image_list(_list_path(base, source), base / source.images)
-    # The prefix makes the ids what OpenOOD's lists would call these images.
+    # With the prefix, ids are those that OpenOOD's lists would give these images.
     return read_folder(base / source.images / source.folder, prefix=source.folder)

@@ -1,19 +1,23 @@
-"""Look at every file of a benchmark before anything is computed."""
+"""Find a benchmark's data, and check that all of its files exist before anything is computed."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 from traj_ood.data.benchmark import Benchmark
 from traj_ood.data.images import FileImages
 from traj_ood.errors import TrajOODError
+from traj_ood.io.files import CACHE_VARIABLE
 
-SHOWN = 3  # paths in the one-line message; `details` holds them all
+SHOWN = 3  # paths in the one-line message; `details` has all of them
 
 
 class MissingDataError(TrajOODError):
-    """Data files are not where they should be.
+    """Data files are missing.
 
     Attributes:
-        details: every missing path with its split, one text each, for a caller with room for more than one line.
+        details: every missing path with its split, one text each; the message shows only the first few.
     """
 
     def __init__(self, message: str, details: tuple[str, ...]) -> None:
@@ -21,15 +25,46 @@ class MissingDataError(TrajOODError):
         self.details = details
 
 
-def preflight(benchmark: Benchmark) -> None:
-    """Check that every file of every split is there and filled, and that each split's first image decodes.
+def data_folders(root: str | Path | None) -> list[Path]:
+    """Folders where a benchmark's data may be: ``root`` if given, else ``$TRAJ_OOD_DATA``, then ``./data``."""
+    if root is not None:
+        return [Path(root)]
+    variable = os.environ.get(CACHE_VARIABLE)
+    return [*([Path(variable)] if variable else []), Path("data")]
 
-    Decoding all of them would cost as much as the run itself; damaged files further on are named when they are read.
+
+def find_root(name: str, root: str | Path | None, part: str | Path, expected: str, how: str) -> Path:
+    """The first of :func:`data_folders` that contains the folder ``part``.
+
+    Args:
+        name: the benchmark, for the error.
+        root: the folder that the user gave, or None.
+        part: relative path of the folder by which the data are recognised.
+        expected, how: what has to be there and how to get it, for the error.
+    Raises:
+        MissingDataError: no folder contains it.
+    """
+    folders = data_folders(root)
+    for folder in folders:
+        if (folder / part).is_dir():
+            return folder
+    looked = tuple(str(folder / part) for folder in folders)
+    raise MissingDataError(
+        f"benchmark {name!r}: expected {expected}, found no {' and no '.join(looked)}; give the folder that contains "
+        f"it as root or in ${CACHE_VARIABLE}; {how}",
+        looked,
+    )
+
+
+def preflight(benchmark: Benchmark) -> None:
+    """Check that every file of every split exists and is not empty, and that the first image of each split decodes.
+
+    Decoding all images would cost as much as the run itself; damaged ones are reported when they are read.
 
     Raises:
-        MissingDataError: files are missing or empty; the message says how many in which splits, the first few paths
+        MissingDataError: files are missing or empty; the message gives their number in each split, the first few paths
             and how to get them.
-        TrajOODError: a first image cannot be decoded, or a link leads out of the root of an image list.
+        TrajOODError: the first image of a split cannot be decoded, or a link leads out of the root of an image list.
     """
     counts: list[str] = []
     details: list[str] = []

@@ -1,7 +1,7 @@
-"""From a picture to what a network takes: one declared :class:`Preprocessing` for each model; what counts as pixels.
+"""Preprocessing of images for a network: resize, crop and normalise, declared once per model.
 
-Pictures enter as files or Pillow images, which the model's preprocessing resizes, crops and normalises, or as tensors
-and arrays of pixels (:func:`prepare`). Tensors that are normalised already say so (:class:`Normalised`).
+Image files and Pillow images go through the model's :class:`Preprocessing`; tensors and arrays of pixels through
+:func:`prepare`. Tensors that are already normalised are passed as :class:`Normalised`.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ Resize = Literal["direct", "crop", "none"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Offset = Literal["round", "floor"]
 PIXEL_SLACK = 1e-3
-"""How far outside [0, 1] a float pixel may lie: rounding. A filter that overshoots needs a clamp."""
+"""How far outside [0, 1] a float pixel may be, for rounding. Values from filters that overshoot have to be clamped."""
 _BYTE = 1 / 255
-_TRIALS = ((320, 281), (191, 260))  # width and height of the images on which two preprocessings are compared
-_OWN_NUMBERS = 64
+_TRIAL_SIZES = ((320, 281), (191, 260))  # width and height of the images on which two preprocessings are compared
+_RECORDED_VALUES = 64  # values that represent the output of a user's transform on one image
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model does to a picture before its network sees it.
+    """Resize, crop and normalisation that turn a Pillow image into a network's input.
 
     Attributes:
         shape: (C, H, W) of the network's input. C = 1 is grey (ITU-R 601 luma, Pillow's mode L), C = 3 is RGB.
-        mean, std: per channel, of the rescaled pixels. Default: 0 and 1, which leave them as they are.
-        resize: ``direct`` to W × H (default: what ViT-MAE's image processor does); ``crop``: the shorter side to
-            ``short_side``, then the centre W × H; ``none``: pictures have to be W × H already.
+        mean, std: per channel, of the rescaled pixels. Default: 0 and 1, no normalisation.
+        resize: ``direct``: to W × H (default, as in ViT-MAE's image processor); ``crop``: the shorter side to
+            ``short_side``, then the centre W × H; ``none``: images must be W × H already.
         interpolation: Pillow's filter. Default ``bilinear``, as in ViT-MAE's image processor.
-        short_side: of ``crop``; at least as long as the crop.
-        offset: where the crop begins when the rest is odd: ``round`` (torchvision, timm, OpenOOD) or ``floor``
-            (transformers).
-        rescale: factor on 0 … 255. Default 1/255.
+        short_side: side in pixels for ``crop``; at least as long as the crop.
+        offset: rounding of the crop's position if the margin is odd: ``round`` (torchvision, timm, OpenOOD) or
+            ``floor`` (transformers).
+        rescale: factor on the values 0 … 255. Default 1/255.
     Raises:
-        TrajOODError: values that fit neither each other nor any picture.
+        TrajOODError: a value is invalid, or the values do not fit together.
     """
 
     shape: tuple[int, int, int]
@@ -61,7 +61,7 @@ class Preprocessing:
         if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
             raise TrajOODError(f"preprocessing: expected a shape (C, H, W), got {shape}")
         object.__setattr__(self, "shape", shape)
-        if self.resize != "crop":  # it says nothing then, and equal preprocessings shall compare equal
+        if self.resize != "crop":  # it has no effect then, and equal preprocessings must compare equal
             object.__setattr__(self, "offset", "round")
         for key, default in (("mean", 0.0), ("std", 1.0)):
             values = tuple(float(v) for v in getattr(self, key)) or (default,) * shape[0]
@@ -73,7 +73,7 @@ class Preprocessing:
             raise TrajOODError(f"preprocessing: rescale: expected a positive factor, got {self.rescale}")
         if (self.short_side is not None) != (self.resize == "crop"):
             raise TrajOODError(
-                f"preprocessing: expected short_side with resize 'crop' alone, got {self.short_side} with "
+                f"preprocessing: expected short_side with resize 'crop' only, got {self.short_side} with "
                 f"{self.resize!r}"
             )
         if self.short_side is not None and self.short_side < max(shape[1:]):
@@ -82,22 +82,22 @@ class Preprocessing:
             )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """A Pillow image of any mode that :mod:`traj_ood.data` hands out → (C, H, W) float32, normalised.
+        """Preprocess a Pillow image of mode L or RGB to (C, H, W) float32.
 
         Raises:
-            TrajOODError: a picture of another size, where nothing is resized.
+            TrajOODError: ``resize`` is ``none`` and the image has another size.
         """
         return self.normalise(self.pixels(image))
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """(C, H, W) uint8, resized and cropped; raises as :meth:`__call__`."""
+        """The resized and cropped image, (C, H, W) uint8; raises as :meth:`__call__`."""
         channels, height, width = self.shape
         image = self._resized(image.convert(self.mode), width, height)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
         return pixels.permute(2, 0, 1)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Pixels (*, C, H, W), uint8 or floats in [0, 1] → float32 in the network's units."""
+        """Normalise pixels, (*, C, H, W) uint8 or floats in [0, 1], to float32 in the network's units."""
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         if self.rescale != _BYTE:
             scaled = scaled * (255 * self.rescale)
@@ -105,16 +105,16 @@ class Preprocessing:
         return (scaled - mean) / std
 
     def unnormalise(self, images: Tensor) -> Tensor:
-        """Images (*, C, H, W) in the network's units, such as D's output → floats, in [0, 1] where they are pixels."""
+        """The inverse of :meth:`normalise`: images (*, C, H, W) in the network's units, such as D(z), to [0, 1]."""
         offset, scale = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in self.affine)
         return images * scale + offset
 
     @property
     def mode(self) -> Literal["L", "RGB"]:
-        """Of the Pillow image.
+        """The mode of Pillow images that the network takes.
 
         Raises:
-            TrajOODError: a model of other than 1 or 3 channels, which takes no picture.
+            TrajOODError: the model has neither 1 nor 3 channels.
         """
         if self.shape[0] not in (1, 3):
             raise TrajOODError(f"preprocessing: expected a model of 1 or 3 channels, got {self.shape[0]}")
@@ -122,7 +122,7 @@ class Preprocessing:
 
     @property
     def affine(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(offset, scale) per channel: the network's input is (p − offset) / scale of pixels p in [0, 1]."""
+        """(offset, scale) per channel: pixels p in [0, 1] become the network's input (p − offset) / scale."""
         unit = 255 * self.rescale
         if self.rescale == _BYTE:
             return self.mean, self.std
@@ -130,17 +130,17 @@ class Preprocessing:
 
     @property
     def is_plain(self) -> bool:
-        """Whether only shape, mean and std are other than the defaults."""
+        """Whether all attributes but shape, mean and std have their defaults."""
         return self == Preprocessing(self.shape, self.mean, self.std)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The attributes as JSON data."""
         return {**asdict(self), "shape": list(self.shape), "mean": list(self.mean), "std": list(self.std)}
 
     def _resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
         if self.resize == "none" and image.size != (width, height):
             raise TrajOODError(
-                f"expected a picture of {width} x {height} pixels, since this model resizes none, got {image.width} x "
+                f"expected an image of {width} x {height} pixels, as this model does not resize, got {image.width} x "
                 f"{image.height}"
             )
         resample = Image.Resampling[self.interpolation.upper()]
@@ -157,12 +157,12 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Normalised:
-    """Images in the model's own units, which its preprocessing must not touch again.
+    """Marks images as already preprocessed, in the model's own units.
 
     >>> detector.score(Normalised(batch))                               # doctest: +SKIP
 
     Attributes:
-        images: (B, C, H, W) floats, as ``autoencoder.transform`` makes them.
+        images: (B, C, H, W) floats, as ``autoencoder.transform`` returns them.
     """
 
     images: Tensor
@@ -175,8 +175,8 @@ Pixels: TypeAlias = "Tensor | np.ndarray | Normalised"
 """Images in memory: uint8, or floats in [0, 1], of shape (B, C, H, W) or (C, H, W); or :class:`Normalised`."""
 
 
-class TakesPictures(Protocol):
-    """What :func:`prepare` and :func:`traj_ood.data.batches.batches` read of an autoencoder or backbone."""
+class ImageModel(Protocol):
+    """The part of an autoencoder or backbone that prepares its input images."""
 
     name: str
     input_shape: tuple[int, int, int]
@@ -189,13 +189,13 @@ class TakesPictures(Protocol):
 
 
 class Preprocessed:
-    """What shows pictures to a network: :meth:`transform` is its :attr:`preprocessing`, unless overridden."""
+    """Base class of models with a declared preprocessing; :meth:`transform` applies it and may be overridden."""
 
     name: str
     preprocessing: Preprocessing | None = None
 
     def transform(self, image: Image.Image) -> Tensor:
-        """PIL image → (C, H, W) float32 in the network's normalised units.
+        """Preprocess a Pillow image to (C, H, W) float32 in the network's units.
 
         Raises:
             TrajOODError: no preprocessing is declared.
@@ -205,16 +205,16 @@ class Preprocessed:
         return self.preprocessing(image)
 
 
-def prepare(model: TakesPictures, images: Pixels) -> Tensor:
-    """Images in memory → (B, C, H, W) in the model's own units.
+def prepare(model: ImageModel, images: Pixels) -> Tensor:
+    """Preprocess images in memory to (B, C, H, W) in the model's own units.
 
-    Pixels of the model's own shape are normalised and nothing else: they have been resized and cropped. Pixels of
-    another size or number of channels go the way of a file, as 8 bits a channel through ``model.transform``; so do all
-    where the transform is the user's own code. NumPy arrays may have their channels last, as Pillow makes them.
+    Pixels with the model's input shape are only normalised. Pixels of another size or number of channels are treated
+    like a file: converted to 8 bits per channel and passed to ``model.transform``. So are all pixels if the transform
+    is user code. NumPy arrays may have their channels last, as Pillow's do.
 
     Raises:
-        TrajOODError: another type or number of axes, values outside of [0, 1], NaN, or pictures that the model's
-            transform refuses.
+        TrajOODError: the type or number of axes is another, values are NaN or outside [0, 1], or the model's transform
+            refuses the images.
     """
     if isinstance(images, Normalised):
         if not isinstance(images.images, Tensor) or not images.images.is_floating_point():
@@ -232,10 +232,10 @@ def prepare(model: TakesPictures, images: Pixels) -> Tensor:
 
 
 def as_pixels(name: str, images: Tensor | np.ndarray) -> Tensor:
-    """(B, C, H, W) uint8, or float32 in [0, 1], of a tensor or array that holds images as :data:`Pixels` says.
+    """Convert pixels in memory, see :data:`Pixels`, to (B, C, H, W) uint8 or float32 in [0, 1].
 
     Raises:
-        TrajOODError: as :func:`prepare`; ``name`` is the model's, for the message.
+        TrajOODError: as :func:`prepare`; ``name`` begins the message.
     """
     wanted = "uint8 or float pixels in [0, 1] of shape (B, C, H, W) or (C, H, W)"
     if isinstance(images, np.ndarray):
@@ -254,16 +254,17 @@ def as_pixels(name: str, images: Tensor | np.ndarray) -> Tensor:
     if low < -PIXEL_SLACK or high > 1 + PIXEL_SLACK:
         raise TrajOODError(
             f"{name}: expected float pixels in [0, 1], got values from {low:.4g} to {high:.4g}: divide 0 … 255 by 255, "
-            "clamp what a filter overshoots, or say that they are in the model's units: traj_ood.Normalised(images)"
+            "clamp values that a filter overshot, or, if they are in the model's units, pass "
+            "traj_ood.Normalised(images)"
         )
     return pixels.float()
 
 
 def as_picture(name: str, pixels: Tensor) -> Image.Image:
-    """(C, H, W) uint8, or floats in [0, 1], as a Pillow image of 8 bits a channel.
+    """Convert pixels, (C, H, W) uint8 or floats in [0, 1], to a Pillow image of 8 bits per channel.
 
     Raises:
-        TrajOODError: other than 1 or 3 channels, or no pixels.
+        TrajOODError: there are neither 1 nor 3 channels, or no pixels.
     """
     if pixels.shape[0] not in (1, 3) or not pixels.numel():
         raise TrajOODError(f"{name}: expected images of 1 or 3 channels, got shape {tuple(pixels.shape)}")
@@ -274,7 +275,7 @@ def as_picture(name: str, pixels: Tensor) -> Image.Image:
 
 
 def _channels_first(array: np.ndarray) -> Tensor:
-    """As a tensor; (…, H, W, C) is turned where only its last axis can be the channels."""
+    """The array as a tensor; (…, H, W, C) is transposed if only the last axis can be the channels."""
     if array.dtype.kind not in "uf" or array.ndim not in (3, 4):
         raise TrajOODError(
             f"images: expected an array of uint8 or float pixels (B, C, H, W), (B, H, W, C) or without B, got "
@@ -286,21 +287,26 @@ def _channels_first(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.copy())
     if array.dtype.kind == "u":
         raise TrajOODError(f"images: expected uint8 or float pixels, got {array.dtype}: scale them to 8 bits")
-    return torch.from_numpy(array.astype(np.float32))  # also of long doubles and other byte orders
+    return torch.from_numpy(array.astype(np.float32))  # also from long doubles and other byte orders
 
 
 def check_finite(name: str, images: Tensor) -> None:
-    """Refuse NaN and infinite pixels of (B, C, H, W); names the first row."""
+    """Raise a ``TrajOODError`` if images (B, C, H, W) have NaN or infinite pixels; it names the first row."""
     bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero()[:, 0] if images.numel() else images.new_empty(0)
     if len(bad):
-        raise TrajOODError(f"{name}: {len(bad)} image(s) hold NaN or infinite pixels, first at row {bad[0]}")
+        raise TrajOODError(f"{name}: {len(bad)} image(s) have NaN or infinite pixels, first at row {bad[0]}")
 
 
 def check_images(name: str, images: Tensor, shape: tuple[int, int, int], prepare: str) -> None:
-    """Refuse what is not a finite float batch (B, C, H, W) of ``shape``; ``prepare`` says how to make one.
+    """Check that ``images`` is a finite float batch (B, C, H, W) with (C, H, W) = ``shape``.
 
+    Args:
+        name: the model, for the error.
+        images: the batch.
+        shape: the expected shape.
+        prepare: the function that makes such a batch, for the error.
     Raises:
-        TrajOODError: names the model, what it expected and what arrived.
+        TrajOODError: it is not.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or not images.is_floating_point():
         raise TrajOODError(
@@ -311,12 +317,13 @@ def check_images(name: str, images: Tensor, shape: tuple[int, int, int], prepare
 
 
 def network_input(name: str, images: Tensor, shape: tuple[int, int, int], prepare: str, module: nn.Module) -> Tensor:
-    """Images as ``module`` takes them: checked, on its device, and of the type of its weights, since float64 or float16
-    images are images of its shape, too. A module without weights says nothing of types, so they stay as they are; one
-    with weights of several types takes float32, which is what transforms make.
+    """Check images and convert them to the device and dtype of a module's weights.
+
+    The dtype is unchanged for a module without weights, and float32, as transforms return, for one with weights of
+    several dtypes.
 
     Raises:
-        TrajOODError: as :func:`check_images`, numbers beyond the range of the weights' type included.
+        TrajOODError: as :func:`check_images`, also for values beyond the range of the dtype.
     """
     types = float_types(parts_of(module))
     if types and images.is_floating_point():
@@ -329,10 +336,10 @@ def network_input(name: str, images: Tensor, shape: tuple[int, int, int], prepar
 
 
 def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Refuse means and deviations that do not belong to the model's channels.
+    """Check the means and standard deviations of a normalisation.
 
     Raises:
-        TrajOODError: another number than ``channels``, one that is not finite, or a deviation that is not positive.
+        TrajOODError: their number is not ``channels``, a value is not finite, or a deviation is not positive.
     """
     finite = all(math.isfinite(value) for value in (*mean, *std))
     if len(mean) != channels or len(std) != channels or not finite or not all(s > 0 for s in std):
@@ -345,10 +352,10 @@ def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tup
 def declared_preprocessing(
     name: str, shape: tuple[int, int, int], preprocessing: Preprocessing | None, transform: object
 ) -> Preprocessing | None:
-    """Of a model that is made of callables: what was given, else pixels in [0, 1]; None beside a ``transform``.
+    """The preprocessing of a model made of callables: the given one, else a direct resize; None with a ``transform``.
 
     Raises:
-        TrajOODError: both are given, or a preprocessing to another shape.
+        TrajOODError: both are given, or the preprocessing has another shape.
     """
     if transform is None:
         return fitting_preprocessing(name, shape, preprocessing)
@@ -360,24 +367,24 @@ def declared_preprocessing(
 def fitting_preprocessing(
     name: str, shape: tuple[int, int, int], preprocessing: Preprocessing | None = None
 ) -> Preprocessing:
-    """What was given, else a direct resize to pixels in [0, 1].
+    """The given preprocessing, else a direct resize to pixels in [0, 1].
 
     Raises:
-        TrajOODError: a preprocessing to another shape.
+        TrajOODError: the given preprocessing has another shape.
     """
     if preprocessing is not None and preprocessing.shape != tuple(shape):
         raise TrajOODError(f"{name}: expected a preprocessing to {tuple(shape)}, got one to {preprocessing.shape}")
     return preprocessing or Preprocessing(shape)
 
 
-# ---------------------------------------------------------------------- is it the same one?
+# ---------------------------------------------------------------------- comparison of preprocessings
 
 
 def trial_pictures(mode: str) -> list[Image.Image]:
-    """Two pictures, wide and tall, on which every filter, shift and scale shows: noise on waves; always the same."""
+    """Two fixed images, wide and tall, of waves with noise, on which any two filters, shifts or scales differ."""
     draw = np.random.Generator(np.random.PCG64(0))
     pictures = []
-    for width, height in _TRIALS:
+    for width, height in _TRIAL_SIZES:
         x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
         waves = [np.sin(9 * x * (1 + y)), np.cos(13 * y + 5 * x * x), np.sin(7 * (x - y) ** 2 + 40 * x)]
         noise = draw.random((height, width, 3)) * 2 - 1
@@ -387,8 +394,10 @@ def trial_pictures(mode: str) -> list[Image.Image]:
 
 
 def largest_difference(preprocessing: Preprocessing, transform: Any) -> float:
-    """Between what ``preprocessing`` and another transform of Pillow images make, in 1/255 of a pixel's range; infinite
-    where their shapes differ."""
+    """The largest difference, in 1/255 of a pixel's range, between a preprocessing and another transform.
+
+    Measured on :func:`trial_pictures`; infinite if the outputs have different shapes.
+    """
     worst = 0.0
     scale = torch.tensor(preprocessing.affine[1]).view(-1, 1, 1)
     for picture in trial_pictures(preprocessing.mode):
@@ -399,18 +408,19 @@ def largest_difference(preprocessing: Preprocessing, transform: Any) -> float:
     return worst
 
 
-def preprocessing_record(model: TakesPictures) -> dict[str, Any]:
-    """JSON-able: the preprocessing a model declares; of a transform that is the user's own code, numbers it makes."""
+def preprocessing_record(model: ImageModel) -> dict[str, Any]:
+    """The preprocessing of a model as JSON data; for a user's own transform, some values of its output."""
     if model.preprocessing is not None:
         return model.preprocessing.as_dict()
     mode = "L" if model.input_shape[0] == 1 else "RGB"
     made = torch.stack([model.transform(picture).double().flatten() for picture in trial_pictures(mode)])
-    places = torch.linspace(0, made.shape[1] - 1, min(_OWN_NUMBERS, made.shape[1])).long()
+    places = torch.linspace(0, made.shape[1] - 1, min(_RECORDED_VALUES, made.shape[1])).long()
     return {"own": [[float(f"{v:.6g}") for v in row] for row in made[:, places].tolist()]}
 
 
-def preprocessing_differences(expected: Mapping[str, Any], model: TakesPictures) -> list[str]:
-    """Entries of :func:`preprocessing_record` in which ``model`` is not as ``expected``; own code to 1e-3."""
+def preprocessing_differences(expected: Mapping[str, Any], model: ImageModel) -> list[str]:
+    """Entries of :func:`preprocessing_record` in which ``model`` differs from ``expected``; a user's transform may
+    differ by 1e-3."""
     found = preprocessing_record(model)
     if "own" not in expected or "own" not in found:
         return sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))

@@ -1,8 +1,8 @@
-"""Images that are no files of their own: tar shards, Hugging Face data sets, Parquet, remote addresses, videos.
+"""Read images from tar shards, Hugging Face data sets, Parquet files, remote addresses and videos.
 
-Each kind is read by its own library (webdataset, datasets, pyarrow, fsspec, PyAV) as a stream of :class:`Record`, one
-image in memory at a time. A record that is broken has an error in place of a content, because one of a million must not
-end a run; an archive that nobody honest would make (links, names that leave it, members beyond all sizes) is refused.
+Each kind is read with its library (webdataset, datasets, pyarrow, fsspec, PyAV) as a stream of :class:`Record`, with
+one image in memory at a time. A broken record has an error instead of content, so that one in a million does not end a
+run. An archive with signs of an attack (links, paths outside it, oversized members) is refused.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from traj_ood.data.images import IMAGE_SUFFIXES
 from traj_ood.errors import TrajOODError, foreign_errors
 
 MAX_MEMBER = 2**28
-"""Bytes of one file in an archive: no image that we decode is larger as a file (89 megapixels of RGB are as many)."""
+"""Largest file in an archive in bytes: the largest image that is decoded (89 megapixels of RGB) has as many."""
 MAX_MEMBERS = 10**8
+"""Most files in an archive."""
 MAX_HEAD = 2**16
-"""Bytes of a tar member's long name or further attributes."""
+"""Largest header extension of a tar member in bytes (long name, further attributes)."""
 MAX_SAMPLE = MAX_MEMBER
-"""Bytes of the members of one sample together."""
-_LABEL = 4096
+"""Largest sample in bytes, over all its members."""
+_LABEL = 4096  # bytes read of a member that is no image
 _PLAIN_TYPES = (*tarfile.REGULAR_TYPES, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE)
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 VIDEOS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
-# A playlist is a video, too, of parts that it names: files of this machine, and addresses that nobody has allowed.
+# A playlist is excluded: the parts that it names may be local files or addresses that are not allowed.
 _VIDEO_OPTIONS = {"format_whitelist": "avi,matroska,mov,mpeg,mpegts,mpegvideo", "protocol_whitelist": ""}
 HUB = "hf:"
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -46,10 +47,10 @@ class Record:
     """One image of a source.
 
     Attributes:
-        key: unique in its source, and names it: ``shard.tar/0001.jpg``, ``data.parquet#17``, ``a.mp4#frame=120``.
-        content: the bytes of an image file; None where there is an error.
-        error: why there are none; empty otherwise.
-        label: of its class; empty where none is given.
+        key: unique name, such as ``shard.tar/0001.jpg``, ``data.parquet#17`` or ``a.mp4#frame=120``.
+        content: the bytes of an image file; None if the record is broken.
+        error: the reason why it is broken, else empty.
+        label: class label; empty if none is given.
     """
 
     key: str
@@ -63,36 +64,39 @@ class Opening:
     """How sources of records are opened.
 
     Attributes:
-        stride: of a video's frames: every ``stride``-th. Default 1.
-        allow: beginnings of addresses that may be opened, see :mod:`traj_ood.data.addresses`. Default none.
+        stride: read every ``stride``-th frame of a video. Default 1.
+        allow: prefixes of addresses that may be opened, see :mod:`traj_ood.data.addresses`. Default none.
     """
 
     stride: int = 1
     allow: tuple[str, ...] = ()
 
 
-AS_USUAL = Opening()
+DEFAULT_OPENING = Opening()
 
 
 def is_records(source: str) -> bool:
-    """Whether ``source`` is one of these kinds, by its name alone."""
+    """Whether ``source`` is one of these kinds, judged by its name."""
     lower = source.lower()
     plain = lower.endswith((*TARS, *VIDEOS, ".parquet")) or lower.startswith(HUB)
     return plain or is_address(source) or _is_parquet_folder(source)
 
 
-def read_records(source: str, opening: Opening = AS_USUAL) -> Iterator[Record]:
-    """The images of a source, in its own order, as they are read.
+def read_records(source: str, opening: Opening = DEFAULT_OPENING) -> Iterator[Record]:
+    """Iterate over the images of a source, in its own order.
 
     Args:
-        source: ``shards-{000..009}.tar`` (also ``.tar.gz`` and its like), one sample a key as webdataset has them, the
-            label in ``.cls``; ``hf:NAME`` or ``hf:NAME@SPLIT`` of the Hugging Face hub or a folder that ``datasets``
-            loads; a ``.parquet`` file or a folder of them, with a column of image bytes or of Hugging Face images; a
-            video; an address of fsspec: an image, a folder of images, tar shards or a Parquet file.
+        source: one of
+
+            * webdataset shards ``shards-{000..009}.tar`` (also ``.tar.gz`` etc.), with labels in ``.cls``;
+            * ``hf:NAME`` or ``hf:NAME@SPLIT``, a data set of the Hugging Face hub or a folder that ``datasets`` loads;
+            * a ``.parquet`` file or a folder of them, with a column of image bytes or of Hugging Face images;
+            * a video;
+            * an fsspec address of an image, a folder of images, or a tar, Parquet or video file.
         opening: see :class:`Opening`.
     Raises:
-        TrajOODError: a library is missing, nothing of that name, no images in it, a hostile archive, or an address that
-            is not allowed.
+        TrajOODError: a library is missing, the source does not exist, has no images or is a hostile archive, or its
+            address is not allowed.
     """
     lower = source.lower()
     if is_address(source):
@@ -125,7 +129,7 @@ def files_of(source: str) -> list[str]:
 
 
 def _shard_names(source: str) -> list[str]:
-    """``a-{08..11}.tar`` as the names it stands for."""
+    """The names in a pattern such as ``a-{08..11}.tar``; any other source is its own only name."""
     match = _BRACES.search(source)
     if match is None or not source.lower().endswith(TARS):
         return [source]
@@ -136,10 +140,10 @@ def _shard_names(source: str) -> list[str]:
 
 
 def _shards(source: str) -> list[str]:
-    """Those names, each of a file here.
+    """The file names of a pattern such as ``a-{08..11}.tar``; every file exists.
 
     Raises:
-        TrajOODError: one of them is not there.
+        TrajOODError: a file is missing.
     """
     names = _shard_names(source)
     gone = [name for name in names if not Path(name).is_file()]
@@ -160,8 +164,8 @@ def _tar(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]]) -> I
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose head is small, and says all that there is to say: tarfile reads long names and attributes of any
-    size, and lists of the holes in a sparse file without an end, before it hands the member out."""
+    """A tar member that refuses large header extensions and sparse files while its header is parsed: before it returns
+    a member, tarfile reads long names and attributes of any size and endless lists of the holes in a sparse file."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
         if self.type == tarfile.GNUTYPE_SPARSE:
@@ -175,11 +179,13 @@ class _Member(tarfile.TarInfo):
 
 
 def _members(name: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
-    """What webdataset groups into samples, after a look at each member's head. Of what is neither an image nor a label
-    nothing is read.
+    """The members of a tar file in the form that webdataset groups into samples.
+
+    Each header is checked before its content is read; of a member that is no image, at most ``_LABEL`` bytes are read.
 
     Raises:
-        TrajOODError: links, devices, names that leave the archive, or members, samples or heads beyond all sizes.
+        TrajOODError: the archive contains links, devices, sparse files, paths outside it, or oversized members, samples
+            or headers.
     """
     key_of = library("webdataset.tariterators", "webdataset").base_plus_ext
     key, size = "", 0
@@ -208,7 +214,7 @@ def _check_member(member: tarfile.TarInfo, number: int) -> None:
     kind = kind or ("a sparse file" if member.sparse else "")
     outside = path.startswith(("/", "\\")) or ".." in path.replace("\\", "/").split("/") or "\0" in path
     if kind or outside or member.size > MAX_MEMBER or number >= MAX_MEMBERS:
-        reason = kind or ("a name that leads out of it" if outside else f"{member.size} bytes")
+        reason = kind or ("a path outside it" if outside else f"{member.size} bytes")
         raise TrajOODError(f"{path[:200]!r}: {reason}")
 
 
@@ -262,7 +268,7 @@ def _columns(name: str, columns: Sequence[str]) -> tuple[str, str | None]:
 
 
 def _of_row(key: str, value: Any, label: Any) -> Record:
-    """Of image bytes, or of ``{"bytes": …, "path": …}`` as Hugging Face writes them."""
+    """A record from image bytes, or from ``{"bytes": …, "path": …}`` as written by Hugging Face."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes):
         return Record(key, error="expected the bytes of an image, found none")
@@ -283,8 +289,10 @@ def _hub(source: str) -> Iterator[Record]:
 
 
 def _opened(value: dict[str, Any], folder: Path) -> Any:
-    """The bytes of an image that ``datasets`` names by its path, where that is in the data set's own folder or on the
-    hub: a table may name any path of this machine."""
+    """The bytes of an image that ``datasets`` gives by path.
+
+    Only paths in the data set's own folder or on the hub are read, as a table may contain any path of this machine.
+    """
     path = value.get("path")
     if value.get("bytes") is not None or not isinstance(path, str):
         return value
@@ -350,13 +358,13 @@ def _video(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]], st
                 for number, frame in enumerate(video.decode(video=0)):
                     if number % stride == 0:
                         picture = io.BytesIO()
-                        frame.to_image().save(picture, "PPM")  # as it is: no second loss
+                        frame.to_image().save(picture, "PPM")  # lossless
                         yield Record(f"{name}#frame={number}", picture.getvalue())
-        except (av.FFmpegError, IndexError) as error:  # what was decoded before it stands
+        except (av.FFmpegError, IndexError) as error:  # frames decoded so far are kept
             yield Record(f"{name}#frame={number}", error=f"the video cannot be decoded any further ({error})")
 
 
 def short(key: str, source: str) -> str:
-    """A record's key without where its source lies, the same on every machine."""
+    """A record's key without the folder of its source, the same on every machine."""
     folder = source.rstrip("/").rpartition("/")[0]
     return key.removeprefix(folder + "/") if folder else key

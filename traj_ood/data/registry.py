@@ -1,4 +1,4 @@
-"""Benchmarks by name, and from YAML files."""
+"""The registry of benchmarks, which are loaded by name or from a YAML file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPENOOD_NEEDS = "OpenOOD's data folder, given as root, in $TRAJ_OOD_DATA or as 
 
 @dataclass(frozen=True)
 class BenchmarkInfo:
-    """What ``traj-ood list benchmarks`` prints: the name, what is compared, and what has to be there."""
+    """A benchmark as ``traj-ood list benchmarks`` shows it: its name, what is compared, and which files it needs."""
 
     name: str
     summary: str
@@ -117,19 +117,19 @@ def load_benchmark(
     reading: Reading = AS_STORED,
     allow_missing: bool = False,
 ) -> Benchmark:
-    """A benchmark by registered name, or from a path that ends in ``.yaml`` or ``.yml``.
+    """Load a benchmark by its registered name, or from a YAML file.
 
     Args:
-        name_or_yaml: e.g. ``"fashion"`` or ``"my/pets.yaml"``.
-        root: where the data lie; default: each benchmark's own places.
-        follow_links: let image lists reach out of their roots by links. Default false, see
+        name_or_yaml: a name such as ``"fashion"``, or a path that ends in ``.yaml`` or ``.yml``.
+        root: folder of the data. Default: where each benchmark looks.
+        follow_links: let image lists follow links out of their root. Default false, see
             :func:`traj_ood.data.read_image_list`.
-        reading: how image files become pixels: EXIF orientation and bit depth.
-        allow_missing: leave out OOD sets that are not there. Default false: they are named in an error. The name of
-            what is left of the benchmark ends in ``-partial``.
+        reading: how image files are decoded: EXIF orientation and bit depth.
+        allow_missing: omit missing OOD sets, and end the benchmark's name in ``-partial``. Default false: an error
+            names them.
 
     Raises:
-        TrajOODError: an unknown name (the nearest names are given), or data that are missing or malformed.
+        TrajOODError: the name is unknown (similar names are suggested), or data are missing or malformed.
     """
     if str(name_or_yaml).lower().endswith((".yaml", ".yml")):
         benchmark = load_custom(name_or_yaml, root)
@@ -145,16 +145,16 @@ def load_benchmark(
 
 
 def register_benchmark(name: str, summary: str, needs: str = "nothing") -> Callable[[_L], _L]:
-    """Decorator: make a benchmark available by name; the function takes the root of the data, or None.
+    """Decorator that registers a benchmark; the function is called with the root folder of the data, or None.
 
     >>> @register_benchmark("pets", "cats vs dogs (near)", needs="a folder pets/, given as root")  # doctest: +SKIP
     ... def load_pets(root):
     ...     return Benchmark(...)
 
     Args:
-        name, summary, needs: what ``traj-ood list benchmarks`` prints. Default: it needs no files.
+        name, summary, needs: what ``traj-ood list benchmarks`` shows. Default of ``needs``: no files.
     Raises:
-        TrajOODError: the name is taken or cannot be a name, or there is no summary.
+        TrajOODError: the name is taken or not a single word, or the summary is empty.
     """
 
     def register(load: _L) -> _L:
@@ -181,6 +181,6 @@ def _is_known(name: str) -> bool:
 
 
 def list_benchmarks() -> list[BenchmarkInfo]:
-    """Every registered benchmark, the offline one first; installed plugins are asked, too."""
+    """All registered benchmarks, including those of installed plugins."""
     load_plugins("traj_ood.benchmarks")
     return [info for info, _ in _REGISTRY.values()]

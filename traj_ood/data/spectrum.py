@@ -1,7 +1,7 @@
-"""What the pixels tell of how an image was made: a control, and no detector.
+"""Image statistics that depend on how a file was made; a control, not a detector.
 
-Resolution, scaling and compression leave a trace in the power spectrum and at the borders of JPEG's blocks. A score of
-nothing but that trace says how much of a result the file format alone may be.
+Resolution, scaling and compression leave traces in the power spectrum and at the borders of JPEG blocks. A score made
+of these traces alone shows how much of a result the file format may explain.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _TINY = 1e-12
 
 
 def image_statistics(image: Image.Image) -> np.ndarray:
-    """(4,) float64 of one image, in grey levels from 0 to 1:
+    """Four statistics of an image, computed on grey levels from 0 to 1; returns (4,) float64:
 
-    * ``slope`` of log power against log frequency, by least squares over rings of the Fourier plane up to Nyquist
+    * ``slope``: log power against log frequency, fitted by least squares over rings of the Fourier plane up to Nyquist
       (about −2 for natural photographs, 0 for white noise, steeper after blur or enlargement);
     * ``roughness``: log of the mean power in the upper half of these frequencies;
     * ``blockiness``: log of the mean step across the borders of 8 × 8 blocks over the mean step elsewhere (0 without
@@ -40,9 +40,9 @@ def image_statistics(image: Image.Image) -> np.ndarray:
 
 
 def _ring_power(square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean power of each ring 1 … side / 2 of the Fourier plane of a windowed square, and the rings' radii."""
+    """Mean power in each ring 1 … side / 2 of the Fourier plane of a windowed square, and the radii of the rings."""
     side = len(square)
-    window = np.hanning(side + 2)[1:-1]  # else the jump at the image's border is a slope of its own
+    window = np.hanning(side + 2)[1:-1]  # without it, the jump at the image's border adds its own slope
     power = np.abs(np.fft.fft2(square * window[:, None] * window)) ** 2
     frequency = np.fft.fftfreq(side) * side
     radius = np.rint(np.hypot(frequency[:, None], frequency)).astype(int)
@@ -62,5 +62,5 @@ def _blockiness(grey: np.ndarray) -> float:
             inner.append(steps[:, ~at_border].mean())
     if not border:
         return 0.0
-    floor = 1 / 255 / 100  # of a step of one grey level in a hundred: flat images have no blocks
+    floor = 1 / 255 / 100  # a hundredth of a grey level, so that flat images count as having no blocks
     return float(np.log((np.mean(border) + floor) / (np.mean(inner) + floor)))
