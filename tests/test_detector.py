@@ -591,7 +591,7 @@ def test_training_images_on_which_the_model_overflows_are_refused() -> None:
     model = CallableAutoencoder(
         lambda x: x.flatten(1) * 1e38, lambda z: z.reshape(-1, 1, 2, 2), (1, 2, 2), name="big", chunk=4
     )
-    with pytest.raises(TrajOODError, match=r"training image '\d+': the model leaves the finite numbers on it"):
+    with pytest.raises(TrajOODError, match=r"training image '\d+': the model.s values become NaN or infinite"):
         Detector.fit(model, Normalised(100 * tiny.images(TRAIN, (1, 2, 2), 1)), "mahalanobis")
 
 
@@ -745,7 +745,7 @@ def test_what_is_no_detector(tmp_path: Path) -> None:
         ('{"schema": "traj_ood.detector/3"}', "schema 3 is newer than 2, the newest this traj_ood reads: upgrade"),
         ('{"schema": "traj_ood.detector/99999999999999999999"}', "is newer than 2"),
         ('{"schema": "traj_ood.detector/1"}', "damaged or edited by hand"),
-        ('{"schema": "traj_ood.detector/1", "digest": NaN}', "damaged .NaN is no number."),
+        ('{"schema": "traj_ood.detector/1", "digest": NaN}', "damaged .NaN is not a number."),
         ('{"schema": "traj_ood.detector/1", "x": 1e999}', "damaged"),
         ("[" * 100_000, "damaged"),
         ('{"schema": ' + "9" * 9999 + "}", "damaged"),
@@ -915,7 +915,7 @@ def test_a_detector_is_replaced_and_nothing_else_is(saved: Path, tmp_path: Path)
     assert not [p for p in tmp_path.rglob(".*")]
     (saved / "thesis.tex").write_text("years of work")
     before = snapshot(saved)
-    with pytest.raises(TrajOODError, match=r"d: holds 'thesis\.tex', which is no part of what would be replaced"):
+    with pytest.raises(TrajOODError, match=r"d: contains 'thesis\.tex', which would be deleted"):
         detector.save(saved)
     assert snapshot(saved) == before
     (tmp_path / "file").write_text("x")

@@ -1,4 +1,4 @@
-"""From a score to a decision: a model, one scorer and a threshold in one folder that a pipeline loads."""
+"""Detectors: a model, one fitted scorer and a calibrated threshold, saved together in one folder."""
 
 from traj_ood.data.batches import Batch, Images, batches
 from traj_ood.detector.core import Detector

@@ -1,4 +1,4 @@
-"""The README.md of a detector's folder, written from its own record."""
+"""The model card of a detector, the README.md in its folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from traj_ood.io.card import listed, markdown_card
 
 
 def card(record: Mapping[str, Any]) -> str:
-    """The card as Markdown: what the detector is, what it was fitted and calibrated on, how to load it, and its
-    limits."""
+    """The card as Markdown: what the detector is, its training and calibration data, how to load it, and its limits."""
     model, scorer, attractors = record["model"], record["scorer"], record["training"]["attractors"]
     own_code = model["kind"] == "callable"
     load = 'Detector.load("this-folder"' + (", autoencoder=my_model)" if own_code else ")")
@@ -18,7 +17,7 @@ def card(record: Mapping[str, Any]) -> str:
     return markdown_card(
         f"OOD detector: {scorer['label']} on {model['name']}",
         [
-            "Says of an image whether it is unlike the in-distribution (ID) images that it was fitted on. Higher "
+            "Decides whether an image differs from the in-distribution (ID) images that it was fitted on. Higher "
             "scores are more out of distribution.",
             f"> **Unhealthy attractors:** {'; '.join(attractors['warnings'])}" if unhealthy else "",
             "```python\n"
@@ -26,18 +25,18 @@ def card(record: Mapping[str, Any]) -> str:
             f"detector = {load}\n"
             'judgement = detector.judge(["photo.jpg"])  # scores, p_values, decisions (True = OOD), steps, status\n'
             "```",
-            "The model's code is not part of this folder: build it and pass it as `autoencoder=`; its weights are "
-            "compared."
+            "The model's code is not part of this folder: build the model and pass it as `autoencoder=`; its weights "
+            "are compared."
             if own_code
-            else "The folder holds the model's weights; nothing is downloaded, and no code in it is run.",
+            else "The folder contains the model's weights; nothing is downloaded, and no code in it is run.",
             _rows(record),
         ],
         {
             "Threshold": [_threshold(record["calibration"]), _history(record["history"])],
-            "What it does not say": [
-                "Nothing here was measured on OOD images: how many of those are found depends on what they are. The "
-                "share of ID images accepted holds for new images drawn like the calibration images, not for a camera, "
-                "a preprocessing or a season that differs from theirs."
+            "Limits": [
+                "Nothing here was measured on OOD images: how many of them are detected depends on what they are. The "
+                "share of accepted ID images holds for new images drawn like the calibration images, not for another "
+                "camera, preprocessing or season."
             ],
             "Versions": [f"Saved {record['created']} with {listed(record['versions'])}."],
         },
@@ -69,11 +68,11 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _prepared(how: Mapping[str, Any] | None) -> str:
-    """How pictures become images of that shape; nothing for detectors of older versions."""
+    """The preprocessing in words; empty for detectors of older versions, which do not record it."""
     if how is None:
         return ""
     if "own" in how:
-        return ", by a transform of the model's own code"
+        return ", by a user-defined transform"
     sized = {
         "direct": f"resized ({how['interpolation']})",
         "crop": f"shorter side to {how['short_side']} ({how['interpolation']}), centre crop",
@@ -109,7 +108,7 @@ def _threshold(known: Mapping[str, Any] | None) -> str:
 
 
 def _history(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the calibrations, where there was more than the one above."""
+    """A table of all calibrations, if there is more than one."""
     if len(entries) < 2:
         return ""
     rows = [
@@ -118,4 +117,4 @@ def _history(entries: Sequence[Mapping[str, Any]]) -> str:
         for e in entries
     ]
     head = "| calibrated | images | classes | accepts | threshold | from |\n|---|--:|--:|--:|--:|---|"
-    return "\n".join(["Calibrations, the last one in force:\n", head, *rows])
+    return "\n".join(["All calibrations, of which the last is used:\n", head, *rows])

@@ -1,17 +1,17 @@
-"""Split-conformal calibration: from scores of held-out ID images to p-values and a threshold (Vovk et al. 2005).
+"""Split-conformal calibration: p-values and a threshold from scores of held-out ID images (Vovk et al. 2005).
 
-Let n ID images that nothing was fitted on have the scores c_1 … c_n, and a new image the score s. When the new image is
-ID, too, the n + 1 scores are exchangeable, so that whatever the scorer and the data are
+Let c_1 … c_n be the scores of n ID images on which nothing was fitted, and s the score of a new image. If the new image
+is ID as well, the n + 1 scores are exchangeable, so that for any scorer and data
 
     p(s) = (1 + #{i : c_i >= s}) / (n + 1)    satisfies    P(p <= α) <= α  for every α,
 
-over the draw of calibration and new images together (not for each set of calibration images, see
-:meth:`Calibration.acceptance`). Ties count as at least as strange and hence make p larger: conservative. The threshold
-that accepts at least ``tpr`` of new ID images is c_(k), the k-th smallest, with k = ⌈(n + 1) tpr⌉.
+over the joint draw of calibration images and new image (not for a given set of calibration images, see
+:meth:`Calibration.acceptance`). Ties count as c_i >= s and make p larger, which is conservative. The threshold that
+accepts at least a share ``tpr`` of new ID images is c_(k), the k-th smallest score, with k = ⌈(n + 1) tpr⌉.
 
-With classes (Mondrian calibration, Vovk et al. 2005, 4.5) every class c has its own scores, p_c and threshold, and the
-guarantee holds in each of them. Where the class of a new image is not known, p = max_c p_c: at least the p-value of its
-own class, so still P(p <= α) <= α whatever that class is; the image is OOD when it is for every class.
+Class-wise (Mondrian) calibration (Vovk et al. 2005, 4.5) gives every class c its own scores, p_c and threshold, and the
+guarantee holds within each class. If the class of a new image is unknown, p = max_c p_c. This is at least the p-value
+of its true class, so that P(p <= α) <= α still holds; the image is OOD if it is OOD for every class.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from traj_ood.text import one_line
 
 
 def exact_share(tpr: float) -> Fraction:
-    """``tpr`` as the decimal fraction it is written as: 0.95 is 19/20, not the float's 0.9499999999999999556.
+    """``tpr`` as an exact decimal fraction: 0.95 is 19/20, not the float 0.9499999999999999556.
 
-    Otherwise (n + 1) · tpr would round to the wrong side of a whole number, and 19 images would not do for 0.95.
+    With the float, (n + 1) · tpr can fall on the wrong side of an integer: 19 images would not suffice for 0.95.
 
     Raises:
-        TrajOODError: not a number strictly between 0 and 1.
+        TrajOODError: ``tpr`` is not a number strictly between 0 and 1.
     """
     if isinstance(tpr, bool) or not isinstance(tpr, int | float) or not 0 < tpr < 1:
         raise TrajOODError(f"tpr: expected a share of ID images between 0 and 1, such as 0.95, got {tpr!r}")
@@ -45,7 +45,7 @@ def exact_share(tpr: float) -> Fraction:
 
 
 def images_needed(tpr: float) -> int:
-    """Fewest calibration images for ``tpr``: the n with ⌈(n + 1) tpr⌉ <= n, so n >= tpr / (1 − tpr); 19 for 0.95.
+    """Smallest number n of calibration images for ``tpr``: ⌈(n + 1) tpr⌉ <= n, so n >= tpr / (1 − tpr).
 
     >>> images_needed(0.95), images_needed(0.99), images_needed(0.5)
     (19, 99, 1)
@@ -55,10 +55,14 @@ def images_needed(tpr: float) -> int:
 
 
 def check_count(count: int, tpr: float, of: str = "") -> None:
-    """Refuse too few calibration images, before anything is computed.
+    """Check the number of calibration images before anything is computed.
 
+    Args:
+        count: the number of images.
+        tpr: the share of new ID images to accept.
+        of: completes "ID images" in the error message.
     Raises:
-        TrajOODError: fewer than :func:`images_needed`, which the message tells.
+        TrajOODError: there are fewer than :func:`images_needed`; the message gives that number.
     """
     needed = images_needed(tpr)
     if count < needed:
@@ -69,7 +73,7 @@ def check_count(count: int, tpr: float, of: str = "") -> None:
 
 
 def entry(known: Calibration, note: str = "") -> dict[str, Any]:
-    """JSON-able facts of a calibration made now, for a detector's history."""
+    """A calibration made now as JSON data, for a detector's history."""
     return {
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "images": len(known),
@@ -91,15 +95,16 @@ def _check_classes(classes: Tensor, names: int, count: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Scores of held-out ID images, and the share of new ID images to accept.
+    """Conformal calibration on the scores of held-out ID images.
 
     Attributes:
-        scores: (n,) float64, finite, ascending; sorted here.
-        tpr: share of new ID images that must be accepted, at least; of every class where there are classes.
-        classes: (n,) int64 places in ``names``, in the order of ``scores``; None (default) for one set of all images.
-        names: of the classes.
+        scores: (n,) float64, finite; sorted in ascending order on construction.
+        tpr: smallest share of new ID images to accept, within every class if there are classes.
+        classes: (n,) int64 indices into ``names``, in the order of ``scores``; None (default): no classes.
+        names: names of the classes.
     Raises:
-        TrajOODError: other scores, or too few for ``tpr``; the message says how many are needed, and of which class.
+        TrajOODError: the scores have another shape or dtype or are not finite, or are too few for ``tpr``; the message
+            gives the number needed, and the class.
     """
 
     scores: Tensor
@@ -115,8 +120,8 @@ class Calibration:
         bad = int((~scores.isfinite()).sum())
         if bad:
             raise TrajOODError(
-                f"calibration: {bad} of {len(scores)} ID images have scores that are not finite: the model leaves the "
-                "finite numbers on in-distribution images; check the model and the images"
+                f"calibration: {bad} of {len(scores)} ID images have scores that are not finite: the model's values "
+                "become NaN or infinite on in-distribution images; check the model and the images"
             )
         ordered = scores.detach().cpu().sort(stable=True)
         object.__setattr__(self, "scores", ordered.values)
@@ -131,7 +136,7 @@ class Calibration:
 
     @classmethod
     def of_classes(cls, scores: Tensor, labels: Sequence[Any], tpr: float = 0.95) -> Calibration:
-        """Class-wise, from a label (whole number or text) for each of n scores.
+        """Class-wise calibration from n scores and the label of each, an integer or text.
 
         Raises:
             TrajOODError: as the class.
@@ -143,41 +148,42 @@ class Calibration:
 
     @cached_property
     def groups(self) -> tuple[Calibration, ...]:
-        """One calibration per class, in the order of ``names``; without classes this one alone."""
+        """One calibration per class, in the order of ``names``; without classes, only this one."""
         if self.classes is None:
             return (self,)
         return tuple(Calibration(self.scores[self.classes == c], self.tpr) for c in range(len(self.names)))
 
     @cached_property
     def rank(self) -> int:
-        """k = ⌈(n + 1) tpr⌉, at most n, of all images in one set."""
+        """k = ⌈(n + 1) tpr⌉ <= n, over all images regardless of class."""
         return math.ceil((len(self) + 1) * exact_share(self.tpr))
 
     @property
     def threshold(self) -> float:
-        """c_(k), of the class where it is highest: a score above it is OOD."""
+        """c_(k), with classes the largest of theirs. A score above it is OOD."""
         if self.classes is not None:
             return max(group.threshold for group in self.groups)
         return float(self.scores[self.rank - 1])
 
     @property
     def level(self) -> float:
-        """α = (n + 1 − k) / (n + 1) <= 1 − tpr: a score is above the threshold exactly when its p-value is <= α.
+        """α = (n + 1 − k) / (n + 1) <= 1 − tpr. A score is above the threshold if and only if its p-value is <= α.
 
-        With classes the largest of theirs: no multiple of 1 / (n_c + 1) lies between a class's own α and 1 − tpr.
+        With classes, α is the largest of theirs: no multiple of 1 / (n_c + 1) is between a class's α and 1 − tpr.
         """
         if self.classes is not None:
             return max(group.level for group in self.groups)
         return (len(self) + 1 - self.rank) / (len(self) + 1)
 
     def p_values(self, scores: Tensor, labels: Sequence[Any] | None = None) -> Tensor:
-        """(B,) float64 p-values of scores (B,); that of +inf is the smallest one, 1 / (n + 1).
+        """P-values of scores (B,), as (B,) float64. +inf has the smallest p-value, 1 / (n + 1).
 
         Args:
-            labels: B classes, where they are known, such as a classifier's predictions: the p-value is then that of the
-                class. Default: unknown; with class-wise calibration the largest over classes.
+            scores: (B,) scores.
+            labels: the class of each image, if known, such as a classifier's prediction; p-values are then those of the
+                class. Default: unknown; with class-wise calibration, the largest p-value over classes.
         Raises:
-            TrajOODError: a score is NaN, or a label of no class of the calibration.
+            TrajOODError: a score is NaN, or a label is none of the calibrated classes.
         """
         values = self._checked(scores)
         if self.classes is None:
@@ -186,10 +192,13 @@ class Calibration:
         return each.max(dim=0).values if labels is None else each[self._places(labels, len(values)), range(len(values))]
 
     def decide(self, scores: Tensor, labels: Sequence[Any] | None = None) -> Tensor:
-        """(B,) bool, True = OOD: the score is above :attr:`threshold`, which is p <= :attr:`level`, exactly.
+        """Decisions on scores (B,), as (B,) bool: True = OOD, the score is above :attr:`threshold`.
+
+        Equivalent to p <= :attr:`level`, exactly.
 
         Args:
-            labels: as of :meth:`p_values`; the threshold is then that of the class.
+            scores: (B,) scores.
+            labels: as in :meth:`p_values`; the threshold is then that of the class.
         Raises:
             TrajOODError: as :meth:`p_values`.
         """
@@ -200,27 +209,26 @@ class Calibration:
         return values > thresholds[self._places(labels, len(values))]
 
     def _share(self, values: Tensor) -> Tensor:
-        as_strange = len(self) - torch.searchsorted(self.scores, values)
-        return (1 + as_strange).double() / (len(self) + 1)
+        at_least = len(self) - torch.searchsorted(self.scores, values)
+        return (1 + at_least).double() / (len(self) + 1)
 
     def _places(self, labels: Sequence[Any], count: int) -> Tensor:
         known = {name: number for number, name in enumerate(self.names)}
         texts = [str(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
-        strange = [text for text in texts if text not in known]
-        if strange or len(texts) != count:
+        unknown = [text for text in texts if text not in known]
+        if unknown or len(texts) != count:
             raise TrajOODError(
                 f"labels: expected {count} of the {len(known)} classes that were calibrated, got {len(texts)}, "
-                f"{f'first unknown {strange[0]!r}' if strange else 'all known'}: leave labels out where the class is "
-                "not known"
+                f"{f'first unknown {unknown[0]!r}' if unknown else 'all known'}: omit labels if classes are unknown"
             )
         return torch.tensor([known[text] for text in texts], dtype=torch.int64)
 
     def acceptance(self, confidence: float = 0.9) -> tuple[float, float]:
-        """The share of new ID images that THIS threshold accepts: an interval it lies in with the given confidence.
+        """Confidence interval of the share of new ID images that this particular threshold accepts.
 
-        ``tpr`` holds on average over calibration sets. For one set the share is a draw of Beta(k, n + 1 − k) when
-        scores have no ties, wide for few images; ties only raise it (Vovk 2012, "Conditional validity"). With classes
-        of the smallest one, for which it is widest.
+        ``tpr`` holds on average over calibration sets. For a given set the share is distributed as Beta(k, n + 1 − k)
+        if scores have no ties, which is wide for few images; ties only increase it (Vovk 2012, "Conditional validity").
+        With classes, the interval is that of the smallest class, which is the widest.
         """
         if self.classes is not None:
             return min(self.groups, key=len).acceptance(confidence)

@@ -1,4 +1,4 @@
-"""Detector: a model, one fitted scorer and a threshold from ID data, as one object and one folder."""
+"""The Detector: a model, one fitted scorer, and a threshold calibrated on ID images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _MAX_SEEN_SHARE = 0.01
 
 
 class Detector(OnTheHub):
-    """Is this image out of distribution? A model, a scorer fitted on ID images, and a threshold.
+    """Decides whether images are out of distribution, by a fitted scorer and a threshold calibrated on ID images.
 
     >>> detector = Detector.fit(autoencoder, train_images, "field")     # doctest: +SKIP
     >>> detector.calibrate(held_out_id_images, tpr=0.95)                # doctest: +SKIP
@@ -48,25 +48,24 @@ class Detector(OnTheHub):
     >>> detector.save("my-detector")                                    # doctest: +SKIP
     >>> Detector.load("my-detector").judge(new_images)                  # doctest: +SKIP
 
-    Images are given as pixels in memory (uint8, or floats in [0, 1]; tensors or arrays of shape (B, C, H, W), or one
-    (C, H, W)), as an ImageSource, a list of PIL images or of paths, a Dataset or a DataLoader. Pixels of the model's
-    own size count as resized and cropped; all others go the way of a file. Tensors in the model's own units are given
-    as :class:`traj_ood.Normalised`. Images are read in batches, so memory does not grow with their number.
+    Images can be pixels in memory (uint8, or floats in [0, 1]; tensor or array, (B, C, H, W) or one (C, H, W)), an
+    ImageSource, a list of PIL images or paths, a Dataset or a DataLoader. Pixels with the model's input shape are only
+    normalised; all others are resized like a file. Tensors in the model's own units are passed as
+    :class:`traj_ood.Normalised`. Images are read in batches, so that memory does not grow with their number.
 
-    An image has the same score in any batch, order and place, within 1e-9 relative, and within 1e-5 alone or among
-    fewer images than the network takes in one call (see :meth:`score`); the same batches on the same machine give the
-    same bytes. Another processor rounds a float32 network otherwise, and so may another number of
-    threads, which moves scores: on the bundled model most by less than 3e-6, single ones by up to 1e-3, by 0.5 % where
-    a path stops a step earlier, and `end-distance`, the gap between two nearly equal points, by several times its own
-    size.
+    An image's score is independent of its batch and position to 1e-9, relative, and to 1e-5 if there are fewer images
+    than the network takes in one call (see :meth:`score`). The same batches on the same machine give identical bits.
+    Another processor or number of threads rounds a float32 network differently. On the bundled model this changes most
+    scores by less than 3e-6, single ones by up to 1e-3 (0.5 % if a path stops one step earlier), and `end-distance`,
+    the gap between two nearly equal points, by several times its value.
 
     Attributes:
         scorers: the :class:`traj_ood.ScorerSet` of the model and its one scorer.
-        calibration: None until :meth:`calibrate`.
-        training: JSON-able facts of the fit, for the model card.
-        history: JSON-able facts of every calibration, oldest first, for the model card.
-        batch_size, workers: of reading, see :func:`traj_ood.data.batches`. They change time and memory, no result.
-        reading: how image files become pixels, a :class:`traj_ood.data.Reading`: as those of the training images did.
+        calibration: the calibration; None before :meth:`calibrate`.
+        training: information about the fit as JSON data, for the model card.
+        history: information about every calibration as JSON data, oldest first, for the model card.
+        batch_size, workers: see :func:`traj_ood.data.batches`; they affect time and memory, not results.
+        reading: how image files are decoded, a :class:`traj_ood.data.Reading`; the same as for the training images.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Detector(OnTheHub):
         batch_size: int | None = None,
         workers: int = 2,
     ) -> None:
-        """Use :meth:`fit` or :meth:`load`. ``seen`` are the (N,) int64 digests of the training images."""
+        """Not called directly: use :meth:`fit` or :meth:`load`. ``seen``: (N,) int64 digests of training images."""
         self.scorers, self.calibration = scorers, calibration
         self.training, self.batch_size, self.workers = dict(training), batch_size, workers
         self._seen, self.history = seen, [dict(entry) for entry in history]
@@ -120,25 +119,25 @@ class Detector(OnTheHub):
         on_error: OnError = "raise",
         quiet: bool = True,
     ) -> Detector:
-        """Fit one scorer on ID training images; memory holds what the scorer learns from, and a few batches.
+        """Fit one scorer on ID training images. Memory: what the scorer keeps of each image, and a few batches.
 
         Args:
-            autoencoder: the model, on the device to compute on.
+            autoencoder: the model, on the device to use.
             images: ID training images.
-            scorer: name with options, see :func:`traj_ood.create_scorer`. Default: the one that is recommended for the
-                kind of model, see :func:`traj_ood.recommended`.
-            labels: N classes (whole numbers or texts) for class-conditional scorers. Default: those that the source,
-                Dataset or DataLoader gives.
-            tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
-            backend, approximate: of :class:`traj_ood.NeighborIndex`.
-            compile: of :class:`traj_ood.ScorerSet`, for the fit and for this object's scores. ``training`` says so; a
-                detector that is loaded asks for it anew. Default false.
+            scorer: name with options, see :func:`traj_ood.create_scorer`. Default: the scorer recommended for the kind
+                of model, see :func:`traj_ood.recommended`.
+            labels: N class labels (integers or texts) for class-conditional scorers. Default: those of the source,
+                Dataset or DataLoader.
+            tol, max_steps: see :func:`traj_ood.iterate`; the defaults are the paper's.
+            backend, approximate: see :class:`traj_ood.NeighborIndex`.
+            compile: see :class:`traj_ood.ScorerSet`; applies to the fit and to the scores of this object, and is
+                recorded in ``training``, but not kept by :meth:`load`. Default false.
             batch_size, workers: see the class.
-            on_error: ``raise`` (default) or ``skip`` images that cannot be read; their number is in ``training``.
-            quiet: no progress bar. Default true, since this is a library call.
+            on_error: ``raise`` (default), or ``skip`` images that cannot be read; their number is in ``training``.
+            quiet: no progress bar. Default true.
         Raises:
-            TrajOODError: too few images, an unknown scorer or one that the model cannot serve, missing labels, images
-                that cannot be read, or a model that leaves the finite numbers on them.
+            TrajOODError: there are too few images, labels are missing, the scorer is unknown or does not work with this
+                model, images cannot be read, or the model's values on them become NaN or infinite.
         """
         spec = recommended(autoencoder).scorer if scorer is None else scorer
         scorers = one_scorer(autoencoder, spec, tol, max_steps, backend, approximate, compile)
@@ -180,26 +179,27 @@ class Detector(OnTheHub):
         on_known: OnKnown = "raise",
         note: str = "",
     ) -> Detector:
-        """Set the threshold and make p-values possible, from ID images alone.
+        """Set the threshold and enable p-values, from held-out ID images.
+
+        The guarantee (see :mod:`traj_ood.detector.conformal`) holds for new images drawn like these, on which neither
+        the scorer nor the model may have been trained: training images score too low, and a threshold from them
+        rejects too many new ID images. The scorer's training images are recognised by their pixels, the model's cannot
+        be. More than 1 % of them are an error; fewer are a warning, because data sets do contain duplicates.
 
         Args:
-            images: ID images that neither the scorer nor the model was trained on, drawn as new ID images will be: the
-                guarantee is about images like these. The scorer's own training images are recognised by their pixels:
-                they score too low, so that a threshold from them rejects too many new ID images. More than 1 % of
-                them is an error; a few are a warning, because data sets do hold the same image twice. What the model
-                was trained on cannot be recognised.
-            tpr: share of new ID images to accept, at least. Default 0.95, as in FPR95.
-            labels: a class (whole number or text) of each image: ``tpr`` then holds in every class (see
-                :mod:`traj_ood.detector.conformal`). Default None: over all images.
+            images: held-out ID images.
+            tpr: smallest share of new ID images to accept. Default 0.95, as in FPR95.
+            labels: the class (integer or text) of each image; ``tpr`` then holds within every class. Default None: over
+                all images.
             on_error: see :meth:`fit`.
-            on_known: ``raise`` (default), or ``skip`` the scorer's training images, however many, with a warning: for
-                images that were held out of a set which holds images twice.
-            note: a line for :attr:`history`, such as where the images are from. Default: none.
+            on_known: ``raise`` (default), or ``skip`` the scorer's training images, however many, with a warning. For
+                images held out of a data set with duplicates.
+            note: a line for :attr:`history`, such as the source of the images. Default: none.
         Returns:
             This detector.
         Raises:
-            TrajOODError: too few images for ``tpr`` (the message says how many are needed), training images among
-                them, or scores that are not finite.
+            TrajOODError: there are too few images for ``tpr`` (the message gives the number needed), training images
+                are among them, or scores are not finite.
         """
         check_word("value of on_known", on_known, OnKnown)
         check_count(count := count_of(images), tpr)
@@ -222,7 +222,7 @@ class Detector(OnTheHub):
         return self
 
     def _unknown(self, known: Tensor, ids: Sequence[str], tpr: float, on_known: OnKnown) -> Tensor:
-        """(n,) bool: the images to calibrate on are all, or with ``skip`` those that the scorer has not learnt from."""
+        """(n,) bool: the images to calibrate on; with ``skip``, those that are no training images, else all."""
         count = int(known.sum())
         if not count:
             return ~known
@@ -231,45 +231,48 @@ class Detector(OnTheHub):
             f"{ids[int(known.nonzero()[0])]!r})"
         )
         if on_known == "raise" and count > _MAX_SEEN_SHARE * len(ids):
-            raise TrajOODError(f"{what}, which score too low: calibrate with ID images that nothing was trained on")
+            raise TrajOODError(f"{what}, which score too low: calibrate with ID images that were not trained on")
         if on_known == "skip" and len(ids) - count < images_needed(tpr):
             raise TrajOODError(
                 f"{what} and cannot be used, and the {len(ids) - count} others are fewer than the {images_needed(tpr)} "
-                f"that accepting {tpr:.6g} of new ID images needs: remove images that are there twice, or give "
-                "calibration images of their own"
+                f"that accepting {tpr:.6g} of new ID images needs: remove duplicate images, or give separate "
+                "calibration images"
             )
         warn(what + (", and are left out" if on_known == "skip" else ""), stacklevel=3)
         return ~known if on_known == "skip" else torch.ones_like(known)
 
-    # ------------------------------------------------------------------ judging
+    # ------------------------------------------------------------------ scores and decisions
 
     def score(self, images: Images, *, whole_chunks: bool = False) -> Tensor:
-        """(B,) float64, higher = more OOD; +inf where the model leaves the finite numbers (see :class:`Judgement`).
+        """Scores of images, as (B,) float64; higher = more OOD, +inf if the model's values become NaN or infinite.
 
         Args:
-            whole_chunks: fill the network's calls up also when there are few images. Default false: one image takes a
-                fifth of the time, and its score is that in a long stream to 1e-5 in place of 1e-9, relative. Streams
-                (``traj-ood score``) and :meth:`calibrate` have it true.
+            images: the images, see the class.
+            whole_chunks: pad few images to the model's full chunk. Default false: a single image then takes a fifth of
+                the time, and its score equals that in a long stream to 1e-5 instead of 1e-9, relative. True in streams
+                (``traj-ood score``) and in :meth:`calibrate`.
         Raises:
-            TrajOODError: images that cannot be read, or of the wrong shape.
+            TrajOODError: images cannot be read or have the wrong shape.
         """
         return self._judged(images, whole_chunks)[0]
 
     def predict(self, images: Images) -> Tensor:
-        """(B,) bool, True = OOD: the score is above the threshold.
+        """Decisions on images, as (B,) bool: True = OOD, the score is above the threshold.
 
-        The same as ``p_value(images) <= calibration.level``, image by image, exactly.
+        Equivalent to ``p_value(images) <= calibration.level``, exactly.
 
         Raises:
-            TrajOODError: not calibrated, or as :meth:`score`.
+            TrajOODError: the detector is not calibrated, or as :meth:`score`.
         """
         return self._calibrated().decide(self.score(images))
 
     def p_value(self, images: Images) -> Tensor:
-        """(B,) float64 (1 + #{calibration scores >= score}) / (n + 1): small = unlike the calibration images.
+        """P-values of images, as (B,) float64; small = unlike the calibration images.
+
+        p = (1 + #{calibration scores >= score}) / (n + 1), see :mod:`traj_ood.detector.conformal`.
 
         Raises:
-            TrajOODError: not calibrated, or as :meth:`score`.
+            TrajOODError: the detector is not calibrated, or as :meth:`score`.
         """
         return self._calibrated().p_values(self.score(images))
 
@@ -279,7 +282,8 @@ class Detector(OnTheHub):
         """Scores, p-values and decisions in one pass; p-values and decisions are None without calibration.
 
         Args:
-            labels: B classes where they are known; of use with class-wise calibration, see
+            images: the images, see the class.
+            labels: the class of each image, if known, for class-wise calibration; see
                 :meth:`traj_ood.detector.conformal.Calibration.p_values`. Default: unknown.
             whole_chunks: see :meth:`score`.
         Raises:
@@ -293,20 +297,22 @@ class Detector(OnTheHub):
         return Judgement(scores, known.p_values(scores, classes), known.decide(scores, classes), steps, status)
 
     def decide(self, images: Images) -> list[Decision]:
-        """One :class:`traj_ood.Decision` per image, in order; what cannot be read or judged is ``invalid: …``, not an
-        error. The same as the rows of ``traj-ood score`` (few images to 1e-5) and the answers of ``traj-ood serve``.
+        """One :class:`traj_ood.Decision` per image, in order.
+
+        An image that cannot be read has the reason ``invalid: …`` instead of raising an error. Results are those of
+        ``traj-ood score`` (for few images to 1e-5) and ``traj-ood serve``.
 
         Raises:
-            TrajOODError: what no images can be taken from, such as a single path; a DataLoader that cannot be read, as
-                none of its images can be read alone.
+            TrajOODError: ``images`` is no accepted input, such as a single path, or is a DataLoader that cannot be
+                read, as its images cannot be read one by one.
         """
         return decide_each(self.judge, images, count_of(images), self.batch_size)
 
     def as_module(self, steps: int | None = None) -> nn.Module:
-        """This detector as an nn.Module on image batches; see :func:`traj_ood.detector.module.as_module`.
+        """This detector as an nn.Module from image batches to scores; see :func:`traj_ood.detector.module.as_module`.
 
         Raises:
-            TrajOODError: a scorer that cannot be exported.
+            TrajOODError: the scorer cannot be exported.
         """
         return as_module(self, steps)
 
@@ -334,10 +340,10 @@ class Detector(OnTheHub):
             yield taken.popleft(), scored
 
     def _judged(self, images: Images, whole_chunks: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scores (B,) with +inf for what is not finite, and steps and status (B,) where the scorer reads steps."""
+        """Scores (B,) with +inf for those that are not finite; steps and status (B,) or None without iteration."""
         if whole_chunks or not self.scorer.bears_rounding or count_of(images) >= self.autoencoder.chunk:
             return self._gathered(self._scored(self._read(images)))
-        read = list(self._read(images))  # by code that may be the caller's: not within the model's settings
+        read = list(self._read(images))  # may run the caller's code, so outside of the model's fixed settings
         with few_images(sum(len(batch.ids) for batch in read)), self.autoencoder.fixed():
             return self._gathered(self._scored(read))
 
@@ -357,21 +363,21 @@ class Detector(OnTheHub):
                 ended = path.status == Status.NON_FINITE
                 word = torch.where(ended, path.status, int(Status.OK)) if fixed else path.status
                 status.append(torch.where(finite, word, int(Status.NON_FINITE)))
-        if not self.scorers.needs.steps:  # where attractors are read one step is taken all the same, to measure z0
+        if not self.scorers.needs.steps:  # one step may have been taken to measure z0 against attractors
             return torch.cat(scores), None, None
         return torch.cat(scores), torch.cat(steps), torch.cat(status)
 
     # ------------------------------------------------------------------ files
 
     def save(self, folder: str | Path, *, overwrite: bool = True) -> None:
-        """Write the detector: safetensors, JSON and a model card, whole or not at all.
+        """Save the detector to a folder, atomically: safetensors, JSON and a model card.
 
         Args:
-            folder: new, empty, or holding a detector, which is replaced.
-            overwrite: whether it is replaced; default true.
+            folder: a new or empty folder, or that of a detector, which is replaced.
+            overwrite: whether to replace a detector; default true.
         Raises:
-            TrajOODError: another kind of folder, one inside a detector, no permission or space, or a backbone that
-                cannot be rebuilt.
+            TrajOODError: the folder contains other files or is inside a detector, cannot be written, or the backbone
+                cannot be rebuilt from its library.
         """
         parts = Parts(self.scorers, self.training, self._seen, self.calibration, self.history)
         write_detector(parts, Path(folder), overwrite)
@@ -385,22 +391,23 @@ class Detector(OnTheHub):
         *,
         compile: bool = False,
     ) -> Detector:
-        """Read what :meth:`save` wrote, after checking all of it; nothing is downloaded and no code in it is run.
+        """Load a detector from a folder and verify it; nothing is downloaded and no code in the folder is run.
 
-        Before use: the schema, the list of files with sizes and hashes, the type of every entry, names, dtypes, shapes
-        and finiteness of every tensor, the model's fingerprint, and the numbers that it and the scorer give for two
-        fixed images. Versions of libraries that differ are a warning only: those numbers say whether they matter.
+        Verified are the schema, the size and hash of every file, the type of every entry, the name, dtype, shape and
+        finiteness of every tensor, the model's fingerprint, and the results of model and scorer on two fixed images.
+        Differing versions of libraries are only a warning, as these results show whether they matter.
 
         Args:
+            folder: as written by :meth:`save`.
             device: see :func:`traj_ood.dynamics.device.resolve_device`; scores on another device agree to rounding,
                 about 1e-4.
-            autoencoder: the model the detector was fitted with. Needed when its code is your own; it stays on its
-                device when ``device`` is ``auto``.
-            compile: of :class:`traj_ood.ScorerSet`: whole chunks of images, as streams have them, to 1e-5 of the plain
-                scores. Default false.
+            autoencoder: the model that the detector was fitted with; required if it is defined by user code. With
+                ``device`` ``auto`` it stays on its device.
+            compile: see :class:`traj_ood.ScorerSet`. Scores of full chunks, as in streams, differ from uncompiled ones
+                by at most 1e-5. Default false.
         Raises:
-            TrajOODError: damage anywhere (the message names the file), a newer schema, another model, or a model that
-                gives other numbers here.
+            TrajOODError: a file is damaged (the message names it), the schema is newer, the model is another, or its
+                results on this machine differ.
         """
         parts = read_detector(Path(folder).expanduser(), device, autoencoder, compile)
         return cls(
@@ -413,13 +420,13 @@ class Detector(OnTheHub):
 
 
 def _nothing(kind: torch.dtype) -> Tensor:
-    """On the CPU, whatever the caller's default device."""
+    """An empty tensor on the CPU, whatever the caller's default device."""
     return torch.empty(0, dtype=kind, device="cpu")
 
 
 @dataclass
 class _Explored:
-    """What one pass over the training images leaves, a part for each batch; ``rows`` and ``skipped`` count images."""
+    """Results of the pass over the training images: one entry per batch, except in ``labels`` and ``rows``."""
 
     evidence: list[Evidence] = field(default_factory=list)
     dictionaries: list[AttractorDictionary] = field(default_factory=list)
@@ -430,10 +437,10 @@ class _Explored:
 
 
 def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _Explored:
-    """The training pass.
+    """The pass over the training images.
 
     Raises:
-        TrajOODError: too few images are left when the unreadable ones are skipped, or numbers that are not finite.
+        TrajOODError: too few images are left after skipping unreadable ones, or values are NaN or infinite.
     """
     found, taken = _Explored(), deque[Batch]()
 
@@ -458,18 +465,18 @@ def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _E
 
 
 def _kept(evidence: Evidence, batch: Batch) -> Evidence:
-    """What the scorer learns from, on the CPU, without the trajectory.
+    """The evidence that the scorer is fitted on, on the CPU, without the trajectory.
 
     Raises:
-        TrajOODError: numbers that are not finite: statistics of them would spoil every score.
+        TrajOODError: values are NaN or infinite, which would make every score useless.
     """
     kept = evidence.kept()
     for values in kept.tensors().values():
         bad = (~values.reshape(len(values), -1).isfinite().all(dim=1)).nonzero()[:, 0]
         if len(bad):
             raise TrajOODError(
-                f"training image {batch.ids[int(bad[0])]!r}: the model leaves the finite numbers on it ({len(bad)} "
-                f"such in a batch of {len(batch.ids)}): check the model"
+                f"training image {batch.ids[int(bad[0])]!r}: the model's values become NaN or infinite ({len(bad)} "
+                f"such images in a batch of {len(batch.ids)}): check the model"
             )
     return kept
 

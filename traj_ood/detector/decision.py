@@ -1,4 +1,4 @@
-"""What is said of an image: the one record that Python, the command line, a service and a cluster answer with."""
+"""The decision on an image, in the same form from Python, the command line, the service and a cluster."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ ID, OOD = "id", "ood"
 OK, ERROR = "ok", "error"
 INVALID, UNCALIBRATED = "invalid", "uncalibrated"
 REASONS = (OK, OOD, INVALID)
-"""Beginnings of :attr:`Decision.reason`, in the order of the codes 0, 1, 2 of an exported file's ``decisions``."""
-_TOGETHER = 256  # images whose batch is looked at again at a time
+"""First words of :attr:`Decision.reason`, in the order of the codes 0, 1, 2 in ``decisions`` of an exported file."""
+_RETRY_SIZE = 256  # images judged at a time after a batch was refused
 INFINITIES = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _STATUS = {status: status.name.lower() for status in Status}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The scores and decisions of B images, in their order; :meth:`each` gives them image by image.
+    """Scores and decisions for B images, in order; :meth:`each` gives one :class:`Decision` per image.
 
     Attributes:
-        scores: (B,) float64, higher = more OOD. +inf stands for every score that is not finite: on such an image the
-            model leaves the finite numbers, which no ID image may do, so by rule it is more OOD than any other.
+        scores: (B,) float64, higher = more OOD. Scores that are not finite are +inf: on such an image the model's
+            values become NaN or infinite, which never happens on ID images, so it counts as more OOD than any other.
         p_values: (B,) float64, see :mod:`traj_ood.detector.conformal`; None without calibration.
         decisions: (B,) bool, True = OOD; None without calibration.
-        steps: (B,) int64 evaluations of f; None for scorers that read no step.
-        status: (B,) int64, a :class:`traj_ood.Status` each; None for scorers that read no step. OK where the scorer
-            reads a fixed number of steps, as ``field`` does: whether the path would settle is not asked then.
-            NON_FINITE beside a finite score says that the trajectory left the finite numbers later on.
+        steps: (B,) int64 evaluations of f; None for scorers without iteration.
+        status: (B,) int64 values of :class:`traj_ood.Status`; None for scorers without iteration. OK for scorers that
+            read a fixed number of steps, such as ``field``, for which convergence is not tested. NON_FINITE with a
+            finite score: the trajectory became NaN or infinite after the steps that the scorer reads.
     """
 
     scores: Tensor
@@ -62,13 +62,14 @@ class Decision:
     """The decision on one image; fields that do not apply are None.
 
     Attributes:
-        score: higher = more OOD; infinite where the model leaves the finite numbers at once; None for what is no image.
-        p_value: share of calibration images that look at least as strange; None without calibration.
+        score: higher = more OOD; infinite if the model's values become NaN or infinite; None if there is no image.
+        p_value: (1 + number of calibration images with at least this score) / (n + 1); None without calibration.
         decision: ``id`` or ``ood``; None without calibration.
-        steps: evaluations of f; None for scorers that do not iterate.
-        status: ``ok`` for a fixed number of steps, none included; for a scorer that reads the path until it settles
-            ``converged`` or ``step_limit``; ``non_finite`` where numbers overflowed; ``error`` for what is no image.
-        error: one line that says why there is no score; None where there is one.
+        steps: evaluations of f; None for scorers without iteration.
+        status: ``ok`` for scorers that read a fixed number of steps or none; ``converged`` or ``step_limit`` for those
+            that iterate until convergence; ``non_finite`` if values became NaN or infinite; ``error`` if the image
+            could not be read.
+        error: one line that says why there is no score; None if there is one.
     """
 
     score: float | None = None
@@ -80,18 +81,17 @@ class Decision:
 
     @property
     def reason(self) -> str:
-        """``ok``, ``ood`` or ``invalid: …``; ``uncalibrated`` where there is a score and no threshold."""
+        """``ok``, ``ood`` or ``invalid: …``; ``uncalibrated`` for a score without a threshold."""
         return reason_of(self.score, self.decision, self.error)
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as JSON-able values, with the reason; an infinite score becomes the text ``Infinity``, since JSON
-        has no such number."""
+        """The record as JSON data, with the reason; an infinite score becomes the text ``Infinity``."""
         score = INFINITIES.get(self.score, self.score) if self.score is not None else None
         return {**asdict(self), "score": score, "reason": self.reason}
 
 
 def reason_of(score: float | None, decision: str | None, error: str | None) -> str:
-    """The reason that belongs to a score, a decision and an error."""
+    """The reason (see :attr:`Decision.reason`) for a score, a decision and an error."""
     if error is not None or score is None:
         return f"{INVALID}: {error or 'no score'}"
     return UNCALIBRATED if decision is None else OOD if decision == OOD else OK
@@ -100,10 +100,10 @@ def reason_of(score: float | None, decision: str | None, error: str | None) -> s
 def decide_all(judge: Callable[[Normalised], Judgement], images: Sequence[Tensor]) -> list[Decision]:
     """One decision per image (C, H, W) in the model's units, in order.
 
-    Images are judged together; a batch that is refused is halved until the image that is meant is found.
+    Images are judged together. If the batch is refused, it is halved until the images at fault are isolated.
 
     Raises:
-        MemoryError, RuntimeError: too little memory.
+        MemoryError, RuntimeError: there is too little memory.
     """
     if not images:
         return []
@@ -117,7 +117,7 @@ def decide_all(judge: Callable[[Normalised], Judgement], images: Sequence[Tensor
 
 
 def decide_each(judge: Callable[[Any], Judgement], images: Any, count: int, size: int | None = None) -> list[Decision]:
-    """As :func:`decide_all` of ``count`` images of any kind that :func:`traj_ood.data.batches` reads."""
+    """:func:`decide_all` for ``count`` images of any kind that :func:`traj_ood.data.batches` reads."""
     try:
         return judge(images).each()
     except TrajOODError as error:
@@ -125,12 +125,12 @@ def decide_each(judge: Callable[[Any], Judgement], images: Any, count: int, size
             return [Decision(error=str(error).strip())] * count
         if isinstance(images, torch.utils.data.DataLoader):
             raise
-    step = size or _TOGETHER
+    step = size or _RETRY_SIZE
     if count > step:
         places = [range(start, min(start + step, count)) for start in range(0, count, step)]
     else:
         places = [range(count // 2), range(count // 2, count)]
-    return [said for rows in places for said in decide_each(judge, _part(images, rows), len(rows), size)]
+    return [made for rows in places for made in decide_each(judge, _part(images, rows), len(rows), size)]
 
 
 def _part(images: Any, rows: range) -> Any:

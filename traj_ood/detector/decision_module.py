@@ -1,4 +1,4 @@
-"""A detector's whole answer as tensor operations: scores, p-values and decisions from pixels, for a recorded graph."""
+"""A calibrated detector as tensor operations, for export: scores, p-values and decisions from pixels."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from traj_ood.scorers import Scorer
 
 OK_CODE, OOD_CODE, INVALID_CODE = 0, 1, 2
-"""Places in :data:`traj_ood.detector.decision.REASONS`."""
+"""Indices into :data:`traj_ood.detector.decision.REASONS`."""
 
 
 class DecisionModule(nn.Module):
-    """Pixels as of :class:`DetectorModule` → scores (B,) float64, p-values (B,) float64, decisions (B,) int64.
+    """Maps pixels, as for :class:`DetectorModule`, to scores, p-values (B,) float64 and decisions (B,) int64.
 
-    A decision is 0 (ok), 1 (ood) or 2 (invalid: a NaN, or a pixel outside [0, 1]; score and p-value are NaN then).
-    They are those of :class:`traj_ood.detector.conformal.Calibration` for the module's own scores, exactly.
+    A decision is 0 (ok), 1 (ood) or 2 (invalid: a pixel is NaN or outside [0, 1]; score and p-value are NaN then).
+    P-values and decisions equal those of :class:`traj_ood.detector.conformal.Calibration` for these scores, exactly.
 
     Args:
-        scored: gives the scores. calibration: of these scores; class-wise or not.
+        scored: computes the scores.
+        calibration: the calibration of these scores, class-wise or not.
     """
 
     def __init__(self, scored: DetectorModule, calibration: Calibration) -> None:
@@ -39,7 +40,7 @@ class DecisionModule(nn.Module):
         self.calibration = PinnedTensors(
             {
                 "scores": torch.cat([group.scores for group in groups]),
-                "last": ends - 1,  # of each class, and of the one before it, whose running count is taken away
+                "last": ends - 1,  # of each class; the count up to "before", the end of the previous one, is subtracted
                 "before": (ends - sizes - 1).clamp(min=0),
                 "is_first": (ends == sizes).long(),
                 "sizes": sizes.double(),
@@ -48,7 +49,7 @@ class DecisionModule(nn.Module):
         self._threshold = calibration.threshold
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See the class.
+        """Scores, p-values and decisions of pixels (B, C, H, W).
 
         Raises:
             TrajOODError: as :meth:`DetectorModule.forward`.
@@ -57,13 +58,13 @@ class DecisionModule(nn.Module):
         known = self.calibration.all()
         running = (known["scores"] >= scores.cpu()[:, None]).long().cumsum(dim=1)
         before = running[:, known["before"]] * (1 - known["is_first"])
-        as_strange = running[:, known["last"]] - before
-        p_values = ((1 + as_strange).double() / (known["sizes"] + 1)).amax(dim=1).to(scores.device)
+        at_least = running[:, known["last"]] - before
+        p_values = ((1 + at_least).double() / (known["sizes"] + 1)).amax(dim=1).to(scores.device)
         valid = ~scores.isnan()
         decisions = torch.where(scores > self._threshold, OOD_CODE, OK_CODE)
         return scores, torch.where(valid, p_values, torch.nan), torch.where(valid, decisions, INVALID_CODE)
 
-    # What a recorder asks of the module that gives the scores.
+    # The interface that export needs, passed on to the scoring module.
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -1,4 +1,4 @@
-"""Nearest neighbours as tensor operations alone, for a graph that is recorded once and runs elsewhere."""
+"""Exact nearest-neighbour search in plain tensor operations, for exported graphs."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from traj_ood.index import Neighbors
 
 _DIRECT = 2**20
-"""Coordinates of a query's candidates up to which their distances are computed again by direct difference: 8 MiB."""
+"""Largest k · d for which distances are recomputed as direct differences: 8 MiB per query."""
 
 
 class DenseIndex:
-    """Exact search among points (N, d) float32 without a branch that depends on the data.
+    """Exact search among points (N, d) float32, without branches that depend on the data.
 
-    :class:`traj_ood.NeighborIndex` looks at groups of points and at FAISS's candidates; a graph can do neither. Here
-    ‖x‖² + ‖y‖² − 2 x·y in float64 chooses the neighbours, and a direct difference gives their distance, so that a point
-    next to an attractor has the distance it has and not the rounding of two large squares.
+    An exported graph can use neither the groups nor the FAISS candidates of :class:`traj_ood.NeighborIndex`. Neighbours
+    are chosen by ‖x‖² + ‖y‖² − 2 x·y in float64; their distances are then recomputed as direct differences, because
+    close to a point the difference of two large squares would be mostly rounding error.
 
     Args:
         points: (N, d) float32.
-        prepared: what another index over the same points has ``prepared``: their float64 copy and squared lengths.
+        prepared: attribute ``prepared`` of another index over the same points: their float64 copy and squared lengths.
     """
 
     def __init__(self, points: Tensor, prepared: tuple[Tensor, Tensor] | None = None) -> None:
@@ -34,30 +34,30 @@ class DenseIndex:
         return len(self._points)
 
     def nearest(self, queries: Tensor) -> Neighbors:
-        """One nearest neighbour of each query (B, d); of points equally near, any."""
+        """The nearest neighbour of each query (B, d); any of them in case of a tie."""
         indices = self._squares(queries).argmin(dim=1, keepdim=True)
         return Neighbors(self._direct(queries, indices), indices)
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
-        """The k nearest of each query (B, d), ascending up to rounding."""
+        """The k nearest neighbours of each query (B, d), in ascending order up to rounding."""
         squares = self._squares(queries)
-        # Not topk(sorted=False): the k-th is asked for.
+        # Sorted, because kth() takes the last one.
         squared, indices = squares.topk(k, dim=1, largest=False)
         if k * self._points.shape[1] <= _DIRECT:
             return Neighbors(self._direct(queries, indices), indices)
         return Neighbors(squared.clamp(min=0).sqrt(), indices)
 
     def kth(self, queries: Tensor, k: int) -> Tensor:
-        """(B,) float64 distances of each query (B, d) to its k-th nearest."""
+        """(B,) float64 distances of queries (B, d) to their k-th nearest neighbour."""
         return self.search(queries, k).distances[:, -1]
 
     def _squares(self, queries: Tensor) -> Tensor:
-        """(B, N) float64."""
+        """(B, N) float64 squared distances."""
         wide = queries.double()
         own = wide.square().sum(dim=1, keepdim=True)
         return own + self._squared - 2 * (wide @ self._wide.T)
 
     def _direct(self, queries: Tensor, indices: Tensor) -> Tensor:
         """(B, k) float64 distances to the points ``indices`` (B, k)."""
-        chosen = torch.nn.functional.embedding(indices, self._points)  # a gather of whole rows
+        chosen = torch.nn.functional.embedding(indices, self._points)  # gathers whole rows
         return (queries[:, None].double() - chosen.double()).square().sum(dim=2).sqrt()

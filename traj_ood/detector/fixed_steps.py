@@ -1,4 +1,4 @@
-"""The scorer that a graph of fixed length computes, or the reason why there is none."""
+"""Adapt a scorer to a fixed number of steps for export, or refuse it with the reason."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def one_scorer(scorers: ScorerSet) -> Scorer:
-    """The scorer of a set that holds one.
+    """The one fitted scorer of a set.
 
     Raises:
-        TrajOODError: several, none, or not fitted.
+        TrajOODError: the set has several scorers or none, or is not fitted.
     """
     if len(scorers.scorers) != 1:
         raise TrajOODError(f"export: expected a detector with one scorer, got {', '.join(scorers.labels) or 'none'}")
@@ -27,31 +27,32 @@ def one_scorer(scorers: ScorerSet) -> Scorer:
 
 
 def check_exportable(scorer: Scorer) -> None:
-    """Refuse a scorer that cannot be computed by a graph of tensor operations.
+    """Check that a scorer can be computed by a graph of tensor operations.
 
     Raises:
-        TrajOODError: names the scorer and the reason.
+        TrajOODError: it cannot; the message gives the reason.
     """
     reason = None
     if isinstance(scorer, IsolationForest):
-        reason = "its trees are walked until every sample reaches a leaf, which a graph of fixed length cannot do"
+        reason = "its trees are descended until every sample reaches a leaf, which a fixed graph cannot do"
     elif isinstance(scorer, Steps):
-        reason = "it counts the steps until a sample settles, and a graph of fixed length always takes as many"
+        reason = "it counts the steps until convergence, and a fixed graph always takes the same number"
     elif isinstance(scorer, Reconstruction) and scorer.masked:
-        reason = "it encodes each image four times under masks of its own; reconstruction without masked can be"
+        reason = "it encodes each image under four masks; reconstruction without masked can be exported"
     elif scorer.needs().divergence:
-        reason = "it evaluates f beside the path, which the graph does not hold"
+        reason = "it evaluates f at points next to the path, which are not part of the graph"
     if reason:
         raise TrajOODError(f"export: scorer {scorer.label} cannot be exported: {reason}")
 
 
 def steps_of(scorers: ScorerSet, steps: int | None) -> int:
-    """Number of evaluations of f in the graph.
+    """The number of evaluations of f in the graph.
 
     Args:
-        steps: the limit asked for. None takes what the scorer reads under the detector's own limit.
+        scorers: the detector's scorer.
+        steps: the requested limit. None: what the scorer reads, within the detector's limit.
     Raises:
-        TrajOODError: none given for a scorer that reads the path until it settles, below 1, or above the detector's
+        TrajOODError: ``steps`` is None for a scorer that iterates until convergence, below 1, or above the detector's
             limit.
     """
     scorer = one_scorer(scorers)
@@ -65,8 +66,8 @@ def steps_of(scorers: ScorerSet, steps: int | None) -> int:
         )
     if steps is None and reads == WHOLE_PATH:
         raise TrajOODError(
-            f"export: scorer {scorer.label} reads a path until it settles, and a graph has a fixed number of steps: "
-            f"say how many, for instance --steps 16; the threshold belongs to the whole path"
+            f"export: scorer {scorer.label} iterates until convergence, and a graph has a fixed number of steps: "
+            f"give one, such as --steps 16; the threshold holds for the whole path only"
         )
     return min(reads, scorers.max_steps if steps is None else steps)
 
@@ -74,11 +75,11 @@ def steps_of(scorers: ScorerSet, steps: int | None) -> int:
 def at_fixed_steps(scorer: Scorer, steps: int) -> Scorer:
     """The scorer that reads exactly ``steps`` steps of each sample.
 
-    One that averages over a sample's own length takes ``horizon = steps``: where a sample settles is decided by the
-    last bits of a residual, and a mean over its own length would jump with it from one runtime to the next, while one
-    in which it stays at its end point does not.
+    A scorer that averages over the length of each path gets ``horizon = steps``, with which a sample stays at its end
+    point after convergence. The step of convergence depends on the last bits of a residual, so that a mean over the
+    path's own length would jump between runtimes.
     """
-    if isinstance(scorer, KNNAuto):  # the k that it chose is known by now
+    if isinstance(scorer, KNNAuto):  # its k is chosen in the fit
         chosen = KNN(view=scorer.view, k=int(scorer.state["k"]))
         return chosen.with_state({"bank": scorer.state["bank"]})
     if _reads_own_length(scorer):
@@ -87,14 +88,13 @@ def at_fixed_steps(scorer: Scorer, steps: int) -> Scorer:
 
 
 def same_score(scorers: ScorerSet, steps: int) -> bool:
-    """Whether a graph of ``steps`` steps computes the detector's own score, for which its threshold holds."""
+    """Whether a graph of ``steps`` steps computes the detector's own score, so that its threshold holds."""
     scorer = one_scorer(scorers)
     return not _reads_own_length(scorer) and steps == min(scorer.needs().steps, scorers.max_steps)
 
 
 def reference(scorers: ScorerSet, steps: int) -> ScorerSet:
-    """The Python scorer that a graph of ``steps`` steps must agree with: the same attractors and state, stopped after
-    them."""
+    """The Python scorer that a graph of ``steps`` steps has to agree with: same state and attractors, same limit."""
     other = copy.copy(scorers)
     other.scorers = [at_fixed_steps(one_scorer(scorers), steps)]
     other.needs = replace(scorers.needs, steps=other.scorers[0].needs().steps)

@@ -1,8 +1,8 @@
-"""A detector's folder: what is in it, how it is written, and everything that is checked before it is used.
+"""Write and read the folder of a detector; everything in it is verified before use.
 
-detector.json (the record and the seal), README.md, model/ (see :mod:`traj_ood.detector.packing`), scorer.safetensors,
-training.safetensors (digests of the training images), and where there are any attractors.safetensors and
-calibration.safetensors.
+The folder contains detector.json (the record and the seal), README.md, model/ (see :mod:`traj_ood.detector.packing`),
+scorer.safetensors, training.safetensors (digests of the training images), and, if the detector has them,
+attractors.safetensors and calibration.safetensors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from traj_ood.scorers.scorer_set import ScorerSet
 
 FILE_NAME = "detector.json"
 SCHEMA = "traj_ood.detector/2"
-"""Version 2 added the history of calibrations and class-wise ones; folders of version 1 are read."""
+"""Version 2 added class-wise calibration and the history of calibrations; version 1 can be read."""
 _SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING = (
     f"{name}.safetensors" for name in ("scorer", "attractors", "calibration", "training")
 )
@@ -51,14 +51,14 @@ _COMPARED = ("traj_ood", "torch", "torchvision", "transformers", "timm", "numpy"
 
 @dataclass(frozen=True)
 class Parts:
-    """What a detector consists of.
+    """The parts of a detector, as saved and loaded.
 
     Attributes:
         scorers: the model and its one fitted scorer.
-        training: JSON-able facts of the fit.
+        training: information about the fit, JSON data.
         seen: (N,) int64 digests of the training images.
-        calibration: None without one.
-        history: facts of all calibrations, oldest first.
+        calibration: the calibration, or None.
+        history: information about all calibrations, oldest first, JSON data.
     """
 
     scorers: ScorerSet
@@ -69,7 +69,7 @@ class Parts:
 
 
 def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
-    """Write ``folder``, or replace the detector in it; see :meth:`traj_ood.Detector.save` for the errors."""
+    """Write a detector to ``folder``, replacing one that is there; raises as :meth:`traj_ood.Detector.save`."""
     scorers = parts.scorers
     refuse_inside(folder.expanduser().absolute().parent)
     with replaced_folder(folder, FILE_NAME, KNOWN_FILES, overwrite) as fresh:
@@ -143,18 +143,17 @@ def _classes(known: Calibration) -> list[dict[str, Any]] | None:
 
 
 def refuse_inside(folder: str | Path) -> None:
-    """Refuse to write files into ``folder`` where that is a detector, which holds what its seal names and nothing else,
-    or lies in one.
+    """Refuse ``folder`` for output files if it is, or is inside, a detector, whose seal allows no other files.
 
     Raises:
-        TrajOODError: names the detector.
+        TrajOODError: it is; the message names the detector.
     """
     place = Path(os.path.realpath(Path(folder).expanduser()))
     for above in (place, *place.parents):
         if _is_detector(above):
             raise TrajOODError(
-                f"{folder}: expected a place outside of any detector, found {above}, which would be refused as damaged "
-                "with another file in it; choose another place"
+                f"{folder}: expected a place outside of any detector, but {above} is one, and would be refused as "
+                "damaged with another file in it; choose another place"
             )
 
 
@@ -167,7 +166,7 @@ def _is_detector(folder: Path) -> bool:
 
 
 def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None, compile: bool = False) -> Parts:
-    """Read and check ``folder``; see :meth:`traj_ood.Detector.load` for the errors."""
+    """Read and verify ``folder``; raises as :meth:`traj_ood.Detector.load`."""
     record = open_sealed(folder, FILE_NAME, SCHEMA)
     where = str(folder / FILE_NAME)
     described = field_of(record, "model", dict, where)
@@ -195,11 +194,11 @@ def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None, co
 def _scorer(
     model: Autoencoder, record: Mapping[str, Any], stored: Mapping[str, Any], folder: Path, compile: bool
 ) -> ScorerSet:
-    """The fitted scorer, and the attractors that it measures distances to."""
+    """The fitted scorer, with its attractors if it measures distances to them."""
     where = str(folder / FILE_NAME)
     settings, facts = (field_of(record, key, dict, where) for key in ("settings", "scorer"))
     options = field_of(facts, "options", dict, where)
-    # Every option is written out: what a static scorer without a view means depends on the model.
+    # All options are given, because the default view of a static scorer depends on the model.
     name = field_of(facts, "name", str, where)
     check_origin(facts, name, "scorer", where)
     spec = spec_text(name, options)
@@ -227,10 +226,10 @@ def _scorer(
 
 
 def read_calibration(folder: Path) -> Calibration:
-    """The calibration of a sealed detector's folder, without its model.
+    """Read only the calibration of a detector's folder, without loading its model.
 
     Raises:
-        TrajOODError: damage anywhere, a newer schema, or a detector without calibration.
+        TrajOODError: a file is damaged, the schema is newer, or the detector is not calibrated.
     """
     record = open_sealed(folder, FILE_NAME, SCHEMA)
     found = _calibration(record, field_of(record, "tensors", dict, str(folder / FILE_NAME)), folder)
@@ -266,7 +265,7 @@ def _calibration(record: Mapping[str, Any], stored: Mapping[str, Any], folder: P
 
 
 def _history(record: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
-    """Of version 1 the one calibration that it knows, at the time of saving."""
+    """The history; for version 1, its one calibration, dated by the time of saving."""
     if "history" in record:
         entries = field_of(record, "history", list, where)
         if not all(isinstance(entry, dict) for entry in entries):
@@ -280,7 +279,7 @@ def _history(record: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
 
 
 def _warn_of_attractors(training: Mapping[str, Any], folder: Path) -> None:
-    """Who loads a detector need not have seen what was said when it was fitted."""
+    """Repeat the warning given by ``fit``, which the user who loads the detector may not have seen."""
     health = training.get("attractors")
     if isinstance(health, dict) and health.get("healthy") is False:
         reasons = "; ".join(map(str, field_of(health, "warnings", list, str(folder / FILE_NAME))))
@@ -288,7 +287,7 @@ def _warn_of_attractors(training: Mapping[str, Any], folder: Path) -> None:
 
 
 def _compare_versions(stored: Mapping[str, Any], folder: Path) -> None:
-    """A warning for libraries whose major or minor version differs; the probe has said that the numbers agree."""
+    """Warn of libraries whose major or minor version differs; the probe has shown that results agree."""
     own = environment()
 
     def release(version: object) -> list[str]:
@@ -298,6 +297,6 @@ def _compare_versions(stored: Mapping[str, Any], folder: Path) -> None:
     if changed:
         text = ", ".join(f"{k} {str(stored[k])[:20]} (here {own[k]})" for k in changed)
         warn(
-            f"{folder}: saved with {text}: its numbers for two test images agree, others may differ slightly",
+            f"{folder}: saved with {text}: its results on two test images agree, others may differ slightly",
             stacklevel=4,
         )

@@ -1,7 +1,7 @@
-"""Detectors on the Hugging Face hub: their folder as a repository, with the model card, and back.
+"""Push detectors to and load them from the Hugging Face hub; the folder of a detector is the repository.
 
-Nothing asks a question: who is logged in is what huggingface_hub knows, or a token that is given. Only the files that a
-detector consists of are fetched (safetensors, JSON, the card), no code is, and each is checked against the seal.
+Authentication is that of huggingface_hub, or a given token; there are no prompts. Only files of a detector are
+downloaded (safetensors, JSON, the card), no code, and each is verified against the seal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class OnTheHub:
-    """What :class:`traj_ood.Detector` has for the hub."""
+    """Mixin of :class:`traj_ood.Detector` with its hub methods."""
 
     def save(self, folder: str | Path, *, overwrite: bool = True) -> None:
         raise NotImplementedError
@@ -43,19 +43,19 @@ class OnTheHub:
         revision: str | None = None,
         message: str = "A traj_ood detector",
     ) -> str:
-        """Write this detector to a repository of the hub; what is there of another one is replaced, in one commit.
+        """Push this detector to a repository on the hub in one commit, which replaces its previous content.
 
         Args:
-            repository: ``owner/name``; made where there is none.
-            private: of a new repository. Default true: a detector holds digests of its training images and may hold
-                features of them.
-            token: of an account. Default: that of ``hf auth login`` or ``HF_TOKEN``.
-            revision: a branch. Default: ``main``.
-            message: of the commit.
+            repository: ``owner/name``; created if it does not exist.
+            private: visibility of a new repository. Default true: a detector contains digests, and possibly features,
+                of its training images.
+            token: access token. Default: that of ``hf auth login`` or ``HF_TOKEN``.
+            revision: branch. Default: ``main``.
+            message: commit message.
         Returns:
-            The commit's address.
+            The URL of the commit.
         Raises:
-            TrajOODError: a name that is none, no network, no permission, or as ``save``.
+            TrajOODError: the name is invalid, the network or the permission is missing, or as ``save``.
         """
         _check(repository)
         from huggingface_hub import HfApi
@@ -71,7 +71,7 @@ class OnTheHub:
                     folder_path=folder,
                     revision=revision,
                     commit_message=message,
-                    delete_patterns=["*"],  # of another detector, whose files the seal would refuse
+                    delete_patterns=["*"],  # the seal would refuse files of a previous detector
                 )
         return str(getattr(done, "commit_url", done))
 
@@ -85,19 +85,21 @@ class OnTheHub:
         device: str = "auto",
         autoencoder: Autoencoder | None = None,
     ) -> Self:
-        """A detector from a repository of the hub, after all the checks of ``load``.
+        """Load a detector from a repository on the hub, with all checks of ``load``.
 
         Args:
-            repository: ``owner/name``. revision: branch, tag or commit; a full commit always names the same bytes.
-            token: see :meth:`push_to_hub`. device, autoencoder: see ``load``.
+            repository: ``owner/name``.
+            revision: branch, tag or commit; only a full commit hash always gives the same bytes. Default: ``main``.
+            token: see :meth:`push_to_hub`.
+            device, autoencoder: see ``load``.
         Raises:
-            TrajOODError: no network, no such repository or none of a detector, or as ``load``.
+            TrajOODError: the network is missing, there is no such repository, it contains no detector, or as ``load``.
         """
         _check(repository)
         from huggingface_hub import snapshot_download
 
         patterns = [name for name in KNOWN_FILES if "." in name] + [f"model/**{suffix}" for suffix in _SUFFIXES]
-        with foreign_errors(f"hub repository {repository}: cannot be had", ": check the name, the token, the network"):
+        with foreign_errors(f"hub repository {repository}: cannot be read", ": check the name, the token, the network"):
             copy = Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=patterns))
         with tempfile.TemporaryDirectory(prefix="traj-ood-hub-") as place:
             folder = Path(place) / repository.split("/")[1]
@@ -105,7 +107,7 @@ class OnTheHub:
                 inside = file.relative_to(copy)
                 if file.is_file() and inside.parts[0] in KNOWN_FILES and file.suffix in _SUFFIXES:
                     (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, folder / inside)  # the hub's cache holds links, which a seal refuses
+                    shutil.copyfile(file, folder / inside)  # the hub's cache consists of links, which a seal refuses
             if not (folder / KNOWN_FILES[0]).is_file():
                 raise TrajOODError(f"hub repository {repository}: expected a detector, found no {KNOWN_FILES[0]}")
             return cls.load(folder, device, autoencoder)

@@ -1,5 +1,4 @@
-"""A detector as an nn.Module: pixels in, scores out, with a fixed number of steps and no control flow that depends on
-the data."""
+"""A detector as an nn.Module from pixels to scores, with a fixed number of steps and no data-dependent control flow."""
 
 from __future__ import annotations
 
@@ -28,20 +27,21 @@ if TYPE_CHECKING:
 
 
 class DetectorModule(nn.Module):
-    """Pixels (B, C, H, W) float32 in [0, 1] of the model's size → scores (B,) float64, higher = more OOD.
+    """Maps pixels (B, C, H, W) float32 in [0, 1], of the model's size, to scores (B,) float64; higher = more OOD.
 
-    The model's normalisation is inside. An image with a NaN, or with a pixel outside [0, 1], has the score NaN: a graph
-    cannot raise. As a module, but not as a recorded graph, it takes uint8 pixels, floats of other widths and one image
-    (C, H, W), too. One on which the model leaves the finite numbers has +inf, as in
-    :class:`traj_ood.Judgement`. Scores follow the batch as far as rounding goes; those of a detector do not.
+    The model's normalisation is included. An image with a pixel that is NaN or outside [0, 1] has the score NaN, as a
+    graph cannot raise; one on which the model's values become NaN or infinite has +inf, as in
+    :class:`traj_ood.Judgement`. The module itself, unlike a recorded graph, also accepts uint8 pixels, floats of other
+    precision and one image (C, H, W). Unlike a detector's, its scores depend on the batch by rounding.
 
-    Weights are those of the detector's own network, not copies: moving this module moves them. Attractors are buffers.
-    The scorer's float64 statistics are buffers that stay on the CPU, as in the detector: not every device has float64.
-    The module keeps no gradients; the network is in evaluation mode while it computes, whatever mode it was left in.
+    The weights are those of the detector's network, not copies: moving this module moves them. Attractors are buffers.
+    The scorer's float64 statistics are buffers that stay on the CPU, as not every device supports float64. No gradients
+    are computed, and the network runs in evaluation mode, whatever its mode outside.
 
     Attributes:
-        steps: evaluations of f. scorer: what is computed, with its options. preprocessing: see
-            :class:`traj_ood.data.preprocessing.Preprocessing`.
+        steps: number of evaluations of f.
+        scorer: the scorer that is computed, with its options.
+        preprocessing: see :class:`traj_ood.data.preprocessing.Preprocessing`.
     """
 
     mean: Tensor
@@ -70,16 +70,16 @@ class DetectorModule(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> DetectorModule:
-        """Does nothing: the module stays in evaluation mode, since dropout and batch statistics have no place in a
-        score."""
+        """Has no effect: the module stays in evaluation mode, as a score must not depend on dropout or batch
+        statistics."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float32 → (B,) float64. A graph recorded of it, and so an exported file, takes B >= 1.
+        """Scores (B,) float64 of pixels (B, C, H, W) float32. A recorded graph, and an exported file, needs B >= 1.
 
         Raises:
-            TrajOODError: another shape or type, weights that changed since the fit, or a graph recorded of a network in
-                training mode.
+            TrajOODError: the shape or dtype is wrong, the weights have changed since the fit, or a graph is recorded
+                while the network is in training mode.
         """
         shape = self.preprocessing.shape
         if not torch.compiler.is_compiling():
@@ -91,13 +91,13 @@ class DetectorModule(nn.Module):
                 f"{self._autoencoder.name}: expected float32 pixels in [0, 1] of shape (B, {', '.join(map(str, shape))}"
                 f"), got {images.dtype} of shape {tuple(images.shape)}"
             )
-        if torch.compiler.is_compiling():  # whoever records the graph has gradients off: no operation for it
+        if torch.compiler.is_compiling():  # gradients are turned off by the caller, not by an operation in the graph
             if any(part.training for network in self._autoencoder.modules_used() for part in network.modules()):
                 raise TrajOODError(
                     f"{self._autoencoder.name}: in training mode: call model.eval() before a graph is recorded"
                 )
             return self._scores(images)
-        if len(images) == 0:  # libraries reshape and search, and a graph's batch has no beginning
+        if len(images) == 0:  # some libraries' reshapes and searches fail on an empty batch
             return torch.empty(0, dtype=torch.float64, device=images.device)
         with self._autoencoder.fixed(), torch.no_grad():
             self._check_weights()
@@ -105,7 +105,8 @@ class DetectorModule(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """For recording a graph: evaluation mode, and no weight that asks for gradients, which would be in it, too."""
+        """Context manager for recording a graph: evaluation mode, and no weight requires gradients, which the graph
+        would include."""
         learnable = [p for p in self.parameters() if p.requires_grad]
         with self._autoencoder.fixed():
             for parameter in learnable:
@@ -117,7 +118,7 @@ class DetectorModule(nn.Module):
                     parameter.requires_grad_(True)
 
     def _scores(self, images: Tensor) -> Tensor:
-        valid = ((images >= -PIXEL_SLACK) & (images <= 1 + PIXEL_SLACK)).flatten(1).all(dim=1)  # a NaN is neither
+        valid = ((images >= -PIXEL_SLACK) & (images <= 1 + PIXEL_SLACK)).flatten(1).all(dim=1)  # false for NaN
         pixels = torch.where(valid[:, None, None, None], images, 0.5)
         scorer = self.scorer.with_state(self.statistics.all())
         if isinstance(scorer, SearchingScorer):
@@ -126,16 +127,16 @@ class DetectorModule(nn.Module):
         return torch.where(valid, torch.where(scores.isfinite(), scores, torch.inf), torch.nan)
 
     def record_loop(self, images: Tensor) -> None:
-        """Let a graph that is recorded from now on hold f once, and not once for each step.
+        """Make graphs that are recorded from now on contain f once, in a loop, instead of once per step.
 
         Args:
             images: (B, C, H, W), any pixels.
         """
         recorded = RecordedStep.of(self.step, self._examine((images - self.mean) / self.std).latents)
-        self.constants = recorded.constants  # as buffers, which every file format knows
+        self.constants = recorded.constants  # as buffers, which every file format supports
         self._loops.append(recorded.loop())
 
-    # ------------------------------------------------------------------ what ScorerSet gathers, without chunks
+    # ------------------------------------------------------------------ the evidence of ScorerSet, without chunks
 
     def _evidence(self, images: Tensor) -> Evidence:
         model, needs = self._autoencoder, self.scorer.needs()
@@ -153,7 +154,7 @@ class DetectorModule(nn.Module):
         return Evidence(features, reconstruction, trajectory, points, logits=logits)
 
     def _examine(self, images: Tensor) -> Encoding:
-        """``Autoencoder.examine`` of all rows at once, unchecked."""
+        """``Autoencoder.examine`` for all rows at once, without its checks."""
         model = self._autoencoder
         if not isinstance(model, SurrogateAutoencoder):
             images = images.to(float_type(model.module) or images.dtype)
@@ -165,7 +166,7 @@ class DetectorModule(nn.Module):
         return Encoding(model.network.encode(target), target, features=seen.features, logits=seen.logits)
 
     def _walk(self, start: Tensor) -> tuple[Trajectory, dict[tuple[Any, int], Tensor]]:
-        """The trajectory for all steps, and the points that the scorer reads."""
+        """The trajectory over all steps, and the points that the scorer reads."""
         wanted, prepared = sorted(self.scorer.needs().points), self.step.prepare()
         running = lengths(start).isfinite()
         columns = [values[None] for values in self.step.measure(start, running, *prepared)]
@@ -174,11 +175,11 @@ class DetectorModule(nn.Module):
         if self.steps:
             loop = self._loops[-1 if torch.compiler.is_compiling() else 0]
             latents, running, residuals, *rest = loop(start, running, self.steps, prepared)
-            columns = [torch.cat([a, b]) for a, b in zip(columns, rest, strict=False)]  # the points come after
+            columns = [torch.cat([a, b]) for a, b in zip(columns, rest, strict=False)]  # points follow the columns
             kept = dict(zip(self._kept, rest[len(columns) :], strict=True))
-            # A sample that has settled before t is at its end; so is each one whose t lies beyond the last step.
+            # After convergence a sample stays at its end point; a t beyond the last step gives the last point.
             points = {(view, t): kept[view][min(t, self.steps) - 1].cpu() for view, t in wanted}
-        # Settled and not finite are told apart by their columns alone, which is all that scorers read.
+        # CONVERGED includes samples that became NaN or infinite; scorers distinguish them by the columns.
         status = torch.where(running, int(Status.STEP_LIMIT), int(Status.CONVERGED))
         measures = {name: column.T.cpu() for name, column in zip(self.step.names, columns, strict=True)}
         steps = residuals.isfinite().sum(dim=0)
@@ -187,21 +188,21 @@ class DetectorModule(nn.Module):
 
 
 def as_module(detector: HasScorers, steps: int | None = None) -> DetectorModule:
-    """A detector as an nn.Module for TorchServe, Triton, BentoML, or an export of your own.
+    """A detector as an nn.Module, for TorchServe, Triton, BentoML or your own export.
 
     Args:
-        detector: with one fitted scorer.
-        steps: most evaluations of f, the same for every image. Default: what the scorer reads under the detector's
-            own limit; scorers that read a path until it settles need a number, and those among them that average over
-            a sample's own length become the same scorer with ``horizon = steps``.
+        detector: a detector, or another object with one fitted scorer.
+        steps: number of evaluations of f, the same for every image. Default: what the scorer reads, within the
+            detector's limit. Scorers that iterate until convergence need a number; those of them that average over the
+            length of each path become the same scorer with ``horizon = steps``.
     Raises:
-        TrajOODError: a scorer or a model that no graph can hold, or no number of steps where one is needed.
+        TrajOODError: the scorer or model cannot be computed by a graph, or the number of steps is needed and missing.
     """
     return DetectorModule(detector.autoencoder, detector.scorers, steps)
 
 
 class HasScorers(Protocol):
-    """What is exported of a :class:`traj_ood.Detector`."""
+    """The part of a :class:`traj_ood.Detector` that export reads."""
 
     @property
     def autoencoder(self) -> Autoencoder: ...
@@ -214,7 +215,7 @@ class HasScorers(Protocol):
 
 
 def _attractors(autoencoder: Autoencoder, scorers: ScorerSet) -> dict[str, Tensor]:
-    """(M, d) by view in which the scorer measures distances."""
+    """The attractors, (M, d), by the views in which the scorer measures distances."""
     if scorers.dictionary is None:
         return {}
     ends = scorers.dictionary.usable().to(autoencoder.device)
@@ -224,17 +225,17 @@ def _attractors(autoencoder: Autoencoder, scorers: ScorerSet) -> dict[str, Tenso
 def _declared(autoencoder: Autoencoder) -> Preprocessing:
     if autoencoder.preprocessing is None:
         raise TrajOODError(
-            f"export: expected a model that declares its preprocessing, which a graph can take over, got a transform "
-            f"of your own code: make {autoencoder.name} with preprocessing=traj_ood.Preprocessing(...)"
+            f"export: expected a model with a declared preprocessing, which can be part of a graph, got a transform in "
+            f"user code: make {autoencoder.name} with preprocessing=traj_ood.Preprocessing(...)"
         )
     return autoencoder.preprocessing
 
 
 def _check_model(autoencoder: Autoencoder) -> None:
-    """Raises TrajOODError for a model that looks at images in a way of its own."""
+    """Raise a TrajOODError for a model that overrides ``examine``."""
     own = type(autoencoder).examine not in (Autoencoder.examine, SurrogateAutoencoder.examine)
     if own:
         raise TrajOODError(
-            f"export: {autoencoder.name} ({autoencoder.family}) has an examine of its own, which no graph can follow: "
+            f"export: {autoencoder.name} ({autoencoder.family}) overrides examine, which a graph cannot include: "
             "export autoencoders and surrogates"
         )

@@ -1,7 +1,6 @@
-"""The code outside this package that a detector needs: recorded when it is saved, named in the error when it is
-missing.
+"""Record which user code a detector needs, and name it in an error if it has not been imported.
 
-A record is never followed: no code is run because a detector's folder names it.
+The record is information only: no code is run because a detector's folder names it.
 """
 
 from __future__ import annotations
@@ -18,19 +17,21 @@ _FIELDS = ("module", "file", "sha256")
 
 
 def origin(thing: Scorer | Autoencoder) -> dict[str, Any]:
-    """``{"origin": {module, file, sha256}}`` of a scorer or a model whose class is not this package's, else nothing."""
+    """``{"origin": {module, file, sha256}}`` for a scorer or model defined in user code, else an empty dict."""
     found = origin_of(type(thing))
     return {} if found is None else {"origin": found}
 
 
 def check_origin(described: Mapping[str, Any], name: str, kind: str, where: str) -> None:
-    """Refuse a detector whose own scorer or model family is not registered; warn where its file has changed.
+    """Check that a user-defined scorer or model family is registered; warn if its file has changed.
 
     Args:
-        described: the record's entry of the scorer or the model. name: that of the class.
-        kind: ``scorer`` or ``model family``. where: the file of the record, for errors.
+        described: the record's entry for the scorer or model.
+        name: registered name of the class.
+        kind: ``scorer`` or ``model family``.
+        where: the file of the record, for errors.
     Raises:
-        TrajOODError: names the file that is to be imported.
+        TrajOODError: it is not registered; the message names the file to import.
     """
     stored = described.get("origin")
     if not isinstance(stored, Mapping):
@@ -43,14 +44,14 @@ def check_origin(described: Mapping[str, Any], name: str, kind: str, where: str)
     source, content = (f"{file} (SHA-256 {digest[:16]}…)", digest) if file else (f"module {module}", "")
     if known is None:
         raise TrajOODError(
-            f"{where}: its {kind} {name!r} was made with {source}, which is not imported: give --import "
+            f"{where}: its {kind} {name!r} is defined in {source}, which is not imported: give --import "
             f"{file or module} with its path, or import it in Python before"
         )
     here = origin_of(known) or {}
     if content and here.get("sha256") != content:
         other = here.get("file", known.__module__)
         warn(
-            f"{where}: its {kind} {name!r} was made with {source}, and {other} here is not the same file: its numbers "
-            "for two test images are compared, others may differ",
+            f"{where}: its {kind} {name!r} is defined in {source}, and {other} here is not the same file: results on "
+            "two test images are compared, others may differ",
             stacklevel=5,
         )

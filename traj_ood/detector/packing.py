@@ -1,8 +1,7 @@
-"""A model as a folder that needs nothing else: safetensors and a JSON-able description, rebuilt without any download.
+"""Save a model as a self-contained folder, safetensors and a JSON description, and rebuild it without any download.
 
-What decides a model is code and weights. The code of the registered families, and of the libraries behind their
-backbones, is installed; each family writes what says how to call it. A callable's code cannot be written down, so it
-stays with its owner.
+Registered families save their weights and the arguments of their classes, whose code is installed. The code of a
+callable cannot be saved; its user has to provide it again.
 """
 
 from __future__ import annotations
@@ -21,20 +20,21 @@ from traj_ood.io.pretrained import forget_paths, refuse_elsewhere
 from traj_ood.io.trees import field_of
 
 CALLABLE = "callable"
-"""Kind of the models that no file holds; the others' is the name of their family."""
+"""Kind of the models that cannot be saved; the kind of all others is the name of their family."""
 
 
 def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
-    """Write everything that is needed to rebuild the model offline into ``folder``: safetensors and JSON only.
+    """Write everything needed to rebuild a model offline into ``folder``: safetensors and JSON only.
 
     Args:
-        autoencoder: any. Its class must be that of a registered family: for a subclass, whose code may do anything, or
-            a surrogate over a :class:`traj_ood.CallableBackbone`, nothing is written and the ``kind`` is ``callable``.
-        folder: made when something is written.
+        autoencoder: the model. For one whose class is not exactly that of a registered family (a subclass may do
+            anything), or a surrogate over a :class:`traj_ood.CallableBackbone`, nothing is written and ``kind`` is
+            ``callable``.
+        folder: created if something is written.
     Returns:
-        A JSON-able description: ``kind`` (the family, or ``callable``), ``family``, ``name``, ``options``,
-        ``fingerprint``, ``input_shape``, ``preprocessing``, ``chunk`` (results follow it, by rounding) and what the
-        family adds.
+        A description as JSON data: ``kind`` (the family, or ``callable``), ``family``, ``name``, ``options``,
+        ``fingerprint``, ``input_shape``, ``preprocessing``, ``chunk`` (on which results depend by rounding), and the
+        entries that the family adds.
     Raises:
         TrajOODError: the folder cannot be written, or a backbone cannot be rebuilt from its library.
     """
@@ -53,21 +53,22 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
 
 
 def unpack(description: Mapping[str, Any], folder: Path, device: torch.device | str | None = None) -> Autoencoder:
-    """The model that :func:`pack` described, from the files it wrote into ``folder``.
+    """Rebuild a model from the description and the files of :func:`pack`.
 
     Args:
         description: as returned by :func:`pack`, or read back from JSON.
+        folder: the folder that :func:`pack` wrote.
         device: where to move the model. Default: it stays on the CPU.
     Raises:
-        TrajOODError: a description of the kind ``callable``; files or entries that are missing, damaged or of another
-            architecture; weights or options with another fingerprint.
+        TrajOODError: the kind is ``callable``; files or entries are missing, damaged or of another architecture; or
+            weights or options have another fingerprint.
     """
     kind = field_of(description, "kind", str, where := f"{folder}: description of the model")
     if kind == CALLABLE:
         name = field_of(description, "name", str, where)
         raise TrajOODError(
-            f"{folder}: the model {name!r} is made of your own code, which no file holds: build it again and pass it "
-            "as autoencoder="
+            f"{folder}: the model {name!r} is defined by user code, which is not saved: build it again and pass it as "
+            "autoencoder="
         )
     refuse_elsewhere(folder)
     model = rebuild(FAMILIES, description, "kind", folder)

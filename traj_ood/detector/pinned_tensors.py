@@ -1,4 +1,4 @@
-"""Named tensors as buffers of a module."""
+"""Modules that store named tensors as buffers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Tensors(nn.Module):
-    """Buffers by names that may hold what a buffer's name may not, such as ``0/grid/means``."""
+    """Buffers under any names, also those that a buffer cannot have, such as ``0/grid/means``."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
-"""Two fixed images whose numbers are written down at saving: does the detector that was loaded give them, too?
+"""Results on two fixed images, recorded when a detector is saved and compared when it is loaded.
 
-Hashes say that the files are whole. They do not say that this machine's libraries, this version of a scorer or a
-callable that was passed in still compute the same. The probe does, at the price of an encoding and two steps of one
-chunk of rows.
+Hashes only show that the files are intact. The probe shows that this machine's libraries, this version of the scorer
+and a user-provided model still compute the same. It costs one encoding and two steps of one chunk of rows.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from torch import Tensor
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.scorers.scorer_set import ScorerSet
 
-_STEPS = 2  # few enough that no chaos has magnified the rounding of another device
-_COORDINATES = 16
-_SHARE = 0.05  # devices and TF32 differ by 1e-3, other weights by the whole value
+_STEPS = 2  # few, because chaotic dynamics amplify the rounding differences between devices
+_COORDINATES = 16  # of z0 that are recorded
+_TOLERANCE = 0.05  # relative; devices and TF32 differ by 1e-3, other weights by the whole value
 
 
 def probe(scorers: ScorerSet) -> dict[str, Any]:
-    """JSON-able results on two fixed images: coordinates of z0, lengths of the first steps, and scores."""
-    scorers.try_compile()  # before there is a copy, which would compile for itself
+    """Results on the two images as JSON data: coordinates of z0, lengths of the first steps, and scores."""
+    scorers.try_compile()  # before the copy, which would compile again
     short = copy.copy(scorers)
     short.max_steps = min(_STEPS, scorers.max_steps)
     encoding = scorers.autoencoder.examine(_images(scorers.autoencoder.input_shape))
@@ -43,10 +42,10 @@ def probe(scorers: ScorerSet) -> dict[str, Any]:
 
 
 def check_probe(scorers: ScorerSet, expected: Mapping[str, Any], where: str) -> None:
-    """Refuse a detector whose results on the two images differ from those recorded when it was saved.
+    """Check that the results on the two images are those recorded when the detector was saved.
 
     Raises:
-        TrajOODError: numbers that differ by more than rounding, or files that do not fit together.
+        TrajOODError: they differ by more than rounding, or model and scorer do not fit together.
     """
     with foreign_errors(f"{where}: the model and the scorer do not fit together"):
         found = probe(scorers)
@@ -54,12 +53,12 @@ def check_probe(scorers: ScorerSet, expected: Mapping[str, Any], where: str) -> 
         if not _agree(expected.get(key), numbers):
             raise TrajOODError(
                 f"{where}: {key} of two test images differ from those at saving: the model or the scorer computes "
-                "something else here: use the same model and versions (they are listed in the file)"
+                "different values here: use the same model and versions (listed in the file)"
             )
 
 
 def _images(shape: tuple[int, int, int]) -> Tensor:
-    """(2, C, H, W): waves, the same with every version of every library."""
+    """The two images, (2, C, H, W): waves that are the same with every version of every library."""
     place = torch.arange(2 * math.prod(shape), dtype=torch.float64)
     return torch.sin(0.37 * place + (0.011 * place).square()).float().reshape(2, *shape)
 
@@ -69,7 +68,7 @@ def _numbers(values: Tensor) -> list[list[float | None]]:
 
 
 def _agree(expected: object, found: list[list[float | None]]) -> bool:
-    """To a share of the row's largest number, so that one coordinate near zero does not decide."""
+    """Whether values agree relative to the largest of their row, so that values near zero have no weight."""
     if not (isinstance(expected, list) and len(expected) == len(found)):
         return False
     for row, own in zip(expected, found, strict=True):
@@ -80,6 +79,6 @@ def _agree(expected: object, found: list[list[float | None]]) -> bool:
             if type(a) not in (int, float) or b is None:
                 if a is not None or b is not None:
                     return False
-            elif not abs(a - b) <= _SHARE * scale + 1e-6:
+            elif not abs(a - b) <= _TOLERANCE * scale + 1e-6:
                 return False
     return True

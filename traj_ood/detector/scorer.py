@@ -1,4 +1,4 @@
-"""A set of one scorer, and what remains of it after the fit."""
+"""The scorer set of a detector, which has exactly one scorer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def one_scorer(
     approximate: Approximate,
     compile: bool = False,
 ) -> ScorerSet:
-    """A :class:`traj_ood.ScorerSet` of the scorer ``spec``, not fitted.
+    """An unfitted :class:`traj_ood.ScorerSet` with the one scorer ``spec``.
 
     Raises:
-        TrajOODError: several scorers, an unknown one, one that the model cannot serve, or impossible settings.
+        TrajOODError: ``spec`` is not one known scorer, does not work with this model, or a setting is invalid.
     """
     if not isinstance(spec, str) or spec.strip() == "all":
         raise TrajOODError(f"scorer: expected one name such as 'field', got {spec!r}: a detector has one scorer")
@@ -40,7 +40,7 @@ def one_scorer(
 
 
 def forget_fit(scorers: ScorerSet) -> None:
-    """Reduce the set's needs to those of a score: attractors that only the fit reads are dropped."""
+    """Reduce the set's needs to those of scoring, and drop attractors that only the fit reads."""
     scorers.needs = replace(scorers.needs, attractors=frozenset(), train_path=False, labels=False, head=False)
     if not scorers.needs.distances:
         scorers.dictionary = None

@@ -1,4 +1,4 @@
-"""One step of f with all that is measured there, and the loop over it, which a graph holds once for all steps."""
+"""One step of f with its measures, and the loop over steps, which an exported graph contains only once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from traj_ood.autoencoders import Autoencoder, FeatureView
 from traj_ood.detector.dense_index import DenseIndex
 from traj_ood.detector.pinned_tensors import Tensors
 
-_ROWS = 3  # of the example while a step is recorded: 0 and 1 would count as constants
+_ROWS = 3  # of the example batch while recording: torch.export would treat 0 and 1 as constants
 
 
 class Step(nn.Module):
-    """As one round of :func:`traj_ood.iterate`, with every sample in it: one that has settled stays where it is, and
-    what it would measure is NaN, as everywhere past a sample's end.
+    """One round of :func:`traj_ood.iterate` for a whole batch.
+
+    Samples that have converged stay where they are, and their measures are NaN, as always after the end of a path.
 
     Args:
-        autoencoder: the model. attractors: by view in which distances are measured.
-        views: of the points that are kept. tol: on the squared residual.
+        autoencoder: the model.
+        attractors: the attractors by the views in which distances are measured.
+        views: views in which points are returned.
+        tol: tolerance on the squared residual.
     """
 
     def __init__(self, autoencoder: Autoencoder, attractors: Tensors, views: Sequence[FeatureView], tol: float) -> None:
@@ -37,24 +40,33 @@ class Step(nn.Module):
         return ["norm", *(f"distance/{view}" for view in self.attractors.all())]
 
     def prepare(self) -> list[Tensor]:
-        """What every step uses and no step changes: float64 copies of the attractors, and their squared lengths."""
+        """Constants that every step uses: float64 copies of the attractors, and their squared lengths."""
         return [t for points in self.attractors.all().values() for t in DenseIndex(points).prepared]
 
     def forward(self, latents: Tensor, running: Tensor, first: Tensor, *prepared: Tensor) -> tuple[Tensor, ...]:
-        """Latents (B, *L), (B,) bool and a bool → the next two, squared residuals (B,), the measures (B,) each, and
-        the views (B, …) of the points."""
-        images = self._autoencoder.self_map(latents.clone())  # it may begin with an operation in place
+        """Take one step.
+
+        Args:
+            latents: (B, *L).
+            running: (B,) bool, false after the end of a path.
+            first: whether this is the first step.
+            prepared: see :meth:`prepare`.
+        Returns:
+            The next latents and ``running``, squared residuals (B,), each measure (B,), and the points (B, …) in each
+            view.
+        """
+        images = self._autoencoder.self_map(latents.clone())  # a clone, as f may begin with an in-place operation
         squared = lengths(images - latents).double().square()
         running = running & squared.isfinite() & lengths(images).isfinite()
         moved = torch.where(running.view(-1, *[1] * (latents.ndim - 1)), images, latents)
         residuals = torch.where(running, squared, torch.nan)
         measures = self.measure(moved, running, *prepared)
-        points = [self._autoencoder.latent_view(moved, view).clone() for view in self._views]  # scan shares no memory
-        # A first residual is no difference of two images of f: it settles nothing.
+        points = [self._autoencoder.latent_view(moved, view).clone() for view in self._views]  # scan forbids aliases
+        # The first residual does not count for convergence: z0 is not a value of f.
         return moved, running & ((squared >= self._tol) | first), residuals, *measures, *points
 
     def measure(self, latents: Tensor, running: Tensor, *prepared: Tensor) -> list[Tensor]:
-        """(B,) float64 each: ‖z‖, and the distance to the nearest attractor in each view."""
+        """The measures, each (B,) float64: ‖z‖, and the distance to the nearest attractor in each view."""
         found = [lengths(latents).double()]
         for number, (view, points) in enumerate(self.attractors.all().items()):
             index = DenseIndex(points, (prepared[2 * number], prepared[2 * number + 1]))
@@ -64,11 +76,12 @@ class Step(nn.Module):
 
 
 Loop = Callable[[Tensor, Tensor, int, list[Tensor]], list[Tensor]]
-"""(latents, running, steps, prepared) → what :class:`Step` returns: the last two, the rest stacked (steps, B, …)."""
+"""(latents, running, steps, prepared) → the last latents and ``running``, and the other results of :class:`Step`
+stacked to (steps, B, …)."""
 
 
 def plain_loop(step: Step) -> Loop:
-    """One call of ``step`` after the other."""
+    """A Python loop that calls ``step``."""
 
     def run(latents: Tensor, running: Tensor, steps: int, prepared: list[Tensor]) -> list[Tensor]:
         columns: list[tuple[Tensor, ...]] = []
@@ -83,12 +96,13 @@ def plain_loop(step: Step) -> Loop:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """``step`` as a graph of tensors alone, for torch's ``scan``: its body may refer to nothing outside.
+    """``step`` recorded as a graph whose inputs are all tensors it uses, as torch's ``scan`` requires of its body.
 
     Attributes:
-        graph: tensors, then latents, running, first and what is prepared → as :class:`Step`.
-        names: of the tensors that are the step's own parameters and buffers, None for a constant.
-        constants: those that are no one's, such as a fixed order of patches, in their order.
+        step: the recorded step.
+        graph: takes tensors, then latents, running, first and prepared; returns as :class:`Step`.
+        names: name of each of these tensors among the parameters and buffers of ``step``; None for a constant.
+        constants: tensors that are neither, such as a fixed order of patches, in order.
     """
 
     step: Step
@@ -111,7 +125,7 @@ class RecordedStep:
         return cls(step, program.graph_module, names, Tensors(loose))
 
     def loop(self) -> Loop:
-        """A ``scan`` over the graph."""
+        """The loop as a ``scan`` over the graph."""
         from torch._higher_order_ops.scan import scan_op
 
         def run(latents: Tensor, running: Tensor, steps: int, prepared: list[Tensor]) -> list[Tensor]:
@@ -129,13 +143,13 @@ class RecordedStep:
 
 
 def can_scan() -> bool:
-    """Whether this torch has a ``scan`` that both files can hold; it is a prototype there."""
+    """Whether this version of torch has a ``scan``, a prototype, that both export formats support."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return version >= (2, 9)
 
 
 def lengths(latents: Tensor) -> Tensor:
-    """(B,) ‖z‖."""
+    """(B,) norms ‖z‖ of latents (B, *L)."""
     return torch.linalg.vector_norm(latents.flatten(1), dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Tensors in a detector's folder: what they must look like, and short digests of images."""
+"""Verify the tensors in a detector's folder; digests of images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from traj_ood.io.weights import all_finite
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """JSON-able dtype and shape by name."""
+    """The dtype and shape of each tensor as JSON data."""
     return {key: {"dtype": str(t.dtype), "shape": list(t.shape)} for key, t in tensors.items()}
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], finite: bool = True) -> None:
-    """Refuse a file whose tensors are not those that were written.
+    """Check that the tensors of a file are those that were written.
 
     Args:
-        specs: :func:`specs_of` by the file's name. finite: refuse NaN and infinite values.
+        path: the file.
+        tensors: its tensors.
+        specs: :func:`specs_of` of each file, by file name.
+        finite: refuse NaN and infinite values.
     Raises:
-        TrajOODError: names, dtypes, shapes or values that are not as expected.
+        TrajOODError: names, dtypes, shapes or values are not as expected.
     """
     found, expected = specs_of(tensors), specs.get(path.name)
     if found != expected:
@@ -37,14 +40,15 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str,
         )
     bad = [k for k, t in tensors.items() if finite and t.is_floating_point() and not all_finite(t)]
     if bad:
-        raise TrajOODError(f"{path}: tensor {bad[0]} holds NaN or infinite values: damaged, or fitted on such data")
+        raise TrajOODError(f"{path}: tensor {bad[0]} has NaN or infinite values: damaged, or fitted on such data")
 
 
 def read_column(path: Path, specs: Mapping[str, Any], name: str, dtype: torch.dtype) -> Tensor:
-    """(N,) the tensor ``name`` of a file.
+    """Read the one-dimensional tensor ``name`` of a file.
 
     Raises:
-        TrajOODError: as :func:`check_tensors`; also an unreadable file, or a tensor of another kind.
+        TrajOODError: as :func:`check_tensors`; also if the file is unreadable, or the tensor has another dtype or
+            number of dimensions.
     """
     with open_tensors(path, "file of a detector", "copy or save the detector again") as file:
         check_tensors(path, file.tensors, specs)
@@ -55,7 +59,7 @@ def read_column(path: Path, specs: Mapping[str, Any], name: str, dtype: torch.dt
 
 
 def digests_of(images: Tensor) -> Tensor:
-    """(B,) int64: the first 8 bytes of the sha256 of each image's float32 pixels, to know an image again."""
+    """(B,) int64: the first 8 bytes of the sha256 of each image's float32 pixels, to recognise images."""
     rows = images.detach().cpu().float().contiguous()
     words = [hashlib.sha256(row.numpy().tobytes()).digest()[:8] for row in rows]
     return torch.tensor([int.from_bytes(word, "little", signed=True) for word in words], dtype=torch.int64)

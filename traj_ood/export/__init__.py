@@ -1,4 +1,4 @@
-"""A detector as one file for other runtimes, or as an nn.Module: fixed steps, any batch size, attractors inside."""
+"""Export a detector to one file for other runtimes, or to an nn.Module, with a fixed number of steps."""
 
 from traj_ood.detector.module import DetectorModule, as_module
 from traj_ood.export.check import ALLOWED, Agreement, real_images, relative_difference

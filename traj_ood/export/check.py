@@ -1,4 +1,4 @@
-"""Does an exported file say what the detector says, and how fast?"""
+"""Compare the scores and the speed of an exported file with the detector's."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from traj_ood.data.fashion import PHOTO_SIDES, PHOTOS, TEXTURE_SIDES, TEXTURES, 
 from traj_ood.export.formats import Runner
 
 ALLOWED = 1e-4
-"""Largest relative difference: float32 rounds at 6e-8, other kernels in another order, and steps of f pass it on."""
-_SIDE = 96  # of the crops, before the model's own transform
-_PHOTOS, _TEXTURES = 20, 10
-_SECONDS, _REPEATS = 1.0, 20  # of one timing, at most
+"""Largest accepted relative difference. float32 rounds at 6e-8, other kernels add in another order, and steps of f
+amplify the difference."""
+_SIDE = 96  # of the crops in pixels, before the model's transform
+_PHOTOS, _TEXTURES = 20, 10  # numbers of crops
+_SECONDS, _REPEATS = 1.0, 20  # limits of one timing
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of a file with the detector.
+    """Comparison of an exported file with the detector.
 
     Attributes:
-        images: how many were compared. difference: the largest of :func:`relative_difference`.
-        one, many: medians of milliseconds per call, for one image and for all of them: (file, detector) each.
+        images: number of images compared.
+        difference: largest :func:`relative_difference` of their scores.
+        one, many: median milliseconds per call for one image and for all images, each as (file, detector).
     """
 
     images: int
@@ -36,23 +38,26 @@ class Agreement:
 
 
 def real_images(autoencoder: Autoencoder) -> Tensor:
-    """(32, C, H, W) float32 in [0, 1]: crops of scikit-image's photographs and textures, one black, one white.
+    """(32, C, H, W) float32 pixels in [0, 1]: crops of scikit-image's photographs and textures, one black, one white.
 
     Raises:
-        TrajOODError: scikit-image's files are not there.
+        TrajOODError: scikit-image's files are missing.
     """
     photos = crops(PHOTOS, PHOTO_SIDES, "photos", scaled_to=_SIDE, mode="RGB")
     textures = crops(TEXTURES, TEXTURE_SIDES, "textures", scaled_to=_SIDE, mode="RGB")
     images = [photos.load(i) for i in range(_PHOTOS)] + [textures.load(i) for i in range(_TEXTURES)]
     images += [Image.new("RGB", (_SIDE, _SIDE), shade) for shade in ("black", "white")]
     preprocessing = autoencoder.preprocessing
-    assert preprocessing is not None  # a module has been made
+    assert preprocessing is not None  # as_module has checked it
     return torch.stack([preprocessing.pixels(image) for image in images]).float() / 255
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
-    """max |a − b| / max(|b|, median |b|): a score that happens to be near zero, as two-sided ones and logarithms may,
-    is not held to more digits than it has. Infinite where only one is finite, or both are not and differ."""
+    """max |a − b| / max(|b|, median |b|) over scores a = ``got`` and b = ``expected``, (B,) each.
+
+    The median keeps scores near zero, which two-sided scores and logarithms can have, from needing more digits than
+    they have. Infinite if only one of a and b is finite, or if neither is and they differ.
+    """
     both = got.isfinite() & expected.isfinite()
     same = both | (got == expected)
     if got.shape != expected.shape or not bool(same.all()):
@@ -65,8 +70,7 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
 
 
 def agreement(file: Runner, detector: Runner, pixels: Tensor) -> Agreement:
-    """Compare what a file says of pixels (B, C, H, W) with what the detector says of them, as one batch and alone, and
-    time both."""
+    """Compare and time a file and a detector on pixels (B, C, H, W), as one batch and one image alone."""
     expected = detector(pixels)
     alone = torch.cat([file(pixels[:1]), expected[1:]])
     difference = max(relative_difference(file(pixels), expected), relative_difference(alone, expected))
@@ -75,7 +79,7 @@ def agreement(file: Runner, detector: Runner, pixels: Tensor) -> Agreement:
 
 
 def _median_time(run: Runner, images: Tensor) -> float:
-    """Milliseconds of a call, after one to warm up."""
+    """Median milliseconds of a call, after one to warm up."""
     run(images)
     taken: list[float] = []
     while len(taken) < _REPEATS and (sum(taken) < 1000 * _SECONDS or len(taken) < 3):

@@ -1,4 +1,4 @@
-"""Write a detector as one file, after it has been compared with the detector."""
+"""Export a detector to one file, which is compared with the detector before it is kept."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
 
 SCHEMA = "traj_ood.export/2"
-"""Version 2 added p-values and decisions to ONNX files; what version 1 says of itself, version 2 says, too."""
+"""Version 2 added p-values and decisions to ONNX files; all metadata of version 1 are kept."""
 _QUANTILES = 100
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported file.
 
     Attributes:
-        path: the file. size: its bytes. metadata: what it says of itself. agreement: how it compares to the detector.
+        path: the file.
+        size: its size in bytes.
+        metadata: the JSON metadata in the file, see :func:`describe`.
+        agreement: its comparison with the detector.
     """
 
     path: Path
@@ -49,25 +52,25 @@ def export_detector(
     steps: int | None = None,
     images: Pixels | None = None,
 ) -> Exported:
-    """Write a detector as one file that takes pixels (B, C, H, W) in [0, 1], B >= 1, and returns scores; see
-    :class:`DetectorModule`. An ONNX file of a calibrated detector returns p-values and decisions, too, where the
-    calibration is of this score: see :class:`traj_ood.detector.decision_module.DecisionModule`.
+    """Export a detector to one file that maps pixels (B, C, H, W) in [0, 1], B >= 1, to scores.
 
-    The file is run and compared with the detector at the same number of steps before it takes its place, so that what
-    is under ``path`` agrees with the detector to 1e-4, relative, on the images compared.
+    The file computes :class:`DetectorModule`. An ONNX file of a calibrated detector also returns p-values and
+    decisions (:class:`traj_ood.detector.decision_module.DecisionModule`), if it computes the calibrated score.
+
+    Before it is kept, the file is run and compared with the detector at the same number of steps: its scores agree to
+    1e-4, relative, on the compared images.
 
     Args:
-        detector: with one fitted scorer, its model on the CPU.
-        path: of the file; a previous one is replaced.
-        form: ``onnx`` (default), for ONNX Runtime and all that reads ONNX; it holds no code. ``torch`` is what
-            ``torch.export.save`` writes, for ``torch.export.load`` and AOTInductor. We put tensors, a JSON graph and
-            JSON metadata into it and no Python objects, but loading it can run pickle: accept such files from nobody.
+        detector: a detector, or another object with one fitted scorer, its model on the CPU.
+        path: the file; an existing one is replaced.
+        form: ``onnx`` (default), for ONNX Runtime and other ONNX tools; contains no code. ``torch``: the format of
+            ``torch.export.save``, for ``torch.export.load`` and AOTInductor. It contains tensors, a JSON graph and JSON
+            metadata and no Python objects, but loading it can run pickle: never load such files from others.
         steps: see :func:`as_module`.
-        images: what to compare on, at least one. Default: :func:`real_images`.
+        images: images to compare on, at least one. Default: :func:`real_images`.
     Raises:
-        TrajOODError: a path inside a detector's folder, a scorer, model or runtime that cannot, a model on another
-            device, or scores that disagree (then
-            nothing is written).
+        TrajOODError: ``path`` is inside a detector's folder, the scorer or model cannot be exported, a library is
+            missing, the model is on another device, or scores disagree (nothing is written then).
     """
     if form not in FORMATS:
         raise unknown_name("export format", str(form), FORMATS)
@@ -93,8 +96,11 @@ def export_detector(
 
 
 def describe(detector: HasScorers, module: DetectorModule, form: Format = "onnx") -> dict[str, Any]:
-    """What a file says of itself, JSON-able; ``calibration`` is None where the detector's threshold is none of this
-    score's (fewer steps, or a path of its own length cut to a fixed one)."""
+    """The metadata of an exported file, JSON data.
+
+    ``calibration`` is None if the detector's threshold does not hold for the exported score: it takes fewer steps, or
+    a fixed number in place of a path's own length.
+    """
     model, scorer, made = detector.autoencoder, module.scorer, environment()
     calibration = _calibration(detector) if same_score(detector.scorers, module.steps) else None
     return {
@@ -113,7 +119,7 @@ def describe(detector: HasScorers, module: DetectorModule, form: Format = "onnx"
             "label": scorer.label,
             "options": scorer.options(),
             "fitted": detector.scorers.labels[0],
-            "is_fitted": same_score(detector.scorers, module.steps),  # or one of another number of steps
+            "is_fitted": same_score(detector.scorers, module.steps),  # false: the same scorer with other steps
         },
         "steps": module.steps,
         "tol": detector.scorers.tol,
@@ -144,7 +150,7 @@ def _calibration(detector: HasScorers) -> dict[str, Any] | None:
 
 
 def _how(preprocessing: Preprocessing) -> dict[str, Any]:
-    """How a caller makes pixels of a picture; mean and std are of pixels in [0, 1]."""
+    """How a caller prepares an image; mean and std apply to pixels in [0, 1]."""
     mean, std = preprocessing.affine
     return {
         "shape": list(preprocessing.shape),
@@ -160,13 +166,13 @@ def _how(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def _pixels(detector: HasScorers, images: Pixels) -> Tensor:
-    """(N, C, H, W) float32 in [0, 1], resized and cropped.
+    """Images as (N, C, H, W) float32 pixels in [0, 1], resized and cropped.
 
     Raises:
-        TrajOODError: what is no image.
+        TrajOODError: as :func:`traj_ood.data.preprocessing.prepare`.
     """
     preprocessing = detector.autoencoder.preprocessing
-    assert preprocessing is not None  # a module has been made
+    assert preprocessing is not None  # as_module has checked it
     pixels = preprocessing.unnormalise(prepare(detector.autoencoder, images).cpu().double())
     return as_pixels(detector.autoencoder.name, pixels).clamp(0, 1)
 
@@ -191,14 +197,14 @@ def _checked(detector: HasScorers, module: DetectorModule, form: Format, path: P
 
 
 def _check_decisions(detector: HasScorers, answer: Answerer, images: Tensor) -> None:
-    """The file's p-values and decisions have to be those of its own scores, and one bad pixel has to be told."""
+    """Check that the file's p-values and decisions are those of its scores, and that an invalid pixel is reported."""
     bad = images[:1].clone()
     bad[0, 0, 0, 0] = torch.nan
-    said = answer(torch.cat([images, bad]))
+    outputs = answer(torch.cat([images, bad]))
     known = detector.calibration
-    if known is None or OUTPUTS[1] not in said:
+    if known is None or OUTPUTS[1] not in outputs:
         return
-    scores, p_values, decisions = (said[name] for name in OUTPUTS)
+    scores, p_values, decisions = (outputs[name] for name in OUTPUTS)
     same = torch.allclose(p_values[:-1], known.p_values(scores[:-1]), rtol=1e-12, atol=0)
     same &= torch.equal(decisions[:-1] == REASONS.index("ood"), known.decide(scores[:-1]))
     if not same or int(decisions[-1]) != REASONS.index("invalid") or not scores[-1].isnan():

@@ -1,4 +1,4 @@
-"""The two files: ONNX, and what ``torch.export`` saves. Each is written, opened and run here and nowhere else."""
+"""Write, open and run the two export formats: ONNX and ``torch.export``."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ Format = Literal["onnx", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 INPUT, OUTPUT = "images", "scores"
 OUTPUTS = (OUTPUT, "p_values", "decisions")
-"""Of an ONNX file that holds a calibration; one without, and every torch file, has the first alone."""
+"""Outputs of an ONNX file with a calibration; one without, and every torch file, has only the first."""
 METADATA = "traj_ood"
 """Key of the JSON in an ONNX model's metadata; with the suffix .json, the extra file in a torch.export archive."""
-_EXAMPLES = 3  # rows while recording: 0 and 1 would count as constants
+_EXAMPLES = 3  # rows of the example batch while recording: torch.export would treat 0 and 1 as constants
 MAX_UNROLLED = 32
-_LARGEST_ONNX = 2**31 - 1
+"""Most steps in a graph without ``scan``, which contains every step separately."""
+_MAX_ONNX_BYTES = 2**31 - 1
 _INSTALL = "pip install 'traj_ood[export]'"
 
 Runner = Callable[[Tensor], Tensor]
 """Pixels (B, C, H, W) float32 → scores (B,) float64."""
 Answerer = Callable[[Tensor], dict[str, Tensor]]
-"""Pixels (B, C, H, W) float32 → what the file has of ``OUTPUTS``, (B,) each."""
+"""Pixels (B, C, H, W) float32 → those of ``OUTPUTS`` that the file has, (B,) each."""
 Graph = DetectorModule | DecisionModule
 
 
 def write(form: Format, module: Graph, metadata: Mapping[str, Any], file: BinaryIO) -> None:
-    """Record the module's operations and write them with its weights and ``metadata``.
+    """Record a module as a graph and write it with its weights and ``metadata``.
 
     Raises:
-        TrajOODError: libraries missing, an operation that cannot be recorded, or too large a file for ONNX.
+        TrajOODError: a library is missing, an operation cannot be recorded, or the file is too large for ONNX.
     """
     text = json.dumps(metadata)
     with module.recording():
@@ -55,38 +56,38 @@ def write(form: Format, module: Graph, metadata: Mapping[str, Any], file: Binary
 
 
 def open_file(form: Format, path: Path) -> tuple[Runner, dict[str, Any]]:
-    """A function that runs the file on the CPU for its scores, and its metadata; see :func:`open_answers`."""
+    """Open a file: a function that computes its scores on the CPU, and its metadata; see :func:`open_answers`."""
     answer, metadata = open_answers(form, path)
     return (lambda images: answer(images)[OUTPUT]), metadata
 
 
 def open_answers(form: Format, path: Path) -> tuple[Answerer, dict[str, Any]]:
-    """A function that runs the file on the CPU for all that it says, and its metadata.
+    """Open a file: a function that computes all its outputs on the CPU, and its metadata.
 
-    ``torch.export.load`` is not made for files of strangers (it can fall back on pickle): open only what you exported.
+    ``torch.export.load`` is unsafe for files from others (it can fall back on pickle): open only your own exports.
 
     Raises:
-        TrajOODError: libraries missing, or a file that they cannot load.
+        TrajOODError: a library is missing or cannot load the file.
     """
     try:
         return (_open_onnx if form == "onnx" else _open_torch)(path)
     except TrajOODError:
         raise
-    except Exception as error:  # each runtime has error classes of its own
+    except Exception as error:  # each runtime has its own error classes
         raise TrajOODError(f"{path}: cannot be loaded as an exported detector ({_first_cause(error)})") from error
 
 
 def record(module: Graph) -> torch.export.ExportedProgram:
-    """The module's operations for any batch size.
+    """Record a module as a graph for any batch size.
 
     Raises:
-        TrajOODError: the network or the scorer does something that no graph can hold.
+        TrajOODError: an operation of the network or the scorer cannot be recorded.
     """
     example = torch.full((_EXAMPLES, *module.preprocessing.shape), 0.5)
     if module.steps > MAX_UNROLLED and not can_scan():
         raise TrajOODError(
-            f"export: expected at most {MAX_UNROLLED} steps with torch {torch.__version__}, whose graphs hold every "
-            f"step on its own, got {module.steps}: use fewer, or torch >= 2.9"
+            f"export: expected at most {MAX_UNROLLED} steps with torch {torch.__version__}, whose graphs contain every "
+            f"step separately, got {module.steps}: use fewer, or torch >= 2.9"
         )
     try:
         with _quiet(), torch.no_grad():
@@ -95,7 +96,7 @@ def record(module: Graph) -> torch.export.ExportedProgram:
             return torch.export.export(
                 module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
-    except Exception as error:  # any code of any network
+    except Exception as error:  # the network's code may raise anything
         raise TrajOODError(
             f"export: the network with scorer {module.scorer.label} cannot be recorded as a graph of any batch size "
             f"({_first_cause(error)}): use the detector in Python, or as_module()"
@@ -117,7 +118,7 @@ def _onnx_bytes(module: Graph, metadata: str) -> bytes:
             "--format torch"
         ) from error
     size = proto.ByteSize()
-    if size > _LARGEST_ONNX:
+    if size > _MAX_ONNX_BYTES:
         raise TrajOODError(
             f"export: expected at most 2 GiB in one ONNX file, got {size / 2**30:.1f} GiB: use --format torch, or a "
             "scorer with a smaller view"
@@ -167,7 +168,7 @@ def _need(*libraries: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What the exporters warn and log about is their own business: the file is checked against the detector."""
+    """Context manager that silences warnings and logs of the exporters; the file is verified against the detector."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
     try:
@@ -182,6 +183,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:  # the exporters wrap what went wrong into pages of advice
+    while error.__cause__ is not None:  # the exporters wrap the error in pages of advice
         error = error.__cause__
     return brief(error)
