@@ -145,7 +145,7 @@ def test_every_kind_of_rows_says_the_same(place: Path) -> None:
 def test_the_exit_code_tells_cron(place: Path, tmp_path: Path) -> None:
     fine = run(place / "d", place / "csv" / "1.csv", "--prometheus", tmp_path / "m.prom")
     assert fine.exit_code == 0, fine.output
-    assert "looks like the calibration" in fine.stdout
+    assert "resembles the calibration" in fine.stdout
     parser = pytest.importorskip("prometheus_client.parser", reason="needs traj_ood[monitor]")
     families = {f.name: f.samples[0] for f in parser.text_string_to_metric_families((tmp_path / "m.prom").read_text())}
     assert families["traj_ood_monitor_images"].value == 151
@@ -154,7 +154,7 @@ def test_the_exit_code_tells_cron(place: Path, tmp_path: Path) -> None:
     loud = run(place / "d", place / "jsonl", "--format", "json", "--quiet")
     assert loud.exit_code == 4
     assert json.loads(loud.stdout)["alarms"][0]["at"] > 150
-    assert "traj-ood: alarm: the stream is unlike the calibration: martingale after" in loud.stderr
+    assert "traj-ood: alarm: the stream differs from the calibration: martingale after" in loud.stderr
     assert run(place / "d", place / "csv" / "1.csv", "--quiet").output == ""
 
 

@@ -601,7 +601,7 @@ def test_a_file_has_its_name_when_it_is_whole(judge: Detector, folder: Path, tmp
     write(judge, walk(str(folder)), out, overwrite=True)
     assert not part.exists()
     before = out.read_bytes()
-    with pytest.raises(TrajOODError, match=r"out\.csv: there already; choose another --out, or .* --overwrite"):
+    with pytest.raises(TrajOODError, match=r"out\.csv: exists already; choose another --out, or .* --overwrite"):
         open_table(out)
     assert (out.read_bytes(), part.exists()) == (before, False)
 
@@ -742,7 +742,7 @@ def test_rows_of_another_input_detector_or_image_are_not_continued(
         detector=make(calibration=3),
     )
     refused("row 1: expected the p-value and decision", detector=make(calibration=None))
-    refused(r"row 1: expected the p-value|expected what this detector says of", detector=make("mahalanobis"))
+    refused(r"row 1: expected the p-value|expected this detector.s result on", detector=make("mahalanobis"))
     image = (folder / "003.png").read_bytes()
     (folder / "003.png").write_bytes((folder / "004.png").read_bytes())
     refused(r"row 4: '.*003\.png' has changed since it was judged; start again with --overwrite")
@@ -775,7 +775,7 @@ def test_rows_that_differ_by_rounding_are_continued(judge: Detector, folder: Pat
     write(Rounding(judge, 1 + 1e-9), walk(str(folder)), out, resume=True)
     assert out.read_bytes() == whole
     out.rename(part)
-    with pytest.raises(TrajOODError, match=r"expected what this detector says of '.*000\.png'"):
+    with pytest.raises(TrajOODError, match=r"expected this detector.s result on '.*000\.png'"):
         write(Rounding(judge, 1 + 1e-5), walk(str(folder)), out, resume=True)
     assert part.read_bytes() == whole
 
@@ -820,7 +820,7 @@ def test_rows_of_another_detector_are_found_behind_errors_and_behind_a_start_tha
     out = tmp_path / "out.csv"
     write(judge, walk(str(tmp_path / "s")), out)
     out.rename(tmp_path / "out.csv.part")
-    with pytest.raises(TrajOODError, match="expected what this detector says of"):
+    with pytest.raises(TrajOODError, match=r"expected this detector.s result on"):
         write(other, walk(str(tmp_path / "s")), out, resume=True)
     assert write(judge, walk(str(tmp_path / "s")), out, resume=True)[1] == Tally(150, broken, 0)
 

@@ -1,8 +1,8 @@
-"""Files at addresses (`s3://`, `gs://`, `https://`, …) by fsspec, and the list of those that may be opened.
+"""Files at fsspec addresses (`s3://`, `gs://`, `https://`, …), restricted to a list of allowed prefixes.
 
-An address in a list or a form may be anybody's, and a request from this machine reaches what the machine reaches: the
-metadata of a cloud, the services of a cluster. What is named by the user is compared with the list, and so is what a
-server names: the links of a listing, and where it redirects to, before that is asked for anything.
+An address in a list or a form may come from an untrusted user, and a request from this machine can reach internal
+services, such as a cloud's metadata. The list therefore applies to the address that the user gives and to those that a
+server gives: the links of a listing, and the target of a redirect before it is followed.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ def is_address(source: str) -> bool:
 
 
 def check_allowed(address: str, allow: Sequence[str]) -> None:
-    """Refuse an address that begins with none of ``allow``, leads out of it (``..``, also as ``%2e%2e``), or chains
-    another one to it (``::``).
+    """Raise if no prefix in ``allow`` covers an address.
 
     Raises:
-        TrajOODError: names what is allowed.
+        TrajOODError: the address begins with no allowed prefix, contains ``..`` (also as ``%2e%2e``), or chains another
+            address (``::``). The message lists the prefixes.
     """
     if ".." in unquote(address).split("/") or not any(allowed and _within(address, allowed) for allowed in allow):
-        told = ", ".join(allow) or "none"
-        raise TrajOODError(f"{address[:200]}: not an address that is allowed ({told}): name its beginning with --allow")
+        known = ", ".join(allow) or "none"
+        raise TrajOODError(f"{address[:200]}: not an allowed address (allowed: {known}): add its prefix with --allow")
 
 
 def _within(address: str, allowed: str) -> bool:
-    """``s3://bucket/a`` holds ``s3://bucket/a`` and ``s3://bucket/a/b``, not ``s3://bucket/ab``."""
+    """Whether an address is at or below an allowed one: ``s3://b/a`` allows ``s3://b/a`` and ``s3://b/a/c``, not
+    ``s3://b/ac``."""
     if not address.startswith(allowed):
         return False
     rest = address[len(allowed) :]
@@ -45,18 +46,22 @@ def _within(address: str, allowed: str) -> bool:
 
 
 class RemoteFiles:
-    """What an allowed address holds: itself, or all files below it.
+    """The file at an allowed address, or all files below it.
 
     Attributes:
-        names: of the files, whole addresses, sorted. Not all need be allowed: :meth:`open` says so.
+        names: addresses of the files, sorted. :meth:`open` refuses those that are not allowed, which a listing may name.
     """
 
     def __init__(self, address: str, allow: Sequence[str]) -> None:
-        """Raises :class:`TrajOODError`: not allowed, or it cannot be listed."""
+        """List the files.
+
+        Raises:
+            TrajOODError: the address is not allowed, or cannot be listed.
+        """
         check_allowed(address, allow)
         self._allow = tuple(allow)
         core = library("fsspec.core", "fsspec")
-        with foreign_errors(f"{address}: cannot be opened", ": correct the address, or install what fsspec asks for"):
+        with foreign_errors(f"{address}: cannot be opened", ": correct the address, or install what fsspec needs"):
             self._system, path = core.url_to_fs(address, **self._options(address))
             found = sorted(self._system.find(path)) if self._system.isdir(path) else [path]
         prefix = address[: _ADDRESS.match(address).end()]  # type: ignore[union-attr]
@@ -64,33 +69,34 @@ class RemoteFiles:
         self.names = list(self._paths)
 
     def open(self, name: str, *, seekable: bool = False) -> BinaryIO:
-        """One of ``names``, for reading.
+        """Open a file for reading in binary mode.
 
         Args:
-            seekable: over HTTP, ask for parts of it as they are needed, which not every server can do. Default: from
-                its start to its end.
+            name: one of ``names``.
+            seekable: over HTTP, request ranges as they are needed, which not every server supports. Default: stream
+                the file from start to end.
         Raises:
-            TrajOODError: it is not allowed, leads by a redirect to what is not allowed, or cannot be fetched.
+            TrajOODError: the file is not allowed, redirects to an address that is not allowed, or cannot be fetched.
         """
         check_allowed(name, self._allow)
         protocols = [self._system.protocol] if isinstance(self._system.protocol, str) else self._system.protocol
         streamed = not seekable and set(protocols) & set(_WEB)
         try:
             file: BinaryIO = self._system.open(self._paths[name], "rb", **({"block_size": 0} if streamed else {}))
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system has its own error classes
             raise TrajOODError(f"{name}: cannot be fetched ({_cause(error)})") from error
         return file
 
     def read(self, name: str, most: int) -> bytes:
-        """Its content, or as much of it as shows that it is more than ``most`` bytes.
+        """The first ``most + 1`` bytes of a file; a longer result than ``most`` shows that the file is too large.
 
         Raises:
-            TrajOODError: as :meth:`open`, or broken off.
+            TrajOODError: as for :meth:`open`, or the transfer fails.
         """
         parts, size = [], 0
         with self.open(name) as file:
             try:
-                while size <= most and (part := file.read(most + 1 - size)):  # a stream gives what has arrived
+                while size <= most and (part := file.read(most + 1 - size)):  # a stream returns the bytes received so far
                     parts.append(part)
                     size += len(part)
             except Exception as error:
@@ -98,21 +104,21 @@ class RemoteFiles:
         return b"".join(parts)
 
     def _options(self, address: str) -> dict[str, Any]:
-        """Of fsspec's HTTP, where it is asked: each redirect is looked at before it is followed."""
+        """fsspec's options for an HTTP address: each redirect is checked before it is followed. Empty for others."""
         used = [protocol for protocol in _WEB if f"{protocol}://" in address.lower()]
         if not used:
             return {}
         aiohttp, yarl = library("aiohttp", "fsspec[http]"), library("yarl", "fsspec[http]")
         conf = import_module("fsspec.config").conf
 
-        async def look(session: Any, context: Any, answer: Any) -> None:
+        async def check_redirect(session: Any, context: Any, answer: Any) -> None:
             target = answer.response.headers.get("Location") or answer.response.headers.get("URI")
             if target:
                 check_allowed(str(answer.response.url.join(yarl.URL(target))), self._allow)
 
         trace = aiohttp.TraceConfig()
-        trace.on_request_redirect.append(look)
-        # aiohttp's own five minutes are for a whole answer, and a shard may be judged for longer.
+        trace.on_request_redirect.append(check_redirect)
+        # aiohttp's default of five minutes limits a whole response, and judging a shard may take longer.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
         found: dict[str, Any] = {}
         for name in used:
@@ -122,10 +128,10 @@ class RemoteFiles:
 
 
 def library(module: str, package: str) -> Any:
-    """A module of an optional library.
+    """Import a module of an optional library.
 
     Raises:
-        TrajOODError: it is not installed.
+        TrajOODError: the library is not installed.
     """
     try:
         return import_module(module)
@@ -134,7 +140,8 @@ def library(module: str, package: str) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """fsspec says FileNotFoundError of whatever happened; our own reason is behind it, where there is one."""
+    """The cause of a failure: the first :class:`TrajOODError` in its chain, which fsspec hides behind a
+    FileNotFoundError, else the error itself."""
     known: BaseException | None = error
     while known is not None:
         if isinstance(known, TrajOODError):

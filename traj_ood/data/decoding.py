@@ -196,8 +196,8 @@ def check_picture(image: Image.Image, where: str) -> None:
 
 
 def held_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of what decoding holds in memory: of a TIFF in tiles at least one of them, which may be larger
-    than the image that it is a part of."""
+    """Width and height of what decoding holds in memory: at least one tile for a tiled TIFF, and a tile may be larger
+    than the image."""
     tags = getattr(image, "tag_v2", None) or {}
     sides = [side if isinstance(side := tags.get(tag), int) else 0 for tag in _TILE]
     if image.width * image.height == 0 or not all(sides):
@@ -219,7 +219,8 @@ def _has_too_many_scans(image: Any) -> bool:
 
 
 def _scans(content: bytes) -> int:
-    """Of a JPEG; what cameras append behind its end and embed in its segments does not count."""
+    """The number of scans in a JPEG, at most ``MAX_SCANS + 1``, without images appended after its end or embedded in
+    its segments by cameras."""
     scans, place = 0, 0
     while scans <= MAX_SCANS and (match := _MARKER.search(content, place)) and content[match.end() - 1] != _EOI:
         marker, place = content[match.end() - 1], match.end()

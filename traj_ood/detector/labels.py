@@ -1,4 +1,4 @@
-"""Classes of images as a caller gives them: in a list or tensor, or with the images."""
+"""Class labels given by the caller, as a list or tensor or with the images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from traj_ood.scorers.scorer_set import ScorerSet, class_numbers
 
 
 def labels_of(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
-    """One label per image.
+    """The labels as a list.
 
     Raises:
-        TrajOODError: another number of them, or what is no class.
+        TrajOODError: there is not one per image, or one is neither an integer nor text.
     """
     class_numbers(labels, count)
     return list(labels.tolist() if hasattr(labels, "tolist") else labels)
@@ -25,8 +25,7 @@ def labels_of(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
 def classes_given(
     scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int
 ) -> Tensor | None:
-    """(N,) int64 classes 0 … C − 1 of the images given, or None where there are none, or where they come with the
-    images."""
+    """(N,) int64 classes 0 … C − 1; None if there are none, or if the items of a Dataset or DataLoader have them."""
     own = has_own_labels(images)
     given = labels if labels is not None else () if own else getattr(images, "labels", ())
     if labels is None and len(given) == 0:
@@ -35,10 +34,10 @@ def classes_given(
 
 
 def numbered(given: Any, count: int, scorers: ScorerSet) -> Tensor:
-    """(N,) int64 classes 0 … C − 1.
+    """Labels as (N,) int64 classes 0 … C − 1.
 
     Raises:
-        TrajOODError: none, another number of them, or what is no class.
+        TrajOODError: labels are missing, not one per image, or neither integers nor texts.
     """
     if len(given) == 0 and count:
         raise TrajOODError(

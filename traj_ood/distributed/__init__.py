@@ -1,4 +1,4 @@
-"""Millions of images over a Ray cluster: the rows that one process writes, from actors that each hold the detector."""
+"""Score millions of images on a Ray cluster, with the rows of ``traj-ood score``."""
 
 from traj_ood.distributed.engine import images_of, score, score_to
 from traj_ood.distributed.output import read_rows_of, written_keys

@@ -1,4 +1,4 @@
-"""Scoring over Ray Data: the plan of a run. Ray moves the blocks, restarts what dies and repeats what was lost."""
+"""Scoring with Ray Data, which distributes the blocks, restarts actors and repeats lost tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from traj_ood.data.records import AS_USUAL, Opening, files_of, is_records, read_records
+from traj_ood.data.records import DEFAULT_OPENING, Opening, files_of, is_records, read_records
 from traj_ood.detector import FILE_NAME, SCHEMA, refuse_inside
 from traj_ood.distributed.actor import KEY, ScoreActor
 from traj_ood.distributed.output import written_keys
@@ -20,10 +20,10 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.sealed import open_sealed
 from traj_ood.stream import Entry
 
-_RECORDS = 2**32
-"""Keys of one file of records: those of the n-th begin at n · 2³²."""
-_TABLE = 4096  # names in one block of the input
-_BATCH_BYTES = 2**26  # of decoded images, at float32 in the model's own size
+_KEYS_PER_FILE = 2**32
+"""Keys reserved for one file of records: those of the n-th file begin at n · 2³²."""
+_BLOCK_ROWS = 4096  # rows in one block of the input
+_BATCH_BYTES = 2**26  # of decoded float32 images of the model's size
 _MAX_BATCH = 256
 _RETRIES = 3
 
@@ -33,9 +33,9 @@ class Workers:
     """The actors of a run.
 
     Attributes:
-        count: of them. Default None: one a GPU, or one a CPU where there is no GPU, of the whole cluster.
-        threads: that each computes with, and CPUs that it takes. Default 1.
-        batch: images at a time. Default None: 64 MiB of images in the model's size, at most 256, whole chunks.
+        count: number of actors. Default None: one per GPU of the cluster, or one per CPU if there is no GPU.
+        threads: threads of each actor, and CPUs reserved for it. Default 1.
+        batch: images per batch. Default None: 64 MiB of images in the model's size, at most 256, in whole chunks.
     """
 
     count: int | None = None
@@ -50,20 +50,20 @@ def score(
     workers: Workers | None = None,
     reading: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Rows of a Ray dataset of images, lazily, as a Ray dataset.
+    """Score a Ray dataset of images, lazily.
 
     Args:
-        dataset: with a column ``path``, each an image file that all nodes can read, or a name where the column
-            ``content`` holds the bytes of an image file; other columns are ``error``, why there is no image, and
-            ``key``, which comes out with the row.
-        detector: a folder that all nodes can read. Each actor loads it once and proves its seal.
+        dataset: has a column ``path`` of image files that all nodes can read, or of names if the column ``content`` has
+            the bytes of an image file. Optional columns: ``error``, why there is no image, and ``key``, which is copied
+            to the row.
+        detector: the folder of a detector, which all nodes can read. Each actor loads and verifies it once.
         workers: see :class:`Workers`.
-        reading: options of :class:`traj_ood.data.Reading`. Default: the detector's own.
+        reading: options of :class:`traj_ood.data.Reading`. Default: the detector's.
     Returns:
-        A dataset with the columns of ``traj-ood score``; an image that cannot be judged is a row that says why. Batches
-        of an actor that died are judged again by another. Order is not kept: sort by ``key``.
+        A Ray dataset with the columns of ``traj-ood score``; an image that cannot be judged has a row with the reason.
+        Batches of a dead actor are judged again by another. Order is not kept: sort by ``key``.
     Raises:
-        TrajOODError: ray is missing, or no detector there.
+        TrajOODError: ray is missing, or ``detector`` is not a valid detector.
     """
     ray = _ray()
     wanted = workers or Workers()
@@ -87,19 +87,20 @@ def score(
 
 
 def images_of(entries: Iterable[Entry], *, skip: Any = ()) -> Any:
-    """A Ray dataset of entries, such as :func:`traj_ood.stream.walk` gives, with their places as ``key``.
+    """A Ray dataset of entries, such as those of :func:`traj_ood.stream.walk`, with their positions as ``key``.
 
     Args:
+        entries: the images.
         skip: sorted keys to leave out.
     """
     return _dataset({KEY: i, "path": e.path, "error": e.error} for i, e in enumerate(entries) if not _among(i, skip))
 
 
-def records_of(sources: Iterable[str], opening: Opening = AS_USUAL, *, skip: Any = ()) -> Any:
-    """A Ray dataset of the images in sources of records (tar shards, Parquet, videos): each file is read by one task,
-    on any node, which leaves out those whose keys are in ``skip``."""
+def records_of(sources: Iterable[str], opening: Opening = DEFAULT_OPENING, *, skip: Any = ()) -> Any:
+    """A Ray dataset of the images in sources of records (tar shards, Parquet, videos), without those whose keys are in
+    ``skip``. Each file is read by one task, on any node."""
     files = [file for source in sources for file in files_of(source)]
-    units = [{"source": file, "first": n * _RECORDS} for n, file in enumerate(files)]
+    units = [{"source": file, "first": n * _KEYS_PER_FILE} for n, file in enumerate(files)]
 
     def read(unit: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for number, record in enumerate(read_records(unit["source"], opening)):
@@ -117,31 +118,34 @@ def score_to(
     *,
     resume: bool = False,
     workers: Workers | None = None,
-    opening: Opening = AS_USUAL,
+    opening: Opening = DEFAULT_OPENING,
     reading: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write a row for every image into Parquet files in the folder ``out``; see :func:`read_rows_of`.
+    """Write one row per image into Parquet files in the folder ``out``; read them with :func:`read_rows_of`.
 
     Args:
+        out: the folder.
         sources: entries, or names of sources of records, which are read on the cluster; not both.
-        resume: leave out images whose rows are there: the same ``sources`` have to be given as before. Default false:
-            a folder with rows in it is refused.
+        detector, workers, reading: see :func:`score`.
+        resume: leave out images that have a row; ``sources`` must be the same as before. Default false: a folder with
+            rows is refused.
+        opening: how sources of records are opened.
     Returns:
-        Number of rows in the folder.
+        The number of rows in the folder.
     Raises:
-        TrajOODError: as :func:`score`; a folder that holds rows or other files, or lies in a detector; or a failure of
-            the cluster, after which the rows so far stay for ``resume``.
+        TrajOODError: as :func:`score`; the folder has rows or other files, or is inside a detector; or the cluster
+            fails, after which the rows so far are kept for ``resume``.
     """
     _ray()
     folder = Path(out).expanduser().absolute()
     refuse_inside(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [path.name for path in folder.iterdir()]
-    strange = sorted(name for name in names if not name.endswith((".parquet", ".crc")) and name != _ABOUT)
-    if strange or (names and not resume):
+    found = [path.name for path in folder.iterdir()]
+    others = sorted(name for name in found if not name.endswith((".parquet", ".crc")) and name != _ABOUT)
+    if others or (found and not resume):
         raise TrajOODError(
             f"{folder}: expected an empty folder{' or rows of an earlier run' if resume else ''}, found "
-            f"{(strange or sorted(names))[0]!r}: choose another --out{'' if resume else ', or continue with --resume'}"
+            f"{(others or sorted(found))[0]!r}: choose another --out{'' if resume else ', or continue with --resume'}"
         )
     given, expected = list(sources), 0
     check_same_run(folder, Path(detector).expanduser(), [s.path if isinstance(s, Entry) else str(s) for s in given])
@@ -158,17 +162,17 @@ def score_to(
         score(dataset, detector, workers=workers, reading=reading).write_parquet(str(folder))
     except TrajOODError:
         raise
-    except Exception as error:  # of the cluster: ray has many classes
+    except Exception as error:  # ray has many error classes
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise TrajOODError(f"ray: {text[-1][:300]}: rows so far are in {folder}: continue with --resume") from error
-    found = len(written_keys(folder, remove_broken=True))  # a killed writer's; what it had begun is written elsewhere
+    found = len(written_keys(folder, remove_broken=True))  # files of a killed writer; its rows are written again elsewhere
     if found < expected:
         raise TrajOODError(f"{folder}: expected {expected} rows, found {found}: continue with --resume")
     return found
 
 
 def split_sources(sources: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Those that are sources of records, and the others."""
+    """Split names into sources of records and all others."""
     given = list(sources)
     return [s for s in given if is_records(s)], [s for s in given if not is_records(s)]
 
@@ -177,11 +181,11 @@ _ABOUT = "_run.json"
 
 
 def check_same_run(folder: Path, detector: Path, names: Sequence[str]) -> None:
-    """Keep the digests of the detector and of the sources' names beside the rows, and refuse to continue with others:
-    keys are places among the sources.
+    """Record the digests of the detector and of the sources' names beside the rows, and refuse to continue with others:
+    the keys of rows are positions among the sources.
 
     Raises:
-        TrajOODError: says which of them has changed.
+        TrajOODError: the detector or the list of sources has changed.
     """
     sources = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
     now = {"detector": open_sealed(detector, FILE_NAME, SCHEMA)["digest"], "sources": sources}
@@ -196,7 +200,7 @@ def check_same_run(folder: Path, detector: Path, names: Sequence[str]) -> None:
 
 
 def _batch(folder: Path) -> int:
-    """By memory: of what the record says, so that nothing is loaded here."""
+    """The default number of images per batch, from the detector's record, without loading the model."""
     model = open_sealed(folder, FILE_NAME, SCHEMA)["model"]
     channels, height, width = model["input_shape"]
     chunk = max(1, int(model.get("chunk", 1)))
@@ -204,19 +208,19 @@ def _batch(folder: Path) -> int:
 
 
 def _dataset(rows: Iterable[dict[str, Any]]) -> Any:
-    """Rows as a Ray dataset of blocks of some thousand, never a Python object for each."""
+    """Rows as a Ray dataset of blocks of 4,096, without a Python object per row."""
     import pyarrow as pa
 
     waiting, tables = iter(rows), []
-    while part := list(islice(waiting, _TABLE)):
+    while part := list(islice(waiting, _BLOCK_ROWS)):
         tables.append(pa.Table.from_pylist(part))
     if not tables:
-        raise TrajOODError("nothing to score: expected images, found none that have no row yet")
+        raise TrajOODError("nothing to score: expected images without a row, found none")
     return _ray().data.from_arrow(tables)
 
 
 def _among(key: int, keys: Any) -> bool:
-    """Whether a key is in a sorted array."""
+    """Whether ``key`` is in the sorted array ``keys``."""
     import numpy as np
 
     place = int(np.searchsorted(keys, key))
@@ -230,6 +234,6 @@ def _ray() -> Any:
     except ImportError as error:
         raise TrajOODError(f"scoring over a cluster needs ray ({error}): pip install 'traj_ood[ray]'") from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="ERROR")  # joins the cluster that RAY_ADDRESS names, else its own
+        ray.init(log_to_driver=False, logging_level="ERROR")  # joins the cluster at RAY_ADDRESS, else starts one
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray

@@ -1,4 +1,4 @@
-"""The folder that a cluster writes rows into: Parquet files, whole or not there, with a key in every row."""
+"""Read the folder of Parquet files into which a cluster writes rows, each with a key."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 
 def written_keys(folder: Path, *, remove_broken: bool = False) -> Any:
-    """(n,) sorted int64 keys of the rows in ``folder``.
+    """The keys of the rows in ``folder``, sorted, as (n,) int64.
 
     Args:
-        remove_broken: delete files that a killed writer has left unfinished. Default: they are an error.
+        folder: the folder.
+        remove_broken: delete incomplete files of a killed writer. Default: they are an error.
     Raises:
-        TrajOODError: a file that cannot be read as rows.
+        TrajOODError: a file cannot be read as rows.
     """
     import numpy as np
     import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ def written_keys(folder: Path, *, remove_broken: bool = False) -> Any:
     for path in sorted(folder.glob("*.parquet")):
         try:
             keys.append(pq.read_table(path, columns=[KEY])[KEY].to_numpy())
-        except Exception as error:  # a file without its end, or none of ours
+        except Exception as error:  # an incomplete file, or another kind of file
             if not remove_broken:
                 raise TrajOODError(f"{path}: cannot be read as rows ({error}): continue with --resume") from error
             path.unlink()
@@ -35,10 +36,10 @@ def written_keys(folder: Path, *, remove_broken: bool = False) -> Any:
 
 
 def read_rows_of(folder: str | Path) -> pd.DataFrame:
-    """All rows of a folder in the input's order; one for each image, also where a lost worker's were made twice.
+    """Read all rows of a folder in the order of the input, without the duplicates of restarted workers.
 
     Raises:
-        TrajOODError: no rows there, or an unfinished file.
+        TrajOODError: there are no rows, or a file is incomplete.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Does a stream of judged images still look like the calibration? Rates, tests and an alarm that holds at any time."""
+"""Monitor whether a stream of judged images still resembles the calibration images: rates, tests and alarms."""
 
 from traj_ood.monitor.martingale import BETS, capitals, online_p_values
 from traj_ood.monitor.rows import Rows, read_rows

@@ -1,4 +1,4 @@
-"""A finding as Prometheus text, for the node exporter's textfile collector or a push gateway."""
+"""Prometheus text of a finding, for the node exporter's textfile collector or a push gateway."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from traj_ood.monitor.watch import Finding
 
 
 def prometheus_text(finding: Finding, detector: str) -> str:
-    """Gauges ``traj_ood_monitor_*`` with the label ``detector``, in Prometheus' text format.
+    """A finding as gauges ``traj_ood_monitor_*`` with the label ``detector``, in Prometheus' text format.
 
     Raises:
         TrajOODError: prometheus-client is missing.

@@ -1,4 +1,4 @@
-"""Rows that `traj-ood score` or a service has written: CSV, JSON lines, Parquet, and folders of such files."""
+"""Read rows of `traj-ood score` or of a service: CSV, JSON lines, Parquet, and folders of such files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _COLUMNS = ("score", "p_value", "key")
 
 @dataclass(frozen=True)
 class Rows:
-    """Of a stream.
+    """The rows of a stream of images.
 
     Attributes:
-        scores: (T,) float64 of the images that have one, in order; infinite ones included.
-        p_values: (T,) of theirs; NaN where a file has none.
+        scores: (T,) float64 scores in order, including infinite ones, without rows that have no score.
+        p_values: (T,) their p-values; NaN if missing.
         invalid: number of rows without a score.
     """
 
@@ -36,33 +36,35 @@ class Rows:
     invalid: int
 
     def check(self, calibration: Calibration) -> None:
-        """Refuse rows of another detector or calibration.
+        """Check that the rows come from a detector with this calibration.
 
         Raises:
-            TrajOODError: a p-value is not that of its score.
+            TrajOODError: a p-value does not belong to its score.
         """
         import torch
 
-        told = ~np.isnan(self.p_values)
-        expected = calibration.p_values(torch.from_numpy(self.scores[told])).numpy()
-        wrong = np.flatnonzero(~np.isclose(self.p_values[told], expected, rtol=1e-9, atol=0))
+        given = ~np.isnan(self.p_values)
+        expected = calibration.p_values(torch.from_numpy(self.scores[given])).numpy()
+        wrong = np.flatnonzero(~np.isclose(self.p_values[given], expected, rtol=1e-9, atol=0))
         if len(wrong):
             raise TrajOODError(
-                f"rows: expected p-values of this detector's calibration, got others ({len(wrong)} of {int(told.sum())}"
-                f", first {self.p_values[told][wrong[0]]:g} for {expected[wrong[0]]:g}): give the detector that wrote "
-                "the rows, and only rows that it wrote"
+                "rows: expected p-values of this detector's calibration, got others "
+                f"({len(wrong)} of {int(given.sum())}, first {self.p_values[given][wrong[0]]:g} for "
+                f"{expected[wrong[0]]:g}): give the detector that wrote the rows, and only rows that it wrote"
             )
 
 
 def read_rows(sources: Iterable[str | Path]) -> Rows:
-    """All rows of files and folders, in the order given; a folder's files in the order of their names, and the rows of
-    a cluster, which have keys, in the order of these, each of them once.
+    """Read all rows of files and folders, in the given order.
 
-    What a writer has not finished is left for the next time: the last line of a text file without its end, and files
-    below a folder whose names do not end in ``.csv``, ``.jsonl`` or ``.parquet``.
+    The files of a folder are read in the order of their names. Rows of a cluster have keys: each is read once, in the
+    order of the keys.
+
+    Unfinished output is ignored: an incomplete last line of a text file, and files below a folder whose names do not
+    end in ``.csv``, ``.jsonl`` or ``.parquet``.
 
     Raises:
-        TrajOODError: nothing of that name, a file of another kind, without a column of scores, or damaged.
+        TrajOODError: a source does not exist, or a file is of another kind, damaged or without a column of scores.
     """
     whole = np.concatenate([np.empty((0, 2)), *(_source(Path(source)) for source in sources)])
     scored = ~np.isnan(whole[:, 0])
@@ -86,7 +88,7 @@ def _files(source: Path) -> list[Path]:
 
 
 def _scores(path: Path) -> np.ndarray:
-    """(rows, 3) float64: score, p-value and key, NaN where there is none."""
+    """(rows, 3) float64: score, p-value and key, NaN if missing."""
     with foreign_errors(f"{path}: cannot be read as rows", ": give CSV, JSON lines or Parquet of traj-ood"):
         table = _table(path)
     if table is None:

@@ -1,4 +1,4 @@
-"""What is known of a stream of scores, and whether it still looks like the calibration."""
+"""Compare a stream of scores with the calibration."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MARTINGALE, WINDOWS = "martingale", "windows"
 
 @dataclass(frozen=True)
 class Alarm:
-    """The first time that a test found the stream unlike the calibration.
+    """The first time that a test rejected the hypothesis that the stream resembles the calibration.
 
     Attributes:
         test: ``martingale`` or ``windows``.
-        at: number of scored images by then; the first is 1.
-        evidence: capital of the martingale, or the window's p-value.
+        at: number of scored images up to then; the first is 1.
+        evidence: the capital of the martingale, or the p-value of the window.
     """
 
     test: str
@@ -33,18 +33,22 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is said of a stream; None is what there are too few images for.
+    """The state of a stream; fields for which there are too few images are None.
 
     Attributes:
-        images, invalid: judged, and those among them without a score.
-        ood: images above the threshold. rate: their share of the scored. expected: what ID images give, at most
-            (``Calibration.level``). interval: of the rate, exact (Clopper–Pearson), at ``confidence``.
-        recent: the same of the last ``window`` scored images: ood, rate and interval.
-        uniformity: statistic and p-value of the two-sample Kolmogorov–Smirnov test of all scores against those of the
-            calibration, which is the test of uniform p-values that knows how many calibration images there are. For a
-            look at one time; the alarms hold at every time.
-        capital, highest: of the martingale, now and ever.
-        alarms: none while the stream looks like the calibration.
+        images: number of judged images.
+        invalid: number of images without a score.
+        ood: number of images above the threshold.
+        rate: their share of the images with a score.
+        interval: exact (Clopper–Pearson) interval of the rate at ``confidence``.
+        expected: largest expected rate for ID images (``Calibration.level``).
+        recent: images, ood, rate and interval of the last ``window`` scored images.
+        uniformity: statistic and p-value of the two-sample Kolmogorov–Smirnov test of all scores against the
+            calibration scores. It tests for uniform p-values, taking the number of calibration images into account. It
+            is valid at one fixed time only, whereas the alarms are valid at any time.
+        capital, highest: current and highest capital of the martingale.
+        alarms: the alarms so far; empty while the stream resembles the calibration.
+        confidence, false_alarms, window: the settings, see :func:`watch`.
     """
 
     images: int
@@ -67,7 +71,7 @@ class Finding:
         return bool(self.alarms)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The finding as JSON data."""
         return {**asdict(self), "alarm": self.is_alarm}
 
 
@@ -84,23 +88,23 @@ def watch(
     """Compare a stream of scores with the calibration.
 
     Args:
-        calibration: of the detector that gave the scores.
-        scores: (T,) of all images of the stream from its start, in order; infinite ones count as the highest.
-        invalid: images beside them that have no score.
-        false_alarms: probability of any alarm, ever, in an endless stream of images like the calibration's. Default
-            0.01; half of it is the martingale's, half the windows'.
-        window: scored images of one Kolmogorov–Smirnov window, and of ``recent``. Default 200: fewer see large changes
-            only, more see them later.
-        confidence: of the intervals. Default 0.95.
-        seed: of the martingale's draws.
+        calibration: the calibration of the detector that computed the scores.
+        scores: (T,) all scores of the stream from its start, in order; infinite ones count as the highest.
+        invalid: number of images without a score.
+        false_alarms: probability of any false alarm in an endless stream of images like the calibration images. Default
+            0.01; half of it for the martingale, half for the windows.
+        window: number of scored images in one Kolmogorov–Smirnov window, and in ``recent``. Default 200: smaller
+            windows detect only large changes, larger ones detect them later.
+        confidence: confidence level of the intervals. Default 0.95.
+        seed: seed of the martingale's random tie-breaking.
     Raises:
-        TrajOODError: impossible settings, or NaN.
+        TrajOODError: a setting is invalid, or a score is NaN.
     """
     for name, value in (("false_alarms", false_alarms), ("confidence", confidence)):
         if not 0 < value < 1:
             raise TrajOODError(f"{name}: expected a probability between 0 and 1, got {value!r}")
     if window < 20:
-        raise TrajOODError(f"window: expected at least 20 images, got {window}: fewer tell nothing apart")
+        raise TrajOODError(f"window: expected at least 20 images, got {window}: fewer cannot show a difference")
     known = calibration.scores.numpy()
     capital = capitals(online_p_values(known, scores, seed))
     is_ood = calibration.decide(torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float64))).numpy()
@@ -131,7 +135,7 @@ def watch(
 
 
 def exact_interval(count: int, of: int, confidence: float) -> tuple[float, float] | None:
-    """The Clopper–Pearson interval of a share ``count / of``, by scipy; None of nothing."""
+    """The Clopper–Pearson interval of a share ``count / of``; None if ``of`` is 0."""
     from scipy.stats import binomtest
 
     if not of:
@@ -141,16 +145,16 @@ def exact_interval(count: int, of: int, confidence: float) -> tuple[float, float
 
 
 def martingale_alarm(capital: Floats, level: float) -> Alarm | None:
-    """Where the capital (T,) first reaches 1 / ``level``."""
+    """The alarm when the capital (T,) first reaches 1 / ``level``, or None."""
     above = np.flatnonzero(capital >= 1 / level)
     return Alarm(MARTINGALE, int(above[0]) + 1, float(capital[above[0]])) if len(above) else None
 
 
 def windows_alarm(calibration: Floats, scores: Floats, window: int, level: float) -> Alarm | None:
-    """The first of the windows, one behind the other, that differs from the calibration at its part of ``level``.
+    """The alarm for the first of consecutive windows that differs from the calibration at its share of ``level``.
 
-    The k-th of them has the part 6 / (π k)²; these sum to 1, so the probability of any false alarm is at most ``level``
-    however long the stream is, and although all windows are compared with the same calibration images.
+    The k-th window has the share 6 / (π k)². These sum to 1, so that the probability of any false alarm is at most
+    ``level``, for a stream of any length and although all windows are compared with the same calibration images.
     """
     for k in range(1, len(scores) // window + 1):
         p = _two_samples(calibration, scores[(k - 1) * window : k * window])[1]
@@ -160,7 +164,7 @@ def windows_alarm(calibration: Floats, scores: Floats, window: int, level: float
 
 
 def _two_samples(calibration: Floats, scores: Floats) -> tuple[float, float]:
-    """Statistic and p-value; infinite scores become the highest finite rank."""
+    """Statistic and p-value of the Kolmogorov–Smirnov test; infinite scores rank highest."""
     from scipy.stats import ks_2samp
 
     found = ks_2samp(calibration, scores, method="asymp")

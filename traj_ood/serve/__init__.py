@@ -1,4 +1,4 @@
-"""A detector behind HTTP: bounded in everything, batched across clients, watched, and reloaded while it runs."""
+"""Serve a detector over HTTP, with limits on every resource, batching across clients, metrics and reloading."""
 
 from traj_ood.serve.app import create_app
 from traj_ood.serve.held import Held

@@ -1,8 +1,9 @@
-"""The application: ``/v1/score``, ``/healthz``, ``/readyz``, ``/metrics``.
+"""The ASGI application with ``/v1/score``, ``/healthz``, ``/readyz`` and ``/metrics``.
 
-A request passes: its body is received, bounded in bytes and time; image files are taken out of it; headers are read,
-and what is too large is refused before it is decoded; images are decoded and prepared in threads, within a budget of
-bytes; they wait in a bounded queue, are judged with those of other clients, and the answer has one decision for each.
+A request is handled in these steps. Its body is received, limited in bytes and time, and split into image files. Image
+headers are read, and images that are too large are refused before decoding. Images are decoded and prepared in threads,
+within a budget of bytes. They wait in a bounded queue and are judged together with those of other clients. The response
+has one decision per image.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from traj_ood.serve.log import RowLog
 from traj_ood.serve.metrics import Metrics
 from traj_ood.serve.schema import DESCRIPTION, score_route
 
-_LOOK = 2.0  # seconds between looks at the detector's folder
+_RELOAD_SECONDS = 2.0  # between checks whether the detector's folder has changed
 _log = logging.getLogger("traj_ood.serve")
 
 
 class Service:
-    """What the requests of one application share."""
+    """The state that all requests of an application share."""
 
     def __init__(self, held: Held, limits: Limits, rows: RowLog | None, decoders: int) -> None:
         self.held, self.limits, self.rows = held, limits, rows
@@ -47,22 +48,23 @@ class Service:
         self.batcher = Batcher(limits, self.metrics.batch.observe)
         self.is_ready = False
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-        self.metrics.watch("queued_images", "Images that wait or are judged", lambda: self.batcher.queue.taken)
-        self.metrics.watch("body_bytes", "Bytes of bodies in flight", lambda: self.bodies.taken)
+        self.metrics.watch("queued_images", "Images waiting or being judged", lambda: self.batcher.queue.taken)
+        self.metrics.watch("body_bytes", "Bytes of request bodies in memory", lambda: self.bodies.taken)
         self.metrics.watch("decoded_bytes", "Bytes of images being decoded", lambda: self.decoded.taken)
         self.metrics.detector.labels(held.now.digest).set(1)
 
     async def answer(self, request: Request) -> dict[str, Any]:
-        """The decisions for a request.
+        """The response to a request: the detector's digest and one decision per image.
 
         Raises:
-            RefusedError: as the functions it calls; 504 when the detector takes too long.
+            RefusedError: as :func:`receive` and :func:`uploads`; also 413 or 429 for an image or a budget, and 504 if
+                the detector takes too long.
         """
         body = await receive(request, self.limits, self.bodies)
         size = len(body)
         try:
             files = await uploads(request, body, self.limits)
-            del body  # its images are kept until the answer, and no second copy
+            del body  # keep one copy of the images until the response
             with self.batcher.queue.part(len(files)):
                 return await asyncio.wait_for(self._judged(files), self.limits.patience)
         except asyncio.TimeoutError as error:
@@ -74,13 +76,13 @@ class Service:
         now = self.held.now  # one detector for the whole request
         prepared = [await self._prepared(file, now.detector) for file in files]
         judged = iter(await self.batcher.decide([p for p in prepared if isinstance(p, Tensor)], now.judge))
-        said = [next(judged) if isinstance(p, Tensor) else p for p in prepared]
+        decisions = [next(judged) if isinstance(p, Tensor) else p for p in prepared]
         names = [file.name for file in files]
-        for one in said:
-            self.metrics.images.labels(one.reason.partition(":")[0]).inc()
-        self._log(now.digest, names, said)
-        decisions = [{"name": name, **one.as_dict()} for name, one in zip(names, said, strict=True)]
-        return {"detector": now.digest, "decisions": decisions}
+        for decision in decisions:
+            self.metrics.images.labels(decision.reason.partition(":")[0]).inc()
+        self._log(now.digest, names, decisions)
+        records = [{"name": name, **made.as_dict()} for name, made in zip(names, decisions, strict=True)]
+        return {"detector": now.digest, "decisions": records}
 
     async def _prepared(self, file: Upload, detector: Detector) -> Tensor | Decision:
         loop = asyncio.get_running_loop()
@@ -94,29 +96,29 @@ class Service:
         work = self._decoders.submit(_prepare, file, detector)
 
         def free(_: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the service has ended
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the service has stopped
                 loop.call_soon_threadsafe(self.decoded.give, size)
 
-        work.add_done_callback(free)  # when the thread is done with it: who gives up waiting does not free its memory
+        work.add_done_callback(free)  # when the thread is done: a cancelled request does not free its memory
         return await asyncio.wrap_future(work)
 
-    def _log(self, digest: str, names: Sequence[str], said: Sequence[Decision]) -> None:
-        """Rows of what was judged. A full disk costs rows, which is told, and not answers."""
+    def _log(self, digest: str, names: Sequence[str], decisions: Sequence[Decision]) -> None:
+        """Write one row per decision; rows that a full disk refuses are counted and logged, and the request succeeds."""
         try:
             if self.rows is not None:
-                self.rows.write(digest, names, said)
+                self.rows.write(digest, names, decisions)
         except TrajOODError as error:
-            self.metrics.lost.inc(len(said))
-            _log.error("%d rows are lost: %s", len(said), error)
+            self.metrics.lost.inc(len(decisions))
+            _log.error("%d rows are lost: %s", len(decisions), error)
 
-    async def look(self, seconds: float) -> None:
-        """Take the folder's detector whenever it has changed, until cancelled."""
+    async def reload_every(self, seconds: float) -> None:
+        """Reload the detector whenever its folder has changed, until cancelled."""
         while True:
             await asyncio.sleep(seconds)
             before, failed = self.held.now.digest, self.held.failure
             try:
                 changed = await asyncio.get_running_loop().run_in_executor(None, self.held.reload)
-            except Exception as error:  # the old one stays, whatever the new one does
+            except Exception as error:  # keep the old detector, whatever the new one raises
                 changed, self.held.failure = False, f"{type(error).__name__}: {error}"
             if changed:
                 self.metrics.reloads.labels("taken").inc()
@@ -125,7 +127,7 @@ class Service:
                 _log.warning("detector %s is in use now, in place of %s", self.held.now.digest, before)
             elif self.held.failure and self.held.failure != failed:
                 self.metrics.reloads.labels("refused").inc()
-                _log.error("the detector in the folder is not taken: %s", self.held.failure)
+                _log.error("the detector in the folder is not used: %s", self.held.failure)
 
     def close(self) -> None:
         self.batcher.close()
@@ -139,18 +141,19 @@ def create_app(
     device: str = "auto",
     log: str | Path | None = None,
     decoders: int = 2,
-    look: float = _LOOK,
+    look: float = _RELOAD_SECONDS,
 ) -> FastAPI:
     """The ASGI application of a detector, for uvicorn or any other server; one process, one event loop.
 
     Args:
-        source: a detector, or its folder, which is looked at every ``look`` seconds and loaded anew when it changes.
-        limits: see :class:`Limits`; the defaults suit a machine of 4 GiB.
-        device: where a folder's detector computes.
-        log: a folder for rows of all that was judged (names and numbers, no images); None (default) writes none.
+        source: a detector, or its folder, which is reloaded when it changes.
+        limits: see :class:`Limits`; the defaults suit a machine with 4 GiB of memory.
+        device: device of a detector that is loaded from a folder.
+        log: folder for a log of all decisions (names and numbers, no images). Default None: no log.
         decoders: threads that decode images. Default 2.
+        look: seconds between checks whether the folder has changed. Default 2.
     Raises:
-        TrajOODError: a folder that is no detector, or is damaged.
+        TrajOODError: the folder is no detector, or is damaged.
     """
     limits = limits or Limits()
     rows = None if log is None else RowLog(Path(log))
@@ -158,7 +161,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(service.batcher.run()), asyncio.create_task(service.look(look))]
+        tasks = [asyncio.create_task(service.batcher.run()), asyncio.create_task(service.reload_every(look))]
         service.is_ready = True
         try:
             yield
@@ -174,7 +177,7 @@ def create_app(
 
     @app.post("/v1/score", **score_route(limits.images))
     async def score(request: Request) -> Response:
-        """One decision for each image, in order."""
+        """One decision per image, in order."""
         began = time.perf_counter()
         status, content = await _answered(service, request)
         service.metrics.requests.labels(str(status)).inc()
@@ -182,7 +185,7 @@ def create_app(
         headers = {"Retry-After": "1"} if status == 429 else None
         return JSONResponse(content, status, headers)
 
-    @app.get("/healthz", summary="The process lives")
+    @app.get("/healthz", summary="The process is alive")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -210,11 +213,11 @@ async def _answered(service: Service, request: Request) -> tuple[int, dict[str, 
 
 
 def _prepare(file: Upload, detector: Detector) -> Tensor | Decision:
-    """The image (C, H, W) in the model's units, or why there is none."""
+    """The image (C, H, W) in the model's units, or a decision with the error."""
     try:
         image = open_bytes(file.content, "the image", detector.reading)
         return detector.autoencoder.transform(image)
     except TrajOODError as error:
         return Decision(error=str(error).removeprefix("the image: "))
-    except Exception as error:  # a transform may be anybody's
+    except Exception as error:  # user code may raise anything
         return Decision(error=f"the model's transform failed: {type(error).__name__}")

@@ -1,4 +1,4 @@
-"""Images of many clients, judged together."""
+"""Batching of images across clients."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class _Waiting:
 
 
 class Batcher:
-    """Waits for images until there are ``limits.batch``, or until the first has waited ``limits.linger`` seconds, and
-    judges them in a thread. While it judges the queue fills, so under load batches are full without waiting.
+    """Collects images into batches and judges them in a thread.
 
-    Images of different detectors (after a reload) are never in one batch.
+    A batch is complete when it has ``limits.batch`` images, or when the first has waited ``limits.linger`` seconds. The
+    queue fills while a batch is judged, so that under load batches are full without waiting. Images for different
+    detectors (after a reload) are never in the same batch.
 
     Attributes:
-        queue: places for images that wait or are being judged.
+        queue: budget of images that wait or are being judged.
     """
 
     def __init__(self, limits: Limits, on_batch: Callable[[int], object] = lambda size: None) -> None:
@@ -41,7 +42,7 @@ class Batcher:
         self._held: _Waiting | None = None
 
     async def decide(self, images: Sequence[Tensor], judge: Judge) -> list[Decision]:
-        """What ``judge`` says of images (C, H, W), in order. The caller has taken their places in the queue."""
+        """The decisions of ``judge`` on images (C, H, W), in order. The caller has reserved their part of ``queue``."""
         loop = asyncio.get_running_loop()
         waiting = [_Waiting(image, judge, loop.create_future()) for image in images]
         for one in waiting:
@@ -49,19 +50,19 @@ class Batcher:
         return list(await asyncio.gather(*(one.answer for one in waiting)))
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Judge batches until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            batch = [one for one in await self._collect() if not one.answer.done()]  # the others' clients are gone
+            batch = [one for one in await self._collect() if not one.answer.done()]  # done: its client has left
             if not batch:
                 continue
             self._on_batch(len(batch))
             try:
-                said = await loop.run_in_executor(self._thread, batch[0].judge, [one.image for one in batch])
-                for one, decision in zip(batch, said, strict=True):
+                decisions = await loop.run_in_executor(self._thread, batch[0].judge, [one.image for one in batch])
+                for one, decision in zip(batch, decisions, strict=True):
                     if not one.answer.done():
                         one.answer.set_result(decision)
-            except Exception as error:  # told to those who asked; the service lives on
+            except Exception as error:  # raised in the requests of this batch; the service goes on
                 for one in batch:
                     if not one.answer.done():
                         one.answer.set_exception(error)

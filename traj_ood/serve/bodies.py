@@ -1,4 +1,4 @@
-"""From the body of a request to image files in memory: multipart, JSON with base64, or one image as it is."""
+"""Extract image files from the body of a request: multipart, JSON with base64, or one image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from traj_ood.serve.limits import Budget, Limits, RefusedError
 from traj_ood.text import one_line
 
-_NAME = 200
+_MAX_NAME = 200  # characters of a name, or of a parser's message, in a response
 _KEY = "images"
 _FIELD = 4096  # bytes of a form field that is no file: there is none that we take
 _FORM = 'JSON: expected {"images": ["<base64>", …]}'
@@ -25,27 +25,30 @@ _FORM = 'JSON: expected {"images": ["<base64>", …]}'
 
 @dataclass(frozen=True)
 class Upload:
-    """One image file: its name as the client says, one printable line, and its content."""
+    """One image file: its name as given by the client, as one printable line, and its content."""
 
     name: str
     content: bytes
 
 
 class _InMemory(MultiPartParser):
-    """No image touches a disk: whatever the size, parts stay in memory, which the body's own limit bounds."""
+    """Multipart parser that keeps parts of any size in memory, so that no image is written to disk.
+
+    Memory is bounded by the limit on the body.
+    """
 
     spool_max_size = 2**40
 
 
 async def receive(request: Request, limits: Limits, bodies: Budget) -> bytes:
-    """The whole body; its bytes are taken from ``bodies`` and stay so: the caller gives them back.
+    """Receive the whole body. Its bytes are taken from the budget ``bodies``; the caller gives them back.
 
     Raises:
-        RefusedError: 413 too large, 429 no room now, 408 too slow or broken off.
+        RefusedError: 413 the body is too large, 429 the budget is used up, 408 it is too slow or incomplete.
     """
-    told = request.headers.get("content-length", "")
-    if told.isascii() and told.isdecimal() and (len(told) > 12 or int(told) > limits.body):
-        raise RefusedError(413, f"body: expected at most {limits.body} bytes, got {told[:20]}")
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdecimal() and (len(length) > 12 or int(length) > limits.body):
+        raise RefusedError(413, f"body: expected at most {limits.body} bytes, got {length[:20]}")
     parts: list[bytes] = []
     try:
         await asyncio.wait_for(_collect(request, limits, bodies, parts), limits.patience)
@@ -75,7 +78,7 @@ async def uploads(request: Request, body: bytes, limits: Limits) -> list[Upload]
     """The image files in a body.
 
     Raises:
-        RefusedError: 400 malformed or none, 413 too many, 415 another content type.
+        RefusedError: 400 the body is malformed or has no images, 413 it has too many, 415 the content type is another.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -103,12 +106,13 @@ async def _multipart(request: Request, body: bytes, limits: Limits) -> list[Uplo
     except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
         text = str(getattr(error, "message", error)) or type(error).__name__
         status = 413 if text.startswith("Too many") else 400
-        raise RefusedError(status, f"multipart: {one_line(text)[:_NAME]}") from error
+        raise RefusedError(status, f"multipart: {one_line(text)[:_MAX_NAME]}") from error
     found = []
     for key, value in form.multi_items():
         if not isinstance(value, UploadFile) or key != _KEY:
-            raise RefusedError(400, f"multipart: expected files named {_KEY}, got the field {one_line(key)[:_NAME]!r}")
-        found.append(Upload(one_line(value.filename or key)[:_NAME], await value.read()))
+            field = one_line(key)[:_MAX_NAME]
+            raise RefusedError(400, f"multipart: expected files named {_KEY}, got the field {field!r}")
+        found.append(Upload(one_line(value.filename or key)[:_MAX_NAME], await value.read()))
     await form.close()
     return found
 
@@ -118,7 +122,7 @@ def _from_json(body: bytes, limits: Limits) -> list[Upload]:
     try:
         content: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(400, f"JSON: {one_line(str(error))[:_NAME]}") from error
+        raise RefusedError(400, f"JSON: {one_line(str(error))[:_MAX_NAME]}") from error
     given = content.get(_KEY) if isinstance(content, dict) and len(content) == 1 else None
     if not isinstance(given, list):
         raise RefusedError(400, _FORM)

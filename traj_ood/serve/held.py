@@ -1,4 +1,4 @@
-"""The detector that is being served, and the one that takes its place."""
+"""The detector in use by the service, and its replacement while the service runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from traj_ood.io.files import folder_errors
 
 @dataclass(frozen=True, eq=False)
 class Serving:
-    """A detector with what a request needs of it: a request keeps one from its beginning to its end.
+    """A detector in use; a request keeps the same one from start to end.
 
     Attributes:
-        detector: a detector.
-        digest: first 16 hex digits of the SHA-256 of its record; ``memory`` for one that came from no folder.
-        judge: decisions of prepared images (C, H, W); another object for every detector.
+        detector: the detector.
+        digest: first 16 hex digits of the SHA-256 of its record; ``memory`` if it was not loaded from a folder.
+        judge: decides on prepared images (C, H, W); a different object for every detector.
     """
 
     detector: Detector
@@ -35,11 +35,11 @@ class Serving:
 
 
 class Held:
-    """A detector in use. A folder is loaded only when its seal holds, and looked at again by :meth:`reload`.
+    """The detector in use. A folder is loaded only if its seal is intact, and checked for changes by :meth:`reload`.
 
     Attributes:
-        now: the detector in use; replaced as a whole, since threads read it while another one reloads.
-        failure: why the folder as it is now was not taken; empty while it is in use.
+        now: the detector in use; replaced as a whole, because other threads read it during a reload.
+        failure: why the folder's current content is not in use; empty if it is.
     """
 
     def __init__(self, source: Detector | str | Path, device: str = "auto") -> None:
@@ -54,9 +54,11 @@ class Held:
         self.now = _serving(source, "memory") if isinstance(source, Detector) else _serving(*self._load())
 
     def reload(self) -> bool:
-        """Whether the folder has changed and another detector is in use now. One that is damaged, half written, newer
-        than this program or without its seal is not taken: the one in use stays, ``failure`` says why, and the next
-        change of any file is another try."""
+        """Load the folder's detector if it has changed; returns whether another detector is in use now.
+
+        A detector that is damaged, incomplete, unsealed or of a newer schema is not used: the current one stays in use,
+        ``failure`` says why, and the next change of any file in the folder starts another attempt.
+        """
         stamp = self._stamp()
         if self._folder is None or stamp == self._seen:
             return False
@@ -70,8 +72,11 @@ class Held:
         return True
 
     def _load(self) -> tuple[Detector, str]:
-        """From a private copy: tensors are mapped from their files, and whoever writes into the folder, in place of
-        replacing it, would otherwise write into the model, or end the process where a file gets shorter."""
+        """Load the detector from a private copy of its folder.
+
+        Tensors are memory-mapped: writing into the original files would otherwise change the model in use, and
+        truncating them would crash the process.
+        """
         assert self._folder is not None
         with tempfile.TemporaryDirectory(prefix="traj_ood-serve-") as place:
             copy = Path(place) / "detector"
@@ -86,19 +91,19 @@ class Held:
                 raise TrajOODError(str(error).replace(str(copy), str(self._folder))) from error
 
     def _stamp(self) -> tuple[tuple[str, int, int, int], ...]:
-        """What changes when any file of the folder does: a copy that is under way ends with another file than the
-        record, and is to be taken then."""
+        """Path, modification time, inode and size of every file in the folder: the last file that a copy writes may be
+        another one than the record."""
         found = []
         try:
             for path in sorted(self._folder.rglob("*")) if self._folder else ():
                 status = path.lstat()
                 found.append((str(path), status.st_mtime_ns, status.st_ino, status.st_size))
-        except OSError:  # it is being replaced
+        except OSError:  # the folder is being replaced
             return ()
         return tuple(found)
 
 
 def _serving(detector: Detector, digest: str) -> Serving:
     with torch.no_grad():
-        detector.score(torch.zeros(1, *detector.autoencoder.input_shape))  # what is made at first use is made now
+        detector.score(torch.zeros(1, *detector.autoencoder.input_shape))  # warm-up, before the first request
     return Serving(detector, digest, partial(decide_all, detector.judge))

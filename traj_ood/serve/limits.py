@@ -1,4 +1,4 @@
-"""What the service takes at most, and who is refused beyond that."""
+"""Limits of the service, and the refusal of requests beyond them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from dataclasses import dataclass
 from traj_ood.errors import TrajOODError
 
 BYTES_PER_PIXEL = 28
-"""Measured: as decoded, as RGB, and what the model's preprocessing makes of it on the way."""
+"""Bytes of memory per pixel while an image is prepared, measured: the decoded image, its RGB copy and the intermediate
+results of preprocessing."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the service takes at most; a request beyond them is answered 413 or 429, with a reason.
+    """Limits of the service; a request beyond them gets the status 413 or 429, with a reason.
 
     Attributes:
-        images: in one request, and no more than ``queue``. Default 64.
-        body: bytes of one request, and no more than ``bodies``. Default 32 MiB.
-        bodies: bytes of all requests that are being received or waiting. Default 128 MiB.
-        pixels: of one image, by its header. Default 38 million, what one GiB holds decoded.
-        decoded: bytes of all images that are being decoded, at 28 bytes a pixel. Default 1 GiB.
-        queue: images that wait for the detector. Default 512, some seconds of work.
-        linger: seconds that an image may wait for others to be judged with it. Default 0.005.
-        batch: images judged at a time. Default 64: a small part of the queue, so that none waits for long.
-        patience: seconds for a request to arrive, and again for its answer (408, 504). Default 30.
+        images: most images in one request, and at most ``queue``. Default 64.
+        body: largest request in bytes, and at most ``bodies``. Default 32 MiB.
+        bodies: total bytes of all requests being received or waiting. Default 128 MiB.
+        pixels: most pixels of one image, by its header. Default 38 million, which take one GiB to decode.
+        decoded: total bytes of all images being decoded, at 28 bytes per pixel. Default 1 GiB.
+        queue: most images waiting for the detector. Default 512, some seconds of work.
+        linger: seconds that an image may wait for others to fill a batch. Default 0.005.
+        batch: most images judged at a time. Default 64, a small part of the queue, so that no image waits long.
+        patience: seconds for a request to arrive (else 408), and again for its response (else 504). Default 30.
     Raises:
         TrajOODError: a limit that no request could meet.
     """
@@ -47,13 +48,13 @@ class Limits:
                 raise TrajOODError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
         if not 0 <= self.linger < self.patience:
             raise TrajOODError(f"linger: expected seconds from 0 to patience ({self.patience:g}), got {self.linger!r}")
-        # Beyond these a request would be told for ever to try again.
+        # A larger request would be answered 429 (try again later) every time.
         object.__setattr__(self, "body", min(self.body, self.bodies))
         object.__setattr__(self, "images", min(self.images, self.queue))
 
 
 class RefusedError(Exception):
-    """A request that is answered with this status and reason."""
+    """Raised to refuse a request with an HTTP status and a reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -61,10 +62,12 @@ class RefusedError(Exception):
 
 
 class Budget:
-    """An amount that all requests share; used from the event loop's thread alone.
+    """A resource that all requests share, such as bytes; used only from the event loop's thread.
 
     Attributes:
-        total: of it. taken: now. peak: the largest part that was ever taken.
+        total: the amount available.
+        taken: the amount in use.
+        peak: the largest amount that was ever in use.
     """
 
     def __init__(self, total: int, what: str) -> None:
@@ -75,7 +78,7 @@ class Budget:
         """Take ``amount``; :meth:`give` returns it.
 
         Raises:
-            RefusedError: 429, there is not as much left.
+            RefusedError: 429, less than ``amount`` is left.
         """
         if self.taken + amount > self.total:
             raise RefusedError(429, f"{self._what}: {self.total} are taken by other requests: try again")
@@ -87,7 +90,7 @@ class Budget:
 
     @contextmanager
     def part(self, amount: int) -> Iterator[None]:
-        """``amount`` until the block ends."""
+        """Context manager that takes ``amount`` and gives it back at the end of the block."""
         self.take(amount)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Rows of all that was judged, for `traj-ood monitor`: names and numbers, no images."""
+"""Log of all decisions for `traj-ood monitor`: names and numbers, no images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from traj_ood.io.files import folder_errors
 
 
 class RowLog:
-    """JSON lines in ``folder/<digest of the detector>/<day>.jsonl``: a stream for each detector.
+    """JSON lines in ``folder/<digest of the detector>/<day>.jsonl``, a separate stream for each detector.
 
-    A line is written at once and whole, so that a monitor reads the file while it grows.
+    Lines are written immediately and completely, so that a monitor can read the file while it grows.
 
     Raises:
-        TrajOODError: a folder that cannot be written, or lies in a detector.
+        TrajOODError: the folder cannot be written, or lies inside a detector.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,15 +30,16 @@ class RowLog:
         with folder_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, digest: str, names: Sequence[str], said: Sequence[Decision]) -> None:
-        """One row for each image.
+    def write(self, digest: str, names: Sequence[str], decisions: Sequence[Decision]) -> None:
+        """Append one row per image.
 
         Raises:
-            TrajOODError: they cannot be written; none of them is in the file then.
+            TrajOODError: the rows cannot be written; the file then contains none of them.
         """
         now = datetime.now(timezone.utc)
         at = now.isoformat(timespec="milliseconds")
-        lines = [json.dumps({"path": n, **one.as_dict(), "at": at}) + "\n" for n, one in zip(names, said, strict=True)]
+        pairs = zip(names, decisions, strict=True)
+        lines = [json.dumps({"path": name, **made.as_dict(), "at": at}) + "\n" for name, made in pairs]
         path = self._folder / digest / f"{now:%Y-%m-%d}.jsonl"
         with folder_errors(path.parent, path.name):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ class RowLog:
 
 
 def append(file: io.FileIO, data: bytes) -> None:
-    """All of ``data`` or nothing: behind half a line on a full disk the next one would be unreadable, too."""
+    """Append all of ``data`` or nothing: half a line on a full disk would make the next line unreadable too."""
     end = os.fstat(file.fileno()).st_size
     if file.write(data) != len(data):
         file.truncate(end)

@@ -1,12 +1,12 @@
-"""What OpenAPI says of ``/v1/score``."""
+"""The OpenAPI description of ``/v1/score``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 DESCRIPTION = (
-    "Is this image out of distribution? Scores, conformal p-values, decisions and reasons of one traj_ood detector. "
-    "No image is stored."
+    "Decides whether images are out of distribution: scores, conformal p-values, decisions and reasons of one traj_ood "
+    "detector. No image is stored."
 )
 _TEXT: dict[str, Any] = {"type": "string"}
 _NUMBER: dict[str, Any] = {"type": ["number", "null"]}
@@ -47,12 +47,12 @@ _ROUTE: dict[str, Any] = {
     "summary": "Judge images",
     "response_model": None,
     "responses": {
-        200: _json("One decision for each image, in order.", _ANSWER),
-        400: _json("The body cannot be read, or holds no image.", _ERROR),
+        200: _json("One decision per image, in order.", _ANSWER),
+        400: _json("The body cannot be read, or has no image.", _ERROR),
         408: _json("The body did not arrive in time.", _ERROR),
         413: _json("The body, an image, or their number is too large.", _ERROR),
         415: _json("Another content type.", _ERROR),
-        429: _json("Too much at once: try again after Retry-After seconds.", _ERROR),
+        429: _json("Too many requests: try again after Retry-After seconds.", _ERROR),
         503: _json("The detector failed.", _ERROR),
         504: _json("The detector did not answer in time.", _ERROR),
     },
@@ -60,7 +60,7 @@ _ROUTE: dict[str, Any] = {
 
 
 def score_route(most: int) -> dict[str, Any]:
-    """Keyword arguments of FastAPI's route; ``most`` images in one request."""
+    """Keyword arguments of FastAPI's route, for at most ``most`` images in one request."""
     content = {
         "multipart/form-data": _images("binary", most),
         "application/json": _images("byte", most),

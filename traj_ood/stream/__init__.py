@@ -1,9 +1,9 @@
-"""Images without end: paths in, one row per image out, in order and in bounded memory."""
+"""Score endless streams of images: one row per path, in order and in bounded memory."""
 
 from traj_ood.stream.paths import Entry, read_list, read_paths, walk
 from traj_ood.stream.rows import COLUMNS, Row, Tally, default_batch_size, judge_entries, score_rows
 from traj_ood.stream.run import write_scores
-from traj_ood.stream.tables import FORMATS, Table, open_table
+from traj_ood.stream.tables import FORMATS, Table, open_table, parquet_columns
 
 __all__ = [
     "COLUMNS",
@@ -15,6 +15,7 @@ __all__ = [
     "default_batch_size",
     "judge_entries",
     "open_table",
+    "parquet_columns",
     "read_list",
     "read_paths",
     "score_rows",

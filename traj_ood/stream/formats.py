@@ -1,8 +1,8 @@
-"""A row as one line of text, and back: CSV and JSON lines.
+"""Text formats of rows: CSV and JSON lines.
 
-How names that are not UTF-8 are written: CSV holds their bytes as they are (read it with
-``errors="surrogateescape"``), JSON lines lone surrogates as ``\\udcXX``, which Python's json reads back. In CSV,
-texts that a spreadsheet would run are quoted; ``traj_ood.text.unquote_formula`` gives them back.
+Names that are not UTF-8 are stored in CSV as their bytes (read it with ``errors="surrogateescape"``), and in JSON lines
+as lone surrogates ``\\udcXX``, which Python's json reads back. In CSV, texts that a spreadsheet would evaluate are
+quoted; ``traj_ood.text.unquote_formula`` is the inverse.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from traj_ood.detector.decision import ERROR, INFINITIES, reason_of
 from traj_ood.stream.rows import COLUMNS, Row
 from traj_ood.text import quote_formula, unquote_formula
 
-_MAX_RECORD_BYTES = 2**20  # bytes of one record; a damaged file must not be taken into memory whole
+_MAX_RECORD_BYTES = 2**20  # limit on one record, so that a damaged file is not read into memory as a whole
 
 
 class TextFormat(ABC):
-    """A row as one record of bytes, and back; ``header`` comes before the first."""
+    """Encodes a row as one record of bytes and decodes it; a file begins with ``header``."""
 
     header: bytes = b""
 
     @abstractmethod
     def encode(self, row: Row) -> bytes:
-        """One record, its line end included."""
+        """The record of a row, including its line end."""
 
     @abstractmethod
     def parse(self, record: bytes) -> Row:
-        """The row that a record seems to hold.
+        """Parse a record; :meth:`decode` also verifies it.
 
         Raises:
-            ValueError, TypeError: not a record of this format.
+            ValueError, TypeError: it is not a record of this format.
         """
 
     def decode(self, record: bytes) -> Row:
-        """The row of a record.
+        """Parse a record and verify that :meth:`encode` gives the same bytes.
 
         Raises:
-            ValueError: the record is not, byte for byte, what :meth:`encode` makes of a row.
+            ValueError: it does not, or the row contradicts itself.
         """
         try:
             row = self.parse(record)
             number = row.score is None or not math.isnan(row.score)
             share = row.p_value is None or 0 <= row.p_value <= 1
             whole = self.encode(row) == record and number and share
-        except (TypeError, LookupError, RecursionError) as error:  # JSON of another kind, or nested without end
+        except (TypeError, LookupError, RecursionError) as error:  # other JSON, or nested too deeply
             raise ValueError(str(error)) from error
         reason = reason_of(row.score, row.decision, row.error)
         if not whole or (row.score is None) != (row.status == ERROR) or row.reason != reason:
@@ -59,10 +59,10 @@ class TextFormat(ABC):
         return row
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:
-        """Whole records from the file's position on; what a broken-off write left at the end is no record.
+        """Iterate over complete records from the file's position; an incomplete one at the end is left out.
 
         Raises:
-            ValueError: a record of more than a megabyte.
+            ValueError: a record is longer than a megabyte.
         """
         for line in _lines(file):
             if line.endswith(b"\n"):
@@ -70,11 +70,11 @@ class TextFormat(ABC):
 
 
 class CSVFormat(TextFormat):
-    """Comma-separated, quoted where needed, one ``\\n`` after each row; empty is None.
+    """Comma-separated values, quoted where needed, with ``\\n`` after each row; an empty cell is None.
 
     Args:
-        quote_formulas: write texts that a spreadsheet would run (a path ``=1+1.png``) with a ``'`` before them, and
-            read them so. Default True: CSV is opened in spreadsheets, and names are anybody's. Numbers stay numbers.
+        quote_formulas: write texts that a spreadsheet would evaluate (a path ``=1+1.png``) with a ``'`` before them,
+            and expect it when reading. Default True, as names can come from anyone. Numbers are not quoted.
     """
 
     def __init__(self, quote_formulas: bool = True) -> None:
@@ -95,7 +95,7 @@ class CSVFormat(TextFormat):
             raise ValueError(f"{len(fields)} columns")
         if self._quotes:
             if any(quote_formula(unquote_formula(cell)) != cell for cell in (fields[0], *fields[5:])):
-                raise ValueError("a text that a spreadsheet would run, not quoted: add --no-quote-formulas")
+                raise ValueError("a text that a spreadsheet would evaluate, not quoted: add --no-quote-formulas")
             fields = [unquote_formula(cell) if k in (0, 5, 6, 8) else cell for k, cell in enumerate(fields)]
         path, score, p_value, decision, steps, status, error, content, reason = fields
         number, share, count = float(score or "nan"), float(p_value or "nan"), int(steps or -1)
@@ -131,10 +131,10 @@ class CSVFormat(TextFormat):
 
 
 class JSONLinesFormat(TextFormat):
-    """One JSON object per line, ASCII only; null is None, and an infinite score the text "Infinity".
+    """One JSON object per line, ASCII only; None is null, and an infinite score the text "Infinity".
 
-    JSON has no infinity, and parsers disagree on a number beyond their range. The text is that of protobuf's JSON;
-    ``float`` of Python and ``Number`` of JavaScript make it the number that is above every threshold.
+    JSON has no infinity, and parsers disagree on numbers beyond their range. The text is that of protobuf's JSON;
+    Python's ``float`` and JavaScript's ``Number`` convert it to infinity.
     """
 
     def encode(self, row: Row) -> bytes:
@@ -154,7 +154,7 @@ TEXT_FORMATS = ("csv", "jsonl")
 
 
 def text_format(name: str, quote_formulas: bool = True) -> TextFormat:
-    """The format of a name in ``TEXT_FORMATS``."""
+    """The format with this name of ``TEXT_FORMATS``."""
     return CSVFormat(quote_formulas) if name == "csv" else JSONLinesFormat()
 
 

@@ -1,10 +1,9 @@
-"""Where a stream's images come from: folders walked lazily, lists and standard input read as they arrive.
+"""Paths of a stream of images, from folders, image lists and standard input, read lazily.
 
-Nothing here holds more than one folder's names or one line at a time. What cannot be an image of the stream (a path
-that leaves its list's root, a link that leads out of its folder) becomes an entry with an error, because one bad path
-must not end a run over a million others.
+At most one folder's names or one line is in memory at a time. An invalid path (outside its list's root, or behind a
+link that leads out of its folder) becomes an entry with an error, so that one in a million does not end a run.
 
-Paths are text in which bytes that are not UTF-8 stand as lone surrogates (PEP 383), as everywhere in Python.
+Paths are text in which bytes that are not UTF-8 are lone surrogates (PEP 383), as everywhere in Python.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from traj_ood.errors import TrajOODError
 
 _STDIN = "standard input"
 _READ_BYTES = 65536
-_MAX_PATH_BYTES = 2**20  # bytes of one path; a file without any separator must not be taken into memory whole
+_MAX_PATH_BYTES = 2**20  # limit on one path, so that a file without separators is not read into memory as a whole
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,10 @@ class Entry:
     """One image of a stream.
 
     Attributes:
-        path: as its row names it, and where it is read from, starting from the working directory.
-        error: why it must not be read; empty for all others.
-        content: the bytes of an image file that is no file of its own (see :mod:`traj_ood.data.records`); None
-            (default) where ``path`` is read.
+        path: path of the file, relative to the working directory, or the name of a record; also the path in its row.
+        error: why it must not be read; else empty.
+        content: the bytes of the image file if it comes from a source of records (see :mod:`traj_ood.data.records`);
+            None (default) if ``path`` is to be read.
     """
 
     path: str
@@ -47,15 +46,16 @@ class ByteStream(Protocol):
 
 
 def walk(folder: str, *, follow_links: bool = False, others: Counter[str] | None = None) -> Iterator[Entry]:
-    """Image files in and below ``folder``, by suffix, in the order of :func:`traj_ood.data.read_folder`.
+    """Iterate over the image files in and below ``folder``, in the order of :func:`traj_ood.data.read_folder`.
 
-    Hidden files and folders are passed over; each real folder is entered once, so a loop of links ends. A folder that
-    cannot be listed is an entry with an error, and so is ``folder`` itself when no image is found.
+    Image files are recognised by suffix. Hidden files and folders are ignored; each real folder is entered once, so
+    that loops of links end. A folder that cannot be listed gives an entry with an error, and so does ``folder`` if it
+    has no images.
 
     Args:
-        folder: where to start; may itself be a link.
-        follow_links: also follow links to places outside ``folder``. Default: they are entries with an error.
-        others: counts by suffix the files that are no images, as they are met.
+        folder: where to start; may be a link.
+        follow_links: follow links that lead out of ``folder``. Default: they give entries with an error.
+        others: counter, updated with the suffixes of files that are no images.
     """
     root = os.path.realpath(folder)
     seen = {_identity(root)}
@@ -87,13 +87,12 @@ def walk(folder: str, *, follow_links: bool = False, others: Counter[str] | None
 
 
 def read_paths(stream: ByteStream, *, null: bool = False) -> Iterator[Entry]:
-    """Paths one per line, or with ``null`` each ended by a NUL byte as ``find -print0`` writes them.
+    """Iterate over paths, one per line, or with ``null`` each ended by a NUL byte, as ``find -print0`` writes them.
 
-    Empty lines are skipped. A carriage return before the line's end belongs to the line's end; names that do end in one
-    need ``null``.
+    Empty lines are skipped. A carriage return at the end of a line is removed; names that end in one need ``null``.
 
     Raises:
-        TrajOODError: a megabyte without a separator, or a NUL byte in lines of text.
+        TrajOODError: there is no separator within a megabyte, or a NUL byte in lines of text.
     """
     for record in _records(stream, b"\0" if null else b"\n", _STDIN):
         path = os.fsdecode(record if null else record.removesuffix(b"\r"))
@@ -102,17 +101,17 @@ def read_paths(stream: ByteStream, *, null: bool = False) -> Iterator[Entry]:
 
 
 def read_list(list_path: str | Path, root: str | Path, *, follow_links: bool = False) -> Iterator[Entry]:
-    """An image list in OpenOOD's format (``relative/path label`` per line), read as it is needed.
+    """Iterate over an image list in OpenOOD's format, ``relative/path label`` per line.
 
-    Same rules as :func:`traj_ood.data.read_image_list`, except that a path that is absolute or leaves ``root`` is an
-    entry with an error, that an image may be listed twice, and that names need not be UTF-8.
+    The rules are those of :func:`traj_ood.data.read_image_list`, except that a path that is absolute or leaves ``root``
+    gives an entry with an error, an image may be listed twice, and names need not be UTF-8.
 
     Args:
         list_path: the list.
-        root: the folder its paths start from and, links resolved, may not leave.
-        follow_links: allow links that lead out of ``root``. Default: they are entries with an error.
+        root: the folder to which its paths are relative and which, links resolved, they may not leave.
+        follow_links: allow links that lead out of ``root``. Default: they give entries with an error.
     Raises:
-        TrajOODError: the list cannot be read, or is no text.
+        TrajOODError: the list cannot be read, or is not text.
     """
     real_root = os.path.realpath(root)
     try:
@@ -139,7 +138,7 @@ def _listed(written: str, where: str, root: str | Path, real_root: str, follow_l
 
 
 def _records(stream: ByteStream, separator: bytes, name: str) -> Iterator[bytes]:
-    """What stands between separators, as soon as it is there; the last one may go without."""
+    """Iterate over the records between separators as soon as they arrive; the last need not end in a separator."""
     rest = b""
     while block := stream.read(_READ_BYTES):
         if separator != b"\0" and b"\0" in block:
@@ -155,7 +154,7 @@ def _records(stream: ByteStream, separator: bytes, name: str) -> Iterator[bytes]
 
 
 def _listing(folder: str) -> Iterator[os.DirEntry[str] | Entry]:
-    """What a folder holds, hidden names left out, sorted as the whole relative paths below it would be."""
+    """The content of a folder without hidden names, in the sort order of the full relative paths below it."""
     try:
         with os.scandir(folder) as found:
             items = [item for item in found if not item.name.startswith(".")]
@@ -168,7 +167,7 @@ def _listing(folder: str) -> Iterator[os.DirEntry[str] | Entry]:
 def _is_folder(item: os.DirEntry[str]) -> bool:
     try:
         return item.is_dir()
-    except OSError:  # a link that runs in a circle
+    except OSError:  # a circular link
         return False
 
 
@@ -177,7 +176,7 @@ def _has_image_suffix(name: str) -> bool:
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
-    """What two names of one folder share; None when it is gone, and its listing will say so."""
+    """Device and inode of a folder; None if it no longer exists, which listing it will report."""
     try:
         status = os.stat(folder)
     except OSError:
@@ -186,6 +185,6 @@ def _identity(folder: str) -> tuple[int, int] | None:
 
 
 def _leaves(path: str, real_root: str) -> bool:
-    """Whether ``path``, all links resolved, lies outside ``real_root``."""
+    """Whether ``path``, with all links resolved, is outside ``real_root``."""
     real = os.path.realpath(path)
     return os.path.commonpath([real, real_root]) != real_root

@@ -1,11 +1,11 @@
-"""Whether the rows that an interrupted run left belong to this run: to its input, its detector and its calibration.
+"""Verify that the rows left by an interrupted run have this run's input, detector and calibration.
 
-A row is its own evidence, so there is no second file that says whose rows these are and could be lost or out of date:
-:func:`match_file` compares every path with the input's, and the caller judges some of the images again, which have to
-come out the same (:meth:`Resumed.check`); p-value and decision of every row have to be those of its score, and its file
-has to hold what it held. That notices another detector, calibration or image. The images judged again are spread over
-all the rows, and there are as many with a score as with an error: neither a start of unreadable files nor one that two
-detectors agree on hides the rest.
+The rows themselves are checked, so that no second file with their origin can be lost or out of date. For every row,
+:func:`match_file` compares its path with the input, its p-value and decision with the calibration of its score, and its
+file with the recorded digest. The caller judges some of the images again and compares the results
+(:meth:`Resumed.check`). This notices another detector, calibration or image. The images judged again are spread over
+all rows, as many with a score as with an error, so that a difference cannot hide behind unreadable files or behind a
+beginning on which two detectors agree.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import Row, Tally, content_of
 
 Calibrated = Callable[[float], tuple[float | None, str | None]]
-_COMPARED_HELD = 16  # of those whose bytes are in memory
-_COMPARED_FILES = 1024  # files at a time, whose bytes are compared with their rows
-_ROUNDING = 1e-6  # of a score, relative: what float32 leaves of it when the batch changes
+"""Score → its p-value and decision."""
+_COMPARED_FILES = 1024  # files whose bytes are compared with their rows at a time
+_COMPARED_RECORDS = 16  # likewise for records, whose bytes are in memory
+_ROUNDING = 1e-6  # relative; how much a float32 score may change with the batch
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What an interrupted run left.
+    """The rows left by an interrupted run.
 
     Attributes:
-        tally: of its whole rows.
-        sample: some of them with their entries, spread over all, in order.
+        tally: counts of its complete rows.
+        sample: some of them with their entries, spread over all rows, in order.
         where: the file, for errors.
     """
 
@@ -45,10 +46,10 @@ class Resumed:
     where: str = ""
 
     def check(self, rows: Iterable[Row]) -> None:
-        """Compare ``rows``, made anew from the entries in ``sample``, with what is there.
+        """Compare ``rows``, computed again for the entries in ``sample``, with the rows that are there.
 
-        Scores may differ by rounding: those of a model or a scorer that is not ours, or on a GPU, may follow the batch.
-        P-value and decision follow from the score, and :meth:`Table.match` has compared them.
+        Scores may differ by rounding, as user-defined models and scorers, and GPUs, may depend on the batch. P-values
+        and decisions follow from the score and have been compared by :meth:`Table.match`.
 
         Raises:
             TrajOODError: a row differs.
@@ -57,7 +58,7 @@ class Resumed:
             if not _same_but_for_rounding(row, there):
                 now = f"status {row.status}" if row.score is None else f"score {row.score}"
                 raise TrajOODError(
-                    f"{self.where}: expected what this detector says of {entry.path!r} ({now}), found another row; "
+                    f"{self.where}: expected this detector's result on {entry.path!r} ({now}), found another row; "
                     "resume with the detector, device and images that it was made with, or start again with --overwrite"
                 )
 
@@ -65,7 +66,10 @@ class Resumed:
 def match_file(
     form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entry], most: int, calibrated: Calibrated
 ) -> tuple[Resumed, int]:
-    """What the file holds of the input, and where its last whole row ends; ``entries`` stands behind that row."""
+    """The rows in ``file``, and the position after its last complete row.
+
+    ``entries`` is advanced past the entries that have a row.
+    """
     tally, end = Tally(), len(form.header)
     scored, failed = _Spread(most), _Spread(most)
     unseen: list[tuple[Entry, Row]] = []
@@ -90,7 +94,7 @@ def match_file(
                 (failed if row.score is None else scored).add(tally.count, entry, row)
                 tally, end = tally.plus([row]), end + len(record)
                 unseen.append((entry, row))
-                if len(unseen) >= (_COMPARED_FILES if entry.content is None else _COMPARED_HELD):
+                if len(unseen) >= (_COMPARED_FILES if entry.content is None else _COMPARED_RECORDS):
                     _refuse_changed(path, tally.count, unseen)
                     unseen = []
             _refuse_changed(path, tally.count, unseen)
@@ -104,7 +108,7 @@ def match_file(
 
 
 class _Spread:
-    """At most ``most`` of the rows that come, the first and then at equal distances, however many there will be."""
+    """Keeps at most ``most`` of the rows added, the first and then at equal distances, for any number of rows."""
 
     def __init__(self, most: int) -> None:
         self.held: list[tuple[int, Entry, Row]] = []
@@ -121,7 +125,7 @@ class _Spread:
 
 
 def _refuse_changed(path: Path, last: int, rows: Sequence[tuple[Entry, Row]]) -> None:
-    """Refuse rows, the last of them number ``last``, of files that do not hold what was judged."""
+    """Refuse rows, the last of which has the number ``last``, whose files have changed since they were judged."""
     held = {entry.content: hashlib.sha256(entry.content).hexdigest() for entry, _ in rows if entry.content is not None}
     places = [os.path.realpath(entry.path) for entry, _ in rows if entry.content is None]
     files = iter(hash_files(places))
@@ -134,7 +138,7 @@ def _refuse_changed(path: Path, last: int, rows: Sequence[tuple[Entry, Row]]) ->
 
 
 def _same_but_for_rounding(row: Row, there: Row) -> bool:
-    """Whether two rows say the same, apart from what follows from the score."""
+    """Whether two rows are equal up to the rounding of their scores, p-values and decisions left aside."""
     if row.score is None or there.score is None:
         return row == there
     near = math.isclose(row.score, there.score, rel_tol=_ROUNDING)
@@ -142,7 +146,7 @@ def _same_but_for_rounding(row: Row, there: Row) -> bool:
 
 
 def _same(path: Path, number: int, there: str, entry: Entry | None) -> Entry:
-    """The input's entry, where it is the one that the row is of."""
+    """``entry``, if the row is of this entry, else an error."""
     if entry is None or entry.path != there:
         here = "its end" if entry is None else repr(entry.path)
         raise TrajOODError(

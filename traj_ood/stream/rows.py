@@ -1,7 +1,6 @@
-"""From paths to rows: images are read ahead by threads, judged batch by batch, and come out in the order they came in.
+"""Turn paths into rows: threads read images ahead, the detector judges them in batches, and rows keep their order.
 
-Where batches end follows the speed of the input, so nothing in a row may depend on it; that rows do not is the
-detector's promise, and tested.
+Batch boundaries depend on the speed of the input. Rows do not, as a detector's scores are independent of the batch.
 """
 
 from __future__ import annotations
@@ -34,23 +33,22 @@ from traj_ood.text import one_line
 if TYPE_CHECKING:
     from traj_ood.detector import Detector
 
-_LINGER_SECONDS = 1.0  # that a batch waits for more when the input is slow, say a folder that another program fills
-_LATENT_BYTES = 2**27
+_LINGER_SECONDS = 1.0  # how long a batch waits for more images from a slow input, such as a pipe
+_LATENT_BYTES = 2**27  # limit on the latents of a batch
 _MAX_BATCH = 512
-_DIGITS = 16
+_DIGITS = 16  # of a file's SHA-256 in its row
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is said of one image; None is what does not apply.
+    """The result for one image; fields that do not apply are None.
 
     Attributes:
-        path: as it was given; bytes that are not UTF-8 stand as lone surrogates.
-        score, p_value, decision, steps, status, error: of :class:`traj_ood.Decision`.
-        content: the first 16 hex digits of the SHA-256 of the file that was judged; None where none could be read. By
-            it ``--resume`` knows a file that has changed since.
-        reason: ``ok``, ``ood``, ``invalid: …`` or ``uncalibrated``; by default, and in every table, the one that
-            follows from the others.
+        path: the path as given; bytes that are not UTF-8 are lone surrogates.
+        score, p_value, decision, steps, status, error: see :class:`traj_ood.Decision`.
+        content: the first 16 hex digits of the SHA-256 of the judged file, by which ``--resume`` recognises files that
+            have changed; None if it could not be read.
+        reason: ``ok``, ``ood``, ``invalid: …`` or ``uncalibrated``; by default derived from the other fields.
     """
 
     path: str
@@ -68,10 +66,10 @@ class Row:
             object.__setattr__(self, "reason", reason_of(self.score, self.decision, self.error))
 
     @classmethod
-    def of(cls, path: str, said: Decision, content: str | None = None) -> Row:
-        """The row of an image."""
-        error = None if said.error is None else _line(said.error, "")
-        return cls(path, said.score, said.p_value, said.decision, said.steps, said.status, error, content)
+    def of(cls, path: str, made: Decision, content: str | None = None) -> Row:
+        """The row of the image at ``path`` with the decision ``made``."""
+        error = None if made.error is None else _line(made.error, "")
+        return cls(path, made.score, made.p_value, made.decision, made.steps, made.status, error, content)
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -79,7 +77,7 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 @dataclass(frozen=True)
 class Tally:
-    """Rows counted: all, those with an error, and those whose decision is ``ood``."""
+    """Counts of rows: all, those with an error, and those with the decision ``ood``."""
 
     count: int = 0
     failed: int = 0
@@ -94,7 +92,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The prepared image (C, H, W), or the error in one line; and the ``content`` of its row."""
+    """The prepared image (C, H, W) or an error of one line, and the ``content`` of its row."""
 
     image: Tensor | str
     content: str | None = None
@@ -109,7 +107,7 @@ def content_of(digest: str) -> str | None:
 
 
 def default_batch_size(model: Autoencoder) -> int:
-    """Images judged at a time: whole chunks of the model, at most 512 images and 128 MiB of latents."""
+    """The default number of images per batch: whole chunks of the model, at most 512 images and 128 MiB of latents."""
     latent = model.encode(torch.zeros(1, *model.input_shape))
     most = min(_MAX_BATCH, _LATENT_BYTES // (4 * max(latent.numel(), math.prod(model.input_shape))))
     return max(1, most // model.chunk) * model.chunk
@@ -123,20 +121,20 @@ def score_rows(
     workers: int = 2,
     linger: float = _LINGER_SECONDS,
 ) -> Generator[list[Row], None, None]:
-    """One row per entry, in order, as lists of one batch each; an image that fails has a row that says why.
+    """Yield the rows of each batch, one row per entry, in order; an image that fails has a row with the reason.
 
-    At most 2 · ``batch_size`` + ``workers`` images are in memory, as tensors, whatever the number of entries. Close the
-    iterator (or exhaust it) to end its threads.
+    At most 2 · ``batch_size`` + ``workers`` images are in memory, as tensors, whatever the number of entries. Close or
+    exhaust the iterator to end its threads.
 
     Args:
-        detector: its ``autoencoder.transform`` prepares images, its ``judge`` judges them.
-        entries: consumed in a thread of their own, so they may come slowly and without end.
-        batch_size: most images at a time; changes memory and speed, no row. Default: :func:`default_batch_size`.
+        detector: the detector.
+        entries: the images, consumed in a separate thread, so that they may arrive slowly and without end.
+        batch_size: images per batch; affects memory and speed, not rows. Default: :func:`default_batch_size`.
         workers: threads that read images.
-        linger: seconds that an unfinished batch waits for more entries. Default 1: rows of a slow input come soon, and
-            an input faster than that always fills its batches.
+        linger: seconds that an incomplete batch waits for more entries. Default 1, so that rows of a slow input come
+            soon, while a faster input fills its batches.
     Raises:
-        TrajOODError: impossible arguments, entries that end in an error, or too little memory for a batch.
+        TrajOODError: an argument is invalid, the iterator of entries raises it, or there is too little memory.
     """
     size = default_batch_size(detector.autoencoder) if batch_size is None else batch_size
     for name, value in (("batch size", size), ("workers", workers)):
@@ -148,15 +146,15 @@ def score_rows(
 
     for batch in _read_ahead(entries, load, size, workers, linger):
         rows = _judge(detector, batch)
-        del batch  # its images, while the next ones are read
+        del batch  # frees its images while the next ones are read
         yield rows
 
 
 def judge_entries(detector: Detector, entries: Iterable[Entry]) -> list[Row]:
-    """One row per entry, in order, of one batch that is read and judged here, as :func:`score_rows` does it.
+    """One row per entry, in order, as :func:`score_rows`, for one batch and without threads.
 
     Raises:
-        TrajOODError: too little memory.
+        TrajOODError: there is too little memory.
     """
     transform, reading = detector.autoencoder.transform, detector.reading
     return _judge(detector, [(entry, _load(entry, transform, reading)) for entry in entries])
@@ -169,14 +167,14 @@ def _load(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> _
         return _Loaded(_prepare(entry, transform, reading), content_of(hashlib.sha256(entry.content).hexdigest()))
     before = stamp(entry.path)
     image = _prepare(entry, transform, reading)
-    content = content_of(hash_file(entry.path))  # its second read comes from memory
+    content = content_of(hash_file(entry.path))  # the second read comes from the system's cache
     if stamp(entry.path) != before:
         return _Loaded("the file changed while it was being read; judge it again")
     return _Loaded(image, content)
 
 
 def _prepare(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> Tensor | str:
-    """The prepared image, or the error in one line, without the path that the row names already."""
+    """The prepared image, or an error of one line without the path, which is in the row."""
     path, content = entry.path, entry.content
     try:
         image = open_image(Path(path), reading) if content is None else open_bytes(content, path, reading)
@@ -184,48 +182,49 @@ def _prepare(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -
         return _line(str(error), path)
     try:
         return transform(image)
-    except Exception as error:  # a transform may be anybody's, and the images of a stream too
+    except Exception as error:  # user code may raise anything
         return _line(f"the model's transform failed on {image.width} x {image.height} pixels: {error!r}", path)
 
 
 def _judge(detector: Detector, batch: list[tuple[Entry, _Loaded]]) -> list[Row]:
-    """One row for each of a batch."""
+    """One row per entry of a batch."""
     images = [loaded.image for _, loaded in batch if isinstance(loaded.image, Tensor)]
     judged = iter(_judge_images(detector, images))
     rows = []
     for entry, loaded in batch:
-        said = Decision(error=loaded.image) if isinstance(loaded.image, str) else next(judged)
-        rows.append(Row.of(entry.path, said, loaded.content))
+        decision = Decision(error=loaded.image) if isinstance(loaded.image, str) else next(judged)
+        rows.append(Row.of(entry.path, decision, loaded.content))
     return rows
 
 
 def _judge_images(detector: Detector, images: list[Tensor]) -> list[Decision]:
-    """What the detector says of each.
+    """One decision per prepared image.
 
     Raises:
-        TrajOODError: too little memory.
+        TrajOODError: there is too little memory.
     """
     try:
         return decide_all(partial(detector.judge, whole_chunks=True), images)
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch has no class of its own for it.
+        # On the CPU torch raises a plain RuntimeError.
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         raise TrajOODError(f"out of memory while judging {len(images)} images: give a smaller --batch-size") from error
 
 
 def _line(text: str, path: str) -> str:
-    return one_line(text).removeprefix(one_line(f"{Path(path)}:")).strip()  # errors name it as one_line writes it
+    """``text`` on one line, without the path at its beginning."""
+    return one_line(text).removeprefix(one_line(f"{Path(path)}:")).strip()
 
 
 def _taken(batch: deque[_Queued]) -> Iterator[_Queued]:
-    """What is in ``batch``, and is not in it any more: a generator that waits must hold no images."""
+    """Iterate over ``batch``, removing its items, so that a suspended generator keeps no images in memory."""
     while batch:
         yield batch.popleft()
 
 
 class _End:
-    """Stands in the queue after the last entry."""
+    """Marks the end of the queue, with the error that ended the entries, if any."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
@@ -234,10 +233,10 @@ class _End:
 def _read_ahead(
     entries: Iterable[Entry], load: Callable[[Entry], _Loaded], size: int, workers: int, linger: float
 ) -> Iterator[list[tuple[Entry, _Loaded]]]:
-    """Batches of up to ``size`` entries with what ``load`` made of them, in order.
+    """Iterate over batches of up to ``size`` loaded entries, in order.
 
-    A thread of its own reads the entries, since standard input may block for ever, and hands them to the pool; the
-    bounded queue behind it is what holds it back.
+    A separate thread reads the entries, as standard input may block for ever, and submits them to the pool; the bounded
+    queue limits how far it reads ahead.
     """
     waiting: queue.Queue[_Queued | _End] = queue.Queue(maxsize=size + workers)
     stopped = threading.Event()
@@ -276,7 +275,7 @@ def _read_ahead(
 
 
 def _next_batch(waiting: queue.Queue[_Queued | _End], size: int, linger: float) -> tuple[deque[_Queued], _End | None]:
-    """The next entries, as soon as there are ``size`` of them or the first has waited for ``linger`` seconds."""
+    """The next entries, once there are ``size`` of them or the first has waited ``linger`` seconds."""
     batch: deque[_Queued] = deque()
     deadline = math.inf
     while len(batch) < size:

@@ -1,4 +1,4 @@
-"""A whole run: entries in, a table out, and what is left to say of it."""
+"""Score all entries into a table, with resuming."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from traj_ood.stream.tables import Table
 if TYPE_CHECKING:
     from traj_ood.detector import Detector
 
-_REJUDGED_ROWS = 64
+_REJUDGED_ROWS = 64  # with a score, and as many with an error
 
 
 def write_scores(
@@ -31,21 +31,22 @@ def write_scores(
     workers: int = 2,
     on_rows: Callable[[Sequence[Row]], object] = lambda rows: None,
 ) -> tuple[Tally, Tally]:
-    """Write a row for every entry, and finish the table.
+    """Write one row per entry, and finish the table.
 
     Args:
-        entries: the input, from its start also when an earlier run is resumed.
-        table: of :func:`open_table`; closing it is the caller's part.
-        resume: keep the rows that the table holds. Their paths have to be the entries', their files unchanged, and 64
-            images with a score and 64 with an error, spread over all, are judged again: their rows have to come out the
-            same, scores to a relative 1e-6.
-        batch_size, workers: of :func:`score_rows`.
-        on_rows: called with every batch of new rows, after it is written.
+        detector: the detector.
+        entries: the whole input, also when an earlier run is resumed.
+        table: from :func:`open_table`; the caller closes it.
+        resume: keep the rows that are in the table. Their paths must be those of the entries and their files unchanged;
+            64 images with a score and 64 with an error, spread over all rows, are judged again and must give the same
+            rows, scores to 1e-6, relative.
+        batch_size, workers: see :func:`score_rows`.
+        on_rows: called with every batch of new rows after it is written.
     Returns:
-        Of all rows in the table, and of those that an earlier run had written.
+        Counts of all rows in the table, and of those from an earlier run.
     Raises:
-        TrajOODError: see :func:`score_rows`, :class:`Table` and :class:`Resumed`.
-        BrokenPipeError: nobody reads standard output any more.
+        TrajOODError: as :func:`score_rows`, :class:`Table` and :class:`Resumed`.
+        BrokenPipeError: the reader of standard output has closed it.
     """
     size = default_batch_size(detector.autoencoder) if batch_size is None else batch_size
     entries = iter(entries)
@@ -68,7 +69,7 @@ def write_scores(
 
 
 def _calibrated(detector: Detector, score: float) -> tuple[float | None, str | None]:
-    """What the detector's calibration says of a score."""
+    """P-value and decision of a score by the detector's calibration."""
     known = detector.calibration
     if known is None:
         return None, None

@@ -1,7 +1,7 @@
-"""Rows as CSV, JSON lines or Parquet, on standard output or in a file that is whole or absent.
+"""Tables of rows as CSV, JSON lines or Parquet, on standard output or in a file that is complete or absent.
 
-A file is written as ``NAME.part`` and gets its name when its last row is on the disk, so the name is what says that
-it is whole. CSV and JSON lines can be resumed from their ``.part``: a row counts as whole when its line is.
+A file is written as ``NAME.part`` and renamed once its last row is on disk. CSV and JSON lines can be resumed from
+their ``.part`` file, up to the last complete line.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.io.files import folder_errors, lock
+from traj_ood.io.files import abandon, folder_errors, lock
 from traj_ood.stream.formats import TEXT_FORMATS, TextFormat, text_format
 from traj_ood.stream.paths import Entry
 from traj_ood.stream.resuming import Calibrated, Resumed, match_file
 from traj_ood.stream.rows import COLUMNS, Row
 
 FORMATS = (*TEXT_FORMATS, "parquet")
-_ROW_GROUP = 8192
+_ROW_GROUP = 8192  # rows in one row group of Parquet
 
 
 class Table(ABC):
-    """Somewhere rows go. As a context manager it closes its file whatever happens; only :meth:`finish` completes it."""
+    """Destination of rows. As a context manager it closes its file on exit; only :meth:`finish` completes the file."""
 
     def __enter__(self) -> Table:
         return self
@@ -38,33 +38,34 @@ class Table(ABC):
         self.close()
 
     def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
-        """Take from ``entries`` those that have a whole row here already; the next row goes behind these.
+        """Match the complete rows that are there with the beginning of ``entries``, which is advanced past them.
 
         Args:
             entries: the input, from its start.
-            most: rows with a score, and rows with an error, to hold for :meth:`Resumed.check`.
-            calibrated: p-value and decision that belong to a score.
+            most: number of rows with a score, and of rows with an error, to keep for :meth:`Resumed.check`.
+            calibrated: gives the p-value and decision of a score.
         Raises:
-            TrajOODError: rows that do not match the start of the input, its files or the calibration, or are damaged.
+            TrajOODError: rows are damaged, or do not match the input, its files or the calibration.
         """
         return Resumed()
 
     @property
     def is_finished(self) -> bool:
-        """Whether :meth:`match` found a finished file that holds a row for every entry."""
+        """Whether :meth:`match` found a finished file with a row for every entry."""
         return False
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
-        """Append rows; when this returns, a reader can see them (Parquet: when the table is finished).
+        """Append rows, which are then visible to readers (with Parquet: once the table is finished).
 
         Raises:
-            TrajOODError: they cannot be written. BrokenPipeError: nobody reads standard output any more.
+            TrajOODError: they cannot be written.
+            BrokenPipeError: the reader of standard output has closed it.
         """
 
     @abstractmethod
     def finish(self) -> None:
-        """Say that the last row is written.
+        """Complete the table after the last row.
 
         Raises:
             TrajOODError: the file cannot be completed.
@@ -72,7 +73,7 @@ class Table(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file, finished or not."""
+        """Close the file, finished or not."""
 
 
 def open_table(
@@ -83,17 +84,17 @@ def open_table(
     overwrite: bool = False,
     quote_formulas: bool = True,
 ) -> Table:
-    """A table at ``path``, or on standard output.
+    """Open a table at ``path``, or on standard output.
 
     Args:
-        path: a file that does not exist yet; missing folders are made. None is standard output.
+        path: a file that does not exist yet; missing folders are created. None: standard output.
         format: one of ``FORMATS``. Default: by the suffix of ``path``; ``csv`` on standard output.
-        resume: continue an unfinished file when there is one; CSV and JSON lines only.
-        overwrite: start again, and at the end replace a file that is there.
-        quote_formulas: of :class:`traj_ood.stream.formats.CSVFormat`.
+        resume: continue an unfinished file if there is one; CSV and JSON lines only.
+        overwrite: start again, and replace an existing file at the end.
+        quote_formulas: see :class:`traj_ood.stream.formats.CSVFormat`.
     Raises:
-        TrajOODError: impossible combinations, a file that is there already or that another process writes, or a folder
-            that cannot be written.
+        TrajOODError: the arguments contradict each other, the file exists or is being written by another process, or
+            the folder cannot be written.
     """
     form = _format(path, format)
     if resume and overwrite:
@@ -104,7 +105,7 @@ def open_table(
             raise TrajOODError(f"{what}: expected a file to write, got standard output; name one with --out")
         stream = getattr(sys.stdout, "buffer", None)
         if stream is None:
-            raise TrajOODError("standard output is closed: expected somewhere to write rows; name a file with --out")
+            raise TrajOODError("standard output is closed, so rows cannot be written to it; name a file with --out")
         return OutputTable(text_format(form, quote_formulas), stream)
     if resume and form == "parquet":
         raise TrajOODError(
@@ -128,11 +129,11 @@ def open_table(
 
 
 class OutputTable(Table):
-    """Rows as text on standard output, flushed batch by batch."""
+    """Rows as text on standard output, flushed after every batch."""
 
     def __init__(self, form: TextFormat, stream: BinaryIO) -> None:
         self._form, self._stream = form, stream
-        self._header = form.header  # goes with the first rows: a run that fails before has said nothing
+        self._header = form.header  # written with the first rows, so that a run that fails before prints nothing
 
     def write(self, rows: Sequence[Row]) -> None:
         self._write(self._header + b"".join(map(self._form.encode, rows)))
@@ -149,27 +150,20 @@ class OutputTable(Table):
             self._stream.write(data)
             self._stream.flush()
         except OSError as error:
-            self._abandon()
+            abandon(self._stream)
             if isinstance(error, BrokenPipeError):
                 raise
             raise TrajOODError(
-                f"standard output cannot be written ({error.strerror}); what is there is whole up to the last line end"
+                f"standard output cannot be written ({error.strerror}); it is complete up to the last line end"
             ) from error
-
-    def _abandon(self) -> None:
-        """Python flushes standard output once more when it ends; what is still in it must not fail again."""
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
 
 
 class FileTable(Table):
-    """Rows as text in ``NAME.part``, each batch in one write; renamed when finished, kept for --resume otherwise."""
+    """Rows as text in ``NAME.part``, one write per batch; renamed when finished, else kept for --resume."""
 
     def __init__(self, form: TextFormat, path: Path, part: Path, file: io.FileIO) -> None:
         self._form, self._path, self._part, self._file = form, path, part, file
-        self._is_worthless = os.fstat(file.fileno()).st_size == 0
+        self._is_empty = os.fstat(file.fileno()).st_size == 0
 
     def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
         with _disk_errors(self._path):
@@ -185,10 +179,10 @@ class FileTable(Table):
             if self._file.tell() == 0:
                 data = self._form.header + data
             _write_all(self._file, data)
-        self._is_worthless = False
+        self._is_empty = False
 
     def finish(self) -> None:
-        self.write([])  # where there are no rows, the header alone
+        self.write([])  # writes the header if there were no rows
         with _disk_errors(self._path):
             os.fsync(self._file.fileno())
             os.replace(self._part, self._path)
@@ -196,13 +190,13 @@ class FileTable(Table):
 
     def close(self) -> None:
         if not self._file.closed:
-            if self._is_worthless:
+            if self._is_empty:
                 self._part.unlink(missing_ok=True)
             self._file.close()
 
 
 class FinishedTable(Table):
-    """A finished file: there is nothing to write, but its rows must be those of this input."""
+    """A finished file; nothing is written, but its rows must match the input."""
 
     def __init__(self, form: TextFormat, path: Path) -> None:
         self._form, self._path = form, path
@@ -235,19 +229,17 @@ class FinishedTable(Table):
 
 
 class ParquetTable(Table):
-    """Rows in row groups of 8,192; the file is of no use before it is finished, so an unfinished one is removed.
+    """Rows as Parquet, in row groups of 8,192; an unfinished file is unreadable and therefore removed.
 
-    Parquet's text is UTF-8. Of a name that is not, the column ``path`` shows odd bytes as ``\\udcXX``, and
-    ``path_bytes``, null for all other rows, holds it as it is.
+    Parquet's text is UTF-8. For a name that is not, the column ``path`` shows its other bytes as ``\\udcXX``, and
+    ``path_bytes``, null in all other rows, contains the original bytes.
     """
 
     def __init__(self, path: Path, part: Path, file: io.FileIO) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        kinds = {"score": pa.float64(), "p_value": pa.float64(), "steps": pa.int64()}
-        fields = [(name, kinds.get(name, pa.string())) for name in COLUMNS]
-        self._schema = pa.schema([*fields, ("path_bytes", pa.binary())])
+        self._schema = pa.schema([*_parquet_types().items(), ("path_bytes", pa.binary())])
         self._path, self._part = path, part
         self._rows: list[Row] = []
         self._file, self._sink = file, _Sink(file)
@@ -280,23 +272,42 @@ class ParquetTable(Table):
     def _write_group(self, rows: Sequence[Row]) -> None:
         import pyarrow as pa
 
-        columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
-        for name in ("path", "error", "reason"):
-            columns[name] = [text and text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
+        columns = parquet_columns(rows)
+        shown = columns["path"].to_pylist()
         columns["path_bytes"] = [
-            None if shown == row.path else os.fsencode(row.path)
-            for row, shown in zip(rows, columns["path"], strict=True)
+            None if text == row.path else os.fsencode(row.path) for row, text in zip(rows, shown, strict=True)
         ]
         with _disk_errors(self._path):
             self._writer.write_table(pa.table(columns, schema=self._schema))
 
 
+def parquet_columns(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows as pyarrow arrays by column, with the same types whichever values are None.
+
+    Bytes that are not UTF-8 are shown as ``\\udcXX``.
+    """
+    import pyarrow as pa
+
+    def value(row: Row, name: str) -> Any:
+        found = getattr(row, name)
+        return found.encode("utf-8", "backslashreplace").decode() if isinstance(found, str) else found
+
+    return {name: pa.array([value(row, name) for row in rows], type=kind) for name, kind in _parquet_types().items()}
+
+
+def _parquet_types() -> dict[str, Any]:
+    import pyarrow as pa
+
+    kinds = {"score": pa.float64(), "p_value": pa.float64(), "steps": pa.int64()}
+    return {name: kinds.get(name, pa.string()) for name in COLUMNS}
+
+
 class _Sink(io.RawIOBase):
-    """What pyarrow writes to: every byte, where a plain file may take half of them and pyarrow would not notice.
+    """The file that pyarrow writes to. Writes all bytes, where a plain file may write only some, unnoticed by pyarrow.
 
     Attributes:
-        ignores: write nothing any more. A writer that is given up still writes its index, if only when it is collected,
-            and crashes the process when that fails.
+        ignores: whether to write nothing any more. An abandoned writer still writes its index, at the latest when it is
+            garbage-collected, and crashes the process if that fails.
     """
 
     def __init__(self, file: io.FileIO) -> None:
@@ -329,16 +340,16 @@ def _format(path: Path | None, format: str | None) -> str:
 
 
 def _open_part(part: Path) -> io.FileIO:
-    """The unfinished file, made where there is none, for this process alone; the system lets go of it at any death."""
+    """Open or create the unfinished file and lock it for this process; the lock ends with the process."""
     with _disk_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
-        # Neither through a link, which could lead to any file, nor into a pipe, which would wait for a reader.
+        # Do not follow a link, which could lead to any file, nor wait for the reader of a pipe.
         opened = os.open(
             part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666
         )
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
-        raise TrajOODError(f"{part}: expected a file that an earlier run left, or nothing, found a pipe or device")
+        raise TrajOODError(f"{part}: expected an unfinished file or nothing, found a pipe or device; remove it")
     file = io.FileIO(opened, "r+b")
     try:
         lock(file.fileno(), part)
@@ -349,12 +360,12 @@ def _open_part(part: Path) -> io.FileIO:
 
 
 def _start_again(file: io.FileIO, path: Path, part: Path, overwrite: bool) -> None:
-    """Refuse to lose what an earlier run left, unless that is asked for. The caller holds the unfinished file."""
+    """Empty the unfinished file, which the caller has locked; without ``overwrite``, refuse to lose existing rows."""
     size = os.fstat(file.fileno()).st_size
     if path.exists() and not overwrite:
         if size == 0:
             part.unlink()
-        raise TrajOODError(f"{path}: there already; choose another --out, or replace it with --overwrite")
+        raise TrajOODError(f"{path}: exists already; choose another --out, or replace it with --overwrite")
     if size and not overwrite:
         raise TrajOODError(
             f"{part}: left by a run that did not finish; continue it with --resume, or start again with --overwrite"
@@ -372,5 +383,5 @@ def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
 def _disk_errors(
     path: Path, then: str = "free space, fix its permissions or choose another --out"
 ) -> AbstractContextManager[None]:
-    """OSError as the one line of a file that cannot be written."""
+    """Context manager that turns an OSError into a ``TrajOODError`` about a file that cannot be written."""
     return folder_errors(path.parent, path.name, then)
