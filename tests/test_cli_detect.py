@@ -80,10 +80,10 @@ def test_fit_holds_images_out_and_says_what_was_measured(place: Path, tmp_path: 
     assert detector.training["images"] == 41
     assert len(detector.calibration) == 19  # what 95 % needs: a fifth would be too few
     first, second = (place / "fitted.txt").read_text().splitlines()
-    assert first == "field on mae: learnt from 41 images of id"
+    assert first == "field on mae: fitted on 41 images of id"
     assert second == (
         f"threshold {detector.calibration.threshold:.6g}: accepts 19 of 19 held-out images of {place / 'id'} (100.0%); "
-        "asked for 0.95 of new ID images"
+        "requested: 0.95 of new ID images"
     )
     chosen = choose_id_images(str(place / "id"), least=19)
     assert len(chosen.fit) == 41
@@ -105,11 +105,11 @@ def test_fit_on_a_benchmark_takes_its_val_split(place: Path, tmp_path: Path) -> 
     assert_refused(call("fit", yaml, *options, "-q"), "1 of 30 files are absent or empty", "004.png")
     result = call("fit", yaml, *options, "--on-error", "skip")
     assert result.exit_code == 0, result.output
-    assert "learnt from 29 images of tiny (1 could not be read)" in result.stdout
+    assert "fitted on 29 images of tiny (1 could not be read)" in result.stdout
     assert "of 20 images of the val split" in result.stdout
     assert "Calibrating on 20 images of the val split" in result.stderr
     assert result.stderr.strip().endswith(f"Written to {tmp_path / 'd'}")
-    assert_refused(call("fit", yaml, *options), f"{tmp_path / 'd'}: holds a detector already", "--overwrite")
+    assert_refused(call("fit", yaml, *options), f"{tmp_path / 'd'}: has a detector already", "--overwrite")
     assert call("fit", yaml, *options, "--on-error", "skip", "--overwrite").exit_code == 0
 
 
@@ -186,7 +186,7 @@ def test_fit_trains_a_backbones_surrogate_without_the_calibration_images(
     result = call("fit", tmp_path / "id", "--model", f"timm:{tmp_path / 'net'}", "--out", tmp_path / "d", *FAST)
     assert result.exit_code == 0, result.output
     assert [len(features) for features in seen] == [41]
-    assert "learnt from 41 images of id" in result.stdout
+    assert "fitted on 41 images of id" in result.stdout
 
 
 def test_what_is_held_out_is_capped_drawn_by_the_seed_and_never_more_than_half(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_what_nobody_foresaw_is_one_line_unless_it_is_asked_for(monkeypatch: pyt
     result = call("score", "x", "y")
     assert result.exit_code == 70
     assert result.stderr == (
-        "traj-ood: error: a fault of traj_ood's own: RuntimeError: several lines; TRAJ_OOD_TRACEBACK=1 shows where; "
+        "traj-ood: error: internal error: RuntimeError: several lines; TRAJ_OOD_TRACEBACK=1 shows the traceback; "
         "please report it\n"
     )
     monkeypatch.setenv("TRAJ_OOD_TRACEBACK", "1")
@@ -385,7 +385,7 @@ def test_every_format_and_resuming(place: Path, photos: Path, tmp_path: Path) ->
         result = call("score", place / "detector", photos, *FAST, "--out", tmp_path / name)
         assert (result.exit_code, result.stdout) == (3, "")
         again = call("score", place / "detector", photos, *FAST, "--out", tmp_path / name)
-        assert_refused(again, f"{name}: there already", "--overwrite")
+        assert_refused(again, f"{name}: exists already", "--overwrite")
     whole = (tmp_path / "a.csv").read_bytes()
     assert whole == plain.stdout_bytes
     comma = pd.read_csv(tmp_path / "a.csv", float_precision="round_trip")
@@ -401,7 +401,7 @@ def test_every_format_and_resuming(place: Path, photos: Path, tmp_path: Path) ->
         assert result.exit_code == 3
         resumed = pd.read_csv(tmp_path / "b.csv", float_precision="round_trip")
         pd.testing.assert_frame_equal(resumed, comma, rtol=1e-9, atol=0)  # it is split into other batches
-        assert " that were there; written to " in result.stderr
+        assert " of an earlier run; written to " in result.stderr
     assert "0 images in " in result.stderr
     as_told = call(
         "score", place / "detector", photos, *FAST, "--out", tmp_path / "c", "--format", "csv", "--overwrite"
@@ -428,8 +428,8 @@ def test_score_refuses_bad_usage_and_leaves_nothing(place: Path, photos: Path, t
     for arguments, words in (
         ([detector], "nothing to score: expected files, folders, - for paths on standard input, or --list"),
         ([detector, "-", "-"], "standard input (-) can be read only once"),
-        ([detector, photos, "--root", photos], "--root belongs to --list"),
-        ([detector, photos, "--null"], "--null belongs to paths on standard input"),
+        ([detector, photos, "--root", photos], "--root applies to --list"),
+        ([detector, photos, "--null"], "--null applies to paths on standard input"),
         ([detector, photos, "--resume"], "--resume: expected a file to write, got standard output"),
         ([detector, photos, "--format", "parquet"], "Parquet: expected a file to write, got standard output"),
         ([detector, photos, "--out", tmp_path / "x.txt"], "x.txt: expected a name that ends in one of .csv"),

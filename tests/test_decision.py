@@ -257,7 +257,7 @@ def test_calibrate_changes_the_threshold_and_nothing_else(place: Path) -> None:
         place / "d2", place / "new.txt", "--data-root", place / "new", "--by-class", "--out", place / "d2"
     )
     assert again.exit_code == 2
-    assert "holds a detector already" in again.stderr
+    assert "has a detector already" in again.stderr
     again = calibrate(
         *(place / "d2", place / "new.txt", "--data-root", place / "new", "--by-class", "--out", place / "d2"),
         "--overwrite",

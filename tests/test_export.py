@@ -412,7 +412,7 @@ def test_the_command_prints_the_check_the_size_and_the_latency(tmp_path: Path) -
     assert f"expected a place outside of any detector, found {tmp_path / 'field'}" in done.stderr
     done = CliRunner().invoke(main, [*command, str(tmp_path / "images")])
     assert (done.exit_code, done.stdout) == (2, "")
-    assert f"{out}: there already; choose another --out, or replace it with --overwrite" in done.stderr
+    assert f"{out}: exists already; choose another --out, or replace it with --overwrite" in done.stderr
     assert CliRunner().invoke(main, [*command, str(tmp_path / "images"), "--overwrite"]).exit_code == 0
     path = ["export", str(tmp_path / "path"), "--format", "torch", "--out", str(tmp_path / "path.pt2"), "--steps"]
     done = CliRunner().invoke(main, [*path, "2", "--images", str(tmp_path / "images")])

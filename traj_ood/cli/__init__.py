@@ -1,4 +1,4 @@
-"""The command ``traj-ood``: parse, call, print. One module for each group of commands, which it registers with main."""
+"""The command line ``traj-ood``. Each module defines one group of commands and registers it with ``main``."""
 
 from traj_ood.cli import analyze, bench, calibrate, compare, detect, export, inspect, monitor, new, report, serve, train
 from traj_ood.cli.base import main
@@ -15,5 +15,6 @@ __all__ = [
     "monitor",
     "new",
     "report",
+    "serve",
+    "train",
 ]
-__all__ += ["serve", "train"]

@@ -1,4 +1,4 @@
-"""``traj-ood analyze``: one question about the latent vector field, answered and recorded."""
+"""``traj-ood analyze``: answer a question of the paper about the latent vector field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import (
+    PATH,
+    device_option,
+    examples,
+    main,
+    one_line_errors,
+    quiet_option,
+    set_up,
+    threads_option,
+)
 from traj_ood.cli.console import note, say
 
 if TYPE_CHECKING:
@@ -29,15 +38,15 @@ if TYPE_CHECKING:
 @click.option("--paper", is_flag=True, help="Start from the paper's settings instead of those for two cores.")
 @click.option("--show", is_flag=True, help="Print the options, the paper's values and the choices; compute nothing.")
 @click.option("--out", type=PATH, help="Results folder.  [default: runs/analysis/<question>]")
-@click.option("--work", type=PATH, help="Finished units of work.  [default: OUT/units]")
-@click.option("--data-root", type=PATH, help="Where the images are.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@click.option("--work", type=PATH, help="Folder of finished units of work.  [default: OUT/units]")
+@click.option("--data-root", type=PATH, help="Folder of the images.")
+@device_option
+@threads_option
 @click.option("--fresh", is_flag=True, help="Discard the finished units of an earlier run.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@quiet_option
 @one_line_errors
 def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: bool, **options: Any) -> None:
-    """Ask QUESTION of autoencoders as the paper does: what their attractors memorise, where their trajectories go.
+    """Answer QUESTION about autoencoders, as in the paper: what attractors memorise, where trajectories go.
 
     Writes finding.json (figures, and every difference from the paper) and pictures to OUT and prints one sentence. An
     interrupted run continues where it stopped. Without QUESTION, lists the questions.
@@ -79,14 +88,10 @@ def _run(
     fresh: bool,
     quiet: bool,
 ) -> None:
-    import torch
-
     from traj_ood.analysis import Workspace
     from traj_ood.dynamics.device import resolve_device
 
-    silence_libraries()
-    if threads:
-        torch.set_num_threads(threads)
+    set_up(threads)
     folder = out or Path("runs") / "analysis" / asked.name
     space = Workspace(work or folder / "units", resolve_device(device), data_root, quiet)
     if fresh:

@@ -1,4 +1,4 @@
-"""What every command shares: the group, one-line errors, examples under the help."""
+"""The command group, options that several commands share, and one-line errors."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from traj_ood.data import Benchmark, Reading
     from traj_ood.data.records import Opening
 
-_MOST_THREADS = 1024  # OpenMP aborts the process when it is asked for many more
-_BROKEN_PIPE = 128 + 13  # what the shell reports of a filter that SIGPIPE ended
+_MAX_THREADS = 1024  # OpenMP aborts the process if many more are requested
+_BROKEN_PIPE = 128 + 13  # exit code of a process ended by SIGPIPE, as reported by the shell
 _TRACEBACK = "TRAJ_OOD_TRACEBACK"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class _Name(click.ParamType):
-    """A text that is not empty: as a path, an empty one would mean the working directory."""
+    """A non-empty text; an empty path would mean the working directory."""
 
     name = "text"
 
@@ -43,7 +43,7 @@ class _Name(click.ParamType):
 
 
 class _PathName(_Name):
-    """A path that is not empty."""
+    """A non-empty path."""
 
     name = "path"
 
@@ -52,22 +52,58 @@ class _PathName(_Name):
 
 
 NAME, PATH = _Name(), _PathName()
-SEED, THREADS = click.IntRange(0, MAX_INT), click.IntRange(1, _MOST_THREADS)
+SEED = click.IntRange(0, MAX_INT)
+BIT_DEPTH = click.Choice(["10", "12", "14", "16"])
 
-
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, _MAX_THREADS), help="CPU threads for computing.  [default: all]"
+)
+follow_links_option = click.option(
+    "--follow-links", is_flag=True, help="Let image lists follow links out of their root."
+)
+batch_size_option = click.option(
+    "--batch-size", type=int, help="Images per batch; does not change results.  [default: by memory]"
+)
+workers_option = click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
+on_error_option = click.option(
+    "--on-error",
+    type=click.Choice(["raise", "skip"]),
+    default="raise",
+    show_default=True,
+    help="What to do with images that cannot be read.",
+)
+tol_option = click.option(
+    "--tol", type=float, default=1e-5, show_default=True, help="Tolerance on the squared residual."
+)
+max_steps_option = click.option(
+    "--max-steps", type=int, default=500, show_default=True, help="Largest number of evaluations of f per image."
+)
+compile_option = click.option(
+    "--compile",
+    is_flag=True,
+    help="Run f through torch.compile, which takes seconds to start and changes scores by up to 1e-5, relative. If it "
+    "fails, f runs uncompiled, with a warning.",
+)
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+input_size_option = click.option(
+    "--input-size",
+    type=click.IntRange(1),
+    help="Side of the model's images, if it can be chosen (timm:, diffusers:).  [default: as declared]",
+)
 quote_formulas_option = click.option(
     "--quote-formulas/--no-quote-formulas",
     default=True,
     show_default=True,
-    help="In CSV, put ' before texts that a spreadsheet would run (they begin with = + - @).",
+    help="In CSV, put ' before texts that a spreadsheet would evaluate (they begin with = + - @).",
 )
 
 
-_IMPORTS = "traj_ood.imports"  # in the context's meta: what --import names
+_IMPORTS = "traj_ood.imports"  # key in the context's meta: the values of --import
 
 
 class _Command(click.Command):
-    """A command with ``--import``, which runs the user's own files before anything else."""
+    """A command with the option ``--import``, which runs the user's files before anything else."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -78,7 +114,7 @@ class _Command(click.Command):
             metavar="FILE.py|MODULE",
             expose_value=False,
             callback=_remember_imports,
-            help="Run your own Python file first: it registers scorers, models or benchmarks. Repeatable.",
+            help="Run your own Python file first, to register scorers, models or benchmarks. Repeatable.",
         )
         self.params.append(own)
 
@@ -96,7 +132,7 @@ def _run_imports() -> None:
 
 
 class _OneLine(click.Group):
-    """click's own errors as one line, like all others."""
+    """A group that prints click's own errors as one line, like all others."""
 
     command_class = _Command
 
@@ -114,7 +150,7 @@ class _OneLine(click.Group):
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.ClickException as error:
-            if type(error).__name__ == "NoArgsIsHelpError":  # `traj-ood` alone; older versions of click have no class
+            if type(error).__name__ == "NoArgsIsHelpError":  # `traj-ood` alone; by name, as older click lacks the class
                 error.show()
                 sys.exit(error.exit_code)
             context = getattr(error, "ctx", None)
@@ -123,20 +159,21 @@ class _OneLine(click.Group):
         except click.Abort:
             note("traj-ood: interrupted")
             sys.exit(130)
-        except OSError as error:  # of --help and --version, which click itself writes
+        except OSError as error:  # in --help and --version, which click itself prints
             fail(lost(error), 2)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def examples(*lines: str) -> str:
-    """An epilog of commands to copy, kept line by line."""
+    """An epilog with example commands, one per line."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Bad input ends in one line on stderr and exit code 2; an interruption says that nothing is lost.
+    """Decorator of commands that turns errors into one line on stderr and an exit code.
 
-    What nobody foresaw is one line, too, with exit code 70: a traceback is for us; ``TRAJ_OOD_TRACEBACK=1`` shows it.
+    Bad input exits with code 2, an interruption with 130, and an unexpected exception with 70; for the latter,
+    ``TRAJ_OOD_TRACEBACK=1`` shows the traceback.
     """
 
     @wraps(command)
@@ -145,7 +182,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             _run_imports()
             command(*args, **kwargs)
         except TeammateError:
-            sys.exit(2)  # another process tells what went wrong
+            sys.exit(2)  # another process prints the error
         except TrajOODError as error:
             fail(str(error), 2)
         except KeyboardInterrupt:
@@ -159,18 +196,17 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (MemoryError, OverflowError) as error:
             _refuse(f"{_words(error)}: expected sizes and numbers that this machine can take", error, 2)
         except Exception as error:
-            if re.search("out of memory|can't allocate memory", str(error)):  # of which torch makes a RuntimeError
+            if re.search("out of memory|can't allocate memory", str(error)):  # a RuntimeError in torch
                 _refuse(f"{_words(error)}: give a smaller --batch-size, or fewer images", error, 2)
             if isinstance(error, RuntimeError) and "home directory" in str(error):
                 _refuse(f"{_words(error)}: write the path without ~, or set HOME", error, 2)
-            _refuse(
-                f"a fault of traj_ood's own: {_words(error)}; {_TRACEBACK}=1 shows where; please report it", error, 70
-            )
+            _refuse(f"internal error: {_words(error)}; {_TRACEBACK}=1 shows the traceback; please report it", error, 70)
 
     return wrapped
 
 
 def _words(error: BaseException) -> str:
+    """What an exception says, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {str(error.filename or '')[:80]}".removesuffix(": ")
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
@@ -182,54 +218,44 @@ def _refuse(line: str, error: BaseException, code: int) -> NoReturn:
     fail(line, code)
 
 
-compile_option = click.option(
-    "--compile",
-    is_flag=True,
-    help="Run f through torch.compile: takes seconds to start, and scores move by up to 1e-5 relative. Falls back to f "
-    "itself with a warning.",
-)
-
-BIT_DEPTH = click.Choice(["10", "12", "14", "16"])
-
-
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--exif`` and ``--bit-depth``, for every command that reads image files."""
+    """Add ``--exif`` and ``--bit-depth``, for commands that read image files."""
     for option in (
-        click.option("--bit-depth", type=BIT_DEPTH, help="Bits used in 16-bit files.  [default: as the files say]"),
-        click.option("--exif", is_flag=True, help="Turn photographs upright, as EXIF says."),
+        click.option("--bit-depth", type=BIT_DEPTH, help="Used bits in 16-bit files.  [default: as the files say]"),
+        click.option("--exif", is_flag=True, help="Rotate photographs according to EXIF."),
     ):
         command = option(command)
     return command
 
 
 def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--stride`` and ``--allow``, for every command that reads tar shards, Parquet, videos and addresses."""
+    """Add ``--stride`` and ``--allow``, for commands that read tar shards, Parquet, videos and addresses."""
     for option in (
         click.option(
             "--allow",
             multiple=True,
             envvar="TRAJ_OOD_ALLOW",
             metavar="ADDRESS",
-            help="Beginning of addresses that may be opened, such as s3://bucket/; may be repeated.  [default: none]",
+            help="Prefix of addresses that may be opened, such as s3://bucket/. Repeatable.  [default: none]",
         ),
-        click.option("--stride", type=click.IntRange(1), default=1, show_default=True, help="Of a video's frames."),
+        click.option(
+            "--stride", type=click.IntRange(1), default=1, show_default=True, help="Read every n-th frame of a video."
+        ),
     ):
         command = option(command)
     return command
 
 
 def opening_of(options: Mapping[str, Any]) -> Opening:
-    """What these options ask for."""
+    """The :class:`Opening` with the values of :func:`source_options`."""
     from traj_ood.data.records import Opening
 
     return Opening(options["stride"], tuple(options["allow"]))
 
 
-input_size_option = click.option(
-    "--input-size",
-    type=click.IntRange(1),
-    help="Side of the model's images, where it can change (timm:, diffusers:).  [default: as declared]",
-)
+def comma_separated(text: str | None) -> tuple[str, ...]:
+    """The non-empty parts of a comma-separated option."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def autoencoder_of(
@@ -240,13 +266,17 @@ def autoencoder_of(
     options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Autoencoder:
-    """The autoencoder ``model``; of a backbone the surrogate that is trained on the training split of ``data``, or was.
+    """Load an autoencoder; for a backbone, its surrogate, trained on the training split of ``data`` or cached.
 
     Args:
-        input_size: side of the model's images. options: of the autoencoder's family.
-        settings: of :func:`traj_ood.surrogate_for`.
+        model: spec of an autoencoder or a backbone.
+        data: the benchmark.
+        device: where to put the model.
+        input_size: side of the model's images.
+        options: options of the autoencoder's family.
+        settings: see :func:`traj_ood.surrogate_for`.
     Raises:
-        TrajOODError: a size for a model whose size cannot be chosen; and whatever the loaders raise.
+        TrajOODError: the model's input size cannot be chosen, or a loader raises it.
     """
     from traj_ood.autoencoders import load_autoencoder
     from traj_ood.backbones import LIBRARIES, is_backbone_spec, load_backbone
@@ -255,9 +285,7 @@ def autoencoder_of(
     any_size = [*(f"{name}:" for name, library in LIBRARIES.items() if library.any_size), "diffusers:"]
     if input_size is not None and not model.startswith(tuple(any_size)):
         known = ", ".join(any_size)
-        raise TrajOODError(
-            f"--input-size belongs to {known} models, not to {model}, which has a size of its own: leave it out"
-        )
+        raise TrajOODError(f"--input-size applies to {known} models, not to {model}, whose size is fixed: leave it out")
     if not is_backbone_spec(model):
         side = {} if input_size is None else {"image_size": input_size}
         return load_autoencoder(model, **side, **(options or {})).to(device)
@@ -266,7 +294,7 @@ def autoencoder_of(
 
 
 def reading_of(exif: bool, bit_depth: str | None) -> Reading:
-    """What these options ask for."""
+    """The :class:`Reading` with the values of :func:`reading_options`."""
     from traj_ood.data.decoding import Reading
 
     return Reading(exif, None if bit_depth is None else int(bit_depth))
@@ -277,13 +305,20 @@ def reading_of(exif: bool, bit_depth: str | None) -> Reading:
 )
 @click.version_option(package_name="traj_ood", prog_name="traj-ood")
 def main() -> None:
-    """Out-of-distribution detection with the latent dynamics of autoencoders, and honest comparisons of OOD scorers."""
+    """Out-of-distribution detection with the latent dynamics of autoencoders, and fair comparisons of OOD scorers."""
 
 
-def silence_libraries() -> None:
-    """transformers announces its loading and the hub every retry; our own bars and errors say what matters."""
+def set_up(threads: int | None) -> None:
+    """Prepare a command that computes: set the number of CPU threads, and silence messages of libraries.
+
+    transformers logs its loading and the hub every retry; our progress bars and errors show what matters.
+    """
+    import torch
+
     from traj_ood.io.pretrained import silence_transformers
 
     silence_transformers()
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, which our own errors tell, one line each
-    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # torch's own derivatives use it
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, which our errors report
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # torch itself uses it
+    if threads:
+        torch.set_num_threads(threads)

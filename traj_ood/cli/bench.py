@@ -13,16 +13,24 @@ from traj_ood.cli.base import (
     NAME,
     PATH,
     SEED,
-    THREADS,
     autoencoder_of,
+    batch_size_option,
     compile_option,
+    device_option,
     examples,
+    follow_links_option,
     input_size_option,
     main,
+    max_steps_option,
+    on_error_option,
     one_line_errors,
+    quiet_option,
     reading_of,
     reading_options,
-    silence_libraries,
+    set_up,
+    threads_option,
+    tol_option,
+    workers_option,
 )
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
@@ -48,37 +56,37 @@ if TYPE_CHECKING:
     default="fashion-mae",
     show_default=True,
     help="Name, local folder or hub name of an autoencoder; or a backbone such as timm:<name> or openood:<network>:"
-    "<checkpoint> (see `traj-ood list models`): a surrogate autoencoder is then trained on its features of the ID "
-    "training split, and kept.",
+    "<checkpoint> (see `traj-ood list models`), for which a surrogate autoencoder is trained on its features of the ID "
+    "training split, and cached.",
 )
 @click.option("--scorers", default="all", show_default=True, help="Comma-separated, options as name:key=value.")
-@click.option("--attractors", type=int, help="ID training images to learn from.  [default: the benchmark's protocol]")
+@click.option("--attractors", type=int, help="ID training images to fit on.  [default: the benchmark's protocol]")
 @click.option("--per-set", type=int, help="Most images per test and OOD set.  [default: the benchmark's protocol]")
 @click.option("--quick", is_flag=True, help="Short for --attractors 1000 --per-set 300.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training sample.")
-@click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
-@click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the training sample.")
+@tol_option
+@max_steps_option
 @click.option("--mask-ratio", type=float, help="Fixed mask of a ViT-MAE.  [default: none]")
-@click.option("--mask-seed", type=SEED, help="Draws that mask.  [default: 0]")
+@click.option("--mask-seed", type=SEED, help="Seed of that mask.  [default: 0]")
 @click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
-@click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
-@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
-@click.option("--allow-missing", is_flag=True, help="Leave out OOD sets that are not there; the name says -partial.")
+@click.option("--data-root", type=PATH, help="Folder of the benchmark's images.")
+@follow_links_option
+@click.option("--allow-missing", is_flag=True, help="Omit missing OOD sets; the benchmark's name ends in -partial.")
 @reading_options
 @input_size_option
 @click.option("--out", type=PATH, default=Path("runs"), show_default=True, help="Results folder.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
-@click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@device_option
+@batch_size_option
+@workers_option
+@threads_option
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Faster, coarser products on NVIDIA GPUs.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16"]),
     default="fp32",
     show_default=True,
-    help="bf16 takes a test image's first steps in bfloat16 and finishes in fp32; attractors are always fp32. Scores "
-    "over the whole path can differ.",
+    help="bf16 takes the first steps of a test image in bfloat16 and the rest in fp32; attractors are always fp32. "
+    "Scores over the whole path can differ.",
 )
 @compile_option
 @click.option("--index", type=click.Choice(["auto", "faiss", "torch"]), default="auto", show_default=True)
@@ -89,7 +97,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Allow an approximate search among 100,000 attractors or more.",
 )
-@click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
+@on_error_option
 @click.option(
     "--control/--no-control",
     default=None,
@@ -99,28 +107,28 @@ if TYPE_CHECKING:
 @click.option(
     "--on-duplicates",
     type=click.Choice(["error", "warn"]),
-    help="Images that training, test and OOD sets share: files of the same bytes, whatever their names; a picture that "
-    "was saved again is not recognised.  [default: warn of up to 1 % of a set, error beyond]",
+    help="What to do if training, test and OOD sets share images: files with the same bytes, whatever their names. An "
+    "image that was saved again is not recognised.  [default: warn of up to 1 % of a set, error beyond]",
 )
 @click.option(
     "--fresh",
     is_flag=True,
-    help="Discard what an earlier run left in the run's folder, and believe no cache: images are hashed, features "
-    "extracted and a surrogate trained again.",
+    help="Discard an earlier run in the run's folder and ignore all caches: images are hashed, features extracted and "
+    "a surrogate trained again.",
 )
 @click.option(
     "--plots",
     type=click.Choice(["none", "png", "svg", "pdf"]),
     default="png",
     show_default=True,
-    help="Figures of the run: all scorers, the dynamics, and scores of the leaders. --no-plots is short for none.",
+    help="Figures of the run: all scorers, the dynamics, and scores of the best ones. --no-plots is short for none.",
 )
 @click.option(
     "--plot-size",
     type=click.Choice(["screen", "one-column", "two-columns"]),
     default="screen",
     show_default=True,
-    help="Width of these; for the columns of a paper, 3.4 or 7 inches, without titles.",
+    help="Width of the figures; for the columns of a paper, 3.4 or 7 inches, without titles.",
 )
 @click.option("--no-plots", is_flag=True, hidden=True)
 @click.option(
@@ -129,10 +137,10 @@ if TYPE_CHECKING:
     multiple=True,
     type=NAME,
     metavar="KIND:TARGET",
-    help="Tell a tracker of the finished run: mlflow:FOLDER|URL, wandb:PROJECT, tensorboard:FOLDER. Repeatable.",
+    help="Log the finished run to a tracker: mlflow:FOLDER|URL, wandb:PROJECT, tensorboard:FOLDER. Repeatable.",
 )
 @click.option("--no-pictures", is_flag=True, help="Keep no thumbnails, paths and frames for `traj-ood report`.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@quiet_option
 @one_line_errors
 def bench(benchmark: str, **options: Any) -> None:
     """Run BENCHMARK (a name from `traj-ood list benchmarks`, or a YAML file) and print its leaderboard.
@@ -140,23 +148,18 @@ def bench(benchmark: str, **options: Any) -> None:
     Writes result.json, scores.parquet (per image), curves.parquet, the attractors, plots and pictures for `traj-ood
     report` to OUT/<benchmark>--<model>--seed<k>/. An interrupted run continues where it stopped when started again.
 
-    An image has the same score in any batch, order and place, within 1e-9 relative; the same batches on the same
-    machine give the same bytes. Another processor rounds a float32 network otherwise, and so may another number of
-    threads, which moves scores: on the bundled model most by less than 3e-6, single ones by up to 1e-3, by 0.5 % where
-    a path stops a step earlier, and `end-distance`, the gap between two nearly equal points, by several times its own
-    size.
+    An image's score is independent of its batch and position to 1e-9, relative, and the same batches on the same
+    machine give identical bits. Another processor or number of threads rounds a float32 network differently. On the
+    bundled model this changes most scores by less than 3e-6, single ones by up to 1e-3 (0.5 % if a path stops one step
+    earlier), and `end-distance`, the gap between two nearly equal points, by several times its value.
     """
-    import torch
-
     from traj_ood.attractors import Verdict
     from traj_ood.detector import refuse_inside
     from traj_ood.evaluation.leaderboard import render_markdown
     from traj_ood.evaluation.plots import plot_run
     from traj_ood.evaluation.tracking import log_result, tracker
 
-    silence_libraries()
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
+    set_up(options["threads"])
     refuse_inside(options["out"])
     team = Team.join()
     trackers = [tracker(spec) for spec in options["trackers"]] if team.is_main else []
@@ -168,10 +171,10 @@ def bench(benchmark: str, **options: Any) -> None:
     if not options["no_plots"] and options["plots"] != "none":
         plot_run(evaluator.folder, options["quiet"], options["plots"], options["plot_size"])
     say(render_markdown([result]), kept=f"all results are in {evaluator.folder}")
-    for told in trackers:
-        log_result(result, evaluator.folder, told)
+    for found in trackers:
+        log_result(result, evaluator.folder, found)
     if not result.dictionary["healthy"]:
-        stored = result.dictionary.get("verdict")  # results older than the verdict hold its reasons alone
+        stored = result.dictionary.get("verdict")  # older results have only its reasons
         text = Verdict(**stored).text if stored else "; ".join(result.dictionary["warnings"])
         more = f"traj-ood diagnose {options['model']} --benchmark {benchmark}"
         warn(f"unhealthy attractors: {text} More: {more}")
@@ -181,7 +184,7 @@ def bench(benchmark: str, **options: Any) -> None:
 
 
 def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator:
-    """What `bench` runs: its data, its model (a surrogate is trained where a backbone is asked for) and settings."""
+    """The evaluator of a `bench` command, with its data, model (a surrogate for a backbone) and settings."""
     from traj_ood.backbones import is_backbone_spec
     from traj_ood.backbones.feature_cache import FeatureCache
     from traj_ood.data import load_benchmark
@@ -206,10 +209,10 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
     backbone = is_backbone_spec(options["model"])
     if backbone and model_options:
         raise TrajOODError(
-            f"--mask-ratio and --mask-seed belong to a ViT-MAE, not to {options['model']}: leave them out"
+            f"--mask-ratio and --mask-seed apply to a ViT-MAE, not to {options['model']}: leave them out"
         )
     settings = {key: options[key] for key in ("workers", "on_error")} | {"quiet": quiet}
-    settings["fresh"] = options["fresh"] and team.is_main  # the others take what the main process has made
+    settings["fresh"] = options["fresh"] and team.is_main  # the other processes use the main process's result
     asked = options["model"], data, device, options["input_size"]
     model = team.main_first(lambda: autoencoder_of(*asked, model_options, **settings))
     return Evaluator(

@@ -1,4 +1,4 @@
-"""``traj-ood calibrate``: a new threshold for a detector that is there, from new ID images and without training."""
+"""``traj-ood calibrate``: give an existing detector a new threshold, from new ID images and without fitting."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import click
 from traj_ood.cli.base import (
     NAME,
     PATH,
-    THREADS,
+    batch_size_option,
+    device_option,
     examples,
+    follow_links_option,
     main,
+    on_error_option,
     one_line_errors,
     opening_of,
-    silence_libraries,
+    set_up,
     source_options,
+    threads_option,
+    workers_option,
 )
 from traj_ood.cli.console import note, say
 from traj_ood.cli.detect import check_target
@@ -37,42 +42,38 @@ if TYPE_CHECKING:
 @click.argument("detector", type=NAME)
 @click.argument("images", metavar="IMAGES", type=NAME)
 @click.option("--tpr", type=float, default=0.95, show_default=True, help="Share of ID images to accept.")
-@click.option("--by-class", is_flag=True, help="Accept that share of every class; the classes stand in the image list.")
+@click.option("--by-class", is_flag=True, help="Accept that share of every class, given in the image list.")
 @click.option("--out", type=PATH, required=True, help="Folder for the detector with the new threshold.")
-@click.option("--overwrite", is_flag=True, help="Replace the detector that is in OUT; it may be DETECTOR itself.")
-@click.option("--data-root", type=PATH, help="Where the images of a benchmark or list are.")
-@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@click.option("--overwrite", is_flag=True, help="Replace the detector in OUT, which may be DETECTOR itself.")
+@click.option("--data-root", type=PATH, help="Folder of the images of a benchmark or list.")
+@follow_links_option
 @click.option(
     "--known",
     type=click.Choice(["raise", "skip"]),
     default="raise",
     show_default=True,
-    help="What to do with images that the detector has learnt from.",
+    help="What to do with images that the detector was fitted on.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
-@click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
-@click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
-@click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
+@device_option
+@threads_option
+@batch_size_option
+@workers_option
+@on_error_option
 @source_options
 @one_line_errors
 def calibrate(detector: str, images: str, **options: Any) -> None:
-    """Give DETECTOR (a folder) a new threshold from ID images that nothing was trained on.
+    """Give DETECTOR (a folder) a new threshold from ID images that were not used for training.
 
     IMAGES is a folder, an image list, tar shards and the like (see `traj-ood score`), or a benchmark, whose val split
-    is taken. The model, the scorer and all scores stay what they are; the detector in OUT remembers every calibration
-    in its README.md.
+    is used. The model, the scorer and all scores stay the same; the detector in OUT lists all its calibrations in its
+    README.md.
     """
-    import torch
-
     from traj_ood.data.id_images import calibration_images
     from traj_ood.detector import Detector
     from traj_ood.detector.conformal import check_count
 
-    silence_libraries()
+    set_up(options["threads"])
     check_target(options["out"], options["overwrite"])
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
     loaded = Detector.load(Path(detector), device=options["device"])
     loaded.batch_size, loaded.workers = options["batch_size"], options["workers"]
     found = calibration_images(
@@ -90,7 +91,7 @@ def calibrate(detector: str, images: str, **options: Any) -> None:
 
 
 def _labels(found: ImageSource, source: str, tpr: float) -> list[str]:
-    """The class of each image, after a look at how many there are of each."""
+    """The class of each image, after checking that there are enough images of each class."""
     from collections import Counter
 
     from traj_ood.detector.conformal import check_count
@@ -98,7 +99,7 @@ def _labels(found: ImageSource, source: str, tpr: float) -> list[str]:
     labels = list(found.labels)
     if not labels:
         raise TrajOODError(
-            f"--by-class: {source} has no classes: give an image list with a class behind each path, or leave it out"
+            f"--by-class: {source} has no classes: give an image list with a class after each path, or leave it out"
         )
     for label, count in sorted(Counter(labels).items()):
         check_count(count, tpr, f" of class {label!r}")
@@ -111,5 +112,5 @@ def _calibrated(known: Calibration, before: Calibration | None, source: str) -> 
     classes = f", each of {len(known.names)} classes," if known.names else ""
     return (
         f"threshold {known.threshold:.6g} (before: {earlier}): accepts {accepted:,} of {len(known):,} images of "
-        f"{source} ({accepted / len(known):.1%}); asked for {known.tpr:.4g} of new ID images{classes.rstrip(',')}"
+        f"{source} ({accepted / len(known):.1%}); requested: {known.tpr:.4g} of new ID images{classes.rstrip(',')}"
     )

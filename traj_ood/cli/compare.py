@@ -1,9 +1,9 @@
-"""``traj-ood compare`` and ``leaderboard``: tables of what runs left."""
+"""``traj-ood compare`` and ``leaderboard``: tables of finished runs."""
 
 from __future__ import annotations
 
-import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from traj_ood.cli.base import (
     NAME,
     PATH,
     SEED,
+    comma_separated,
     examples,
     main,
     one_line_errors,
@@ -24,7 +25,7 @@ from traj_ood.errors import TrajOODError
 if TYPE_CHECKING:
     from traj_ood.evaluation.versus import Versus
 
-_EXIT = {1: 0, 0: 1, -1: 3}  # a is better, no difference shown, b is better; 2 is bad input
+_EXIT = {1: 0, 0: 1, -1: 3}  # outcome → exit code: a is better, no difference shown, b is better; 2 is bad input
 _FORMS = ("markdown", "csv", "latex", "html", "openood")
 
 
@@ -39,26 +40,30 @@ _FORMS = ("markdown", "csv", "latex", "html", "openood")
 @click.option(
     "--scorers",
     required=True,
-    help="Two labels, a,b: a against b in all RUNS. One label: the first RUN against the 2nd.",
+    help="Two labels a,b: compares a with b in all RUNS. One label: compares the first RUN with the second.",
 )
 @click.option(
     "--metric",
     type=click.Choice(["auroc", "fpr95"]),
     default="auroc",
     show_default=True,
-    help="What verdict and exit code go by.",
+    help="Metric of the verdict and the exit code.",
 )
 @click.option(
-    "--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Of the paired bootstrap over images."
+    "--resamples",
+    type=click.IntRange(1),
+    default=2000,
+    show_default=True,
+    help="Resamples of the paired bootstrap over images.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the resamples.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the resamples.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["markdown", "csv", "latex", "html"]),
     default="markdown",
     show_default=True,
-    help="Of the tables.",
+    help="Format of the tables.",
 )
 @click.option("--json", "json_path", type=PATH, help="Also write all figures to this file.")
 @one_line_errors
@@ -67,19 +72,19 @@ def compare(runs: tuple[Path, ...], scorers: str, metric: str, **options: Any) -
     below).
 
     Prints a verdict, and for each OOD set and their mean the difference in AUROC and FPR95 with its 95 % interval, the
-    p of a paired bootstrap over images, and that p corrected for the number of sets (Holm).
+    p-value of a paired bootstrap over images, and the p-value corrected for the number of sets (Holm).
 
-    Exit code: 0 where the first is better in the mean over sets (p < 0.05), 1 where no difference is shown, 3 where the
-    second is better.
+    Exit code: 0 if the first is better in the mean over sets (p < 0.05), 1 if no difference is shown, 3 if the second
+    is better.
     """
-    found = _compared(runs, [s.strip() for s in scorers.split(",") if s.strip()], options)
+    found = _compared(runs, comma_separated(scorers), options)
     form = options["form"]
     if options["json_path"] is not None:
         from traj_ood.detector import refuse_inside
-        from traj_ood.io.files import write_atomic
+        from traj_ood.io.trees import write_json
 
         refuse_inside(options["json_path"].parent)
-        write_atomic(options["json_path"], (json.dumps(found.as_dict(), indent=2) + "\n").encode())
+        write_json(options["json_path"], found.as_dict())
     verdict = found.verdict(metric)  # type: ignore[arg-type]
     if form == "markdown":
         say("\n\n".join([verdict, *(table.text(form) for table in found.tables()), *found.notes()]))
@@ -90,7 +95,7 @@ def compare(runs: tuple[Path, ...], scorers: str, metric: str, **options: Any) -
     sys.exit(_EXIT[found.outcome(metric)])  # type: ignore[arg-type]
 
 
-def _compared(places: tuple[Path, ...], labels: list[str], options: dict[str, Any]) -> Versus:
+def _compared(places: tuple[Path, ...], labels: tuple[str, ...], options: dict[str, Any]) -> Versus:
     from traj_ood.evaluation.runs import Run
     from traj_ood.evaluation.versus import compare_runs, compare_scorers
 
@@ -100,22 +105,12 @@ def _compared(places: tuple[Path, ...], labels: list[str], options: dict[str, An
     if len(labels) == 2:
         return compare_scorers(loaded, *labels, **settings)
     if len(labels) == 1 and len(loaded) == 2:
-        first, second = (_named(run, place) for run, place in zip(loaded, _shown(places, loaded), strict=True))
+        names = [str(place) for place in places] if len(places) == 2 else [run.place for run in loaded]
+        first, second = (replace(run, place=name) for run, name in zip(loaded, names, strict=True))
         return compare_runs(first, second, labels[0], **settings)
     raise TrajOODError(
         f"--scorers: expected two labels, or one and two runs, got {len(labels)} label(s) and {len(loaded)} run(s)"
     )
-
-
-def _shown(places: tuple[Path, ...], loaded: list[Any]) -> list[str]:
-    """Two names of runs that differ: as they were given, where each was."""
-    return [str(place) for place in places] if len(places) == 2 else [run.place for run in loaded]
-
-
-def _named(run: Any, place: str) -> Any:
-    from dataclasses import replace
-
-    return replace(run, place=place)
 
 
 @main.command(
@@ -146,7 +141,7 @@ def _named(run: Any, place: str) -> Any:
     "--sort", type=NAME, default="all_auroc", show_default=True, help="One of these, scorer or f_evaluations."
 )
 @click.option("--scorers", type=NAME, help="Comma-separated labels to show.  [default: all]")
-@click.option("--top", type=click.IntRange(1), help="So many rows of each table.  [default: all]")
+@click.option("--top", type=click.IntRange(1), help="Number of rows of each table.  [default: all]")
 @click.option(
     "--diagnostics",
     type=NAME,
@@ -157,12 +152,12 @@ def _named(run: Any, place: str) -> Any:
     type=click.Choice(["means", "sets", "both"]),
     default="both",
     show_default=True,
-    help="Means, or AUROC by set.",
+    help="Means over sets, AUROC by set, or both.",
 )
 @quote_formulas_option
 @one_line_errors
 def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, **options: Any) -> None:
-    """Render every result.json below FOLDER into one leaderboard; seeds are averaged, different settings never."""
+    """Render every result.json below FOLDER as one leaderboard. Seeds are averaged, different settings are not."""
     from traj_ood.detector import refuse_inside
     from traj_ood.evaluation.leaderboard import (
         DEFAULT_COLUMNS,
@@ -179,9 +174,9 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
     quote = options["quote_formulas"]
     if readme is not None and form != "markdown":
         raise TrajOODError(f"--readme takes the Markdown table: leave out --format {form}, or --readme")
-    columns = _listed(options["columns"])
+    columns, labels = comma_separated(options["columns"]), comma_separated(options["scorers"])
     tables = ("means", "sets") if options["tables"] == "both" else (options["tables"],)
-    choice = Choice(columns or DEFAULT_COLUMNS, options["sort"], _listed(options["scorers"]), options["top"], tables)
+    choice = Choice(columns or DEFAULT_COLUMNS, options["sort"], labels, options["top"], tables)
     if csv_path is not None:
         refuse_inside(csv_path.parent)
     results = with_diagnostics(Result.load_all(folder), _listed(options["diagnostics"]))
@@ -196,7 +191,3 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
     if readme is not None:
         update_readme(readme, text)
     say(text, end="" if form == "csv" else "\n")
-
-
-def _listed(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

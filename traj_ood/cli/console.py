@@ -1,8 +1,8 @@
-"""What the command line says, on any console: results on standard output, everything else on standard error.
+"""Output of the command line on any console: results on standard output, everything else on standard error.
 
-All of it goes through :func:`say`, :func:`note`, :func:`warn` and :func:`fail`. Names in it are anybody's, so what a
-terminal would obey is escaped; a console of another encoding gets a spelling that it has; and standard output that is
-closed or full is an error, because a result that nobody got must not end with exit code 0.
+All output goes through :func:`say`, :func:`note`, :func:`warn` and :func:`fail`. Control characters are escaped, as
+names may come from anyone. Characters that the console's encoding lacks are spelled in ASCII. If standard output is
+closed or full, the command fails, because a lost result must not end with exit code 0.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import warnings
 from typing import Any, NoReturn
 
 from traj_ood.errors import TrajOODError
+from traj_ood.io.files import abandon
 from traj_ood.text import one_line, printable
 
 _SPELLING = str.maketrans(
@@ -40,7 +41,7 @@ _ERRORS = "traj_ood.spelled"
 
 
 def prepare() -> None:
-    """Make the process's own streams safe to write to. Called once, before anything else is said or opened."""
+    """Make the standard streams safe to write to. Called once, before anything is printed or opened."""
     codecs.register_error(_ERRORS, _spelled)
     _fill_descriptors()
     sys.stdout = _ClosedOutput() if sys.stdout is None else sys.stdout
@@ -49,17 +50,19 @@ def prepare() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ERRORS)
     warnings.showwarning = lambda message, *_, **__: warn(str(message))
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of every cache folder that it cannot write
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of cache folders that it cannot write
 
 
 def say(text: str, *, end: str = "\n", kept: str = "") -> None:
-    """A result, on standard output.
+    """Print a result on standard output.
 
     Args:
-        text: lines; what a terminal would obey is escaped, line ends apart.
-        kept: where the result is all the same, for the error.
+        text: the lines; control characters other than line ends are escaped.
+        end: printed at the end.
+        kept: where the result has been saved, for the error.
     Raises:
-        TrajOODError: standard output is closed, or cannot take it. BrokenPipeError: nobody reads it any more.
+        TrajOODError: standard output is closed or cannot be written.
+        BrokenPipeError: the reader of standard output has closed it.
     """
     try:
         sys.stdout.write("\n".join(map(printable, text.split("\n"))) + end)
@@ -72,7 +75,7 @@ def say(text: str, *, end: str = "\n", kept: str = "") -> None:
 
 
 def note(text: str) -> None:
-    """A line on standard error; where that is closed, nothing."""
+    """Print a line on standard error, if it is open."""
     sys.stderr.write(one_line(text) + "\n")
     sys.stderr.flush()
 
@@ -82,18 +85,19 @@ def warn(text: str) -> None:
 
 
 def fail(text: str, code: int) -> NoReturn:
-    """End the process with an error line."""
+    """Print an error and exit with ``code``."""
     note(f"traj-ood: error: {one_line(text)}")
     sys.exit(code)
 
 
 def leave(code: str | int | None) -> NoReturn:
-    """End the process without taking its libraries apart: torch's for CUDA read 130 MB from the disk for it, in half a
-    second, whether or not there is a GPU. What Python has registered for its end is done; members of a team say
-    goodbye to each other in the usual way, and so does a process that is profiled or traced.
+    """Exit without unloading libraries, which for torch with CUDA takes half a second and reads 130 MB from disk.
+
+    Functions registered with ``atexit`` are called. Members of a team (torchrun) and processes that are profiled or
+    traced exit in the usual way.
 
     Args:
-        code: of ``SystemExit``.
+        code: the code of ``SystemExit``.
     """
     if not isinstance(code, int | None) or "WORLD_SIZE" in os.environ or sys.getprofile() or sys.gettrace():
         sys.exit(code)
@@ -105,23 +109,15 @@ def leave(code: str | int | None) -> NoReturn:
 
 
 def lost(error: BaseException, kept: str = "") -> str:
-    """The words for standard output that could not be written. Nothing is tried again when the process ends."""
+    """The error message for standard output that could not be written; the stream is abandoned."""
     abandon(sys.stdout)
     reason = getattr(error, "strerror", None) or str(error)
     done = f"; {kept}" if kept else ""
     return f"standard output cannot be written ({reason}){done}: send it to a terminal, a file with room or a pipe"
 
 
-def abandon(stream: Any) -> None:
-    """Python flushes its streams once more when it ends; what is still in this one must not fail again."""
-    with contextlib.suppress(OSError, ValueError):
-        number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
-
-
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """For codecs: what the console's encoding has no sign for, in ASCII."""
+    """Error handler for codecs that spells in ASCII what the console's encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_SPELLING)
@@ -129,12 +125,12 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 def _fill_descriptors() -> None:
-    """Closed standard descriptors become the null device: else the next file to be opened would be standard output."""
+    """Open the null device for closed standard descriptors; otherwise the next opened file would get their number."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
 class _ClosedOutput(io.TextIOBase):
@@ -150,7 +146,7 @@ class _ClosedOutput(io.TextIOBase):
 
 
 class _Forgiving:
-    """Standard error: progress and warnings that cannot be written are lost, but the work goes on."""
+    """Standard error that ignores failed writes: progress and warnings may be lost, but the command continues."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

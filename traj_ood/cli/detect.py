@@ -1,4 +1,4 @@
-"""``traj-ood fit`` and ``score``: make a detector, and let it judge images without end."""
+"""``traj-ood fit`` and ``score``: fit a detector, and score images with it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,31 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from traj_ood.cli.base import (
+    BIT_DEPTH,
     NAME,
     PATH,
     SEED,
-    THREADS,
     autoencoder_of,
+    batch_size_option,
     compile_option,
+    device_option,
     examples,
+    follow_links_option,
     input_size_option,
     main,
+    max_steps_option,
+    on_error_option,
     one_line_errors,
     opening_of,
+    quiet_option,
     quote_formulas_option,
     reading_of,
     reading_options,
-    silence_libraries,
+    set_up,
     source_options,
+    threads_option,
+    tol_option,
+    workers_option,
 )
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
@@ -43,7 +52,7 @@ if TYPE_CHECKING:
     from traj_ood.detector import Detector
     from traj_ood.stream import Entry, Tally
 
-_FAILED = 3  # exit code: every image has its row, some of them an error
+_FAILED = 3  # exit code: every image has a row, some of them an error
 
 
 @main.command(
@@ -55,54 +64,52 @@ _FAILED = 3  # exit code: every image has its row, some of them an error
 )
 @click.argument("source", metavar="IMAGES", type=NAME)
 @click.option(
-    "--model", type=NAME, required=True, help="As for `traj-ood bench`; a backbone gets a surrogate trained on IMAGES."
+    "--model", type=NAME, required=True, help="As in `traj-ood bench`; a backbone's surrogate is trained on IMAGES."
 )
-@click.option("--scorer", help="Options as name:key=value.  [default: the one recommended for the kind of model]")
-@click.option("--images", "count", type=int, help="Images to learn from.  [default: the benchmark's protocol, or all]")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of that sample and of what is held out.")
+@click.option(
+    "--scorer", help="Name, with options as name:key=value.  [default: the one recommended for the kind of model]"
+)
+@click.option("--images", "count", type=int, help="Images to fit on.  [default: the benchmark's protocol, or all]")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of that sample and of the held-out images.")
 @click.option(
     "--calibrate",
     "calibration",
     type=NAME,
     metavar="FOLDER|LIST",
-    help="ID images that neither the detector nor the model has learnt from.  [default: the benchmark's val split, "
+    help="ID images on which neither the detector nor the model was trained.  [default: the benchmark's val split, "
     "else a fifth of IMAGES, held out; at most 2,000]",
 )
 @click.option("--tpr", type=float, default=0.95, show_default=True, help="Share of ID images to accept.")
-@click.option("--data-root", type=PATH, help="Where the images of a benchmark or list are.")
-@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@click.option("--data-root", type=PATH, help="Folder of the images of a benchmark or list.")
+@follow_links_option
 @reading_options
 @input_size_option
-@click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
-@click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
+@tol_option
+@max_steps_option
 @click.option("--out", type=PATH, required=True, help="Folder for the detector.")
-@click.option("--overwrite", is_flag=True, help="Replace the detector that is in OUT.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@click.option("--overwrite", is_flag=True, help="Replace the detector in OUT.")
+@device_option
+@threads_option
 @compile_option
-@click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
-@click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
-@click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@batch_size_option
+@workers_option
+@on_error_option
+@quiet_option
 @source_options
 @one_line_errors
 def fit(source: str, **options: Any) -> None:
-    """Make a detector of in-distribution IMAGES: a folder, an image list, or a benchmark's name or YAML file.
+    """Fit a detector on in-distribution IMAGES: a folder, an image list, or a benchmark's name or YAML file.
 
-    A scorer learns from one part of the images; the threshold and the p-values come from another part, and from these
-    ID images alone.
+    The scorer is fitted on one part of the images, and the threshold and p-values are calibrated on another part. No
+    OOD images are used.
     """
-    import torch
-
     from traj_ood.data.id_images import choose_id_images
     from traj_ood.detector import Detector
     from traj_ood.detector.conformal import check_count, images_needed
     from traj_ood.dynamics.device import resolve_device
 
-    silence_libraries()
+    set_up(options["threads"])
     check_target(options["out"], options["overwrite"])
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
     device, on_error, quiet = resolve_device(options["device"]), options["on_error"], options["quiet"]
     chosen = choose_id_images(
         source,
@@ -124,7 +131,7 @@ def fit(source: str, **options: Any) -> None:
     )
     if not quiet:
         note(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}")
-    # Data sets hold images twice: what was held out of one may be learnt from all the same.
+    # Data sets contain duplicates, so that a held-out image may also be among those fitted on.
     on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
     detector.calibrate(chosen.calibration, options["tpr"], on_error=on_error, on_known=on_known)
     detector.save(options["out"], overwrite=options["overwrite"])
@@ -133,35 +140,35 @@ def fit(source: str, **options: Any) -> None:
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Refuse a place that is taken, before anything is computed."""
+    """Check, before anything is computed, that a detector can be saved to ``out``."""
     from traj_ood.detector import FILE_NAME, refuse_inside
     from traj_ood.io.files import check_writable
 
     refuse_inside(out.expanduser().absolute().parent)
     is_detector = (out / FILE_NAME).is_file()
     if is_detector and not overwrite:
-        raise TrajOODError(f"{out}: holds a detector already; choose another --out, or replace it with --overwrite")
+        raise TrajOODError(f"{out}: has a detector already; choose another --out, or replace it with --overwrite")
     if not is_detector and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise TrajOODError(f"{out}: expected a new or empty folder, or a detector to replace; choose another --out")
     check_writable(out)
 
 
 def _fitted(detector: Detector, chosen: IDImages) -> str:
-    """What was made, and what was measured: the share of the calibration images accepted, and nothing on OOD images."""
+    """A summary of the detector, with the share of the calibration images that it accepts."""
     training, known = detector.training, detector.calibration
     assert known is not None
     count, accepted = len(known), int((known.scores <= known.threshold).sum())
     skipped = f" ({training['skipped']} could not be read)" if training["skipped"] else ""
     return (
-        f"{detector.scorer.label} on {detector.autoencoder.name}: learnt from {training['images']:,} images of "
+        f"{detector.scorer.label} on {detector.autoencoder.name}: fitted on {training['images']:,} images of "
         f"{chosen.name}{skipped}\n"
         f"threshold {known.threshold:.6g}: accepts {accepted:,} of {count:,} {chosen.origin} ({accepted / count:.1%}); "
-        f"asked for {known.tpr:.4g} of new ID images"
+        f"requested: {known.tpr:.4g} of new ID images"
     )
 
 
 def _model(options: dict[str, Any], chosen: IDImages, device: torch.device) -> Autoencoder:
-    """The autoencoder, or for a backbone its surrogate, which never learns from the calibration images."""
+    """The autoencoder, or the surrogate of a backbone, which is never trained on the calibration images."""
     from traj_ood.data import Split
 
     train = cast("Benchmark", _TrainingSplit(chosen.name, Split("train", "train", chosen.train)))
@@ -171,7 +178,7 @@ def _model(options: dict[str, Any], chosen: IDImages, device: torch.device) -> A
 
 @dataclass(frozen=True)
 class _TrainingSplit:
-    """What :func:`surrogate_for` reads of a benchmark, where there is no test split and no OOD set."""
+    """A benchmark without test split and OOD sets, with the attributes that :func:`surrogate_for` reads."""
 
     name: str
     train: Split
@@ -195,54 +202,53 @@ class _TrainingSplit:
     "--list", "list_path", type=NAME, help="Image list, `relative/path label` per line; read after FILES and FOLDERS."
 )
 @click.option(
-    "--root", type=NAME, help="Where the list's paths start, and what they may not leave.  [default: the list's folder]"
+    "--root",
+    type=NAME,
+    help="Folder to which the list's paths are relative, and which they may not leave.  [default: the list's folder]",
 )
-@click.option("--null", is_flag=True, help="Paths on standard input end in NUL bytes, as of find -print0.")
-@click.option("--follow-links", is_flag=True, help="Also links that lead out of their folder, or out of the root.")
-@click.option("--exif/--no-exif", default=None, help="Turn photographs upright.  [default: as DETECTOR's were]")
+@click.option("--null", is_flag=True, help="Paths on standard input end in NUL bytes, as from find -print0.")
+@click.option("--follow-links", is_flag=True, help="Follow links that lead out of their folder or out of the root.")
 @click.option(
-    "--bit-depth",
-    type=click.Choice(["10", "12", "14", "16"]),
-    help="Bits used in 16-bit files.  [default: as DETECTOR's]",
+    "--exif/--no-exif", default=None, help="Rotate photographs according to EXIF.  [default: as for DETECTOR's images]"
 )
+@click.option("--bit-depth", type=BIT_DEPTH, help="Used bits in 16-bit files.  [default: as for DETECTOR's images]")
 @click.option("--out", type=PATH, help="File to write.  [default: standard output]")
 @click.option(
     "--format", type=click.Choice(["csv", "jsonl", "parquet"]), help="[default: by the suffix of --out, else csv]"
 )
-@click.option("--resume", is_flag=True, help="Continue what an interrupted run left beside --out, if anything.")
-@click.option("--overwrite", is_flag=True, help="Start again, and replace --out in the end.")
+@click.option("--resume", is_flag=True, help="Continue the unfinished file of an interrupted run, if there is one.")
+@click.option("--overwrite", is_flag=True, help="Start again, and replace --out at the end.")
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="ray: over the cluster that RAY_ADDRESS names, or this machine; --out is a folder of Parquet files.",
+    help="ray: on the cluster at RAY_ADDRESS, else on this machine; --out is a folder of Parquet files.",
 )
 @quote_formulas_option
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@device_option
+@threads_option
 @compile_option
-@click.option("--batch-size", type=int, help="Images at a time; does not change results.  [default: by memory]")
-@click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
+@batch_size_option
+@workers_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 @source_options
 @one_line_errors
 def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
-    """Let DETECTOR (a folder that `traj-ood fit` wrote) judge images: files, folders, or - for paths on standard input;
-    tar shards (a-{00..09}.tar), Parquet with a column of images, hf:NAME@SPLIT, videos, addresses that --allow names.
+    """Score images with DETECTOR (a folder written by `traj-ood fit`): files, folders, - for paths on standard input,
+    tar shards (a-{00..09}.tar), Parquet with a column of images, hf:NAME@SPLIT, videos, addresses that --allow permits.
 
-    One row per image, in order: path, score (higher = more OOD), p_value, decision (id or ood), steps, status, error,
-    content (of the file, by which --resume knows one that has changed).
-    An image that cannot be judged has a row that says why; the run goes on and ends with exit code 3. Folders are
-    searched recursively, hidden files left out.
+    Writes one row per image, in order: path, score (higher = more OOD), p_value, decision (id or ood), steps, status,
+    error, content (a digest of the file, by which --resume recognises changed files).
+    An image that cannot be judged has a row with the reason; the run continues and ends with exit code 3. Folders are
+    searched recursively, without hidden files.
 
-    --out is written as OUT.part and renamed at the end, so a file of that name is always whole.
+    --out is written as OUT.part and renamed at the end, so that a file of that name is always complete.
 
-    An image has the same score in any batch, order and place, within 1e-9 relative; the same batches on the same
-    machine give the same bytes. Another processor rounds a float32 network otherwise, and so may another number of
-    threads, which moves scores: on the bundled model most by less than 3e-6, single ones by up to 1e-3, by 0.5 % where
-    a path stops a step earlier, and `end-distance`, the gap between two nearly equal points, by several times its own
-    size.
+    An image's score is independent of its batch and position to 1e-9, relative, and the same batches on the same
+    machine give identical bits. Another processor or number of threads rounds a float32 network differently. On the
+    bundled model this changes most scores by less than 3e-6, single ones by up to 1e-3 (0.5 % if a path stops one step
+    earlier), and `end-distance`, the gap between two nearly equal points, by several times its value.
     """
     _check_sources(sources, options)
     if options["engine"] == "ray":
@@ -262,19 +268,16 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
 
 
 def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Tally:
-    import torch
     from tqdm import tqdm
 
     from traj_ood.data.images import left_out
     from traj_ood.detector import Detector, refuse_inside
     from traj_ood.stream import open_table, write_scores
 
-    silence_libraries()
-    if options["out"] is not None:
-        refuse_inside(options["out"].parent)
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
+    set_up(options["threads"])
     resume, out = options["resume"], options["out"]
+    if out is not None:
+        refuse_inside(out.parent)
     asked = {key: options[key] for key in ("format", "resume", "overwrite", "quote_formulas")}
     with open_table(out, **asked) as table:
         detector = Detector.load(Path(folder), device=options["device"], compile=options["compile"])
@@ -283,7 +286,7 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
             warn(f"{folder} is not calibrated: p_value and decision stay empty")
         others: dict[str, Counter[str]] = {}
         began = time.perf_counter()
-        # On a terminal, rows and a bar would write over each other.
+        # On a terminal, rows and a progress bar would overwrite each other.
         silent = options["quiet"] or (out is None and sys.stdout.isatty())
         with tqdm(unit="img", delay=2, disable=silent, dynamic_ncols=True, leave=False) as bar:
             tally, earlier = write_scores(
@@ -304,10 +307,10 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
 
 
 def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any]) -> None:
-    """The rows of ``--engine ray``, into a folder.
+    """Score with ``--engine ray``, into a folder.
 
     Raises:
-        TrajOODError: options that belong to the other engine, or as :func:`traj_ood.distributed.score_to`.
+        TrajOODError: an option does not apply to this engine, or as :func:`traj_ood.distributed.score_to`.
     """
     from traj_ood.distributed import read_rows_of, score_to
     from traj_ood.distributed.engine import Workers, split_sources
@@ -319,7 +322,7 @@ def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any
         raise TrajOODError("--compile: expected --engine local, got ray, whose workers compute f itself: leave it out")
     records, files = split_sources(sources)
     if records and (files or options["list_path"]):
-        raise TrajOODError("--engine ray: expected sources of records or of files, got both: score them one by one")
+        raise TrajOODError("--engine ray: expected sources of records or of files, got both: score them separately")
     given: Any = records or _entries(tuple(files), options, {})
     workers = Workers(threads=options["threads"] or 1, batch=options["batch_size"])
     read = None
@@ -335,7 +338,7 @@ def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any
 
 
 def _reading(own: Reading, options: dict[str, Any]) -> Reading:
-    """The detector's own, but for what is asked for."""
+    """The detector's reading, changed by the given options."""
     exif = own.exif if options["exif"] is None else options["exif"]
     return reading_of(exif, options["bit_depth"] or (str(own.bit_depth) if own.bit_depth else None))
 
@@ -343,7 +346,7 @@ def _reading(own: Reading, options: dict[str, Any]) -> Reading:
 def _summary(tally: Tally, earlier: Tally, seconds: float, out: Path | None) -> str:
     new = tally.count - earlier.count
     text = f"{new:,} images in {seconds:.1f} s ({new / max(seconds, 1e-9):.1f} images/s)"
-    text += f", after {earlier.count:,} that were there" if earlier.count else ""
+    text += f", after {earlier.count:,} of an earlier run" if earlier.count else ""
     return text if out is None else f"{text}; written to {out}"
 
 
@@ -353,17 +356,17 @@ def _check_sources(sources: tuple[str, ...], options: dict[str, Any]) -> None:
     if sources.count("-") > 1:
         raise TrajOODError("standard input (-) can be read only once: leave the others out")
     if options["root"] is not None and options["list_path"] is None:
-        raise TrajOODError("--root belongs to --list: give a list, or leave it out")
+        raise TrajOODError("--root applies to --list: give a list, or leave it out")
     if options["list_path"] is not None and not os.path.exists(options["list_path"]):
         raise TrajOODError(
             f"image list {options['list_path']}: cannot be read (No such file); give a text file of paths"
         )
     if options["null"] and "-" not in sources:
-        raise TrajOODError("--null belongs to paths on standard input: add - to the sources, or leave it out")
+        raise TrajOODError("--null applies to paths on standard input: add - to the sources, or leave it out")
 
 
 def _entries(sources: tuple[str, ...], options: dict[str, Any], others: dict[str, Counter[str]]) -> Iterator[Entry]:
-    """What there is to score; ``others`` counts files that are no images, by folder and suffix."""
+    """Iterate over the images to score; ``others`` counts files that are no images, by folder and suffix."""
     from traj_ood.data.records import is_records, read_records
     from traj_ood.stream import Entry, read_list, read_paths, walk
 
@@ -371,7 +374,7 @@ def _entries(sources: tuple[str, ...], options: dict[str, Any], others: dict[str
         if source == "-":
             if sys.stdin is None:
                 raise TrajOODError("standard input (-) is closed: give files or folders, or paths on standard input")
-            # Unbuffered: a thread that waits for more input inside a buffer's lock would disturb Python's exit.
+            # Unbuffered: a thread that waits for input while holding a buffer's lock would block Python's exit.
             yield from read_paths(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), null=options["null"])
         elif is_records(source):
             for record in read_records(source, opening_of(options)):

@@ -1,4 +1,4 @@
-"""``traj-ood export``: a detector as one file for other runtimes."""
+"""``traj-ood export``: write a detector as one file for other runtimes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from traj_ood.cli.base import PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import PATH, examples, main, one_line_errors, set_up, threads_option
 from traj_ood.cli.console import say, warn
 from traj_ood.errors import TrajOODError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from traj_ood.autoencoders import Autoencoder
     from traj_ood.export import Exported
 
-_MOST = 32
+_MAX_COMPARED = 32  # images
 
 
 @main.command(
@@ -35,46 +35,42 @@ _MOST = 32
     "form",
     type=click.Choice(["onnx", "torch"]),
     required=True,
-    help="onnx for ONNX Runtime; torch for torch.export.load, from people you trust.",
+    help="onnx for ONNX Runtime; torch for torch.export.load, which is safe only for files that you trust.",
 )
-@click.option("--out", type=PATH, required=True, help="File to write, .onnx or .pt2 by custom.")
-@click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
+@click.option("--out", type=PATH, required=True, help="File to write, usually .onnx or .pt2.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @click.option("--steps", type=int, help="Evaluations of f.  [default: as many as the scorer reads]")
 @click.option(
     "--images",
     type=PATH,
     help="Folder whose first 32 images are compared.  [default: scikit-image's photographs and textures]",
 )
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@threads_option
 @one_line_errors
 def export(
     detector: Path, form: str, out: Path, overwrite: bool, steps: int | None, images: Path | None, threads: int | None
 ) -> None:
     """Write DETECTOR (a folder) as one file that takes images (B, C, H, W) and returns scores.
 
-    Pixels are float32 in [0, 1]; normalisation, network, attractors and scorer are inside, the threshold is in the
-    file's metadata. An ONNX file of a calibrated detector returns p-values and decisions, too (0 ok, 1 ood, 2 invalid:
-    a NaN or a pixel outside [0, 1]). The file is compared with the detector before it is put in place.
+    Pixels are float32 in [0, 1]; the file includes normalisation, network, attractors and scorer, and the threshold in
+    its metadata. An ONNX file of a calibrated detector also returns p-values and decisions (0 ok, 1 ood, 2 invalid: a
+    pixel is NaN or outside [0, 1]). The file is compared with the detector before it is kept.
     """
-    import torch
-
     from traj_ood.data.preprocessing import Normalised
     from traj_ood.detector import Detector
     from traj_ood.export import export_detector
 
-    silence_libraries()
+    set_up(threads)
     if os.path.exists(out) and not overwrite:
-        raise TrajOODError(f"{out}: there already; choose another --out, or replace it with --overwrite")
-    if threads:
-        torch.set_num_threads(threads)
+        raise TrajOODError(f"{out}: exists already; choose another --out, or replace it with --overwrite")
     loaded = Detector.load(detector, device="cpu")
     compared = Normalised(_images(loaded.autoencoder, images)) if images is not None else None
     made = export_detector(loaded, out, form, steps=steps, images=compared)  # type: ignore[arg-type]
     say("\n".join(_report(made)), kept=f"the file is {made.path}")
     if loaded.calibration is not None and made.metadata["calibration"] is None:
         warn(
-            "the detector's threshold is of another number of steps and is not in the file: fit and calibrate a scorer "
-            "with a horizon of as many steps"
+            "the detector's threshold holds for another number of steps and is not in the file: fit and calibrate a "
+            "scorer whose horizon is this number of steps"
         )
 
 
@@ -84,7 +80,7 @@ def _images(autoencoder: Autoencoder, folder: Path) -> Tensor:
     from traj_ood.data.images import read_folder
 
     found = read_folder(folder)
-    return torch.stack([autoencoder.transform(found.load(i)) for i in range(min(_MOST, len(found)))])
+    return torch.stack([autoencoder.transform(found.load(i)) for i in range(min(_MAX_COMPARED, len(found)))])
 
 
 def _report(made: Exported) -> list[str]:

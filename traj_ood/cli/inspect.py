@@ -1,4 +1,4 @@
-"""``traj-ood diagnose`` and ``list``: look at a model, look up a name."""
+"""``traj-ood diagnose`` and ``list``: diagnose the attractors of a model; list all names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from traj_ood.cli.base import (
     NAME,
     PATH,
     SEED,
-    THREADS,
     autoencoder_of,
+    device_option,
     examples,
+    follow_links_option,
     input_size_option,
     main,
+    max_steps_option,
     one_line_errors,
+    quiet_option,
     reading_of,
     reading_options,
-    silence_libraries,
+    set_up,
+    threads_option,
+    tol_option,
 )
 from traj_ood.cli.console import note, say
 
@@ -33,38 +38,34 @@ from traj_ood.cli.console import note, say
     )
 )
 @click.argument("model", type=NAME)
-@click.option("--benchmark", type=NAME, required=True, help="Whose ID images to look at: a name or a YAML file.")
-@click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
-@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@click.option("--benchmark", type=NAME, required=True, help="Source of the ID images: a name or a YAML file.")
+@click.option("--data-root", type=PATH, help="Folder of the benchmark's images.")
+@follow_links_option
 @reading_options
 @input_size_option
-@click.option("--images", type=int, default=500, show_default=True, help="Training and held-out images, at most.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training sample and the noise.")
-@click.option("--tol", type=float, default=1e-5, show_default=True, help="On the squared residual.")
-@click.option("--max-steps", type=int, default=500, show_default=True, help="Most evaluations of f per image.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@click.option("--images", type=int, default=500, show_default=True, help="Most training and held-out images.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the training sample and the noise.")
+@tol_option
+@max_steps_option
+@device_option
+@threads_option
 @click.option("--out", type=PATH, help="Folder.  [default: runs/<benchmark>--<model>--diagnosis]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar; for logs.")
+@quiet_option
 @one_line_errors
 def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | None, **options: Any) -> None:
-    """Say whether scores against the attractors of MODEL mean anything, why not, and what to do about it.
+    """Diagnose whether scores against the attractors of MODEL are meaningful, and if not, why and what to do.
 
     Reads ID images only. Writes diagnosis.json, residual curves and pictures of the attractors to OUT, and ends with
-    exit code 1 when such scores would be meaningless.
+    exit code 1 if such scores would be meaningless.
     """
-    import torch
-
     from traj_ood.data import load_benchmark
     from traj_ood.detector import refuse_inside
     from traj_ood.dynamics.device import resolve_device
     from traj_ood.evaluation.diagnose import diagnose as run_diagnosis
 
-    silence_libraries()
+    set_up(options["threads"])
     if out is not None:
         refuse_inside(out)
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
     reading = reading_of(options["exif"], options["bit_depth"])
     data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"], reading=reading)
     device = resolve_device(options["device"])

@@ -1,4 +1,4 @@
-"""``traj-ood monitor``: do the images still look like those that the detector was calibrated on?"""
+"""``traj-ood monitor``: test whether scored images still resemble the calibration images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from traj_ood.monitor import Finding
 
 ALARM = 4
-"""Exit code: the stream is unlike the calibration."""
+"""Exit code if the stream differs from the calibration."""
 
 
 @main.command(
@@ -35,14 +35,18 @@ ALARM = 4
     show_default=True,
     help="Probability of any false alarm, ever, however often this is run.",
 )
-@click.option("--window", type=int, default=200, show_default=True, help="Images of one window.")
-@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option("--window", type=int, default=200, show_default=True, help="Images per window.")
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Confidence level of the intervals.")
 @click.option(
-    "--seed", type=SEED, default=0, show_default=True, help="Of the martingale's draws; keep it for a stream."
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Seed of the martingale's random draws; use the same for the whole stream.",
 )
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--prometheus", type=PATH, help="Also write the numbers to this file, as Prometheus text.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but alarms.")
+@click.option("-q", "--quiet", is_flag=True, help="Print alarms only.")
 @one_line_errors
 def monitor(
     detector: str,
@@ -55,12 +59,12 @@ def monitor(
     prometheus: Path | None,
     quiet: bool,
 ) -> None:
-    """Compare ROWS that DETECTOR wrote with its calibration: CSV, JSON lines, Parquet, folders, or a service's log.
+    """Compare ROWS scored by DETECTOR with its calibration: CSV, JSON lines, Parquet, folders, or a service's log.
 
-    Give all rows of the stream from its start, in order; a folder's files are read in the order of their names. Exit
-    code 0 while the stream looks like the calibration, 4 from the first alarm on. The alarm is a test that may be
-    looked at after every image: a stream without a change has one, ever, with probability --false-alarms. After a
-    change that you accept, calibrate anew and begin new rows.
+    Give all rows of the stream from its start, in order; the files of a folder are read in the order of their names.
+    The exit code is 0 while the stream resembles the calibration, and 4 from the first alarm on. The test is valid
+    after every image: the probability that a stream without a change ever has an alarm is --false-alarms. After a
+    change that you accept, calibrate again and start new rows.
     """
     from traj_ood.detector.folder import read_calibration
     from traj_ood.io.files import write_atomic
@@ -95,23 +99,23 @@ def _text(finding: Finding) -> str:
         lines.append(
             f"OOD: {finding.ood:,} of {finding.images - finding.invalid:,}, {finding.rate:.2%} "
             f"({finding.confidence:.0%} interval {low:.2%} to {high:.2%}); "
-            f"ID images give at most {finding.expected:.2%}"
+            f"at most {finding.expected:.2%} expected for ID images"
         )
         if finding.recent is not None:
             low, high = finding.recent["interval"]
             lines.append(f"last {finding.window:,}: {finding.recent['rate']:.2%} ({low:.2%} to {high:.2%})")
         lines.append(
-            f"scores against the calibration's: Kolmogorov-Smirnov {finding.uniformity[0]:.3f}, "
-            f"p = {finding.uniformity[1]:.3g} (for one look)"
+            f"scores against calibration scores: Kolmogorov-Smirnov {finding.uniformity[0]:.3f}, "
+            f"p = {finding.uniformity[1]:.3g} (valid for a single test)"
         )
     lines.append(
         f"martingale: capital {finding.capital:.3g}, highest {finding.highest:.3g}, alarm at "
         f"{2 / finding.false_alarms:.3g}"
     )
-    lines.append("ALARM: unlike the calibration" if finding.is_alarm else "looks like the calibration")
+    lines.append("ALARM: differs from the calibration" if finding.is_alarm else "resembles the calibration")
     return "\n".join(lines)
 
 
 def _alarms(finding: Finding) -> str:
-    told = " and ".join(f"{a.test} after {a.at:,} scored images ({a.evidence:.3g})" for a in finding.alarms)
-    return f"traj-ood: alarm: the stream is unlike the calibration: {told}"
+    tests = " and ".join(f"{a.test} after {a.at:,} scored images ({a.evidence:.3g})" for a in finding.alarms)
+    return f"traj-ood: alarm: the stream differs from the calibration: {tests}"

@@ -1,4 +1,4 @@
-"""``traj-ood new``: a file to begin with, and a test of it that passes."""
+"""``traj-ood new``: write the template of a scorer, and a test that it passes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ import traj_ood
 @traj_ood.register
 @dataclass
 class {cls}(traj_ood.FeatureScorer):
-    """Say what it measures, as a formula: here (|h_i - mean_i| ** power).max() of one feature vector h per image."""
+    """State what it measures, as a formula: here (|h_i - mean_i| ** power).max() of one feature vector h per image."""
 
     name: ClassVar[str] = "{name}"
     summary: ClassVar[str] = "largest deviation of one feature from its mean over ID training images"
 
     power: float = 1.0
-    """Every field is an option, --scorers {name}:power=2, and needs a default."""
+    """Every field is an option, as in --scorers {name}:power=2, and needs a default."""
 
     def learn(self, train: traj_ood.Evidence) -> dict[str, torch.Tensor]:
-        """What score() needs, learnt from ID training images alone: tensors by name, kept in self.state."""
+        """Fit on ID training images only: tensors by name, which score() finds in self.state."""
         return {{"mean": self.features(train).double().mean(dim=0)}}
 
     def score(self, evidence: traj_ood.Evidence) -> torch.Tensor:
@@ -45,13 +45,12 @@ class {cls}(traj_ood.FeatureScorer):
         return (deviation**self.power).amax(dim=1)
 
 
-# FeatureScorer asks for one vector per image (option view: mean, cls, tokens, grid, backbone). To read the trajectory,
-# derive from traj_ood.Scorer and say in needs() what score() reads, for instance 16 steps and the distances to the
-# attractors along them: return traj_ood.Needs(distances=frozenset({{"tokens"}}), steps=16); then look at
-# evidence.path().
+# FeatureScorer reads one vector per image (option view: mean, cls, tokens, grid, backbone). To read the trajectory,
+# derive from traj_ood.Scorer and declare in needs() what score() reads, for instance 16 steps and the distances to the
+# attractors along them: return traj_ood.Needs(distances=frozenset({{"tokens"}}), steps=16); then use evidence.path().
 '''
 
-TEST = '''"""What every scorer must hold, tried on {name}."""
+TEST = '''"""Properties that every scorer must have, tested for {name}."""
 
 from pathlib import Path
 
@@ -66,7 +65,7 @@ import_extension(str(Path(__file__).parent / "{module}.py"))
 
 @pytest.fixture(scope="module")
 def scores() -> torch.Tensor:
-    """Of ten images, five like the training images and five that are brighter, by a small random autoencoder."""
+    """Scores of ten images, five like the training images and five brighter ones, with a small random autoencoder."""
     draw = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     encoder, decoder = torch.nn.Linear(64, 8), torch.nn.Linear(8, 64)
@@ -78,21 +77,21 @@ def scores() -> torch.Tensor:
     scorers = traj_ood.ScorerSet(model, ["{name}"]).fit(traj_ood.Normalised(train))
     alone = [scorers.score(traj_ood.Normalised(test[i : i + 1])).scores["{name}"] for i in range(10)]
     together = scorers.score(traj_ood.Normalised(test)).scores["{name}"]
-    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-9, atol=1e-9)  # batch-mates do not matter
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-9, atol=1e-9)  # independent of the batch
     return together
 
 
-def test_scores_are_one_finite_float64_an_image(scores: torch.Tensor) -> None:
+def test_there_is_one_finite_float64_score_per_image(scores: torch.Tensor) -> None:
     assert scores.shape == (10,)
     assert scores.dtype == torch.float64
     assert bool(scores.isfinite().all())
 
 
-def test_what_is_far_from_the_training_images_scores_higher(scores: torch.Tensor) -> None:
+def test_images_far_from_the_training_images_score_higher(scores: torch.Tensor) -> None:
     assert scores[5:].mean() > scores[:5].mean()
 
 
-def test_its_label_recreates_it() -> None:
+def test_the_label_recreates_the_scorer() -> None:
     scorer = traj_ood.create_scorer("{name}")
     assert traj_ood.create_scorer(scorer.label) == scorer
 '''
@@ -109,14 +108,14 @@ def test_its_label_recreates_it() -> None:
 @click.option("--out", type=PATH, default=Path("."), help="Folder for the two files.  [default: the working directory]")
 @one_line_errors
 def new(what: str, name: str, out: Path) -> None:
-    """Write NAME.py, a scorer of your own that works as it stands, and test_NAME.py, a test that it passes."""
+    """Write NAME.py, a working scorer to start from, and test_NAME.py, a test that it passes."""
     from traj_ood.detector import refuse_inside
     from traj_ood.io.files import write_atomic
     from traj_ood.scorers import SCORERS
 
     module = re.sub(r"\W", "_", name)
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or keyword.iskeyword(module):
-        raise TrajOODError(f"{what} name: expected small letters, digits and -, as in my-score, got {name!r}")
+        raise TrajOODError(f"{what} name: expected lower-case letters, digits and -, as in my-score, got {name!r}")
     if name in SCORERS:
         raise TrajOODError(f"{what} name {name!r} is taken by {SCORERS[name].__qualname__}: choose another")
     refuse_inside(out)
@@ -124,7 +123,7 @@ def new(what: str, name: str, out: Path) -> None:
     files = {out / f"{module}.py": SCORER, out / f"test_{module}.py": TEST}
     taken = next((path for path in files if path.exists()), None)
     if taken is not None:
-        raise TrajOODError(f"{taken}: there already: choose another name, or another --out")
+        raise TrajOODError(f"{taken}: exists already: choose another name, or another --out")
     for path, template in files.items():
         write_atomic(path, template.format(name=name, module=module, cls=cls).encode())
     script, test = files

@@ -1,4 +1,4 @@
-"""``traj-ood report``: what runs left, as one page to read."""
+"""``traj-ood report``: write finished runs as one HTML page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from traj_ood.cli.base import PATH, examples, main, one_line_errors
+from traj_ood.cli.base import PATH, comma_separated, examples, main, one_line_errors
 from traj_ood.cli.console import say
 from traj_ood.errors import TrajOODError
 
@@ -28,14 +28,14 @@ from traj_ood.errors import TrajOODError
 def report(results: Path, out: Path | None, scorers: str | None) -> None:
     """Write one HTML page of every result.json in RESULTS or below: leaderboard, curves, paths, pictures.
 
-    The page holds all it needs and asks nothing of a network; it is drawn from the runs' own folders, without the model
-    and without the data.
+    The page is self-contained and loads nothing from a network. It is made from the runs' folders alone, without the
+    model and the data.
     """
     from traj_ood.detector import refuse_inside
     from traj_ood.report import write_report
 
     refuse_inside(results if out is None else out.parent)
-    labels = None if scorers is None else [s.strip() for s in scorers.split(",") if s.strip()]
+    labels = None if scorers is None else list(comma_separated(scorers))
     if labels == []:
         raise TrajOODError("--scorers: expected labels, got none: give some, all, or leave it out")
     path = write_report(results, out, labels)

@@ -1,4 +1,4 @@
-"""``traj-ood serve``: a detector behind HTTP."""
+"""``traj-ood serve``: serve a detector over HTTP."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, THREADS, examples, main, one_line_errors, silence_libraries
+from traj_ood.cli.base import NAME, PATH, device_option, examples, main, one_line_errors, set_up, threads_option
 from traj_ood.cli.console import note
 from traj_ood.errors import TrajOODError
 
 _MIB = 2**20
-_CONNECTIONS = 256
+_MAX_CONNECTIONS = 256
 
 
 @main.command(
@@ -21,38 +21,40 @@ _CONNECTIONS = 256
         "traj-ood serve my.detector --port 8000 --log rows",
         "curl -F images=@a.jpg -F images=@b.png http://127.0.0.1:8000/v1/score",
         "curl -H 'Content-Type: image/jpeg' --data-binary @a.jpg http://127.0.0.1:8000/v1/score",
-        "traj-ood monitor my.detector rows/DIGEST      # the digest is in every answer",
+        "traj-ood monitor my.detector rows/DIGEST      # the digest is in every response",
     )
 )
 @click.argument("detector", type=NAME)
-@click.option("--host", default="127.0.0.1", show_default=True, help="TLS and who is let in are a proxy's work.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--log", type=PATH, help="Folder for rows of all that was judged: names and numbers, no images.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Use a proxy for TLS and authentication.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
+@click.option("--log", type=PATH, help="Folder for a log of all decisions: names and numbers, no images.")
 @click.option("--linger", type=float, default=5.0, show_default=True, help="Milliseconds an image waits for others.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Images judged at a time.")
 @click.option(
-    "--queue", type=click.IntRange(1), default=512, show_default=True, help="Images waiting; beyond them: 429."
+    "--queue", type=click.IntRange(1), default=512, show_default=True, help="Most images waiting; more get 429."
 )
-@click.option("--max-images", type=click.IntRange(1), default=64, show_default=True, help="In one request.")
+@click.option("--max-images", type=click.IntRange(1), default=64, show_default=True, help="Images in one request.")
 @click.option("--max-body", type=click.IntRange(1), default=32, show_default=True, help="MiB of one request.")
 @click.option("--max-bodies", type=click.IntRange(1), default=128, show_default=True, help="MiB of all requests.")
 @click.option("--max-decoded", type=click.IntRange(1), default=1024, show_default=True, help="MiB of decoded images.")
-@click.option("--patience", type=float, default=30.0, show_default=True, help="Seconds for a body, and for an answer.")
-@click.option("--look", type=float, default=2.0, show_default=True, help="Seconds between looks at DETECTOR's folder.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@click.option(
+    "--patience", type=float, default=30.0, show_default=True, help="Seconds for a request, and for its response."
+)
+@click.option(
+    "--look", type=float, default=2.0, show_default=True, help="Seconds between checks for a new detector in DETECTOR."
+)
+@device_option
+@threads_option
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Threads that decode images.")
 @one_line_errors
 def serve(detector: str, host: str, port: int, log: Path | None, **options: Any) -> None:
-    """Answer POST /v1/score with one decision per image, as DETECTOR (a folder) makes it.
+    """Serve DETECTOR (a folder) over HTTP: POST /v1/score returns one decision per image.
 
-    Images come as multipart files, as base64 in {"images": [...]}, or one as the body itself. GET /healthz, /readyz and
-    /metrics are for those who watch it, /docs describes it. What is too large is answered 413, what is too much at once
-    429; no image is stored. When DETECTOR is replaced by another sealed detector, that one is used from then on.
-    SIGTERM ends it when all accepted requests have their answers.
+    Images are sent as multipart files, as base64 in {"images": [...]}, or one as the body itself. GET /healthz, /readyz
+    and /metrics are for monitoring, /docs describes the API. Requests that are too large get the status 413, too many
+    at once 429; no image is stored. If DETECTOR is replaced by another sealed detector, that one is used from then on.
+    After SIGTERM, accepted requests are completed before the service ends.
     """
-    import torch
-
     try:
         import uvicorn
 
@@ -62,9 +64,7 @@ def serve(detector: str, host: str, port: int, log: Path | None, **options: Any)
     except ImportError as error:
         raise TrajOODError(f"serve needs FastAPI, uvicorn and more ({error}): pip install 'traj_ood[serve]'") from error
 
-    silence_libraries()
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
+    set_up(options["threads"])
     limits = Limits(
         images=options["max_images"],
         body=options["max_body"] * _MIB,
@@ -91,13 +91,13 @@ def serve(detector: str, host: str, port: int, log: Path | None, **options: Any)
         http=connections(limits.patience),
         ws="none",
         log_level="warning",
-        limit_concurrency=_CONNECTIONS,
+        limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=math.ceil(2 * limits.patience) + 1,  # to arrive, and to be answered
+        timeout_graceful_shutdown=math.ceil(2 * limits.patience) + 1,  # to receive a request, and to answer it
         server_header=False,
     )
     server = uvicorn.Server(config)
     listening = config.bind_socket()
     place = f"[{host}]" if ":" in host else host
-    note(f"serving {detector} on http://{place}:{listening.getsockname()[1]}, /docs tells how to ask")
+    note(f"serving {detector} on http://{place}:{listening.getsockname()[1]}, see /docs for the API")
     server.run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""``traj-ood train``."""
+"""``traj-ood train``: train an autoencoder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import click
 from traj_ood.cli.base import (
     NAME,
     PATH,
-    THREADS,
+    device_option,
     examples,
+    follow_links_option,
     main,
     one_line_errors,
+    quiet_option,
     reading_of,
     reading_options,
-    silence_libraries,
+    set_up,
+    threads_option,
 )
 from traj_ood.cli.console import note
 
@@ -29,13 +32,13 @@ from traj_ood.cli.console import note
 )
 @click.argument("config", type=NAME)
 @click.option("--out", type=PATH, required=True, help="Folder for model, log and checkpoint.")
-@click.option("--data-root", type=PATH, help="Where the benchmark's images are.")
-@click.option("--follow-links", is_flag=True, help="Let image lists reach out of their root by links.")
+@click.option("--data-root", type=PATH, help="Folder of the benchmark's images.")
+@follow_links_option
 @reading_options
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=THREADS, help="CPU threads that compute.  [default: all]")
+@device_option
+@threads_option
 @click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
+@quiet_option
 @one_line_errors
 def train(
     config: str,
@@ -47,21 +50,17 @@ def train(
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Train an autoencoder on a benchmark's ID training split as CONFIG says (a YAML file or a bundled name).
+    """Train an autoencoder on a benchmark's ID training split, configured by CONFIG (a YAML file or a bundled name).
 
-    Resumes from the checkpoint in OUT when there is one. OUT can then be given to `traj-ood bench --model`.
+    Resumes from the checkpoint in OUT if there is one. OUT can then be given to `traj-ood bench --model`.
     """
-    import torch
-
     from traj_ood.detector import refuse_inside
     from traj_ood.dynamics.device import resolve_device
     from traj_ood.training.autoencoder import train_model
     from traj_ood.training.config import TrainConfig
 
-    silence_libraries()
+    set_up(threads)
     refuse_inside(out)
-    if threads:
-        torch.set_num_threads(threads)
     settings = TrainConfig.load(config)
     reading = reading_of(exif, bit_depth)
     train_model(settings, out, data_root=data_root, reading=reading, device=resolve_device(device), **options)

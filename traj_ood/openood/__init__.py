@@ -1,7 +1,7 @@
-"""The bridge into the real OpenOOD (v1.5, main of December 2025): every scorer as a postprocessor, by name.
+"""Use every scorer as a postprocessor in OpenOOD (v1.5, main of December 2025).
 
-``register()`` makes the scorer ``knn-paper`` known to OpenOOD as ``traj_ood_knn_paper``: OpenOOD has a ``knn``, a
-``vim``, … of its own, and none of them is touched. Then
+``register()`` makes the scorer ``knn-paper`` available in OpenOOD as ``traj_ood_knn_paper``; the prefix keeps it apart
+from OpenOOD's own ``knn``, ``vim``, …, which are unchanged. Then
 
 >>> from traj_ood import openood as bridge                                         # doctest: +SKIP
 >>> net = bridge.AutoencoderNet(traj_ood.load_autoencoder("fashion-mae"))          # doctest: +SKIP
@@ -9,8 +9,8 @@
 
 or, in a clone of OpenOOD, ``python -m traj_ood.openood main.py --config … configs/postprocessors/traj_ood_knn.yml``.
 
-OpenOOD's confidence is HIGH = in distribution: the sign is flipped in :mod:`traj_ood.openood.bridge` and nowhere else.
-openood is imported when a function here needs it, and never before.
+OpenOOD's confidence is HIGH = in distribution; the sign is flipped in :mod:`traj_ood.openood.bridge` only. openood is
+imported when a function here first needs it.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ __all__ = [
 
 
 def register(config_root: str | Path | None = None) -> list[str]:
-    """Make every registered scorer available to OpenOOD by name.
+    """Register every scorer as a postprocessor in OpenOOD.
 
-    OpenOOD has two registries: a table for its ``Evaluator``, and a function for its command-line pipelines, whose
-    table is out of reach, so that the function is wrapped. Calling twice does no harm.
+    OpenOOD has two registries: a table for its ``Evaluator``, and a function for its command-line pipelines, which is
+    wrapped because its table cannot be accessed. Calling ``register`` again has no effect.
 
     Args:
-        config_root: folder of OpenOOD's configs into whose ``postprocessors`` the missing yml files are written; files
-            that are there are kept. Default: none, and :func:`config_root` is what to hand to the Evaluator. Without a
-            yml file OpenOOD would look for one on the network and fail.
+        config_root: folder of OpenOOD's configs; missing yml files are written to its ``postprocessors``, existing ones
+            kept. OpenOOD would look for a missing file on the network and fail. Default: none; pass
+            :func:`config_root` to the Evaluator instead.
     Returns:
         The names, sorted.
     Raises:
-        TrajOODError: openood is missing, incomplete or older, a name is taken, or the folder cannot be written.
+        TrajOODError: openood is missing, incomplete or too old, a name is taken, or the folder cannot be written.
     """
     library = load_library()
     cls = postprocessor_class()
     table = library.api_postprocessor.postprocessors
     for name in openood_names():
         if table.setdefault(name, cls) is not cls:
-            raise TrajOODError(f"OpenOOD's postprocessor name {name!r} is taken by {table[name].__name__}: rename that")
+            raise TrajOODError(f"OpenOOD's postprocessor name {name!r} is taken by {table[name].__name__}: rename it")
     serve_pipelines(library.utils, cls)
     if config_root is not None:
         write_configs(Path(config_root) / "postprocessors", keep=True)
@@ -75,24 +75,24 @@ def register(config_root: str | Path | None = None) -> list[str]:
 
 
 def config_root() -> str:
-    """A folder with the yml files of all scorers that are registered, for ``Evaluator(config_root=…)``.
+    """A temporary folder with the yml files of all registered scorers, for ``Evaluator(config_root=…)``.
 
-    It holds no others: given this folder and one of OpenOOD's own names, OpenOOD downloads that yml file into it.
+    It has no others: with this folder and one of OpenOOD's own names, OpenOOD downloads that yml file into it.
     """
     folder = _own_configs()
-    write_configs(folder / "postprocessors", keep=True)  # a scorer may have been registered since
+    write_configs(folder / "postprocessors", keep=True)  # again, as more scorers may have been registered
     return str(folder)
 
 
 @cache
 def _own_configs() -> Path:
-    """A folder of this process, which goes when it ends."""
+    """A folder that is removed when this process ends."""
     folder = Path(tempfile.mkdtemp(prefix="traj_ood-openood-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-_own_root = config_root  # an argument has its name below
+_own_root = config_root  # an alias, because an argument of evaluator() has the same name
 
 
 def evaluator(
@@ -105,23 +105,23 @@ def evaluator(
     fsood: bool = False,
     **options: Any,
 ) -> Any:
-    """OpenOOD's own, unchanged ``Evaluator``, with what it leaves undone prepared: no GPU, and nets without classes.
+    """OpenOOD's ``Evaluator``, unchanged, made usable without a GPU and for models without classes.
 
-    It computes the accuracy on CUDA whatever the net's device, and of nets that have no classes. Here the accuracy of a
-    model without a classifier is NaN (not available), and that of a classifier which is not on CUDA is computed where
-    the net is.
+    OpenOOD computes the accuracy on CUDA whatever the device of the network, also for networks without classes. Here it
+    is NaN (not available) for a model without a classifier, and computed on the network's own device for a classifier
+    that is not on CUDA.
 
     Args:
         net: a classifier of OpenOOD, an :class:`AutoencoderNet`, or an Autoencoder, which is wrapped.
         id_name: OpenOOD's benchmark, such as ``cifar10``.
         postprocessor: a name, ours or OpenOOD's, or an instance (see :func:`postprocessor`).
-        data_root: OpenOOD's data folder; OpenOOD downloads what it lacks.
-        config_root: folder of configs. Default: ours for our names, OpenOOD's own for others.
-        fsood: also prepare the accuracy on covariate-shifted sets, which ``eval_ood(fsood=True)`` reports.
-        options: of the Evaluator (``batch_size``, ``shuffle``, ``num_workers``, ``preprocessor``). The preprocessor of
-            an autoencoder defaults to :func:`preprocessor`.
+        data_root: OpenOOD's data folder; OpenOOD downloads missing data.
+        config_root: folder of configs. Default: ours for our names, OpenOOD's for others.
+        fsood: also compute the accuracy on covariate-shifted sets, which ``eval_ood(fsood=True)`` reports.
+        options: further arguments of the Evaluator (``batch_size``, ``shuffle``, ``num_workers``, ``preprocessor``).
+            The preprocessor of an autoencoder defaults to :func:`preprocessor`.
     Raises:
-        TrajOODError: as :func:`register`, and what the scorer refuses.
+        TrajOODError: as :func:`register`, or if the scorer refuses the model or data.
     """
     register()
     net = AutoencoderNet(net) if isinstance(net, Autoencoder) else net
@@ -129,7 +129,7 @@ def evaluator(
         options.setdefault("preprocessor", preprocessor(net))
     if isinstance(postprocessor, str):
         own = _own_root() if postprocessor in openood_names() else None
-        folder = config_root or own  # None lets OpenOOD find its own
+        folder = config_root or own  # None: OpenOOD's own
         options |= {"postprocessor_name": postprocessor, "config_root": str(folder) if folder else None}
     else:
         options["postprocessor"] = postprocessor
@@ -153,14 +153,14 @@ def postprocessor(
     max_steps: int = 500,
     sweep: Mapping[str, Sequence[Any]] | None = None,
 ) -> Any:
-    """A scorer such as ``trajectory:horizon=16`` as the instance that ``Evaluator(postprocessor=…)`` takes.
+    """An instance for ``Evaluator(postprocessor=…)`` of a scorer such as ``trajectory:horizon=16``.
 
     Args:
         spec: see :func:`traj_ood.create_scorer`.
         attractors, seed, tol, max_steps: see :class:`Settings`.
-        sweep: option → values, which turns OpenOOD's automatic parameter search on. Default: none.
+        sweep: values by option; turns on OpenOOD's automatic parameter search. Default: none.
     Raises:
-        TrajOODError: openood is missing, or a bad spec or sweep.
+        TrajOODError: openood is missing, or the spec or the sweep is invalid.
     """
     learning = {"attractors": attractors, "seed": seed, "tol": tol, "max_steps": max_steps}
     section = config_section(spec, search=bool(sweep), sweep=sweep or {}, **learning)
@@ -168,7 +168,7 @@ def postprocessor(
 
 
 def _predict(net: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
-    """Predicted classes and labels (N,), computed where the net is."""
+    """Predicted classes and labels, (N,) each, computed on the network's device."""
     net.eval()
     with torch.no_grad():
         pairs = [(net(batch["data"].to(device_of(net))).argmax(1).cpu(), batch["label"]) for batch in loader]

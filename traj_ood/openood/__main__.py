@@ -1,4 +1,4 @@
-"""``python -m traj_ood.openood SCRIPT …``: a script of an OpenOOD clone that knows traj_ood's scorers."""
+"""``python -m traj_ood.openood SCRIPT …``: run a script of an OpenOOD clone with traj_ood's scorers registered."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from traj_ood.openood import register
 
 
 def run_script(arguments: Sequence[str]) -> None:
-    """Run a script of an OpenOOD clone (its path, then its arguments) after :func:`traj_ood.openood.register`.
+    """Run a script of an OpenOOD clone after :func:`traj_ood.openood.register`.
 
-    The clone's ``configs/postprocessors`` gets the yml files that it lacks.
+    Missing yml files are written to the clone's ``configs/postprocessors``.
 
+    Args:
+        arguments: the path of the script, then its arguments.
     Raises:
-        TrajOODError: no script, or as :func:`register`.
+        TrajOODError: there is no script, or as :func:`register`.
     """
     if not arguments or not Path(arguments[0]).is_file():
         raise TrajOODError("usage: python -m traj_ood.openood SCRIPT [ARGUMENTS], with a script of an OpenOOD clone")

@@ -1,4 +1,4 @@
-"""The postprocessor: OpenOOD's interface around one scorer of traj_ood."""
+"""OpenOOD's postprocessor interface for one scorer of traj_ood."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from traj_ood.scorers.scorer_set import ScorerSet
 
 
 class Bridge:
-    """What OpenOOD calls a postprocessor, around one scorer; mixed with OpenOOD's base class when that is imported.
+    """An OpenOOD postprocessor with one scorer. OpenOOD's base class is added by :func:`postprocessor_class`.
 
-    ``setup`` learns once; ``inference`` answers (predictions, confidences, labels), confidences being −score.
+    ``setup`` fits the scorer once; ``inference`` returns (predictions, confidences, labels), with confidence = −score.
 
-    With ``APS_mode`` all combinations of the sweep are scored in one pass over the validation sets and remembered, so
-    that a search costs one walk along the trajectories, not one per combination.
+    With ``APS_mode`` all combinations of the sweep are scored in one pass over the validation sets and kept, so that a
+    search computes every trajectory once, not once per combination.
 
-    Pickling, as OpenOOD's scripts do, keeps what was learnt (training evidence, attractors, surrogate) and not the net;
-    after unpickling, the first net that comes must have the weights of the one it learnt from.
+    A pickle, as OpenOOD's scripts make it, contains the fit (training evidence, attractors, surrogate) but not the
+    network; after unpickling, the first network used must have the same weights as the original.
     """
 
     _net: nn.Module | None
@@ -42,7 +42,7 @@ class Bridge:
     _weights: KnownWeights | None
     _val: list[Any]  # OpenOOD's two validation loaders
     _sets: dict[tuple[str, ...], ScorerSet]  # fitted scorers by their specs
-    _searched: dict[int, tuple[Any, dict[str, Any], Any]]  # what a search has computed, by the loader's id
+    _searched: dict[int, tuple[Any, dict[str, Any], Any]]  # results of a search by id() of the loader
     _shape: tuple[int, ...]  # (C, H, W) of a classifier's images
     _surrogate: dict[str, Any] | None  # geometry and weights of the surrogate network
     _train: Evidence
@@ -62,14 +62,15 @@ class Bridge:
     # ------------------------------------------------------------------ OpenOOD's interface
 
     def setup(self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Mapping[str, Any]) -> None:
-        """Learn from the ID training loader's images; once, whatever the number of calls.
+        """Fit the scorer on images of the ID training loader; further calls only check the network.
 
-        A classifier gets a surrogate autoencoder of its features when the scorer reads trajectories or reconstructions;
-        it is trained on the features of all training images. The training images come as the loader's data set gives
-        them, which in OpenOOD's Evaluator is plainly, and in its pipelines with the random crops of training.
+        For a scorer that reads trajectories or reconstructions, a classifier gets a surrogate autoencoder, trained on
+        the features of all training images. The images are used as the loader's data set returns them: without
+        augmentation in OpenOOD's Evaluator, with the random crops of training in its pipelines.
 
         Raises:
-            TrajOODError: no training loader, a net without features, too few images, or what the scorer refuses.
+            TrajOODError: there is no training loader, the network returns no features, there are too few images, or the
+                scorer refuses the model.
         """
         self._val = [d["val"] for d in (id_loader_dict, ood_loader_dict) if d and "val" in d]
         if self.setup_flag:
@@ -77,7 +78,7 @@ class Bridge:
             return
         if not isinstance(net, nn.Module):
             raise TrajOODError(f"{self.settings.scorer}: expected one network, got a {type(net).__name__}")
-        net.eval()  # OpenOOD does so only after the setup
+        net.eval()  # OpenOOD does this only after setup
         if "train" not in id_loader_dict:
             raise TrajOODError(f"{self.settings.scorer}: expected a loader of ID training images, got none")
         loader = id_loader_dict["train"]
@@ -93,10 +94,12 @@ class Bridge:
     def inference(
         self, net: nn.Module, data_loader: Any, progress: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-        """(N,) predicted classes (−1 without a classifier), (N,) confidences, HIGH = in distribution, (N,) labels.
+        """Score all images of a loader.
 
+        Returns:
+            (N,) predicted classes (−1 without a classifier), (N,) confidences (HIGH = in distribution), (N,) labels.
         Raises:
-            TrajOODError: before setup, another net than the one of setup, or scores that are not finite.
+            TrajOODError: setup was not called or with another network, or scores are not finite.
         """
         self._bind(net)
         if self.APS_mode and not self.hyperparam_search_done and any(data_loader is v for v in self._val):
@@ -113,10 +116,10 @@ class Bridge:
         return predictions, -scores[:, 0]
 
     def set_hyperparam(self, hyperparam: Sequence[Any]) -> None:
-        """Choose the scorer's options: one value for each name of the sweep, in its order.
+        """Set the scorer's options: one value for each option of the sweep, in its order.
 
         Raises:
-            TrajOODError: another number of values, or values that the scorer refuses.
+            TrajOODError: the number of values is another, or the scorer refuses one.
         """
         if len(hyperparam) != len(self.settings.sweep):
             raise TrajOODError(
@@ -128,16 +131,16 @@ class Bridge:
         self._chosen = chosen
 
     def get_hyperparam(self) -> list[Any]:
-        """The values in force, in the sweep's order."""
+        """The current values of the options of the sweep, in its order."""
         return [self._chosen.get(key, self.settings.options.get(key)) for key in self.settings.sweep]
 
-    # ------------------------------------------------------------------ learning
+    # ------------------------------------------------------------------ fit
 
     def _spec(self) -> str:
         return self.settings.spec(**self._chosen)
 
     def _keep_possible(self, count: int) -> None:
-        """Take the values out of the sweep that so few training images do not allow, such as k = 100 of 50."""
+        """Remove values from the sweep for which ``count`` training images are too few, such as k = 100 for 50."""
         possible = {}
         for key, values in self.settings.sweep.items():
             possible[key] = [v for v in values if _refusal(self.settings.spec(**{key: v}), count) is None]
@@ -150,7 +153,7 @@ class Bridge:
         return functools.reduce(lambda a, b: a | b, (create_scorer(s).needs() for s in self.settings.grid()))
 
     def _model_of(self, net: nn.Module, loader: Any) -> Autoencoder:
-        """The model that the scorer reads: an autoencoder as it is, a classifier with what the scorer needs of it."""
+        """The model for the scorer: the autoencoder itself, or a classifier with a surrogate if the scorer needs it."""
         self._surrogate = None
         if isinstance(net, AutoencoderNet):
             check_normalisation(loader, net.autoencoder)
@@ -185,14 +188,15 @@ class Bridge:
             warn(f"unhealthy attractors: {warning}", stacklevel=3)
 
     def _scorers(self, specs: tuple[str, ...]) -> ScorerSet:
-        """The scorers of these specs, fitted on what was learnt."""
+        """The scorers of these specs, fitted on the training evidence."""
         if specs not in self._sets:
-            assert self._model is not None  # every caller has bound a net
+            assert self._model is not None  # every caller has bound a network
             made = ScorerSet(self._model, specs, tol=self.settings.tol, max_steps=self.settings.max_steps)
             unknown = made.needs.features - self._train.features.keys()
             if unknown or (made.needs_dictionary and self._dictionary is None):
                 raise TrajOODError(
-                    f"{specs[0]}: reads what was not learnt during setup: put it into the yml file, or set it before"
+                    f"{specs[0]}: needs features that setup did not collect: give the options in the yml file, or set "
+                    "them before setup"
                 )
             self._sets[specs] = made.learn(self._dictionary if made.needs_dictionary else None, self._train)
         return self._sets[specs]
@@ -216,8 +220,8 @@ class Bridge:
         return torch.cat(predictions).numpy().astype(int), whole, torch.cat(labels).numpy().astype(int)
 
     def _search(self, loader: Any, progress: bool) -> tuple[Any, dict[str, Any], Any]:
-        """All combinations of the sweep on a validation loader, computed when the first of them is asked for."""
-        known = self._searched.get(id(loader))  # _val keeps the loaders alive, so that the number stays theirs
+        """The scores of all combinations of the sweep on a validation loader, computed at the first call."""
+        known = self._searched.get(id(loader))  # ids are unique because _val keeps the loaders alive
         if known is None or self._spec() not in known[1]:
             specs = list(dict.fromkeys([*self.settings.grid(), self._spec()]))
             known = self._searched[id(loader)] = self._pass(loader, specs, progress)
@@ -230,18 +234,18 @@ class Bridge:
         table = torch.stack([scored[label].cpu().double() for label in scorers.labels], dim=1)
         for label, values in scored.items():
             if not bool(values.isfinite().all()):
-                raise TrajOODError(f"scorer {label}: scores that are not finite: check the model and its preprocessor")
+                raise TrajOODError(f"scorer {label}: got scores that are not finite: check the model and preprocessor")
         none = torch.full((len(images),), -1)
         return none if encoding.logits is None else encoding.logits.argmax(dim=1).cpu(), table
 
-    # ------------------------------------------------------------------ nets and pickles
+    # ------------------------------------------------------------------ networks and pickles
 
     def _forget_net(self) -> None:
         self._net, self._model, self._val, self._sets, self._searched = None, None, [], {}, {}
         self._weights = None
 
     def _bind(self, net: nn.Module) -> None:
-        """Score with ``net`` from now on; it has to be the one that was learnt from, or its equal."""
+        """Use ``net`` from now on, which must be the network of setup or have equal weights."""
         if not self.setup_flag:
             raise TrajOODError(f"{self.settings.scorer}: call setup with OpenOOD's loaders first")
         if net is self._net and self._weights is not None:
@@ -251,7 +255,7 @@ class Bridge:
         if model.fingerprint() != self._fingerprint:
             raise TrajOODError(
                 f"{self.settings.scorer}: was set up with other weights than those of this {type(net).__name__}: use "
-                "that net, or a new postprocessor"
+                "the network of setup, or a new postprocessor"
             )
         self._net, self._model, self._sets, self._searched = net, model, {}, {}
         self._weights = KnownWeights(model)
@@ -278,7 +282,7 @@ class Bridge:
 
 
 def __getattr__(name: str) -> Any:
-    """``TrajOODPostprocessor``, made on first use: it is what pickle looks for in this module."""
+    """``TrajOODPostprocessor``, created on first use; pickle looks it up in this module."""
     if name == "TrajOODPostprocessor":
         return postprocessor_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -286,13 +290,13 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def postprocessor_class() -> type:
-    """:class:`Bridge` with OpenOOD's base class, which its Evaluator asks for."""
+    """:class:`Bridge` with OpenOOD's base class, which its Evaluator requires."""
     base = load_library().postprocessors.BasePostprocessor
     return type("TrajOODPostprocessor", (Bridge, base), {"__module__": __name__, "__doc__": Bridge.__doc__})
 
 
 def _refusal(spec: str, count: int) -> TrajOODError | None:
-    """Why a scorer cannot learn from ``count`` images, or None."""
+    """The reason why a scorer cannot be fitted on ``count`` images, or None."""
     try:
         create_scorer(spec).check_training_size(count)
     except TrajOODError as error:

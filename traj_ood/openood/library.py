@@ -1,4 +1,4 @@
-"""OpenOOD itself: its modules, checked when they are first needed, and its two registries."""
+"""Import OpenOOD's modules, check them, and extend its registry for pipelines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from traj_ood.openood.settings import openood_names
 
 @dataclass(frozen=True)
 class Library:
-    """The modules of openood that are used here."""
+    """The modules of openood that are used."""
 
     api: ModuleType
     api_postprocessor: ModuleType
@@ -35,10 +35,10 @@ _ARGUMENTS = ("id_name", "data_root", "config_root", "preprocessor", "postproces
 
 
 def load_library() -> Library:
-    """The parts of openood, checked.
+    """Import openood and check that it has everything used here.
 
     Raises:
-        TrajOODError: openood is missing, lacks something it needs, or is older than v1.5.
+        TrajOODError: openood or one of its dependencies is missing, or it is older than v1.5.
     """
     modules = {part: import_openood(name, *attributes) for part, (name, attributes) in _PARTS.items()}
     known = inspect.signature(modules["api"].Evaluator.__init__).parameters
@@ -49,7 +49,7 @@ def load_library() -> Library:
 
 
 def serve_pipelines(utils: ModuleType, cls: type) -> None:
-    """Let the function that OpenOOD's pipelines ask know our names, wherever it was imported to."""
+    """Wrap ``get_postprocessor``, which OpenOOD's pipelines call, in all modules that have imported it."""
     original = utils.get_postprocessor
     if getattr(original, "serves_traj_ood", False):
         return

@@ -1,4 +1,4 @@
-"""Reading OpenOOD's data loaders without depending on their order."""
+"""Read OpenOOD's data loaders independently of their order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from traj_ood.errors import TrajOODError
 
 
 def count_of(loader: Any) -> int:
-    """Number of images behind a loader.
+    """The number of images of a loader.
 
     Raises:
         TrajOODError: its data set has no length.
@@ -24,7 +24,7 @@ def count_of(loader: Any) -> int:
 
 
 def read(loader: Any, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Batches of the images at ``indices``, in that order: what is learnt must not depend on the loader's shuffling."""
+    """Batches of the images at ``indices``, in that order, so that a fit does not depend on the loader's shuffling."""
     from torch.utils.data import DataLoader, Subset
 
     yield from DataLoader(
@@ -36,12 +36,12 @@ def read(loader: Any, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def check_normalisation(loader: Any, model: Autoencoder) -> None:
-    """Refuse images that a data set normalises otherwise than an autoencoder of ours does, where its transform tells.
+    """Check that a data set normalises images as the autoencoder does, if its transform declares mean and std.
 
-    OpenOOD's tensors are in its own units, not pixels in [0, 1], so that nothing in the numbers shows the difference.
+    OpenOOD's tensors are in the units of its normalisation, so that a mismatch cannot be seen in the values.
 
     Raises:
-        TrajOODError: means or deviations differ.
+        TrajOODError: means or standard deviations differ.
     """
     found = _normalisation(loader)
     if found is None or model.preprocessing is None:
@@ -57,7 +57,7 @@ def check_normalisation(loader: Any, model: Autoencoder) -> None:
 
 
 def _normalisation(loader: Any) -> tuple[Any, Any] | None:
-    """Mean and deviation of the loader's transform, or None where it does not tell them."""
+    """Mean and standard deviation of the loader's transform, or None if it does not declare them."""
     data: Any = getattr(loader, "dataset", None)
     while hasattr(data, "dataset"):  # torch's Subset
         data = data.dataset

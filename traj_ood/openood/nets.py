@@ -1,4 +1,4 @@
-"""Between models and nets: an Autoencoder as what OpenOOD calls a net, and its classifiers as what we read."""
+"""Wrap an Autoencoder as a network for OpenOOD, and OpenOOD's classifiers as backbones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from traj_ood.errors import TrajOODError
 
 
 class AutoencoderNet(nn.Module):
-    """An Autoencoder as the ``net`` that OpenOOD hands around.
+    """An Autoencoder as a ``net`` of OpenOOD.
 
-    Its forward pass gives (B, classes) logits, or, for a model without a classifier, predictions that make OpenOOD's
+    The forward pass returns (B, classes) logits, or, for a model without a classifier, predictions that make OpenOOD's
     accuracy NaN.
 
     Args:
-        autoencoder: any; its weights move and its mode changes with this module's.
+        autoencoder: the model; its weights and mode follow those of this module.
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:
@@ -41,9 +41,9 @@ class AutoencoderNet(nn.Module):
 
 
 class NoClasses(Tensor):
-    """(B, 1) answers of a model without classes: ``argmax(1)`` is −1, and comparing that with labels is NaN, not 0.
+    """(B, 1) output of a model without classes: ``argmax(1)`` is −1, and comparing it with labels gives NaN.
 
-    OpenOOD's accuracy is ``(net(x).argmax(1) == labels).sum()`` over their number; 0 % would be a lie.
+    OpenOOD's accuracy is the mean of ``net(x).argmax(1) == labels``, which would be a misleading 0 %.
     """
 
     @classmethod
@@ -59,10 +59,10 @@ class NoClasses(Tensor):
 
 
 def preprocessor(net: AutoencoderNet | Autoencoder) -> Any:
-    """What ``Evaluator(preprocessor=…)`` takes: PIL image → the autoencoder's own input, as in traj_ood.
+    """The preprocessing of an autoencoder for ``Evaluator(preprocessor=…)``.
 
-    A ``torchvision.transforms.Compose`` whose last member has ``mean`` and ``std``, because OpenOOD's ImageNet
-    benchmarks look for them there (for ImageNet-C, which they normalise but do not resize).
+    Returns a ``torchvision.transforms.Compose`` whose last member has ``mean`` and ``std``, where OpenOOD's ImageNet
+    benchmarks look for them (for ImageNet-C, which they normalise but do not resize).
     """
     from torchvision.transforms import Compose
 
@@ -70,7 +70,7 @@ def preprocessor(net: AutoencoderNet | Autoencoder) -> Any:
 
 
 class _Transform:
-    """The autoencoder's transform with the statistics that OpenOOD looks for."""
+    """The autoencoder's transform, with attributes ``mean`` and ``std`` for OpenOOD."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self._transform = autoencoder.transform
@@ -82,16 +82,16 @@ class _Transform:
 
 
 def backbone_of(net: nn.Module, shape: tuple[int, ...]) -> Backbone:
-    """An OpenOOD classifier as a frozen backbone: ``net(x, return_feature=True)`` gives logits and features.
+    """An OpenOOD classifier as a frozen backbone; ``net(x, return_feature=True)`` returns logits and features.
 
-    The net is left as it was. The head is taken from its ``get_fc`` where the logits are that
-    linear function of the features.
+    The head is taken from ``net.get_fc`` if the logits are that linear function of the features. The network is not
+    changed.
 
     Args:
-        net: in eval mode.
+        net: the classifier, in evaluation mode.
         shape: (C, H, W) of its images.
     Raises:
-        TrajOODError: a net that returns no features.
+        TrajOODError: the network returns no features.
     """
 
     def forward(images: Tensor) -> Features:
@@ -136,10 +136,10 @@ def _features_of(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _head_of(net: nn.Module, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Weight (c, n) and bias (c,) from the net's ``get_fc``, if they make these logits of these features."""
+    """Weight (c, n) and bias (c,) from ``net.get_fc`` if they map these features to these logits, else None."""
     if not callable(getattr(net, "get_fc", None)):
         return None
-    with contextlib.suppress(Exception):  # nets without such a layer raise whatever they like
+    with contextlib.suppress(Exception):  # networks without such a layer raise various errors
         weight, bias = (torch.as_tensor(part).to(features) for part in net.get_fc())  # type: ignore[operator]
         if torch.allclose(features @ weight.T + bias, logits, rtol=1e-3, atol=1e-4):
             return weight, bias
@@ -147,7 +147,7 @@ def _head_of(net: nn.Module, features: Tensor, logits: Tensor) -> tuple[Tensor, 
 
 
 class FeatureModel(Autoencoder):
-    """A classifier for scorers that read its features and logits alone: there is an E, and no D."""
+    """A classifier as an encoder without a decoder, for scorers that read only features and logits."""
 
     family: ClassVar[str] = "openood"
 
@@ -161,7 +161,7 @@ class FeatureModel(Autoencoder):
         return self.backbone.forward_batch(images).features
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        raise TrajOODError(f"{self.name}: a classifier without a surrogate decodes nothing")
+        raise TrajOODError(f"{self.name}: a classifier without a surrogate cannot decode")
 
     def transform(self, image: Any) -> Tensor:
         return self.backbone.transform(image)

@@ -1,4 +1,4 @@
-"""The yml files that OpenOOD reads: the options of a scorer, how it learns, and what a search may try."""
+"""The yml files of OpenOOD for our scorers: options, settings of the fit, and values for a search."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from traj_ood.scorers import SCORERS, create_scorer
 from traj_ood.scorers.base import FeatureScorer, spec_text
 
 PREFIX = "traj_ood_"
-"""Of every name here: OpenOOD has a ``knn``, ``vim``, ``msp``, … of its own."""
+"""Prefix of our names, as OpenOOD has its own ``knn``, ``vim``, ``msp``, …"""
 
 AUTO = "auto"
-"""Value of a static scorer's option ``view``: the backbone's features where there is a backbone, else the default."""
+"""Value of a static scorer's option ``view``: the backbone's features if there is a backbone, else the default view."""
 
 SWEEPS: dict[str, dict[str, list[Any]]] = {
-    # Which part of the path tells most is the choice the paper leaves open; all of it is walked once for the sweep.
+    # The paper leaves open which part of the path to use; the trajectory is computed once for all horizons.
     "trajectory": {"horizon": [None, 4, 16, 64]},
-    # Sun et al. (2022) choose k on validation data; what 2,000 training images allow.
+    # Sun et al. (2022) choose k on validation data; these are values that 2,000 training images allow.
     "knn": {"k": [1, 5, 10, 20, 50, 100]},
 }
-"""Options that OpenOOD's automatic search may set, by scorer; those that are absent have nothing worth a search."""
+"""Options that OpenOOD's automatic search may set, by scorer; other scorers have no option worth a search."""
 
 
 def openood_names() -> dict[str, str]:
-    """OpenOOD's name → traj_ood's, for every registered scorer."""
+    """The name of every registered scorer in traj_ood by its name in OpenOOD."""
     return {PREFIX + name.replace("-", "_"): name for name in SCORERS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """How a scorer learns.
+    """Settings of the fit.
 
     Attributes:
-        attractors: ID training images that it learns from, as many as there are when fewer. Default 2,000, the paper's.
-        seed: draws them, by their place in the image list: the sample that :class:`traj_ood.Evaluator` draws.
-        tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
+        attractors: number of ID training images to fit on, or all if there are fewer. Default 2,000, as in the paper.
+        seed: seed of their draw by position in the image list, the same as in :class:`traj_ood.Evaluator`.
+        tol, max_steps: see :func:`traj_ood.iterate`; the defaults are the paper's.
     """
 
     attractors: int = 2000
@@ -52,7 +52,7 @@ class Learning:
 
 @dataclass(frozen=True)
 class _Section:
-    """What stands under ``postprocessor`` in a yml file, under OpenOOD's names."""
+    """The section ``postprocessor`` of a yml file, with OpenOOD's keys."""
 
     name: str
     APS_mode: bool = False
@@ -63,14 +63,14 @@ class _Section:
 
 @dataclass(frozen=True)
 class Settings(Learning):
-    """What a yml file says.
+    """The content of a yml file.
 
     Attributes:
-        scorer: traj_ood's name.
-        options: of the scorer.
-        sweep: option → values for OpenOOD's automatic parameter search.
-        search: whether OpenOOD searches (``APS_mode``). Default off: a search sees OOD images, those of OpenOOD's
-            validation set, which the scores here otherwise never do.
+        scorer: the scorer's name in traj_ood.
+        options: its options.
+        sweep: values by option for OpenOOD's automatic parameter search.
+        search: whether OpenOOD searches (``APS_mode``). Default false, because a search uses the OOD images of
+            OpenOOD's validation set, and our scorers are otherwise never fitted on OOD images.
     """
 
     scorer: str
@@ -80,10 +80,10 @@ class Settings(Learning):
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Settings:
-        """Strict, because OpenOOD's own Config answers ``None`` to whatever it does not hold.
+        """Parse OpenOOD's Config. Unknown keys are errors, as Config returns ``None`` for any missing key.
 
         Raises:
-            TrajOODError: unknown scorers, sections or options, or values of the wrong kind.
+            TrajOODError: the scorer, a section or an option is unknown, or a value has the wrong type.
         """
         section = _plain(config.get("postprocessor", {}))
         name = section.get("name", "")
@@ -105,31 +105,31 @@ class Settings(Learning):
         return made
 
     def spec(self, **changes: Any) -> str:
-        """The scorer with all its options written out; ``view=auto`` is left to the model."""
+        """The spec of the scorer with all options, with ``changes`` applied; ``view=auto`` is left out."""
         options = {**self.options, **changes}
         if options.get("view") == AUTO:
             del options["view"]
         return spec_text(self.scorer, options)
 
     def combinations(self) -> list[dict[str, Any]]:
-        """Every combination of the sweep."""
+        """All combinations of the sweep."""
         return [dict(zip(self.sweep, values, strict=True)) for values in itertools.product(*self.sweep.values())]
 
     def grid(self) -> list[str]:
-        """The specs that one pass over the images has to serve, the default first."""
+        """The specs to compute in one pass over the images, the default first."""
         swept = [self.spec(**combination) for combination in self.combinations()] if self.search else []
         return list(dict.fromkeys([self.spec(), *swept]))
 
 
 def config_section(spec: str, *, search: bool, sweep: Mapping[str, Sequence[Any]], **learning: Any) -> dict[str, Any]:
-    """What stands under ``postprocessor`` in a yml file: a scorer's options written out, and how it learns.
+    """The section ``postprocessor`` of a yml file, with all options of the scorer and the settings of the fit.
 
     Args:
         spec: see :func:`traj_ood.create_scorer`.
         search, sweep: see :class:`Settings`.
         learning: see :class:`Learning`.
     Raises:
-        TrajOODError: a bad spec.
+        TrajOODError: the spec is invalid.
     """
     scorer = create_scorer(spec)
     options = scorer.options()
@@ -145,7 +145,7 @@ def config_section(spec: str, *, search: bool, sweep: Mapping[str, Sequence[Any]
 
 
 def config_text(scorer: str) -> str:
-    """The yml file of a scorer (traj_ood's name) with every default."""
+    """The yml file of a scorer, given by its name in traj_ood, with all defaults."""
     import yaml
 
     section = config_section(scorer, search=False, sweep=SWEEPS.get(scorer, {}))
@@ -154,7 +154,7 @@ def config_text(scorer: str) -> str:
 
 
 def write_configs(folder: str | Path, *, keep: bool = False) -> list[Path]:
-    """Write the yml file of every registered scorer into ``folder``; ``keep`` leaves files that are there as they are.
+    """Write the yml file of every registered scorer into ``folder``; ``keep`` does not overwrite existing files.
 
     Raises:
         TrajOODError: the folder cannot be written.
