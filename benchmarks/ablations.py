@@ -332,7 +332,7 @@ def command_line(arguments: argparse.Namespace, part: str) -> str:
 def plot(name: str, rows: Sequence[Row], work: Workplace, path: Path) -> None:
     """AUROC and FPR@95 over the part's choice, one line per scorer; for recipes also over the dictionary's health."""
     from traj_ood.drawing.charts import look_of
-    from traj_ood.drawing.style import Frame, canvas, save_png
+    from traj_ood.drawing.style import Frame, canvas, save_figure
 
     column, title, scale = AXES[name]
     panels: list[tuple[str, str, str, str]] = [(column, title, scale, key) for key in ("auroc", "fpr95")]
@@ -348,7 +348,7 @@ def plot(name: str, rows: Sequence[Row], work: Workplace, path: Path) -> None:
     for axis, (x, label, own_scale, key) in zip(axes, panels, strict=True):
         _panel(axis, rows, x, own_scale, key, looks, joined=x == column and own_scale != "names")
         axis.set(xlabel=label, ylabel={"auroc": "mean AUROC (%)", "fpr95": "mean FPR95 (%)"}[key])
-    save_png(figure, path)
+    save_figure(figure, path)
 
 
 def _panel(

@@ -35,7 +35,7 @@ from torch import Tensor
 from traj_ood import CallableAutoencoder, Normalised, ScorerSet, iterate, load_autoencoder
 from traj_ood.attractors import NearestAttractor
 from traj_ood.drawing.charts import Curve, Panel, curves
-from traj_ood.drawing.style import save_png
+from traj_ood.drawing.style import save_figure
 from traj_ood.index import NeighborIndex
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
@@ -202,7 +202,7 @@ def main() -> None:
         print(f"{axis}: {json.dumps(record['axes'][axis])}", flush=True)
     record |= {"versions": environment(), "commit": git_commit(Path(__file__).parent)}
     write_atomic(arguments.out, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
-    save_png(curves(panels, "How cost grows"), arguments.out.with_suffix(".png"))
+    save_figure(curves(panels, "How cost grows"), arguments.out.with_suffix(".png"))
     print("\n".join(record["faster_than_linear"]) or "Nothing grows faster than linear.")
 
 

@@ -25,7 +25,7 @@ from traj_ood.analysis.images import sample, stack
 from traj_ood.analysis.models import paper_recipe, train_conv
 from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.data import load_benchmark
-from traj_ood.drawing.style import INKS, Frame, canvas, save_png
+from traj_ood.drawing.style import INKS, Frame, canvas, save_figure
 from traj_ood.index import greedy_leaders
 
 EPOCHS, TRAIN, SHOWN, SEED = 10, 5_000, 400, 0
@@ -90,7 +90,7 @@ def draw(model: ConvAutoencoder, images: dict[str, Tensor], out: Path) -> None:
         picture(axis, model.decode(spot[None])[0], spot, INKS["gold"], model, offset=(0.0, -27.0))
     axis.set(xlim=(float(low[0]), float(high[0])), ylim=(float(low[1]), float(high[1])), xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-    save_png(figure, out)
+    save_figure(figure, out)
 
 
 def spread(codes: Tensor, count: int) -> list[int]:

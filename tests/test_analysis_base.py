@@ -18,7 +18,7 @@ from traj_ood.analysis import QUESTIONS, Answer, Finding, Question, Unit, Worksp
 from traj_ood.analysis.images import load_images, sample, spread
 from traj_ood.cli import main
 from traj_ood.drawing.charts import Curve, DotPanel, Panel, PictureRow, curves, dots, picture_rows
-from traj_ood.drawing.style import Figure, save_png
+from traj_ood.drawing.style import Figure, save_figure
 from traj_ood.errors import TrajOODError
 from traj_ood.io.options import write_option
 
@@ -376,12 +376,12 @@ def test_what_was_not_measured_is_a_gap(tmp_path: Path) -> None:
     rows = dots(["a", "b"], [DotPanel("", {"x": [[1.0, 2.0], [None]], "y": [[3.0], [0.0]]}, least=0.5)], 1, "title")
     assert [list(drawn.get_xdata()) for drawn in rows.axes[0].get_lines()] == [[1, 2], [3, 0.5]]
     for figure in (line, rows):
-        save_png(figure, tmp_path / "a.png")
+        save_figure(figure, tmp_path / "a.png")
 
 
 def test_a_curve_without_a_finite_value_is_drawn(tmp_path: Path) -> None:
     lines = [Curve("none", range(5), [None] * 5), Curve("zero", range(5), [0.0] * 5)]
     panels = [Panel("", "", "", lines, limits=(0, None)), Panel("", "", "", lines, log_y=True)]
     panels.append(Panel("", "", "", lines, diagonal=True))
-    save_png(curves(panels, "title"), tmp_path / "a.png")
+    save_figure(curves(panels, "title"), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000

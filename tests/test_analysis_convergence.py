@@ -30,7 +30,7 @@ from traj_ood.analysis.images import sample, stack
 from traj_ood.analysis.singular import explicit_norms, explicit_radii, spectral_norms
 from traj_ood.autoencoders import CallableAutoencoder, load_autoencoder
 from traj_ood.data import ArrayImages, Split, read_folder
-from traj_ood.drawing.style import save_png
+from traj_ood.drawing.style import save_figure
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.errors import TrajOODError
@@ -328,7 +328,7 @@ def test_the_picture_says_why_there_is_no_prediction(predicted: list[float], rea
     figure = steps_figure(table, "m")
     for axis in figure.axes[1:]:
         assert axis.get_lines()[0].get_label() == f"by the spectral norm: none, {reason}"
-    save_png(figure, tmp_path / "a.png")
+    save_figure(figure, tmp_path / "a.png")
 
 
 def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:

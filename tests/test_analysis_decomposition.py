@@ -25,7 +25,7 @@ from traj_ood.analysis.decomposition import (
     terms_figure,
 )
 from traj_ood.analysis.singular import spectral_norms
-from traj_ood.drawing.style import save_png
+from traj_ood.drawing.style import save_figure
 from traj_ood.errors import TrajOODError
 
 
@@ -81,7 +81,7 @@ def test_a_constant_that_is_not_finite_is_told_and_drawn(tmp_path: Path) -> None
     terms_of = {**parts, "lipschitz": lengths(torch.inf)[0], "elsewhere": lengths(1, torch.inf)}
     figure = terms_figure([{**row, "attractors": 2}], terms_of, "m")
     assert [len(line.get_xdata()) for line in figure.axes[2].get_lines()[:4]] == [2, 0, 0, 0]  # no L_D, no ratio
-    save_png(figure, tmp_path / "a.png")
+    save_figure(figure, tmp_path / "a.png")
 
 
 def test_held_out_constants_are_those_of_the_other_half() -> None:

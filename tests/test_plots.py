@@ -15,7 +15,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from traj_ood.drawing.style import CYCLE, INKS, Figure, lines_of, save_figure, save_png
+from traj_ood.drawing.style import CYCLE, INKS, Figure, lines_of, save_figure
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.dynamics_plots import attractor_gallery, dynamics_curves
 from traj_ood.evaluation.metrics import Metrics, compute_metrics
@@ -37,7 +37,7 @@ SETS = {name: SetScore(ROLES[name], len(OOD[name]), compute_metrics(ID, OOD[name
 
 def assert_plot(figure: Figure, path: Path) -> None:
     """As a PNG of a sensible size, light, with ink of several colours on it."""
-    save_png(figure, path)
+    save_figure(figure, path)
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert round(image.info["dpi"][0]) == 150
@@ -189,7 +189,7 @@ def test_a_gallery_is_drawn_between_its_limits(tmp_path: Path) -> None:
     """Both limits of a channel are black and full brightness, whatever the model's units."""
     image = np.array([[[[2.0, 6.0]], [[-1.0, 3.0]], [[0.0, 0.0]]]])
     limits = np.array([[2.0, -1.0, 0.0], [6.0, 3.0, 1.0]])
-    save_png(attractor_gallery(None, image, ["one"], limits, "units"), tmp_path / "a.png")
+    save_figure(attractor_gallery(None, image, ["one"], limits, "units"), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as drawn:
         colours = {tuple(c) for c in np.asarray(drawn.convert("RGB")).reshape(-1, 3)}
     assert {(0, 0, 0), (255, 255, 0)} <= colours
@@ -239,7 +239,7 @@ def test_empty_dynamics_and_results_are_named() -> None:
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrajOODError, match="expected a folder that can be written"):
-        save_png(roc_curves(ID, OOD, SETS, "title"), tmp_path / "file" / "roc.png")
+        save_figure(roc_curves(ID, OOD, SETS, "title"), tmp_path / "file" / "roc.png")
 
 
 def test_a_set_has_one_colour_in_every_figure() -> None:

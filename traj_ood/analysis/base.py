@@ -220,9 +220,9 @@ class Question(ABC):
         finding.text()  # raises before anything is drawn if the figures cannot be recorded
         finding.save(folder)
         for file, draw in answer.pictures.items():
-            from traj_ood.drawing.style import save_png
+            from traj_ood.drawing.style import save_figure
 
-            save_png(draw(), folder / file)
+            save_figure(draw(), folder / file)
         return finding
 
     def options(self) -> dict[str, Any]:

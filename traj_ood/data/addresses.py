@@ -96,7 +96,9 @@ class RemoteFiles:
         parts, size = [], 0
         with self.open(name) as file:
             try:
-                while size <= most and (part := file.read(most + 1 - size)):  # a stream returns the bytes received so far
+                while size <= most and (
+                    part := file.read(most + 1 - size)
+                ):  # a stream returns the bytes received so far
                     parts.append(part)
                     size += len(part)
             except Exception as error:

@@ -1,5 +1,5 @@
-"""How every figure of this package looks, and what several of them share.
+"""The common style and common kinds of all figures.
 
-A figure is drawn once, by matplotlib: a function takes data and returns a figure, ``style.save_png`` writes it to a
-folder, and ``svg.inline_svg`` puts it into a page.
+Figures are drawn by matplotlib: a function takes data and returns a figure, ``style.save_figure`` writes it to a file,
+and ``svg.inline_svg`` embeds it in a page.
 """

@@ -1,4 +1,4 @@
-"""Figures of more than one question: panels of curves, named rows of dots, rows of images."""
+"""Common kinds of figures: panels of curves, named rows of dots, rows of images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas
 from traj_ood.errors import TrajOODError
 
 SERIES = ("id", "near", "far", "gold", "pink", "text")
-"""Inks of the curves of a panel, in their order."""
+"""Inks of the curves of a panel, in order."""
 
 Values = Sequence[float | None] | ArrayLike
 
 _MARKERS = "osD^vP"
-_MARKED = 30  # points of a curve that are marked; more of them make one thick line
+_MAX_MARKED = 30  # points of a curve with markers; more markers would merge into a thick line
 
 
 def look_of(n: int) -> Look:
-    """Colour, marker and size of the n-th series; later ones are smaller, so that they show where two coincide."""
+    """Colour, marker and size of the n-th series; later ones are smaller, so that coinciding series stay visible."""
     return {"color": INKS[SERIES[n]], "marker": _MARKERS[n], "markersize": 5.5 - 0.5 * n, "linewidth": 1.8 - 0.1 * n}
 
 
@@ -33,9 +33,9 @@ def look_of(n: int) -> Look:
 
 @dataclass(frozen=True)
 class Curve:
-    """One series: x and y (n,), and optionally a band of y ± spread (n,). None or NaN leaves a gap.
+    """One series: x and y (n,), and optionally a band y ± spread (n,). None or NaN leaves a gap.
 
-    ``kind`` is ``line``, ``points`` without one, or ``steps``, where y holds from its x to the next.
+    ``kind`` is ``line``, ``points`` (no line), or ``steps`` (y is constant up to the next x).
     """
 
     label: str
@@ -47,16 +47,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with their curves.
+    """Axes with curves.
 
     Attributes:
         title, x_label, y_label: texts.
-        curves: at most six, told apart by colour and marker.
+        curves: at most six, which differ in colour and marker.
         log_x: "2" for powers of two, "10" for decades, "" for a linear axis.
-        log_y: decades on the y axis, on which 0 is a gap.
-        limits: of the y axis, the upper one may be None: that of the data; None fits both to them.
-        mark: where a vertical line stands.
-        diagonal: both axes are logarithmic and alike, with the line on which x and y agree.
+        log_y: a logarithmic y axis, on which values of 0 are gaps.
+        limits: limits of the y axis; an upper limit of None, or None for both, fits the data.
+        mark: x position of a vertical line.
+        diagonal: equal logarithmic axes with the line x = y.
     """
 
     title: str
@@ -71,10 +71,10 @@ class Panel:
 
 
 def curves(panels: Sequence[Panel], title: str) -> Figure:
-    """Panels side by side, at most three in a row. Panels of the same curves share a legend below them.
+    """A figure of panels side by side, at most three in a row; panels with equal curve labels share a legend below.
 
     Raises:
-        TrajOODError: no panel, or more curves than colours.
+        TrajOODError: there are no panels, or more curves than colours.
     """
     if not panels or max(len(p.curves) for p in panels) > len(SERIES):
         raise TrajOODError(
@@ -119,14 +119,14 @@ def _draw(axis: Axes, panel: Panel) -> None:
 
 
 def _look(n: int, curve: Curve) -> Look:
-    """As the n-th of its panel: points alone, or a line, which is marked where it has few points."""
+    """The look of the n-th curve of a panel: points only, or a line, with markers if it has few points."""
     if curve.kind == "points":
         return {**look_of(n), "linestyle": "", "alpha": 0.6, "markeredgewidth": 0}
-    return {**look_of(n), "marker": _MARKERS[n] if floats(curve.x).size <= _MARKED else ""}
+    return {**look_of(n), "marker": _MARKERS[n] if floats(curve.x).size <= _MAX_MARKED else ""}
 
 
 def floats(values: Values) -> NDArray[np.float64]:
-    """``values`` as numbers, None as NaN."""
+    """``values`` as float64, with None as NaN."""
     return np.array(values, dtype=np.float64)
 
 
@@ -135,7 +135,7 @@ def _diagonal(axis: Axes, values: Sequence[NDArray[np.float64]]) -> None:
     known = known[np.isfinite(known) & (known > 0)]
     low, high = (0.8 * known.min(), 1.25 * known.max()) if known.size else (1.0, 10.0)
     axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    for side in (axis.xaxis, axis.yaxis):  # 1, 2, 5, 10, … as numbers: powers of ten between them collide
+    for side in (axis.xaxis, axis.yaxis):  # label 1, 2, 5, 10, … as plain numbers
         side.set_major_locator(LogLocator(subs=(1, 2, 5)))
         side.set_major_formatter(ScalarFormatter())
         side.set_minor_formatter(NullFormatter())
@@ -147,9 +147,9 @@ def _diagonal(axis: Axes, values: Sequence[NDArray[np.float64]]) -> None:
 
 @dataclass(frozen=True)
 class DotPanel:
-    """A panel of :func:`dots`: for each series the values of each name; a dotted line at ``mark``.
+    """A panel of :func:`dots`: for each series the values of each name, and a dotted line at ``mark``.
 
-    ``least`` makes the axis logarithmic: smaller values are drawn there, since 0 has no place on it.
+    ``least`` makes the axis logarithmic; values below it, such as 0, are drawn at ``least``.
     """
 
     title: str
@@ -160,10 +160,10 @@ class DotPanel:
 
 
 def dots(names: Sequence[str], panels: Sequence[DotPanel], columns: int, title: str) -> Figure:
-    """A row for each name, read from the top, in panels that share their rows.
+    """A figure with one row of dots per name, from the top, in panels with common rows.
 
     Raises:
-        TrajOODError: no names or panels, or a series of another length.
+        TrajOODError: there are no names or panels, or a series has another length.
     """
     lengths = [len(values) for panel in panels for values in panel.series.values()]
     if not names or set(lengths) != {len(names)}:
@@ -196,7 +196,7 @@ def dots(names: Sequence[str], panels: Sequence[DotPanel], columns: int, title: 
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
-    """A row for each name at y = 0, 1, …, from the top."""
+    """Label rows at y = 0, 1, …, from the top, with the names."""
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
@@ -207,8 +207,8 @@ def name_rows(axis: Axes, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class PictureRow:
-    """A row of images (K, C, H, W), C = 1 or 3, in any units; ``limits`` (2, C) are drawn as black and as full
-    brightness, what lies beyond them as they are."""
+    """A row of images (K, C, H, W), C = 1 or 3, in any units; ``limits`` (2, C) are the values drawn as black and as
+    full brightness, to which others are clipped."""
 
     label: str
     images: ArrayLike
@@ -217,16 +217,16 @@ class PictureRow:
 
 
 def picture_rows(rows: Sequence[PictureRow], title: str) -> Figure:
-    """One row of images for each :class:`PictureRow`; rows may differ in length.
+    """A figure with one row of images per :class:`PictureRow`; rows may differ in length.
 
     Raises:
-        TrajOODError: no images, or images that are not (K, C, H, W).
+        TrajOODError: there are no images, or they are not (K, C, H, W).
     """
     pictures = [np.asarray(row.images, dtype=np.float64) for row in rows]
     if not pictures or any(p.ndim != 4 or p.shape[1] not in (1, 3) or not len(p) for p in pictures):
         raise TrajOODError(f"plot: expected rows of images (K, C, H, W), got shapes {[p.shape for p in pictures]}")
     columns = max(map(len, pictures))
-    side = min(1.2, max(0.95, 4.8 / columns))  # inches, the unit of length in what follows
+    side = min(1.2, max(0.95, 4.8 / columns))  # width of an image in inches, the unit of lengths below
     tops, end = [], 0.0
     for row, images in zip(rows, pictures, strict=True):
         tops.append(end + 0.16 / side * max((caption.count("\n") + 1 for caption in row.captions), default=0))

@@ -1,6 +1,6 @@
-"""Colours, panels of a size in inches, titles, legends, and PNG files.
+"""Style of all figures: colours, panels with sizes in inches, titles, legends, and files.
 
-Figures are plain objects (no pyplot): nothing global changes, no window is needed and nothing has to be closed.
+Figures are plain objects without pyplot, so that there is no global state, no window, and nothing to close.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ __all__ = [
     "lines_of",
     "look",
     "save_figure",
-    "save_png",
 ]
 
 DPI = 150
@@ -49,14 +48,14 @@ INKS = {
     "gold": "#c48b00",
     "pink": "#cc6ab3",
 }
-"""Colours by name: those of the report's light scheme, whose style sheet holds a dark one for each.
+"""Colours by name, as in the report's light scheme; its style sheet has a dark counterpart of each.
 
-``id``, ``near`` and ``far`` always mean this role. ``near``, ``far``, ``gold``, ``pink``, ``id`` and ``text`` are told
-apart with every common colour blindness (CIEDE2000 of at least 10 between any two).
+``id``, ``near`` and ``far`` always stand for this role. ``near``, ``far``, ``gold``, ``pink``, ``id`` and ``text`` are
+distinguishable with all common kinds of colour blindness (CIEDE2000 of at least 10 between any two).
 """
 
 CYCLE = ("near", "pink", "gold", "far", "text")
-"""Inks of the OOD sets, which come near ones first, so that few of them have the ink of the other role."""
+"""Inks of the OOD sets in order. Near sets come first, so that few sets get the ink of the other role."""
 
 DASHES = ("", "5 3", "1 3")
 
@@ -65,28 +64,28 @@ Look = Mapping[str, Any]
 
 
 def line_of(n: int) -> tuple[str, str]:
-    """Ink and dash pattern (as SVG writes it) of the n-th OOD set: 15 lines before the first one comes again."""
+    """Ink and dash pattern (in SVG's syntax) of the n-th OOD set; they repeat after 15 sets."""
     return CYCLE[n % len(CYCLE)], DASHES[n // len(CYCLE) % len(DASHES)]
 
 
 def lines_of(sets: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Ink and dash pattern of each OOD set of a run, given all of them in its order: the same in every figure."""
+    """Ink and dash pattern of each OOD set of a run, the same in every figure; ``sets`` are all of them in order."""
     return {name: line_of(n) for n, name in enumerate(sets)}
 
 
 def look(ink: str, dash: str = "") -> Look:
-    """A line of an ink and a dash pattern for matplotlib."""
+    """matplotlib's arguments for a line with this ink and dash pattern."""
     return {"color": INKS[ink], "linestyle": (0, tuple(map(float, dash.split()))) if dash else "-"}
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The place of a panel in inches, the space around its axes included.
+    """Size of a panel in inches, including the space around its axes.
 
     Attributes:
-        width, height: of the panel.
-        margins: the space left, right, below and above the axes. None measures the labels (matplotlib's constrained
-            layout), which takes as long as the drawing itself: for figures that are drawn once a run.
+        width, height: size of the panel.
+        margins: space left, right, below and above the axes. None measures the labels (matplotlib's constrained
+            layout), which takes as long as the drawing itself; for figures that are drawn once per run.
     """
 
     width: float
@@ -101,29 +100,26 @@ def canvas(
     title: str = "",
     legend: Mapping[str, Look] | None = None,
     headroom: float = 0.0,
-    onto: Figure | None = None,
     width: float | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """A white figure and its panels in reading order.
+    """Create a white figure; returns it and its panels in reading order.
 
     Args:
-        frame: of each panel.
-        count, columns: how many panels there are, and how many stand in a row.
-        title: the first line is bold, the others explain. Lines are wrapped, not cut at the edge.
-        legend: label → how its line looks, below the panels.
+        frame: size of each panel.
+        count, columns: number of panels, and of panels in a row.
+        title: a bold first line, and further lines of explanation. Lines are wrapped.
+        legend: look of each line by label, shown below the panels.
         headroom: inches above each panel, for a title of its own.
-        onto: a figure of this frame, which is emptied and used again where it has as many panels: half of the time of a
-            small figure goes into its axes and their ticks. None makes one.
-        width: of a figure for print, in inches: panels are made to fit, and the title is left out, since a caption says
-            it there. None takes the panels as they are.
+        width: width in inches of a figure for print: panels are scaled to fit, and the title is left to the caption.
+            None keeps the size of the panels.
     """
     if width is not None:
         columns = max(1, min(columns, count, round(width / frame.width)))
         frame, title = _fitted(frame, width / columns), ""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    wide = max(frame.width * columns, 4.0 if title else 0.0)  # room for the words of a title
-    # In DejaVu Sans 9 characters of the bold heading fit an inch, and 13 of the text below it.
+    wide = max(frame.width * columns, 4.0 if title else 0.0)  # wide enough for a title
+    # In DejaVu Sans an inch fits 9 characters of the bold heading and 13 of the text below it.
     heading, _, note = title.partition("\n")
     lines = textwrap.wrap(heading, int(9 * wide))
     notes = [part for line in note.splitlines() for part in textwrap.wrap(line, int(13 * wide))]
@@ -133,11 +129,9 @@ def canvas(
     body = rows * (frame.height + headroom)
     height = head + body + foot
 
-    if onto is not None and len(onto.axes) != count:
-        onto = None
-    figure = onto or Figure(facecolor=INKS["paper"])
+    figure = Figure(facecolor=INKS["paper"])
     figure.set_size_inches(wide, height)
-    axes = _panels(figure, frame, count, rows, columns, foot, body) if onto is None else _emptied(onto)
+    axes = _panels(figure, frame, count, rows, columns, foot, body)
     if frame.margins is not None:
         left, right, below, above = frame.margins
         size = ((frame.width - left - right) / wide, (frame.height - below - above) / height)
@@ -156,12 +150,12 @@ def canvas(
 
 
 def _fitted(frame: Frame, width: float) -> Frame:
-    """The frame at another width; narrower ones become lower, too, so that slopes keep their look."""
+    """The frame at another width; a narrower one gets a smaller height, so that slopes look the same."""
     return replace(frame, width=width, height=frame.height * min(1.0, width / frame.width))
 
 
 def _panels(figure: Figure, frame: Frame, count: int, rows: int, columns: int, foot: float, body: float) -> list[Axes]:
-    """New panels: where the labels are measured, they share the ``body`` above the ``foot``, both in inches."""
+    """Create the panels; without given margins they share the ``body`` above the ``foot``, both in inches."""
     if frame.margins is not None:
         axes = [figure.add_axes((0, 0, 1, 1)) for _ in range(count)]
     else:
@@ -176,19 +170,8 @@ def _panels(figure: Figure, frame: Frame, count: int, rows: int, columns: int, f
     return axes[:count]
 
 
-def _emptied(figure: Figure) -> list[Axes]:
-    """The panels of a figure without what was drawn in them, and without its heading and legend."""
-    for axis in figure.axes:
-        for artist in (*axis.lines, *axis.patches, *axis.collections):
-            artist.remove()
-        axis.relim()
-    for artist in (*figure.texts, *figure.legends):
-        artist.remove()
-    return figure.axes
-
-
 def _plain(axis: Axes) -> None:
-    """Light rules, no tick marks, quiet labels: 9 points in a panel of 3 inches are about 11 px on the page."""
+    """Style axes: light grid, no tick marks, muted labels of 9 points (about 11 px on the page for a 3-inch panel)."""
     axis.set_facecolor(INKS["paper"])
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(INKS["rule"])
@@ -200,22 +183,13 @@ def _plain(axis: Axes) -> None:
     axis.set_axisbelow(True)
 
 
-def save_png(figure: Figure, path: str | Path) -> None:
-    """PNG at 150 dots per inch, whole or not at all.
-
-    Raises:
-        TrajOODError: an unwritable path.
-    """
-    save_figure(figure, path)
-
-
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """PNG at 150 dots per inch, SVG or PDF, by the path's suffix; whole or not at all.
+    """Write a figure as PNG at 150 dots per inch, SVG or PDF, by the suffix of ``path``; atomically.
 
-    Text of the vector formats stays text, and equal figures give equal bytes.
+    Text stays text in the vector formats, and equal figures give equal bytes.
 
     Raises:
-        TrajOODError: an unwritable path.
+        TrajOODError: ``path`` cannot be written.
     """
     form = Path(path).suffix[1:]
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)

@@ -1,8 +1,8 @@
-"""A figure as a piece of an HTML page: text stays text, colours are the page's, and no style is its own.
+"""Embed a figure in an HTML page as SVG, without style attributes and with the page's colours.
 
-matplotlib writes a drawing that stands alone: a style on every element, ids that repeat from figure to figure, six
-decimals. A page under a strict Content-Security-Policy takes no style attributes, and one with a light and a dark
-scheme needs colours that follow it: each becomes a custom property of the page (``var(--near)``).
+matplotlib writes stand-alone SVG: a style on every element, ids that repeat between figures, six decimals. A strict
+Content-Security-Policy forbids style attributes, and a page with a light and a dark scheme needs colours that follow
+it, so each colour becomes a custom property of the page (``var(--near)``).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _METADATA: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def inline_svg(figure: Figure, label: str, salt: str) -> str:
-    """``<svg role="img" aria-label=label>`` of a figure without its white ground, drawn with :data:`INKS` alone.
+    """A figure as ``<svg role="img" aria-label=label>`` without its white background.
 
     Equal figures, labels and salts give equal text.
 
     Args:
-        figure: matplotlib's.
-        label: what a reader who does not see it is told.
-        salt: of the ids in it, another one for each figure of a page.
+        figure: a figure drawn with colours of :data:`INKS` only.
+        label: alternative text.
+        salt: salt of the ids, different for each figure of a page.
     Raises:
-        ValueError: a colour that is none of the inks; a mistake in the drawing, never in the data.
+        ValueError: a colour is not in :data:`INKS`, which is a mistake in the drawing code.
     """
     file = io.BytesIO()
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt}
@@ -41,15 +41,15 @@ def inline_svg(figure: Figure, label: str, salt: str) -> str:
     view = re.search(r'viewBox="([^"]*)"', text)
     assert view is not None
     body = text[text.index("</style>") : text.rindex("</svg>")].partition("</defs>")[2]
-    # Text in a drawing escapes < and >: these are tags, whatever a scorer is called.
+    # Text in a drawing has < and > escaped, so that these are tags whatever a scorer's name.
     body = re.sub(r"<[^>]+>", lambda match: _tag(match[0]), re.sub(r">\s+<", "><", body)).strip()
-    # What has no colour of its own is text.
+    # Elements without a colour are text.
     root = f'role="img" aria-label="{escape(label)}" fill="var(--text)" stroke-linejoin="round"'
     return f'<svg viewBox="{_rounded(view[1])}" {root}>{body}</svg>'
 
 
 def _tag(tag: str) -> str:
-    """One tag of matplotlib's as the page can have it, coordinates to a tenth of a point, which nobody sees."""
+    """Adapt one tag of matplotlib's SVG to the page, with coordinates rounded to a tenth of a point."""
     tag = re.sub(r'^<g id="[\w.]+_\d+"', "<g", tag).replace(" xlink:href=", " href=").replace("\n", "")
     tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", tag)  # upright text
     tag = re.sub(r' style="([^"]*)"', lambda match: _attributes(match[1]), tag)
@@ -57,7 +57,7 @@ def _tag(tag: str) -> str:
 
 
 def _attributes(style: str) -> str:
-    """``fill: none; stroke-width: 2`` as attributes; of a font the size alone, the rest is the page's."""
+    """``fill: none; stroke-width: 2`` as attributes; of a font, only the size."""
     declared = dict(part.strip().split(": ", 1) for part in style.split(";") if part.strip())
     fonts = [declared.pop(name, "") for name in ("font", "font-size", "font-family")]
     if size := re.search(r"([\d.]+)px", " ".join(fonts)):

@@ -1,1 +1,1 @@
-"""Tables from a benchmark: the evaluator, metrics, results, leaderboards, comparisons and plots."""
+"""Evaluate scorers on benchmarks: the evaluator, metrics, results, leaderboards, comparisons and plots."""

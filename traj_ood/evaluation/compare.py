@@ -1,11 +1,11 @@
-"""Is one scorer better than another on the same images? DeLong's test on one set, a paired bootstrap over many.
+"""Tests whether one scorer is better than another on the same images: DeLong's test, and a paired bootstrap over sets.
 
-Both tests are paired: the two scorers saw the same images, and an image that is hard for one is often hard for the
-other. Scores are float64 and HIGHER = MORE OOD; only their ranks count. A difference is always a − b.
+Both tests are paired, because an image that is hard for one scorer is often hard for the other. Scores are float64 and
+HIGHER = MORE OOD; only their ranks matter. A difference is always a − b.
 
-Neither test knows of the chance of training: over several models or attractor samples they say whether a difference
-of the *mean over these very runs* could be an accident of the test images. How much runs differ is another question,
-which their standard deviation answers.
+Neither test covers the randomness of training. With several models or attractor samples, they test whether a
+difference of the *mean over these runs* could be explained by the choice of test images. The variation between runs is
+measured by their standard deviation.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RESAMPLES = 1000
-"""Default: the smallest p it can give is 2 / 1,001, well below 0.01, and 25 draws lie beyond either end of a 95 %
-interval."""
+"""Default number of resamples: the smallest possible p is 2 / 1,001, well below 0.01, and 25 draws are beyond either
+end of a 95 % interval."""
 
-# Ids of crops (traj_ood.data.fashion.crops): all with the same prefix are parts of one picture. The faces are named
-# alike, but each of them is a picture of its own.
+# Ids of crops (traj_ood.data.fashion.crops): those with the same prefix are cut from one picture. The ids of faces look
+# alike, but each face is a separate picture.
 _CROP = re.compile(r"(skimage/(?!lfw/)[^/]+)/\d+")
-_CHUNK_COUNTS = 2**20  # counts per array of a chunk of resamples: 8 MiB each, a dozen at a time
+_CHUNK_COUNTS = 2**20  # counts per array in a chunk of resamples: 8 MiB each, a dozen arrays at a time
 
 
 class DeLong(NamedTuple):
-    """Two AUROCs on the same images, and the test of their difference; see :func:`delong`."""
+    """Result of :func:`delong`: the two AUROCs, and the z statistic and two-sided p-value of their difference."""
 
     auroc_a: float
     auroc_b: float
@@ -48,29 +48,28 @@ class DeLong(NamedTuple):
 def delong(id_scores_a: ArrayLike, ood_scores_a: ArrayLike, id_scores_b: ArrayLike, ood_scores_b: ArrayLike) -> DeLong:
     """DeLong's test of two correlated AUROCs (DeLong et al. 1988), in O(N log N) as Sun and Xu (2014).
 
-    The placement of an OOD image is the share of ID images it scores above, ties counted half, and the reverse for an
-    ID image; a scorer's AUROC is the mean of either. With D the differences of placements between the scorers,
-    Var(AUROC_a − AUROC_b) = var(D over OOD)/m + var(D over ID)/n, and z is normal under the hypothesis of no
-    difference. Sun and Xu read placements from ranks; binary search in the sorted other side gives the same numbers.
+    The placement of an OOD image is the share of ID images with lower scores, ties counted half, and vice versa for an
+    ID image; a scorer's AUROC is the mean placement. With D the difference of placements between the scorers,
+    Var(AUROC_a − AUROC_b) = var(D over OOD)/m + var(D over ID)/n, and z is standard normal if there is no difference.
+    Sun and Xu compute placements from ranks; binary search among the sorted other scores gives the same values.
 
     Args:
-        id_scores_a, id_scores_b: (n,) of the two scorers, the same n >= 2 images in the same order.
-        ood_scores_a, ood_scores_b: (m,), likewise m >= 2.
+        id_scores_a, id_scores_b: (n,) scores of both scorers on the same n >= 2 images in the same order.
+        ood_scores_a, ood_scores_b: (m,), likewise, m >= 2.
     Returns:
-        ``(auroc_a, auroc_b, z, p)``, z > 0 where a is better, p two-sided. Where no image's placement differs in any
-        other way than all others' the variance is 0: then z = 0 and p = 1 for equal AUROCs (two perfect scorers), and
-        z = ±∞ and p = 0 for unequal ones.
+        ``(auroc_a, auroc_b, z, p)``; z > 0 if a is better, p is two-sided. If D is the same for all images the variance
+        is 0: then z = 0 and p = 1 for equal AUROCs (such as two perfect scorers), else z = ±∞ and p = 0.
     Raises:
-        TrajOODError: empty or non-finite scores, vectors of different length, or a single image.
+        TrajOODError: scores are empty or not finite, have different lengths, or there is a single image.
     """
-    # SciPy has tests of one AUROC (mannwhitneyu), none of two on the same images.
+    # SciPy tests one AUROC (mannwhitneyu), but not two on the same images.
     id_a, id_b = _paired("ID", id_scores_a, id_scores_b)
     ood_a, ood_b = _paired("OOD", ood_scores_a, ood_scores_b)
     above_a, below_a = _placements(id_a, ood_a)
     above_b, below_b = _placements(id_b, ood_b)
     difference = float(np.mean(above_a - above_b))
     variance = np.var(above_a - above_b, ddof=1) / len(ood_a) + np.var(below_a - below_b, ddof=1) / len(id_a)
-    # Placements are multiples of 1/2n and 1/2m: what is smaller than these allow is rounding.
+    # Placements are multiples of 1/2n and 1/2m; smaller differences are rounding.
     if abs(difference) < 0.25 / (len(id_a) * len(ood_a)):
         difference = 0.0
     deviation = math.sqrt(float(variance)) if variance > 1e-24 else 0.0
@@ -91,7 +90,7 @@ def _paired(name: str, a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def _placements(id_scores: Floats, ood_scores: Floats) -> tuple[Floats, Floats]:
-    """For each OOD image the share of ID images below it (m,), for each ID image that of OOD images above it (n,)."""
+    """The share of ID images below each OOD image (m,), and of OOD images above each ID image (n,)."""
 
     def below(values: Floats, others: Floats) -> Floats:
         ordered = np.sort(others)
@@ -107,18 +106,18 @@ def _placements(id_scores: Floats, ood_scores: Floats) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True)
 class PairedScores:
-    """Scores of two scorers, a and b, on the images of one benchmark, in R runs (models, attractor samples).
+    """Scores of two scorers a and b on the images of one benchmark, in R runs (models or attractor samples).
 
     Attributes:
-        id: (2, R, n) float64 of the n ID test images.
-        ood: for each OOD set (2, R, m).
-        diagnostics: OOD sets that means over sets leave out. Default: none.
-        pictures: for each OOD set made of crops (m,), the number 0, 1, … of the picture that an image was cut from.
-            The images of the other sets, and ID images, are independent of each other.
+        id: (2, R, n) float64 scores of the n ID test images.
+        ood: (2, R, m) float64 scores of each OOD set.
+        diagnostics: names of the OOD sets that means over sets leave out. Default: none.
+        pictures: for each OOD set made of crops, the number 0, 1, … of the picture from which each image was cut, (m,).
+            Images of other sets, and ID images, are independent of each other.
 
     Raises:
-        TrajOODError: no OOD set but diagnostics, other shapes, numbers of pictures with gaps, or scores that are not
-            finite.
+        TrajOODError: there is no OOD set except diagnostics, shapes differ, picture numbers have gaps, or scores are
+            not finite.
     """
 
     id: Floats
@@ -158,14 +157,14 @@ class PairedScores:
 
     @classmethod
     def from_tables(cls, tables: Sequence[pd.DataFrame], a: str, b: str) -> PairedScores:
-        """From the ``scores.parquet`` tables of one or several runs on the same images.
+        """Collect the scores from the ``scores.parquet`` tables of one or several runs on the same images.
 
         Args:
-            tables: columns ``split``, ``role``, ``id`` and one per scorer; rows may stand in any order.
+            tables: columns ``split``, ``role``, ``id`` and one per scorer; rows in any order.
             a, b: columns of the two scorers.
         Raises:
-            TrajOODError: no table, a scorer that a table lacks (with near names), images that differ between runs, a
-                table without ID test images or without an OOD set, or scores that are not finite.
+            TrajOODError: there are no tables, a table lacks a scorer (similar names are suggested), the ID test images
+                or an OOD set, images differ between runs, or scores are not finite.
         """
         if not tables:
             raise TrajOODError("paired scores: expected the scores of at least 1 run, got none")
@@ -205,7 +204,7 @@ class PairedScores:
 
 
 def _numbered_pictures(ids: Sequence[str]) -> Counts:
-    """(m,): the picture that each image is cut from, in order of appearance; an image that is no crop is its own."""
+    """(m,): number of the picture from which each image was cut, by first appearance; other images are their own."""
     numbers: dict[str, int] = {}
     matches = ((i, _CROP.fullmatch(i)) for i in ids)
     return np.array([numbers.setdefault(m[1] if m else i, len(numbers)) for i, m in matches], dtype=np.int64)
@@ -221,9 +220,9 @@ def _scorers(table: pd.DataFrame) -> list[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of both scorers, ``a − b`` with its interval ``low`` … ``high``, and the two-sided p of no difference.
+    """A metric of both scorers, the difference a − b with its interval, and its two-sided p-value.
 
-    All but p are fractions in [−1, 1], means over runs (and sets), or medians over sets.
+    All but p are fractions in [−1, 1], and means over runs (and sets) or medians over sets.
     """
 
     a: float
@@ -236,7 +235,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """AUROC (more is better) and the paper's FPR@95 (less is better) of two scorers."""
+    """The differences of two scorers in AUROC (higher is better) and the paper's FPR@95 (lower is better)."""
 
     auroc: Difference
     fpr95: Difference
@@ -244,10 +243,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BootstrapComparison:
-    """``mean`` is over all sets of all suites but diagnostics, each set with equal weight; ``suites`` are the means
-    within each suite and ``sets`` single sets, diagnostics among them, both in the order given. ``held`` (S,) bool says
-    which sets are in means. ``points`` (S, 2, 2), all sets × figures × scorers, and ``draws``
-    (S, 2, 2, B) are what they were made from: other summaries of the same resamples come from them."""
+    """Result of :func:`paired_bootstrap`.
+
+    Attributes:
+        mean: mean over the near and far sets of all suites, each set with equal weight.
+        suites: mean within each suite, in the given order.
+        sets: the single sets of each suite, diagnostics included.
+        held: (S,) bool, whether a set is in the means; false for diagnostics.
+        points: (S, 2, 2) sets × metrics × scorers.
+        draws: (S, 2, 2, B) the same in each of B resamples; other summaries can be computed from them.
+        level: level of the intervals.
+    """
 
     mean: Comparison
     suites: tuple[Comparison, ...]
@@ -258,10 +264,10 @@ class BootstrapComparison:
     level: float = 0.95
 
     def without(self, *left_out: tuple[int, str]) -> Comparison:
-        """Means over all sets but diagnostics and these, each given as the number of its suite and its name.
+        """The mean over all sets except diagnostics and these, each given by the number of its suite and its name.
 
         Raises:
-            TrajOODError: a set that is not there, or none is left.
+            TrajOODError: a set is unknown, or none is left.
         """
         names = [(number, name) for number, suite in enumerate(self.sets) for name in suite]
         absent = [pair for pair in left_out if pair not in names]
@@ -273,8 +279,8 @@ class BootstrapComparison:
         return _compare(self.points[kept], self.draws[kept], self.level)
 
     def median(self) -> Comparison:
-        """The median over sets of the difference on each; ``a`` and ``b`` are each scorer's own median, whose
-        difference is another number."""
+        """The median over sets of the difference. ``a`` and ``b`` are each scorer's median, whose difference is another
+        number."""
         held, drawn = self.points[self.held], self.draws[self.held]
         own, points = np.median(held, axis=0), np.median(held[:, :, 0] - held[:, :, 1], axis=0)
         draws = np.median(drawn[:, :, 0] - drawn[:, :, 1], axis=0)
@@ -285,27 +291,26 @@ class BootstrapComparison:
 def paired_bootstrap(
     suites: Sequence[PairedScores], *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
 ) -> BootstrapComparison:
-    """Bootstrap over images of the difference of mean AUROC and of mean FPR@95 between two scorers.
+    """Bootstrap over images of the difference in mean AUROC and mean FPR@95 between two scorers.
 
-    In each resample the ID images of every suite and the images of every OOD set are drawn with replacement, once, for
-    both scorers and for all runs: an image is a cluster, whatever the number of runs that scored it. A run's ID images
-    are the same draw for all of its sets. Figures are averaged over runs, then over sets.
+    In each resample the ID images of every suite and the images of every OOD set are drawn with replacement, the same
+    for both scorers and all runs: an image is a cluster, however many runs scored it. All sets of a suite use the same
+    draw of ID images. Metrics are averaged over runs, then over sets.
 
-    Where images are crops of ``pictures``, the pictures are drawn, as many as there are, and each brings all of its
-    crops: 1,000 crops of three pictures are three observations. So few clusters make a rough interval, rather too
-    narrow than too wide. Sets are drawn independently, also two that were cut from the same pictures.
+    If images are crops of ``pictures``, pictures are drawn, each with all of its crops: 1,000 crops of three pictures
+    are three observations. With so few clusters the interval is rough, and rather too narrow than too wide. Sets are
+    drawn independently, even if they were cut from the same pictures.
 
-    p is two-sided from the share of resamples on the other side of zero, 2 · min(#{d ≤ 0} + 1, #{d ≥ 0} + 1) /
-    (resamples + 1), at most 1: never 0. The interval is the percentiles'. Sets get p-values of their own, which are
-    not corrected for being many.
+    p is two-sided, 2 · min(#{d ≤ 0} + 1, #{d ≥ 0} + 1) / (resamples + 1), at most 1 and never 0. Intervals are
+    percentile intervals. P-values of single sets are not corrected for their number.
 
     Args:
-        suites: one or several benchmarks; the same two scorers in each.
-        resamples: default 1,000.
-        seed: of the draws; the same seed gives the same intervals.
-        level: of the intervals, default 0.95.
+        suites: one or several benchmarks, with the same two scorers in each.
+        resamples: number of resamples, default 1,000.
+        seed: seed of the draws.
+        level: level of the intervals, default 0.95.
     Raises:
-        TrajOODError: no suite, ``resamples`` < 1, or ``level`` outside (0, 1).
+        TrajOODError: there is no suite, ``resamples`` < 1, or ``level`` is outside (0, 1).
     """
     if not suites:
         raise TrajOODError("paired bootstrap: expected at least 1 suite, got none")
@@ -313,7 +318,7 @@ def paired_bootstrap(
         raise TrajOODError(f"resamples: expected at least 1, got {resamples}; {RESAMPLES} is the default")
     if not 0.0 < level < 1.0:
         raise TrajOODError(f"level: expected a share between 0 and 1, got {level}; 0.95 is the default")
-    # scipy.stats.bootstrap pairs samples, not clusters of crops, and would sort every resample anew.
+    # scipy.stats.bootstrap pairs samples, not clusters of crops, and would sort every resample again.
     streams = np.random.SeedSequence(seed).spawn(len(suites))
     measured = [_figures(suite, resamples, stream) for suite, stream in zip(suites, streams, strict=True)]
 
@@ -335,7 +340,7 @@ def paired_bootstrap(
 
 
 def _compare(points: Floats, draws: Floats, level: float) -> Comparison:
-    """From (S, 2, 2) and (S, 2, 2, B), sets × figures × scorers, to the means over the sets."""
+    """The means over sets, from points (S, 2, 2) and draws (S, 2, 2, B), sets × metrics × scorers (× resamples)."""
     figures = zip(points.mean(axis=0), draws.mean(axis=0), strict=True)
     return Comparison(*(_difference(p[0], p[1], d[0] - d[1], level) for p, d in figures))
 
@@ -348,8 +353,8 @@ def _difference(a: float, b: float, draws: Floats, level: float) -> Difference:
 
 
 def _figures(suite: PairedScores, resamples: int, stream: np.random.SeedSequence) -> tuple[Floats, Floats]:
-    """Figures of one suite, averaged over its runs: (S, 2, 2) as they are and (S, 2, 2, B) resampled; sets × (AUROC,
-    FPR@95) × scorers (× resamples)."""
+    """Metrics of one suite, averaged over its runs: (S, 2, 2) for all images and (S, 2, 2, B) resampled, as sets ×
+    (AUROC, FPR@95) × scorers (× resamples)."""
     pairs = [(s, r) for s in range(2) for r in range(suite.runs)]
     columns = [_Column(suite.id[s, r], {name: scores[s, r] for name, scores in suite.ood.items()}) for s, r in pairs]
 
@@ -359,7 +364,7 @@ def _figures(suite: PairedScores, resamples: int, stream: np.random.SeedSequence
 
     sizes = {name: scores.shape[2] for name, scores in suite.ood.items()}
     once = average({name: _ones(m) for name, m in sizes.items()}, _ones(suite.id.shape[2]))
-    # One stream per split: the draws do not depend on the size of a chunk.
+    # One stream per split, so that the draws do not depend on the size of a chunk.
     own, *others = (np.random.default_rng(s) for s in stream.spawn(1 + len(sizes)))
     pictures = [suite.pictures.get(name) for name in sizes]
     width = max(1, _CHUNK_COUNTS // max(suite.id.shape[2], *sizes.values()))
@@ -378,7 +383,7 @@ def _ones(count: int) -> Counts:
 
 
 def _resample(images: int, count: int, draws: np.random.Generator, pictures: Counts | None = None) -> Counts:
-    """(images, count): how often each image was drawn, in ``count`` resamples; with its picture where it has one."""
+    """(images, count): how often each image is drawn in each of ``count`` resamples; with ``pictures``, by picture."""
     if pictures is not None:
         return _resample(int(pictures.max()) + 1, count, draws)[pictures]
     drawn = draws.integers(images, size=(count, images))
@@ -387,7 +392,7 @@ def _resample(images: int, count: int, draws: np.random.Generator, pictures: Cou
 
 
 class _Column:
-    """One scorer in one run: its scores sorted once, so that a resample, a count for each image, costs sums only."""
+    """One scorer in one run, with scores sorted once, so that a resample (a count per image) only takes sums."""
 
     def __init__(self, id_scores: Floats, ood: Mapping[str, Floats]) -> None:
         self._order = np.argsort(id_scores, kind="stable")
@@ -395,18 +400,18 @@ class _Column:
         self._sets = {name: _SortedSet(self._id, scores) for name, scores in ood.items()}
 
     def figures(self, id_counts: Counts, ood_counts: Mapping[str, Counts]) -> Floats:
-        """(S, 2, B) AUROC and FPR@95 by set, of counts (n, B) of the ID images and (m, B) of those of each set."""
+        """(S, 2, B) AUROC and FPR@95 of each set, from counts (n, B) of the ID images and (m, B) of each set."""
         below = np.zeros((len(self._id) + 1, id_counts.shape[1]), dtype=np.int64)
         np.cumsum(id_counts[self._order], axis=0, out=below[1:])
         images = len(self._id)
-        # The threshold keeps at least 95 % of ID, compared as shares as in metrics.py.
+        # The threshold keeps at least 95 % of ID, compared as shares, as in metrics.py.
         kept = int(np.argmax(np.arange(images + 1) / images >= RECALL))
         threshold = self._id[(below[1:] < kept).sum(axis=0)]
         return np.stack([s.figures(below, threshold, ood_counts[name]) for name, s in self._sets.items()])
 
 
 class _SortedSet:
-    """The images of one OOD set among the sorted ID scores (n,)."""
+    """The sorted scores of one OOD set, with their positions among the sorted ID scores (n,)."""
 
     def __init__(self, id_scores: Floats, scores: Floats) -> None:
         self._order = np.argsort(scores, kind="stable")
@@ -415,11 +420,11 @@ class _SortedSet:
         self._right = np.searchsorted(id_scores, self._scores, side="right")
 
     def figures(self, below: Counts, threshold: Floats, counts: Counts) -> Floats:
-        """(2, B): AUROC and FPR@95 from the cumulative ID counts (n + 1, B), the thresholds (B,) and counts (m, B)."""
+        """(2, B) AUROC and FPR@95, from cumulative ID counts (n + 1, B), thresholds (B,) and counts (m, B)."""
         own = counts[self._order]
-        # Weighted rank sum: an ID image below an OOD image wins, one at the same score counts half.
+        # Weighted rank sum: pairs with the ID image below the OOD image count fully, ties half.
         wins = np.einsum("mb,mb->b", own, below[self._left] + below[self._right])
-        total = own.sum(axis=0)  # differs between resamples where pictures have different numbers of crops
+        total = own.sum(axis=0)  # differs between resamples if pictures have different numbers of crops
         accepted = np.zeros((len(own) + 1, own.shape[1]), dtype=np.int64)
         np.cumsum(own, axis=0, out=accepted[1:])
         last = np.searchsorted(self._scores, threshold, side="right")

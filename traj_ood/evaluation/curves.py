@@ -1,4 +1,4 @@
-"""Residual and norm curves over steps (Fig. 12): quantiles per split, honest about samples that have stopped."""
+"""Quantiles of residuals and norms over steps (Fig. 12), for each split."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _COLUMNS = tuple(f"q{round(100 * q):02d}" for q in QUANTILES)
 def curve_quantiles(split: Split, parts: Sequence[Part], tol: float) -> pd.DataFrame:
     """Long table with columns split, role, step, quantity, q05 … q95; quantity is residual_sq, norm or running.
 
-    Every sample counts at every step. A converged one is known to lie below the tolerance, not where: residual
-    quantiles that fall among such samples are NaN (censored). Its norm is that of its end point, where it stays.
-    ``running`` is the share of samples that had not stopped before the step.
+    All samples count at every step. After convergence a residual is only known to be below the tolerance, so quantiles
+    among such samples are NaN (censored); the norm remains that of the end point. ``running`` is the share of samples
+    that had not stopped before the step.
     """
     columns = ["split", "role", "step", "quantity", *_COLUMNS]
     pieces = [p.tensors for p in parts if "residuals" in p.tensors and len(p.tensors["steps"])]

@@ -1,4 +1,4 @@
-"""Can a model's attractors be trusted? Measures the self-map f = E∘D and ends in a verdict with reason and remedy."""
+"""Diagnose whether a model's attractors are meaningful: measure f = E∘D, and give a verdict, a reason and a remedy."""
 
 from __future__ import annotations
 
@@ -43,24 +43,25 @@ from traj_ood.io.trees import as_json, write_json
 FILE_NAME = "diagnosis.json"
 
 COMMON = 0.5
-"""Least share of held-out images at known attractors, and of images that keep theirs under noise. Below it the
-verdict stands, but scores depend on which training images were drawn, or on noise nobody sees: a caution."""
+"""Smallest share of held-out images at known attractors, and of images that keep their attractor under noise, without
+a caution. Below it scores depend on which training images were drawn, or on invisible noise; the verdict is kept."""
 
-_MIN_IMAGES = 2 * HEALTHY_DISTINCT  # of fewer images, hardly any model has 10 distinct attractors
-_BATCH = 512  # the last, slow trajectories of a batch run in chunks of their own: the fewer batches, the fewer chunks
-_NOISE_IMAGES = 200  # images of the noise test: ± 3.5 % (one standard error) at worst
+_MIN_IMAGES = 2 * HEALTHY_DISTINCT  # with fewer images, hardly any model has 10 distinct attractors
+_BATCH = 512  # large, because the last, slow trajectories of each batch need chunks of their own
+_NOISE_IMAGES = 200  # in the noise test; standard error at most 3.5 %
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """K attractors, those that most training images end at first.
+    """K attractors, sorted by the number of training images that end there, largest first.
 
     Attributes:
-        decoded: (K, C, H, W) D(z*) in the model's normalised units; None where D does not end at images.
-        nearest: (K, C, H, W) the training image of the sample whose target is nearest to D(z*), and ids: its id.
-        visits: training images of the sample that end at the attractor.
+        decoded: (K, C, H, W) D(z*) in the model's normalised units; None if D does not decode to images.
+        nearest: (K, C, H, W) training images whose targets are nearest to D(z*).
+        ids: ids of the nearest images.
+        visits: numbers of training images that end at each attractor.
         radii: spectral radii of the Jacobian.
-        limits: (2, C) darkest and brightest value of the training images, for drawing.
+        limits: (2, C) darkest and brightest values of the training images, for drawing.
     """
 
     decoded: Tensor | None
@@ -73,22 +74,26 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` measured; shares are fractions, None where there was nothing to measure them on.
+    """Result of :func:`diagnose`. Shares are fractions, or None if they could not be measured.
 
     Attributes:
-        benchmark, model: names; fingerprint: of the model.
-        settings: what decides the numbers: images, held_out (number), held_out_split, seed, tol, max_steps, noise.
-        health: of the dictionary of the training images.
+        benchmark, model: names.
+        fingerprint: fingerprint of the model.
+        settings: images, held_out (number), held_out_split, seed, tol, max_steps and noise.
+        health: health of the dictionary of the training images.
         held_out_converged: share of held-out ID trajectories that converged.
-        still_falling: share of the training trajectories at the step limit whose residual was still falling.
+        still_falling: share of training trajectories at the step limit whose residual was still falling.
         known: share of held-out ID images that converge to an attractor of the training images.
-        agreement: share of held-out images, among those that converge, that end at the same attractor with noise added.
-        radii: spectral radius of the Jacobian at sampled attractors; stable: share below 1; derivative: how.
-        explained: share of the held-out images' variance that D(E(x)) explains (of the features' for a surrogate).
+        agreement: share of converged held-out images that end at the same attractor with noise added.
+        radii: spectral radii of the Jacobian at sampled attractors.
+        stable: share of the radii below 1.
+        derivative: how the Jacobian was computed.
+        explained: share of the variance of held-out images (for a surrogate, features) that D(E(x)) explains.
         explained_hidden: the same on hidden patches, for masked autoencoders.
-        verdict: the word, its reason and the remedy. cautions: sentences on what does not decide the verdict.
+        verdict: the verdict with its reason and remedy.
+        cautions: sentences on findings that do not affect the verdict.
         curves: residuals and norms over steps (see :func:`traj_ood.evaluation.curves.curve_quantiles`).
-        gallery: attractors to look at; None without any.
+        gallery: attractors to look at; None if there are none.
     """
 
     benchmark: str
@@ -116,30 +121,30 @@ class Diagnosis:
         return self.verdict.meaningful
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers and texts as JSON-able values; curves and pictures are files of their own."""
+        """All numbers and texts as JSON data, without curves and gallery, which are separate files."""
         kept = {k: v for k, v in vars(self).items() if k not in ("curves", "gallery")}
         kept |= {"health": self.health.as_dict(), "verdict": asdict(self.verdict), "meaningful": self.meaningful}
         return as_json(kept)
 
     def report(self) -> str:
-        """The findings for a terminal: one a line, then the verdict."""
+        """The findings as text, one per line, then the verdict."""
         lines = [f"{self.model} on {self.benchmark}", *(f"  {name:<21}{text}" for name, text in _findings(self))]
         lines += ["", f"Verdict: {self.verdict.text}"]
         lines += [f"Caution: {text}." for text in self.cautions]
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
-        """Write diagnosis.json, curves.parquet, dynamics.png and, where there are attractors, attractors.png.
+        """Write diagnosis.json, curves.parquet, dynamics.png and, if there are attractors, attractors.png.
 
         Raises:
-            TrajOODError: a folder that cannot be written.
+            TrajOODError: the folder cannot be written.
         """
-        from traj_ood.drawing.style import save_png
+        from traj_ood.drawing.style import save_figure
         from traj_ood.evaluation.dynamics_plots import attractor_gallery, dynamics_curves
 
         write_atomic(folder / "curves.parquet", lambda file: self.curves.to_parquet(file, index=False))
         tol = max(self.settings["tol"], _MIN_TOL)
-        save_png(dynamics_curves(self.curves, tol), folder / "dynamics.png")
+        save_figure(dynamics_curves(self.curves, tol), folder / "dynamics.png")
         if self.gallery is not None:
             shown = self.gallery
             captions = [f"{n:,} images\nradius {r:.3f}" for n, r in zip(shown.visits, shown.radii, strict=True)]
@@ -147,11 +152,11 @@ class Diagnosis:
             decoded = None if shown.decoded is None else shown.decoded.numpy()
             limits = shown.limits.numpy()
             figure = attractor_gallery(decoded, shown.nearest.numpy(), captions, limits, title)
-            save_png(figure, folder / "attractors.png")
+            save_figure(figure, folder / "attractors.png")
         write_json(folder / FILE_NAME, self.as_dict(), sort_keys=True)
 
 
-_MIN_TOL = 1e-30  # a line at 0 has no place on a logarithmic axis
+_MIN_TOL = 1e-30  # for drawing a tolerance of 0 on a logarithmic axis
 
 
 def diagnose(
@@ -165,20 +170,20 @@ def diagnose(
     noise: float = 0.1,
     quiet: bool = True,
 ) -> Diagnosis:
-    """Measure whether the attractors of f = E∘D exist, attract, and carry information about a benchmark's ID images.
+    """Measure whether f = E∘D has attractors, whether they are stable, and what they tell about ID images.
 
     Args:
-        autoencoder: on the device to compute on.
-        benchmark: its training split makes the attractors; its val split, or without one as many other training images,
-            is held out. Neither test nor OOD images are touched.
-        images: most training images, and most held-out ones. Default 500: shares are then known to ± 2 %.
-        seed: of the training sample, the noise and the attractors that are looked at.
-        tol, max_steps: of :func:`traj_ood.iterate`; defaults are the paper's.
-        noise: standard deviation, in the model's normalised units, of what is added to an image to see whether it
-            keeps its attractor. Default 0.1, hardly visible.
+        autoencoder: the model, on the device to use.
+        benchmark: attractors are computed from its training split; its val split, or without one as many other training
+            images, is held out. Test and OOD images are not used.
+        images: most training images, and most held-out images. Default 500: shares have a standard error of 2 %.
+        seed: seed of the training sample, the noise and the sampled attractors.
+        tol, max_steps: see :func:`traj_ood.iterate`; the defaults are the paper's.
+        noise: standard deviation, in the model's normalised units, of the noise added to images to test whether they
+            keep their attractors. Default 0.1, hardly visible.
         quiet: no progress bar.
     Raises:
-        TrajOODError: fewer than 10 images to learn from, or noise that is not positive.
+        TrajOODError: there are too few training images, or ``noise`` is not positive.
     """
     train, held = _splits(benchmark, images, seed)
     if not noise > 0:
@@ -232,7 +237,7 @@ def diagnose(
 
 @dataclass(frozen=True)
 class _Facts(Facts):
-    """The measurements beyond the dictionary's health; see :class:`Diagnosis`."""
+    """The measurements in addition to the dictionary's health; see :class:`Diagnosis`."""
 
     held_out_converged: float
     known: float | None
@@ -241,24 +246,24 @@ class _Facts(Facts):
 
 
 def _cautions(verdict: Verdict, facts: _Facts, noise: float) -> tuple[str, ...]:
-    """What a reader of good scores should know; a bad verdict needs no fine print."""
+    """Cautions for a good verdict; a bad one has none."""
     if not verdict.meaningful:
         return ()
     found = []
     if facts.known is not None and facts.known < COMMON:
         found.append(
             f"only {facts.known:.0%} of held-out ID images end at an attractor of the training images, so distances "
-            "depend on which were drawn: learn from more images"
+            "depend on which were drawn: use more training images"
         )
     if facts.agreement is not None and facts.agreement < COMMON:
         found.append(
-            f"only {facts.agreement:.0%} of images keep their attractor under noise of {noise:g}, so end points say "
-            "little about an image: prefer scorers of the first steps, such as field or early-path"
+            f"only {facts.agreement:.0%} of images keep their attractor under noise of {noise:g}, so end points carry "
+            "little information about an image: prefer scorers of the first steps, such as field or early-path"
         )
     if facts.explained < RANDOM_EXPLAINED:
         found.append(
-            f"D(E(x)) explains {facts.explained:.0%} of the variance of held-out images, as after training on hidden "
-            "patches alone: f works on distorted images"
+            f"D(E(x)) explains {facts.explained:.0%} of the variance of held-out images, as after training only on "
+            "hidden patches: f acts on distorted images"
         )
     return tuple(found)
 
@@ -267,7 +272,7 @@ _NOT_MEASURED = "not measured: no trajectory converged"
 
 
 def _findings(d: Diagnosis) -> list[tuple[str, str]]:
-    """Name and text of every line of the report."""
+    """Name and text of each line of the report."""
     health, settings = d.health, d.settings
     steps, moved = health.steps_quantiles, health.displacement_quantiles
     split = settings["held_out_split"]
@@ -277,7 +282,7 @@ def _findings(d: Diagnosis) -> list[tuple[str, str]]:
         ("converged", f"{health.converged:.1%} of training, {d.held_out_converged:.1%} of held-out images"),
     ]
     if health.converged < 1 and d.still_falling is not None:
-        rows.append(("still approaching", f"{d.still_falling:.0%} of those that met the step limit"))
+        rows.append(("still approaching", f"{d.still_falling:.0%} of those at the step limit"))
     rows += [
         ("steps", f"median {steps[2]:.0f}, 5 to 95 %: {steps[0]:.0f} to {steps[4]:.0f}" if steps else "none"),
         ("displacement", f"median {moved[2]:.2f} of ‖z0‖" if moved else "none"),
@@ -307,17 +312,20 @@ def _share(value: float | None, of_what: str) -> str:
     return _NOT_MEASURED if value is None else f"{value:.0%} {of_what}"
 
 
-# ---------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------------- measurements
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """Everything kept of the trajectories of one split's images.
+    """The trajectories of the images of one split.
 
     Attributes:
-        dictionary: their end points. curves: their quantiles over steps.
-        residuals: (N, T) float64 squared residuals. errors: (N,) float64 squared error of D(E(x)), summed over pixels.
-        targets: (N, *) what D(E(x)) is compared with. images: (N, C, H, W) normalised.
+        dictionary: their end points.
+        curves: their quantiles over steps.
+        residuals: (N, T) float64 squared residuals.
+        errors: (N,) float64 squared errors of D(E(x)), summed over pixels.
+        targets: (N, *) targets of D(E(x)).
+        images: (N, C, H, W) normalised images.
     """
 
     dictionary: AttractorDictionary
@@ -333,7 +341,7 @@ class _Walk:
 
 
 class _Walker:
-    """Runs f on images, batch by batch."""
+    """Iterates f on images, batch by batch."""
 
     def __init__(self, model: Autoencoder, tol: float, max_steps: int, bar: tqdm[Any]) -> None:
         self.model, self.tol, self.max_steps, self.bar = model, tol, max_steps, bar
@@ -362,7 +370,7 @@ class _Walker:
         )
 
     def agreement(self, split: Split, clean: _Walk, noise: float, seed: int) -> float | None:
-        """Share of converged images, evenly taken, that end at the same attractor with noise added."""
+        """The share of converged images, out of an evenly spaced sample, that end at the same attractor with noise."""
         rows = torch.linspace(0, len(clean.images) - 1, min(_NOISE_IMAGES, len(clean.images))).round().long()
         draws = torch.Generator().manual_seed(seed)
         noisy = clean.images[rows] + noise * torch.randn(clean.images[rows].shape, generator=draws)
@@ -393,7 +401,7 @@ class _Walker:
 
 
 def _splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]:
-    """Training images for the attractors and held-out ID images: val, else other training images."""
+    """The training images for the attractors, and held-out ID images: val, else other training images."""
     if images < _MIN_IMAGES:
         raise TrajOODError(f"diagnose: expected at least {_MIN_IMAGES} images, got {images}: ask for more")
     split = benchmark.train
@@ -401,15 +409,15 @@ def _splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]
     count = min(images, available)
     if count < _MIN_IMAGES:
         raise TrajOODError(
-            f"diagnose: expected at least {_MIN_IMAGES} images of benchmark {benchmark.name!r} to learn from, got "
-            f"{count} (its training split has {len(split.images)}, half of it held out where there is no val split)"
+            f"diagnose: expected at least {_MIN_IMAGES} training images of benchmark {benchmark.name!r}, got "
+            f"{count} (its training split has {len(split.images)}, half of it held out if there is no val split)"
         )
     if benchmark.val is not None:
         sample = benchmark.subsample(train=count, per_set=images, seed=seed)
         assert sample.val is not None
         return sample.train, sample.val
     both = benchmark.subsample(train=2 * count, per_set=None, seed=seed).train.images
-    # Lists are often sorted by class, or alternate between two kinds.
+    # Shuffled, because lists are often sorted by class, or alternate between two kinds.
     drawn = torch.randperm(2 * count, generator=torch.Generator().manual_seed(seed)).tolist()
     halves = [both.select(sorted(part)) for part in (drawn[:count], drawn[count:])]
     return Split(split.name, "train", halves[0]), Split(f"{split.name}-held-out", "val", halves[1])
@@ -428,16 +436,16 @@ def _known_share(known: AttractorDictionary, unseen: AttractorDictionary) -> flo
 
 
 def _explained(model: Autoencoder, known: _Walk, unseen: _Walk) -> tuple[float, float | None]:
-    """Shares of the held-out targets' variance about the training mean that D(E(x)) explains: all, hidden patches."""
+    """Share of the held-out targets' variance about the training mean that D(E(x)) explains; and on hidden patches."""
     mean = known.targets.double().mean(dim=0)
     share = explained(unseen.errors, unseen.targets, mean)
     if math.isnan(share):
-        raise TrajOODError("diagnose: the held-out images are all alike: expected different ID images")
+        raise TrajOODError("diagnose: expected different ID images, got held-out images that are all the same")
     return share, explained_hidden(model, unseen.targets, mean)
 
 
 def _gallery(model: Autoencoder, split: Split, walk: _Walk, seed: int) -> tuple[Gallery | None, Derivative | None]:
-    """Up to 16 attractors, drawn as often as training images end there, with radius, picture and nearest image."""
+    """Up to 16 attractors, sampled by the number of training images that end there, with radius and nearest image."""
     ends = walk.dictionary.points[walk.converged]
     if not len(ends):
         return None, None

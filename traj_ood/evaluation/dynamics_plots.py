@@ -1,6 +1,6 @@
-"""The figures of latent dynamics: residuals and norms over steps, paths to the attractors, attractors decoded.
+"""Figures of latent dynamics: residuals and norms over steps, paths to the attractors, decoded attractors.
 
-Panels and figures as in :mod:`traj_ood.evaluation.plots`.
+Panels and figures are organised as in :mod:`traj_ood.evaluation.plots`.
 """
 
 from __future__ import annotations
@@ -37,20 +37,18 @@ _QUANTILES = ("q25", "q50", "q75")
 
 
 def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None) -> Figure:
-    """Residual, latent norm and share of running samples over steps, ID against OOD, as the paper's Fig 12.
-
-    Args:
-        curves: columns ``split``, ``role`` (near, far, diagnostic; anything else is ID), ``step``, ``quantity``
-            (``residual_sq``, ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples. NaN in
-            a residual means that the quantile has fallen below ``tol``; ``running`` is a fraction and stands in
-            ``q50``.
-        tol: the tolerance of the iteration on the squared residual, drawn as a line.
-        width: inches of a figure for print, see :func:`traj_ood.drawing.style.canvas`.
+    """Residual, latent norm and share of running samples over steps, ID against OOD, as in the paper's Fig. 12.
 
     Up to 4 OOD sets share a row of panels; more are split into a row for each role, see :func:`set_rows`.
 
+    Args:
+        curves: columns ``split``, ``role`` (near, far, diagnostic; anything else is ID), ``step``, ``quantity``
+            (``residual_sq``, ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples. A NaN residual means
+            that the quantile is below ``tol``; ``running`` is a fraction, in ``q50``.
+        tol: tolerance on the squared residual, drawn as a line.
+        width: width in inches for print, see :func:`traj_ood.drawing.style.canvas`.
     Raises:
-        TrajOODError: missing columns, no rows, or a tolerance that is not positive.
+        TrajOODError: columns are missing, there are no rows, or the tolerance is not positive.
     """
     missing = {"split", "role", "step", "quantity", *_QUANTILES} - set(curves.columns)
     if missing or curves.empty:
@@ -77,8 +75,8 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
 
 
 def set_rows(sets: Mapping[str, str]) -> dict[str, list[str]]:
-    """OOD sets, name → role, by the title of the row of panels that shows them: one row up to four, else one for each
-    role."""
+    """The OOD sets of each row of panels, by its title: one row for up to four sets, else one row per role. ``sets``
+    gives the role of each set."""
     if len(sets) <= 4:
         return {"ID and OOD sets": list(sets)}
     rows = {f"ID and {role} sets": [name for name in sets if sets[name] == role] for role in OOD_ROLES}
@@ -86,8 +84,8 @@ def set_rows(sets: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def dynamics(axis: Axes, curves: pd.DataFrame, quantity: str, tol: float, looks: Mapping[str, Look]) -> None:
-    """One quantity over steps (see :func:`dynamics_curves`): the median of each split of ``looks``; the first
-    in the ink of ID with its central half as a band."""
+    """Draw the median of one quantity over steps (see :func:`dynamics_curves`) for each split of ``looks``; the first
+    ID split has its central half as a band."""
     table = curves[(curves["quantity"] == quantity) & curves["split"].isin(looks.keys())]
     for split, own in looks.items():
         rows = table[table["split"] == split].sort_values("step")
@@ -97,9 +95,9 @@ def dynamics(axis: Axes, curves: pd.DataFrame, quantity: str, tol: float, looks:
         steps = rows["step"].to_numpy()
         low, middle, high = (rows[name].to_numpy(dtype=np.float64) for name in _QUANTILES)
         if quantity == "residual_sq":
-            # A censored lower edge lies at the tolerance or below: the band reaches down to the line.
+            # A censored lower edge is below the tolerance; the band extends down to that line.
             low, middle, high = np.where(np.isnan(low), tol, low), *(down_to_tolerance(tol, q) for q in (middle, high))
-        if own["color"] == INKS["id"] and quantity != "running" and not axis.collections:  # two bands hide each other
+        if own["color"] == INKS["id"] and quantity != "running" and not axis.collections:  # one band only
             axis.fill_between(steps, low, high, color=INKS["id"], alpha=0.2, linewidth=0)
         axis.plot(steps, 100 * middle if quantity == "running" else middle, linewidth=1.5, **own)
     _step_axis(axis, int(table["step"].max()) if len(table) else 1)
@@ -110,14 +108,14 @@ def dynamics(axis: Axes, curves: pd.DataFrame, quantity: str, tol: float, looks:
         axis.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
         if tol > 0:
             axis.axhline(tol, color=INKS["muted"], linestyle="--", linewidth=1)
-            axis.update_datalim([(0, tol / 3), (0, 3 * tol)])  # the line is seen where every curve lies below it
+            axis.update_datalim([(0, tol / 3), (0, 3 * tol)])  # keeps the line visible if all curves are below it
             axis.autoscale_view(scalex=False)
     elif quantity == "running":
         axis.set_ylim(-2, 102)
 
 
 def down_to_tolerance(tol: float, values: Floats) -> Floats:
-    """The values with the first censored (NaN) step after the last known one set to ``tol``: the curve lands there."""
+    """``values`` with the first censored (NaN) step after the last known one set to ``tol``, where the curve ends."""
     known = np.flatnonzero(~np.isnan(values))
     values = values.copy()
     if known.size and known[-1] + 1 < values.size:
@@ -126,13 +124,13 @@ def down_to_tolerance(tol: float, values: Floats) -> Floats:
 
 
 def _thinned(length: int) -> NDArray[np.int64]:
-    """NDArray[np.int64] of about 100 of ``length`` steps, all of the first ones: there the curves bend."""
+    """Indices of about 100 of ``length`` steps, spaced logarithmically, including all of the first ones."""
     wanted = np.concatenate([[0], np.geomspace(1, max(1, length - 1), _CURVE_POINTS)]).round().astype(np.int64)
     return np.unique(np.clip(wanted, 0, length - 1))
 
 
 def _step_axis(axis: Axes, last: int) -> None:
-    """Steps on a logarithmic axis that still shows step 0."""
+    """A logarithmic axis of steps that includes step 0."""
     axis.set_xscale("symlog", linthresh=1)
     ticks = [0, *(t for t in (1, 10, 100, 1000) if t < 0.6 * last), last]
     axis.xaxis.set_major_locator(FixedLocator(sorted(set(ticks))))
@@ -143,27 +141,27 @@ def _step_axis(axis: Axes, last: int) -> None:
 
 
 def _power_of_ten(value: float, _: int) -> str:
-    """``10⁻⁴``; text within the drawing, so no markup."""
+    """A power of ten as plain text, such as ``10⁻⁴``."""
     exponent = round(math.log10(value))
     return {0: "1", 1: "10", 2: "100"}.get(exponent, "10" + str(exponent).translate(_RAISED))
 
 
 def paths(pictures: Pictures, title: str, width: float | None = None) -> Figure:
-    """Paths of a few samples in the plane of the run's gallery, see :func:`plane`."""
+    """Figure of the paths of a few samples in the plane of the run's gallery, see :func:`plane`."""
     legend = {"ID": look("id"), "near OOD": look("near"), "far OOD": look("far")}
     if any(sample.role == "diagnostic" for sample in pictures.samples):
         legend["diagnostic OOD"] = look("gold")
     legend["attractor of a training image"] = {"color": INKS["muted"], "marker": ".", "linestyle": ""}
-    note = "A ring is where a path starts (z₀), a disc where it ends."
+    note = "Rings are the starts z₀ of paths, discs their ends."
     figure, (axis,) = canvas(PLANE, title=f"{title}\n{note}", legend=legend, width=width)
     plane(axis, pictures)
     return figure
 
 
 def plane(axis: Axes, pictures: Pictures) -> None:
-    """Paths z_0 … z_N in the plane: a ring where one starts, a disc where it ends, grey the attractors.
+    """Draw paths z_0 … z_N in the plane, with rings at the starts, discs at the ends, and attractors in grey.
 
-    Where the latent is the plane itself, arrows show f(z) − z (the paper's Fig. 1), their opacity its length.
+    If the latent space is two-dimensional, arrows show f(z) − z (the paper's Fig. 1), with its length as opacity.
     """
     _arrows(axis, pictures.field)
     axis.plot(*pictures.attractors.T, "o", color=INKS["muted"], markersize=3.2, alpha=0.6, markeredgewidth=0)
@@ -180,21 +178,21 @@ def plane(axis: Axes, pictures: Pictures) -> None:
     axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     if pictures.plane == "latent":
         axis.set(xlabel="z₁", ylabel="z₂")
-    else:  # coordinates that nobody will look up
+    else:  # principal components, whose values are meaningless
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     axis.grid(visible=False)
 
 
 def _arrows(axis: Axes, field: NDArray[np.float32]) -> None:
-    """The direction of f(z) − z at each point of the grid; one length for all, since lengths span decades."""
+    """Draw the direction of f(z) − z at each grid point, with arrows of equal length, as lengths span decades."""
     lengths = np.hypot(field[:, 2], field[:, 3]) if len(field) else np.zeros(0)
     if not (lengths > 0).any():
         return
     points, lengths = field[lengths > 0], lengths[lengths > 0]
     spacing = math.sqrt(float(np.ptp(field[:, 0]) * np.ptp(field[:, 1])) / len(field))
     unit = points[:, 2:] / lengths[:, None] * 0.7 * spacing
-    # Three classes of opacity instead of a colour map: fewer paths, and legible in both themes.
+    # Three levels of opacity instead of a colour map, which are legible in the light and the dark theme.
     for low, high, alpha in ((0, 0.33, 0.25), (0.33, 0.67, 0.4), (0.67, 1.01, 0.6)):
         rank = np.argsort(np.argsort(lengths)) / lengths.size
         some = (rank >= low) & (rank < high)
@@ -203,7 +201,7 @@ def _arrows(axis: Axes, field: NDArray[np.float32]) -> None:
 
 
 def _without_crowds(path: Floats, least: float) -> Floats:
-    """The path without points that lie closer than ``least`` to the one drawn before."""
+    """The path without points closer than ``least`` to the previous one kept."""
     kept = [path[0]]
     for point in path[1:-1]:
         if np.hypot(*(point - kept[-1])) >= least:
@@ -214,17 +212,17 @@ def _without_crowds(path: Floats, least: float) -> Floats:
 def attractor_gallery(
     decoded: Floats | None, nearest: Floats, captions: Sequence[str], limits: Floats, title: str
 ) -> Figure:
-    """Decoded attractors, each above the training image nearest to it.
+    """Figure of decoded attractors, each above the nearest training image.
 
     Args:
-        decoded: (K, C, H, W) in the model's units, C = 1 or 3; None draws the training images alone, for a model
-            that does not decode to images.
-        nearest: (K, C, H, W) training images, likewise.
-        captions: K texts, one for each column.
+        decoded: (K, C, H, W) in the model's units, C = 1 or 3; None, for a model that does not decode to images, draws
+            only the training images.
+        nearest: (K, C, H, W) training images in the same units.
+        captions: K texts, one per column.
         limits: (2, C) values drawn as black and as full brightness.
-        title: of the figure.
+        title: title of the figure.
     Raises:
-        TrajOODError: no attractors, or another number of captions or channels.
+        TrajOODError: there are no attractors, or the number of captions or channels does not fit.
     """
     kinds = {"D(z*)": decoded, "nearest\ntraining image": nearest}
     shown = {name: images for name, images in kinds.items() if images is not None}

@@ -1,4 +1,4 @@
-"""The evaluator: a benchmark, a model and scorers in; one Result with per-image scores out; resumable."""
+"""The evaluator, which runs scorers on a benchmark and writes a Result and the score of every image; resumable."""
 
 from __future__ import annotations
 
@@ -42,31 +42,30 @@ from traj_ood.io.trees import as_json
 from traj_ood.scorers.scorer_set import Precision, ScorerSet
 
 OnDuplicates = Literal["error", "warn"]
-_LATENT_BYTES = 2**26
-_MAX_BATCH = 512  # images: what an interruption loses are the two or three batches under way
-_MAX_COPIED_SHARE = 0.01  # share of a split; CIFAR and ImageNet hold a few images twice, and stay usable
-_MAX_RESAMPLES = 1_000_000  # beyond them intervals gain nothing, and a run seems to hang
+_LATENT_BYTES = 2**26  # limit on the latents of a batch
+_MAX_BATCH = 512  # images; an interruption loses the two or three batches in progress
+_MAX_COPIED_SHARE = 0.01  # of a split; CIFAR and ImageNet have a few duplicates, and must remain usable
+_MAX_RESAMPLES = 1_000_000  # more would not improve intervals, and take very long
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings that decide a run's numbers; part of the result. Those that decide where and how fast it is computed
-    belong to :class:`Evaluator`.
+    """Settings that affect a run's results, and are recorded in them. All others are attributes of :class:`Evaluator`.
 
     Attributes:
         scorers: specs, see :func:`traj_ood.create_scorer`; ``all`` is the default suite.
-        attractors: ID training images that every scorer learns from. Default: the benchmark's own protocol
-            (2,000 as in the paper), else all.
-        per_set: most images per test and OOD set. Default: the benchmark's own protocol, else all.
-        seed: of the training sample.
-        tol, max_steps: of :func:`traj_ood.iterate`; the paper's.
-        resamples: bootstrap resamples for the 95 % intervals; 0 for none.
-        precision, approximate, compile: see :class:`traj_ood.ScorerSet`; exact float32 by default, not compiled. A run
-            whose f could not be compiled is a plain one.
-        on_error: ``raise`` (default) or ``skip`` images that cannot be read or have no finite score, which are
-            then counted in the result.
+        attractors: number of ID training images to fit on. Default: the benchmark's protocol (2,000 as in the paper),
+            else all.
+        per_set: most images per test and OOD set. Default: the benchmark's protocol, else all.
+        seed: seed of the training sample.
+        tol, max_steps: see :func:`traj_ood.iterate`; the defaults are the paper's.
+        resamples: bootstrap resamples for 95 % intervals; 0 for none.
+        precision, approximate, compile: see :class:`traj_ood.ScorerSet`; by default exact float32, not compiled. If f
+            cannot be compiled, the run is recorded as uncompiled.
+        on_error: ``raise`` (default), or ``skip`` images that cannot be read or have no finite score, and count them in
+            the result.
         control: add the control on image files (:mod:`traj_ood.evaluation.file_control`) to the table. Default None:
-            where the benchmark asks for it.
+            as the benchmark declares.
     """
 
     scorers: tuple[str, ...] = ("all",)
@@ -83,7 +82,7 @@ class RunConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ``TrajOODError`` for values no run can have, before anything is computed or written."""
+        """Raise ``TrajOODError`` for invalid values, before anything is computed or written."""
         _at_least("tol", self.tol, 0)
         _at_least("max_steps", self.max_steps, 1)
         _at_least("resamples", self.resamples, 0)
@@ -94,26 +93,27 @@ class RunConfig:
 
 @dataclass
 class Evaluator:
-    """Runs a benchmark.
+    """Runs scorers on a benchmark.
 
     Attributes:
         autoencoder, benchmark, config: what to run.
-        out: folder under which the run's own folder is made.
-        batch_size: most images at a time; default: as many as keep their latents under 256 MiB, at most 2,048. It
-            changes memory and how much an interruption can lose, not results. A split is cut into batches of equal
-            size, as many for each process.
+        out: folder in which the folder of the run is created.
+        batch_size: most images per batch; default: 64 MiB of latents, at most 512 images. It affects memory and how
+            much an interruption can lose, not results. A split is divided into batches of equal size, the same number
+            for each process.
         workers: threads that read images.
-        backend: of the neighbour index.
+        backend: backend of the neighbour index.
         quiet: no progress bars.
-        command: recorded in the result.
-        cache: where a surrogate's backbone keeps its features; default: nowhere. It changes time, not results.
-        team: the processes that share the work, see :meth:`traj_ood.evaluation.parallel.Team.join`; default: this one
-            alone. Each builds its own evaluator of the same settings, and ``out`` is a folder that all of them see.
-        on_duplicates: ``error`` or ``warn`` of images that two splits share by content (see
-            :meth:`traj_ood.data.Benchmark.copies`). The default warns of up to 1 % of a split and refuses more: real
-            data sets hold a few images twice; a test set that was trained on says nothing. The result counts them.
-        pictures: keep what a report shows (:mod:`traj_ood.evaluation.gallery`: some images of the benchmark, made
-            small). It takes seconds and changes no result; a finished run without them gets them when it is run again.
+        command: the command, recorded in the result.
+        cache: cache of a backbone's features, for surrogates; default: none. It affects time, not results.
+        team: the processes that share the work, see :meth:`traj_ood.evaluation.parallel.Team.join`; default: only this
+            one. Each process builds an evaluator with the same settings, and all must have access to ``out``.
+        on_duplicates: ``error`` or ``warn`` if two splits share images by content (see
+            :meth:`traj_ood.data.Benchmark.copies`). By default, up to 1 % of a split are a warning and more an error:
+            real data sets have a few duplicates, but results on a test set that was trained on are meaningless. Their
+            number is recorded in the result.
+        pictures: keep what a report shows (:mod:`traj_ood.evaluation.gallery`, which includes small versions of some
+            images). It takes seconds and does not affect results; running a finished run again adds missing pictures.
     """
 
     autoencoder: Autoencoder
@@ -161,23 +161,23 @@ class Evaluator:
         self.parts = PartStore(self.folder / "parts", "batch of a run", "compute its batch again", "run.json", rerun)
 
     def run(self, fresh: bool = False) -> Result:
-        """Compute what is missing, write everything, and return the result; a finished run is returned as it is.
+        """Compute what is missing, write everything, and return the result. A finished run is only loaded.
 
-        A finished run is known by its images' contents, its model and its settings. One that other code of this package
-        has made is returned, too, with a warning that says so; an unfinished one is refused.
+        A run is identified by the contents of its images, its model and its settings. A finished run made by another
+        version of the code is returned with a warning, an unfinished one is refused.
 
         Args:
-            fresh: discard what an earlier run left in the folder, and believe no cache: images are hashed and features
-                extracted anew.
+            fresh: discard an earlier run in the folder and ignore caches: images are hashed and features extracted
+                again.
         Raises:
-            TrajOODError: bad data, images that two splits share (see ``on_duplicates``) or that change during the run,
-                a folder that cannot be written, one that holds a run of other images, settings or code or where another
-                run is at work, more processes than images, or a process that failed (see
+            TrajOODError: the data are invalid, change during the run or are shared by splits (see ``on_duplicates``);
+                the folder cannot be written, is in use by another run, or has a run with other images, settings or
+                code; there are more processes than images; or a process failed (see
                 :meth:`traj_ood.evaluation.parallel.Team.together`).
         Warns:
-            UserWarning: images that two splits share, or a finished run that other code has made.
+            UserWarning: splits share images, or a finished run was made by another version of the code.
         """
-        # The main process speaks for its team: a second team would mix its batches with ours, or discard them.
+        # The main process locks the folder for its team: a second team would mix its batches with ours or discard them.
         alone = alone_in(self.folder) if self.team.is_main else nullcontext()
         with self.team.together(), alone:
             self._refuse_idle_processes()
@@ -188,7 +188,7 @@ class Evaluator:
             return result
 
     def _compute(self, identity: dict[str, Any], batch_sizes: dict[str, int]) -> Result | None:
-        """Every pass, by all processes; then the main one measures what they scored, and has the result."""
+        """Run all passes in all processes; the main process then computes the metrics and returns the result."""
         result = None
         passes = Passes(
             scorers=self.scorers,
@@ -221,11 +221,11 @@ class Evaluator:
             )
 
     def _open(self, fresh: bool) -> tuple[dict[str, Any], dict[str, int] | None]:
-        """Identity, and the batch size of each split, those of the unfinished run if there is one; None for a finished
-        run."""
+        """The identity of the run, and the batch size of each split (as in the unfinished run, if there is one); None
+        for a finished run."""
         if fresh:
             if self.team.is_main:
-                empty_folder(self.folder, first=FILE_NAME)  # the result says that the rest is there
+                empty_folder(self.folder, first=FILE_NAME)  # first, as its presence marks a finished run
                 distrust()
             if self.cache is not None:
                 self.cache.distrust()
@@ -236,14 +236,14 @@ class Evaluator:
         if finished.is_file():
             self._check_finished(identity, Result.load(finished))
             if self.team.is_main:
-                self.parts.remove()  # left there by a process that died as it removed them
+                self.parts.remove()  # left by a process that died while removing them
             return identity, None
         if self.team.is_main:
             self._check_images()
             self._check_copies(copies)
         elif not self.parts.index().is_file():
             raise TrajOODError(
-                f"{self.folder}: process {self.team.rank} does not see what the main process wrote there: expected "
+                f"{self.folder}: process {self.team.rank} does not find the main process's files there: expected "
                 "--out to be one folder that all processes share"
             )
         mine = {**identity, "code": code_digest()}
@@ -258,7 +258,7 @@ class Evaluator:
         return identity, batch_sizes
 
     def _are_repaired(self, mine: dict[str, Any], stored: dict[str, Any], batch_sizes: dict[str, int]) -> bool:
-        """Whether all that differs are images that no part was made of, such as the damaged one that ended the run."""
+        """Whether only images without a finished batch differ, such as the damaged image that ended the run."""
         changed = self._snapshot.changed(self.folder)
         lists = [{name: split["sha256"] for name, split in some["data"].items()} for some in (mine, stored)]
         other = [key for key in mine if key != "data" and _comparable(mine[key], stored[key]) != stored[key]]
@@ -268,13 +268,13 @@ class Evaluator:
         return not any(self.parts.has(key_of(name, start)) for name, start in places)
 
     def _check_finished(self, identity: dict[str, Any], result: Result) -> None:
-        """Refuse a run of something else; say when it is one of other code, whose numbers these are then."""
+        """Refuse a finished run with another identity; warn if another version of the code has made it."""
         self._refuse_other(identity, _identity_of(result))
         if result.versions.get("code") != code_digest() and self.team.is_main:
             version = f"traj_ood {result.versions.get('traj_ood')}, commit {(result.commit or 'unknown')[:12]}"
             warn(
-                f"{self.folder}: a finished run that other code has made ({version}): these are its numbers; --fresh "
-                "computes them with the code that is installed",
+                f"{self.folder}: a finished run made by another version of the code ({version}), whose results are "
+                "returned; --fresh computes them with the installed code",
                 stacklevel=4,
             )
 
@@ -282,17 +282,17 @@ class Evaluator:
         bad = [c for c in found if self.on_duplicates == "error" or c.count > _MAX_COPIED_SHARE * c.total]
         if bad and self.on_duplicates != "warn":
             raise TrajOODError(
-                f"benchmark {self.benchmark.name!r}: {'; '.join(map(str, bad))}: take them out of one of the two, or "
-                "run it all the same with --on-duplicates warn (in Python: on_duplicates='warn')"
+                f"benchmark {self.benchmark.name!r}: {'; '.join(map(str, bad))}: remove them from one of the two, or "
+                "accept them with --on-duplicates warn (in Python: on_duplicates='warn')"
             )
         for copies in found:
             warn(f"benchmark {self.benchmark.name!r}: {copies}", stacklevel=4)
 
     def _identity(self, found: list[Copies]) -> dict[str, Any]:
-        """What two runs must share to be one run."""
+        """What identifies a run, as JSON data."""
         self.scorers.try_compile()
         config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "control", "compile")}
-        config |= {"compile": True} if self.scorers.compile else {}  # results older than it have none, and are plain
+        config |= {"compile": True} if self.scorers.compile else {}  # absent in older results, which are uncompiled
         config |= {
             "scorers": self.scorers.labels,
             "attractors": len(self.sample.train.images),
@@ -316,7 +316,7 @@ class Evaluator:
         return as_json({**identity, "data": data})
 
     def _answer(self, images: Tensor) -> Tensor:
-        """What the model makes of images: E, and D of that."""
+        """E(x) and D(E(x)) of images x, flattened and concatenated."""
         start = self.autoencoder.examine(images).latents
         return torch.cat([start.flatten(1), self.autoencoder.decode(start).flatten(1)], dim=1)
 
@@ -330,12 +330,12 @@ class Evaluator:
             moved = [name for name, split in mine["data"].items() if split["role"] != data.get(name, split)["role"]]
             words += f" (the role of {', '.join(moved)})" if moved else ""
             raise TrajOODError(
-                f"{self.folder}: holds a run with another {', '.join(different)}{words}: choose another --out, or "
+                f"{self.folder}: has a run with another {', '.join(different)}{words}: choose another --out, or "
                 "discard it with --fresh"
             )
 
     def _check_images(self) -> None:
-        """Preflight, unless unreadable images are to be skipped and counted."""
+        """Preflight, unless unreadable images are skipped."""
         if self.config.on_error == "raise":
             preflight(self.sample)
 
@@ -389,15 +389,15 @@ class Evaluator:
             failures=passes.failures,
             scorers=scorers,
         )
-        result.save(self.folder / FILE_NAME)  # last: its presence says that everything else is there
+        result.save(self.folder / FILE_NAME)  # last, as its presence marks a finished run
         return result
 
     def _add_pictures(self, result: Result) -> None:
-        """What a finished run lacks because it is older than pictures, or was run without them."""
+        """Add pictures to a finished run without them, unless it was made by another version of the code."""
         scores, attractors = self.folder / "scores.parquet", self.folder / "attractors.safetensors"
         if not (self.pictures and self.team.is_main and scores.is_file()) or self._gallery.is_file():
             return
-        if result.versions.get("code") != code_digest():  # what this code draws need not be what that one measured
+        if result.versions.get("code") != code_digest():  # this code's pictures may not show that code's results
             return
         dictionary = AttractorDictionary.load(attractors) if attractors.is_file() else None
         self._keep_pictures(pd.read_parquet(scores), result.scorers, dictionary)
@@ -419,7 +419,7 @@ class Evaluator:
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:  # NaN is refused, too
+    if not value >= least:  # also refuses NaN
         raise TrajOODError(f"{name}: expected at least {least}, got {value}")
 
 
@@ -429,19 +429,19 @@ def _at_most(name: str, value: float, most: float) -> None:
 
 
 def _protocol(benchmark: Benchmark) -> int | None:
-    """The protocol's number of training images, or all where there are fewer."""
+    """The protocol's number of training images, or all if there are fewer; None without a protocol."""
     return None if benchmark.train_size is None else min(benchmark.train_size, len(benchmark.train.images))
 
 
 def _is_own_code(model: Autoencoder) -> bool:
-    """Whether the model, or the backbone under it, is a user's callable, which weights and options do not tell of."""
+    """Whether the model or its backbone is a user's callable, which weights and options do not identify."""
     backbone = model.backbone if isinstance(model, SurrogateAutoencoder) else None
     return model.family == "custom" or (backbone is not None and backbone.library == "custom")
 
 
 def _comparable(mine: Any, other: Any) -> Any:
-    """``mine`` as ``other`` may hold it: without what older results do not record, and with the same answers where they
-    are equal but for rounding."""
+    """``mine`` in the form in which ``other`` can be compared with it: without entries that older results lack, and
+    with its ``answers`` if both agree up to rounding."""
     if not isinstance(mine, dict) or not isinstance(other, dict):
         return mine
     if "answers" in mine and agree(other.get("answers"), mine["answers"]):
@@ -452,5 +452,5 @@ def _comparable(mine: Any, other: Any) -> Any:
 
 def _identity_of(result: Result) -> dict[str, Any]:
     tree = {k: getattr(result, k) for k in ("benchmark", "model", "config", "seed", "data")}
-    tree["config"] = {"precision": "fp32", "approximate": "none", **tree["config"]}  # results older than these options
+    tree["config"] = {"precision": "fp32", "approximate": "none", **tree["config"]}  # older results lack these
     return as_json(tree)

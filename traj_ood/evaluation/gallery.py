@@ -1,7 +1,7 @@
-"""What a run keeps for pictures: paths in a plane, decoded frames and its worst mistakes, in one small file.
+"""The gallery of a run, for its report: paths in a plane, decoded frames and its worst mistakes, in one small file.
 
-A report is made long after the run, without the model and without the data; what it shows must lie in the run's folder.
-Everything here is chosen by rule, not by chance: the same run keeps the same bytes.
+A report is made later, without the model and the data, so everything that it shows has to be in the run's folder. The
+choice of samples is deterministic: the same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from traj_ood.scorers import RECOMMENDED
 FILE_NAME = "gallery.safetensors"
 
 SIDE = 64
-"""Most pixels a side of a kept picture: 60 mistakes and 54 frames in colour stay below 1.5 MB, whatever they show."""
+"""Largest side of a kept image in pixels: 60 mistakes and 54 frames in colour stay below 1.5 MB for any content."""
 MISTAKES = 6
-"""Kept per scorer and side (OOD images that look ID, ID images that look OOD): one row on a screen."""
+"""Mistakes kept per scorer and side (OOD images with low scores, ID images with high scores): one row on a screen."""
 FRAME_STEPS = (0, 1, 2, 4, 8, 16, 64)
-"""t of the decoded z_t beside the end point: the first steps are the long ones."""
+"""Steps t whose z_t are decoded, besides the end point; dense at the start, where steps are long."""
 
-_ID_PATHS, _OOD_PATHS, _FRAME_SAMPLES = 12, 16, 3  # 28 paths fit one call of a network that takes 32 rows
+_ID_PATHS, _OOD_PATHS, _FRAME_SAMPLES = 12, 16, 3  # 28 paths fit in one call of a network with chunks of 32 rows
 _STEPS_WITHOUT_DICTIONARY = 128
-_PLANE_POINTS = 300  # attractors that span the plane and are drawn in it
-_FIELD_SIDE = 21  # arrows a side of the vector field of a 2-D latent
+_PLANE_POINTS = 300  # attractors to which the plane is fitted, and which are drawn in it
+_FIELD_SIDE = 21  # arrows per side of the vector field of a 2-D latent
 _SCHEMA = "traj_ood.gallery/1"
 
 PlaneKind = Literal["attractors", "starts", "latent"]
@@ -51,8 +51,8 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PathSample:
-    """One sample whose path was kept: where it comes from, the steps of the path and why it ended (a Status; its step
-    limit is that of the pictures, see :func:`keep_pictures`)."""
+    """A sample whose path is kept: its origin, number of steps and Status (STEP_LIMIT refers to the limit of
+    :func:`keep_pictures`)."""
 
     split: str
     role: str
@@ -63,7 +63,7 @@ class PathSample:
 
 @dataclass(frozen=True)
 class Frames:
-    """The pictures along one path: ``captions`` such as ``x``, ``D(z0)``, ``D(z*)``, and as many keys of images."""
+    """The decoded images along one path: captions such as ``x``, ``D(z0)``, ``D(z*)``, and the keys of the images."""
 
     sample: int
     captions: tuple[str, ...]
@@ -72,7 +72,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image on the wrong side of a scorer's ranking: its score (higher = more OOD) and the key of its picture."""
+    """An image that a scorer ranks wrongly: its origin, its score (higher = more OOD) and the key of its picture."""
 
     split: str
     role: str
@@ -86,17 +86,17 @@ class Pictures:
     """The gallery of a run.
 
     Attributes:
-        plane: what the two coordinates are: the first principal components of the ``attractors``, or of the ``starts``
-            z0 of the kept samples (a run without attractors, or with a single one), or the ``latent`` itself where it
-            has two dimensions.
-        explained: share of the variance of what the plane was fitted to that lies in it; 1 for ``latent``.
-        samples: S samples, ID test ones before OOD ones.
+        plane: the two coordinates: the first principal components of the ``attractors``, or of the ``starts`` z0 of the
+            kept samples (with fewer than three different attractors), or the ``latent`` itself if it is 2-D.
+        explained: share of variance in the plane of the points to which it was fitted; 1 for ``latent``.
+        samples: S samples, ID test images before OOD images.
         paths: (S, T+1, 2) float32 points z_0 … z_N in the plane, NaN after the end.
         attractors: (A, 2) float32 end points of training images in the plane; A = 0 without a dictionary.
         field: (G, 4) float32 points z and arrows f(z) − z of a 2-D latent; G = 0 otherwise.
-        frames: of a few of the samples; empty where the decoder does not end at images, then ``no_frames`` says why.
-        mistakes: by scorer label the OOD images that look most ID (``ood``) and the ID images that look most OOD
-            (``id``), worst first.
+        frames: decoded images of a few samples; empty if the decoder does not decode to images.
+        no_frames: the reason if ``frames`` is empty.
+        mistakes: by scorer label, the OOD images with the lowest scores (``ood``) and the ID images with the highest
+            scores (``id``), worst first.
         images: PNG files by key.
     """
 
@@ -112,9 +112,9 @@ class Pictures:
     images: Mapping[str, bytes]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: pictures as bytes, the rest as JSON in its header.
+        """Write one safetensors file, with images as bytes and texts as JSON in its header.
 
-        Raises ``TrajOODError`` when the folder cannot be written.
+        Raises ``TrajOODError`` if the folder cannot be written.
         """
         words = {
             "schema": _SCHEMA,
@@ -134,9 +134,9 @@ class Pictures:
 
     @classmethod
     def load(cls, path: str | Path) -> Pictures:
-        """Read what :meth:`save` wrote, and check that every key refers to something that is there.
+        """Read a file written by :meth:`save`, and check that all keys refer to existing images.
 
-        Raises ``TrajOODError`` naming the file: unreadable, of another version, or damaged.
+        Raises ``TrajOODError`` naming the file if it is unreadable, damaged or of another version.
         """
         with open_tensors(Path(path), "gallery of a run", "delete it and start the run's command again") as file:
             tensors = {name: tensor.numpy() for name, tensor in file.tensors.items()}
@@ -175,7 +175,7 @@ def _from_words(words: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Pict
     shown += [m.image for sides in pictures.mistakes.values() for found in sides.values() for m in found]
     for key in shown:
         if not pictures.images[key].startswith(_PNG):
-            raise ValueError(f"picture {key!r} is no PNG")
+            raise ValueError(f"picture {key!r} is not a PNG")
     for frames in pictures.frames:
         if len(frames.captions) != len(frames.images) or not 0 <= frames.sample < len(pictures.samples):
             raise ValueError("frames without their captions or sample")
@@ -183,8 +183,8 @@ def _from_words(words: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Pict
 
 
 def chosen_scorers(scorers: Mapping[str, ScorerResult]) -> list[str]:
-    """Labels of the scorers that get pictures, best mean AUROC first: the best three, those recommended, and the best
-    ``trajectory`` (the paper's, with any options)."""
+    """Labels of the scorers shown in detail, by mean AUROC: the best three, those recommended, and the best
+    ``trajectory`` (the paper's score, with any options)."""
     ranked = [s for s in scorers.values() if s.all is not None and s.label != CONTROL]
     ranked.sort(key=lambda s: (-s.all.auroc if s.all else 0.0, s.label))
     labels = [s.label for s in ranked]
@@ -193,7 +193,7 @@ def chosen_scorers(scorers: Mapping[str, ScorerResult]) -> list[str]:
     return [label for label in labels if label in wanted]
 
 
-# ---------------------------------------------------------------------------------------------- keeping
+# ---------------------------------------------------------------------------------------------- samples
 
 
 def keep_pictures(
@@ -206,20 +206,20 @@ def keep_pictures(
     tol: float = 1e-5,
     max_steps: int = 500,
 ) -> Pictures:
-    """Choose and render the pictures of a run that a report will show.
+    """Choose and render the pictures of a run for its report.
 
-    It costs the paths of 28 images, each no longer than those of 95 % of the training images were (without a dictionary
-    at most 128 steps): a single one that does not settle would cost more than all the others, and shows no more.
+    This computes the paths of 28 images. Their length is limited to the 95 % quantile over the training images (without
+    a dictionary, to 128 steps), because one path that does not converge would cost more than all the others.
 
     Args:
-        autoencoder: of the run.
-        benchmark: the sample that was run; images are read again from it by id.
+        autoencoder: the model of the run.
+        benchmark: the sample that was run, from which images are read again by id.
         table: one row per scored image: split, role, id and a column per scorer label.
-        scorers: their figures, which choose whose mistakes are kept, see :func:`chosen_scorers`.
-        dictionary: the run's attractors; None spans the plane by the starts instead.
-        tol, max_steps: of :func:`traj_ood.iterate`, as in the run.
+        scorers: results of the scorers, by which :func:`chosen_scorers` selects.
+        dictionary: the attractors of the run; None: the plane is fitted to the starts.
+        tol, max_steps: see :func:`traj_ood.iterate`; as in the run.
     Raises:
-        TrajOODError: an image that can no longer be read, or a table of another benchmark.
+        TrajOODError: an image can no longer be read, or the table is of another benchmark.
     """
     album = _Album(benchmark)
     mistakes = {label: _mistakes(table, label, album) for label in chosen_scorers(scorers)}
@@ -230,7 +230,7 @@ def keep_pictures(
     plane = _plane(dictionary, start)
     decodes = _decodes_to_images(autoencoder, start)
     tracer = _Tracer(plane, frame_rows if decodes else [])
-    limit = min(max_steps, _patience(dictionary))
+    limit = min(max_steps, _step_limit(dictionary))
     walked = iterate(autoencoder.self_map, start, tol=tol, max_steps=limit, observers=[tracer], chunk=autoencoder.chunk)
     ended = zip(rows, walked.steps.tolist(), walked.status.tolist(), strict=True)
     paths, attractors = tracer.paths(len(rows)), plane.project(_drawn(dictionary, start))
@@ -245,20 +245,20 @@ def keep_pictures(
         attractors=attractors,
         field=_vector_field(autoencoder, start, paths, attractors),
         frames=frames,
-        no_frames="" if decodes else "the decoder of this model ends at the features of a backbone, not at images",
+        no_frames="" if decodes else "the decoder of this model returns features of a backbone, not images",
         mistakes=mistakes,
         images=album.pngs,
     )
 
 
-def _patience(dictionary: AttractorDictionary | None) -> int:
+def _step_limit(dictionary: AttractorDictionary | None) -> int:
     if dictionary is None:
         return _STEPS_WITHOUT_DICTIONARY
     return max(2, int(dictionary.steps.double().quantile(0.95)))
 
 
 class _Album:
-    """Pictures by key, each stored once; reads images of the benchmark by split and id."""
+    """Reads images of the benchmark by split and id, and stores small versions by key, each once."""
 
     def __init__(self, benchmark: Benchmark) -> None:
         self._splits: dict[str, Split] = {s.name: s for s in benchmark.splits()}
@@ -269,14 +269,14 @@ class _Album:
     def load(self, split: str, image_id: str) -> Image.Image:
         if split not in self._places:
             if split not in self._splits:
-                raise TrajOODError(f"gallery: expected splits of the benchmark, got {split!r}; start the run anew")
+                raise TrajOODError(f"gallery: expected splits of the benchmark, got {split!r}; start the run again")
             self._places[split] = {i: n for n, i in enumerate(self._splits[split].images.ids)}
         if image_id not in self._places[split]:
-            raise TrajOODError(f"gallery: split {split!r} holds no image {image_id!r}; start the run anew")
+            raise TrajOODError(f"gallery: split {split!r} has no image {image_id!r}; start the run again")
         return self._splits[split].images.load(self._places[split][image_id])
 
     def original(self, split: str, image_id: str) -> str:
-        """The key of an image as it came, made small."""
+        """The key of the small version of an original image."""
         if (split, image_id) not in self._keys:
             self._keys[split, image_id] = self.add(self.load(split, image_id))
         return self._keys[split, image_id]
@@ -310,9 +310,9 @@ class _Row(NamedTuple):
 
 
 def _path_rows(table: pd.DataFrame) -> list[_Row]:
-    """The samples whose paths are kept: evenly spread over the ID test split, and over every OOD set, near ones first.
+    """The samples whose paths are kept, evenly spread over the ID test split and each OOD set, near sets first.
 
-    Ends and starts of a split are passed over: lists are often sorted by class.
+    Spread, because lists are often sorted by class.
     """
     ood = [part for _, part in table[table["role"] != "test"].groupby("split", sort=False)]
     each = max(1, _OOD_PATHS // len(ood))
@@ -326,13 +326,13 @@ def _spread(part: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def _places(length: int, count: int) -> list[int]:
-    """The middles of ``count`` equal stretches of ``length`` places; all places when there are fewer."""
+    """The centres of ``count`` equal intervals of ``length`` positions; all positions if there are fewer."""
     count = min(count, length)
     return [int((k + 0.5) * length / count) for k in range(count)]
 
 
 def _frame_rows(rows: Sequence[_Row]) -> list[int]:
-    """Three ID samples, and three OOD ones from different sets."""
+    """Indices of three ID samples, and of three OOD samples from different sets."""
     known = [n for n, row in enumerate(rows) if row.role == "test"]
     first = {row.split: n for n, row in reversed(list(enumerate(rows))) if row.role != "test"}
     ood = sorted(first.values())
@@ -352,14 +352,14 @@ class _Plane:
     explained: float
 
     def project(self, latents: Tensor) -> Floats:
-        """(n, *L) → (n, 2); what float32 cannot hold becomes NaN, which is not drawn."""
+        """Project latents (n, *L) to (n, 2); values beyond float32's range become NaN, which is not drawn."""
         flat = latents.flatten(1).cpu().double() - self.origin
         coordinates = (flat @ self.basis.T).to(torch.float32)
         return torch.where(coordinates.isfinite(), coordinates, torch.nan).numpy()
 
 
 def _drawn(dictionary: AttractorDictionary | None, start: Tensor) -> Tensor:
-    """(A, *L) at most 300 end points, evenly spread over the dictionary; none without one."""
+    """(A, *L): at most 300 end points, evenly spread over the dictionary; A = 0 without one."""
     if dictionary is None or not bool((dictionary.statuses != Status.NON_FINITE).any()):
         return start[:0].cpu()
     points = dictionary.usable()
@@ -368,7 +368,7 @@ def _drawn(dictionary: AttractorDictionary | None, start: Tensor) -> Tensor:
 
 
 def _plane(dictionary: AttractorDictionary | None, start: Tensor) -> _Plane:
-    """The plane of a 2-D latent, else of the attractors, else (fewer than three different ones) of the starts."""
+    """The plane of a 2-D latent, else of the attractors, else (with fewer than three different ones) of the starts."""
     width = start[0].numel()
     if width == 2:
         return _Plane("latent", torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64), 1.0)
@@ -381,17 +381,17 @@ def _plane(dictionary: AttractorDictionary | None, start: Tensor) -> _Plane:
 
 
 def _principal(points: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """Mean (d,), first two principal directions (2, d) and the variance's share in them; None when points (n, *L) span
-    no plane.
+    """Mean (d,), first two principal directions (2, d) and their share of the variance; None if the points (n, *L) do
+    not span a plane.
 
-    From the (n, n) products of the centred points: d is up to 151,296, n at most 300. Signs are fixed by the largest
-    entry, since an eigenvector has none of its own.
+    Computed from the (n, n) Gram matrix of the centred points, as d is up to 151,296 and n at most 300. The sign of
+    each direction is chosen so that its largest entry is positive.
     """
     if len(points) < 3:
         return None
     flat = points.flatten(1)
     origin = flat.double().mean(dim=0)
-    blocks = [slice(i, i + 4096) for i in range(0, flat.shape[1], 4096)]  # float64 copies of all would be 360 MB
+    blocks = [slice(i, i + 4096) for i in range(0, flat.shape[1], 4096)]  # a float64 copy of all would take 360 MB
     gram = sum((_centred(flat, origin, b) @ _centred(flat, origin, b).T for b in blocks), torch.zeros(()))
     values, vectors = torch.linalg.eigh(gram)
     if not bool(values[-2] > 1e-12 * values[-1].clamp(min=torch.finfo(torch.float64).tiny)):
@@ -408,7 +408,7 @@ def _centred(flat: Tensor, origin: Tensor, block: slice) -> Tensor:
 
 
 class _Tracer:
-    """Observes each point's place in the plane, and keeps the latents that become frames."""
+    """Observer that records each point's position in the plane, and keeps the latents to be decoded."""
 
     name = "plane"
 
@@ -424,7 +424,7 @@ class _Tracer:
                 self.frames[row, step] = latents[place].clone()
 
     def paths(self, count: int) -> Floats:
-        """(count, T+1, 2), NaN after a sample's end."""
+        """The recorded paths, (count, T+1, 2), NaN after the end of each."""
         width = max((int(steps.max()) + 1 for _, steps, _ in self._points), default=1)
         table = np.full((count, width, 2), np.nan, dtype=np.float32)
         for rows, steps, points in self._points:
@@ -433,10 +433,10 @@ class _Tracer:
 
 
 def view_limits(paths: Floats, attractors: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The corners (2,) and (2,) of what a drawing of the plane shows: all of it, with a margin.
+    """The lower and upper corners, (2,) each, of the region to draw: everything, with a margin.
 
-    But at most three widths beyond the central 80 % of starts, ends and attractors: one path that flies off must not
-    shrink the others to a dot.
+    The region extends at most three widths beyond the central 80 % of starts, ends and attractors, so that one
+    diverging path does not shrink the others to a dot.
     """
     known = [path[np.isfinite(path).all(axis=1)].astype(np.float64) for path in (*paths, attractors)]
     marks = np.concatenate([known[-1], *(path[[0, -1]] for path in known[:-1] if len(path))])
@@ -451,7 +451,7 @@ def view_limits(paths: Floats, attractors: Floats) -> tuple[NDArray[np.float64],
 
 
 def _vector_field(model: Autoencoder, start: Tensor, paths: Floats, attractors: Floats) -> Floats:
-    """(G, 4) z and f(z) − z on a grid over what is shown; empty unless the latent has two dimensions (Fig. 1)."""
+    """(G, 4): z and f(z) − z on a grid over the drawn region; G = 0 unless the latent is 2-D (Fig. 1)."""
     if start[0].numel() != 2:
         return np.empty((0, 4), dtype=np.float32)
     axes = [np.linspace(a, b, _FIELD_SIDE) for a, b in zip(*view_limits(paths, attractors), strict=True)]
@@ -474,8 +474,7 @@ def _decodes_to_images(model: Autoencoder, start: Tensor) -> bool:
 def _frames(
     model: Autoencoder, images: Tensor, rows: Sequence[int], tracer: _Tracer, walked: Trajectory, album: _Album
 ) -> tuple[Frames, ...]:
-    """x, D(z_t) for the steps that were taken, and D(z*), for each of the rows; the last one of a path that has not
-    settled says its step instead."""
+    """The frames of each row: x, D(z_t) for steps t of the path, and D(z*), or D(z_N) if it did not converge."""
     channels = images.transpose(0, 1).flatten(1)
     limits = torch.stack([channels.amin(dim=1), channels.amax(dim=1)])  # drawn as black and as full brightness
     shown = []
@@ -490,7 +489,8 @@ def _frames(
 
 
 def _to_image(pixels: Tensor, limits: Tensor) -> Image.Image:
-    """(C, H, W) in the model's units, ``limits`` (2, C) mapped to 0 and 255; values beyond are clipped."""
+    """Convert pixels (C, H, W) in the model's units to an image; ``limits`` (2, C) map to 0 and 255, others are
+    clipped."""
     low, high = (limit.reshape(-1, 1, 1) for limit in limits)
     unit = ((pixels - low) / (high - low).clamp(min=1e-12)).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0, 1)
     array = (255 * unit).round().to(torch.uint8).permute(1, 2, 0).numpy()

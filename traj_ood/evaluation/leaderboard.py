@@ -1,7 +1,7 @@
-"""Tables from result files: one row per benchmark, model and scorer, seeds averaged, nothing else ever mixed.
+"""Leaderboards from result files: one row per benchmark, model and scorer, averaged over seeds only.
 
-Two results share a row only when they differ in their seed alone: same benchmark, model weights, configuration,
-scorer options and test images (by hash). Everything else gets a row of its own whose ``variant`` names the difference.
+Two results share a row only if they differ in nothing but their seed: same benchmark, model weights, configuration,
+scorer options and test images (by hash). Otherwise they get separate rows, whose ``variant`` names the difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from traj_ood.data import OOD_ROLES
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.metrics import METRIC_NAMES, Metrics
-from traj_ood.evaluation.results import CONTROL, Result, ScorerResult, near_first, sets_in_words
+from traj_ood.evaluation.results import CONTROL, REGIONS, Result, ScorerResult, near_first, sets_in_words
 from traj_ood.evaluation.text_tables import Bold, TextTable
 from traj_ood.io.files import write_atomic
 from traj_ood.text import printable, quote_formula
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
 START, END = "<!-- leaderboard:start -->", "<!-- leaderboard:end -->"
 
-REGIONS = ("near", "far", "all")
 DEFAULT_COLUMNS = (
-    *("near_auroc", "far_auroc", "all_auroc"),  # the ranking
-    *("near_fpr95", "far_fpr95", "all_fpr95", "all_fpr95_openood"),  # the paper's tables, and OpenOOD's for comparison
+    *("near_auroc", "far_auroc", "all_auroc"),
+    *("near_fpr95", "far_fpr95", "all_fpr95", "all_fpr95_openood"),  # the paper's FPR95, and OpenOOD's for comparison
     *("all_aupr_in", "all_aupr_out"),
 )
 
@@ -58,7 +57,7 @@ _NOTES = (
 
 @dataclass(frozen=True)
 class Group:
-    """The runs behind one row: the same scorer in results that differ in nothing but their seed, by ascending seed."""
+    """The runs of one row: the same scorer in results that differ only in their seed, by ascending seed."""
 
     scorer: str
     runs: tuple[tuple[Result, ScorerResult], ...]
@@ -82,8 +81,8 @@ class Group:
         return near_first({name: score.role for name, score in self.runs[0][1].sets.items()})
 
     def tail(self) -> dict[str, Any]:
-        """The columns that qualify the figures: cost, sets that the means leave out, health of the dictionaries and
-        what the scorer measures."""
+        """The columns after the figures: cost, sets that the means leave out, health of the dictionaries, and what the
+        scorer measures."""
         costs = [s.f_evaluations for _, s in self.runs if s.f_evaluations is not None]
         dictionaries = [(r.seed, r.dictionary) for r, _ in self.runs]
         warnings = [f"seed {seed}: {text}" for seed, d in dictionaries for text in d["warnings"]]
@@ -99,13 +98,13 @@ class Group:
 def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
     """One row per benchmark × model × scorer (× variant), best ``all_auroc`` first within a benchmark and model.
 
-    Columns: ``benchmark``, ``model``, ``fingerprint``, ``scorer``, ``label``, ``variant`` (what sets the row apart
-    from others of its benchmark and model, empty when nothing does), ``seeds`` (how many); for near, far and all and
-    each metric ``<region>_<metric>`` and ``<region>_<metric>_std``, fractions, the mean and the sample standard
-    deviation (n − 1) over seeds, NaN where undefined; ``f_evaluations`` per image, ``diagnostics`` (sets that the means
-    leave out), ``healthy``, ``warnings``, ``note``.
+    Columns: ``benchmark``, ``model``, ``fingerprint``, ``scorer``, ``label``, ``variant`` (how the row differs from
+    others of its benchmark and model, else empty), ``seeds`` (their number); for near, far and all and each metric
+    ``<region>_<metric>`` and ``<region>_<metric>_std``, the mean and the sample standard deviation (n − 1) over seeds,
+    as fractions, NaN if undefined; ``f_evaluations`` per image, ``diagnostics`` (sets that the means leave out),
+    ``healthy``, ``warnings``, ``note``.
 
-    Raises ``TrajOODError`` without results, or when a seed comes twice for the same row.
+    Raises ``TrajOODError`` if there are no results, or a row has the same seed twice.
     """
     import pandas as pd
 
@@ -121,10 +120,10 @@ def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def per_set(results: Sequence[Result]) -> pd.DataFrame:
-    """The rows of ``leaderboard`` unfolded by OOD set: ``set``, ``role``, ``count``, ``<metric>``, ``<metric>_std``.
+    """The rows of :func:`leaderboard` by OOD set: ``set``, ``role``, ``count``, ``<metric>``, ``<metric>_std``.
 
-    ``count`` is the smallest number of images scored over the seeds. Near sets come first, diagnostics last.
-    Raises as ``leaderboard``.
+    ``count`` is the smallest number of scored images over the seeds. Near sets come first, diagnostics last. Raises as
+    :func:`leaderboard`.
     """
     import pandas as pd
 
@@ -138,24 +137,27 @@ def per_set(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def write_csv(results: Sequence[Result], path: str | Path, *, quote_formulas: bool = True) -> None:
-    """Write ``leaderboard(results)`` as a CSV file, fractions with 6 decimals. Raises as :func:`leaderboard` and
-    ``write_atomic`` do.
+    """Write ``leaderboard(results)`` as a CSV file, fractions with 6 decimals.
+
+    Raises as :func:`leaderboard` and :func:`write_atomic`.
 
     Args:
-        quote_formulas: put a ``'`` before texts that a spreadsheet would run, such as a model named ``=1+1``
-            (:func:`traj_ood.text.quote_formula`). Default True: names are anybody's. Numbers stay numbers.
+        results: the results.
+        path: the file.
+        quote_formulas: put a ``'`` before texts that a spreadsheet would evaluate, such as a model named ``=1+1``
+            (:func:`traj_ood.text.quote_formula`). Default True, as names can come from anyone. Numbers are not quoted.
     """
     write_atomic(path, csv_text(results, quote_formulas=quote_formulas).encode())
 
 
 def openood_csv(results: Sequence[Result], *, quote_formulas: bool = True) -> str:
-    """The rows of ``leaderboard`` in the columns of the OpenOOD leaderboard's own CSV files, to submit there.
+    """The rows of :func:`leaderboard` in the columns of OpenOOD's leaderboard CSV files, for submission.
 
-    AUROCs in percent with 2 decimals, ``±`` over seeds; ``Training`` is the model's family and ``Arch`` its name. What
-    does not exist is ``/``, as there: a mean over no sets, and the accuracy, which results do not hold. No scorer here
-    learns from outliers. OpenOOD keeps one file per benchmark: the description begins with the benchmark's name and
-    ends with what a reader must know (variant, an unhealthy dictionary, diagnostics). ``quote_formulas`` as in
-    :func:`write_csv`. Raises as ``leaderboard``.
+    AUROCs are in percent with 2 decimals, ``±`` over seeds; ``Training`` is the model's family and ``Arch`` its name.
+    Missing values are ``/``, as there: a mean over no sets, and the accuracy, which results do not contain. No scorer
+    here is fitted on outliers. As OpenOOD has one file per benchmark, the description begins with the benchmark's name;
+    it ends with the variant, a note on unhealthy attractors and the diagnostics. ``quote_formulas`` as in
+    :func:`write_csv`. Raises as :func:`leaderboard`.
     """
     import pandas as pd
 
@@ -182,7 +184,7 @@ def openood_csv(results: Sequence[Result], *, quote_formulas: bool = True) -> st
 
 
 def write_openood_csv(results: Sequence[Result], path: str | Path, *, quote_formulas: bool = True) -> None:
-    """``openood_csv(results)`` as a file. Raises as it and as ``write_atomic``."""
+    """Write ``openood_csv(results)`` to a file. Raises as :func:`openood_csv` and :func:`write_atomic`."""
     write_atomic(path, openood_csv(results, quote_formulas=quote_formulas).encode())
 
 
@@ -198,7 +200,7 @@ def _csv(table: pd.DataFrame, quote_formulas: bool, **options: Any) -> str:
 def update_readme(readme_path: str | Path, markdown: str) -> None:
     """Replace the text between the two leaderboard markers of a README by ``markdown``.
 
-    Raises ``TrajOODError`` when the file cannot be read, or does not hold each marker once, start before end.
+    Raises ``TrajOODError`` if the file cannot be read, or does not contain each marker once, start before end.
     """
     path = Path(readme_path)
     try:
@@ -218,11 +220,11 @@ def update_readme(readme_path: str | Path, markdown: str) -> None:
 
 
 def _run_identity(result: Result, ambiguous: Set[str]) -> dict[str, str]:
-    """What runs must share to be compared or averaged, flat, as text by dotted name.
+    """What runs must have in common to be compared or averaged, as texts by dotted name.
 
-    The seed is left out, and what no score depends on: which other scorers or a control ran, and the bootstrap's
-    resamples. Images are those of one list, and of one content where a list is ``ambiguous``: older results hold only
-    the list.
+    The seed is left out, and so are settings without effect on scores: the other scorers, the control and the number of
+    resamples. Images are identified by the digest of their list, and by that of their content if a list is
+    ``ambiguous``; older results have only the list.
     """
     idle = ("seed", "scorers", "resamples", "control")
     config = {key: value for key, value in result.config.items() if key not in idle}
@@ -235,7 +237,7 @@ def _run_identity(result: Result, ambiguous: Set[str]) -> dict[str, str]:
 
 
 def _ambiguous_lists(results: Sequence[Result]) -> set[str]:
-    """Lists of images that stand for several contents: the same names, other pictures."""
+    """Digests of image lists that occur with different contents: the same names, but other images."""
     contents: dict[str, set[str]] = {}
     for data in (data for result in results for data in result.data.values() if "contents" in data):
         contents.setdefault(data["sha256"], set()).add(data["contents"])
@@ -243,12 +245,12 @@ def _ambiguous_lists(results: Sequence[Result]) -> set[str]:
 
 
 def _scorer_identity(scorer: ScorerResult) -> dict[str, str]:
-    """What a scorer must share with its namesake in another run, flat: its options and the sets it was scored on."""
+    """What a scorer must have in common with one of the same label in another run: its options and OOD sets."""
     return _flat({"options": scorer.options, "sets": {name: score.role for name, score in scorer.sets.items()}})
 
 
 def _flat(tree: Any, place: str = "") -> dict[str, str]:
-    """Nested mappings as one, ``{"config": {"tol": 1}}`` → ``{"config.tol": "1"}``."""
+    """Flatten nested mappings: ``{"config": {"tol": 1}}`` → ``{"config.tol": "1"}``."""
     if not isinstance(tree, dict):
         return {place: tree if isinstance(tree, str) else json.dumps(tree, sort_keys=True, default=str)}
     flat: dict[str, str] = {}
@@ -258,10 +260,10 @@ def _flat(tree: Any, place: str = "") -> dict[str, str]:
 
 
 def groups_of(results: Sequence[Result]) -> list[Group]:
-    """The rows: results of one identity together, each row named apart from what it could be mistaken for.
+    """Group results into rows of equal identity; the ``variant`` of each row names how it differs from others.
 
-    A difference between runs is named on every scorer of that benchmark and model, also when no scorer is in both:
-    figures on other data must not stand beside each other unmarked.
+    A difference between runs is named for every scorer of the benchmark and model, even if no scorer is in both, so
+    that figures on different data never appear side by side unmarked.
     """
     if not results:
         raise TrajOODError("leaderboard: expected at least 1 result, got 0; run `traj-ood bench` first")
@@ -286,7 +288,7 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
 
 
 def _one_per_seed(results: Iterable[Result], scorer: str) -> list[Result]:
-    """The results by ascending seed; a seed that comes twice would weigh double in the mean and is refused."""
+    """The results by ascending seed; a repeated seed, which would count twice in the mean, is refused."""
     by_seed: dict[int, Result] = {}
     for result in results:
         if result.seed in by_seed:
@@ -299,19 +301,19 @@ def _one_per_seed(results: Iterable[Result], scorer: str) -> list[Result]:
 
 
 def _differences(identity: dict[str, str], others: Sequence[dict[str, str]]) -> list[str]:
-    """Where this identity differs from any of the others, as ``["config.tol=1e-05", "data.digits=0a1b2c3d"]``."""
+    """The entries in which identities differ, as ``["config.tol=1e-05", "data.digits=0a1b2c3d"]`` of this one."""
     places = sorted({place for other in others for place in other})
     differing = [p for p in places if len({other.get(p) for other in others}) > 1]
     return [f"{p}={_short(p, identity.get(p, 'absent'))}" for p in differing]
 
 
 def _short(place: str, value: str) -> str:
-    """Hashes are cut to 8 digits, enough to tell two apart by eye."""
+    """``value``, with hashes shortened to 8 digits."""
     return value[:8] if place == "model" or place.startswith("data.") else value
 
 
 def _over_seeds(metrics: Sequence[Metrics | None], prefix: str = "") -> dict[str, float]:
-    """Mean and sample standard deviation of each metric, NaN where there is none (no such set; a single seed)."""
+    """Mean and sample standard deviation of each metric; NaN if undefined (no such set; a single seed)."""
     figures: dict[str, float] = {}
     for name in METRIC_NAMES:
         values = [getattr(m, name) for m in metrics if m is not None]
@@ -325,12 +327,14 @@ def _over_seeds(metrics: Sequence[Metrics | None], prefix: str = "") -> dict[str
 
 @dataclass(frozen=True)
 class Choice:
-    """What of the leaderboard is shown.
+    """Which part of the leaderboard to show.
 
     Attributes:
-        columns: ``<region>_<metric>`` of :func:`leaderboard`. sort: any of its columns; figures that are better when
-            smaller (``fpr95``, ``f_evaluations``) and texts ascend, others descend. Default: best mean AUROC first.
-        scorers: labels to show, all by default. top: so many rows of each table, all by default.
+        columns: ``<region>_<metric>`` columns of :func:`leaderboard`.
+        sort: the column to sort by; ``fpr95``, ``f_evaluations`` and texts ascend, others descend. Default: best mean
+            AUROC first.
+        scorers: labels to show. Default: all.
+        top: number of rows of each table. Default: all.
         tables: ``means`` over sets, AUROC by OOD ``sets``, or both.
     """
 
@@ -349,10 +353,10 @@ class Choice:
             raise unknown_name("leaderboard column to sort by", self.sort, [*known, *texts])
 
     def of(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The rows of :func:`leaderboard` that are shown, in their order.
+        """The selected rows of a :func:`leaderboard`, sorted.
 
         Raises:
-            TrajOODError: a scorer that no row has (with near names).
+            TrajOODError: no row has one of the scorers (similar names are suggested).
         """
         names = {*table["label"], *table["scorer"]}
         for label in self.scorers:
@@ -367,21 +371,22 @@ class Choice:
 
 
 def render_markdown(results: Sequence[Result], *, columns: Sequence[str] = DEFAULT_COLUMNS) -> str:
-    """:func:`render` as Markdown, everything shown. Raises as it."""
+    """:func:`render` as Markdown, with all rows and tables; raises as :func:`render`."""
     return render(results, "markdown", Choice(columns))
 
 
 def render(results: Sequence[Result], form: str, choice: Choice | None = None) -> str:
-    """Per benchmark and model the means by scorer, best all-AUROC first, then AUROC by OOD set.
+    """Leaderboard tables for each benchmark and model: means by scorer, best first, then AUROC by OOD set.
 
-    Percent with one decimal, ``±`` over seeds. Rows with an unhealthy dictionary carry ⚠ and a number, and the reasons
-    stand below the table.
+    Figures are in percent with one decimal, ``±`` over seeds. Rows with unhealthy attractors have ⚠ and a number that
+    refers to the reason below the table.
 
     Args:
+        results: the results.
         form: ``markdown``, ``latex`` (booktabs) or ``html``; for ``csv`` see :func:`csv_text`.
-        choice: what is shown. Default: everything.
+        choice: what to show. Default: everything.
     Raises:
-        TrajOODError: no results, a seed that comes twice, an unknown column, scorer or format.
+        TrajOODError: there are no results, a seed is repeated, or a column, scorer or format is unknown.
     """
     choice = choice or Choice()
     means, sets = choice.of(leaderboard(results)), per_set(results)
@@ -408,8 +413,11 @@ def render(results: Sequence[Result], form: str, choice: Choice | None = None) -
 
 
 def csv_text(results: Sequence[Result], choice: Choice | None = None, *, quote_formulas: bool = True) -> str:
-    """:func:`leaderboard` as CSV, fractions with 6 decimals; with a choice its rows, in its order, and of the figures
-    its columns with their deviations. ``quote_formulas`` as in :func:`write_csv`. Raises as :func:`render`."""
+    """:func:`leaderboard` as CSV, fractions with 6 decimals.
+
+    ``choice`` selects and sorts the rows, and selects the figures with their deviations. ``quote_formulas`` as in
+    :func:`write_csv`. Raises as :func:`render`.
+    """
     table = leaderboard(results)
     if choice is not None:
         table = choice.of(table)
@@ -420,9 +428,9 @@ def csv_text(results: Sequence[Result], choice: Choice | None = None, *, quote_f
 
 
 def _means_table(rows: pd.DataFrame, columns: Sequence[str], notes: Sequence[str]) -> TextTable:
-    """The table of means, below it a footnote for each distinct reason of bad health and the ``notes``.
+    """The table of means, with a footnote for each reason of unhealthy attractors, and the ``notes``.
 
-    The best figure of a column is bold, but only where all rows share data and configuration.
+    The best figure of a column is bold if all rows have the same data and configuration.
     """
     reasons = list(dict.fromkeys(rows.loc[~rows["healthy"], "warnings"]))
     titles = [f"{c.partition('_')[0]} {_TITLES[c.partition('_')[2]]}" for c in columns]
@@ -457,7 +465,7 @@ def _held(sets: pd.DataFrame) -> str:
 
 
 def _copies(results: Sequence[Result]) -> list[str]:
-    """A line for each two splits that share images by content: the most that one of the runs has found."""
+    """A line for each pair of splits that share images by content, with the largest number found by a run."""
     most: dict[tuple[str, str], tuple[int, int]] = {}
     for result in results:
         for name, data in result.data.items():

@@ -1,7 +1,7 @@
-"""How well scores separate ID from OOD images: AUROC, AUPR and FPR@95, with bootstrap intervals.
+"""Metrics of the separation of ID and OOD images: AUROC, AUPR and FPR@95, with bootstrap intervals.
 
-Everything here is a function of the ranks of the raw float64 scores (HIGHER = MORE OOD). Scores are never squashed:
-a sigmoid maps every score near 40 to the same float32 number, and a perfect detector then reads as chance.
+All metrics depend only on the ranks of the raw float64 scores (HIGHER = MORE OOD). Scores are never transformed: a
+sigmoid in float32 maps all scores near 40 to the same number, and a perfect detector then appears as chance.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from traj_ood.errors import TrajOODError
 
 RECALL = 0.95
-"""The "95" of FPR@95, in both of its meanings."""
+"""The "95" of FPR@95, in both definitions."""
 
-# Counts per array and chunk: 4 MiB each in float64, so that the dozen arrays of a chunk stay small at any image count.
+# Counts per array in a chunk: 4 MiB each in float64, a dozen arrays at a time.
 _CHUNK_COUNTS = 2**19
 
 Floats = NDArray[np.float64]
@@ -27,15 +27,16 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Metrics:
-    """The five figures of one scorer on one OOD set, all fractions in [0, 1].
+    """The metrics of one scorer on one OOD set, all fractions in [0, 1].
 
-    ``auroc``           probability that an OOD image scores above an ID image, ties counted half.
-    ``aupr_in``         area under precision-recall with ID as the positive class.
-    ``aupr_out``        area under precision-recall with OOD as the positive class.
-    ``fpr95``           the paper's: the threshold keeps at least 95 % of ID; share of OOD accepted as ID.
-    ``fpr95_openood``   OpenOOD's: the threshold catches at least 95 % of OOD; share of ID rejected as OOD.
+    The two FPRs have different definitions and must not be compared with each other.
 
-    The two FPRs answer different questions and must never be compared.
+    Attributes:
+        auroc: probability that an OOD image scores above an ID image, ties counted half.
+        aupr_in: area under the precision-recall curve with ID as the positive class.
+        aupr_out: area under the precision-recall curve with OOD as the positive class.
+        fpr95: the paper's FPR: share of OOD accepted as ID by the threshold that keeps at least 95 % of ID.
+        fpr95_openood: OpenOOD's FPR: share of ID rejected by the threshold that rejects at least 95 % of OOD.
     """
 
     auroc: float
@@ -49,15 +50,16 @@ METRIC_NAMES: tuple[str, ...] = tuple(field.name for field in fields(Metrics))
 
 
 def check_scores(scores: ArrayLike, name: str) -> Floats:
-    """``scores`` as a float64 vector (n,), n >= 1, every entry finite.
+    """``scores`` as a finite float64 vector (n,), n >= 1.
 
-    Raises ``TrajOODError`` that calls the vector ``name`` and says how many entries are wrong and where the first is.
+    Raises ``TrajOODError`` if they are not; the message begins with ``name`` and gives the number of entries that are
+    not finite, and the first index.
     """
     vector = np.asarray(scores, dtype=np.float64)
     if vector.ndim != 1:
         raise TrajOODError(f"{name} scores: expected one score per image, shape (n,); got shape {vector.shape}")
     if vector.size == 0:
-        raise TrajOODError(f"{name} scores: expected at least 1 score, got 0; check that this split holds images")
+        raise TrajOODError(f"{name} scores: expected at least 1 score, got 0; check that this split has images")
     wrong = np.flatnonzero(~np.isfinite(vector))
     if wrong.size:
         raise TrajOODError(
@@ -68,14 +70,14 @@ def check_scores(scores: ArrayLike, name: str) -> Floats:
 
 
 def compute_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> Metrics:
-    """The metrics of ID scores (n,) against OOD scores (m,), higher = more OOD, through scikit-learn.
+    """The metrics of ID scores (n,) against OOD scores (m,), higher = more OOD, computed with scikit-learn.
 
-    AUROC, both AUPRs and ``fpr95_openood`` are the formulas of OpenOOD 1.5 (``openood/evaluators/metrics.py``):
-    ``roc_curve`` with its defaults, ``auc`` of the curve, the first point with TPR >= 0.95. Those defaults drop
-    collinear points, which changes an FPR where tied ID and OOD scores repeat in equal proportion; ``fpr95`` is the
-    paper's definition and keeps every threshold.
+    AUROC, both AUPRs and ``fpr95_openood`` are computed as in OpenOOD 1.5 (``openood/evaluators/metrics.py``):
+    ``roc_curve`` with its defaults, ``auc`` of the curve, and the first point with TPR >= 0.95. These defaults drop
+    collinear points, which changes an FPR if ID and OOD scores are tied in equal proportion at several thresholds.
+    ``fpr95``, the paper's, uses all thresholds.
 
-    Raises ``TrajOODError`` on empty or non-finite scores.
+    Raises ``TrajOODError`` if scores are empty or not finite.
     """
     from sklearn import metrics as sk
 
@@ -96,9 +98,9 @@ def compute_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> Metrics:
 
 
 def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    """The plain mean of each figure, every OOD set with equal weight whatever its size (OpenOOD's near and far means).
+    """The mean of each metric over OOD sets, with equal weight whatever their size, as in OpenOOD.
 
-    Raises ``TrajOODError`` when there is nothing to average.
+    Raises ``TrajOODError`` if there are none.
     """
     if not metrics:
         raise TrajOODError("mean of metrics: expected at least 1 OOD set, got 0; name a near or far split")
@@ -108,25 +110,30 @@ def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
 def bootstrap(
     id_scores: ArrayLike, ood_scores: ArrayLike, *, resamples: int = 500, seed: int = 0, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals (low, high) of every metric, by name; ID (n,) and OOD (m,) images resampled independently.
+    """Percentile intervals (low, high) of every metric, by name, from a bootstrap over images.
 
-    500 resamples put about 12 draws beyond either end of a 95 % interval; the same ``seed`` gives the same intervals.
-    The intervals carry the chance of the test images only, not that of training or of the attractor sample. A
-    resample is a vector of counts over the sorted distinct scores, so that each one costs a cumulative sum, not a
-    sort.
+    ID and OOD images are resampled independently. The intervals reflect the choice of test images only, not that of
+    training or of attractors. A resample is a vector of counts over the sorted distinct scores, so that it takes a
+    cumulative sum, not a sort.
 
-    Raises ``TrajOODError`` on empty or non-finite scores, ``resamples`` < 1 or ``level`` outside (0, 1).
+    Args:
+        id_scores, ood_scores: (n,) and (m,) scores, higher = more OOD.
+        resamples: number of resamples. Default 500: about 12 draws are beyond either end of a 95 % interval.
+        seed: seed of the draws.
+        level: level of the intervals. Default 0.95.
+    Raises:
+        TrajOODError: scores are empty or not finite, ``resamples`` < 1, or ``level`` is outside (0, 1).
     """
     if resamples < 1:
         raise TrajOODError(f"resamples: expected at least 1, got {resamples}; 500 is the default")
     if not 0.0 < level < 1.0:
         raise TrajOODError(f"level: expected a share between 0 and 1, got {level}; 0.95 is the default")
     id_scores, ood_scores = check_scores(id_scores, "ID"), check_scores(ood_scores, "OOD")
-    # scipy.stats.bootstrap would sort every resample anew, for one figure at a time, and from other draws than those of
-    # the recorded intervals.
+    # scipy.stats.bootstrap would sort every resample again, for one metric at a time, and with other draws than those
+    # of the recorded intervals.
     distinct, rank = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
     id_rank, ood_rank = rank[: id_scores.size], rank[id_scores.size :]
-    # One stream each: the draws, and with them the intervals, do not depend on the size of a chunk.
+    # One stream each, so that draws and intervals do not depend on the size of a chunk.
     id_draws, ood_draws = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     rows = max(1, _CHUNK_COUNTS // max(distinct.size, id_scores.size, ood_scores.size))
     values = []
@@ -142,7 +149,7 @@ def bootstrap(
 def _resample(rank: Counts, distinct: int, size: int, draws: np.random.Generator) -> Counts:
     """``size`` resamples of the images with these ranks (n,), as counts per distinct score (size, distinct)."""
     drawn = rank[draws.integers(rank.size, size=(size, rank.size))]
-    drawn += distinct * np.arange(size)[:, None]  # one block of bins per resample: a single bincount serves them all
+    drawn += distinct * np.arange(size)[:, None]  # a block of bins per resample, for a single bincount
     return np.bincount(drawn.ravel(), minlength=size * distinct).reshape(size, distinct)
 
 
@@ -152,7 +159,7 @@ def _metrics_of_counts(id_counts: Counts, ood_counts: Counts) -> Floats:
     aupr_in = _area_precision_recall(id_counts, tp, fp)
     kept = _first_at_recall(tp)
     fpr95 = _at(fp, kept) / fp[:, -1]
-    # ID below OOD wins, ties count half: sum over scores of ID count x (OOD above + half of OOD at the same score).
+    # Sum over scores of ID count x (OOD above + half of OOD at the same score), times 2.
     wins = np.einsum("rd,rd->r", id_counts, 2 * (fp[:, -1:] - fp) + ood_counts)
     auroc = wins / (2.0 * tp[:, -1] * fp[:, -1])
 
@@ -165,15 +172,15 @@ def _metrics_of_counts(id_counts: Counts, ood_counts: Counts) -> Floats:
 
 
 def _area_precision_recall(positive: Counts, tp: Counts, fp: Counts) -> Floats:
-    """Trapezoidal area (R,) under precision over recall, from (recall 0, precision 1) on; all arguments (R, D)."""
+    """Trapezoidal area (R,) under precision over recall, starting at (0, 1); all arguments are (R, D)."""
     precision = np.ones((tp.shape[0], tp.shape[1] + 1))
-    # Scores a resample did not draw stand at the point before them, those before its first draw at precision 1.
+    # A score that a resample did not draw has the precision of the previous one, and 1 before the first draw.
     np.divide(tp, tp + fp, out=precision[:, 1:], where=tp + fp > 0)
     return np.einsum("rd,rd->r", positive, precision[:, 1:] + precision[:, :-1]) / (2.0 * tp[:, -1])
 
 
 def _first_at_recall(tp: Counts) -> Counts:
-    """Index (R,) of the first score at which the cumulative positives (R, D) reach 95 %, compared as shares."""
+    """Index (R,) of the first score at which the cumulative positives (R, D) reach a share of 95 %."""
     return np.argmax(tp / tp[:, -1:] >= RECALL, axis=1)
 
 
@@ -183,16 +190,16 @@ def _at(values: Counts, index: Counts) -> Counts:
 
 
 def _skip_collinear(index: Counts, positive: Counts, negative: Counts) -> Counts:
-    """Move each index (R,) past the points that ``roc_curve`` drops by default, as OpenOOD's FPR reads the curve.
+    """Move each index (R,) past the points that ``roc_curve`` drops by default, as in OpenOOD's FPR.
 
-    A point is dropped when the steps into it and out of it are equal. That moves the FPR only where both classes tie
-    at the crossing, so the loop sees few rows on continuous scores.
+    A point is dropped if the steps into it and out of it are equal. This affects the FPR only if both classes are tied
+    at the crossing, so that the loop visits few rows for continuous scores.
     """
     index = index.copy()
     for row in np.flatnonzero((_at(positive, index) > 0) & (_at(negative, index) > 0)):
         drawn = np.flatnonzero(positive[row] + negative[row])
         steps = np.stack([positive[row, drawn], negative[row, drawn]])
-        corner = np.any(steps[:, 1:] != steps[:, :-1], axis=0)  # (drawn - 1,): is drawn score i a corner of the curve?
+        corner = np.any(steps[:, 1:] != steps[:, :-1], axis=0)  # (drawn - 1,): whether score i is a corner of the curve
         corner = np.append(corner, True)
         corner[0] = True  # roc_curve keeps the first and the last point
         here = int(np.searchsorted(drawn, index[row]))

@@ -1,4 +1,4 @@
-"""What the passes of a run result in: a table of scores, the metrics of each scorer, a verdict on the attractors."""
+"""The results of a run: the table of scores, the metrics of each scorer, and the verdict on the attractors."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ from traj_ood.evaluation.results import ScorerResult, SetScore
 from traj_ood.io.parts import Part
 from traj_ood.scorers.scorer_set import ScorerSet
 
-# ID images whose reconstruction is looked at: a share of their variance is then known to a few percent.
+# ID images on which the explained variance of reconstructions is measured, to a few percent.
 _RECONSTRUCTED_IMAGES = 200
 
 
 def score_table(sample: Benchmark, scored: Parts, labels: list[str]) -> pd.DataFrame:
-    """One row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer.
+    """Table with one row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer.
 
     Args:
-        sample: whose splits were scored. scored: parts of every split but the training one. labels: of the scorers.
+        sample: the benchmark.
+        scored: parts of all splits except the training split.
+        labels: labels of the scorers.
     """
     roles = {s.name: s.role for s in sample.splits()}
     rows = []
@@ -54,13 +56,17 @@ def score_table(sample: Benchmark, scored: Parts, labels: list[str]) -> pd.DataF
 def measure(
     scorers: ScorerSet, sample: Benchmark, table: pd.DataFrame, scored: Parts, *, resamples: int, quiet: bool
 ) -> dict[str, ScorerResult]:
-    """Metrics of every scorer on every OOD set, with its options and its cost, by label.
+    """Metrics of every scorer on every OOD set, with its options and cost, by label.
 
     Args:
-        table: see :func:`score_table`. scored: the parts it was made of; they hold the costs.
-        resamples: of the bootstrap intervals; 0 for none.
+        scorers: the scorers.
+        sample: the benchmark.
+        table: see :func:`score_table`.
+        scored: the parts of the table, with the costs.
+        resamples: resamples of the bootstrap intervals; 0 for none.
+        quiet: no progress bar.
     Raises:
-        TrajOODError: scores that no metric can be computed of.
+        TrajOODError: scores are empty or not finite.
     """
     pieces = [p for some in scored.values() for p in some if p.ids]
     results = {}
@@ -94,16 +100,18 @@ def _mean_cost(label: str, pieces: list[Part]) -> float:
 
 
 def judged(passes: Passes, dictionary: AttractorDictionary, seed: int) -> dict[str, Any]:
-    """The dictionary's health with the verdict of ``traj-ood diagnose``, which can find fault where it finds none.
+    """The dictionary's health with the verdict of ``traj-ood diagnose``, which tests more than the health.
 
-    ID test images take the place of the held-out ones. A radius is looked for only where it may decide.
+    ID test images are used as held-out images. Spectral radii are computed only if the health is good.
 
     Args:
-        seed: of the attractors that are drawn.
+        passes: the passes of the run.
+        dictionary: its attractors.
+        seed: seed of the sampled attractors.
     """
     health, model, test = dictionary.health(), passes.scorers.autoencoder, passes.sample.test
     count = len(test.images)
-    # All over the list, which may be sorted by class. Cached features of all images cost less than reading a few.
+    # Spread over the list, which may be sorted by class. Cached features of all images cost less than reading a few.
     step = 1 if passes.cache is not None else -(-count // _RECONSTRUCTED_IMAGES)
     encoding = passes.examine(test, range(0, count, step))[1]
     share, hidden = math.nan, None

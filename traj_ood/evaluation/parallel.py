@@ -1,5 +1,4 @@
-"""Several processes as one team: each takes a share of the work, all wait at common points, and one error stops them
-all."""
+"""Teams of processes that share the work of a run, wait for each other, and all stop if one fails."""
 
 from __future__ import annotations
 
@@ -16,32 +15,32 @@ from traj_ood.errors import TrajOODError
 T = TypeVar("T")
 
 _INSTALL = "pip install 'traj_ood[multi]'"
-_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun and accelerate launch tell each process
-# One process may work for hours while the others wait. Not longer: c10d counts milliseconds in 31 bits.
+_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # variables set by torchrun and accelerate launch
+# Processes may wait for hours for another one. 7 days is near the limit of c10d, which has 31 bits for milliseconds.
 _TIMEOUT = timedelta(days=7)
 _DEATH_TIMEOUT = timedelta(seconds=10)
 _KEPT_NOTE = "finished batches are kept: start the same command again"
 
 
 def is_main_process() -> bool:
-    """Whether this process prints what happens before there is a :class:`Team`, such as an interruption."""
+    """Whether this process prints messages that do not belong to a :class:`Team`, such as on an interruption."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class TeammateError(TrajOODError):
-    """This process stops because of an error that another process reports; the command line prints nothing for it."""
+    """Raised in a process that stops because of an error in another one, which reports it; nothing is printed here."""
 
 
 class Team:
-    """The processes that compute one run; this base class is a team of one, and costs nothing.
+    """The processes that compute one run; this base class is a team of one process.
 
-    Members exchange no tensors. What one has finished is a file in the run's folder, which all of them must see, so
-    that a process can die at any moment without taking more than its current batch along.
+    Processes exchange no tensors. Finished work is stored as files in the run's folder, to which all have access, so
+    that a process that dies loses only its current batch.
 
     Attributes:
         rank: number of this process, 0 … size − 1.
         size: number of processes.
-        local_rank: number of this process on its machine: that of its GPU.
+        local_rank: number of this process on its machine, and of its GPU.
     """
 
     rank = 0
@@ -50,7 +49,7 @@ class Team:
 
     @staticmethod
     def join() -> Team:
-        """The team that ``torchrun`` or ``accelerate launch`` started this process for; a team of one otherwise.
+        """The team of a process started by ``torchrun`` or ``accelerate launch``; otherwise a team of one.
 
         Raises:
             TrajOODError: accelerate is not installed, or the processes cannot reach each other.
@@ -65,11 +64,11 @@ class Team:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's share of work that every process lists alike."""
+        """This process's share of ``items``, which must be the same list in every process."""
         return items[self.rank :: self.size]
 
     def device(self, name: str) -> str:
-        """``name``, except that among several processes ``auto`` and ``cuda`` are the GPU of this one's local rank."""
+        """The device for ``name``: with several processes, ``auto`` and ``cuda`` mean the GPU of the local rank."""
         import torch
 
         if self.size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
@@ -78,11 +77,11 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all processes leave together: at its end, or with the first error raised in any of them.
+        """Context manager that all processes leave together, at its end or with the first error raised in any of them.
 
         Raises:
-            TrajOODError: in the main process, what went wrong in any of them.
-            TeammateError: the same, in every other process.
+            TrajOODError: in the main process, the error of any process.
+            TeammateError: in every other process.
         """
         yield
 
@@ -94,10 +93,12 @@ class Team:
         """
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """``action()`` in the main process, and then in every other one, which finds what the main one left on disk.
+        """Call ``action`` in the main process, and then in all others, which find its files on disk.
+
+        Inside :meth:`together` only.
 
         Raises:
-            TrajOODError, TeammateError: as :meth:`together`, inside which it belongs.
+            TrajOODError, TeammateError: as :meth:`together`.
         """
         if not self.is_main:
             self.wait()
@@ -107,7 +108,7 @@ class Team:
         return outcome
 
     def check(self) -> None:
-        """Stop here if another process has failed, without waiting; inside :meth:`together` only.
+        """Raise if another process has failed, without waiting; inside :meth:`together` only.
 
         Raises:
             TrajOODError, TeammateError: as :meth:`together`.
@@ -115,16 +116,16 @@ class Team:
 
 
 class LaunchedTeam(Team):
-    """A team of several processes, over Hugging Face accelerate.
+    """A team of several processes, launched with Hugging Face accelerate or torchrun.
 
-    They talk through gloo also where they compute on GPUs: all they say is "I am here" and the text of an error.
+    They communicate through gloo, also when computing on GPUs, as they only exchange barriers and texts of errors.
     """
 
     def __init__(self) -> None:
         try:
             from accelerate import PartialState
         except ImportError as error:
-            # Only one process of a machine says so: none of them can reach the others yet.
+            # Reported by one process per machine, as they cannot communicate yet.
             kind = TrajOODError if os.environ["LOCAL_RANK"] == "0" else TeammateError
             raise kind(
                 f"started as one of {os.environ['WORLD_SIZE']} processes: expected accelerate, which is not installed "
@@ -142,15 +143,15 @@ class LaunchedTeam(Team):
         self.rank: int = state.process_index
         self.size: int = state.num_processes
         self.local_rank: int = state.local_process_index
-        # The store behind the process group: unlike a collective it can be asked without waiting for anybody.
+        # The store of the process group, which unlike a collective can be read without waiting.
         self._store: Any = distributed_c10d._get_default_store()
-        self._round = 0  # failures so far, the same number in every process: a failed round leaves its keys behind
-        self._shared: Exception | None = None  # the error that all processes know of already
+        self._round = 0  # number of failures, equal in all processes; part of the keys, as old keys stay in the store
+        self._shared: Exception | None = None  # an error that has been shared with all processes
         self._is_lost = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        with self._told_to_stop():
+        with self._sigterm_as_error():
             try:
                 yield
             except Exception as error:
@@ -167,66 +168,65 @@ class LaunchedTeam(Team):
             self._meet()
 
     def _meet(self, error: Exception | None = None) -> None:
-        """Wait for all processes; if one of them brought an error, raise in all of them."""
+        """Wait for all processes; if one of them has an error, raise in all of them."""
         from torch import distributed
 
-        told: list[str | None] = [None] * self.size
+        texts: list[str | None] = [None] * self.size
         try:
             if error is not None:
-                self._store.set(self._key("failed"), "")  # for those that do not wait yet, see check()
-            distributed.all_gather_object(told, None if error is None else self._tell(error))
-            distributed.barrier()  # the first to leave may take the store along
+                self._store.set(self._key("failed"), "")  # read by check() in processes that are not waiting yet
+            distributed.all_gather_object(texts, None if error is None else self._text_of(error))
+            distributed.barrier()  # the store may end with the first process to leave
         except TrajOODError:
             raise  # SIGTERM
         except Exception as problem:
             raise self._lost("another process died, its connection is lost") from (error or problem)
-        first = next((rank for rank, text in enumerate(told) if text is not None), None)
+        first = next((rank for rank, text in enumerate(texts) if text is not None), None)
         if first is None:
             return
-        self._leave()
+        self._ignore_sigterm()
         self._round += 1
         bug = error is not None and not isinstance(error, TrajOODError)
         if error is not None and (bug or (self.is_main and first == self.rank)):
-            self._shared = error  # as it was raised: with its type and, for a bug, its traceback
+            self._shared = error  # unchanged, with its type and traceback
         else:
-            self._shared = (TrajOODError if self.is_main else TeammateError)(told[first])
+            self._shared = (TrajOODError if self.is_main else TeammateError)(texts[first])
         raise self._shared from (None if self._shared is error else error)
 
-    def _tell(self, error: Exception) -> str:
+    def _text_of(self, error: Exception) -> str:
         if isinstance(error, TrajOODError):
             return str(error)
         return f"process {self.rank} failed with {type(error).__name__} ({_line(error)}); {_KEPT_NOTE}"
 
     def _lost(self, reason: str) -> TrajOODError:
-        """The error of a process whose team has broken up; the first survivor to notice reports it."""
+        """The error raised in the surviving processes after one has died; the first to notice reports it."""
         self._is_lost = True
-        self._leave()
+        self._ignore_sigterm()
         first = True
-        with suppress(Exception):  # the store may have died, too
+        with suppress(Exception):  # the store may be gone as well
             self._store.set_timeout(_DEATH_TIMEOUT)
             first = self._store.add(self._key("lost"), 1) == 1
         self._shared = (TrajOODError if first else TeammateError)(f"{reason}; {_KEPT_NOTE}")
         return self._shared
 
     @contextmanager
-    def _told_to_stop(self) -> Iterator[None]:
-        """Turn SIGTERM, with which launchers stop the survivors of a process that died, into an error like any
-        other."""
+    def _sigterm_as_error(self) -> Iterator[None]:
+        """Context manager that turns SIGTERM, by which launchers stop the surviving processes, into an error."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def stop(*_: object) -> None:
-            if self._is_lost:  # it is being said
+            if self._is_lost:  # the error is being reported
                 return
             raise self._lost("stopped by SIGTERM, as launchers do when another process died")
 
         before = signal.signal(signal.SIGTERM, stop)
         yield
-        signal.signal(signal.SIGTERM, before)  # not after an error: see _leave
+        signal.signal(signal.SIGTERM, before)  # not after an error, see _ignore_sigterm
 
-    def _leave(self) -> None:
-        """Ignore the launcher's SIGTERM from here on: it must not come between an error and its printing."""
+    def _ignore_sigterm(self) -> None:
+        """Ignore SIGTERM from now on, so that the launcher does not end the process before it prints its error."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""The two passes of a run over its images, a batch at a time: what the scorers learn from, and what they score."""
+"""The two passes of a run over its images, in batches: the fit on training images, and scoring."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ from traj_ood.evaluation.parallel import Team
 from traj_ood.evaluation.snapshot import Snapshot
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.scorers import Evidence
-from traj_ood.scorers.scorer_set import Scored, ScorerSet
+from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
 from traj_ood.text import printable
 
 Parts: TypeAlias = dict[str, list[Part]]
-"""What is known of every batch, by split and in order."""
+"""The parts of all batches in order, by split."""
 _Compute: TypeAlias = "Callable[[list[_Job], _Bar], Iterator[tuple[_Job, Part]]]"
 
 
 @dataclass
 class Passes:
-    """Reads, encodes, iterates and scores the images of a run; every finished batch is kept as a file at once.
+    """Reads, encodes, iterates and scores the images of a run, and stores every batch as soon as it is finished.
 
     Attributes:
-        scorers, sample: what learns and scores, and the images.
-        team, cache, workers, on_error, quiet: see :class:`traj_ood.Evaluator` and :class:`traj_ood.RunConfig`.
-        snapshot: what the images held when the run began.
-        parts: where finished batches are kept and found again.
+        scorers: the scorers.
+        sample: the images.
+        snapshot: the contents of the images at the beginning of the run.
+        parts: the store of finished batches.
         batch_sizes: images per batch of each split.
-        failures: {id, error} of every image that was skipped, in the order of the lists.
-        seconds: spent so far, by stage.
+        team, cache, workers, on_error, quiet: see :class:`traj_ood.Evaluator` and :class:`traj_ood.RunConfig`.
+        failures: ``{id, error}`` of every skipped image, in order.
+        seconds: time spent so far, by stage.
         still_falling: see :func:`traj_ood.attractors.health.still_falling`; None before :meth:`fit`.
     """
 
@@ -63,16 +64,16 @@ class Passes:
     still_falling: float | None = None
 
     def fit(self) -> Parts:
-        """The training pass: attractors and everything the scorers learn, in every process.
+        """The training pass: compute the attractors and fit the scorers, in every process.
 
         Raises:
-            TrajOODError: images that cannot be read or have changed, too few of them, or an error in another process.
+            TrajOODError: images cannot be read, have changed or are too few, or another process failed.
         """
         split = self.sample.train
         parts = self._pass([split], self._explored, everywhere=True)
         pieces = parts[split.name]
         self.failures = [f for p in pieces for f in p.failures]
-        self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # fewer, when unreadable ones are skipped
+        self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # again, without skipped images
         evidence = Evidence.join([Evidence.from_tensors(p.tensors) for p in pieces if p.ids])
         dictionary = None
         if self.scorers.needs_dictionary:
@@ -83,10 +84,10 @@ class Passes:
         return parts
 
     def score(self) -> Parts:
-        """The scoring pass over all splits but the training one. Only the main process gets the parts.
+        """The scoring pass over all splits except the training split. Only the main process gets the parts.
 
         Raises:
-            TrajOODError: as :meth:`fit`, scores that are not finite, or a split of which no image could be read.
+            TrajOODError: as :meth:`fit`; also if scores are not finite, or no image of a split can be read.
         """
         splits = [self.sample.test, *self.sample.ood]
         scored = self._pass(splits, self._scored, everywhere=False)
@@ -97,10 +98,10 @@ class Passes:
         return scored
 
     def examine(self, split: Split, indices: range) -> tuple[tuple[str, ...], Encoding | None, list[dict[str, str]]]:
-        """Ids of the images of one batch that could be read, their encoding (None where none could), and the failures.
+        """Read and encode one batch: the ids of the images read, their encoding (None if there are none), and failures.
 
         Raises:
-            TrajOODError: an image that cannot be read, unless such are skipped.
+            TrajOODError: an image cannot be read, unless ``on_error`` is ``skip``.
         """
         model = self.scorers.autoencoder
         if self.cache is not None and isinstance(model, SurrogateAutoencoder):
@@ -112,10 +113,9 @@ class Passes:
         return batch.ids, model.examine(batch.images) if batch.ids else None, batch.failures
 
     def _pass(self, splits: Sequence[Split], compute: _Compute, everywhere: bool) -> Parts:
-        """Every batch of some splits: from disk where it was computed before; all others in one stream, each saved at
-        once when it is finished.
+        """Compute all batches of some splits that are not stored yet, as one stream, and save each when it is finished.
 
-        Each process computes its share; the main one, and with ``everywhere`` every other, returns all of them.
+        Each process computes its share. The main process, or with ``everywhere`` every process, returns all batches.
         """
         batches = {split.name: parts_of(len(split.images), self.batch_sizes[split.name]) for split in splits}
         share = [_Job(split, indices) for split in splits for indices in self.team.share(batches[split.name])]
@@ -143,7 +143,7 @@ class Passes:
         }
 
     def _read(self, jobs: list[_Job], bar: _Bar, taken: deque[_Job]) -> Iterator[tuple[Encoding, tuple[str, ...]]]:
-        """What the model makes of each batch that holds an image that could be read; all of them are put into
+        """The encoding and ids of each batch with at least one readable image; all batches are appended to
         ``taken``."""
         for job in jobs:
             bar.begin(job)
@@ -151,14 +151,14 @@ class Passes:
             try:
                 self.team.check()
                 job.ids, encoding, job.failures = self.examine(job.split, job.indices)
-            except TrajOODError as error:  # raised when the batches before it are finished and saved
+            except TrajOODError as error:  # raised later, once the batches before it are saved
                 job.error = error
                 return
             if encoding is not None:
                 yield encoding, job.ids
 
     def _explored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
-        """The training pass."""
+        """The parts of the training pass."""
         taken: deque[_Job] = deque()
         for dictionary, evidence in self.scorers.explore_all(self._read(jobs, bar, taken), bar.on_step):
             yield from _unreadable(taken)
@@ -180,17 +180,17 @@ class Passes:
         yield from _unreadable(taken)
 
     def _part(self, job: _Job, scored: Scored) -> Part:
-        """The scores of one batch, without images that some scorer has no finite score of."""
+        """The scores of one batch, without images for which a scorer has no finite score."""
         good, failures = torch.ones(len(job.ids), dtype=torch.bool), list(job.failures)
         for label, values in scored.scores.items():
             bad = (~values.isfinite()).nonzero()[:, 0]
             if len(bad) and self.on_error == "raise":
                 raise TrajOODError(
                     f"scorer {label}: {len(bad)} score(s) of split {job.split.name!r} are not finite, first for image "
-                    f"{job.ids[int(bad[0])]!r}: its trajectory leaves the finite numbers at once; check the model, or "
-                    "leave such images out with --on-error skip"
+                    f"{job.ids[int(bad[0])]!r}: its trajectory becomes NaN or infinite; check the model, or leave such "
+                    "images out with --on-error skip"
                 )
-            # The first scorer that fails names the reason; no scorer is measured on an image that another cannot score.
+            # An image that one scorer cannot score is left out for all; the error names the first such scorer.
             new = [i for i in bad.tolist() if good[i]]
             failures += [{"id": job.ids[i], "error": f"scorer {label}: the score is not finite"} for i in new]
             good[new] = False
@@ -204,7 +204,7 @@ class Passes:
 
 @dataclass
 class _Job:
-    """One batch of a split, and what was read of it."""
+    """One batch of a split, with the ids of the images read, the failures, and the error that ended reading."""
 
     split: Split
     indices: range
@@ -218,12 +218,12 @@ class _Job:
 
 
 def key_of(split: str, start: int) -> str:
-    """The key, in the store of parts, of the batch that begins with image ``start`` of a split."""
+    """The key in the store of parts of the batch that begins at image ``start`` of a split."""
     return f"{split}-{start:08d}"
 
 
 class _Bar:
-    """A progress bar over the images of a pass, named after the split that is being read."""
+    """Progress bar over the images of a pass, labelled with the split that is being read."""
 
     def __init__(self, total: int, quiet: bool) -> None:
         self._bar = tqdm(total=total, unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False)
@@ -236,7 +236,7 @@ class _Bar:
         self._bar.close()
 
     def skip(self, count: int) -> None:
-        """Images whose batches are finished already."""
+        """Count the images of batches that are already finished."""
         self._read += count
         self._bar.update(count)
 
@@ -252,10 +252,10 @@ class _Bar:
 
 
 def _unreadable(taken: deque[_Job]) -> Iterator[tuple[_Job, Part]]:
-    """The oldest batches, as far as no image of them could be read.
+    """Remove from the front of ``taken`` the batches without a readable image, and yield their empty parts.
 
     Raises:
-        TrajOODError: of the batch that ended the reading.
+        TrajOODError: the error that ended reading.
     """
     while taken and not taken[0].ids:
         job = taken.popleft()
@@ -273,13 +273,12 @@ def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
-    """(N,) int64 classes of the images that were read, or None where the split has no labels."""
+    """(N,) int64 classes of the images that were read, or None if the split has no labels."""
     if not split.images.labels:
         return None
     label_of = dict(zip(split.images.ids, split.images.labels, strict=True))
     labels = [label_of[i] for p in pieces for i in p.ids]
-    numbers = {label: number for number, label in enumerate(sorted(set(labels), key=lambda x: (len(x), x)))}
-    return torch.tensor([numbers[label] for label in labels])
+    return class_numbers(labels, len(labels))
 
 
 def _dictionary_of(part: Part) -> AttractorDictionary:
@@ -288,6 +287,6 @@ def _dictionary_of(part: Part) -> AttractorDictionary:
 
 
 def even_size(count: int, most: int, processes: int) -> int:
-    """Images per batch so that all processes have equally many batches, as few as ``most`` images each allow."""
+    """Images per batch, at most ``most``, so that all processes have the same, smallest possible number of batches."""
     rounds = math.ceil(count / (most * processes))
     return math.ceil(count / (rounds * processes))

@@ -1,9 +1,8 @@
-"""The figures of a run: histograms and ROC curves of scores, and the scorers side by side.
+"""The figures of a run: histograms and ROC curves of scores, and an overview of all scorers.
 
-Each is made of panels (:func:`histogram`, :func:`roc`, :func:`overview`; in :mod:`traj_ood.evaluation.dynamics_plots`
-``dynamics`` and ``plane``), which hold data, axes and what points at a place in them. A figure for the run's folder
-adds a title and a legend; the report shows the panels alone, among its own titles and legends, so that their text
-stays legible on a phone.
+Figures consist of panels (:func:`histogram`, :func:`roc`, :func:`overview`; in
+:mod:`traj_ood.evaluation.dynamics_plots` ``dynamics`` and ``plane``). A figure in the run's folder has a title and a
+legend. The report shows only the panels, with titles and legends in HTML, which stay legible on a phone.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Lines = Mapping[str, tuple[str, str]]
 
 
 def alone(frame: Frame, panel: Callable[..., None], *data: object) -> Figure:
-    """One panel without title or legend, for a page that has its own."""
+    """A figure of one panel without title or legend, for the report."""
     figure, (axis,) = canvas(frame)
     panel(axis, *data)
     return figure
@@ -43,18 +42,21 @@ def alone(frame: Frame, panel: Callable[..., None], *data: object) -> Figure:
 
 PlotForm = Literal["png", "svg", "pdf"]
 PRINT_WIDTHS = {"screen": None, "one-column": 3.4, "two-columns": 7.0}
-"""Inches of a figure by what it is for: the columns of two-column papers (IEEE, CVPR, ICML) and of their pages."""
-_BEST, _PAPERS = 2, "trajectory"
+"""Width of a figure in inches by purpose: one column, or the page, of two-column papers (IEEE, CVPR, ICML)."""
+_BEST, _PAPERS = 2, "trajectory"  # number of best scorers, and name of the paper's
 
 
 def plot_run(folder: Path, quiet: bool = False, form: PlotForm = "png", size: str = "screen") -> None:
-    """The figures of a finished run, from the files in its folder, into ``folder/plots``.
+    """Draw the figures of a finished run from the files in its folder, into ``folder/plots``.
 
-    The overview of all scorers, residual and norm curves, paths in the plane where they were kept, and histograms and
-    ROC curves of :func:`leaders`. The report draws those of any other scorer.
+    These are the overview of all scorers, residual and norm curves, paths in the plane if they were kept, and
+    histograms and ROC curves of :func:`leaders`. The report can show those of any scorer.
 
     Args:
-        form: of the files. size: one of :data:`PRINT_WIDTHS`; for print the titles are left to the captions.
+        folder: folder of the run.
+        quiet: no progress bar.
+        form: file format.
+        size: one of :data:`PRINT_WIDTHS`; figures for print have no titles.
     Raises:
         TrajOODError: the run's tables are missing or damaged, or the folder cannot be written.
     """
@@ -78,7 +80,7 @@ def plot_run(folder: Path, quiet: bool = False, form: PlotForm = "png", size: st
 
 
 def leaders(result: Result) -> list[str]:
-    """Labels of the scorers that a reader asks for first: the best two by mean AUROC, of another name each, and the
+    """Labels of the scorers whose figures are drawn: the best two by mean AUROC with different names, and the
     paper's."""
     means = {k: s.all.auroc for k, s in result.scorers.items() if s.all is not None and k != CONTROL}
     best: dict[str, str] = {}
@@ -100,28 +102,27 @@ def score_histograms(
     ood: Mapping[str, ArrayLike],
     sets: Mapping[str, SetScore],
     title: str,
-    onto: Figure | None = None,
     lines: Lines | None = None,
     width: float | None = None,
 ) -> Figure:
-    """ID scores (n,) against each OOD set (m,) in a panel of its own, as the paper's Figs 5 and 10.
+    """Histograms of ID scores against each OOD set, one panel per set, as in the paper's Figs. 5 and 10.
 
     Args:
-        id_scores, ood: scores, HIGHER = MORE OOD. All panels share their bins, see :func:`shared_bins`.
+        id_scores: (n,) ID scores, HIGHER = MORE OOD.
+        ood: (m,) scores of each OOD set. All panels have the same bins, see :func:`shared_bins`.
         sets: role and metrics of each set of ``ood``.
-        title: of the figure.
-        onto: a figure of this function, to be drawn anew in half the time. None makes one.
-        lines: ink and dash of each set, see :func:`traj_ood.drawing.style.lines_of`. None counts the sets of ``ood``.
-        width: inches of a figure for print, see :func:`traj_ood.drawing.style.canvas`.
+        title: title of the figure.
+        lines: ink and dash pattern of each set. Default: :func:`traj_ood.drawing.style.lines_of` the sets of ``ood``.
+        width: width in inches for print, see :func:`traj_ood.drawing.style.canvas`.
     Raises:
-        TrajOODError: empty or non-finite scores, no OOD set, or one without a role.
+        TrajOODError: scores are empty or not finite, there is no OOD set, or one has no role.
     """
     id_scores, scores = _checked(id_scores, ood, sets)
     edges = shared_bins([id_scores, *scores.values()])
     legend = {f"ID (n = {id_scores.size:,})": _patch("id")}
     legend["keeps 95 % of ID (FPR95: OOD left of it)"] = {"color": INKS["muted"], "linestyle": ":"}
     note = " ".join(["Further right is more OOD; heights are shares of each set.", beyond(edges, id_scores, scores)])
-    figure, axes = canvas(HISTOGRAM, len(scores), 4, f"{title}\n{note}", legend, 0.4, onto, width)
+    figure, axes = canvas(HISTOGRAM, len(scores), 4, f"{title}\n{note}", legend, 0.4, width)
     lines = lines or lines_of(scores)
     for axis, (name, values) in zip(axes, scores.items(), strict=True):
         got = sets[name]
@@ -132,10 +133,9 @@ def score_histograms(
 
 
 def histogram(axis: Axes, id_scores: Floats, scores: Floats, edges: Floats, ink: str) -> None:
-    """ID and OOD scores, these in the ``ink`` of their set, as shares of their images per bin; dotted, the threshold
-    that keeps 95 % of ID.
+    """Draw histograms of ID scores and of OOD scores (in ``ink``), as shares of images per bin.
 
-    Scores, and a threshold, beyond the ``edges`` stand in the outermost bins.
+    A dotted line is the threshold that keeps 95 % of ID. Values beyond the ``edges`` are in the outermost bins.
     """
     for values, own in ((id_scores, "id"), (scores, ink)):
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
@@ -149,23 +149,25 @@ def histogram(axis: Axes, id_scores: Floats, scores: Floats, edges: Floats, ink:
 
 
 def shared_bins(groups: Sequence[Floats], bins: int = 40) -> Floats:
-    """Bin edges (bins + 1,) over the central 99 % of all groups, at most 3 widths of the first one beyond it: one wild
-    set must not flatten the others."""
+    """Bin edges (bins + 1,) over the central 99 % of all groups.
+
+    They extend at most 3 widths beyond the first group, so that one extreme set does not flatten the others.
+    """
     low, high = np.transpose([np.quantile(g, [0.005, 0.995]) for g in groups])
     width = high[0] - low[0]
     start, end = low.min(), high.max()
     if width > 0:
         start, end = max(start, low[0] - 3 * width), min(end, high[0] + 3 * width)
-    if end <= start:  # all scores alike: any width around them will do
+    if end <= start:  # all scores are equal
         margin = 0.5 * max(abs(start), 1e-12)
         start, end = start - margin, end + margin
     return np.linspace(start, end, bins + 1)
 
 
 def beyond(edges: Floats, id_scores: Floats, ood: Mapping[str, Floats]) -> str:
-    """A sentence on the scores beyond the axis; empty where there are none."""
+    """A sentence on the number of scores beyond the axis; empty if there are none."""
     outside = sum(int(((v < edges[0]) | (v > edges[-1])).sum()) for v in (id_scores, *ood.values()))
-    return f"{outside:,} scores lie beyond the axis and stand in the outermost bins." if outside else ""
+    return f"{outside:,} scores are beyond the axis and counted in the outermost bins." if outside else ""
 
 
 def roc_curves(
@@ -173,34 +175,30 @@ def roc_curves(
     ood: Mapping[str, ArrayLike],
     sets: Mapping[str, SetScore],
     title: str,
-    onto: Figure | None = None,
     lines: Lines | None = None,
     width: float | None = None,
 ) -> Figure:
-    """ROC of ID scores (n,) against each OOD set (m,), OOD positive, with the AUROC of ``sets`` in the legend.
+    """ROC curves of ID scores against each OOD set, with OOD positive, and the AUROC of each set in the legend.
 
-    Arguments are those of :func:`score_histograms`.
-
-    Raises:
-        TrajOODError: empty or non-finite scores, no OOD set, or one without a role.
+    Arguments and errors as in :func:`score_histograms`.
     """
     id_scores, scores = _checked(id_scores, ood, sets)
     lines = lines or lines_of(scores)
     legend = {f"{name}  {100 * sets[name].metrics.auroc:.1f} %": look(*lines[name]) for name in scores}
     note = (
-        "OOD is positive; AUROC after each set. Dotted: 95 % of ID kept, where FPR95 is what a curve lacks to 100 %; "
+        "OOD is positive; AUROC after each set. Dotted: 95 % of ID kept, where FPR95 is 100 % minus the curve; and "
+        "95 % of OOD caught, where FPR95-OpenOOD is read."
     )
-    note += "95 % of OOD caught, where FPR95-OpenOOD is read."
-    figure, (axis,) = canvas(ROC, title=f"{title}\n{note}", legend=legend, onto=onto, width=width)
+    figure, (axis,) = canvas(ROC, title=f"{title}\n{note}", legend=legend, width=width)
     roc(axis, id_scores, scores, lines)
     return figure
 
 
 def roc(axis: Axes, id_scores: Floats, sets: Mapping[str, Floats], lines: Lines | None = None) -> None:
-    """Share of OOD caught over share of ID rejected, a line for each set in its colour (see :func:`lines_of`).
+    """Draw the share of OOD caught over the share of ID rejected, one line per set (see :func:`lines_of`).
 
-    The two dotted lines are where the two FPR95 are read: at 5 % of ID rejected the paper's (what is missing to 100 %),
-    at 95 % of OOD caught OpenOOD's.
+    The two dotted lines show where the FPR95s are read: the paper's at 5 % of ID rejected (100 % minus the curve), and
+    OpenOOD's at 95 % of OOD caught.
     """
     axis.plot([0, 100], [0, 100], color=INKS["rule"], linewidth=1)
     axis.axvline(100 * (1 - RECALL), color=INKS["muted"], linestyle=":", linewidth=1)
@@ -213,7 +211,7 @@ def roc(axis: Axes, id_scores: Floats, sets: Mapping[str, Floats], lines: Lines 
 
 
 def _roc(id_scores: Floats, scores: Floats) -> tuple[Floats, Floats]:
-    """The ROC curve at about 100 points, evenly spaced along its length, so that steep parts keep their shape."""
+    """The ROC curve at about 100 points, evenly spaced along it, so that steep parts keep their shape."""
     from sklearn.metrics import roc_curve
 
     is_ood = np.repeat([0, 1], [id_scores.size, scores.size])
@@ -246,8 +244,8 @@ _MARKS = {"near": ("^", -0.22), "all": ("D", 0.0), "far": ("s", 0.22)}
 
 @dataclass(frozen=True)
 class ScorerRow:
-    """What :func:`overview` shows of a scorer, in percent: ``means`` by region (near, far, all) as value and interval
-    (NaN where there is none), and the (role, value) of each set."""
+    """One row of :func:`overview`, in percent: ``means`` by region (near, far, all), as value and interval (NaN if
+    there is none), and the (role, value) of each set."""
 
     name: str
     means: Mapping[str, tuple[float, float, float]]
@@ -255,10 +253,11 @@ class ScorerRow:
 
 
 def scorer_overview(result: Result, width: float | None = None) -> Figure:
-    """Mean AUROC of every scorer of a run over near, far and all OOD sets, best first; faint dots are single sets.
+    """Figure of the mean AUROC of every scorer of a run over near, far and all OOD sets, best first; faint dots are
+    single sets.
 
     Raises:
-        TrajOODError: a result without scores.
+        TrajOODError: the result has no scores.
     """
     rows = []
     scored = [s for s in result.scorers.values() if s.all is not None]
@@ -291,8 +290,8 @@ def scorer_overview(result: Result, width: float | None = None) -> Figure:
 
 
 def overview(axis: Axes, rows: Sequence[ScorerRow]) -> None:
-    """AUROC in percent by scorer: a mark for near, far and all sets, with its interval as a thin line, a faint dot for
-    each of them, and a faint cross for each diagnostic."""
+    """Draw the AUROC of each scorer in percent: a mark for near, far and all sets, its interval as a thin line, a faint
+    dot per set, and a faint cross per diagnostic set."""
     for region, (marker, shift) in _MARKS.items():
         ink = INKS[_ink(region)]
         singles = [(value, y + shift) for y, row in enumerate(rows) for role, value in row.sets if role == region]
@@ -310,15 +309,9 @@ def overview(axis: Axes, rows: Sequence[ScorerRow]) -> None:
 
 
 def overview_frame(scorers: int, width: float | None = None) -> Frame:
-    """Of a panel with that many rows; a narrow one is as high, since its rows hold text."""
+    """The frame of a panel with this many rows; the height does not depend on the width, as rows contain text."""
     return Frame(width or 6.2, 0.22 * scorers + 0.6)
 
 
 def _ink(region: str) -> str:
     return "text" if region == "all" else region
-
-
-# ---------------------------------------------------------------------------------------------- dynamics
-
-
-# ---------------------------------------------------------------------------------------------- latent space

@@ -1,7 +1,7 @@
-"""One JSON file per run: what was measured, on what, with what. Every table and plot is derived from these files.
+"""Results: one JSON file per run, from which every table and plot is made.
 
-A result file is complete or absent (``write_atomic``), the same run gives the same bytes apart from its times, and
-loading is strict: a file that was cut, edited or written by another version is refused by name.
+A result file is complete or absent (``write_atomic``), and the same run gives the same bytes apart from its times.
+Loading is strict: files that are incomplete, edited or of another schema are refused.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ SCHEMA = 1
 FILE_NAME = "result.json"
 
 CONTROL = "control: files"
-"""Label of the control on image files (:mod:`traj_ood.evaluation.file_control`): a row of tables, and no scorer."""
-_MEANS = ("near", "far", "all")
+"""Label of the control on image files (:mod:`traj_ood.evaluation.file_control`), a row of tables but no scorer."""
+REGIONS = ("near", "far", "all")
+"""The groups of OOD sets over which metrics are averaged."""
 _RANKS: dict[str, int] = {role: n for n, role in enumerate(OOD_ROLES)}
 _REQUIRED: dict[str, dict[str, type]] = {
     "model": {"name": str, "fingerprint": str},
@@ -34,10 +35,10 @@ _REQUIRED: dict[str, dict[str, type]] = {
 
 @dataclass(frozen=True)
 class SetScore:
-    """One scorer on one OOD set: its role (``near``, ``far`` or ``diagnostic``), the images scored, the metrics and
-    their intervals.
+    """One scorer on one OOD set: the set's role (``near``, ``far`` or ``diagnostic``), the number of images, and the
+    metrics.
 
-    ``intervals`` holds (low, high) by metric name, fractions in [0, 1]; empty when no bootstrap was run.
+    ``intervals`` are (low, high) by metric name, fractions in [0, 1]; empty without bootstrap.
     """
 
     role: OODRole
@@ -48,9 +49,9 @@ class SetScore:
 
 @dataclass(frozen=True)
 class ScorerResult:
-    """One scorer: its label in tables, its options, one sentence on what it measures, its cost and its figures by set.
+    """One scorer: its label in tables, its options, one sentence on what it measures, its cost and its results by set.
 
-    ``f_evaluations`` is the mean number of evaluations of f = E∘D per image; None when the scorer has no such cost.
+    ``f_evaluations`` is the mean number of evaluations of f = E∘D per image; None if it was not recorded.
     """
 
     label: str
@@ -61,18 +62,18 @@ class ScorerResult:
 
     @property
     def near(self) -> Metrics | None:
-        """The mean over the near sets, each with equal weight; None without any."""
+        """The mean over near sets, each with equal weight; None if there are none."""
         return self._mean("near")
 
     @property
     def far(self) -> Metrics | None:
-        """The mean over the far sets, each with equal weight; None without any."""
+        """The mean over far sets, each with equal weight; None if there are none."""
         return self._mean("far")
 
     @property
     def all(self) -> Metrics | None:
         """The mean over near and far sets, each with equal weight (not the mean of ``near`` and ``far``); None without
-        any. Diagnostics are in no mean."""
+        such sets. Diagnostics are not part of any mean."""
         return self._mean("near", "far")
 
     def _mean(self, *roles: str) -> Metrics | None:
@@ -82,14 +83,16 @@ class ScorerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The complete record of a run; see ``results/README.md`` for each key.
+    """The complete record of a run; ``results/README.md`` describes each key.
 
-    ``model`` holds at least ``name`` and ``fingerprint``; ``data`` maps a split to ``{role, count, sha256}``,
-    since content digests also ``contents`` and, where there are any, ``copies``: how many of its images another split
-    holds, too;
-    ``dictionary`` holds the health figures of the attractors with at least ``healthy`` (bool) and ``warnings``
-    (list of str); ``failures`` lists ``{id, error}`` of images that could not be scored; ``created`` is ISO 8601 in
-    UTC; ``seconds`` are wall-clock times by stage.
+    Attributes:
+        model: has at least ``name`` and ``fingerprint``.
+        data: ``{role, count, sha256}`` by split; newer results also have ``contents`` and, if there are any,
+            ``copies``, the number of images shared with another split.
+        dictionary: health of the attractors, with at least ``healthy`` (bool) and ``warnings`` (list of str).
+        failures: ``{id, error}`` of each image that could not be scored.
+        created: time in ISO 8601, UTC.
+        seconds: wall-clock times by stage.
     """
 
     name: str
@@ -109,19 +112,19 @@ class Result:
     schema: int = SCHEMA
 
     def save(self, path: str | Path) -> None:
-        """Write the result as JSON: sorted keys, 2 spaces, the derived means beside each scorer's sets.
+        """Write the result as JSON with sorted keys and 2 spaces, including the means of each scorer.
 
-        Raises ``TrajOODError`` when a figure is NaN or infinite (JSON has no such number, and a table would hide it),
-        when a value is not plain data, or when the folder cannot be written.
+        Raises ``TrajOODError`` if a value is NaN or infinite (which JSON cannot represent and a table would hide) or
+        not plain data, or the folder cannot be written.
         """
         tree = asdict(self)
         for scorer, written in zip(self.scorers.values(), tree["scorers"].values(), strict=True):
-            written.update({k: asdict(m) if (m := getattr(scorer, k)) else None for k in _MEANS})
+            written.update({k: asdict(m) if (m := getattr(scorer, k)) else None for k in REGIONS})
         where = _first_non_finite(tree)
         if where:
             raise TrajOODError(
                 f"result {self.name!r}: expected finite numbers, got NaN or infinity at {where}; "
-                "store None where a figure is undefined"
+                "store None for undefined values"
             )
         try:
             write_json(path, tree, sort_keys=True, allow_nan=False, ensure_ascii=False, default=_plain)
@@ -133,10 +136,10 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """Read one result file; strict, so that a table never rests on a damaged one.
+        """Read and verify a result file.
 
-        Raises ``TrajOODError`` naming the file: unreadable, not JSON, another schema, missing or unknown keys, values
-        of the wrong type, NaN, or means that do not follow from the sets.
+        Raises ``TrajOODError`` naming the file if it is unreadable, not JSON or of another schema, has missing or
+        unknown keys, values of the wrong type or NaN, or means that do not follow from the sets.
         """
         path = Path(path)
         tree = read_json(path, "a result file", "restore the file or run again")
@@ -147,9 +150,9 @@ class Result:
 
     @classmethod
     def load_all(cls, folder: str | Path) -> list[Result]:
-        """Every ``result.json`` below ``folder``, sorted by path.
+        """Read every ``result.json`` in and below ``folder``, sorted by path.
 
-        Raises ``TrajOODError`` when there is none, or when one of them does not load.
+        Raises ``TrajOODError`` if there are none, or one is invalid.
         """
         paths = sorted(Path(folder).rglob(FILE_NAME))
         if not paths:
@@ -161,12 +164,12 @@ class Result:
 
 
 def near_first(sets: Mapping[str, str]) -> dict[str, str]:
-    """OOD sets, name → role, in the order of every figure and table: near, far, diagnostic, each by name."""
+    """OOD sets (role by name) in the order of all figures and tables: near, far, diagnostic, each by name."""
     return dict(sorted(sets.items(), key=lambda item: (_RANKS[item[1]], item[0])))
 
 
 def is_in(role: str, region: str) -> bool:
-    """Whether the mean over a region (near, far, all) holds sets of that role.
+    """Whether the mean over a region (near, far, all) includes sets of this role.
 
     >>> is_in("far", "all"), is_in("near", "far"), is_in("diagnostic", "all")
     (True, False, False)
@@ -175,7 +178,7 @@ def is_in(role: str, region: str) -> bool:
 
 
 def sets_in_words(sets: Mapping[str, str]) -> str:
-    """Which OOD sets, name → role, the means hold, and which none of them does.
+    """A sentence on which OOD sets (role by name) the means include and leave out.
 
     >>> sets_in_words({"digits": "far", "bag": "near", "noise": "diagnostic"})
     'Means hold bag (near) and digits (far); noise is a diagnostic, which none of them holds.'
@@ -190,10 +193,10 @@ def sets_in_words(sets: Mapping[str, str]) -> str:
 
 
 def with_diagnostics(results: Sequence[Result], names: Collection[str]) -> list[Result]:
-    """The same runs with these OOD sets as diagnostics, for records older than that role: their means leave them out.
+    """The same runs with these OOD sets as diagnostics, so that means leave them out; for records older than that role.
 
     Raises:
-        TrajOODError: a set that none of the runs has (with near names).
+        TrajOODError: a set is in none of the runs (with similar names).
     """
     known = {name for result in results for scorer in result.scorers.values() for name in scorer.sets}
     for name in names:
@@ -212,10 +215,10 @@ def with_diagnostics(results: Sequence[Result], names: Collection[str]) -> list[
 
 
 def mean_interval(scores: Sequence[SetScore], metric: str) -> tuple[float, float]:
-    """The mean of the sets' intervals of a metric: at least as wide as the interval of their mean.
+    """The mean of the intervals of a metric over sets, a conservative interval of its mean; NaN if one is missing.
 
-    The deviation of a mean is at most the mean of the deviations, whatever the sets share (here their ID images), so
-    this errs to the wide side. NaN unless every set has an interval.
+    The standard deviation of a mean is at most the mean of the standard deviations, whatever the dependence (sets share
+    their ID images), so that this interval is rather too wide.
     """
     found = [s.intervals.get(metric) for s in scores]
     if not found or any(interval is None for interval in found):
@@ -228,10 +231,10 @@ def mean_interval(scores: Sequence[SetScore], metric: str) -> tuple[float, float
 
 
 def _result(tree: dict[str, Any], path: Path) -> Result:
-    """The record of a parsed file; every error names ``path`` and the key."""
+    """The result from a parsed file; errors name ``path`` and the key."""
     scorers = tree.get("scorers")
     written = {
-        name: {key: scorer.pop(key, "nothing") for key in _MEANS}
+        name: {key: scorer.pop(key, "nothing") for key in REGIONS}
         for name, scorer in (scorers.items() if isinstance(scorers, dict) else ())
         if isinstance(scorer, dict)
     }
@@ -244,7 +247,7 @@ def _result(tree: dict[str, Any], path: Path) -> Result:
         for key, kind in _REQUIRED[place.split(".")[0]].items():
             field_of(facts, key, kind, f"{path}: {place}")
     for name, scorer in result.scorers.items():
-        for key in _MEANS:
+        for key in REGIONS:
             mean = getattr(scorer, key)
             if written[name][key] != (None if mean is None else asdict(mean)):
                 raise TrajOODError(
@@ -258,7 +261,7 @@ def _result(tree: dict[str, Any], path: Path) -> Result:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy scalars as Python numbers; everything else that JSON does not know is refused."""
+    """A NumPy scalar as a Python number; TypeError for anything else that JSON cannot represent."""
     item = getattr(value, "item", None)
     if item is None or getattr(value, "ndim", 0) != 0:
         raise TypeError(f"{type(value).__name__} is not plain data")
@@ -266,7 +269,7 @@ def _plain(value: Any) -> Any:
 
 
 def _first_non_finite(tree: Any, where: str = "") -> str | None:
-    """The dotted place of the first NaN or infinity in nested mappings and lists; None when all numbers are finite."""
+    """The dotted key of the first NaN or infinity in nested mappings and lists; None if all numbers are finite."""
     if isinstance(tree, Mapping):
         children = [(f"{where}.{key}" if where else str(key), value) for key, value in tree.items()]
     elif isinstance(tree, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The contents of a folder of results: each run's record and, where they are kept, its scores, curves and pictures."""
+"""Read the folders of runs: each result with its scores, curves and pictures, if they were kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traj_ood.evaluation.results import FILE_NAME, Result, near_first
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it was recorded; ``place`` is its folder below the results, ``None`` stands for files not kept."""
+    """One recorded run; ``place`` is its folder relative to the results, and files that were not kept are None."""
 
     place: str
     result: Result
@@ -27,17 +27,17 @@ class Run:
 
     @classmethod
     def load_all(cls, folder: str | Path) -> list[Run]:
-        """Every run in ``folder`` or below, sorted by path.
+        """Read every run in and below ``folder``, sorted by path.
 
-        Raises ``TrajOODError`` when there is none, or a file of one is damaged.
+        Raises ``TrajOODError`` if there are none, or a file is damaged.
         """
         folder = Path(folder)
-        Result.load_all(folder)  # its errors name the folder and what to do
+        Result.load_all(folder)  # for its errors, which name the folder and what to do
         return [cls.load(path.parent, path.parent.relative_to(folder)) for path in sorted(folder.rglob(FILE_NAME))]
 
     @classmethod
     def load(cls, folder: Path, place: Path) -> Run:
-        """The run in ``folder``, shown under the name ``place``. Raises ``TrajOODError`` when a file is damaged."""
+        """Read the run in ``folder``, to be shown as ``place``. Raises ``TrajOODError`` if a file is damaged."""
         gallery = folder / GALLERY_NAME
         result = Result.load(folder / FILE_NAME)
         scores = _table(folder / "scores.parquet", {"split", "role", "id", *result.scorers})
@@ -52,13 +52,13 @@ class Run:
         )
 
     def sets(self) -> dict[str, str]:
-        """The role of each OOD set, near ones first, then by name."""
+        """The role of each OOD set, near sets first, then by name."""
         scorers = self.result.scorers.values()
         return near_first({name: score.role for scorer in scorers for name, score in scorer.sets.items()})
 
     def scores_of(self, label: str) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-        """ID scores and those of each of the scorer's sets in the order of :meth:`sets`. Raises ``TrajOODError`` where
-        they were not kept."""
+        """The scores of ID images, and of each OOD set in the order of :meth:`sets`. Raises ``TrajOODError`` if they
+        were not kept."""
         if self.scores is None:
             raise TrajOODError(f"{self.place}: expected scores.parquet of a finished run; run it again")
         values = self.scores[label].to_numpy(dtype=np.float64)
@@ -68,7 +68,7 @@ class Run:
 
 
 def _check_scores(scores: pd.DataFrame, path: Path) -> None:
-    """Raises ``TrajOODError`` for scores that no run leaves: not finite, or none at all."""
+    """Raise ``TrajOODError`` for scores that no run writes: none, or values that are not finite."""
     values = scores.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
     bad = int((~np.isfinite(values)).any(axis=1).sum())
     if bad or not len(values):

@@ -1,4 +1,4 @@
-"""The contents of every image of a run when it began, to tell later which of them have changed."""
+"""Digests of the images of a run at its beginning, by which later changes are found."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
 
 FILE_NAME = "images.parquet"
-_DIGITS = 16  # of a SHA-256, to find out which image has changed; that one has, the digests in result.json say
+_DIGITS = 16  # of each SHA-256; enough to find the images that changed, as result.json has full digests of all
 _SHOWN_IDS = 3
 
 
 class Snapshot:
-    """The contents of all images of some splits at the time it is made.
+    """Content digests of all images of some splits, computed on construction.
 
     Args:
-        splits: of distinct names.
+        splits: splits with distinct names.
 
     Attributes:
-        contents: by split, see :meth:`traj_ood.data.ImageSource.contents`.
+        contents: content digests by split, see :meth:`traj_ood.data.ImageSource.contents`.
     """
 
     def __init__(self, splits: Sequence[Split]) -> None:
@@ -33,10 +33,10 @@ class Snapshot:
         self.contents = {split.name: split.images.contents() for split in splits}
 
     def check(self, split: Split, indices: Sequence[int]) -> None:
-        """Refuse images that have changed since.
+        """Check that images have not changed since.
 
         Raises:
-            TrajOODError: names the split and the first of them.
+            TrajOODError: some have; the message names the split and the first image.
         """
         try:
             check_unchanged(split.images, indices, self.contents[split.name])
@@ -44,14 +44,16 @@ class Snapshot:
             raise TrajOODError(f"split {split.name!r}: {error}") from error
 
     def save(self, folder: Path) -> None:
-        """Write ``images.parquet``: split, id and the first 16 digits of what each image holds."""
+        """Write ``images.parquet``: split, id and the first 16 digits of the content digest of each image."""
         table = pd.concat([self._table(split) for split in self._splits])
         write_atomic(folder / FILE_NAME, lambda f: table.to_parquet(f, index=False, compression="zstd"))
 
     def changed(self, folder: Path) -> dict[str, list[int]] | None:
-        """Places of the images whose contents differ from those in the run in ``folder``, by split; None where that is
-        unknown, since other images were listed then, or nothing was recorded."""
-        with contextlib.suppress(Exception):  # absent in older runs; a damaged one costs a name, not the refusal
+        """Indices of the images, by split, whose contents differ from those recorded in ``folder``.
+
+        None if this is unknown, because other images were listed or nothing was recorded.
+        """
+        with contextlib.suppress(Exception):  # absent in older runs; if damaged, the error just names no images
             before, now = pd.read_parquet(folder / FILE_NAME), pd.concat(map(self._table, self._splits))
             if before[["split", "id"]].values.tolist() == now[["split", "id"]].values.tolist():
                 other = (before["content"].to_numpy() != now["content"].to_numpy()).tolist()
@@ -62,7 +64,7 @@ class Snapshot:
         return None
 
     def words(self, changed: dict[str, list[int]]) -> str:
-        """A sentence part: how many images of which split have changed, and the first of them."""
+        """Text on how many images of each split have changed, with the first few ids."""
         return "; ".join(
             f"{len(changed[split.name])} of {len(split.images)} images of split {split.name!r} have changed: "
             + ", ".join(repr(split.images.ids[i]) for i in changed[split.name][:_SHOWN_IDS])

@@ -1,4 +1,4 @@
-"""Tables of text as Markdown, LaTeX (booktabs), HTML or CSV. Names in them are anybody's, and are escaped."""
+"""Text tables as Markdown, LaTeX (booktabs), HTML or CSV, with all texts escaped."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _LATEX = {
 
 
 class Bold(str):
-    """A cell that stands out: the best figure of its column."""
+    """A cell shown in bold: the best figure of its column."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """Rows of cells below a header: the first column holds names, the others figures."""
+    """Rows of cells below a header; the first column has names, the others figures."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -52,12 +52,13 @@ class TextTable:
     notes: Sequence[str] = ()
 
     def text(self, form: str, *, quote_formulas: bool = True) -> str:
-        """The table in a format, one of :data:`FORMATS`; caption and notes belong to all of them but CSV.
+        """The table as text; with caption and notes, except in CSV.
 
         Args:
-            quote_formulas: of CSV, see :func:`traj_ood.text.quote_formula`.
+            form: one of :data:`FORMATS`.
+            quote_formulas: for CSV, see :func:`traj_ood.text.quote_formula`.
         Raises:
-            TrajOODError: an unknown format.
+            TrajOODError: the format is unknown.
         """
         if form == "csv":
             return self._csv(quote_formulas)
@@ -72,13 +73,13 @@ class TextTable:
         )
 
     def comment(self, form: str) -> str:
-        """The notes alone, as the format has text that stands below tables."""
+        """Only the notes, as LaTeX comments or HTML paragraphs."""
         if form == "latex":
             return "\n".join(f"% {printable(_plain(note))}" for note in self.notes)
         return "\n".join(f"<p>{html.escape(printable(_plain(note)))}</p>" for note in self.notes)
 
     def markdown(self) -> str:
-        """The rows alone."""
+        """Only the header and rows, as Markdown."""
         rows = [self.header, [":--", *["--:"] * (len(self.header) - 1)], *self.rows]
         return "\n".join("| " + " | ".join(map(_markdown, row)) + " |" for row in rows)
 
@@ -117,7 +118,7 @@ class TextTable:
 
 
 def latex(text: str) -> str:
-    """Text for LaTeX: what it would obey is escaped, our own signs are its commands, other letters stay.
+    """Escape text for LaTeX; signs such as ± become commands, other letters are unchanged.
 
     >>> latex("knn:k=5_a · 97.2 ± 0.3 %")
     'knn:k=5\\\\_a $\\\\cdot$ 97.2 $\\\\pm$ 0.3 \\\\%'
@@ -126,12 +127,12 @@ def latex(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A note without the marks of Markdown."""
+    """A note without Markdown's marks."""
     return re.sub(r"\*\*|`", "", text)
 
 
 def _markdown(text: str) -> str:
-    """A name may hold anything, also a line break, which would end the row."""
+    """A cell for Markdown; line breaks and ``|``, which would end the row or cell, are escaped."""
     cell = printable(text).replace("|", "\\|")
     return f"**{cell}**" if isinstance(text, Bold) else cell
 

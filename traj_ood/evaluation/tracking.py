@@ -1,10 +1,10 @@
-"""A finished run in an experiment tracker: MLflow, Weights & Biases or TensorBoard, each behind :class:`Tracker`.
+"""Log finished runs to an experiment tracker: MLflow, Weights & Biases or TensorBoard.
 
-Nothing of a run depends on it: the folder holds everything, and a tracker gets the figures of ``result.json`` when the
-run is over. A tracker is named ``kind:target``:
+The run's folder is complete without it; a tracker gets the values of ``result.json`` after the run. A tracker is
+specified as ``kind:target``:
 
-    mlflow:FOLDER or mlflow:http://…   an experiment named after the benchmark, a run after the run
-    wandb:PROJECT                      offline unless WANDB_MODE says otherwise
+    mlflow:FOLDER or mlflow:http://…   an experiment named after the benchmark, with a run of the same name
+    wandb:PROJECT                      offline unless WANDB_MODE is set
     tensorboard:FOLDER                 event files below FOLDER/<run>
 
 """
@@ -19,24 +19,32 @@ from typing import Any, Protocol
 
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.evaluation.metrics import METRIC_NAMES
-from traj_ood.evaluation.results import Result
+from traj_ood.evaluation.results import REGIONS, Result
 
-_MEANS = ("near", "far", "all")
-_WRONG = re.compile(r"[^\w ./-]")  # what MLflow refuses in a name; the others take less
+_INVALID = re.compile(r"[^\w ./-]")  # characters that MLflow does not accept in names
 
 
 class Tracker(Protocol):
-    """Where a run is told of. ``params`` are texts, ``metrics`` fractions by ``scorer/region/metric``."""
+    """Interface of the trackers."""
 
     def log(self, run: str, group: str, params: Mapping[str, str], metrics: Mapping[str, float], folder: Path) -> None:
-        """Tell of one finished run; ``folder`` holds its files, of which result.json is kept as an artifact."""
+        """Log one finished run.
+
+        Args:
+            run: its name.
+            group: name of the benchmark.
+            params: settings as text.
+            metrics: fractions by ``scorer/region/metric``.
+            folder: folder of the run, whose result.json is stored as an artifact.
+        """
 
 
 def tracker(spec: str) -> Tracker:
-    """The tracker ``kind:target``, checked before anything is computed.
+    """Create the tracker ``kind:target``, before anything is computed.
 
     Raises:
-        TrajOODError: an unknown kind (with near ones), no target, or a library that is not installed.
+        TrajOODError: the kind is unknown (similar ones are suggested), the target is missing, or the library is not
+            installed.
     """
     kind, _, target = spec.partition(":")
     if kind not in TRACKERS:
@@ -49,10 +57,10 @@ def tracker(spec: str) -> Tracker:
 
 
 def log_result(result: Result, folder: Path, to: Tracker) -> None:
-    """Tell a tracker of a finished run in ``folder``.
+    """Log a finished run in ``folder`` to a tracker.
 
     Raises:
-        TrajOODError: whatever the tracker raises.
+        TrajOODError: the tracker raised an error.
     """
     config = {f"config.{key}": value for key, value in result.config.items() if not isinstance(value, list | dict)}
     facts = {"benchmark": result.benchmark, "model": result.model["name"], "seed": result.seed, "commit": result.commit}
@@ -62,11 +70,11 @@ def log_result(result: Result, folder: Path, to: Tracker) -> None:
 
 
 def figures(result: Result) -> dict[str, float]:
-    """Every mean of every scorer by ``scorer/region/metric``, fractions; and whether the attractors are healthy."""
+    """All means of all scorers, fractions by ``scorer/region/metric``; and whether the attractors are healthy."""
     found = {
         f"{label}/{region}/{name}": float(getattr(mean, name))
         for label, scorer in result.scorers.items()
-        for region in _MEANS
+        for region in REGIONS
         if (mean := getattr(scorer, region)) is not None
         for name in METRIC_NAMES
     }
@@ -78,7 +86,7 @@ class _MLflow:
         import mlflow
 
         local = re.match(r"\w+:", target) is None
-        if local:  # MLflow would rather have a database, and refuses folders unless it is told
+        if local:  # MLflow prefers databases, and refuses folders without this variable
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client = mlflow.MlflowClient(Path(target).absolute().as_uri() if local else target)
 
@@ -88,10 +96,10 @@ class _MLflow:
         known = self._client.get_experiment_by_name(group)
         experiment = self._client.create_experiment(group) if known is None else known.experiment_id
         made = self._client.create_run(experiment, run_name=run).info.run_id
-        values = [Metric(_WRONG.sub("_", key), value, 0, 0) for key, value in metrics.items()]
-        for start in range(0, len(values), 500):  # at most 1,000 a request
+        values = [Metric(_INVALID.sub("_", key), value, 0, 0) for key, value in metrics.items()]
+        for start in range(0, len(values), 500):  # at most 1,000 per request
             self._client.log_batch(made, metrics=values[start : start + 500])
-        self._client.log_batch(made, params=[Param(_WRONG.sub("_", key), value) for key, value in params.items()])
+        self._client.log_batch(made, params=[Param(_INVALID.sub("_", key), value) for key, value in params.items()])
         self._client.log_artifact(made, str(folder / "result.json"))
         self._client.set_terminated(made)
 

@@ -1,6 +1,6 @@
-"""Two scorers, or one scorer in two runs, side by side on the same images: tests over sets and per set, and a verdict.
+"""Compare two scorers, or one scorer in two runs, on the same images: tests over all sets and per set, and a verdict.
 
-The tests are those of :mod:`traj_ood.evaluation.compare`; here they are corrected for being many and put in words.
+The tests are those of :mod:`traj_ood.evaluation.compare`, corrected for the number of sets and expressed in words.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from traj_ood.evaluation.text_tables import Bold, TextTable
 
 Metric = Literal["auroc", "fpr95"]
 RESAMPLES = 2000
-"""Default: the smallest p is 2 / 2,001, which stays below 0.05 when Holm's correction multiplies it by 40 sets."""
+"""Default number of resamples: the smallest p, 2 / 2,001, stays below 0.05 when multiplied by 40 sets (Holm)."""
 ALPHA = 0.05
 _NAMES = {"auroc": "AUROC", "fpr95": "FPR95"}
 _ROW = ("split", "role", "id")
@@ -27,7 +27,7 @@ _ROW = ("split", "role", "id")
 
 @dataclass(frozen=True)
 class SetDifference:
-    """One OOD set: ``holm`` is the p of ``difference`` corrected for the number of sets."""
+    """The difference on one OOD set; ``holm`` is its p-value corrected for the number of sets."""
 
     benchmark: str
     name: str
@@ -38,14 +38,14 @@ class SetDifference:
 
 @dataclass(frozen=True)
 class Versus:
-    """What :func:`compare_scorers` and :func:`compare_runs` find.
+    """Result of :func:`compare_scorers` and :func:`compare_runs`.
 
     Attributes:
-        a, b: what is compared, as a reader knows it.
-        runs: how many runs the figures are means of, by benchmark.
-        mean: by metric, over all near and far sets of all benchmarks, each with equal weight.
-        sets: by metric, each OOD set, diagnostics among them.
-        resamples: of the bootstrap.
+        a, b: names of what is compared.
+        runs: number of runs over which figures are averaged, by benchmark.
+        mean: difference over the near and far sets of all benchmarks with equal weight, by metric.
+        sets: difference on each OOD set, diagnostics included, by metric.
+        resamples: resamples of the bootstrap.
     """
 
     a: str
@@ -56,11 +56,11 @@ class Versus:
     resamples: int
 
     def outcome(self, metric: Metric = "auroc") -> int:
-        """1 where a is better in the mean over sets, -1 where b is, 0 where no difference is shown (p >= 0.05)."""
+        """1 if a is better in the mean over sets, -1 if b is, 0 if no difference is shown (p >= 0.05)."""
         return _sign(self.mean[metric], self.mean[metric].p, metric)
 
     def verdict(self, metric: Metric = "auroc") -> str:
-        """Sentences: who is better, by how much, how sure that is, and on which sets it is otherwise."""
+        """Sentences on which is better, by how much, with which p-value, and on the single sets."""
         d, count = self.mean[metric], sum(row.role != "diagnostic" for row in self.sets[metric])
         sign = _sign(d, d.p, metric)
         over = f"mean {_NAMES[metric]} over {count} OOD set{'s' if count > 1 else ''}"
@@ -84,7 +84,7 @@ class Versus:
         return f"{first} On single sets, corrected for their number (Holm), {'; '.join(parts)}."
 
     def frame(self) -> pd.DataFrame:
-        """A row for each metric and OOD set, and one for the mean over sets; fractions."""
+        """Table with a row per metric and OOD set, and one for the mean over sets; figures are fractions."""
         rows: list[dict[str, Any]] = []
         for metric, sets in self.sets.items():
             for row in sets:
@@ -94,11 +94,10 @@ class Versus:
         return pd.DataFrame(rows)
 
     def _figures(self, d: Difference) -> dict[str, Any]:
-        own = asdict(d)
-        return {"scorer_a": self.a, "scorer_b": self.b, **own}
+        return {"scorer_a": self.a, "scorer_b": self.b, **asdict(d)}
 
     def tables(self) -> list[TextTable]:
-        """A table for each metric: the sets, and their mean."""
+        """One table per metric, with the sets and their mean."""
         tables = []
         for metric, rows in self.sets.items():
             arrow = "↑" if metric == "auroc" else "↓"
@@ -114,30 +113,31 @@ class Versus:
         return tables
 
     def notes(self) -> list[str]:
-        """How to read the tables."""
+        """Explanation of the tables."""
         own = [row.name for row in self.sets["auroc"] if row.role == "diagnostic"]
         left = f" The mean over sets leaves out diagnostics: {', '.join(own)}." if own else ""
         runs = ", ".join(f"{n} run{'s' if n > 1 else ''} of {name}" for name, n in self.runs.items())
         return [
             f"Means over {runs}. Differences are {self.a} minus {self.b}, in points, with 95 % intervals of a paired "
-            f"bootstrap over images ({self.resamples:,} resamples; crops of one picture stay together). They say "
-            f"whether the test images could explain the difference, not what another training would give.{left}"
+            f"bootstrap over images ({self.resamples:,} resamples; crops of one picture stay together). They show "
+            "whether the choice of test images could explain the difference, not what another training would give."
+            + left
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All attributes and the verdicts, as JSON data."""
         return asdict(self) | {"verdict": {metric: self.verdict(metric) for metric in ("auroc", "fpr95")}}
 
 
 def compare_scorers(runs: Sequence[Run], a: str, b: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Versus:
-    """Scorer ``a`` against ``b``, in all runs given: figures are means over the runs of a benchmark, then over sets.
+    """Compare scorer ``a`` with ``b`` in all given runs; figures are averaged over the runs of a benchmark, then sets.
 
     Args:
-        runs: of one or several benchmarks; those of one benchmark must be of the same test images.
-        a, b: labels of two scorers that every run has.
+        runs: runs of one or several benchmarks; those of one benchmark must have the same test images.
+        a, b: labels of the two scorers, which every run must have.
         resamples, seed: see :func:`traj_ood.evaluation.compare.paired_bootstrap`. Default: :data:`RESAMPLES`.
     Raises:
-        TrajOODError: no run, the same scorer twice, a scorer that a run lacks, or other images.
+        TrajOODError: there are no runs, ``a`` is ``b``, a run lacks a scorer, or images differ.
     """
     if a == b:
         raise TrajOODError(f"compare: expected two scorers, got {a!r} twice: name another")
@@ -150,17 +150,17 @@ def compare_scorers(runs: Sequence[Run], a: str, b: str, *, resamples: int = RES
 
 
 def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Versus:
-    """One scorer in two runs on the same images, for instance with two models. Arguments as :func:`compare_scorers`.
+    """Compare one scorer in two runs on the same images, such as with two models; arguments as :func:`compare_scorers`.
 
     Raises:
-        TrajOODError: runs of other benchmarks or images, or without the scorer.
+        TrajOODError: the runs have different benchmarks or images, or lack the scorer.
     """
     if first.result.benchmark != second.result.benchmark:
         raise TrajOODError(
             f"compare: expected two runs of one benchmark, got {first.result.benchmark} and {second.result.benchmark}: "
             "compare runs on the same images only"
         )
-    names = [f"{scorer} ({name})" for name in _told_apart(first, second)]
+    names = [f"{scorer} ({name})" for name in _distinct_names(first, second)]
     tables = [_table(run, scorer).rename(columns={scorer: n}) for run, n in zip((first, second), names, strict=True)]
     both = tables[0].merge(tables[1], on=list(_ROW), how="outer", indicator=True)
     apart = int((both["_merge"] != "both").sum())
@@ -175,8 +175,9 @@ def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAM
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the p-values of m tests, such that any of them below 0.05 by chance has at most that
-    probability, whatever their dependence (Holm 1979).
+    """Holm's step-down correction of m p-values (Holm 1979).
+
+    The probability that any corrected value is below 0.05 by chance is at most 0.05, whatever their dependence.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -214,8 +215,8 @@ def _versus(
     return Versus(a, b, {name: pair.runs for name, pair in paired.items()}, mean, sets, resamples)
 
 
-def _told_apart(first: Run, second: Run) -> tuple[str, str]:
-    """Names of two runs: their models where these differ, else their folders, else their seeds."""
+def _distinct_names(first: Run, second: Run) -> tuple[str, str]:
+    """Different names for two runs: their models, else their folders, else ``first`` and ``second``."""
     runs = (first, second)
     for name in (lambda r: str(r.result.model["name"]), lambda r: r.place.rsplit("/", 1)[-1], lambda r: r.place):
         a, b = map(name, runs)

@@ -1,4 +1,4 @@
-"""``traj-ood report``: one self-contained HTML page of what runs left in their folders."""
+"""``traj-ood report``: one self-contained HTML page made from the folders of runs."""
 
 from traj_ood.evaluation.runs import Run
 from traj_ood.report.page import render, write_report

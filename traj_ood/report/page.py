@@ -1,8 +1,8 @@
-"""The page: what a reader sees of runs, put into the template. No clock, no network, no model, no data.
+"""Render runs as an HTML page from a template, without a clock, network, model or data.
 
-The template escapes every text by itself; only the drawings, the style sheet and the script are markup. The drawings
-are the panels of the run's figures (``plots`` and ``dynamics_plots`` of :mod:`traj_ood.evaluation`); titles, legends
-and numbers are the page's.
+The template escapes all texts; only the drawings, the style sheet and the script are markup. The drawings are the
+panels of the run's figures (``plots`` and ``dynamics_plots`` of :mod:`traj_ood.evaluation`); titles, legends and
+numbers are HTML.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from traj_ood.text import printable
 
 FILE_NAME = "report.html"
 TOP = 10
-"""Rows of the leaderboard that are shown at first, and in the picture for phones."""
-_NARROW = 3.6  # inches: 360 px, what a phone of 420 px leaves between margins
+"""Rows of the leaderboard shown at first, and in the figure for phones."""
+_NARROW = 3.6  # inches: 360 px, the width between the margins of a phone of 420 px
 
 Draw = Callable[[Figure, str], Markup]
-"""Puts a figure into the page, with what a reader who does not see it is told."""
+"""(figure, alternative text) → the figure as markup."""
 
 _LOWERED = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -48,12 +48,12 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorers: Seq
     """Write the report of every run below ``folder`` and return its path.
 
     Args:
-        folder: results, of one run or of many.
+        folder: results of one or many runs.
         out: the page. Default: ``report.html`` in ``folder``.
         scorers: labels to show in detail, in this order, or ``["all"]``; default: those of
             :func:`traj_ood.evaluation.gallery.chosen_scorers`.
     Raises:
-        TrajOODError: no runs, a damaged file, an unknown scorer, or a place that cannot be written.
+        TrajOODError: there are no runs, a file is damaged, a scorer is unknown, or the page cannot be written.
     """
     path = Path(folder) / FILE_NAME if out is None else Path(out)
     runs = Run.load_all(folder)
@@ -61,7 +61,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorers: Seq
         page = render(runs, scorers)
     except TrajOODError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:  # of numbers that no run writes
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:  # from values that no run writes
         reason = " ".join(str(error).split())[:200]
         raise TrajOODError(
             f"{folder}: its runs cannot be drawn ({reason}): a file was changed; run it again"
@@ -71,7 +71,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorers: Seq
 
 
 def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
-    """The page as HTML: the same text for the same runs. Arguments and errors as in :func:`write_report`."""
+    """The page as HTML, deterministic for given runs; arguments and errors as in :func:`write_report`."""
     known = {label for run in runs for label in run.result.scorers}
     for label in scorers or ():
         if label not in known and list(scorers or ()) != ["all"]:
@@ -79,7 +79,7 @@ def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
     environment = Environment(
         loader=PackageLoader("traj_ood.report"),
         autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # names are anybody's
+        finalize=lambda value: printable(value) if type(value) is str else value,  # names may come from anyone
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -106,7 +106,7 @@ def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
 
 
 def percent(fraction: float) -> str:
-    """``98.3``: one decimal, as in the README's tables.
+    """A fraction in percent with one decimal, as in the README's tables.
 
     >>> percent(0.98349)
     '98.3'
@@ -115,7 +115,7 @@ def percent(fraction: float) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """A label or an id, escaped, that a narrow column may break before options and after folders.
+    """A label or id as markup, with allowed line breaks before options and after folders.
 
     >>> breakable("knn:k=5")
     Markup('knn<wbr>:k=5')
@@ -124,7 +124,7 @@ def breakable(text: str) -> Markup:
 
 
 def picture_url(png: bytes) -> str:
-    """A picture as a data URL."""
+    """A PNG file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
@@ -138,7 +138,8 @@ def _asset(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Nothing but this style, this script and pictures within the page: a label from a result can load nothing."""
+    """The Content-Security-Policy, which allows only this style, this script and embedded images, so that no text from
+    a result can load anything."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
         f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
@@ -147,7 +148,7 @@ def _policy(style: str, script: str) -> str:
 
 
 def _overview(draw: Draw, board: Board, narrow: bool = False) -> Markup:
-    """AUROC of all scorers side by side, near and far apart; ``narrow`` shows the leaders alone, for a phone."""
+    """Figure of the AUROC of all scorers on near and far sets; ``narrow`` shows only the best ones, for a phone."""
     rows = []
     for row in board.rows[:TOP] if narrow else board.rows:
         figures = {region: row.figures[f"{region}_auroc"] for region in ("near", "far", "all")}
@@ -155,7 +156,7 @@ def _overview(draw: Draw, board: Board, narrow: bool = False) -> Markup:
         sets = [(board.sets[name], 100 * figure.value) for name, figure in row.sets.items()]
         rows.append(plots.ScorerRow(_clipped(row, 22 if narrow else 52), means, sets))
     which = f"the first {len(rows)}" if narrow and len(board.rows) > TOP else str(len(rows))
-    label = f"AUROC of {which} scorers on near, far and all OOD sets; the figures stand in the table"
+    label = f"AUROC of {which} scorers on near, far and all OOD sets; the table has the figures"
     frame = plots.overview_frame(len(rows), _NARROW if narrow else None)
     return draw(plots.alone(frame, plots.overview, rows), label)
 
@@ -170,7 +171,7 @@ def _clipped(row: Row, most: int) -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """A line of a legend: an OOD set, its role, ink and dash pattern, and what is said of it."""
+    """A line of a legend: an OOD set, its role, ink, dash pattern and AUROC."""
 
     name: str
     role: str
@@ -181,7 +182,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawing with its title and a line below it."""
+    """A drawing with its title and a line of detail below it."""
 
     title: str
     role: str
@@ -191,7 +192,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture with its size, its alternative text, a caption, and quiet lines below it."""
+    """An image with its size, alternative text, caption, and detail lines below it."""
 
     png: bytes
     width: int
@@ -204,7 +205,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class ScorerView:
-    """One scorer of a run in detail; ``missing`` says in words what was not kept."""
+    """One scorer of a run in detail; ``missing`` explains what was not kept."""
 
     result: ScorerResult
     histograms: list[Drawing]
@@ -217,7 +218,7 @@ class ScorerView:
 
 @dataclass(frozen=True)
 class Film:
-    """The frames along one path, and what is known of it."""
+    """The decoded frames along one path, with a title and a line of detail."""
 
     title: str
     role: str
@@ -227,7 +228,7 @@ class Film:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run as the template shows it; texts instead of drawings say what was not kept."""
+    """One run as the template shows it; texts in place of drawings explain what was not kept."""
 
     run: Run
     health: HealthCard
@@ -308,7 +309,7 @@ def _mistakes(run: Run, label: str, missing: list[str]) -> list[tuple[str, list[
     if sides is None:
         missing.append("The images this scorer gets wrong were not kept: a run keeps those of its best scorers only.")
         return []
-    titles = {"ood": "OOD images that look most ID", "id": "ID images that look most OOD"}
+    titles = {"ood": "OOD images with the lowest scores", "id": "ID images with the highest scores"}
     return [
         (title, [_mistake(run.pictures.images, label, m) for m in sides[side]])
         for side, title in titles.items()
@@ -332,9 +333,9 @@ def _film(pictures: Pictures, film: Frames) -> Film:
     sample = pictures.samples[film.sample]
     role = sample.role if sample.role in OOD_ROLES else "id"
     ended = {
-        Status.CONVERGED: f"settles after {sample.steps} steps",
-        Status.STEP_LIMIT: f"still moving after {sample.steps} steps",
-        Status.NON_FINITE: f"leaves the finite numbers after {sample.steps} steps",
+        Status.CONVERGED: f"converged after {sample.steps} steps",
+        Status.STEP_LIMIT: f"not converged after {sample.steps} steps",
+        Status.NON_FINITE: f"NaN or infinite after {sample.steps} steps",
     }
     title = f"{sample.split} ({sample.role})" if role != "id" else f"{sample.split} (ID)"
     frames = [
@@ -356,15 +357,15 @@ def _plane_label(pictures: Pictures) -> str:
 
 def _plane_text(pictures: Pictures) -> str:
     if pictures.plane == "latent":
-        return "The latent has two dimensions: this is all of it, with the vector field f(z) − z."
+        return "The latent space has two dimensions and is shown completely, with the vector field f(z) − z."
     fitted = (
         f"{len(pictures.attractors)} end points of training images"
         if pictures.plane == "attractors"
-        else "the starts z₀ of the samples shown, since the run has no three different attractors"
+        else "the starts z₀ of the samples shown, as the run has fewer than three different attractors"
     )
     return (
-        f"The plane of the first two principal components of {fitted}; it holds {pictures.explained:.0%} of their "
-        "variance, so points that meet here may lie apart."
+        f"The plane of the first two principal components of {fitted}, with {pictures.explained:.0%} of their "
+        "variance; points that meet here may be apart in the latent space."
     )
 
 
@@ -375,7 +376,7 @@ def _no_dynamics(run: Run) -> str:
 
 
 def _dynamics(draw: Draw, run: Run) -> list[tuple[str, list[Drawing], list[Key]]]:
-    """Rows of panels: all sets in one row up to four, else one for each role."""
+    """Rows of panels, as in :func:`traj_ood.evaluation.dynamics_plots.set_rows`, each with its title and legend."""
     if run.curves is None or run.curves.empty:
         return []
     tol = run.result.config.get("tol")

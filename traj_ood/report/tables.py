@@ -1,4 +1,4 @@
-"""The figures of the report, out of results: nothing is computed here but means of what is recorded."""
+"""The tables of the report, from results; only means of recorded values are computed here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean as a fraction, its 95 % interval (NaN where none was recorded) and its deviation over seeds (NaN for
+    """A mean as a fraction, with its 95 % interval (NaN if not recorded) and standard deviation over seeds (NaN for
     one)."""
 
     value: float
@@ -46,9 +46,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a leaderboard: a scorer over seeds. ``figures`` by ``<region>_<metric>``, ``sets`` AUROC by set.
+    """One line of a leaderboard: a scorer, averaged over seeds.
 
-    ``tag`` is the letter of what sets the row apart from its namesakes (see :class:`Board`), empty when nothing does.
+    ``figures`` are by ``<region>_<metric>``, ``sets`` the AUROC by OOD set. ``tag`` is a letter for rows of the same
+    scorer with other data or settings (see :class:`Board`), else empty.
     """
 
     label: str
@@ -67,15 +68,15 @@ class Row:
 
     @property
     def papers(self) -> bool:
-        """Whether this is the paper's own score, with the paper's defaults."""
+        """Whether this is the paper's score with the paper's defaults."""
         return self.label == "trajectory"
 
 
 @dataclass(frozen=True)
 class Board:
-    """The leaderboard of one benchmark and model: rows best first, the runs behind them, and the role of each set.
+    """The leaderboard of one benchmark and model: rows best first, their runs, and the role of each OOD set.
 
-    ``tags`` explain the letters of rows on different data or settings; without them all rows are comparable.
+    ``tags`` explain the letters of rows with other data or settings; if empty, all rows are comparable.
     """
 
     benchmark: str
@@ -91,12 +92,12 @@ class Board:
 
     @property
     def scorers(self) -> int:
-        """How many different scorers there are."""
+        """The number of different scorers."""
         return len({row.label for row in self.rows} - {CONTROL})
 
     @property
     def notes(self) -> dict[str, str]:
-        """What each scorer measures, in a line."""
+        """What each scorer measures, by label."""
         return {row.label: row.note for row in self.rows if row.note}
 
     @property
@@ -111,11 +112,11 @@ class Board:
 
     @property
     def conclusion(self) -> str:
-        """Who leads, by how much, whether that is beyond the intervals, and whether the attractors are healthy."""
+        """Sentences on the best scorer, its lead, whether intervals overlap, and the health of the attractors."""
         return " ".join([_leader(self), _health_words(self)])
 
     def best(self, column: str) -> float:
-        """The best value of a column of figures; NaN where the rows are not comparable."""
+        """The best value of a column of figures; NaN if the rows are not comparable."""
         values = [r.figures[column].value for r in self.rows if r.figures[column].known and r.label != CONTROL]
         if self.tags or not values:
             return NAN
@@ -148,15 +149,15 @@ def _health_words(board: Board) -> str:
     used = [run for run in board.runs if run.result.dictionary.get("used") is not False]
     if not used:
         return "No scorer reads attractors."
-    sick = sum(not run.result.dictionary["healthy"] for run in used)
-    if not sick:
+    unhealthy = sum(not run.result.dictionary["healthy"] for run in used)
+    if not unhealthy:
         return "The attractors are healthy."
-    return f"The attractors are unhealthy{f' in {sick} of {len(used)} runs' if len(used) > 1 else ''}: see below."
+    return f"The attractors are unhealthy{f' in {unhealthy} of {len(used)} runs' if len(used) > 1 else ''}: see below."
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One benchmark on several models: the mean AUROC of each scorer that at least two of them have."""
+    """Mean AUROC on one benchmark with several models, for each scorer that at least two of them have."""
 
     benchmark: str
     models: list[str]
@@ -164,8 +165,10 @@ class SideBySide:
 
 
 def side_by_side(found: Sequence[Board]) -> list[SideBySide]:
-    """Boards of one benchmark beside each other, scorers best first by their mean over models; rows on other data or
-    settings than the rest of their board stay out."""
+    """Compare the boards of each benchmark, with the scorers sorted by their mean over models, best first.
+
+    Rows with other data or settings than the rest of their board are left out.
+    """
     tables = []
     for benchmark in dict.fromkeys(board.benchmark for board in found):
         own = [board for board in found if board.benchmark == benchmark]
@@ -186,10 +189,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def boards(runs: Sequence[Run]) -> list[Board]:
-    """One board per benchmark and model, as ``traj-ood leaderboard`` groups them. Raises as it."""
+    """One board per benchmark and model, grouped as by ``traj-ood leaderboard``; raises as :func:`leaderboard`."""
     results = [run.result for run in runs]
     table = leaderboard(results)
-    # The table averages; the intervals are with the results that stand behind each of its rows.
+    # The table has averages only; intervals are taken from the results of each row.
     behind = {tuple(group.head().values()): group.runs for group in groups_of(results)}
     keys = ["benchmark", "model", "fingerprint", "scorer", "label", "variant", "seeds"]
     found: list[Board] = []
@@ -244,12 +247,12 @@ def _mean_estimate(scores: Sequence[SetScore], metric: str) -> Estimate:
     return Estimate(mean, *mean_interval(scores, metric), spread)
 
 
-# ---------------------------------------------------------------------------------------------- the dictionary
+# ---------------------------------------------------------------------------------------------- attractors
 
 
 @dataclass(frozen=True)
 class HealthCard:
-    """A run's attractors in words: a state for its colour, a title, a sentence, and (name, figure) facts."""
+    """The health of a run's attractors: a state (for the colour), a title, a sentence, and (name, figure) pairs."""
 
     state: str
     title: str
@@ -258,7 +261,7 @@ class HealthCard:
 
 
 def health_card(result: Result) -> HealthCard:
-    """The verdict as it was recorded; runs older than the verdict have its reasons alone."""
+    """The recorded verdict; older runs have only its reasons."""
     record = result.dictionary
     if record.get("used") is False:
         return HealthCard("none", "No attractors", "No scorer of this run reads attractors.", [])
@@ -270,12 +273,12 @@ def health_card(result: Result) -> HealthCard:
     if record["healthy"]:
         return HealthCard("good", "Healthy", _recorded(record), facts)
     reasons = "; ".join(record["warnings"]) or "no reason was recorded"
-    text = f"{reasons}. Scores against these attractors mean nothing."
+    text = f"{reasons}. Scores against these attractors are meaningless."
     return HealthCard("bad", "Unhealthy", text[:1].upper() + text[1:], facts)
 
 
 def _sentence(text: str, word: str) -> str:
-    """A verdict's text without the word that the title says."""
+    """A verdict's text without its first word, which is the title."""
     rest = text.removeprefix(f"{word}: ")
     return rest[:1].upper() + rest[1:]
 
@@ -301,12 +304,12 @@ def _health_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     if steps:
         facts.append(("Steps, median (5–95 %)", f"{steps[2]:.0f} ({steps[0]:.0f}–{steps[4]:.0f})"))
     if moved:
-        facts.append(("Moved, median", f"{moved[2]:.2f} of ‖z₀‖"))
+        facts.append(("Displacement, median", f"{moved[2]:.2f} of ‖z₀‖"))
     return facts
 
 
 def provenance(run: Run) -> list[tuple[str, str]]:
-    """How a run was made, as (name, text)."""
+    """How a run was made, as (name, text) pairs."""
     result = run.result
     config = result.config
     options: Iterable[tuple[str, Any]] = (
