@@ -592,7 +592,7 @@ def test_wrong_images(make: Callable[[], Any]) -> None:
     x = tiny.images(5)
     x[3, 0, 0, 0] = float("nan")
     x[4, 0, 0, 0] = float("inf")
-    with pytest.raises(TrajOODError, match=r"2 image\(s\) hold NaN or infinite pixels, first at row 3"):
+    with pytest.raises(TrajOODError, match=r"2 image\(s\) have NaN or infinite pixels, first at row 3"):
         model.encode(x)
 
 

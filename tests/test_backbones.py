@@ -91,7 +91,7 @@ def test_without_a_classifier() -> None:
     [
         (torch.zeros(2, 3, 2, 3), r"custom: expected float images \(B, 3, 2, 2\), got .*\(2, 3, 2, 3\): prepare them"),
         (torch.zeros(2, 3, 2, 2, dtype=torch.uint8), r"got torch\.uint8 of shape"),
-        (torch.full((2, 3, 2, 2), torch.nan), r"2 image\(s\) hold NaN or infinite pixels, first at row 0"),
+        (torch.full((2, 3, 2, 2), torch.nan), r"2 image\(s\) have NaN or infinite pixels, first at row 0"),
     ],
 )
 def test_bad_images(images: Tensor, text: str) -> None:

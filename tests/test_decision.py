@@ -250,7 +250,7 @@ def test_calibrate_changes_the_threshold_and_nothing_else(place: Path) -> None:
     )
     assert [entry["images"] for entry in after.history] == [40, 42]
     card = (place / "d2" / "README.md").read_text()
-    assert "Calibrations, the last one in force" in card
+    assert "All calibrations, of which the last is used" in card
     assert str(place / "new") in card
 
     again = calibrate(

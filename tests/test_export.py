@@ -268,10 +268,10 @@ def test_the_threshold_is_in_the_file_where_it_is_one_of_this_score() -> None:
 @pytest.mark.parametrize(
     ("scorer", "steps", "message"),
     [
-        ("isolation-forest", None, "scorer isolation-forest cannot be exported: its trees are walked until"),
-        ("steps", 4, "scorer steps cannot be exported: it counts the steps until a sample settles"),
-        ("reconstruction:masked=true", None, "cannot be exported: it encodes each image four times"),
-        ("trajectory", None, "scorer trajectory reads a path until it settles, .* say how many, .* --steps 16"),
+        ("isolation-forest", None, "scorer isolation-forest cannot be exported: its trees are descended until"),
+        ("steps", 4, "scorer steps cannot be exported: it counts the steps until convergence"),
+        ("reconstruction:masked=true", None, "cannot be exported: it encodes each image under four masks"),
+        ("trajectory", None, "scorer trajectory iterates until convergence, .* give one, such as --steps 16"),
         ("trajectory:horizon=4", 0, "expected at least 1 step, got 0"),
     ],
 )
@@ -367,7 +367,7 @@ def test_a_transform_of_ones_own_code_cannot_be_taken_over() -> None:
     model = CallableAutoencoder(
         lambda x: x.flatten(1), lambda z: 0.5 * z.reshape(-1, *shape), shape, transform=lambda i: torch.zeros(shape)
     )
-    with pytest.raises(TrajOODError, match=r"got a transform of your own code: make custom with preprocessing="):
+    with pytest.raises(TrajOODError, match=r"got a transform in user code: make custom with preprocessing="):
         as_module(fitted(model, "first-residual"))
 
 
@@ -409,7 +409,7 @@ def test_the_command_prints_the_check_the_size_and_the_latency(tmp_path: Path) -
     inside = tmp_path / "field" / "field.pt2"
     done = CliRunner().invoke(main, [*command[:5], str(inside), "--images", str(tmp_path / "images")])
     assert (done.exit_code, inside.exists()) == (2, False)
-    assert f"expected a place outside of any detector, found {tmp_path / 'field'}" in done.stderr
+    assert f"expected a place outside of any detector, but {tmp_path / 'field'} is one" in done.stderr
     done = CliRunner().invoke(main, [*command, str(tmp_path / "images")])
     assert (done.exit_code, done.stdout) == (2, "")
     assert f"{out}: exists already; choose another --out, or replace it with --overwrite" in done.stderr

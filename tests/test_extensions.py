@@ -91,7 +91,7 @@ def test_a_detector_of_an_own_scorer_names_its_file_and_runs_nothing(tmp_path: P
     forget()
     without = call("score", out, image, "-q")
     assert without.exit_code == 2
-    assert "its scorer 'mine' was made with mine.py (SHA-256 " in without.stderr
+    assert "its scorer 'mine' is defined in mine.py (SHA-256 " in without.stderr
     assert "give --import mine.py with its path" in without.stderr
     again = call("score", out, image, "-q", "--import", script)
     assert (again.exit_code, again.stdout) == (0, with_it.stdout)

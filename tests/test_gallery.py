@@ -192,7 +192,7 @@ def test_a_model_that_decodes_to_features_has_no_frames_and_says_so(place: Path,
     done.run()
     kept = Pictures.load(done.folder / FILE_NAME)
     assert kept.frames == ()
-    assert kept.no_frames == "the decoder of this model ends at the features of a backbone, not at images"
+    assert kept.no_frames == "the decoder of this model returns features of a backbone, not images"
     assert len(kept.paths) == len(kept.samples) > 0
 
 
@@ -281,7 +281,7 @@ def test_a_table_of_other_images_is_refused(run: tuple[Evaluator, Result, Pictur
     table = pd.read_parquet(done.folder / "scores.parquet")
     for column, value, text in (
         ("split", "moon", "expected splits of the benchmark, got 'moon'"),
-        ("id", "gone.png", "holds no image 'gone.png'"),
+        ("id", "gone.png", "has no image 'gone.png'"),
     ):
         other = table.assign(**{column: value})
         with pytest.raises(TrajOODError, match=text):

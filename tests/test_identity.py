@@ -96,7 +96,7 @@ def test_a_finished_run_is_not_that_of_other_pictures(place: Path, name: str) ->
     split = {"train": "train", "test": "test", "far": "bright"}[name.split("/")[0]]
     with pytest.raises(
         TrajOODError,
-        match=rf"holds a run with another data \(1 of \d+ images of split '{split}' have changed: '{split}/"
+        match=rf"has a run with another data \(1 of \d+ images of split '{split}' have changed: '{split}/"
         rf"{name.split('/')[1]}'\): choose another --out, or discard it with --fresh",
     ):
         run_of(place).run()
@@ -170,10 +170,13 @@ def test_runs_of_other_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(KeyboardInterrupt):
             run_of(place, "killed").run()
     monkeypatch.setattr(evaluator_module, "code_digest", lambda: "0" * 16)
-    with pytest.warns(UserWarning, match=r"a finished run that other code has made \(traj_ood .*, commit .*\): these"):
+    with pytest.warns(
+        UserWarning,
+        match=r"a finished run made by another version of the code \(traj_ood .*, commit .*\), whose results",
+    ):
         assert run_of(place, pictures=True).run() == result
     assert not (first.folder / "gallery.safetensors").exists()
-    with pytest.raises(TrajOODError, match="holds a run with another code: choose another --out"):
+    with pytest.raises(TrajOODError, match="has a run with another code: choose another --out"):
         run_of(place, "killed").run()
 
 
@@ -186,7 +189,7 @@ def test_results_older_than_digests_of_contents(place: Path) -> None:
     old = replace(result, data=data, versions=versions, model=model)
     old.save(first.folder / "result.json")
     (first.folder / "images.parquet").unlink()
-    with pytest.warns(UserWarning, match="a finished run that other code has made"):
+    with pytest.warns(UserWarning, match="a finished run made by another version of the code"):
         assert run_of(place).run() == old
     assert set(leaderboard([old, replace(result, seed=1)])["seeds"]) == {2}  # of the same list, as before
 
@@ -207,7 +210,7 @@ def test_callables_are_known_by_what_they_do(place: Path, other: dict[str, Calla
 
     first = run_of(place, model=model()).run()
     assert run_of(place, model=model()).run() == first  # other functions that do the same
-    with pytest.raises(TrajOODError, match="holds a run with another model: choose another --out"):
+    with pytest.raises(TrajOODError, match="has a run with another model: choose another --out"):
         run_of(place, model=model(**other)).run()
 
 

@@ -136,8 +136,8 @@ def test_the_two_fprs_differ() -> None:
 @pytest.mark.parametrize(
     ("id_scores", "ood_scores", "message"),
     [
-        ([], [1.0], "ID scores: expected at least 1 score, got 0; check that this split holds images"),
-        ([1.0], [], "OOD scores: expected at least 1 score, got 0; check that this split holds images"),
+        ([], [1.0], "ID scores: expected at least 1 score, got 0; check that this split has images"),
+        ([1.0], [], "OOD scores: expected at least 1 score, got 0; check that this split has images"),
         ([[1.0]], [1.0], "ID scores: expected one score per image, shape (n,); got shape (1, 1)"),
         (
             [1.0],

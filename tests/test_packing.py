@@ -295,7 +295,7 @@ def test_code_of_your_own_is_described_and_not_written(make: Callable[[], Autoen
     assert described["kind"] == "callable"
     assert described["fingerprint"] == model.fingerprint()
     assert not (tmp_path / "a").exists()
-    text = f"the model '{model.name}' is made of your own code, which no file holds: .*pass it as autoencoder="
+    text = f"the model '{model.name}' is defined by user code, which is not saved: .*pass it as autoencoder="
     with pytest.raises(TrajOODError, match=text):
         unpack(described, tmp_path / "a")
 

@@ -211,8 +211,8 @@ def test_a_gallery_of_other_sizes_is_refused() -> None:
 def test_empty_and_broken_scores_are_named(plot: Any) -> None:
     for id_scores, ood, message in (
         (ID, {}, "plot: expected scores of at least 1 OOD set, got none; name a near or far split"),
-        ([], {"bag": [1.0]}, "ID scores: expected at least 1 score, got 0; check that this split holds images"),
-        (ID, {"bag": []}, "bag scores: expected at least 1 score, got 0; check that this split holds images"),
+        ([], {"bag": [1.0]}, "ID scores: expected at least 1 score, got 0; check that this split has images"),
+        (ID, {"bag": []}, "bag scores: expected at least 1 score, got 0; check that this split has images"),
     ):
         with pytest.raises(TrajOODError) as error:
             plot(id_scores, ood, SETS, "title")

@@ -125,7 +125,7 @@ def test_it_is_the_affine_map_that_it_says() -> None:
 def test_nothing_is_resized_where_that_is_declared() -> None:
     made = Preprocessing(GREY, resize="none")
     assert made(Image.new("L", (8, 8), 51)).mean() == pytest.approx(0.2)
-    with pytest.raises(TrajOODError, match="a picture of 8 x 8 pixels, since this model resizes none, got 9 x 8"):
+    with pytest.raises(TrajOODError, match="an image of 8 x 8 pixels, as this model does not resize, got 9 x 8"):
         made(Image.new("L", (9, 8)))
 
 
@@ -138,7 +138,7 @@ def test_nothing_is_resized_where_that_is_declared() -> None:
         ({"resize": "squeeze"}, "unknown preprocessing: resize 'squeeze'"),
         ({"interpolation": "bicubik"}, "did you mean 'bicubic'"),
         ({"rescale": 0.0}, "rescale: expected a positive factor"),
-        ({"short_side": 9}, "short_side with resize 'crop' alone"),
+        ({"short_side": 9}, "short_side with resize 'crop' only"),
         ({"resize": "crop", "short_side": 7}, r"at least the crop \(8, 8\), got 7"),
     ],
 )
@@ -275,7 +275,7 @@ def test_what_a_data_set_gives_wrongly_is_named(detector: Detector, arrays: np.n
         detector.score(normalised)
     with pytest.raises(TrajOODError, match="expected a key of image, img, pixel_values, data, got keys photo"):
         detector.score(torch.utils.data.DataLoader([{"photo": torch.zeros(GREY)}]))  # type: ignore[arg-type]
-    with pytest.raises(TrajOODError, match="expected a number of images that is known"):
+    with pytest.raises(TrajOODError, match="expected images of known number"):
         detector.score(torch.utils.data.DataLoader(Endless()))
 
 

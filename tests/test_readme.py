@@ -69,11 +69,11 @@ def test_page_help_and_docstring_promise_the_same_of_a_score():
     def promise(text: str | None) -> list[str]:
         words = " ".join((text or "").split())
         # Commands judge whole streams: the second bound is of single calls in Python.
-        words = re.sub(r"1e-9 relative, and within 1e-5 [^;]*;", "1e-9 relative;", words)
-        return re.findall(r"An image has the same score .*? by several times its own size\.", words)
+        words = re.sub(r"1e-9, relative, and to 1e-5 .*?\. The same", "1e-9, relative, and the same", words)
+        return re.findall(r"An image's score is independent .*? by several times its value\.", words)
 
     (expected,) = promise((DOCS / "reliability.md").read_text(encoding="utf-8"))
-    assert "1e-9 relative" in expected
+    assert "1e-9, relative" in expected
     for text in (bench.help, score.help, Detector.__doc__):
         assert promise(text) == [expected]
 

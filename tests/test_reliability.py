@@ -376,7 +376,7 @@ def test_numbers_beyond_the_weights_type_are_no_pixels(detectors: list[Detector]
     images = tiny.images(3).double()
     images[1, 0, 2, 2] = value
     for detector in detectors:
-        with pytest.raises(TrajOODError, match=r"1 image\(s\) hold NaN or infinite pixels, first at row 1"):
+        with pytest.raises(TrajOODError, match=r"1 image\(s\) have NaN or infinite pixels, first at row 1"):
             detector.score(Normalised(images))
 
 

@@ -111,7 +111,7 @@ def test_non_finite_figures_are_not_saved(tmp_path: Path, value: float) -> None:
         result.save(tmp_path / "result.json")
     assert str(error.value) == (
         "result 'fashion-seed0': expected finite numbers, got NaN or infinity at dictionary.residual.quantiles[1]; "
-        "store None where a figure is undefined"
+        "store None for undefined values"
     )
     assert list(tmp_path.iterdir()) == []
 

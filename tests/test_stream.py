@@ -832,7 +832,7 @@ def test_the_unfinished_file_is_no_link_and_no_pipe(judge: Detector, folder: Pat
         write(judge, walk(str(folder)), tmp_path / "out.csv", overwrite=True)
     assert (tmp_path / "victim").read_text() == "mine"
     os.mkfifo(tmp_path / "pipe.csv.part")
-    with pytest.raises(TrajOODError, match=r"pipe\.csv\.part: expected a file that an earlier run left"):
+    with pytest.raises(TrajOODError, match=r"pipe\.csv\.part: expected an unfinished file or nothing"):
         write(judge, walk(str(folder)), tmp_path / "pipe.csv", overwrite=True)
 
 

@@ -52,8 +52,8 @@ def test_near_sets_come_before_far_sets_and_diagnostics_last() -> None:
         ({"ood": ()}, "benchmark 'toy': expected at least one near or far OOD set, got none; add one"),
         ({"ood": (split("c", "diagnostic", 2),)}, "expected at least one near or far OOD set, got none; add one"),
         ({"ood": (split("test", "far", 2),)}, "benchmark 'toy': two splits are named 'test'; rename one"),
-        ({"test": split("t", "near", 2)}, "split 't' stands where the role test is expected, its role is 'near'"),
-        ({"ood": (split("v", "val", 2),)}, "split 'v' stands where the role near or far or diagnostic is expected"),
+        ({"test": split("t", "near", 2)}, "split 't': expected the role test, got 'near'"),
+        ({"ood": (split("v", "val", 2),)}, "split 'v': expected the role near or far or diagnostic"),
         ({"name": "../x"}, "benchmark name '../x': expected letters, digits, '_', '-' and '.', starting with"),
     ],
 )
