@@ -179,7 +179,7 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
     choice = Choice(columns or DEFAULT_COLUMNS, options["sort"], labels, options["top"], tables)
     if csv_path is not None:
         refuse_inside(csv_path.parent)
-    results = with_diagnostics(Result.load_all(folder), _listed(options["diagnostics"]))
+    results = with_diagnostics(Result.load_all(folder), comma_separated(options["diagnostics"]))
     if form == "openood":
         if csv_path is not None:
             write_openood_csv(results, csv_path, quote_formulas=quote)

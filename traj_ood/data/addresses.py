@@ -49,7 +49,7 @@ class RemoteFiles:
     """The file at an allowed address, or all files below it.
 
     Attributes:
-        names: addresses of the files, sorted. :meth:`open` refuses those that are not allowed, which a listing may name.
+        names: addresses of the files, sorted; a listing may name some that :meth:`open` refuses as not allowed.
     """
 
     def __init__(self, address: str, allow: Sequence[str]) -> None:
@@ -96,9 +96,7 @@ class RemoteFiles:
         parts, size = [], 0
         with self.open(name) as file:
             try:
-                while size <= most and (
-                    part := file.read(most + 1 - size)
-                ):  # a stream returns the bytes received so far
+                while size <= most and (part := file.read(most + 1 - size)):  # a stream returns what has arrived
                     parts.append(part)
                     size += len(part)
             except Exception as error:

@@ -43,8 +43,8 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
 
     Args:
         curves: columns ``split``, ``role`` (near, far, diagnostic; anything else is ID), ``step``, ``quantity``
-            (``residual_sq``, ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples. A NaN residual means
-            that the quantile is below ``tol``; ``running`` is a fraction, in ``q50``.
+            (``residual_sq``, ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples.
+            A NaN residual means that the quantile is below ``tol``; ``running`` is a fraction, in ``q50``.
         tol: tolerance on the squared residual, drawn as a line.
         width: width in inches for print, see :func:`traj_ood.drawing.style.canvas`.
     Raises:

@@ -72,7 +72,7 @@ def read_rows(sources: Iterable[str | Path]) -> Rows:
 
 
 def _source(source: Path) -> np.ndarray:
-    """(rows, 2): scores and p-values of one file or folder."""
+    """Scores and p-values of one file or folder, (rows, 2); rows with the same key count once."""
     whole = np.concatenate([np.empty((0, 3)), *(_scores(path) for path in _files(source))])
     if not np.isnan(whole[:, 2]).any():
         whole = whole[np.unique(whole[:, 2], return_index=True)[1]]

@@ -103,7 +103,7 @@ class Service:
         return await asyncio.wrap_future(work)
 
     def _log(self, digest: str, names: Sequence[str], decisions: Sequence[Decision]) -> None:
-        """Write one row per decision; rows that a full disk refuses are counted and logged, and the request succeeds."""
+        """Write one row per decision. Rows lost to a full disk are counted and logged; the request succeeds."""
         try:
             if self.rows is not None:
                 self.rows.write(digest, names, decisions)

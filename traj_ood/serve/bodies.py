@@ -19,7 +19,7 @@ from traj_ood.text import one_line
 
 _MAX_NAME = 200  # characters of a name, or of a parser's message, in a response
 _KEY = "images"
-_FIELD = 4096  # bytes of a form field that is no file: there is none that we take
+_FIELD = 4096  # most bytes of a form field that is not a file; no such field is used
 _FORM = 'JSON: expected {"images": ["<base64>", …]}'
 
 
@@ -138,11 +138,11 @@ def _from_json(body: bytes, limits: Limits) -> list[Upload]:
 
 
 def _check_structure(body: bytes, limits: Limits) -> None:
-    """Refuse a JSON text that is more than a list of texts before it is parsed: 32 MiB of empty lists would be 20 times
-    as large in memory. Base64 has none of these characters.
+    """Check before parsing that a JSON body is a list of strings: 32 MiB of empty lists would take 20 times as much
+    memory. Brackets and commas can be counted, because base64 contains none.
 
     Raises:
-        RefusedError: 400 another structure, 413 too many images.
+        RefusedError: 400 for another structure, 413 for too many images.
     """
     if body.count(b"[") + body.count(b"{") > 2:
         raise RefusedError(400, _FORM)
