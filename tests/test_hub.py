@@ -79,7 +79,7 @@ def test_what_is_no_detector_and_what_was_changed_is_refused(hub: Hub) -> None:
     for name in ("garments", "me/garments/x", "https://hub/me/x", ""):
         with pytest.raises(TrajOODError, match="expected owner/name"):
             Detector.from_hub(name)
-    with pytest.raises(TrajOODError, match=r"me/none: cannot be had \(404 Client Error"):
+    with pytest.raises(TrajOODError, match=r"me/none: cannot be read \(404 Client Error"):
         Detector.from_hub("me/none")
     (hub.root / "me" / "other").mkdir(parents=True)
     (hub.root / "me" / "other" / "README.md").write_text("x")
