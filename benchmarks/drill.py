@@ -31,6 +31,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -247,6 +248,7 @@ def main() -> None:
             from traj_ood import ConvAutoencoder, ConvNetwork
 
             made_images(Path(folder) / "images")
+            torch.manual_seed(0)
             ConvAutoencoder(ConvNetwork(channels=1, size=8, width=2, bottleneck=6)).save_pretrained(
                 Path(folder) / "conv"
             )

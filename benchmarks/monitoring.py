@@ -8,8 +8,8 @@ of which 9 % score below the threshold of 95 %. A change comes after 0, 1,000 or
 :func:`traj_ood.monitor.watch` with its defaults (1 % false alarms, ever); ``martingale`` and ``windows`` are its
 halves; ``simple jumper`` is the plain one of Vovk et al. 2021 (three linear bets, no restarts) at the martingale's
 level. Beside them the detectors of river, where it is installed, which say nothing of a stream's whole length, on the
-split-conformal p-values, with their own defaults, warmed up with the calibration's. Writes
-results/benchmarks/monitoring.json.
+split-conformal p-values, with their own defaults, warmed up with the calibration's; and evidently's test of one window,
+at its own level for each, where that is installed. Writes results/benchmarks/monitoring.json.
 """
 
 from __future__ import annotations
@@ -96,6 +96,18 @@ def _river(calibration: Floats, scores: Floats, seed: int) -> dict[str, int | No
     return found
 
 
+def evidently_alarms(calibration: Floats, scores: Floats) -> Alarms:
+    """The same of evidently's Kolmogorov-Smirnov test of each window, at its own level."""
+    kolmogorov: Any = importlib.import_module("evidently.legacy.calculations.stattests.ks_stattest")
+    test, level = kolmogorov._ks_stat_test, kolmogorov.ks_stat_test.default_threshold
+    found: list[int | None] = []
+    for r in range(scores.shape[1]):
+        ends = range(WINDOW, len(scores) + 1, WINDOW)
+        rings = (t for t in ends if test(calibration[:, r], scores[t - WINDOW : t, r], "num", level)[1])
+        found.append(next(rings, None))
+    return {"Kolmogorov-Smirnov windows": found}
+
+
 def simulate(runs: int, before: int, after: Callable[..., Floats] | None, length: int, test: Any) -> dict[str, Any]:
     """Over ``runs`` streams: the share of false alarms before the change and the delays after it, by test."""
     columns = []
@@ -152,6 +164,12 @@ def run(tiny: bool) -> dict[str, Any]:
         record["river, streams without a change"] = simulate(few, 0, None, min(long, 5000), river_alarms)
         record["river, changes after 1,000"] = {
             name: simulate(few // 2 or 1, 400 if tiny else 1000, change, min(length, 2000), river_alarms)
+            for name, change in CHANGES.items()
+        }
+    if importlib.util.find_spec("evidently") is not None:
+        record["evidently, streams without a change"] = simulate(few, 0, None, min(long, 5000), evidently_alarms)
+        record["evidently, changes after 1,000"] = {
+            name: simulate(few // 2 or 1, 400 if tiny else 1000, change, min(length, 2000), evidently_alarms)
             for name, change in CHANGES.items()
         }
     record["seconds of CPU time"] = round(time.process_time() - started, 1)

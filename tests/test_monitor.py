@@ -195,3 +195,12 @@ def test_the_benchmark_rehearses() -> None:
     said = module["simulate"](2, 100, module["CHANGES"]["all OOD"], 300, module["alarms"])
     assert said["monitor"]["found"] == 2
     assert said["monitor"]["images until the alarm"]["median"] < 30
+
+
+def test_evidently_tests_one_window_as_ours_do_and_says_nothing_of_all_of_them() -> None:
+    """Its Kolmogorov-Smirnov test is scipy's, as ours is, at 5 % for each window: half of ten windows' streams ring."""
+    pytest.importorskip("evidently.legacy.calculations.stattests.ks_stattest", reason="needs evidently")
+    module = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "monitoring.py"))
+    same = module["simulate"](20, 0, None, 2000, module["evidently_alarms"])["Kolmogorov-Smirnov windows"]
+    assert same["false alarms"] >= 3
+    assert module["simulate"](20, 0, None, 2000, module["alarms"])["windows"]["false alarms"] == 0

@@ -200,6 +200,23 @@ def test_frames_of_a_video_at_a_stride(tmp_path: Path) -> None:
     assert "cannot be decoded any further" in torn.error
 
 
+def test_a_playlist_is_no_video_and_a_film_of_any_kind_is(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="needs traj_ood[sources]")
+    for text in ("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile b.mp4\n"):
+        (tmp_path / "a.mp4").write_text(text)
+        (one,) = read_records(str(tmp_path / "a.mp4"))
+        assert "cannot be decoded any further" in one.error
+    for suffix, codec in ((".mp4", "mpeg4"), (".avi", "mpeg4"), (".mkv", "ffv1"), (".mpg", "mpeg2video")):
+        with av.open(str(tmp_path / f"b{suffix}"), "w") as video:
+            stream = video.add_stream(codec, rate=25)
+            stream.width = stream.height = 32
+            stream.pix_fmt = "yuv420p"
+            frame = av.VideoFrame.from_ndarray(np.full((48, 32), 90, dtype=np.uint8), format="yuv420p")
+            for packet in (*stream.encode(frame), *stream.encode()):
+                video.mux(packet)
+        assert [record.error for record in read_records(str(tmp_path / f"b{suffix}"))] == [""]
+
+
 # ---------------------------------------------------------------------- in the commands
 
 
