@@ -141,7 +141,7 @@ def test_queries_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) ->
     index = index_of(points)
     assert_independent_of_the_batch(index, queries)
     whole = index.nearest(queries)
-    monkeypatch.setattr(one_read, "_HELD", 3 * len(points))  # three queries at a time
+    monkeypatch.setattr(one_read, "_BLOCK_VALUES", 3 * len(points))  # three queries at a time
     assert torch.equal(index.nearest(queries).indices, whole.indices)
 
 

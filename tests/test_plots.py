@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -99,19 +98,6 @@ def test_score_histograms(tmp_path: Path, count: int) -> None:
     got = SETS["bag"].metrics
     title = f"bag (near, n = 50)\nAUROC {100 * got.auroc:.1f} %, FPR95 {100 * got.fpr95:.1f} %"
     assert figure.axes[0].get_title() == title
-
-
-@pytest.mark.parametrize("plot", [score_histograms, roc_curves])
-def test_a_figure_drawn_anew_is_the_figure_drawn_first(plot: Any) -> None:
-    def pixels(figure: Figure) -> Any:
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=50)
-        return np.asarray(Image.open(file))
-
-    used = plot(ID + 100, {"digits": OOD["digits"], "faces": OOD["faces"] * 9}, SETS, "Another title\nand a note")
-    ood = {name: OOD[name] for name in ("bag", "noise")}
-    for sets in (ood, OOD):  # as many panels, and more of them
-        assert np.array_equal(pixels(plot(ID, sets, SETS, "title", used)), pixels(plot(ID, sets, SETS, "title")))
 
 
 @pytest.mark.parametrize("value", [0.0, 40.0, -1e12])
