@@ -168,32 +168,6 @@ def test_the_command_and_sources_of_records(place: Path, cluster: Any, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_lost_node_costs_nothing(place: Path, cluster: Any, tmp_path: Path) -> None:
-    """All processes of the second node are killed while images are judged: its workers and blocks are lost with it."""
-    from traj_ood.distributed import score_to
-    from traj_ood.distributed.engine import Workers
-
-    ray, processes = cluster
-
-    def kill() -> None:
-        deadline = time.monotonic() + tiny.PATIENCE
-        while time.monotonic() < deadline:
-            actors = ray._private.state.actors().values()
-            if any(a["State"] == "ALIVE" and "MapWorker" in a["ActorClassName"] for a in actors):
-                local.end_node(processes[1])
-                return
-            time.sleep(0.1)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    entries = list(walk(str(place / "photos")))
-    assert score_to(tmp_path / "rows", entries, place / "d", workers=Workers(count=2, batch=2)) == 60
-    killer.join()
-    assert processes[1].poll() is not None
-    assert_same(read_rows_of(tmp_path / "rows"), expected(place))
-
-
-@pytest.mark.slow
 def test_one_worker_and_two_are_timed(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs traj_ood[ray]")
     command = [sys.executable, local.__file__, "--tiny", "--out", tmp_path / "cluster.json"]
