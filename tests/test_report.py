@@ -655,6 +655,56 @@ def test_models_stand_side_by_side_and_every_picture_has_words(recorded: Path) -
     assert all('alt="' in tag for tag in re.findall(r"<img [^>]*>", text))
 
 
+def test_two_runs_of_one_model_stand_side_by_side(tmp_path: Path) -> None:
+    first, second = (f"paper/fashion--fashion-mae--seed{seed}" for seed in (0, 1))
+    scorers = []
+    for place in (first, second):
+        (tmp_path / place).mkdir(parents=True)
+        shutil.copy(RECORDS / place / "result.json", tmp_path / place)
+        scorers.append(json.loads((RECORDS / place / "result.json").read_text())["scorers"])
+    (table,) = tables.side_by_side(boards(Run.load_all(tmp_path)))
+    assert (table.columns, table.averaged, table.same_images) == (["seed 0", "seed 1"], False, True)
+    assert {label for label, _, _ in table.rows} == set(scorers[0])
+    for label, figures, difference in table.rows:
+        means = [recorded[label]["all"]["auroc"] for recorded in scorers]
+        assert [figure and figure.value for figure in figures] == means
+        assert all(figure and figure.low < figure.value < figure.high for figure in figures)
+        assert difference == means[1] - means[0]
+    text = render(Run.load_all(tmp_path))
+    assert "Side by side" in text
+    assert f">{100 * table.rows[0][2]:+.1f}</td>" in text
+
+
+def test_runs_side_by_side_say_what_tells_them_apart(tmp_path: Path) -> None:
+    for place, seed, changes in (
+        ("a", 0, {}),
+        ("b", 1, {}),
+        ("c", 0, {"config": {"tol": 1e-3, "max_steps": 80, "attractors": 30}}),
+        ("d", 0, {"model": {"name": "other", "fingerprint": "b" * 64}}),
+        ("e", 0, {"data": {"test": {"role": "test", "count": 60, "sha256": "e" * 64}}}),
+    ):
+        write_run(tmp_path / place, seed, gallery=False, **changes)
+        if place == "b":
+            (same,) = tables.side_by_side(boards(Run.load_all(tmp_path)))
+            assert same.columns == ["seed 0", "seed 1"]
+    (table,) = tables.side_by_side(boards(Run.load_all(tmp_path)))
+    assert len(set(table.columns)) == 5
+    assert table.columns[0] == "other · seed 0"
+    assert all(re.fullmatch(r"toy · seed [01] · \([A-Z]\)", name) for name in table.columns[1:])
+    assert not table.same_images
+
+
+def test_models_stand_side_by_side_where_there_are_many_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "other", gallery=False, model={"name": "other", "fingerprint": "b" * 64})
+    made = [write_run(tmp_path / str(seed), seed, gallery=False) for seed in range(tables.BESIDE)]
+    (table,) = tables.side_by_side(boards(Run.load_all(tmp_path)))
+    assert (table.columns, table.averaged, table.same_images) == (["other", "toy"], True, True)
+    means = [m.auroc for one in made if (m := one.scorers["field"].all)]
+    (field,) = [figures[1] for label, figures, _ in table.rows if label == "field"]
+    assert field is not None
+    assert field.value == pytest.approx(np.mean(means))
+
+
 # ---------------------------------------------------------------------------------------------- in a browser
 
 
@@ -694,6 +744,30 @@ def test_the_leaders_are_in_view_and_all_are_a_click_away(browser: Browser, reco
     assert browser.evaluate(f"{leaders}.width") > 300
     assert browser.evaluate(f"{leaders}.right") <= 420
     assert browser.evaluate("document.querySelector('.wide-only').offsetHeight") == 0
+
+
+def test_strips_show_that_they_go_on_as_long_as_they_do(browser: Browser, tmp_path: Path) -> None:
+    table = scores(0)
+    frames = tuple(["x", *(f"D(z{t})" for t in (0, 1, 2, 4, 8, 16, 64)), "D(z*)"])
+    strip = replace(pictures(table), frames=(Frames(0, frames, tuple(f"{n % 4:03d}" for n in range(len(frames)))),))
+    write_run(tmp_path / "run", gallery=False)
+    strip.save(tmp_path / "run" / GALLERY_NAME)
+    path = write_report(tmp_path)
+    reel = "document.querySelector('.reel')"
+    cue = f"{reel}.parentElement.querySelector('.cue')"
+    fades = f"getComputedStyle({reel}).maskImage.includes('gradient')"
+    browser.open(path, width=420)
+    assert browser.evaluate(f"{reel}.scrollWidth > {reel}.clientWidth")
+    assert browser.evaluate(f"{cue}.offsetHeight") > 0
+    assert browser.evaluate(f"{cue}.textContent") == "9 frames, scroll →"
+    assert browser.evaluate(fades)
+    browser.evaluate(f"new Promise(done => {{ {reel}.addEventListener('scroll', () => setTimeout(done, 50));"
+                     f" {reel}.scrollLeft = {reel}.scrollWidth; }})")  # fmt: skip
+    assert not browser.evaluate(fades)
+    browser.open(path, width=1280)  # where all of it fits
+    assert browser.evaluate(f"{reel}.scrollWidth <= {reel}.clientWidth")
+    assert browser.evaluate(f"{cue}.offsetHeight") == 0
+    assert not browser.evaluate(fades)
 
 
 def test_sorting_by_mouse_and_keyboard(browser: Browser, page: Path) -> None:

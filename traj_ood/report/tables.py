@@ -23,6 +23,8 @@ from traj_ood.evaluation.results import (
 from traj_ood.evaluation.runs import Run
 
 NAN = float("nan")
+BESIDE = 6
+"""Runs that stand side by side, at most; of more, their models do."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a leaderboard: a scorer, averaged over seeds.
+    """One line of a leaderboard: a scorer, averaged over seeds, and the ``results`` behind it.
 
     ``figures`` are by ``<region>_<metric>``, ``sets`` the AUROC by OOD set. ``tag`` is a letter for rows of the same
     scorer with other data or settings (see :class:`Board`), else empty.
@@ -61,6 +63,7 @@ class Row:
     warnings: str
     figures: dict[str, Estimate]
     sets: dict[str, Estimate]
+    results: tuple[Result, ...]
 
     @property
     def name(self) -> str:
@@ -157,31 +160,73 @@ def _health_words(board: Board) -> str:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Mean AUROC on one benchmark with several models, for each scorer that at least two of them have."""
+    """Runs of one benchmark beside each other: the mean AUROC of each scorer that at least two of them have.
+
+    Attributes:
+        columns: what tells each run from the others. averaged: columns are models, each the mean over its runs.
+        same_images: whether all of them were scored on the same lists of test images.
+        rows: label, a figure for each column, and with two columns the difference of the second to the first.
+    """
 
     benchmark: str
-    models: list[str]
-    rows: list[tuple[str, list[Estimate | None]]]
+    columns: list[str]
+    averaged: bool
+    same_images: bool
+    rows: list[tuple[str, list[Estimate | None], float]]
 
 
 def side_by_side(found: Sequence[Board]) -> list[SideBySide]:
-    """Compare the boards of each benchmark, with the scorers sorted by their mean over models, best first.
-
-    Rows with other data or settings than the rest of their board are left out.
-    """
+    """Each run of a benchmark in a column; where there are more than :data:`BESIDE`, each model, and rows on other data
+    or settings than the rest of their board stay out. Scorers are best first by their mean over columns."""
     tables = []
     for benchmark in dict.fromkeys(board.benchmark for board in found):
         own = [board for board in found if board.benchmark == benchmark]
-        figures = [{r.label: r.figures["all_auroc"] for r in board.rows if not r.tag} for board in own]
-        labels = [
-            label for label in dict.fromkeys(k for f in figures for k in f) if sum(label in f for f in figures) > 1
-        ]
-        if len(own) < 2 or not labels:
-            continue
-        rows = [(label, [f.get(label) for f in figures]) for label in labels]
-        rows.sort(key=lambda row: -_mean([f.value for f in row[1] if f is not None and f.known]))
-        tables.append(SideBySide(benchmark, [board.model for board in own], rows))
+        averaged = sum(len(board.runs) for board in own) > BESIDE
+        if averaged:
+            columns = {b.model: {r.label: r.figures["all_auroc"] for r in b.rows if not r.tag} for b in own}
+        else:
+            columns = {_name_among(run, own): _means(run.result) for board in own for run in board.runs}
+        labels = dict.fromkeys(label for figures in columns.values() for label in figures)
+        lines = [(label, [figures.get(label) for figures in columns.values()]) for label in labels]
+        lines = [line for line in lines if sum(f is not None and f.known for f in line[1]) > 1]
+        lines.sort(key=lambda line: -_mean([f.value for f in line[1] if f is not None and f.known]))
+        rows = [(label, figures, _difference(figures)) for label, figures in lines]
+        if rows:
+            lists = {_test_lists(run.result) for board in own for run in board.runs}
+            tables.append(SideBySide(benchmark, list(columns), averaged, len(lists) == 1, rows))
     return tables
+
+
+def _name_among(run: Run, own: Sequence[Board]) -> str:
+    """Model, seed and the letter of other data or settings, as far as they tell a run apart; else its folder."""
+
+    def parts(board: Board, one: Run) -> tuple[str, str, str]:
+        tag = next((row.tag for row in board.rows if any(r is one.result for r in row.results)), "")
+        return board.model, f"seed {one.result.seed}", f"({tag})" if tag else ""
+
+    every = [parts(board, one) for board in own for one in board.runs]
+    mine = next(parts(board, one) for board in own for one in board.runs if one is run)
+    if every.count(mine) > 1:
+        return run.place
+    telling = [part for part, values in zip(mine, zip(*every, strict=True), strict=True) if len({*values}) > 1 and part]
+    return " · ".join(telling) or mine[0]
+
+
+def _test_lists(result: Result) -> frozenset[tuple[str, str]]:
+    return frozenset((name, d["sha256"]) for name, d in result.data.items() if d["role"] in ("test", "near", "far"))
+
+
+def _means(result: Result) -> dict[str, Estimate]:
+    return {
+        label: Estimate(scorer.all.auroc, *mean_interval([*scorer.sets.values()], "auroc"))
+        for label, scorer in result.scorers.items()
+        if scorer.all is not None
+    }
+
+
+def _difference(figures: Sequence[Estimate | None]) -> float:
+    known = [figure.value for figure in figures if figure is not None and figure.known]
+    return known[1] - known[0] if len(figures) == len(known) == 2 else NAN
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -237,6 +282,7 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
         warnings=line["warnings"],
         figures=figures,
         sets={name: _mean_estimate(scores, "auroc") for name, scores in by_set.items()},
+        results=tuple(result for result, _ in members),
     )
 
 

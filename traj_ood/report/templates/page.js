@@ -46,7 +46,7 @@ for (const reel of document.querySelectorAll(".reel")) {
   const tell = () => {
     const left = reel.scrollWidth - reel.clientWidth - reel.scrollLeft;
     cue.hidden = reel.scrollWidth <= reel.clientWidth + 1;
-    reel.classList.toggle("ends", left <= 1);
+    reel.classList.toggle("goes-on", left > 1);
   };
   reel.addEventListener("scroll", tell);
   addEventListener("resize", tell);
