@@ -15,7 +15,8 @@ much a choice matters, on test images. Sizes are small by default (300 images a 
 for each recipe) and recorded; a model of three epochs is a short training, not the bundled model.
 
 OUT/<part>.json, .csv and .png (default results/ablations). A part whose JSON is there is skipped unless ``--fresh``;
-models of the part recipe are kept below --models-dir and continue from their last epoch.
+``--redraw`` draws its plot again. Models of the part recipe are kept below --models-dir and continue from their last
+epoch.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from traj_ood.data import Benchmark, Split
 from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment, git_commit
+from traj_ood.io.trees import read_json
 from traj_ood.scorers import Evidence
 from traj_ood.training.autoencoder import train_model
 from traj_ood.training.config import TrainConfig
@@ -288,7 +290,7 @@ def run_part(name: str, work: Workplace) -> None:
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_atomic(out / f"{name}.csv", _csv(rows).encode())
-    plot(name, rows, work, out / f"{name}.png")
+    plot(record, out / f"{name}.png")
     write_atomic(out / f"{name}.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     print(markdown(name, rows))
 
@@ -329,37 +331,37 @@ def command_line(arguments: argparse.Namespace, part: str) -> str:
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def plot(name: str, rows: Sequence[Row], work: Workplace, path: Path) -> None:
+def plot(record: dict[str, Any], path: Path) -> None:
     """AUROC and FPR@95 over the part's choice, one line per scorer; for recipes also over the dictionary's health."""
     from traj_ood.drawing.charts import look_of
     from traj_ood.drawing.style import Frame, canvas, save_figure
 
+    name, rows, settings = record["part"], record["rows"], record["settings"]
     column, title, scale = AXES[name]
     panels: list[tuple[str, str, str, str]] = [(column, title, scale, key) for key in ("auroc", "fpr95")]
     if name == "recipe":
         panels += [("converged", "share of training trajectories that converge", "linear", "auroc")]
         panels += [("distinct", "distinct attractors", "symlog", "auroc")]
-    looks = {scorer: look_of(n) for n, scorer in enumerate(dict.fromkeys(row["scorer"] for row in rows))}
-    images = f"{work.arguments.per_set:,} images a set at most"
+    line = {"linestyle": "" if scale == "names" else "-"}
+    looks = {s: {**look_of(n), **line} for n, s in enumerate(dict.fromkeys(row["scorer"] for row in rows))}
+    images = f"{settings['per_set']:,} images a set at most"
     if name != "attractors":  # which shows them on its axis
-        images += f", {work.arguments.attractors:,} training images"
-    what = f"{work.benchmark.name}, {'recipes' if name == 'recipe' else work.model.name}"
+        images += f", {settings['attractors']:,} training images"
+    what = f"{record['benchmark']}, {'recipes' if name == 'recipe' else record['model']['name']}"
     figure, axes = canvas(Frame(5.0, 3.8), len(panels), 2, f"{name}: {what}\n{images}", looks)
     for axis, (x, label, own_scale, key) in zip(axes, panels, strict=True):
-        _panel(axis, rows, x, own_scale, key, looks, joined=x == column and own_scale != "names")
+        _panel(axis, rows, x, own_scale, key, looks)
         axis.set(xlabel=label, ylabel={"auroc": "mean AUROC (%)", "fpr95": "mean FPR95 (%)"}[key])
     save_figure(figure, path)
 
 
-def _panel(
-    axis: Any, rows: Sequence[Row], x: str, scale: str, key: str, looks: dict[str, Any], *, joined: bool
-) -> None:
+def _panel(axis: Any, rows: Sequence[Row], x: str, scale: str, key: str, looks: dict[str, Any]) -> None:
     names = list(dict.fromkeys(str(row[x]) for row in rows))
     for scorer, look in looks.items():
         # A path's own length is no number of steps: it stands in the table alone.
         own = [r for r in rows if r["scorer"] == scorer and (scale == "names" or not isinstance(r[x], str))]
         places = [names.index(str(r[x])) if scale == "names" else r[x] for r in own]
-        axis.plot(places, [100 * r[key] for r in own], **look, linestyle="-" if joined else "")
+        axis.plot(places, [100 * r[key] for r in own], **look)
     if scale == "names":
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     else:
@@ -385,6 +387,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models-dir", type=Path, default=Path("runs/ablations/models"), help="of the part recipe")
     parser.add_argument("--out", type=Path, default=Path("results/ablations"))
     parser.add_argument("--fresh", action="store_true", help="compute parts again that are there (models are kept)")
+    parser.add_argument("--redraw", action="store_true", help="draw the recorded parts again, and compute nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
     arguments.parts = [part.strip() for part in arguments.part.split(",") if part.strip()]
@@ -397,6 +400,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     try:
+        if arguments.redraw:
+            for part in arguments.parts:
+                path = arguments.out / f"{part}.json"
+                plot(read_json(path, "a recorded part", "run it first"), path.with_suffix(".png"))
+            return
         benchmark = load_benchmark(arguments.suite, arguments.data_root)
         work = Workplace(arguments, benchmark, load_autoencoder(arguments.model))
         for part in arguments.parts:

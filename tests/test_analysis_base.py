@@ -14,7 +14,18 @@ import torch
 from click.testing import CliRunner
 from tiny_digits import write_digits
 
-from traj_ood.analysis import QUESTIONS, Answer, Finding, Question, Unit, Workspace, base, find_question, options_from
+from traj_ood.analysis import (
+    QUESTIONS,
+    Answer,
+    Finding,
+    Question,
+    Unit,
+    Workspace,
+    base,
+    find_question,
+    options_from,
+    redraw,
+)
 from traj_ood.analysis.images import load_images, sample, spread
 from traj_ood.cli import main
 from traj_ood.drawing.charts import Curve, DotPanel, Panel, PictureRow, curves, dots, picture_rows
@@ -385,3 +396,38 @@ def test_a_curve_without_a_finite_value_is_drawn(tmp_path: Path) -> None:
     panels.append(Panel("", "", "", lines, diagonal=True))
     save_figure(curves(panels, "title"), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------------------------------------- drawn again
+
+RECORDED = Path(__file__).parents[1] / "results" / "figures"
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in RECORDED.glob("*/finding.json")))
+def test_recorded_figures_suffice_for_what_a_question_draws_of_them(folder: str) -> None:
+    found = Finding.load(RECORDED / folder)
+    asked = options_from(find_question(folder), [f"{k}={write_option(v, ',')}" for k, v in found.options.items()])
+    for file, draw in asked.drawn(found.figures).items():
+        assert file in found.pictures
+        assert draw().axes
+
+
+def test_redraw_writes_the_pictures_and_nothing_else(tmp_path: Path) -> None:
+    record = (RECORDED / "memorization" / "finding.json").read_bytes()
+    (tmp_path / "finding.json").write_bytes(record)
+    assert redraw(tmp_path) == [tmp_path / "memorization.png"]
+    assert (tmp_path / "memorization.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"finding.json", "memorization.png"}
+    assert (tmp_path / "finding.json").read_bytes() == record
+    with raises("expected a finding"):
+        redraw(tmp_path / "none")
+
+
+def test_legends_of_panels_stand_below_their_curves() -> None:
+    lines = [Curve("one", [1, 2], [0, 1]), Curve("another one", [1, 2], [1, 0])]
+    figure = curves([Panel("a", "x", "y", lines), Panel("b", "x", "y", [*lines[:1], Curve("third", [1], [1])])], "t")
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        legend = axis.get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().y1 < axis.get_window_extent().y0

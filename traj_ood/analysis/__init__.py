@@ -9,6 +9,7 @@ from traj_ood.analysis.base import Finding as Finding
 from traj_ood.analysis.base import Question as Question
 from traj_ood.analysis.base import find_question as find_question
 from traj_ood.analysis.base import options_from as options_from
+from traj_ood.analysis.base import redraw as redraw
 from traj_ood.analysis.base import register as register
 from traj_ood.analysis.contraction import Contraction as Contraction
 from traj_ood.analysis.convergence import Convergence as Convergence

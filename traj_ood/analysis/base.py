@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
-from traj_ood.io.options import read_options, split_pairs
+from traj_ood.io.options import read_options, split_pairs, write_option
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.io.trees import as_json, read_json
 
@@ -189,6 +189,11 @@ class Question(ABC):
     def answer(self, work: Workspace) -> Answer:
         """Compute the answer. Run expensive steps through :meth:`Workspace.unit`, which stores their results."""
 
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        """The pictures that the figures of an answer suffice for, as :class:`Answer` has them: they can be drawn again
+        from a record. Default: none."""
+        return {}
+
     def run(self, work: Workspace, folder: Path, *, command: str = "") -> Finding:
         """Compute the answer, write the record and the figures to ``folder``, and return the record.
 
@@ -219,10 +224,7 @@ class Question(ABC):
         )
         finding.text()  # raises before anything is drawn if the figures cannot be recorded
         finding.save(folder)
-        for file, draw in answer.pictures.items():
-            from traj_ood.drawing.style import save_figure
-
-            save_figure(draw(), folder / file)
+        _save(answer.pictures, folder)
         return finding
 
     def options(self) -> dict[str, Any]:
@@ -297,6 +299,28 @@ def options_from(cls: type[Question], pairs: Iterable[str], *, paper: bool = Fal
     """
     given = dict(split_pairs(pairs, cls.name))
     return replace(cls.paper() if paper else cls(), **read_options(cls, given, cls.name, joint=","))
+
+
+def redraw(folder: Path) -> list[Path]:
+    """Draw what :meth:`Question.drawn` can of the record in ``folder``; returns the files, each of which was there.
+
+    Raises:
+        TrajOODError: no record, one of an unknown question or with options that it no longer has, an unwritable folder.
+    """
+    found = Finding.load(folder)
+    pairs = [f"{key}={write_option(value, ',')}" for key, value in found.options.items()]
+    asked = options_from(find_question(found.question), pairs)
+    pictures = {file: draw for file, draw in asked.drawn(found.figures).items() if file in found.pictures}
+    _save(pictures, folder)
+    return [folder / file for file in pictures]
+
+
+def _save(pictures: Mapping[str, Callable[[], Figure]], folder: Path) -> None:
+    if pictures:  # else matplotlib is not needed
+        from traj_ood.drawing.style import save_figure
+
+        for file, draw in pictures.items():
+            save_figure(draw(), folder / file)
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ across images. Only this one measures contraction.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -116,11 +116,11 @@ class Contraction(Question):
                     rows.append({"model": model, "seed": seed, **unit.notes})
                     bar.update()
         summary = [_summary(model, [r for r in rows if r["model"] == model]) for model in self.models]
-        return Answer(
-            figures={"models": summary, "runs": rows},
-            sentence=_sentence(summary),
-            pictures={"contraction.png": partial(_draw, rows)},
-        )
+        figures = {"models": summary, "runs": rows}
+        return Answer(figures, _sentence(summary), self.drawn(figures))
+
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        return {"contraction.png": partial(_draw, figures["runs"])}
 
     def _measure(self, model: str, seed: int, device: torch.device) -> Unit:
         draws = torch.Generator().manual_seed(self.seed)

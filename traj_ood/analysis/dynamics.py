@@ -134,7 +134,14 @@ class Dynamics(Question):
             differences = (
                 f"{', '.join(rehearsed)}: small and random, a rehearsal that says nothing of trained models",
             )
-        return Answer(figures, _sentence(rows, self.steps), _pictures(found), differences)
+        return Answer(figures, _sentence(rows, self.steps), self.drawn(figures), differences)
+
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        """One figure of the models with images, one of the language models."""
+        means: Mapping[str, Mapping[str, Any]] = figures["curves"]
+        kinds = {"pairs.png": {name: own for name, own in means.items() if "output" in own}}
+        kinds["language.png"] = {name: own for name, own in means.items() if "output" not in own}
+        return {file: partial(_draw, kind, figures["rehearsed_models"]) for file, kind in kinds.items() if kind}
 
     def _measured(self, work: Workspace, name: str) -> _Curves:
         """Measure all samples of one model, one chunk per unit of work."""
@@ -406,28 +413,23 @@ def _told_norms(rows: Sequence[Mapping[str, Any]]) -> str:
     return f" From the first step on, the largest mean norm of {of} is at most {most} times its smallest."
 
 
-def _pictures(found: Sequence[_Curves]) -> dict[str, Callable[[], Figure]]:
-    """One figure of the models with images, one of the language models."""
-    kinds = {"pairs.png": [c for c in found if "output" in c.tables]}
-    kinds["language.png"] = [c for c in found if "output" not in c.tables]
-    return {file: partial(_draw, kind) for file, kind in kinds.items() if kind}
-
-
-def _draw(found: Sequence[_Curves]) -> Figure:
-    """Residuals in output and latent space and norms over the steps, as Figs 16 and 17."""
+def _draw(means: Mapping[str, Mapping[str, Any]], rehearsed: Sequence[str]) -> Figure:
+    """Residuals in output and latent space and norms over the steps, as Figs 16 and 17; a model may end early."""
     from traj_ood.drawing.charts import Curve, Panel, curves
 
-    columns = {"output": "residual ‖D(z_t) − D(z_{t−1})‖ in output space", "latent": "latent residual ‖f(z_t) − z_t‖"}
-    columns["norm"] = "norm ‖z_t‖"
+    columns = {
+        "output": r"residual $\|D(z_t) - D(z_{t-1})\|$ in output space",
+        "latent": r"latent residual $\|f(z_t) - z_t\|$",
+        "norm": r"norm $\|z_t\|$",
+    }
     panels = []
     for column, title in columns.items():
-        if column in found[0].tables:
+        if column in next(iter(means.values())):
             lines = []
-            for one in found:
-                values = one.mean(column)
-                last = len(one.mean("latent"))
-                lines.append(Curve(f"{one.name}{' (random)' if one.rehearsal else ''}",
-                                   range(last + 1 - len(values), last + 1), values))  # fmt: skip
+            for name, own in means.items():
+                last = len(own["latent"])
+                steps = range(last + 1 - len(own[column]), last + 1)
+                lines.append(Curve(f"{name}{' (random)' if name in rehearsed else ''}", steps, own[column]))
             norm = column == "norm"
             panels.append(Panel(title, "step", "", lines, log_y=not norm, limits=(0, None) if norm else None))
     return curves(panels, "Latent dynamics, means over samples")

@@ -172,8 +172,11 @@ def spearman(x: Sequence[float], y: Sequence[float | None]) -> float | None:
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
     if len(pairs) < 3:
         return None
-    columns = list(zip(*pairs, strict=True))
-    return float(spearmanr(*columns).statistic) if all(len(set(column)) > 1 for column in columns) else None
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    if len({*first}) < 2 or len({*second}) < 2:
+        return None
+    found: Any = spearmanr(first, second)
+    return float(found.statistic)
 
 
 def read_pixels(images: ImageSource, shape: tuple[int, int, int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -68,11 +69,10 @@ class Memorization(Budget):
                 bar.update()
         closest = reference(data.probe)
         figures = {"rows": rows, "reference": closest, "trends": _trends(rows)}
-        return Answer(
-            figures,
-            _sentence(rows, closest),
-            {"memorization.png": partial(_curves, rows, closest, self.data), **gallery(pictures)},
-        )
+        return Answer(figures, _sentence(rows, closest), {**self.drawn(figures), **gallery(pictures)})
+
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        return {"memorization.png": partial(_curves, figures["rows"], figures["reference"], self.data)}
 
 
 def _trends(rows: list[dict[str, Any]]) -> dict[str, float | None]:

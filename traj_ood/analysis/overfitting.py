@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,11 +71,11 @@ class Overfitting(Budget):
                 row, pictures[f"{size:,} images"] = self._row(work, size)
                 rows.append(row)
                 bar.update()
-        return Answer(
-            {"rows": rows, "trends": {"memorization": spearman(self.sizes, [r["memorization"] for r in rows])}},
-            _sentence(rows),
-            {"overfitting.png": partial(_curves, rows, self), **gallery(pictures)},
-        )
+        figures = {"rows": rows, "trends": {"memorization": spearman(self.sizes, [r["memorization"] for r in rows])}}
+        return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
+
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        return {"overfitting.png": partial(_curves, figures["rows"], self)}
 
     def _row(self, work: Workspace, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Train on ``size`` images and measure the model."""

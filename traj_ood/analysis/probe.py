@@ -10,10 +10,10 @@ With the paper's models, on a machine with a network and a GPU::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.models import settle
 from traj_ood.analysis.omp import OMPDictionary, random_basis
 from traj_ood.analysis.probe_coding import ATTRACTORS, ONE_STEP, ORTHOGONAL, Coder, Errors, Noise
-from traj_ood.analysis.probe_report import report
+from traj_ood.analysis.probe_report import drawn, report
 from traj_ood.analysis.sources import NamedImages, named_images
 from traj_ood.analysis.subjects import TRAINED, Training, subject
 from traj_ood.analysis.workspace import Unit, Workspace
@@ -32,6 +32,9 @@ from traj_ood.data.batches import parts_of
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.style import Figure
 
 _DRAW_STARTS = 512  # starts drawn from one seed, independent of the units of work
 _UNIT_STARTS = 64  # starts per unit of work, or the model's chunk if larger
@@ -152,6 +155,9 @@ class Probe(Question):
         coder = Coder(model, {name: OMPDictionary(atoms) for name, atoms in bases.items()}, self._levels(count))
         found = [self._of_set(work, coder, images, key) for images in sets]
         return report(noise, coder, found, max_steps=self.max_steps, pictured=self.pictured)
+
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        return drawn(figures)
 
     def _model(self, work: Workspace) -> Autoencoder:
         if self.model != TRAINED:

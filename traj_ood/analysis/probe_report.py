@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,28 @@ def report(noise: Noise, coder: Coder, sets: Sequence[Errors], *, max_steps: int
     return _Report(noise, coder, sets, max_steps, pictured).answer()
 
 
+def drawn(figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+    """The picture that the figures suffice for: errors over the atoms that may be used, a panel for each set."""
+    return {"probe.png": partial(_draw_errors, figures)}
+
+
+def _draw_errors(figures: Mapping[str, Any]) -> Figure:
+    from traj_ood.drawing.charts import Curve, Panel, curves
+
+    panels = []
+    for name in dict.fromkeys(row["set"] for row in figures["rows"]):
+        own = [row for row in figures["rows"] if row["set"] == name]
+        lines = []
+        for dictionary in DICTIONARIES:
+            rows = [row for row in own if row["dictionary"] == dictionary]
+            lines.append(Curve(dictionary, [r["atoms"] for r in rows], [r["image_mse"] for r in rows]))
+        levels, floor = lines[0].x, own[0]["image_mse_of_D(E(x))"]
+        lines.append(Curve("D(E(x))", levels, [floor for _ in rows]))
+        log_y = floor > 0 or any(row["image_mse"] > 0 for row in own)
+        panels.append(Panel(name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=log_y))
+    return curves(panels, f"Data-free probing of {figures['model']}: {figures['atoms']:,} starts from noise")
+
+
 @dataclass(frozen=True)
 class _Report:
     """Computes figures, sentence and pictures; the fields are the arguments of :func:`report`."""
@@ -69,7 +92,7 @@ class _Report:
             "ratio_atoms": self.coder.levels[at],
             "ratio_share": self.coder.levels[at] / len(ends),
         }
-        return Answer(figures, self._sentence(ratios, at), self._pictures(at))
+        return Answer(figures, self._sentence(ratios, at), {**drawn(figures), **self._pictures(at)})
 
     def _share(self, status: Status) -> float:
         """Share of the starts from noise that ended with ``status``."""
@@ -144,25 +167,11 @@ class _Report:
         )
 
     def _pictures(self, at: int) -> dict[str, Callable[[], Figure]]:
-        found: dict[str, Callable[[], Figure]] = {"probe.png": self._draw_errors, "atoms.png": self._draw_atoms}
+        found: dict[str, Callable[[], Figure]] = {"atoms.png": self._draw_atoms}
         if self.pictured:
             found["reconstructions.png"] = lambda: self._draw_reconstructions(at)
             found["growth.png"] = self._draw_growth
         return found
-
-    def _draw_errors(self) -> Figure:
-        from traj_ood.drawing.charts import Curve, Panel, curves
-
-        panels = []
-        for errors in self.sets:
-            means, levels = errors.means("image"), [float(level) for level in self.coder.levels]
-            lines = [Curve(name, levels, means[d].tolist()) for d, name in enumerate(DICTIONARIES)]
-            floor = float(errors.tensors["decoded"].mean())
-            lines.append(Curve("D(E(x))", levels, [floor] * len(levels)))
-            log_y = floor > 0 or bool((means > 0).any())
-            panels.append(Panel(errors.name, "atoms used", "MSE of decoded images", lines, log_x="2", log_y=log_y))
-        title = f"Data-free probing of {self.coder.model.name}: {len(self.noise.dictionary):,} starts from noise"
-        return curves(panels, title)
 
     def _draw_reconstructions(self, at: int) -> Figure:
         from traj_ood.drawing.charts import PictureRow, picture_rows

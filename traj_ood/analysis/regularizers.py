@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -119,12 +120,11 @@ class Regularizers(Question):
                     row, pictures[variant.name] = self._row(work, variant, data)
                     rows.append(row)
                     bar.update()
-        probe = self._probe(data)
-        return Answer(
-            {"rows": rows, "reference": reference(probe), "trends": _trends(rows)},
-            _sentence(rows),
-            {"regularizers.png": partial(_dots, rows, self.benchmark), **gallery(pictures)},
-        )
+        figures = {"rows": rows, "reference": reference(self._probe(data)), "trends": _trends(rows)}
+        return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
+
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        return {"regularizers.png": partial(_dots, figures["rows"], self.benchmark)}
 
     def _row(self, work: Workspace, variant: Variant, data: Benchmark) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Train one variant and measure it."""
@@ -288,7 +288,7 @@ def _dots(rows: list[dict[str, Any]], benchmark: str) -> Figure:
         return [[None if row["refused"] else row["auroc"][label]] for row in rows]
 
     panels = [
-        DotPanel("Contraction: 1 is the border", {"‖J_f‖ at test latents": column("norm_at_data"),
+        DotPanel("Contraction: 1 is the border", {r"$\|J_f\|$ at test latents": column("norm_at_data"),
                                                   "radius at attractors": column("radius_at_attractors")}, mark=1),
         DotPanel("Trajectories that converge", {"share": column("converged")}, limits=(-0.03, 1.03)),
         DotPanel("Memorisation", {"cosine to closest training image": column("memorization")}, limits=(-0.03, 1.03)),

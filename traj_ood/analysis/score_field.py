@@ -101,10 +101,14 @@ class ScoreField(Question):
                     rows.append({"mixture": name, "noise": sigma, **unit.notes})
                     maps[name, sigma] = unit.tensors
                     bar.update()
-        pictures: dict[str, Callable[[], Figure]] = {"score-field.png": partial(_draw_angles, rows)}
+        figures = {"rows": rows}
+        pictures = dict(self.drawn(figures))
         for name in self.mixtures:
             pictures[f"score-field-{name}.png"] = partial(_draw_maps, name, {s: maps[name, s] for s in self.noise})
-        return Answer(figures={"rows": rows}, sentence=_sentence(rows), pictures=pictures)
+        return Answer(figures, _sentence(rows), pictures)
+
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        return {"score-field.png": partial(_draw_angles, figures["rows"])}
 
     def _key(self, name: str, sigma: float) -> dict[str, Any]:
         chosen = ("width", "steps", "batch", "rate", "samples", "grid", "seed")
@@ -365,7 +369,7 @@ def _draw_angles(rows: list[dict[str, Any]]) -> Figure:
         some = [row for row in rows if row["mixture"] == name]
         noise = [row["noise"] for row in some]
         drawn = [Curve(label, noise, [row[key] for row in some]) for key, label in lines.items()]
-        panels.append(Panel(name, "noise σ", "median angle (degrees)", drawn, limits=(0, 90)))
+        panels.append(Panel(name, "noise σ", "median angle (degrees)", drawn, limits=(0, None)))
     return curves(panels, "Angle between the vector field and the score (90° is chance)")
 
 

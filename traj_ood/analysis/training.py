@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -91,12 +92,11 @@ class Training(Budget):
                 rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
                 pictures[f"epoch {epoch}"] = dict(unit.tensors)
                 bar.update()
-        closest = reference(data.probe)
-        return Answer(
-            {"rows": rows, "reference": closest},
-            _sentence(rows),
-            {"training.png": partial(_curves, rows, closest, self), **gallery(pictures)},
-        )
+        figures = {"rows": rows, "reference": reference(data.probe)}
+        return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
+
+    def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
+        return {"training.png": partial(_curves, figures["rows"], figures["reference"], self)}
 
     def _measure(self, model: ConvAutoencoder, data: Sampled) -> Unit:
         """Measures of the model after one epoch: those of :func:`traj_ood.analysis.memory.memory` and of noise."""
@@ -195,7 +195,7 @@ def _curves(rows: list[dict[str, Any]], closest: float, asked: Training) -> Figu
                Curve("unseen test images", x, [closest] * len(x))], "2"),
         Panel("Generalisation (Fig. 3b)", axis, "squared error per pixel",
               [line("test", "test_error"), line("training", "train_error")], "2"),
-        Panel("Distinct attractors (Fig. 3c)", axis, "share of starts", shares, "2", limits=(-0.03, 1.03)),
+        Panel("Distinct attractors (Fig. 3c)", axis, "share of starts", shares, "2", limits=(0, None)),
         Panel("Train and noise attractors (Fig. 3d)", axis, "Chamfer similarity", [line("similarity", "chamfer")],
               "2"),
         Panel("Noise against known trajectories (Fig. 3d)", axis, "FPR95 (lower is better)",

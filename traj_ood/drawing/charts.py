@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ Values = Sequence[float | None] | ArrayLike
 
 _MARKERS = "osD^vP"
 _MAX_MARKED = 30  # points of a curve with markers; more markers would merge into a thick line
+_WIDTH = 4.2  # inches, of a panel of curves
 
 
 def look_of(n: int) -> Look:
@@ -71,7 +73,7 @@ class Panel:
 
 
 def curves(panels: Sequence[Panel], title: str) -> Figure:
-    """A figure of panels side by side, at most three in a row; panels with equal curve labels share a legend below.
+    """A figure of panels side by side, at most three in a row; legends stand below, one for all with equal labels.
 
     Raises:
         TrajOODError: there are no panels, or more curves than colours.
@@ -83,13 +85,24 @@ def curves(panels: Sequence[Panel], title: str) -> Figure:
     labels = {tuple(curve.label for curve in panel.curves) for panel in panels}
     shared = len(panels) > 1 and len(labels) == 1
     legend = {c.label: _look(n, c) for n, c in enumerate(panels[0].curves)} if shared else None
+    own = [[] if shared or len(panel.curves) < 2 else [curve.label for curve in panel.curves] for panel in panels]
+    lines = max(math.ceil(len(names) / _beside(names)) for names in own)
     columns = 2 if len(panels) == 4 else 3
-    figure, axes = canvas(Frame(4.2, 3.1), len(panels), columns, title, legend)
-    for axis, panel in zip(axes, panels, strict=True):
+    frame = Frame(_WIDTH, 3.1 + 0.17 * lines)
+    figure, axes = canvas(frame, len(panels), columns, title, legend)
+    for axis, panel, names in zip(axes, panels, own, strict=True):
         _draw(axis, panel)
-        if len(panel.curves) > 1 and not shared:
-            axis.legend(frameon=False, fontsize=8)
+        if names:  # below the panel, where no curve is
+            place = (0.5, -0.5 / 2.4)
+            axis.legend(
+                frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=place, ncols=_beside(names), borderpad=0
+            )
     return figure
+
+
+def _beside(names: Sequence[str]) -> int:
+    """Entries of a panel's legend that fit beside each other."""
+    return max(1, min(len(names), int(_WIDTH / (0.5 + 0.065 * max(map(len, names), default=0)))))
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
@@ -188,7 +201,9 @@ def dots(names: Sequence[str], panels: Sequence[DotPanel], columns: int, title: 
             axis.axvline(panel.mark, color=INKS["muted"], linestyle=":", linewidth=1.2)
         name_rows(axis, names if place % columns == 0 else [""] * len(names))
         axis.title.set_text(panel.title)
-        if not shared:
+        if not shared and len(panel.series) == 1:
+            axis.set_xlabel(next(iter(panel.series)))
+        elif not shared:
             axis.legend(
                 frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35 / (frame.height - 0.7))
             )

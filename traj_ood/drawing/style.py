@@ -161,7 +161,8 @@ def _panels(figure: Figure, frame: Frame, count: int, rows: int, columns: int, f
     else:
         height = figure.get_figheight()
         rect = (0, foot / height, 1, body / height)
-        figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.03, rect=rect))
+        apart = 0.08 if rows > 1 else 0.0
+        figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.03, hspace=apart, rect=rect))
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for spare in axes[count:]:
             spare.remove()
