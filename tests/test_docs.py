@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import types
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -164,6 +165,43 @@ def test_the_citation_file_is_valid_enough() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the site, notebooks
+
+
+@cache
+def hooks() -> types.ModuleType:
+    """docs/hooks/pages.py, which makes pages when the site is built."""
+    pytest.importorskip("mkdocs", reason="needs mkdocs: pip install '.[docs]'")
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sources_that_scorers_name_are_cited_in_full() -> None:
+    pages = hooks()
+    named = {key for name in SCORERS for key in pages.cited(name)}
+    assert named == set(yaml.safe_load(text(DOCS / "hooks" / "sources.yaml")))  # none is missing, none left over
+    assert {"Liu 2024", "Sun 2022", "Fumero 2026"} <= {key for n in ("fdbd", "knn-paper") for key in pages.cited(n)}
+
+
+@pytest.mark.parametrize("scorer", sorted(SCORERS))
+def test_every_scorer_has_its_page(scorer: str) -> None:
+    page = hooks().scorer_page(scorer)
+    assert page.startswith(f"# {scorer}\n")
+    for part in ("**Cost an image:**", "## Options", "## Source", "## In the records"):
+        assert page.count(part) == 1, part
+
+
+def test_the_records_on_a_scorers_page_are_the_records() -> None:
+    page = hooks().scorer_page("energy")
+    record = json.loads(text(ROOT / "results" / "backbone" / "fashion--timm-fashion-resnet--seed0" / "result.json"))
+    means = {label: scorer["all"]["auroc"] for label, scorer in record["scorers"].items()}
+    place = 1 + sum(mean > means["energy"] for mean in means.values())
+    all_sets = record["scorers"]["energy"]["all"]
+    figures = f"{100 * all_sets['auroc']:.1f} / {100 * all_sets['fpr95']:.1f}"
+    assert f"| `energy` | {figures} | {place} of {len(means)} |" in page
 
 
 @pytest.mark.slow

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import csv
 import inspect
+import json
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
@@ -22,10 +26,17 @@ from mkdocs.structure.pages import Page
 import traj_ood
 from traj_ood.cli import main
 from traj_ood.io.options import option_kinds
-from traj_ood.scorers import SCORERS
+from traj_ood.scorers import SCORERS, Scorer
 
 ROOT = Path(__file__).parents[2]
 RECORDS = (".png", ".csv", ".json", ".md", ".svg")
+_SOURCES: dict[str, str] = yaml.safe_load((ROOT / "docs" / "hooks" / "sources.yaml").read_text(encoding="utf-8"))
+_NAME = r"[A-Z]\w+(?:-[A-Z]\w+)?"
+_CITED = re.compile(  # Sun et al. (2022, eq. 2); Liu and Qin, ICML 2024; Schwarz 1978
+    rf"({_NAME})(?: et al\.|(?:, {_NAME})* and {_NAME})?,? \(?(?:[A-Z]\w*[A-Z],? )?((?:19\d|20[0-3])\d)\b"
+)
+_BACKBONE = "results/backbone/fashion--timm-fashion-resnet--seed0/result.json"
+_OF_THE_PAPER = re.compile(r"§[34]\.|Theorem 1|Table 1")
 _LINKED = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -117,7 +128,7 @@ def api() -> str:
 
 def scorer_index() -> str:
     rows = [f"| [`{name}`]({name}.md) | {_cell(cls.summary)} |" for name, cls in sorted(SCORERS.items())]
-    note = "HIGHER = MORE OOD for all. Each page has the equation, the options, the cost, and what the records say."
+    note = "HIGHER = MORE OOD for all. Each page has the equation, the options, the cost, the source, and the records."
     return "\n".join(["# Scorers", "", note, "", "| scorer | what it measures |", "| :-- | :-- |", *rows, ""])
 
 
@@ -147,35 +158,69 @@ def scorer_page(name: str) -> str:
             "",
             *table,
             "",
+            "## Source",
+            "",
+            *(f"- {_SOURCES[key]}." for key in cited(name)),
+            *([] if cited(name) else ["No publication: it was made here."]),
+            "",
+            f"Code: `{cls.__module__.replace('.', '/')}.py`.",
+            "",
             "## In the records",
             "",
             *_records(name),
-            "",
-            f"Source: `{cls.__module__.replace('.', '/')}.py`.",
             "",
         ]
     )
 
 
+def cited(name: str) -> list[str]:
+    """Keys of sources.yaml for what the scorer's docstrings cite, the paper first."""
+    cls = SCORERS[name]
+    own = [base for base in cls.__mro__ if base.__module__.startswith("traj_ood.scorers") and base is not Scorer]
+    texts = [cls.summary, *(f"{sys.modules[base.__module__].__doc__} {inspect.getdoc(base)}" for base in own)]
+    text = " ".join(" ".join(texts).split())
+    found = [f"{author} {year}" for author, year in _CITED.findall(text)]
+    return [*(["Fumero 2026"] if _OF_THE_PAPER.search(text) else []), *sorted(set(found))]
+
+
 def _records(name: str) -> Iterator[str]:
-    """Mean figures in the protocol, and the OOD sets with the best and the worst AUROC, for each variant."""
-    with (ROOT / "results" / "protocol" / "scorers.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["scorer"].split(":")[0] == name]
-    if not rows:
-        yield "Not part of the recorded protocol."
+    """Mean figures and the place among all scorers, and the OOD sets with the best and the worst AUROC, by variant."""
+    lines = []
+    for suite, labels in _recorded().items():
+        ranked = sorted(labels, key=lambda label: -float(labels[label]["all"]["auroc"]))
+        for place, label in enumerate(ranked, 1):
+            if label.split(":")[0] == name:
+                own = labels[label]
+                sets = sorted(own.keys() - {"all", "near", "far"}, key=lambda one: float(own[one]["auroc"]))
+                ends = [f"{one} {_figures(own[one])}" for one in (sets[-1], sets[0])]
+                shown = [suite, f"`{label}`", _figures(own["all"]), f"{place} of {len(ranked)}", *ends]
+                lines.append(f"| {' | '.join(shown)} |")
+    if not lines:
+        yield "No run of results/ has it."
         return
-    yield "Masked autoencoders, three trained models × three training samples;"
-    yield "[protocol](../../results/protocol/tables.md). AUROC / FPR95 in percent, means over all OOD sets, and the"
-    yield "sets on which it is best and worst:"
+    yield "AUROC / FPR95 in percent, means over all OOD sets, the place by AUROC among all scorers and variants of the"
+    yield "suite, and the sets on which it is best and worst. `fashion` and `cifar10-local`: masked autoencoders, three"
+    yield "trained models × three training samples ([protocol](../../results/protocol/tables.md)); ResNet-18: the"
+    yield f"frozen features of a classifier, one run ([record](../../{_BACKBONE}))."
     yield ""
-    yield "| suite | variant | all | best on | worst on |"
-    yield "| :-- | :-- | --: | :-- | :-- |"
-    for key in dict.fromkeys((row["suite"], row["scorer"]) for row in rows):
-        own = {row["set"]: row for row in rows if (row["suite"], row["scorer"]) == key}
-        sets = sorted((n for n in own if n not in ("all", "near", "far")), key=lambda n: float(own[n]["auroc"]))
-        if "all" in own and sets:
-            shown = [_figures(own["all"]), *(f"{n} {_figures(own[n])}" for n in (sets[-1], sets[0]))]
-            yield f"| {key[0]} | `{key[1]}` | {' | '.join(shown)} |"
+    yield "| suite | variant | all | place | best on | worst on |"
+    yield "| :-- | :-- | --: | --: | :-- | :-- |"
+    yield from lines
+
+
+@cache
+def _recorded() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """AUROC and FPR95 by suite, label, and set or ``all``."""
+    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    with (ROOT / "results" / "protocol" / "scorers.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["suite"], {}).setdefault(row["scorer"], {})[row["set"]] = row
+    run = json.loads((ROOT / _BACKBONE).read_text(encoding="utf-8"))
+    found["`fashion`, ResNet-18"] = {
+        label: {"all": scorer["all"], **{name: one["metrics"] for name, one in scorer["sets"].items()}}
+        for label, scorer in run["scorers"].items()
+    }
+    return found
 
 
 def _figures(row: dict[str, str]) -> str:

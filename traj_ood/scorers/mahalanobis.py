@@ -38,10 +38,10 @@ class Mahalanobis(FeatureScorer):
             et al. 2021), and averages the cells' distances. ``tokens`` would need a covariance of the whole latent.
         classes: false (default) treats all features as one class, because images for an autoencoder need no labels.
             True needs the class of every training image; classes without images are left out.
-        covariance: ``ledoit-wolf`` (default) shrinks Σ, because a few thousand images do not determine a covariance in
-            several hundred dimensions; the shrinkage follows from the data, so nothing is tuned. ``empirical`` does not
-            shrink. If Σ is singular its pseudo-inverse is used, as in OpenOOD, and directions that the training
-            features do not span are ignored: use it with many more images than dimensions.
+        covariance: ``ledoit-wolf`` (default; Ledoit and Wolf 2004) shrinks Σ, because a few thousand images do not
+            determine a covariance in several hundred dimensions; the shrinkage follows from the data, so nothing is
+            tuned. ``empirical`` does not shrink. If Σ is singular its pseudo-inverse is used, as in OpenOOD, and
+            directions that the training features do not span are ignored: use it with many more images than dimensions.
         normalize: whether to L2-normalise features first, as Mahalanobis++ does (Müller and Hein 2025), which was
             designed for classifiers, whose features vary in length. Mahalanobis++ itself is
             ``classes=true:normalize=true``; without classes it is ``ssd`` (Sehwag et al. 2021) up to the shrinkage.

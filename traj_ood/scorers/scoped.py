@@ -1,4 +1,4 @@
-"""SCOPED: norm and divergence of the score in one statistic (Barkley et al. 2025), adapted to the field of f."""
+"""SCOPED: norm and divergence of the score in one statistic (Barkley et al. 2026), adapted to the field of f."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SCOPED(Scorer):
     """
 
     name: ClassVar[str] = "scoped"
-    summary: ClassVar[str] = "density of the field's length over its divergence (SCOPED, Barkley et al. 2025, for f)"
+    summary: ClassVar[str] = "density of the field's length over its divergence (SCOPED, Barkley et al. 2026, for f)"
     suite: ClassVar[dict[str, int]] = {"": 182}
     bears_rounding: ClassVar[bool] = False  # the divergence is a finite difference over a short distance
 
