@@ -62,6 +62,36 @@ def test_wandb_is_told_offline(result: Result, monkeypatch: pytest.MonkeyPatch) 
     assert told["saved"].endswith("result.json")
 
 
+def test_the_real_tensorboard_reads_them(result: Result, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_result(result, FOLDER, tracker(f"tensorboard:{tmp_path}"))
+    read = EventAccumulator(str(tmp_path / result.name)).Reload()
+    assert set(read.Tags()["scalars"]) == set(figures(result))
+    for key, value in figures(result).items():
+        assert [event.value for event in read.Scalars(key)] == [pytest.approx(value, rel=1e-6)], key
+    (params,) = read.Tensors("params/text_summary")
+    assert b"- benchmark: fashion" in params.tensor_proto.string_val[0]
+
+
+@pytest.mark.slow
+def test_the_real_wandb_is_told_offline(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="needs wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log_result(result, FOLDER, tracker("wandb:ood"))
+    (kept,) = tmp_path.rglob("offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    for word in (b"mahalanobis/all/auroc", b"ood", result.name.encode(), b"fashion"):
+        assert word in content
+    (artifact,) = tmp_path.rglob("offline-run-*/files/result.json")
+    assert artifact.read_bytes() == (FOLDER / "result.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [

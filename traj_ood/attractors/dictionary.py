@@ -166,7 +166,8 @@ class NearestAttractor:
 
     def __init__(self, autoencoder: Autoencoder, index: NeighborIndex, view: View) -> None:
         self.name = f"distance/{view}"
-        self._autoencoder, self._index, self._view = autoencoder, index, view
+        self._autoencoder, self._index = autoencoder, index
+        self._view: View = view
 
     def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
         return self._index.nearest(self._autoencoder.view(latents, self._view)).distances[:, 0]

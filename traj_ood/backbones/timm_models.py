@@ -47,7 +47,8 @@ class TimmBackbone(NetworkBackbone):
     any_size = True
 
     def __init__(self, network: nn.Module, *, name: str, spec: str, data: Mapping[str, Any] | None = None) -> None:
-        from timm.data import create_transform, resolve_model_data_config
+        from timm.data.config import resolve_model_data_config
+        from timm.data.transforms_factory import create_transform
 
         for method in ("forward_features", "forward_head", "get_classifier"):
             if not callable(getattr(network, method, None)):
@@ -68,7 +69,7 @@ class TimmBackbone(NetworkBackbone):
                 f"{list(settings['mean'])}: set them in the timm folder's config.json or by the options mean= and std="
             )
         preprocessing = _preprocessing(settings, name)
-        transform = create_transform(**settings, is_training=False)
+        transform: Any = create_transform(**settings, is_training=False)
         check_agreement(preprocessing, transform, f"{name}: transform {_short(settings)}")
         classifier = network.get_classifier()  # type: ignore[operator]  # checked above
         super().__init__(

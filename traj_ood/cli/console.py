@@ -47,8 +47,9 @@ def prepare() -> None:
     sys.stdout = _ClosedOutput() if sys.stdout is None else sys.stdout
     sys.stderr = _Forgiving(open(os.devnull, "w") if sys.stderr is None else sys.stderr)  # noqa: SIM115 (to the end)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=_ERRORS)
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors=_ERRORS)
     warnings.showwarning = lambda message, *_, **__: warn(str(message))
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of cache folders that it cannot write
 

@@ -109,7 +109,8 @@ def batches(
         TrajOODError: an image cannot be read, or an item is no image.
     """
     count = count_of(images)
-    images = images.to_list() if hasattr(images, "to_list") else images  # a pandas column, whatever its index
+    to_list = getattr(images, "to_list", None)
+    images = images if to_list is None else to_list()  # a pandas column, whatever its index
     check_word("value of on_error", on_error, OnError)
     for name, value in (("batch size", size), ("workers", workers)):
         if value is not None and value < 1:
@@ -270,8 +271,9 @@ def _parts(item: Any, where: str) -> tuple[Any, Any]:
             raise TrajOODError(f"images: {where}: expected a key of {', '.join(IMAGE_KEYS)}, got {_what(item)}")
         return item[key], next((item[k] for k in LABEL_KEYS if k in item), None)
     if isinstance(item, tuple | list) and len(item):
-        label = item[1] if len(item) > 1 else None
-        return item[0], label.item() if isinstance(label, Tensor) and label.ndim == 0 else label
+        image, *more = item
+        label = more[0] if more else None
+        return image, label.item() if isinstance(label, Tensor) and label.ndim == 0 else label
     return item, None
 
 

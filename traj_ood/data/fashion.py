@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -110,7 +110,8 @@ def _digits() -> ArrayImages:
     """scikit-learn's 1,797 handwritten digits, originally 8 x 8 with values 0 to 16."""
     from sklearn.datasets import load_digits
 
-    digits = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    found: Any = load_digits()
+    digits = np.rint(found.images * (255 / 16)).astype(np.uint8)
     return _numbered("sklearn/digits", np.stack([_resized(digit) for digit in digits]))
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import posixpath
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,15 +33,19 @@ class ImageSource(Protocol):
     """A finite, ordered, immutable set of images."""
 
     @property
+    @abstractmethod
     def ids(self) -> Sequence[str]:
         """One id per image, unique within the source and the same on every machine."""
 
     @property
+    @abstractmethod
     def labels(self) -> Sequence[str]:
         """One class label per image, or empty if they are unknown."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def load(self, index: int) -> Image.Image:
         """Image ``index``, fully decoded, of mode 'L' or 'RGB'.
 
@@ -48,15 +53,19 @@ class ImageSource(Protocol):
             TrajOODError: the image is missing, empty, truncated or cannot be decoded; the message names it.
         """
 
+    @abstractmethod
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
         """A content digest of each image (default: all): equal texts if and only if the contents are equal."""
 
+    @abstractmethod
     def digest(self) -> str:
         """SHA-256 (hex) over the ids and the content of every image; the same on every machine."""
 
+    @abstractmethod
     def select(self, indices: Sequence[int]) -> ImageSource:
         """The images at ``indices``, in that order, with the same ids."""
 
+    @abstractmethod
     def missing(self) -> list[str]:
         """Paths of image files that are absent or empty; always ``[]`` for arrays."""
 

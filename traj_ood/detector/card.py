@@ -13,13 +13,15 @@ def card(record: Mapping[str, Any]) -> str:
     model, scorer, attractors = record["model"], record["scorer"], record["training"]["attractors"]
     own_code = model["kind"] == "callable"
     load = 'Detector.load("this-folder"' + (", autoencoder=my_model)" if own_code else ")")
-    unhealthy = attractors is not None and not attractors["healthy"]
+    unhealthy = ""
+    if attractors is not None and not attractors["healthy"]:
+        unhealthy = f"> **Unhealthy attractors:** {'; '.join(attractors['warnings'])}"
     return markdown_card(
         f"OOD detector: {scorer['label']} on {model['name']}",
         [
             "Decides whether an image differs from the in-distribution (ID) images that it was fitted on. Higher "
             "scores are more out of distribution.",
-            f"> **Unhealthy attractors:** {'; '.join(attractors['warnings'])}" if unhealthy else "",
+            unhealthy,
             "```python\n"
             "from traj_ood import Detector\n\n"
             f"detector = {load}\n"

@@ -161,7 +161,7 @@ class Detector(OnTheHub):
             "images": len(found.rows),
             "skipped": found.skipped,
             "classes": None if classes is None else len(classes.unique()),
-            "list": images.digest() if hasattr(images, "digest") else None,
+            "list": digest() if (digest := getattr(images, "digest", None)) else None,
             "attractors": health,
             **({"reading": files.options()} if files != AS_STORED else {}),
             **({"compile": True} if scorers.compile else {}),

@@ -19,7 +19,8 @@ def labels_of(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
         TrajOODError: there is not one per image, or one is neither an integer nor text.
     """
     class_numbers(labels, count)
-    return list(labels.tolist() if hasattr(labels, "tolist") else labels)
+    tolist = getattr(labels, "tolist", None)
+    return list(labels if tolist is None else tolist())
 
 
 def classes_given(

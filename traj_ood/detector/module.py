@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from traj_ood.autoencoders import Autoencoder, Encoding, SurrogateAutoencoder
+from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateAutoencoder
 from traj_ood.data.preprocessing import PIXEL_SLACK, Preprocessing
 from traj_ood.detector.dense_index import DenseIndex
 from traj_ood.detector.fixed_steps import at_fixed_steps, check_exportable, one_scorer, steps_of
@@ -63,7 +63,7 @@ class DetectorModule(nn.Module):
         self.statistics = PinnedTensors(scorer.state)
         self.searched = PinnedTensors({"points": scorer.points()} if isinstance(scorer, SearchingScorer) else {})
         self._autoencoder, self._check_weights = autoencoder, scorers.check_weights
-        self._kept = sorted({view for view, _ in scorer.needs().points})
+        self._kept: list[FeatureView] = sorted({view for view, _ in scorer.needs().points})
         self.step = Step(autoencoder, Tensors(_attractors(autoencoder, scorers)), self._kept, scorers.tol)
         self._loops: list[Loop] = [plain_loop(self.step)]
         self.to(autoencoder.device)
@@ -149,7 +149,8 @@ class DetectorModule(nn.Module):
         points: dict[tuple[Any, int], Tensor] = {}
         if needs.steps or needs.distances:
             trajectory, points = self._walk(encoding.latents)
-        features = {view: model.feature_view(encoding, view).cpu() for view in sorted(needs.features)}
+        views: list[FeatureView] = sorted(needs.features)
+        features = {view: model.feature_view(encoding, view).cpu() for view in views}
         logits = encoding.logits.cpu() if needs.logits and encoding.logits is not None else None
         return Evidence(features, reconstruction, trajectory, points, logits=logits)
 

@@ -120,7 +120,8 @@ class RecordedStep:
         program = torch.export.export(step, (start, running, first, *prepared), dynamic_shapes=shapes, strict=False)
         specs = [s for s in program.graph_signature.input_specs if s.kind != InputKind.USER_INPUT]
         own = _own(step)
-        loose = {str(s.target): program.constants[str(s.target)] for s in specs if str(s.target) not in own}
+        constants: dict[str, Any] = program.constants
+        loose = {str(s.target): constants[str(s.target)] for s in specs if str(s.target) not in own}
         names = tuple(str(s.target) if str(s.target) in own else None for s in specs)
         return cls(step, program.graph_module, names, Tensors(loose))
 

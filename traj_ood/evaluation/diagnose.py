@@ -350,7 +350,7 @@ class _Walker:
         images = _load(self.model, split.images)
         dictionaries, parts, errors, targets = [], [], [], []
         for rows in torch.arange(len(images)).split(_BATCH):
-            ids = tuple(split.images.ids[i] for i in rows)
+            ids = _ids(split.images.ids, rows)
             encoding = self.model.examine(images[rows])
             dictionary, part = self._iterate(encoding.latents, ids)
             errors.append(reconstruction_errors(self.model, encoding))
@@ -377,7 +377,7 @@ class _Walker:
         ends = []
         for some in torch.arange(len(rows)).split(_BATCH):
             latents = self.model.examine(noisy[some]).latents
-            ends.append(self._iterate(latents, tuple(split.images.ids[i] for i in rows[some]))[0])
+            ends.append(self._iterate(latents, _ids(split.images.ids, rows[some]))[0])
         disturbed = AttractorDictionary.concatenate(ends)
         counted = clean.converged[rows]
         if not bool(counted.any()):
@@ -467,4 +467,4 @@ def _gallery(model: Autoencoder, split: Split, walk: _Walk, seed: int) -> tuple[
 
 
 def _ids(ids: Sequence[str], rows: Tensor) -> tuple[str, ...]:
-    return tuple(ids[i] for i in rows.tolist())
+    return tuple(ids[int(i)] for i in rows)

@@ -115,7 +115,8 @@ class NeighborIndex:
         self.backend = self._make_flat.name
         self._scan: Scan | None = None
         check_approximate(approximate, backend)
-        self._permitted, self._grouped = approximate, False
+        self._permitted: Approximate = approximate
+        self._grouped = False
         self._reads_once = _waits_for(device) and self._make_flat is TorchFlat
         self._one_read: OneReadSearch | None = None
 

@@ -167,7 +167,7 @@ def _two_samples(calibration: Floats, scores: Floats) -> tuple[float, float]:
     """Statistic and p-value of the Kolmogorov–Smirnov test; infinite scores rank highest."""
     from scipy.stats import ks_2samp
 
-    found = ks_2samp(calibration, scores, method="asymp")
+    found: Any = ks_2samp(calibration, scores, method="asymp")
     return float(found.statistic), float(found.pvalue)
 
 

@@ -68,8 +68,9 @@ def _normalisation(loader: Any) -> tuple[Any, Any] | None:
             *getattr(getattr(transform, "transform", None), "transforms", ()),
         ]
         for part in (*reversed(parts), transform):
-            if hasattr(part, "mean") and hasattr(part, "std"):
-                return np.atleast_1d(part.mean), np.atleast_1d(part.std)
+            mean, std = getattr(part, "mean", None), getattr(part, "std", None)
+            if mean is not None and std is not None:
+                return np.atleast_1d(mean), np.atleast_1d(std)
     return None
 
 

@@ -52,7 +52,7 @@ class NoClasses(Tensor):
     ) -> Any:
         if func is Tensor.argmax:
             return args[0][:, 0]
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result: Any = super().__torch_function__(func, types, args, kwargs or {})
         if func in (Tensor.eq, Tensor.__eq__):
             return torch.full(result.shape, torch.nan, dtype=torch.float64)
         return result

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from traj_ood.autoencoders import View
+from traj_ood.autoencoders import FeatureView, View
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.base import Evidence, Needs
 from traj_ood.scorers.registry import register
@@ -37,8 +37,8 @@ class Alignment(SearchingScorer):
     target: Literal["attractor", "mean"] = "attractor"
 
     def needs(self) -> Needs:
-        view = frozenset({self.view})
-        attractors = view if self.target == "attractor" else frozenset()
+        view: frozenset[FeatureView] = frozenset({self.view})
+        attractors: frozenset[FeatureView] = view if self.target == "attractor" else frozenset()
         return Needs(features=view, points=frozenset({(self.view, 1)}), steps=1, attractors=attractors)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +43,11 @@ def moments(features: Tensor, centres: Tensor, classes: Tensor, *, fourth: bool 
     Args:
         fourth: whether to compute the fourth moment, too. Default true.
     """
-    from scipy.linalg.blas import dsyrk  # computes one triangle of the symmetric product; torch would compute both
+    from scipy.linalg import get_blas_funcs
 
     dimension = features.shape[1]
     half = np.zeros((dimension, dimension), order="F")
+    dsyrk: Any = get_blas_funcs("syrk", (half,))  # one triangle; torch would compute both
     lengths = torch.full((), 0.0 if fourth else torch.nan, dtype=torch.float64)
     for part, own, room in _parts(features, classes):
         offsets = torch.index_select(centres, 0, own, out=room).sub_(part)  # μ − x, whose products are those of x − μ

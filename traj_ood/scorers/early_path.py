@@ -53,7 +53,7 @@ class EarlyPath(Scorer):
         self._steps = parse_steps(self.name, self.steps, 1)
 
     def needs(self) -> Needs:
-        points = frozenset((self.view, t) for t in self._steps)
+        points: frozenset[tuple[FeatureView, int]] = frozenset((self.view, t) for t in self._steps)
         return Needs(features=frozenset({self.view}), points=points, steps=self._steps[-1])
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ class EarlyTrajectory(SearchingScorer):
         from sklearn.cluster import KMeans
 
         count = min(NeighborIndex(attractors).groups, len(features.unique(dim=0)))
-        kmeans = KMeans(count, n_init=1, random_state=self.seed).fit(features.double().numpy())
+        options: dict[str, Any] = {"n_init": 1, "random_state": self.seed}  # scikit-learn has no types
+        kmeans = KMeans(count, **options).fit(features.double().numpy())
         return torch.from_numpy(kmeans.cluster_centers_)
 
     def _metric(self, points: Tensor) -> Tensor:

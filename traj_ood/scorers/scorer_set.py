@@ -104,7 +104,9 @@ class ScorerSet:
             if lack is not None:
                 raise TrajOODError(f"scorer {scorer.label}: {lack}")
         self.tol, self.max_steps = tol, max_steps
-        self.backend, self.approximate, self.precision = backend, approximate, precision
+        self.backend: Backend = backend
+        self.approximate: Approximate = approximate
+        self.precision: Precision = precision
         self.compile = compile
         self._compiled: CompiledMap | None = None
         self.needs: Needs = reduce(lambda a, b: a | b, (s.needs() for s in self.scorers))
@@ -403,7 +405,8 @@ class _Points:
 
     def __init__(self, model: Autoencoder, view: FeatureView, wanted: frozenset[tuple[FeatureView, int]]) -> None:
         self.name = f"points/{view}"
-        self._model, self._view = model, view
+        self._model = model
+        self._view: FeatureView = view
         self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {t: [] for v, t in sorted(wanted) if v == view}
 
     def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -100,5 +100,6 @@ class SSD(FeatureScorer):
             return torch.zeros(len(features), dtype=torch.int64)
         from sklearn.cluster import KMeans
 
-        found = KMeans(self.clusters, n_init=10, random_state=self.seed).fit(features.numpy()).labels_
+        options: dict[str, Any] = {"n_init": 10, "random_state": self.seed}  # scikit-learn has no types
+        found = KMeans(self.clusters, **options).fit(features.numpy()).labels_
         return torch.from_numpy(found).long().unique(return_inverse=True)[1]
