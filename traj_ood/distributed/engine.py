@@ -165,12 +165,11 @@ def score_to(
     except Exception as error:  # ray has many error classes
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise TrajOODError(f"ray: {text[-1][:300]}: rows so far are in {folder}: continue with --resume") from error
-    found = len(
-        written_keys(folder, remove_broken=True)
-    )  # files of a killed writer; its rows are written again elsewhere
-    if found < expected:
-        raise TrajOODError(f"{folder}: expected {expected} rows, found {found}: continue with --resume")
-    return found
+    # Broken files are those of a killed writer; its rows are written again elsewhere.
+    written = len(written_keys(folder, remove_broken=True))
+    if written < expected:
+        raise TrajOODError(f"{folder}: expected {expected} rows, found {written}: continue with --resume")
+    return written
 
 
 def split_sources(sources: Iterable[str]) -> tuple[list[str], list[str]]:
