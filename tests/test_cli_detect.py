@@ -125,7 +125,7 @@ def test_fit_on_lists_and_calibration_images_of_ones_own(place: Path, tmp_path: 
     assert (detector.training["images"], len(detector.calibration)) == (30, 30)
 
     shared = call("fit", place / "id", "--calibrate", tmp_path / "calibrate.txt", *options, "--out", tmp_path / "e")
-    assert_refused(shared, "30 of its images are in", "calibrate on images that the detector is not fitted on")
+    assert_refused(shared, "30 of its images are also in", "calibrate on images that the detector is not fitted on")
     assert_refused(call(*arguments, "--out", tmp_path / "e", "--tpr", 0.99), "needs at least 99 ID images", "got 30")
     assert not (tmp_path / "e").exists()
 

@@ -816,7 +816,7 @@ def test_records_that_lie_are_found_out(saved: Path, change: Callable[[dict[str,
     ("file", "key", "value", "text"),
     [
         ("calibration", "scores", torch.zeros(20), "tensor scores: expected .*float64.* got .*float32"),
-        ("calibration", "scores", torch.full((20,), torch.nan).double(), "tensor scores holds NaN or infinite values"),
+        ("calibration", "scores", torch.full((20,), torch.nan).double(), "tensor scores has NaN or infinite values"),
         ("calibration", "scores", torch.zeros(3).double(), r"expected .*\[20\].* got .*\[3\]"),
         ("training", "digests", torch.zeros(30, 1).long(), r"expected .*\[30\].* got .*\[30, 1\]"),
         ("training", "more", torch.zeros(1), "tensor more: expected None, got"),

@@ -386,9 +386,7 @@ def test_the_verdict_in_one_line() -> None:
 def test_refusals() -> None:
     with pytest.raises(TrajOODError, match="diagnose: expected at least 20 images, got 19: ask for more"):
         diagnose(toy(), benchmark(), images=19)
-    with pytest.raises(
-        TrajOODError, match=r"expected at least 20 images of benchmark 'tiny' to learn from, got 8 \(its"
-    ):
+    with pytest.raises(TrajOODError, match=r"expected at least 20 training images of benchmark 'tiny', got 8 \(its"):
         diagnose(toy(), benchmark(train=16, val=None))  # half of them is held out
     for noise in (0.0, -1.0, math.nan):
         with pytest.raises(TrajOODError, match="diagnose: expected noise above 0, got"):

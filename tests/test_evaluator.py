@@ -172,21 +172,19 @@ def test_finished_run_returns_at_once(
 def test_other_settings_in_the_same_folder(
     done: tuple[Evaluator, Result], place: Path, changes: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(TrajOODError, match=f"tiny--mae--seed0: holds a run with {text}: choose"):
+    with pytest.raises(TrajOODError, match=f"tiny--mae--seed0: has a run with {text}: choose"):
         evaluator(place, place / "done", **changes).run()
 
 
 def test_other_weights_in_the_same_folder(done: tuple[Evaluator, Result], place: Path) -> None:
-    with pytest.raises(TrajOODError, match="holds a run with another model: choose another --out"):
+    with pytest.raises(TrajOODError, match="has a run with another model: choose another --out"):
         evaluator(place, place / "done", model=tiny.vit(seed=5, name="mae")).run()
 
 
 def test_other_roles_in_the_same_folder(done: tuple[Evaluator, Result], place: Path) -> None:
     text = (place / "tiny.yaml").read_text().replace("far: {bright: far}", "diagnostic: {bright: far}")
     (place / "roles.yaml").write_text(text)
-    with pytest.raises(
-        TrajOODError, match=r"holds a run with another data \(the role of bright\): choose another --out"
-    ):
+    with pytest.raises(TrajOODError, match=r"has a run with another data \(the role of bright\): choose another --out"):
         evaluator(place, place / "done", yaml="roles.yaml").run()
 
 
@@ -323,7 +321,7 @@ def test_unfinished_run_of_other_settings(place: Path, tmp_path: Path) -> None:
         Stop(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             evaluator(place, tmp_path).run()
-    with pytest.raises(TrajOODError, match="holds a run with another config: choose another --out, or discard it"):
+    with pytest.raises(TrajOODError, match="has a run with another config: choose another --out, or discard it"):
         evaluator(place, tmp_path, tol=1e-3).run()
     assert evaluator(place, tmp_path, tol=1e-3).run(fresh=True).config["tol"] == 1e-3
 

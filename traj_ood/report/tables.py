@@ -319,7 +319,7 @@ def health_card(result: Result) -> HealthCard:
     if record["healthy"]:
         return HealthCard("good", "Healthy", _recorded(record), facts)
     reasons = "; ".join(record["warnings"]) or "no reason was recorded"
-    text = f"{reasons}. Scores against these attractors are meaningless."
+    text = f"{reasons}. Scores against these attractors mean nothing."
     return HealthCard("bad", "Unhealthy", text[:1].upper() + text[1:], facts)
 
 
