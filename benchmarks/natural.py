@@ -170,7 +170,9 @@ def _run(
             raise
         print(f"natural: {spec} is left out: {error}", file=sys.stderr)
         rest = {s: label for s, label in specs.items() if s != spec}
-        _run(arguments, plan, benchmark, model, seed, rest, {**missing, spec: str(error)}, target)
+        # What the run with that scorer began in the folder is another run's.
+        again = argparse.Namespace(**{**vars(arguments), "fresh": True})
+        _run(again, plan, benchmark, model, seed, rest, {**missing, spec: str(error)}, target)
         return
     result = Result.load(evaluator.folder / FILE_NAME)
     table = pd.read_parquet(evaluator.folder / "scores.parquet").rename(columns={v: k for k, v in specs.items()})
