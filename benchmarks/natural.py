@@ -161,8 +161,9 @@ def _run(
         limits["max_steps"] = arguments.max_steps
     # The control below is the study's own: of all training images, where that of ``bench`` takes a run's sample.
     config = RunConfig(scorers=tuple(specs), seed=seed, resamples=0, control=False, **limits)
+    folder = arguments.runs / benchmark.name / f"{len(specs)}-scorers"  # one that left a scorer out is another run
     try:
-        evaluator = Evaluator(model, benchmark, config, out=arguments.runs / benchmark.name, quiet=arguments.quiet)
+        evaluator = Evaluator(model, benchmark, config, out=folder, quiet=arguments.quiet)
         evaluator.run(fresh=arguments.fresh)
     except TrajOODError as error:
         spec = _culprit(str(error), specs)
@@ -170,9 +171,7 @@ def _run(
             raise
         print(f"natural: {spec} is left out: {error}", file=sys.stderr)
         rest = {s: label for s, label in specs.items() if s != spec}
-        # What the run with that scorer began in the folder is another run's.
-        again = argparse.Namespace(**{**vars(arguments), "fresh": True})
-        _run(again, plan, benchmark, model, seed, rest, {**missing, spec: str(error)}, target)
+        _run(arguments, plan, benchmark, model, seed, rest, {**missing, spec: str(error)}, target)
         return
     result = Result.load(evaluator.folder / FILE_NAME)
     table = pd.read_parquet(evaluator.folder / "scores.parquet").rename(columns={v: k for k, v in specs.items()})
