@@ -34,7 +34,7 @@ def test_the_share_of_ood_images_rises_to_a_half() -> None:
 def test_the_drill_rehearses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = rehearse(drill, tmp_path / "drill.json", monkeypatch)
     assert record["alarm"]["minute"] > 20
-    assert "the stream is unlike the calibration" in record["alarm"]["operator sees"]
+    assert "the stream differs from the calibration" in record["alarm"]["operator sees"]
     assert len(record["minutes"]) == drill.MINUTES
     assert not any(minute["alarm"] for minute in record["minutes"][:20])
     other = record["another detector"]
