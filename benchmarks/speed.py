@@ -5,7 +5,8 @@ package over those of something that was measured in the same run, so that they 
 of them are costs, of which less is better. A ratio of more than 1.15 times the recorded one is a loss: it is named, and
 the exit code is 1. A piece that fails is named, too, and the others run on.
 
-``--record`` writes today's ratios as those that later runs are compared with, in place of those that were made again.
+``--record`` writes today's ratios as those that later runs are compared with, in place of those that were made again,
+and keeps the records of the pieces, from which docs/performance.md is made.
 """
 
 from __future__ import annotations
@@ -71,12 +72,18 @@ def of_all_scorers(record: Mapping[str, Any]) -> Ratios:
 
 @dataclass(frozen=True)
 class Piece:
-    """A script of this folder, what it is called with, and in a rehearsal; and how its record becomes ratios."""
+    """A script of this folder, what it is called with, and in a rehearsal; how its record becomes ratios, and the
+    record's name where that is not the script's."""
 
     script: str
     words: tuple[str, ...]
     tiny: tuple[str, ...]
     ratios: Callable[[Mapping[str, Any]], Ratios]
+    name: str = ""
+
+    @property
+    def record(self) -> str:
+        return self.name or Path(self.script).stem
 
 
 _SMALL = ("--threads", "1", "--train", "300", "--queries", "40", "--dimension", "16", "--k", "3", "--rounds", "1")
@@ -90,6 +97,7 @@ PIECES = {
         ("--threads", "1", "--batch", "200", "--rounds", "2", "--only", "knn"),
         (*_SMALL, "--batch", "20", "--only", "knn"),
         of_batches,
+        "static_scorers_batch200",
     ),
     "engine": Piece("engine.py", (), ("--tiny",), of_engine),
     "all scorers": Piece(
@@ -150,7 +158,10 @@ def main() -> None:
             continue
         began = time.monotonic()
         try:
-            today |= PIECES[name].ratios(measure(PIECES[name], tiny=arguments.tiny))
+            measured = measure(PIECES[name], tiny=arguments.tiny)
+            today |= PIECES[name].ratios(measured)
+            if arguments.record:
+                write_atomic(arguments.against.with_name(f"{PIECES[name].record}.json"), _text(measured))
         except (RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
             failures.append(f"{name}: {type(error).__name__}: {error}")
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)

@@ -52,6 +52,7 @@ def test_a_loss_ends_with_exit_code_1_and_its_name(
     against, out = pieces / "recorded.json", pieces / "today.json"
     assert run(monkeypatch, "--only", "one", "--against", str(against), "--record") == 0
     assert json.loads(against.read_text())["ratios"] == {"a": 1.1, "b": 2.0}
+    assert json.loads((pieces / "piece.json").read_text())["ratios"] == {"a": 1.1, "b": 2.0}
     assert run(monkeypatch, "--only", "one", "--against", str(against)) == 0
     against.write_text('{"ratios": {"a": 1.0, "b": 1.0, "c": 5.0}}')
     assert run(monkeypatch, "--only", "one", "--against", str(against), "--out", str(out)) == 1
