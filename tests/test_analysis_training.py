@@ -16,7 +16,7 @@ from traj_ood.analysis import training as training_file
 from traj_ood.analysis.experiment import Sampled
 from traj_ood.analysis.memory import Probe
 from traj_ood.analysis.overfitting import Overfitting
-from traj_ood.analysis.training import Training, _separation
+from traj_ood.analysis.training import Training, separation_from_noise
 from traj_ood.data import ArrayImages
 from traj_ood.errors import TrajOODError
 
@@ -58,12 +58,12 @@ def test_one_attractor_for_all_is_one_attractor() -> None:
 
 def test_scores_that_are_not_finite_have_no_metrics() -> None:
     good, bad = torch.zeros(3, dtype=torch.float64), torch.tensor([0.0, torch.nan])
-    assert _separation({"train": good, "test": good, "noise": bad}) == {
+    assert separation_from_noise({"train": good, "test": good, "noise": bad}) == {
         "fpr95": None,
         "auroc": None,
         "fpr95_test": None,
     }
-    assert _separation({"train": good, "test": good, "noise": good + 1})["auroc"] == 1.0
+    assert separation_from_noise({"train": good, "test": good, "noise": good + 1})["auroc"] == 1.0
 
 
 def test_training_measures_every_epoch_and_resumes_between_them(

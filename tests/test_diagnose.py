@@ -22,7 +22,7 @@ from traj_ood.data import ArrayImages, Benchmark, Split
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation.diagnose import FILE_NAME, Diagnosis, _cautions, _Facts, _splits, diagnose
+from traj_ood.evaluation.diagnose import FILE_NAME, Diagnosis, ModelFacts, cautions_about, diagnose, diagnosis_splits
 from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 
 
@@ -269,7 +269,7 @@ def test_numbers_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_val_half_of_the_training_images_are_held_out() -> None:
     got = diagnose(toy(), benchmark(train=50, val=None), images=20)
     assert got.settings | {"held_out_split": "train-held-out", "images": 20, "held_out": 20} == got.settings
-    train, held = _splits(benchmark(train=51, val=None), 500, 0)
+    train, held = diagnosis_splits(benchmark(train=51, val=None), 500, 0)
     assert len(train.images) == len(held.images) == 25
     assert not set(train.images.ids) & set(held.images.ids)
 
@@ -342,7 +342,7 @@ def health(**changes: Any) -> Health:
 
 
 def facts(**changes: Any) -> Any:
-    return _Facts(**{**GOOD, **changes})
+    return ModelFacts(**{**GOOD, **changes})
 
 
 def test_unstable_attractors() -> None:
@@ -370,7 +370,7 @@ def test_good_attractors_of_a_masked_loss_are_a_caution() -> None:
     blind = facts(explained=0.05, explained_hidden=0.6)
     verdict = judge(health(), blind)
     assert verdict.meaningful
-    (caution,) = _cautions(verdict, blind, 0.1)
+    (caution,) = cautions_about(verdict, blind, 0.1)
     assert caution.startswith("D(E(x)) explains 5% of the variance of held-out images")
 
 

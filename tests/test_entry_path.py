@@ -89,9 +89,9 @@ def test_the_residual_is_what_a_linear_map_of_the_start_leaves() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(300, 1, 5, generator=generator)
     matrix = torch.randn(5, 5, generator=generator)
-    from traj_ood.scorers.entry_path import _linear
+    from traj_ood.scorers.entry_path import linear_prediction
 
-    predicted, rest = _linear(start.double(), (start @ matrix).double())
+    predicted, rest = linear_prediction(start.double(), (start @ matrix).double())
     np.testing.assert_allclose(predicted[0].numpy(), matrix.numpy(), atol=0.15)  # shrunk towards 0
     assert float(rest.square().mean()) < 0.01 * float((start @ matrix).square().mean())
 
@@ -201,13 +201,13 @@ def test_attractors_of_the_predicted_class_in_a_float64_loop(horizon: int) -> No
 
 
 def test_a_class_without_attractors_is_not_predicted() -> None:
-    from traj_ood.scorers.entry_path import _of_classes, _to_own_class
+    from traj_ood.scorers.entry_path import classes_of_attractors, distances_to_own_class
 
     start = torch.tensor([[0.0, 0.0], [0.5, 0.0], [9.0, 9.0]]).double()
-    state = _of_classes(start, torch.tensor([4, 4, 7]), torch.tensor([4]))
+    state = classes_of_attractors(start, torch.tensor([4, 4, 7]), torch.tensor([4]))
     assert state["classes/means"].tolist() == [[0.25, 0.0]]
     state["attractors"] = torch.tensor([[1.0, 0.0]])
-    assert _to_own_class(state, torch.tensor([[[9.0, 9.0], [1.0, 2.0]]]).double()).tolist() == pytest.approx(
+    assert distances_to_own_class(state, torch.tensor([[[9.0, 9.0], [1.0, 2.0]]]).double()).tolist() == pytest.approx(
         [(np.hypot(8, 9) + 2) / 2]
     )
 

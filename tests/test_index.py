@@ -13,7 +13,7 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.index import Approximate, NeighborIndex, Neighbors, Recall, flat, greedy_leaders, search
-from traj_ood.index.flat import SHARD_ABOVE, FaissFlat, TorchFlat, _to_gpu, flat_backend
+from traj_ood.index.flat import SHARD_ABOVE, FaissFlat, TorchFlat, flat_backend, to_gpu
 from traj_ood.index.scan import Scan
 from traj_ood.index.search import _ERROR_FACTOR, _UNIT
 
@@ -470,20 +470,20 @@ def test_shards_only_large_indexes_and_only_over_several_gpus(
     monkeypatch: pytest.MonkeyPatch, gpus: int, size: int, expected: tuple[object, ...]
 ) -> None:
     calls = fake_faiss(monkeypatch, gpus)
-    _to_gpu("index", 0, size)
+    to_gpu("index", 0, size)
     assert calls == [expected]
 
 
 def test_one_gpu_is_the_one_that_holds_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_faiss(monkeypatch, 4)
-    _to_gpu("index", 3, 10)
+    to_gpu("index", 3, 10)
     assert calls == [("one", 3, "index")]
 
 
 def test_among_several_processes_each_keeps_to_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_faiss(monkeypatch, 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    _to_gpu("index", 1, SHARD_ABOVE + 1)
+    to_gpu("index", 1, SHARD_ABOVE + 1)
     assert calls == [("one", 1, "index")]
 
 

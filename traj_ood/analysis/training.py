@@ -115,7 +115,7 @@ class Training(Budget):
             if group != "train":
                 found[f"distinct_{group}"] = _distinct(ends[group])
         found["chamfer"] = _similarity(ends["train"], ends["noise"])
-        return Unit(shown, found | _separation(scores))
+        return Unit(shown, found | separation_from_noise(scores))
 
     def _starts(self, model: ConvAutoencoder, data: Sampled) -> dict[str, Tensor]:
         """Starts (n, k): latents of training and test images, and samples of N(0, I), of equal number if data allow."""
@@ -145,7 +145,7 @@ def _similarity(a: AttractorDictionary, b: AttractorDictionary) -> float | None:
     return chamfer_similarity(a.usable(), b.usable()) if known else None
 
 
-def _separation(scores: dict[str, Tensor]) -> dict[str, float | None]:
+def separation_from_noise(scores: dict[str, Tensor]) -> dict[str, float | None]:
     """How well the trajectory score separates noise from training and test trajectories; None if not finite."""
     known = {group: s.numpy() for group, s in scores.items() if bool(s.isfinite().all())}
     paper = compute_metrics(known["train"], known["noise"]) if {"train", "noise"} <= set(known) else None

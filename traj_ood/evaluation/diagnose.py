@@ -185,7 +185,7 @@ def diagnose(
     Raises:
         TrajOODError: there are too few training images, or ``noise`` is not positive.
     """
-    train, held = _splits(benchmark, images, seed)
+    train, held = diagnosis_splits(benchmark, images, seed)
     if not noise > 0:
         raise TrajOODError(f"diagnose: expected noise above 0, got {noise}; 0.1 is the default")
     total = len(train.images) + len(held.images) + min(_NOISE_IMAGES, len(held.images))
@@ -198,7 +198,7 @@ def diagnose(
     share, hidden = _explained(autoencoder, known, unseen)
     gallery, derivative = _gallery(autoencoder, train, known, seed)
     radii = gallery.radii if gallery is not None else ()
-    facts = _Facts(
+    facts = ModelFacts(
         held_out_converged=float((unseen.dictionary.statuses == Status.CONVERGED).double().mean()),
         still_falling=still_falling(known.residuals, known.dictionary.statuses),
         known=_known_share(known.dictionary, unseen.dictionary),
@@ -226,7 +226,7 @@ def diagnose(
         health=health,
         **vars(facts),
         verdict=verdict,
-        cautions=_cautions(verdict, facts, noise),
+        cautions=cautions_about(verdict, facts, noise),
         curves=pd.concat([w.curves for w in (known, unseen)], ignore_index=True),
         gallery=gallery,
     )
@@ -236,7 +236,7 @@ def diagnose(
 
 
 @dataclass(frozen=True)
-class _Facts(Facts):
+class ModelFacts(Facts):
     """The measurements in addition to the dictionary's health; see :class:`Diagnosis`."""
 
     held_out_converged: float
@@ -245,7 +245,7 @@ class _Facts(Facts):
     derivative: Derivative | None
 
 
-def _cautions(verdict: Verdict, facts: _Facts, noise: float) -> tuple[str, ...]:
+def cautions_about(verdict: Verdict, facts: ModelFacts, noise: float) -> tuple[str, ...]:
     """Cautions for a good verdict; a bad one has none."""
     if not verdict.meaningful:
         return ()
@@ -400,7 +400,7 @@ class _Walker:
         return AttractorDictionary.from_trajectory(latents, path, ids), Part(ids, [], tensors, {})
 
 
-def _splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]:
+def diagnosis_splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]:
     """The training images for the attractors, and held-out ID images: val, else other training images."""
     if images < _MIN_IMAGES:
         raise TrajOODError(f"diagnose: expected at least {_MIN_IMAGES} images, got {images}: ask for more")

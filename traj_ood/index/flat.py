@@ -141,7 +141,7 @@ class FaissFlat:
         self._fallback: TorchFlat | None = None
         if points.device.type == "cuda":
             self._fallback = TorchFlat(points, centre, chosen)
-            index = _to_gpu(index, points.device.index or 0, count * points.shape[1] * 4)
+            index = to_gpu(index, points.device.index or 0, count * points.shape[1] * 4)
         self._index = index
 
     def topk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +151,7 @@ class FaissFlat:
         return torch.from_numpy(squared).to(self._device), torch.from_numpy(indices).to(self._device)
 
 
-def _to_gpu(index: Any, gpu: int, size: int) -> Any:
+def to_gpu(index: Any, gpu: int, size: int) -> Any:
     """Move a flat index of ``size`` bytes to one GPU, or in shards to all of them if it exceeds ``SHARD_ABOVE``.
 
     Whole copies on every GPU would only speed up batches far larger than a chunk of trajectories. With several

@@ -173,10 +173,10 @@ class EntryPath(SearchingScorer):
             attractors, images = self._attractors(train, kept)
             state["attractors"] = _whiten(state, attractors).flatten(1).float()
             if classes is not None:
-                state |= _of_classes(_whiten(state, points[0]).flatten(1), classes[kept], classes[images])
+                state |= classes_of_attractors(_whiten(state, points[0]).flatten(1), classes[kept], classes[images])
         if "residual" in self._parts:
             start, step = _whiten(state, points[0]), _whiten(state, points[1]) - _whiten(state, points[0])
-            predicted, rest = _linear(start, step)
+            predicted, rest = linear_prediction(start, step)
             residual = learn_gaussians(rest)
             state |= {"linear/map": predicted, "linear/means": residual["means"], "linear/factors": residual["factors"]}
         return state
@@ -201,7 +201,7 @@ class EntryPath(SearchingScorer):
 
     def _to_attractors(self, state: Mapping[str, Tensor], white: list[Tensor]) -> Tensor:
         if self.classes:
-            return _to_own_class(state, torch.stack([w.flatten(1) for w in white], dim=1))
+            return distances_to_own_class(state, torch.stack([w.flatten(1) for w in white], dim=1))
         fitted = self._state is not None and state.get("attractors") is self._state.get("attractors")
         index = self.index(torch.device("cpu")) if fitted else NeighborIndex(state["attractors"])
         each = [index.nearest(w.flatten(1).float()).distances[:, 0].cpu() for w in white]
@@ -218,7 +218,7 @@ def _whiten(state: Mapping[str, Tensor], points: Tensor) -> Tensor:
     return in_rows(white, points)
 
 
-def _of_classes(start: Tensor, classes: Tensor, of: Tensor) -> dict[str, Tensor]:
+def classes_of_attractors(start: Tensor, classes: Tensor, of: Tensor) -> dict[str, Tensor]:
     """Class means (C, n) of whitened starts (N, n), and the class (M,) in 0 … C − 1 of each attractor.
 
     Args:
@@ -231,7 +231,7 @@ def _of_classes(start: Tensor, classes: Tensor, of: Tensor) -> dict[str, Tensor]
     return {"classes/means": torch.stack(means), "classes/own": own}
 
 
-def _to_own_class(state: Mapping[str, Tensor], white: Tensor) -> Tensor:
+def distances_to_own_class(state: Mapping[str, Tensor], white: Tensor) -> Tensor:
     """Mean over t of the distances of whitened points (B, t, n) to the nearest attractor of the predicted class, (B,).
 
     The predicted class is the one whose mean is nearest to the first point. The expanded square finds class and
@@ -256,7 +256,7 @@ def _squares(points: Tensor, others: Tensor) -> Tensor:
     return torch.addmm(others.square().sum(dim=1), points, others.T, alpha=-2)
 
 
-def _linear(start: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+def linear_prediction(start: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Per cell the linear map A (cells, d, d) of the shrunk joint covariance; and step − start A, (N, cells, d)."""
     width, maps = start.shape[2], []
     for cell in torch.cat([start, step], dim=2).unbind(dim=1):
