@@ -30,8 +30,8 @@ RECOMMENDED: dict[ModelKind, Recommendation] = {
     "autoencoder": Recommendation("field", "results/protocol/tables.md"),
     "backbone": Recommendation("mahalanobis:normalize=true", "results/natural/tables.md"),
 }
-"""Recommendations for an autoencoder of images, and for a frozen backbone with an autoencoder of its features. The latter
-needs neither labels nor a classifier; where the backbone has one, ``nnguide`` was ahead of it in the same record."""
+"""Recommendations for an autoencoder of images, and for a frozen backbone with an autoencoder of its features. The
+latter needs neither labels nor a classifier; where the backbone has one, ``nnguide`` was ahead in the same record."""
 
 
 def recommended(model: Autoencoder) -> Recommendation:
