@@ -150,7 +150,7 @@ class DetectorModule(nn.Module):
         if needs.steps or needs.distances:
             trajectory, points = self._walk(encoding.latents)
         views: list[FeatureView] = sorted(needs.features)
-        features = {view: model.feature_view(encoding, view).cpu() for view in views}
+        features: dict[FeatureView, Tensor] = {view: model.feature_view(encoding, view).cpu() for view in views}
         logits = encoding.logits.cpu() if needs.logits and encoding.logits is not None else None
         return Evidence(features, reconstruction, trajectory, points, logits=logits)
 
