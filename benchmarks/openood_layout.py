@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from traj_ood.data.benchmark import sample_indices
-from traj_ood.data.equal_files import QUALITY, squared
+from traj_ood.data.equal_files import QUALITY, centre_square
 from traj_ood.data.fashion_mnist import read_fashion_mnist
 from traj_ood.data.images import ArrayImages, ImageSource, read_folder
 from traj_ood.data.natural import class_folders
@@ -64,7 +64,7 @@ def _write(images: ImageSource, root: Path, name: str, labels: Sequence[int]) ->
         path = f"{name}/{i // 1000:03d}/{i:06d}.jpg"
         target = root / "images_classic" / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        squared(images.load(i), SIDE).save(target, "JPEG", quality=QUALITY)
+        centre_square(images.load(i).convert("RGB"), SIDE, "BICUBIC").save(target, "JPEG", quality=QUALITY)
         lines.append(f"{path} {label}")
     return lines
 

@@ -25,12 +25,8 @@ def is_address(source: str) -> bool:
 
 
 def check_allowed(address: str, allow: Sequence[str]) -> None:
-    """Raise if no prefix in ``allow`` covers an address.
-
-    Raises:
-        TrajOODError: the address begins with no allowed prefix, contains ``..`` (also as ``%2e%2e``), or chains another
-            address (``::``). The message lists the prefixes.
-    """
+    """Raise if no prefix in ``allow`` covers an address, or if it contains ``..`` (also as ``%2e%2e``) or chains
+    another address (``::``)."""
     if ".." in unquote(address).split("/") or not any(allowed and _within(address, allowed) for allowed in allow):
         known = ", ".join(allow) or "none"
         raise TrajOODError(f"{address[:200]}: not an allowed address (allowed: {known}): add its prefix with --allow")
@@ -46,18 +42,10 @@ def _within(address: str, allowed: str) -> bool:
 
 
 class RemoteFiles:
-    """The file at an allowed address, or all files below it.
-
-    Attributes:
-        names: addresses of the files, sorted; a listing may name some that :meth:`open` refuses as not allowed.
-    """
+    """The file at an allowed address, or all files below it. ``names`` are their addresses, sorted; a listing may name
+    some that :meth:`open` refuses as not allowed."""
 
     def __init__(self, address: str, allow: Sequence[str]) -> None:
-        """List the files.
-
-        Raises:
-            TrajOODError: the address is not allowed, or cannot be listed.
-        """
         check_allowed(address, allow)
         self._allow = tuple(allow)
         core = library("fsspec.core", "fsspec")
@@ -69,14 +57,10 @@ class RemoteFiles:
         self.names = list(self._paths)
 
     def open(self, name: str, *, seekable: bool = False) -> BinaryIO:
-        """Open a file for reading in binary mode.
+        """Open one of ``names`` for reading in binary mode, if it is allowed and redirects only to what is allowed.
 
-        Args:
-            name: one of ``names``.
-            seekable: over HTTP, request ranges as they are needed, which not every server supports. Default: stream
-                the file from start to end.
-        Raises:
-            TrajOODError: the file is not allowed, redirects to an address that is not allowed, or cannot be fetched.
+        ``seekable``, over HTTP, requests ranges as they are needed, which not every server supports; by default the
+        file is streamed from start to end.
         """
         check_allowed(name, self._allow)
         protocols = [self._system.protocol] if isinstance(self._system.protocol, str) else self._system.protocol
@@ -88,11 +72,7 @@ class RemoteFiles:
         return file
 
     def read(self, name: str, most: int) -> bytes:
-        """The first ``most + 1`` bytes of a file; a longer result than ``most`` shows that the file is too large.
-
-        Raises:
-            TrajOODError: as for :meth:`open`, or the transfer fails.
-        """
+        """The first ``most + 1`` bytes of a file; a longer result than ``most`` shows that the file is too large."""
         parts, size = [], 0
         with self.open(name) as file:
             try:
@@ -128,11 +108,7 @@ class RemoteFiles:
 
 
 def library(module: str, package: str) -> Any:
-    """Import a module of an optional library.
-
-    Raises:
-        TrajOODError: the library is not installed.
-    """
+    """Import a module of an optional library, or say how to install it."""
     try:
         return import_module(module)
     except ImportError as error:

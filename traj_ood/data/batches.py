@@ -53,11 +53,7 @@ class Batch:
 
 
 def count_of(images: Images) -> int:
-    """The number of images.
-
-    Raises:
-        TrajOODError: ``images`` is not an accepted input, such as a single path, or its length is unknown.
-    """
+    """The number of images, if ``images`` is an accepted input of known length."""
     if isinstance(images, Tensor | np.ndarray):
         return 1 if images.ndim == 3 else len(images) if images.ndim else 0
     if isinstance(images, str | bytes | Path | Image.Image):

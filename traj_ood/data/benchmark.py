@@ -6,10 +6,10 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -77,14 +77,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Copies:
-    """Images of the split ``second`` that are also in ``first``.
-
-    Attributes:
-        first, second: names of the splits.
-        count: number of such images.
-        total: number of images in ``second``.
-        example: ids of one such pair, in ``second`` and in ``first``.
-    """
+    """Images of the split ``second``, which has ``total``, that are also in ``first``; ``example`` is one pair of ids,
+    in ``second`` and in ``first``."""
 
     first: str
     second: str
@@ -135,7 +129,8 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         _check_name("benchmark", self.name)
-        object.__setattr__(self, "ood", tuple(sorted(self.ood, key=_rank)))
+        ranks = [*OOD_ROLES, *(split.role for split in self.ood)]  # a role that is none is refused below
+        object.__setattr__(self, "ood", tuple(sorted(self.ood, key=lambda split: ranks.index(split.role))))
         self._check_roles_and_names()
         if len(self.train.images) < 2:
             raise TrajOODError(
@@ -146,7 +141,7 @@ class Benchmark:
 
     def splits(self) -> list[Split]:
         """All splits in order: train, val if present, test, near sets, far sets, diagnostic sets."""
-        return [*self._id_splits(), *self.ood]
+        return [self.train, *([self.val] if self.val is not None else []), self.test, *self.ood]
 
     def subsample(self, *, train: int | None, per_set: int | None, seed: int) -> Benchmark:
         """A random subsample, identical on every machine and with every numpy version.
@@ -175,35 +170,32 @@ class Benchmark:
             raise TrajOODError(
                 f"benchmark {self.name!r}: expected at least 1 image per set, got {per_set}; ask for more"
             )
-        return replace(
-            self,
-            train=_sampled(self.train, train, seed),
-            val=None if self.val is None else _sampled(self.val, per_set, TEST_SEED),
-            test=_sampled(self.test, per_set, TEST_SEED),
-            ood=tuple(_sampled(split, per_set, TEST_SEED) for split in self.ood),
-        )
+
+        def sampled(split: Split) -> Split:
+            size, own_seed = (train, seed) if split is self.train else (per_set, TEST_SEED)
+            return replace(split, images=at_most(split.images, size, own_seed, split.name))
+
+        return self._mapped(sampled)
 
     def following_links(self) -> Benchmark:
         """A copy in which image lists may follow links out of their root folder; see :func:`read_image_list`."""
-        return self._with_files(follow_links=True)
+        return self._with_files(FileImages, follow_links=True)
 
     def reading(self, how: Reading) -> Benchmark:
         """A copy whose image files are decoded as ``how`` says."""
-        return self._with_files(exif=how.exif, bit_depth=how.bit_depth)
+        return self._with_files((FileImages, EncodedImages), exif=how.exif, bit_depth=how.bit_depth)
 
-    def _with_files(self, **changes: Any) -> Benchmark:
+    def _with_files(self, kinds: Any, **changes: Any) -> Benchmark:
         def changed(split: Split) -> Split:
-            images = split.images
-            return (
-                replace(split, images=replace(cast("Any", images), **changes)) if _is_read(images, changes) else split
-            )
+            images: Any = split.images
+            return replace(split, images=replace(images, **changes)) if isinstance(images, kinds) else split
 
+        return self._mapped(changed)
+
+    def _mapped(self, change: Callable[[Split], Split]) -> Benchmark:
+        val = None if self.val is None else change(self.val)
         return replace(
-            self,
-            train=changed(self.train),
-            val=None if self.val is None else changed(self.val),
-            test=changed(self.test),
-            ood=tuple(changed(split) for split in self.ood),
+            self, train=change(self.train), val=val, test=change(self.test), ood=tuple(map(change, self.ood))
         )
 
     def contents(self) -> dict[str, Sequence[str]]:
@@ -234,9 +226,6 @@ class Benchmark:
             if pairs:
                 found.append(Copies(first.name, second.name, len(pairs), len(second.images), pairs[0]))
         return found
-
-    def _id_splits(self) -> list[Split]:
-        return [self.train, *([self.val] if self.val is not None else []), self.test]
 
     def _check_roles_and_names(self) -> None:
         if all(split.role == "diagnostic" for split in self.ood):
@@ -288,6 +277,18 @@ def sample_indices(count: int, size: int, seed: int, stream: str) -> list[int]:
     return sorted(int(i) for i in np.argsort(keys, kind="stable")[:size])
 
 
+def at_most(images: ImageSource, size: int | None, seed: int, stream: str) -> ImageSource:
+    """``size`` images drawn by :func:`sample_indices`, or all if ``size`` is None or there are no more."""
+    count = len(images)
+    return images if size is None or size >= count else images.select(sample_indices(count, size, seed, stream))
+
+
+def split_off(images: ImageSource, size: int, seed: int, stream: str) -> tuple[ImageSource, ImageSource]:
+    """``size`` images drawn by :func:`sample_indices`, and the others."""
+    chosen = set(sample_indices(len(images), size, seed, stream))
+    return images.select(sorted(chosen)), images.select([i for i in range(len(images)) if i not in chosen])
+
+
 def _check_name(kind: str, name: str) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise TrajOODError(
@@ -296,25 +297,8 @@ def _check_name(kind: str, name: str) -> None:
         )
 
 
-def _sampled(split: Split, size: int | None, seed: int) -> Split:
-    count = len(split.images)
-    if size is None or size >= count:
-        return split
-    return replace(split, images=split.images.select(sample_indices(count, size, seed, split.name)))
-
-
 def _is_ood(split: Split) -> bool:
     return split.role in OOD_ROLES
-
-
-def _rank(split: Split) -> int:
-    """Place among OOD sets; a role that is none is refused later."""
-    return [*OOD_ROLES, split.role].index(split.role)
-
-
-def _is_read(images: ImageSource, changes: Mapping[str, Any]) -> bool:
-    """Whether the images are files to which all these settings apply."""
-    return isinstance(images, FileImages) or (isinstance(images, EncodedImages) and "follow_links" not in changes)
 
 
 def _keys(split: Split) -> Iterator[tuple[str, str]]:

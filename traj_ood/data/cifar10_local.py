@@ -20,18 +20,17 @@ The choices below were made before any score was computed on these images:
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from traj_ood.data.benchmark import Benchmark, Split, sample_indices
+from traj_ood.data.benchmark import Benchmark, Split, sample_indices, split_off
+from traj_ood.data.equal_files import centre_square
 from traj_ood.data.fashion import FAR_SEED, FAR_SIZE, PHOTOS, TEXTURES, VAL_SEED, crops, noise
 from traj_ood.data.fashion_mnist import find_fashion_mnist, obtain_fashion_mnist, read_fashion_mnist
 from traj_ood.data.images import ArrayImages, FileImages, read_folder
+from traj_ood.data.natural import imagenet_sample
 from traj_ood.data.preflight import SHOWN, MissingDataError, data_folders, find_root
 from traj_ood.errors import TrajOODError
 
@@ -103,26 +102,18 @@ _HOW = (
 
 
 def load_cifar10_local(root: str | Path | None = None) -> Benchmark:
-    """The benchmark `cifar10-local`.
+    """The benchmark `cifar10-local`, from the folder with ``cifar10/`` and ``imagenet_sample/``; default
+    ``$TRAJ_OOD_DATA``, then ``./data``.
 
-    Args:
-        root: the folder with ``cifar10/`` and ``imagenet_sample/``; default ``$TRAJ_OOD_DATA``, then ``./data``.
-            Fashion-MNIST is read from it if present, else from the places where the benchmark `fashion` looks.
-
-    Raises:
-        MissingDataError: the root or folders in it are missing; the message names them, and the command that unpacks
-            them if their archives are there.
-        TrajOODError: a folder has the wrong number of images, or Fashion-MNIST cannot be obtained.
+    Fashion-MNIST is read from the same folder if present, else from the places where the benchmark `fashion` looks.
     """
     base = _find_root(root)
     _check_folders(base)
-    train = _cifar(base, "train", ID_CLASSES)
-    held_out = np.zeros(len(train), dtype=bool)
-    held_out[sample_indices(len(train), VAL_SIZE, VAL_SEED, f"{NAME}/val")] = True
+    val, train = split_off(_cifar(base, "train", ID_CLASSES), VAL_SIZE, VAL_SEED, f"{NAME}/val")
     return Benchmark(
         name=NAME,
-        train=Split("train", "train", train.select(np.flatnonzero(~held_out).tolist())),
-        val=Split("val", "val", train.select(np.flatnonzero(held_out).tolist())),
+        train=Split("train", "train", train),
+        val=Split("val", "val", val),
         test=Split("test", "test", _cifar(base, "test", ID_CLASSES)),
         ood=(
             *(Split(name, "near", _cifar(base, "test", (name,))) for name in NEAR_CLASSES),
@@ -151,20 +142,14 @@ def shows_cifar_class(stem: str) -> bool:
 
 @dataclass(frozen=True)
 class CentreSquares(FileImages):
-    """Image files of any size, each loaded as its centre square at 32 x 32 pixels.
+    """Image files of any size, each loaded as its bilinear centre square at 32 x 32 pixels.
 
     A model's transform would squeeze wide images, and models with larger inputs would get sharper images than
     CIFAR-10's. Either would separate the sets by something else than what they show.
     """
 
     def load(self, index: int) -> Image.Image:
-        """The centre square of file ``index``, bilinear; Pillow widens the filter when it scales down (antialias)."""
-        from PIL import Image
-
-        image = super().load(index)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        return image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        return centre_square(super().load(index), SIDE, "BILINEAR")
 
 
 def _cifar(base: Path, part: str, classes: tuple[str, ...]) -> FileImages:
@@ -180,16 +165,9 @@ def _cifar(base: Path, part: str, classes: tuple[str, ...]) -> FileImages:
 
 def _imagenet(base: Path) -> CentreSquares:
     """The ImageNet images whose class shows no CIFAR-10 class."""
-    folder = base / IMAGENET
-    names = read_folder(folder).paths
-    for name in names:
-        if not re.match(r"n\d{8}_.", name):
-            raise TrajOODError(
-                f"{folder / name}: expected a name of the form WNID_NAME.JPEG (n01440764_tench.JPEG), which gives the "
-                "class; rename or remove the file"
-            )
-    _check_count(folder, IMAGENET_IMAGES, len(names))
-    kept = tuple(f"{IMAGENET}/{name}" for name in names if not shows_cifar_class(name))
+    images = imagenet_sample(base)
+    _check_count(base / IMAGENET, IMAGENET_IMAGES, len(images))
+    kept = tuple(image for image, path in zip(images.ids, images.paths, strict=True) if not shows_cifar_class(path))
     return CentreSquares(base, kept, kept)
 
 

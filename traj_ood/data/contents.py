@@ -43,11 +43,8 @@ _trusted: set[_Key] | None = None  # keys of the rows that count; None: all rows
 
 
 def stamp(path: str) -> tuple[int, ...] | None:
-    """Size, mtime and ctime (ns) and inode of a regular file, which change whenever its bytes do.
-
-    ctime is included because mtime can be set back (``cp -p``, ``rsync -t``). None if ``path`` is no regular file or
-    cannot be accessed.
-    """
+    """Size, mtime, ctime (ns) and inode, which change whenever the bytes of a regular file do; None for anything else.
+    ctime is included because mtime can be set back (``cp -p``, ``rsync -t``)."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -80,13 +77,10 @@ def distrust() -> None:
 
 
 def hash_files(paths: Sequence[str]) -> tuple[str, ...]:
-    """SHA-256 (hex) of each file, ``ABSENT`` for those that cannot be read.
+    """SHA-256 (hex) of each file, given by resolved paths; ``ABSENT`` for those that cannot be read.
 
     A file whose :func:`stamp` equals that of its row is not read. A file written a moment ago is not cached, as it may
     change again within one tick of the file system's clock.
-
-    Args:
-        paths: resolved paths, links followed.
     """
     found: list[str] = []
     for part in _parts(paths, _FILES_PER_COMMIT):

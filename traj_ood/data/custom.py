@@ -38,15 +38,8 @@ FOLDER_KEYS = ("folder", "classes")
 def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchmark:
     """Load the benchmark that a YAML file describes; the module's docstring shows the format.
 
-    Image ids are ``split/relative path``, so that equal file names in two folders are distinct.
-
-    Args:
-        yaml_path: the file.
-        root: replaces the top-level ``root`` of the file; default: the file's.
-
-    Raises:
-        TrajOODError: the file is missing or malformed, a key is unknown, missing or given twice, or a split is
-            missing, empty or shares images with another.
+    Image ids are ``split/relative path``, so that equal file names in two folders are distinct. ``root`` replaces the
+    top-level ``root`` of the file.
     """
     yaml_path = Path(yaml_path)
     config = _read_yaml(yaml_path)

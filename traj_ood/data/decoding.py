@@ -78,11 +78,7 @@ AS_STORED = Reading()
 
 
 def open_image(path: Path, reading: Reading = AS_STORED) -> Image.Image:
-    """Decode an image file to mode 'L' (greyscale) or 'RGB'; see :func:`decode`.
-
-    Raises:
-        TrajOODError: the file is missing, empty or no regular file, or as :func:`decode`; the message names the path.
-    """
+    """Decode an image file to mode 'L' (greyscale) or 'RGB'; see :func:`decode`."""
     with _pillow_errors(str(path), lambda: path.open("rb")):
         _check_is_filled_file(path)
         with _picture(path) as image:
@@ -90,15 +86,7 @@ def open_image(path: Path, reading: Reading = AS_STORED) -> Image.Image:
 
 
 def open_bytes(content: bytes, where: str, reading: Reading = AS_STORED) -> Image.Image:
-    """Decode the content of an image file in memory; see :func:`open_image`. Nothing is written to disk.
-
-    Args:
-        content: the bytes of the file.
-        where: name of the image in error messages.
-        reading: how it is decoded.
-    Raises:
-        TrajOODError: the content is empty, or as :func:`decode`.
-    """
+    """Decode the content of an image file in memory, called ``where`` in messages; nothing is written to disk."""
     if not content:
         raise TrajOODError(f"{where}: expected an image, found nothing (0 bytes)")
     with _pillow_errors(where, lambda: io.BytesIO(content)), _picture(io.BytesIO(content)) as image:
@@ -130,10 +118,10 @@ def _pillow_errors(where: str, again: Callable[[], BinaryIO]) -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:
         with again() as file:
-            known = _foreign_format(file.read(32))
-        raise TrajOODError(
-            f"{where}: expected an image, found {known or 'no format that Pillow knows; replace the file'}"
-        ) from error
+            head = file.read(32)
+        unknown = "no format that Pillow knows; replace the file"
+        found = next((name for place, marks, name in _FOREIGN if head[place:].startswith(marks)), unknown)
+        raise TrajOODError(f"{where}: expected an image, found {found}") from error
     except Image.DecompressionBombError as error:
         raise _too_large(where, "more than twice that") from error
     except TrajOODError:
@@ -143,7 +131,7 @@ def _pillow_errors(where: str, again: Callable[[], BinaryIO]) -> Iterator[None]:
 
 
 def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Image.Image:
-    """Convert any Pillow image to mode 'L' or 'RGB', decoding it completely.
+    """Convert any Pillow image, called ``where`` in messages, to mode 'L' or 'RGB', decoding it completely.
 
     As in OpenOOD, palette, CMYK and alpha images become RGB without alpha, colour profiles are not applied, and EXIF
     orientation is applied only on request (except that of TIFF, which Pillow always applies). Unlike in OpenOOD:
@@ -152,14 +140,6 @@ def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Imag
     * 16-bit greyscale is scaled to 8 bits, where Pillow's ``convert`` clips it to white, and inverted if 0 is white.
     * Animations and files of several pages are refused, as it is unknown which frame is meant. The additional pictures
       that cameras embed in a JPEG are ignored.
-
-    Args:
-        image: an opened image, decoded or not; it is not changed.
-        where: name of the image in error messages.
-        reading: how it is decoded.
-    Raises:
-        TrajOODError: the image is truncated, undecodable or too large, has several frames or values of unknown range,
-            or is as dark as an image of 10 or 12 bits in a 16-bit file.
     """
     check_picture(image, where)
     try:
@@ -174,11 +154,7 @@ def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Imag
 
 
 def check_picture(image: Image.Image, where: str) -> None:
-    """Check the header of an image before it is decoded; ``where`` names the image in the error.
-
-    Raises:
-        TrajOODError: the image has no pixels, more than ``MAX_PIXELS``, or several frames.
-    """
+    """Check the header of an image before it is decoded: pixels, at most ``MAX_PIXELS``, one frame."""
     width, height = held_size(image)
     if width * height == 0:
         raise TrajOODError(
@@ -232,21 +208,13 @@ def _scans(content: bytes) -> int:
 
 @dataclass(frozen=True)
 class _Stored:
-    """How pixel values are stored, according to the header of a file.
+    """How pixel values are stored, according to the header of a file."""
 
-    Attributes:
-        bits: bits per value; 0 if unknown.
-        used: how many of them are used, if the file says so, else 0.
-        white_is_zero: 0 is white, as X-ray scanners write.
-        planes: colour channels are stored one after the other.
-        signed: values of 8 or 16 bits may be negative.
-    """
-
-    bits: int = 0
-    used: int = 0
-    white_is_zero: bool = False
-    planes: bool = False
-    signed: bool = False
+    bits: int = 0  # per value; 0 if unknown
+    used: int = 0  # how many of them are used, if the file says so, else 0
+    white_is_zero: bool = False  # as X-ray scanners write
+    planes: bool = False  # colour channels are stored one after the other
+    signed: bool = False  # values of 8 or 16 bits may be negative
 
 
 def _stored(image: Image.Image) -> _Stored:
@@ -400,11 +368,6 @@ def _upright(plain: Image.Image, image: Image.Image) -> Image.Image:
     turned = ImageOps.exif_transpose(plain)
     turned.info.pop("exif", None)
     return turned
-
-
-def _foreign_format(head: bytes) -> str:
-    """What a file is that Pillow cannot open, from its first bytes; empty if unknown."""
-    return next((name for place, marks, name in _FOREIGN if head[place:].startswith(marks)), "")
 
 
 def _undecodable(where: str, error: Exception) -> TrajOODError:

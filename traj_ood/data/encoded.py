@@ -39,11 +39,6 @@ class EncodedImages:
         return len(self.ids)
 
     def load(self, index: int) -> Image.Image:
-        """Decode image ``index``.
-
-        Raises:
-            TrajOODError: the record is broken, or the image cannot be decoded.
-        """
         content = self.files[index]
         if isinstance(content, str):
             raise TrajOODError(f"{self.ids[index]}: {content}")
@@ -61,7 +56,6 @@ class EncodedImages:
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def select(self, indices: Sequence[int]) -> EncodedImages:
-        """The images at ``indices``, in that order."""
         ids, files = (tuple(part[i] for i in indices) for part in (self.ids, self.files))
         labels = tuple(self.labels[i] for i in indices) if self.labels else ()
         return EncodedImages(ids, files, labels, self.exif, self.bit_depth)  # type: ignore[arg-type]
@@ -72,12 +66,7 @@ class EncodedImages:
 
 
 def read_encoded(source: str, reading: Reading = AS_STORED, opening: Opening = DEFAULT_OPENING) -> EncodedImages:
-    """Read all records of a source into memory; see :func:`traj_ood.data.records.read_records`.
-
-    Raises:
-        TrajOODError: as ``read_records``; also if there are no records, two with the same id, or more than
-            ``MAX_BYTES``.
-    """
+    """Read all records of a source into memory, at most ``MAX_BYTES`` and each with an id of its own."""
     ids: dict[str, None] = {}
     files: list[bytes | str] = []
     labels: list[str] = []

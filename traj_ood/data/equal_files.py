@@ -23,41 +23,29 @@ QUALITY = 90
 """Default JPEG quality: high enough to preserve textures, and a common choice of encoders."""
 
 
-def squared(image: Image.Image, side: int) -> Image.Image:
-    """The centre square of an image as RGB at ``side`` × ``side`` pixels.
-
-    Bicubic; Pillow widens the filter when it scales down (antialias).
-    """
+def centre_square(image: Image.Image, side: int, filter: str) -> Image.Image:
+    """The centre square of an image at ``side`` × ``side`` pixels; Pillow widens the filter when it scales down."""
     from PIL import Image
 
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
-    box = (left, top, left + short, top + short)
-    return image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return image.resize((side, side), Image.Resampling[filter], box=(left, top, left + short, top + short))
 
 
 def equalise(image: Image.Image, side: int, quality: int = QUALITY) -> Image.Image:
-    """:func:`squared`, then compressed and decoded as JPEG."""
+    """The bicubic centre square of an image as RGB, compressed and decoded as JPEG."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    squared(image, side).save(buffer, "JPEG", quality=quality)
+    centre_square(image.convert("RGB"), side, "BICUBIC").save(buffer, "JPEG", quality=quality)
     with Image.open(buffer) as file:
         return file.convert("RGB")
 
 
 @dataclass(frozen=True, eq=False)
 class EqualImages:
-    """An ImageSource that applies :func:`equalise` to the images of another; ids and labels are unchanged.
-
-    Attributes:
-        source: the original images.
-        side: side of the square images in pixels.
-        quality: JPEG quality.
-
-    Raises:
-        TrajOODError: the side is below 8 or the quality outside 1 … 100.
-    """
+    """An ImageSource that applies :func:`equalise`, at ``side`` pixels, to the images of another; ids and labels are
+    unchanged."""
 
     source: ImageSource
     side: int
@@ -82,7 +70,6 @@ class EqualImages:
         return len(self.source)
 
     def load(self, index: int) -> Image.Image:
-        """Image ``index``, RGB."""
         return equalise(self.source.load(index), self.side, self.quality)
 
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
@@ -95,7 +82,6 @@ class EqualImages:
         return hashlib.sha256(f"{self.source.digest()} {self.side} {self.quality}".encode()).hexdigest()
 
     def select(self, indices: Sequence[int]) -> EqualImages:
-        """The images at ``indices``, in that order."""
         return EqualImages(self.source.select(indices), self.side, self.quality)
 
     def missing(self) -> list[str]:

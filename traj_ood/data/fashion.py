@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from traj_ood.data.benchmark import Benchmark, Split, sample_indices
+from traj_ood.data.benchmark import Benchmark, Split, split_off
 from traj_ood.data.decoding import open_image
 from traj_ood.data.fashion_mnist import obtain_fashion_mnist, read_fashion_mnist
 from traj_ood.data.images import ArrayImages
@@ -50,11 +50,7 @@ LFW_FACES = 100  # only the first 100 of the 200 entries of lfw_subset are faces
 
 
 def load_fashion(root: str | Path | None = None) -> Benchmark:
-    """Load the benchmark `fashion`; see :func:`~traj_ood.data.fashion_mnist.obtain_fashion_mnist` for ``root``.
-
-    Raises:
-        TrajOODError: Fashion-MNIST cannot be obtained or is damaged, or a bundled image file is missing.
-    """
+    """Load the benchmark `fashion`; see :func:`~traj_ood.data.fashion_mnist.obtain_fashion_mnist` for ``root``."""
     folder = obtain_fashion_mnist(root)
     train_images, train_labels = read_fashion_mnist(folder, "train")
     test_images, test_labels = read_fashion_mnist(folder, "t10k")
@@ -65,26 +61,22 @@ def load_fashion(root: str | Path | None = None) -> Benchmark:
             f"{folder}: expected over {VAL_SIZE + 1} training images of the classes {ID_CLASSES}, got "
             f"{len(in_distribution)}; fetch the Fashion-MNIST files again"
         )
-    held_out = np.zeros(len(in_distribution), dtype=bool)
-    held_out[sample_indices(len(in_distribution), VAL_SIZE, VAL_SEED, "fashion/val")] = True
 
-    labels = {"train": train_labels, "t10k": test_labels}
-
-    def part(name: str, images: np.ndarray, chosen: np.ndarray) -> ArrayImages:
+    def part(name: str, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> ArrayImages:
         ids = tuple(f"fashion-mnist/{name}/{i:05d}" for i in chosen)
-        return ArrayImages(ids, images[chosen], tuple(str(label) for label in labels[name][chosen]))
+        return ArrayImages(ids, images[chosen], tuple(str(label) for label in labels[chosen]))
 
-    near = [
-        Split(name, "near", part("t10k", test_images, np.flatnonzero(test_labels == label)))
-        for name, label in NEAR_CLASSES.items()
-    ]
-    test_chosen = np.flatnonzero(np.isin(test_labels, ID_CLASSES))
+    def test_part(*classes: int) -> ArrayImages:
+        return part("t10k", test_images, test_labels, np.flatnonzero(np.isin(test_labels, classes)))
+
+    images = part("train", train_images, train_labels, in_distribution)
+    val, train = split_off(images, VAL_SIZE, VAL_SEED, "fashion/val")
     return Benchmark(
         name="fashion",
-        train=Split("train", "train", part("train", train_images, in_distribution[~held_out])),
-        val=Split("val", "val", part("train", train_images, in_distribution[held_out])),
-        test=Split("test", "test", part("t10k", test_images, test_chosen)),
-        ood=(*near, *far_sets()),
+        train=Split("train", "train", train),
+        val=Split("val", "val", val),
+        test=Split("test", "test", test_part(*ID_CLASSES)),
+        ood=(*(Split(name, "near", test_part(label)) for name, label in NEAR_CLASSES.items()), *far_sets()),
         train_size=2000,
         note="This project's own protocol; the 2,000 training images for attractors follow the paper.",
     )
@@ -92,11 +84,7 @@ def load_fashion(root: str | Path | None = None) -> Benchmark:
 
 def far_sets() -> tuple[Split, ...]:
     """The two far sets and the three diagnostic sets (crops of ten pictures, noise); needs scikit-learn and
-    scikit-image, but neither a network nor Fashion-MNIST.
-
-    Raises:
-        TrajOODError: a bundled image file is missing.
-    """
+    scikit-image, but neither a network nor Fashion-MNIST."""
     return (
         Split("digits", "far", _digits()),
         Split("faces", "far", _faces()),
@@ -135,13 +123,11 @@ def crops(
     scaled_to: int = SIDE,
     mode: Literal["L", "RGB"] = "L",
 ) -> ArrayImages:
-    """1,000 square crops of random size and position from scikit-image's ``files`` in turn.
+    """1,000 square crops of random size (between ``sides``) and position from scikit-image's ``files`` in turn, scaled
+    to ``scaled_to`` × ``scaled_to`` pixels.
 
-    Crops are scaled to ``scaled_to`` x ``scaled_to`` pixels. A nearly uniform one (standard deviation below
-    ``MIN_CONTRAST``, measured on the scaled crop in grey) is drawn again.
-
-    Raises:
-        TrajOODError: a bundled image file is missing.
+    A nearly uniform one (standard deviation below ``MIN_CONTRAST``, measured on the scaled crop in grey) is drawn
+    again.
     """
     sources = [np.asarray(open_image(_bundled(name)).convert(mode)) for name in files]
     generators = [np.random.Generator(np.random.PCG64([FAR_SEED, len(stream), i])) for i in range(len(files))]

@@ -57,10 +57,6 @@ def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
 
     Looks in ``root`` only if given. Otherwise tries, in this order: Debian's dataset folder, the cache, torchvision's
     download, and Debian's package, unpacked without root rights.
-
-    Raises:
-        TrajOODError: ``root`` is given and lacks files, the cache cannot be written, or all of these fail; the message
-            lists the possibilities.
     """
     found = find_fashion_mnist(root)
     if found is not None:
@@ -83,11 +79,7 @@ def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
 
 
 def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read the images, (N, 28, 28) uint8, and labels, (N,) uint8, of the part ``train`` or ``t10k``.
-
-    Raises:
-        TrajOODError: a file is damaged or has another format, or the two files do not match.
-    """
+    """Read the images, (N, 28, 28) uint8, and labels, (N,) uint8, of the part ``train`` or ``t10k``."""
     images = _read_part(folder, f"{part}-images-idx3-ubyte")
     labels = _read_part(folder, f"{part}-labels-idx1-ubyte")
     if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
@@ -104,9 +96,6 @@ def read_idx(path: Path) -> np.ndarray:
     """Read an idx file of unsigned bytes, gzipped or not, as a uint8 array of the shape in its header.
 
     Header: two zero bytes, type 0x08 (unsigned byte), the number of dimensions, then each size as big-endian uint32.
-
-    Raises:
-        TrajOODError: the gzip stream is unreadable or truncated, or the magic number or number of bytes is wrong.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -148,10 +137,8 @@ def _idx_path(folder: Path, name: str) -> Path | None:
 
 
 def _into_cache(target: Path, fetch: Callable[[Path], Path | None]) -> bool:
-    """Run ``fetch`` in a temporary folder beside ``target`` and rename the result to ``target``.
-
-    Errors are only logged, as the caller then tries the next way. Returns whether ``target`` has the files now.
-    """
+    """Run ``fetch`` in a temporary folder and rename its result to ``target``; returns whether ``target`` has the files
+    now. Errors are only logged, as the caller then tries the next way."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fashion-mnist-") as temp:

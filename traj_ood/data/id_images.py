@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from traj_ood.data.benchmark import sample_indices
+from traj_ood.data.benchmark import at_most, split_off
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages, read_encoded
 from traj_ood.data.images import FileImages, ImageSource, read_folder, read_image_list
@@ -22,21 +22,13 @@ that a 95 % threshold accepts is known to half a percent (one standard deviation
 
 @dataclass(frozen=True)
 class IDImages:
-    """ID images by purpose; no image is in both ``train`` and ``calibration``.
+    """ID images by purpose; no image is in both ``train`` and ``calibration``."""
 
-    Attributes:
-        name: name of the benchmark, folder or list.
-        train: all images that may be used for learning, such as by a surrogate of a backbone.
-        fit: images of ``train`` on which the scorer is fitted.
-        calibration: images on which the threshold is calibrated.
-        origin: where the calibration images come from, in words.
-    """
-
-    name: str
-    train: ImageSource
-    fit: ImageSource
-    calibration: ImageSource
-    origin: str
+    name: str  # of the benchmark, folder or list
+    train: ImageSource  # all that may be used for learning, such as by a surrogate of a backbone
+    fit: ImageSource  # those of ``train`` on which the scorer is fitted
+    calibration: ImageSource  # for the threshold
+    origin: str  # of the calibration images, in words
 
 
 def choose_id_images(
@@ -51,10 +43,10 @@ def choose_id_images(
     reading: Reading = AS_STORED,
     opening: Opening = DEFAULT_OPENING,
 ) -> IDImages:
-    """Choose ID images from a benchmark, a folder or an image list.
+    """Choose ID images from a benchmark (its training split), a folder, an image list or a source of records.
 
     Args:
-        source: the name or YAML file of a benchmark, whose training split is used; a folder; or an image list.
+        source: the name or YAML file of a benchmark, a folder, a list, or a source that :mod:`.records` reads.
         count: number of images to fit on, drawn with ``seed``. Default: the benchmark's protocol, or all.
         seed: seed of this draw and of the held-out images.
         calibration: a folder or list of calibration images, all of which are used. Default: the benchmark's val split,
@@ -62,13 +54,7 @@ def choose_id_images(
         least: smallest number of held-out images. Default 1.
         root: folder of a benchmark's data, and the folder to which paths in image lists are relative. Default: where
             each benchmark looks, and the list's own folder.
-        follow_links: let image lists follow links out of their root. Default false.
-        reading: how image files are decoded.
-        opening: how sources of records are opened (tar shards, Parquet, videos, addresses;
-            :mod:`traj_ood.data.records`), which are accepted wherever a folder or list is.
-    Raises:
-        TrajOODError: the source does not exist, a link leads out of a list's root, ``train`` and ``calibration`` share
-            images, or there are fewer images than ``count`` or than twice ``least``.
+        follow_links, reading, opening: how image lists, image files and sources of records are read.
     """
     name, images, val, protocol = _read(source, root, follow_links, reading, opening)
     if seed < 0:
@@ -78,7 +64,7 @@ def choose_id_images(
         held, origin = _read_files(calibration, root, follow_links, reading, opening), f"images of {calibration}"
         _check_disjoint(images, held, source, calibration)
     elif val is not None:
-        held, origin = _at_most(val, MAX_CALIBRATION, seed, "calibration"), "images of the val split"
+        held, origin = at_most(val, MAX_CALIBRATION, seed, "calibration"), "images of the val split"
     else:
         if len(images) < 2 * least:
             raise TrajOODError(
@@ -86,9 +72,7 @@ def choose_id_images(
                 f"{len(images)}: give more images, a smaller tpr, or separate calibration images (--calibrate)"
             )
         size = max(least, min(MAX_CALIBRATION, round(HELD_OUT * len(images))))
-        chosen = set(sample_indices(len(images), size, seed, "calibration"))
-        held = images.select(sorted(chosen))
-        images = images.select([i for i in range(len(images)) if i not in chosen])
+        held, images = split_off(images, size, seed, "calibration")
         origin = f"held-out images of {source}"
     if count is None:
         count = len(images) if protocol is None else min(protocol, len(images))
@@ -97,7 +81,7 @@ def choose_id_images(
             f"{source}: expected between 2 and {len(images)} images to learn from (all that are not held out), got "
             f"{count}; ask for a number in that range"
         )
-    return IDImages(name, images, _at_most(images, count, seed, "fit"), held, origin)
+    return IDImages(name, images, at_most(images, count, seed, "fit"), held, origin)
 
 
 def calibration_images(
@@ -107,14 +91,7 @@ def calibration_images(
     reading: Reading = AS_STORED,
     opening: Opening = DEFAULT_OPENING,
 ) -> ImageSource:
-    """ID images for calibrating an existing detector: all of a folder or list, or a benchmark's val split.
-
-    Args:
-        source: the folder, list or benchmark.
-        root, follow_links, reading, opening: see :func:`choose_id_images`.
-    Raises:
-        TrajOODError: the source does not exist, or is a benchmark without a val split.
-    """
+    """ID images for calibrating an existing detector: all of a folder or list, or a benchmark's val split."""
     _, images, val, _ = _read(source, root, follow_links, reading, opening)
     if not _is_benchmark(source):
         return images
@@ -159,10 +136,6 @@ def _read_files(
         images = read_image_list(path, root or path.parent, follow_links=follow_links)
         images.check_links()  # before anything is computed
     return replace(images, exif=reading.exif, bit_depth=reading.bit_depth)
-
-
-def _at_most(images: ImageSource, count: int, seed: int, stream: str) -> ImageSource:
-    return images if count >= len(images) else images.select(sample_indices(len(images), count, seed, stream))
 
 
 def _check_disjoint(images: ImageSource, held: ImageSource, source: str, calibration: str) -> None:

@@ -103,7 +103,6 @@ class ArrayImages:
         return len(self.ids)
 
     def load(self, index: int) -> Image.Image:
-        """Image ``index``, as a copy."""
         from PIL import Image
 
         return Image.fromarray(np.ascontiguousarray(self.array[index]))
@@ -122,7 +121,6 @@ class ArrayImages:
         return sha.hexdigest()
 
     def select(self, indices: Sequence[int]) -> ArrayImages:
-        """The images at ``indices``, in that order."""
         return ArrayImages(
             tuple(self.ids[i] for i in indices),
             self.array[np.asarray(indices, dtype=np.intp)],
@@ -130,7 +128,6 @@ class ArrayImages:
         )
 
     def missing(self) -> list[str]:
-        """Always empty."""
         return []
 
 
@@ -196,7 +193,6 @@ class FileImages:
         return _digest_of(self.ids, self.paths, self.labels, *how).hexdigest()
 
     def select(self, indices: Sequence[int]) -> FileImages:
-        """The files at ``indices``, in that order."""
         return replace(
             self,
             paths=tuple(self.paths[i] for i in indices),
@@ -205,11 +201,7 @@ class FileImages:
         )
 
     def check_links(self, indices: Sequence[int] | None = None) -> None:
-        """Unless ``follow_links``, check that no link puts a file (default: of all files) outside ``root``.
-
-        Raises:
-            TrajOODError: there is such a file; the message names the first.
-        """
+        """Unless ``follow_links``, refuse files (default: all) that links put outside ``root``."""
         if self.follow_links:
             return
         part = self if indices is None else self.select(indices)
@@ -240,15 +232,8 @@ class FileImages:
 
 
 def check_unchanged(images: ImageSource, indices: Sequence[int], contents: Sequence[str]) -> None:
-    """Check that the images at ``indices`` have not changed since the work began.
-
-    Args:
-        images: the source.
-        indices: the images to check.
-        contents: content digests of all images when the work began.
-    Raises:
-        TrajOODError: images have changed; the message gives their number and names the first.
-    """
+    """Refuse to go on if the images at ``indices`` have changed since ``contents``, the digests of all images, were
+    taken."""
     found = images.contents(indices)
     changed = [images.ids[i] for i, now in zip(indices, found, strict=True) if contents[i] != now]
     if changed:
@@ -333,11 +318,7 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
 
 
 def labelled_by_folder(images: FileImages) -> FileImages:
-    """A copy with each image labelled by its first subfolder, as in torchvision's ImageFolder.
-
-    Raises:
-        TrajOODError: an image is in no subfolder.
-    """
+    """A copy with each image labelled by its first subfolder, as in torchvision's ImageFolder."""
     labels = tuple(path.split("/")[0] if "/" in path else "" for path in images.paths)
     if "" in labels:
         raise TrajOODError(
@@ -385,11 +366,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def inside_root(written: str, where: str) -> str:
-    """Normalise a relative path from an image list; ``where`` begins the error message.
-
-    Raises:
-        TrajOODError: the path is absolute or leaves its root through '..'; for links see ``check_links``.
-    """
+    """Normalise a path from an image list, which must stay below its root; for links see ``check_links``."""
     path = posixpath.normpath(written)
     if path.startswith("/") or os.path.isabs(path):
         raise TrajOODError(f"{where}: expected a path relative to the image root, got {written!r}; make it relative")

@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from traj_ood.data.benchmark import Benchmark, Split, sample_indices
+from traj_ood.data.benchmark import Benchmark, Split, split_off
 from traj_ood.data.equal_files import EqualImages
 from traj_ood.data.fashion_mnist import read_fashion_mnist
 from traj_ood.data.images import ArrayImages, FileImages, ImageSource, labelled_by_folder, read_folder
@@ -51,25 +51,21 @@ NATURAL_BENCHMARKS = tuple(_SUITES)
 
 
 def load_natural(name: str, root: str | Path | None = None, allow_missing: bool = False) -> Benchmark:
-    """Load one of ``NATURAL_BENCHMARKS``.
+    """Load one of ``NATURAL_BENCHMARKS`` from the folder that contains the folders above; default ``$TRAJ_OOD_DATA``,
+    then ``./data``.
 
-    Args:
-        name: the benchmark.
-        root: the folder that contains the folders above; default ``$TRAJ_OOD_DATA``, then ``./data``.
-        allow_missing: omit missing OOD sets; the benchmark's name then ends in ``-partial``.
-
-    Raises:
-        MissingDataError: the root or folders in it are missing; the message names all of them.
-        TrajOODError: a folder contains unexpected files.
+    ``allow_missing`` omits missing OOD sets; the benchmark's name then ends in ``-partial``.
     """
     suite = _SUITES[name]
     base = find_root(name, root, suite.folder, f"the folder {suite.folder}/", _how(suite))
-    absent = tuple(s for s in (*NEAR, *FAR) if not (base / s).is_dir())
-    if absent and (not allow_missing or len(absent) == len((*NEAR, *FAR))):
+    sets = (*NEAR, *FAR)
+    absent = tuple(s for s in sets if not (base / s).is_dir())
+    if absent and (not allow_missing or absent == sets):
+        places = tuple(str(base / s) for s in absent)
         raise MissingDataError(
-            f"benchmark {name!r}: {len(absent)} of {len((*NEAR, *FAR))} OOD sets are missing: expected "
-            f"{', '.join(str(base / s) for s in absent)}; {_how(suite)}",
-            tuple(str(base / s) for s in absent),
+            f"benchmark {name!r}: {len(absent)} of {len(sets)} OOD sets are missing: expected {', '.join(places)}; "
+            f"{_how(suite)}",
+            places,
         )
     train, val, test = _tiny(base) if name == "tiny-imagenet" else _sample(base)
 
@@ -81,9 +77,7 @@ def load_natural(name: str, root: str | Path | None = None, allow_missing: bool 
         train=Split("train", "train", equal(train)),
         val=None if val is None else Split("val", "val", equal(val)),
         test=Split("test", "test", equal(test)),
-        ood=tuple(
-            Split(s, "near" if s in NEAR else "far", equal(_ood(base, s))) for s in (*NEAR, *FAR) if s not in absent
-        ),
+        ood=tuple(Split(s, "near" if s in NEAR else "far", equal(_ood(base, s))) for s in sets if s not in absent),
         train_size=2000 if name == "tiny-imagenet" else None,
         note=f"This project's own protocol; every image at {suite.side} x {suite.side} pixels through one JPEG step."
         + (f" Left out, for want of data: {', '.join(absent)}." if absent else ""),
@@ -98,26 +92,29 @@ def class_folders(root: Path, folder: str) -> FileImages:
     return FileImages(root, images.ids, images.ids, images.labels)
 
 
-def _tiny(base: Path) -> tuple[ImageSource, ImageSource | None, ImageSource]:
-    held_out = class_folders(base, "tiny_imagenet/val")
-    size = min(_VAL_SIZE, len(held_out) // 3)
-    val = set(sample_indices(len(held_out), size, _SEED, "tiny-imagenet/val"))
-    rest = [i for i in range(len(held_out)) if i not in val]
-    return class_folders(base, "tiny_imagenet/train"), held_out.select(sorted(val)), held_out.select(rest)
-
-
-def _sample(base: Path) -> tuple[ImageSource, None, ImageSource]:
-    """500 images to fit on and 500 to test on, without labels, as there is only one image of each class."""
+def imagenet_sample(base: Path) -> FileImages:
+    """The images of ``imagenet_sample/``, whose names give their classes."""
     images = read_folder(base / "imagenet_sample", prefix="imagenet_sample")
     for path in images.paths:
         if not re.match(r"n\d{8}_.", path):
             raise TrajOODError(
-                f"{base / 'imagenet_sample' / path}: expected a name of the form WNID_NAME.JPEG (n01440764_tench.JPEG);"
-                " rename or remove the file"
+                f"{images.root / path}: expected a name of the form WNID_NAME.JPEG (n01440764_tench.JPEG), which gives "
+                "the class; rename or remove the file"
             )
-    fit = set(sample_indices(len(images), min(_FIT_SIZE, len(images) // 2), _SEED, "imagenet-sample/fit"))
-    rest = [i for i in range(len(images)) if i not in fit]
-    return images.select(sorted(fit)), None, images.select(rest)
+    return images
+
+
+def _tiny(base: Path) -> tuple[ImageSource, ImageSource | None, ImageSource]:
+    held_out = class_folders(base, "tiny_imagenet/val")
+    size = min(_VAL_SIZE, len(held_out) // 3)
+    return class_folders(base, "tiny_imagenet/train"), *split_off(held_out, size, _SEED, "tiny-imagenet/val")
+
+
+def _sample(base: Path) -> tuple[ImageSource, None, ImageSource]:
+    """500 images to fit on and 500 to test on, without labels, as there is only one image of each class."""
+    images = imagenet_sample(base)
+    fit, rest = split_off(images, min(_FIT_SIZE, len(images) // 2), _SEED, "imagenet-sample/fit")
+    return fit, None, rest
 
 
 def _ood(base: Path, name: str) -> ImageSource:

@@ -20,20 +20,13 @@ LARGE = "images_largescale"
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one split is stored.
-
-    Attributes:
-        name, role: as in :class:`~traj_ood.data.benchmark.Split`.
-        list_file: its image list, below ``benchmark_imglist``.
-        images: the folder to which paths in the list are relative.
-        folder: folder below ``images`` that is read if there is no list; None if only the list defines the split.
-    """
+    """Where one split is stored."""
 
     name: str
     role: Role
-    list_file: str
-    images: str
-    folder: str | None = None
+    list_file: str  # below benchmark_imglist/
+    images: str  # the folder to which paths in the list are relative
+    folder: str | None = None  # below it, read if there is no list; None if only the list defines the split
 
 
 def _imagenet(name: str, role: Role, images: str = LARGE, folder: str | None = None) -> _Source:
@@ -101,22 +94,16 @@ _REPLACEMENTS = {
 
 
 def load_openood(name: str, root: str | Path | None = None, allow_missing: bool = False) -> Benchmark:
-    """Load one of ``OPENOOD_BENCHMARKS``.
+    """Load one of ``OPENOOD_BENCHMARKS`` from the folder that contains ``benchmark_imglist/``; default
+    ``$TRAJ_OOD_DATA``, then ``./data``.
 
     OOD sets of ``imagenet-paper`` without an image list (v1.5 has none for SUN and Places) are read from their folders;
     the benchmark's note then says so.
 
-    Args:
-        name: the benchmark.
-        root: the folder that contains ``benchmark_imglist/``; default ``$TRAJ_OOD_DATA``, then ``./data``.
-        allow_missing: omit OOD sets without a list or without any image. The benchmark's name then ends in
-            ``-partial``, so that its results are not taken for the full benchmark's, and its note names the sets.
-
-    Raises:
-        MissingDataError: the root, or lists and folders of some splits, are missing; the message names all of them.
-        TrajOODError: a list is malformed, or splits share images.
+    ``allow_missing`` omits OOD sets without a list or without any image. The benchmark's name then ends in
+    ``-partial``, so that its results are not taken for the full benchmark's, and its note names the sets.
     """
-    how = _how_to_get(name)
+    how = f"to get the data, run in a clone of OpenOOD: {_SCRIPT} {_DOWNLOADS[name]}"
     sources = _SOURCES[name]
     lists = Path("benchmark_imglist", Path(sources[0].list_file).parent)
     base = find_root(name, root, lists, f"OpenOOD's layout (benchmark_imglist/, {LARGE}/, {CLASSIC}/)", how)
@@ -146,10 +133,8 @@ def load_openood(name: str, root: str | Path | None = None, allow_missing: bool 
 
 
 def _available(name: str, base: Path, sources: tuple[_Source, ...]) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
-    """The ID splits and the available OOD sets or their replacements; then the names of the omitted sets.
-
-    If no OOD set is available, all are returned, for the error that names them.
-    """
+    """The ID splits and the available OOD sets or their replacements; then the names of the omitted sets. If no OOD set
+    is available, all are returned, for the error that names them."""
     kept, left_out = [], []
     for source in sources:
         if source.role not in ("near", "far") or _has_images(base, source):
@@ -175,10 +160,6 @@ def _note(name: str, base: Path, sources: tuple[_Source, ...]) -> str:
     note = _PAPER_NOTE if name == "imagenet-paper" else _V15_NOTE
     folders = [source.name for source in sources if not _list_path(base, source).is_file()]
     return f"{note} Read from folders, for want of a list: {', '.join(folders)}." if folders else note
-
-
-def _how_to_get(name: str) -> str:
-    return f"to get the data, run in a clone of OpenOOD: {_SCRIPT} {_DOWNLOADS[name]}"
 
 
 def _list_path(base: Path, source: _Source) -> Path:

@@ -34,16 +34,8 @@ def data_folders(root: str | Path | None) -> list[Path]:
 
 
 def find_root(name: str, root: str | Path | None, part: str | Path, expected: str, how: str) -> Path:
-    """The first of :func:`data_folders` that contains the folder ``part``.
-
-    Args:
-        name: the benchmark, for the error.
-        root: the folder that the user gave, or None.
-        part: relative path of the folder by which the data are recognised.
-        expected, how: what has to be there and how to get it, for the error.
-    Raises:
-        MissingDataError: no folder contains it.
-    """
+    """The first of :func:`data_folders` that contains ``part``; else an error with what is ``expected`` there and
+    ``how`` to get it."""
     folders = data_folders(root)
     for folder in folders:
         if (folder / part).is_dir():

@@ -195,11 +195,7 @@ class Preprocessed:
     preprocessing: Preprocessing | None = None
 
     def transform(self, image: Image.Image) -> Tensor:
-        """Preprocess a Pillow image to (C, H, W) float32 in the network's units.
-
-        Raises:
-            TrajOODError: no preprocessing is declared.
-        """
+        """Preprocess a Pillow image to (C, H, W) float32 in the network's units."""
         if self.preprocessing is None:
             raise TrajOODError(f"{self.name}: declares no preprocessing: set it, or override transform")
         return self.preprocessing(image)
@@ -211,10 +207,6 @@ def prepare(model: ImageModel, images: Pixels) -> Tensor:
     Pixels with the model's input shape are only normalised. Pixels of another size or number of channels are treated
     like a file: converted to 8 bits per channel and passed to ``model.transform``. So are all pixels if the transform
     is user code. NumPy arrays may have their channels last, as Pillow's do.
-
-    Raises:
-        TrajOODError: the type or number of axes is another, values are NaN or outside [0, 1], or the model's transform
-            refuses the images.
     """
     if isinstance(images, Normalised):
         if not isinstance(images.images, Tensor) or not images.images.is_floating_point():
@@ -232,11 +224,7 @@ def prepare(model: ImageModel, images: Pixels) -> Tensor:
 
 
 def as_pixels(name: str, images: Tensor | np.ndarray) -> Tensor:
-    """Convert pixels in memory, see :data:`Pixels`, to (B, C, H, W) uint8 or float32 in [0, 1].
-
-    Raises:
-        TrajOODError: as :func:`prepare`; ``name`` begins the message.
-    """
+    """Convert pixels in memory, see :data:`Pixels`, to (B, C, H, W) uint8 or float32 in [0, 1]."""
     wanted = "uint8 or float pixels in [0, 1] of shape (B, C, H, W) or (C, H, W)"
     if isinstance(images, np.ndarray):
         images = _channels_first(images)
@@ -261,11 +249,7 @@ def as_pixels(name: str, images: Tensor | np.ndarray) -> Tensor:
 
 
 def as_picture(name: str, pixels: Tensor) -> Image.Image:
-    """Convert pixels, (C, H, W) uint8 or floats in [0, 1], to a Pillow image of 8 bits per channel.
-
-    Raises:
-        TrajOODError: there are neither 1 nor 3 channels, or no pixels.
-    """
+    """Convert pixels, (C, H, W) uint8 or floats in [0, 1], to a Pillow image of 8 bits per channel."""
     if pixels.shape[0] not in (1, 3) or not pixels.numel():
         raise TrajOODError(f"{name}: expected images of 1 or 3 channels, got shape {tuple(pixels.shape)}")
     if pixels.dtype != torch.uint8:
@@ -298,16 +282,8 @@ def check_finite(name: str, images: Tensor) -> None:
 
 
 def check_images(name: str, images: Tensor, shape: tuple[int, int, int], prepare: str) -> None:
-    """Check that ``images`` is a finite float batch (B, C, H, W) with (C, H, W) = ``shape``.
-
-    Args:
-        name: the model, for the error.
-        images: the batch.
-        shape: the expected shape.
-        prepare: the function that makes such a batch, for the error.
-    Raises:
-        TrajOODError: it is not.
-    """
+    """Check that ``images`` is a finite float batch (B, C, H, W) with (C, H, W) = ``shape``; ``prepare`` names the
+    function that makes one."""
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or not images.is_floating_point():
         raise TrajOODError(
             f"{name}: expected float images (B, {', '.join(map(str, shape))}), got {images.dtype} "
@@ -317,14 +293,8 @@ def check_images(name: str, images: Tensor, shape: tuple[int, int, int], prepare
 
 
 def network_input(name: str, images: Tensor, shape: tuple[int, int, int], prepare: str, module: nn.Module) -> Tensor:
-    """Check images and convert them to the device and dtype of a module's weights.
-
-    The dtype is unchanged for a module without weights, and float32, as transforms return, for one with weights of
-    several dtypes.
-
-    Raises:
-        TrajOODError: as :func:`check_images`, also for values beyond the range of the dtype.
-    """
+    """Check images and convert them to the device and dtype of a module's weights: unchanged for a module without
+    weights, and float32, as transforms return, for one with weights of several dtypes."""
     types = float_types(parts_of(module))
     if types and images.is_floating_point():
         images = images.to(types.pop() if len(types) == 1 else torch.float32)
@@ -336,11 +306,7 @@ def network_input(name: str, images: Tensor, shape: tuple[int, int, int], prepar
 
 
 def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Check the means and standard deviations of a normalisation.
-
-    Raises:
-        TrajOODError: their number is not ``channels``, a value is not finite, or a deviation is not positive.
-    """
+    """Check that there is a finite mean and a positive standard deviation for each channel."""
     finite = all(math.isfinite(value) for value in (*mean, *std))
     if len(mean) != channels or len(std) != channels or not finite or not all(s > 0 for s in std):
         raise TrajOODError(
@@ -352,11 +318,8 @@ def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tup
 def declared_preprocessing(
     name: str, shape: tuple[int, int, int], preprocessing: Preprocessing | None, transform: object
 ) -> Preprocessing | None:
-    """The preprocessing of a model made of callables: the given one, else a direct resize; None with a ``transform``.
-
-    Raises:
-        TrajOODError: both are given, or the preprocessing has another shape.
-    """
+    """The preprocessing of a model made of callables: the given one, else a direct resize; None with a
+    ``transform``."""
     if transform is None:
         return fitting_preprocessing(name, shape, preprocessing)
     if preprocessing is not None:
@@ -367,11 +330,7 @@ def declared_preprocessing(
 def fitting_preprocessing(
     name: str, shape: tuple[int, int, int], preprocessing: Preprocessing | None = None
 ) -> Preprocessing:
-    """The given preprocessing, else a direct resize to pixels in [0, 1].
-
-    Raises:
-        TrajOODError: the given preprocessing has another shape.
-    """
+    """The given preprocessing, which must be to ``shape``, else a direct resize to pixels in [0, 1]."""
     if preprocessing is not None and preprocessing.shape != tuple(shape):
         raise TrajOODError(f"{name}: expected a preprocessing to {tuple(shape)}, got one to {preprocessing.shape}")
     return preprocessing or Preprocessing(shape)
@@ -394,10 +353,8 @@ def trial_pictures(mode: str) -> list[Image.Image]:
 
 
 def largest_difference(preprocessing: Preprocessing, transform: Any) -> float:
-    """The largest difference, in 1/255 of a pixel's range, between a preprocessing and another transform.
-
-    Measured on :func:`trial_pictures`; infinite if the outputs have different shapes.
-    """
+    """The largest difference between a preprocessing and another transform on :func:`trial_pictures`, in 1/255 of a
+    pixel's range; infinite if the outputs have different shapes."""
     worst = 0.0
     scale = torch.tensor(preprocessing.affine[1]).view(-1, 1, 1)
     for picture in trial_pictures(preprocessing.mode):

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,8 +29,7 @@ MAX_MEMBERS = 10**8
 """Most files in an archive."""
 MAX_HEAD = 2**16
 """Largest header extension of a tar member in bytes (long name, further attributes)."""
-MAX_SAMPLE = MAX_MEMBER
-"""Largest sample in bytes, over all its members."""
+MAX_SAMPLE = MAX_MEMBER  # in bytes, over all members of the sample
 _LABEL = 4096  # bytes read of a member that is no image
 _PLAIN_TYPES = (*tarfile.REGULAR_TYPES, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE)
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
@@ -44,32 +44,20 @@ _LABEL_COLUMNS = ("label", "labels", "cls", "fine_label", "target")
 
 @dataclass(frozen=True)
 class Record:
-    """One image of a source.
+    """One image of a source."""
 
-    Attributes:
-        key: unique name, such as ``shard.tar/0001.jpg``, ``data.parquet#17`` or ``a.mp4#frame=120``.
-        content: the bytes of an image file; None if the record is broken.
-        error: the reason why it is broken, else empty.
-        label: class label; empty if none is given.
-    """
-
-    key: str
-    content: bytes | None = None
-    error: str = ""
-    label: str = ""
+    key: str  # unique, such as shard.tar/0001.jpg, data.parquet#17 or a.mp4#frame=120
+    content: bytes | None = None  # of an image file; None if the record is broken
+    error: str = ""  # the reason why it is broken
+    label: str = ""  # of its class, if one is given
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How sources of records are opened.
+    """How sources of records are opened."""
 
-    Attributes:
-        stride: read every ``stride``-th frame of a video. Default 1.
-        allow: prefixes of addresses that may be opened, see :mod:`traj_ood.data.addresses`. Default none.
-    """
-
-    stride: int = 1
-    allow: tuple[str, ...] = ()
+    stride: int = 1  # of the frames that are read of a video
+    allow: tuple[str, ...] = ()  # prefixes of addresses that may be opened, see traj_ood.data.addresses
 
 
 DEFAULT_OPENING = Opening()
@@ -94,9 +82,6 @@ def read_records(source: str, opening: Opening = DEFAULT_OPENING) -> Iterator[Re
             * a video;
             * an fsspec address of an image, a folder of images, or a tar, Parquet or video file.
         opening: see :class:`Opening`.
-    Raises:
-        TrajOODError: a library is missing, the source does not exist, has no images or is a hostile archive, or its
-            address is not allowed.
     """
     lower = source.lower()
     if is_address(source):
@@ -113,11 +98,7 @@ def read_records(source: str, opening: Opening = DEFAULT_OPENING) -> Iterator[Re
 
 def files_of(source: str) -> list[str]:
     """The files that a source is read from, each a source of its own with the same records: shards, and the files of a
-    Parquet folder; else the source itself.
-
-    Raises:
-        TrajOODError: a shard is not there.
-    """
+    Parquet folder; else the source itself."""
     if is_address(source) or source.lower().endswith(TARS):
         return _shard_names(source) if is_address(source) else _shards(source)
     if _is_parquet_folder(source):
@@ -140,11 +121,7 @@ def _shard_names(source: str) -> list[str]:
 
 
 def _shards(source: str) -> list[str]:
-    """The file names of a pattern such as ``a-{08..11}.tar``; every file exists.
-
-    Raises:
-        TrajOODError: a file is missing.
-    """
+    """The file names of a pattern such as ``a-{08..11}.tar``, all of which must exist."""
     names = _shard_names(source)
     gone = [name for name in names if not Path(name).is_file()]
     if gone:
@@ -182,10 +159,6 @@ def _members(name: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
     """The members of a tar file in the form that webdataset groups into samples.
 
     Each header is checked before its content is read; of a member that is no image, at most ``_LABEL`` bytes are read.
-
-    Raises:
-        TrajOODError: the archive contains links, devices, sparse files, paths outside it, or oversized members, samples
-            or headers.
     """
     key_of = library("webdataset.tariterators", "webdataset").base_plus_ext
     key, size = "", 0
@@ -236,12 +209,10 @@ def _is_parquet_folder(source: str) -> bool:
 
 
 def _parquet(source: str) -> Iterator[Record]:
-    path = Path(source)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    for file in files:
-        if not file.is_file():
+    for file in files_of(source):
+        if not Path(file).is_file():
             raise TrajOODError(f"{file}: expected a Parquet file, found nothing: correct the path")
-        yield from _parquet_rows(str(file), str(file))
+        yield from _parquet_rows(file, file)
 
 
 def _parquet_rows(name: str, file: Any) -> Iterator[Record]:
@@ -289,10 +260,8 @@ def _hub(source: str) -> Iterator[Record]:
 
 
 def _opened(value: dict[str, Any], folder: Path) -> Any:
-    """The bytes of an image that ``datasets`` gives by path.
-
-    Only paths in the data set's own folder or on the hub are read, as a table may contain any path of this machine.
-    """
+    """The bytes of an image that ``datasets`` gives by path. Only paths in the data set's own folder or on the hub are
+    read, as a table may contain any path of this machine."""
     path = value.get("path")
     if value.get("bytes") is not None or not isinstance(path, str):
         return value
@@ -315,12 +284,12 @@ def _remote(address: str, opening: Opening) -> Iterator[Record]:
     for name in names:
         lower = name.lower()
         if lower.endswith(TARS):
-            yield from _tar(name, lambda n=name: files.open(n))  # type: ignore[misc]
+            yield from _tar(name, partial(files.open, name))
         elif lower.endswith(".parquet"):
             with files.open(name, seekable=True) as file:
                 yield from _parquet_rows(name, file)
         elif lower.endswith(VIDEOS):
-            yield from _video(name, lambda n=name: files.open(n, seekable=True), opening.stride)  # type: ignore[misc]
+            yield from _video(name, partial(files.open, name, seekable=True), opening.stride)
         else:
             yield _fetched(files, name)
 

@@ -32,78 +32,62 @@ class BenchmarkInfo:
     needs: str
 
 
+_PHOTOS_NEED = "scenes/, dtd10/, chest_xray/ and mnist/, given as root, in $TRAJ_OOD_DATA or as ./data"
+_FIGURES = "textures, photos, noise (diagnostics)"
+_SMALL_FAR = "and MNIST, SVHN, Texture, Places365 (far)"
+_PHOTOS_FAR = "vs scenes (near) and textures, chest X-rays, digits (far)"
+
 _REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[..., Benchmark]]] = {
-    info.name: (info, load)
-    for info, load in (
+    name: (BenchmarkInfo(name, summary, needs), load)
+    for name, load, needs, summary in (
         (
-            BenchmarkInfo(
-                "fashion",
-                "Fashion-MNIST without sandals, sneakers and bags vs those (near), digits and faces (far); textures, "
-                "photos, noise (diagnostics)",
-                "nothing: Fashion-MNIST (30 MB) is found on this machine or fetched",
-            ),
+            "fashion",
             load_fashion,
+            "nothing: Fashion-MNIST (30 MB) is found on this machine or fetched",
+            f"Fashion-MNIST without sandals, sneakers and bags vs those (near), digits and faces (far); {_FIGURES}",
         ),
         (
-            BenchmarkInfo(
-                "imagenet-paper",
-                "ImageNet vs SUN, Places, Texture, iNaturalist, 2,000 images each, as in the paper",
-                _OPENOOD_NEEDS,
-            ),
+            "imagenet-paper",
             partial(load_openood, "imagenet-paper"),
+            _OPENOOD_NEEDS,
+            "ImageNet vs SUN, Places, Texture, iNaturalist, 2,000 images each, as in the paper",
         ),
         (
-            BenchmarkInfo(
-                "imagenet",
-                "OpenOOD v1.5: ImageNet vs SSB-hard, NINCO (near) and iNaturalist, Textures, OpenImage-O (far)",
-                _OPENOOD_NEEDS,
-            ),
+            "imagenet",
             partial(load_openood, "imagenet"),
+            _OPENOOD_NEEDS,
+            "OpenOOD v1.5: ImageNet vs SSB-hard, NINCO (near) and iNaturalist, Textures, OpenImage-O (far)",
         ),
         (
-            BenchmarkInfo(
-                "cifar10",
-                "OpenOOD v1.5: CIFAR-10 vs CIFAR-100, Tiny ImageNet (near) and MNIST, SVHN, Texture, Places365 (far)",
-                _OPENOOD_NEEDS,
-            ),
+            "cifar10",
             partial(load_openood, "cifar10"),
+            _OPENOOD_NEEDS,
+            f"OpenOOD v1.5: CIFAR-10 vs CIFAR-100, Tiny ImageNet (near) {_SMALL_FAR}",
         ),
         (
-            BenchmarkInfo(
-                "cifar100",
-                "OpenOOD v1.5: CIFAR-100 vs CIFAR-10, Tiny ImageNet (near) and MNIST, SVHN, Texture, Places365 (far)",
-                _OPENOOD_NEEDS,
-            ),
+            "cifar100",
             partial(load_openood, "cifar100"),
+            _OPENOOD_NEEDS,
+            f"OpenOOD v1.5: CIFAR-100 vs CIFAR-10, Tiny ImageNet (near) {_SMALL_FAR}",
         ),
         (
-            BenchmarkInfo(
-                "cifar10-local",
-                "CIFAR-10 without cats, deer and trucks vs those (near), Fashion-MNIST and ImageNet samples (far); "
-                "textures, photos, noise (diagnostics)",
-                "folders cifar10/ and imagenet_sample/ of JPEG files, given as root, in $TRAJ_OOD_DATA or as ./data",
-            ),
+            "cifar10-local",
             load_cifar10_local,
+            "folders cifar10/ and imagenet_sample/ of JPEG files, given as root, in $TRAJ_OOD_DATA or as ./data",
+            "CIFAR-10 without cats, deer and trucks vs those (near), Fashion-MNIST and ImageNet samples (far); "
+            + _FIGURES,
         ),
         (
-            BenchmarkInfo(
-                "tiny-imagenet",
-                "Tiny-ImageNet vs scenes (near) and textures, chest X-rays, digits (far), all at 64 pixels through one "
-                "JPEG step",
-                "folders tiny_imagenet/, scenes/, dtd10/, chest_xray/ and mnist/, given as root, in $TRAJ_OOD_DATA or "
-                "as ./data",
-            ),
+            "tiny-imagenet",
             partial(load_natural, "tiny-imagenet"),
+            f"folders tiny_imagenet/, {_PHOTOS_NEED}",
+            f"Tiny-ImageNet {_PHOTOS_FAR}, all at 64 pixels through one JPEG step",
         ),
         (
-            BenchmarkInfo(
-                "imagenet-sample",
-                "500 of 1,000 ImageNet images vs scenes (near) and textures, chest X-rays, digits (far), all at 256 "
-                "pixels through one JPEG step",
-                "folders imagenet_sample/, scenes/, dtd10/, chest_xray/ and mnist/, given as root, in $TRAJ_OOD_DATA "
-                "or as ./data",
-            ),
+            "imagenet-sample",
             partial(load_natural, "imagenet-sample"),
+            f"folders imagenet_sample/, {_PHOTOS_NEED}",
+            f"500 of 1,000 ImageNet images {_PHOTOS_FAR}, all at 256 pixels through one JPEG step",
         ),
     )
 }
