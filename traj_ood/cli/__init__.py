@@ -1,20 +1,19 @@
 """The command line ``traj-ood``. Each module defines one group of commands and registers it with ``main``."""
 
-from traj_ood.cli import analyze, bench, calibrate, compare, detect, export, inspect, monitor, new, report, serve, train
+from traj_ood.cli import (  # noqa: F401
+    analyze,
+    bench,
+    calibrate,
+    compare,
+    detect,
+    export,
+    inspect,
+    monitor,
+    new,
+    report,
+    serve,
+    train,
+)
 from traj_ood.cli.base import main
 
-__all__ = [
-    "analyze",
-    "bench",
-    "calibrate",
-    "compare",
-    "detect",
-    "export",
-    "inspect",
-    "main",
-    "monitor",
-    "new",
-    "report",
-    "serve",
-    "train",
-]
+__all__ = ["main"]

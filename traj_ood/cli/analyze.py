@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import (
-    PATH,
-    device_option,
-    examples,
-    main,
-    one_line_errors,
-    quiet_option,
-    set_up,
-    threads_option,
-)
+from traj_ood.cli.base import PATH, examples, main, set_up, shared
 from traj_ood.cli.console import note, say
 
 if TYPE_CHECKING:
@@ -40,11 +31,9 @@ if TYPE_CHECKING:
 @click.option("--out", type=PATH, help="Results folder.  [default: runs/analysis/<question>]")
 @click.option("--work", type=PATH, help="Folder of finished units of work.  [default: OUT/units]")
 @click.option("--data-root", type=PATH, help="Folder of the images.")
-@device_option
-@threads_option
+@shared("device", "threads")
 @click.option("--fresh", is_flag=True, help="Discard the finished units of an earlier run.")
-@quiet_option
-@one_line_errors
+@shared("quiet")
 def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: bool, **options: Any) -> None:
     """Answer QUESTION about autoencoders, as in the paper: what attractors memorise, where trajectories go.
 
@@ -61,7 +50,7 @@ def analyze(question: str | None, pairs: tuple[str, ...], paper: bool, show: boo
     if show:
         _show(asked)
     else:
-        _run(asked, **options)
+        _run(asked, options)
 
 
 def _show(asked: Question) -> None:
@@ -77,24 +66,15 @@ def _show(asked: Question) -> None:
         say(f"  - {choice}")
 
 
-def _run(
-    asked: Question,
-    *,
-    out: Path | None,
-    work: Path | None,
-    data_root: Path | None,
-    device: str,
-    threads: int | None,
-    fresh: bool,
-    quiet: bool,
-) -> None:
+def _run(asked: Question, options: dict[str, Any]) -> None:
     from traj_ood.analysis import Workspace
     from traj_ood.dynamics.device import resolve_device
 
-    set_up(threads)
-    folder = out or Path("runs") / "analysis" / asked.name
-    space = Workspace(work or folder / "units", resolve_device(device), data_root, quiet)
-    if fresh:
+    set_up(options["threads"])
+    folder: Path = options["out"] or Path("runs") / "analysis" / asked.name
+    device = resolve_device(options["device"])
+    space = Workspace(options["work"] or folder / "units", device, options["data_root"], options["quiet"])
+    if options["fresh"]:
         space.discard()
     finding = asked.run(space, folder, command="traj-ood " + shlex.join(sys.argv[1:]))
     say(finding.sentence, kept=f"all results are in {folder}")

@@ -6,10 +6,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from traj_ood.data import Benchmark, Reading
     from traj_ood.data.records import Opening
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _MAX_THREADS = 1024  # OpenMP aborts the process if many more are requested
 _BROKEN_PIPE = 128 + 13  # exit code of a process ended by SIGPIPE, as reported by the shell
 _TRACEBACK = "TRAJ_OOD_TRACEBACK"
@@ -55,55 +56,80 @@ NAME, PATH = _Name(), _PathName()
 SEED = click.IntRange(0, MAX_INT)
 BIT_DEPTH = click.Choice(["10", "12", "14", "16"])
 
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-threads_option = click.option(
-    "--threads", type=click.IntRange(1, _MAX_THREADS), help="CPU threads for computing.  [default: all]"
-)
-follow_links_option = click.option(
-    "--follow-links", is_flag=True, help="Let image lists follow links out of their root."
-)
-batch_size_option = click.option(
-    "--batch-size", type=int, help="Images per batch; does not change results.  [default: by memory]"
-)
-workers_option = click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images.")
-on_error_option = click.option(
-    "--on-error",
-    type=click.Choice(["raise", "skip"]),
-    default="raise",
-    show_default=True,
-    help="What to do with images that cannot be read.",
-)
-tol_option = click.option(
-    "--tol", type=float, default=1e-5, show_default=True, help="Tolerance on the squared residual."
-)
-max_steps_option = click.option(
-    "--max-steps", type=int, default=500, show_default=True, help="Largest number of evaluations of f per image."
-)
-compile_option = click.option(
-    "--compile",
-    is_flag=True,
-    help="Run f through torch.compile, which takes seconds to start and changes scores by up to 1e-5, relative. If it "
-    "fails, f runs uncompiled, with a warning.",
-)
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs.")
-input_size_option = click.option(
-    "--input-size",
-    type=click.IntRange(1),
-    help="Side of the model's images, if it can be chosen (timm:, diffusers:).  [default: as declared]",
-)
-quote_formulas_option = click.option(
-    "--quote-formulas/--no-quote-formulas",
-    default=True,
-    show_default=True,
-    help="In CSV, put ' before texts that a spreadsheet would evaluate (they begin with = + - @).",
-)
+_SHARED = {
+    "data_root": click.option("--data-root", type=PATH, help="Folder of the images of a benchmark or list."),
+    "device": click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+    "threads": click.option(
+        "--threads", type=click.IntRange(1, _MAX_THREADS), help="CPU threads for computing.  [default: all]"
+    ),
+    "follow_links": click.option(
+        "--follow-links", is_flag=True, help="Let image lists follow links out of their root."
+    ),
+    "batch_size": click.option(
+        "--batch-size", type=int, help="Images per batch; does not change results.  [default: by memory]"
+    ),
+    "workers": click.option("--workers", type=int, default=2, show_default=True, help="Threads that read images."),
+    "on_error": click.option(
+        "--on-error",
+        type=click.Choice(["raise", "skip"]),
+        default="raise",
+        show_default=True,
+        help="What to do with images that cannot be read.",
+    ),
+    "tol": click.option(
+        "--tol", type=float, default=1e-5, show_default=True, help="Tolerance on the squared residual."
+    ),
+    "max_steps": click.option(
+        "--max-steps", type=int, default=500, show_default=True, help="Largest number of evaluations of f per image."
+    ),
+    "compile": click.option(
+        "--compile",
+        is_flag=True,
+        help="Run f through torch.compile, which takes seconds to start and changes scores by up to 1e-5, relative. If "
+        "it fails, f runs uncompiled, with a warning.",
+    ),
+    "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress bars; for logs."),
+    "input_size": click.option(
+        "--input-size",
+        type=click.IntRange(1),
+        help="Side of the model's images, if it can be chosen (timm:, diffusers:).  [default: as declared]",
+    ),
+    "quote_formulas": click.option(
+        "--quote-formulas/--no-quote-formulas",
+        default=True,
+        show_default=True,
+        help="In CSV, put ' before texts that a spreadsheet would evaluate (they begin with = + - @).",
+    ),
+    "exif": click.option("--exif", is_flag=True, help="Rotate photographs according to EXIF."),
+    "bit_depth": click.option(
+        "--bit-depth", type=BIT_DEPTH, help="Used bits in 16-bit files.  [default: as the files say]"
+    ),
+    "stride": click.option(
+        "--stride", type=click.IntRange(1), default=1, show_default=True, help="Read every n-th frame of a video."
+    ),
+    "allow": click.option(
+        "--allow",
+        multiple=True,
+        envvar="TRAJ_OOD_ALLOW",
+        metavar="ADDRESS",
+        help="Prefix of addresses that may be opened, such as s3://bucket/. Repeatable.  [default: none]",
+    ),
+}
 
 
-_IMPORTS = "traj_ood.imports"  # key in the context's meta: the values of --import
+def shared(*names: str) -> Callable[[_F], _F]:
+    """Decorator that adds options that several commands have, in this order."""
+
+    def add(command: _F) -> _F:
+        for name in reversed(names):
+            command = _SHARED[name](command)
+        return command
+
+    return add
 
 
 class _Command(click.Command):
-    """A command with the option ``--import``, which runs the user's files before anything else."""
+    """A command with the option ``--import``, which runs the user's files first, and with errors of one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,23 +138,17 @@ class _Command(click.Command):
             multiple=True,
             type=NAME,
             metavar="FILE.py|MODULE",
-            expose_value=False,
-            callback=_remember_imports,
             help="Run your own Python file first, to register scorers, models or benchmarks. Repeatable.",
         )
         self.params.append(own)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line_errors():
+            for source in ctx.params.pop("import"):
+                from traj_ood.io.extensions import import_extension
 
-def _remember_imports(context: click.Context, _: click.Parameter, sources: tuple[str, ...]) -> None:
-    context.meta[_IMPORTS] = sources
-
-
-def _run_imports() -> None:
-    context = click.get_current_context(silent=True)
-    for source in context.meta.get(_IMPORTS, ()) if context is not None else ():
-        from traj_ood.io.extensions import import_extension
-
-        import_extension(source)
+                import_extension(source)
+            return super().invoke(ctx)
 
 
 class _OneLine(click.Group):
@@ -169,40 +189,35 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of commands that turns errors into one line on stderr and an exit code.
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Context manager that turns errors into one line on stderr and an exit code.
 
     Bad input exits with code 2, an interruption with 130, and an unexpected exception with 70; for the latter,
     ``TRAJ_OOD_TRACEBACK=1`` shows the traceback.
     """
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            _run_imports()
-            command(*args, **kwargs)
-        except TeammateError:
-            sys.exit(2)  # another process prints the error
-        except TrajOODError as error:
-            fail(str(error), 2)
-        except KeyboardInterrupt:
-            if is_main_process():
-                note("traj-ood: interrupted; the same command continues where this one stopped")
-            sys.exit(130)
-        except BrokenPipeError:
-            sys.exit(_BROKEN_PIPE)
-        except OSError as error:
-            _refuse(f"{_words(error)}: correct the name, or fix its permissions", error, 2)
-        except (MemoryError, OverflowError) as error:
-            _refuse(f"{_words(error)}: expected sizes and numbers that this machine can take", error, 2)
-        except Exception as error:
-            if re.search("out of memory|can't allocate memory", str(error)):  # a RuntimeError in torch
-                _refuse(f"{_words(error)}: give a smaller --batch-size, or fewer images", error, 2)
-            if isinstance(error, RuntimeError) and "home directory" in str(error):
-                _refuse(f"{_words(error)}: write the path without ~, or set HOME", error, 2)
-            _refuse(f"internal error: {_words(error)}; {_TRACEBACK}=1 shows the traceback; please report it", error, 70)
-
-    return wrapped
+    try:
+        yield
+    except TeammateError:
+        sys.exit(2)  # another process prints the error
+    except TrajOODError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        if is_main_process():
+            note("traj-ood: interrupted; the same command continues where this one stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(_BROKEN_PIPE)
+    except OSError as error:
+        _refuse(f"{_words(error)}: correct the name, or fix its permissions", error, 2)
+    except (MemoryError, OverflowError) as error:
+        _refuse(f"{_words(error)}: expected sizes and numbers that this machine can take", error, 2)
+    except Exception as error:
+        if re.search("out of memory|can't allocate memory", str(error)):  # a RuntimeError in torch
+            _refuse(f"{_words(error)}: give a smaller --batch-size, or fewer images", error, 2)
+        if isinstance(error, RuntimeError) and "home directory" in str(error):
+            _refuse(f"{_words(error)}: write the path without ~, or set HOME", error, 2)
+        _refuse(f"internal error: {_words(error)}; {_TRACEBACK}=1 shows the traceback; please report it", error, 70)
 
 
 def _words(error: BaseException) -> str:
@@ -218,36 +233,8 @@ def _refuse(line: str, error: BaseException, code: int) -> NoReturn:
     fail(line, code)
 
 
-def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--exif`` and ``--bit-depth``, for commands that read image files."""
-    for option in (
-        click.option("--bit-depth", type=BIT_DEPTH, help="Used bits in 16-bit files.  [default: as the files say]"),
-        click.option("--exif", is_flag=True, help="Rotate photographs according to EXIF."),
-    ):
-        command = option(command)
-    return command
-
-
-def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--stride`` and ``--allow``, for commands that read tar shards, Parquet, videos and addresses."""
-    for option in (
-        click.option(
-            "--allow",
-            multiple=True,
-            envvar="TRAJ_OOD_ALLOW",
-            metavar="ADDRESS",
-            help="Prefix of addresses that may be opened, such as s3://bucket/. Repeatable.  [default: none]",
-        ),
-        click.option(
-            "--stride", type=click.IntRange(1), default=1, show_default=True, help="Read every n-th frame of a video."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 def opening_of(options: Mapping[str, Any]) -> Opening:
-    """The :class:`Opening` with the values of :func:`source_options`."""
+    """The :class:`Opening` of the options ``stride`` and ``allow``."""
     from traj_ood.data.records import Opening
 
     return Opening(options["stride"], tuple(options["allow"]))
@@ -266,18 +253,8 @@ def autoencoder_of(
     options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Autoencoder:
-    """Load an autoencoder; for a backbone, its surrogate, trained on the training split of ``data`` or cached.
-
-    Args:
-        model: spec of an autoencoder or a backbone.
-        data: the benchmark.
-        device: where to put the model.
-        input_size: side of the model's images.
-        options: options of the autoencoder's family.
-        settings: see :func:`traj_ood.surrogate_for`.
-    Raises:
-        TrajOODError: the model's input size cannot be chosen, or a loader raises it.
-    """
+    """Load an autoencoder, with ``options`` of its family; for a backbone, its surrogate, trained on the training split
+    of ``data`` or cached, with ``settings`` of :func:`traj_ood.surrogate_for`."""
     from traj_ood.autoencoders import load_autoencoder
     from traj_ood.backbones import LIBRARIES, is_backbone_spec, load_backbone
     from traj_ood.training.surrogate_cache import surrogate_for
@@ -294,7 +271,7 @@ def autoencoder_of(
 
 
 def reading_of(exif: bool, bit_depth: str | None) -> Reading:
-    """The :class:`Reading` with the values of :func:`reading_options`."""
+    """The :class:`Reading` of the options ``exif`` and ``bit_depth``."""
     from traj_ood.data.decoding import Reading
 
     return Reading(exif, None if bit_depth is None else int(bit_depth))

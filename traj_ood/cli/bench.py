@@ -9,29 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import (
-    NAME,
-    PATH,
-    SEED,
-    autoencoder_of,
-    batch_size_option,
-    compile_option,
-    device_option,
-    examples,
-    follow_links_option,
-    input_size_option,
-    main,
-    max_steps_option,
-    on_error_option,
-    one_line_errors,
-    quiet_option,
-    reading_of,
-    reading_options,
-    set_up,
-    threads_option,
-    tol_option,
-    workers_option,
-)
+from traj_ood.cli.base import NAME, PATH, SEED, autoencoder_of, examples, main, reading_of, set_up, shared
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import Team
@@ -64,21 +42,15 @@ if TYPE_CHECKING:
 @click.option("--per-set", type=int, help="Most images per test and OOD set.  [default: the benchmark's protocol]")
 @click.option("--quick", is_flag=True, help="Short for --attractors 1000 --per-set 300.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the training sample.")
-@tol_option
-@max_steps_option
+@shared("tol", "max_steps")
 @click.option("--mask-ratio", type=float, help="Fixed mask of a ViT-MAE.  [default: none]")
 @click.option("--mask-seed", type=SEED, help="Seed of that mask.  [default: 0]")
 @click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
-@click.option("--data-root", type=PATH, help="Folder of the benchmark's images.")
-@follow_links_option
+@shared("data_root", "follow_links")
 @click.option("--allow-missing", is_flag=True, help="Omit missing OOD sets; the benchmark's name ends in -partial.")
-@reading_options
-@input_size_option
+@shared("exif", "bit_depth", "input_size")
 @click.option("--out", type=PATH, default=Path("runs"), show_default=True, help="Results folder.")
-@device_option
-@batch_size_option
-@workers_option
-@threads_option
+@shared("device", "batch_size", "workers", "threads")
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Faster, coarser products on NVIDIA GPUs.")
 @click.option(
     "--precision",
@@ -88,7 +60,7 @@ if TYPE_CHECKING:
     help="bf16 takes the first steps of a test image in bfloat16 and the rest in fp32; attractors are always fp32. "
     "Scores over the whole path can differ.",
 )
-@compile_option
+@shared("compile")
 @click.option("--index", type=click.Choice(["auto", "faiss", "torch"]), default="auto", show_default=True)
 @click.option(
     "--approximate",
@@ -97,7 +69,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Allow an approximate search among 100,000 attractors or more.",
 )
-@on_error_option
+@shared("on_error")
 @click.option(
     "--control/--no-control",
     default=None,
@@ -140,8 +112,7 @@ if TYPE_CHECKING:
     help="Log the finished run to a tracker: mlflow:FOLDER|URL, wandb:PROJECT, tensorboard:FOLDER. Repeatable.",
 )
 @click.option("--no-pictures", is_flag=True, help="Keep no thumbnails, paths and frames for `traj-ood report`.")
-@quiet_option
-@one_line_errors
+@shared("quiet")
 def bench(benchmark: str, **options: Any) -> None:
     """Run BENCHMARK (a name from `traj-ood list benchmarks`, or a YAML file) and print its leaderboard.
 

@@ -7,22 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from traj_ood.cli.base import (
-    NAME,
-    PATH,
-    batch_size_option,
-    device_option,
-    examples,
-    follow_links_option,
-    main,
-    on_error_option,
-    one_line_errors,
-    opening_of,
-    set_up,
-    source_options,
-    threads_option,
-    workers_option,
-)
+from traj_ood.cli.base import NAME, PATH, examples, main, opening_of, set_up, shared
 from traj_ood.cli.console import note, say
 from traj_ood.cli.detect import check_target
 from traj_ood.errors import TrajOODError
@@ -45,8 +30,7 @@ if TYPE_CHECKING:
 @click.option("--by-class", is_flag=True, help="Accept that share of every class, given in the image list.")
 @click.option("--out", type=PATH, required=True, help="Folder for the detector with the new threshold.")
 @click.option("--overwrite", is_flag=True, help="Replace the detector in OUT, which may be DETECTOR itself.")
-@click.option("--data-root", type=PATH, help="Folder of the images of a benchmark or list.")
-@follow_links_option
+@shared("data_root", "follow_links")
 @click.option(
     "--known",
     type=click.Choice(["raise", "skip"]),
@@ -54,13 +38,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What to do with images that the detector was fitted on.",
 )
-@device_option
-@threads_option
-@batch_size_option
-@workers_option
-@on_error_option
-@source_options
-@one_line_errors
+@shared("device", "threads", "batch_size", "workers", "on_error", "stride", "allow")
 def calibrate(detector: str, images: str, **options: Any) -> None:
     """Give DETECTOR (a folder) a new threshold from ID images that were not used for training.
 

@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import (
-    NAME,
-    PATH,
-    SEED,
-    comma_separated,
-    examples,
-    main,
-    one_line_errors,
-    quote_formulas_option,
-)
+from traj_ood.cli.base import NAME, PATH, SEED, comma_separated, examples, main, shared
 from traj_ood.cli.console import note, say
 from traj_ood.errors import TrajOODError
 
@@ -66,7 +57,6 @@ _FORMS = ("markdown", "csv", "latex", "html", "openood")
     help="Format of the tables.",
 )
 @click.option("--json", "json_path", type=PATH, help="Also write all figures to this file.")
-@one_line_errors
 def compare(runs: tuple[Path, ...], scorers: str, metric: str, **options: Any) -> None:
     """Test whether one scorer is better than another on the same images, in RUNS (folders with a result.json in them or
     below).
@@ -154,8 +144,7 @@ def _compared(places: tuple[Path, ...], labels: tuple[str, ...], options: dict[s
     show_default=True,
     help="Means over sets, AUROC by set, or both.",
 )
-@quote_formulas_option
-@one_line_errors
+@shared("quote_formulas")
 def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, **options: Any) -> None:
     """Render every result.json below FOLDER as one leaderboard. Seeds are averaged, different settings are not."""
     from traj_ood.detector import refuse_inside

@@ -55,15 +55,10 @@ def prepare() -> None:
 
 
 def say(text: str, *, end: str = "\n", kept: str = "") -> None:
-    """Print a result on standard output.
+    """Print a result on standard output, with control characters other than line ends escaped.
 
-    Args:
-        text: the lines; control characters other than line ends are escaped.
-        end: printed at the end.
-        kept: where the result has been saved, for the error.
-    Raises:
-        TrajOODError: standard output is closed or cannot be written.
-        BrokenPipeError: the reader of standard output has closed it.
+    ``kept`` says where the result has been saved, for the error if standard output is closed or cannot be written; a
+    reader that has left gives a BrokenPipeError.
     """
     try:
         sys.stdout.write("\n".join(map(printable, text.split("\n"))) + end)
@@ -96,9 +91,6 @@ def leave(code: str | int | None) -> NoReturn:
 
     Functions registered with ``atexit`` are called. Members of a team (torchrun) and processes that are profiled or
     traced exit in the usual way.
-
-    Args:
-        code: the code of ``SystemExit``.
     """
     if not isinstance(code, int | None) or "WORLD_SIZE" in os.environ or sys.getprofile() or sys.gettrace():
         sys.exit(code)

@@ -19,26 +19,12 @@ from traj_ood.cli.base import (
     PATH,
     SEED,
     autoencoder_of,
-    batch_size_option,
-    compile_option,
-    device_option,
     examples,
-    follow_links_option,
-    input_size_option,
     main,
-    max_steps_option,
-    on_error_option,
-    one_line_errors,
     opening_of,
-    quiet_option,
-    quote_formulas_option,
     reading_of,
-    reading_options,
     set_up,
-    source_options,
-    threads_option,
-    tol_option,
-    workers_option,
+    shared,
 )
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
@@ -80,23 +66,10 @@ _FAILED = 3  # exit code: every image has a row, some of them an error
     "else a fifth of IMAGES, held out; at most 2,000]",
 )
 @click.option("--tpr", type=float, default=0.95, show_default=True, help="Share of ID images to accept.")
-@click.option("--data-root", type=PATH, help="Folder of the images of a benchmark or list.")
-@follow_links_option
-@reading_options
-@input_size_option
-@tol_option
-@max_steps_option
+@shared("data_root", "follow_links", "exif", "bit_depth", "input_size", "tol", "max_steps")
 @click.option("--out", type=PATH, required=True, help="Folder for the detector.")
 @click.option("--overwrite", is_flag=True, help="Replace the detector in OUT.")
-@device_option
-@threads_option
-@compile_option
-@batch_size_option
-@workers_option
-@on_error_option
-@quiet_option
-@source_options
-@one_line_errors
+@shared("device", "threads", "compile", "batch_size", "workers", "on_error", "quiet", "stride", "allow")
 def fit(source: str, **options: Any) -> None:
     """Fit a detector on in-distribution IMAGES: a folder, an image list, or a benchmark's name or YAML file.
 
@@ -110,7 +83,7 @@ def fit(source: str, **options: Any) -> None:
 
     set_up(options["threads"])
     check_target(options["out"], options["overwrite"])
-    device, on_error, quiet = resolve_device(options["device"]), options["on_error"], options["quiet"]
+    device, on_error = resolve_device(options["device"]), options["on_error"]
     chosen = choose_id_images(
         source,
         count=options["count"],
@@ -129,7 +102,7 @@ def fit(source: str, **options: Any) -> None:
         options["scorer"],
         **{key: options[key] for key in ("tol", "max_steps", "compile", "batch_size", "workers", "on_error", "quiet")},
     )
-    if not quiet:
+    if not options["quiet"]:
         note(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}")
     # Data sets contain duplicates, so that a held-out image may also be among those fitted on.
     on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
@@ -225,15 +198,9 @@ class _TrainingSplit:
     show_default=True,
     help="ray: on the cluster at RAY_ADDRESS, else on this machine; --out is a folder of Parquet files.",
 )
-@quote_formulas_option
-@device_option
-@threads_option
-@compile_option
-@batch_size_option
-@workers_option
+@shared("quote_formulas", "device", "threads", "compile", "batch_size", "workers")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
-@source_options
-@one_line_errors
+@shared("stride", "allow")
 def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     """Score images with DETECTOR (a folder written by `traj-ood fit`): files, folders, - for paths on standard input,
     tar shards (a-{00..09}.tar), Parquet with a column of images, hf:NAME@SPLIT, videos, addresses that --allow permits.
@@ -307,11 +274,7 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
 
 
 def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any]) -> None:
-    """Score with ``--engine ray``, into a folder.
-
-    Raises:
-        TrajOODError: an option does not apply to this engine, or as :func:`traj_ood.distributed.score_to`.
-    """
+    """Score with ``--engine ray``, into a folder."""
     from traj_ood.distributed import read_rows_of, score_to
     from traj_ood.distributed.engine import Workers, split_sources
 

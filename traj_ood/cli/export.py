@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from traj_ood.cli.base import PATH, examples, main, one_line_errors, set_up, threads_option
+from traj_ood.cli.base import PATH, examples, main, set_up, shared
 from traj_ood.cli.console import say, warn
 from traj_ood.errors import TrajOODError
 
@@ -45,8 +45,7 @@ _MAX_COMPARED = 32  # images
     type=PATH,
     help="Folder whose first 32 images are compared.  [default: scikit-image's photographs and textures]",
 )
-@threads_option
-@one_line_errors
+@shared("threads")
 def export(
     detector: Path, form: str, out: Path, overwrite: bool, steps: int | None, images: Path | None, threads: int | None
 ) -> None:

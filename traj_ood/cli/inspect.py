@@ -9,25 +9,7 @@ from typing import Any
 
 import click
 
-from traj_ood.cli.base import (
-    NAME,
-    PATH,
-    SEED,
-    autoencoder_of,
-    device_option,
-    examples,
-    follow_links_option,
-    input_size_option,
-    main,
-    max_steps_option,
-    one_line_errors,
-    quiet_option,
-    reading_of,
-    reading_options,
-    set_up,
-    threads_option,
-    tol_option,
-)
+from traj_ood.cli.base import NAME, PATH, SEED, autoencoder_of, examples, main, reading_of, set_up, shared
 from traj_ood.cli.console import note, say
 
 
@@ -39,19 +21,12 @@ from traj_ood.cli.console import note, say
 )
 @click.argument("model", type=NAME)
 @click.option("--benchmark", type=NAME, required=True, help="Source of the ID images: a name or a YAML file.")
-@click.option("--data-root", type=PATH, help="Folder of the benchmark's images.")
-@follow_links_option
-@reading_options
-@input_size_option
+@shared("data_root", "follow_links", "exif", "bit_depth", "input_size")
 @click.option("--images", type=int, default=500, show_default=True, help="Most training and held-out images.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the training sample and the noise.")
-@tol_option
-@max_steps_option
-@device_option
-@threads_option
+@shared("tol", "max_steps", "device", "threads")
 @click.option("--out", type=PATH, help="Folder.  [default: runs/<benchmark>--<model>--diagnosis]")
-@quiet_option
-@one_line_errors
+@shared("quiet")
 def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | None, **options: Any) -> None:
     """Diagnose whether scores against the attractors of MODEL are meaningful, and if not, why and what to do.
 
@@ -82,15 +57,15 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
 
 @main.command("list", epilog=examples("traj-ood list", "traj-ood list scorers"))
 @click.argument("what", type=click.Choice(["benchmarks", "scorers", "models", "all"]), default="all")
-@one_line_errors
 def list_(what: str) -> None:
     """List benchmarks, scorers and models by name."""
+    from traj_ood.io.extensions import load_plugins
+
     if what in ("benchmarks", "all"):
         from traj_ood.data import list_benchmarks
 
         _section("benchmarks", [(b.name, f"{b.summary}; needs {b.needs}") for b in list_benchmarks()])
     if what in ("scorers", "all"):
-        from traj_ood.io.extensions import load_plugins
         from traj_ood.scorers import RECOMMENDED, SCORERS
 
         load_plugins("traj_ood.scorers")
@@ -99,7 +74,6 @@ def list_(what: str) -> None:
     if what in ("models", "all"):
         from traj_ood.autoencoders import FAMILIES, MODELS
         from traj_ood.backbones import LIBRARIES
-        from traj_ood.io.extensions import load_plugins
 
         load_plugins("traj_ood.models")
         _section("models", [(name, info.summary) for name, info in sorted(MODELS.items())])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, SEED, examples, main, one_line_errors
+from traj_ood.cli.base import NAME, PATH, SEED, examples, main
 from traj_ood.cli.console import note, say
 
 if TYPE_CHECKING:
@@ -47,17 +47,8 @@ ALARM = 4
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--prometheus", type=PATH, help="Also write the numbers to this file, as Prometheus text.")
 @click.option("-q", "--quiet", is_flag=True, help="Print alarms only.")
-@one_line_errors
 def monitor(
-    detector: str,
-    rows: tuple[str, ...],
-    false_alarms: float,
-    window: int,
-    confidence: float,
-    seed: int,
-    form: str,
-    prometheus: Path | None,
-    quiet: bool,
+    detector: str, rows: tuple[str, ...], form: str, prometheus: Path | None, quiet: bool, **options: Any
 ) -> None:
     """Compare ROWS scored by DETECTOR with its calibration: CSV, JSON lines, Parquet, folders, or a service's log.
 
@@ -74,15 +65,7 @@ def monitor(
     calibration = read_calibration(Path(detector).expanduser())
     found = read_rows(rows)
     found.check(calibration)
-    finding = watch(
-        calibration,
-        found.scores,
-        found.invalid,
-        false_alarms=false_alarms,
-        window=window,
-        confidence=confidence,
-        seed=seed,
-    )
+    finding = watch(calibration, found.scores, found.invalid, **options)
     if prometheus is not None:
         write_atomic(prometheus, prometheus_text(finding, Path(detector).name).encode())
     if not quiet or (finding.is_alarm and form == "json"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, examples, main, one_line_errors
+from traj_ood.cli.base import NAME, PATH, examples, main
 from traj_ood.cli.console import say
 from traj_ood.errors import TrajOODError
 
@@ -106,7 +106,6 @@ def test_the_label_recreates_the_scorer() -> None:
 @click.argument("what", type=click.Choice(["scorer"]))
 @click.argument("name", type=NAME)
 @click.option("--out", type=PATH, default=Path("."), help="Folder for the two files.  [default: the working directory]")
-@one_line_errors
 def new(what: str, name: str, out: Path) -> None:
     """Write NAME.py, a working scorer to start from, and test_NAME.py, a test that it passes."""
     from traj_ood.detector import refuse_inside

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from traj_ood.cli.base import PATH, comma_separated, examples, main, one_line_errors
+from traj_ood.cli.base import PATH, comma_separated, examples, main
 from traj_ood.cli.console import say
 from traj_ood.errors import TrajOODError
 
@@ -24,7 +24,6 @@ from traj_ood.errors import TrajOODError
     "--scorers",
     help="Comma-separated labels to show in detail, or all.  [default: the best three, field and the paper's]",
 )
-@one_line_errors
 def report(results: Path, out: Path | None, scorers: str | None) -> None:
     """Write one HTML page of every result.json in RESULTS or below: leaderboard, curves, paths, pictures.
 

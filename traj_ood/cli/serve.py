@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, device_option, examples, main, one_line_errors, set_up, threads_option
+from traj_ood.cli.base import NAME, PATH, examples, main, set_up, shared
 from traj_ood.cli.console import note
 from traj_ood.errors import TrajOODError
 
@@ -43,10 +43,8 @@ _MAX_CONNECTIONS = 256
 @click.option(
     "--look", type=float, default=2.0, show_default=True, help="Seconds between checks for a new detector in DETECTOR."
 )
-@device_option
-@threads_option
+@shared("device", "threads")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Threads that decode images.")
-@one_line_errors
 def serve(detector: str, host: str, port: int, log: Path | None, **options: Any) -> None:
     """Serve DETECTOR (a folder) over HTTP: POST /v1/score returns one decision per image.
 
