@@ -20,7 +20,6 @@ They were never run on published weights, which this project could not download.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +40,7 @@ from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
+from traj_ood.io.weights import below
 
 MODEL_TYPE = "traj_ood_pair"
 RAE_EPS = 1e-5
@@ -217,9 +217,9 @@ class PairAutoencoder(Autoencoder):
         kind = str(config.get("encoder_type"))
         if kind not in RAE_ENCODERS:
             raise unknown_name("RAE encoder", kind, RAE_ENCODERS)
-        model = encoder_from_weights(kind, config, _below("encoder.", weights), str(path))
+        model = encoder_from_weights(kind, config, below("encoder.", weights), str(path))
         encoder = VisionTokens(model, int(config["encoder_input_size"]))
-        parts = _below("decoder.", weights)
+        parts = below("decoder.", weights)
         tokens = (encoder.size // int(config["encoder_patch_size"])) ** 2
         # At RAE's usual 16 × 16 tokens diffusers has the same table. For other grids diffusers scales positions to 16,
         # but RAE's decoders were trained with this table.
@@ -284,10 +284,6 @@ class PairAutoencoder(Autoencoder):
     def decode_batch(self, latents: Tensor) -> Tensor:
         parts: Any = self.module
         return parts.decoder(latents * parts.spread + parts.centre)
-
-
-def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def _as_tokens(statistic: Tensor) -> Tensor:

@@ -72,20 +72,13 @@ class _Record:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file or a PyTorch checkpoint without running any code in it.
+    """Read the tensors of a safetensors file or a PyTorch checkpoint, on the CPU, without running any code in it.
 
-    The format is recognised by content, not by the file's name. A checkpoint may keep its tensors under ``state_dict``,
-    ``model``, ``model_state_dict`` or ``net``; averaged weights (``state_dict_ema``, ``model_ema``) are preferred to
-    raw ones, as in timm. The wrapper prefixes ``module.`` and ``_orig_mod.`` are removed. Everything else in the file
-    (epoch, optimizer, arguments) is ignored.
-
-    Args:
-        path: the file, or an index of shards (``*.index.json``) with the shards beside it.
-    Returns:
-        Tensors on the CPU by name; with the attribute ``_metadata`` (module versions) if the file has it.
-    Raises:
-        TrajOODError: the file is missing, damaged, contains anything but named tensors, or requires Python objects
-            that are not plain data; the message names the first of them.
+    The format is recognised by content, not by the file's name; an index of shards (``*.index.json``) stands for the
+    shards beside it. A checkpoint may keep its tensors under ``state_dict``, ``model``, ``model_state_dict`` or
+    ``net``; averaged weights (``state_dict_ema``, ``model_ema``) are preferred to raw ones, as in timm. The wrapper
+    prefixes ``module.`` and ``_orig_mod.`` are removed, and module versions are kept as the attribute ``_metadata``.
+    Everything else in the file (epoch, optimizer, arguments) is ignored.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -116,7 +109,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The reason why weights could not be read; for a pickle, the Python object that it requires."""
+    """Why weights could not be read; for a pickle, the Python object that it requires."""
     cause: BaseException | None = error
     while cause is not None:
         found = re.search(r"GLOBAL ([\w.]+)|unrecognized function (.+)", str(cause))

@@ -44,14 +44,11 @@ def imported() -> list[Extension]:
 
 
 def import_extension(source: str) -> Extension:
-    """Run a Python file, or import a module, so that it registers scorers, models or benchmarks.
+    """Run a Python file (a path that ends in ``.py``), or import a module, so that it registers scorers, models or
+    benchmarks.
 
-    A file can import modules of its own folder. A source is run only once per process.
-
-    Args:
-        source: a path that ends in ``.py``, or the dotted name of a module, which may be in the working directory.
-    Raises:
-        TrajOODError: there is no such file or module, or its code raises; the message names the line.
+    A file can import modules of its own folder, and a module may be in the working directory. A source is run only once
+    per process. An error of its code is reported with the line.
     """
     is_file = source.endswith(".py")
     key = str(Path(source).expanduser().resolve()) if is_file else source
@@ -64,12 +61,8 @@ def import_extension(source: str) -> Extension:
 
 
 def load_plugins(group: str, name: str | None = None) -> None:
-    """Import the installed plugins of a group; with ``name``, only those of this name.
-
-    Raises:
-        TrajOODError: the plugin called ``name`` cannot be imported. Without ``name``, a broken plugin only gives a
-            warning, so that the others remain usable.
-    """
+    """Import the installed plugins of a group; with ``name``, only those of this name. Without it, a broken plugin only
+    gives a warning, so that the others remain usable."""
     for point in _entry_points(group):
         if name in (None, point.name):
             try:
@@ -82,10 +75,8 @@ def load_plugins(group: str, name: str | None = None) -> None:
 
 
 def origin_of(cls: type[Any]) -> dict[str, str] | None:
-    """Where a user's class was defined: its module, and the name and SHA-256 of its file. None for our own classes.
-
-    This is information for readers of a record; nothing is ever loaded by these names.
-    """
+    """Where a user's class was defined: its module, and the name and SHA-256 of its file; None for our own classes.
+    Nothing is ever loaded by these names."""
     if cls.__module__.split(".")[0] == _PACKAGE:
         return None
     file = None

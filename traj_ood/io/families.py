@@ -17,12 +17,9 @@ _C = TypeVar("_C", bound=type[Any])
 class Families(dict[str, type[M]]):
     """Model classes by family name. Each class registers itself in its own file with :meth:`register`.
 
-    Args:
-        base: the common base class.
-        kind: what a class is called in error messages, such as ``backbone library``.
-        model: what an instance is called in error messages, such as ``backbone``.
-        key: the class attribute with the family's name.
-        methods: methods that a class must define in addition to the abstract ones of ``base``.
+    ``kind`` is what a class is called in messages, such as ``backbone library``, and ``model`` an instance, such as
+    ``backbone``. ``key`` is the class attribute with the family's name. A class must define ``methods`` in addition to
+    the abstract ones of ``base``.
     """
 
     def __init__(self, base: type[Any], kind: str, model: str, key: str, methods: tuple[str, ...]) -> None:
@@ -30,11 +27,7 @@ class Families(dict[str, type[M]]):
         self._base, self.kind, self.model, self.key, self._methods = base, kind, model, key, methods
 
     def register(self, cls: _C) -> _C:
-        """Class decorator that registers a family under its name.
-
-        Raises:
-            TrajOODError: a method or the summary is missing, or the name is taken or not a single word.
-        """
+        """Class decorator that registers a family under its name, a single word, if it is complete."""
         own: Any = cls
         where, name = f"{self.kind} {own.__qualname__}", getattr(own, self.key)
         home = (own.__module__, own.__qualname__)
@@ -56,21 +49,13 @@ class Families(dict[str, type[M]]):
         return name in self
 
     def named(self, name: str) -> type[M]:
-        """The class registered under ``name``.
-
-        Raises:
-            TrajOODError: the name is unknown (similar names are suggested), or its plugin cannot be imported.
-        """
+        """The class registered under ``name``, here or by a plugin."""
         if not self.knows(name):
             raise unknown_name(self.kind, name, self)
         return self[name]
 
     def load(self, spec: str, options: Mapping[str, Any]) -> M:
-        """Load the model ``name:source`` with the ``load`` method of its family.
-
-        Raises:
-            TrajOODError: the name or an option is unknown, the source is missing, or the family raises it.
-        """
+        """Load the model ``name:source`` with the ``load`` method of its family."""
         name, _, source = spec.partition(":")
         family: Any = self.named(name)
         if not source:

@@ -16,10 +16,7 @@ CACHE_VARIABLE = "TRAJ_OOD_DATA"
 
 
 def cache_folder() -> Path:
-    """The cache folder: ``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``.
-
-    Raises ``TrajOODError`` if the variable is not set and the user has no home folder.
-    """
+    """The cache folder: ``$TRAJ_OOD_DATA``, or ``~/.cache/traj_ood``."""
     try:
         # Absolute, because apt runs in another working directory.
         return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "traj_ood").absolute()
@@ -30,18 +27,13 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object], *, replace: bool = True) -> None:
-    """Write a file atomically: after a failure, ``path`` is as it was before.
+    """Write a file atomically: after a failure, ``path`` is as it was before. ``content`` may be a callable that writes
+    to an open binary file; its own errors pass through.
 
     The content goes to a hidden file in the same folder (a rename across file systems is not atomic), is flushed to
-    disk and then renamed to ``path``. On any failure the hidden file is removed. Missing folders are created.
-
-    Args:
-        path: the file.
-        content: the bytes, or a callable that writes them to an open binary file.
-        replace: false keeps a file that exists by the time of the rename, so that the first of several processes wins.
-    Raises:
-        TrajOODError: the folder cannot be written (permissions, disk full), or ``path`` exists and is no regular file:
-            a rename would replace a device by a file. Errors of the callable other than OSError pass through.
+    disk and then renamed to ``path``. On any failure the hidden file is removed. Missing folders are created. What
+    exists and is no regular file is refused, as a rename would replace a device by a file. ``replace=False`` keeps a
+    file that exists by the time of the rename, so that the first of several processes wins.
     """
     path = Path(path)
     if os.path.exists(path) and not os.path.isfile(path):
@@ -70,10 +62,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
 
 
 def check_writable(folder: str | Path) -> None:
-    """Check that ``folder`` can be created or replaced, before hours of work for it; nothing is left behind.
-
-    Raises ``TrajOODError`` naming the folder if it cannot.
-    """
+    """Check that ``folder`` can be created or replaced, before hours of work for it; nothing is left behind."""
     folder = Path(os.path.realpath(Path(folder).expanduser()))
     made = [path for path in folder.parents if not os.path.exists(path)]
     probe = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -88,13 +77,12 @@ def check_writable(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
-    """Context manager that locks ``folder`` for this process; the lock also ends if the process is killed.
+    """Context manager that locks ``folder`` for this process, or raises if another has it; the lock also ends if the
+    process is killed.
 
     The folder itself is locked, without a lock file; do not replace it meanwhile. Missing folders are created, and
     removed again if nothing was written to them. Where folders cannot be locked (Windows, some network file systems)
     there is no protection.
-
-    Raises ``TrajOODError`` if another process has the lock, or if the folder can be neither created nor opened.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -120,10 +108,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
 
 
 def empty_folder(folder: str | Path, first: str) -> None:
-    """Empty ``folder``, removing the file ``first`` before everything else.
-
-    Raises ``TrajOODError`` if something cannot be removed.
-    """
+    """Empty ``folder``, removing the file ``first`` before everything else."""
     folder = Path(folder)
     with folder_errors(folder):
         (folder / first).unlink(missing_ok=True)
@@ -135,12 +120,10 @@ def empty_folder(folder: str | Path, first: str) -> None:
 
 
 def lock(opened: int, path: Path) -> None:
-    """Lock ``path`` for this process through its file descriptor ``opened``, until that is closed or the process ends.
+    """Lock ``path`` for this process through its file descriptor ``opened``, until that is closed or the process ends;
+    without effect where locks are not supported.
 
-    Where locks are not supported (Windows, some network file systems) there is no protection.
-
-    Raises:
-        BlockingIOError: another process has the lock, or has replaced or removed ``path`` since it was opened.
+    Raises BlockingIOError if another process has the lock, or has replaced or removed ``path`` since it was opened.
     """
     try:
         import fcntl
@@ -166,13 +149,8 @@ def abandon(stream: BinaryIO | TextIO) -> None:
 
 @contextlib.contextmanager
 def folder_errors(folder: Path, name: str = "", then: str = "") -> Iterator[None]:
-    """Context manager that turns an OSError into a ``TrajOODError`` about a folder that cannot be written.
-
-    Args:
-        folder: the folder.
-        name: the file to be written into it, for the message.
-        then: what to do; by default, free space or choose another folder.
-    """
+    """Context manager that turns an OSError into a ``TrajOODError`` about a folder into which (the file ``name``)
+    cannot be written; ``then`` says what to do, by default to free space or choose another folder."""
     try:
         yield
     except OSError as error:

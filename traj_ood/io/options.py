@@ -32,11 +32,7 @@ _UNIONS = (Union, UnionType)
 
 
 def option_kinds(cls: type[Any]) -> dict[str, Any]:
-    """The resolved type annotation of each option.
-
-    Raises:
-        TrajOODError: an annotation cannot be resolved at run time.
-    """
+    """The resolved type annotation of each option."""
     try:
         hints = get_type_hints(cls)
     except Exception as error:  # evaluating a user's annotation may raise anything
@@ -53,11 +49,7 @@ def option_defaults(cls: type[Any]) -> dict[str, Any]:
 
 
 def split_pairs(texts: Iterable[str], owner: str) -> Iterator[tuple[str, str]]:
-    """Split each ``key=value`` into its key and value.
-
-    Raises:
-        TrajOODError: a text without ``=``.
-    """
+    """Split each ``key=value`` into its key and value."""
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
@@ -74,7 +66,7 @@ def read_options(
     joint: str | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Convert the given options to keyword arguments of ``cls``, each value to the type of its field.
+    """Convert the given options to keyword arguments of the dataclass ``cls``, each value to the type of its field.
 
     Args:
         cls: the dataclass.
@@ -84,9 +76,6 @@ def read_options(
         joint: separator of the parts of a tuple in text. Default None: a tuple must be given as a list.
         strict: for trees written by a program. Default false: text is parsed as a number where a number is expected,
             because YAML reads ``5e-3`` as text, and a section may be empty.
-    Raises:
-        TrajOODError: an option is unknown (similar names are suggested), an option without default is missing, or a
-            value has the wrong type, is not finite, or is an integer beyond :data:`MAX_INT`.
     """
     return _Reader(owner, noun, joint, strict).options(cls, given, "")
 
@@ -102,17 +91,8 @@ def write_option(value: Any, joint: str = "+") -> str:
 
 
 def check_options(cls: type[Any], values: Mapping[str, Any], owner: str, *, reserved: str, joint: str = "+") -> None:
-    """Check that every value, written as text, is read back as the same value.
-
-    Args:
-        cls: the dataclass.
-        values: the values of all options.
-        owner: whose options they are, for error messages.
-        reserved: characters that separate options.
-        joint: separator of the parts of a tuple.
-    Raises:
-        TrajOODError: a value has the wrong type, or a text contains a reserved character or begins or ends with space.
-    """
+    """Check that the values of all options of ``cls``, written as text, are read back as the same values, and that
+    texts contain none of the ``reserved`` characters, which separate options."""
     reader = _Reader(owner, "option", joint)
     for key, kind in option_kinds(cls).items():
         value = tuple(values[key]) if isinstance(values[key], list) else values[key]
@@ -124,11 +104,7 @@ def check_options(cls: type[Any], values: Mapping[str, Any], owner: str, *, rese
 
 
 def check_writable(cls: type[Any]) -> None:
-    """Check that all options of a dataclass have types whose values can be written as text.
-
-    Raises:
-        TrajOODError: one has not; the message names it.
-    """
+    """Check that all options of a dataclass have types whose values can be written as text."""
     for name, kind in option_kinds(cls).items():
         if not _is_writable(kind):
             raise TrajOODError(

@@ -18,35 +18,21 @@ from traj_ood.io.trees import read_json, write_json
 
 @dataclass(frozen=True)
 class Part:
-    """The result for one batch.
+    """The result for one batch."""
 
-    Attributes:
-        ids: ids of the images that were read.
-        failures: ``{id, error}`` of each image that could not be read.
-        tensors: by name, each with one row per id.
-        notes: further JSON values.
-    """
-
-    ids: tuple[str, ...] = ()
-    failures: list[dict[str, str]] = field(default_factory=list)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    ids: tuple[str, ...] = ()  # of the images that were read
+    failures: list[dict[str, str]] = field(default_factory=list)  # {id, error} of those that could not be
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by name, each with one row per id
+    notes: Mapping[str, Any] = field(default_factory=dict)  # further JSON values
 
 
 class PartStore:
     """Parts by key, stored in ``folder/<key>.safetensors``; each is complete or absent.
 
-    A part that a different version of the code has computed counts as absent. A JSON file can record which computation
-    the parts belong to, see :meth:`claim`.
-
-    Args:
-        folder: created with the first part.
-        what: what a part is called in error messages, such as ``batch of a run``.
-        redo: what deleting a damaged part does, for error messages, such as ``compute it again``.
-        index: name of the JSON file.
-        discard: how to discard a folder whose JSON file is damaged or of another computation, for error messages.
-        code: returns the digest of the code that computes the parts. Default: :func:`code_digest`, over the whole
-            package and the user's imports.
+    A part that a different version of the code has computed counts as absent: by default of the whole package and the
+    user's imports, else of what ``code`` digests. The JSON file ``index`` can record which computation the parts belong
+    to, see :meth:`claim`. Messages call a part ``what``, say that deleting a damaged one serves to ``redo`` it, and how
+    to ``discard`` a folder whose JSON file is damaged or of another computation.
     """
 
     def __init__(
@@ -59,7 +45,7 @@ class PartStore:
         code: Callable[[], str] | None = None,
     ) -> None:
         self.folder = folder
-        self._code = code or (lambda: code_digest())
+        self._code = code or code_digest
         self._what, self._fix, self._index, self._discard = what, f"delete this file to {redo}", index, discard
         self._believed: set[str] | None = None
 
@@ -74,12 +60,8 @@ class PartStore:
         return self.folder / group / self._index
 
     def open(self, identity: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-        """The recorded identity of the computation that the parts belong to; a new folder is given ``identity``.
-
-        Raises:
-            TrajOODError: the folder cannot be written, the recorded identity is damaged or has other keys, or the
-                folder has parts but no identity.
-        """
+        """The recorded identity of the computation that the parts belong to, which has the keys of ``identity``; a new
+        folder is given ``identity``."""
         path = self.index(group)
         if not path.is_file():
             strangers = sorted(path.parent.glob("*.safetensors"))
@@ -92,13 +74,8 @@ class PartStore:
         return stored
 
     def claim(self, identity: Mapping[str, Any], group: str = "") -> None:
-        """Record ``identity`` as the computation that the parts belong to, replacing any earlier record.
-
-        Args:
-            identity: JSON data; other objects are written as text.
-        Raises:
-            TrajOODError: the folder cannot be written.
-        """
+        """Record ``identity`` (JSON data; other objects are written as text) as the computation that the parts belong
+        to, replacing any earlier record."""
         write_json(self.index(group), identity, sort_keys=True, default=str)
 
     # ------------------------------------------------------------------ parts
@@ -108,22 +85,14 @@ class PartStore:
         return self._path(key).is_file() and (self._believed is None or key in self._believed)
 
     def save(self, key: str, part: Part) -> None:
-        """Save a part.
-
-        Raises:
-            TrajOODError: the folder cannot be written.
-        """
+        """Save a part."""
         header = {"part": key, "code": self._code(), "ids": part.ids, "failures": part.failures, "notes": part.notes}
         write_tensors(self._path(key), part.tensors, header)
         if self._believed is not None:
             self._believed.add(key)
 
     def load(self, key: str) -> Part | None:
-        """The part of this key, or None if it has not been computed by this code.
-
-        Raises:
-            TrajOODError: its file is damaged, or that of another part.
-        """
+        """The part of this key, or None if it has not been computed by this code."""
         if not self.has(key):
             return None
         with open_tensors(self._path(key), self._what, self._fix) as file:
@@ -135,11 +104,7 @@ class PartStore:
             return Part(tuple(header["ids"]), header["failures"], file.tensors, header["notes"])
 
     def get(self, key: str) -> Part:
-        """The part of this key, which another process has finished.
-
-        Raises:
-            TrajOODError: its file is absent or damaged.
-        """
+        """The part of this key, which another process has finished."""
         part = self.load(key)
         if part is None:
             raise TrajOODError(

@@ -20,10 +20,8 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pyto
 
 
 def silence_transformers() -> None:
-    """Turn off the log messages, progress bars and questions on standard input of transformers, for command lines.
-
-    This does not import transformers: the settings are applied when a model of it is first loaded.
-    """
+    """Turn off the log messages, progress bars and questions on standard input of transformers, for command lines. The
+    settings are applied when a model of it is first loaded."""
     _SILENT.append(True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if "transformers" in sys.modules:
@@ -40,18 +38,11 @@ def _silence() -> None:
 
 
 def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
-    """``kind.from_pretrained(source, **options)``, without running any code that comes with the model.
+    """``kind.from_pretrained(source, **options)`` of transformers or diffusers, without running any code that comes
+    with the model.
 
     By default, transformers asks on standard input whether to run such code, and accepts a "y" from any pipe. For a
-    local folder nothing is fetched from the network.
-
-    Args:
-        kind: a class of transformers or diffusers, such as ``AutoModel``.
-        source: a local folder, or ``owner/name`` on the hub.
-        options: further arguments of the library.
-    Raises:
-        TrajOODError: the model requires code of its own, or code from the hub.
-        Exception: any other error of the library.
+    local folder nothing is fetched from the network. Errors of the library pass through.
     """
     if _SILENT:
         _silence()
@@ -77,15 +68,8 @@ def whole_network(
 ) -> Any:
     """The network of ``from_pretrained(…, output_loading_info=True)`` in float32, checked to be complete.
 
-    The libraries fill weights that a file lacks with random numbers; here they are an error.
-
-    Args:
-        answer: the network and the library's loading report.
-        where: beginning of the error message.
-        optional: weights whose names contain one of these may be missing.
-        then: end of the error message.
-    Raises:
-        TrajOODError: weights are missing, of another shape or NaN.
+    The libraries fill weights that a file lacks with random numbers; here they are an error, which begins with
+    ``where`` and ends with ``then``, unless their names contain one of ``optional``.
     """
     network, report = answer
     missing = [key for key in map(str, report["missing_keys"]) if not any(part in key for part in optional)]
@@ -101,21 +85,15 @@ def whole_network(
 
 
 def use_safetensors(source: str | Path) -> dict[str, Any]:
-    """The option ``use_safetensors`` for ``source``: true, unless a folder has pickled weights only.
-
-    Both libraries read pickled weights as plain tensors (torch's ``weights_only``).
-    """
+    """The option ``use_safetensors`` for ``source``: true, unless a folder has pickled weights only, which both
+    libraries read as plain tensors (torch's ``weights_only``)."""
     folder = Path(source).expanduser()
     pickled = any((folder / name).is_file() for name in _PICKLED) and not any(folder.glob("*.safetensors*"))
     return {"use_safetensors": not pickled}
 
 
 def refuse_elsewhere(folder: Path) -> None:
-    """Refuse a folder if a JSON file in it would make a library load code or weights from outside the folder.
-
-    Raises:
-        TrajOODError: there is such a file; the message names it and the entry.
-    """
+    """Refuse a folder if a JSON file in it would make a library load code or weights from outside the folder."""
     for path in sorted(folder.rglob("*.json")):
         content = _read(path)
         asking = sorted(key for key in _ELSEWHERE if content.get(key))

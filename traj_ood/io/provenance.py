@@ -63,9 +63,8 @@ def code_digest() -> str:
 def package_digest() -> str:
     """16 hex digits over the package's source and the versions of the libraries that can change a number.
 
-    A digest cannot be forgotten, unlike a version number that someone has to raise. It is computed once per process, in
-    milliseconds. Comments count, too: changing one costs a cache, not a result. In a zipped package, without source
-    files, the package's version replaces them.
+    A digest cannot be forgotten, unlike a version number that someone has to raise. Comments count, too: changing one
+    costs a cache, not a result. In a zipped package, without source files, the package's version replaces them.
     """
     digest = hashlib.sha256(metadata.version("traj_ood").encode())
     for name in _LIBRARIES:
@@ -113,9 +112,8 @@ def _version(package: str) -> str:
 def git_commit(folder: str | Path = PACKAGE) -> str | None:
     """The git commit of ``folder`` (default: this package): 40 hex digits, with ``-dirty`` if tracked files differ.
 
-    Untracked files, such as results of earlier runs, do not count, as in ``git describe --dirty``. None without git,
-    outside a checkout, or if the checkout does not track the folder: a package installed inside a project must not
-    report that project's commit.
+    None without git, outside a checkout, or if the checkout does not track the folder: a package installed inside a
+    project must not report that project's commit.
     """
     tracked = _git(folder, "ls-files", "--", ".")
     commit = _git(folder, "rev-parse", "--verify", "HEAD")

@@ -29,15 +29,9 @@ def replaced_folder(folder: str | Path, name: str, known: Collection[str], overw
     """Context manager that yields a new folder to write into, which replaces ``folder`` at the end.
 
     On any failure ``folder`` is unchanged. A crash leaves the old folder or the new one; a crash between the two
-    renames leaves both, complete, under hidden names beside it.
-
-    Args:
-        folder: the folder to create or replace.
-        name: the JSON file that marks a folder as replaceable; only an empty folder may lack it.
-        known: all names that ``folder`` may contain now. It is deleted, so anything else in it is refused.
-        overwrite: false refuses any folder that is not empty, also one that another process fills meanwhile.
-    Raises:
-        TrajOODError: ``folder`` contains other files, or there is no permission or space to write.
+    renames leaves both, complete, under hidden names beside it. As ``folder`` is deleted, it must be empty, or have the
+    JSON file ``name`` and nothing else but the ``known`` names. ``overwrite=False`` refuses any folder that is not
+    empty, also one that another process fills meanwhile.
     """
     target = Path(os.path.realpath(Path(folder).expanduser()))
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -95,17 +89,10 @@ def seal(folder: Path, name: str, record: Mapping[str, Any]) -> None:
 
 
 def open_sealed(folder: Path, name: str, schema: str) -> dict[str, Any]:
-    """Check every file of a sealed folder and return its record.
+    """Check every file of a sealed folder and return its record, the JSON file ``name``, of the ``schema``
+    ``<what>/<newest supported version>``.
 
     Hidden files at the top level are ignored, as nothing reads them.
-
-    Args:
-        folder: the sealed folder.
-        name: the JSON file.
-        schema: ``<what>/<version>`` with the newest supported version.
-    Raises:
-        TrajOODError: there is no such folder, its schema is newer, a file is damaged, missing or unexpected, or the
-            folder contains links.
     """
     try:
         return _opened(folder, name, schema)
@@ -195,11 +182,8 @@ def _check_files(folder: Path, record: Mapping[str, Any], path: Path) -> None:
 
 
 def _listing(folder: Path) -> dict[str, int]:
-    """Size of every file below ``folder`` by relative path, without hidden ones at the top level.
-
-    Raises:
-        TrajOODError: the folder contains a link or a device, whose content is not in the folder.
-    """
+    """Size of every file below ``folder`` by relative path, without hidden ones at the top level. Links and devices,
+    whose content is not in the folder, are refused."""
     found = {}
     for current, folders, files in os.walk(folder):
         top = Path(current) == folder

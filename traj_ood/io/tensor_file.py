@@ -58,13 +58,8 @@ def write_tensors(
 ) -> None:
     """Write tensors to one file atomically; the same content always gives the same bytes.
 
-    Args:
-        path: the file; missing folders are created.
-        tensors: on any device; they may share memory.
-        header: JSON values by key.
-        beside: JSON objects of other files, such as a model's config, that the digest covers as well.
-    Raises:
-        TrajOODError: the folder cannot be written.
+    Tensors may be on any device and share memory. ``header`` has JSON values by key. ``beside`` are JSON objects of
+    other files, such as a model's config, that the digest covers as well.
     """
     # Cloned, since safetensors refuses tensors that share memory.
     plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
@@ -81,15 +76,8 @@ def write_tensors(
 
 @contextmanager
 def open_tensors(path: Path, what: str, fix: str) -> Iterator[TensorFile]:
-    """Context manager that yields the content of a file; any exception in the ``with`` block is reported as damage.
-
-    Args:
-        path: a file written by :func:`write_tensors`.
-        what: what the file is called in error messages, such as ``attractor dictionary``.
-        fix: what to do about a damaged file, for error messages.
-    Raises:
-        TrajOODError: the file is missing, not a safetensors file or changed since it was written, or the block raises.
-    """
+    """Context manager that yields the content of a file that :func:`write_tensors` wrote, called ``what`` in messages;
+    any exception in the ``with`` block is reported as damage, with the advice ``fix``."""
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
@@ -106,15 +94,8 @@ def open_tensors(path: Path, what: str, fix: str) -> Iterator[TensorFile]:
 
 
 def check_digest(path: Path, weights: Mapping[str, Tensor], *beside: Mapping[str, Any]) -> None:
-    """Compare a model's weights and JSON files with the digest that :func:`write_tensors` recorded.
-
-    Args:
-        path: the file of weights.
-        weights: its tensors, by their names in the file.
-        beside: the JSON objects read from the files beside it.
-    Raises:
-        TrajOODError: they differ.
-    """
+    """Compare a model's weights, by their names in the file ``path``, and the JSON objects of the files beside it with
+    the digest that :func:`write_tensors` recorded."""
     if path.suffix != ".safetensors":
         return
     with safe_open(path, framework="pt") as file:

@@ -35,14 +35,8 @@ _T = TypeVar("_T")
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Read a YAML file as plain Python types. Duplicate keys are errors, and aliases count towards the size limits.
-
-    Args:
-        path: the file, in UTF-8.
-        what: what the file is called in error messages, such as ``the benchmark file``.
-    Raises:
-        TrajOODError: the file is unreadable, not UTF-8, malformed, or exceeds one of the limits above.
-    """
+    """Read a YAML file in UTF-8, called ``what`` in messages, as plain Python types. Duplicate keys are errors, and
+    aliases count towards the size limits."""
     try:
         text = _content(path, what, MAX_YAML).decode("utf-8-sig")
         return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds no objects
@@ -58,16 +52,8 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict[str, Any]:
-    """Read a JSON file that contains an object. NaN and Infinity, which are not part of JSON, are refused.
-
-    Args:
-        path: the file, in UTF-8.
-        what: what the file is called in error messages, such as ``the config of a model``.
-        fix: what to do about a damaged file, for error messages.
-        limit: largest size in bytes.
-    Raises:
-        TrajOODError: the file is unreadable, not JSON, not an object, or exceeds one of the limits.
-    """
+    """Read a JSON file in UTF-8, called ``what`` in messages, that contains an object; ``fix`` says what to do about a
+    damaged one. NaN and Infinity, which are not part of JSON, are refused."""
     content = _content(path, what, limit, fix)
     try:
         tree = json.loads(content, parse_constant=_no_number)
@@ -80,25 +66,13 @@ def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict
 
 
 def write_json(path: str | Path, tree: Any, **options: Any) -> None:
-    """Write data as a JSON file, indented by two spaces and atomically.
-
-    Args:
-        path: the file.
-        tree: the data.
-        options: further arguments of ``json.dumps``, such as ``sort_keys=True``.
-    Raises:
-        TrajOODError: the file cannot be written.
-        TypeError, ValueError: JSON cannot represent the data; nothing is written.
-    """
+    """Write data as a JSON file, indented by two spaces and atomically; ``options`` are further arguments of
+    ``json.dumps``."""
     write_atomic(path, (json.dumps(tree, **{"indent": 2, **options}) + "\n").encode())
 
 
 def field_of(tree: Mapping[str, Any], key: str, kind: type[_T], where: str) -> _T:
-    """``tree[key]``, checked to be of type ``kind``; an int is accepted as a float, a bool is no number.
-
-    Raises:
-        TrajOODError: the key is missing, or its value is of another type or not finite.
-    """
+    """``tree[key]``, checked to be of type ``kind`` and finite; an int is accepted as a float, a bool is no number."""
     value = tree.get(key)
     if kind is float and type(value) is int:
         value = float(value)

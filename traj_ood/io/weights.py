@@ -18,10 +18,8 @@ _COUNTER = "num_batches_tracked"
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """All modules inside ``module``, itself included.
-
-    Takes a fifth of the time of ``module.modules()``, which builds the name of each; this runs at every call.
-    """
+    """All modules inside ``module``, itself included, in a fifth of the time of ``module.modules()``, which builds the
+    name of each; this runs at every call."""
     found, seen, waiting = [], {id(module)}, [module]
     while waiting:
         part = waiting.pop()
@@ -62,12 +60,7 @@ def fingerprint(module: nn.Module, declared: Any, own_name: Callable[[str], str]
 
 def refuse_larger(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse a configuration in which any number exceeds that of the weights, or that has more layers than tensors.
-
-    Building such a network could exhaust the memory or never end.
-
-    Raises:
-        TrajOODError: the configuration is too large; the message names the key.
-    """
+    Building such a network could exhaust the memory or never end."""
     values = sum(value.numel() for value in weights.values())
     for key, count in config.items():
         most = len(weights) if key.endswith("layers") else values
@@ -79,11 +72,7 @@ def refuse_larger(config: Mapping[str, Any], weights: Mapping[str, Tensor], wher
 
 
 def check_weights(weights: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
-    """Check, before loading, that weights fit ``module`` in names and shapes, and are finite.
-
-    Raises:
-        TrajOODError: they do not; the message begins with ``where`` and names the first such tensor.
-    """
+    """Check, before loading, that weights fit ``module`` in names and shapes, and are finite."""
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     _refuse_names(missing, extra, where)
@@ -113,21 +102,14 @@ def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
 
 
 def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load ``weights`` into ``module`` with ``load_state_dict``; every weight of the module must be given.
+    """Load ``weights`` into a newly created ``module``; every weight of the module must be given.
 
     All names can share one prefix, such as Lightning's ``model.`` or ``encoder.``; tensors outside it are then ignored.
     ``num_batches_tracked`` of batch norms may be missing: it is used in training only, and older checkpoints lack it.
-
-    Args:
-        module: newly created; after an error its weights are undefined.
-        weights: as returned by :func:`traj_ood.io.checkpoints.read_weights`.
-        where: beginning of error messages.
-    Raises:
-        TrajOODError: as :func:`check_weights`; also if there are two sets of weights under different prefixes.
     """
     expected = module.state_dict()
     prefix = _prefix(weights, [key for key in expected if not key.endswith(_COUNTER)], where)
-    own = _below(prefix, weights)
+    own = below(prefix, weights)
     where = f"{where}, below {prefix!r}" if prefix else where
     _check_finite(own, where)
     try:
@@ -145,11 +127,8 @@ def prefix_of(weights: Mapping[str, Tensor], name: str) -> str:
 
 
 def _prefix(weights: Mapping[str, Tensor], names: Sequence[str], where: str) -> str:
-    """The prefix under which most of ``names`` are found, and at least half of them; else empty.
-
-    Raises:
-        TrajOODError: all names are found under several prefixes.
-    """
+    """The prefix under which most of ``names`` are found, and at least half of them; else empty. Several with all names
+    are an error."""
     known = set(names)
     counts: Counter[str] = Counter()
     for key in weights:
@@ -167,15 +146,12 @@ def _prefix(weights: Mapping[str, Tensor], names: Sequence[str], where: str) -> 
     return best[0]
 
 
-def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names start with ``prefix``, with the prefix removed; module versions are kept."""
     own = OrderedDict((key.removeprefix(prefix), value) for key, value in weights.items() if key.startswith(prefix))
     versions = getattr(weights, "_metadata", None)
     if versions is not None:
-        below = {
-            f"{key}.".removeprefix(prefix).removesuffix("."): v
-            for key, v in versions.items()
-            if f"{key}.".startswith(prefix)
-        }
-        own._metadata = below  # type: ignore[attr-defined]
+        dotted = ((f"{key}.", value) for key, value in versions.items())
+        inner = {key.removeprefix(prefix).removesuffix("."): v for key, v in dotted if key.startswith(prefix)}
+        own._metadata = inner  # type: ignore[attr-defined]
     return own
