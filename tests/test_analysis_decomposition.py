@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from traj_ood.analysis import Workspace, decomposition, find_question, options_from
+from traj_ood.analysis import Workspace, find_question, options_from, subjects
 from traj_ood.analysis.decomposition import (
     Decomposition,
     _sentence,
@@ -121,7 +121,7 @@ def test_the_estimate_reaches_the_constant_of_a_linear_decoder_and_never_passes_
     distortion = ((a - b) @ decoder.T).square().sum(dim=1)
     gap = (a - b).square().sum(dim=1)
     assert float(lipschitz(distortion, gap, torch.zeros(1))) <= true
-    norms = spectral_norms(lambda z: z @ decoder.T, a[:3]).values
+    norms = spectral_norms(lambda z: z @ decoder.T, a[:3])
     assert float(lipschitz(distortion, gap, norms)) == pytest.approx(true, rel=1e-3)
     assert float(lipschitz(torch.zeros(2), torch.zeros(2), torch.tensor([0.5]))) == 0.5  # codes that are attractors
 
@@ -165,7 +165,7 @@ def test_chunks_change_no_number(tmp_path: Path, pairs: list[str], monkeypatch: 
     )
     figures = []
     for size in (1000, 1):  # the model's own chunk of rows is the least
-        monkeypatch.setattr(decomposition, "_UNIT_STARTS", size)
+        monkeypatch.setattr(subjects, "_UNIT_IMAGES", size)
         work = Workspace(tmp_path / f"work-{size}")
         figures.append(question.run(work, tmp_path / "out").figures)
     assert figures[0] == figures[1]

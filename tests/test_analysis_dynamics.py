@@ -86,13 +86,13 @@ def test_a_factor_is_of_the_same_samples_and_a_spread_of_every_step() -> None:
     latent = torch.tensor([0.5, 0.25]).double() ** torch.arange(1, 61)[:, None]
     norm = torch.ones(2, 61, dtype=torch.float64)
     table = {"latent": latent.T.clone(), "norm": norm.clone()}
-    whole = dynamics._Curves("a", False, table).summary()
+    whole = dynamics.summary("a", table)
     assert (whole["last_factor"], whole["norm_spread"]) == (pytest.approx(0.5, rel=1e-3), 1)
     table["norm"][1, 30] = torch.inf  # a norm that overflows: every number is still finite
-    overflown = dynamics._Curves("a", False, table).summary()
+    overflown = dynamics.summary("a", table)
     assert (overflown["left_the_finite_numbers"], overflown["norm_spread"]) == (0, None)
     table["latent"][0, 40:] = table["norm"][0, 41:] = torch.nan
-    lost = dynamics._Curves("a", False, table).summary()
+    lost = dynamics.summary("a", table)
     assert (lost["left_the_finite_numbers"], lost["last_factor"]) == (1, None)
 
 

@@ -13,9 +13,10 @@ from tiny_digits import write_digits
 from torch import Tensor, nn
 
 from traj_ood.analysis import Workspace, find_question, options_from
-from traj_ood.analysis.field import _SAME_DISTANCE, Field, planar_jacobians, settled_ends, vector_field
+from traj_ood.analysis.field import _SAME_DISTANCE, Field, settled_ends, vector_field
 from traj_ood.analysis.grid import box, plane
 from traj_ood.analysis.models import PAPER_TOL
+from traj_ood.analysis.singular import jacobians
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.errors import TrajOODError
 from traj_ood.index import greedy_leaders
@@ -128,13 +129,11 @@ def test_homogeneous_networks_are_their_jacobian(seed: int) -> None:
     """ReLU networks without biases: f(z) = J_f(z) z (Eq. 6); with biases they are not."""
     points = noise(40, 2, seed=seed)
     network = relu_network(seed, bias=False)
-    by_jacobian = (planar_jacobians(network, points, 8) @ points[..., None])[..., 0]
+    by_jacobian = (jacobians(network, points, 8) @ points[..., None])[..., 0]
     torch.testing.assert_close(by_jacobian, network(points), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(network(3 * points), 3 * network(points))
     biased = relu_network(seed, bias=True)
-    assert (
-        float(((planar_jacobians(biased, points, 8) @ points[..., None])[..., 0] - biased(points)).abs().max()) > 0.01
-    )
+    assert float(((jacobians(biased, points, 8) @ points[..., None])[..., 0] - biased(points)).abs().max()) > 0.01
 
 
 def test_jacobians_are_the_reverse_modes() -> None:
@@ -143,7 +142,7 @@ def test_jacobians_are_the_reverse_modes() -> None:
 
     points = noise(9, 2)
     expected = torch.func.vmap(torch.func.jacrev(lambda z: curl(z[None])[0]))(points)
-    torch.testing.assert_close(planar_jacobians(curl, points, 4), expected)
+    torch.testing.assert_close(jacobians(curl, points, 4), expected)
 
 
 # ---------------------------------------------------------------------------------------------- attractors

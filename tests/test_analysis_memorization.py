@@ -14,11 +14,9 @@ from scipy.stats import spearmanr
 from tiny_digits import write_digits
 from torch import Tensor
 
-from traj_ood.analysis import Finding, Workspace, models, options_from
-from traj_ood.analysis import memorization as memorization_file
-from traj_ood.analysis.experiment import spearman
+from traj_ood.analysis import Finding, Workspace, experiment, models, options_from
 from traj_ood.analysis.images import load_images
-from traj_ood.analysis.measures import chamfer_similarity, memorization_coefficients, rank_explaining
+from traj_ood.analysis.measures import chamfer_similarity, correlation, memorization_coefficients, rank_explaining
 from traj_ood.analysis.memorization import Memorization
 from traj_ood.analysis.memory import Probe, memory, normalised, pixels, reference, settle_images
 from traj_ood.analysis.models import paper_recipe, settle, train_conv
@@ -54,21 +52,12 @@ def test_memorization_is_the_cosine_to_the_closest_image() -> None:
     assert memorization_coefficients(torch.zeros(1, 2), torch.ones(1, 2))[0].item() == 0.0  # black, not NaN
 
 
-def test_memorization_needs_images_of_one_shape() -> None:
-    with raises("memorization: expected decoded attractors and training images of one shape, got (1, 2) and (1, 3)"):
-        memorization_coefficients(torch.ones(1, 2), torch.ones(1, 3))
-    with raises("got (0, 2) and (1, 2)"):
-        memorization_coefficients(torch.ones(0, 2), torch.ones(1, 2))
-
-
 def test_chamfer_similarity_is_symmetric_and_one_for_the_same_directions() -> None:
     a, b = draw(30, 5), draw(7, 5, seed=1)
     table = cosines(a, b)
     assert chamfer_similarity(a, b) == pytest.approx((table.max(axis=1).mean() + table.max(axis=0).mean()) / 2)
     assert chamfer_similarity(a, b) == pytest.approx(chamfer_similarity(b, a), abs=1e-15)
     assert chamfer_similarity(a, 3 * a.flip(0)) == pytest.approx(1.0)
-    with raises("Chamfer similarity: expected two sets of points of one shape, got (0, 5) and (7, 5)"):
-        chamfer_similarity(a[:0], b)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 1.0])
@@ -83,15 +72,13 @@ def test_rank_of_equal_variances_and_of_none() -> None:
     corners = torch.cat([torch.eye(10), -torch.eye(10)])  # ten directions of one variance each
     assert [rank_explaining(corners, s) for s in (0.1, 0.11, 0.9, 0.91, 1.0)] == [1, 2, 9, 10, 10]
     assert rank_explaining(torch.full((5, 3), 0.1)) == 0
-    with raises("rank: expected rows and a share in (0, 1], got 5 rows and 0.0"):
-        rank_explaining(torch.zeros(5, 3), 0.0)
 
 
 def test_spearman_is_the_pearson_correlation_of_mean_ranks_and_none_without_ranks() -> None:
     x, y = [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 2.0, 7.0, 1.0, None]
-    assert spearman(x, y) == pytest.approx(spearmanr(x[:4], y[:4]).statistic)
-    assert spearman([1, 2], [1, 2]) is None
-    assert spearman([1, 2, 3], [4, 4, 4]) is None
+    assert correlation(x, y) == pytest.approx(spearmanr(x[:4], y[:4]).statistic)
+    assert correlation([1, 2], [1, 2]) is None
+    assert correlation([1, 2, 3], [4, 4, 4]) is None
 
 
 # ---------------------------------------------------------------------------------------------- one model
@@ -218,7 +205,7 @@ def test_a_training_cut_off_between_epochs_ends_with_the_same_weights(
 
 
 def test_settle_stops_at_the_papers_tolerance() -> None:
-    ends, trajectory = settle(Known(), torch.full((1, 4), 0.5), ("a",))
+    ends, trajectory = settle(Known(), torch.full((1, 4), 0.5))
     assert float(ends.residuals[0]) < models.PAPER_TOL
     assert trajectory.max_steps == 3000
     assert torch.allclose(ends.points, torch.ones(1, 4), atol=1e-3)
@@ -240,7 +227,7 @@ def test_the_question_resumes_between_models(tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return memory(model, probe, ends)
 
-    monkeypatch.setattr(memorization_file, "memory", cut_off)
+    monkeypatch.setattr(experiment, "memory", cut_off)
     work = Workspace(tmp_path / "b", data_root=digits)
     with pytest.raises(KeyboardInterrupt):
         asked.run(work, tmp_path / "b-out")

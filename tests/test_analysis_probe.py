@@ -92,12 +92,6 @@ def test_rank_and_energy_of_a_dictionary() -> None:
     assert OMPDictionary(torch.eye(5)).spectrum() == (5, 5)
 
 
-@pytest.mark.parametrize("atoms", [torch.zeros(2, 3), torch.full((1, 3), torch.nan), torch.ones(3), torch.ones(0, 3)])
-def test_dictionaries_that_are_none(atoms: torch.Tensor) -> None:
-    with pytest.raises(TrajOODError, match=r"dictionary: expected \(N, k\) finite atoms that are not 0, got"):
-        OMPDictionary(atoms)
-
-
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
     tiny.conv().save_pretrained(tmp_path / "conv")
@@ -259,7 +253,7 @@ def test_a_basis_without_error_has_no_ratio(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_data_are_checked_before_a_model_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "subject", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(Probe, "subject", lambda *_: pytest.fail("trained"))
     with pytest.raises(TrajOODError, match="unknown set of images 'nowhere'"):
         Probe(model="conv", data=("nowhere",)).run(Workspace(tmp_path / "work"), tmp_path / "out")
 
@@ -305,14 +299,14 @@ def test_units_are_small_and_an_interruption_costs_one(folders: Path, monkeypatc
 def test_a_model_that_is_trained_first(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for = []
 
-    def trained(*arguments: object) -> subjects.Subject:
-        asked_for.append(arguments[1:])
+    def trained(question: Probe, space: Workspace, data: str) -> subjects.Subject:
+        asked_for.append((data, question.train_images, question.epochs, question.bottleneck, question.width))
         images = sources.named_images(("dark",), folders, 1)[0].source
         return subjects.Subject(tiny.conv(), images, images)
 
-    monkeypatch.setattr(probe, "subject", trained)
+    monkeypatch.setattr(Probe, "subject", trained)
     finding = asked(folders, model="conv", bottleneck=6, epochs=2, pictured=0).run(work(folders), folders / "out")
-    assert asked_for == [("conv", "cifar10", 0, subjects.Training(10_000, 2, 6, 16))]
+    assert asked_for == [("cifar10", 10_000, 2, 6, 16)]
     assert finding.figures["latent_dimension"] == 6
 
 

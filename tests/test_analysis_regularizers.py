@@ -12,7 +12,8 @@ from test_analysis_memorization import Known
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from traj_ood.analysis import Workspace, options_from
-from traj_ood.analysis.regularizers import SCORERS, Regularizers, jacobians
+from traj_ood.analysis.regularizers import SCORERS, Regularizers
+from traj_ood.analysis.singular import jacobians
 from traj_ood.analysis.variants import (
     SparseNetwork,
     VariationalNetwork,
@@ -121,7 +122,7 @@ def test_jacobians_of_known_dynamics() -> None:
     """f acts on each coordinate as z + 0.3 (z − z³): its derivative there is 1.3 − 0.9 z², 0.4 at ±1 and 1.3 at 0."""
     points = torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.0, 1.0, 0.5, 0.0]])
     expected = torch.diag_embed(1.3 - 0.9 * points.double().square())
-    assert torch.allclose(jacobians(Known(), points), expected, atol=1e-6)
+    assert torch.allclose(jacobians(Known().self_map, points, 2), expected, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,27 +1,8 @@
 """Question, the base class of the paper's analyses; Answer, its result; and Finding, the record of a run.
 
-A question is a frozen dataclass, whose fields are its options, in a file of its own, imported by
-``analysis/__init__.py``::
-
-    @register
-    @dataclass(frozen=True)
-    class Memorization(Question):
-        name: ClassVar[str] = "memorization"
-        figure: ClassVar[str] = "Figs 2, 13"
-        summary: ClassVar[str] = "how close decoded attractors come to training images, over the bottleneck's width"
-        choices: ClassVar[tuple[str, ...]] = ("The width d of Table 4 is not stated: 16.",)
-
-        epochs: int = 20  # every field has a default that fits two cores
-
-        @classmethod
-        def paper(cls) -> Memorization:
-            return cls(epochs=500)
-
-        def answer(self, work: Workspace) -> Answer:
-            unit = work.unit("model", {"epochs": self.epochs, "seed": self.seed}, lambda: Unit(...))
-            return Answer({"rows": [...]}, "One sentence.", pictures={"curves.png": lambda: draw(...)})
-
-``question.run(work, folder)`` then writes ``folder/finding.json`` and the pictures, and returns the :class:`Finding`.
+A question is a frozen dataclass, whose fields are its options, each with a default that fits two cores; it stands in a
+file of its own, imported by ``analysis/__init__.py``. CONTRIBUTING.md has an example. ``question.run(work, folder)``
+writes ``folder/finding.json`` and the pictures, and returns the :class:`Finding`.
 """
 
 from __future__ import annotations
@@ -79,10 +60,9 @@ class Finding:
         question: name of the question.
         paper: the figure or section of the paper.
         options: all options, as plain data.
-        figures: see :class:`Answer`.
-        sentence: see :class:`Answer`.
+        figures, sentence: see :class:`Answer`.
         differences: differences from the paper's settings, one sentence each.
-        choices: what the paper leaves open and what was chosen, one sentence each.
+        choices: see :class:`Question`.
         pictures: names of the figure files in the same folder.
         seed: the seed.
         command: the command line of the run.
@@ -111,20 +91,13 @@ class Finding:
         Raises:
             TrajOODError: figures that JSON cannot hold (NaN, infinity, objects), or an unwritable folder.
         """
-        write_atomic(folder / FILE_NAME, (self.text() + "\n").encode())
-
-    def text(self) -> str:
-        """The record as JSON text.
-
-        Raises:
-            TrajOODError: as :meth:`save`.
-        """
         try:
-            return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False, ensure_ascii=False)
+            text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False, ensure_ascii=False)
         except (TypeError, ValueError) as error:
             raise TrajOODError(
                 f"{self.question}: expected finite plain figures, got: {error}; use None where nothing was measured"
             ) from error
+        write_atomic(folder / FILE_NAME, (text + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Finding:
@@ -195,12 +168,9 @@ class Question(ABC):
         return {}
 
     def run(self, work: Workspace, folder: Path, *, command: str = "") -> Finding:
-        """Compute the answer, write the record and the figures to ``folder``, and return the record.
+        """Compute the answer, write the record and the figures to ``folder``, and return the record; ``command`` is the
+        command line, for the record.
 
-        Args:
-            work: see :class:`Workspace`.
-            folder: folder for ``finding.json`` and the figures.
-            command: the command line, for the record.
         Raises:
             TrajOODError: bad options or data, an unwritable folder.
         """
@@ -222,7 +192,6 @@ class Question(ABC):
             versions=environment(),
             seconds=round(time.perf_counter() - began + work.resumed, 1),
         )
-        finding.text()  # raises before anything is drawn if the figures cannot be recorded
         finding.save(folder)
         _save(answer.pictures, folder)
         return finding
@@ -243,16 +212,12 @@ class Question(ABC):
 
     def shown(self, option: str, value: Any) -> str:
         """The value of an option as text, by :attr:`meanings` if it has a special meaning."""
-        words = self.meanings.get(option, {})
-        return words.get(value) or _shown(value) if words else _shown(value)
+        words = self.meanings.get(option)
+        return words.get(value, _shown(value)) if words else _shown(value)
 
     def expect(self, condition: bool, option: str, expected: str) -> None:
-        """Check a condition on an option; for use in ``__post_init__``.
+        """Check a condition on an option; for use in ``__post_init__``. ``expected`` describes the allowed values.
 
-        Args:
-            condition: what must hold.
-            option: name of the option.
-            expected: description of allowed values, for the message.
         Raises:
             TrajOODError: ``condition`` is false.
         """
@@ -287,12 +252,9 @@ def find_question(name: str) -> type[Question]:
 
 
 def options_from(cls: type[Question], pairs: Iterable[str], *, paper: bool = False) -> Question:
-    """Create a question from options written as ``key=value``.
+    """Create a question from options written as ``key=value``; tuples are comma-separated, and of repeated options the
+    last counts. ``paper`` starts from the paper's settings instead of the defaults.
 
-    Args:
-        cls: the class of the question.
-        pairs: options; tuples are comma-separated, and of repeated options the last counts.
-        paper: whether to start from the paper's settings instead of the defaults.
     Raises:
         TrajOODError: an unknown option (the message lists similar ones), no ``=``, a value of the wrong type, or one
             that the question refuses.

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.measures import finite, share
 from traj_ood.analysis.workspace import Unit, Workspace
-from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
+from traj_ood.errors import foreign_errors, unknown_name
 
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
@@ -104,15 +105,9 @@ class Contraction(Question):
         with work.bar(len(self.models) * self.runs, "contraction", "network") as bar:
             for model in self.models:
                 for seed in range(self.seed, self.seed + self.runs):
-                    key = {
-                        "images": self.images,
-                        "size": self.size,
-                        "batch": self.batch,
-                        "model": model,
-                        "ratios": KEYS,
-                    }
-                    measure = partial(self._measure, model, seed, work.device)
-                    unit = work.unit("contraction", {**key, "seed": seed, "inputs": self.seed}, measure)
+                    key = {name: getattr(self, name) for name in ("images", "size", "batch")}
+                    key |= {"inputs": self.seed, "model": model, "seed": seed, "ratios": KEYS}
+                    unit = work.unit("contraction", key, partial(self._measure, model, seed, work.device))
                     rows.append({"model": model, "seed": seed, **unit.notes})
                     bar.update()
         summary = [_summary(model, [r for r in rows if r["model"] == model]) for model in self.models]
@@ -166,11 +161,11 @@ def untrained(model: str, size: int, seed: int) -> nn.Module:
 
 
 def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> tuple[Tensor, Tensor]:
-    """Outputs (B, …) of a network, and inputs (B, …) of its last linear or convolutional layer; without dropout.
+    """Outputs (B, …) of a network for ``inputs`` (B, C, H, W), and inputs (B, …) of its last linear or convolutional
+    layer; without dropout.
 
     Args:
-        network: the network.
-        inputs: (B, C, H, W).
+        network, inputs: see above.
         batch: maximum number of rows per call. Sizes of calls differ by at most one, so that no call has a single row
             unless ``batch`` is 1, or 2 with an odd number of rows.
         statistics: statistics of batch normalisations: ``running`` or ``batch``. The running ones are not changed.
@@ -185,16 +180,13 @@ def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> 
         for module in normalisations:
             module.train()
             module.momentum = 0.0  # keeps the running statistics unchanged
-    cuts = math.ceil(len(inputs) / batch)
+    cuts, size = math.ceil(len(inputs) / batch), inputs.shape[-1]
     try:
-        with torch.inference_mode():
+        with (
+            torch.inference_mode(),
+            foreign_errors(f"{type(network).__name__}: fails on {size} × {size} images", ": change size"),
+        ):
             logits = [network(part) for part in inputs.tensor_split(cuts)]
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        size = inputs.shape[-1]
-        raise TrajOODError(
-            f"{type(network).__name__}: fails on {size} × {size} images ({reason}): change size"
-        ) from error
     finally:
         hook.remove()
         for module, momentum in zip(normalisations, momenta, strict=True):
@@ -210,25 +202,16 @@ def variance_ratios(inputs: Tensor, outputs: Tensor) -> dict[str, float | None]:
     across the B rows.
     """
     x, y = inputs.flatten(1).double().cpu(), outputs.flatten(1).double().cpu()
-    if not bool(y.isfinite().all()):
-        return {"all": None, "between": None}
-    return {
-        "all": float(y.var() / x.var()),
-        "between": float(y.var(dim=0).mean() / x.var(dim=0).mean()),
-    }
+    return {"all": finite(y.var() / x.var()), "between": finite(y.var(dim=0).mean() / x.var(dim=0).mean())}
 
 
 def _summary(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, standard deviation (n − 1) and share below 1 of each ratio over the runs of one model."""
     summary: dict[str, Any] = {"model": model}
     for key in KEYS:
-        values = torch.tensor([row[key] for row in rows if row[key] is not None], dtype=torch.float64)
-        finite = len(values) == len(rows)
-        summary[key] = {
-            "mean": float(values.mean()) if finite else None,
-            "std": float(values.std()) if finite and len(values) > 1 else None,
-            "below_1": float((values < 1).sum()) / len(rows),
-        }
+        values = torch.tensor([math.nan if row[key] is None else row[key] for row in rows], dtype=torch.float64)
+        deviation = values.std() if len(values) > 1 else math.nan
+        summary[key] = {"mean": finite(values.mean()), "std": finite(deviation), "below_1": share(values < 1)}
     return summary
 
 

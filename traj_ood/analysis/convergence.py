@@ -8,8 +8,6 @@ hold. The curves of residuals and norms are those of Fig. 12.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,11 +17,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from traj_ood.analysis.base import Answer, Question, register
-from traj_ood.analysis.images import sample, stack
+from traj_ood.analysis.base import Answer, register
+from traj_ood.analysis.images import sample
+from traj_ood.analysis.measures import correlation, finite, share
 from traj_ood.analysis.models import PAPER_EPOCHS
 from traj_ood.analysis.singular import spectral_norms
-from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
+from traj_ood.analysis.subjects import TRAINED, ModelQuestion, Subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource, Split
@@ -41,19 +40,19 @@ if TYPE_CHECKING:
 
 _CLOSENESS = 0.1  # an end point counts as an attractor if its remaining error is at most this share of ε
 _STRETCH = 10.0  # the last stretch runs from the first error of at most 10 ε to ε
-_UNIT_IMAGES = 64  # images per unit of work, or the model's chunk if larger
 _CURVE_POINTS = 100  # maximum number of points of a recorded curve
 _UNIT_JACOBIANS = 32  # Jacobians per unit of work
 
 
 @register
 @dataclass(frozen=True)
-class Convergence(Question):
+class Convergence(ModelQuestion):
     """Whether Prop. A.9 predicts the number of steps to the attractor, and the curves of residuals and norms.
 
+    Further options are those of :class:`traj_ood.analysis.subjects.ModelQuestion`.
+
     Attributes:
-        model: as for :func:`traj_ood.load_autoencoder`, or ``conv``, which is trained first.
-        data: an image set, a benchmark or a folder, see :func:`traj_ood.analysis.subjects.subject`.
+        data: see :meth:`traj_ood.analysis.subjects.ModelQuestion.subject`.
         images: number of training images whose trajectories are measured.
         predict: whether to compare steps with Prop. A.9; false computes only the residual and norm curves (Fig. 12),
             which is far less work.
@@ -62,10 +61,6 @@ class Convergence(Question):
         max_steps: step limit for the attractors.
         curve_tol: tolerance of the residual and norm curves.
         curve_steps: step limit of these curves.
-        train_images: training images of ``conv``; 0 is all.
-        epochs: epochs of ``conv``.
-        bottleneck: k of ``conv``.
-        width: d of ``conv``.
     """
 
     name: ClassVar[str] = "convergence"
@@ -81,13 +76,9 @@ class Convergence(Question):
         "images", "predict", "epsilon", "tol", "max_steps", "curve_tol", "curve_steps", "epochs", "width"
     )  # fmt: skip
 
-    at_least: ClassVar = {
-        **Training.at_least, "images": 3, "max_steps": 2, "curve_steps": 2
-    }  # fmt: skip
+    at_least: ClassVar = {**ModelQuestion.at_least, "images": 3, "max_steps": 2, "curve_steps": 2}
     above_0: ClassVar = ("tol", "curve_tol")
-    meanings: ClassVar = Training.meanings
 
-    model: str = "fashion-mae"
     data: str = "fashion"
     images: int = 128
     predict: bool = True
@@ -96,10 +87,7 @@ class Convergence(Question):
     max_steps: int = 2000
     curve_tol: float = 1e-5
     curve_steps: int = 300
-    train_images: int = 10_000
-    epochs: int = 10
     bottleneck: int = 2
-    width: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,8 +98,7 @@ class Convergence(Question):
         return cls(model=TRAINED, data="mnist", train_images=0, epochs=PAPER_EPOCHS, width=32)
 
     def answer(self, work: Workspace) -> Answer:
-        training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
-        about = subject(work, self.model, self.data, self.seed, training)
+        about = self.subject(work, self.data)
         chosen = sample(about.train, self.images, self.seed, "convergence")
         curves = self._curves(work, about.model, chosen)
         table = curve_quantiles(Split("train", "train", about.train), curves, self.curve_tol)
@@ -131,33 +118,16 @@ class Convergence(Question):
         drawn = {"convergence.png": partial(steps_figure, steps, about.model.name)}
         return Answer(figures, _sentence(figures), drawn | pictures)
 
-    def _chunks(
-        self, work: Workspace, name: str, model: Autoencoder, images: ImageSource, key: dict[str, Any],
-        measure: Callable[[Tensor], dict[str, Tensor]],
-    ) -> list[dict[str, Tensor]]:  # fmt: skip
-        """Apply ``measure`` to the latents of all images, in units of work, on whose size no trajectory depends."""
-        key = {"model": model.fingerprint(), "images": images.digest(), **key}
-
-        def compute(rows: range) -> Unit:
-            return Unit(measure(model.encode(stack(model, images.select(list(rows))))))
-
-        return work.pieces(name, key, parts_of(len(images), max(_UNIT_IMAGES, model.chunk)), compute, title=name)
-
     def _paths(self, work: Workspace, model: Autoencoder, images: ImageSource) -> Unit:
         """End points of the trajectories of a sample of images, and the errors ‖z_t − z*‖ along them."""
 
         def measure(start: Tensor) -> dict[str, Tensor]:
             path, errors = errors_on_the_way(model, start, tol=self.tol, max_steps=self.max_steps)
-            return {
-                "ends": path.final,
-                "last": path.last_residuals.sqrt(),
-                "errors": errors,
-                "converged": path.converged,
-            }
+            last = path.last_residuals.sqrt()
+            return {"ends": path.final, "last": last, "errors": errors, "converged": path.converged}
 
-        found = self._chunks(
-            work, "trajectories", model, images, {"tol": self.tol, "max_steps": self.max_steps}, measure
-        )
+        key = {"tol": self.tol, "max_steps": self.max_steps}
+        found = self.over_latents(work, "trajectories", model, images, key, measure)
         tensors = {name: torch.cat([part[name] for part in found]) for name in ("ends", "last", "converged")}
         errors = join_tables([part["errors"] for part in found])
         converged = tensors["converged"]
@@ -168,25 +138,19 @@ class Convergence(Question):
                 f"{len(converged)} that converged, with a median initial error of {median:g}: raise max_steps or tol, "
                 f"see traj-ood diagnose {model.name}, or draw the curves alone with predict=false"
             )
-        notes = {"converged": float(converged.double().mean()), "epsilon": self.epsilon * median}
+        notes = {"converged": share(converged), "epsilon": self.epsilon * median}
         return Unit({**tensors, "errors": errors}, notes)
 
     def _curves(self, work: Workspace, model: Autoencoder, images: ImageSource) -> list[Part]:
         """The residuals and norms for the curves of Fig. 12."""
 
         def measure(start: Tensor) -> dict[str, Tensor]:
-            path = iterate(
-                model.self_map,
-                start,
-                tol=self.curve_tol,
-                max_steps=self.curve_steps,
-                observers=[Norm()],
-                chunk=model.chunk,
-            )
+            settings: dict[str, Any] = {"tol": self.curve_tol, "max_steps": self.curve_steps, "chunk": model.chunk}
+            path = iterate(model.self_map, start, observers=[Norm()], **settings)
             return {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
 
         key = {"curve_tol": self.curve_tol, "curve_steps": self.curve_steps}
-        return [Part((), [], part, {}) for part in self._chunks(work, "curves", model, images, key, measure)]
+        return [Part((), [], part, {}) for part in self.over_latents(work, "curves", model, images, key, measure)]
 
     def _jacobians(self, work: Workspace, key: dict[str, Any], about: Subject, paths: Unit) -> dict[str, Tensor]:
         """Spectral norm and radius at each image's attractor; end points within ε of each other share one Jacobian."""
@@ -194,14 +158,10 @@ class Convergence(Question):
         ends = paths.tensors["ends"][settled]
         leaders, group = greedy_leaders(ends.flatten(1).double(), paths.notes["epsilon"])
         points = ends[leaders]
-        made: dict[str, list[Tensor]] = {"norms": [], "radii": []}
-        with work.bar(len(points), "Jacobians", "attractor") as bar:
-            for first, batch in zip(range(0, len(points), _UNIT_JACOBIANS), points.split(_UNIT_JACOBIANS), strict=True):
-                unit = work.unit("jacobians", {**key, "first": first}, partial(_spectra, about.model, batch, self.seed))
-                for name, values in made.items():
-                    values.append(unit.tensors[name])
-                bar.update(len(batch))
-        spectra = {name: torch.cat(values) for name, values in made.items()}
+        parts = parts_of(len(points), _UNIT_JACOBIANS)
+        measure = partial(_spectra, about.model, points, self.seed)
+        found = work.pieces("jacobians", key, parts, measure, title="Jacobians", unit="attractor")
+        spectra = {name: torch.cat([part[name] for part in found]) for name in ("norms", "radii")}
         return {"settled": settled, "attractor": group, **spectra}
 
     def _compare(self, paths: Unit, found: dict[str, Tensor]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -214,29 +174,27 @@ class Convergence(Question):
         near = first_below(errors, _STRETCH * epsilon)
         hit = first_below(errors, epsilon)
         onset = errors.gather(1, near.clamp(min=0)[:, None])[:, 0]
-        stretch = {"measured": (hit - near).double(), "error": onset}
         table = pd.DataFrame(
             {
                 "error": errors[:, 0],
                 "measured": hit.double(),
                 "by norm": predicted_steps(errors[:, 0], norms, epsilon),
                 "by radius": predicted_steps(errors[:, 0], radii, epsilon),
-                "last measured": stretch["measured"],
-                "last by norm": predicted_steps(stretch["error"], norms, epsilon),
-                "last by radius": predicted_steps(stretch["error"], radii, epsilon),
+                "last measured": (hit - near).double(),
+                "last by norm": predicted_steps(onset, norms, epsilon),
+                "last by radius": predicted_steps(onset, radii, epsilon),
             }
         )[(close & (hit >= 0)).numpy()]
         rows = []
         for where, prefix in (("start", ""), ("last factor of ten", "last ")):
-            for rate in ("norm", "radius"):
-                rows.append({"from": where, "rate": rate, **_agreement(table, prefix, rate)})
+            rows += [{"from": where, "rate": rate, **_agreement(table, prefix, rate)} for rate in ("norm", "radius")]
         figures = {
             "attractors": len(found["norms"]),
             "compared": len(table),
             "norm_quantiles": _quantiles(norms),
             "radius_quantiles": _quantiles(radii),
-            "norm_below_1": float((norms < 1).double().mean()),
-            "radius_below_1": float((radii < 1).double().mean()),
+            "norm_below_1": share(norms < 1),
+            "radius_below_1": share(radii < 1),
             "predictions": rows,
         }
         return table, figures
@@ -247,16 +205,9 @@ def errors_on_the_way(model: Autoencoder, start: Tensor, *, tol: float, max_step
 
     Since points are not stored, there are two passes: the first finds the end points, the second measures the errors.
     """
-    path = iterate(model.self_map, start, tol=tol, max_steps=max_steps, chunk=model.chunk)
-    again = iterate(
-        model.self_map,
-        start,
-        tol=tol,
-        max_steps=max_steps,
-        observers=[_DistanceTo(path.final)],
-        chunk=model.chunk,
-    )
-    return path, again.measure("error")
+    walk = partial(iterate, model.self_map, start, tol=tol, max_steps=max_steps, chunk=model.chunk)
+    path = walk()
+    return path, walk(observers=[_DistanceTo(path.final)]).measure("error")
 
 
 class _DistanceTo:
@@ -290,14 +241,6 @@ def first_below(errors: Tensor, epsilon: float) -> Tensor:
     return torch.where(below.any(dim=1), below.int().argmax(dim=1), -1)
 
 
-def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Pearson's correlation; None for fewer than 3 pairs or if one side does not vary."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
 def _agreement(table: pd.DataFrame, prefix: str, rate: str) -> dict[str, Any]:
     """Correlation and medians of predicted and measured steps, over rows where both are positive."""
     measured, predicted = table[f"{prefix}measured"], table[f"{prefix}by {rate}"]
@@ -306,39 +249,33 @@ def _agreement(table: pd.DataFrame, prefix: str, rate: str) -> dict[str, Any]:
     far = errors > errors.median()
     return {
         "points": len(measured),
-        "pearson": pearson(predicted.tolist(), measured.tolist()),
-        "pearson_near_half": pearson(predicted[~far].tolist(), measured[~far].tolist()),
-        "pearson_far_half": pearson(predicted[far].tolist(), measured[far].tolist()),
-        "median_measured": float(measured.median()) if len(measured) else None,
-        "median_predicted": float(predicted.median()) if len(measured) else None,
-        "within_prediction": float((measured <= predicted.apply(math.ceil)).mean()) if len(measured) else None,
+        "pearson": correlation(predicted, measured, "pearson"),
+        "pearson_near_half": correlation(predicted[~far], measured[~far], "pearson"),
+        "pearson_far_half": correlation(predicted[far], measured[far], "pearson"),
+        "median_measured": finite(measured.median()),
+        "median_predicted": finite(predicted.median()),
+        "within_prediction": finite((measured <= np.ceil(predicted)).mean()),
     }
 
 
-def _spectra(model: Autoencoder, points: Tensor, seed: int) -> Unit:
-    points = points.to(model.device)
-    norms = spectral_norms(model.self_map, points, chunk=model.chunk, seed=seed).values
-    radii = spectral_radii(model.self_map, points, chunk=model.chunk, seed=seed).values
+def _spectra(model: Autoencoder, points: Tensor, seed: int, rows: range) -> Unit:
+    some = points[rows.start : rows.stop].to(model.device)
+    norms = spectral_norms(model.self_map, some, chunk=model.chunk, seed=seed)
+    radii = spectral_radii(model.self_map, some, chunk=model.chunk, seed=seed).values
     return Unit({"norms": norms, "radii": radii})
 
 
 def _quantiles(values: Tensor) -> list[float | None]:
     """Quantiles at 5, 25, 50, 75 and 95 %; None where one is infinite (products that became NaN or infinite)."""
-    found = torch.quantile(
-        values, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64), interpolation="lower"
-    )
-    return [v if math.isfinite(v) else None for v in found.tolist()]
+    places = torch.tensor(QUANTILES, dtype=torch.float64)
+    return [finite(v) for v in torch.quantile(values, places, interpolation="lower")]
 
 
 def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
-    """The curves of Fig. 12 for the record, at no more than 100 steps.
-
-    Args:
-        table: result of :func:`traj_ood.evaluation.curves.curve_quantiles` for one split.
-    Returns:
-        ``steps`` t; ``residual``, quantiles of ‖z_{t+1} − z_t‖ over the samples, None where one is below the tolerance;
-        ``norm``, quantiles of ‖z_t‖; ``running``, the share of samples that had not stopped before the step.
-    """
+    """The curves of Fig. 12 for the record, at no more than 100 steps, from those of one split
+    (:func:`traj_ood.evaluation.curves.curve_quantiles`): ``steps`` t; ``residual``, quantiles of ‖z_{t+1} − z_t‖ over
+    the samples, None where one is below the tolerance; ``norm``, quantiles of ‖z_t‖; ``running``, the share of samples
+    that had not stopped before the step."""
     every = table["step"].unique()
     steps = every[np.unique(np.linspace(0, len(every) - 1, min(len(every), _CURVE_POINTS)).round().astype(int))]
     thin = table[table["step"].isin(steps)]
@@ -346,7 +283,7 @@ def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
 
     def quantiles(quantity: str, power: float) -> dict[str, list[float | None]]:
         rows = thin[thin["quantity"] == quantity]
-        return {c: [_rounded(v**power) for v in rows[c].tolist()] for c in columns}
+        return {c: [finite(float(f"{v**power:.6g}")) for v in rows[c].tolist()] for c in columns}
 
     return {
         "steps": [int(step) for step in steps],
@@ -354,10 +291,6 @@ def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
         "norm": quantiles("norm", 1.0),
         "running": quantiles("running", 1.0)["q50"],
     }
-
-
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _told_curves(common: dict[str, Any], table: pd.DataFrame) -> str:
@@ -399,13 +332,8 @@ def _sentence(figures: dict[str, Any]) -> str:
 
 def steps_figure(table: pd.DataFrame, model: str) -> Figure:
     """Draw steps over the initial error, and predicted over measured steps from the start and in the last stretch (Fig.
-    11).
-
-    Args:
-        table: one row per image: ``error``, ``measured``, ``by norm``, ``by radius``, and the last three with the
-            prefix ``last``; NaN where there is no prediction.
-        model: name of the model, for the title.
-    """
+    11). ``table`` has one row per image: ``error``, ``measured``, ``by norm``, ``by radius``, and the last three with
+    the prefix ``last``; NaN where there is no prediction."""
     from traj_ood.drawing.charts import Curve, Panel, curves
 
     rates = {"by norm": "by the spectral norm", "by radius": "by the spectral radius"}

@@ -13,7 +13,6 @@ holds. Four forms of the bound are checked for every image:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.base import Answer, register
 from traj_ood.analysis.images import sample, stack
+from traj_ood.analysis.measures import finite, share
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL
 from traj_ood.analysis.singular import spectral_norms
-from traj_ood.analysis.subjects import TRAINED, Subject, Training, subject
+from traj_ood.analysis.subjects import TRAINED, ModelQuestion, Subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors.health import group_directions
-from traj_ood.data.batches import parts_of
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.index import NeighborIndex
@@ -38,28 +37,24 @@ if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
 _CHUNK_NORMS = 16  # rows per call when spectral norms for L_D are computed
-_UNIT_STARTS = 64  # trajectories per unit of work, or the model's chunk if larger
 _ROUNDING = 1e-9  # relative rounding of sums over pixels in float64
 
 
 @register
 @dataclass(frozen=True)
-class Decomposition(Question):
+class Decomposition(ModelQuestion):
     """The terms of Prop. 3.2 for test images, and how often each form of its bound holds.
 
+    Further options are those of :class:`traj_ood.analysis.subjects.ModelQuestion`.
+
     Attributes:
-        model: see :func:`traj_ood.analysis.subjects.subject`.
-        data: likewise.
+        data: see :meth:`traj_ood.analysis.subjects.ModelQuestion.subject`.
         attractors: number of training images whose attractors form the dictionary.
         sizes: sizes of further dictionaries, made of the first attractors, as far as there are enough.
         images: number of test images.
         points: number of segments from z to Π(z) on which the decoder's Jacobian is measured, for L_D.
         tol: tolerance on the squared residual.
         max_steps: step limit.
-        train_images: training images of ``conv``; 0 is all.
-        epochs: epochs of ``conv``.
-        bottleneck: k of ``conv``.
-        width: d of ``conv``.
     """
 
     name: ClassVar[str] = "decomposition"
@@ -79,11 +74,9 @@ class Decomposition(Question):
         "bottleneck", "width",
     )  # fmt: skip
 
-    at_least: ClassVar = {**Training.at_least, "attractors": 1, "points": 1, "images": 2, "max_steps": 2}
+    at_least: ClassVar = {**ModelQuestion.at_least, "attractors": 1, "points": 1, "images": 2, "max_steps": 2}
     above_0: ClassVar = ("tol",)
-    meanings: ClassVar = Training.meanings
 
-    model: str = "fashion-mae"
     data: str = "fashion"
     attractors: int = 500
     sizes: tuple[int, ...] = (10, 30, 100, 300, 500)
@@ -91,10 +84,6 @@ class Decomposition(Question):
     points: int = 16
     tol: float = 1e-5
     max_steps: int = 500
-    train_images: int = 10_000
-    epochs: int = 10
-    bottleneck: int = 128
-    width: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,18 +92,12 @@ class Decomposition(Question):
     @classmethod
     def paper(cls) -> Decomposition:
         return cls(
-            model=TRAINED,
-            data="mnist",
-            train_images=0,
-            epochs=PAPER_EPOCHS,
-            width=32,
-            tol=PAPER_TOL,
+            model=TRAINED, data="mnist", train_images=0, epochs=PAPER_EPOCHS, width=32, tol=PAPER_TOL,
             max_steps=PAPER_STEPS,
-        )
+        )  # fmt: skip
 
     def answer(self, work: Workspace) -> Answer:
-        training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
-        about = subject(work, self.model, self.data, self.seed, training)
+        about = self.subject(work, self.data)
         if about.test is about.train:
             raise TrajOODError(
                 f"decomposition: data: expected an image set or a benchmark, with test images other than the training "
@@ -143,20 +126,12 @@ class Decomposition(Question):
         """End points of the training trajectories that converged."""
         model = about.model
         chosen = sample(about.train, self.attractors, self.seed, "attractors")
-        key = {
-            "model": model.fingerprint(),
-            "images": chosen.digest(),
-            "tol": self.tol,
-            "max_steps": self.max_steps,
-        }
 
-        def compute(rows: range) -> Unit:
-            start = model.encode(stack(model, chosen.select(list(rows))))
+        def compute(start: Tensor) -> dict[str, Tensor]:
             path = iterate(model.self_map, start, tol=self.tol, max_steps=self.max_steps, chunk=model.chunk)
-            return Unit({"ends": path.final, "converged": path.converged})
+            return {"ends": path.final, "converged": path.converged}
 
-        parts = parts_of(len(chosen), max(_UNIT_STARTS, model.chunk))
-        found = work.pieces("ends", key, parts, compute, title="trajectories")
+        found = self.over_latents(work, "ends", model, chosen, {"tol": self.tol, "max_steps": self.max_steps}, compute)
         ends, converged = (torch.cat([part[name] for part in found]) for name in ("ends", "converged"))
         points = ends[converged]
         if not len(points):
@@ -165,7 +140,7 @@ class Decomposition(Question):
                 f"see traj-ood diagnose {model.name}"
             )
         distinct = len(group_directions(points)[0])
-        return Unit({"points": points}, {"converged": float(converged.double().mean()), "distinct": distinct})
+        return Unit({"points": points}, {"converged": share(converged), "distinct": distinct})
 
     def _terms(self, about: Subject, attractors: Tensor) -> Unit:
         """All terms of the decomposition for each test image."""
@@ -178,12 +153,8 @@ class Decomposition(Question):
         chosen = torch.linspace(0, len(codes) - 1, min(self.points, len(codes))).round().long()
         a, b = codes[chosen], prototypes[chosen]
         probes = torch.cat([a, b, (a + b) / 2]).to(model.device)
-        norms = torch.cat(
-            [
-                spectral_norms(model.decode_batch, some, chunk=_CHUNK_NORMS, seed=self.seed).values
-                for some in probes.split(_CHUNK_NORMS)
-            ]
-        )
+        parts = probes.split(_CHUNK_NORMS)
+        norms = torch.cat([spectral_norms(model.decode_batch, p, chunk=_CHUNK_NORMS, seed=self.seed) for p in parts])
         distortion, gap, places = errors["distortion"], errors["gap"], chosen.repeat(3)
         found = {"lipschitz": lipschitz(distortion, gap, norms), "elsewhere": elsewhere(distortion, gap, norms, places)}
         return Unit({**errors, **found})
@@ -196,17 +167,8 @@ def nearest(codes: Tensor, attractors: Tensor) -> Tensor:
 
 
 def terms(images: Tensor, own: Tensor, prototype: Tensor, codes: Tensor, nearest: Tensor) -> dict[str, Tensor]:
-    """The squared lengths in the proposition, (B,) float64 each, in the units of the images.
-
-    Args:
-        images: x, (B, …).
-        own: D(z), (B, …).
-        prototype: D(Π(z)), (B, …).
-        codes: z, (B, *L).
-        nearest: Π(z), (B, *L).
-    Returns:
-        ``error`` ‖x − D(z)‖², ``prototype`` ‖x − D(Π(z))‖², ``distortion`` ‖D(Π(z)) − D(z)‖² and ``gap`` ‖z − Π(z)‖².
-    """
+    """The squared lengths in the proposition, (B,) float64 each: ``error`` ‖x − D(z)‖², ``prototype`` ‖x − D(Π(z))‖²,
+    ``distortion`` ‖D(Π(z)) − D(z)‖² and ``gap`` ‖z − Π(z)‖², from x, D(z) and D(Π(z)) (B, …), z and Π(z) (B, *L)."""
     x, full, near = (v.flatten(1).double() for v in (images, own, prototype))
     return {
         "error": (x - full).square().sum(dim=1),
@@ -217,28 +179,18 @@ def terms(images: Tensor, own: Tensor, prototype: Tensor, codes: Tensor, nearest
 
 
 def lipschitz(distortion: Tensor, gap: Tensor, norms: Tensor) -> Tensor:
-    """The largest measured stretch of the decoder, over secants and Jacobians: a lower bound of L_D, scalar tensor.
+    """The largest measured stretch of the decoder, a lower bound of L_D, scalar tensor: over secants, from
+    ``distortion`` ‖D(Π(z)) − D(z)‖² and ``gap`` ‖z − Π(z)‖² (B,), and over spectral ``norms`` of J_D (P,).
 
     It is infinite if the decoder's values or products became NaN or infinite, and 0 if there is nothing to measure.
-
-    Args:
-        distortion: (B,) ‖D(Π(z)) − D(z)‖².
-        gap: (B,) ‖z − Π(z)‖².
-        norms: (P,) spectral norms of J_D.
     """
     secants = (distortion / gap)[gap > 0].sqrt()
     return torch.cat([secants, norms.double().cpu(), torch.zeros(1).double()]).nan_to_num(nan=torch.inf).max()
 
 
 def elsewhere(distortion: Tensor, gap: Tensor, norms: Tensor, places: Tensor) -> Tensor:
-    """For each image an estimate of L_D from the other half of the images (even indices for odd ones), (B,).
-
-    Args:
-        distortion: as for :func:`lipschitz`.
-        gap: as for :func:`lipschitz`.
-        norms: as for :func:`lipschitz`.
-        places: (P,) index of the image of each norm.
-    """
+    """For each image an estimate of L_D from the other half of the images (even indices for odd ones), (B,). ``places``
+    (P,) are the indices of the images of the norms; see :func:`lipschitz`."""
     found = torch.empty(len(gap), dtype=torch.float64)
     for half in (0, 1):
         found[1 - half :: 2] = lipschitz(distortion[half::2], gap[half::2], norms.cpu()[places % 2 == half])
@@ -249,14 +201,7 @@ def bounds(
     prototype: Tensor, distortion: Tensor, gap: Tensor, lipschitz: Tensor, elsewhere: Tensor
 ) -> dict[str, Tensor]:
     """The right-hand sides (B,) of the four forms, see the module; only ``corrected`` must hold for every x.
-
-    Args:
-        prototype: (B,) ‖x − D(Π(z))‖².
-        distortion: (B,) ‖D(Π(z)) − D(z)‖².
-        gap: (B,) ‖z − Π(z)‖².
-        lipschitz: scalar tensor, L_D.
-        elsewhere: (B,) L_D for ``held out``.
-    """
+    ``lipschitz`` is L_D, and ``elsewhere`` (B,) that of ``held out``."""
     coverage = lipschitz**2 * gap
     return {
         "proof step": prototype + distortion,
@@ -285,10 +230,10 @@ def summary(
         "error": float(error.mean()),
         "prototype": float(prototype.mean()),
         "distortion": float(distortion.mean()),
-        "coverage": _finite(lipschitz**2 * gap.mean()),
+        "coverage": finite(lipschitz**2 * gap.mean()),
         "gap": float(gap.sqrt().mean()),
-        "lipschitz": _finite(lipschitz),
-        "needed": _finite(needed),
+        "lipschitz": finite(lipschitz),
+        "needed": finite(needed),
         "forms": {form: _form(error, bound) for form, bound in sides.items()},
     }
 
@@ -298,14 +243,10 @@ def _form(error: Tensor, bound: Tensor) -> dict[str, float | None]:
         return dict.fromkeys(("holds", "median_ratio", "worst_ratio"))
     ratios = (bound / error)[error > 0]
     return {
-        "holds": float((bound >= error * (1 - _ROUNDING)).double().mean()),
-        "median_ratio": _finite(ratios.median()) if len(ratios) else None,
-        "worst_ratio": _finite(ratios.min()) if len(ratios) else None,
+        "holds": share(bound >= error * (1 - _ROUNDING)),
+        "median_ratio": finite(ratios.median()) if len(ratios) else None,
+        "worst_ratio": finite(ratios.min()) if len(ratios) else None,
     }
-
-
-def _finite(value: Tensor) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _sentence(model: str, row: dict[str, Any]) -> str:

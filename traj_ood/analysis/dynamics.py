@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
@@ -25,11 +24,11 @@ from torch import Tensor
 
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.images import stack
+from traj_ood.analysis.measures import finite
 from traj_ood.analysis.sources import training_images
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import FAMILIES, MODELS, Autoencoder, load_autoencoder, rehearsals
 from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
-from traj_ood.data import ImageSource
 from traj_ood.data.batches import parts_of
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
@@ -97,11 +96,9 @@ class Dynamics(Question):
         self.expect(bool(self.models) and len(set(self.models)) == len(self.models), "models", "different ones")
         super().__post_init__()
         language = sum(map(_is_language, self.models))
-        most = max(language, len(self.models) - language)
+        few = max(language, len(self.models) - language) <= MAX_MODELS
         self.expect(
-            most <= MAX_MODELS,
-            "models",
-            f"at most {MAX_MODELS} autoencoders and {MAX_MODELS} language models (a figure each)",
+            few, "models", f"at most {MAX_MODELS} autoencoders and {MAX_MODELS} language models (a figure each)"
         )
 
     @classmethod
@@ -120,72 +117,61 @@ class Dynamics(Question):
         for name in self.models:  # check all names before hours are spent on the first model
             _check_name(name)
         self._check_data(work)
-        found = [self._measured(work, name) for name in self.models]
-        rows = [curves.summary() for curves in found]
-        rehearsed = [c.name for c in found if c.rehearsal]
-        figures = {
-            "rehearsal": bool(rehearsed),
-            "rehearsed_models": rehearsed,
-            "rows": rows,
-            "curves": {curves.name: curves.means() for curves in found},
-        }
-        differences: tuple[str, ...] = ()
-        if rehearsed:
-            differences = (
-                f"{', '.join(rehearsed)}: small and random, a rehearsal that says nothing of trained models",
-            )
-        return Answer(figures, _sentence(rows, self.steps), self.drawn(figures), differences)
+        tables = {name: self._measured(work, name) for name in self.models}
+        curves = {name: means(own) for name, own in tables.items()}
+        rows = [summary(name, own) for name, own in tables.items()]
+        rehearsed = [row["model"] for row in rows if row["rehearsal"]]
+        figures = {"rehearsal": bool(rehearsed), "rehearsed_models": rehearsed, "rows": rows, "curves": curves}
+        told = f"{', '.join(rehearsed)}: small and random, a rehearsal that says nothing of trained models"
+        return Answer(figures, _sentence(rows, self.steps), self.drawn(figures), (told,) if rehearsed else ())
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         """One figure of the models with images, one of the language models."""
-        means: Mapping[str, Mapping[str, Any]] = figures["curves"]
-        kinds = {"pairs.png": {name: own for name, own in means.items() if "output" in own}}
-        kinds["language.png"] = {name: own for name, own in means.items() if "output" not in own}
+        curves: Mapping[str, Mapping[str, Any]] = figures["curves"]
+        kinds = {"pairs.png": {name: own for name, own in curves.items() if "output" in own}}
+        kinds["language.png"] = {name: own for name, own in curves.items() if "output" not in own}
         return {file: partial(_draw, kind, figures["rehearsed_models"]) for file, kind in kinds.items() if kind}
 
-    def _measured(self, work: Workspace, name: str) -> _Curves:
-        """Measure all samples of one model, one chunk per unit of work."""
+    def _measured(self, work: Workspace, name: str) -> dict[str, Tensor]:
+        """The measurements of all samples of one model, a chunk per unit of work: ``latent`` (B, steps) residuals,
+        ``norm`` and for autoencoders ``output`` (B, steps + 1), with NaN past a sample's last point."""
         subject = self._subject(work, name)
         model = subject.model.to(work.device)
         key = {"model": model.fingerprint(), "starts": subject.digest, "steps": self.steps}
-        rows = parts_of(subject.count, model.chunk)
-        parts = work.pieces(
-            "dynamics", key, rows, lambda some: Unit(self._run(subject, some)), title=name, unit="sample"
-        )
+
+        def run(rows: range) -> Unit:
+            settings: dict[str, Any] = {"tol": 0, "max_steps": self.steps, "chunk": model.chunk}
+            path = iterate(model.self_map, subject.starts(rows), observers=subject.observers(), **settings)
+            return Unit({"latent": path.residuals.sqrt(), **path.measures})
+
+        parts = work.pieces("dynamics", key, parts_of(subject.count, model.chunk), run, title=name, unit="sample")
         width = {"latent": self.steps}  # the other tables also have a value at z_0
-        tables = {c: join_tables([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
-        return _Curves(name, name.startswith(rehearsals.PREFIX), tables)
+        return {c: join_tables([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
 
-    def _run(self, subject: _Images | _Texts, rows: range) -> dict[str, Tensor]:
-        """``latent`` (n, steps) residuals, ``norm`` (n, steps + 1), and for autoencoders ``output`` (n, steps + 1)."""
-        model = subject.model
-        trajectory = iterate(
-            model.self_map,
-            subject.starts(rows),
-            tol=0,
-            max_steps=self.steps,
-            observers=subject.observers(),
-            chunk=model.chunk,
-        )
-        return {"latent": trajectory.residuals.sqrt(), **trajectory.measures}
-
-    def _subject(self, work: Workspace, name: str) -> _Images | _Texts:
+    def _subject(self, work: Workspace, name: str) -> _Subject:
+        if not _is_language(name):
+            rehearsed = name in rehearsals.PAIRS
+            pair = rehearsals.rehearsal_pair(name, self.seed) if rehearsed else load_autoencoder(name)
+            images = training_images(self.images, work.data_root, self.image_samples, self.seed)
+            return _Subject(
+                pair,
+                len(images),
+                images.digest(),
+                lambda rows: pair.encode(stack(pair, images.select(list(rows)))),
+                lambda: [Norm(), OutputResidual(pair)],
+            )
         if name in rehearsals.LANGUAGE:
-            random = rehearsals.rehearsal_language_model(name, tokens=self.tokens, seed=self.seed)
-            return _Texts(random, *self._texts(work, random))
-        if _is_language(name):
+            model = rehearsals.rehearsal_language_model(name, tokens=self.tokens, seed=self.seed)
+        else:
             model = LANGUAGE_MODELS.load(name, {"tokens": self.tokens})
-            return _Texts(model, *self._texts(work, model))
-        rehearsed = name in rehearsals.PAIRS
-        autoencoder = rehearsals.rehearsal_pair(name, self.seed) if rehearsed else load_autoencoder(name)
-        return _Images(autoencoder, training_images(self.images, work.data_root, self.image_samples, self.seed))
+        texts = self._texts(work, model)
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        return _Subject(
+            model, len(texts), digest, lambda rows: model.start(texts[rows.start : rows.stop]), lambda: [Norm()]
+        )
 
     def _check_data(self, work: Workspace) -> None:
-        """Check that images and texts are available, before hours are spent on models that need only one of them.
-
-        Raises:
-            TrajOODError: missing or malformed data, or too few.
-        """
+        """Refuse missing images or texts before hours are spent on models that need only one of them."""
         language = [_is_language(name) for name in self.models]
         if not all(language):
             training_images(self.images, work.data_root, self.image_samples, self.seed)
@@ -196,57 +182,26 @@ class Dynamics(Question):
         where = self.texts if work.data_root is None else str(work.data_root / self.texts)
         return _documentation() if self.texts == DOCUMENTATION else read_texts(Path(where))
 
-    def _texts(self, work: Workspace, model: LanguageModel) -> tuple[tuple[str, ...], str]:
-        """A sample of the texts that are long enough, and its digest."""
+    def _texts(self, work: Workspace, model: LanguageModel) -> list[str]:
+        """A sample of the texts that are long enough."""
         fitting = [text for text in self._every_text(work) if model.fits(text)]
         if len(fitting) < self.text_samples:
             raise TrajOODError(
                 f"dynamics: texts: expected {self.text_samples} of at least {self.tokens} tokens, got {len(fitting)} "
                 f"from {self.texts}: use fewer texts or tokens"
             )
-        drawn = tuple(fitting[i] for i in sample_indices(len(fitting), self.text_samples, self.seed, "texts"))
-        return drawn, hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+        return [fitting[i] for i in sample_indices(len(fitting), self.text_samples, self.seed, "texts")]
 
 
 @dataclass(frozen=True)
-class _Images:
-    """An autoencoder and the images whose latents are the starts."""
+class _Subject:
+    """A model and its starts: their number, their digest, those of a range, and the observers of their trajectories."""
 
-    model: Autoencoder
-    source: ImageSource
-
-    @property
-    def count(self) -> int:
-        return len(self.source)
-
-    @property
-    def digest(self) -> str:
-        return self.source.digest()
-
-    def starts(self, rows: range) -> Tensor:
-        return self.model.encode(stack(self.model, self.source.select(list(rows))))
-
-    def observers(self) -> list[Observer]:
-        return [Norm(), OutputResidual(self.model)]
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """A language model and the texts whose embeddings are the starts."""
-
-    model: LanguageModel
-    texts: tuple[str, ...]
+    model: Autoencoder | LanguageModel
+    count: int
     digest: str
-
-    @property
-    def count(self) -> int:
-        return len(self.texts)
-
-    def starts(self, rows: range) -> Tensor:
-        return self.model.start(self.texts[rows.start : rows.stop])
-
-    def observers(self) -> list[Observer]:
-        return [Norm()]
+    starts: Callable[[range], Tensor]
+    observers: Callable[[], list[Observer]]
 
 
 class OutputResidual:
@@ -266,50 +221,35 @@ class OutputResidual:
         return (decoded - before).flatten(1).norm(dim=1).cpu().double()
 
 
-@dataclass(frozen=True)
-class _Curves:
-    """The measurements of one model.
+def means(tables: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """Means over the samples, residuals from step 1 and norms from z_0; None where no sample is left."""
+    shown = {column: table[:, 1:] if column == "output" else table for column, table in tables.items()}
+    return {column: [finite(float(f"{v:.6g}")) for v in t.nanmean(dim=0).tolist()] for column, t in shown.items()}
 
-    ``tables`` holds ``latent`` (B, steps), ``norm`` and for autoencoders ``output`` (B, steps + 1), with NaN past a
-    sample's last point.
-    """
 
-    name: str
-    rehearsal: bool
-    tables: Mapping[str, Tensor]
-
-    def mean(self, column: str) -> list[float | None]:
-        """Means over the samples, residuals from step 1 and norms from z_0; None where no sample is left."""
-        table = self.tables[column]
-        means = (table[:, 1:] if column == "output" else table).nanmean(dim=0)
-        return [float(f"{v:.6g}") if math.isfinite(v) else None for v in means.tolist()]
-
-    def means(self) -> dict[str, list[float | None]]:
-        return {column: self.mean(column) for column in self.tables}
-
-    def summary(self) -> dict[str, Any]:
-        """Summary statistics of the curves, as a row of a table."""
-        latent, norm = self.mean("latent"), self.mean("norm")
-        # Residuals show which samples are left; a norm in float32 may overflow although z_t is finite.
-        residuals = self.tables["latent"]
-        same = bool((residuals[:, -_LAST_STEPS - 1 :][:, 0].isfinite() == residuals[:, -1].isfinite()).all())
-        row: dict[str, Any] = {
-            "model": self.name,
-            "rehearsal": self.rehearsal,
-            "samples": len(self.tables["norm"]),
-            "left_the_finite_numbers": int((~residuals[:, -1].isfinite()).sum()),
-            "latent_residual_first": latent[0],
-            "latent_residual_last": latent[-1],
-            "latent_residual_falls_until_step": _falls_until(latent),
-            "last_factor": _factor(latent) if same else None,  # otherwise the two means are over different samples
-            "norm_first": norm[0],
-            "norm_last": norm[-1],
-            "norm_spread": _spread(norm[1:]),
-        }
-        if "output" in self.tables:
-            output = self.mean("output")
-            row |= {"output_residual_first": output[0], "output_residual_last": output[-1]}
-        return row
+def summary(name: str, tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Summary statistics of a model's curves, as a row of a table."""
+    curves = means(tables)
+    latent, norm = curves["latent"], curves["norm"]
+    # Residuals show which samples are left; a norm in float32 may overflow although z_t is finite.
+    left = tables["latent"].isfinite()
+    same = bool((left[:, -_LAST_STEPS - 1 :][:, 0] == left[:, -1]).all())
+    row: dict[str, Any] = {
+        "model": name,
+        "rehearsal": name.startswith(rehearsals.PREFIX),
+        "samples": len(left),
+        "left_the_finite_numbers": int((~left[:, -1]).sum()),
+        "latent_residual_first": latent[0],
+        "latent_residual_last": latent[-1],
+        "latent_residual_falls_until_step": _falls_until(latent),
+        "last_factor": _factor(latent) if same else None,  # otherwise the two means are over different samples
+        "norm_first": norm[0],
+        "norm_last": norm[-1],
+        "norm_spread": _spread(norm[1:]),
+    }
+    if "output" in curves:
+        row |= {"output_residual_first": curves["output"][0], "output_residual_last": curves["output"][-1]}
+    return row
 
 
 def read_texts(path: Path) -> list[str]:
@@ -364,11 +304,7 @@ def _is_language(name: str) -> bool:
 
 
 def _check_name(name: str) -> None:
-    """Check, without loading, that a name is known, is a folder, or may be a hub name.
-
-    Raises:
-        TrajOODError: an unknown name (the message lists similar ones), or a missing folder.
-    """
+    """Refuse, without loading, a name that is not known, nor a folder, nor possibly a hub name."""
     families: dict[str, Any] = {**FAMILIES, **LANGUAGE_MODELS}
     word, _, source = name.partition(":")
     if not source or word not in families:
@@ -413,7 +349,7 @@ def _told_norms(rows: Sequence[Mapping[str, Any]]) -> str:
     return f" From the first step on, the largest mean norm of {of} is at most {most} times its smallest."
 
 
-def _draw(means: Mapping[str, Mapping[str, Any]], rehearsed: Sequence[str]) -> Figure:
+def _draw(curves_of: Mapping[str, Mapping[str, Any]], rehearsed: Sequence[str]) -> Figure:
     """Residuals in output and latent space and norms over the steps, as Figs 16 and 17; a model may end early."""
     from traj_ood.drawing.charts import Curve, Panel, curves
 
@@ -424,9 +360,9 @@ def _draw(means: Mapping[str, Mapping[str, Any]], rehearsed: Sequence[str]) -> F
     }
     panels = []
     for column, title in columns.items():
-        if column in next(iter(means.values())):
+        if column in next(iter(curves_of.values())):
             lines = []
-            for name, own in means.items():
+            for name, own in curves_of.items():
                 last = len(own["latent"])
                 steps = range(last + 1 - len(own[column]), last + 1)
                 lines.append(Curve(f"{name}{' (random)' if name in rehearsed else ''}", steps, own[column]))

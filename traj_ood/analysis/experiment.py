@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Question
 from traj_ood.analysis.images import IMAGE_SETS, load_images, sample, spread
-from traj_ood.analysis.memory import Probe
+from traj_ood.analysis.memory import Probe, memory, settle_images
 from traj_ood.analysis.models import (
     PAPER_DECAY,
     PAPER_EPOCHS,
@@ -23,12 +23,15 @@ from traj_ood.analysis.models import (
     paper_recipe,
     train_conv,
 )
-from traj_ood.analysis.workspace import Workspace
+from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.data import ImageSource
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import unknown_name
 from traj_ood.training.config import Recipe
+
+if TYPE_CHECKING:
+    from traj_ood.drawing.charts import Curve
 
 MEMORY_CHOICES = (
     "Memorisation coefficient: cosine to the CLOSEST training image, as the paper's sentence says; its formula prints "
@@ -135,6 +138,16 @@ class Budget(Question):
         test = sample(data.test, self.test, 0, f"{self.data} test images")
         return Sampled(data.shape, train, spread(len(train), min(self.starts, len(train))), test)
 
+    def memory(self, work: Workspace, model: ConvAutoencoder, data: Sampled) -> Unit:
+        """The measures of :func:`traj_ood.analysis.memory.memory` as a unit of work."""
+
+        def measure() -> Unit:
+            starts = data.probe.training[data.probe.starts]
+            found, shown = memory(model, data.probe, settle_images(model, starts, self.tol, self.max_steps))
+            return Unit(shown, found)
+
+        return work.unit("memory", self.measure_key(model, data), measure)
+
     def train(
         self, work: Workspace, images: ImageSource, shape: tuple[int, int, int], *, bottleneck: int, **options: Any
     ) -> Trained:
@@ -165,18 +178,14 @@ def change(first: Mapping[str, Any], last: Mapping[str, Any], name: str, form: s
     return " to ".join("none" if row[name] is None else format(row[name], form) for row in (first, last))
 
 
-def spearman(x: Sequence[float], y: Sequence[float | None]) -> float | None:
-    """Spearman's rank correlation over the pairs where y is known; None for fewer than 3 pairs or a constant side."""
-    from scipy.stats import spearmanr
+def lines_over(x: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> Callable[..., Curve]:
+    """A function (label, column, column of the spread) that makes a curve of columns of ``rows`` over ``x``."""
+    from traj_ood.drawing.charts import Curve
 
-    pairs = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
-    if len(pairs) < 3:
-        return None
-    first, second = [a for a, _ in pairs], [b for _, b in pairs]
-    if len({*first}) < 2 or len({*second}) < 2:
-        return None
-    found: Any = spearmanr(first, second)
-    return float(found.statistic)
+    def line(label: str, name: str, spread: str | None = None) -> Curve:
+        return Curve(label, x, [row[name] for row in rows], None if spread is None else [row[spread] for row in rows])
+
+    return line
 
 
 def read_pixels(images: ImageSource, shape: tuple[int, int, int]) -> Tensor:

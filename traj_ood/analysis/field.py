@@ -14,8 +14,9 @@ from torch import Tensor
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.grid import box, plane
 from traj_ood.analysis.images import load_images, sample, stack
+from traj_ood.analysis.measures import finite, share
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL, paper_recipe, train_conv
-from traj_ood.analysis.singular import explicit_norms, explicit_radii
+from traj_ood.analysis.singular import explicit_norms, explicit_radii, jacobians
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors.health import group_directions
 from traj_ood.autoencoders import Autoencoder
@@ -125,16 +126,14 @@ class Field(Question):
                 model = trained.models[epoch]
                 model.chunk = _CHUNK
                 shown = sample(train, min(self.codes, len(train)), self.seed, "field")
-                key = {"model": model.fingerprint(), "images": shown.digest(), **self._measured()}
+                options = {name: getattr(self, name) for name in ("reach", "grid", "tol", "max_steps")}
+                key = {"model": model.fingerprint(), "images": shown.digest(), **options}
                 unit = work.unit("plane", key, partial(self._measure, model, shown))
                 rows.append({"run": run, "seed": seed, "epoch": epoch, **unit.notes})
                 panels.append((f"run {run + 1}, epoch {epoch}", unit.tensors))
         figures = {"rows": rows}
         pictures = {"field.png": partial(_draw, self.data, panels)}
         return Answer(figures=figures, sentence=_sentence(rows), pictures=pictures)
-
-    def _measured(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("reach", "grid", "tol", "max_steps")}
 
     def _measure(self, model: Autoencoder, images: ImageSource) -> Unit:
         """The field of one model, its attractors, and the codes of images."""
@@ -152,18 +151,23 @@ class Field(Question):
         ends = settled_ends(model.self_map, starts, diagonal, self.tol, self.max_steps, model.chunk)
         leaders, group = greedy_leaders(ends.double(), _SAME_DISTANCE * diagonal)
         spots = ends[leaders]
-        notes: dict[str, Any] = {
+        notes = {
             "settled": len(ends) / len(starts),
             "attractors": len(spots),
             "attractors_cosine": len(group_directions(ends.double())[0]),
             "norm_on_codes": _median_norm(vector_field(model.self_map, codes, model.chunk)),
             "norm_in_box": _median_norm(vectors),
-            "contractive_codes": _contractive(model, codes),
+            "contractive_codes": share(explicit_norms(jacobians(model.self_map, codes, model.chunk)) < 1),
             "box": [*low.tolist(), *high.tolist()],
         }
         visits = torch.bincount(group, minlength=len(spots))
         tensors = {"points": points, "vectors": vectors, "codes": codes, "attractors": spots, "visits": visits}
         return Unit(tensors, notes)
+
+
+def _median_norm(vectors: Tensor) -> float | None:
+    """Median norm; None if f is NaN or infinite at half of the points or more."""
+    return finite(vectors.norm(dim=1).nan_to_num(nan=torch.inf).median())
 
 
 def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float, max_steps: int, chunk: int) -> Tensor:
@@ -174,16 +178,14 @@ def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float,
     relative to the box.
 
     Args:
-        self_map: f.
+        self_map, chunk: f, and rows per call of it.
         starts: (P, 2).
         diagonal: length of the box's diagonal.
-        tol: tolerance, see :class:`Field`.
-        max_steps: step limit.
-        chunk: rows per call of f.
+        tol, max_steps: see :class:`Field`.
     """
     path = iterate(self_map, starts, tol=min(tol, (_REST_STEP * diagonal) ** 2), max_steps=max_steps, chunk=chunk)
     last = path.last_residuals.sqrt()
-    radii = explicit_radii(planar_jacobians(self_map, path.final, chunk))
+    radii = explicit_radii(jacobians(self_map, path.final, chunk))
     left = last / (1 - radii)
     settled = (path.status != Status.NON_FINITE) & (radii < 1) & (left <= _CLOSENESS * diagonal)
     return path.final.cpu()[settled]
@@ -193,33 +195,6 @@ def vector_field(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:
     """The field f(z) − z at ``points`` (P, *L), Eq. (4)."""
     with torch.inference_mode():
         return apply_in_chunks(self_map, points, chunk) - points
-
-
-def planar_jacobians(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:
-    """Explicit Jacobians of f at ``points`` (P, k), (P, k, k) float64, by one forward-mode product per column."""
-    points = points.detach().clone()  # derivatives cannot use tensors created in inference mode
-
-    def column(direction: Tensor) -> Tensor:
-        def push(rows: Tensor) -> Tensor:
-            along = direction.expand_as(rows).contiguous()
-            pushed: Tensor = torch.func.jvp(self_map, (rows,), (along,))[1]
-            return pushed.detach()
-
-        return apply_in_chunks(push, points, chunk)
-
-    basis = torch.eye(points.shape[1]).to(points)
-    return torch.stack([column(direction) for direction in basis], dim=2).double().cpu()
-
-
-def _contractive(model: Autoencoder, codes: Tensor) -> float:
-    """Share of the codes at which the spectral norm of J_f is below 1."""
-    return float((explicit_norms(planar_jacobians(model.self_map, codes, model.chunk)) < 1).double().mean())
-
-
-def _median_norm(vectors: Tensor) -> float | None:
-    """Median norm; None if f is NaN or infinite at half of the points or more."""
-    median = float(vectors.norm(dim=1).nan_to_num(nan=torch.inf).median())
-    return median if math.isfinite(median) else None
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:

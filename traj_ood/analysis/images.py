@@ -53,14 +53,9 @@ def load_images(name: str, root: Path | None = None) -> ImageData:
 
 
 def sample(images: ImageSource, size: int, seed: int, stream: str) -> ImageSource:
-    """Draw ``size`` images without replacement, in their order; a larger sample of the same seed contains a smaller
-    one.
+    """Draw ``size`` images (0: all) without replacement, in their order, by ``seed``; a larger sample of the same seed
+    contains a smaller one. ``stream`` distinguishes draws of the same seed, and begins messages.
 
-    Args:
-        images: the images.
-        size: number of images; 0 is all.
-        seed: seed of the draw.
-        stream: text that distinguishes draws of the same seed, and begins messages.
     Raises:
         TrajOODError: ``size`` exceeds the number of images.
     """
@@ -84,14 +79,10 @@ def stack(autoencoder: Autoencoder, images: ImageSource) -> Tensor:
     return torch.stack([autoencoder.transform(images.load(i)) for i in range(len(images))])
 
 
-def _fashion_mnist(root: Path | None) -> ImageData:
-    return _idx("fashion-mnist", obtain_fashion_mnist(_own_folder(root, "fashion-mnist")))
-
-
 def _mnist(root: Path | None) -> ImageData:
     cache, root = cache_folder() / "mnist", _own_folder(root, "mnist")
-    bases = [Path(root)] if root is not None else [cache]
-    folder = _find_mnist(bases)
+    base = Path(root) if root is not None else cache
+    folder = _find_mnist(base)
     if folder is None and root is None:
         check_writable(cache)
         # The remedy is the same for any failure of the download (no network, a moved mirror, a wrong checksum).
@@ -102,19 +93,18 @@ def _mnist(root: Path | None) -> ImageData:
                 MNIST(str(cache), download=True)
         except Exception as error:
             logger.info("MNIST through torchvision: %s", error)
-        folder = _find_mnist(bases)
+        folder = _find_mnist(base)
     if folder is None:
         raise TrajOODError(
-            f"MNIST: expected {', '.join(f + '[.gz]' for f in FILES)} in {bases[0]} or in MNIST/raw below it, found "
+            f"MNIST: expected {', '.join(f + '[.gz]' for f in FILES)} in {base} or in MNIST/raw below it, found "
             f"not all four{', nor could torchvision download them' if root is None else ''}; put them there, or give "
             "their folder with --data-root"
         )
     return _idx("mnist", folder)
 
 
-def _find_mnist(bases: list[Path]) -> Path | None:
-    folders = [folder for base in bases for folder in (base, base / "MNIST" / "raw")]
-    for folder in folders:
+def _find_mnist(base: Path) -> Path | None:
+    for folder in (base, base / "MNIST" / "raw"):
         if all((folder / f).is_file() or (folder / f"{f}.gz").is_file() for f in FILES):
             return folder
     return None
@@ -136,12 +126,8 @@ def _own_folder(root: Path | None, name: str) -> Path | None:
 
 
 def _check_is(name: str, folder: Path) -> None:
-    """Check that the files are those of MNIST or Fashion-MNIST, which have the same names, by the share of bright
-    pixels.
-
-    Raises:
-        TrajOODError: the share is that of the other set (19 % for digits, 50 % for clothes).
-    """
+    """Refuse files of the other set, which have the same names: by the share of pixels that are not black, 19 % for
+    digits and 50 % for clothes."""
     path = next(p for p in (folder / FILES[2], folder / f"{FILES[2]}.gz") if p.is_file())
     share = float((read_idx(path) > 0).mean())
     found = "mnist" if share <= 0.35 else "fashion-mnist"
@@ -177,7 +163,7 @@ def _cifar10(root: Path | None) -> ImageData:
 
 
 _LOADERS: dict[str, Callable[[Path | None], ImageData]] = {
-    "fashion-mnist": _fashion_mnist,
+    "fashion-mnist": lambda root: _idx("fashion-mnist", obtain_fashion_mnist(_own_folder(root, "fashion-mnist"))),
     "mnist": _mnist,
     "cifar10": _cifar10,
 }

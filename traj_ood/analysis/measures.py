@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from traj_ood.errors import TrajOODError
-
+Values = Sequence[float | None] | pd.Series
 _BLOCK_ROWS = 2048  # rows of a similarity matrix per block
 
 
@@ -23,59 +27,35 @@ def memorization_coefficients(decoded: Tensor, training: Tensor) -> tuple[Tensor
             [0, 1] are not.
     Returns:
         The cosines in [-1, 1], (K,) float64, and the indices of the closest training images, (K,) int64.
-    Raises:
-        TrajOODError: an empty set, or shapes that differ.
 
     >>> a, which = memorization_coefficients(torch.eye(2), torch.tensor([[3.0, 4.0], [0.0, -1.0]]))
     >>> a.tolist(), which.tolist()
     ([0.6, 0.8], [0, 0])
     """
-    if not len(decoded) or not len(training) or decoded.shape[1:] != training.shape[1:]:
-        raise TrajOODError(
-            f"memorization: expected decoded attractors and training images of one shape, got {tuple(decoded.shape)} "
-            f"and {tuple(training.shape)}"
-        )
     return _closest(decoded, training)
 
 
 def chamfer_similarity(a: Tensor, b: Tensor) -> float:
-    """Symmetric Chamfer similarity of two sets: the mean cosine to the nearest point of the other set, averaged over
-    both directions.
+    """Symmetric Chamfer similarity of sets (N, *) and (M, *): the mean cosine to the nearest point of the other set,
+    averaged over both directions.
 
     §3.2.2 names it without a formula. Cosines are used because the paper distinguishes attractors by cosine. It is 1 if
     and only if both sets have the same directions.
 
-    Args:
-        a: (N, *).
-        b: (M, *).
-    Raises:
-        TrajOODError: an empty set, or shapes that differ.
-
     >>> chamfer_similarity(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[5.0, 0.0]]))
     0.75
     """
-    if not len(a) or not len(b) or a.shape[1:] != b.shape[1:]:
-        raise TrajOODError(
-            f"Chamfer similarity: expected two sets of points of one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
     return float((_closest(a, b)[0].mean() + _closest(b, a)[0].mean()) / 2)
 
 
 def rank_explaining(points: Tensor, share: float = 0.9) -> int:
-    """Number of principal directions that explain ``share`` of the variance of the rows (Fig. 13's "generalization
-    entropy"); 0 if all rows are equal.
+    """Number of principal directions that explain a ``share`` in (0, 1] of the variance of the rows (N, *), Fig. 13's
+    "generalization entropy"; 0 if all rows are equal.
 
     Rows are centred, since variance is about the mean. App. B.5 takes the SVD of the matrix without centring, whose
     first direction would mostly be the mean.
 
-    Args:
-        points: (N, *).
-        share: share of the total variance, in (0, 1].
-    Raises:
-        TrajOODError: no rows, or a share outside (0, 1].
     """
-    if not len(points) or not 0 < share <= 1:
-        raise TrajOODError(f"rank: expected rows and a share in (0, 1], got {len(points)} rows and {share}")
     rows = points.flatten(1).double()
     centred = rows - rows.mean(dim=0)
     variances = torch.linalg.svdvals(centred).square()
@@ -94,3 +74,26 @@ def _closest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     best = [(part @ b.T).max(dim=1) for part in a.split(_BLOCK_ROWS)]
     cosines = torch.cat([m.values for m in best]).clamp(-1.0, 1.0)
     return cosines.cpu(), torch.cat([m.indices for m in best]).cpu()
+
+
+def finite(value: Tensor | float) -> float | None:
+    """The value as a number for the record; None for NaN and infinity."""
+    return float(value) if math.isfinite(value) else None
+
+
+def median(values: Tensor) -> float | None:
+    """Median of the values that are not NaN; None if there are none or it is infinite."""
+    return finite(values.nanmedian())
+
+
+def share(mask: Tensor) -> float:
+    """Share of the entries that are true."""
+    return float(mask.double().mean())
+
+
+def correlation(x: Values, y: Values, method: Literal["pearson", "spearman"] = "spearman") -> float | None:
+    """Correlation over the pairs where both are known; None for fewer than 3 pairs or if a side does not vary."""
+    pairs = pd.DataFrame({"x": list(x), "y": list(y)}, dtype=float).dropna()
+    if len(pairs) < 3 or (pairs.nunique() < 2).any():
+        return None
+    return float(pairs["x"].corr(pairs["y"], method=method))

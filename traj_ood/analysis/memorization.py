@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, spearman
-from traj_ood.analysis.memory import gallery, memory, reference, settle_images
-from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, lines_over
+from traj_ood.analysis.measures import correlation
+from traj_ood.analysis.memory import gallery, reference
+from traj_ood.analysis.workspace import Workspace
 
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
@@ -57,13 +58,7 @@ class Memorization(Budget):
         with work.bar(len(self.bottlenecks), "memorization", "model") as bar:
             for k in self.bottlenecks:
                 trained = self.train(work, data.train, data.shape, bottleneck=k)
-
-                def measure(model: Any = trained.final) -> Unit:
-                    ends = settle_images(model, data.probe.training[data.probe.starts], self.tol, self.max_steps)
-                    found, shown = memory(model, data.probe, ends)
-                    return Unit(shown, found)
-
-                unit = work.unit("memory", self.measure_key(trained.final, data), measure)
+                unit = self.memory(work, trained.final, data)
                 rows.append({"bottleneck": k, "train_loss": trained.losses[-1], **unit.notes})
                 pictures[f"k = {k}"] = dict(unit.tensors)
                 bar.update()
@@ -79,7 +74,7 @@ def _trends(rows: list[dict[str, Any]]) -> dict[str, float | None]:
     """Spearman correlation of each figure with k; the paper's claims are −, − and +."""
     k = [row["bottleneck"] for row in rows]
     return {
-        name: spearman(k, [row[name] for row in rows])
+        name: correlation(k, [row[name] for row in rows])
         for name in ("memorization", "test_error", "rank90", "rank90_unit")
     }
 
@@ -101,25 +96,19 @@ def _sentence(rows: list[dict[str, Any]], closest: float) -> str:
 def _curves(rows: list[dict[str, Any]], closest: float, data: str) -> Figure:
     from traj_ood.drawing.charts import Curve, Panel, curves
 
-    k = [row["bottleneck"] for row in rows]
-
-    def column(name: str) -> list[float | None]:
-        return [row[name] for row in rows]
-
-    memory_curves = [
-        Curve("attractors (± std)", k, column("memorization"), column("memorization_std")),
-        Curve("distinct attractors", k, column("memorization_distinct")),
-        Curve("unseen test images", k, [closest] * len(k)),
-    ]
+    k, axis = [row["bottleneck"] for row in rows], "bottleneck k"
+    line = lines_over(k, rows)
+    distinct = [None if row["distinct"] is None else row["distinct"] / row["starts"] for row in rows]
     panels = [
-        Panel("Memorisation (Fig. 2 left)", "bottleneck k", "cosine to closest training image", memory_curves, "2"),
-        Panel("Generalisation (Fig. 2 centre)", "bottleneck k", "squared error per pixel",
-              [Curve("test", k, column("test_error")), Curve("training", k, column("train_error"))], "2"),
-        Panel("Rank of decoded attractors (Fig. 13)", "bottleneck k", "directions for 90 % of variance",
-              [Curve("as they are", k, column("rank90")), Curve("scaled to length 1", k, column("rank90_unit"))], "2"),
-        Panel("Do trajectories end?", "bottleneck k", "share of starts",
-              [Curve("converged", k, column("converged")),
-               Curve("distinct end points", k, [None if r["distinct"] is None else r["distinct"] / r["starts"]
-                                                for r in rows])], "2", limits=(-0.03, 1.03)),
+        Panel("Memorisation (Fig. 2 left)", axis, "cosine to closest training image",
+              [line("attractors (± std)", "memorization", "memorization_std"),
+               line("distinct attractors", "memorization_distinct"),
+               Curve("unseen test images", k, [closest] * len(k))], "2"),
+        Panel("Generalisation (Fig. 2 centre)", axis, "squared error per pixel",
+              [line("test", "test_error"), line("training", "train_error")], "2"),
+        Panel("Rank of decoded attractors (Fig. 13)", axis, "directions for 90 % of variance",
+              [line("as they are", "rank90"), line("scaled to length 1", "rank90_unit")], "2"),
+        Panel("Do trajectories end?", axis, "share of starts",
+              [line("converged", "converged"), Curve("distinct end points", k, distinct)], "2", limits=(-0.03, 1.03)),
     ]  # fmt: skip
     return curves(panels, f"Memorisation over the bottleneck, {data}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from traj_ood.analysis.measures import memorization_coefficients, rank_explaining
+from traj_ood.analysis.measures import finite, memorization_coefficients, rank_explaining, share
 from traj_ood.analysis.models import settle
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import ConvAutoencoder
@@ -63,19 +62,15 @@ def normalised(model: ConvAutoencoder, images: Tensor) -> Tensor:
 
 def settle_images(model: ConvAutoencoder, images: Tensor, tol: float, max_steps: int) -> AttractorDictionary:
     """The end points of trajectories that start at images (N, C, H, W), pixels in [0, 1]."""
-    start = model.encode(normalised(model, images))
-    return settle(model, start, tuple(map(str, range(len(start)))), tol=tol, max_steps=max_steps)[0]
+    return settle(model, model.encode(normalised(model, images)), tol=tol, max_steps=max_steps)[0]
 
 
 def memory(
     model: ConvAutoencoder, probe: Probe, dictionary: AttractorDictionary
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Measures of one model as plain data, and images of its attractors.
+    """Measures of one model as plain data, and images of its attractors, the end points in ``dictionary`` of the
+    trajectories of ``probe.starts`` (:func:`settle_images`).
 
-    Args:
-        model: the model.
-        probe: the images to measure it on.
-        dictionary: end points of the trajectories of ``probe.starts`` (:func:`settle_images`).
     Returns:
         ``memorization``, ``memorization_std``: mean and standard deviation of mem(z*) over the end points of all
         starts; ``memorization_distinct``: mean over distinct attractors (cosine 0.99); ``memorization_converged``:
@@ -87,15 +82,15 @@ def memory(
         attractors are None where there is none.
         Tensors ``decoded`` and ``closest`` (up to 10, C, H, W): distinct attractors and their closest training images.
     """
-    finite = dictionary.statuses != Status.NON_FINITE
+    known = dictionary.statuses != Status.NON_FINITE
     found: dict[str, Any] = {
         "test_error": reconstruction_error(model, probe.test),
         "train_error": reconstruction_error(model, probe.training[probe.starts]),
         "starts": len(dictionary),
-        "converged": float((dictionary.statuses == Status.CONVERGED).double().mean()),
+        "converged": share(dictionary.statuses == Status.CONVERGED),
         "median_steps": float(dictionary.steps.double().median()),
     }
-    if not bool(finite.any()):
+    if not bool(known.any()):
         return found | {"finite": 0.0} | dict.fromkeys(_OF_ATTRACTORS), {}
     decoded = pixels(model, model.decode(dictionary.usable()))
     drawn = decoded.flatten(1).isfinite().all(dim=1)  # D may overflow although its input is finite
@@ -103,24 +98,24 @@ def memory(
     found |= {"finite": float(drawn.sum()) / len(dictionary), "distinct": len(kept)}
     if not bool(drawn.any()):
         return found | dict.fromkeys(set(_OF_ATTRACTORS) - {"distinct"}), {}
-    return found | _of_attractors(decoded, drawn, kept, finite, probe, dictionary), _shown(decoded, drawn, kept, probe)
+    return found | _of_attractors(decoded, drawn, kept, known, probe, dictionary), _shown(decoded, drawn, kept, probe)
 
 
 def _of_attractors(
-    decoded: Tensor, drawn: Tensor, kept: Tensor, finite: Tensor, probe: Probe, dictionary: AttractorDictionary
+    decoded: Tensor, drawn: Tensor, kept: Tensor, known: Tensor, probe: Probe, dictionary: AttractorDictionary
 ) -> dict[str, float | None]:
     """The measures that compare decoded end points (M, C, H, W) with training images."""
     coefficients, closest = memorization_coefficients(decoded[drawn], probe.training)
     distinct = torch.zeros(len(decoded), dtype=torch.bool)
     distinct[kept] = True
-    settled = (dictionary.statuses[finite] == Status.CONVERGED)[drawn]
-    own = probe.starts[finite][drawn]
+    settled = (dictionary.statuses[known] == Status.CONVERGED)[drawn]
+    own = probe.starts[known][drawn]
     return {
         "memorization": float(coefficients.mean()),
         "memorization_std": float(coefficients.std(unbiased=False)),
-        "memorization_distinct": _mean(coefficients[distinct[drawn]]),
-        "memorization_converged": _mean(coefficients[settled]),
-        "own": float((closest == own).double().mean()),
+        "memorization_distinct": finite(coefficients[distinct[drawn]].mean()),
+        "memorization_converged": finite(coefficients[settled].mean()),
+        "own": share(closest == own),
         "rank90": rank_explaining(decoded[drawn]),
         "rank90_unit": rank_explaining(normalize(decoded[drawn].flatten(1).double(), dim=1)),
     }
@@ -135,10 +130,6 @@ def _shown(decoded: Tensor, drawn: Tensor, kept: Tensor, probe: Probe) -> dict[s
     return {"decoded": decoded[rows], "closest": probe.training[closest]}
 
 
-def _mean(values: Tensor) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
 def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None:
     """Mean squared error per pixel of D(E(x)) for images (N, C, H, W), pixels in [0, 1].
 
@@ -146,8 +137,7 @@ def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None
     """
     units = normalised(model, images)
     back = pixels(model, model.decode(model.encode(units)))
-    error = float((back - images).double().square().mean())
-    return error if math.isfinite(error) else None
+    return finite((back - images).double().square().mean())
 
 
 def reference(probe: Probe) -> float:
@@ -157,12 +147,8 @@ def reference(probe: Probe) -> float:
 
 def gallery(pictures: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Callable[[], Figure]]:
     """The figure ``attractors.png``: for each label decoded attractors above their closest training images (Fig. 2
-    right).
-
-    Args:
-        pictures: label → tensors ``decoded`` and ``closest`` (K, C, H, W), pixels in [0, 1]. Labels without tensors are
-            left out; if none has any, there is no figure.
-    """
+    right), from tensors ``decoded`` and ``closest`` (K, C, H, W), pixels in [0, 1]. Labels without tensors are left
+    out; if none has any, there is no figure."""
 
     def draw() -> Figure:
         from traj_ood.drawing.charts import PictureRow, picture_rows

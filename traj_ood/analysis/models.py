@@ -35,14 +35,7 @@ def paper_recipe(
 ) -> Recipe:
     """The recipe of App. D: Adam, a linearly falling rate, weight decay 1e-4, no clipping, no warm-up."""
     return Recipe(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        clip=1e9,
-        optimizer="adam",
-        schedule="linear",
-        warmup=0.0,
+        epochs, batch_size, learning_rate, weight_decay, clip=1e9, optimizer="adam", schedule="linear", warmup=0.0
     )
 
 
@@ -86,16 +79,12 @@ def train_conv(
     """Train a Table 4 autoencoder as a unit of ``work``; an interrupted training resumes between epochs.
 
     Args:
-        work: see :class:`Workspace`.
-        name: name of the unit and the model.
-        images: all of them are used.
-        shape: (C, H, W) to which images are resized, H = W.
+        work, name: the workspace, and the name of unit and model.
+        images, shape: all of them are used, resized to (C, H, W), H = W.
         recipe: such as :func:`paper_recipe`.
-        width: d of Table 4.
-        bottleneck: k of Table 4.
+        width, bottleneck: d and k of Table 4.
         seed: seed of weights and batches.
-        loss: the loss to minimise. Default: mean squared error.
-        build: constructs the network.
+        loss, build: the loss to minimise, by default the mean squared error, and the constructor of the network.
         variant: plain data that identify ``loss`` and ``build``; part of the unit's key.
         at: further epochs whose weights are kept; 0 is the initialisation.
     Raises:
@@ -153,21 +142,14 @@ def train_conv(
 def settle(
     autoencoder: Autoencoder,
     start: Tensor,
-    ids: tuple[str, ...],
     *,
     tol: float = PAPER_TOL,
     max_steps: int = PAPER_STEPS,
     observers: Iterable[Observer] = (),
 ) -> tuple[AttractorDictionary, Trajectory]:
-    """Iterate f from ``start``, and return the end points as a dictionary, and the trajectories.
+    """Iterate f from ``start`` (N, *L), and return the end points as a dictionary, and the trajectories.
 
-    Args:
-        autoencoder: the model.
-        start: (N, *L) latents.
-        ids: N names of the starts.
-        tol: see :func:`traj_ood.iterate`. Default 1e-6, the paper's for these models (App. D).
-        max_steps: see :func:`traj_ood.iterate`. Default 3,000, the paper's for these models (App. D).
-        observers: see :func:`traj_ood.iterate`.
+    Options are those of :func:`traj_ood.iterate`, with the paper's defaults for these models (App. D).
     """
     trajectory = iterate(
         autoencoder.self_map,
@@ -177,4 +159,5 @@ def settle(
         observers=observers,
         chunk=autoencoder.chunk,
     )
+    ids = tuple(map(str, range(len(start))))
     return AttractorDictionary.from_trajectory(start.to(trajectory.final.device), trajectory, ids), trajectory

@@ -10,8 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
-
 Floats = NDArray[np.float64]
 
 
@@ -27,23 +25,12 @@ def random_basis(count: int, dimension: int, seed: int) -> Tensor:
 
 
 class OMPDictionary:
-    """A dictionary for orthogonal matching pursuit.
-
-    Args:
-        atoms: (N, k); converted to float64 and scaled to length 1.
-    Raises:
-        TrajOODError: no atoms, or one that is zero or not finite.
-    """
+    """A dictionary for orthogonal matching pursuit, of atoms (N, k) other than 0; they are scaled to length 1 in
+    float64."""
 
     def __init__(self, atoms: Tensor) -> None:
         raw = atoms.detach().cpu().double()
-        lengths = raw.norm(dim=1) if raw.ndim == 2 else torch.zeros(1)
-        if not len(raw) or not bool(((lengths > 0) & lengths.isfinite()).all()):
-            raise TrajOODError(
-                f"dictionary: expected (N, k) finite atoms that are not 0, got shape {tuple(raw.shape)}, "
-                f"{int((~((lengths > 0) & lengths.isfinite())).sum())} of them 0 or not finite; leave those out"
-            )
-        self.atoms: Floats = (raw / lengths[:, None]).numpy()
+        self.atoms: Floats = (raw / raw.norm(dim=1, keepdim=True)).numpy()
         self.gram: Floats = self.atoms @ self.atoms.T
 
     def __len__(self) -> int:
@@ -59,9 +46,8 @@ class OMPDictionary:
             target: (k,).
             levels: numbers of atoms, ascending.
         Returns:
-            The reconstructions (levels, k), and the number of atoms used. It is smaller than the largest level if the
-            reconstruction is exact before, or every further atom depends on those chosen; later levels then repeat the
-            last reconstruction.
+            The reconstructions (levels, k), and the number of atoms used. The pursuit ends early, and later levels
+            repeat the last reconstruction, if that is exact or every further atom depends on those chosen.
         """
         from sklearn.linear_model import orthogonal_mp_gram
 

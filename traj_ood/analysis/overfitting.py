@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, spearman
-from traj_ood.analysis.memory import gallery, memory, reference, settle_images
-from traj_ood.analysis.workspace import Unit, Workspace
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, lines_over
+from traj_ood.analysis.measures import correlation
+from traj_ood.analysis.memory import gallery, reference
+from traj_ood.analysis.workspace import Workspace
 
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
@@ -71,7 +72,7 @@ class Overfitting(Budget):
                 row, pictures[f"{size:,} images"] = self._row(work, size)
                 rows.append(row)
                 bar.update()
-        figures = {"rows": rows, "trends": {"memorization": spearman(self.sizes, [r["memorization"] for r in rows])}}
+        figures = {"rows": rows, "trends": {"memorization": correlation(self.sizes, [r["memorization"] for r in rows])}}
         return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
@@ -84,15 +85,9 @@ class Overfitting(Budget):
         if self.steps:
             epochs = math.ceil(self.steps / max(1, size // self.batch))
         trained = self.train(work, data.train, data.shape, bottleneck=self.bottleneck, recipe=self.recipe(epochs))
-
-        def measure() -> Unit:
-            starts = data.probe.training[data.probe.starts]
-            ends = settle_images(trained.final, starts, self.tol, self.max_steps)
-            found, shown = memory(trained.final, data.probe, ends)
-            return Unit(shown, {"reference": reference(data.probe), **found})
-
-        unit = work.unit("memory", self.measure_key(trained.final, data), measure)
-        return {"size": size, "epochs": epochs, "train_loss": trained.losses[-1], **unit.notes}, dict(unit.tensors)
+        unit = self.memory(work, trained.final, data)
+        row = {"size": size, "epochs": epochs, "train_loss": trained.losses[-1], "reference": reference(data.probe)}
+        return {**row, **unit.notes}, dict(unit.tensors)
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:
@@ -110,14 +105,9 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
 
 
 def _curves(rows: list[dict[str, Any]], asked: Overfitting) -> Figure:
-    from traj_ood.drawing.charts import Curve, Panel, curves
+    from traj_ood.drawing.charts import Panel, curves
 
-    x = [row["size"] for row in rows]
-
-    def line(label: str, name: str, spread: str | None = None) -> Curve:
-        return Curve(label, x, [r[name] for r in rows], None if spread is None else [r[spread] for r in rows])
-
-    axis = "training images"
+    line, axis = lines_over([row["size"] for row in rows], rows), "training images"
     panels = [
         Panel("Memorisation (Fig. 14)", axis, "cosine to closest training image",
               [line("attractors (± std)", "memorization", "memorization_std"), line("unseen test images", "reference")],

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.analysis.base import Answer, Question, register
+from traj_ood.analysis.base import Answer, register
 from traj_ood.analysis.models import settle
 from traj_ood.analysis.omp import OMPDictionary, random_basis
 from traj_ood.analysis.probe_coding import ATTRACTORS, ONE_STEP, ORTHOGONAL, Coder, Errors, Noise
-from traj_ood.analysis.probe_report import drawn, report
+from traj_ood.analysis.probe_report import Report, errors_figure
 from traj_ood.analysis.sources import NamedImages, named_images
-from traj_ood.analysis.subjects import TRAINED, Training, subject
+from traj_ood.analysis.subjects import TRAINED, ModelQuestion
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
@@ -43,12 +43,12 @@ _GROUP_IMAGES = 16  # images whose reconstructions are decoded together: 0.3 GB 
 
 @register
 @dataclass(frozen=True)
-class Probe(Question):
+class Probe(ModelQuestion):
     """How well attractors of noise reconstruct images, compared with atoms that do not depend on the model.
 
+    Further options are those of :class:`traj_ood.analysis.subjects.ModelQuestion`.
+
     Attributes:
-        model: as for :func:`traj_ood.load_autoencoder`; default the bundled model. ``conv`` is an autoencoder of Table
-            4 that is trained first.
         data: benchmarks (their test and OOD splits), ``fashion-mnist``, ``mnist``, ``cifar10``, or folders of images,
             also in --data-root.
         images: maximum number of images per set. Default 50.
@@ -59,10 +59,6 @@ class Probe(Question):
         examples: number of images per set in the figures of reconstructions.
         pictured: number of sets in these figures, the first of ``data``; 0 draws none.
         trained_on: image set that ``conv`` is trained on.
-        train_images: training images of ``conv``; 0 is all.
-        epochs: epochs of ``conv``.
-        bottleneck: k of ``conv``.
-        width: d of ``conv``.
     """
 
     name: ClassVar[str] = "probe"
@@ -92,14 +88,13 @@ class Probe(Question):
         "shares", "pictured", "trained_on", "train_images", "epochs", "bottleneck", "width"
     )  # fmt: skip
 
-    at_least: ClassVar = {"images": 1, "max_steps": 2, "examples": 1, "pictured": 0}
+    at_least: ClassVar = {**ModelQuestion.at_least, "images": 1, "max_steps": 2, "examples": 1, "pictured": 0}
     meanings: ClassVar = {
+        **ModelQuestion.meanings,
         "atoms": {None: "as many as the latent has dimensions"},
-        "train_images": {0: "all"},
         "pictured": {0: "no set"},
     }
 
-    model: str = "fashion-mae"
     data: tuple[str, ...] = ("fashion",)
     images: int = 50
     atoms: int | None = None
@@ -109,10 +104,7 @@ class Probe(Question):
     examples: int = 5
     pictured: int = 3
     trained_on: str = "cifar10"
-    train_images: int = 10_000
-    epochs: int = 10
     bottleneck: int = 256
-    width: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,19 +123,15 @@ class Probe(Question):
 
     def answer(self, work: Workspace) -> Answer:
         sets = named_images(self.data, work.data_root, self.images)  # fails before a model is trained
-        model = self._model(work)
+        trained = self.model == TRAINED
+        model = self.subject(work, self.trained_on).model if trained else load_autoencoder(self.model).to(work.device)
         zeros = model.encode(torch.zeros(1, *model.input_shape))
         dimension = zeros[0].numel()
         count = self.atoms or dimension
         self.expect(count <= dimension, "atoms", f"at most {dimension}, the dimension of {model.name}'s latents")
         _check_images(model, zeros)
-        key = {
-            "model": model.fingerprint(),
-            "atoms": count,
-            "seed": self.seed,
-            "tol": self.tol,
-            "max_steps": self.max_steps,
-        }
+        key = {name: getattr(self, name) for name in ("seed", "tol", "max_steps")}
+        key |= {"model": model.fingerprint(), "atoms": count}
         noise = self._attractors(work, model, tuple(zeros.shape[1:]), count, key)
         bases = {
             ORTHOGONAL: random_basis(count, dimension, self.seed),
@@ -152,18 +140,13 @@ class Probe(Question):
         }
         for name, atoms in bases.items():
             self._check_atoms(name, atoms, count)
-        coder = Coder(model, {name: OMPDictionary(atoms) for name, atoms in bases.items()}, self._levels(count))
+        levels = tuple(sorted({max(1, round(share * count)) for share in self.shares}))
+        coder = Coder(model, {name: OMPDictionary(atoms) for name, atoms in bases.items()}, levels)
         found = [self._of_set(work, coder, images, key) for images in sets]
-        return report(noise, coder, found, max_steps=self.max_steps, pictured=self.pictured)
+        return Report(noise, coder, found, self.max_steps, self.pictured).answer()
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
-        return drawn(figures)
-
-    def _model(self, work: Workspace) -> Autoencoder:
-        if self.model != TRAINED:
-            return load_autoencoder(self.model).to(work.device)
-        training = Training(self.train_images, self.epochs, self.bottleneck, self.width)
-        return subject(work, TRAINED, self.trained_on, self.seed, training).model
+        return {"probe.png": partial(errors_figure, figures)}
 
     def _check_atoms(self, name: str, atoms: Tensor, starts: int) -> None:
         """Check that there are atoms and that none is zero."""
@@ -177,9 +160,6 @@ class Probe(Question):
             f"{self.model}: use {advice}"
         )
 
-    def _levels(self, count: int) -> tuple[int, ...]:
-        return tuple(sorted({max(1, round(share * count)) for share in self.shares}))
-
     def _attractors(
         self, work: Workspace, model: Autoencoder, shape: tuple[int, ...], count: int, key: Mapping[str, Any]
     ) -> Noise:
@@ -189,30 +169,26 @@ class Probe(Question):
             start = _noise(rows, count, shape, self.seed).to(model.device)
             with torch.inference_mode():
                 once = apply_in_chunks(model.self_map, start, model.chunk)
-            ends, _ = settle(model, start, _names(rows), tol=self.tol, max_steps=self.max_steps)
+            ends, _ = settle(model, start, tol=self.tol, max_steps=self.max_steps)
             return Unit({**ends.tensors(), "once": once})
 
         parts = _parts(count, max(_UNIT_STARTS, model.chunk))
         found = work.pieces("noise", key, parts, compute, title="attractors of noise", unit="start")
-        first = [tensors.pop("once") for tensors in found]
-        ends = AttractorDictionary.concatenate(
-            [AttractorDictionary(ids=_names(rows), provenance={}, **t) for rows, t in zip(parts, found, strict=True)]
-        )
-        usable = torch.cat(first)
-        return Noise(ends, usable[usable.flatten(1).isfinite().all(dim=1)])
+        once = torch.cat([part.pop("once") for part in found])
+        tensors = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        ends = AttractorDictionary(ids=tuple(map(str, range(count))), provenance={}, **tensors)
+        return Noise(ends, once[once.flatten(1).isfinite().all(dim=1)])
 
     def _of_set(self, work: Workspace, coder: Coder, images: NamedImages, key: Mapping[str, Any]) -> Errors:
         """The errors of every dictionary at every level on one set of images."""
-        key = {**key, "images": images.source.digest(), "levels": list(coder.levels)}
-        parts: list[Mapping[str, Tensor]] = []
-        with work.bar(len(images.source), images.name, "image") as bar:
-            for rows in parts_of(len(images.source), _GROUP_IMAGES):
-                shown = max(0, min(len(rows), self.examples - rows.start))
-                place = {"rows": [rows.start, rows.stop], "shown": shown}
-                unit = work.unit("reconstructions", {**key, **place}, partial(coder.measure, images, rows, shown))
-                parts.append(unit.tensors)
-                bar.update(len(rows))
-        return Errors(images.name, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        key = {**key, "images": images.source.digest(), "levels": list(coder.levels), "shown": self.examples}
+
+        def measure(rows: range) -> Unit:
+            return coder.measure(images, rows, max(0, min(len(rows), self.examples - rows.start)))
+
+        parts = parts_of(len(images.source), _GROUP_IMAGES)
+        found = work.pieces("reconstructions", key, parts, measure, title=images.name)
+        return Errors(images.name, {name: torch.cat([part[name] for part in found]) for name in found[0]})
 
 
 def _parts(count: int, size: int) -> list[range]:
@@ -222,10 +198,6 @@ def _parts(count: int, size: int) -> list[range]:
         for drawn in range(0, count, _DRAW_STARTS)
         for begin in range(drawn, min(drawn + _DRAW_STARTS, count), size)
     ]
-
-
-def _names(rows: range) -> tuple[str, ...]:
-    return tuple(f"noise/{i}" for i in rows)
 
 
 def _noise(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from traj_ood.analysis.base import Answer
+from traj_ood.analysis.measures import finite, share
 from traj_ood.analysis.omp import Floats
 from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ONE_STEP, ORTHOGONAL, Coder, Errors, Noise
 from traj_ood.dynamics.trajectory import Status
@@ -27,25 +27,8 @@ _SHARE_SHOWN = 0.05
 _GALLERY_ATOMS = 24
 
 
-def report(noise: Noise, coder: Coder, sets: Sequence[Errors], *, max_steps: int, pictured: int) -> Answer:
-    """Make the answer from the measurements.
-
-    Args:
-        noise: the trajectories from noise.
-        coder: model, dictionaries and levels.
-        sets: the errors on each set of images.
-        max_steps: step limit, for the sentence.
-        pictured: number of sets in the figures of reconstructions, the first of ``sets``.
-    """
-    return _Report(noise, coder, sets, max_steps, pictured).answer()
-
-
-def drawn(figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
-    """The picture that the figures suffice for: errors over the atoms that may be used, a panel for each set."""
-    return {"probe.png": partial(_draw_errors, figures)}
-
-
-def _draw_errors(figures: Mapping[str, Any]) -> Figure:
+def errors_figure(figures: Mapping[str, Any]) -> Figure:
+    """Draw errors over the atoms that may be used, a panel for each set."""
     from traj_ood.drawing.charts import Curve, Panel, curves
 
     panels = []
@@ -63,8 +46,16 @@ def _draw_errors(figures: Mapping[str, Any]) -> Figure:
 
 
 @dataclass(frozen=True)
-class _Report:
-    """Computes figures, sentence and pictures; the fields are the arguments of :func:`report`."""
+class Report:
+    """Makes the answer from the measurements.
+
+    Attributes:
+        noise: the trajectories from noise.
+        coder: model, dictionaries and levels.
+        sets: the errors on each set of images.
+        max_steps: step limit, for the sentence.
+        pictured: number of sets in the figures of reconstructions, the first of ``sets``.
+    """
 
     noise: Noise
     coder: Coder
@@ -92,11 +83,18 @@ class _Report:
             "ratio_atoms": self.coder.levels[at],
             "ratio_share": self.coder.levels[at] / len(ends),
         }
-        return Answer(figures, self._sentence(ratios, at), {**drawn(figures), **self._pictures(at)})
+        pictures: dict[str, Callable[[], Figure]] = {
+            "probe.png": partial(errors_figure, figures),
+            "atoms.png": self._draw_atoms,
+        }
+        if self.pictured:
+            pictures["reconstructions.png"] = partial(self._draw_reconstructions, at)
+            pictures["growth.png"] = self._draw_growth
+        return Answer(figures, self._sentence(ratios, at), pictures)
 
     def _share(self, status: Status) -> float:
         """Share of the starts from noise that ended with ``status``."""
-        return float((self.noise.dictionary.statuses == status).double().mean())
+        return share(self.noise.dictionary.statuses == status)
 
     def _used(self, errors: Sequence[Errors], name: str, level: int) -> float:
         """Median number of atoms used if ``level`` are allowed, over the images; a pursuit may end early."""
@@ -111,8 +109,7 @@ class _Report:
     def _ratio(self, errors: Errors, name: str, at: int) -> float | None:
         """Ratio of the error to that of the random basis; None if the basis has no error."""
         means = errors.means("image")[:, at]
-        ratio = float(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
-        return ratio if math.isfinite(ratio) else None
+        return finite(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
 
     def _about(self, name: str) -> dict[str, Any]:
         dictionary = self.coder.dictionaries[name]
@@ -166,13 +163,6 @@ class _Report:
             f"{used[ONE_STEP]} atoms); attractors have a lower error than that on {lower(ATTRACTORS, ONE_STEP)}."
         )
 
-    def _pictures(self, at: int) -> dict[str, Callable[[], Figure]]:
-        found: dict[str, Callable[[], Figure]] = {"atoms.png": self._draw_atoms}
-        if self.pictured:
-            found["reconstructions.png"] = lambda: self._draw_reconstructions(at)
-            found["growth.png"] = self._draw_growth
-        return found
-
     def _draw_reconstructions(self, at: int) -> Figure:
         from traj_ood.drawing.charts import PictureRow, picture_rows
 
@@ -182,8 +172,8 @@ class _Report:
             for d, name in enumerate(DICTIONARIES):
                 rows.append(PictureRow(_broken(name), errors.tensors["pictures"][:, d, at].numpy(), self._limits()))
         level = self.coder.levels[at]
-        share = level / len(self.noise.dictionary)
-        return picture_rows(rows, f"{self.coder.model.name}: reconstructions with at most {level} atoms ({share:.1%})")
+        used = level / len(self.noise.dictionary)
+        return picture_rows(rows, f"{self.coder.model.name}: reconstructions with at most {level} atoms ({used:.1%})")
 
     def _draw_growth(self) -> Figure:
         from traj_ood.drawing.charts import PictureRow, picture_rows

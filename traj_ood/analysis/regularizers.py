@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, Question, register
-from traj_ood.analysis.experiment import read_pixels, spearman
+from traj_ood.analysis.experiment import read_pixels
 from traj_ood.analysis.images import spread, stack
+from traj_ood.analysis.measures import correlation, finite
 from traj_ood.analysis.memory import Probe, gallery, memory, normalised, reference
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_RATE, paper_recipe, train_conv
+from traj_ood.analysis.singular import explicit_norms, explicit_radii, jacobians
 from traj_ood.analysis.variants import Variant, variants
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import ConvAutoencoder
@@ -168,7 +171,8 @@ class Regularizers(Question):
         found, shown = memory(model, probe, scorers.dictionary)
         test = _scores(scorers, normalised(model, probe.test))
         per_set = {s.name: _aurocs(test, _scores(scorers, stack(model, s.images))) for s in data.ood}
-        aurocs = {label: _mean([row[label] for row in per_set.values()]) for label in SCORERS}
+        frame = pd.DataFrame(per_set).T.astype(float)  # a scorer that lacks one AUROC has no mean
+        aurocs = {label: finite(frame[label].mean(skipna=False)) for label in SCORERS}
         return Unit(
             shown,
             {
@@ -218,35 +222,23 @@ def _aurocs(test: dict[str, Tensor], ood: dict[str, Tensor]) -> dict[str, float 
     return found
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
-
-
 def _contraction(model: ConvAutoencoder, latents: Tensor, scorers: ScorerSet) -> dict[str, float | None]:
-    """Median spectral norm of J_f at latents of test images, and median spectral radius at converged end points."""
+    """Median spectral norm of J_f at latents of test images, and median spectral radius at converged end points; None
+    where a Jacobian is not finite, or there are none."""
     assert scorers.dictionary is not None
     known = scorers.dictionary
-    found: dict[str, float | None] = {"norm_at_data": None, "radius_at_attractors": None}
-    at_data = jacobians(model, latents[list(spread(len(latents), min(_MAX_JACOBIANS, len(latents))))])
-    if bool(at_data.isfinite().all()):  # LAPACK fails on non-finite values
-        found["norm_at_data"] = float(torch.linalg.matrix_norm(at_data, 2).median())
     settled = known.points[known.statuses == Status.CONVERGED]
-    if len(settled):
-        at = jacobians(model, settled[list(spread(len(settled), min(_MAX_JACOBIANS, len(settled))))])
-        if bool(at.isfinite().all()):
-            found["radius_at_attractors"] = float(torch.linalg.eigvals(at).abs().amax(dim=1).median())
-    return found
+    return {
+        "norm_at_data": _at_some(model, latents, explicit_norms),
+        "radius_at_attractors": _at_some(model, settled, explicit_radii) if len(settled) else None,
+    }
 
 
-def jacobians(model: ConvAutoencoder, points: Tensor) -> Tensor:
-    """Explicit Jacobians of f at latents (P, k), (P, k, k) float64."""
-    points = points.to(model.device).clone()  # derivatives cannot use tensors created in inference mode
-
-    def f(z: Tensor) -> Tensor:
-        return model.self_map(z[None])[0]
-
-    return torch.stack([torch.func.jacrev(f)(z) for z in points]).detach().cpu().double()
+def _at_some(model: ConvAutoencoder, points: Tensor, measure: Callable[[Tensor], Tensor]) -> float | None:
+    """Median of a measure of the Jacobians at evenly spaced points."""
+    some = points[list(spread(len(points), min(_MAX_JACOBIANS, len(points))))].to(model.device)
+    values = measure(jacobians(model.self_map, some, len(some)))
+    return float(values.median()) if bool(values.isfinite().all()) else None
 
 
 def _trends(rows: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -254,7 +246,7 @@ def _trends(rows: list[dict[str, Any]]) -> dict[str, float | None]:
     known = [row for row in rows if not row["refused"] and row["norm_at_data"] is not None]
     aurocs = [row["auroc"]["trajectory"] for row in known]
     return {
-        name: spearman([row[name] for row in known], aurocs)
+        name: correlation([row[name] for row in known], aurocs)
         for name in ("norm_at_data", "converged", "memorization", "test_error")
     }
 

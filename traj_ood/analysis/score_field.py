@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.grid import plane
+from traj_ood.analysis.measures import finite, median, share
 from traj_ood.analysis.mixtures import Mixture, named_mixture
-from traj_ood.analysis.singular import explicit_norms
+from traj_ood.analysis.singular import explicit_norms, jacobians
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
@@ -94,10 +95,13 @@ class ScoreField(Question):
 
     def answer(self, work: Workspace) -> Answer:
         rows, maps = [], {}
+        chosen = ("width", "steps", "batch", "rate", "samples", "grid", "seed")
+        settings = {key: getattr(self, key) for key in chosen}
         with work.bar(len(self.mixtures) * len(self.noise), "score-field", "model") as bar:
             for name in self.mixtures:
                 for sigma in self.noise:
-                    unit = work.unit("score-field", self._key(name, sigma), partial(self._measure, name, sigma))
+                    key = {"mixture": name, "noise": sigma, **settings}
+                    unit = work.unit("score-field", key, partial(self._measure, name, sigma))
                     rows.append({"mixture": name, "noise": sigma, **unit.notes})
                     maps[name, sigma] = unit.tensors
                     bar.update()
@@ -110,10 +114,6 @@ class ScoreField(Question):
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"score-field.png": partial(_draw_angles, figures["rows"])}
 
-    def _key(self, name: str, sigma: float) -> dict[str, Any]:
-        chosen = ("width", "steps", "batch", "rate", "samples", "grid", "seed")
-        return {"mixture": name, "noise": sigma, **{key: getattr(self, key) for key in chosen}}
-
     def _measure(self, name: str, sigma: float) -> Unit:
         """Train one model, and compare its fields in data and latent space with the true scores."""
         mixture = named_mixture(name)
@@ -122,20 +122,18 @@ class ScoreField(Question):
         clean = mixture.sample(self.samples, draws)
         noisy = clean + sigma * torch.randn(clean.shape, generator=draws, dtype=torch.float64)
         notes = data_space(model, mixture, sigma, noisy)
-        latent = latent_space(model, mixture, sigma, clean)
-        notes |= latent.figures | distances_to_modes(model, mixture, sigma, clean[:_MAX_TRAJECTORIES])
-        low, high = clean.amin(dim=0) - _MARGIN, clean.amax(dim=0) + _MARGIN
-        points = plane(low, high, self.grid)
-        field = model(points) - points
-        truth = mixture.smoothed(sigma).score(points)
-        notes["box_angle"] = _median(angles(field, truth))
+        latent, at_codes = latent_space(model, mixture, sigma, clean)
+        notes |= latent | distances_to_modes(model, mixture, sigma, clean[:_MAX_TRAJECTORIES])
+        points = plane(clean.amin(dim=0) - _MARGIN, clean.amax(dim=0) + _MARGIN, self.grid)
+        field, smooth = model(points) - points, mixture.smoothed(sigma)
+        found = angles(field, smooth.score(points))
+        notes["box_angle"] = median(found)
         tensors = {
             "plane": points,
             "field": field,
-            "plane_angle": angles(field, truth),
-            "plane_density": mixture.smoothed(sigma).log_density(points),
-            "codes": latent.codes,
-            "code_angle": latent.angles,
+            "plane_angle": found,
+            "plane_density": smooth.log_density(points),
+            **at_codes,
         }
         return Unit(tensors, notes)
 
@@ -165,12 +163,9 @@ class PlaneAutoencoder(nn.Module):
 def train_denoiser(
     mixture: Mixture, sigma: float, width: int, steps: int, batch: int, rate: float, seed: int
 ) -> PlaneAutoencoder:
-    """Train a denoising autoencoder: minimise E‖F(x + σε) − x‖² over new samples of ``mixture`` in every step.
+    """Train a denoising autoencoder: minimise E‖F(x + σε) − x‖² over new samples of ``mixture`` in every step, by Adam
+    with a rate that falls to 0 along a cosine. Returns the model in float64.
 
-    The optimizer is Adam, with a rate that falls to 0 along a cosine.
-
-    Returns:
-        The model in float64.
     Raises:
         TrajOODError: a loss or weights that are not finite.
     """
@@ -229,67 +224,49 @@ def data_space(model: Callable[[Tensor], Tensor], mixture: Mixture, sigma: float
     lengths = sigma**2 * smooth.norm(dim=1)
     found = angles(field, smooth)
     return {
-        "angle": _median(found),
-        "angle_q90": _finite(found.nanquantile(0.9)),
-        "angle_clean": _median(angles(field, clean)),
-        "oracle_clean": _median(angles(best, clean)),
-        "length_ratio": _median(field.norm(dim=1) / lengths),
-        "oracle_error": _finite((best - sigma**2 * smooth).norm(dim=1).max() / lengths.median()),
+        "angle": median(found),
+        "angle_q90": finite(found.nanquantile(0.9)),
+        "angle_clean": median(angles(field, clean)),
+        "oracle_clean": median(angles(best, clean)),
+        "length_ratio": median(field.norm(dim=1) / lengths),
+        "oracle_error": finite((best - sigma**2 * smooth).norm(dim=1).max() / lengths.median()),
     }
 
 
-@dataclass(frozen=True)
-class LatentField:
-    """The comparison of f(z) − z with ∇ log q at latent codes (Theorem 1).
+def latent_space(
+    model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Tensor
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Compare f(z) − z at z = E(x) with the score of q (Theorem 1), for ``points`` x (B, d) from p.
 
-    Attributes:
-        codes: (B, d).
-        angles: (B,) degrees between f(z) − z and ∇ log q.
-        figures: ``latent_angle``, the median angle; ``latent_ascent``, the share of codes with ⟨∇ log q, f(z) − z⟩ > 0
-            (Lemma A.5); ``latent_carried``, the median angle to J_E ∇ log p_σ, the data-space score transformed as a
-            vector; ``contractive``, the share of codes with ‖J_f(z)‖_σ < 1, which the theorem assumes; ``one_sheet``,
-            the share of codes at which det J_E has its more frequent sign. If it is below 1, E folds the plane, and q
-            has further terms.
+    Returns:
+        ``latent_angle``, the median angle in degrees to ∇ log q; ``latent_ascent``, the share of codes with
+        ⟨∇ log q, f(z) − z⟩ > 0 (Lemma A.5); ``latent_carried``, the median angle to J_E ∇ log p_σ, the data-space score
+        transformed as a vector; ``contractive``, the share of codes with ‖J_f(z)‖_σ < 1, which the theorem assumes;
+        ``one_sheet``, the share of codes at which det J_E has its more frequent sign. If it is below 1, E folds the
+        plane, and q has further terms. And the tensors ``codes`` (B, d) and ``code_angle`` (B,), to ∇ log q.
     """
-
-    codes: Tensor
-    angles: Tensor
-    figures: dict[str, Any]
-
-
-def latent_space(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Tensor) -> LatentField:
-    """Compare f(z) − z at z = E(x) with the score of q, for ``points`` x (B, d) from p; see :class:`LatentField`."""
     codes = model.encode(points)
     field = model.self_map(codes) - codes
-    truth, jacobians = carried_score(model.encode, mixture.score(points), points)
+    truth, matrices = carried_score(model.encode, mixture.score(points), points)
     found = angles(field, truth)
-    carried = (jacobians @ mixture.smoothed(sigma).score(points)[..., None])[..., 0]
-    positive = torch.linalg.det(jacobians) > 0
-    stretch = explicit_norms(jacobians_at(model.self_map, codes))
+    carried = (matrices @ mixture.smoothed(sigma).score(points)[..., None])[..., 0]
+    positive = share(torch.linalg.det(matrices) > 0)
     figures = {
-        "latent_angle": _median(found),
-        "latent_ascent": _share((field * truth).sum(dim=1) > 0),
-        "latent_carried": _median(angles(field, carried)),
-        "contractive": _share(stretch < 1),
-        "one_sheet": max(_share(positive), 1 - _share(positive)),
+        "latent_angle": median(found),
+        "latent_ascent": share((field * truth).sum(dim=1) > 0),
+        "latent_carried": median(angles(field, carried)),
+        "contractive": share(explicit_norms(jacobians(model.self_map, codes, len(codes))) < 1),
+        "one_sheet": max(positive, 1 - positive),
     }
-    return LatentField(codes, found, figures)
-
-
-def jacobians_at(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    """Explicit Jacobians of a row-wise ``function`` at ``points`` (B, d), (B, m, d)."""
-    return torch.func.vmap(torch.func.jacrev(lambda x: function(x[None])[0]))(points)
+    return figures, {"codes": codes, "code_angle": found}
 
 
 def carried_score(encode: Callable[[Tensor], Tensor], score: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Transform the score of p to that of q at z = E(x): ∇_z log q = J⁻ᵀ (∇_x log p − ∇_x log|det J|), J = J_E(x).
 
-    Args:
-        encode: E, (B, d) → (B, d), twice differentiable and locally invertible.
-        score: (B, d), ∇ log p at ``points``.
-        points: (B, d), x.
-    Returns:
-        The scores (B, d) and the Jacobians (B, d, d).
+    ``encode`` is E, (B, d) → (B, d), twice differentiable and locally invertible; ``score`` (B, d) is ∇ log p at
+    ``points`` x (B, d). Returns the scores (B, d) and the Jacobians (B, d, d).
+
     Raises:
         TrajOODError: a Jacobian is not finite or singular, so that q has no density there.
     """
@@ -297,15 +274,15 @@ def carried_score(encode: Callable[[Tensor], Tensor], score: Tensor, points: Ten
     def log_volume(x: Tensor) -> Tensor:
         return torch.linalg.slogdet(torch.func.jacrev(lambda y: encode(y[None])[0])(x)).logabsdet
 
-    jacobians = jacobians_at(encode, points)
-    bad = ~(jacobians.isfinite().all(dim=(1, 2)) & torch.linalg.det(jacobians.nan_to_num()).ne(0))
+    matrices = jacobians(encode, points, len(points))
+    bad = ~(matrices.isfinite().all(dim=(1, 2)) & torch.linalg.det(matrices.nan_to_num()).ne(0))
     if bool(bad.any()):
         raise TrajOODError(
             f"score-field: expected a locally invertible encoder, got a Jacobian that is singular or not finite at "
             f"{int(bad.sum())} of {len(points)} points: its training failed; choose a smaller rate"
         )
     volumes = torch.func.vmap(torch.func.grad(log_volume))(points)
-    return torch.linalg.solve(jacobians.transpose(1, 2), (score - volumes)[..., None])[..., 0], jacobians
+    return torch.linalg.solve(matrices.transpose(1, 2), (score - volumes)[..., None])[..., 0], matrices
 
 
 def distances_to_modes(model: PlaneAutoencoder, mixture: Mixture, sigma: float, points: Tensor) -> dict[str, Any]:
@@ -317,23 +294,7 @@ def distances_to_modes(model: PlaneAutoencoder, mixture: Mixture, sigma: float, 
     modes = iterate(lambda z: mixture.denoise(z, sigma), mixture.means, tol=1e-16, max_steps=5000, chunk=8).final
     path = iterate(model.self_map, model.encode(points), tol=1e-12, max_steps=2000, chunk=len(points))
     starts, ends = (torch.cdist(x, modes).amin(dim=1) for x in (points, model.decode(path.final)))
-    return {
-        "converged": _share(path.converged),
-        "start_to_mode": _median(starts),
-        "end_to_mode": _median(ends),
-    }
-
-
-def _median(values: Tensor) -> float | None:
-    return _finite(values.nanmedian())
-
-
-def _finite(value: Tensor) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _share(mask: Tensor) -> float:
-    return float(mask.double().mean())
+    return {"converged": share(path.converged), "start_to_mode": median(starts), "end_to_mode": median(ends)}
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:

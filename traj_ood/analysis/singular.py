@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,27 +16,15 @@ Map = Callable[[Tensor], Tensor]
 """A row-wise, differentiable function (n, *A) → (n, *B)."""
 
 
-@dataclass(frozen=True)
-class Norms:
-    """Spectral norms of Jacobians; lower bounds, because power iteration never overshoots.
-
-    Attributes:
-        values: (P,) float64; infinite where the products, or their lengths, became NaN or infinite.
-        settled: (P,) bool, whether the last step changed the value by less than the tolerance.
-    """
-
-    values: Tensor
-    settled: Tensor
-
-
 def spectral_norms(
     function: Map, points: Tensor, *, steps: int = 100, tolerance: float = 1e-4, seed: int = 0, chunk: int = 32
-) -> Norms:
-    """Spectral norm ‖J‖_σ, the largest singular value of ∂function/∂z, at each of ``points``.
+) -> Tensor:
+    """Spectral norm ‖J‖_σ, the largest singular value of ∂function/∂z, at each of ``points``, (P,) float64.
 
     Power iteration on JᵀJ: v ← JᵀJv / ‖JᵀJv‖, with one forward- and one reverse-mode product per step, until ‖Jv‖
     changes by less than ``tolerance`` (relative) at every point or ``steps`` are done. The Jacobian itself is never
-    formed.
+    formed. Values are lower bounds, since power iteration never overshoots; infinite where the products, or their
+    lengths, became NaN or infinite.
 
     Args:
         function: called on min(chunk, P) rows; its output may have another shape than its input, as for a decoder.
@@ -47,18 +34,13 @@ def spectral_norms(
         seed: seed of v.
         chunk: maximum number of rows per call.
     Raises:
-        TrajOODError: no points, no steps, or a function without derivatives.
+        TrajOODError: a function without derivatives.
     """
-    if not len(points):
-        raise TrajOODError("spectral norm: expected at least 1 point, got 0")
-    if steps < 1:
-        raise TrajOODError(f"spectral norm: expected at least 1 step, got {steps}")
     points = points.detach().clone()  # derivatives cannot use tensors created in inference mode
     draws = torch.Generator().manual_seed(seed)
     start = torch.randn(points.shape[1:], generator=draws).to(points).expand_as(points)
     directions = start / _lengths(start)
     values = torch.full((len(points),), -1.0, dtype=torch.float64)
-    settled = torch.zeros(len(points), dtype=torch.bool)
     escaped = torch.zeros(len(points), dtype=torch.bool)
     for _ in range(steps):
         # vᵀJᵀJv = ‖Jv‖² of the direction before the step.
@@ -74,21 +56,40 @@ def spectral_norms(
             break
         # If JᵀJ v = 0 the direction stays zero, and so does the norm.
         directions = torch.where(length > 0, images / length, torch.zeros_like(images))
-    return Norms(torch.where(escaped, torch.inf, values), settled)
+    return torch.where(escaped, torch.inf, values)
 
 
 def explicit_norms(matrices: Tensor) -> Tensor:
     """Spectral norms (P,) of explicit Jacobians (P, m, n); infinite where a matrix is not finite."""
-    finite = matrices.isfinite().all(dim=(1, 2))
-    norms = torch.linalg.matrix_norm(torch.where(finite[:, None, None], matrices, 0.0), ord=2)
-    return torch.where(finite, norms, torch.inf)
+    return _where_finite(matrices, lambda known: torch.linalg.matrix_norm(known, ord=2))
 
 
 def explicit_radii(matrices: Tensor) -> Tensor:
     """Spectral radii (P,) of explicit Jacobians (P, n, n); infinite where a matrix is not finite."""
+    return _where_finite(matrices, lambda known: torch.linalg.eigvals(known).abs().amax(dim=1))
+
+
+def _where_finite(matrices: Tensor, measure: Map) -> Tensor:
+    """``measure`` of the finite matrices, infinity for the others, on which LAPACK fails."""
     finite = matrices.isfinite().all(dim=(1, 2))
-    radii = torch.linalg.eigvals(torch.where(finite[:, None, None], matrices, 0.0)).abs().amax(dim=1)
-    return torch.where(finite, radii, torch.inf)
+    return torch.where(finite, measure(torch.where(finite[:, None, None], matrices, 0.0)), torch.inf)
+
+
+def jacobians(function: Map, points: Tensor, chunk: int) -> Tensor:
+    """Explicit Jacobians of ``function`` at ``points`` (P, k), (P, m, k) float64, by one forward-mode product per
+    column, in calls of ``chunk`` rows."""
+    points = points.detach().clone()  # derivatives cannot use tensors created in inference mode
+
+    def column(direction: Tensor) -> Tensor:
+        def push(rows: Tensor) -> Tensor:
+            along = direction.expand_as(rows).contiguous()
+            pushed: Tensor = torch.func.jvp(function, (rows,), (along,))[1]
+            return pushed.detach()
+
+        return apply_in_chunks(push, points, chunk)
+
+    basis = torch.eye(points.shape[1]).to(points)
+    return torch.stack([column(direction) for direction in basis], dim=2).double().cpu()
 
 
 def _normal_products(function: Map, points: Tensor, directions: Tensor, chunk: int) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from traj_ood.analysis.images import IMAGE_SETS, load_images, sample
 from traj_ood.data import Benchmark, ImageSource, list_benchmarks, load_benchmark, read_folder
-from traj_ood.data.benchmark import TEST_SEED, sample_indices
+from traj_ood.data.benchmark import TEST_SEED
 from traj_ood.errors import TrajOODError, unknown_name
 
 
@@ -34,13 +35,14 @@ def named_images(names: Sequence[str], root: Path | None, most: int) -> list[Nam
         TrajOODError: an unknown name, two sets with the same name, or data that are missing or malformed.
     """
     found = [images for name in names for images in _of(name, root)]
-    twice = next((a.name for i, a in enumerate(found) if a.name in {b.name for b in found[:i]}), None)
+    counts = Counter(images.name for images in found)
+    twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
         raise TrajOODError(
             f"data: expected sets of images with different names, got {twice!r} twice: leave one out or rename its "
             "folder"
         )
-    return [NamedImages(images.name, _sampled(images, most)) for images in found]
+    return [NamedImages(i.name, sample(i.source, min(most, len(i.source)), TEST_SEED, i.name)) for i in found]
 
 
 def training_images(name: str, root: Path | None, size: int, seed: int) -> ImageSource:
@@ -49,16 +51,18 @@ def training_images(name: str, root: Path | None, size: int, seed: int) -> Image
     Raises:
         TrajOODError: as :func:`named_images`, or fewer than ``size`` images.
     """
-    folder = _folder(name, root)
+    folder = folder_of(name, root)
     if folder is not None:
-        return sample(read_folder(folder, prefix=folder.name), size, seed, name)
-    if name in IMAGE_SETS:
-        return sample(load_images(name, root).train, size, seed, name)
-    return sample(_benchmark(name, root).train.images, size, seed, name)
+        images: ImageSource = read_folder(folder, prefix=folder.name)
+    elif name in IMAGE_SETS:
+        images = load_images(name, root).train
+    else:
+        images = _benchmark(name, root).train.images
+    return sample(images, size, seed, name)
 
 
 def _of(name: str, root: Path | None) -> list[NamedImages]:
-    folder = _folder(name, root)
+    folder = folder_of(name, root)
     if folder is not None:
         return [NamedImages(folder.name, read_folder(folder, prefix=folder.name))]
     if name in IMAGE_SETS:
@@ -68,7 +72,8 @@ def _of(name: str, root: Path | None) -> list[NamedImages]:
     return [own, *(NamedImages(split.name, split.images) for split in benchmark.ood)]
 
 
-def _folder(name: str, root: Path | None) -> Path | None:
+def folder_of(name: str, root: Path | None) -> Path | None:
+    """The folder that ``name`` means, as a path or in ``root``; None if there is none."""
     places = (Path(name).expanduser(), *([root / name] if root is not None and name not in IMAGE_SETS else []))
     return next((folder for folder in places if folder.is_dir()), None)
 
@@ -78,10 +83,3 @@ def _benchmark(name: str, root: Path | None) -> Benchmark:
     if name in known or name.lower().endswith((".yaml", ".yml")):
         return load_benchmark(name, root)
     raise unknown_name("set of images", name, [*known, *IMAGE_SETS, "a folder of images", "a benchmark's .yaml file"])
-
-
-def _sampled(images: NamedImages, most: int) -> ImageSource:
-    count = len(images.source)
-    if most >= count:
-        return images.source
-    return images.source.select(sample_indices(count, most, TEST_SEED, images.name))

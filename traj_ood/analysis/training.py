@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, Sampled, change
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, Sampled, change, lines_over
 from traj_ood.analysis.images import spread
 from traj_ood.analysis.measures import chamfer_similarity
 from traj_ood.analysis.memory import gallery, memory, normalised, reference
@@ -19,7 +19,7 @@ from traj_ood.analysis.models import settle
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary, NearestAttractor
 from traj_ood.autoencoders import ConvAutoencoder
-from traj_ood.dynamics.trajectory import Status, Trajectory
+from traj_ood.dynamics.trajectory import Status
 from traj_ood.evaluation.metrics import compute_metrics
 
 if TYPE_CHECKING:
@@ -83,11 +83,8 @@ class Training(Budget):
         pictures: dict[str, dict[str, Tensor]] = {}
         with work.bar(len(trained.models), "training: measuring", "epoch") as bar:
             for epoch, model in trained.models.items():
-
-                def measure(model: ConvAutoencoder = model) -> Unit:
-                    return self._measure(model, data)
-
-                unit = work.unit("epoch", self.measure_key(model, data, seed=self.seed), measure)
+                key = self.measure_key(model, data, seed=self.seed)
+                unit = work.unit("epoch", key, partial(self._measure, model, data))
                 loss = trained.losses[epoch - 1] if epoch else None
                 rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
                 pictures[f"epoch {epoch}"] = dict(unit.tensors)
@@ -101,20 +98,22 @@ class Training(Budget):
     def _measure(self, model: ConvAutoencoder, data: Sampled) -> Unit:
         """Measures of the model after one epoch: those of :func:`traj_ood.analysis.memory.memory` and of noise."""
         starts = self._starts(model, data)
-        known = self._settle(model, starts["train"])[0]
+        walk = partial(settle, model, tol=self.tol, max_steps=self.max_steps)
+        known = walk(starts["train"])[0]
         found, shown = memory(model, data.probe, known)
         found |= {"distinct_train": found["distinct"], "starts_test": len(starts["test"])}
         nothing = ("distinct_test", "distinct_noise", "chamfer", "fpr95", "auroc", "fpr95_test")
-        if not bool((known.statuses != Status.NON_FINITE).any()):
+        if not _has_ends(known):
             return Unit(shown, found | dict.fromkeys(nothing))
         nearest = NearestAttractor(model, known.index(model), "tokens")
         ends, scores = {}, {}
         for group in _GROUPS:
-            ends[group], walked = self._settle(model, starts[group], nearest)
+            ends[group], walked = walk(starts[group], observers=[nearest])
             scores[group] = walked.mean_over_path(nearest.name)
             if group != "train":
-                found[f"distinct_{group}"] = _distinct(ends[group])
-        found["chamfer"] = _similarity(ends["train"], ends["noise"])
+                found[f"distinct_{group}"] = len(ends[group].distinct()) if _has_ends(ends[group]) else None
+        ended = _has_ends(ends["noise"])
+        found["chamfer"] = chamfer_similarity(known.usable(), ends["noise"].usable()) if ended else None
         return Unit(shown, found | separation_from_noise(scores))
 
     def _starts(self, model: ConvAutoencoder, data: Sampled) -> dict[str, Tensor]:
@@ -128,33 +127,25 @@ class Training(Budget):
             "noise": torch.randn(len(probe.starts), self.bottleneck, generator=draws).to(model.device),
         }
 
-    def _settle(
-        self, model: ConvAutoencoder, start: Tensor, *observers: NearestAttractor
-    ) -> tuple[AttractorDictionary, Trajectory]:
-        ids = tuple(map(str, range(len(start))))
-        return settle(model, start, ids, tol=self.tol, max_steps=self.max_steps, observers=observers)
 
-
-def _distinct(ends: AttractorDictionary) -> int | None:
-    """Number of distinct attractors at cosine 0.99; None if no trajectory stayed finite."""
-    return len(ends.distinct()) if bool((ends.statuses != Status.NON_FINITE).any()) else None
-
-
-def _similarity(a: AttractorDictionary, b: AttractorDictionary) -> float | None:
-    known = all(bool((ends.statuses != Status.NON_FINITE).any()) for ends in (a, b))
-    return chamfer_similarity(a.usable(), b.usable()) if known else None
+def _has_ends(dictionary: AttractorDictionary) -> bool:
+    """Whether a trajectory stayed finite."""
+    return bool((dictionary.statuses != Status.NON_FINITE).any())
 
 
 def separation_from_noise(scores: dict[str, Tensor]) -> dict[str, float | None]:
     """How well the trajectory score separates noise from training and test trajectories; None if not finite."""
     known = {group: s.numpy() for group, s in scores.items() if bool(s.isfinite().all())}
-    paper = compute_metrics(known["train"], known["noise"]) if {"train", "noise"} <= set(known) else None
-    unseen = compute_metrics(known["test"], known["noise"]) if {"test", "noise"} <= set(known) else None
-    return {
-        "fpr95": None if paper is None else paper.fpr95,
-        "auroc": None if paper is None else paper.auroc,
-        "fpr95_test": None if unseen is None else unseen.fpr95,
-    }
+
+    def against_noise(group: str) -> tuple[float | None, float | None]:
+        """FPR95 and AUROC."""
+        if not {group, "noise"} <= known.keys():
+            return None, None
+        found = compute_metrics(known[group], known["noise"])
+        return found.fpr95, found.auroc
+
+    fpr95, auroc = against_noise("train")
+    return {"fpr95": fpr95, "auroc": auroc, "fpr95_test": against_noise("test")[0]}
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:
@@ -179,9 +170,7 @@ def _curves(rows: list[dict[str, Any]], closest: float, asked: Training) -> Figu
 
     # A logarithmic axis, since a linear one would hide the first epochs; epoch 0 is drawn at 1/2.
     x = [row["epoch"] or 0.5 for row in rows]
-
-    def line(label: str, name: str, spread: str | None = None) -> Curve:
-        return Curve(label, x, [r[name] for r in rows], None if spread is None else [r[spread] for r in rows])
+    line = lines_over(x, rows)
 
     def share(group: str) -> list[float | None]:
         count = "starts_test" if group == "test" else "starts"

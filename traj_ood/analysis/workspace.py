@@ -56,13 +56,10 @@ class Workspace:
     def unit(self, name: str, key: Mapping[str, Any], compute: Callable[[], Unit]) -> Unit:
         """Return the unit ``name`` with key ``key``: read from the folder if it is finished, else computed and stored.
 
-        Units are identified by name and key, so the key must contain everything that decides the numbers: options,
-            seed,
-        and fingerprints or digests of the inputs.
-
         Args:
             name: letters, digits, ``-`` and ``_``; part of the file name.
-            key: plain data for JSON.
+            key: plain data for JSON that contain everything that decides the numbers: options, seed, and fingerprints
+                or digests of the inputs.
             compute: computes the unit if it is not stored. If it raises, nothing is stored.
         Raises:
             TrajOODError: a damaged file, a name or key that cannot be stored, or an unwritable folder.
@@ -91,17 +88,13 @@ class Workspace:
         title: str,
         unit: str = "image",
     ) -> list[dict[str, Tensor]]:
-        """Compute a unit for each of ``parts``, with a progress bar, and return the tensors of each.
+        """Compute a unit (see :meth:`unit`) for each of ``parts``, with a progress bar, and return the tensors of each.
 
         Args:
-            name: see :meth:`unit`.
-            key: see :meth:`unit`; the range of the part is added to it.
+            name, key: see :meth:`unit`; the range of the part is added to the key.
             parts: ranges of indices, such as those of :func:`traj_ood.data.batches.parts_of`.
             compute: computes the unit of one range.
-            title: title of the progress bar.
-            unit: name of one index in the progress bar.
-        Raises:
-            TrajOODError: as :meth:`unit`.
+            title, unit: title of the progress bar, and the name of one index in it.
         """
         found = []
         with self.bar(sum(map(len, parts)), title, unit) as bar:
