@@ -144,7 +144,7 @@ def signed(image: Any) -> Tensor:
 def toy() -> CallableAutoencoder:
     """tiny.toy() on pixels in ±1: 16 attractors, one for each sign pattern."""
     model = tiny.toy()
-    model._transform = signed
+    model.transform = signed
     return model
 
 

@@ -93,8 +93,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         chunk: rows per call of the network (see :func:`traj_ood.iterate`). It is a property of the model and must not
             depend on the batch size, because floating-point rounding depends on the shape of the call. Default 24. Use
             1 or a multiple of 6: for other numbers, processors without AVX-512 round the last rows differently, so that
-                a
-            score changes with the image's position in the batch, by 1e-7 to 1e-4.
+            a score changes with the image's position in the batch, by 1e-7 to 1e-4.
         ladder: allowed numbers of rows per call when a detector scores fewer images than ``chunk``, see
             :func:`traj_ood.dynamics.fixed_function.few_images`. Set it to () to always use whole chunks.
         has_cls: whether the first latent token is a CLS token, which summarises the image. Latents of shape (B, T, d)
@@ -134,11 +133,8 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return 0
 
     def reconstruct_masked(self, images: Tensor) -> Tensor:
-        """Reconstruction error on hidden patches, averaged over fixed masks, (B,) float64.
-
-        Raises:
-            TrajOODError: the family has no masking.
-        """
+        """Reconstruction error on hidden patches, averaged over fixed masks, (B,) float64; families without masking
+        raise."""
         raise TrajOODError(f"{self.name} ({self.family}) has no masked reconstruction: only masked autoencoders do")
 
     def reconstruct_corrupted(
@@ -312,13 +308,8 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Autoencoder:
-        """Load the model from a folder that :meth:`save_pretrained` wrote.
-
-        Args:
-            options: ``name``, and other options of the family.
-        Raises:
-            TrajOODError: files that are missing, damaged or of another architecture.
-        """
+        """Load the model from a folder that :meth:`save_pretrained` wrote; ``options`` are ``name`` and others of the
+        family."""
         raise NotImplementedError(f"{cls.__name__} does not belong to a registered family")
 
     def save_pretrained(self, folder: Path) -> None:
@@ -352,9 +343,6 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all weights and :meth:`options`; equal models have equal fingerprints."""
         return fingerprint(self.module, [self.family, self.options()])
-
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
 
 
 def _shape_of(given: Sequence[int]) -> tuple[int, int, int]:
@@ -411,8 +399,7 @@ class CallableAutoencoder(Autoencoder):
         has_cls: bool = False,
         chunk: int = 48,
     ) -> None:
-        self._encode, self._decode = encode, decode
-        self._transform = transform
+        self._encode, self._decode, self._own_transform = encode, decode, transform
         self.input_shape = _shape_of(input_shape)
         self.preprocessing = declared_preprocessing(name, self.input_shape, preprocessing, transform)
         self.name, self.has_cls, self.chunk = name, has_cls, chunk
@@ -434,9 +421,7 @@ class CallableAutoencoder(Autoencoder):
         return cls(*halves_of(module), input_shape, module=module, **options)
 
     def options(self) -> dict[str, Any]:
-        known = self.preprocessing
-        plain = known is None or known == Preprocessing(self.input_shape)
-        return {} if plain or known is None else {"preprocessing": known.as_dict()}
+        return self.declared_options()
 
     def encode_batch(self, images: Tensor) -> Tensor:
         return tensor_of(f"{self.name}: encode", self._encode(images))
@@ -447,6 +432,3 @@ class CallableAutoencoder(Autoencoder):
     def fingerprint(self) -> str:
         """As :meth:`Autoencoder.fingerprint`; wrapping parts in ``torch.compile`` does not change it."""
         return fingerprint(self.module, [self.family, self.options()], lambda key: key.replace("_orig_mod.", ""))
-
-    def transform(self, image: Image.Image) -> Tensor:
-        return self._transform(image) if self._transform is not None else super().transform(image)

@@ -18,7 +18,7 @@ from traj_ood.dynamics.chunks import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import write_json
-from traj_ood.io.weights import check_weights, refuse_larger
+from traj_ood.io.weights import with_weights
 
 STRIDES = 4
 
@@ -98,27 +98,17 @@ class ConvAutoencoder(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ConvAutoencoder:
-        """Load a folder that :meth:`save_pretrained` wrote.
-
-        Raises:
-            TrajOODError: unreadable files, weights of another architecture, NaN weights.
-        """
         folder = Path(source)
         path = folder / "model.safetensors"
         with foreign_errors(f"{folder}: expected config.json and model.safetensors of a conv model"):
             config = read_config(folder)
             weights = load_file(path)
-            refuse_larger(config["network"], weights, f"{folder}/config.json")
-            with torch.device("meta"):  # shapes first: a damaged config could request any amount of memory
-                check_weights(weights, ConvNetwork(**config["network"]), str(path))
-            network = ConvNetwork(**config["network"])
+            network = with_weights(ConvNetwork, config["network"], weights, path)
             mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
         check_digest(path, weights, config)
-        network.load_state_dict(weights)
         return cls(network, **({"name": folder.name, "mean": mean, "std": std} | options))
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write config.json and model.safetensors."""
         net: Any = self.module
         channels, size, _ = self.input_shape
         network = {

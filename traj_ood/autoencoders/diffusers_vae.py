@@ -27,9 +27,6 @@ PAPER_SIZE = 256
 """Side of the paper's images (Table 2)."""
 _PIXELS_PER_CALL = 2**18
 """Four images of 256 × 256, rounded to calls of six; a call of these networks takes about 1 GB per image."""
-
-
-_ASYMMETRIC = "down_block_out_channels"
 KINDS = (
     "AutoencoderKL",
     "AutoencoderTiny",
@@ -187,8 +184,8 @@ def _stride(model: Any) -> int:
     """Image pixels per latent position, along a side."""
     known = getattr(model, "spatial_compression_ratio", None)
     config = model.config
-    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or config.get(_ASYMMETRIC)
-    return int(known) if known else int(2 ** (len(blocks) - 1))
+    blocks = ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels")  # by class
+    return int(known or 2 ** (len(next(config[key] for key in blocks if config.get(key))) - 1))
 
 
 def _config_beyond_weights(model: Any) -> dict[str, Any]:

@@ -14,14 +14,12 @@ DOWNLOAD = "download it on a machine with a network and pass the folder"
 
 
 def local_copy(source: str, files: Sequence[str]) -> Path:
-    """The local folder that holds the files of ``source``, which is downloaded if it is a hub name.
+    """The local folder that holds the files of ``source``, a local folder or ``owner/name`` on the hub, which is
+    downloaded.
 
-    Args:
-        source: a local folder, or ``owner/name`` on the hub, optionally with a folder of the repository as third part
-            (``stabilityai/stable-diffusion-xl-base-1.0/vae``). Copies are kept in the hub's own cache.
-        files: names or patterns of the files to download; pickled weights should not be among them.
-    Raises:
-        TrajOODError: no such folder, no network, no such repository.
+    A third part is a folder of the repository (``stabilityai/stable-diffusion-xl-base-1.0/vae``). Copies are kept in
+    the hub's own cache. ``files`` are names or patterns of the files to download; pickled weights should not be among
+    them.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -43,9 +41,5 @@ def local_copy(source: str, files: Sequence[str]) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model's ``config.json``.
-
-    Raises:
-        TrajOODError: the file is missing, is not JSON, or does not hold an object.
-    """
+    """Read a model's ``config.json``."""
     return read_json(folder / "config.json", "the config of a model", "correct the folder", limit=MAX_CONFIG)

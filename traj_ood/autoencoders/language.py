@@ -46,15 +46,9 @@ class LanguageModel(FixedFunction):
     Positions are not part of z: the model adds or rotates them in at every step. The last hidden states come after the
     final norm, so ‖f(z)‖ is bounded by construction, and bounded norms alone prove nothing.
 
-    Args:
-        model: a causal transformers model without head (``AutoModel``), in memory.
-        encode: text → token ids.
-        tokens: T; exactly the first T tokens of each text are used. There is no padding, so no text depends on the
-            length of another. Default 64; the paper does not specify it.
-        name: the model's name in results.
-    Raises:
-        TrajOODError: fewer than 1 token, more than the model has positions for, or hidden states of another width than
-            the embeddings.
+    ``model`` is a transformers model without head (``AutoModel``), and ``encode`` maps a text to token ids. Exactly the
+    first T = ``tokens`` tokens of each text are used, by default 64 (the paper does not specify it). There is no
+    padding, so no text depends on the length of another.
     """
 
     family: ClassVar[str] = "causal-lm"
@@ -81,15 +75,8 @@ class LanguageModel(FixedFunction):
 
     @classmethod
     def load(cls, source: str, *, tokens: int = 64, name: str | None = None) -> LanguageModel:
-        """Load a causal language model of transformers by hub name or local folder, in float32.
-
-        Args:
-            source: for instance ``Qwen/Qwen3-0.6B``.
-            tokens: see :class:`LanguageModel`.
-            name: the model's name in results. Default: ``causal-lm:`` and the source.
-        Raises:
-            TrajOODError: not available, not a causal language model, pickled or missing weights, NaN weights.
-        """
+        """Load a causal language model of transformers by hub name (``Qwen/Qwen3-0.6B``) or local folder, in float32;
+        by default its name is ``causal-lm:`` and the source."""
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         folder = Path(source).expanduser()
@@ -118,11 +105,7 @@ class LanguageModel(FixedFunction):
         return len(self._encode(text)) >= self.tokens
 
     def start(self, texts: Sequence[str]) -> Tensor:
-        """The starts z_0, (B, T, d): embeddings of the first T tokens of each text.
-
-        Raises:
-            TrajOODError: a text with fewer tokens; the message gives its index and beginning.
-        """
+        """The starts z_0, (B, T, d): embeddings of the first T tokens of each text."""
         ids = torch.empty(len(texts), self.tokens, dtype=torch.int64)
         for row, text in enumerate(texts):
             found = list(self._encode(text))[: self.tokens]
@@ -149,9 +132,6 @@ class LanguageModel(FixedFunction):
         config: Any = self.module.config
         told = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         return {"tokens": self.tokens, "config": {k: v for k, v in told.items() if k not in _BOOKKEEPING}}
-
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
 
 
 def _is_causal(config: Any) -> bool:

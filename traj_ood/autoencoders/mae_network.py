@@ -55,12 +55,8 @@ def is_plain(config: Mapping[str, Any]) -> bool:
 class MAENetwork(nn.Module):
     """Encoder and decoder of He et al. (2022), with the tensor names of transformers' ``ViTMAEForPreTraining``.
 
-    Args:
-        config: the entries of ``config.json``, for which :func:`is_plain` holds.
-
-    Attributes:
-        config: ``config`` completed by :data:`DEFAULTS`.
-        given: ``config`` as given.
+    ``config`` are the entries of ``config.json``, for which :func:`is_plain` holds, completed by :data:`DEFAULTS`;
+    ``given`` are those that were given.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -71,10 +67,8 @@ class MAENetwork(nn.Module):
     def encode(self, images: Tensor, order: Tensor | None = None, visible: int | None = None) -> Tensor:
         """Images (B, C, H, W) → tokens (B, 1 + visible, d).
 
-        Args:
-            images: (B, C, H, W).
-            order: (patches,) or (B, patches) int64, a permutation of the patches. Default: their natural order.
-            visible: number of patches, the first of ``order``, that are encoded. Default: all.
+        ``order``, (patches,) or (B, patches) int64, is a permutation of the patches, by default their natural order;
+        the first ``visible`` of it, by default all, are encoded.
         """
         vit = self.vit
         table = vit.embeddings.position_embeddings
@@ -90,10 +84,8 @@ class MAENetwork(nn.Module):
     def decode(self, latents: Tensor, restore: Tensor | None = None) -> Tensor:
         """Tokens (B, 1 + visible, d) → images (B, C, H, W).
 
-        Args:
-            latents: (B, 1 + visible, d).
-            restore: (patches,) or (B, patches) int64, the inverse of ``order``. Default: all patches in their natural
-                order.
+        ``restore``, (patches,) or (B, patches) int64, is the inverse of ``order``; by default tokens are all patches in
+        their natural order.
         """
         decoder = self.decoder
         tokens = decoder.decoder_embed(latents)

@@ -32,11 +32,7 @@ class WrapperError(TrajOODError):
 
 def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
     """The encoder and decoder of a module: its methods ``encode`` and ``decode``, or its parts ``encoder`` and
-    ``decoder``.
-
-    Raises:
-        WrapperError: the module has neither pair.
-    """
+    ``decoder``."""
     for names in _HALVES:
         encode, decode = (getattr(module, name, None) for name in names)
         if callable(encode) and callable(decode):
@@ -49,11 +45,7 @@ def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Ten
 
 
 def tensor_of(name: str, answer: Any) -> Tensor:
-    """The tensor in a network's output: the mode of a distribution, or the main tensor of a library's output object.
-
-    Raises:
-        WrapperError: there are several tensors, or none that is known.
-    """
+    """The tensor in a network's output: the mode of a distribution, or the main tensor of a library's output object."""
     if isinstance(answer, Tensor):
         return answer
     if isinstance(answer, Sequence) and len(answer) == 1:

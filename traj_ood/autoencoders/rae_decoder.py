@@ -20,22 +20,11 @@ _NORM_EPS = 1e-12
 
 
 class ViTDecoder(nn.Module):
-    """A ViT over the latent tokens and a learned class token, followed by a linear layer to the pixels of each patch.
+    """A ViT over the latent tokens and a learned class token, followed by a linear layer to the RGB pixels of each
+    patch.
 
-    Latents (B, N, latent_width) → images (B, channels, √N · patch, √N · patch). Parameters are named as in RAE's
-    checkpoints (and ViT-MAE in transformers 4), so that these load directly.
-
-    Args:
-        latent_width: width of a latent token.
-        tokens: N, a square number.
-        width: width of the ViT.
-        layers: number of layers.
-        heads: number of attention heads.
-        hidden: width of the MLPs.
-        patch: side in pixels of the patch that one token becomes.
-        channels: number of image channels.
-    Raises:
-        TrajOODError: ``tokens`` is not a square, or ``heads`` does not divide ``width``.
+    Latents (B, tokens, latent_width) → images (B, 3, √tokens · patch, √tokens · patch); ``hidden`` is the width of the
+    MLPs. Parameters are named as in RAE's checkpoints (and ViT-MAE in transformers 4), so that these load directly.
     """
 
     def __init__(
@@ -48,32 +37,24 @@ class ViTDecoder(nn.Module):
         heads: int = HEADS,
         hidden: int = 4096,
         patch: int = 16,
-        channels: int = 3,
     ) -> None:
         super().__init__()
         if math.isqrt(tokens) ** 2 != tokens:
             raise TrajOODError(f"ViT decoder: expected a square number of tokens, got {tokens}")
         if width % heads:
             raise TrajOODError(f"ViT decoder: expected a width divisible by the {heads} heads, got {width}")
-        self.patch, self.channels, self.heads = patch, channels, heads
+        self.patch, self.channels, self.heads = patch, 3, heads
         self.decoder_embed = nn.Linear(latent_width, width)
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_layers = nn.ModuleList(_Block(width, heads, hidden) for _ in range(layers))
         self.decoder_norm = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, patch**2 * channels)
+        self.decoder_pred = nn.Linear(width, patch**2 * self.channels)
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], heads: int, where: str) -> ViTDecoder:
-        """Build the decoder whose sizes the weights have, and load them.
-
-        Args:
-            weights: tensors by name, named as in RAE or in diffusers.
-            heads: number of attention heads.
-            where: the source, for messages.
-        Raises:
-            TrajOODError: weights of another architecture.
-        """
+        """Build the decoder whose sizes the weights, named as in RAE or in diffusers, have, and load them; ``where`` is
+        their source."""
         weights = {_rae_name(key): value for key, value in weights.items()}
         try:
             width, latent_width = weights["decoder_embed.weight"].shape

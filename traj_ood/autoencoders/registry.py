@@ -25,11 +25,8 @@ _C = TypeVar("_C", bound=type[Autoencoder])
 
 
 def register_autoencoder(cls: _C) -> _C:
-    """Class decorator that registers an autoencoder family and its ``models``; see :class:`Autoencoder`.
-
-    Raises:
-        TrajOODError: the class lacks ``family``, ``summary`` or a method, or the family name is taken.
-    """
+    """Class decorator that registers an autoencoder family and its ``models``; see :class:`Autoencoder` for what it
+    must have."""
     FAMILIES.register(cls)
     MODELS.update(cls.models)
     return cls
@@ -70,14 +67,8 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
 
 
 def family_of(folder: Path, mark: str | None = None) -> type[Autoencoder]:
-    """The family of the model in ``folder``, by an entry of its ``config.json`` (:attr:`Autoencoder.marks`).
-
-    Args:
-        folder: folder of the model.
-        mark: name of the entry. Default: ``model_type``, or diffusers' ``_class_name`` if there is none.
-    Raises:
-        TrajOODError: no such file, no such entry, or an unknown value (the message lists similar ones).
-    """
+    """The family of the model in ``folder``, by an entry of its ``config.json`` (:attr:`Autoencoder.marks`): ``mark``,
+    by default ``model_type``, or diffusers' ``_class_name`` if there is none."""
     config = _read_config(folder)
     key = mark or next(key for key in _MARKS if key in config)
     kind = str(config.get(key))

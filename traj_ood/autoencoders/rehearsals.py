@@ -24,11 +24,7 @@ _WIDTH, _LAYERS, _HEADS = 64, 4, 4
 
 
 def rehearsal_pair(name: str, seed: int = 0) -> PairAutoencoder:
-    """A random encoder of 16 tokens with a random RAE decoder to RGB images of 32 × 32 pixels (0.4 M parameters).
-
-    Raises:
-        TrajOODError: ``name`` is not in :data:`PAIRS`.
-    """
+    """A random encoder of 16 tokens with a random RAE decoder to RGB images of 32 × 32 pixels (0.4 M parameters)."""
     import transformers
 
     if name not in PAIRS:
@@ -54,11 +50,7 @@ def rehearsal_pair(name: str, seed: int = 0) -> PairAutoencoder:
 
 
 def rehearsal_language_model(name: str, *, tokens: int = 64, seed: int = 0) -> LanguageModel:
-    """A random causal model over bytes (0.2 M parameters).
-
-    Raises:
-        TrajOODError: ``name`` is not in :data:`LANGUAGE`.
-    """
+    """A random causal model over bytes (0.2 M parameters)."""
     import transformers
 
     if name not in LANGUAGE:

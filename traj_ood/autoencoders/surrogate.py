@@ -28,7 +28,7 @@ from traj_ood.errors import TrajOODError, check_word, foreign_errors
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import field_of, read_json, write_json
-from traj_ood.io.weights import check_weights, put_weights, refuse_larger
+from traj_ood.io.weights import put_weights, with_weights
 
 MODEL_TYPE = "traj_ood_surrogate"
 Activation = Literal["gelu", "relu", "identity"]
@@ -199,19 +199,11 @@ class SurrogateAutoencoder(Autoencoder):
     # ------------------------------------------------------------------ the map
 
     def examine(self, images: Tensor) -> Encoding:
-        """One pass through the backbone: the latents, the features and the logits of the images.
-
-        Raises:
-            TrajOODError: the images are not finite floats (B, C, H, W) of the backbone's shape.
-        """
+        """One pass through the backbone: the latents, the features and the logits of the images."""
         return self.examine_features(self.backbone.extract(images))
 
     def examine_features(self, features: Features) -> Encoding:
-        """As :meth:`examine`, from features that are already known.
-
-        Raises:
-            TrajOODError: features of another width, not floating point, or not finite.
-        """
+        """As :meth:`examine`, from features that are already known."""
         values = features.features
         check_features(self.name, values, self.feature_dim)
         with self.fixed(), torch.inference_mode():
@@ -220,7 +212,6 @@ class SurrogateAutoencoder(Autoencoder):
         return Encoding(latents=latents, target=target, features=values, logits=features.logits)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode any number of images (B, C, H, W) → latents (B, k); raises as :meth:`examine`."""
         return self.examine(images).latents
 
     def encode_batch(self, images: Tensor) -> Tensor:
@@ -228,7 +219,6 @@ class SurrogateAutoencoder(Autoencoder):
         return self.network.encode(self.network.standardise(features))
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        """D: latents (chunk, k) → standardised features (chunk, n)."""
         return self.network.decode(latents)
 
     def self_map(self, latents: Tensor) -> Tensor:
@@ -254,11 +244,6 @@ class SurrogateAutoencoder(Autoencoder):
     def backbone_fingerprint(self) -> str:
         """The backbone's fingerprint; computed once, because the backbone is frozen and hashing takes seconds."""
         return self.backbone.fingerprint()
-
-    def parameter_count(self) -> int:
-        """Number of parameters of backbone and network."""
-        parts = (self.backbone.module, self.network)
-        return sum(p.numel() for part in parts for p in part.parameters())
 
     def to(self, device: torch.device | str) -> SurrogateAutoencoder:
         self.backbone.to(device)
@@ -292,13 +277,9 @@ class SurrogateAutoencoder(Autoencoder):
             trained_on = {key: str(config["backbone"][key]) for key in ("spec", "name", "fingerprint")}
             asked = dict(config["backbone"].get("options") or {})
             weights = load_file(path)
-            refuse_larger(config["network"], weights, f"{folder}/config.json")
-            with torch.device("meta"):  # shapes first: a damaged config could request any amount of memory
-                check_weights(weights, SurrogateNetwork(**config["network"]), str(path))
-            network = SurrogateNetwork(**config["network"])
+            network = with_weights(SurrogateNetwork, config["network"], weights, path)
             record = folder / "training.json"
             known = read_json(record, "the record of a training", "delete the folder") if record.is_file() else {}
-        network.load_state_dict(weights)
         model = cls(backbone or _backbone_of(folder, trained_on, asked), network, **options)
         if model.backbone_fingerprint != trained_on["fingerprint"]:
             raise TrajOODError(
@@ -342,11 +323,7 @@ class SurrogateAutoencoder(Autoencoder):
 
 
 def check_features(name: str, features: Tensor, width: int) -> None:
-    """Check that features are finite floats (B, ``width``).
-
-    Raises:
-        TrajOODError: they are not; the message begins with ``name``.
-    """
+    """Check that features are finite floats (B, ``width``)."""
     if features.ndim != 2 or features.shape[1] != width or not features.is_floating_point():
         raise TrajOODError(
             f"{name}: expected float features (B, {width}), got {features.dtype} of shape {tuple(features.shape)}"

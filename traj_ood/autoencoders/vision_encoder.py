@@ -14,15 +14,10 @@ from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_netwo
 
 
 class VisionTokens(nn.Module):
-    """A transformers vision model that returns its patch tokens (B, N, d), without CLS and register tokens.
+    """A transformers vision model that returns its patch tokens (B, N, d) of images of ``size`` pixels, without CLS and
+    register tokens.
 
-    Args:
-        model: such as ``Dinov2WithRegistersModel``, ``SiglipVisionModel``, ``ViTModel``.
-        size: side of the input images.
-        plain_norm: whether to remove gain and bias of the last LayerNorm, as RAE does with every encoder. Default True.
-    Raises:
-        TrajOODError: there is no last LayerNorm, or the output is not one token per patch after at most 64 other
-            tokens.
+    ``plain_norm`` removes gain and bias of the last LayerNorm, as RAE does with every encoder.
     """
 
     def __init__(self, model: nn.Module, size: int, *, plain_norm: bool = True) -> None:
@@ -58,11 +53,7 @@ class VisionTokens(nn.Module):
 
 def load_vision_model(source: str) -> Any:
     """Load a vision encoder of transformers by hub name or local folder; of a model of images and texts (SigLIP2), its
-    vision tower.
-
-    Raises:
-        TrajOODError: not available, or weights that are missing or NaN.
-    """
+    vision tower."""
     from transformers import AutoConfig, AutoModel
 
     where = f"encoder {source!r}"
@@ -82,16 +73,8 @@ leave out. RAE's third encoder, ViT-MAE, is supported as an autoencoder of its o
 
 
 def encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> nn.Module:
-    """Build the encoder of a diffusers folder; transformers translates the names of weights between its versions.
-
-    Args:
-        kind: a key of :data:`RAE_ENCODERS`.
-        config: the folder's config.
-        weights: the encoder's tensors by name.
-        where: the source, for messages.
-    Raises:
-        TrajOODError: weights that are missing, NaN or of another architecture.
-    """
+    """Build the encoder of a diffusers folder, a key of :data:`RAE_ENCODERS`, from its config and tensors; transformers
+    translates the names of weights between its versions."""
     import transformers
 
     config_name, model_name, size, norm = RAE_ENCODERS[kind]

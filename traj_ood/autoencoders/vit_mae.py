@@ -316,10 +316,8 @@ _NEED_DECODER = "use a ViTMAEForPreTraining checkpoint such as facebook/vit-mae-
 
 
 def _built(config: dict[str, Any], written: dict[str, Tensor], config_path: Path, path: Path) -> Any:
-    """Build the model of a config and load the weights ``written``.
-
-    Shapes are checked first, on the meta device, because a damaged config could request any amount of memory.
-    """
+    """Build the model of a config and load the weights ``written``. Shapes are checked first, on the meta device,
+    because a damaged config could request any amount of memory."""
     refuse_larger(config, written, str(config_path))
     with torch.device("meta"):
         shapes = MAENetwork(config) if is_plain(config) else _transformers_network(config)
@@ -368,11 +366,7 @@ def geometry_keys() -> tuple[str, ...]:
 
 
 def assert_position_embeddings(model: Any, name: str) -> None:
-    """Refuse a model whose position embeddings are zero, since it cannot distinguish patches.
-
-    Raises:
-        TrajOODError: the encoder's or decoder's position embeddings are all zero.
-    """
+    """Refuse a model whose position embeddings are zero, since it cannot distinguish patches."""
     tables = {
         "encoder": model.vit.embeddings.position_embeddings,
         "decoder": model.decoder.decoder_pos_embed,
@@ -390,9 +384,6 @@ def sine_cosine_table(grid: int, width: int) -> Tensor:
 
     Rows are [sin x, cos x, sin y, cos y] per patch in row-major order, after zeros for the class token. The original
     implementation swaps x and y relative to its variable names; published weights depend on this order.
-
-    Raises:
-        TrajOODError: ``width`` is not a multiple of 4.
     """
     if width % 4:
         raise TrajOODError(f"hidden size: the 2-D sine-cosine table needs a multiple of 4, got {width}")

@@ -160,9 +160,6 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         """SHA-256 (hex) over all weights and :meth:`options`; equal backbones have equal fingerprints."""
         return fingerprint(self.module, [self.library, self.options()])
 
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
-
 
 class CallableBackbone(Backbone):
     """Wraps your own function on batches of images as a backbone.
@@ -197,7 +194,7 @@ class CallableBackbone(Backbone):
         head: tuple[Tensor, Tensor] | None = None,
         chunk: int = ROWS,
     ) -> None:
-        self._forward, self._transform, self._head = forward, transform, head
+        self._forward, self._own_transform, self._head = forward, transform, head
         self.input_shape, self.feature_dim, self.classes, self.chunk = input_shape, feature_dim, classes, chunk
         self.preprocessing = declared_preprocessing(name, input_shape, preprocessing, transform)
         self.name = self.spec = name
@@ -206,13 +203,8 @@ class CallableBackbone(Backbone):
     def forward_batch(self, images: Tensor) -> Features:
         return self._forward(images)
 
-    def transform(self, image: Image.Image) -> Tensor:
-        return self._transform(image) if self._transform is not None else super().transform(image)
-
     def options(self) -> dict[str, Any]:
-        known = self.preprocessing
-        plain = known is None or known == Preprocessing(self.input_shape)
-        return {"name": self.name} | ({} if plain or known is None else {"preprocessing": known.as_dict()})
+        return {"name": self.name} | self.declared_options()
 
     def head(self) -> tuple[Tensor, Tensor] | None:
         return self._head

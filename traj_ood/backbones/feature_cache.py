@@ -27,16 +27,14 @@ IDENTITY = "cache.json"
 
 
 class FeatureCache:
-    """A folder of features, with a subfolder for each pair of a backbone and a list of images.
+    """A folder of features, with a subfolder for each pair of a backbone and a list of images; written to when the
+    first block is.
 
     A subfolder holds cache.json, which identifies the features, and one file per block. The identity is the backbone's
     fingerprint (weights, options), the behaviour of its transform, the way it is called (rows, memory order) and the
     digest of the images' contents. A block written by another version of this package's code counts as absent. Blocks
     do not depend on the caller's batches, nor rows on their batch, so two processes that fill the same cache write the
     same bytes; each block is complete or absent.
-
-    Args:
-        folder: created when the first block is written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -52,22 +50,11 @@ class FeatureCache:
     def extract(
         self, backbone: Backbone, images: ImageSource, indices: range, *, workers: int = 2, on_error: OnError = "raise"
     ) -> tuple[tuple[str, ...], Features | None, Failures]:
-        """Return ids, features (on the CPU) and failures of some images, in their order.
+        """Ids, features (on the CPU; None if no image could be read) and failures of the images at consecutive
+        ``indices``.
 
         Missing blocks are read and extracted as a whole, and may include images outside ``indices``. A block with an
         image that cannot be read is not stored, so that it is tried again in the next pass.
-
-        Args:
-            backbone: the frozen network.
-            images: the whole list of images.
-            indices: consecutive indices into the list.
-            workers: threads that read images, see :func:`traj_ood.data.batches.batches`.
-            on_error: ``raise`` (default) or ``skip`` images that cannot be read, likewise.
-        Returns:
-            Ids, features and failures; the features are None if no image could be read.
-        Raises:
-            TrajOODError: indices outside the list, a folder that holds other features, a damaged file, an unwritable
-                folder, images that changed since the first call, or an image that cannot be read.
         """
         if indices.step != 1 or (len(indices) and not 0 <= indices.start <= indices.stop <= len(images)):
             raise TrajOODError(f"features: expected consecutive indices within {len(images)} images, got {indices}")

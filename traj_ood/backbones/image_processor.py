@@ -37,16 +37,10 @@ _DEFAULTS: dict[str, Any] = {  # of ViTImageProcessor
 
 
 def from_processor(settings: Mapping[str, Any], shape: tuple[int, int, int], where: str) -> Preprocessing:
-    """The preprocessing that an image processor with these settings applies to an image.
+    """The preprocessing, to ``shape`` (C, H, W), that an image processor with these settings applies to an image.
 
-    Args:
-        settings: the contents of ``preprocessor_config.json``, or a processor's ``to_dict()``; missing settings have
-            the defaults of ``ViTImageProcessor``.
-        shape: (C, H, W) of the network's input.
-        where: the source of the settings, for messages.
-    Raises:
-        TrajOODError: a setting that is not supported (the message names it), or images of another size than the
-            network's.
+    ``settings`` are the contents of ``preprocessor_config.json``, or a processor's ``to_dict()``; missing ones have the
+    defaults of ``ViTImageProcessor``, and one that is not supported is an error.
     """
     complete = {**_DEFAULTS, **{k: v for k, v in settings.items() if v is not None}}
     unknown = sorted(k for k, v in complete.items() if k not in _READ | _IRRELEVANT and v)
@@ -77,11 +71,8 @@ def from_processor(settings: Mapping[str, Any], shape: tuple[int, int, int], whe
 
 
 def to_processor(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The settings of a ``ViTImageProcessor`` that applies ``preprocessing``; the inverse of :func:`from_processor`.
-
-    Raises:
-        TrajOODError: the preprocessing crops, which that processor does not support.
-    """
+    """The settings of a ``ViTImageProcessor``, which cannot crop, that applies ``preprocessing``; the inverse of
+    :func:`from_processor`."""
     _, height, width = preprocessing.shape
     if preprocessing.resize == "crop":
         raise TrajOODError(
@@ -101,11 +92,7 @@ def to_processor(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def check_agreement(preprocessing: Preprocessing, transform: Callable[[Image.Image], Tensor], where: str) -> None:
-    """Check that a declared preprocessing agrees with the library's own transform on trial images.
-
-    Raises:
-        TrajOODError: pixels differ by more than :data:`LARGEST_DIFFERENCE`.
-    """
+    """Check that a declared preprocessing agrees with the library's own transform on trial images."""
     found = largest_difference(preprocessing, transform)
     if not found <= LARGEST_DIFFERENCE + 1e-3:
         raise TrajOODError(
@@ -115,11 +102,7 @@ def check_agreement(preprocessing: Preprocessing, transform: Callable[[Image.Ima
 
 
 def interpolation_of(value: Any) -> Interpolation:
-    """The name of a Pillow filter, from its number or name.
-
-    Raises:
-        TrajOODError: no such filter.
-    """
+    """The name of a Pillow filter, from its number or name."""
     text = str(getattr(value, "value", value)).lower()
     try:
         name = Image.Resampling(int(text)).name if text.isdigit() else Image.Resampling[text.upper()].name

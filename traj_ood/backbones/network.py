@@ -25,16 +25,8 @@ class NetworkBackbone(Backbone):
     The constructor runs two random images through the network. It determines the widths and whether the head is linear,
     and refuses random outputs or a preprocessing that does not fit the network, before any data are read.
 
-    Args:
-        module: the network with its weights; put into evaluation mode without gradients.
-        name: see :class:`Backbone`.
-        spec: see :class:`Backbone`.
-        preprocessing: how an image file becomes the network's input.
-        options: the settings that decide the features in addition to the weights: the library's settings of its
-            transform, and the pooling.
-        classifier: the linear layer that computes the logits, if any; checked against the logits.
-    Raises:
-        TrajOODError: the network cannot process images of the preprocessing's shape, or its outputs are random.
+    ``options`` decide the features in addition to the weights: the library's settings of its transform, and the
+    pooling. ``classifier`` is the linear layer that computes the logits, if any; it is checked against them.
     """
 
     def __init__(
@@ -80,14 +72,8 @@ class NetworkBackbone(Backbone):
 
 
 class ClassifierInputBackbone(NetworkBackbone):
-    """A classifier whose features are the inputs of its last linear layer, captured by a forward hook.
-
-    Args:
-        module: see :class:`NetworkBackbone`.
-        call: images → logits, through ``module``.
-        classifier: the layer that computes the logits.
-        settings: further arguments of :class:`NetworkBackbone`.
-    """
+    """A classifier whose features are the inputs of its last linear layer, captured by a forward hook. ``call`` maps
+    images to logits, through ``module``."""
 
     def __init__(
         self, module: nn.Module, call: Callable[[Tensor], Tensor], classifier: nn.Linear, **settings: Any
@@ -106,11 +92,7 @@ class ClassifierInputBackbone(NetworkBackbone):
 
 
 def find_classifier(name: str, module: nn.Module, call: Callable[[Tensor], Tensor], images: Tensor) -> nn.Linear:
-    """The linear layer whose output is the network's output, found by running the network on ``images``.
-
-    Raises:
-        TrajOODError: the logits are not the output of a single linear layer.
-    """
+    """The linear layer whose output is the network's output, found by running the network on ``images``."""
     module.eval()
     made: list[tuple[nn.Linear, Tensor]] = []
     with _watch_linear_layers(module, made), torch.inference_mode():

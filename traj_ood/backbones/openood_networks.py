@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import write_tensors
-from traj_ood.io.trees import field_of
+from traj_ood.io.trees import as_json, field_of
 from traj_ood.io.weights import prefix_of, put_weights
 from traj_ood.text import brief
 
@@ -52,21 +52,13 @@ PREPARATIONS = {
 
 @dataclass(frozen=True)
 class Network:
-    """How to build one of OpenOOD's networks.
+    """How to build one of OpenOOD's networks."""
 
-    Attributes:
-        module: module below ``openood.networks``.
-        cls: name of the class.
-        small: whether it takes images of 32 x 32.
-        arguments: of the constructor.
-        any_classes: whether the constructor takes ``num_classes``.
-    """
-
-    module: str
+    module: str  # below openood.networks
     cls: str
-    small: bool
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    any_classes: bool = True
+    small: bool  # whether it takes images of 32 x 32
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the constructor
+    any_classes: bool = True  # whether the constructor takes num_classes
 
 
 NETWORKS = {
@@ -159,7 +151,7 @@ class OpenOODBackbone(NetworkBackbone):
                 resize="crop",
                 short_side=preparation.pre_size,
             ),
-            options={"transform": {"data": chosen, **_plain(preparation)}, "pooling": "return_feature"},
+            options={"transform": {"data": chosen, **as_json(asdict(preparation))}, "pooling": "return_feature"},
             classifier=_classifier(module),
         )
 
@@ -182,21 +174,8 @@ class OpenOODBackbone(NetworkBackbone):
         )
 
 
-def _plain(preparation: Preparation) -> dict[str, Any]:
-    return {
-        "pre_size": preparation.pre_size,
-        "size": preparation.size,
-        "mean": list(preparation.mean),
-        "std": list(preparation.std),
-    }
-
-
 def import_openood(name: str, *attributes: str) -> ModuleType:
-    """Import a module of openood and check that it has ``attributes``.
-
-    Raises:
-        TrajOODError: openood or one of its dependencies is not installed, the import fails, or an attribute is missing.
-    """
+    """Import a module of openood and check that it has ``attributes``."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

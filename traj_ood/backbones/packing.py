@@ -18,16 +18,9 @@ _MAX_CHUNK = 2**20
 
 
 def pack_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
-    """Write a backbone of a registered library, and check that the network rebuilt from the files is the same.
-
-    The check needs memory for a second copy of the network.
-
-    Returns:
-        A JSON-serialisable description: ``library``, ``name``, ``options``, ``fingerprint``, ``chunk``,
-        ``channels_last``, ``recipe``.
-    Raises:
-        TrajOODError: the folder cannot be written, or the rebuilt network has another fingerprint or other features.
-    """
+    """Write a backbone of a registered library and describe it as JSON data (``library``, ``name``, ``options``,
+    ``fingerprint``, ``chunk``, ``channels_last``, ``recipe``), after checking that the network rebuilt from the files
+    is the same, which needs memory for a second copy."""
     described = {
         "library": backbone.library,
         **describe(backbone),
@@ -64,17 +57,8 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def rebuild(families: Families[M], described: Mapping[str, Any], key: str, folder: Path) -> M:
-    """Rebuild the model of a description on the CPU, by the ``unpack`` of its family.
-
-    Args:
-        families: the registry of the model's kind.
-        described: the description, as returned by :func:`pack_backbone`, or that of an autoencoder.
-        key: the entry that names the family.
-        folder: the folder of the files.
-    Raises:
-        TrajOODError: an unknown family; files or entries that are missing, damaged or of another architecture; weights
-            or options with another fingerprint.
-    """
+    """Rebuild the model that the entry ``key`` names a family of, on the CPU, by the ``unpack`` of that family, and
+    check that it is the one described."""
     where = f"{folder}: description of the {families.model}"
     family: Any = families.named(field_of(described, key, str, where))
     name, chunk = field_of(described, "name", str, where), field_of(described, "chunk", int, where)
@@ -90,11 +74,8 @@ def rebuild(families: Families[M], described: Mapping[str, Any], key: str, folde
 
 
 def check_same(described: Mapping[str, Any], model: Any, where: str) -> None:
-    """Check that a model is the one described.
-
-    Raises:
-        TrajOODError: its input shape, preprocessing or fingerprint differs; the message names differing options.
-    """
+    """Check that a model is the one described, by input shape, preprocessing and fingerprint; the message names
+    differing options."""
     if "input_shape" in described and field_of(described, "input_shape", list, where) != list(model.input_shape):
         raise TrajOODError(
             f"{where}: expected a model for images {str(tuple(described['input_shape']))[:60]}, got {model.name} for "

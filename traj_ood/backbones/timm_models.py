@@ -175,11 +175,7 @@ def _short(settings: Mapping[str, Any]) -> str:
 
 
 def new_network(architecture: str, **arguments: Any) -> nn.Module:
-    """Build an untrained timm model.
-
-    Raises:
-        TrajOODError: unknown model, or arguments that it does not accept.
-    """
+    """Build an untrained timm model."""
     from timm import create_model
 
     _assert_known(architecture)
@@ -192,12 +188,8 @@ def save_folder(
 ) -> None:
     """Write a network in timm's local-directory format, which ``timm:<folder>`` and timm's ``local-dir:<folder>`` read.
 
-    Args:
-        network: the network, built by :func:`new_network`.
-        folder: where to write.
-        architecture: its timm name.
-        arguments: that it was built with, including ``num_classes``.
-        data: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct`` and ``crop_mode``.
+    ``arguments`` are those it was built with by :func:`new_network`, including ``num_classes``; ``data`` are
+    ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct`` and ``crop_mode``.
     """
     own: Any = network
     classes = int(arguments["num_classes"])

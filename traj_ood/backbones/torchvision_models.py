@@ -140,9 +140,9 @@ def _from_file(architecture: str, path: Path, shape: tuple[int, int, int]) -> nn
 def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename tensors of torchvision's DenseNet files, such as ``denselayer1.norm.1.weight``, as its loader does."""
     old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
-    return (
-        {old.sub(r"\1\2", key): value for key, value in weights.items()} if any(map(old.search, weights)) else weights
-    )
+    if not any(map(old.search, weights)):
+        return weights
+    return {old.sub(r"\1\2", key): value for key, value in weights.items()}
 
 
 def _build(architecture: str, **arguments: Any) -> nn.Module:

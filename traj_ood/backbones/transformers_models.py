@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from traj_ood.data.preprocessing import Preprocessing, trial_pictures
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
+from traj_ood.io.trees import as_json
 
 _CLASSIFIER = "ForImageClassification"
 _PACKED = "backbone"  # folder name of a packed model
@@ -84,7 +86,7 @@ class TransformersEncoder(NetworkBackbone):
             "name": shown,
             "spec": f"transformers:{source}",
             "preprocessing": preprocessing,
-            "options": {"transform": _declared(processor), "pooling": type(network).__name__},
+            "options": {"transform": as_json(processor.to_dict()), "pooling": type(network).__name__},
         }
         if not type(network).__name__.endswith(_CLASSIFIER):
             return TransformersEncoder(network, **settings)
@@ -135,7 +137,13 @@ def _reading(name: str, file: str) -> AbstractContextManager[None]:
 
 def _preprocessing(processor: Any, channels: int, name: str) -> Preprocessing:
     """The preprocessing of an image processor, checked against the processor itself."""
-    prepare = _Prepare(processor)
+
+    def prepare(image: Image.Image) -> Tensor:
+        if image.mode == "L":  # processors expect a channel axis
+            array = np.asarray(image)[None]
+            return processor(images=array, return_tensors="pt", input_data_format="channels_first")["pixel_values"][0]
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
     mode = "L" if channels == 1 else "RGB"
     shapes = {tuple(prepare(picture).shape) for picture in trial_pictures(mode)}
     where = f"{name}: preprocessor_config.json"
@@ -144,28 +152,6 @@ def _preprocessing(processor: Any, channels: int, name: str) -> Preprocessing:
             f"{where}: expected settings that bring images of any size to one size {channels} x H x W, by a resize to "
             "height and width or a crop: correct do_resize, size, do_center_crop and crop_size"
         )
-    made = from_processor(_declared(processor), (shape[0], shape[1], shape[2]), where)
+    made = from_processor(as_json(processor.to_dict()), (shape[0], shape[1], shape[2]), where)
     check_agreement(made, prepare, where)
     return made
-
-
-class _Prepare:
-    """An image processor as a function of one image."""
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        if image.mode == "L":  # processors expect a channel axis
-            import numpy as np
-
-            answer = self._processor(
-                images=np.asarray(image)[None], return_tensors="pt", input_data_format="channels_first"
-            )
-        else:
-            answer = self._processor(images=image, return_tensors="pt")
-        return answer["pixel_values"][0]
-
-
-def _declared(processor: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(processor.to_dict(), sort_keys=True, default=str))

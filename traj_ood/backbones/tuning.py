@@ -46,13 +46,10 @@ def tuned(backbone: B, root: Path | None = None) -> B:
     """Set ``chunk`` and ``channels_last`` of a backbone to the fastest way on this machine, and return it.
 
     Call it before any feature is extracted. A backbone is left unchanged if it is the user's own code, has a ``chunk``
-    that was set, is on a GPU, takes no other number of rows, or if the decision cannot be stored. Features of two ways
-    agree up to float32 rounding, about 1e-6. A detector keeps the way it was fitted with on every machine.
-
-    Args:
-        backbone: the backbone.
-        root: decisions are stored in ``root/calls``, in a file per network, machine, number of threads and version of
-            this package and the libraries. Default: the cache folder.
+    that was set, is on a GPU, takes no other number of rows, or if the decision cannot be stored: in ``root/calls``
+    (default: in the cache folder), in a file per network, machine, number of threads and version of this package and
+    the libraries. Features of two ways agree up to float32 rounding, about 1e-6. A detector keeps the way it was fitted
+    with on every machine.
     """
     if backbone.library == "custom" or backbone.chunk != ROWS or backbone.device.type != "cpu" or not backbone.ladder:
         return backbone

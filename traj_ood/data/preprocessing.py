@@ -7,7 +7,7 @@ Image files and Pillow images go through the model's :class:`Preprocessing`; ten
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -193,12 +193,20 @@ class Preprocessed:
 
     name: str
     preprocessing: Preprocessing | None = None
+    _own_transform: Callable[[Image.Image], Tensor] | None = None  # user code in place of a preprocessing
 
     def transform(self, image: Image.Image) -> Tensor:
         """Preprocess a Pillow image to (C, H, W) float32 in the network's units."""
+        if self._own_transform is not None:
+            return self._own_transform(image)
         if self.preprocessing is None:
             raise TrajOODError(f"{self.name}: declares no preprocessing: set it, or override transform")
         return self.preprocessing(image)
+
+    def declared_options(self) -> dict[str, Any]:
+        """The preprocessing as an entry of the model's options, if it is declared and not the default."""
+        known = self.preprocessing
+        return {} if known is None or known == Preprocessing(known.shape) else {"preprocessing": known.as_dict()}
 
 
 def prepare(model: ImageModel, images: Pixels) -> Tensor:

@@ -66,6 +66,9 @@ class FixedFunction:
         """All networks whose weights and training flags affect the output."""
         return (self.module,)
 
+    def parameter_count(self) -> int:
+        return sum(p.numel() for module in self.modules_used() for p in module.parameters())
+
     @contextmanager
     def fixed(self) -> Iterator[None]:
         """Context in which all modules are in evaluation mode under ``standard_settings``, for one thread at a time.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.tensor_file import digest_of
 from traj_ood.text import brief
 
+_N = TypeVar("_N", bound=nn.Module)
 _COUNTER = "num_batches_tracked"
 
 
@@ -83,6 +85,17 @@ def check_weights(weights: Mapping[str, Tensor], module: nn.Module, where: str) 
                 f"got {tuple(value.shape)}"
             )
     _check_finite(weights, where)
+
+
+def with_weights(make: Callable[..., _N], sizes: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> _N:
+    """The network ``make(**sizes)``, by the config beside the file ``path``, with the weights of that file. Shapes are
+    checked first, on the meta device, because a damaged config could request any amount of memory."""
+    refuse_larger(sizes, weights, f"{path.parent}/config.json")
+    with torch.device("meta"):
+        check_weights(weights, make(**sizes), str(path))
+    network = make(**sizes)
+    network.load_state_dict(weights)
+    return network
 
 
 def _refuse_names(missing: Sequence[str], extra: Sequence[str], where: str) -> None:
