@@ -32,13 +32,8 @@ from traj_ood.text import one_line
 
 
 def exact_share(tpr: float) -> Fraction:
-    """``tpr`` as an exact decimal fraction: 0.95 is 19/20, not the float 0.9499999999999999556.
-
-    With the float, (n + 1) · tpr can fall on the wrong side of an integer: 19 images would not suffice for 0.95.
-
-    Raises:
-        TrajOODError: ``tpr`` is not a number strictly between 0 and 1.
-    """
+    """``tpr`` as an exact decimal fraction: 0.95 is 19/20, not the float 0.9499999999999999556. With the float, (n + 1)
+    · tpr can fall on the wrong side of an integer: 19 images would not suffice for 0.95."""
     if isinstance(tpr, bool) or not isinstance(tpr, int | float) or not 0 < tpr < 1:
         raise TrajOODError(f"tpr: expected a share of ID images between 0 and 1, such as 0.95, got {tpr!r}")
     return Fraction(repr(float(tpr)))
@@ -55,15 +50,8 @@ def images_needed(tpr: float) -> int:
 
 
 def check_count(count: int, tpr: float, of: str = "") -> None:
-    """Check the number of calibration images before anything is computed.
-
-    Args:
-        count: the number of images.
-        tpr: the share of new ID images to accept.
-        of: completes "ID images" in the error message.
-    Raises:
-        TrajOODError: there are fewer than :func:`images_needed`; the message gives that number.
-    """
+    """Check the number of calibration images before anything is computed; ``of`` completes "ID images" in the error
+    message, which gives the number needed."""
     needed = images_needed(tpr)
     if count < needed:
         raise TrajOODError(
@@ -136,11 +124,7 @@ class Calibration:
 
     @classmethod
     def of_classes(cls, scores: Tensor, labels: Sequence[Any], tpr: float = 0.95) -> Calibration:
-        """Class-wise calibration from n scores and the label of each, an integer or text.
-
-        Raises:
-            TrajOODError: as the class.
-        """
+        """Class-wise calibration from n scores and the label of each, an integer or text."""
         names = tuple(sorted({str(label) for label in labels}, key=lambda text: (len(text), text)))
         place = {name: number for number, name in enumerate(names)}
         classes = torch.tensor([place[str(label)] for label in labels], dtype=torch.int64)
@@ -178,12 +162,9 @@ class Calibration:
     def p_values(self, scores: Tensor, labels: Sequence[Any] | None = None) -> Tensor:
         """P-values of scores (B,), as (B,) float64. +inf has the smallest p-value, 1 / (n + 1).
 
-        Args:
-            scores: (B,) scores.
-            labels: the class of each image, if known, such as a classifier's prediction; p-values are then those of the
-                class. Default: unknown; with class-wise calibration, the largest p-value over classes.
-        Raises:
-            TrajOODError: a score is NaN, or a label is none of the calibrated classes.
+        ``labels`` are the classes, if known, such as a classifier's predictions; p-values are then those of the class.
+        By default, with class-wise calibration, they are the largest over classes. NaN and classes that were not
+        calibrated are errors.
         """
         values = self._checked(scores)
         if self.classes is None:
@@ -192,16 +173,8 @@ class Calibration:
         return each.max(dim=0).values if labels is None else each[self._places(labels, len(values)), range(len(values))]
 
     def decide(self, scores: Tensor, labels: Sequence[Any] | None = None) -> Tensor:
-        """Decisions on scores (B,), as (B,) bool: True = OOD, the score is above :attr:`threshold`.
-
-        Equivalent to p <= :attr:`level`, exactly.
-
-        Args:
-            scores: (B,) scores.
-            labels: as in :meth:`p_values`; the threshold is then that of the class.
-        Raises:
-            TrajOODError: as :meth:`p_values`.
-        """
+        """Decisions on scores (B,), as (B,) bool: True = OOD, the score is above :attr:`threshold`, or with ``labels``,
+        as in :meth:`p_values`, above that of the class. Equivalent to p <= :attr:`level`, exactly."""
         values = self._checked(scores)
         if self.classes is None or labels is None:
             return values > self.threshold

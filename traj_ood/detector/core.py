@@ -20,7 +20,7 @@ from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages
 from traj_ood.detector.conformal import Calibration, check_count, entry, images_needed
 from traj_ood.detector.decision import Decision, Judgement, decide_each
-from traj_ood.detector.folder import Parts, read_detector, write_detector
+from traj_ood.detector.folder import read_detector, write_detector
 from traj_ood.detector.hub import OnTheHub
 from traj_ood.detector.labels import classes_given, labels_of, numbered
 from traj_ood.detector.module import as_module
@@ -349,11 +349,7 @@ class Detector(OnTheHub):
 
     def _gathered(self, found: Iterable[tuple[Batch, Scored]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         fixed = self.scorer.needs().steps < WHOLE_PATH
-        scores = [_nothing(torch.float64)]
-        steps, status = (
-            [_nothing(torch.int64)],
-            [_nothing(torch.int64)],
-        )
+        scores, steps, status = [_nothing(torch.float64)], [_nothing(torch.int64)], [_nothing(torch.int64)]
         for _, scored in found:
             values, path = scored.scores[self.scorer.label], scored.evidence.trajectory
             finite = values.isfinite()
@@ -379,8 +375,15 @@ class Detector(OnTheHub):
             TrajOODError: the folder contains other files or is inside a detector, cannot be written, or the backbone
                 cannot be rebuilt from its library.
         """
-        parts = Parts(self.scorers, self.training, self._seen, self.calibration, self.history)
-        write_detector(parts, Path(folder), overwrite)
+        write_detector(
+            Path(folder),
+            overwrite,
+            scorers=self.scorers,
+            training=self.training,
+            seen=self._seen,
+            calibration=self.calibration,
+            history=self.history,
+        )
 
     @classmethod
     def load(
@@ -409,14 +412,7 @@ class Detector(OnTheHub):
             TrajOODError: a file is damaged (the message names it), the schema is newer, the model is another, or its
                 results on this machine differ.
         """
-        parts = read_detector(Path(folder).expanduser(), device, autoencoder, compile)
-        return cls(
-            parts.scorers,
-            training=parts.training,
-            seen=parts.seen,
-            calibration=parts.calibration,
-            history=parts.history,
-        )
+        return cls(**read_detector(Path(folder).expanduser(), device, autoencoder, compile))
 
 
 def _nothing(kind: torch.dtype) -> Tensor:
@@ -437,11 +433,7 @@ class _Explored:
 
 
 def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _Explored:
-    """The pass over the training images.
-
-    Raises:
-        TrajOODError: too few images are left after skipping unreadable ones, or values are NaN or infinite.
-    """
+    """The pass over the training images."""
     found, taken = _Explored(), deque[Batch]()
 
     def encodings() -> Iterator[tuple[Encoding, tuple[str, ...]]]:
@@ -465,11 +457,8 @@ def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _E
 
 
 def _kept(evidence: Evidence, batch: Batch) -> Evidence:
-    """The evidence that the scorer is fitted on, on the CPU, without the trajectory.
-
-    Raises:
-        TrajOODError: values are NaN or infinite, which would make every score useless.
-    """
+    """The evidence that the scorer is fitted on, on the CPU, without the trajectory; it must be finite, as every score
+    would be useless otherwise."""
     kept = evidence.kept()
     for values in kept.tensors().values():
         bad = (~values.reshape(len(values), -1).isfinite().all(dim=1)).nonzero()[:, 0]

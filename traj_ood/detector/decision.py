@@ -100,10 +100,8 @@ def reason_of(score: float | None, decision: str | None, error: str | None) -> s
 def decide_all(judge: Callable[[Normalised], Judgement], images: Sequence[Tensor]) -> list[Decision]:
     """One decision per image (C, H, W) in the model's units, in order.
 
-    Images are judged together. If the batch is refused, it is halved until the images at fault are isolated.
-
-    Raises:
-        MemoryError, RuntimeError: there is too little memory.
+    Images are judged together. If the batch is refused, it is halved until the images at fault are isolated; too little
+    memory is raised.
     """
     if not images:
         return []

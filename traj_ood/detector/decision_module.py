@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +11,7 @@ from traj_ood.detector.module import DetectorModule
 from traj_ood.detector.pinned_tensors import PinnedTensors
 
 if TYPE_CHECKING:
-    from traj_ood.data.preprocessing import Preprocessing
     from traj_ood.detector.conformal import Calibration
-    from traj_ood.scorers import Scorer
 
 OK_CODE, OOD_CODE, INVALID_CODE = 0, 1, 2
 """Indices into :data:`traj_ood.detector.decision.REASONS`."""
@@ -25,10 +22,6 @@ class DecisionModule(nn.Module):
 
     A decision is 0 (ok), 1 (ood) or 2 (invalid: a pixel is NaN or outside [0, 1]; score and p-value are NaN then).
     P-values and decisions equal those of :class:`traj_ood.detector.conformal.Calibration` for these scores, exactly.
-
-    Args:
-        scored: computes the scores.
-        calibration: the calibration of these scores, class-wise or not.
     """
 
     def __init__(self, scored: DetectorModule, calibration: Calibration) -> None:
@@ -49,11 +42,6 @@ class DecisionModule(nn.Module):
         self._threshold = calibration.threshold
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, p-values and decisions of pixels (B, C, H, W).
-
-        Raises:
-            TrajOODError: as :meth:`DetectorModule.forward`.
-        """
         scores = self.scored(images)
         known = self.calibration.all()
         running = (known["scores"] >= scores.cpu()[:, None]).long().cumsum(dim=1)
@@ -63,23 +51,3 @@ class DecisionModule(nn.Module):
         valid = ~scores.isnan()
         decisions = torch.where(scores > self._threshold, OOD_CODE, OK_CODE)
         return scores, torch.where(valid, p_values, torch.nan), torch.where(valid, decisions, INVALID_CODE)
-
-    # The interface that export needs, passed on to the scoring module.
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.scored.preprocessing
-
-    @property
-    def steps(self) -> int:
-        return self.scored.steps
-
-    @property
-    def scorer(self) -> Scorer:
-        return self.scored.scorer
-
-    def record_loop(self, images: Tensor) -> None:
-        self.scored.record_loop(images)
-
-    def recording(self) -> AbstractContextManager[None]:
-        return self.scored.recording()

@@ -16,11 +16,8 @@ class DenseIndex:
 
     An exported graph can use neither the groups nor the FAISS candidates of :class:`traj_ood.NeighborIndex`. Neighbours
     are chosen by ‖x‖² + ‖y‖² − 2 x·y in float64; their distances are then recomputed as direct differences, because
-    close to a point the difference of two large squares would be mostly rounding error.
-
-    Args:
-        points: (N, d) float32.
-        prepared: attribute ``prepared`` of another index over the same points: their float64 copy and squared lengths.
+    close to a point the difference of two large squares would be mostly rounding error. ``prepared`` is that of another
+    index over the same points: their float64 copy and squared lengths.
     """
 
     def __init__(self, points: Tensor, prepared: tuple[Tensor, Tensor] | None = None) -> None:

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def one_scorer(scorers: ScorerSet) -> Scorer:
-    """The one fitted scorer of a set.
-
-    Raises:
-        TrajOODError: the set has several scorers or none, or is not fitted.
-    """
+    """The one fitted scorer of a set."""
     if len(scorers.scorers) != 1:
         raise TrajOODError(f"export: expected a detector with one scorer, got {', '.join(scorers.labels) or 'none'}")
     if scorers.needs_dictionary and scorers.dictionary is None:
@@ -27,11 +23,7 @@ def one_scorer(scorers: ScorerSet) -> Scorer:
 
 
 def check_exportable(scorer: Scorer) -> None:
-    """Check that a scorer can be computed by a graph of tensor operations.
-
-    Raises:
-        TrajOODError: it cannot; the message gives the reason.
-    """
+    """Check that a scorer can be computed by a graph of tensor operations."""
     reason = None
     if isinstance(scorer, IsolationForest):
         reason = "its trees are descended until every sample reaches a leaf, which a fixed graph cannot do"
@@ -46,15 +38,8 @@ def check_exportable(scorer: Scorer) -> None:
 
 
 def steps_of(scorers: ScorerSet, steps: int | None) -> int:
-    """The number of evaluations of f in the graph.
-
-    Args:
-        scorers: the detector's scorer.
-        steps: the requested limit. None: what the scorer reads, within the detector's limit.
-    Raises:
-        TrajOODError: ``steps`` is None for a scorer that iterates until convergence, below 1, or above the detector's
-            limit.
-    """
+    """The number of evaluations of f in the graph: ``steps``, or by default what the scorer reads, within the
+    detector's limit."""
     scorer = one_scorer(scorers)
     reads = scorer.needs().steps
     if steps is not None and steps < 1:

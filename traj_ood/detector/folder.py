@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -49,43 +48,34 @@ KNOWN_FILES = (FILE_NAME, _SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING, _MODEL,
 _COMPARED = ("traj_ood", "torch", "torchvision", "transformers", "timm", "numpy", "faiss")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a detector, as saved and loaded.
-
-    Attributes:
-        scorers: the model and its one fitted scorer.
-        training: information about the fit, JSON data.
-        seen: (N,) int64 digests of the training images.
-        calibration: the calibration, or None.
-        history: information about all calibrations, oldest first, JSON data.
-    """
-
-    scorers: ScorerSet
-    training: Mapping[str, Any]
-    seen: Tensor
-    calibration: Calibration | None
-    history: Sequence[Mapping[str, Any]] = ()
-
-
-def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
-    """Write a detector to ``folder``, replacing one that is there; raises as :meth:`traj_ood.Detector.save`."""
-    scorers = parts.scorers
+def write_detector(
+    folder: Path,
+    overwrite: bool,
+    *,
+    scorers: ScorerSet,
+    training: Mapping[str, Any],
+    seen: Tensor,
+    calibration: Calibration | None,
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the parts of a detector to ``folder``, replacing one that is there; see :meth:`traj_ood.Detector.save`."""
     refuse_inside(folder.expanduser().absolute().parent)
     with replaced_folder(folder, FILE_NAME, KNOWN_FILES, overwrite) as fresh:
-        tensors = {_SCORER: scorers.scorers[0].state, _TRAINING: {"digests": parts.seen}}
+        tensors = {_SCORER: scorers.scorers[0].state, _TRAINING: {"digests": seen}}
         scorers.scorers[0].save(fresh / _SCORER)
         write_tensors(fresh / _TRAINING, tensors[_TRAINING])
-        if parts.calibration is not None:
-            tensors[_CALIBRATION] = {"scores": parts.calibration.scores}
-            if parts.calibration.classes is not None:
-                tensors[_CALIBRATION]["classes"] = parts.calibration.classes
+        if calibration is not None:
+            tensors[_CALIBRATION] = {"scores": calibration.scores}
+            if calibration.classes is not None:
+                tensors[_CALIBRATION]["classes"] = calibration.classes
             write_tensors(fresh / _CALIBRATION, tensors[_CALIBRATION])
         if scorers.dictionary is not None:
             tensors[_ATTRACTORS] = scorers.dictionary.tensors()
             scorers.dictionary.save(fresh / _ATTRACTORS)
         record = {
-            **_record(parts),
+            **_record(scorers, calibration),
+            "training": dict(training),
+            "history": [dict(entry) for entry in history],
             "model": {
                 **pack(scorers.autoencoder, fresh / _MODEL),
                 "parameters": scorers.autoencoder.parameter_count(),
@@ -97,8 +87,8 @@ def write_detector(parts: Parts, folder: Path, overwrite: bool = True) -> None:
         seal(fresh, FILE_NAME, record)
 
 
-def _record(parts: Parts) -> dict[str, Any]:
-    scorers, scorer, known = parts.scorers, parts.scorers.scorers[0], parts.calibration
+def _record(scorers: ScorerSet, known: Calibration | None) -> dict[str, Any]:
+    scorer = scorers.scorers[0]
     return {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -116,7 +106,6 @@ def _record(parts: Parts) -> dict[str, Any]:
             "backend": scorers.backend,
             "approximate": scorers.approximate,
         },
-        "training": dict(parts.training),
         "calibration": None
         if known is None
         else {
@@ -127,7 +116,6 @@ def _record(parts: Parts) -> dict[str, Any]:
             "acceptance": list(known.acceptance()),
             "classes": _classes(known),
         },
-        "history": [dict(entry) for entry in parts.history],
         "probe": probe(scorers),
         "versions": environment(),
     }
@@ -143,11 +131,7 @@ def _classes(known: Calibration) -> list[dict[str, Any]] | None:
 
 
 def refuse_inside(folder: str | Path) -> None:
-    """Refuse ``folder`` for output files if it is, or is inside, a detector, whose seal allows no other files.
-
-    Raises:
-        TrajOODError: it is; the message names the detector.
-    """
+    """Refuse ``folder`` for output files if it is, or is inside, a detector, whose seal allows no other files."""
     place = Path(os.path.realpath(Path(folder).expanduser()))
     for above in (place, *place.parents):
         if _is_detector(above):
@@ -165,8 +149,8 @@ def _is_detector(folder: Path) -> bool:
     return isinstance(record, dict) and str(record.get("schema", "")).startswith(SCHEMA.split("/")[0])
 
 
-def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None, compile: bool = False) -> Parts:
-    """Read and verify ``folder``; raises as :meth:`traj_ood.Detector.load`."""
+def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None, compile: bool) -> dict[str, Any]:
+    """The parts of the detector in ``folder``, as of :func:`write_detector`; see :meth:`traj_ood.Detector.load`."""
     record = open_sealed(folder, FILE_NAME, SCHEMA)
     where = str(folder / FILE_NAME)
     described = field_of(record, "model", dict, where)
@@ -178,16 +162,16 @@ def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None, co
         model = autoencoder if device == "auto" else autoencoder.to(resolve_device(device))
     stored = field_of(record, "tensors", dict, where)
     scorers = _scorer(model, record, stored, folder, compile)
-    parts = Parts(
-        scorers,
-        training=field_of(record, "training", dict, where),
-        seen=read_column(folder / _TRAINING, stored, "digests", torch.int64),
-        calibration=_calibration(record, stored, folder),
-        history=_history(record, where),
-    )
+    parts: dict[str, Any] = {
+        "scorers": scorers,
+        "training": field_of(record, "training", dict, where),
+        "seen": read_column(folder / _TRAINING, stored, "digests", torch.int64),
+        "calibration": _calibration(record, stored, folder),
+        "history": _history(record, where),
+    }
     check_probe(scorers, field_of(record, "probe", dict, where), where)
     _compare_versions(field_of(record, "versions", dict, where), folder)
-    _warn_of_attractors(parts.training, folder)
+    _warn_of_attractors(parts["training"], folder)
     return parts
 
 
@@ -226,11 +210,7 @@ def _scorer(
 
 
 def read_calibration(folder: Path) -> Calibration:
-    """Read only the calibration of a detector's folder, without loading its model.
-
-    Raises:
-        TrajOODError: a file is damaged, the schema is newer, or the detector is not calibrated.
-    """
+    """Read only the calibration of a detector's folder, without loading its model."""
     record = open_sealed(folder, FILE_NAME, SCHEMA)
     found = _calibration(record, field_of(record, "tensors", dict, str(folder / FILE_NAME)), folder)
     if found is None:

@@ -13,11 +13,7 @@ from traj_ood.scorers.scorer_set import ScorerSet, class_numbers
 
 
 def labels_of(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
-    """The labels as a list.
-
-    Raises:
-        TrajOODError: there is not one per image, or one is neither an integer nor text.
-    """
+    """The labels, one integer or text per image, as a list."""
     class_numbers(labels, count)
     tolist = getattr(labels, "tolist", None)
     return list(labels if tolist is None else tolist())
@@ -35,11 +31,7 @@ def classes_given(
 
 
 def numbered(given: Any, count: int, scorers: ScorerSet) -> Tensor:
-    """Labels as (N,) int64 classes 0 … C − 1.
-
-    Raises:
-        TrajOODError: labels are missing, not one per image, or neither integers nor texts.
-    """
+    """Labels, integers or texts, as (N,) int64 classes 0 … C − 1."""
     if len(given) == 0 and count:
         raise TrajOODError(
             f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or images "

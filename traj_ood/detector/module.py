@@ -75,12 +75,7 @@ class DetectorModule(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (B,) float64 of pixels (B, C, H, W) float32. A recorded graph, and an exported file, needs B >= 1.
-
-        Raises:
-            TrajOODError: the shape or dtype is wrong, the weights have changed since the fit, or a graph is recorded
-                while the network is in training mode.
-        """
+        """Scores (B,) float64 of pixels (B, C, H, W) float32. A recorded graph, and an exported file, needs B >= 1."""
         shape = self.preprocessing.shape
         if not torch.compiler.is_compiling():
             images = images[None] if images.ndim == 3 else images
@@ -127,11 +122,8 @@ class DetectorModule(nn.Module):
         return torch.where(valid, torch.where(scores.isfinite(), scores, torch.inf), torch.nan)
 
     def record_loop(self, images: Tensor) -> None:
-        """Make graphs that are recorded from now on contain f once, in a loop, instead of once per step.
-
-        Args:
-            images: (B, C, H, W), any pixels.
-        """
+        """Make graphs that are recorded from now on contain f once, in a loop, instead of once per step; ``images`` (B,
+        C, H, W) may have any pixels."""
         recorded = RecordedStep.of(self.step, self._examine((images - self.mean) / self.std).latents)
         self.constants = recorded.constants  # as buffers, which every file format supports
         self._loops.append(recorded.loop())

@@ -23,16 +23,8 @@ def origin(thing: Scorer | Autoencoder) -> dict[str, Any]:
 
 
 def check_origin(described: Mapping[str, Any], name: str, kind: str, where: str) -> None:
-    """Check that a user-defined scorer or model family is registered; warn if its file has changed.
-
-    Args:
-        described: the record's entry for the scorer or model.
-        name: registered name of the class.
-        kind: ``scorer`` or ``model family``.
-        where: the file of the record, for errors.
-    Raises:
-        TrajOODError: it is not registered; the message names the file to import.
-    """
+    """Check that the user-defined scorer or model family (``kind``) ``name``, described by the record in the file
+    ``where``, is registered; warn if its file has changed."""
     stored = described.get("origin")
     if not isinstance(stored, Mapping):
         return

@@ -24,19 +24,12 @@ CALLABLE = "callable"
 
 
 def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
-    """Write everything needed to rebuild a model offline into ``folder``: safetensors and JSON only.
+    """Write everything needed to rebuild a model offline into ``folder``, safetensors and JSON only, and describe it.
 
-    Args:
-        autoencoder: the model. For one whose class is not exactly that of a registered family (a subclass may do
-            anything), or a surrogate over a :class:`traj_ood.CallableBackbone`, nothing is written and ``kind`` is
-            ``callable``.
-        folder: created if something is written.
-    Returns:
-        A description as JSON data: ``kind`` (the family, or ``callable``), ``family``, ``name``, ``options``,
-        ``fingerprint``, ``input_shape``, ``preprocessing``, ``chunk`` (on which results depend by rounding), and the
-        entries that the family adds.
-    Raises:
-        TrajOODError: the folder cannot be written, or a backbone cannot be rebuilt from its library.
+    For a model whose class is not exactly that of a registered family (a subclass may do anything), or a surrogate over
+    a :class:`traj_ood.CallableBackbone`, nothing is written and ``kind`` is ``callable``. The description is JSON data:
+    ``kind`` (the family, or ``callable``), ``family``, ``name``, ``options``, ``fingerprint``, ``input_shape``,
+    ``preprocessing``, ``chunk`` (on which results depend by rounding), and the entries that the family adds.
     """
     own = FAMILIES.get(autoencoder.family) is type(autoencoder)
     added = autoencoder.pack(folder) if own else None
@@ -53,16 +46,7 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
 
 
 def unpack(description: Mapping[str, Any], folder: Path, device: torch.device | str | None = None) -> Autoencoder:
-    """Rebuild a model from the description and the files of :func:`pack`.
-
-    Args:
-        description: as returned by :func:`pack`, or read back from JSON.
-        folder: the folder that :func:`pack` wrote.
-        device: where to move the model. Default: it stays on the CPU.
-    Raises:
-        TrajOODError: the kind is ``callable``; files or entries are missing, damaged or of another architecture; or
-            weights or options have another fingerprint.
-    """
+    """Rebuild a model from the description and the files of :func:`pack`, on ``device`` (default: the CPU)."""
     kind = field_of(description, "kind", str, where := f"{folder}: description of the model")
     if kind == CALLABLE:
         name = field_of(description, "name", str, where)

@@ -22,11 +22,7 @@ def one_scorer(
     approximate: Approximate,
     compile: bool = False,
 ) -> ScorerSet:
-    """An unfitted :class:`traj_ood.ScorerSet` with the one scorer ``spec``.
-
-    Raises:
-        TrajOODError: ``spec`` is not one known scorer, does not work with this model, or a setting is invalid.
-    """
+    """An unfitted :class:`traj_ood.ScorerSet` with the one scorer ``spec``."""
     if not isinstance(spec, str) or spec.strip() == "all":
         raise TrajOODError(f"scorer: expected one name such as 'field', got {spec!r}: a detector has one scorer")
     if isinstance(tol, bool) or not (isinstance(tol, int | float) and 0 <= tol < math.inf):

@@ -18,15 +18,10 @@ _ROWS = 3  # of the example batch while recording: torch.export would treat 0 an
 
 
 class Step(nn.Module):
-    """One round of :func:`traj_ood.iterate` for a whole batch.
+    """One round of :func:`traj_ood.iterate` for a whole batch, which returns points in ``views`` and measures distances
+    in those of ``attractors``.
 
     Samples that have converged stay where they are, and their measures are NaN, as always after the end of a path.
-
-    Args:
-        autoencoder: the model.
-        attractors: the attractors by the views in which distances are measured.
-        views: views in which points are returned.
-        tol: tolerance on the squared residual.
     """
 
     def __init__(self, autoencoder: Autoencoder, attractors: Tensors, views: Sequence[FeatureView], tol: float) -> None:
@@ -44,16 +39,11 @@ class Step(nn.Module):
         return [t for points in self.attractors.all().values() for t in DenseIndex(points).prepared]
 
     def forward(self, latents: Tensor, running: Tensor, first: Tensor, *prepared: Tensor) -> tuple[Tensor, ...]:
-        """Take one step.
+        """Take one step from latents (B, *L), of which those that are ``running`` (B,) move; ``prepared`` is that of
+        :meth:`prepare`.
 
-        Args:
-            latents: (B, *L).
-            running: (B,) bool, false after the end of a path.
-            first: whether this is the first step.
-            prepared: see :meth:`prepare`.
-        Returns:
-            The next latents and ``running``, squared residuals (B,), each measure (B,), and the points (B, …) in each
-            view.
+        Returns the next latents and ``running``, squared residuals (B,), each measure (B,), and the points (B, …) in
+        each view.
         """
         images = self._autoencoder.self_map(latents.clone())  # a clone, as f may begin with an in-place operation
         squared = lengths(images - latents).double().square()
@@ -96,19 +86,12 @@ def plain_loop(step: Step) -> Loop:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """``step`` recorded as a graph whose inputs are all tensors it uses, as torch's ``scan`` requires of its body.
-
-    Attributes:
-        step: the recorded step.
-        graph: takes tensors, then latents, running, first and prepared; returns as :class:`Step`.
-        names: name of each of these tensors among the parameters and buffers of ``step``; None for a constant.
-        constants: tensors that are neither, such as a fixed order of patches, in order.
-    """
+    """``step`` recorded as a graph whose inputs are all tensors it uses, as torch's ``scan`` requires of its body."""
 
     step: Step
-    graph: Any
-    names: tuple[str | None, ...]
-    constants: Tensors
+    graph: Any  # takes tensors, then latents, running, first and prepared; returns as Step
+    names: tuple[str | None, ...]  # of these tensors among the parameters and buffers of step; None for a constant
+    constants: Tensors  # those that are neither, such as a fixed order of patches, in order
 
     @classmethod
     def of(cls, step: Step, latents: Tensor) -> RecordedStep:

@@ -21,16 +21,8 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], finite: bool = True) -> None:
-    """Check that the tensors of a file are those that were written.
-
-    Args:
-        path: the file.
-        tensors: its tensors.
-        specs: :func:`specs_of` of each file, by file name.
-        finite: refuse NaN and infinite values.
-    Raises:
-        TrajOODError: names, dtypes, shapes or values are not as expected.
-    """
+    """Check that the tensors of a file are those that were written, by :func:`specs_of` each file, and unless
+    ``finite`` is false without NaN and infinite values."""
     found, expected = specs_of(tensors), specs.get(path.name)
     if found != expected:
         known = expected if isinstance(expected, dict) else {}
@@ -44,12 +36,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str,
 
 
 def read_column(path: Path, specs: Mapping[str, Any], name: str, dtype: torch.dtype) -> Tensor:
-    """Read the one-dimensional tensor ``name`` of a file.
-
-    Raises:
-        TrajOODError: as :func:`check_tensors`; also if the file is unreadable, or the tensor has another dtype or
-            number of dimensions.
-    """
+    """Read the one-dimensional tensor ``name`` of a file."""
     with open_tensors(path, "file of a detector", "copy or save the detector again") as file:
         check_tensors(path, file.tensors, specs)
         column = file.tensors.get(name)

@@ -13,7 +13,6 @@ from traj_ood.data.decoding import AS_STORED
 from traj_ood.data.preprocessing import Pixels, Preprocessing, as_pixels, prepare
 from traj_ood.detector import refuse_inside
 from traj_ood.detector.decision import REASONS
-from traj_ood.detector.decision_module import DecisionModule
 from traj_ood.detector.fixed_steps import reference, same_score
 from traj_ood.detector.module import DetectorModule, HasScorers, as_module
 from traj_ood.errors import TrajOODError, unknown_name
@@ -86,8 +85,8 @@ def export_detector(
     found: list[Agreement] = []
 
     def write_and_check(file: BinaryIO) -> None:
-        decides = form == "onnx" and detector.calibration is not None and metadata["calibration"] is not None
-        write(form, DecisionModule(module, detector.calibration) if decides else module, metadata, file)  # type: ignore[arg-type]
+        known = detector.calibration if metadata["calibration"] else None
+        write(form, module, known, metadata, file)
         file.flush()
         found.append(_checked(detector, module, form, Path(file.name), compared))
 
@@ -166,11 +165,7 @@ def _how(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def _pixels(detector: HasScorers, images: Pixels) -> Tensor:
-    """Images as (N, C, H, W) float32 pixels in [0, 1], resized and cropped.
-
-    Raises:
-        TrajOODError: as :func:`traj_ood.data.preprocessing.prepare`.
-    """
+    """Images as (N, C, H, W) float32 pixels in [0, 1], resized and cropped."""
     preprocessing = detector.autoencoder.preprocessing
     assert preprocessing is not None  # as_module has checked it
     pixels = preprocessing.unnormalise(prepare(detector.autoencoder, images).cpu().double())

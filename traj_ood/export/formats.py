@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from traj_ood.detector.conformal import Calibration
 from traj_ood.detector.decision_module import DecisionModule
 from traj_ood.detector.module import DetectorModule
 from traj_ood.detector.step import can_scan
@@ -36,23 +37,21 @@ Runner = Callable[[Tensor], Tensor]
 """Pixels (B, C, H, W) float32 → scores (B,) float64."""
 Answerer = Callable[[Tensor], dict[str, Tensor]]
 """Pixels (B, C, H, W) float32 → those of ``OUTPUTS`` that the file has, (B,) each."""
-Graph = DetectorModule | DecisionModule
 
 
-def write(form: Format, module: Graph, metadata: Mapping[str, Any], file: BinaryIO) -> None:
-    """Record a module as a graph and write it with its weights and ``metadata``.
-
-    Raises:
-        TrajOODError: a library is missing, an operation cannot be recorded, or the file is too large for ONNX.
-    """
+def write(
+    form: Format, module: DetectorModule, known: Calibration | None, metadata: Mapping[str, Any], file: BinaryIO
+) -> None:
+    """Record a module as a graph, in ONNX with the decisions of a ``known`` calibration, and write it with its weights
+    and ``metadata``."""
     text = json.dumps(metadata)
     with module.recording():
         if form == "onnx":
             _need("onnx", "onnxscript")
-            file.write(_onnx_bytes(module, text))
+            file.write(_onnx_bytes(module, known, text))
         else:
             with _quiet():
-                torch.export.save(record(module), file, extra_files={f"{METADATA}.json": text})
+                torch.export.save(record(module, module), file, extra_files={f"{METADATA}.json": text})
 
 
 def open_file(form: Format, path: Path) -> tuple[Runner, dict[str, Any]]:
@@ -65,9 +64,6 @@ def open_answers(form: Format, path: Path) -> tuple[Answerer, dict[str, Any]]:
     """Open a file: a function that computes all its outputs on the CPU, and its metadata.
 
     ``torch.export.load`` is unsafe for files from others (it can fall back on pickle): open only your own exports.
-
-    Raises:
-        TrajOODError: a library is missing or cannot load the file.
     """
     try:
         return (_open_onnx if form == "onnx" else _open_torch)(path)
@@ -77,12 +73,8 @@ def open_answers(form: Format, path: Path) -> tuple[Answerer, dict[str, Any]]:
         raise TrajOODError(f"{path}: cannot be loaded as an exported detector ({_first_cause(error)})") from error
 
 
-def record(module: Graph) -> torch.export.ExportedProgram:
-    """Record a module as a graph for any batch size.
-
-    Raises:
-        TrajOODError: an operation of the network or the scorer cannot be recorded.
-    """
+def record(module: DetectorModule, whole: nn.Module) -> torch.export.ExportedProgram:
+    """Record ``whole``, which is or contains ``module``, as a graph for any batch size."""
     example = torch.full((_EXAMPLES, *module.preprocessing.shape), 0.5)
     if module.steps > MAX_UNROLLED and not can_scan():
         raise TrajOODError(
@@ -93,9 +85,8 @@ def record(module: Graph) -> torch.export.ExportedProgram:
         with _quiet(), torch.no_grad():
             if module.steps > 1 and can_scan():
                 module.record_loop(example)
-            return torch.export.export(
-                module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-            )
+            batch = {0: torch.export.Dim("batch")}
+            return torch.export.export(whole, (example,), dynamic_shapes=(batch,), strict=False)
     except Exception as error:  # the network's code may raise anything
         raise TrajOODError(
             f"export: the network with scorer {module.scorer.label} cannot be recorded as a graph of any batch size "
@@ -103,9 +94,9 @@ def record(module: Graph) -> torch.export.ExportedProgram:
         ) from error
 
 
-def _onnx_bytes(module: Graph, metadata: str) -> bytes:
-    program = record(module)
-    names = list(OUTPUTS) if isinstance(module, DecisionModule) else [OUTPUT]
+def _onnx_bytes(module: DetectorModule, known: Calibration | None, metadata: str) -> bytes:
+    program = record(module, module if known is None else DecisionModule(module, known))
+    names = [OUTPUT] if known is None else list(OUTPUTS)
     try:
         with _quiet():
             made: Any = torch.onnx.export(
