@@ -30,17 +30,11 @@ _RETRIES = 3
 
 @dataclass(frozen=True)
 class Workers:
-    """The actors of a run.
+    """The actors of a run."""
 
-    Attributes:
-        count: number of actors. Default None: one per GPU of the cluster, or one per CPU if there is no GPU.
-        threads: threads of each actor, and CPUs reserved for it. Default 1.
-        batch: images per batch. Default None: 64 MiB of images in the model's size, at most 256, in whole chunks.
-    """
-
-    count: int | None = None
-    threads: int = 1
-    batch: int | None = None
+    count: int | None = None  # by default one per GPU of the cluster, or one per CPU if there is no GPU
+    threads: int = 1  # of each actor, and CPUs reserved for it
+    batch: int | None = None  # images; by default 64 MiB of them in the model's size, at most 256, in whole chunks
 
 
 def score(
@@ -183,11 +177,7 @@ _ABOUT = "_run.json"
 
 def check_same_run(folder: Path, detector: Path, names: Sequence[str]) -> None:
     """Record the digests of the detector and of the sources' names beside the rows, and refuse to continue with others:
-    the keys of rows are positions among the sources.
-
-    Raises:
-        TrajOODError: the detector or the list of sources has changed.
-    """
+    the keys of rows are positions among the sources."""
     sources = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
     now = {"detector": open_sealed(detector, FILE_NAME, SCHEMA)["digest"], "sources": sources}
     about = folder / _ABOUT

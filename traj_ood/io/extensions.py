@@ -1,7 +1,9 @@
 """User code that extends traj_ood: files and modules given with ``--import``, and installed plugins.
 
 Only the user decides what runs, by naming a file or by installing a plugin. What the folder of a model or a detector
-names is never run.
+names is never run. The entry-point groups of plugins are ``traj_ood.scorers``, ``traj_ood.models`` and
+``traj_ood.benchmarks``; an entry point's name is that of the scorer, model family or benchmark, its value the module or
+class whose import registers it.
 """
 
 from __future__ import annotations
@@ -21,9 +23,6 @@ from typing import Any
 
 from traj_ood.errors import TrajOODError, foreign_errors, warn
 
-GROUPS = ("traj_ood.scorers", "traj_ood.models", "traj_ood.benchmarks")
-"""Entry-point groups of plugins. An entry point's name is that of the scorer, model family or benchmark; its value is
-the module or class whose import registers it."""
 _PACKAGE = __name__.split(".")[0]
 
 

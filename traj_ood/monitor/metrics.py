@@ -9,11 +9,7 @@ from traj_ood.monitor.watch import Finding
 
 
 def prometheus_text(finding: Finding, detector: str) -> str:
-    """A finding as gauges ``traj_ood_monitor_*`` with the label ``detector``, in Prometheus' text format.
-
-    Raises:
-        TrajOODError: prometheus-client is missing.
-    """
+    """A finding as gauges ``traj_ood_monitor_*`` with the label ``detector``, in Prometheus' text format."""
     try:
         from prometheus_client import CollectorRegistry, Gauge, generate_latest
     except ImportError as error:

@@ -12,15 +12,8 @@ from traj_ood.openood import register
 
 
 def run_script(arguments: Sequence[str]) -> None:
-    """Run a script of an OpenOOD clone after :func:`traj_ood.openood.register`.
-
-    Missing yml files are written to the clone's ``configs/postprocessors``.
-
-    Args:
-        arguments: the path of the script, then its arguments.
-    Raises:
-        TrajOODError: there is no script, or as :func:`register`.
-    """
+    """Run a script of an OpenOOD clone, the first of ``arguments``, with the others, after
+    :func:`traj_ood.openood.register`. Missing yml files are written to the clone's ``configs/postprocessors``."""
     if not arguments or not Path(arguments[0]).is_file():
         raise TrajOODError("usage: python -m traj_ood.openood SCRIPT [ARGUMENTS], with a script of an OpenOOD clone")
     script = Path(arguments[0]).resolve()

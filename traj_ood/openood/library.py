@@ -5,24 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from traj_ood.backbones.openood_networks import import_openood, older_openood
 from traj_ood.openood.settings import openood_names
-
-
-@dataclass(frozen=True)
-class Library:
-    """The modules of openood that are used."""
-
-    api: ModuleType
-    api_postprocessor: ModuleType
-    postprocessors: ModuleType
-    utils: ModuleType
-    config: ModuleType
-
 
 _PARTS = {
     "api": ("openood.evaluation_api", ("Evaluator",)),
@@ -34,18 +21,14 @@ _PARTS = {
 _ARGUMENTS = ("id_name", "data_root", "config_root", "preprocessor", "postprocessor_name", "postprocessor")
 
 
-def load_library() -> Library:
-    """Import openood and check that it has everything used here.
-
-    Raises:
-        TrajOODError: openood or one of its dependencies is missing, or it is older than v1.5.
-    """
+def load_library() -> SimpleNamespace:
+    """Import openood and check that it has everything used here, as v1.5 has."""
     modules = {part: import_openood(name, *attributes) for part, (name, attributes) in _PARTS.items()}
     known = inspect.signature(modules["api"].Evaluator.__init__).parameters
     absent = [a for a in _ARGUMENTS if a not in known]
     if absent:
         raise older_openood(f"argument {absent[0]} of openood.evaluation_api.Evaluator")
-    return Library(**modules)
+    return SimpleNamespace(**modules)
 
 
 def serve_pipelines(utils: ModuleType, cls: type) -> None:

@@ -12,11 +12,7 @@ from traj_ood.errors import TrajOODError
 
 
 def count_of(loader: Any) -> int:
-    """The number of images of a loader.
-
-    Raises:
-        TrajOODError: its data set has no length.
-    """
+    """The number of images of a loader."""
     try:
         return len(loader.dataset)
     except (AttributeError, TypeError) as error:
@@ -37,12 +33,7 @@ def read(loader: Any, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 def check_normalisation(loader: Any, model: Autoencoder) -> None:
     """Check that a data set normalises images as the autoencoder does, if its transform declares mean and std.
-
-    OpenOOD's tensors are in the units of its normalisation, so that a mismatch cannot be seen in the values.
-
-    Raises:
-        TrajOODError: means or standard deviations differ.
-    """
+    OpenOOD's tensors are in the units of its normalisation, so that a mismatch cannot be seen in the values."""
     found = _normalisation(loader)
     if found is None or model.preprocessing is None:
         return

@@ -82,16 +82,11 @@ class _Transform:
 
 
 def backbone_of(net: nn.Module, shape: tuple[int, ...]) -> Backbone:
-    """An OpenOOD classifier as a frozen backbone; ``net(x, return_feature=True)`` returns logits and features.
+    """An OpenOOD classifier, in evaluation mode, as a frozen backbone; ``net(x, return_feature=True)`` returns logits
+    and features.
 
     The head is taken from ``net.get_fc`` if the logits are that linear function of the features. The network is not
-    changed.
-
-    Args:
-        net: the classifier, in evaluation mode.
-        shape: (C, H, W) of its images.
-    Raises:
-        TrajOODError: the network returns no features.
+    changed. ``shape`` is the (C, H, W) of its images.
     """
 
     def forward(images: Tensor) -> Features:

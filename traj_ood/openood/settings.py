@@ -122,15 +122,8 @@ class Settings(Learning):
 
 
 def config_section(spec: str, *, search: bool, sweep: Mapping[str, Sequence[Any]], **learning: Any) -> dict[str, Any]:
-    """The section ``postprocessor`` of a yml file, with all options of the scorer and the settings of the fit.
-
-    Args:
-        spec: see :func:`traj_ood.create_scorer`.
-        search, sweep: see :class:`Settings`.
-        learning: see :class:`Learning`.
-    Raises:
-        TrajOODError: the spec is invalid.
-    """
+    """The section ``postprocessor`` of a yml file, with all options of the scorer ``spec`` and the settings of the fit;
+    ``search`` and ``sweep`` as in :class:`Settings`."""
     scorer = create_scorer(spec)
     options = scorer.options()
     if isinstance(scorer, FeatureScorer) and ":view=" not in spec:

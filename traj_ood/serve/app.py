@@ -54,12 +54,7 @@ class Service:
         self.metrics.detector.labels(held.now.digest).set(1)
 
     async def answer(self, request: Request) -> dict[str, Any]:
-        """The response to a request: the detector's digest and one decision per image.
-
-        Raises:
-            RefusedError: as :func:`receive` and :func:`uploads`; also 413 or 429 for an image or a budget, and 504 if
-                the detector takes too long.
-        """
+        """The response to a request: the detector's digest and one decision per image."""
         body = await receive(request, self.limits, self.bodies)
         size = len(body)
         try:

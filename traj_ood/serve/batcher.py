@@ -24,14 +24,12 @@ class _Waiting:
 
 
 class Batcher:
-    """Collects images into batches and judges them in a thread.
+    """Collects images into batches and judges them in a thread. ``queue`` is the budget of images that wait or are
+    being judged.
 
     A batch is complete when it has ``limits.batch`` images, or when the first has waited ``limits.linger`` seconds. The
     queue fills while a batch is judged, so that under load batches are full without waiting. Images for different
     detectors (after a reload) are never in the same batch.
-
-    Attributes:
-        queue: budget of images that wait or are being judged.
     """
 
     def __init__(self, limits: Limits, on_batch: Callable[[int], object] = lambda size: None) -> None:

@@ -32,20 +32,14 @@ class Upload:
 
 
 class _InMemory(MultiPartParser):
-    """Multipart parser that keeps parts of any size in memory, so that no image is written to disk.
-
-    Memory is bounded by the limit on the body.
-    """
+    """Multipart parser that keeps parts of any size in memory, which is bounded by the limit on the body, so that no
+    image is written to disk."""
 
     spool_max_size = 2**40
 
 
 async def receive(request: Request, limits: Limits, bodies: Budget) -> bytes:
-    """Receive the whole body. Its bytes are taken from the budget ``bodies``; the caller gives them back.
-
-    Raises:
-        RefusedError: 413 the body is too large, 429 the budget is used up, 408 it is too slow or incomplete.
-    """
+    """Receive the whole body. Its bytes are taken from the budget ``bodies``; the caller gives them back."""
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and (len(length) > 12 or int(length) > limits.body):
         raise RefusedError(413, f"body: expected at most {limits.body} bytes, got {length[:20]}")
@@ -75,11 +69,7 @@ async def _collect(request: Request, limits: Limits, bodies: Budget, parts: list
 
 
 async def uploads(request: Request, body: bytes, limits: Limits) -> list[Upload]:
-    """The image files in a body.
-
-    Raises:
-        RefusedError: 400 the body is malformed or has no images, 413 it has too many, 415 the content type is another.
-    """
+    """The image files in a body."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         found = await _multipart(request, body, limits)
@@ -139,11 +129,7 @@ def _from_json(body: bytes, limits: Limits) -> list[Upload]:
 
 def _check_structure(body: bytes, limits: Limits) -> None:
     """Check before parsing that a JSON body is a list of strings: 32 MiB of empty lists would take 20 times as much
-    memory. Brackets and commas can be counted, because base64 contains none.
-
-    Raises:
-        RefusedError: 400 for another structure, 413 for too many images.
-    """
+    memory. Brackets and commas can be counted, because base64 contains none."""
     if body.count(b"[") + body.count(b"{") > 2:
         raise RefusedError(400, _FORM)
     if body.count(b",") >= limits.images:

@@ -21,17 +21,11 @@ from traj_ood.io.files import folder_errors
 
 @dataclass(frozen=True, eq=False)
 class Serving:
-    """A detector in use; a request keeps the same one from start to end.
-
-    Attributes:
-        detector: the detector.
-        digest: first 16 hex digits of the SHA-256 of its record; ``memory`` if it was not loaded from a folder.
-        judge: decides on prepared images (C, H, W); a different object for every detector.
-    """
+    """A detector in use; a request keeps the same one from start to end."""
 
     detector: Detector
-    digest: str
-    judge: Callable[[Sequence[Tensor]], list[Decision]]
+    digest: str  # first 16 hex digits of the SHA-256 of its record; "memory" if it was not loaded from a folder
+    judge: Callable[[Sequence[Tensor]], list[Decision]]  # of prepared images; another object for every detector
 
 
 class Held:
@@ -72,11 +66,8 @@ class Held:
         return True
 
     def _load(self) -> tuple[Detector, str]:
-        """Load the detector from a private copy of its folder.
-
-        Tensors are memory-mapped: writing into the original files would otherwise change the model in use, and
-        truncating them would crash the process.
-        """
+        """Load the detector from a private copy of its folder. Tensors are memory-mapped: writing into the original
+        files would otherwise change the model in use, and truncating them would crash the process."""
         assert self._folder is not None
         with tempfile.TemporaryDirectory(prefix="traj_ood-serve-") as place:
             copy = Path(place) / "detector"

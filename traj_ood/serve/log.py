@@ -19,9 +19,6 @@ class RowLog:
     """JSON lines in ``folder/<digest of the detector>/<day>.jsonl``, a separate stream for each detector.
 
     Lines are written immediately and completely, so that a monitor can read the file while it grows.
-
-    Raises:
-        TrajOODError: the folder cannot be written, or lies inside a detector.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,11 +28,7 @@ class RowLog:
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, digest: str, names: Sequence[str], decisions: Sequence[Decision]) -> None:
-        """Append one row per image.
-
-        Raises:
-            TrajOODError: the rows cannot be written; the file then contains none of them.
-        """
+        """Append one row per image, or none if the rows cannot be written."""
         now = datetime.now(timezone.utc)
         at = now.isoformat(timespec="milliseconds")
         pairs = zip(names, decisions, strict=True)

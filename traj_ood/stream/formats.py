@@ -34,18 +34,11 @@ class TextFormat(ABC):
 
     @abstractmethod
     def parse(self, record: bytes) -> Row:
-        """Parse a record; :meth:`decode` also verifies it.
-
-        Raises:
-            ValueError, TypeError: it is not a record of this format.
-        """
+        """Parse a record, or raise a ValueError or TypeError; :meth:`decode` also verifies it."""
 
     def decode(self, record: bytes) -> Row:
-        """Parse a record and verify that :meth:`encode` gives the same bytes.
-
-        Raises:
-            ValueError: it does not, or the row contradicts itself.
-        """
+        """Parse a record and verify that :meth:`encode` gives the same bytes, and that the row does not contradict
+        itself; else a ValueError."""
         try:
             row = self.parse(record)
             number = row.score is None or not math.isnan(row.score)
@@ -59,11 +52,8 @@ class TextFormat(ABC):
         return row
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:
-        """Iterate over complete records from the file's position; an incomplete one at the end is left out.
-
-        Raises:
-            ValueError: a record is longer than a megabyte.
-        """
+        """Iterate over complete records from the file's position; an incomplete one at the end is left out, and one
+        longer than a megabyte is a ValueError."""
         for line in _lines(file):
             if line.endswith(b"\n"):
                 yield line
@@ -72,9 +62,8 @@ class TextFormat(ABC):
 class CSVFormat(TextFormat):
     """Comma-separated values, quoted where needed, with ``\\n`` after each row; an empty cell is None.
 
-    Args:
-        quote_formulas: write texts that a spreadsheet would evaluate (a path ``=1+1.png``) with a ``'`` before them,
-            and expect it when reading. Default True, as names can come from anyone. Numbers are not quoted.
+    ``quote_formulas`` writes texts that a spreadsheet would evaluate (a path ``=1+1.png``) with a ``'`` before them,
+    and expects it when reading, as names can come from anyone. Numbers are not quoted.
     """
 
     def __init__(self, quote_formulas: bool = True) -> None:

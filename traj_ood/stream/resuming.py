@@ -33,26 +33,17 @@ _ROUNDING = 1e-6  # relative; how much a float32 score may change with the batch
 
 @dataclass(frozen=True)
 class Resumed:
-    """The rows left by an interrupted run.
+    """The rows left by an interrupted run."""
 
-    Attributes:
-        tally: counts of its complete rows.
-        sample: some of them with their entries, spread over all rows, in order.
-        where: the file, for errors.
-    """
-
-    tally: Tally = field(default_factory=Tally)
-    sample: tuple[tuple[Entry, Row], ...] = ()
-    where: str = ""
+    tally: Tally = field(default_factory=Tally)  # of its complete rows
+    sample: tuple[tuple[Entry, Row], ...] = ()  # some of them with their entries, spread over all rows, in order
+    where: str = ""  # the file, for errors
 
     def check(self, rows: Iterable[Row]) -> None:
         """Compare ``rows``, computed again for the entries in ``sample``, with the rows that are there.
 
         Scores may differ by rounding, as user-defined models and scorers, and GPUs, may depend on the batch. P-values
         and decisions follow from the score and have been compared by :meth:`Table.match`.
-
-        Raises:
-            TrajOODError: a row differs.
         """
         for (entry, there), row in zip(self.sample, rows, strict=True):
             if not _same_but_for_rounding(row, there):

@@ -151,11 +151,7 @@ def score_rows(
 
 
 def judge_entries(detector: Detector, entries: Iterable[Entry]) -> list[Row]:
-    """One row per entry, in order, as :func:`score_rows`, for one batch and without threads.
-
-    Raises:
-        TrajOODError: there is too little memory.
-    """
+    """One row per entry, in order, as :func:`score_rows`, for one batch and without threads."""
     transform, reading = detector.autoencoder.transform, detector.reading
     return _judge(detector, [(entry, _load(entry, transform, reading)) for entry in entries])
 
@@ -198,11 +194,7 @@ def _judge(detector: Detector, batch: list[tuple[Entry, _Loaded]]) -> list[Row]:
 
 
 def _judge_images(detector: Detector, images: list[Tensor]) -> list[Decision]:
-    """One decision per prepared image.
-
-    Raises:
-        TrajOODError: there is too little memory.
-    """
+    """One decision per prepared image."""
     try:
         return decide_all(partial(detector.judge, whole_chunks=True), images)
     except (MemoryError, RuntimeError) as error:
