@@ -22,7 +22,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(contents, "_FINE_CLOCK", -1)
     monkeypatch.setattr(contents, "_COARSE_CLOCK", -1)
     monkeypatch.setattr(contents, "_warned", set())
-    monkeypatch.setattr(contents, "_trusted", None)
+    monkeypatch.setattr(contents, "_own", {})
+    monkeypatch.setattr(contents, "_distrusts", False)
     return tmp_path / "cache"
 
 

@@ -11,7 +11,6 @@ import hashlib
 import os
 import sqlite3
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,13 +32,13 @@ _KEYS_PER_QUERY = 500  # older versions of SQLite allow at most 999 variables
 _BLOCK = 2**20  # bytes read at a time
 _LOCK_SECONDS = 10.0  # how long to wait for another process that writes
 _FINE_CLOCK, _COARSE_CLOCK = 100_000_000, 2_000_000_000  # bounds on the clock's tick, in nanoseconds
+_TABLE = "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, stamp BLOB, sha256 BLOB) WITHOUT ROWID"
 _T = TypeVar("_T")
 _Key = tuple[bytes, bytes]
 
-_memory = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
-_lock = threading.Lock()
 _warned: set[str] = set()
-_trusted: set[_Key] | None = None  # keys of the rows that count; None: all rows
+_own: dict[_Key, str] = {}  # what this process has hashed itself, if the store does not count or cannot be used
+_distrusts = False  # whether the store does not count
 
 
 def stamp(path: str) -> tuple[int, ...] | None:
@@ -71,9 +70,9 @@ def hash_file(path: str) -> str:
 
 def distrust() -> None:
     """Ignore the rows of other processes and of earlier runs from now on: every file is read once more."""
-    global _trusted
-    with _lock:
-        _trusted = set()
+    global _distrusts
+    _distrusts = True
+    _own.clear()
 
 
 def hash_files(paths: Sequence[str]) -> tuple[str, ...]:
@@ -92,11 +91,9 @@ def _hash_part(paths: Sequence[str]) -> list[str]:
     found = [(path, stamp(path)) for path in paths]
     keys = [None if marks is None else _key(path, marks) for path, marks in found]
     wanted = [key for key in keys if key is not None]
-    known = _with_store(lambda store: _lookup(store, wanted)) or {}
-    if len(known) < len(wanted):
-        known |= _lookup(_memory, wanted)
-    if _trusted is not None:
-        known = {key: digest for key, digest in known.items() if key in _trusted}
+    known = {key: _own[key] for key in wanted if key in _own}
+    if not _distrusts:
+        known |= _with_store(lambda store: _lookup(store, wanted)) or {}
     new = [(path, key) for path, key in zip(paths, keys, strict=True) if key is not None and key not in known]
     made: dict[_Key, str] = {}
     for path, key, digest in _read(new):
@@ -105,10 +102,8 @@ def _hash_part(paths: Sequence[str]) -> list[str]:
         marks = stamp(path)
         if digest != ABSENT and marks is not None and _is_settled(marks) and _key(path, marks) == key:
             made[key] = digest
-    if _trusted is not None:
-        _trusted.update(made)
-    if made and _with_store(lambda store: _remember(store, made)) is None:
-        _remember(_memory, made)
+    if made and (_with_store(lambda store: _remember(store, made)) is None or _distrusts):
+        _own.update(made)
     return [ABSENT if key is None else known[key] for key in keys]
 
 
@@ -165,30 +160,24 @@ def _warn(path: Path, error: Exception) -> None:
 
 def _lookup(store: sqlite3.Connection, keys: Sequence[_Key]) -> dict[_Key, str]:
     known: dict[_Key, str] = {}
-    with _lock:
-        _create_table(store)
-        for part in _parts(keys, _KEYS_PER_QUERY):
-            marks = dict(part)
-            query = f"SELECT path, stamp, sha256 FROM files WHERE path IN ({','.join('?' * len(marks))})"
-            for path, mark, value in store.execute(query, list(marks)):
-                digest = _opened(path, mark, value)
-                if digest is not None and mark == marks[path]:
-                    known[path, mark] = digest
+    store.execute(_TABLE)
+    for part in _parts(keys, _KEYS_PER_QUERY):
+        marks = dict(part)
+        query = f"SELECT path, stamp, sha256 FROM files WHERE path IN ({','.join('?' * len(marks))})"
+        for path, mark, value in store.execute(query, list(marks)):
+            digest = _opened(path, mark, value)
+            if digest is not None and mark == marks[path]:
+                known[path, mark] = digest
     return known
 
 
 def _remember(store: sqlite3.Connection, made: dict[_Key, str]) -> bool:
     rows = [(path, mark, _sealed(path, mark, digest)) for (path, mark), digest in made.items()]
-    with _lock:
-        _create_table(store)
-        store.execute("BEGIN IMMEDIATE")
-        store.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
-        store.execute("COMMIT")
+    store.execute(_TABLE)
+    store.execute("BEGIN IMMEDIATE")
+    store.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
+    store.execute("COMMIT")
     return True
-
-
-def _create_table(store: sqlite3.Connection) -> None:
-    store.execute("CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, stamp BLOB, sha256 BLOB) WITHOUT ROWID")
 
 
 def _sealed(path: bytes, mark: bytes, digest: str) -> bytes:
