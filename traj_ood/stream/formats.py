@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
-from traj_ood.detector.decision import ERROR, INFINITIES, reason_of
+from traj_ood.detector.decision import ERROR, INFINITIES
 from traj_ood.stream.rows import COLUMNS, Row
 from traj_ood.text import quote_formula, unquote_formula
 
@@ -46,8 +46,7 @@ class TextFormat(ABC):
             whole = self.encode(row) == record and number and share
         except (TypeError, LookupError, RecursionError) as error:  # other JSON, or nested too deeply
             raise ValueError(str(error)) from error
-        reason = reason_of(row.score, row.decision, row.error)
-        if not whole or (row.score is None) != (row.status == ERROR) or row.reason != reason:
+        if not whole or (row.score is None) != (row.status == ERROR):
             raise ValueError("not as it was written")
         return row
 
@@ -86,7 +85,7 @@ class CSVFormat(TextFormat):
             if any(quote_formula(unquote_formula(cell)) != cell for cell in (fields[0], *fields[5:])):
                 raise ValueError("a text that a spreadsheet would evaluate, not quoted: add --no-quote-formulas")
             fields = [unquote_formula(cell) if k in (0, 5, 6, 8) else cell for k, cell in enumerate(fields)]
-        path, score, p_value, decision, steps, status, error, content, reason = fields
+        path, score, p_value, decision, steps, status, error, content, _ = fields  # the reason follows from them
         number, share, count = float(score or "nan"), float(p_value or "nan"), int(steps or -1)
         return Row(
             path,
@@ -97,7 +96,6 @@ class CSVFormat(TextFormat):
             status,
             error or None,
             content or None,
-            reason,
         )
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:
@@ -127,7 +125,7 @@ class JSONLinesFormat(TextFormat):
     """
 
     def encode(self, row: Row) -> bytes:
-        cells = asdict(row)
+        cells = {**asdict(row), "reason": row.reason}
         cells["score"] = INFINITIES.get(cells["score"], cells["score"])
         return json.dumps(cells, allow_nan=False).encode() + b"\n"
 
@@ -135,6 +133,7 @@ class JSONLinesFormat(TextFormat):
         cells = json.loads(record)
         if cells["score"] in INFINITIES:
             raise ValueError("the score 1e999 of an earlier version, now written as the text Infinity")
+        del cells["reason"]  # it follows from the others
         words = {text: number for number, text in INFINITIES.items()}
         return Row(**{**cells, "score": words.get(cells["score"], cells["score"])})
 

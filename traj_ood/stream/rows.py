@@ -48,7 +48,6 @@ class Row:
         score, p_value, decision, steps, status, error: see :class:`traj_ood.Decision`.
         content: the first 16 hex digits of the SHA-256 of the judged file, by which ``--resume`` recognises files that
             have changed; None if it could not be read.
-        reason: ``ok``, ``ood``, ``invalid: …`` or ``uncalibrated``; by default derived from the other fields.
     """
 
     path: str
@@ -59,11 +58,11 @@ class Row:
     status: str = ERROR
     error: str | None = None
     content: str | None = None
-    reason: str = ""
 
-    def __post_init__(self) -> None:
-        if not self.reason:
-            object.__setattr__(self, "reason", reason_of(self.score, self.decision, self.error))
+    @property
+    def reason(self) -> str:
+        """``ok``, ``ood``, ``invalid: …`` or ``uncalibrated``, which follows from the other fields."""
+        return reason_of(self.score, self.decision, self.error)
 
     @classmethod
     def of(cls, path: str, made: Decision, content: str | None = None) -> Row:
@@ -72,7 +71,7 @@ class Row:
         return cls(path, made.score, made.p_value, made.decision, made.steps, made.status, error, content)
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
+COLUMNS = (*(field.name for field in fields(Row)), "reason")
 
 
 @dataclass(frozen=True)

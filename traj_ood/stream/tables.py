@@ -71,8 +71,7 @@ class Table(ABC):
             TrajOODError: the file cannot be completed.
         """
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (not every table has one)
         """Close the file, finished or not."""
 
 
@@ -135,19 +134,12 @@ class OutputTable(Table):
         self._form, self._stream = form, stream
         self._header = form.header  # written with the first rows, so that a run that fails before prints nothing
 
-    def write(self, rows: Sequence[Row]) -> None:
-        self._write(self._header + b"".join(map(self._form.encode, rows)))
-        self._header = b""
-
     def finish(self) -> None:
         self.write([])
 
-    def close(self) -> None:
-        pass
-
-    def _write(self, data: bytes) -> None:
+    def write(self, rows: Sequence[Row]) -> None:
         try:
-            self._stream.write(data)
+            self._stream.write(self._header + b"".join(map(self._form.encode, rows)))
             self._stream.flush()
         except OSError as error:
             abandon(self._stream)
@@ -156,6 +148,7 @@ class OutputTable(Table):
             raise TrajOODError(
                 f"standard output cannot be written ({error.strerror}); it is complete up to the last line end"
             ) from error
+        self._header = b""
 
 
 class FileTable(Table):
@@ -222,9 +215,6 @@ class FinishedTable(Table):
         raise AssertionError("a finished table is not written")
 
     def finish(self) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
 
