@@ -13,8 +13,7 @@ from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateA
 from traj_ood.data.preprocessing import PIXEL_SLACK, Preprocessing
 from traj_ood.detector.dense_index import DenseIndex
 from traj_ood.detector.fixed_steps import at_fixed_steps, check_exportable, one_scorer, steps_of
-from traj_ood.detector.pinned_tensors import PinnedTensors, Tensors
-from traj_ood.detector.step import Loop, RecordedStep, Step, lengths, plain_loop
+from traj_ood.detector.step import Loop, PinnedTensors, RecordedStep, Step, Tensors, lengths, plain_loop
 from traj_ood.dynamics.fixed_function import float_type
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
@@ -24,6 +23,8 @@ from traj_ood.scorers.bank import SearchingScorer
 if TYPE_CHECKING:
     from traj_ood.detector.conformal import Calibration
     from traj_ood.scorers.scorer_set import ScorerSet
+
+OK_CODE, OOD_CODE, INVALID_CODE = 0, 1, 2  # indices into traj_ood.detector.decision.REASONS
 
 
 class DetectorModule(nn.Module):
@@ -178,6 +179,42 @@ class DetectorModule(nn.Module):
         steps = residuals.isfinite().sum(dim=0)
         path = Trajectory(steps.cpu(), status.cpu(), residuals.T.cpu(), latents, measures, max(1, self.steps))
         return path, points
+
+
+class DecisionModule(nn.Module):
+    """Maps pixels, as for :class:`DetectorModule`, to scores, p-values (B,) float64 and decisions (B,) int64.
+
+    A decision is 0 (ok), 1 (ood) or 2 (invalid: a pixel is NaN or outside [0, 1]; score and p-value are NaN then).
+    P-values and decisions equal those of :class:`traj_ood.detector.conformal.Calibration` for these scores, exactly.
+    """
+
+    def __init__(self, scored: DetectorModule, calibration: Calibration) -> None:
+        super().__init__()
+        self.scored = scored
+        groups = calibration.groups
+        sizes = torch.tensor([len(group) for group in groups])
+        ends = sizes.cumsum(0)
+        self.calibration = PinnedTensors(
+            {
+                "scores": torch.cat([group.scores for group in groups]),
+                "last": ends - 1,  # of each class; the count up to "before", the end of the previous one, is subtracted
+                "before": (ends - sizes - 1).clamp(min=0),
+                "is_first": (ends == sizes).long(),
+                "sizes": sizes.double(),
+            }
+        )
+        self._threshold = calibration.threshold
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.scored(images)
+        known = self.calibration.all()
+        running = (known["scores"] >= scores.cpu()[:, None]).long().cumsum(dim=1)
+        before = running[:, known["before"]] * (1 - known["is_first"])
+        at_least = running[:, known["last"]] - before
+        p_values = ((1 + at_least).double() / (known["sizes"] + 1)).amax(dim=1).to(scores.device)
+        valid = ~scores.isnan()
+        decisions = torch.where(scores > self._threshold, OOD_CODE, OK_CODE)
+        return scores, torch.where(valid, p_values, torch.nan), torch.where(valid, decisions, INVALID_CODE)
 
 
 def as_module(detector: HasScorers, steps: int | None = None) -> DetectorModule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,28 @@ from torch.export.graph_signature import InputKind
 
 from traj_ood.autoencoders import Autoencoder, FeatureView
 from traj_ood.detector.dense_index import DenseIndex
-from traj_ood.detector.pinned_tensors import Tensors
 
 _ROWS = 3  # of the example batch while recording: torch.export would treat 0 and 1 as constants
+
+
+class Tensors(nn.Module):
+    """Buffers under any names, also those that a buffer cannot have, such as ``0/grid/means``."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {name: f"tensor_{number}" for number, name in enumerate(tensors)}
+        for name, tensor in tensors.items():
+            self.register_buffer(self._names[name], tensor.detach().contiguous())
+
+    def all(self) -> dict[str, Tensor]:
+        return {name: getattr(self, buffer) for name, buffer in self._names.items()}
+
+
+class PinnedTensors(Tensors):
+    """Buffers that ``.to(device)`` and ``.half()`` leave unchanged."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PinnedTensors:
+        return self
 
 
 class Step(nn.Module):

@@ -23,26 +23,17 @@ _SECONDS, _REPEATS = 1.0, 20  # limits of one timing
 
 @dataclass(frozen=True)
 class Agreement:
-    """Comparison of an exported file with the detector.
+    """Comparison of an exported file with the detector."""
 
-    Attributes:
-        images: number of images compared.
-        difference: largest :func:`relative_difference` of their scores.
-        one, many: median milliseconds per call for one image and for all images, each as (file, detector).
-    """
-
-    images: int
-    difference: float
-    one: tuple[float, float]
-    many: tuple[float, float]
+    images: int  # compared
+    difference: float  # largest :func:`relative_difference` of their scores
+    one: tuple[float, float]  # median milliseconds per call for one image: of the file, of the detector
+    many: tuple[float, float]  # likewise for all images
 
 
 def real_images(autoencoder: Autoencoder) -> Tensor:
-    """(32, C, H, W) float32 pixels in [0, 1]: crops of scikit-image's photographs and textures, one black, one white.
-
-    Raises:
-        TrajOODError: scikit-image's files are missing.
-    """
+    """(32, C, H, W) float32 pixels in [0, 1]: crops of scikit-image's photographs and textures, one black, one
+    white."""
     photos = crops(PHOTOS, PHOTO_SIDES, "photos", scaled_to=_SIDE, mode="RGB")
     textures = crops(TEXTURES, TEXTURE_SIDES, "textures", scaled_to=_SIDE, mode="RGB")
     images = [photos.load(i) for i in range(_PHOTOS)] + [textures.load(i) for i in range(_TEXTURES)]

@@ -28,19 +28,12 @@ _QUANTILES = 100
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported file.
-
-    Attributes:
-        path: the file.
-        size: its size in bytes.
-        metadata: the JSON metadata in the file, see :func:`describe`.
-        agreement: its comparison with the detector.
-    """
+    """An exported file."""
 
     path: Path
-    size: int
-    metadata: dict[str, Any]
-    agreement: Agreement
+    size: int  # in bytes
+    metadata: dict[str, Any]  # the JSON in the file, see :func:`describe`
+    agreement: Agreement  # with the detector
 
 
 def export_detector(
@@ -54,7 +47,7 @@ def export_detector(
     """Export a detector to one file that maps pixels (B, C, H, W) in [0, 1], B >= 1, to scores.
 
     The file computes :class:`DetectorModule`. An ONNX file of a calibrated detector also returns p-values and
-    decisions (:class:`traj_ood.detector.decision_module.DecisionModule`), if it computes the calibrated score.
+    decisions (:class:`traj_ood.detector.module.DecisionModule`), if it computes the calibrated score.
 
     Before it is kept, the file is run and compared with the detector at the same number of steps: its scores agree to
     1e-4, relative, on the compared images.

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.detector.conformal import Calibration
-from traj_ood.detector.decision_module import DecisionModule
-from traj_ood.detector.module import DetectorModule
+from traj_ood.detector.module import DecisionModule, DetectorModule
 from traj_ood.detector.step import can_scan
 from traj_ood.errors import TrajOODError
 from traj_ood.text import brief
