@@ -117,14 +117,8 @@ class DiffusersVAE(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DiffusersVAE:
-        """Load ``config.json`` and the weights; from a folder also a ``.bin`` file, read as plain tensors.
-
-        Args:
-            source: as for :func:`local_copy`.
-            options: of the constructor.
-        Raises:
-            TrajOODError: diffusers is not installed; files missing, damaged or of another architecture; NaN weights.
-        """
+        """Load ``config.json`` and the weights of a source, as for :func:`local_copy`; from a folder also a ``.bin``
+        file, read as plain tensors."""
         try:
             import diffusers
         except ImportError as error:

@@ -160,11 +160,10 @@ class PairAutoencoder(Autoencoder):
             heads: number of the decoder's attention heads, which its weights do not determine. Default 16, RAE's.
             plain_norm: see :class:`VisionTokens`.
             options: of the constructor.
-        Raises:
-            TrajOODError: files missing, damaged, or of another architecture.
         """
         model = load_vision_model(str(encoder))
-        tokens = VisionTokens(model, int(encoder_size or _config_size(model)), plain_norm=plain_norm)
+        size = encoder_size or model.config.image_size
+        tokens = VisionTokens(model, int(size if isinstance(size, int) else size[0]), plain_norm=plain_norm)
         decoding = ViTDecoder.from_weights(read_weights(decoder), heads, str(decoder))
         if statistics is not None:
             stored = read_weights(statistics)
@@ -184,11 +183,7 @@ class PairAutoencoder(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> PairAutoencoder:
-        """Load a folder that :meth:`save_pretrained` or diffusers' ``AutoencoderRAE`` wrote.
-
-        Raises:
-            TrajOODError: files missing, damaged, or of another architecture.
-        """
+        """Load a folder that :meth:`save_pretrained` or diffusers' ``AutoencoderRAE`` wrote."""
         folder = local_copy(str(source), ("config.json", "diffusion_pytorch_model.safetensors"))
         config = read_config(folder)
         options.setdefault("name", folder.name)
@@ -290,11 +285,6 @@ def _as_tokens(statistic: Tensor) -> Tensor:
     """Reshape statistics (d, h, w), or (1, d, h, w), to (h · w, d); (d,) and scalars are kept."""
     statistic = statistic.float().squeeze()
     return statistic.flatten(1).T.contiguous() if statistic.ndim == 3 else statistic
-
-
-def _config_size(model: Any) -> int:
-    size = model.config.image_size
-    return int(size if isinstance(size, int) else size[0])
 
 
 def _statistics_of(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,9 @@ class VisionTokens(nn.Module):
             with torch.no_grad():  # 1 and 0 have the same effect as removing them, and keep the architecture
                 norm.weight.fill_(1.0)
                 norm.bias.zero_()
-        self._options = {"interpolate_pos_encoding": True} if _interpolates(model) else {}
+        takes = inspect.signature(model.forward).parameters
+        any_size = "interpolate_pos_encoding"  # allows images of another size than the config's
+        self._options = {any_size: True} if any_size in takes else {}
         patches = (size // int(config.patch_size)) ** 2
         with torch.inference_mode():
             tokens = self._tokens(torch.zeros(1, int(config.num_channels), size, size)).shape[1]
@@ -79,9 +82,10 @@ def encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[str
 
     config_name, model_name, size, norm = RAE_ENCODERS[kind]
     width = int(config["encoder_hidden_size"])
+    inner = (len(v) for k, v in weights.items() if k.endswith("mlp.fc1.bias") and ".head." not in k)
     geometry = getattr(transformers, config_name)(
         hidden_size=width,
-        intermediate_size=4 * width if kind == "dinov2" else _siglip_hidden(weights, width),
+        intermediate_size=4 * width if kind == "dinov2" else next(inner, 4 * width),
         patch_size=int(config["encoder_patch_size"]),
         image_size=size,
         num_attention_heads=max(1, width // 64),
@@ -96,14 +100,3 @@ def encoder_from_weights(kind: str, config: Mapping[str, Any], weights: dict[str
             None, config=geometry, state_dict=weights, output_loading_info=True, trust_remote_code=False
         )
     return whole_network(answer, f"{where}: its encoder")
-
-
-def _siglip_hidden(weights: Mapping[str, Tensor], width: int) -> int:
-    return next((len(v) for k, v in weights.items() if k.endswith("mlp.fc1.bias") and ".head." not in k), 4 * width)
-
-
-def _interpolates(model: nn.Module) -> bool:
-    """Whether forward takes an argument that allows images of another size than the config's."""
-    import inspect
-
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters

@@ -121,11 +121,7 @@ class ViTMAE(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ViTMAE:
-        """Load a checkpoint by hub name, such as ``facebook/vit-mae-base``, or local folder.
-
-        Raises:
-            TrajOODError: not found, not a ViT-MAE, without a decoder, of another architecture, or with NaN weights.
-        """
+        """Load a checkpoint by hub name, such as ``facebook/vit-mae-base``, or local folder."""
         folder = Path(source)
         options.setdefault("name", folder.name if folder.exists() else str(source))
         if any((folder / name).is_file() for name in _WEIGHTS):

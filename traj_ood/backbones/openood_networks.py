@@ -115,11 +115,7 @@ class OpenOODBackbone(NetworkBackbone):
                 networks cifar100 if the checkpoint has 100 classes, else cifar10.
             size: side of the images. Default: that of the transform.
             pre_size: shorter side before the crop. Default: ``size`` if given, else that of the transform.
-            mean: mean per channel. Default: that of the transform.
-            std: standard deviation per channel. Default: that of the transform.
-        Raises:
-            TrajOODError: OpenOOD is missing or older, the network is unknown or returns no features, or the checkpoint
-                is missing, damaged or of another architecture.
+            mean, std: per channel. Default: those of the transform.
         """
         network, _, checkpoint = source.partition(":")
         if network not in NETWORKS:

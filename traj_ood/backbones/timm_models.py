@@ -31,15 +31,8 @@ _LOCAL_WEIGHTS = (WEIGHTS, "pytorch_model.bin", "model.pth")
 class TimmBackbone(NetworkBackbone):
     """A timm model, whose features are ``forward_head(forward_features(x), pre_logits=True)``: timm's own pooling.
 
-    Args:
-        network: a timm model with its weights.
-        name: see :class:`traj_ood.backbones.Backbone`.
-        spec: see :class:`traj_ood.backbones.Backbone`.
-        data: changes to the transform that timm declares for the model: ``input_size`` (a side, or (C, H, W)),
-            ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
-    Raises:
-        TrajOODError: a model without penultimate features, or a transform that does not fit the model or is not
-            supported.
+    ``data`` are changes to the transform that timm declares for the model: ``input_size`` (a side, or (C, H, W)),
+    ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
     """
 
     library = "timm"
@@ -97,8 +90,6 @@ class TimmBackbone(NetworkBackbone):
             name: the backbone's name. Default: from the source.
             data: as in :class:`TimmBackbone`; networks of a fixed image size, such as ViTs, are built for
                 ``input_size``.
-        Raises:
-            TrajOODError: unknown model; weights missing, damaged or of another architecture; no network.
         """
         for key in data:
             if key not in _OPTIONS:

@@ -43,8 +43,6 @@ class TorchvisionBackbone(ClassifierInputBackbone):
             name: the backbone's name. Default: the spec, with a file's name without folder and extension.
             weights: entry of the model's weights enum, which also defines the transform, even for a local file. Default
                 DEFAULT, torchvision's best.
-        Raises:
-            TrajOODError: unknown model or entry; weights missing, damaged or of another architecture; no network.
         """
         from torchvision import models
 

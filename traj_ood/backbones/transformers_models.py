@@ -58,8 +58,6 @@ class TransformersEncoder(NetworkBackbone):
             source: a local folder with config.json, model.safetensors and preprocessor_config.json, or a name on the
                 Hugging Face hub.
             name: the backbone's name. Default: ``transformers:`` and the folder's or hub name.
-        Raises:
-            TrajOODError: files missing, damaged or of another architecture; no network; a model of another kind.
         """
         from transformers import AutoConfig, AutoImageProcessor
 

@@ -35,21 +35,13 @@ _DECODING = threading.Lock()
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of preprocessed images.
+    """A batch of B preprocessed images, where B may be 0."""
 
-    Attributes:
-        ids: B ids: those of the ImageSource, the paths as given, or else the positions in the input.
-        rows: B positions in the input, without those of skipped images.
-        images: (B, C, H, W) float32 in the model's units; B may be 0.
-        failures: ``{id, error}`` of each skipped image.
-        labels: B class labels if a Dataset or DataLoader yields them with the images, else empty.
-    """
-
-    ids: tuple[str, ...]
-    rows: tuple[int, ...]
-    images: Tensor
-    failures: list[dict[str, str]] = field(default_factory=list)
-    labels: tuple[Any, ...] = ()
+    ids: tuple[str, ...]  # those of the ImageSource, the paths as given, or else the positions in the input
+    rows: tuple[int, ...]  # positions in the input, without those of skipped images
+    images: Tensor  # (B, C, H, W) float32 in the model's units
+    failures: list[dict[str, str]] = field(default_factory=list)  # {id, error} of each skipped image
+    labels: tuple[Any, ...] = ()  # of classes, if a Dataset or DataLoader yields them with the images
 
 
 def count_of(images: Images) -> int:
@@ -116,8 +108,9 @@ def batches(
             f"images: expected files read with {reading}, as the detector's training images were, got "
             f"exif={images.exif}, bit_depth={images.bit_depth}: read them in the same way"
         )
-    step = size or _default_size(autoencoder)
-    ranges = parts_of(count, step)
+    channels, height, width = autoencoder.input_shape
+    most = min(_MAX_IMAGES, _MAX_BYTES // (4 * channels * height * width))
+    ranges = parts_of(count, size or max(1, most // autoencoder.chunk) * autoencoder.chunk)
     if isinstance(images, Tensor | np.ndarray | Normalised):
         return _slices(autoencoder, images, ranges)
     if isinstance(images, torch.utils.data.DataLoader):
@@ -149,12 +142,6 @@ def read_parts(
 ) -> Iterator[Batch]:
     """:func:`read_rows` for each part; the next part is read in the background."""
     return _read(model, images, parts, workers, on_error, AS_STORED)
-
-
-def _default_size(autoencoder: ImageModel) -> int:
-    channels, height, width = autoencoder.input_shape
-    most = min(_MAX_IMAGES, _MAX_BYTES // (4 * channels * height * width))
-    return max(1, most // autoencoder.chunk) * autoencoder.chunk
 
 
 def _slices(autoencoder: ImageModel, images: Pixels, ranges: list[range]) -> Iterator[Batch]:

@@ -42,7 +42,11 @@ def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchm
     top-level ``root`` of the file.
     """
     yaml_path = Path(yaml_path)
-    config = _read_yaml(yaml_path)
+    config = read_yaml(yaml_path, "the benchmark file")
+    if not isinstance(config, dict):
+        raise TrajOODError(
+            f"{yaml_path}: expected the keys {', '.join(KEYS)}, got {_kind(config)}; name at least train and test"
+        )
     _check_keys(config, KEYS, str(yaml_path))
     here = yaml_path.parent
     base = Path(root) if root is not None else _place(here, config.get("root", "."), f"{yaml_path}: root")
@@ -71,15 +75,6 @@ def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchm
         how_to_get=f"put the files there or correct {yaml_path}",
         control=_flag(config.get("control", False), f"{yaml_path}: control"),
     )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    config = read_yaml(path, "the benchmark file")
-    if not isinstance(config, dict):
-        raise TrajOODError(
-            f"{path}: expected the keys {', '.join(KEYS)}, got {_kind(config)}; name at least train and test"
-        )
-    return config
 
 
 def _images(spec: object, here: Path, base: Path) -> FileImages | EncodedImages:

@@ -182,15 +182,7 @@ def held_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _has_too_many_scans(image: Any) -> bool:
-    file = getattr(image, "fp", None)
-    if file is None or file.closed:  # decoded already
-        return False
-    place = file.tell()
-    try:
-        file.seek(0)
-        content = file.read()
-    finally:
-        file.seek(place)
+    content = _content(image)
     return content.count(bytes((0xFF, _SOS))) > MAX_SCANS and _scans(content) > MAX_SCANS
 
 
@@ -240,28 +232,27 @@ def _stored(image: Image.Image) -> _Stored:
 
 def _significant_bits(image: Any) -> int:
     """The significant bits in the sBIT chunk of a PNG, which Pillow ignores; 0 without such a chunk."""
+    content, place = _content(image), 8
+    while (kind := content[place + 4 : place + 8]) not in (b"", b"IDAT", b"IEND"):
+        size = int.from_bytes(content[place : place + 4], "big")
+        if kind == b"sBIT":
+            return max(content[place + 8 : place + 8 + min(size, 4)], default=0)
+        place += size + 12
+    return 0
+
+
+def _content(image: Any) -> bytes:
+    """The bytes of an image's file; empty if it is not at hand."""
     file = getattr(image, "fp", None)
-    if file is None:  # decoded already
+    if file is None or file.closed:  # decoded already
         name = getattr(image, "filename", "")
-        if not name or not Path(name).is_file():
-            return 0
-        with open(name, "rb") as again:
-            return _sbit(again)
+        return Path(name).read_bytes() if name and Path(name).is_file() else b""
     place = file.tell()
     try:
-        return _sbit(file)
+        file.seek(0)
+        return file.read()
     finally:
         file.seek(place)
-
-
-def _sbit(file: BinaryIO) -> int:
-    file.seek(8)
-    while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
-        size = int.from_bytes(head[:4], "big")
-        if head[4:] == b"sBIT":
-            return max(file.read(min(size, 4)), default=0)
-        file.seek(size + 4, 1)
-    return 0
 
 
 def _grey_or_rgb(image: Image.Image, stored: _Stored, where: str, reading: Reading) -> Image.Image:

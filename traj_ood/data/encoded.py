@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from traj_ood.data.decoding import AS_STORED, Reading, open_bytes
+from traj_ood.data.images import Listed
 from traj_ood.data.records import DEFAULT_OPENING, Opening, read_records, short
 from traj_ood.errors import TrajOODError
 
@@ -19,24 +20,16 @@ MAX_BYTES = 2**33
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedImages:
-    """An ImageSource of encoded files in memory; a broken record raises when it is loaded.
+class EncodedImages(Listed):
+    """An ImageSource of encoded files in memory; a broken record raises when it is loaded."""
 
-    Attributes:
-        ids: N unique ids, without the location of the source.
-        files: N contents of image files, each bytes, or the reason why the record is broken.
-        labels: N class labels, or empty if any image has none.
-        exif, bit_depth: how files are decoded, see :class:`traj_ood.data.Reading`.
-    """
+    columns = ("ids", "files", "labels")
 
-    ids: tuple[str, ...]
-    files: tuple[bytes | str, ...]
-    labels: tuple[str, ...] = ()
-    exif: bool = False
+    ids: tuple[str, ...]  # unique, without the location of the source
+    files: tuple[bytes | str, ...]  # the content of each image file, or the reason why the record is broken
+    labels: tuple[str, ...] = ()  # of classes; empty if any image has none
+    exif: bool = False  # this and the next: how files are decoded, see traj_ood.data.Reading
     bit_depth: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def load(self, index: int) -> Image.Image:
         content = self.files[index]
@@ -54,11 +47,6 @@ class EncodedImages:
         reading = Reading(self.exif, self.bit_depth).options()
         parts = [*self.ids, *self.contents(), *(f"{key}={value}" for key, value in sorted(reading.items()))]
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-    def select(self, indices: Sequence[int]) -> EncodedImages:
-        ids, files = (tuple(part[i] for i in indices) for part in (self.ids, self.files))
-        labels = tuple(self.labels[i] for i in indices) if self.labels else ()
-        return EncodedImages(ids, files, labels, self.exif, self.bit_depth)  # type: ignore[arg-type]
 
     def missing(self) -> list[str]:
         """Ids of the broken records."""

@@ -141,22 +141,17 @@ def crops(
 
 def _crop(source: np.ndarray, sides: tuple[int, int], generator: np.random.Generator, scaled_to: int) -> np.ndarray:
     """One scaled crop of ``source``, (H, W) or (H, W, 3) uint8, that is not nearly uniform."""
+    from PIL import Image
+
     height, width = source.shape[:2]
     while True:
         side = int(generator.integers(sides[0], sides[1], endpoint=True))
         top = int(generator.integers(0, height - side, endpoint=True))
         left = int(generator.integers(0, width - side, endpoint=True))
         crop = _resized(source[top : top + side, left : left + side], scaled_to)
-        grey = _grey(crop)
+        grey = np.asarray(Image.fromarray(crop).convert("L"))  # Pillow's integer luma
         if _variance_times_count_squared(grey) >= (MIN_CONTRAST * grey.size) ** 2:
             return crop
-
-
-def _grey(image: np.ndarray) -> np.ndarray:
-    """Pillow's integer luma of an RGB image; a grey image is returned unchanged."""
-    from PIL import Image
-
-    return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
 
 
 def _variance_times_count_squared(grey: np.ndarray) -> int:

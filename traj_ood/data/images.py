@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from traj_ood.errors import TrajOODError, warn
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Self
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -70,8 +71,24 @@ class ImageSource(Protocol):
         """Paths of image files that are absent or empty; always ``[]`` for arrays."""
 
 
+class Listed:
+    """Base of sources that are dataclasses, of which the fields ``columns`` have one entry for each image, or none."""
+
+    columns: ClassVar[tuple[str, ...]] = ("ids", "labels")
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """The images at ``indices``, in that order."""
+        whole = {name: getattr(self, name) for name in self.columns}
+        parts = {name: tuple(column[i] for i in indices) for name, column in whole.items() if column}
+        return replace(self, **parts)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, eq=False)
-class ArrayImages:
+class ArrayImages(Listed):
     """Images held in memory.
 
     Attributes:
@@ -99,9 +116,6 @@ class ArrayImages:
         _check_ids(self.ids, shape[0], "array images")
         _check_labels(self.labels, shape[0], "array images")
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def load(self, index: int) -> Image.Image:
         from PIL import Image
 
@@ -121,18 +135,15 @@ class ArrayImages:
         return sha.hexdigest()
 
     def select(self, indices: Sequence[int]) -> ArrayImages:
-        return ArrayImages(
-            tuple(self.ids[i] for i in indices),
-            self.array[np.asarray(indices, dtype=np.intp)],
-            tuple(self.labels[i] for i in indices) if self.labels else (),
-        )
+        labels = tuple(self.labels[i] for i in indices) if self.labels else ()
+        return ArrayImages(tuple(self.ids[i] for i in indices), self.array[np.asarray(indices, dtype=np.intp)], labels)
 
     def missing(self) -> list[str]:
         return []
 
 
 @dataclass(frozen=True)
-class FileImages:
+class FileImages(Listed):
     """Image files below one folder.
 
     Attributes:
@@ -149,6 +160,8 @@ class FileImages:
         TrajOODError: ids or labels do not match the paths, or the bit depth is invalid.
     """
 
+    columns = ("paths", "ids", "labels")
+
     root: Path
     paths: tuple[str, ...]
     ids: tuple[str, ...]
@@ -164,9 +177,6 @@ class FileImages:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         _check_ids(self.ids, len(self.paths), f"image files below {self.root}")
         _check_labels(self.labels, len(self.paths), f"image files below {self.root}")
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def load(self, index: int) -> Image.Image:
         """Read and decode file ``index``; raises as :func:`open_image` and :meth:`check_links`."""
@@ -191,14 +201,6 @@ class FileImages:
         """SHA-256 over ids, relative paths, labels and :meth:`reading`, without the contents of the files."""
         how = [[str(self.reading())]] if self.reading() else []
         return _digest_of(self.ids, self.paths, self.labels, *how).hexdigest()
-
-    def select(self, indices: Sequence[int]) -> FileImages:
-        return replace(
-            self,
-            paths=tuple(self.paths[i] for i in indices),
-            ids=tuple(self.ids[i] for i in indices),
-            labels=tuple(self.labels[i] for i in indices) if self.labels else (),
-        )
 
     def check_links(self, indices: Sequence[int] | None = None) -> None:
         """Unless ``follow_links``, refuse files (default: all) that links put outside ``root``."""
@@ -244,21 +246,17 @@ def check_unchanged(images: ImageSource, indices: Sequence[int], contents: Seque
 
 
 def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bool = False) -> FileImages:
-    """Read an image list in OpenOOD's format: one ``relative/path label`` per line.
+    """Read an image list in OpenOOD's format, a UTF-8 text of one ``relative/path label`` per line.
 
     The path ends at the first space; the rest is the label (a class number, −1, a dict literal, or nothing). Blank
-    lines are skipped. The ids are the normalised relative paths.
+    lines are skipped. The ids are the normalised relative paths, of which each may appear once.
 
     Args:
-        list_path: the text file, UTF-8.
+        list_path: the text file.
         root: the folder to which paths are relative, and which they may not leave. It may be a link, and need not exist
             yet: preflight reports all missing files together.
         follow_links: whether to read files that links below ``root`` put elsewhere. Default false: preflight, ``fit``
             and :meth:`FileImages.load` refuse them.
-
-    Raises:
-        TrajOODError: the list is missing, unreadable or empty, a path is absolute or leaves ``root`` through '..', or a
-            path appears twice.
     """
     list_path = Path(list_path)
     try:
@@ -288,18 +286,12 @@ def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bo
 
 
 def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
-    """All image files in and below ``folder``, sorted by relative path.
+    """All image files in and below ``folder``, sorted by relative path, which ``prefix`` precedes in the ids (``sun``
+    gives ``sun/a/b.jpg``).
 
     Image files are recognised by suffix, in upper or lower case. Other files are left out, with a warning that counts
     them. Hidden files and folders are ignored (macOS creates ``._name.jpg`` files that are no images). Links to folders
     are followed, each real folder once.
-
-    Args:
-        folder: the folder.
-        prefix: put before each relative path to form the id: ``sun`` gives ``sun/a/b.jpg``. Default: none.
-
-    Raises:
-        TrajOODError: the folder is missing or has no images.
     """
     folder = Path(folder)
     if not folder.is_dir():

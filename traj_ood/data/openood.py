@@ -117,6 +117,7 @@ def load_openood(name: str, root: str | Path | None = None, allow_missing: bool 
             f"{', '.join(absent)}; {how}",
             tuple(absent),
         )
+    folders = [source.name for source in sources if not _list_path(base, source).is_file()]
     splits = {source.name: Split(source.name, source.role, _read(base, source)) for source in sources}
     return Benchmark(
         name=f"{name}-partial" if left_out else name,
@@ -126,7 +127,9 @@ def load_openood(name: str, root: str | Path | None = None, allow_missing: bool 
         ood=tuple(split for split in splits.values() if split.role in ("near", "far")),
         train_size=2000,
         test_size=2000 if name == "imagenet-paper" else None,
-        note=_note(name, base, sources) + (f" Left out, for want of data: {', '.join(left_out)}." if left_out else ""),
+        note=(_PAPER_NOTE if name == "imagenet-paper" else _V15_NOTE)
+        + (f" Read from folders, for want of a list: {', '.join(folders)}." if folders else "")
+        + (f" Left out, for want of data: {', '.join(left_out)}." if left_out else ""),
         how_to_get=how,
         control=name.startswith("cifar"),  # on ImageNet it would read hundreds of thousands of large files once more
     )
@@ -154,12 +157,6 @@ def _has_images(base: Path, source: _Source) -> bool:
         return False
     images = _read(base, source)
     return any((images.root / path).is_file() for path in images.paths)
-
-
-def _note(name: str, base: Path, sources: tuple[_Source, ...]) -> str:
-    note = _PAPER_NOTE if name == "imagenet-paper" else _V15_NOTE
-    folders = [source.name for source in sources if not _list_path(base, source).is_file()]
-    return f"{note} Read from folders, for want of a list: {', '.join(folders)}." if folders else note
 
 
 def _list_path(base: Path, source: _Source) -> Path:

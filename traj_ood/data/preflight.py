@@ -14,11 +14,8 @@ SHOWN = 3  # paths in the one-line message; `details` has all of them
 
 
 class MissingDataError(TrajOODError):
-    """Data files are missing.
-
-    Attributes:
-        details: every missing path with its split, one text each; the message shows only the first few.
-    """
+    """Data files are missing: ``details`` has every missing path with its split, of which the message shows only the
+    first few."""
 
     def __init__(self, message: str, details: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -49,14 +46,10 @@ def find_root(name: str, root: str | Path | None, part: str | Path, expected: st
 
 
 def preflight(benchmark: Benchmark) -> None:
-    """Check that every file of every split exists and is not empty, and that the first image of each split decodes.
+    """Check that every file of every split exists and is not empty, that no link leads out of the root of an image
+    list, and that the first image of each split decodes.
 
     Decoding all images would cost as much as the run itself; damaged ones are reported when they are read.
-
-    Raises:
-        MissingDataError: files are missing or empty; the message gives their number in each split, the first few paths
-            and how to get them.
-        TrajOODError: the first image of a split cannot be decoded, or a link leads out of the root of an image list.
     """
     counts: list[str] = []
     details: list[str] = []

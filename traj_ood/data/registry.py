@@ -117,13 +117,14 @@ def load_benchmark(
     """
     if str(name_or_yaml).lower().endswith((".yaml", ".yml")):
         benchmark = load_custom(name_or_yaml, root)
-    elif _is_known(name_or_yaml):
-        load = _REGISTRY[name_or_yaml][1]
+    else:
+        if name_or_yaml not in _REGISTRY:
+            load_plugins("traj_ood.benchmarks", name_or_yaml)
+        if name_or_yaml not in _REGISTRY:
+            raise unknown_name("benchmark", name_or_yaml, [*_REGISTRY, "a path to your own .yaml file"])
         may_miss = name_or_yaml in (*OPENOOD_BENCHMARKS, *NATURAL_BENCHMARKS)
         more = {"allow_missing": True} if allow_missing and may_miss else {}
-        benchmark = load(root, **more)
-    else:
-        raise unknown_name("benchmark", name_or_yaml, [*_REGISTRY, "a path to your own .yaml file"])
+        benchmark = _REGISTRY[name_or_yaml][1](root, **more)
     benchmark = benchmark.reading(reading) if reading != AS_STORED else benchmark
     return benchmark.following_links() if follow_links else benchmark
 
@@ -156,12 +157,6 @@ def register_benchmark(name: str, summary: str, needs: str = "nothing") -> Calla
 def _home(load: Callable[..., Benchmark]) -> str:
     function = load.func if isinstance(load, partial) else load
     return f"{function.__module__}.{getattr(function, '__qualname__', '')}"
-
-
-def _is_known(name: str) -> bool:
-    if name not in _REGISTRY:
-        load_plugins("traj_ood.benchmarks", name)
-    return name in _REGISTRY
 
 
 def list_benchmarks() -> list[BenchmarkInfo]:

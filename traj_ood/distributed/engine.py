@@ -81,12 +81,8 @@ def score(
 
 
 def images_of(entries: Iterable[Entry], *, skip: Any = ()) -> Any:
-    """A Ray dataset of entries, such as those of :func:`traj_ood.stream.walk`, with their positions as ``key``.
-
-    Args:
-        entries: the images.
-        skip: sorted keys to leave out.
-    """
+    """A Ray dataset of entries, such as those of :func:`traj_ood.stream.walk`, with their positions as ``key``, without
+    those in ``skip``, which is sorted."""
     return _dataset({KEY: i, "path": e.path, "error": e.error} for i, e in enumerate(entries) if not _among(i, skip))
 
 
@@ -115,20 +111,16 @@ def score_to(
     opening: Opening = DEFAULT_OPENING,
     reading: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write one row per image into Parquet files in the folder ``out``; read them with :func:`read_rows_of`.
+    """Write one row per image into Parquet files in the folder ``out``, and return their number; read them with
+    :func:`read_rows_of`.
 
     Args:
         out: the folder.
         sources: entries, or names of sources of records, which are read on the cluster; not both.
         detector, workers, reading: see :func:`score`.
         resume: leave out images that have a row; ``sources`` must be the same as before. Default false: a folder with
-            rows is refused.
+            rows is refused. If the cluster fails, the rows so far are kept for it.
         opening: how sources of records are opened.
-    Returns:
-        The number of rows in the folder.
-    Raises:
-        TrajOODError: as :func:`score`; the folder has rows or other files, or is inside a detector; or the cluster
-            fails, after which the rows so far are kept for ``resume``.
     """
     _ray()
     folder = Path(out).expanduser().absolute()

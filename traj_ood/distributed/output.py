@@ -13,14 +13,8 @@ if TYPE_CHECKING:
 
 
 def written_keys(folder: Path, *, remove_broken: bool = False) -> Any:
-    """The keys of the rows in ``folder``, sorted, as (n,) int64.
-
-    Args:
-        folder: the folder.
-        remove_broken: delete incomplete files of a killed writer. Default: they are an error.
-    Raises:
-        TrajOODError: a file cannot be read as rows.
-    """
+    """The keys of the rows in ``folder``, sorted, as (n,) int64. ``remove_broken`` deletes incomplete files of a killed
+    writer, which are an error otherwise."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -36,11 +30,7 @@ def written_keys(folder: Path, *, remove_broken: bool = False) -> Any:
 
 
 def read_rows_of(folder: str | Path) -> pd.DataFrame:
-    """Read all rows of a folder in the order of the input, without the duplicates of restarted workers.
-
-    Raises:
-        TrajOODError: there are no rows, or a file is incomplete.
-    """
+    """Read all rows of a folder in the order of the input, without the duplicates of restarted workers."""
     import pandas as pd
 
     written_keys(Path(folder))

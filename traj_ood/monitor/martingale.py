@@ -53,15 +53,8 @@ BETS: Mapping[str, Callable[[Floats], Floats]] = {
 
 
 def online_p_values(calibration: Floats, scores: Floats, seed: int = 0) -> Floats:
-    """P-values of scores (T,), each among the calibration scores (n,) and all earlier scores, as (T,).
-
-    Args:
-        calibration: (n,) calibration scores.
-        scores: (T,) scores of the stream, in order.
-        seed: seed of θ. With the same seed, a longer stream begins with the same p-values. Default 0.
-    Raises:
-        TrajOODError: a score is NaN, or there are no calibration scores.
-    """
+    """P-values of scores (T,) in order, each among the calibration scores (n,) and all earlier scores, as (T,). With
+    the same ``seed`` of θ, a longer stream begins with the same p-values."""
     if not len(calibration) or np.isnan(scores).any() or np.isnan(calibration).any():
         raise TrajOODError(
             f"scores: expected numbers and at least one calibration score, got {len(calibration)} calibration scores "
@@ -88,13 +81,10 @@ def capitals(
     jump: float = JUMP,
     restarts: bool = True,
 ) -> Floats:
-    """The capital after each p-value, (T, …); it starts at 1.
+    """The capital after each p-value (T, …) of one or more streams, (T, …); it starts at 1.
 
-    Args:
-        p_values: (T, …) p-values of one or more streams.
-        bets: densities on [0, 1] by name.
-        jump: share of the capital that is redistributed before each image.
-        restarts: add new capital at every image, see the module. Default true; false is the plain simple jumper.
+    ``bets`` are densities on [0, 1] by name, and ``jump`` is the share of the capital that is redistributed before each
+    image. ``restarts`` adds new capital at every image, see the module; false is the plain simple jumper.
     """
     odds = np.stack([bet(p_values) for bet in bets.values()], axis=-1)
     held = np.zeros(odds.shape[1:]) if restarts else np.full(odds.shape[1:], 1 / len(bets))

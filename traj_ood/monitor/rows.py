@@ -23,24 +23,14 @@ _COLUMNS = ("score", "p_value", "key")
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a stream of images.
+    """The rows of a stream of images."""
 
-    Attributes:
-        scores: (T,) float64 scores in order, including infinite ones, without rows that have no score.
-        p_values: (T,) their p-values; NaN if missing.
-        invalid: number of rows without a score.
-    """
-
-    scores: Floats
-    p_values: Floats
-    invalid: int
+    scores: Floats  # (T,) in order, including infinite ones
+    p_values: Floats  # (T,), NaN if missing
+    invalid: int  # number of rows without a score
 
     def check(self, calibration: Calibration) -> None:
-        """Check that the rows come from a detector with this calibration.
-
-        Raises:
-            TrajOODError: a p-value does not belong to its score.
-        """
+        """Check that the rows come from a detector with this calibration: that each p-value belongs to its score."""
         import torch
 
         given = ~np.isnan(self.p_values)
@@ -58,13 +48,8 @@ def read_rows(sources: Iterable[str | Path]) -> Rows:
     """Read all rows of files and folders, in the given order.
 
     The files of a folder are read in the order of their names. Rows of a cluster have keys: each is read once, in the
-    order of the keys.
-
-    Unfinished output is ignored: an incomplete last line of a text file, and files below a folder whose names do not
-    end in ``.csv``, ``.jsonl`` or ``.parquet``.
-
-    Raises:
-        TrajOODError: a source does not exist, or a file is of another kind, damaged or without a column of scores.
+    order of the keys. Unfinished output is ignored: an incomplete last line of a text file, and files below a folder
+    whose names do not end in ``.csv``, ``.jsonl`` or ``.parquet``.
     """
     whole = np.concatenate([np.empty((0, 2)), *(_source(Path(source)) for source in sources)])
     scored = ~np.isnan(whole[:, 0])

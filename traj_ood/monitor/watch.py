@@ -18,51 +18,34 @@ MARTINGALE, WINDOWS = "martingale", "windows"
 
 @dataclass(frozen=True)
 class Alarm:
-    """The first time that a test rejected the hypothesis that the stream resembles the calibration.
+    """The first time that a test rejected the hypothesis that the stream resembles the calibration."""
 
-    Attributes:
-        test: ``martingale`` or ``windows``.
-        at: number of scored images up to then; the first is 1.
-        evidence: the capital of the martingale, or the p-value of the window.
-    """
-
-    test: str
-    at: int
-    evidence: float
+    test: str  # martingale or windows
+    at: int  # number of scored images up to then; the first is 1
+    evidence: float  # the capital of the martingale, or the p-value of the window
 
 
 @dataclass(frozen=True)
 class Finding:
     """The state of a stream; fields for which there are too few images are None.
 
-    Attributes:
-        images: number of judged images.
-        invalid: number of images without a score.
-        ood: number of images above the threshold.
-        rate: their share of the images with a score.
-        interval: exact (Clopper–Pearson) interval of the rate at ``confidence``.
-        expected: largest expected rate for ID images (``Calibration.level``).
-        recent: images, ood, rate and interval of the last ``window`` scored images.
-        uniformity: statistic and p-value of the two-sample Kolmogorov–Smirnov test of all scores against the
-            calibration scores. It tests for uniform p-values, taking the number of calibration images into account. It
-            is valid at one fixed time only, whereas the alarms are valid at any time.
-        capital, highest: current and highest capital of the martingale.
-        alarms: the alarms so far; empty while the stream resembles the calibration.
-        confidence, false_alarms, window: the settings, see :func:`watch`.
+    ``uniformity`` is the two-sample Kolmogorov–Smirnov test of all scores against the calibration scores: it tests for
+    uniform p-values, taking the number of calibration images into account. It is valid at one fixed time only, whereas
+    the alarms are valid at any time.
     """
 
-    images: int
-    invalid: int
-    ood: int
-    rate: float | None
-    interval: tuple[float, float] | None
-    expected: float
-    recent: dict[str, Any] | None
-    uniformity: tuple[float, float] | None
-    capital: float
-    highest: float
-    alarms: tuple[Alarm, ...]
-    confidence: float
+    images: int  # judged
+    invalid: int  # of them without a score
+    ood: int  # above the threshold
+    rate: float | None  # their share of the images with a score
+    interval: tuple[float, float] | None  # exact (Clopper–Pearson) interval of the rate at ``confidence``
+    expected: float  # largest expected rate for ID images (Calibration.level)
+    recent: dict[str, Any] | None  # images, ood, rate and interval of the last ``window`` scored images
+    uniformity: tuple[float, float] | None  # statistic and p-value
+    capital: float  # of the martingale
+    highest: float  # the highest so far
+    alarms: tuple[Alarm, ...]  # so far; empty while the stream resembles the calibration
+    confidence: float  # this and the others: the settings, see watch()
     false_alarms: float
     window: int
 

@@ -21,7 +21,7 @@ from traj_ood.openood.library import load_library
 from traj_ood.openood.loaders import check_normalisation, count_of, ids_of, read
 from traj_ood.openood.nets import AutoencoderNet, FeatureModel, backbone_of, device_of
 from traj_ood.openood.settings import Settings
-from traj_ood.scorers import Evidence, Needs, create_scorer
+from traj_ood.scorers import Evidence, create_scorer
 from traj_ood.scorers.scorer_set import ScorerSet
 
 
@@ -67,10 +67,6 @@ class Bridge:
         For a scorer that reads trajectories or reconstructions, a classifier gets a surrogate autoencoder, trained on
         the features of all training images. The images are used as the loader's data set returns them: without
         augmentation in OpenOOD's Evaluator, with the random crops of training in its pipelines.
-
-        Raises:
-            TrajOODError: there is no training loader, the network returns no features, there are too few images, or the
-                scorer refuses the model.
         """
         self._val = [d["val"] for d in (id_loader_dict, ood_loader_dict) if d and "val" in d]
         if self.setup_flag:
@@ -94,13 +90,8 @@ class Bridge:
     def inference(
         self, net: nn.Module, data_loader: Any, progress: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-        """Score all images of a loader.
-
-        Returns:
-            (N,) predicted classes (−1 without a classifier), (N,) confidences (HIGH = in distribution), (N,) labels.
-        Raises:
-            TrajOODError: setup was not called or with another network, or scores are not finite.
-        """
+        """Score all images of a loader: (N,) predicted classes (−1 without a classifier), (N,) confidences (HIGH = in
+        distribution), (N,) labels."""
         self._bind(net)
         if self.APS_mode and not self.hyperparam_search_done and any(data_loader is v for v in self._val):
             predictions, scores, labels = self._search(data_loader, progress)
@@ -116,11 +107,7 @@ class Bridge:
         return predictions, -scores[:, 0]
 
     def set_hyperparam(self, hyperparam: Sequence[Any]) -> None:
-        """Set the scorer's options: one value for each option of the sweep, in its order.
-
-        Raises:
-            TrajOODError: the number of values is another, or the scorer refuses one.
-        """
+        """Set the scorer's options: one value for each option of the sweep, in its order."""
         if len(hyperparam) != len(self.settings.sweep):
             raise TrajOODError(
                 f"{self.settings.scorer}: expected a value for each of {', '.join(self.settings.sweep) or 'no options'}"
@@ -149,9 +136,6 @@ class Bridge:
         self.settings = replace(self.settings, sweep=possible)
         self.args_dict = dict(possible)
 
-    def _needs(self) -> Needs:
-        return functools.reduce(lambda a, b: a | b, (create_scorer(s).needs() for s in self.settings.grid()))
-
     def _model_of(self, net: nn.Module, loader: Any) -> Autoencoder:
         """The model for the scorer: the autoencoder itself, or a classifier with a surrogate if the scorer needs it."""
         self._surrogate = None
@@ -160,7 +144,7 @@ class Bridge:
             return net.autoencoder
         self._shape = tuple(next(read(loader, [0]))["data"].shape[1:])
         backbone = backbone_of(net, self._shape)
-        needs = self._needs()
+        needs = functools.reduce(lambda a, b: a | b, (create_scorer(s).needs() for s in self.settings.grid()))
         if not (needs.distances or needs.steps or needs.reconstruction):
             return FeatureModel(backbone)
         from traj_ood.training.surrogate import fit_surrogate

@@ -16,13 +16,10 @@ from traj_ood.errors import TrajOODError
 
 
 class AutoencoderNet(nn.Module):
-    """An Autoencoder as a ``net`` of OpenOOD.
+    """An Autoencoder as a ``net`` of OpenOOD, whose weights and mode follow those of this module.
 
     The forward pass returns (B, classes) logits, or, for a model without a classifier, predictions that make OpenOOD's
     accuracy NaN.
-
-    Args:
-        autoencoder: the model; its weights and mode follow those of this module.
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:

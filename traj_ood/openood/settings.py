@@ -36,17 +36,11 @@ def openood_names() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """Settings of the fit.
+    """Settings of the fit."""
 
-    Attributes:
-        attractors: number of ID training images to fit on, or all if there are fewer. Default 2,000, as in the paper.
-        seed: seed of their draw by position in the image list, the same as in :class:`traj_ood.Evaluator`.
-        tol, max_steps: see :func:`traj_ood.iterate`; the defaults are the paper's.
-    """
-
-    attractors: int = 2000
-    seed: int = 0
-    tol: float = 1e-5
+    attractors: int = 2000  # ID training images to fit on, or all if there are fewer; as many as in the paper
+    seed: int = 0  # of their draw by position in the image list, the same as in Evaluator
+    tol: float = 1e-5  # this and the next: see traj_ood.iterate; the defaults are the paper's
     max_steps: int = 500
 
 
@@ -80,11 +74,7 @@ class Settings(Learning):
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Settings:
-        """Parse OpenOOD's Config. Unknown keys are errors, as Config returns ``None`` for any missing key.
-
-        Raises:
-            TrajOODError: the scorer, a section or an option is unknown, or a value has the wrong type.
-        """
+        """Parse OpenOOD's Config. Unknown keys are errors, as Config returns ``None`` for any missing key."""
         section = _plain(config.get("postprocessor", {}))
         name = section.get("name", "")
         if name not in openood_names():
@@ -147,11 +137,7 @@ def config_text(scorer: str) -> str:
 
 
 def write_configs(folder: str | Path, *, keep: bool = False) -> list[Path]:
-    """Write the yml file of every registered scorer into ``folder``; ``keep`` does not overwrite existing files.
-
-    Raises:
-        TrajOODError: the folder cannot be written.
-    """
+    """Write the yml file of every registered scorer into ``folder``; ``keep`` does not overwrite existing files."""
     paths = {Path(folder) / f"{name}.yml": scorer for name, scorer in openood_names().items()}
     for path, scorer in paths.items():
         if not (keep and path.exists()):

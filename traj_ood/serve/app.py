@@ -147,8 +147,6 @@ def create_app(
         log: folder for a log of all decisions (names and numbers, no images). Default None: no log.
         decoders: threads that decode images. Default 2.
         look: seconds between checks whether the folder has changed. Default 2.
-    Raises:
-        TrajOODError: the folder is no detector, or is damaged.
     """
     limits = limits or Limits()
     rows = None if log is None else RowLog(Path(log))

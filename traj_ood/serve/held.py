@@ -31,17 +31,11 @@ class Serving:
 class Held:
     """The detector in use. A folder is loaded only if its seal is intact, and checked for changes by :meth:`reload`.
 
-    Attributes:
-        now: the detector in use; replaced as a whole, because other threads read it during a reload.
-        failure: why the folder's current content is not in use; empty if it is.
+    ``now`` is replaced as a whole, because other threads read it during a reload. ``failure`` says why the folder's
+    current content is not in use.
     """
 
     def __init__(self, source: Detector | str | Path, device: str = "auto") -> None:
-        """``source``: a detector, or its folder.
-
-        Raises:
-            TrajOODError: as :meth:`traj_ood.Detector.load`.
-        """
         self._folder = None if isinstance(source, Detector) else Path(source).expanduser()
         self._device, self.failure = device, ""
         self._seen = self._stamp()

@@ -16,31 +16,17 @@ results of preprocessing."""
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the service; a request beyond them gets the status 413 or 429, with a reason.
+    """Limits of the service; a request beyond them gets the status 413 or 429, with a reason."""
 
-    Attributes:
-        images: most images in one request, and at most ``queue``. Default 64.
-        body: largest request in bytes, and at most ``bodies``. Default 32 MiB.
-        bodies: total bytes of all requests being received or waiting. Default 128 MiB.
-        pixels: most pixels of one image, by its header. Default 38 million, which take one GiB to decode.
-        decoded: total bytes of all images being decoded, at 28 bytes per pixel. Default 1 GiB.
-        queue: most images waiting for the detector. Default 512, some seconds of work.
-        linger: seconds that an image may wait for others to fill a batch. Default 0.005.
-        batch: most images judged at a time. Default 64, a small part of the queue, so that no image waits long.
-        patience: seconds for a request to arrive (else 408), and again for its response (else 504). Default 30.
-    Raises:
-        TrajOODError: a limit that no request could meet.
-    """
-
-    images: int = 64
-    body: int = 32 * 2**20
-    bodies: int = 128 * 2**20
-    pixels: int = 2**30 // BYTES_PER_PIXEL
-    decoded: int = 2**30
-    queue: int = 512
-    linger: float = 0.005
-    batch: int = 64
-    patience: float = 30.0
+    images: int = 64  # in one request, and at most ``queue``
+    body: int = 32 * 2**20  # bytes of one request, and at most ``bodies``
+    bodies: int = 128 * 2**20  # bytes of all requests being received or waiting
+    pixels: int = 2**30 // BYTES_PER_PIXEL  # of one image, by its header: 38 million, which take one GiB to decode
+    decoded: int = 2**30  # bytes of all images being decoded
+    queue: int = 512  # images waiting for the detector, some seconds of work
+    linger: float = 0.005  # seconds that an image may wait for others to fill a batch
+    batch: int = 64  # images judged at a time: a small part of the queue, so that no image waits long
+    patience: float = 30.0  # seconds for a request to arrive (else 408), and again for its response (else 504)
 
     def __post_init__(self) -> None:
         for name in ("images", "body", "bodies", "pixels", "decoded", "queue", "batch", "patience"):
@@ -62,24 +48,15 @@ class RefusedError(Exception):
 
 
 class Budget:
-    """A resource that all requests share, such as bytes; used only from the event loop's thread.
-
-    Attributes:
-        total: the amount available.
-        taken: the amount in use.
-        peak: the largest amount that was ever in use.
-    """
+    """A resource that all requests share, such as bytes; used only from the event loop's thread. Of ``total``,
+    ``taken`` is in use, and ``peak`` is the most that ever was."""
 
     def __init__(self, total: int, what: str) -> None:
         self.total, self.taken, self.peak = total, 0, 0
         self._what = what
 
     def take(self, amount: int) -> None:
-        """Take ``amount``; :meth:`give` returns it.
-
-        Raises:
-            RefusedError: 429, less than ``amount`` is left.
-        """
+        """Take ``amount``, or refuse the request with 429; :meth:`give` returns it."""
         if self.taken + amount > self.total:
             raise RefusedError(429, f"{self._what}: {self.total} are taken by other requests: try again")
         self.taken += amount

@@ -25,18 +25,11 @@ _MAX_PATH_BYTES = 2**20  # limit on one path, so that a file without separators 
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of a stream.
+    """One image of a stream."""
 
-    Attributes:
-        path: path of the file, relative to the working directory, or the name of a record; also the path in its row.
-        error: why it must not be read; else empty.
-        content: the bytes of the image file if it comes from a source of records (see :mod:`traj_ood.data.records`);
-            None (default) if ``path`` is to be read.
-    """
-
-    path: str
-    error: str = ""
-    content: bytes | None = None
+    path: str  # of the file, relative to the working directory, or the name of a record; also the path in its row
+    error: str = ""  # why it must not be read
+    content: bytes | None = None  # of the image file, from a source of records; None: ``path`` is read
 
 
 class ByteStream(Protocol):
@@ -48,14 +41,10 @@ class ByteStream(Protocol):
 def walk(folder: str, *, follow_links: bool = False, others: Counter[str] | None = None) -> Iterator[Entry]:
     """Iterate over the image files in and below ``folder``, in the order of :func:`traj_ood.data.read_folder`.
 
-    Image files are recognised by suffix. Hidden files and folders are ignored; each real folder is entered once, so
-    that loops of links end. A folder that cannot be listed gives an entry with an error, and so does ``folder`` if it
-    has no images.
-
-    Args:
-        folder: where to start; may be a link.
-        follow_links: follow links that lead out of ``folder``. Default: they give entries with an error.
-        others: counter, updated with the suffixes of files that are no images.
+    Image files are recognised by suffix; ``others`` counts the suffixes of other files. Hidden files and folders are
+    ignored; each real folder is entered once, so that loops of links end. Links that lead out of ``folder`` are
+    followed with ``follow_links``, else they give entries with an error. So does a folder that cannot be listed, and
+    ``folder`` itself if it has no images.
     """
     root = os.path.realpath(folder)
     seen = {_identity(root)}
@@ -88,12 +77,7 @@ def walk(folder: str, *, follow_links: bool = False, others: Counter[str] | None
 
 def read_paths(stream: ByteStream, *, null: bool = False) -> Iterator[Entry]:
     """Iterate over paths, one per line, or with ``null`` each ended by a NUL byte, as ``find -print0`` writes them.
-
-    Empty lines are skipped. A carriage return at the end of a line is removed; names that end in one need ``null``.
-
-    Raises:
-        TrajOODError: there is no separator within a megabyte, or a NUL byte in lines of text.
-    """
+    Empty lines are skipped. A carriage return at the end of a line is removed; names that end in one need ``null``."""
     for record in _records(stream, b"\0" if null else b"\n", _STDIN):
         path = os.fsdecode(record if null else record.removesuffix(b"\r"))
         if path:
@@ -105,13 +89,6 @@ def read_list(list_path: str | Path, root: str | Path, *, follow_links: bool = F
 
     The rules are those of :func:`traj_ood.data.read_image_list`, except that a path that is absolute or leaves ``root``
     gives an entry with an error, an image may be listed twice, and names need not be UTF-8.
-
-    Args:
-        list_path: the list.
-        root: the folder to which its paths are relative and which, links resolved, they may not leave.
-        follow_links: allow links that lead out of ``root``. Default: they give entries with an error.
-    Raises:
-        TrajOODError: the list cannot be read, or is not text.
     """
     real_root = os.path.realpath(root)
     try:

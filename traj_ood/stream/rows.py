@@ -132,8 +132,6 @@ def score_rows(
         workers: threads that read images.
         linger: seconds that an incomplete batch waits for more entries. Default 1, so that rows of a slow input come
             soon, while a faster input fills its batches.
-    Raises:
-        TrajOODError: an argument is invalid, the iterator of entries raises it, or there is too little memory.
     """
     size = default_batch_size(detector.autoencoder) if batch_size is None else batch_size
     for name, value in (("batch size", size), ("workers", workers)):

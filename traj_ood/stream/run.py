@@ -31,22 +31,14 @@ def write_scores(
     workers: int = 2,
     on_rows: Callable[[Sequence[Row]], object] = lambda rows: None,
 ) -> tuple[Tally, Tally]:
-    """Write one row per entry, and finish the table.
+    """Write one row per entry into ``table``, from :func:`open_table`, and finish it; the caller closes it.
 
-    Args:
-        detector: the detector.
-        entries: the whole input, also when an earlier run is resumed.
-        table: from :func:`open_table`; the caller closes it.
-        resume: keep the rows that are in the table. Their paths must be those of the entries and their files unchanged;
-            64 images with a score and 64 with an error, spread over all rows, are judged again and must give the same
-            rows, scores to 1e-6, relative.
-        batch_size, workers: see :func:`score_rows`.
-        on_rows: called with every batch of new rows after it is written.
-    Returns:
-        Counts of all rows in the table, and of those from an earlier run.
-    Raises:
-        TrajOODError: as :func:`score_rows`, :class:`Table` and :class:`Resumed`.
-        BrokenPipeError: the reader of standard output has closed it.
+    ``entries`` are the whole input, also when an earlier run is resumed: ``resume`` keeps the rows that are in the
+    table. Their paths must be those of the entries and their files unchanged; 64 images with a score and 64 with an
+    error, spread over all rows, are judged again and must give the same rows, scores to 1e-6, relative. ``on_rows`` is
+    called with every batch of new rows after it is written.
+
+    Returns counts of all rows in the table, and of those from an earlier run.
     """
     size = default_batch_size(detector.autoencoder) if batch_size is None else batch_size
     entries = iter(entries)

@@ -40,12 +40,8 @@ class Table(ABC):
     def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
         """Match the complete rows that are there with the beginning of ``entries``, which is advanced past them.
 
-        Args:
-            entries: the input, from its start.
-            most: number of rows with a score, and of rows with an error, to keep for :meth:`Resumed.check`.
-            calibrated: gives the p-value and decision of a score.
-        Raises:
-            TrajOODError: rows are damaged, or do not match the input, its files or the calibration.
+        At most ``most`` rows with a score, and as many with an error, are kept for :meth:`Resumed.check`;
+        ``calibrated`` gives the p-value and decision of a score.
         """
         return Resumed()
 
@@ -56,20 +52,11 @@ class Table(ABC):
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
-        """Append rows, which are then visible to readers (with Parquet: once the table is finished).
-
-        Raises:
-            TrajOODError: they cannot be written.
-            BrokenPipeError: the reader of standard output has closed it.
-        """
+        """Append rows, which are then visible to readers (with Parquet: once the table is finished)."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Complete the table after the last row.
-
-        Raises:
-            TrajOODError: the file cannot be completed.
-        """
+        """Complete the table after the last row."""
 
     def close(self) -> None:  # noqa: B027 (not every table has one)
         """Close the file, finished or not."""
@@ -83,17 +70,14 @@ def open_table(
     overwrite: bool = False,
     quote_formulas: bool = True,
 ) -> Table:
-    """Open a table at ``path``, or on standard output.
+    """Open a table at ``path``, a file that does not exist yet, or on standard output.
 
     Args:
-        path: a file that does not exist yet; missing folders are created. None: standard output.
+        path: missing folders are created. None: standard output.
         format: one of ``FORMATS``. Default: by the suffix of ``path``; ``csv`` on standard output.
         resume: continue an unfinished file if there is one; CSV and JSON lines only.
         overwrite: start again, and replace an existing file at the end.
         quote_formulas: see :class:`traj_ood.stream.formats.CSVFormat`.
-    Raises:
-        TrajOODError: the arguments contradict each other, the file exists or is being written by another process, or
-            the folder cannot be written.
     """
     form = _format(path, format)
     if resume and overwrite:
