@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from traj_ood.io.files import write_atomic
+from traj_ood.evaluation.text_tables import put_between_markers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 RECORDS = ROOT / "results" / "benchmarks"
-START, END = "<!-- table:start -->", "<!-- table:end -->"
 NOT_YET = "not recorded"
 
 Record = Mapping[str, Any]
@@ -208,21 +207,10 @@ def table(records: Path = RECORDS) -> str:
     return "\n".join(lines)
 
 
-def filled(page: str, made: str) -> str:
-    """The page with the table between its two marks.
-
-    Raises:
-        ValueError: a page without them.
-    """
-    if page.count(START) != 1 or page.count(END) != 1:
-        raise ValueError(f"expected {START} and {END} once each: put them where the table belongs")
-    return f"{page[: page.index(START)]}{START}\n{made}\n{page[page.index(END) :]}"
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     made = table()
-    write_atomic(PAGE, filled(PAGE.read_text(encoding="utf-8"), made).encode())
+    put_between_markers(PAGE, "table", made)
     print(made)
 
 

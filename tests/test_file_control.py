@@ -18,7 +18,7 @@ from traj_ood.data import load_benchmark
 from traj_ood.data.spectrum import image_statistics
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.file_control import control_scores
-from traj_ood.evaluation.leaderboard import render_markdown
+from traj_ood.evaluation.leaderboard_text import Choice, render
 from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.evaluation.plots import leaders
 from traj_ood.evaluation.results import CONTROL, Result
@@ -77,7 +77,7 @@ def test_it_is_a_row_of_tables_and_leads_nothing(run: Run) -> None:
         assert score.metrics == compute_metrics(known, run.scores.loc[run.scores["split"] == name, CONTROL])
         assert set(score.intervals)
     assert control.sets["bright"].metrics.auroc == 1.0, "the training images all have one size"
-    text = render_markdown([run.result], columns=["far_auroc"])
+    text = render([run.result], choice=Choice(["far_auroc"]))
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {CONTROL} |") and line.count("|") == 6)
     assert "**" not in line
     assert CONTROL not in leaders(run.result)
@@ -93,7 +93,7 @@ def test_a_run_without_it_is_the_same_run(run: Run) -> None:
     other = {k: v for k, v in run.result.scorers.items() if k != CONTROL}
     config = {k: v for k, v in run.result.config.items() if k != "control"}
     without = replace(run.result, seed=1, scorers=other, config=config)
-    text = render_markdown([run.result, without], columns=["far_auroc"])
+    text = render([run.result, without], choice=Choice(["far_auroc"]))
     assert "config.control" not in text
 
 

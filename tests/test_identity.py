@@ -29,7 +29,8 @@ from traj_ood.dynamics.behaviour import transform_digest
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation import evaluator as evaluator_module
 from traj_ood.evaluation.evaluator import Evaluator, RunConfig
-from traj_ood.evaluation.leaderboard import leaderboard, render_markdown
+from traj_ood.evaluation.leaderboard import leaderboard
+from traj_ood.evaluation.leaderboard_text import render
 from traj_ood.evaluation.results import Result
 from traj_ood.io import provenance
 from traj_ood.io.parts import PartStore
@@ -237,7 +238,7 @@ def test_copies_are_counted_named_and_refused_or_warned_of(place: Path) -> None:
     assert result.data["bright"]["copies"] == {"train": 1, "test": 1}
     assert "copies" not in result.data["dim"]
     assert Result.load(place / "out" / result.name / "result.json") == result
-    assert "⚠ 2 of 10 images of `test` are copies of images of `train`." in render_markdown([result])
+    assert "⚠ 2 of 10 images of `test` are copies of images of `train`." in render([result])
     with pytest.raises(TrajOODError, match="unknown value of on_duplicates 'eror': did you mean 'error'"):
         run_of(place, on_duplicates="eror")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,17 @@ from click.testing import CliRunner
 
 from traj_ood.cli import main
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation.leaderboard import (
-    END,
-    START,
-    leaderboard,
-    openood_csv,
-    per_set,
-    render_markdown,
-    update_readme,
-    write_csv,
-    write_openood_csv,
-)
+from traj_ood.evaluation.leaderboard import leaderboard, per_set
+from traj_ood.evaluation.leaderboard_text import DEFAULT_COLUMNS, Choice, csv_text, openood_csv, render
 from traj_ood.evaluation.metrics import Metrics
 from traj_ood.evaluation.results import Result, ScorerResult, SetScore, with_diagnostics
+from traj_ood.evaluation.text_tables import put_between_markers
+
+START, END = "<!-- leaderboard:start -->", "<!-- leaderboard:end -->"
+
+
+def render_markdown(results: list[Result], columns: Sequence[str] = DEFAULT_COLUMNS) -> str:
+    return render(results, choice=Choice(columns))
 
 
 def metrics(auroc: float) -> Metrics:
@@ -209,18 +209,16 @@ def test_an_unknown_column_is_named() -> None:
         render_markdown([run()], columns=["all_aurok"])
 
 
-def test_csv_holds_the_leaderboard(tmp_path: Path) -> None:
-    write_csv([run(0), run(1)], tmp_path / "leaderboard.csv")
-    read = pd.read_csv(tmp_path / "leaderboard.csv")
+def test_csv_holds_the_leaderboard() -> None:
+    read = pd.read_csv(io.StringIO(csv_text([run(0), run(1)])))
     assert list(read.columns) == list(leaderboard([run(0), run(1)]).columns)
     assert read["near_auroc"][0] == pytest.approx(0.65)
 
 
-def test_texts_of_a_csv_that_a_spreadsheet_would_run_are_quoted(tmp_path: Path) -> None:
+def test_texts_of_a_csv_that_a_spreadsheet_would_run_are_quoted() -> None:
     odd = run(model={"name": "=1+1", "fingerprint": "a"}, benchmark="-3\x1b[2J\n|")
-    write_csv([odd], tmp_path / "a.csv")
-    write_csv([odd], tmp_path / "b.csv", quote_formulas=False)
-    quoted, plain = (pd.read_csv(tmp_path / name) for name in ("a.csv", "b.csv"))
+    texts = (csv_text([odd]), csv_text([odd], quote_formulas=False))
+    quoted, plain = (pd.read_csv(io.StringIO(text)) for text in texts)
     assert (quoted["model"][0], plain["model"][0]) == ("'=1+1", "=1+1")
     assert quoted["benchmark"][0] == "'-3\x1b[2J\n|"  # a data file keeps the name
     assert quoted["all_auroc"].tolist() == plain["all_auroc"].tolist()
@@ -232,9 +230,9 @@ def test_texts_of_a_csv_that_a_spreadsheet_would_run_are_quoted(tmp_path: Path) 
 def test_readme_is_replaced_between_its_markers(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    update_readme(readme, "new\n")
+    put_between_markers(readme, "leaderboard", "new\n")
     assert readme.read_text() == f"before\n{START}\nnew\n{END}\nafter\n"
-    update_readme(readme, "new\n")
+    put_between_markers(readme, "leaderboard", "new\n")
     assert readme.read_text() == f"before\n{START}\nnew\n{END}\nafter\n"
 
 
@@ -246,21 +244,21 @@ def test_a_readme_without_markers_is_left_alone(tmp_path: Path, text: str, found
     readme = tmp_path / "README.md"
     readme.write_text(text)
     with pytest.raises(TrajOODError) as error:
-        update_readme(readme, "new")
+        put_between_markers(readme, "leaderboard", "new")
     assert str(error.value) == (
         f"{readme}: expected {START} once and {END} once after it, got {found}; "
         "put both markers where the table belongs"
     )
     assert readme.read_text() == text
-    with pytest.raises(TrajOODError, match="expected a README in UTF-8"):
-        update_readme(tmp_path / "absent.md", "new")
+    with pytest.raises(TrajOODError, match="expected a Markdown file in UTF-8"):
+        put_between_markers(tmp_path / "absent.md", "leaderboard", "new")
 
 
-def test_openood_rows_in_the_columns_of_its_leaderboard(tmp_path: Path) -> None:
+def test_openood_rows_in_the_columns_of_its_leaderboard() -> None:
     model = {"name": "vitmae", "fingerprint": "aaaabbbbcccc", "family": "vit-mae"}
     sick = {"healthy": False, "warnings": ["few distinct end points"]}
-    write_openood_csv([run(0, model=model), run(1, model=model), run(2, model=model, dictionary=sick)], tmp_path / "o")
-    assert (tmp_path / "o").read_text(encoding="utf-8").splitlines() == [
+    text = openood_csv([run(0, model=model), run(1, model=model), run(2, model=model, dictionary=sick)])
+    assert text.splitlines() == [
         "Training,Scorer,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,Additional_Description",
         "vit-mae,Trajectory,70.00 ± 10.00,95.00 ± 0.00,/,No,vitmae,fashion; 3 seeds; unhealthy attractors",
         "vit-mae,KNN,50.00 ± 0.00,85.00 ± 0.00,/,No,vitmae,fashion; 3 seeds; unhealthy attractors",

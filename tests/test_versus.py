@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from traj_ood.cli import main
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.compare import PairedScores, paired_bootstrap
-from traj_ood.evaluation.leaderboard import Choice, csv_text, leaderboard, render
+from traj_ood.evaluation.leaderboard import leaderboard
+from traj_ood.evaluation.leaderboard_text import Choice, csv_text, render
 from traj_ood.evaluation.results import Result as RunResult
 from traj_ood.evaluation.runs import Run
 from traj_ood.evaluation.text_tables import FORMATS, Bold, TextTable, latex

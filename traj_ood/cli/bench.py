@@ -126,7 +126,7 @@ def bench(benchmark: str, **options: Any) -> None:
     """
     from traj_ood.attractors import Verdict
     from traj_ood.detector import refuse_inside
-    from traj_ood.evaluation.leaderboard import render_markdown
+    from traj_ood.evaluation.leaderboard_text import render
     from traj_ood.evaluation.plots import plot_run
     from traj_ood.evaluation.tracking import log_result, tracker
 
@@ -141,7 +141,7 @@ def bench(benchmark: str, **options: Any) -> None:
         return
     if not options["no_plots"] and options["plots"] != "none":
         plot_run(evaluator.folder, options["quiet"], options["plots"], options["plot_size"])
-    say(render_markdown([result]), kept=f"all results are in {evaluator.folder}")
+    say(render([result]), kept=f"all results are in {evaluator.folder}")
     for found in trackers:
         log_result(result, evaluator.folder, found)
     if not result.dictionary["healthy"]:

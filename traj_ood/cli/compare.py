@@ -148,17 +148,10 @@ def _compared(places: tuple[Path, ...], labels: tuple[str, ...], options: dict[s
 def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, **options: Any) -> None:
     """Render every result.json below FOLDER as one leaderboard. Seeds are averaged, different settings are not."""
     from traj_ood.detector import refuse_inside
-    from traj_ood.evaluation.leaderboard import (
-        DEFAULT_COLUMNS,
-        Choice,
-        csv_text,
-        openood_csv,
-        render,
-        update_readme,
-        write_csv,
-        write_openood_csv,
-    )
+    from traj_ood.evaluation.leaderboard_text import DEFAULT_COLUMNS, Choice, csv_text, openood_csv, render
     from traj_ood.evaluation.results import Result, with_diagnostics
+    from traj_ood.evaluation.text_tables import put_between_markers
+    from traj_ood.io.files import write_atomic
 
     quote = options["quote_formulas"]
     if readme is not None and form != "markdown":
@@ -170,13 +163,14 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
         refuse_inside(csv_path.parent)
     results = with_diagnostics(Result.load_all(folder), comma_separated(options["diagnostics"]))
     if form == "openood":
+        text = openood_csv(results, quote_formulas=quote)
         if csv_path is not None:
-            write_openood_csv(results, csv_path, quote_formulas=quote)
-        say(openood_csv(results, quote_formulas=quote), end="")
+            write_atomic(csv_path, text.encode())
+        say(text, end="")
         return
     text = csv_text(results, choice, quote_formulas=quote) if form == "csv" else render(results, form, choice)
     if csv_path is not None:
-        write_csv(results, csv_path, quote_formulas=quote)
+        write_atomic(csv_path, csv_text(results, quote_formulas=quote).encode())
     if readme is not None:
-        update_readme(readme, text)
+        put_between_markers(readme, "leaderboard", text)
     say(text, end="" if form == "csv" else "\n")

@@ -8,13 +8,13 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
 
-from traj_ood.errors import unknown_name
+from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.files import write_atomic
 from traj_ood.text import printable, quote_formula
 
-TableFormat = Literal["markdown", "csv", "latex", "html"]
-FORMATS: tuple[str, ...] = get_args(TableFormat)
+FORMATS = ("markdown", "csv", "latex", "html")
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -115,6 +115,25 @@ class TextTable:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([quote_formula(c) if quote_formulas else c for c in row] for row in (self.header, *self.rows))
         return file.getvalue().rstrip("\n")
+
+
+def put_between_markers(path: str | Path, name: str, markdown: str) -> None:
+    """Replace the text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of a Markdown file.
+
+    Raises ``TrajOODError`` if the file cannot be read, or does not contain each marker once, start before end.
+    """
+    path, start, end = Path(path), f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrajOODError(f"{path}: expected a Markdown file in UTF-8, got {error}; check the path") from error
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise TrajOODError(
+            f"{path}: expected {start} once and {end} once after it, got {text.count(start)} and {text.count(end)}; "
+            "put both markers where the table belongs"
+        )
+    before, after = text[: text.index(start)], text[text.index(end) :]
+    write_atomic(path, f"{before}{start}\n{markdown.strip()}\n{after}".encode())
 
 
 def latex(text: str) -> str:
