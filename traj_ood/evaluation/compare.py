@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from traj_ood.data import OOD_ROLES
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.evaluation.metrics import RECALL, Counts, Floats, check_scores
+from traj_ood.evaluation.metrics import RECALL, Counts, Floats, check_scores, resample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -386,9 +386,7 @@ def _resample(images: int, count: int, draws: np.random.Generator, pictures: Cou
     """(images, count): how often each image is drawn in each of ``count`` resamples; with ``pictures``, by picture."""
     if pictures is not None:
         return _resample(int(pictures.max()) + 1, count, draws)[pictures]
-    drawn = draws.integers(images, size=(count, images))
-    drawn += images * np.arange(count)[:, None]
-    return np.ascontiguousarray(np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).T)
+    return np.ascontiguousarray(resample(np.arange(images), images, count, draws).T)
 
 
 class _Column:

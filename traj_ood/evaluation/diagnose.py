@@ -30,7 +30,8 @@ from traj_ood.attractors.health import (
     still_falling,
 )
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.data import Benchmark, ImageSource, Split
+from traj_ood.data import Benchmark, Split
+from traj_ood.data.batches import read_rows
 from traj_ood.dynamics.iterate import Norm, iterate
 from traj_ood.dynamics.jacobian import Derivative, spectral_radii
 from traj_ood.dynamics.trajectory import Status, join_tables
@@ -73,23 +74,32 @@ class Gallery:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """Result of :func:`diagnose`. Shares are fractions, or None if they could not be measured.
+class ModelFacts(Facts):
+    """Measurements in addition to the dictionary's health. Shares are fractions, or None if they could not be measured.
+
+    Attributes:
+        held_out_converged: share of held-out ID trajectories that converged.
+        known: share of held-out ID images that converge to an attractor of the training images.
+        agreement: share of converged held-out images that end at the same attractor with noise added.
+        derivative: how the Jacobian was computed.
+    """
+
+    held_out_converged: float
+    known: float | None
+    agreement: float | None
+    derivative: Derivative | None
+
+
+@dataclass(frozen=True)
+class Diagnosis(ModelFacts):
+    """Result of :func:`diagnose`; further attributes are those of :class:`ModelFacts` and
+    :class:`traj_ood.attractors.health.Facts`.
 
     Attributes:
         benchmark, model: names.
         fingerprint: fingerprint of the model.
         settings: images, held_out (number), held_out_split, seed, tol, max_steps and noise.
         health: health of the dictionary of the training images.
-        held_out_converged: share of held-out ID trajectories that converged.
-        still_falling: share of training trajectories at the step limit whose residual was still falling.
-        known: share of held-out ID images that converge to an attractor of the training images.
-        agreement: share of converged held-out images that end at the same attractor with noise added.
-        radii: spectral radii of the Jacobian at sampled attractors.
-        stable: share of the radii below 1.
-        derivative: how the Jacobian was computed.
-        explained: share of the variance of held-out images (for a surrogate, features) that D(E(x)) explains.
-        explained_hidden: the same on hidden patches, for masked autoencoders.
         verdict: the verdict with its reason and remedy.
         cautions: sentences on findings that do not affect the verdict.
         curves: residuals and norms over steps (see :func:`traj_ood.evaluation.curves.curve_quantiles`).
@@ -101,15 +111,6 @@ class Diagnosis:
     fingerprint: str
     settings: dict[str, Any]
     health: Health
-    held_out_converged: float
-    still_falling: float | None
-    known: float | None
-    agreement: float | None
-    radii: tuple[float, ...]
-    stable: float | None
-    derivative: Derivative | None
-    explained: float
-    explained_hidden: float | None
     verdict: Verdict
     cautions: tuple[str, ...]
     curves: pd.DataFrame = field(repr=False, compare=False)
@@ -214,35 +215,15 @@ def diagnose(
         benchmark=benchmark.name,
         model=autoencoder.name,
         fingerprint=autoencoder.fingerprint(),
-        settings={
-            "images": len(train.images),
-            "held_out": len(held.images),
-            "held_out_split": held.name,
-            "seed": seed,
-            "tol": tol,
-            "max_steps": max_steps,
-            "noise": noise,
-        },
+        settings={"images": len(train.images), "held_out": len(held.images), "held_out_split": held.name}
+        | {"seed": seed, "tol": tol, "max_steps": max_steps, "noise": noise},
         health=health,
-        **vars(facts),
         verdict=verdict,
         cautions=cautions_about(verdict, facts, noise),
         curves=pd.concat([w.curves for w in (known, unseen)], ignore_index=True),
         gallery=gallery,
+        **vars(facts),
     )
-
-
-# ---------------------------------------------------------------------------------------------- the verdict
-
-
-@dataclass(frozen=True)
-class ModelFacts(Facts):
-    """The measurements in addition to the dictionary's health; see :class:`Diagnosis`."""
-
-    held_out_converged: float
-    known: float | None
-    agreement: float | None
-    derivative: Derivative | None
 
 
 def cautions_about(verdict: Verdict, facts: ModelFacts, noise: float) -> tuple[str, ...]:
@@ -276,6 +257,7 @@ def _findings(d: Diagnosis) -> list[tuple[str, str]]:
     health, settings = d.health, d.settings
     steps, moved = health.steps_quantiles, health.displacement_quantiles
     split = settings["held_out_split"]
+    hidden = "" if d.explained_hidden is None else f", {d.explained_hidden:.0%} on hidden patches"
     rows = [
         ("images", f"{settings['images']:,} of the training split, {settings['held_out']:,} held out ({split})"),
         ("iteration", f"to a squared residual below {settings['tol']:g}, at most {settings['max_steps']} steps"),
@@ -290,7 +272,7 @@ def _findings(d: Diagnosis) -> list[tuple[str, str]]:
         ("spectral radius", _radius_text(d)),
         ("basins", _share(d.agreement, f"of images keep their attractor under noise of {settings['noise']:g}")),
         ("held-out ID", _share(d.known, "of images end at an attractor of the training images")),
-        ("reconstruction", f"D(E(x)) explains {d.explained:.0%} of the variance" + _hidden_text(d)),
+        ("reconstruction", f"D(E(x)) explains {d.explained:.0%} of the variance{hidden}"),
     ]
     return rows
 
@@ -304,10 +286,6 @@ def _radius_text(d: Diagnosis) -> str:
     return text + (" (by differences)" if d.derivative == "differences" else "")
 
 
-def _hidden_text(d: Diagnosis) -> str:
-    return "" if d.explained_hidden is None else f", {d.explained_hidden:.0%} on hidden patches"
-
-
 def _share(value: float | None, of_what: str) -> str:
     return _NOT_MEASURED if value is None else f"{value:.0%} {of_what}"
 
@@ -317,16 +295,8 @@ def _share(value: float | None, of_what: str) -> str:
 
 @dataclass(frozen=True)
 class _Walk:
-    """The trajectories of the images of one split.
-
-    Attributes:
-        dictionary: their end points.
-        curves: their quantiles over steps.
-        residuals: (N, T) float64 squared residuals.
-        errors: (N,) float64 squared errors of D(E(x)), summed over pixels.
-        targets: (N, *) targets of D(E(x)).
-        images: (N, C, H, W) normalised images.
-    """
+    """The trajectories of the normalised images (N, C, H, W) of one split: end points, quantiles over steps, squared
+    residuals (N, T), and squared errors (N,) of D(E(x)), summed over pixels, against its targets (N, *)."""
 
     dictionary: AttractorDictionary
     curves: pd.DataFrame
@@ -347,7 +317,7 @@ class _Walker:
         self.model, self.tol, self.max_steps, self.bar = model, tol, max_steps, bar
 
     def walk(self, split: Split) -> _Walk:
-        images = _load(self.model, split.images)
+        images = read_rows(self.model, split.images, range(len(split.images))).images
         dictionaries, parts, errors, targets = [], [], [], []
         for rows in torch.arange(len(images)).split(_BATCH):
             ids = _ids(split.images.ids, rows)
@@ -360,14 +330,7 @@ class _Walker:
         curves = curve_quantiles(split, parts, self.tol)
         joined = AttractorDictionary.concatenate(dictionaries)
         residuals = join_tables([p.tensors["residuals"] for p in parts])
-        return _Walk(
-            joined,
-            curves,
-            residuals,
-            torch.cat(errors),
-            torch.cat(targets),
-            images,
-        )
+        return _Walk(joined, curves, residuals, torch.cat(errors), torch.cat(targets), images)
 
     def agreement(self, split: Split, clean: _Walk, noise: float, seed: int) -> float | None:
         """The share of converged images, out of an evenly spaced sample, that end at the same attractor with noise."""
@@ -387,14 +350,8 @@ class _Walker:
         return float(same[counted].double().mean())
 
     def _iterate(self, latents: Tensor, ids: tuple[str, ...]) -> tuple[AttractorDictionary, Part]:
-        path = iterate(
-            self.model.self_map,
-            latents,
-            tol=self.tol,
-            max_steps=self.max_steps,
-            observers=[Norm()],
-            chunk=self.model.chunk,
-        )
+        settings: dict[str, Any] = {"tol": self.tol, "max_steps": self.max_steps, "chunk": self.model.chunk}
+        path = iterate(self.model.self_map, latents, observers=[Norm()], **settings)
         self.bar.update(len(ids))
         tensors = {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
         return AttractorDictionary.from_trajectory(latents, path, ids), Part(ids, [], tensors, {})
@@ -421,10 +378,6 @@ def diagnosis_splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Spli
     drawn = torch.randperm(2 * count, generator=torch.Generator().manual_seed(seed)).tolist()
     halves = [both.select(sorted(part)) for part in (drawn[:count], drawn[count:])]
     return Split(split.name, "train", halves[0]), Split(f"{split.name}-held-out", "val", halves[1])
-
-
-def _load(model: Autoencoder, source: ImageSource) -> Tensor:
-    return torch.stack([model.transform(source.load(i)) for i in range(len(source))])
 
 
 def _known_share(known: AttractorDictionary, unseen: AttractorDictionary) -> float | None:

@@ -48,12 +48,8 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
         tol: tolerance on the squared residual, drawn as a line.
         width: width in inches for print, see :func:`traj_ood.drawing.style.canvas`.
     Raises:
-        TrajOODError: columns are missing, there are no rows, or the tolerance is not positive.
+        TrajOODError: the tolerance is not positive.
     """
-    missing = {"split", "role", "step", "quantity", *_QUANTILES} - set(curves.columns)
-    if missing or curves.empty:
-        got = f"without {', '.join(sorted(missing))}" if missing else "of 0 rows"
-        raise TrajOODError(f"plot: expected dynamics by split, step and quantity, got a table {got}; record them first")
     if not tol > 0:
         raise TrajOODError(f"plot: expected a tolerance above 0, got {tol}; 1e-5 is the paper's")
     roles: dict[str, str] = dict(curves[["split", "role"]].drop_duplicates().itertuples(index=False))
@@ -221,17 +217,9 @@ def attractor_gallery(
         captions: K texts, one per column.
         limits: (2, C) values drawn as black and as full brightness.
         title: title of the figure.
-    Raises:
-        TrajOODError: there are no attractors, or the number of captions or channels does not fit.
     """
     kinds = {"D(z*)": decoded, "nearest\ntraining image": nearest}
     shown = {name: images for name, images in kinds.items() if images is not None}
-    sizes = [images.shape[:2] for images in shown.values()]
-    if not len(nearest) or any(size != (len(captions), nearest.shape[1]) or size[1] not in (1, 3) for size in sizes):
-        raise TrajOODError(
-            f"plot: expected grey or RGB images (K, C, H, W) for {len(captions)} captions, got "
-            f"{', '.join(str(images.shape) for images in shown.values())}"
-        )
     bands = [slice(first, first + 8) for first in range(0, len(nearest), 8)]
     rows = [
         PictureRow(name, images[band], limits, captions[band] if n == 0 else ())

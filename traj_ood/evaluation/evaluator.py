@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from traj_ood.data.batches import OnError
 from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
-from traj_ood.errors import TrajOODError, check_word, unknown_name, warn
+from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.file_control import NOTE, control_scores
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
@@ -135,8 +135,8 @@ class Evaluator:
         _at_least("workers", self.workers, 1)
         if self.batch_size is not None:
             _at_least("batch size", self.batch_size, 1)
-        if self.on_duplicates not in (None, *get_args(OnDuplicates)):
-            raise unknown_name("value of on_duplicates", str(self.on_duplicates), get_args(OnDuplicates))
+        if self.on_duplicates is not None:
+            check_word("value of on_duplicates", self.on_duplicates, OnDuplicates)
         self.sample = bench.subsample(
             train=config.attractors if config.attractors is not None else _protocol(bench),
             per_set=config.per_set if config.per_set is not None else bench.test_size,
@@ -239,7 +239,8 @@ class Evaluator:
                 self.parts.remove()  # left by a process that died while removing them
             return identity, None
         if self.team.is_main:
-            self._check_images()
+            if self.config.on_error == "raise":
+                preflight(self.sample)
             self._check_copies(copies)
         elif not self.parts.index().is_file():
             raise TrajOODError(
@@ -292,14 +293,15 @@ class Evaluator:
         """What identifies a run, as JSON data."""
         self.scorers.try_compile()
         config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "control", "compile")}
-        config |= {"compile": True} if self.scorers.compile else {}  # absent in older results, which are uncompiled
+        # Older results have neither of these two keys.
+        config |= {"compile": True} if self.scorers.compile else {}
+        config |= {"control": True} if self.control else {}
         config |= {
             "scorers": self.scorers.labels,
             "attractors": len(self.sample.train.images),
             "per_set": self.config.per_set if self.config.per_set is not None else self.benchmark.test_size,
             "model_options": self.autoencoder.options(),
         }
-        config |= {"control": True} if self.control else {}  # older results have no such key
         data = self.sample.digests(self._snapshot.contents)
         for copies in found:
             data[copies.second].setdefault("copies", {})[copies.first] = copies.count
@@ -334,24 +336,16 @@ class Evaluator:
                 "discard it with --fresh"
             )
 
-    def _check_images(self) -> None:
-        """Preflight, unless unreadable images are skipped."""
-        if self.config.on_error == "raise":
-            preflight(self.sample)
-
     def _used_splits(self) -> list[Split]:
         return [self.sample.train, self.sample.test, *self.sample.ood]
 
     def _batch_sizes(self) -> dict[str, int]:
-        most = self._most_images() if self.batch_size is None else self.batch_size
+        most, model = self.batch_size, self.autoencoder
+        if most is None:
+            latent = model.encode(torch.zeros(1, *model.input_shape))
+            bytes_per_image = 4 * max(latent.numel(), int(np.prod(model.input_shape)))
+            most = max(model.chunk, min(_MAX_BATCH, _LATENT_BYTES // bytes_per_image))
         return {s.name: even_size(len(s.images), most, self.team.size) for s in self._used_splits()}
-
-    def _most_images(self) -> int:
-        """The default batch size."""
-        model = self.autoencoder
-        latent = model.encode(torch.zeros(1, *model.input_shape))
-        bytes_per_image = 4 * max(latent.numel(), int(np.prod(model.input_shape)))
-        return max(model.chunk, min(_MAX_BATCH, _LATENT_BYTES // bytes_per_image))
 
     # ------------------------------------------------------------------ metrics and files
 
@@ -377,12 +371,14 @@ class Evaluator:
             began = time.perf_counter()
             self._keep_pictures(table, scorers, dictionary)
             passes.seconds["pictures"] = time.perf_counter() - began
+        threads, processes = str(torch.get_num_threads()), str(self.team.size)
+        machine = {"device": str(self.autoencoder.device), "threads": threads, "processes": processes}
         result = Result(
             name=self.name,
             **identity,
             command=self.command or " ".join(sys.argv),
             commit=git_commit(),
-            versions=environment() | self._machine(),
+            versions=environment() | machine,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seconds={k: round(v, 2) for k, v in passes.seconds.items()},
             dictionary=health,
@@ -395,7 +391,7 @@ class Evaluator:
     def _add_pictures(self, result: Result) -> None:
         """Add pictures to a finished run without them, unless it was made by another version of the code."""
         scores, attractors = self.folder / "scores.parquet", self.folder / "attractors.safetensors"
-        if not (self.pictures and self.team.is_main and scores.is_file()) or self._gallery.is_file():
+        if not (self.pictures and self.team.is_main and scores.is_file()) or (self.folder / GALLERY_NAME).is_file():
             return
         if result.versions.get("code") != code_digest():  # this code's pictures may not show that code's results
             return
@@ -407,15 +403,7 @@ class Evaluator:
     ) -> None:
         tol, max_steps = self.config.tol, self.config.max_steps
         kept = keep_pictures(self.autoencoder, self.sample, table, scorers, dictionary, tol=tol, max_steps=max_steps)
-        kept.save(self._gallery)
-
-    @property
-    def _gallery(self) -> Path:
-        return self.folder / GALLERY_NAME
-
-    def _machine(self) -> dict[str, str]:
-        threads = str(torch.get_num_threads())
-        return {"device": str(self.autoencoder.device), "threads": threads, "processes": str(self.team.size)}
+        kept.save(self.folder / GALLERY_NAME)
 
 
 def _at_least(name: str, value: float, least: float) -> None:

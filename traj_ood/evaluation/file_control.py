@@ -27,12 +27,9 @@ any difference that is more than rounding."""
 def control_scores(
     sample: Benchmark, table: pd.DataFrame, workers: int = 2, on_error: OnError = "raise"
 ) -> NDArray[np.float64]:
-    """(rows,) scores of the images of a run's table (columns ``split`` and ``id``), higher = more OOD.
+    """(rows,) scores of the images of a run's table (columns ``split`` and ``id``), higher = more OOD, of the benchmark
+    that was run, read by ``workers`` threads; ``skip`` leaves out training images that cannot be read.
 
-    Args:
-        sample: the benchmark that was run.
-        workers: threads that read images.
-        on_error: ``skip`` leaves out training images that cannot be read.
     Raises:
         TrajOODError: an image that cannot be read.
     """

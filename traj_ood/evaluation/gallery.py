@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -116,21 +116,10 @@ class Pictures:
 
         Raises ``TrajOODError`` if the folder cannot be written.
         """
-        words = {
-            "schema": _SCHEMA,
-            "plane": self.plane,
-            "explained": self.explained,
-            "samples": [vars(s) for s in self.samples],
-            "frames": [vars(f) for f in self.frames],
-            "no_frames": self.no_frames,
-            "mistakes": {
-                label: {side: [vars(m) for m in found] for side, found in sides.items()}
-                for label, sides in self.mistakes.items()
-            },
-        }
+        words = {k: v for k, v in asdict(self).items() if k not in (*_TABLES, "images")}
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in _TABLES}
         tensors |= {f"image/{k}": torch.frombuffer(bytearray(png), dtype=torch.uint8) for k, png in self.images.items()}
-        write_tensors(Path(path), tensors, {"gallery": words})
+        write_tensors(Path(path), tensors, {"gallery": {"schema": _SCHEMA, **words}})
 
     @classmethod
     def load(cls, path: str | Path) -> Pictures:
@@ -230,13 +219,12 @@ def keep_pictures(
     plane = _plane(dictionary, start)
     decodes = _decodes_to_images(autoencoder, start)
     tracer = _Tracer(plane, frame_rows if decodes else [])
-    limit = min(max_steps, _step_limit(dictionary))
+    most = _STEPS_WITHOUT_DICTIONARY if dictionary is None else max(2, int(dictionary.steps.double().quantile(0.95)))
+    limit = min(max_steps, most)
     walked = iterate(autoencoder.self_map, start, tol=tol, max_steps=limit, observers=[tracer], chunk=autoencoder.chunk)
     ended = zip(rows, walked.steps.tolist(), walked.status.tolist(), strict=True)
     paths, attractors = tracer.paths(len(rows)), plane.project(_drawn(dictionary, start))
-    frames: tuple[Frames, ...] = ()
-    if decodes:
-        frames = _frames(autoencoder, images, frame_rows, tracer, walked, album)
+    frames = _frames(autoencoder, images, frame_rows, tracer, walked, album) if decodes else ()
     return Pictures(
         plane=plane.kind,
         explained=plane.explained,
@@ -249,12 +237,6 @@ def keep_pictures(
         mistakes=mistakes,
         images=album.pngs,
     )
-
-
-def _step_limit(dictionary: AttractorDictionary | None) -> int:
-    if dictionary is None:
-        return _STEPS_WITHOUT_DICTIONARY
-    return max(2, int(dictionary.steps.double().quantile(0.95)))
 
 
 class _Album:
@@ -310,19 +292,14 @@ class _Row(NamedTuple):
 
 
 def _path_rows(table: pd.DataFrame) -> list[_Row]:
-    """The samples whose paths are kept, evenly spread over the ID test split and each OOD set, near sets first.
-
-    Spread, because lists are often sorted by class.
-    """
+    """The samples whose paths are kept, from the ID test split and each OOD set, near sets first; evenly spread, as
+    lists are often sorted by class."""
     ood = [part for _, part in table[table["role"] != "test"].groupby("split", sort=False)]
     each = max(1, _OOD_PATHS // len(ood))
-    parts = [_spread(table[table["role"] == "test"], _ID_PATHS), *(_spread(part, each) for part in ood[:_OOD_PATHS])]
-    found = (values for part in parts for values in zip(part["split"], part["role"], part["id"], strict=True))
+    wanted = [(table[table["role"] == "test"], _ID_PATHS), *((part, each) for part in ood[:_OOD_PATHS])]
+    chosen = pd.concat([part.iloc[_places(len(part), count)] for part, count in wanted])
+    found = zip(chosen["split"], chosen["role"], chosen["id"], strict=True)
     return [_Row(*map(str, values)) for values in found]
-
-
-def _spread(part: pd.DataFrame, count: int) -> pd.DataFrame:
-    return part.iloc[_places(len(part), count)]
 
 
 def _places(length: int, count: int) -> list[int]:
@@ -384,8 +361,7 @@ def _principal(points: Tensor) -> tuple[Tensor, Tensor, float] | None:
     """Mean (d,), first two principal directions (2, d) and their share of the variance; None if the points (n, *L) do
     not span a plane.
 
-    Computed from the (n, n) Gram matrix of the centred points, as d is up to 151,296 and n at most 300. The sign of
-    each direction is chosen so that its largest entry is positive.
+    Computed from the Gram matrix: d is up to 151,296, n at most 300. The largest entry of a direction is positive.
     """
     if len(points) < 3:
         return None

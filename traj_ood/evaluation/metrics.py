@@ -139,14 +139,14 @@ def bootstrap(
     values = []
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
-        id_counts = _resample(id_rank, distinct.size, size, id_draws)
-        ood_counts = _resample(ood_rank, distinct.size, size, ood_draws)
+        id_counts = resample(id_rank, distinct.size, size, id_draws)
+        ood_counts = resample(ood_rank, distinct.size, size, ood_draws)
         values.append(_metrics_of_counts(id_counts, ood_counts))
     low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {name: (float(a), float(b)) for name, a, b in zip(METRIC_NAMES, low, high, strict=True)}
 
 
-def _resample(rank: Counts, distinct: int, size: int, draws: np.random.Generator) -> Counts:
+def resample(rank: Counts, distinct: int, size: int, draws: np.random.Generator) -> Counts:
     """``size`` resamples of the images with these ranks (n,), as counts per distinct score (size, distinct)."""
     drawn = rank[draws.integers(rank.size, size=(size, rank.size))]
     drawn += distinct * np.arange(size)[:, None]  # a block of bins per resample, for a single bincount

@@ -35,13 +35,8 @@ _RECONSTRUCTED_IMAGES = 200
 
 
 def score_table(sample: Benchmark, scored: Parts, labels: list[str]) -> pd.DataFrame:
-    """Table with one row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer.
-
-    Args:
-        sample: the benchmark.
-        scored: parts of all splits except the training split.
-        labels: labels of the scorers.
-    """
+    """Table with one row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer,
+    from the parts of all splits except the training split."""
     roles = {s.name: s.role for s in sample.splits()}
     rows = []
     for name, pieces in scored.items():
@@ -56,15 +51,9 @@ def score_table(sample: Benchmark, scored: Parts, labels: list[str]) -> pd.DataF
 def measure(
     scorers: ScorerSet, sample: Benchmark, table: pd.DataFrame, scored: Parts, *, resamples: int, quiet: bool
 ) -> dict[str, ScorerResult]:
-    """Metrics of every scorer on every OOD set, with its options and cost, by label.
+    """Metrics of every scorer on every OOD set, with its options and cost, by label. ``table`` is the
+    :func:`score_table` of the parts ``scored``, which hold the costs.
 
-    Args:
-        scorers: the scorers.
-        sample: the benchmark.
-        table: see :func:`score_table`.
-        scored: the parts of the table, with the costs.
-        resamples: resamples of the bootstrap intervals; 0 for none.
-        quiet: no progress bar.
     Raises:
         TrajOODError: scores are empty or not finite.
     """
@@ -102,12 +91,8 @@ def _mean_cost(label: str, pieces: list[Part]) -> float:
 def judged(passes: Passes, dictionary: AttractorDictionary, seed: int) -> dict[str, Any]:
     """The dictionary's health with the verdict of ``traj-ood diagnose``, which tests more than the health.
 
-    ID test images are used as held-out images. Spectral radii are computed only if the health is good.
-
-    Args:
-        passes: the passes of the run.
-        dictionary: its attractors.
-        seed: seed of the sampled attractors.
+    ID test images are used as held-out images. Spectral radii, at attractors sampled by ``seed``, are computed only if
+    the health is good.
     """
     health, model, test = dictionary.health(), passes.scorers.autoencoder, passes.sample.test
     count = len(test.images)

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from traj_ood.errors import TrajOODError
+from traj_ood.text import brief
 
 T = TypeVar("T")
 
@@ -86,20 +87,11 @@ class Team:
         yield
 
     def wait(self) -> None:
-        """Wait for all processes; inside :meth:`together` only.
-
-        Raises:
-            TrajOODError, TeammateError: as :meth:`together`.
-        """
+        """Wait for all processes. This and the following methods may be called inside :meth:`together` only, and raise
+        as it does."""
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """Call ``action`` in the main process, and then in all others, which find its files on disk.
-
-        Inside :meth:`together` only.
-
-        Raises:
-            TrajOODError, TeammateError: as :meth:`together`.
-        """
+        """Call ``action`` in the main process, and then in all others, which find its files on disk."""
         if not self.is_main:
             self.wait()
         outcome = action()
@@ -108,11 +100,7 @@ class Team:
         return outcome
 
     def check(self) -> None:
-        """Raise if another process has failed, without waiting; inside :meth:`together` only.
-
-        Raises:
-            TrajOODError, TeammateError: as :meth:`together`.
-        """
+        """Raise if another process has failed, without waiting."""
 
 
 class LaunchedTeam(Team):
@@ -138,7 +126,7 @@ class LaunchedTeam(Team):
         except Exception as error:
             raise TrajOODError(
                 f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: expected to reach the others over "
-                f"gloo, got: {_line(error)}: check MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME"
+                f"gloo, got: {brief(error)}: check MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME"
             ) from error
         self.rank: int = state.process_index
         self.size: int = state.num_processes
@@ -196,7 +184,7 @@ class LaunchedTeam(Team):
     def _text_of(self, error: Exception) -> str:
         if isinstance(error, TrajOODError):
             return str(error)
-        return f"process {self.rank} failed with {type(error).__name__} ({_line(error)}); {_KEPT_NOTE}"
+        return f"process {self.rank} failed with {type(error).__name__} ({brief(error)}); {_KEPT_NOTE}"
 
     def _lost(self, reason: str) -> TrajOODError:
         """The error raised in the surviving processes after one has died; the first to notice reports it."""
@@ -232,7 +220,3 @@ class LaunchedTeam(Team):
 
     def _key(self, name: str) -> str:
         return f"traj_ood/{self._round}/{name}"
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,14 +15,13 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from traj_ood.drawing.charts import name_rows
 from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas, lines_of, look, save_figure
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.dynamics_plots import Floats, dynamics_curves, paths
-from traj_ood.evaluation.metrics import RECALL, check_scores
+from traj_ood.evaluation.metrics import RECALL
 from traj_ood.evaluation.results import CONTROL, Result, SetScore, is_in, mean_interval
 from traj_ood.evaluation.runs import Run
 
@@ -47,16 +46,10 @@ _BEST, _PAPERS = 2, "trajectory"  # number of best scorers, and name of the pape
 
 
 def plot_run(folder: Path, quiet: bool = False, form: PlotForm = "png", size: str = "screen") -> None:
-    """Draw the figures of a finished run from the files in its folder, into ``folder/plots``.
+    """Draw the figures of a finished run from the files in its folder, into ``folder/plots``: the overview of all
+    scorers, residual and norm curves, paths in the plane if they were kept, and histograms and ROC curves of
+    :func:`leaders`. ``size`` is one of :data:`PRINT_WIDTHS`; figures for print have no titles.
 
-    These are the overview of all scorers, residual and norm curves, paths in the plane if they were kept, and
-    histograms and ROC curves of :func:`leaders`. The report can show those of any scorer.
-
-    Args:
-        folder: folder of the run.
-        quiet: no progress bar.
-        form: file format.
-        size: one of :data:`PRINT_WIDTHS`; figures for print have no titles.
     Raises:
         TrajOODError: the run's tables are missing or damaged, or the folder cannot be written.
     """
@@ -74,9 +67,9 @@ def plot_run(folder: Path, quiet: bool = False, form: PlotForm = "png", size: st
     for label in tqdm(leaders(result), "plots", unit="scorer", delay=2, disable=quiet, leave=False):
         id_scores, by_set = run.scores_of(label)
         name = label.replace(":", "_").replace("=", "-")
-        data = id_scores, by_set, result.scorers[label].sets, f"{label}: {_place(result)}"
-        save_figure(score_histograms(*data, lines=lines, width=width), plots / f"histogram_{name}.{form}")
-        save_figure(roc_curves(*data, lines=lines, width=width), plots / f"roc_{name}.{form}")
+        data = id_scores, by_set, result.scorers[label].sets, f"{label}: {_place(result)}", lines, width
+        save_figure(score_histograms(*data), plots / f"histogram_{name}.{form}")
+        save_figure(roc_curves(*data), plots / f"roc_{name}.{form}")
 
 
 def leaders(result: Result) -> list[str]:
@@ -98,8 +91,8 @@ def _place(result: Result) -> str:
 
 
 def score_histograms(
-    id_scores: ArrayLike,
-    ood: Mapping[str, ArrayLike],
+    id_scores: Floats,
+    scores: Mapping[str, Floats],
     sets: Mapping[str, SetScore],
     title: str,
     lines: Lines | None = None,
@@ -109,15 +102,12 @@ def score_histograms(
 
     Args:
         id_scores: (n,) ID scores, HIGHER = MORE OOD.
-        ood: (m,) scores of each OOD set. All panels have the same bins, see :func:`shared_bins`.
-        sets: role and metrics of each set of ``ood``.
+        scores: (m,) scores of each OOD set. All panels have the same bins, see :func:`shared_bins`.
+        sets: role and metrics of each OOD set.
         title: title of the figure.
-        lines: ink and dash pattern of each set. Default: :func:`traj_ood.drawing.style.lines_of` the sets of ``ood``.
+        lines: ink and dash pattern of each set. Default: :func:`traj_ood.drawing.style.lines_of` the sets.
         width: width in inches for print, see :func:`traj_ood.drawing.style.canvas`.
-    Raises:
-        TrajOODError: scores are empty or not finite, there is no OOD set, or one has no role.
     """
-    id_scores, scores = _checked(id_scores, ood, sets)
     edges = shared_bins([id_scores, *scores.values()])
     legend = {f"ID (n = {id_scores.size:,})": _patch("id")}
     legend["keeps 95 % of ID (FPR95: OOD left of it)"] = {"color": INKS["muted"], "linestyle": ":"}
@@ -171,8 +161,8 @@ def beyond(edges: Floats, id_scores: Floats, ood: Mapping[str, Floats]) -> str:
 
 
 def roc_curves(
-    id_scores: ArrayLike,
-    ood: Mapping[str, ArrayLike],
+    id_scores: Floats,
+    scores: Mapping[str, Floats],
     sets: Mapping[str, SetScore],
     title: str,
     lines: Lines | None = None,
@@ -180,9 +170,8 @@ def roc_curves(
 ) -> Figure:
     """ROC curves of ID scores against each OOD set, with OOD positive, and the AUROC of each set in the legend.
 
-    Arguments and errors as in :func:`score_histograms`.
+    Arguments as in :func:`score_histograms`.
     """
-    id_scores, scores = _checked(id_scores, ood, sets)
     lines = lines or lines_of(scores)
     legend = {f"{name}  {100 * sets[name].metrics.auroc:.1f} %": look(*lines[name]) for name in scores}
     note = (
@@ -220,17 +209,6 @@ def _roc(id_scores: Floats, scores: Floats) -> tuple[Floats, Floats]:
         return rejected, caught
     places = np.linspace(0, 2, _CURVE_POINTS)
     return np.interp(places, rejected + caught, rejected), np.interp(places, rejected + caught, caught)
-
-
-def _checked(
-    id_scores: ArrayLike, ood: Mapping[str, ArrayLike], sets: Mapping[str, SetScore]
-) -> tuple[Floats, dict[str, Floats]]:
-    if not ood:
-        raise TrajOODError("plot: expected scores of at least 1 OOD set, got none; name a near or far split")
-    for name in ood:
-        if name not in sets:
-            raise TrajOODError(f"plot: expected the role near or far for {name!r}, got None; add it")
-    return check_scores(id_scores, "ID"), {name: check_scores(scores, name) for name, scores in ood.items()}
 
 
 def _patch(ink: str) -> Look:

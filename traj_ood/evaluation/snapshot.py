@@ -19,25 +19,15 @@ _SHOWN_IDS = 3
 
 
 class Snapshot:
-    """Content digests of all images of some splits, computed on construction.
-
-    Args:
-        splits: splits with distinct names.
-
-    Attributes:
-        contents: content digests by split, see :meth:`traj_ood.data.ImageSource.contents`.
-    """
+    """Content digests of all images of some splits with distinct names, computed on construction: ``contents`` by
+    split, see :meth:`traj_ood.data.ImageSource.contents`."""
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self._splits = splits
         self.contents = {split.name: split.images.contents() for split in splits}
 
     def check(self, split: Split, indices: Sequence[int]) -> None:
-        """Check that images have not changed since.
-
-        Raises:
-            TrajOODError: some have; the message names the split and the first image.
-        """
+        """Raise ``TrajOODError``, which names the split and the first image, if images have changed since."""
         try:
             check_unchanged(split.images, indices, self.contents[split.name])
         except TrajOODError as error:
@@ -57,10 +47,11 @@ class Snapshot:
             before, now = pd.read_parquet(folder / FILE_NAME), pd.concat(map(self._table, self._splits))
             if before[["split", "id"]].values.tolist() == now[["split", "id"]].values.tolist():
                 other = (before["content"].to_numpy() != now["content"].to_numpy()).tolist()
-                counts = [len(split.images) for split in self._splits]
-                starts = [sum(counts[:k]) for k in range(len(counts))]
-                places = zip(self._splits, starts, counts, strict=True)
-                return {s.name: [i for i in range(n) if other[first + i]] for s, first, n in places}
+                found, first = {}, 0
+                for split in self._splits:
+                    found[split.name] = [i for i in range(len(split.images)) if other[first + i]]
+                    first += len(split.images)
+                return found
         return None
 
     def words(self, changed: dict[str, list[int]]) -> str:

@@ -28,15 +28,8 @@ class Tracker(Protocol):
     """Interface of the trackers."""
 
     def log(self, run: str, group: str, params: Mapping[str, str], metrics: Mapping[str, float], folder: Path) -> None:
-        """Log one finished run.
-
-        Args:
-            run: its name.
-            group: name of the benchmark.
-            params: settings as text.
-            metrics: fractions by ``scorer/region/metric``.
-            folder: folder of the run, whose result.json is stored as an artifact.
-        """
+        """Log the finished run ``run`` of the benchmark ``group``: settings as text, fractions by
+        ``scorer/region/metric``, and result.json of its folder as an artifact."""
 
 
 def tracker(spec: str) -> Tracker:
