@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from traj_ood.attractors import Verdict
@@ -189,7 +190,7 @@ def side_by_side(found: Sequence[Board]) -> list[SideBySide]:
         labels = dict.fromkeys(label for figures in columns.values() for label in figures)
         lines = [(label, [figures.get(label) for figures in columns.values()]) for label in labels]
         lines = [line for line in lines if sum(f is not None and f.known for f in line[1]) > 1]
-        lines.sort(key=lambda line: -_mean([f.value for f in line[1] if f is not None and f.known]))
+        lines.sort(key=lambda line: -fmean(f.value for f in line[1] if f is not None and f.known))
         rows = [(label, figures, _difference(figures)) for label, figures in lines]
         if rows:
             lists = {_test_lists(run.result) for board in own for run in board.runs}
@@ -227,10 +228,6 @@ def _means(result: Result) -> dict[str, Estimate]:
 def _difference(figures: Sequence[Estimate | None]) -> float:
     known = [figure.value for figure in figures if figure is not None and figure.known]
     return known[1] - known[0] if len(figures) == len(known) == 2 else NAN
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def boards(runs: Sequence[Run]) -> list[Board]:
@@ -315,18 +312,13 @@ def health_card(result: Result) -> HealthCard:
     if "verdict" in record:
         verdict = Verdict(**record["verdict"])
         state = "good" if verdict.meaningful else "bad"
-        return HealthCard(state, verdict.word.capitalize(), _sentence(verdict.text, verdict.word), facts)
+        text = verdict.text.removeprefix(f"{verdict.word}: ")  # the word is the title
+        return HealthCard(state, verdict.word.capitalize(), text[:1].upper() + text[1:], facts)
     if record["healthy"]:
         return HealthCard("good", "Healthy", _recorded(record), facts)
     reasons = "; ".join(record["warnings"]) or "no reason was recorded"
     text = f"{reasons}. Scores against these attractors mean nothing."
     return HealthCard("bad", "Unhealthy", text[:1].upper() + text[1:], facts)
-
-
-def _sentence(text: str, word: str) -> str:
-    """A verdict's text without its first word, which is the title."""
-    rest = text.removeprefix(f"{word}: ")
-    return rest[:1].upper() + rest[1:]
 
 
 def _recorded(record: dict[str, Any]) -> str:

@@ -98,12 +98,9 @@ def _train_autoencoder(
 
 
 def build_autoencoder(config: TrainConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> Autoencoder:
-    """Build an untrained autoencoder of the configured family and geometry.
+    """Build an untrained autoencoder of the configured family and geometry, with the ``mean`` and ``std`` per channel
+    of the pixels in [0, 1].
 
-    Args:
-        config: family and geometry.
-        mean: mean per channel of the pixels in [0, 1].
-        std: standard deviation per channel.
     Raises:
         TrajOODError: the family is ``classifier``, an unknown key, or impossible geometry.
     """
@@ -125,12 +122,8 @@ def build_autoencoder(config: TrainConfig, mean: tuple[float, ...], std: tuple[f
 
 
 def reconstruction_loss(model: Autoencoder, recipe: Recipe) -> ImageLoss:
-    """The loss function of an autoencoder: mean squared error of the reconstruction from a noisy, masked input.
-
-    Args:
-        model: the autoencoder.
-        recipe: input noise, mask ratios, and the pixels that count.
-    """
+    """The loss function of an autoencoder: mean squared error of the reconstruction from a noisy, masked input, by the
+    recipe's input noise, mask ratios, and pixels that count."""
 
     def loss(images: Tensor, rows: Tensor, draws: torch.Generator) -> Tensor:
         ratio = recipe.mask_ratios[int(torch.randint(len(recipe.mask_ratios), (), generator=draws))]

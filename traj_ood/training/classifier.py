@@ -27,16 +27,10 @@ def train_classifier(
 ) -> Backbone:
     """Train a classifier and write it in timm's local-directory format, with ``training.json`` and a card, README.md.
 
-    It is called by :func:`traj_ood.training.autoencoder.train_model`, which describes checkpoints and resuming. Images
-    are resized directly to ``image_size`` (bilinear), in training and in the transform that the folder declares.
+    Called by :func:`traj_ood.training.autoencoder.train_model`, which describes checkpoints and resuming; ``progress``
+    holds ``quiet`` and ``on_round`` of :class:`traj_ood.training.loop.Trainer`. Images are resized directly to
+    ``image_size`` (bilinear), in training and in the transform that the folder declares.
 
-    Args:
-        config: of family ``classifier``; ``model`` holds ``architecture``, a timm name, and timm's arguments for it.
-        benchmark: its ID training split must have labels.
-        out: folder for all files.
-        device: where to train.
-        fresh: ignore a checkpoint.
-        progress: ``quiet`` and ``on_round`` of :class:`traj_ood.training.loop.Trainer`.
     Returns:
         The trained backbone, loaded back from ``out``.
     Raises:
@@ -108,13 +102,8 @@ def accuracy(backbone: Backbone, split: Split, classes: Sequence[str]) -> dict[s
 
 
 def cross_entropy(network: nn.Module, targets: Tensor, recipe: Recipe) -> ImageLoss:
-    """The loss function of a classifier: cross-entropy, with the recipe's input noise.
-
-    Args:
-        network: images → logits.
-        targets: (N,) int64 class of every training image.
-        recipe: input noise.
-    """
+    """The loss function of a classifier: cross-entropy with the ``targets`` (N,) of all training images, and the
+    recipe's input noise."""
 
     def loss(images: Tensor, rows: Tensor, draws: torch.Generator) -> Tensor:
         if recipe.input_noise:
@@ -125,11 +114,7 @@ def cross_entropy(network: nn.Module, targets: Tensor, recipe: Recipe) -> ImageL
 
 
 def check_classifier(config: TrainConfig) -> None:
-    """Refuse settings that do not apply to a classifier, instead of ignoring them.
-
-    Raises:
-        TrajOODError: such a setting, or no architecture.
-    """
+    """Refuse settings that do not apply to a classifier, instead of ignoring them, and a missing architecture."""
     if not isinstance(config.model.get("architecture"), str):
         raise TrajOODError(
             f"{config.name}: expected architecture in a classifier's model, a timm name such as resnet18, got "

@@ -26,16 +26,8 @@ _CACHE_BYTES = 2**30
 
 
 class ImageTrainer(Trainer):
-    """A trainer that runs epochs over images; an incomplete last batch is dropped.
-
-    Args:
-        config: name, recipe and seed of the run, all part of its identity.
-        module: the network.
-        images: the training images.
-        loss: the loss to minimise.
-        out: see :class:`Trainer`.
-        further: other arguments of :class:`Trainer`.
-    """
+    """A trainer that runs epochs over images; an incomplete last batch is dropped. Name, recipe and seed are those of
+    ``config``, which is part of the run's identity; ``further`` are other arguments of :class:`Trainer`."""
 
     def __init__(
         self, config: TrainConfig, module: nn.Module, images: TrainingImages, loss: ImageLoss, out: Path, **further: Any
@@ -98,11 +90,7 @@ class TrainingImages:
         return len(self._source)
 
     def check(self) -> None:
-        """Check that the images have not changed since construction.
-
-        Raises:
-            TrajOODError: images have changed; the message gives their number and names the first.
-        """
+        """Raise ``TrajOODError``, which names the first of them, if images have changed since construction."""
         check_unchanged(self._source, range(len(self)), self._contents)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -125,11 +125,7 @@ class Trainer(ABC):
         self.kept[name] = {key: value.detach().clone() for key, value in self.module.state_dict().items()}
 
     def save(self) -> None:
-        """Write checkpoint and log.
-
-        Raises:
-            TrajOODError: the folder is not writable.
-        """
+        """Write checkpoint and log."""
         if self.out is None:
             return
         state = {"identity": self._identity, "log": self.log, "kept": self.kept}

@@ -13,13 +13,8 @@ from torch import Tensor
 
 
 def squared_jacobian(outputs: Tensor, inputs: Tensor, draws: torch.Generator) -> Tensor:
-    """Unbiased estimate of the mean over rows of ‖∂ outputs / ∂ inputs‖_F², for a row-wise function.
-
-    Args:
-        outputs: (B, …), computed from ``inputs``.
-        inputs: (B, …), which require a gradient.
-        draws: generator of the direction.
-    """
+    """Unbiased estimate of the mean over rows of ‖∂ outputs / ∂ inputs‖_F², for ``outputs`` (B, …) of a row-wise
+    function of ``inputs`` (B, …), which require a gradient."""
     v = torch.randn(outputs.shape, generator=draws).to(outputs.device)
     (gradient,) = torch.autograd.grad((outputs * v).sum(), inputs, create_graph=True)
     return gradient.flatten(1).square().sum(dim=1).mean()
@@ -29,11 +24,6 @@ def squared_asymmetry(function: Callable[[Tensor], Tensor], points: Tensor, draw
     """Unbiased estimate of the mean over rows of ‖J − Jᵀ‖_F², with J the Jacobian of a row-wise map (B, k) → (B, k).
 
     J is symmetric if f(z) − z is a gradient, as for the optimal denoiser, where it is that of a log density.
-
-    Args:
-        function: the map.
-        points: (B, k), where J is evaluated.
-        draws: generator of the direction.
     """
     v = torch.randn(points.shape, generator=draws).to(points)
     start = points.detach().requires_grad_(True)

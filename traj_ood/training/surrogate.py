@@ -184,14 +184,8 @@ def fit_surrogate(
 
 
 def surrogate_health(model: SurrogateAutoencoder, features: Tensor, *, seed: int = 0, quiet: bool = True) -> Health:
-    """Health of a surrogate's attractors at the paper's tolerance.
-
-    Args:
-        model: the surrogate.
-        features: (N, n) ID training features, of which at most 2,000 are used.
-        seed: seed of that sample.
-        quiet: whether to show no progress bar.
-    """
+    """Health of a surrogate's attractors at the paper's tolerance, from ID training features (N, n), of which a sample
+    of at most 2,000 is drawn by ``seed``."""
     rows = sample_indices(len(features), min(_HEALTH_FEATURES, len(features)), seed, "surrogate/health")
     encoding = model.examine_features(Features(features[torch.tensor(rows)], None))
     with tqdm(total=len(rows), desc="attractors", unit="img", delay=2, disable=quiet, leave=False) as bar:
@@ -206,17 +200,11 @@ def surrogate_health(model: SurrogateAutoencoder, features: Tensor, *, seed: int
 
 
 class SurrogateTrainer(Trainer):
-    """A trainer of surrogate networks that stops early by the held-out loss, and keeps the weights with the lowest.
+    """A trainer of surrogate networks that stops early by the held-out loss, and keeps the weights with the lowest;
+    arguments as for :func:`fit_surrogate`.
 
-    Args:
-        model: the surrogate whose network is trained.
-        features: (N, n), split by ``seed`` into training and held-out features.
-        recipe: see :func:`fit_surrogate`.
-        seed: see :func:`fit_surrogate`.
-        out: see :func:`fit_surrogate`.
-        quiet: see :func:`fit_surrogate`.
     Attributes:
-        val: (V,) indices of the held-out features.
+        val: (V,) indices of the held-out features, drawn by the seed.
         rows: (N − V,) indices of the training features.
     """
 
@@ -377,11 +365,7 @@ def warn_of_health(model: SurrogateAutoencoder) -> None:
 
 
 def check_count(backbone: Backbone, count: int) -> None:
-    """Check that there are at least 32 features.
-
-    Raises:
-        TrajOODError: there are fewer.
-    """
+    """Refuse fewer than 32 features."""
     if count < MIN_FEATURES:
         raise TrajOODError(
             f"surrogate of {backbone.name}: expected features of at least {MIN_FEATURES} ID training images, got "
