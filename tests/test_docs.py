@@ -17,10 +17,13 @@ from statistics import fmean
 
 import pytest
 import tiny
+import torch
 import yaml
 
+from traj_ood.autoencoders import FAMILIES, load_autoencoder
 from traj_ood.cli import main
 from traj_ood.data.fashion_mnist import find_fashion_mnist
+from traj_ood.detector.packing import pack, unpack
 from traj_ood.scorers import SCORERS
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +159,23 @@ def test_the_scorer_of_the_guide_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         SCORERS.clear()
         SCORERS.update(before)
+
+
+def test_the_model_of_the_guide_is_saved_and_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", text(DOCS / "guides" / "own-autoencoder.md"), flags=re.DOTALL)
+    before = dict(FAMILIES)
+    module = types.ModuleType("guide")
+    monkeypatch.setitem(sys.modules, "guide", module)
+    try:
+        exec(block, vars(module))
+        model = vars(module)["MyAutoencoder"](vars(module)["Network"]())
+        described = pack(model, tmp_path / "packed")  # into a folder that is not there yet
+        assert unpack(described, tmp_path / "packed").fingerprint() == model.fingerprint()
+        found = load_autoencoder(f"my-model:{tmp_path / 'packed'}")
+        assert torch.equal(found.encode(images := torch.rand(2, 3, 40, 48)), model.encode(images))
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(before)
 
 
 def test_the_citation_file_is_valid_enough() -> None:

@@ -16,6 +16,7 @@ from traj_ood.autoencoders import FAMILIES, Autoencoder
 from traj_ood.backbones.packing import describe, rebuild
 from traj_ood.data.preprocessing import preprocessing_record
 from traj_ood.errors import TrajOODError
+from traj_ood.io.files import folder_errors
 from traj_ood.io.pretrained import forget_paths, refuse_elsewhere
 from traj_ood.io.trees import field_of
 
@@ -32,9 +33,15 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
     ``preprocessing``, ``chunk`` (on which results depend by rounding), and the entries that the family adds.
     """
     own = FAMILIES.get(autoencoder.family) is type(autoencoder)
+    made = own and not folder.exists()
+    if made:  # for a user's family, which need not do it
+        with folder_errors(folder):
+            folder.mkdir(parents=True)
     added = autoencoder.pack(folder) if own else None
     if added is not None:
         forget_paths(folder)
+    elif made:
+        folder.rmdir()
     return {
         "kind": CALLABLE if added is None else autoencoder.family,
         "family": autoencoder.family,
@@ -52,7 +59,8 @@ def unpack(description: Mapping[str, Any], folder: Path, device: torch.device | 
         name = field_of(description, "name", str, where)
         raise TrajOODError(
             f"{folder}: the model {name!r} is defined by user code, which is not saved: build it again and pass it as "
-            "autoencoder="
+            "autoencoder= in Python; the commands can load it when it is a registered family, see the guide to own "
+            "autoencoders (docs/guides/own-autoencoder.md)"
         )
     refuse_elsewhere(folder)
     model = rebuild(FAMILIES, description, "kind", folder)
