@@ -22,9 +22,11 @@ from traj_ood.autoencoders import (
     ConvAutoencoder,
     ConvNetwork,
     ViTMAE,
+    check_autoencoder,
     load_autoencoder,
 )
 from traj_ood.autoencoders.vit_mae import build_model, own_name
+from traj_ood.backbones import CallableBackbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
 
@@ -494,6 +496,33 @@ def test_callable_autoencoder() -> None:
     assert torch.equal(pixels, torch.ones(1, 2, 3))
     with pytest.raises(TrajOODError, match=r"custom \(custom\) cannot be trained by traj_ood"):
         model.reconstruct_corrupted(x, 0.0, 0.0, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("decode", "got"),
+    [(lambda z: z.view(-1, 1, 8, 6), r"\(2, 1, 8, 6\)"), (lambda z: z, r"\(2, 48\)")],
+)
+def test_decoded_images_have_the_size_of_encoded_ones(decode: Callable[[Tensor], Tensor], got: str) -> None:
+    model = CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 6, 8), module=nn.Module())
+    with pytest.raises(TrajOODError, match=rf"decode: expected images \(B, 1, 6, 8\) as encode takes them, got {got}"):
+        model.encode(torch.rand(3, 1, 6, 8))
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ("fashion-mae", r"got str: load it, traj_ood.load_autoencoder\('fashion-mae'\)"),
+        (nn.Flatten(), r"got Flatten: wrap it, traj_ood.CallableAutoencoder.from_module\("),
+        (
+            CallableBackbone(lambda x: x.flatten(1), (1, 2, 2), 4, module=nn.Module()),
+            r"got CallableBackbone: train an autoencoder of its features, traj_ood.surrogate_for\(",
+        ),
+        (None, r"got NoneType: load one, .* or wrap your own in CallableAutoencoder"),
+    ],
+)
+def test_what_is_no_autoencoder(given: Any, remedy: str) -> None:
+    with pytest.raises(TrajOODError, match=f"model: expected a traj_ood.Autoencoder, {remedy}"):
+        check_autoencoder(given)
 
 
 def test_callable_from_module() -> None:

@@ -109,6 +109,15 @@ def test_answers_of_another_shape_or_nan() -> None:
         wrong.extract(images)
 
 
+def test_features_alone_are_enough_without_a_classifier() -> None:
+    images = torch.rand(5, 3, 2, 2)
+    found = toy(classes=0, forward=lambda x: x.flatten(1)[:, :6]).extract(images)
+    assert torch.equal(found.features, images.flatten(1)[:, :6])
+    assert found.logits is None
+    with pytest.raises(TrajOODError, match=r"custom: expected traj_ood.Features\(features, logits\), got dict: return"):
+        toy(forward=lambda x: {"features": x}).extract(images)
+
+
 def test_fingerprint_follows_weights_and_options() -> None:
     one, two, named = toy(), toy(), toy(name="other")
     assert one.fingerprint() == two.fingerprint() != named.fingerprint()

@@ -733,6 +733,8 @@ def test_lists_of_scorers() -> None:
     autoencoder = model("vit")
     with pytest.raises(TrajOODError, match="scorers: expected at least one, got none"):
         create_scorers([], autoencoder)
+    with pytest.raises(TrajOODError, match=r"scorers: expected a list of names, got the text 'knn': give \['knn'\]"):
+        create_scorers("knn", autoencoder)
     for specs in (["knn", "knn"], ["knn", "steps", "knn:k=10"], ["all", "trajectory"], ["knn:k=5:view=cls"] * 2):
         with pytest.raises(TrajOODError, match=r"scorers: (knn|trajectory)\S* is listed twice"):
             create_scorers(specs, autoencoder)

@@ -12,6 +12,7 @@ from traj_ood.autoencoders.base import (
 )
 from traj_ood.autoencoders.conv import ConvAutoencoder, ConvNetwork
 from traj_ood.autoencoders.diffusers_vae import DiffusersVAE
+from traj_ood.autoencoders.given import check_autoencoder
 from traj_ood.autoencoders.pairs import PairAutoencoder
 from traj_ood.autoencoders.registry import FAMILIES, MODELS, load_autoencoder, register_autoencoder
 from traj_ood.autoencoders.surrogate import SurrogateAutoencoder, SurrogateNetwork
@@ -35,6 +36,7 @@ __all__ = [
     "SurrogateNetwork",
     "ViTMAE",
     "View",
+    "check_autoencoder",
     "load_autoencoder",
     "register_autoencoder",
 ]

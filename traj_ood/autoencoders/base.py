@@ -427,7 +427,13 @@ class CallableAutoencoder(Autoencoder):
         return tensor_of(f"{self.name}: encode", self._encode(images))
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        return tensor_of(f"{self.name}: decode", self._decode(latents))
+        images = tensor_of(f"{self.name}: decode", self._decode(latents))
+        if images.shape[1:] != self.input_shape:
+            raise TrajOODError(
+                f"{self.name}: decode: expected images (B, {', '.join(map(str, self.input_shape))}) as encode takes "
+                f"them, got {tuple(images.shape)}: reshape or crop them, or correct input_shape"
+            )
+        return images
 
     def fingerprint(self) -> str:
         """As :meth:`Autoencoder.fingerprint`; wrapping parts in ``torch.compile`` does not change it."""

@@ -129,6 +129,11 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         answer = self.forward_batch(images)
+        if not isinstance(answer, Features):
+            raise TrajOODError(
+                f"{self.name}: expected traj_ood.Features(features, logits), got {type(answer).__name__}: return that, "
+                "with logits=None where there is no classifier"
+            )
         got = (tuple(answer.features.shape), tuple(answer.logits.shape) if answer.logits is not None else None)
         rows = len(images)
         expected = ((rows, self.feature_dim), (rows, self.classes) if self.classes else None)
@@ -165,7 +170,8 @@ class CallableBackbone(Backbone):
     """Wraps your own function on batches of images as a backbone.
 
     Args:
-        forward: images (chunk, C, H, W) → :class:`Features`; each row must depend on its own image alone.
+        forward: images (chunk, C, H, W) → :class:`Features`, or without a classifier the (chunk, n) features alone;
+            each row must depend on its own image alone.
         input_shape: (C, H, W) of the images.
         feature_dim: n, width of the features.
         classes: c, number of logits. Default 0: no classifier.
@@ -182,7 +188,7 @@ class CallableBackbone(Backbone):
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Features],
+        forward: Callable[[Tensor], Features | Tensor],
         input_shape: tuple[int, int, int],
         feature_dim: int,
         *,
@@ -201,7 +207,8 @@ class CallableBackbone(Backbone):
         self.module = module
 
     def forward_batch(self, images: Tensor) -> Features:
-        return self._forward(images)
+        answer = self._forward(images)
+        return Features(answer, None) if isinstance(answer, Tensor) else answer
 
     def options(self) -> dict[str, Any]:
         return {"name": self.name} | self.declared_options()

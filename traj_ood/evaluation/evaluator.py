@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder
+from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder, check_autoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.data.batches import OnError
@@ -132,6 +132,12 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         bench, config = self.benchmark, self.config
+        check_autoencoder(self.autoencoder)
+        if not isinstance(bench, Benchmark):
+            got = type(bench).__name__
+            raise TrajOODError(
+                f"benchmark: expected a traj_ood.Benchmark, got {got}: load it, load_benchmark({bench!r})"
+            )
         _at_least("workers", self.workers, 1)
         if self.batch_size is not None:
             _at_least("batch size", self.batch_size, 1)

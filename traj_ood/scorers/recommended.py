@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from traj_ood.autoencoders import Autoencoder
+from traj_ood.autoencoders import Autoencoder, check_autoencoder
 
 ModelKind = Literal["autoencoder", "backbone"]
 
@@ -39,5 +39,8 @@ def recommended(model: Autoencoder) -> Recommendation:
 
     Args:
         model: the model; it has a backbone if its ``feature_dim`` is not 0.
+    Raises:
+        TrajOODError: it is no autoencoder; the message says how to make one of it.
     """
+    check_autoencoder(model)
     return RECOMMENDED["backbone" if model.feature_dim else "autoencoder"]

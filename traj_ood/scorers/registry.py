@@ -105,13 +105,15 @@ def create_scorers(specs: Sequence[str], autoencoder: Autoencoder) -> list[Score
     """Create the scorers of a run; ``all`` stands for :func:`default_suite`.
 
     Raises:
-        TrajOODError: no scorer, an unknown one, or two with the same label.
+        TrajOODError: no scorer, an unknown one, two with the same label, or a text in place of a list.
     """
+    if isinstance(specs, str):
+        raise TrajOODError(f"scorers: expected a list of names, got the text {specs!r}: give [{specs!r}]")
     expanded = [s for spec in specs for s in (default_suite(autoencoder) if spec.strip() == "all" else [spec])]
     scorers = [create_scorer(_with_backbone(s, autoencoder)) for s in expanded]
     labels = [s.label for s in scorers]
     if not labels:
-        raise TrajOODError("scorers: expected at least one, got none")
+        raise TrajOODError("scorers: expected at least one, got none; name some, or all")
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
         raise TrajOODError(f"scorers: {twice} is listed twice")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary, NearestAttractor, NearestOther
-from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, View
+from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, View, check_autoencoder
 from traj_ood.data.batches import Images, batches
 from traj_ood.data.preprocessing import Normalised, prepare
 from traj_ood.dynamics.chunks import filled
@@ -96,6 +96,7 @@ class ScorerSet:
         precision: Precision = "fp32",
         compile: bool = False,
     ) -> None:
+        check_autoencoder(autoencoder)
         check_word("precision", precision, Precision)
         self.autoencoder = autoencoder
         self.scorers: list[Scorer] = create_scorers(scorers, autoencoder)
