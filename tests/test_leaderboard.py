@@ -186,6 +186,15 @@ def test_markdown_is_the_readme_table() -> None:
     assert "⚠" not in text
 
 
+def test_a_dictionary_that_no_scorer_reads_is_not_called_healthy() -> None:
+    unread = {"used": False, "healthy": True, "warnings": []}
+    rows = [line for line in render_markdown([run(dictionary=unread)]).splitlines() if "| 1 |" in line]
+    assert len(rows) == 2
+    assert all("| not used |" in line for line in rows)
+    assert not leaderboard([run(dictionary=unread)])["used"].any()
+    assert leaderboard([run()])["used"].all()  # older results do not tell
+
+
 def test_an_unhealthy_dictionary_is_marked_and_explained() -> None:
     sick = {"healthy": False, "warnings": ["only 61.0 % converged", "4 distinct attractors"]}
     text = render_markdown([run(0), run(1, dictionary=sick)])

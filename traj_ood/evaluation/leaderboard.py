@@ -57,6 +57,7 @@ class Group:
             "f_evaluations": float(np.mean(costs)) if costs else float("nan"),
             "diagnostics": " ".join(n for n, role in self.sets().items() if role == "diagnostic"),
             "healthy": all(d["healthy"] for _, d in dictionaries),
+            "used": any(d.get("used") is not False for _, d in dictionaries),
             "warnings": "; ".join(warnings),
             "note": self.runs[0][1].note,
         }
@@ -69,7 +70,7 @@ def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
     others of its benchmark and model, else empty), ``seeds`` (their number); for near, far and all and each metric
     ``<region>_<metric>`` and ``<region>_<metric>_std``, the mean and the sample standard deviation (n − 1) over seeds,
     as fractions, NaN if undefined; ``f_evaluations`` per image, ``diagnostics`` (sets that the means leave out),
-    ``healthy``, ``warnings``, ``note``.
+    ``healthy``, ``used`` (whether a scorer of the runs reads attractors), ``warnings``, ``note``.
 
     Raises ``TrajOODError`` if there are no results, or a row has the same seed twice.
     """

@@ -161,6 +161,7 @@ def _means_table(rows: pd.DataFrame, columns: Sequence[str], notes: Sequence[str
         cells = [Bold(text) if first else text for text, first in zip(texts, leads, strict=True)]
         cost = "—" if np.isnan(row["f_evaluations"]) else f"{row['f_evaluations']:.1f}"
         health = "healthy" if row["healthy"] else f"⚠ unhealthy [{reasons.index(row['warnings']) + 1}]"
+        health = health if row["used"] else "not used"
         lines.append([_name(row), *cells, cost, health, str(row["seeds"])])
     footnotes = [
         f"⚠ [{number}] Unhealthy attractor dictionary; scores that use attractors are not to be trusted here: "

@@ -61,6 +61,7 @@ class Row:
     seeds: int
     cost: float
     healthy: bool
+    used: bool
     warnings: str
     figures: dict[str, Estimate]
     sets: dict[str, Estimate]
@@ -276,6 +277,7 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
         seeds=line["seeds"],
         cost=line["f_evaluations"],
         healthy=line["healthy"],
+        used=line["used"],
         warnings=line["warnings"],
         figures=figures,
         sets={name: _mean_estimate(scores, "auroc") for name, scores in by_set.items()},
