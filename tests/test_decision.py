@@ -82,7 +82,7 @@ def test_python_rows_a_cluster_a_service_and_the_exported_file_say_the_same(dete
 
 def assert_served_and_spread(folder: Path, asked: list[str], said: list[Decision]) -> None:
     """The service, where its libraries are installed, and what an actor of a cluster runs."""
-    from traj_ood.distributed.actor import ScoreActor
+    from traj_ood.distributed.rows import ScoreActor
 
     found = ScoreActor(str(folder), "cpu", 1)({"path": np.array(asked, dtype=object)})
     columns = {name: column.to_pylist() for name, column in found.items()}

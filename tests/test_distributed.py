@@ -21,9 +21,8 @@ import pytest
 import tiny
 
 from traj_ood import Detector, Normalised
-from traj_ood.distributed.actor import KEY, ScoreActor
 from traj_ood.distributed.engine import check_same_run
-from traj_ood.distributed.output import read_rows_of, written_keys
+from traj_ood.distributed.rows import KEY, ScoreActor, read_rows_of, written_keys
 from traj_ood.errors import TrajOODError
 from traj_ood.stream import COLUMNS, Row, judge_entries, walk
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -156,19 +156,13 @@ class _OneLine(click.Group):
 
     command_class = _Command
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        run: Any = super().main
         if not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            return run(*args, standalone_mode=False, **options)
         prepare()
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = run(*args, standalone_mode=False, **options)
         except click.ClickException as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # `traj-ood` alone; by name, as older click lacks the class
                 error.show()

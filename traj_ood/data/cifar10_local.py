@@ -23,7 +23,8 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from traj_ood.data.benchmark import Benchmark, Split, sample_indices, split_off
 from traj_ood.data.equal_files import centre_square
@@ -33,9 +34,6 @@ from traj_ood.data.images import ArrayImages, FileImages, read_folder
 from traj_ood.data.natural import imagenet_sample
 from traj_ood.data.preflight import SHOWN, MissingDataError, data_folders, find_root
 from traj_ood.errors import TrajOODError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 NAME = "cifar10-local"
 CIFAR = "cifar10"

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from traj_ood.errors import TrajOODError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 # The limit above which Pillow warns (a 256 MiB RGB image); a constant, because any library may change Pillow's global.
 MAX_PIXELS = 89_478_485
@@ -104,16 +102,12 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def _picture(file: Path | BinaryIO) -> Image.Image:
-    from PIL import Image
-
     return Image.open(file, formats=_formats())
 
 
 @contextmanager
 def _pillow_errors(where: str, again: Callable[[], BinaryIO]) -> Iterator[None]:
     """Context manager that turns errors of Pillow into a ``TrajOODError``; ``again`` opens the file once more."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
         yield
     except UnidentifiedImageError as error:
@@ -257,8 +251,6 @@ def _content(image: Any) -> bytes:
 
 def _grey_or_rgb(image: Image.Image, stored: _Stored, where: str, reading: Reading) -> Image.Image:
     """Convert a loaded image of any mode to 'L' or 'RGB'."""
-    from PIL import Image
-
     mode = image.mode
     if mode == "F":
         raise TrajOODError(
@@ -350,8 +342,6 @@ def _is_dark(values: np.ndarray, limit: int) -> bool:
 
 def _upright(plain: Image.Image, image: Image.Image) -> Image.Image:
     """``plain`` rotated by the EXIF orientation of ``image``; Pillow has applied and removed that of TIFF."""
-    from PIL import ImageOps
-
     orientation = image.getexif().get(_ORIENTATION, 1)
     if orientation == 1:
         return plain
@@ -379,8 +369,6 @@ def _formats() -> tuple[str, ...]:
 
     Only their plugins are imported, as importing all takes a fifth of a second.
     """
-    from PIL import Image
-
     for name in FORMATS:
         with suppress(ImportError):  # a format that this build does not support
             import_module(f"PIL.{'WebP' if name == 'WEBP' else name.capitalize()}ImagePlugin")

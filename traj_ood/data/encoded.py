@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from traj_ood.data.decoding import AS_STORED, Reading, open_bytes
 from traj_ood.data.images import Listed
 from traj_ood.data.records import DEFAULT_OPENING, Opening, read_records, short
 from traj_ood.errors import TrajOODError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MAX_BYTES = 2**33
 """Largest total size of the files, 8 GiB: fifty thousand photographs. ``score`` streams and has no such limit."""

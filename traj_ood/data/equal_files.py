@@ -11,13 +11,11 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from traj_ood.data.images import ImageSource
 from traj_ood.errors import TrajOODError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 QUALITY = 90
 """Default JPEG quality: high enough to preserve textures, and a common choice of encoders."""
@@ -25,8 +23,6 @@ QUALITY = 90
 
 def centre_square(image: Image.Image, side: int, filter: str) -> Image.Image:
     """The centre square of an image at ``side`` × ``side`` pixels; Pillow widens the filter when it scales down."""
-    from PIL import Image
-
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     return image.resize((side, side), Image.Resampling[filter], box=(left, top, left + short, top + short))
@@ -34,8 +30,6 @@ def centre_square(image: Image.Image, side: int, filter: str) -> Image.Image:
 
 def equalise(image: Image.Image, side: int, quality: int = QUALITY) -> Image.Image:
     """The bicubic centre square of an image as RGB, compressed and decoded as JPEG."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     centre_square(image.convert("RGB"), side, "BICUBIC").save(buffer, "JPEG", quality=quality)
     with Image.open(buffer) as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from traj_ood.data.benchmark import Benchmark, Split, split_off
 from traj_ood.data.decoding import open_image
@@ -141,8 +142,6 @@ def crops(
 
 def _crop(source: np.ndarray, sides: tuple[int, int], generator: np.random.Generator, scaled_to: int) -> np.ndarray:
     """One scaled crop of ``source``, (H, W) or (H, W, 3) uint8, that is not nearly uniform."""
-    from PIL import Image
-
     height, width = source.shape[:2]
     while True:
         side = int(generator.integers(sides[0], sides[1], endpoint=True))
@@ -162,8 +161,6 @@ def _variance_times_count_squared(grey: np.ndarray) -> int:
 
 def _resized(square: np.ndarray, side: int = SIDE) -> np.ndarray:
     """Resize a square uint8 image to ``side``, bilinear; Pillow antialiases when scaling down."""
-    from PIL import Image
-
     image = Image.fromarray(np.ascontiguousarray(square))
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
+from PIL import Image
 
 from traj_ood.data.contents import hash_files
 from traj_ood.data.decoding import Reading, open_image
 from traj_ood.errors import TrajOODError, warn
 
 if TYPE_CHECKING:
-    from PIL import Image
     from typing_extensions import Self
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -117,8 +117,6 @@ class ArrayImages(Listed):
         _check_labels(self.labels, shape[0], "array images")
 
     def load(self, index: int) -> Image.Image:
-        from PIL import Image
-
         return Image.fromarray(np.ascontiguousarray(self.array[index]))
 
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:

@@ -6,12 +6,8 @@ of these traces alone shows how much of a result the file format may explain.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL import Image
+from PIL import Image
 
 NAMES = ("slope", "roughness", "blockiness", "size")
 _BLOCK = 8

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
 
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers import KNN, WHOLE_PATH, IsolationForest, KNNAuto, Reconstruction, Scorer, Steps
-
-if TYPE_CHECKING:
-    from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.scorers.scorer_set import ScorerSet
 
 
 def one_scorer(scorers: ScorerSet) -> Scorer:

@@ -12,13 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from traj_ood.autoencoders import Autoencoder
 from traj_ood.detector.folder import KNOWN_FILES
 from traj_ood.errors import TrajOODError, foreign_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from traj_ood.autoencoders import Autoencoder
 
 _SUFFIXES = (".safetensors", ".json", ".md")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

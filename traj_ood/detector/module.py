@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateAutoencoder
 from traj_ood.data.preprocessing import PIXEL_SLACK, Preprocessing
+from traj_ood.detector.conformal import Calibration
 from traj_ood.detector.dense_index import DenseIndex
 from traj_ood.detector.fixed_steps import at_fixed_steps, check_exportable, one_scorer, steps_of
 from traj_ood.detector.step import Loop, PinnedTensors, RecordedStep, Step, Tensors, lengths, plain_loop
@@ -19,10 +20,7 @@ from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers import Evidence
 from traj_ood.scorers.bank import SearchingScorer
-
-if TYPE_CHECKING:
-    from traj_ood.detector.conformal import Calibration
-    from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.scorers.scorer_set import ScorerSet
 
 OK_CODE, OOD_CODE, INVALID_CODE = 0, 1, 2  # indices into traj_ood.detector.decision.REASONS
 

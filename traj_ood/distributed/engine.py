@@ -11,10 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from traj_ood.data.records import DEFAULT_OPENING, Opening, files_of, is_records, read_records
 from traj_ood.detector import FILE_NAME, SCHEMA, refuse_inside
-from traj_ood.distributed.actor import KEY, ScoreActor
-from traj_ood.distributed.output import written_keys
+from traj_ood.distributed.rows import KEY, ScoreActor, written_keys
 from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
 from traj_ood.io.sealed import open_sealed
@@ -204,8 +205,6 @@ def _dataset(rows: Iterable[dict[str, Any]]) -> Any:
 
 def _among(key: int, keys: Any) -> bool:
     """Whether ``key`` is in the sorted array ``keys``."""
-    import numpy as np
-
     place = int(np.searchsorted(keys, key))
     return place < len(keys) and int(keys[place]) == key
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import warnings
@@ -149,9 +150,7 @@ def _open_torch(path: Path) -> tuple[Answerer, dict[str, Any]]:
 
 
 def _need(*libraries: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in libraries if find_spec(name) is None]
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
         raise TrajOODError(f"export to ONNX needs {' and '.join(missing)}, which are not installed: {_INSTALL}")
 

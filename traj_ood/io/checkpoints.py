@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections import OrderedDict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
@@ -95,8 +97,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if other:
             raise ValueError(other)
         if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
-            from safetensors.torch import load_file
-
             return load_file(path)
         with _plain_data(), open(path, "rb") as file:  # given a path, newer versions of torch go by its suffix
             tree = torch.load(file, map_location="cpu", weights_only=True)
@@ -159,8 +159,6 @@ def _plain_data() -> AbstractContextManager[Any]:
 
 
 def _shards(index: Path) -> Iterator[Path]:
-    import json
-
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not all(isinstance(name, str) and Path(name).name == name for name in names):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from traj_ood.detector.conformal import Calibration
 from traj_ood.errors import TrajOODError, foreign_errors
@@ -31,8 +32,6 @@ class Rows:
 
     def check(self, calibration: Calibration) -> None:
         """Check that the rows come from a detector with this calibration: that each p-value belongs to its score."""
-        import torch
-
         given = ~np.isnan(self.p_values)
         expected = calibration.p_values(torch.from_numpy(self.scores[given])).numpy()
         wrong = np.flatnonzero(~np.isclose(self.p_values[given], expected, rtol=1e-9, atol=0))

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import Autoencoder
+from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.fixed_function import KnownWeights
 from traj_ood.errors import TrajOODError, warn
@@ -23,6 +24,7 @@ from traj_ood.openood.nets import AutoencoderNet, FeatureModel, backbone_of, dev
 from traj_ood.openood.settings import Settings
 from traj_ood.scorers import Evidence, create_scorer
 from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.training.surrogate import fit_surrogate
 
 
 class Bridge:
@@ -147,8 +149,6 @@ class Bridge:
         needs = functools.reduce(lambda a, b: a | b, (create_scorer(s).needs() for s in self.settings.grid()))
         if not (needs.distances or needs.steps or needs.reconstruction):
             return FeatureModel(backbone)
-        from traj_ood.training.surrogate import fit_surrogate
-
         parts = [backbone.extract(batch["data"]).features.cpu() for batch in read(loader, range(count_of(loader)))]
         model = fit_surrogate(backbone, torch.cat(parts), seed=self.settings.seed)
         weights = {key: value.cpu() for key, value in model.network.state_dict().items()}
@@ -188,8 +188,6 @@ class Bridge:
     # ------------------------------------------------------------------ scoring
 
     def _pass(self, loader: Any, specs: Sequence[str], progress: bool) -> tuple[Any, dict[str, Any], Any]:
-        from tqdm import tqdm
-
         scorers = self._scorers(tuple(specs))
         predictions, scores, labels = [], [], []
         if isinstance(self._net, AutoencoderNet):
@@ -250,8 +248,6 @@ class Bridge:
         backbone = backbone_of(net, self._shape)
         if self._surrogate is None:
             return FeatureModel(backbone)
-        from traj_ood.autoencoders.surrogate import SurrogateAutoencoder, SurrogateNetwork
-
         network = SurrogateNetwork(**self._surrogate["geometry"])
         network.load_state_dict(self._surrogate["weights"])
         return SurrogateAutoencoder(backbone, network.to(device_of(net)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader, Subset
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError
@@ -21,8 +22,6 @@ def count_of(loader: Any) -> int:
 
 def read(loader: Any, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Batches of the images at ``indices``, in that order, so that a fit does not depend on the loader's shuffling."""
-    from torch.utils.data import DataLoader, Subset
-
     yield from DataLoader(
         Subset(loader.dataset, indices),
         batch_size=loader.batch_size or 1,

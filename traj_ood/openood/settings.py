@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
 from traj_ood.io.options import read_options
@@ -129,8 +131,6 @@ def config_section(spec: str, *, search: bool, sweep: Mapping[str, Sequence[Any]
 
 def config_text(scorer: str) -> str:
     """The yml file of a scorer, given by its name in traj_ood, with all defaults."""
-    import yaml
-
     section = config_section(scorer, search=False, sweep=SWEEPS.get(scorer, {}))
     note = f"# {SCORERS[scorer].summary}\n# Written by traj_ood.openood.write_configs from the scorer's defaults.\n"
     return note + yaml.safe_dump({"postprocessor": section}, sort_keys=False, default_flow_style=None, width=100)

@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,13 +24,11 @@ from torch import Tensor
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.contents import hash_file, stamp
 from traj_ood.data.decoding import Reading, open_bytes, open_image
+from traj_ood.detector import Detector
 from traj_ood.detector.decision import ERROR, OOD, Decision, decide_all, reason_of
 from traj_ood.errors import TrajOODError
 from traj_ood.stream.paths import Entry
 from traj_ood.text import one_line
-
-if TYPE_CHECKING:
-    from traj_ood.detector import Detector
 
 _LINGER_SECONDS = 1.0  # how long a batch waits for more images from a slow input, such as a pipe
 _LATENT_BYTES = 2**27  # limit on the latents of a batch

@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 
+from traj_ood.detector import Detector
 from traj_ood.detector.decision import ID, OOD
 from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import Row, Tally, default_batch_size, score_rows
 from traj_ood.stream.tables import Table
-
-if TYPE_CHECKING:
-    from traj_ood.detector import Detector
 
 _REJUDGED_ROWS = 64  # with a score, and as many with an error
 
