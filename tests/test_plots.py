@@ -218,6 +218,26 @@ def test_figures_for_print_have_its_width_and_no_title(width: float) -> None:
         assert "".join(text.get_text() for text in figure.texts) == ""
 
 
+@pytest.mark.parametrize(("width", "in_a_row"), [(3.4, (2, 1)), (7.0, (4, 3))])
+def test_figures_for_print_of_eight_sets_fit_on_a_page(width: float, in_a_row: tuple[int, int]) -> None:
+    ood = {f"set{n}": OOD["bag"] for n in range(8)}
+    roles = [*["near"] * 3, *["far"] * 2, *["diagnostic"] * 3]
+    sets = {name: SetScore(role, 50, SETS["bag"].metrics, {}) for name, role in zip(ood, roles, strict=True)}
+    known = {"test": "test", **dict(zip(ood, roles, strict=True))}
+    figures = (score_histograms(ID, ood, sets, "title", width=width), dynamics_curves(curves(known), 1e-5, width))
+    for figure, columns in zip(figures, in_a_row, strict=True):
+        figure.draw_without_rendering()
+        assert figure.get_figheight() < 8
+        lefts = {round(axis.get_position().x0, 2) for axis in figure.axes}
+        assert len(lefts) == columns
+        (legend,) = figure.legends
+        drawn = [text.get_window_extent() for axis in figure.axes for text in (axis.title, axis.xaxis.label)]
+        for box in (legend.get_window_extent(), *drawn):
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.x1
+            assert box.y1 <= figure.bbox.y1
+
+
 @pytest.mark.parametrize(("form", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_vector_files_are_equal_for_equal_figures(tmp_path: Path, form: str, magic: bytes) -> None:
     for name in ("a", "b"):

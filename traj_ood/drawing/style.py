@@ -25,6 +25,7 @@ __all__ = [
     "DASHES",
     "DPI",
     "INKS",
+    "NARROW",
     "Figure",
     "Frame",
     "Look",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 DPI = 150
+NARROW = 4.0
+"""Width in inches below which a figure for print has a smaller legend: one column of a page."""
 
 INKS = {
     "text": "#1c2024",
@@ -110,11 +113,12 @@ def canvas(
         title: a bold first line, and further lines of explanation. Lines are wrapped.
         legend: look of each line by label, shown below the panels.
         headroom: inches above each panel, for a title of its own.
-        width: width in inches of a figure for print: panels are scaled to fit, and the title is left to the caption.
-            None keeps the size of the panels.
+        width: width in inches of a figure for print: panels are scaled to fit, down to two thirds of their width before
+            fewer stand in a row, and the title is left to the caption. None keeps the size of the panels.
     """
+    small = width is not None and width < NARROW
     if width is not None:
-        columns = max(1, min(columns, count, round(width / frame.width)))
+        columns = max(1, min(columns, count, int(1.5 * width / frame.width)))
         frame, title = _fitted(frame, width / columns), ""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
@@ -124,8 +128,10 @@ def canvas(
     lines = textwrap.wrap(heading, int(9 * wide))
     notes = [part for line in note.splitlines() for part in textwrap.wrap(line, int(13 * wide))]
     head = 0.1 + 0.21 * len(lines) + 0.16 * len(notes) if title else 0.0
-    across = max(1, min(len(legend), int(wide / (0.5 + 0.078 * max(map(len, legend)))))) if legend else 1
-    foot = 0.1 + 0.2 * math.ceil(len(legend) / across) if legend else 0.0
+    handle, letter, line = (0.39, 0.058, 0.16) if small else (0.5, 0.078, 0.2)
+    across = max(1, min(len(legend), int(wide / (handle + letter * max(map(len, legend)))))) if legend else 1
+    foot = 0.1 + line * math.ceil(len(legend) / across) if legend else 0.0
+    head = head if width is None else 0.04  # ascenders of a title at the upper edge
     body = rows * (frame.height + headroom)
     height = head + body + foot
 
@@ -144,7 +150,7 @@ def canvas(
         figure.text(0.5, 1 - top / height, "\n".join(text), ha="center", va="top", fontdict=font)
     if legend:
         handles = [Line2D([], [], label=label, **own) for label, own in legend.items()]
-        style = {"frameon": False, "fontsize": 9, "labelcolor": INKS["text"]}
+        style = {"frameon": False, "fontsize": 7 if small else 9, "labelcolor": INKS["text"]}
         figure.legend(handles=handles, loc="lower center", ncols=across, **style)
     return figure, axes
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from traj_ood.data import OOD_ROLES
 from traj_ood.drawing.charts import PictureRow, picture_rows
-from traj_ood.drawing.style import DASHES, INKS, Figure, Frame, Look, canvas, line_of, look
+from traj_ood.drawing.style import DASHES, INKS, NARROW, Figure, Frame, Look, canvas, line_of, look
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.gallery import Pictures, view_limits
 from traj_ood.evaluation.results import near_first
@@ -39,7 +40,8 @@ _QUANTILES = ("q25", "q50", "q75")
 def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None) -> Figure:
     """Residual, latent norm and share of running samples over steps, ID against OOD, as in the paper's Fig. 12.
 
-    Up to 4 OOD sets share a row of panels; more are split into a row for each role, see :func:`set_rows`.
+    Up to 4 OOD sets share a row of panels; more are split into a row for each role, see :func:`set_rows`. In one column
+    of a page the three panels stand above each other, with all sets in each.
 
     Args:
         curves: columns ``split``, ``role`` (near, far, diagnostic; anything else is ID), ``step``, ``quantity``
@@ -59,14 +61,16 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
     looks = {**ids, **{name: look(*line_of(n)) for n, name in enumerate(sets)}}
     legend = {f"{name} ({sets.get(name, 'ID')})": own for name, own in looks.items()}
     legend[f"tolerance {tol:g}"] = {"color": INKS["muted"], "linestyle": "--"}
-    rows = set_rows(sets)
+    in_column = width is not None and width < NARROW
+    rows = {"": list(sets)} if in_column else set_rows(sets)
+    frame = replace(DYNAMICS, height=1.7) if in_column else DYNAMICS
     title = "Latent dynamics under f = E∘D\nMedians over samples, with the central half of ID test images as a band"
-    figure, axes = canvas(DYNAMICS, 3 * len(rows), 3, title, legend, headroom=0.2, width=width)
+    figure, axes = canvas(frame, 3 * len(rows), 3, title, legend, headroom=0.2, width=width)
     for n, names in enumerate(rows.values()):
         shown = {name: own for name, own in looks.items() if name in ids or name in names}
         for axis, (quantity, name) in zip(axes[3 * n :], QUANTITIES.items(), strict=False):
             dynamics(axis, curves, quantity, tol, shown)
-            axis.title.set_text(name)
+            axis.set_title(name, fontsize=10 if width is None else 8)
     return figure
 
 
@@ -148,6 +152,9 @@ def paths(pictures: Pictures, title: str, width: float | None = None) -> Figure:
     if any(sample.role == "diagnostic" for sample in pictures.samples):
         legend["diagnostic OOD"] = look("gold")
     legend["attractor of a training image"] = {"color": INKS["muted"], "marker": ".", "linestyle": ""}
+    if width is not None:  # without a title, which says it
+        plain = {"color": INKS["muted"], "marker": "o", "markersize": 4.6, "linestyle": ""}
+        legend |= {"start z₀": {**plain, "markerfacecolor": INKS["paper"]}, "end": plain}
     note = "Rings are the starts z₀ of paths, discs their ends."
     figure, (axis,) = canvas(PLANE, title=f"{title}\n{note}", legend=legend, width=width)
     plane(axis, pictures)

@@ -118,7 +118,8 @@ def score_histograms(
         got = sets[name]
         histogram(axis, id_scores, values, edges, lines[name][0])
         figures = f"AUROC {100 * got.metrics.auroc:.1f} %, FPR95 {100 * got.metrics.fpr95:.1f} %"
-        axis.set_title(f"{name} ({got.role}, n = {values.size:,})\n{figures}", fontsize=9, y=1.0)
+        size = 9 if width is None else 7
+        axis.set_title(f"{name} ({got.role}, n = {values.size:,})\n{figures}", fontsize=size, y=1.0)
     return figure
 
 
