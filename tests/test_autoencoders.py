@@ -492,6 +492,7 @@ def test_callable_autoencoder() -> None:
     assert torch.equal(model.encode(x), x.flatten(1))
     assert torch.equal(model.decode(model.encode(x)), x)
     assert (model.name, model.family, model.device.type, model.parameter_count()) == ("custom", "custom", "cpu", 0)
+    assert repr(model) == "CallableAutoencoder('custom', input_shape=(1, 2, 3))"
     pixels = model.transform(Image.new("L", (3, 2), 255))
     assert torch.equal(pixels, torch.ones(1, 2, 3))
     with pytest.raises(TrajOODError, match=r"custom \(custom\) cannot be trained by traj_ood"):

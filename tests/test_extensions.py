@@ -139,7 +139,7 @@ def test_a_file_is_run_once_and_may_import_its_neighbours_but_hides_no_library(t
         ("import no_such_library\n", "mine.py: it imports no_such_library, which is not installed"),
         ("raise SystemExit(3)\n", "mine.py: it calls sys.exit (code 3)"),
         (MINE.replace('"mine"', '"knn"'), "scorer name 'knn' is taken by KNN of traj_ood.scorers.knn"),
-        (MINE.replace("def score", "def scored"), "Mine is abstract: expected score(): define them"),
+        (MINE.replace("def score", "def scored"), "Mine is abstract: expected score(): define it"),
         (
             MINE.replace(" = 5", "").replace("@dataclass", "@dataclass(kw_only=True)"),
             "Mine: option k has no default: add one",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -178,15 +179,19 @@ def test_an_unfinished_line_waits_and_strangers_are_refused(place: Path, tmp_pat
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "foreign.csv").write_text("score,p_value\n1.0,0.123\n")
     (tmp_path / "bad.csv").write_text("score,p_value\none,0.1\n")
+    (tmp_path / "folder").mkdir()
+    nothing = run(place / "d", tmp_path / "empty.jsonl")
+    assert (nothing.exit_code, "nothing to compare yet" in nothing.stdout) == (0, True)
     for name, words in (
         ("other.csv", "expected a column score"),
         ("foreign.csv", "expected p-values of this detector's calibration"),
         ("bad.csv", "expected numbers in the columns"),
         ("gone.csv", "found nothing"),
+        ("folder", "expected files with rows .* found none in it"),
     ):
         done = run(place / "d", tmp_path / name)
         assert done.exit_code == 2
-        assert words in done.stderr
+        assert re.search(words, done.stderr)
 
 
 def test_the_benchmark_rehearses() -> None:

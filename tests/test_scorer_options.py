@@ -185,7 +185,7 @@ def bad_classes() -> Iterator[tuple[type, str]]:
     class Knn(Constant):
         name: ClassVar[str] = "knn"
 
-    yield Abstract, r"Abstract is abstract: expected needs\(\): define them"
+    yield Abstract, r"Abstract is abstract: expected needs\(\): define it"
     yield Nameless, "Nameless: expected its name: write name: ClassVar"
     yield Wordless, "Wordless: expected its summary"
     yield Spaced, "expected a name without spaces"

@@ -25,9 +25,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from traj_ood import Detector, Normalised
+from traj_ood.cli import main
 from traj_ood.detector.decision import decide_all
 from traj_ood.errors import TrajOODError
 
@@ -349,6 +351,17 @@ def test_a_folder_that_is_being_written_is_taken_when_it_is_whole(tmp_path: Path
 
 
 # ---------------------------------------------------------------------- a real process
+
+
+def test_a_port_that_is_taken_is_an_error_line(tmp_path: Path, detector: Detector) -> None:
+    detector.save(tmp_path / "d")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(main, ["serve", str(tmp_path / "d"), "--port", str(port), "--device", "cpu"])
+    assert done.exit_code == 2
+    assert f"error: 127.0.0.1:{port} cannot be listened on: choose another --port or --host" in done.stderr
 
 
 @pytest.mark.slow

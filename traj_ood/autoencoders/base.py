@@ -116,6 +116,9 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
     feature_dim: int = 0
     classes: int = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, input_shape={self.input_shape})"
+
     @abstractmethod
     def encode_batch(self, images: Tensor) -> Tensor:
         """E: images (chunk, C, H, W) in the model's normalised units → latents (chunk, *L)."""

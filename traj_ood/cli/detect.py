@@ -206,7 +206,7 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     tar shards (a-{00..09}.tar), Parquet with a column of images, hf:NAME@SPLIT, videos, addresses that --allow permits.
 
     Writes one row per image, in order: path, score (higher = more OOD), p_value, decision (id or ood), steps, status,
-    error, content (a digest of the file, by which --resume recognises changed files).
+    error, content (a digest of the file, by which --resume recognises changed files), reason (ok, ood or invalid: …).
     An image that cannot be judged has a row with the reason; the run continues and ends with exit code 3. Folders are
     searched recursively, without hidden files.
 

@@ -74,11 +74,15 @@ def list_(what: str) -> None:
     if what in ("models", "all"):
         from traj_ood.autoencoders import FAMILIES, MODELS
         from traj_ood.backbones import LIBRARIES
+        from traj_ood.training.config import CONFIGS
 
         load_plugins("traj_ood.models")
         _section("models", [(name, info.summary) for name, info in sorted(MODELS.items())])
         _section("model families", [(name, family.summary) for name, family in sorted(FAMILIES.items())])
         _section("backbone libraries", [(name, library.summary) for name, library in sorted(LIBRARIES.items())])
+        heads = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in CONFIGS.glob("*.yaml")}
+        told = [(name, head.lstrip("# ").partition(": ")[0]) for name, head in sorted(heads.items())]
+        _section(f"training configs, files in {CONFIGS}", told)
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> None:

@@ -95,7 +95,8 @@ def _text(finding: Finding) -> str:
         f"martingale: capital {finding.capital:.3g}, highest {finding.highest:.3g}, alarm at "
         f"{2 / finding.false_alarms:.3g}"
     )
-    lines.append("ALARM: differs from the calibration" if finding.is_alarm else "resembles the calibration")
+    verdict = "ALARM: differs from the calibration" if finding.is_alarm else "resembles the calibration"
+    lines.append(verdict if finding.images > finding.invalid else "nothing to compare yet: no image has a score")
     return "\n".join(lines)
 
 

@@ -95,7 +95,10 @@ def serve(detector: str, host: str, port: int, log: Path | None, **options: Any)
         server_header=False,
     )
     server = uvicorn.Server(config)
-    listening = config.bind_socket()
     place = f"[{host}]" if ":" in host else host
+    try:
+        listening = config.bind_socket()
+    except SystemExit:  # uvicorn has logged the system's reason
+        raise TrajOODError(f"{place}:{port} cannot be listened on: choose another --port or --host") from None
     note(f"serving {detector} on http://{place}:{listening.getsockname()[1]}, see /docs for the API")
     server.run(sockets=[listening])

@@ -23,7 +23,8 @@ from traj_ood.cli.console import note
 @click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
 @shared("quiet")
 def train(config: str, out: Path, **options: Any) -> None:
-    """Train an autoencoder on a benchmark's ID training split, configured by CONFIG (a YAML file or a bundled name).
+    """Train an autoencoder on a benchmark's ID training split, configured by CONFIG (a YAML file, or a
+    bundled name from `traj-ood list models`).
 
     Resumes from the checkpoint in OUT if there is one. OUT can then be given to `traj-ood bench --model`.
     """

@@ -49,6 +49,9 @@ def read_rows(sources: Iterable[str | Path]) -> Rows:
     The files of a folder are read in the order of their names. Rows of a cluster have keys: each is read once, in the
     order of the keys. Unfinished output is ignored: an incomplete last line of a text file, and files below a folder
     whose names do not end in ``.csv``, ``.jsonl`` or ``.parquet``.
+
+    Raises:
+        TrajOODError: a file or folder that does not exist, a folder without any such file, or a file without scores.
     """
     whole = np.concatenate([np.empty((0, 2)), *(_source(Path(source)) for source in sources)])
     scored = ~np.isnan(whole[:, 0])
@@ -65,7 +68,13 @@ def _source(source: Path) -> np.ndarray:
 
 def _files(source: Path) -> list[Path]:
     if source.is_dir():
-        return sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        found = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        if not found and not any(source.rglob("*.part")):
+            raise TrajOODError(
+                f"{source}: expected files with rows ({', '.join(SUFFIXES)}), found none in it: give a folder into "
+                "which traj-ood score or serve writes"
+            )
+        return found
     if not source.is_file():
         raise TrajOODError(f"{source}: expected rows, found nothing: give files or folders that traj-ood score wrote")
     return [source]

@@ -44,7 +44,8 @@ def _check_class(cls: type[Any]) -> None:
         raise TrajOODError(f"{where}: expected a subclass of traj_ood.Scorer: derive it from that")
     missing = sorted(cls.__abstractmethods__)
     if missing:
-        raise TrajOODError(f"{where} is abstract: expected {', '.join(f'{m}()' for m in missing)}: define them")
+        names, them = ", ".join(f"{m}()" for m in missing), "it" if len(missing) == 1 else "them"
+        raise TrajOODError(f"{where} is abstract: expected {names}: define {them}")
     for key, example in (("name", "my-scorer"), ("summary", "what it measures, in a line")):
         text = getattr(cls, key, None)
         if not isinstance(text, str) or not text.strip():
