@@ -261,8 +261,8 @@ def test_the_head_is_taken_only_where_it_makes_the_logits() -> None:
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Featureless(), "net Featureless: expected a network that takes return_feature=True, got: "),
-        (Net("logits"), r"give logits \(B, classes\) and features \(B, n\) for B = 8, got \(8, 3\): use a network of"),
+        (Featureless(), r"net Featureless: expected \(logits, features\) .* does not take return_feature"),
+        (Net("logits"), r"this network returns one tensor \(8, 3\) with return_feature=True: use a network of"),
         (Net("map"), r"got \(8, 3\), \(8, 6, 1\): use a network of openood.networks that does, or an AutoencoderNet"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import write_tensors
-from traj_ood.io.trees import as_json, field_of
+from traj_ood.io.trees import field_of
 from traj_ood.io.weights import prefix_of, put_weights
 from traj_ood.text import brief
 
@@ -28,25 +28,20 @@ _RECIPE: dict[str, type] = {"data": str, "size": int, "pre_size": int, "mean": l
 _HEADS = ("fc", "heads.head", "head")  # names of the classifier in OpenOOD's networks
 
 
-@dataclass(frozen=True)
-class Preparation:
+def _prepared(pre_size: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
     """OpenOOD's test transform: RGB, shorter side to ``pre_size`` (bilinear), centre crop, (x − mean)/std."""
-
-    pre_size: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    return Preprocessing((3, size, size), tuple(mean), tuple(std), "crop", short_side=pre_size)
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # By dataset, as in openood.evaluation_api.preprocessor (OpenOOD 1.5).
 PREPARATIONS = {
-    "cifar10": Preparation(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Preparation(32, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet": Preparation(256, 224, *_IMAGENET),
-    "imagenet200": Preparation(256, 224, *_IMAGENET),
-    "aircraft": Preparation(512, 448, (0.5,) * 3, (0.5,) * 3),
-    "cub": Preparation(512, 448, (0.5,) * 3, (0.5,) * 3),
+    "cifar10": _prepared(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _prepared(32, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": _prepared(256, 224, *_IMAGENET),
+    "imagenet200": _prepared(256, 224, *_IMAGENET),
+    "aircraft": _prepared(512, 448, (0.5,) * 3, (0.5,) * 3),
+    "cub": _prepared(512, 448, (0.5,) * 3, (0.5,) * 3),
 }
 
 
@@ -81,17 +76,8 @@ class OpenOODBackbone(NetworkBackbone):
     summary = "OpenOOD's networks: openood:<network>:<checkpoint>"
 
     def forward_batch(self, images: Tensor) -> Features:
-        try:
-            answer = self.module(images, return_feature=True)
-        except TypeError as error:
-            if "return_feature" not in str(error):
-                raise
-            raise self._refused("does not take return_feature; it is older, or returns no features") from error
-        if not (isinstance(answer, (tuple, list)) and len(answer) == 2):
-            raise self._refused(f"returns {_describe(answer)} with return_feature=True")
-        logits, features = answer
-        if not isinstance(features, Tensor):
-            raise self._refused(f"returns {_describe(features)} as features")
+        advice = f"use another network ({', '.join(NETWORKS)}) or update OpenOOD: {INSTALL}"
+        logits, features = logits_and_features(self.module, images, self.name, advice)
         return Features(features.flatten(1), logits)
 
     @classmethod
@@ -133,21 +119,16 @@ class OpenOODBackbone(NetworkBackbone):
         if chosen not in PREPARATIONS:
             raise unknown_name("OpenOOD data set", chosen, PREPARATIONS)
         base = PREPARATIONS[chosen]
-        preparation = Preparation(
-            pre_size or size or base.pre_size, size or base.size, tuple(mean or base.mean), tuple(std or base.std)
-        )
+        side = size or base.shape[1]
+        short = pre_size or size or base.short_side or side
+        preprocessing = _prepared(short, side, mean or base.mean, std or base.std)
+        told = {"pre_size": short, "size": side, "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
         return cls(
             module,
             name=name or f"openood:{network}:{Path(checkpoint).stem}",
             spec=f"openood:{source}",
-            preprocessing=Preprocessing(
-                shape=(3, preparation.size, preparation.size),
-                mean=preparation.mean,
-                std=preparation.std,
-                resize="crop",
-                short_side=preparation.pre_size,
-            ),
-            options={"transform": {"data": chosen, **as_json(asdict(preparation))}, "pooling": "return_feature"},
+            preprocessing=preprocessing,
+            options={"transform": {"data": chosen, **told}, "pooling": "return_feature"},
             classifier=_classifier(module),
         )
 
@@ -163,11 +144,25 @@ class OpenOODBackbone(NetworkBackbone):
         transform: dict[str, Any] = {key: field_of(described["recipe"], key, of, where) for key, of in _RECIPE.items()}
         return cls.load(f"{network}:{folder / PACKED_WEIGHTS}", name=described["name"], **transform)
 
-    def _refused(self, what: str) -> TrajOODError:
-        return TrajOODError(
-            f"{self.name}: expected (logits, features) from net(x, return_feature=True), but this network {what}: use "
-            f"another network ({', '.join(NETWORKS)}) or update OpenOOD: {INSTALL}"
-        )
+
+def logits_and_features(net: nn.Module, images: Tensor, name: str, advice: str) -> tuple[Tensor, Tensor]:
+    """What OpenOOD's network ``name`` returns for images; ``advice`` is what to do if that is something else."""
+
+    def refused(what: str) -> TrajOODError:
+        wanted = f"{name}: expected (logits, features) from net(x, return_feature=True), but this network"
+        return TrajOODError(f"{wanted} {what}: {advice}")
+
+    try:
+        answer = net(images, return_feature=True)
+    except TypeError as error:
+        if "return_feature" not in str(error):
+            raise
+        raise refused("does not take return_feature; it is older, or returns no features") from error
+    if not (isinstance(answer, (tuple, list)) and len(answer) == 2):
+        raise refused(f"returns {_describe(answer)} with return_feature=True")
+    if not isinstance(answer[1], Tensor):
+        raise refused(f"returns {_describe(answer[1])} as features")
+    return answer[0], answer[1]
 
 
 def import_openood(name: str, *attributes: str) -> ModuleType:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.backbones import Backbone, CallableBackbone, Features
+from traj_ood.backbones.openood_networks import logits_and_features
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
 
@@ -107,24 +108,14 @@ def backbone_of(net: nn.Module, shape: tuple[int, ...]) -> Backbone:
 
 def _features_of(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """(B, classes) logits and (B, n) features."""
-    name = type(net).__name__
-    advice = "use a network of openood.networks that does, or an AutoencoderNet"
-    try:
-        answer = net(images, return_feature=True)
-    except TypeError as error:
-        if "return_feature" not in str(error):
-            raise
+    name, advice = f"net {type(net).__name__}", "use a network of openood.networks that does, or an AutoencoderNet"
+    pair = logits_and_features(net, images, name, advice)
+    if not all(t.ndim == 2 and len(t) == len(images) for t in pair):
         raise TrajOODError(
-            f"net {name}: expected a network that takes return_feature=True, got: {error}: {advice}"
-        ) from error
-    pair = answer if isinstance(answer, (tuple, list)) else [answer]
-    if len(pair) != 2 or not all(isinstance(t, Tensor) and t.ndim == 2 and len(t) == len(images) for t in pair):
-        got = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in pair)
-        raise TrajOODError(
-            f"net {name}: expected return_feature=True to give logits (B, classes) and features (B, n) for B = "
-            f"{len(images)}, got {got}: {advice}"
+            f"{name}: expected return_feature=True to give logits (B, classes) and features (B, n) for B = "
+            f"{len(images)}, got {', '.join(str(tuple(t.shape)) for t in pair)}: {advice}"
         )
-    return pair[0], pair[1]
+    return pair
 
 
 def _head_of(net: nn.Module, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor] | None:
