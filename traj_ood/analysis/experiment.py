@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,7 +28,6 @@ from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.data import ImageSource
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import unknown_name
-from traj_ood.training.config import Recipe
 
 if TYPE_CHECKING:
     from traj_ood.drawing.charts import Curve
@@ -149,16 +148,21 @@ class Budget(Question):
         return work.unit("memory", self.measure_key(model, data), measure)
 
     def train(
-        self, work: Workspace, images: ImageSource, shape: tuple[int, int, int], *, bottleneck: int, **options: Any
+        self, work: Workspace, data: Sampled, bottleneck: int, epochs: int | None = None, at: Iterable[int] = ()
     ) -> Trained:
-        """Train a model within this budget; ``options`` as in :func:`traj_ood.analysis.models.train_conv`."""
-        recipe = options.pop("recipe", None) or self.recipe()
-        settings = {"width": self.width, "bottleneck": bottleneck, "seed": self.seed, **options}
-        return train_conv(work, f"{self.name}-k{bottleneck}", images, shape, recipe, **settings)
-
-    def recipe(self, epochs: int | None = None, decay: float | None = None) -> Recipe:
-        """The recipe of this budget, optionally with other epochs or weight decay."""
-        return paper_recipe(epochs or self.epochs, self.batch, self.rate, self.decay if decay is None else decay)
+        """Train a model within this budget; ``at`` as in :func:`traj_ood.analysis.models.train_conv`."""
+        recipe = paper_recipe(epochs or self.epochs, self.batch, self.rate, self.decay)
+        return train_conv(
+            work,
+            f"{self.name}-k{bottleneck}",
+            data.train,
+            data.shape,
+            recipe,
+            width=self.width,
+            bottleneck=bottleneck,
+            seed=self.seed,
+            at=at,
+        )
 
     def measure_key(self, model: ConvAutoencoder, data: Sampled, **further: Any) -> dict[str, Any]:
         """The key of measurements on a model: everything that decides their result."""

@@ -57,7 +57,7 @@ class Memorization(Budget):
         pictures: dict[str, dict[str, Tensor]] = {}
         with work.bar(len(self.bottlenecks), "memorization", "model") as bar:
             for k in self.bottlenecks:
-                trained = self.train(work, data.train, data.shape, bottleneck=k)
+                trained = self.train(work, data, k)
                 unit = self.memory(work, trained.final, data)
                 rows.append({"bottleneck": k, "train_loss": trained.losses[-1], **unit.notes})
                 pictures[f"k = {k}"] = dict(unit.tensors)

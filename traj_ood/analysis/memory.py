@@ -19,8 +19,7 @@ from traj_ood.dynamics.trajectory import Status
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
-SHOWN = 10
-"""Maximum number of decoded attractors kept as images."""
+_SHOWN = 10  # maximum number of decoded attractors kept as images
 _OF_ATTRACTORS = (
     "memorization",
     "memorization_std",
@@ -83,60 +82,42 @@ def memory(
         Tensors ``decoded`` and ``closest`` (up to 10, C, H, W): distinct attractors and their closest training images.
     """
     known = dictionary.statuses != Status.NON_FINITE
-    found: dict[str, Any] = {
+    found: dict[str, Any] = dict.fromkeys(_OF_ATTRACTORS) | {
         "test_error": reconstruction_error(model, probe.test),
         "train_error": reconstruction_error(model, probe.training[probe.starts]),
         "starts": len(dictionary),
         "converged": share(dictionary.statuses == Status.CONVERGED),
         "median_steps": float(dictionary.steps.double().median()),
+        "finite": 0.0,
     }
     if not bool(known.any()):
-        return found | {"finite": 0.0} | dict.fromkeys(_OF_ATTRACTORS), {}
+        return found, {}
     decoded = pixels(model, model.decode(dictionary.usable()))
     drawn = decoded.flatten(1).isfinite().all(dim=1)  # D may overflow although its input is finite
-    kept = dictionary.distinct()
-    found |= {"finite": float(drawn.sum()) / len(dictionary), "distinct": len(kept)}
-    if not bool(drawn.any()):
-        return found | dict.fromkeys(set(_OF_ATTRACTORS) - {"distinct"}), {}
-    return found | _of_attractors(decoded, drawn, kept, known, probe, dictionary), _shown(decoded, drawn, kept, probe)
-
-
-def _of_attractors(
-    decoded: Tensor, drawn: Tensor, kept: Tensor, known: Tensor, probe: Probe, dictionary: AttractorDictionary
-) -> dict[str, float | None]:
-    """The measures that compare decoded end points (M, C, H, W) with training images."""
-    coefficients, closest = memorization_coefficients(decoded[drawn], probe.training)
     distinct = torch.zeros(len(decoded), dtype=torch.bool)
-    distinct[kept] = True
-    settled = (dictionary.statuses[known] == Status.CONVERGED)[drawn]
-    own = probe.starts[known][drawn]
-    return {
-        "memorization": float(coefficients.mean()),
-        "memorization_std": float(coefficients.std(unbiased=False)),
-        "memorization_distinct": finite(coefficients[distinct[drawn]].mean()),
-        "memorization_converged": finite(coefficients[settled].mean()),
-        "own": share(closest == own),
-        "rank90": rank_explaining(decoded[drawn]),
-        "rank90_unit": rank_explaining(normalize(decoded[drawn].flatten(1).double(), dim=1)),
+    distinct[dictionary.distinct()] = True
+    found |= {"finite": float(drawn.sum()) / len(dictionary), "distinct": int(distinct.sum())}
+    if not bool(drawn.any()):
+        return found, {}
+    decoded, distinct = decoded[drawn], distinct[drawn]
+    cosines, closest = memorization_coefficients(decoded, probe.training)
+    found |= {
+        "memorization": float(cosines.mean()),
+        "memorization_std": float(cosines.std(unbiased=False)),
+        "memorization_distinct": finite(cosines[distinct].mean()),
+        "memorization_converged": finite(cosines[(dictionary.statuses[known] == Status.CONVERGED)[drawn]].mean()),
+        "own": share(closest == probe.starts[known][drawn]),
+        "rank90": rank_explaining(decoded),
+        "rank90_unit": rank_explaining(normalize(decoded.flatten(1).double(), dim=1)),
     }
-
-
-def _shown(decoded: Tensor, drawn: Tensor, kept: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Images of the first distinct attractors, and of their closest training images."""
-    rows = kept[drawn[kept]][:SHOWN]
-    if not len(rows):
-        return {}
-    closest = memorization_coefficients(decoded[rows], probe.training)[1]
-    return {"decoded": decoded[rows], "closest": probe.training[closest]}
+    first = distinct.nonzero()[:_SHOWN, 0]
+    return found, {"decoded": decoded[first], "closest": probe.training[closest[first]]} if len(first) else {}
 
 
 def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None:
-    """Mean squared error per pixel of D(E(x)) for images (N, C, H, W), pixels in [0, 1].
-
-    None if it is not finite, as may happen with random weights.
-    """
-    units = normalised(model, images)
-    back = pixels(model, model.decode(model.encode(units)))
+    """Mean squared error per pixel of D(E(x)) for images (N, C, H, W), pixels in [0, 1]; None if it is not finite, as
+    may happen with random weights."""
+    back = pixels(model, model.decode(model.encode(normalised(model, images))))
     return finite((back - images).double().square().mean())
 
 

@@ -81,10 +81,8 @@ class Overfitting(Budget):
     def _row(self, work: Workspace, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Train on ``size`` images and measure the model."""
         data = self.load(work, size)
-        epochs = self.epochs
-        if self.steps:
-            epochs = math.ceil(self.steps / max(1, size // self.batch))
-        trained = self.train(work, data.train, data.shape, bottleneck=self.bottleneck, recipe=self.recipe(epochs))
+        epochs = math.ceil(self.steps / max(1, size // self.batch)) if self.steps else self.epochs
+        trained = self.train(work, data, self.bottleneck, epochs)
         unit = self.memory(work, trained.final, data)
         row = {"size": size, "epochs": epochs, "train_loss": trained.losses[-1], "reference": reference(data.probe)}
         return {**row, **unit.notes}, dict(unit.tensors)

@@ -78,7 +78,7 @@ class Training(Budget):
     def answer(self, work: Workspace) -> Answer:
         data = self.load(work, self.images)
         at = [epoch for epoch in self.at if epoch <= self.epochs]
-        trained = self.train(work, data.train, data.shape, bottleneck=self.bottleneck, at=at)
+        trained = self.train(work, data, self.bottleneck, at=at)
         rows: list[dict[str, Any]] = []
         pictures: dict[str, dict[str, Tensor]] = {}
         with work.bar(len(trained.models), "training: measuring", "epoch") as bar:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,14 +93,10 @@ def r_contractive(network: ConvNetwork, images: Tensor, draws: torch.Generator) 
     return output, squared_jacobian(output, inputs, draws)
 
 
-def sparse_kl(rho: float) -> Penalty:
-    """R = Σ_i KL(ρ ‖ ρ̂_i), with ρ̂_i the mean activation of a sigmoid unit over the batch (Ng 2011)."""
-
-    def penalty(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        latents = network.encode(images)
-        return network.decode(latents), bernoulli_kl(rho, latents.mean(dim=0))
-
-    return penalty
+def sparse_kl(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """R = Σ_i KL(ρ ‖ ρ̂_i), with ρ = 0.05 and ρ̂_i the mean activation of a sigmoid unit over the batch (Ng 2011)."""
+    latents = network.encode(images)
+    return network.decode(latents), bernoulli_kl(0.05, latents.mean(dim=0))
 
 
 def bernoulli_kl(rho: float, rates: Tensor) -> Tensor:
@@ -157,26 +154,19 @@ def masked(ratio: float, patch: int) -> Loss:
     return loss
 
 
-def _sparse(activation: type[nn.Module]) -> Build:
-    return lambda channels, size, width, bottleneck: SparseNetwork(channels, size, width, bottleneck, activation)
-
-
 def variants(strength: float = 1.0) -> tuple[Variant, ...]:
     """All rows of Table 3, with λ (or noise, or hidden share) chosen to affect the reconstruction without dominating
-    it.
-
-    Args:
-        strength: factor of every λ, of the noise and of the weight decay, but not of the hidden share.
-    """
+    it; ``strength`` is a factor of every λ, of the noise and of the weight decay, but not of the hidden share."""
     s = strength
+    sigmoid, relu = (partial(SparseNetwork, activation=kind) for kind in (nn.Sigmoid, nn.ReLU))
     return (
         Variant("standard", "none, wide bottleneck"),
         Variant("bottleneck", "none, narrow bottleneck", narrow=True),
         Variant("weight-decay", f"‖W‖², as Adam's decay of {1e-3 * s:g}", decay=1e-3 * s),
         _penalty("contractive", contractive, 1.0 * s, "‖J_E‖_F²"),
         _penalty("r-contractive", r_contractive, 1.0 * s, "‖J_F‖_F²"),
-        _penalty("sparse-kl", sparse_kl(0.05), 10.0 * s, "Σ KL(0.05 ‖ mean activation), sigmoid", _sparse(nn.Sigmoid)),
-        _penalty("sparse-l1", sparse_l1, 0.5 * s, "‖E(x)‖₁, ReLU", _sparse(nn.ReLU)),
+        _penalty("sparse-kl", sparse_kl, 10.0 * s, "Σ KL(0.05 ‖ mean activation), sigmoid", sigmoid),
+        _penalty("sparse-l1", sparse_l1, 0.5 * s, "‖E(x)‖₁, ReLU", relu),
         Variant("denoising", f"input noise {0.5 * s:g}", denoising(0.5 * s), options={"noise": 0.5 * s}),
         _penalty("variational", variational, 1.0 * s, "KL to N(0, I)", VariationalNetwork),
         Variant("masked", "half of 4 × 4 patches hidden", masked(0.5, 4), options={"ratio": 0.5, "patch": 4}),

@@ -14,27 +14,11 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from traj_ood.io.files import write_atomic
-
-__all__ = [
-    "CYCLE",
-    "DASHES",
-    "DPI",
-    "INKS",
-    "NARROW",
-    "Figure",
-    "Frame",
-    "Look",
-    "canvas",
-    "line_of",
-    "lines_of",
-    "look",
-    "save_figure",
-]
 
 DPI = 150
 NARROW = 4.0

@@ -33,6 +33,7 @@ end of a 95 % interval."""
 # Ids of crops (traj_ood.data.fashion.crops): those with the same prefix are cut from one picture. The ids of faces look
 # alike, but each face is a separate picture.
 _CROP = re.compile(r"(skimage/(?!lfw/)[^/]+)/\d+")
+_TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # of the 95 % intervals
 _CHUNK_COUNTS = 2**20  # counts per array in a chunk of resamples: 8 MiB each, a dozen arrays at a time
 
 
@@ -252,7 +253,6 @@ class BootstrapComparison:
         held: (S,) bool, whether a set is in the means; false for diagnostics.
         points: (S, 2, 2) sets × metrics × scorers.
         draws: (S, 2, 2, B) the same in each of B resamples; other summaries can be computed from them.
-        level: level of the intervals.
     """
 
     mean: Comparison
@@ -261,7 +261,6 @@ class BootstrapComparison:
     points: Floats = field(repr=False, compare=False)
     draws: Floats = field(repr=False, compare=False)
     held: NDArray[np.bool_] = field(repr=False, compare=False)
-    level: float = 0.95
 
     def without(self, *left_out: tuple[int, str]) -> Comparison:
         """The mean over all sets except diagnostics and these, each given by the number of its suite and its name.
@@ -276,7 +275,7 @@ class BootstrapComparison:
         kept = [i for i, pair in enumerate(names) if self.held[i] and pair not in left_out]
         if not kept:
             raise TrajOODError(f"sets left out: expected to keep at least 1 of {len(names)} sets, got all left out")
-        return _compare(self.points[kept], self.draws[kept], self.level)
+        return _compare(self.points[kept], self.draws[kept])
 
     def median(self) -> Comparison:
         """The median over sets of the difference. ``a`` and ``b`` are each scorer's median, whose difference is another
@@ -284,12 +283,12 @@ class BootstrapComparison:
         held, drawn = self.points[self.held], self.draws[self.held]
         own, points = np.median(held, axis=0), np.median(held[:, :, 0] - held[:, :, 1], axis=0)
         draws = np.median(drawn[:, :, 0] - drawn[:, :, 1], axis=0)
-        found = (_difference(own[k, 0], own[k, 1], draws[k], self.level) for k in range(2))
+        found = (_difference(own[k, 0], own[k, 1], draws[k]) for k in range(2))
         return Comparison(*(replace(d, difference=float(points[k])) for k, d in enumerate(found)))
 
 
 def paired_bootstrap(
-    suites: Sequence[PairedScores], *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+    suites: Sequence[PairedScores], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> BootstrapComparison:
     """Bootstrap over images of the difference in mean AUROC and mean FPR@95 between two scorers.
 
@@ -302,22 +301,19 @@ def paired_bootstrap(
     drawn independently, even if they were cut from the same pictures.
 
     p is two-sided, 2 · min(#{d ≤ 0} + 1, #{d ≥ 0} + 1) / (resamples + 1), at most 1 and never 0. Intervals are
-    percentile intervals. P-values of single sets are not corrected for their number.
+    percentile intervals of 95 %. P-values of single sets are not corrected for their number.
 
     Args:
         suites: one or several benchmarks, with the same two scorers in each.
         resamples: number of resamples, default 1,000.
         seed: seed of the draws.
-        level: level of the intervals, default 0.95.
     Raises:
-        TrajOODError: there is no suite, ``resamples`` < 1, or ``level`` is outside (0, 1).
+        TrajOODError: there is no suite, or ``resamples`` < 1.
     """
     if not suites:
         raise TrajOODError("paired bootstrap: expected at least 1 suite, got none")
     if resamples < 1:
         raise TrajOODError(f"resamples: expected at least 1, got {resamples}; {RESAMPLES} is the default")
-    if not 0.0 < level < 1.0:
-        raise TrajOODError(f"level: expected a share between 0 and 1, got {level}; 0.95 is the default")
     # scipy.stats.bootstrap pairs samples, not clusters of crops, and would sort every resample again.
     streams = np.random.SeedSequence(seed).spawn(len(suites))
     measured = [_figures(suite, resamples, stream) for suite, stream in zip(suites, streams, strict=True)]
@@ -326,27 +322,26 @@ def paired_bootstrap(
     all_held = np.concatenate(held)
     all_points, all_draws = (np.concatenate([m[k] for m in measured]) for k in range(2))
     return BootstrapComparison(
-        mean=_compare(all_points[all_held], all_draws[all_held], level),
-        suites=tuple(_compare(m[0][own], m[1][own], level) for m, own in zip(measured, held, strict=True)),
+        mean=_compare(all_points[all_held], all_draws[all_held]),
+        suites=tuple(_compare(m[0][own], m[1][own]) for m, own in zip(measured, held, strict=True)),
         sets=tuple(
-            {name: _compare(points[i : i + 1], draws[i : i + 1], level) for i, name in enumerate(suite.ood)}
+            {name: _compare(points[i : i + 1], draws[i : i + 1]) for i, name in enumerate(suite.ood)}
             for suite, (points, draws) in zip(suites, measured, strict=True)
         ),
         points=all_points,
         draws=all_draws,
         held=all_held,
-        level=level,
     )
 
 
-def _compare(points: Floats, draws: Floats, level: float) -> Comparison:
+def _compare(points: Floats, draws: Floats) -> Comparison:
     """The means over sets, from points (S, 2, 2) and draws (S, 2, 2, B), sets × metrics × scorers (× resamples)."""
     figures = zip(points.mean(axis=0), draws.mean(axis=0), strict=True)
-    return Comparison(*(_difference(p[0], p[1], d[0] - d[1], level) for p, d in figures))
+    return Comparison(*(_difference(p[0], p[1], d[0] - d[1]) for p, d in figures))
 
 
-def _difference(a: float, b: float, draws: Floats, level: float) -> Difference:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def _difference(a: float, b: float, draws: Floats) -> Difference:
+    low, high = np.quantile(draws, _TAILS)
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum())) + 1
     p = min(1.0, 2.0 * beyond / (len(draws) + 1))
     return Difference(float(a), float(b), float(a - b), float(low), float(high), p)

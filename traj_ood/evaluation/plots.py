@@ -139,8 +139,8 @@ def histogram(axis: Axes, id_scores: Floats, scores: Floats, edges: Floats, ink:
     axis.xaxis.set_major_locator(MaxNLocator(3))
 
 
-def shared_bins(groups: Sequence[Floats], bins: int = 40) -> Floats:
-    """Bin edges (bins + 1,) over the central 99 % of all groups.
+def shared_bins(groups: Sequence[Floats]) -> Floats:
+    """Edges of 40 bins over the central 99 % of all groups.
 
     They extend at most 3 widths beyond the first group, so that one extreme set does not flatten the others.
     """
@@ -152,7 +152,7 @@ def shared_bins(groups: Sequence[Floats], bins: int = 40) -> Floats:
     if end <= start:  # all scores are equal
         margin = 0.5 * max(abs(start), 1e-12)
         start, end = start - margin, end + margin
-    return np.linspace(start, end, bins + 1)
+    return np.linspace(start, end, 41)
 
 
 def beyond(edges: Floats, id_scores: Floats, ood: Mapping[str, Floats]) -> str:

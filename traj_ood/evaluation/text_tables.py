@@ -51,17 +51,11 @@ class TextTable:
     caption: str = ""
     notes: Sequence[str] = ()
 
-    def text(self, form: str, *, quote_formulas: bool = True) -> str:
-        """The table as text; with caption and notes, except in CSV.
-
-        Args:
-            form: one of :data:`FORMATS`.
-            quote_formulas: for CSV, see :func:`traj_ood.text.quote_formula`.
-        Raises:
-            TrajOODError: the format is unknown.
-        """
+    def text(self, form: str) -> str:
+        """The table in one of :data:`FORMATS`; with caption and notes, except in CSV, whose cells no spreadsheet
+        evaluates. Raises ``TrajOODError`` if the format is unknown."""
         if form == "csv":
-            return self._csv(quote_formulas)
+            return self._csv()
         if form == "latex":
             return self._latex()
         if form == "html":
@@ -110,10 +104,10 @@ class TextTable:
         body = "\n".join(row(cells, "td") for cells in self.rows)
         return f"<table>{caption}\n<thead>{row(self.header, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>{notes}"
 
-    def _csv(self, quote_formulas: bool) -> str:
+    def _csv(self) -> str:
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([quote_formula(c) if quote_formulas else c for c in row] for row in (self.header, *self.rows))
+        writer.writerows(map(quote_formula, row) for row in (self.header, *self.rows))
         return file.getvalue().rstrip("\n")
 
 

@@ -23,6 +23,7 @@ ImageLoss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """A loss function: images (B, C, H, W), their indices (B,) int64, and a generator for all randomness → scalar."""
 _STATISTICS_IMAGES = 10_000
 _CACHE_BYTES = 2**30
+_WORKERS = 4  # threads that read images
 
 
 class ImageTrainer(Trainer):
@@ -71,14 +72,13 @@ class TrainingImages:
     Args:
         source: the images.
         shape: (C, H, W) after resizing.
-        workers: threads that read images. Default 4.
     Attributes:
         digest: digest of the source's contents at construction.
         labels: labels of the source.
     """
 
-    def __init__(self, source: ImageSource, shape: tuple[int, int, int], workers: int = 4) -> None:
-        self._source, self._shape, self._workers = source, shape, workers
+    def __init__(self, source: ImageSource, shape: tuple[int, int, int]) -> None:
+        self._source, self._shape = source, shape
         self._contents, self.digest, self.labels = source.contents(), source.digest(), tuple(source.labels)
         self._mean, self._std = (0.0,) * shape[0], (1.0,) * shape[0]
         self._cache: Tensor | None = None
@@ -116,5 +116,5 @@ class TrainingImages:
         def read(index: int) -> Tensor:
             return preprocessing.pixels(self._source.load(index))
 
-        with ThreadPoolExecutor(self._workers) as pool:
+        with ThreadPoolExecutor(_WORKERS) as pool:
             return torch.stack(list(pool.map(read, indices)))
