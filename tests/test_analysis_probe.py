@@ -230,12 +230,16 @@ def test_noise_that_is_no_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_images_that_the_model_makes_nothing_finite_of_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = linear(0.5)
-    tiny.write_images(tmp_path / "images", 3, 0, size=2)
-    encode = made._encode
     # Only images have the value 77, so that noise is finite and images are not.
-    monkeypatch.setattr(made, "_transform", lambda _: torch.full((1, 2, 2), 77.0))
-    monkeypatch.setattr(made, "_encode", lambda x: encode(x) / (x.flatten(1) != 77))
+    made = CallableAutoencoder(
+        lambda x: x.flatten(1) / (x.flatten(1) != 77),
+        lambda z: (0.5 * z).reshape(-1, 1, 2, 2),
+        (1, 2, 2),
+        transform=lambda _: torch.full((1, 2, 2), 77.0),
+        name="linear",
+        chunk=4,
+    )
+    tiny.write_images(tmp_path / "images", 3, 0, size=2)
     monkeypatch.setattr(probe, "load_autoencoder", lambda _: made)
     question = Probe(data=(str(tmp_path / "images"),), shares=(0.5, 1.0))
     with pytest.raises(TrajOODError, match=r"expected finite latents, got NaN or infinity from linear for images/000"):

@@ -200,6 +200,10 @@ class Question(ABC):
         """All options by name, as plain data."""
         return as_json(asdict(self))
 
+    def settings(self, *names: str) -> dict[str, Any]:
+        """These options by name, for the key of a unit of work."""
+        return {name: getattr(self, name) for name in names}
+
     def differences(self) -> tuple[str, ...]:
         """One sentence per option whose value differs from the paper's."""
         mine, theirs = self.options(), self.paper().options()

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -102,14 +103,12 @@ class Contraction(Question):
     def answer(self, work: Workspace) -> Answer:
         check_names(self.models)
         rows = []
-        with work.bar(len(self.models) * self.runs, "contraction", "network") as bar:
-            for model in self.models:
-                for seed in range(self.seed, self.seed + self.runs):
-                    key = {name: getattr(self, name) for name in ("images", "size", "batch")}
-                    key |= {"inputs": self.seed, "model": model, "seed": seed, "ratios": KEYS}
-                    unit = work.unit("contraction", key, partial(self._measure, model, seed, work.device))
-                    rows.append({"model": model, "seed": seed, **unit.notes})
-                    bar.update()
+        runs = list(product(self.models, range(self.seed, self.seed + self.runs)))
+        for model, seed in work.track(runs, "contraction", "network"):
+            key = self.settings("images", "size", "batch")
+            key |= {"inputs": self.seed, "model": model, "seed": seed, "ratios": KEYS}
+            unit = work.unit("contraction", key, partial(self._measure, model, seed, work.device))
+            rows.append({"model": model, "seed": seed, **unit.notes})
         summary = [_summary(model, [r for r in rows if r["model"] == model]) for model in self.models]
         figures = {"models": summary, "runs": rows}
         return Answer(figures, _sentence(summary), self.drawn(figures))

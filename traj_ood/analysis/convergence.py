@@ -107,10 +107,8 @@ class Convergence(ModelQuestion):
         pictures = {"curves.png": partial(_curves_figure, table, self.curve_tol)}
         if not self.predict:
             return Answer(common | recorded, _told_curves(common, table), pictures)
-        key = {k: getattr(self, k) for k in ("images", "epsilon", "tol", "max_steps", "seed")} | {
-            "model": about.model.fingerprint(),
-            "data": about.train.digest(),
-        }
+        key = self.settings("images", "epsilon", "tol", "max_steps", "seed")
+        key |= {"model": about.model.fingerprint(), "data": about.train.digest()}
         paths = self._paths(work, about.model, chosen)
         jacobians = self._jacobians(work, key, about, paths)
         steps, figures = self._compare(paths, jacobians)
@@ -126,8 +124,7 @@ class Convergence(ModelQuestion):
             last = path.last_residuals.sqrt()
             return {"ends": path.final, "last": last, "errors": errors, "converged": path.converged}
 
-        key = {"tol": self.tol, "max_steps": self.max_steps}
-        found = self.over_latents(work, "trajectories", model, images, key, measure)
+        found = self.over_latents(work, "trajectories", model, images, self.settings("tol", "max_steps"), measure)
         tensors = {name: torch.cat([part[name] for part in found]) for name in ("ends", "last", "converged")}
         errors = join_tables([part["errors"] for part in found])
         converged = tensors["converged"]
@@ -149,7 +146,7 @@ class Convergence(ModelQuestion):
             path = iterate(model.self_map, start, observers=[Norm()], **settings)
             return {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
 
-        key = {"curve_tol": self.curve_tol, "curve_steps": self.curve_steps}
+        key = self.settings("curve_tol", "curve_steps")
         return [Part((), [], part, {}) for part in self.over_latents(work, "curves", model, images, key, measure)]
 
     def _jacobians(self, work: Workspace, key: dict[str, Any], about: Subject, paths: Unit) -> dict[str, Tensor]:

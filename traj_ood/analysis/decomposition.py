@@ -103,23 +103,17 @@ class Decomposition(ModelQuestion):
                 f"decomposition: data: expected an image set or a benchmark, with test images other than the training "
                 f"images, got the folder {self.data}: describe it in a benchmark's YAML file"
             )
-        settings = ("attractors", "images", "points", "tol", "max_steps", "seed")
-        key = {k: getattr(self, k) for k in settings} | {
-            "model": about.model.fingerprint(),
-            "data": [about.train.digest(), about.test.digest()],
-        }
+        key = self.settings("attractors", "images", "points", "tol", "max_steps", "seed")
+        key |= {"model": about.model.fingerprint(), "data": [about.train.digest(), about.test.digest()]}
         ends = self._attractors(work, about)
         points = ends.tensors["points"]
         rows = []
         sizes = sorted({min(size, len(points)) for size in self.sizes} | {len(points)})
-        with work.bar(len(sizes), "decomposition", "dictionary") as bar:
-            for size in sizes:
-                unit = work.unit("halves", {**key, "size": size}, partial(self._terms, about, points[:size]))
-                rows.append({"attractors": size, **summary(**unit.tensors)})
-                bar.update()
-        terms = unit.tensors  # of the largest dictionary
+        for size in work.track(sizes, "decomposition", "dictionary"):
+            unit = work.unit("halves", {**key, "size": size}, partial(self._terms, about, points[:size]))
+            rows.append({"attractors": size, **summary(**unit.tensors)})
         figures = {"model": about.model.name, "images": self.images, **ends.notes, "rows": rows}
-        pictures = {"decomposition.png": partial(terms_figure, rows, terms, about.model.name)}
+        pictures = {"decomposition.png": partial(terms_figure, rows, unit.tensors, about.model.name)}
         return Answer(figures=figures, sentence=_sentence(about.model.name, rows[-1]), pictures=pictures)
 
     def _attractors(self, work: Workspace, about: Subject) -> Unit:
@@ -131,7 +125,7 @@ class Decomposition(ModelQuestion):
             path = iterate(model.self_map, start, tol=self.tol, max_steps=self.max_steps, chunk=model.chunk)
             return {"ends": path.final, "converged": path.converged}
 
-        found = self.over_latents(work, "ends", model, chosen, {"tol": self.tol, "max_steps": self.max_steps}, compute)
+        found = self.over_latents(work, "ends", model, chosen, self.settings("tol", "max_steps"), compute)
         ends, converged = (torch.cat([part[name] for part in found]) for name in ("ends", "converged"))
         points = ends[converged]
         if not len(points):

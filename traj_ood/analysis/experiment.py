@@ -166,15 +166,8 @@ class Budget(Question):
 
     def measure_key(self, model: ConvAutoencoder, data: Sampled, **further: Any) -> dict[str, Any]:
         """The key of measurements on a model: everything that decides their result."""
-        return {
-            "model": model.fingerprint(),
-            "train": data.train.digest(),
-            "test": data.test.digest(),
-            "starts": list(data.starts),
-            "tol": self.tol,
-            "max_steps": self.max_steps,
-            **further,
-        }
+        images = {"train": data.train.digest(), "test": data.test.digest(), "starts": list(data.starts)}
+        return {"model": model.fingerprint(), **images, **self.settings("tol", "max_steps"), **further}
 
 
 def change(first: Mapping[str, Any], last: Mapping[str, Any], name: str, form: str) -> str:

@@ -126,8 +126,8 @@ class Field(Question):
                 model = trained.models[epoch]
                 model.chunk = _CHUNK
                 shown = sample(train, min(self.codes, len(train)), self.seed, "field")
-                options = {name: getattr(self, name) for name in ("reach", "grid", "tol", "max_steps")}
-                key = {"model": model.fingerprint(), "images": shown.digest(), **options}
+                key = self.settings("reach", "grid", "tol", "max_steps")
+                key |= {"model": model.fingerprint(), "images": shown.digest()}
                 unit = work.unit("plane", key, partial(self._measure, model, shown))
                 rows.append({"run": run, "seed": seed, "epoch": epoch, **unit.notes})
                 panels.append((f"run {run + 1}, epoch {epoch}", unit.tensors))

@@ -54,14 +54,12 @@ class Memorization(Budget):
     def answer(self, work: Workspace) -> Answer:
         data = self.load(work, self.images)
         rows: list[dict[str, Any]] = []
-        pictures: dict[str, dict[str, Tensor]] = {}
-        with work.bar(len(self.bottlenecks), "memorization", "model") as bar:
-            for k in self.bottlenecks:
-                trained = self.train(work, data, k)
-                unit = self.memory(work, trained.final, data)
-                rows.append({"bottleneck": k, "train_loss": trained.losses[-1], **unit.notes})
-                pictures[f"k = {k}"] = dict(unit.tensors)
-                bar.update()
+        pictures: dict[str, Mapping[str, Tensor]] = {}
+        for k in work.track(self.bottlenecks, "memorization", "model"):
+            trained = self.train(work, data, k)
+            unit = self.memory(work, trained.final, data)
+            rows.append({"bottleneck": k, "train_loss": trained.losses[-1], **unit.notes})
+            pictures[f"k = {k}"] = unit.tensors
         closest = reference(data.probe)
         figures = {"rows": rows, "reference": closest, "trends": _trends(rows)}
         return Answer(figures, _sentence(rows, closest), {**self.drawn(figures), **gallery(pictures)})

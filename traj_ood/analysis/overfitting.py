@@ -66,26 +66,20 @@ class Overfitting(Budget):
 
     def answer(self, work: Workspace) -> Answer:
         rows: list[dict[str, Any]] = []
-        pictures: dict[str, dict[str, Tensor]] = {}
-        with work.bar(len(self.sizes), "overfitting", "model") as bar:
-            for size in self.sizes:
-                row, pictures[f"{size:,} images"] = self._row(work, size)
-                rows.append(row)
-                bar.update()
+        pictures: dict[str, Mapping[str, Tensor]] = {}
+        for size in work.track(self.sizes, "overfitting", "model"):
+            data = self.load(work, size)
+            epochs = math.ceil(self.steps / max(1, size // self.batch)) if self.steps else self.epochs
+            trained = self.train(work, data, self.bottleneck, epochs)
+            unit = self.memory(work, trained.final, data)
+            row = {"size": size, "epochs": epochs, "train_loss": trained.losses[-1]}
+            rows.append({**row, "reference": reference(data.probe), **unit.notes})
+            pictures[f"{size:,} images"] = unit.tensors
         figures = {"rows": rows, "trends": {"memorization": correlation(self.sizes, [r["memorization"] for r in rows])}}
         return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"overfitting.png": partial(_curves, figures["rows"], self)}
-
-    def _row(self, work: Workspace, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Train on ``size`` images and measure the model."""
-        data = self.load(work, size)
-        epochs = math.ceil(self.steps / max(1, size // self.batch)) if self.steps else self.epochs
-        trained = self.train(work, data, self.bottleneck, epochs)
-        unit = self.memory(work, trained.final, data)
-        row = {"size": size, "epochs": epochs, "train_loss": trained.losses[-1], "reference": reference(data.probe)}
-        return {**row, **unit.notes}, dict(unit.tensors)
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:

@@ -130,8 +130,7 @@ class Probe(ModelQuestion):
         count = self.atoms or dimension
         self.expect(count <= dimension, "atoms", f"at most {dimension}, the dimension of {model.name}'s latents")
         _check_images(model, zeros)
-        key = {name: getattr(self, name) for name in ("seed", "tol", "max_steps")}
-        key |= {"model": model.fingerprint(), "atoms": count}
+        key = self.settings("seed", "tol", "max_steps") | {"model": model.fingerprint(), "atoms": count}
         noise = self._attractors(work, model, tuple(zeros.shape[1:]), count, key)
         bases = {
             ORTHOGONAL: random_basis(count, dimension, self.seed),

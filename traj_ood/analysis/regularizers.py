@@ -116,20 +116,18 @@ class Regularizers(Question):
         data = load_benchmark(self.benchmark, work.data_root)
         data = data.subsample(train=self.images, per_set=self.per_set, seed=self.seed)
         rows: list[dict[str, Any]] = []
-        pictures: dict[str, dict[str, Tensor]] = {}
-        with work.bar(len(self.variants), "regularizers", "model") as bar:
-            for variant in variants(self.strength):
-                if variant.name in self.variants:
-                    row, pictures[variant.name] = self._row(work, variant, data)
-                    rows.append(row)
-                    bar.update()
+        pictures: dict[str, Mapping[str, Tensor]] = {}
+        chosen = [variant for variant in variants(self.strength) if variant.name in self.variants]
+        for variant in work.track(chosen, "regularizers", "model"):
+            row, pictures[variant.name] = self._row(work, variant, data)
+            rows.append(row)
         figures = {"rows": rows, "reference": reference(self._probe(data)), "trends": _trends(rows)}
         return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"regularizers.png": partial(_dots, figures["rows"], self.benchmark)}
 
-    def _row(self, work: Workspace, variant: Variant, data: Benchmark) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _row(self, work: Workspace, variant: Variant, data: Benchmark) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         """Train one variant and measure it."""
         k = self.narrow if variant.narrow else self.bottleneck
         trained = train_conv(
@@ -145,17 +143,13 @@ class Regularizers(Question):
             build=variant.build,
             variant={"name": variant.name, **variant.options},
         )
-        key = {
+        key = self.settings("starts", "tol", "max_steps", "seed") | {
             "model": trained.final.fingerprint(),
             "data": {name: d["contents"] for name, d in data.digests().items()},
-            "starts": self.starts,
-            "tol": self.tol,
-            "max_steps": self.max_steps,
-            "seed": self.seed,
         }
         unit = work.unit("variant", key, lambda: self._measure(trained.final, data))
         about = {"variant": variant.name, "regularizer": variant.regularizer, "bottleneck": k}
-        return {**about, "train_loss": trained.losses[-1], **unit.notes}, dict(unit.tensors)
+        return {**about, "train_loss": trained.losses[-1], **unit.notes}, unit.tensors
 
     def _measure(self, model: ConvAutoencoder, data: Benchmark) -> Unit:
         """Contraction, health, memorisation and detection of one model."""

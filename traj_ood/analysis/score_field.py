@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -95,16 +96,12 @@ class ScoreField(Question):
 
     def answer(self, work: Workspace) -> Answer:
         rows, maps = [], {}
-        chosen = ("width", "steps", "batch", "rate", "samples", "grid", "seed")
-        settings = {key: getattr(self, key) for key in chosen}
-        with work.bar(len(self.mixtures) * len(self.noise), "score-field", "model") as bar:
-            for name in self.mixtures:
-                for sigma in self.noise:
-                    key = {"mixture": name, "noise": sigma, **settings}
-                    unit = work.unit("score-field", key, partial(self._measure, name, sigma))
-                    rows.append({"mixture": name, "noise": sigma, **unit.notes})
-                    maps[name, sigma] = unit.tensors
-                    bar.update()
+        settings = self.settings("width", "steps", "batch", "rate", "samples", "grid", "seed")
+        for name, sigma in work.track(list(product(self.mixtures, self.noise)), "score-field", "model"):
+            key = {"mixture": name, "noise": sigma, **settings}
+            unit = work.unit("score-field", key, partial(self._measure, name, sigma))
+            rows.append({"mixture": name, "noise": sigma, **unit.notes})
+            maps[name, sigma] = unit.tensors
         figures = {"rows": rows}
         pictures = dict(self.drawn(figures))
         for name in self.mixtures:

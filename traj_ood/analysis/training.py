@@ -80,15 +80,13 @@ class Training(Budget):
         at = [epoch for epoch in self.at if epoch <= self.epochs]
         trained = self.train(work, data, self.bottleneck, at=at)
         rows: list[dict[str, Any]] = []
-        pictures: dict[str, dict[str, Tensor]] = {}
-        with work.bar(len(trained.models), "training: measuring", "epoch") as bar:
-            for epoch, model in trained.models.items():
-                key = self.measure_key(model, data, seed=self.seed)
-                unit = work.unit("epoch", key, partial(self._measure, model, data))
-                loss = trained.losses[epoch - 1] if epoch else None
-                rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
-                pictures[f"epoch {epoch}"] = dict(unit.tensors)
-                bar.update()
+        pictures: dict[str, Mapping[str, Tensor]] = {}
+        for epoch, model in work.track(trained.models.items(), "training: measuring", "epoch"):
+            key = self.measure_key(model, data, seed=self.seed)
+            unit = work.unit("epoch", key, partial(self._measure, model, data))
+            loss = trained.losses[epoch - 1] if epoch else None
+            rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
+            pictures[f"epoch {epoch}"] = unit.tensors
         figures = {"rows": rows, "reference": reference(data.probe)}
         return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
 

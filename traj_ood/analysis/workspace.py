@@ -7,11 +7,11 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.text import printable
 
+T = TypeVar("T")
 _SCRATCH = re.compile(r"[\w-]+-[0-9a-f]{16}")
 _UNIT = re.compile(_SCRATCH.pattern + r"\.safetensors")
 
@@ -97,7 +98,7 @@ class Workspace:
             title, unit: title of the progress bar, and the name of one index in it.
         """
         found = []
-        with self.bar(sum(map(len, parts)), title, unit) as bar:
+        with self._bar(title, unit, total=sum(map(len, parts))) as bar:
             for rows in parts:
                 made = self.unit(name, {**key, "rows": [rows.start, rows.stop]}, partial(compute, rows))
                 found.append(dict(made.tensors))
@@ -109,11 +110,12 @@ class Workspace:
         digest = hashlib.sha256(json.dumps(self._plain(name, key), sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"{name}-{digest}"
 
-    def bar(self, total: int, description: str, unit: str = "unit") -> tqdm[Any]:
-        """A progress bar on stderr that appears after two seconds."""
-        return tqdm(
-            total=total, desc=printable(description), unit=unit, delay=2, disable=self.quiet, dynamic_ncols=True
-        )
+    def track(self, items: Collection[T], title: str, unit: str) -> tqdm[T]:
+        """Iterate over ``items`` with a progress bar on stderr that appears after two seconds."""
+        return self._bar(title, unit, iterable=items)
+
+    def _bar(self, title: str, unit: str, **extent: Any) -> tqdm[Any]:
+        return tqdm(desc=printable(title), unit=unit, delay=2, disable=self.quiet, dynamic_ncols=True, **extent)
 
     def discard(self) -> None:
         """Delete all units, finished or not, and forget the stored digests of images. Other files in the folder are

@@ -30,7 +30,7 @@ from traj_ood.evaluation.gallery import Frames, Mistake, Pictures, chosen_scorer
 from traj_ood.evaluation.results import ScorerResult
 from traj_ood.evaluation.runs import Run
 from traj_ood.io.files import write_atomic
-from traj_ood.report.tables import Board, HealthCard, Row, boards, health_card, provenance, side_by_side
+from traj_ood.report.tables import Board, Row, boards, health_card, provenance, side_by_side
 from traj_ood.text import printable
 
 FILE_NAME = "report.html"
@@ -86,6 +86,7 @@ def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": percent, "picture": picture_url, "breakable": breakable}
+    environment.globals |= {"health_card": health_card, "provenance": provenance}
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     numbers = count()
 
@@ -231,7 +232,6 @@ class RunView:
     """One run as the template shows it; texts in place of drawings explain what was not kept."""
 
     run: Run
-    health: HealthCard
     scorers: list[ScorerView]
     others: int
     dynamics: list[tuple[str, list[Drawing], list[Key]]]
@@ -239,9 +239,6 @@ class RunView:
     plane: Markup | None
     plane_text: str
     films: list[Film]
-    no_films: str
-    keep: str
-    provenance: list[tuple[str, str]]
 
 
 def _view(draw: Draw, run: Run, scorers: Sequence[str] | None) -> RunView:
@@ -249,7 +246,6 @@ def _view(draw: Draw, run: Run, scorers: Sequence[str] | None) -> RunView:
     pictures = run.pictures
     return RunView(
         run=run,
-        health=health_card(run.result),
         scorers=[_scorer_view(draw, run, label) for label in labels],
         others=len(run.result.scorers) - len(labels),
         dynamics=_dynamics(draw, run),
@@ -259,9 +255,6 @@ def _view(draw: Draw, run: Run, scorers: Sequence[str] | None) -> RunView:
         else None,
         plane_text=_plane_text(pictures) if pictures else "",
         films=[_film(pictures, frames) for frames in pictures.frames] if pictures else [],
-        no_films=pictures.no_frames if pictures else "",
-        keep=run.result.command,
-        provenance=provenance(run),
     )
 
 
