@@ -312,7 +312,11 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Autoencoder:
         """Load the model from a folder that :meth:`save_pretrained` wrote; ``options`` are ``name`` and others of the
-        family."""
+        family.
+
+        Raises:
+            TrajOODError: files that are missing, damaged or of another architecture.
+        """
         raise NotImplementedError(f"{cls.__name__} does not belong to a registered family")
 
     def save_pretrained(self, folder: Path) -> None:

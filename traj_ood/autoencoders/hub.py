@@ -14,12 +14,11 @@ DOWNLOAD = "download it on a machine with a network and pass the folder"
 
 
 def local_copy(source: str, files: Sequence[str]) -> Path:
-    """The local folder that holds the files of ``source``, a local folder or ``owner/name`` on the hub, which is
-    downloaded.
+    """The local folder with the files of ``source``: a local folder, or ``owner/name`` on the hub, of which a copy is
+    made in the hub's own cache.
 
-    A third part is a folder of the repository (``stabilityai/stable-diffusion-xl-base-1.0/vae``). Copies are kept in
-    the hub's own cache. ``files`` are names or patterns of the files to download; pickled weights should not be among
-    them.
+    A third part is a folder of the repository (``stabilityai/stable-diffusion-xl-base-1.0/vae``). ``files`` are names
+    or patterns of the files to download; pickled weights should not be among them.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -53,8 +53,8 @@ class ViTDecoder(nn.Module):
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], heads: int, where: str) -> ViTDecoder:
-        """Build the decoder whose sizes the weights, named as in RAE or in diffusers, have, and load them; ``where`` is
-        their source."""
+        """Build the decoder from its weights, named as in RAE or in diffusers, which have its sizes; ``where`` is their
+        source."""
         weights = {_rae_name(key): value for key, value in weights.items()}
         try:
             width, latent_width = weights["decoder_embed.weight"].shape

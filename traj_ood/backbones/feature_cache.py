@@ -27,8 +27,8 @@ IDENTITY = "cache.json"
 
 
 class FeatureCache:
-    """A folder of features, with a subfolder for each pair of a backbone and a list of images; written to when the
-    first block is.
+    """A folder of features, created with the first block, that has a subfolder for each pair of a backbone and a list
+    of images.
 
     A subfolder holds cache.json, which identifies the features, and one file per block. The identity is the backbone's
     fingerprint (weights, options), the behaviour of its transform, the way it is called (rows, memory order) and the

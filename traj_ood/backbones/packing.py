@@ -57,8 +57,8 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def rebuild(families: Families[M], described: Mapping[str, Any], key: str, folder: Path) -> M:
-    """Rebuild the model that the entry ``key`` names a family of, on the CPU, by the ``unpack`` of that family, and
-    check that it is the one described."""
+    """Rebuild a described model on the CPU, by the ``unpack`` of the family that the entry ``key`` names, and check
+    that it is the one described."""
     where = f"{folder}: description of the {families.model}"
     family: Any = families.named(field_of(described, key, str, where))
     name, chunk = field_of(described, "name", str, where), field_of(described, "chunk", int, where)

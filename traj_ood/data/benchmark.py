@@ -77,7 +77,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Copies:
-    """Images of the split ``second``, which has ``total``, that are also in ``first``; ``example`` is one pair of ids,
+    """``count`` of the ``total`` images of the split ``second`` are also in ``first``; ``example`` is one pair of ids,
     in ``second`` and in ``first``."""
 
     first: str

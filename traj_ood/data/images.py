@@ -72,7 +72,7 @@ class ImageSource(Protocol):
 
 
 class Listed:
-    """Base of sources that are dataclasses, of which the fields ``columns`` have one entry for each image, or none."""
+    """Base of image sources that are dataclasses: each field in ``columns`` has one entry per image, or none."""
 
     columns: ClassVar[tuple[str, ...]] = ("ids", "labels")
     ids: tuple[str, ...]
@@ -296,7 +296,12 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
         found = "a file" if folder.exists() else "nothing"
         raise TrajOODError(f"image folder {folder}: expected a folder of images, found {found}; correct the path")
     others: Counter[str] = Counter()
-    paths = sorted(_walk(folder, others))
+    paths: list[str] = []
+    for path, error in walk_images(str(folder), others, follow_links=True):
+        if error:
+            raise TrajOODError(f"{path}: {error}")
+        paths.append(Path(path).relative_to(folder).as_posix())
+    paths.sort()
     if not paths:
         raise TrajOODError(
             f"image folder {folder}: expected at least one image ({' '.join(IMAGE_SUFFIXES)}), found none; "
@@ -330,29 +335,68 @@ def suffix_of(name: str) -> str:
     return suffix if suffix.isprintable() and len(suffix) <= 12 else ".…"
 
 
-def _walk(folder: Path, others: Counter[str]) -> Iterator[str]:
-    """Relative posix paths of the image files below ``folder``; ``others`` counts all other files by suffix."""
-    seen: set[str] = set()
-    for current, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
-        real = os.path.realpath(current)
-        if real in seen:  # a link to a folder already walked, which would loop for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                yield Path(current, name).relative_to(folder).as_posix()
-            else:
-                others[suffix_of(name)] += 1
+def walk_images(folder: str, others: Counter[str], *, follow_links: bool) -> Iterator[tuple[str, str]]:
+    """Iterate over the image files in and below ``folder``, recognised by suffix, in the sort order of their relative
+    paths: each path, and why it must not be read, else an empty text.
+
+    Hidden files and folders are ignored; each real folder is entered once, so that loops of links end. Links that lead
+    out of ``folder``, unless ``follow_links``, and folders that cannot be listed have an error. ``others`` counts the
+    suffixes of files that are no images. One folder's names are in memory at a time.
+    """
+    root = os.path.realpath(folder)
+    seen = {_identity(root)}
+    waiting = [_listing(folder)]  # a stack of half-walked folders, not recursion: trees may be deep
+    while waiting:
+        item = next(waiting[-1], None)
+        if item is None:
+            waiting.pop()
+        elif isinstance(item, tuple):
+            yield item
+        elif not follow_links and item.is_symlink() and leaves(item.path, root):
+            if _is_folder(item) or item.name.lower().endswith(IMAGE_SUFFIXES):
+                yield item.path, f"the link leads out of {folder}; allow that with --follow-links"
+        elif _is_folder(item):
+            identity = _identity(item.path)
+            if identity is None or identity not in seen:
+                seen.add(identity)
+                waiting.append(_listing(item.path))
+        elif item.name.lower().endswith(IMAGE_SUFFIXES):
+            yield item.path, ""
+        else:
+            others[suffix_of(item.name)] += 1
 
 
-def _refuse_folder(error: OSError) -> None:
-    raise TrajOODError(
-        f"{error.filename}: the folder cannot be listed ({error.strerror}); fix its permissions"
-    ) from error
+def _listing(folder: str) -> Iterator[os.DirEntry[str] | tuple[str, str]]:
+    """The content of a folder without hidden names, in the sort order of the full relative paths below it."""
+    try:
+        with os.scandir(folder) as found:
+            items = [item for item in found if not item.name.startswith(".")]
+    except OSError as error:
+        yield folder, f"the folder cannot be listed ({error.strerror}); fix its permissions"
+        return
+    yield from sorted(items, key=lambda item: item.name + "/" if _is_folder(item) else item.name)
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a circular link
+        return False
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """Device and inode of a folder; None if it no longer exists, which listing it will report."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def leaves(path: str, real_root: str) -> bool:
+    """Whether ``path``, with all links resolved, is outside ``real_root``."""
+    real = os.path.realpath(path)
+    return os.path.commonpath([real, real_root]) != real_root
 
 
 def inside_root(written: str, where: str) -> str:

@@ -21,8 +21,8 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], finite: bool = True) -> None:
-    """Check that the tensors of a file are those that were written, by :func:`specs_of` each file, and unless
-    ``finite`` is false without NaN and infinite values."""
+    """Check that the tensors of a file have the names, dtypes and shapes of ``specs``, which are :func:`specs_of` by
+    file name, and are finite, unless ``finite`` is false."""
     found, expected = specs_of(tensors), specs.get(path.name)
     if found != expected:
         known = expected if isinstance(expected, dict) else {}

@@ -149,8 +149,8 @@ def abandon(stream: BinaryIO | TextIO) -> None:
 
 @contextlib.contextmanager
 def folder_errors(folder: Path, name: str = "", then: str = "") -> Iterator[None]:
-    """Context manager that turns an OSError into a ``TrajOODError`` about a folder into which (the file ``name``)
-    cannot be written; ``then`` says what to do, by default to free space or choose another folder."""
+    """Context manager that turns an OSError into a ``TrajOODError``: ``folder``, or the file ``name`` in it, cannot be
+    written. ``then`` says what to do; by default, to free space or choose another folder."""
     try:
         yield
     except OSError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from traj_ood.data.images import IMAGE_SUFFIXES, inside_root, suffix_of
+from traj_ood.data.images import IMAGE_SUFFIXES, inside_root, leaves, walk_images
 from traj_ood.errors import TrajOODError
 
 _STDIN = "standard input"
@@ -39,38 +39,17 @@ class ByteStream(Protocol):
 
 
 def walk(folder: str, *, follow_links: bool = False, others: Counter[str] | None = None) -> Iterator[Entry]:
-    """Iterate over the image files in and below ``folder``, in the order of :func:`traj_ood.data.read_folder`.
+    """Iterate over the image files in and below ``folder``, as :func:`traj_ood.data.images.walk_images`, in the order
+    of :func:`traj_ood.data.read_folder`.
 
-    Image files are recognised by suffix; ``others`` counts the suffixes of other files. Hidden files and folders are
-    ignored; each real folder is entered once, so that loops of links end. Links that lead out of ``folder`` are
-    followed with ``follow_links``, else they give entries with an error. So does a folder that cannot be listed, and
-    ``folder`` itself if it has no images.
+    A folder that cannot be listed gives an entry with an error, and so do links that lead out of ``folder``, unless
+    ``follow_links``, and ``folder`` itself if it has no images. ``others`` counts the suffixes of files that are no
+    images.
     """
-    root = os.path.realpath(folder)
-    seen = {_identity(root)}
     found = False
-    waiting = [_listing(folder)]  # a stack of half-walked folders, not recursion: trees may be deep
-    while waiting:
-        item = next(waiting[-1], None)
-        if item is None:
-            waiting.pop()
-        elif isinstance(item, Entry):
-            found = True
-            yield item
-        elif not follow_links and item.is_symlink() and _leaves(item.path, root):
-            if _is_folder(item) or _has_image_suffix(item.name):
-                found = True
-                yield Entry(item.path, f"the link leads out of {folder}; allow that with --follow-links")
-        elif _is_folder(item):
-            identity = _identity(item.path)
-            if identity is None or identity not in seen:
-                seen.add(identity)
-                waiting.append(_listing(item.path))
-        elif _has_image_suffix(item.name):
-            found = True
-            yield Entry(item.path)
-        elif others is not None:
-            others[suffix_of(item.name)] += 1
+    for path, error in walk_images(folder, Counter() if others is None else others, follow_links=follow_links):
+        found = True
+        yield Entry(path, error)
     if not found:
         yield Entry(folder, f"expected a folder with images ({' '.join(IMAGE_SUFFIXES)}), found none in it")
 
@@ -109,7 +88,7 @@ def _listed(written: str, where: str, root: str | Path, real_root: str, follow_l
         path = os.path.join(root, inside_root(written, where))
     except TrajOODError as error:
         return Entry(written, str(error))
-    if not follow_links and _leaves(path, real_root):
+    if not follow_links and leaves(path, real_root):
         return Entry(path, f"{where}: a link on the way leads out of {root}; allow that with --follow-links")
     return Entry(path)
 
@@ -128,40 +107,3 @@ def _records(stream: ByteStream, separator: bytes, name: str) -> Iterator[bytes]
             hint = "check --null" if name == _STDIN else "give a text file, one path a line"
             raise TrajOODError(f"{name}: expected paths separated by {kind}, got {len(rest)} bytes without one; {hint}")
     yield rest
-
-
-def _listing(folder: str) -> Iterator[os.DirEntry[str] | Entry]:
-    """The content of a folder without hidden names, in the sort order of the full relative paths below it."""
-    try:
-        with os.scandir(folder) as found:
-            items = [item for item in found if not item.name.startswith(".")]
-    except OSError as error:
-        yield Entry(folder, f"the folder cannot be listed ({error.strerror}); fix its permissions")
-        return
-    yield from sorted(items, key=lambda item: item.name + "/" if _is_folder(item) else item.name)
-
-
-def _is_folder(item: os.DirEntry[str]) -> bool:
-    try:
-        return item.is_dir()
-    except OSError:  # a circular link
-        return False
-
-
-def _has_image_suffix(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def _identity(folder: str) -> tuple[int, int] | None:
-    """Device and inode of a folder; None if it no longer exists, which listing it will report."""
-    try:
-        status = os.stat(folder)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _leaves(path: str, real_root: str) -> bool:
-    """Whether ``path``, with all links resolved, is outside ``real_root``."""
-    real = os.path.realpath(path)
-    return os.path.commonpath([real, real_root]) != real_root

@@ -38,23 +38,16 @@ _DIGITS = 16  # of a file's SHA-256 in its row
 
 @dataclass(frozen=True)
 class Row:
-    """The result for one image; fields that do not apply are None.
+    """The result for one image: a :class:`traj_ood.Decision` with a path. Fields that do not apply are None."""
 
-    Attributes:
-        path: the path as given; bytes that are not UTF-8 are lone surrogates.
-        score, p_value, decision, steps, status, error: see :class:`traj_ood.Decision`.
-        content: the first 16 hex digits of the SHA-256 of the judged file, by which ``--resume`` recognises files that
-            have changed; None if it could not be read.
-    """
-
-    path: str
+    path: str  # as given; bytes that are not UTF-8 are lone surrogates
     score: float | None = None
     p_value: float | None = None
     decision: str | None = None
     steps: int | None = None
     status: str = ERROR
     error: str | None = None
-    content: str | None = None
+    content: str | None = None  # 16 hex digits of the SHA-256 of the judged file, by which --resume recognises changes
 
     @property
     def reason(self) -> str:
