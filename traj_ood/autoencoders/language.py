@@ -14,8 +14,6 @@ Qwen3 models.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +21,9 @@ from torch import Tensor, nn
 
 from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
 from traj_ood.dynamics.fixed_function import FixedFunction
-from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.errors import TrajOODError
 from traj_ood.io.families import Families
-from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
+from traj_ood.io.pretrained import Checkpoint, from_pretrained, use_safetensors, whole_network
 from traj_ood.io.weights import fingerprint
 
 LANGUAGE_MODELS: Families[LanguageModel] = Families(
@@ -79,26 +77,20 @@ class LanguageModel(FixedFunction):
         by default its name is ``causal-lm:`` and the source."""
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        folder = Path(source).expanduser()
-        shown = name or f"{cls.family}:{folder.resolve().name if folder.is_dir() else source}"
-        where = str(folder) if folder.is_dir() else source
-        if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-            raise TrajOODError(
-                f"{shown}: no such folder; expected a folder with config.json, model.safetensors and a tokenizer"
-            )
-        with _reading(shown, "config.json"):
-            config = from_pretrained(AutoConfig, where)
+        known = Checkpoint(cls.family, source, "a tokenizer", name)
+        with known.reading("config.json"):
+            config = from_pretrained(AutoConfig, known.place)
         if not _is_causal(config):
             raise TrajOODError(
-                f"{shown}: expected a causal language model, got {config.model_type} "
+                f"{known.name}: expected a causal language model, got {config.model_type} "
                 f"({', '.join(config.architectures or ['?'])})"
             )
-        with _reading(shown, "its tokenizer"):
-            tokenizer = from_pretrained(AutoTokenizer, where)
-        options = {"config": config, "output_loading_info": True, **use_safetensors(where)}
-        with _reading(shown, "model.safetensors"):
-            model = whole_network(from_pretrained(AutoModel, where, **options), shown)
-        return cls(model, lambda text: tokenizer(text)["input_ids"], tokens=tokens, name=shown)
+        with known.reading("its tokenizer"):
+            tokenizer = from_pretrained(AutoTokenizer, known.place)
+        options = {"config": config, "output_loading_info": True, **use_safetensors(known.place)}
+        with known.reading("model.safetensors"):
+            model = whole_network(from_pretrained(AutoModel, known.place, **options), known.name)
+        return cls(model, lambda text: tokenizer(text)["input_ids"], tokens=tokens, name=known.name)
 
     def fits(self, text: str) -> bool:
         """Whether ``text`` has at least T tokens."""
@@ -141,10 +133,3 @@ def _is_causal(config: Any) -> bool:
     if config.architectures:
         return any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures)
     return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-def _reading(name: str, file: str) -> AbstractContextManager[None]:
-    return foreign_errors(
-        f"{name}: {file} can be neither read nor downloaded",
-        f"; give a local folder with config.json, model.safetensors and tokenizer: {LanguageModel.family}:<folder>",
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from traj_ood.backbones.network import (
 )
 from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing, trial_pictures
-from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.errors import TrajOODError
 from traj_ood.io.files import write_atomic
-from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
+from traj_ood.io.pretrained import Checkpoint, from_pretrained, use_safetensors, whole_network
 from traj_ood.io.trees import as_json
 
 _CLASSIFIER = "ForImageClassification"
+_PROCESSOR = "preprocessor_config.json"
 _PACKED = "backbone"  # folder name of a packed model
 
 
@@ -61,24 +61,18 @@ class TransformersEncoder(NetworkBackbone):
         """
         from transformers import AutoConfig, AutoImageProcessor
 
-        folder = Path(source).expanduser()
-        if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-            raise TrajOODError(
-                f"transformers:{source}: no such folder; expected a folder with config.json, model.safetensors and "
-                "preprocessor_config.json"
-            )
-        where = str(folder) if folder.is_dir() else source
-        shown = name or f"transformers:{folder.resolve().name if folder.is_dir() else source}"
-        with _reading(shown, "config.json"):
-            config = from_pretrained(AutoConfig, where)
+        known = Checkpoint(cls.library, source, _PROCESSOR, name)
+        shown = known.name
+        with known.reading("config.json"):
+            config = from_pretrained(AutoConfig, known.place)
         if config.model_type == "vit_mae":
             raise TrajOODError(
                 f"{shown}: expected a classifier or encoder, got a ViT-MAE, which is itself an autoencoder: use it as "
                 "the model, without transformers:"
             )
-        network = _network(shown, where, config)
-        with _reading(shown, "preprocessor_config.json"):
-            processor = from_pretrained(AutoImageProcessor, where)
+        network = _network(known, config)
+        with known.reading(_PROCESSOR):
+            processor = from_pretrained(AutoImageProcessor, known.place)
         preprocessing = _preprocessing(processor, int(getattr(config, "num_channels", 3)), shown)
         settings: dict[str, Any] = {
             "name": shown,
@@ -100,7 +94,7 @@ class TransformersEncoder(NetworkBackbone):
         (folder / _PACKED).mkdir(parents=True, exist_ok=True)
         network.save_pretrained(folder / _PACKED, max_shard_size="1000GB")  # in one file, as unpack expects
         processor = json.dumps(self.options()["transform"], indent=2, sort_keys=True)
-        write_atomic(folder / _PACKED / "preprocessor_config.json", processor.encode())
+        write_atomic(folder / _PACKED / _PROCESSOR, processor.encode())
         return {}
 
     @classmethod
@@ -112,25 +106,18 @@ class TransformersClassifier(ClassifierInputBackbone, TransformersEncoder):
     """A transformers classifier. Features are the input of its last linear layer (a CLS token, pooled maps, …)."""
 
 
-def _network(name: str, source: str, config: Any) -> nn.Module:
+def _network(known: Checkpoint, config: Any) -> nn.Module:
     from transformers import AutoModel, AutoModelForImageClassification
 
     classifier = any(a.endswith(_CLASSIFIER) for a in config.architectures or ())
     kind = AutoModelForImageClassification if classifier else AutoModel
-    options = {"config": config, "output_loading_info": True, **use_safetensors(source)}
-    with _reading(name, "model.safetensors"):
-        network, report = from_pretrained(kind, source, **options)
+    options = {"config": config, "output_loading_info": True, **use_safetensors(known.place)}
+    with known.reading("model.safetensors"):
+        network, report = from_pretrained(kind, known.place, **options)
         missing = report["missing_keys"]
         if missing and all(key.startswith("pooler.") for key in missing):
-            network, report = from_pretrained(kind, source, **options, add_pooling_layer=False)
-        return whole_network((network, report), name)
-
-
-def _reading(name: str, file: str) -> AbstractContextManager[None]:
-    return foreign_errors(
-        f"{name}: {file} can be neither read nor downloaded",
-        "; give a local folder with config.json, model.safetensors and preprocessor_config.json: transformers:<folder>",
-    )
+            network, report = from_pretrained(kind, known.place, **options, add_pooling_layer=False)
+        return whole_network((network, report), known.name)
 
 
 def _preprocessing(processor: Any, channels: int, name: str) -> Preprocessing:
@@ -144,7 +131,7 @@ def _preprocessing(processor: Any, channels: int, name: str) -> Preprocessing:
 
     mode = "L" if channels == 1 else "RGB"
     shapes = {tuple(prepare(picture).shape) for picture in trial_pictures(mode)}
-    where = f"{name}: preprocessor_config.json"
+    where = f"{name}: {_PROCESSOR}"
     if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[0] != channels:
         raise TrajOODError(
             f"{where}: expected settings that bring images of any size to one size {channels} x H x W, by a resize to "

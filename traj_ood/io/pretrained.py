@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.checkpoints import reason_of
 from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
 from traj_ood.io.weights import check_weights
@@ -61,6 +62,26 @@ def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
     if isinstance(kernel, str) and "/" in kernel:  # names a repository of compiled code on the hub
         raise _refused(source, f"the attention {kernel!r} from the hub")
     return found
+
+
+class Checkpoint:
+    """Where a model ``family:source`` of transformers is, a folder or hub name, and what it is called.
+
+    ``needs`` are the files beside config.json and model.safetensors, for errors.
+    """
+
+    def __init__(self, family: str, source: str, needs: str, name: str | None = None) -> None:
+        folder = Path(source).expanduser()
+        files = f"config.json, model.safetensors and {needs}"
+        if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+            raise TrajOODError(f"{family}:{source}: no such folder; expected a folder with {files}")
+        self.place = str(folder) if folder.is_dir() else source
+        self.name = name or f"{family}:{folder.resolve().name if folder.is_dir() else source}"
+        self._advice = f"; give a local folder with {files}: {family}:<folder>"
+
+    def reading(self, file: str) -> AbstractContextManager[None]:
+        """Context manager in which any error is that of reading ``file``."""
+        return foreign_errors(f"{self.name}: {file} can be neither read nor downloaded", self._advice)
 
 
 def whole_network(
