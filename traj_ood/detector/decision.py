@@ -98,24 +98,16 @@ def reason_of(score: float | None, decision: str | None, error: str | None) -> s
 
 
 def decide_all(judge: Callable[[Normalised], Judgement], images: Sequence[Tensor]) -> list[Decision]:
-    """One decision per image (C, H, W) in the model's units, in order.
-
-    Images are judged together. If the batch is refused, it is halved until the images at fault are isolated; too little
-    memory is raised.
-    """
-    if not images:
-        return []
-    try:
-        return judge(Normalised(torch.stack(list(images)))).each()
-    except TrajOODError as error:
-        if len(images) == 1:
-            return [Decision(error=str(error).strip())]
-        half = len(images) // 2
-        return decide_all(judge, images[:half]) + decide_all(judge, images[half:])
+    """:func:`decide_each` for images (C, H, W) in the model's units; too little memory is raised."""
+    return decide_each(judge, Normalised(torch.stack(list(images))), len(images)) if images else []
 
 
 def decide_each(judge: Callable[[Any], Judgement], images: Any, count: int, size: int | None = None) -> list[Decision]:
-    """:func:`decide_all` for ``count`` images of any kind that :func:`traj_ood.data.batches` reads."""
+    """One decision for each of ``count`` images of any kind that :func:`traj_ood.data.batches` reads, in order.
+
+    Images are judged together. If that is refused, they are divided, at last into halves, until those at fault are
+    isolated.
+    """
     try:
         return judge(images).each()
     except TrajOODError as error:
