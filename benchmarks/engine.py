@@ -149,6 +149,33 @@ def compiled() -> dict[str, Any]:
     }
 
 
+def side_by_side() -> dict[str, Any]:
+    """Chunks of f side by side, one thread each, over one after the other with all threads: wall time of four chunks
+    per thread, alone and beside one busy process per thread."""
+    model, start, _ = _bundled()
+    threads = torch.get_num_threads()
+    rows = start[:1].expand(4 * threads * model.chunk, *start.shape[1:])
+
+    def seconds(permitted: bool) -> float:
+        model.side_by_side = permitted
+        began = time.perf_counter()
+        with torch.inference_mode(), model.fixed():
+            apply_in_chunks(model.self_map, rows, model.chunk)
+        return time.perf_counter() - began
+
+    def ratio() -> float:
+        pairs = [(seconds(True), seconds(False)) for _ in range(2 if TINY else 20)][1:]
+        return statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
+
+    alone = ratio()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(threads)]
+    try:
+        return {"threads": threads, "alone": alone, "beside_busy_processes": ratio()}
+    finally:
+        for process in busy:
+            process.kill()
+
+
 def base_geometry() -> dict[str, Any]:
     """ViT-MAE base, random weights: distances against f, per step."""
     from traj_ood.autoencoders.vit_mae import build_model
@@ -184,7 +211,7 @@ def _base_step(model: Autoencoder, index: NeighborIndex, latents: torch.Tensor) 
 
 
 PIECES: dict[str, Callable[[], dict[str, Any]]] = {
-    f.__name__: f for f in (overhead, score_engine, score_naive, compiled, base_geometry)
+    f.__name__: f for f in (overhead, score_engine, score_naive, compiled, side_by_side, base_geometry)
 }
 
 

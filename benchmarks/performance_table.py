@@ -111,6 +111,12 @@ ROWS = [
         ),
     ),
     Row("peak memory of that process", "≤ 4.5 GB", "engine", both("{:.1f} GB", ("base_geometry", "peak_memory_gb"))),
+    Row(
+        "chunks of the bundled model's f side by side over one after another: alone, and beside a busy process a core",
+        "",
+        "engine",
+        both("{:.2f} ×, {:.2f} ×", ("side_by_side", "alone"), ("side_by_side", "beside_busy_processes")),
+    ),
     Row("the bundled model's f through `torch.compile` over f", "", "engine", times("compiled", "compiled_over_plain")),
     Row(
         "seconds to compile it, and rows of f after which they are earned back",

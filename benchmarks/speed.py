@@ -47,6 +47,7 @@ def of_engine(record: Mapping[str, Any]) -> Ratios:
         "engine over the naive way, time": 1 / naive["seconds"],
         "engine over the naive way, memory": 1 / naive["peak_memory"],
         "f compiled over f": record["compiled"]["compiled_over_plain"],
+        "f in chunks side by side over one after the other": record["side_by_side"]["alone"],
         "ViT-MAE base: distances' share of a step, 32 images": base["32_images"]["distances_share_of_step"],
         "ViT-MAE base: peak memory, GB": base["peak_memory_gb"],
     }

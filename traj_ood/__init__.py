@@ -5,6 +5,7 @@ The names below are the public API. They load on first use, so that ``import tra
 
 from __future__ import annotations
 
+import os
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
     from traj_ood.scorers.scorer_set import Scored, ScorerSet
     from traj_ood.training.surrogate import SurrogateRecipe
     from traj_ood.training.surrogate_cache import surrogate_for
+
+# MKL's default rounds some small products by memory address, so that a score would depend on an image's place in a
+# batch (FixedFunction.try_places). MKL reads this setting at its first product; no cost of it could be measured.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __version__ = "0.1.0"
 

@@ -198,8 +198,10 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         latents = check_function(f"{self.name}: encode", self.encode_batch, images, self.chunk)
         if not (takes(self.encode_batch, images) and takes(self.decode_batch, latents)):
             self.ladder = ()
+        self.try_places(self.encode_batch, images)
         try:
             check_function(f"{self.name}: encode(decode(z))", self.self_map, latents, self.chunk)
+            self.try_places(self.self_map, latents)
         except TrajOODError:
             raise
         except Exception:  # raised again when f is used; scorers that read only z0 do not use it

@@ -115,6 +115,7 @@ class ViTMAE(Autoencoder):
         # About 1,000 tokens per call fill the matrix products of a CPU; larger calls compute more idle rows beside the
         # last samples (the bundled model on two cores: 155 µs per row in calls of 48 rows, 189 µs in calls of 96).
         self.chunk = rows_per_call(1024 / (self.patches + 1))
+        self.side_by_side = isinstance(model, MAENetwork) and self.is_small
         self._noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)
         self._restore = self._noise.argsort().argsort()
         self._cells = _cells_of(self._noise, visible) if self.mask_ratio else None

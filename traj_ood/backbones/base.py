@@ -123,6 +123,7 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         check_function(self.name, self._joint, images, self.chunk)
         if not takes(self._joint, images):
             self.ladder = ()
+        self.try_places(self._joint, images)
 
     def _joint(self, images: Tensor) -> Tensor:
         """Features and logits side by side, (chunk, n + c), because :func:`apply_in_chunks` returns one tensor."""

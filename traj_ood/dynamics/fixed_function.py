@@ -17,6 +17,7 @@ from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 
 _F = TypeVar("_F", bound="FixedFunction")
 _TRIAL_ROWS = 2  # enough to test whether one image depends on another
+_SMALL = 10**7
 _FLOATS = (torch.float32, torch.float64)
 _SAMPLED_VALUES, _MIN_VALUES = 2**15, 16
 """Number of weight values that are sampled to detect changes, in total and at least per tensor."""
@@ -36,12 +37,15 @@ class FixedFunction:
         chunk: rows per call.
         ladder: numbers of rows that a call may have instead of ``chunk`` for few images, see :func:`few_images`.
             Default :data:`LADDER`; empty for a network that accepts only ``chunk`` rows, which :meth:`try_out` detects.
+        side_by_side: whether several threads call the network at once, with a whole chunk each. Default false: unknown
+            code may not allow it, and a large network is faster if all threads compute one chunk.
     """
 
     name: str
     module: nn.Module
     chunk: int
     ladder: tuple[int, ...] = LADDER
+    side_by_side: bool = False
     _is_tried: bool = False
 
     @property
@@ -61,6 +65,11 @@ class FixedFunction:
         if count is None:
             return self.chunk
         return next((rows for rows in self.ladder if count <= rows < self.chunk), self.chunk)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the network has at most 10 million parameters: its products gain little from a second thread."""
+        return sum(p.numel() for p in self.module.parameters()) <= _SMALL
 
     def modules_used(self) -> tuple[nn.Module, ...]:
         """All networks whose weights and training flags affect the output."""
@@ -110,6 +119,33 @@ class FixedFunction:
             TrajOODError: see :func:`check_function`.
         """
 
+    def try_places(self, function: Callable[[Tensor], Tensor], trial: Tensor) -> None:
+        """Reduce :attr:`chunk` to a number of :attr:`ladder` if the rounding of a row depends on its place in a chunk.
+
+        There are two causes. Without AVX-512, MKL rounds the rows beyond a multiple of six differently. And on some
+        processors it rounds products of at most 10 results a row by the row's memory address, unless rows are multiples
+        of 16 bytes; ``import traj_ood`` switches that off if it precedes the first product. A path between attractors
+        amplifies either. Large networks are not tried: it would take seconds, and their products are of other shapes.
+
+        Args:
+            function: one of the network's functions, on the CPU.
+            trial: two of its rows, of which others are mixed.
+        """
+        if not (self.ladder and self.is_small and self.device.type == "cpu"):
+            return
+        smaller = sorted((rows for rows in self.ladder if rows < self.chunk), reverse=True)
+        self.chunk = next((rows for rows in (self.chunk, *smaller) if _rounds_alike(function, trial, rows)), 1)
+
+
+def _rounds_alike(function: Callable[[Tensor], Tensor], trial: Tensor, count: int) -> bool:
+    """Whether each of ``count`` rows has the same result at the next place; a single row always has."""
+    if count == 1:
+        return True
+    share = torch.linspace(0, 1, count, dtype=trial.dtype).view(-1, *[1] * (trial.ndim - 1))
+    rows = trial[:1] + share * (trial[1:2] - trial[:1])
+    here, moved = function(rows).clone(), function(rows.roll(1, 0)).roll(-1, 0)
+    return torch.equal(here.nan_to_num(), moved.nan_to_num())
+
 
 @contextmanager
 def few_images(count: int) -> Iterator[None]:
@@ -132,6 +168,13 @@ def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
     """:meth:`FixedFunction.fixed` if ``function`` is a method of a model, else :func:`standard_settings`."""
     owner = getattr(function, "__self__", None)
     return owner.fixed() if isinstance(owner, FixedFunction) else standard_settings()
+
+
+def runs_side_by_side(function: Callable[..., Any], rows: int) -> bool:
+    """Whether calls of ``function`` with this many rows run side by side: whole chunks of a model that permits it.
+    All of them, because the number of threads of a product may change its rounding."""
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, FixedFunction) and owner.side_by_side and rows == owner.chunk
 
 
 def name_around(function: Callable[..., Any]) -> str:
