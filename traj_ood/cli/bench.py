@@ -17,6 +17,9 @@ from traj_ood.evaluation.parallel import Team
 if TYPE_CHECKING:
     from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 
+_FEW = 20
+"""Number of images of a set from which 5 % is at least one, and FPR95 more than the rank of its outermost image."""
+
 
 @main.command(
     epilog=examples(
@@ -149,6 +152,9 @@ def bench(benchmark: str, **options: Any) -> None:
         text = Verdict(**stored).text if stored else "; ".join(result.dictionary["warnings"])
         more = f"traj-ood diagnose {options['model']} --benchmark {benchmark}"
         warn(f"unhealthy attractors: {text} More: {more}")
+    sizes = {name: data["count"] for name, data in result.data.items() if data["role"] not in ("train", "val")}
+    if few := [f"{name} {size}" for name, size in sizes.items() if size < _FEW]:
+        warn(f"few images ({', '.join(few)}): FPR95 is read at 5 % of a set, less than one image; give {_FEW} or more")
     if result.failures:
         warn(f"{len(result.failures)} image(s) skipped, see {evaluator.folder}")
     note(f"Written to {evaluator.folder}")
