@@ -12,10 +12,9 @@ import tiny
 import torch
 from numpy.typing import NDArray
 
-from traj_ood.analysis import Finding, Workspace, find_question, options_from, probe, sources, subjects
-from traj_ood.analysis.omp import OMPDictionary, random_basis
+from traj_ood.analysis import Finding, Workspace, find_question, options_from, probe, subjects
 from traj_ood.analysis.probe import Probe
-from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ORTHOGONAL
+from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ORTHOGONAL, OMPDictionary, random_basis
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
@@ -135,7 +134,7 @@ def test_errors_are_those_of_the_images(folders: Path) -> None:
     question = asked(folders, images=1, data=("dark",), pictured=0)
     finding = question.run(work(folders), folders / "out")
     model = tiny.conv()
-    source = sources.named_images(("dark",), folders, 1)[0].source
+    source = subjects.named_images(("dark",), folders, 1)[0].source
     image = model.transform(source.load(0))[None]
     latent = model.encode(image)[0].double().numpy()
     guess = pursuit(random_basis(6, 6, 0).numpy(), latent, 3)[-1]
@@ -281,7 +280,7 @@ def test_units_are_small_and_an_interruption_costs_one(folders: Path, monkeypatc
     monkeypatch.setattr(probe, "load_autoencoder", lambda _: chunked)
     measure, calls = probe.Coder.measure, []
 
-    def breaks(self: probe.Coder, images: sources.NamedImages, rows: range, shown: int) -> Any:
+    def breaks(self: probe.Coder, images: subjects.NamedImages, rows: range, shown: int) -> Any:
         calls.append((images.name, rows, shown))
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -305,7 +304,7 @@ def test_a_model_that_is_trained_first(folders: Path, monkeypatch: pytest.Monkey
 
     def trained(question: Probe, space: Workspace, data: str) -> subjects.Subject:
         asked_for.append((data, question.train_images, question.epochs, question.bottleneck, question.width))
-        images = sources.named_images(("dark",), folders, 1)[0].source
+        images = subjects.named_images(("dark",), folders, 1)[0].source
         return subjects.Subject(tiny.conv(), images, images)
 
     monkeypatch.setattr(Probe, "subject", trained)
@@ -361,11 +360,11 @@ def test_options_as_text_and_the_papers(folders: Path) -> None:
 
 def test_sets_of_images_by_name(tmp_path: Path) -> None:
     yaml = tiny.write_benchmark(tmp_path)
-    found = sources.named_images((str(yaml), str(tmp_path / "images" / "train")), None, 5)
+    found = subjects.named_images((str(yaml), str(tmp_path / "images" / "train")), None, 5)
     assert [images.name for images in found] == ["tiny test", "dim", "bright", "train"]
     assert [len(images.source) for images in found] == [5] * 4
-    drawn = sources.training_images(str(yaml), None, 3, seed=1)
+    drawn = subjects.training_images(str(yaml), None, 3, seed=1)
     assert len(drawn) == 3
     assert all("train" in image_id for image_id in drawn.ids)
     with pytest.raises(TrajOODError, match=r"expected 1 to 12 images.*, got 13"):
-        sources.training_images(str(yaml), None, 13, seed=1)
+        subjects.training_images(str(yaml), None, 13, seed=1)

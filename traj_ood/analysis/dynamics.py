@@ -25,7 +25,7 @@ from torch import Tensor
 from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.images import stack
 from traj_ood.analysis.measures import finite
-from traj_ood.analysis.sources import training_images
+from traj_ood.analysis.subjects import training_images
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import FAMILIES, MODELS, Autoencoder, load_autoencoder, rehearsals
 from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel

@@ -20,11 +20,18 @@ from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
 from traj_ood.analysis.models import settle
-from traj_ood.analysis.omp import OMPDictionary, random_basis
-from traj_ood.analysis.probe_coding import ATTRACTORS, ONE_STEP, ORTHOGONAL, Coder, Errors, Noise
+from traj_ood.analysis.probe_coding import (
+    ATTRACTORS,
+    ONE_STEP,
+    ORTHOGONAL,
+    Coder,
+    Errors,
+    Noise,
+    OMPDictionary,
+    random_basis,
+)
 from traj_ood.analysis.probe_report import Report, errors_figure
-from traj_ood.analysis.sources import NamedImages, named_images
-from traj_ood.analysis.subjects import TRAINED, ModelQuestion
+from traj_ood.analysis.subjects import TRAINED, ModelQuestion, NamedImages, named_images
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, load_autoencoder

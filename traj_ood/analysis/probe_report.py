@@ -13,8 +13,7 @@ from PIL import Image
 
 from traj_ood.analysis.base import Answer
 from traj_ood.analysis.measures import finite, share
-from traj_ood.analysis.omp import Floats
-from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ONE_STEP, ORTHOGONAL, Coder, Errors, Noise
+from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ONE_STEP, ORTHOGONAL, Coder, Errors, Floats, Noise
 from traj_ood.dynamics.trajectory import Status
 
 if TYPE_CHECKING:

@@ -74,17 +74,22 @@ def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
 
     Raises ``TrajOODError`` if there are no results, or a row has the same seed twice.
     """
+    return ranked(groups_of(results)).reset_index(drop=True)
+
+
+def ranked(groups: Sequence[Group]) -> pd.DataFrame:
+    """The rows of :func:`leaderboard`, each with the number of its group as its index."""
     import pandas as pd
 
     rows = []
-    for group in groups_of(results):
+    for group in groups:
         row = group.head()
         for region in REGIONS:
             row |= _over_seeds([getattr(scorer, region) for _, scorer in group.runs], prefix=f"{region}_")
         rows.append(row | group.tail())
     table = pd.DataFrame(rows)
     order = ["benchmark", "model", "all_auroc", "scorer", "variant"]
-    return table.sort_values(order, ascending=[True, True, False, True, True], ignore_index=True)
+    return table.sort_values(order, ascending=[True, True, False, True, True])
 
 
 def per_set(results: Sequence[Result]) -> pd.DataFrame:

@@ -9,10 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from traj_ood.attractors import Verdict
-from traj_ood.evaluation.leaderboard import REGIONS, groups_of, leaderboard
+from traj_ood.evaluation.leaderboard import groups_of, ranked
 from traj_ood.evaluation.metrics import METRIC_NAMES
 from traj_ood.evaluation.results import (
     CONTROL,
+    REGIONS,
     Result,
     ScorerResult,
     SetScore,
@@ -233,11 +234,8 @@ def _difference(figures: Sequence[Estimate | None]) -> float:
 
 def boards(runs: Sequence[Run]) -> list[Board]:
     """One board per benchmark and model, grouped as by ``traj-ood leaderboard``; raises as :func:`leaderboard`."""
-    results = [run.result for run in runs]
-    table = leaderboard(results)
-    # The table has averages only; intervals are taken from the results of each row.
-    behind = {tuple(group.head().values()): group.runs for group in groups_of(results)}
-    keys = ["benchmark", "model", "fingerprint", "scorer", "label", "variant", "seeds"]
+    groups = groups_of([run.result for run in runs])
+    table = ranked(groups)
     found: list[Board] = []
     for (benchmark, model), part in table.groupby(["benchmark", "model"], sort=False):
         own = [r for r in runs if (r.result.benchmark, r.result.model["name"]) == (benchmark, model)]
@@ -245,8 +243,8 @@ def boards(runs: Sequence[Run]) -> list[Board]:
         for run in own:
             sets |= run.sets()
         letters = {v: _letters(n) for n, v in enumerate(dict.fromkeys(part["variant"])) if v}
-        lines: list[Any] = part.to_dict("records")
-        rows = [_row(line, letters.get(line["variant"], ""), behind[tuple(line[k] for k in keys)]) for line in lines]
+        lines: Any = part.to_dict("index")
+        rows = [_row(line, letters.get(line["variant"], ""), groups[number].runs) for number, line in lines.items()]
         tags = {letter: variant for variant, letter in letters.items()}
         found.append(Board(str(benchmark), str(model), rows, tags, own, near_first(sets)))
     return found

@@ -92,24 +92,21 @@ class SurrogateRecipe:
     latent_norm: bool = True
 
     def __post_init__(self) -> None:
+        def expect(condition: bool, key: str, expected: str) -> None:
+            if not condition:
+                raise TrajOODError(f"surrogate recipe: {key} must be {expected}, got {getattr(self, key)}")
+
         for key in ("steps", "check_every", "patience", "batch_size"):
-            if not getattr(self, key) >= 1:
-                raise TrajOODError(f"surrogate recipe: {key} must be at least 1, got {getattr(self, key)}")
+            expect(getattr(self, key) >= 1, key, "at least 1")
         for key in ("learning_rate", "clip"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise TrajOODError(f"surrogate recipe: {key} must be above 0 and finite, got {getattr(self, key)}")
+            expect(0 < getattr(self, key) < math.inf, key, "above 0 and finite")
         for key in ("weight_decay", "input_noise", "latent_noise", "jacobian", "contractive", "asymmetry"):
-            if getattr(self, key) is not None and not 0 <= getattr(self, key) < math.inf:
-                raise TrajOODError(f"surrogate recipe: {key} must be 0 or more and finite, got {getattr(self, key)}")
-        if not self.noise_levels or not all(0 <= level < math.inf for level in self.noise_levels):
-            raise TrajOODError(
-                f"surrogate recipe: noise_levels must be one or more finite factors of at least 0, got "
-                f"{self.noise_levels}"
-            )
-        if not 0 < self.val_fraction < 1:
-            raise TrajOODError(f"surrogate recipe: val_fraction must be between 0 and 1, got {self.val_fraction}")
-        if not 0 <= self.warmup <= 1:
-            raise TrajOODError(f"surrogate recipe: warmup must be a share from 0 to 1, got {self.warmup}")
+            value = getattr(self, key)
+            expect(value is None or 0 <= value < math.inf, key, "0 or more and finite")
+        known = bool(self.noise_levels) and all(0 <= level < math.inf for level in self.noise_levels)
+        expect(known, "noise_levels", "one or more finite factors of at least 0")
+        expect(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
+        expect(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1")
         check_word("surrogate activation", self.activation, Activation)
         if min((*(self.hidden or ()), 1 if self.bottleneck is None else self.bottleneck)) < 1:
             raise TrajOODError(
