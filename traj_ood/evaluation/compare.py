@@ -115,42 +115,12 @@ class PairedScores:
         diagnostics: names of the OOD sets that means over sets leave out. Default: none.
         pictures: for each OOD set made of crops, the number 0, 1, … of the picture from which each image was cut, (m,).
             Images of other sets, and ID images, are independent of each other.
-
-    Raises:
-        TrajOODError: there is no OOD set except diagnostics, shapes differ, picture numbers have gaps, or scores are
-            not finite.
     """
 
     id: Floats
     ood: Mapping[str, Floats]
     pictures: Mapping[str, Counts] = field(default_factory=dict)
     diagnostics: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        if not self.ood.keys() - self.diagnostics:
-            raise TrajOODError(
-                "paired scores: expected at least 1 OOD set, got none"
-                + (f" but diagnostics ({', '.join(sorted(self.diagnostics))})" if self.ood else "")
-                + "; name one"
-            )
-        for name in self.diagnostics - self.ood.keys():
-            raise unknown_name("diagnostic OOD set", name, list(self.ood))
-        runs = self.id.shape[1] if self.id.ndim == 3 else 0
-        for name, scores in (("ID", self.id), *self.ood.items()):
-            if scores.ndim != 3 or scores.shape[:2] != (2, runs) or scores.size == 0:
-                raise TrajOODError(
-                    f"paired scores of {name}: expected shape (2, runs, images) with the same runs for every set, got "
-                    f"{scores.shape}"
-                )
-            check_scores(scores.reshape(-1), name)
-        for name, numbers in self.pictures.items():
-            if name not in self.ood:
-                raise unknown_name("OOD set with pictures", name, list(self.ood))
-            if numbers.shape != self.ood[name].shape[2:] or set(numbers) != set(range(int(numbers.max()) + 1)):
-                raise TrajOODError(
-                    f"pictures of {name}: expected a number from 0 without gaps for each of {self.ood[name].shape[2]} "
-                    f"images, got {len(set(numbers.ravel()))} different ones, shape {numbers.shape}"
-                )
 
     @property
     def runs(self) -> int:
@@ -165,7 +135,7 @@ class PairedScores:
             a, b: columns of the two scorers.
         Raises:
             TrajOODError: there are no tables, a table lacks a scorer (similar names are suggested), the ID test images
-                or an OOD set, images differ between runs, or scores are not finite.
+                or an OOD set other than diagnostics, images differ between runs, or scores are not finite.
         """
         if not tables:
             raise TrajOODError("paired scores: expected the scores of at least 1 run, got none")
@@ -199,9 +169,15 @@ class PairedScores:
         if len(tests) != 1:
             raise TrajOODError(f"paired scores: expected one split of role test, got {', '.join(tests) or 'none'}")
         ood = {s: v for s, v in stacked.items() if roles[s] in OOD_ROLES}
+        diagnostics = frozenset(s for s in ood if roles[s] == "diagnostic")
+        if not ood.keys() - diagnostics:
+            but = f" but diagnostics ({', '.join(sorted(diagnostics))})" if diagnostics else ""
+            raise TrajOODError(f"paired scores: expected at least 1 OOD set, got none{but}; name one")
+        for name, scores in (("ID", stacked[tests[0]]), *ood.items()):
+            check_scores(scores.reshape(-1), name)
         numbered = {s: _numbered_pictures(first[s]) for s in ood}
         pictures = {s: n for s, n in numbered.items() if n.max() + 1 < len(n)}
-        return cls(stacked[tests[0]], ood, pictures, frozenset(s for s in ood if roles[s] == "diagnostic"))
+        return cls(stacked[tests[0]], ood, pictures, diagnostics)
 
 
 def _numbered_pictures(ids: Sequence[str]) -> Counts:
