@@ -21,7 +21,7 @@ from traj_ood.evaluation.leaderboard import leaderboard
 from traj_ood.evaluation.leaderboard_text import Choice, csv_text, render
 from traj_ood.evaluation.results import Result as RunResult
 from traj_ood.evaluation.runs import Run
-from traj_ood.evaluation.text_tables import FORMATS, Bold, TextTable, latex
+from traj_ood.evaluation.text_tables import Bold, TextTable, latex
 from traj_ood.evaluation.versus import compare_runs, compare_scorers, holm
 
 
@@ -176,7 +176,5 @@ def test_names_are_escaped_in_every_format() -> None:
     assert "\\textbf{1 $\\pm$ 2}" in tex
     assert len(table.markdown().splitlines()) == 3
     assert "\\|a_b" in table.markdown()
-    assert TextTable(["n"], [["=1"]]).text("csv") == "n\n'=1"
-    assert set(FORMATS) == {"markdown", "csv", "latex", "html"}
     with pytest.raises(TrajOODError, match="unknown table format 'tex'"):
         table.text("tex")

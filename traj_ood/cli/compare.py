@@ -76,11 +76,12 @@ def compare(runs: tuple[Path, ...], scorers: str, metric: str, **options: Any) -
         refuse_inside(options["json_path"].parent)
         write_json(options["json_path"], found.as_dict())
     verdict = found.verdict(metric)  # type: ignore[arg-type]
-    if form == "markdown":
-        say("\n\n".join([verdict, *(table.text(form) for table in found.tables()), *found.notes()]))
+    if form == "csv":
+        say(found.frame().to_csv(index=False).rstrip("\n"))
     else:
-        tables = "\n\n".join(table.text(form) for table in found.tables())
-        say(found.frame().to_csv(index=False).rstrip("\n") if form == "csv" else tables)
+        tables = [table.text(form) for table in found.tables()]
+        say("\n\n".join([verdict, *tables, *found.notes()] if form == "markdown" else tables))
+    if form != "markdown":
         note(verdict)
     sys.exit(_EXIT[found.outcome(metric)])  # type: ignore[arg-type]
 

@@ -1,10 +1,8 @@
-"""Text tables as Markdown, LaTeX (booktabs), HTML or CSV, with all texts escaped."""
+"""Text tables as Markdown, LaTeX (booktabs) or HTML, with all texts escaped, and their place in a page."""
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +10,9 @@ from pathlib import Path
 
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
-from traj_ood.text import printable, quote_formula
+from traj_ood.text import printable
 
-FORMATS = ("markdown", "csv", "latex", "html")
+FORMATS = ("markdown", "latex", "html")
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -52,19 +50,15 @@ class TextTable:
     notes: Sequence[str] = ()
 
     def text(self, form: str) -> str:
-        """The table in one of :data:`FORMATS`; with caption and notes, except in CSV, whose cells no spreadsheet
-        evaluates. Raises ``TrajOODError`` if the format is unknown."""
-        if form == "csv":
-            return self._csv()
+        """The table in one of :data:`FORMATS`, with caption and notes. Raises ``TrajOODError`` for another format."""
         if form == "latex":
             return self._latex()
         if form == "html":
             return self._html()
         if form != "markdown":
             raise unknown_name("table format", form, FORMATS)
-        return "\n\n".join(
-            [*([f"**{_markdown(self.caption)}**"] if self.caption else []), self.markdown(), *self.notes]
-        )
+        caption = [f"**{_markdown(self.caption)}**"] if self.caption else []
+        return "\n\n".join([*caption, self.markdown(), *self.notes])
 
     def comment(self, form: str) -> str:
         """Only the notes, as LaTeX comments or HTML paragraphs."""
@@ -103,12 +97,6 @@ class TextTable:
         notes = "".join(f"<p>{html.escape(printable(_plain(note)))}</p>" for note in self.notes)
         body = "\n".join(row(cells, "td") for cells in self.rows)
         return f"<table>{caption}\n<thead>{row(self.header, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>{notes}"
-
-    def _csv(self) -> str:
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows(map(quote_formula, row) for row in (self.header, *self.rows))
-        return file.getvalue().rstrip("\n")
 
 
 def put_between_markers(path: str | Path, name: str, markdown: str) -> None:
