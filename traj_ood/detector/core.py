@@ -22,9 +22,8 @@ from traj_ood.detector.conformal import Calibration, check_count, entry, images_
 from traj_ood.detector.decision import Decision, Judgement, decide_each
 from traj_ood.detector.folder import read_detector, write_detector
 from traj_ood.detector.hub import OnTheHub
-from traj_ood.detector.labels import classes_given, labels_of, numbered
 from traj_ood.detector.module import as_module
-from traj_ood.detector.scorer import forget_fit, one_scorer
+from traj_ood.detector.scorer import classes_given, forget_fit, labels_of, numbered, one_scorer
 from traj_ood.detector.tensors import digests_of
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.dynamics.trajectory import Status

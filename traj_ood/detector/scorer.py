@@ -1,16 +1,20 @@
-"""The scorer set of a detector, which has exactly one scorer."""
+"""The scorer set of a detector, which has exactly one scorer, and the class labels that it is fitted on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from traj_ood.autoencoders import Autoencoder
+from traj_ood.data.batches import Images, has_own_labels
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend
 from traj_ood.scorers import WHOLE_PATH
-from traj_ood.scorers.scorer_set import ScorerSet
+from traj_ood.scorers.scorer_set import ScorerSet, class_numbers
 
 
 def one_scorer(
@@ -40,3 +44,31 @@ def forget_fit(scorers: ScorerSet) -> None:
     scorers.needs = replace(scorers.needs, attractors=frozenset(), train_path=False, labels=False, head=False)
     if not scorers.needs.distances:
         scorers.dictionary = None
+
+
+def labels_of(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
+    """The labels, one integer or text per image, as a list."""
+    class_numbers(labels, count)
+    tolist = getattr(labels, "tolist", None)
+    return list(labels if tolist is None else tolist())
+
+
+def classes_given(
+    scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int
+) -> Tensor | None:
+    """(N,) int64 classes 0 … C − 1; None if there are none, or if the items of a Dataset or DataLoader have them."""
+    own = has_own_labels(images)
+    given = labels if labels is not None else () if own else getattr(images, "labels", ())
+    if labels is None and len(given) == 0:
+        return None if own else numbered((), count, scorers) if scorers.needs.labels else None
+    return numbered(given, count, scorers)
+
+
+def numbered(given: Any, count: int, scorers: ScorerSet) -> Tensor:
+    """Labels, integers or texts, as (N,) int64 classes 0 … C − 1."""
+    if len(given) == 0 and count:
+        raise TrajOODError(
+            f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or images "
+            "from a list with classes (traj_ood.data.read_image_list)"
+        )
+    return class_numbers(given, count)
