@@ -64,7 +64,8 @@ class Report:
 
     def answer(self) -> Answer:
         rows = [row for errors in self.sets for row in self._rows(errors)]
-        at = self._shown_level()
+        wanted = _SHARE_SHOWN * len(self.noise.dictionary)
+        at = min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
         ratios = {name: [self._ratio(errors, name, at) for errors in self.sets] for name in (ATTRACTORS, ONE_STEP)}
         ends = self.noise.dictionary
         figures = {
@@ -99,11 +100,6 @@ class Report:
         """Median number of atoms used if ``level`` are allowed, over the images; a pursuit may end early."""
         used = torch.cat([e.tensors["used"][:, DICTIONARIES.index(name)] for e in errors])
         return float(used.clamp(max=level).double().median())
-
-    def _shown_level(self) -> int:
-        """Index of the level nearest to 5 % of the atoms."""
-        wanted = _SHARE_SHOWN * len(self.noise.dictionary)
-        return min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
 
     def _ratio(self, errors: Errors, name: str, at: int) -> float | None:
         """Ratio of the error to that of the random basis; None if the basis has no error."""

@@ -143,8 +143,9 @@ class Evaluator:
             _at_least("batch size", self.batch_size, 1)
         if self.on_duplicates is not None:
             check_word("value of on_duplicates", self.on_duplicates, OnDuplicates)
+        protocol = bench.train_size and min(bench.train_size, len(bench.train.images))
         self.sample = bench.subsample(
-            train=config.attractors if config.attractors is not None else _protocol(bench),
+            train=config.attractors if config.attractors is not None else protocol,
             per_set=config.per_set if config.per_set is not None else bench.test_size,
             seed=config.seed,
         )
@@ -420,11 +421,6 @@ def _at_least(name: str, value: float, least: float) -> None:
 def _at_most(name: str, value: float, most: float) -> None:
     if not value <= most:
         raise TrajOODError(f"{name}: expected at most {most:g}, got {value}")
-
-
-def _protocol(benchmark: Benchmark) -> int | None:
-    """The protocol's number of training images, or all if there are fewer; None without a protocol."""
-    return None if benchmark.train_size is None else min(benchmark.train_size, len(benchmark.train.images))
 
 
 def _is_own_code(model: Autoencoder) -> bool:

@@ -27,7 +27,6 @@ from traj_ood.dynamics.trajectory import Status
 from traj_ood.evaluation.metrics import bootstrap, check_scores, compute_metrics
 from traj_ood.evaluation.passes import Parts, Passes
 from traj_ood.evaluation.results import ScorerResult, SetScore
-from traj_ood.io.parts import Part
 from traj_ood.scorers.scorer_set import ScorerSet
 
 # ID images on which the explained variance of reconstructions is measured, to a few percent.
@@ -58,11 +57,13 @@ def measure(
         TrajOODError: scores are empty or not finite.
     """
     pieces = [p for some in scored.values() for p in some if p.ids]
+    weights = np.array([len(p.ids) for p in pieces], dtype=float)
     results = {}
     for scorer in tqdm(scorers.scorers, desc="metrics", unit="scorer", delay=2, disable=quiet, dynamic_ncols=True):
         label = scorer.label
         sets = measure_sets(table[["split", label]], sample, resamples)
-        results[label] = ScorerResult(label, scorer.options(), scorer.summary, _mean_cost(label, pieces), sets)
+        cost = float(np.average([p.notes["f_evaluations"][label] for p in pieces], weights=weights))
+        results[label] = ScorerResult(label, scorer.options(), scorer.summary, cost, sets)
     return results
 
 
@@ -81,11 +82,6 @@ def measure_sets(table: pd.DataFrame, sample: Benchmark, resamples: int) -> dict
         role: Any = split.role  # an OOD one, as of all that is scored and not ID
         sets[split.name] = SetScore(role, len(scores), compute_metrics(id_scores, scores), intervals)
     return sets
-
-
-def _mean_cost(label: str, pieces: list[Part]) -> float:
-    weights = np.array([len(p.ids) for p in pieces], dtype=float)
-    return float(np.average([p.notes["f_evaluations"][label] for p in pieces], weights=weights))
 
 
 def judged(passes: Passes, dictionary: AttractorDictionary, seed: int) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
     )
     environment.filters |= {"percent": percent, "picture": picture_url, "breakable": breakable}
     environment.globals |= {"health_card": health_card, "provenance": provenance}
-    style, script = (_asset(name) for name in ("page.css", "page.js"))
+    folder = resources.files("traj_ood.report") / "templates"
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     numbers = count()
 
     def draw(figure: Figure, label: str) -> Markup:
@@ -95,7 +96,7 @@ def render(runs: Sequence[Run], scorers: Sequence[str] | None = None) -> str:
 
     found = boards(runs)
     return environment.get_template("page.html").render(
-        title=_title(found),
+        title=f"{found[0].benchmark} · {found[0].model}" if len(found) == 1 else f"{len(found)} models and benchmarks",
         boards=[(board, _overview(draw, board), _overview(draw, board, narrow=True)) for board in found],
         beside=side_by_side(found),
         top=TOP,
@@ -127,15 +128,6 @@ def breakable(text: str) -> Markup:
 def picture_url(png: bytes) -> str:
     """A PNG file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _title(found: Sequence[Board]) -> str:
-    places = [f"{board.benchmark} · {board.model}" for board in found]
-    return places[0] if len(places) == 1 else f"{len(places)} models and benchmarks"
-
-
-def _asset(name: str) -> str:
-    return (resources.files("traj_ood.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _policy(style: str, script: str) -> str:

@@ -195,7 +195,9 @@ def side_by_side(found: Sequence[Board]) -> list[SideBySide]:
         lines.sort(key=lambda line: -fmean(f.value for f in line[1] if f is not None and f.known))
         rows = [(label, figures, _difference(figures)) for label, figures in lines]
         if rows:
-            lists = {_test_lists(run.result) for board in own for run in board.runs}
+            data = [run.result.data.items() for board in own for run in board.runs]
+            tested = ("test", "near", "far")
+            lists = {frozenset((name, d["sha256"]) for name, d in some if d["role"] in tested) for some in data}
             tables.append(SideBySide(benchmark, list(columns), averaged, len(lists) == 1, rows))
     return tables
 
@@ -213,10 +215,6 @@ def _name_among(run: Run, own: Sequence[Board]) -> str:
         return run.place
     telling = [part for part, values in zip(mine, zip(*every, strict=True), strict=True) if len({*values}) > 1 and part]
     return " · ".join(telling) or mine[0]
-
-
-def _test_lists(result: Result) -> frozenset[tuple[str, str]]:
-    return frozenset((name, d["sha256"]) for name, d in result.data.items() if d["role"] in ("test", "near", "far"))
 
 
 def _means(result: Result) -> dict[str, Estimate]:
