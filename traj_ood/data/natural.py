@@ -36,18 +36,18 @@ FAR = ("dtd10", "chest_xray", "mnist")
 
 @dataclass(frozen=True)
 class _Suite:
-    """The folder of the ID images, the side of the square images in pixels, and where the data come from."""
+    folder: str  # of the ID images
+    side: int  # of the square images in pixels
+    source: str  # where the data come from
+    images: str  # in distribution, in words
 
-    folder: str
-    side: int
-    source: str
 
-
-_SUITES = {
-    "tiny-imagenet": _Suite("tiny_imagenet", 64, "Tiny-ImageNet (Stanford's CS231n)"),
-    "imagenet-sample": _Suite("imagenet_sample", 256, "github.com/EliSchwartz/imagenet-sample-images"),
+NATURAL_BENCHMARKS = {
+    "tiny-imagenet": _Suite("tiny_imagenet", 64, "Tiny-ImageNet (Stanford's CS231n)", "Tiny-ImageNet"),
+    "imagenet-sample": _Suite(
+        "imagenet_sample", 256, "github.com/EliSchwartz/imagenet-sample-images", "500 of 1,000 ImageNet images"
+    ),
 }
-NATURAL_BENCHMARKS = tuple(_SUITES)
 
 
 def load_natural(name: str, root: str | Path | None = None, allow_missing: bool = False) -> Benchmark:
@@ -56,7 +56,7 @@ def load_natural(name: str, root: str | Path | None = None, allow_missing: bool 
 
     ``allow_missing`` omits missing OOD sets; the benchmark's name then ends in ``-partial``.
     """
-    suite = _SUITES[name]
+    suite = NATURAL_BENCHMARKS[name]
     base = find_root(name, root, suite.folder, f"the folder {suite.folder}/", _how(suite))
     sets = (*NEAR, *FAR)
     absent = tuple(s for s in sets if not (base / s).is_dir())

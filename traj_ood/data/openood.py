@@ -85,7 +85,14 @@ _DOWNLOADS = {
     "cifar10": "--dataset_mode benchmark --datasets cifar-10",
     "cifar100": "--dataset_mode benchmark --datasets cifar-100",
 }
-OPENOOD_BENCHMARKS = tuple(_SOURCES)
+_CIFAR_FAR = "MNIST, SVHN, Texture, Places365 (far)"
+OPENOOD_BENCHMARKS = {
+    "imagenet-paper": "ImageNet vs SUN, Places, Texture, iNaturalist, 2,000 images each, as in the paper",
+    "imagenet": "OpenOOD v1.5: ImageNet vs SSB-hard, NINCO (near) and iNaturalist, Textures, OpenImage-O (far)",
+    "cifar10": f"OpenOOD v1.5: CIFAR-10 vs CIFAR-100, Tiny ImageNet (near) and {_CIFAR_FAR}",
+    "cifar100": f"OpenOOD v1.5: CIFAR-100 vs CIFAR-10, Tiny ImageNet (near) and {_CIFAR_FAR}",
+}
+"""What is compared, by name."""
 # Sets that replace a missing one if ``allow_missing``; they keep their own name.
 _REPLACEMENTS = {
     ("cifar10", "places365"): _Source("scenes", "far", "cifar10/test_scenes.txt", CLASSIC),

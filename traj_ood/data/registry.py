@@ -20,7 +20,8 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.extensions import load_plugins
 
 _L = TypeVar("_L", bound=Callable[..., Benchmark])
-_OPENOOD_NEEDS = "OpenOOD's data folder, given as root, in $TRAJ_OOD_DATA or as ./data"
+_PLACES = "given as root, in $TRAJ_OOD_DATA or as ./data"
+_DIAGNOSTICS = "textures, photos, noise (diagnostics)"
 
 
 @dataclass(frozen=True)
@@ -32,65 +33,7 @@ class BenchmarkInfo:
     needs: str
 
 
-_PHOTOS_NEED = "scenes/, dtd10/, chest_xray/ and mnist/, given as root, in $TRAJ_OOD_DATA or as ./data"
-_FIGURES = "textures, photos, noise (diagnostics)"
-_SMALL_FAR = "and MNIST, SVHN, Texture, Places365 (far)"
-_PHOTOS_FAR = "vs scenes (near) and textures, chest X-rays, digits (far)"
-
-_REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[..., Benchmark]]] = {
-    name: (BenchmarkInfo(name, summary, needs), load)
-    for name, load, needs, summary in (
-        (
-            "fashion",
-            load_fashion,
-            "nothing: Fashion-MNIST (30 MB) is found on this machine or fetched",
-            f"Fashion-MNIST without sandals, sneakers and bags vs those (near), digits and faces (far); {_FIGURES}",
-        ),
-        (
-            "imagenet-paper",
-            partial(load_openood, "imagenet-paper"),
-            _OPENOOD_NEEDS,
-            "ImageNet vs SUN, Places, Texture, iNaturalist, 2,000 images each, as in the paper",
-        ),
-        (
-            "imagenet",
-            partial(load_openood, "imagenet"),
-            _OPENOOD_NEEDS,
-            "OpenOOD v1.5: ImageNet vs SSB-hard, NINCO (near) and iNaturalist, Textures, OpenImage-O (far)",
-        ),
-        (
-            "cifar10",
-            partial(load_openood, "cifar10"),
-            _OPENOOD_NEEDS,
-            f"OpenOOD v1.5: CIFAR-10 vs CIFAR-100, Tiny ImageNet (near) {_SMALL_FAR}",
-        ),
-        (
-            "cifar100",
-            partial(load_openood, "cifar100"),
-            _OPENOOD_NEEDS,
-            f"OpenOOD v1.5: CIFAR-100 vs CIFAR-10, Tiny ImageNet (near) {_SMALL_FAR}",
-        ),
-        (
-            "cifar10-local",
-            load_cifar10_local,
-            "folders cifar10/ and imagenet_sample/ of JPEG files, given as root, in $TRAJ_OOD_DATA or as ./data",
-            "CIFAR-10 without cats, deer and trucks vs those (near), Fashion-MNIST and ImageNet samples (far); "
-            + _FIGURES,
-        ),
-        (
-            "tiny-imagenet",
-            partial(load_natural, "tiny-imagenet"),
-            f"folders tiny_imagenet/, {_PHOTOS_NEED}",
-            f"Tiny-ImageNet {_PHOTOS_FAR}, all at 64 pixels through one JPEG step",
-        ),
-        (
-            "imagenet-sample",
-            partial(load_natural, "imagenet-sample"),
-            f"folders imagenet_sample/, {_PHOTOS_NEED}",
-            f"500 of 1,000 ImageNet images {_PHOTOS_FAR}, all at 256 pixels through one JPEG step",
-        ),
-    )
-}
+_REGISTRY: dict[str, tuple[BenchmarkInfo, Callable[..., Benchmark]]] = {}
 
 
 def load_benchmark(
@@ -163,3 +106,24 @@ def list_benchmarks() -> list[BenchmarkInfo]:
     """All registered benchmarks, including those of installed plugins."""
     load_plugins("traj_ood.benchmarks")
     return [info for info, _ in _REGISTRY.values()]
+
+
+register_benchmark(
+    "fashion",
+    f"Fashion-MNIST without sandals, sneakers and bags vs those (near), digits and faces (far); {_DIAGNOSTICS}",
+    "nothing: Fashion-MNIST (30 MB) is found on this machine or fetched",
+)(load_fashion)
+for _name, _summary in OPENOOD_BENCHMARKS.items():
+    register_benchmark(_name, _summary, f"OpenOOD's data folder, {_PLACES}")(partial(load_openood, _name))
+register_benchmark(
+    "cifar10-local",
+    "CIFAR-10 without cats, deer and trucks vs those (near), Fashion-MNIST and ImageNet samples (far); " + _DIAGNOSTICS,
+    f"folders cifar10/ and imagenet_sample/ of JPEG files, {_PLACES}",
+)(load_cifar10_local)
+for _name, _suite in NATURAL_BENCHMARKS.items():
+    register_benchmark(
+        _name,
+        f"{_suite.images} vs scenes (near) and textures, chest X-rays, digits (far), all at {_suite.side} pixels "
+        "through one JPEG step",
+        f"folders {_suite.folder}/, scenes/, dtd10/, chest_xray/ and mnist/, {_PLACES}",
+    )(partial(load_natural, _name))
