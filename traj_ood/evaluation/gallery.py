@@ -217,7 +217,8 @@ def keep_pictures(
     images = torch.stack([autoencoder.transform(album.load(row.split, row.id)) for row in rows])
     start = autoencoder.examine(images).latents
     plane = _plane(dictionary, start)
-    decodes = _decodes_to_images(autoencoder, start)
+    decoded = tuple(autoencoder.decode(start[:1]).shape[1:])
+    decodes = decoded == tuple(autoencoder.input_shape) and decoded[0] in (1, 3)
     tracer = _Tracer(plane, frame_rows if decodes else [])
     most = _STEPS_WITHOUT_DICTIONARY if dictionary is None else max(2, int(dictionary.steps.double().quantile(0.95)))
     limit = min(max_steps, most)
@@ -440,11 +441,6 @@ def _vector_field(model: Autoencoder, start: Tensor, paths: Floats, attractors: 
 
 
 # ---------------------------------------------------------------------------------------------- frames
-
-
-def _decodes_to_images(model: Autoencoder, start: Tensor) -> bool:
-    shape = tuple(model.decode(start[:1]).shape[1:])
-    return shape == tuple(model.input_shape) and shape[0] in (1, 3)
 
 
 def _frames(

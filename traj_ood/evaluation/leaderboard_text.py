@@ -14,7 +14,7 @@ from traj_ood.errors import unknown_name
 from traj_ood.evaluation.leaderboard import leaderboard, per_set
 from traj_ood.evaluation.metrics import METRIC_NAMES
 from traj_ood.evaluation.results import CONTROL, REGIONS, Result, sets_in_words
-from traj_ood.evaluation.text_tables import Bold, TextTable
+from traj_ood.evaluation.text_tables import Bold, TextTable, comment
 from traj_ood.text import printable, quote_formula
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def render(results: Sequence[Result], form: str = "markdown", choice: Choice | N
                 parts += [table.markdown(), *table.notes]
         else:
             parts += [table.text(form) for table in tables]
-    notes = _NOTES if form == "markdown" else [TextTable((), (), notes=_NOTES).comment(form)]
+    notes = _NOTES if form == "markdown" else [comment(_NOTES, form)]
     return "\n\n".join([*parts, *notes]) + "\n"
 
 

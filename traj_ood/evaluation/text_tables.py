@@ -60,12 +60,6 @@ class TextTable:
         caption = [f"**{_markdown(self.caption)}**"] if self.caption else []
         return "\n\n".join([*caption, self.markdown(), *self.notes])
 
-    def comment(self, form: str) -> str:
-        """Only the notes, as LaTeX comments or HTML paragraphs."""
-        if form == "latex":
-            return "\n".join(f"% {printable(_plain(note))}" for note in self.notes)
-        return "\n".join(f"<p>{html.escape(printable(_plain(note)))}</p>" for note in self.notes)
-
     def markdown(self) -> str:
         """Only the header and rows, as Markdown."""
         rows = [self.header, [":--", *["--:"] * (len(self.header) - 1)], *self.rows]
@@ -116,6 +110,13 @@ def put_between_markers(path: str | Path, name: str, markdown: str) -> None:
         )
     before, after = text[: text.index(start)], text[text.index(end) :]
     write_atomic(path, f"{before}{start}\n{markdown.strip()}\n{after}".encode())
+
+
+def comment(notes: Sequence[str], form: str) -> str:
+    """Notes as LaTeX comments or HTML paragraphs."""
+    if form == "latex":
+        return "\n".join(f"% {printable(_plain(note))}" for note in notes)
+    return "\n".join(f"<p>{html.escape(printable(_plain(note)))}</p>" for note in notes)
 
 
 def latex(text: str) -> str:
