@@ -155,6 +155,37 @@ def test_files_that_cannot_be_imported_say_why_in_a_line(tmp_path: Path, text: s
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("self.features(evidence).double()", r"expected score() to return one float64 per image, (7,), got (7, 16)"),
+        ("torch.zeros(3)", "(7,), got (3,) torch.float32: correct it"),
+        ("3", "(7,), got 3: correct it"),
+        ("self.state['meen']", "score() failed in mine.py, line 14: KeyError: 'meen': correct it"),
+        ("torch.zeros(len(evidence)) / 0 * undefined", "line 14: NameError: name 'undefined' is not defined"),
+    ],
+)
+def test_mistakes_in_an_own_scorer_are_found_in_its_file(tmp_path: Path, body: str, words: str) -> None:
+    text = MINE.replace("self.features(evidence).double().norm(dim=1)", body).replace(
+        "import traj_ood", "import torch, traj_ood"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    extensions.import_extension(str(tmp_path / "mine.py"))
+    scorers = traj_ood.ScorerSet(tiny.vit(), ["mine"]).fit(traj_ood.Normalised(tiny.images(9)))
+    with pytest.raises(TrajOODError) as raised:
+        scorers.score(traj_ood.Normalised(tiny.images(7)))
+    assert "scorer mine: " in str(raised.value)
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(("body", "words"), [("3", "tensors by name, got 3"), ("1 / 0", "ZeroDivisionError: division")])
+def test_mistakes_in_what_an_own_scorer_learns(tmp_path: Path, body: str, words: str) -> None:
+    (tmp_path / "mine.py").write_text(f"{MINE}\n    def learn(self, train):\n        return {body}\n")
+    extensions.import_extension(str(tmp_path / "mine.py"))
+    with pytest.raises(TrajOODError, match=rf"scorer mine: .*learn\(\).*{words}"):
+        traj_ood.ScorerSet(tiny.vit(), ["mine"]).fit(traj_ood.Normalised(tiny.images(9)))
+
+
 def test_names_that_are_nothing() -> None:
     assert "expected a Python file, found nothing" in call("list", "--import", "gone.py").stderr
     assert "no such module: give a path" in call("list", "--import", "no_such_module_here").stderr

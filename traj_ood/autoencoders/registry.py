@@ -61,7 +61,8 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
     elif "/" in name:
         raise TrajOODError(f"model {name!r}: no such folder; expected a folder with config.json and model.safetensors")
     else:
-        raise unknown_name("model", name, MODELS)
+        own = "; of your own: a folder with config.json, or family:folder of a class that --import FILE.py registers"
+        raise unknown_name("model", name, MODELS, own)
     with unknown_options_named(f"model {name!r} ({family.family})"):
         return family.from_pretrained(name, **options)
 

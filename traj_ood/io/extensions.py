@@ -156,6 +156,23 @@ def _extension_errors(source: str) -> Iterator[None]:
         raise TrajOODError(f"--import {source}: it calls sys.exit (code {error.code}): remove the call") from error
 
 
+@contextlib.contextmanager
+def own_code(cls: type[Any], call: str) -> Iterator[None]:
+    """Context manager that turns what a ``call`` of a user's class raises into a ``TrajOODError`` with its file and
+    line; what our own classes raise passes unchanged."""
+    try:
+        yield
+    except TrajOODError:
+        raise
+    except Exception as error:
+        own = origin_of(cls)
+        if own is None:
+            raise
+        file = own.get("file", own["module"])
+        text = f"{call} failed in {file}{_line_of(error, file)}: {type(error).__name__}: {error}: correct it"
+        raise TrajOODError(text) from error
+
+
 def _line_of(error: Exception, source: str) -> str:
     """``, line 7`` if ``source`` is in the error's traceback, else an empty string."""
     lines, trace = [], error.__traceback__

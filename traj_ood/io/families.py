@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.io.extensions import load_plugins
+from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
+from traj_ood.io.extensions import load_plugins, origin_of
 
 M = TypeVar("M")
 _C = TypeVar("_C", bound=type[Any])
@@ -60,7 +60,10 @@ class Families(dict[str, type[M]]):
         family: Any = self.named(name)
         if not source:
             raise TrajOODError(f"{self.model} {spec!r}: expected a name after {name}: ({family.summary})")
-        with unknown_options_named(f"{self.model} {spec!r}"):
+        own = origin_of(family)
+        by = f"{family.__qualname__} of {own.get('file', own['module'])}" if own is not None else ""
+        trouble = foreign_errors(f"{self.model} {spec!r}: {by} cannot load it") if own is not None else nullcontext()
+        with trouble, unknown_options_named(f"{self.model} {spec!r}"):
             return family.load(source, **options)
 
 

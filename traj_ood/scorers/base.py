@@ -16,6 +16,7 @@ from torch import Tensor
 from traj_ood.autoencoders import VIEWS, FeatureView, View
 from traj_ood.dynamics.trajectory import Trajectory
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.io.extensions import own_code
 from traj_ood.io.options import check_options, option_defaults, write_option
 from traj_ood.io.tensor_file import open_tensors, write_tensors
 from traj_ood.io.trees import as_json
@@ -105,6 +106,14 @@ class Evidence:
     head: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None
     divergence: Tensor | None = None
+
+    def __len__(self) -> int:
+        """B, the number of images; 0 if nothing was asked for."""
+        parts = (*self.features.values(), *self.reconstruction.values(), *self.points.values())
+        known = [part for part in (*parts, self.logits, self.divergence) if part is not None]
+        if self.trajectory is not None:
+            known.append(self.trajectory.steps)
+        return len(known[0]) if known else 0
 
     def kept(self) -> Evidence:
         """The part that scorers learn from, on the CPU; without the trajectories, which no scorer learns from."""
@@ -241,8 +250,28 @@ class Scorer(ABC):
         return float(evidence.path().steps.clamp(max=wanted).double().mean()) if wanted else 0.0
 
     def fit(self, train: Evidence) -> Scorer:
-        self._state = {name: _row_major(value) for name, value in self.learn(train).items()}
+        with own_code(type(self), f"scorer {self.label}: learn()"):
+            learnt = self.learn(train)
+        if not isinstance(learnt, Mapping) or not all(isinstance(value, Tensor) for value in learnt.values()):
+            raise TrajOODError(f"scorer {self.label}: expected learn() to return tensors by name, got {learnt!r:.80}")
+        self._state = {name: _row_major(value) for name, value in learnt.items()}
         return self
+
+    def scores_of(self, evidence: Evidence) -> Tensor:
+        """:meth:`score`, checked: a user's class may return anything, or raise.
+
+        Raises:
+            TrajOODError: what it returns is not one number per image; or it raises, with the file and line.
+        """
+        with own_code(type(self), f"scorer {self.label}: score()"):
+            scores: Any = self.score(evidence)
+        count = len(evidence)
+        if isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape == (count or len(scores),):
+            return scores
+        got = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, Tensor) else f"{scores!r:.80}"
+        raise TrajOODError(
+            f"scorer {self.label}: expected score() to return one float64 per image, ({count},), got {got}: correct it"
+        )
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -295,7 +295,7 @@ class ScorerSet:
         watchers = [NearestAttractor(self.autoencoder, index, view) for view, index in self._indices.items()]
         for evidence in self._passes(encodings, watchers, self.needs.steps, on_step, self._low_precision()):
             with self.autoencoder.fixed():
-                scores = {s.label: s.score(evidence) for s in self.scorers}
+                scores = {s.label: s.scores_of(evidence) for s in self.scorers}
             yield Scored(scores, evidence)
 
     def _check_fitted(self) -> None:
