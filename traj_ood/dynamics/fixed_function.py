@@ -18,6 +18,7 @@ from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 _F = TypeVar("_F", bound="FixedFunction")
 _TRIAL_ROWS = 2  # enough to test whether one image depends on another
 _SMALL = 10**7
+_NARROW = 16  # results a row of a product that MKL may compute by another routine
 _FLOATS = (torch.float32, torch.float64)
 _SAMPLED_VALUES, _MIN_VALUES = 2**15, 16
 """Number of weight values that are sampled to detect changes, in total and at least per tensor."""
@@ -125,13 +126,17 @@ class FixedFunction:
         There are two causes. Without AVX-512, MKL rounds the rows beyond a multiple of six differently. And on some
         processors it rounds products of at most 10 results a row by the row's memory address, unless rows are multiples
         of 16 bytes; ``import traj_ood`` switches that off if it precedes the first product. A path between attractors
-        amplifies either. Large networks are not tried: it would take seconds, and their products are of other shapes.
+        amplifies either. Only networks in which one of them is possible are tried, as two calls of a whole chunk may
+        take seconds.
 
         Args:
             function: one of the network's functions, on the CPU.
             trial: two of its rows, of which others are mixed.
         """
-        if not (self.ladder and self.is_small and self.device.type == "cpu"):
+        weights = [tuple(p.shape) for p in self.module.parameters()]
+        has_narrow = any(len(w) == 2 and min(w) <= _NARROW and (w[0] % 4 or w[1] % 4) for w in weights)
+        is_possible = not weights or has_narrow or self.chunk not in LADDER
+        if not (self.ladder and is_possible and self.device.type == "cpu"):
             return
         smaller = sorted((rows for rows in self.ladder if rows < self.chunk), reverse=True)
         self.chunk = next((rows for rows in (self.chunk, *smaller) if _rounds_alike(function, trial, rows)), 1)
