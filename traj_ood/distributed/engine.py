@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,15 +17,17 @@ import numpy as np
 
 from traj_ood.data.records import DEFAULT_OPENING, Opening, files_of, is_records, read_records
 from traj_ood.detector import FILE_NAME, SCHEMA, refuse_inside
+from traj_ood.distributed.losses import is_loss, living, wait_until_noticed
 from traj_ood.distributed.rows import KEY, ScoreActor, written_keys
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, warn
 from traj_ood.io.files import write_atomic
 from traj_ood.io.sealed import open_sealed
 from traj_ood.stream import Entry
 
 _KEYS_PER_FILE = 2**32
 """Keys reserved for one file of records: those of the n-th file begin at n · 2³²."""
-_BLOCK_ROWS = 4096  # rows in one block of the input
+_BLOCK_ROWS = 4096  # rows in one block of the input, at most
+_TASKS_PER_WORKER = 4  # at least, where there are enough images: a worker that is done early gets another task
 _BATCH_BYTES = 2**26  # of decoded float32 images of the model's size
 _MAX_BATCH = 256
 _RETRIES = 3
@@ -63,28 +67,29 @@ def score(
     ray = _ray()
     wanted = workers or Workers()
     folder = Path(detector).expanduser().absolute()
-    there = ray.cluster_resources()
-    has_gpu = there.get("GPU", 0) >= 1
-    places = int(there["GPU"]) if has_gpu else int(there.get("CPU", 1)) // wanted.threads
-    count = wanted.count or max(1, places)
+    count, has_gpu = _places(ray, wanted)
     options = None if reading is None else dict(reading)
-    return dataset.map_batches(
-        ScoreActor,
-        fn_constructor_args=(str(folder), "cuda" if has_gpu else "cpu", wanted.threads, options),
-        batch_size=wanted.batch or _batch(folder),
-        batch_format="numpy",
-        concurrency=(1, count) if count > 1 else 1,
-        num_cpus=wanted.threads,
-        num_gpus=1 if has_gpu else 0,
-        max_restarts=_RETRIES,
-        max_task_retries=_RETRIES,
-    )
+    with warnings.catch_warnings():
+        # Without the last two Ray restarts a worker for ever that an image kills. It deprecates them, for version 2.64.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args")
+        return dataset.map_batches(
+            ScoreActor,
+            fn_constructor_args=(str(folder), "cuda" if has_gpu else "cpu", wanted.threads, options),
+            batch_size=wanted.batch or _batch(folder),
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count),
+            num_cpus=wanted.threads,
+            num_gpus=1 if has_gpu else 0,
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
+        )
 
 
-def images_of(entries: Iterable[Entry], *, skip: Any = ()) -> Any:
+def images_of(entries: Iterable[Entry], *, skip: Any = (), block: int = _BLOCK_ROWS) -> Any:
     """A Ray dataset of entries, such as those of :func:`traj_ood.stream.walk`, with their positions as ``key``, without
-    those in ``skip``, which is sorted."""
-    return _dataset({KEY: i, "path": e.path, "error": e.error} for i, e in enumerate(entries) if not _among(i, skip))
+    those in ``skip``, which is sorted. One task scores ``block`` of them."""
+    rows = ({KEY: i, "path": e.path, "error": e.error} for i, e in enumerate(entries) if not _among(i, skip))
+    return _dataset(rows, block)
 
 
 def records_of(sources: Iterable[str], opening: Opening = DEFAULT_OPENING, *, skip: Any = ()) -> Any:
@@ -120,10 +125,11 @@ def score_to(
         sources: entries, or names of sources of records, which are read on the cluster; not both.
         detector, workers, reading: see :func:`score`.
         resume: leave out images that have a row; ``sources`` must be the same as before. Default false: a folder with
-            rows is refused. If the cluster fails, the rows so far are kept for it.
+            rows is refused. A lost node or worker costs the rows that are not written yet, with a warning: they are
+            scored again. If the cluster fails for another reason, the rows so far are kept for this option.
         opening: how sources of records are opened.
     """
-    _ray()
+    ray = _ray()
     folder = Path(out).expanduser().absolute()
     refuse_inside(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,29 +140,76 @@ def score_to(
             f"{folder}: expected an empty folder{' or rows of an earlier run' if resume else ''}, found "
             f"{(others or sorted(found))[0]!r}: choose another --out{'' if resume else ', or continue with --resume'}"
         )
-    given, expected = list(sources), 0
+    given: list[str | Entry] = [*sources]
     check_same_run(folder, Path(detector).expanduser(), [s.path if isinstance(s, Entry) else str(s) for s in given])
-    done = written_keys(folder, remove_broken=True)
-    if given and isinstance(given[0], str):
-        dataset = records_of([str(source) for source in given], opening, skip=done)
-    else:
-        entries = [entry for entry in given if isinstance(entry, Entry)]
-        expected = len(entries)
-        if len(done) == expected:
-            return expected
-        dataset = images_of(entries, skip=done)
-    try:
-        score(dataset, detector, workers=workers, reading=reading).write_parquet(str(folder))
-    except TrajOODError:
-        raise
-    except Exception as error:  # ray has many error classes
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise TrajOODError(f"ray: {text[-1][:300]}: rows so far are in {folder}: continue with --resume") from error
+    run = _Run(folder, given, Path(detector).expanduser(), workers or Workers(), opening, reading)
+    _write_all(run, ray)
     # Broken files are those of a killed writer; its rows are written again elsewhere.
     written = len(written_keys(folder, remove_broken=True))
-    if written < expected:
-        raise TrajOODError(f"{folder}: expected {expected} rows, found {written}: continue with --resume")
+    if written < run.expected:
+        raise TrajOODError(f"{folder}: expected {run.expected} rows, found {written}: continue with --resume")
     return written
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What :func:`score_to` writes: entries or sources of records, scored by a detector, in a folder."""
+
+    folder: Path
+    given: Sequence[str | Entry]
+    detector: Path
+    workers: Workers
+    opening: Opening
+    reading: Mapping[str, Any] | None
+
+    @property
+    def of_records(self) -> bool:
+        return bool(self.given) and isinstance(self.given[0], str)
+
+    @property
+    def expected(self) -> int:
+        """The number of rows; 0 for sources of records, which are not counted before they are read."""
+        return 0 if self.of_records else len(self.given)
+
+    def write(self, done: Any) -> None:
+        """Score what has no key in ``done``."""
+        if self.of_records:
+            dataset = records_of([str(source) for source in self.given], self.opening, skip=done)
+        else:
+            entries = [entry for entry in self.given if isinstance(entry, Entry)]
+            dataset = images_of(entries, skip=done, block=self._block(len(entries) - len(done)))
+        rows = score(dataset, self.detector, workers=self.workers, reading=self.reading)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # for few images
+            # Writers ask for no CPU: workers have them all, and rows would wait for the end, to be lost with a node.
+            rows.write_parquet(str(self.folder), ray_remote_args={"num_cpus": 0}, concurrency=max(1, living(_ray())))
+
+    def _block(self, count: int) -> int:
+        """Images in one task, in whole batches: several tasks for each worker where there are few images."""
+        batch = self.workers.batch or _batch(self.detector)
+        share = -(-count // (_TASKS_PER_WORKER * _places(_ray(), self.workers)[0]))
+        return min(_BLOCK_ROWS, -(-share // batch) * batch)
+
+
+def _write_all(run: _Run, ray: Any) -> None:
+    """Score what has no row. After a loss that Ray cannot repair, such as of a node with the rows that it held, begin
+    again with what has none by then; the fourth time in a row without a new row is an error."""
+    done, failures = written_keys(run.folder, remove_broken=True), 0
+    while len(done) < run.expected or run.of_records:
+        nodes = living(ray)
+        try:
+            run.write(done)
+            return
+        except TrajOODError:
+            raise
+        except Exception as error:  # ray has many error classes
+            before, done = len(done), written_keys(run.folder, remove_broken=True)
+            failures = 0 if len(done) > before else failures + 1
+            text = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+            if failures > _RETRIES or not is_loss(error):
+                raise TrajOODError(f"ray: {text}: rows so far are in {run.folder}: continue with --resume") from error
+            warn(f"ray: lost a node or a worker: scoring goes on without it after {len(done):,} rows ({text[:120]})")
+            wait_until_noticed(ray, nodes)
 
 
 def split_sources(sources: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -183,6 +236,14 @@ def check_same_run(folder: Path, detector: Path, names: Sequence[str]) -> None:
             raise TrajOODError(f"{folder}: expected rows of this {what}, found another's: choose another --out")
 
 
+def _places(ray: Any, wanted: Workers) -> tuple[int, bool]:
+    """The number of workers, and whether each has a GPU."""
+    there = ray.cluster_resources()
+    has_gpu = there.get("GPU", 0) >= 1
+    places = int(there["GPU"]) if has_gpu else int(there.get("CPU", 1)) // wanted.threads
+    return wanted.count or max(1, places), has_gpu
+
+
 def _batch(folder: Path) -> int:
     """The default number of images per batch, from the detector's record, without loading the model."""
     model = open_sealed(folder, FILE_NAME, SCHEMA)["model"]
@@ -191,12 +252,12 @@ def _batch(folder: Path) -> int:
     return max(1, min(_MAX_BATCH, _BATCH_BYTES // (4 * channels * height * width)) // chunk) * chunk
 
 
-def _dataset(rows: Iterable[dict[str, Any]]) -> Any:
-    """Rows as a Ray dataset of blocks of 4,096, without a Python object per row."""
+def _dataset(rows: Iterable[dict[str, Any]], block: int = _BLOCK_ROWS) -> Any:
+    """Rows as a Ray dataset of blocks, without a Python object per row."""
     import pyarrow as pa
 
     waiting, tables = iter(rows), []
-    while part := list(islice(waiting, _BLOCK_ROWS)):
+    while part := list(islice(waiting, block)):
         tables.append(pa.Table.from_pylist(part))
     if not tables:
         raise TrajOODError("nothing to score: expected images without a row, found none")
@@ -209,6 +270,10 @@ def _among(key: int, keys: Any) -> bool:
     return place < len(keys) and int(keys[place]) == key
 
 
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING
+
+
 def _ray() -> Any:
     try:
         ray = import_module("ray")
@@ -218,4 +283,7 @@ def _ray() -> Any:
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR")  # joins the cluster at RAY_ADDRESS, else starts one
     ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the console: errors are raised, and the rest is progress
+            handler.addFilter(_is_warning)
     return ray
