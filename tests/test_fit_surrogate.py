@@ -455,6 +455,21 @@ def test_features_are_extracted_once_for_several_recipes_and_seeds(
     assert len(list((tmp_path / "cache" / "surrogates").iterdir())) == 4
 
 
+def test_a_backbone_of_the_same_weights_and_another_width_has_features_of_its_own(
+    benchmark: Benchmark, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    body = nn.Linear(64, N)
+
+    def first(width: int) -> CallableBackbone:
+        return CallableBackbone(lambda x: body(x.flatten(1))[:, :width], (1, 8, 8), width, module=body)
+
+    assert first(N).fingerprint() == first(N - 2).fingerprint()
+    for width in (N, N - 2, N):
+        assert make(first(width), benchmark, tmp_path / "cache").feature_dim == width
+    assert len(list((tmp_path / "cache" / "surrogates").iterdir())) == 2
+
+
 def test_the_limit_samples_the_training_split(benchmark: Benchmark, tmp_path: Path) -> None:
     record = make(backbone(), benchmark, tmp_path / "cache", limit=33).record
     assert record["data"]["trained_on"] + record["data"]["held_out"] == record["data"]["count"] == 33

@@ -31,10 +31,10 @@ class FeatureCache:
     of images.
 
     A subfolder holds cache.json, which identifies the features, and one file per block. The identity is the backbone's
-    fingerprint (weights, options), the behaviour of its transform, the way it is called (rows, memory order) and the
-    digest of the images' contents. A block written by another version of this package's code counts as absent. Blocks
-    do not depend on the caller's batches, nor rows on their batch, so two processes that fill the same cache write the
-    same bytes; each block is complete or absent.
+    fingerprint (weights, options), the behaviour of its transform, the way it is called (rows, memory order), the
+    widths of features and logits, and the digest of the images' contents. A block written by another version of this
+    package's code counts as absent. Blocks do not depend on the caller's batches, nor rows on their batch, so two
+    processes that fill the same cache write the same bytes; each block is complete or absent.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -112,7 +112,8 @@ class _Blocks:
             "calls": f"{backbone.chunk}{' channels-last' * backbone.channels_last}",  # they decide the rounding
         }
         names = [identity[name][:16] for name in ("fingerprint", "images", "transform")]
-        self._group = "-".join([*names, identity["calls"].replace(" ", "-")])
+        widths = f"{backbone.feature_dim}x{backbone.classes}"
+        self._group = "-".join([*names, identity["calls"].replace(" ", "-"), widths])
         self._claim(as_json(identity), backbone_answers(backbone))
 
     def _claim(self, mine: dict[str, Any], outputs: list[float | None] | None) -> None:

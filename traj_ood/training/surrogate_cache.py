@@ -61,8 +61,8 @@ def surrogate_for(
         backbone: a spec such as ``timm:resnet18`` (see :func:`traj_ood.backbones.load_backbone`), or a backbone.
         benchmark: only its training split is read.
         out: features are stored in ``out/features``, surrogates in subfolders of ``out/surrogates`` that are named
-            after the backbone's fingerprint and transform, the images' contents, recipe and seed. A surrogate trained
-            by another version of this package's code is trained again. Default: ``$TRAJ_OOD_DATA``, or
+            after the backbone's fingerprint, width and transform, the images' contents, recipe and seed. A surrogate
+            trained by another version of this package's code is trained again. Default: ``$TRAJ_OOD_DATA``, or
             ``~/.cache/traj_ood``.
         recipe: see :func:`fit_surrogate`.
         seed: see :func:`fit_surrogate`.
@@ -150,5 +150,8 @@ def _extract(
 
 
 def _folder_name(backbone: Backbone, rest: list[Any]) -> str:
-    key = hashlib.sha256(json.dumps([backbone.fingerprint(), *rest], sort_keys=True).encode()).hexdigest()
+    """A name that differs where the features or the training do. The weights of an own backbone do not decide the width
+    of its features, so it is named."""
+    identity = [backbone.fingerprint(), backbone.feature_dim, *rest]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone.name)}-{key[:16]}"
