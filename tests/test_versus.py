@@ -6,6 +6,7 @@ import html.parser
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,16 @@ def test_one_scorer_in_two_runs(runs: Path) -> None:
     assert same.verdict().startswith("No difference between knn:k=2 (")
     code = call("compare", *sorted(runs.iterdir()), "--scorers", "knn:k=2", "--resamples", 50).exit_code
     assert code == 1
+
+
+def test_sets_are_named_with_their_benchmark_where_there_are_several(runs: Path) -> None:
+    one, two = Run.load_all(runs)
+    other = replace(two, result=replace(two.result, benchmark="other"))
+    names = [row.name for row in compare_scorers([one], "knn:k=2", "mahalanobis", resamples=50).sets["auroc"]]
+    found = compare_scorers([one, other], "knn:k=2", "mahalanobis", resamples=200)
+    places = [f"{benchmark}: {name}" for benchmark in (one.result.benchmark, "other") for name in names]
+    assert f"knn:k=2 is better on 4 ({', '.join(places)})" in found.verdict()
+    assert [row[0].partition(" (")[0] for row in found.tables()[0].rows] == [*places, "mean over sets"]
 
 
 @pytest.mark.parametrize(

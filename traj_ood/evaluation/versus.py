@@ -72,7 +72,7 @@ class Versus:
             first = f"{better} is better than {worse} in the {over}: {points} ({self.a} minus {self.b})."
         found: dict[int, list[str]] = {1: [], -1: [], 0: []}
         for row in self.sets[metric]:
-            found[_sign(row.difference, row.holm, metric)].append(row.name)
+            found[_sign(row.difference, row.holm, metric)].append(self._named(row))
         parts = [
             f"{name} is better on {len(found[key])} ({', '.join(found[key])})"
             for key, name in ((1, self.a), (-1, self.b))
@@ -101,10 +101,9 @@ class Versus:
         tables = []
         for metric, rows in self.sets.items():
             arrow = "↑" if metric == "auroc" else "↓"
-            several = len(self.runs) > 1
             header = ["OOD set", f"{self.a} {arrow}", f"{self.b} {arrow}", "difference [95 %]", "p", "p (Holm)"]
             lines = [
-                [_place(r, several), *_cells(r.difference, metric, r.holm), f"{r.difference.p:.2g}", f"{r.holm:.2g}"]
+                [self._place(r), *_cells(r.difference, metric, r.holm), f"{r.difference.p:.2g}", f"{r.holm:.2g}"]
                 for r in rows
             ]
             d = self.mean[metric]
@@ -114,7 +113,7 @@ class Versus:
 
     def notes(self) -> list[str]:
         """Explanation of the tables."""
-        own = [row.name for row in self.sets["auroc"] if row.role == "diagnostic"]
+        own = [self._named(row) for row in self.sets["auroc"] if row.role == "diagnostic"]
         left = f" The mean over sets leaves out diagnostics: {', '.join(own)}." if own else ""
         runs = ", ".join(f"{n} run{'s' if n > 1 else ''} of {name}" for name, n in self.runs.items())
         return [
@@ -123,6 +122,13 @@ class Versus:
             "whether the choice of test images could explain the difference, not what another training would give."
             + left
         ]
+
+    def _named(self, row: SetDifference) -> str:
+        """A set's name, with its benchmark where there are several, whose sets may have the same names."""
+        return f"{row.benchmark}: {row.name}" if len(self.runs) > 1 else row.name
+
+    def _place(self, row: SetDifference) -> str:
+        return f"{self._named(row)} ({row.role})"
 
     def as_dict(self) -> dict[str, Any]:
         """All attributes and the verdicts, as JSON data."""
@@ -249,7 +255,3 @@ def _cells(d: Difference, metric: str, p: float) -> list[str]:
     own = [f"{100 * d.a:.1f}", f"{100 * d.b:.1f}"]
     shown = [Bold(own[0]) if sign > 0 else own[0], Bold(own[1]) if sign < 0 else own[1]]
     return [*shown, f"{_points(d.difference)} [{_points(d.low)}, {_points(d.high)}]"]
-
-
-def _place(row: SetDifference, several: bool) -> str:
-    return f"{row.benchmark}: {row.name} ({row.role})" if several else f"{row.name} ({row.role})"
