@@ -295,6 +295,21 @@ def test_a_set_of_several_scorers_or_an_unfitted_one_is_no_detector(tmp_path: Pa
         export_detector(several, tmp_path / "x", "onx")  # type: ignore[arg-type]
 
 
+def test_the_ending_of_another_format_is_refused(tmp_path: Path) -> None:
+    detector = fitted(tiny.conv(), "first-residual")
+    for name, form, text in (
+        (
+            "x.pt",
+            "onnx",
+            r"x\.pt: expected a name that ends in \.onnx for format onnx, got \.pt, .*: name it x\.onnx, or",
+        ),
+        ("x.ONNX", "torch", r"got \.ONNX, the ending of format onnx: name it x\.pt2, or choose --format onnx"),
+    ):
+        with pytest.raises(TrajOODError, match=text):
+            export_detector(detector, tmp_path / name, form)  # type: ignore[arg-type]
+    assert not any(tmp_path.iterdir())
+
+
 def test_images_to_compare_on_are_pixels(tmp_path: Path) -> None:
     detector = fitted(tiny.conv(), "first-residual")
     with pytest.raises(TrajOODError, match=r"expected float pixels in \[0, 1\], got values from 0 to 255"):

@@ -17,7 +17,17 @@ from traj_ood.detector.fixed_steps import reference, same_score
 from traj_ood.detector.module import DetectorModule, HasScorers, as_module
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.export.check import ALLOWED, Agreement, agreement, real_images
-from traj_ood.export.formats import FORMATS, INPUT, OUTPUT, OUTPUTS, Answerer, Format, open_answers, write
+from traj_ood.export.formats import (
+    FORMATS,
+    INPUT,
+    OUTPUT,
+    OUTPUTS,
+    Answerer,
+    Format,
+    check_ending,
+    open_answers,
+    write,
+)
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
 
@@ -61,11 +71,13 @@ def export_detector(
         steps: see :func:`as_module`.
         images: images to compare on, at least one. Default: :func:`real_images`.
     Raises:
-        TrajOODError: ``path`` is inside a detector's folder, the scorer or model cannot be exported, a library is
-            missing, the model is on another device, or scores disagree (nothing is written then).
+        TrajOODError: ``path`` has the ending of the other format or is inside a detector's folder, the scorer or model
+            cannot be exported, a library is missing, the model is on another device, or scores disagree (nothing is
+            written then).
     """
     if form not in FORMATS:
         raise unknown_name("export format", str(form), FORMATS)
+    check_ending(Path(path), form)
     if detector.autoencoder.device.type != "cpu":
         raise TrajOODError(
             f"export: expected the model on the CPU, where graphs are recorded and compared, got "

@@ -25,6 +25,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 INPUT, OUTPUT = "images", "scores"
 OUTPUTS = (OUTPUT, "p_values", "decisions")
 """Outputs of an ONNX file with a calibration; one without, and every torch file, has only the first."""
+_ENDINGS: dict[Format, tuple[str, ...]] = {"onnx": (".onnx",), "torch": (".pt2", ".pt", ".pth")}
 METADATA = "traj_ood"
 """Key of the JSON in an ONNX model's metadata; with the suffix .json, the extra file in a torch.export archive."""
 _EXAMPLES = 3  # rows of the example batch while recording: torch.export would treat 0 and 1 as constants
@@ -52,6 +53,16 @@ def write(
         else:
             with _quiet():
                 torch.export.save(record(module, module), file, extra_files={f"{METADATA}.json": text})
+
+
+def check_ending(path: Path, form: Format) -> None:
+    """Check that a file's name does not end as those of another format; other endings are the caller's choice."""
+    other = next((name for name, ends in _ENDINGS.items() if name != form and path.suffix.lower() in ends), None)
+    if other is not None:
+        raise TrajOODError(
+            f"{path}: expected a name that ends in {_ENDINGS[form][0]} for format {form}, got {path.suffix}, the "
+            f"ending of format {other}: name it {path.with_suffix(_ENDINGS[form][0]).name}, or choose --format {other}"
+        )
 
 
 def open_file(form: Format, path: Path) -> tuple[Runner, dict[str, Any]]:
