@@ -377,3 +377,15 @@ def test_unwritable_folder(place: Path) -> None:
     (place / "file").write_text("")
     with pytest.raises(TrajOODError, match="expected a folder that can be written"):
         train(place, "file/out")
+
+
+def test_a_folder_of_other_files_is_refused_and_one_of_a_training_is_not(place: Path) -> None:
+    (place / "out").mkdir()
+    (place / "out" / ".gitignore").write_text("*")
+    (place / "out" / "README.md").write_text("mine")
+    with pytest.raises(TrajOODError, match=r"out: expected a new or empty folder, .*, found 'README\.md'.*--out"):
+        train(place, "out")
+    assert (place / "out" / "README.md").read_text() == "mine"
+    (place / "out" / "README.md").unlink()
+    first = train(place, "out")
+    assert train(place, "out").fingerprint() == first.fingerprint()

@@ -18,7 +18,12 @@ from traj_ood.cli.console import note
     )
 )
 @click.argument("config", type=NAME)
-@click.option("--out", type=PATH, required=True, help="Folder for model, log and checkpoint.")
+@click.option(
+    "--out",
+    type=PATH,
+    required=True,
+    help="Folder for model, log and checkpoint: new, empty, or of an earlier training.",
+)
 @shared("data_root", "follow_links", "exif", "bit_depth", "device", "threads")
 @click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
 @shared("quiet")

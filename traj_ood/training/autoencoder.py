@@ -24,7 +24,7 @@ from traj_ood.training.card import autoencoder_card
 from traj_ood.training.classifier import check_classifier, train_classifier
 from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageLoss, ImageTrainer, TrainingImages
-from traj_ood.training.loop import Trainer
+from traj_ood.training.loop import Trainer, check_folder
 
 _VALIDATION_IMAGES = 2000
 
@@ -48,7 +48,8 @@ def train_model(
 
     Args:
         config: model, data and recipe.
-        out: folder for the model, its log, ``training.json`` (config, log, versions) and README.md, the model card.
+        out: folder, new, empty or of an earlier training, for the model, its log, ``training.json`` (config, log,
+            versions) and README.md, the model card.
         data_root: folder of the benchmark's data, see :func:`traj_ood.data.load_benchmark`.
         follow_links: whether to follow symbolic links in image folders.
         reading: how image files are read.
@@ -56,10 +57,12 @@ def train_model(
         fresh: ignore a checkpoint, and hash the images again.
         quiet: print one JSON line per epoch instead of a progress bar.
     Raises:
-        TrajOODError: bad data or settings, an unwritable folder, or a checkpoint of other settings.
+        TrajOODError: bad data or settings, an unwritable folder or one with files of other origin, or a checkpoint of
+            other settings.
     """
     if config.family == "classifier":
         check_classifier(config)
+    check_folder(out)
     if fresh:
         distrust()
     benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links, reading=reading)

@@ -261,6 +261,22 @@ class Trainer(ABC):
             (self.out / _CHECKPOINT).unlink(missing_ok=True)
 
 
+def check_folder(out: Path) -> None:
+    """Check, before anything is computed, that ``out`` is new, empty or of an earlier training, because files of other
+    origin, such as a README.md, would be replaced.
+
+    Raises:
+        TrajOODError: the folder holds other files.
+    """
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    strangers = [name for name in names if not name.startswith(".")]
+    if strangers and not {RECORD, _CHECKPOINT} & {*names}:
+        raise TrajOODError(
+            f"{out}: expected a new or empty folder, or one with {_CHECKPOINT} or {RECORD} of an earlier training, "
+            f"found {strangers[0]!r}, beside which a model would be written: choose another --out"
+        )
+
+
 def shuffled(rows: Tensor, batch_size: int, steps: int, draws: torch.Generator) -> tuple[Tensor, ...]:
     """``steps`` batches from ``rows`` (N,), in as many randomly ordered passes as needed, of which the last is cut."""
     count = steps * batch_size
