@@ -267,9 +267,9 @@ def test_features_without_activation_or_of_both_signs_have_a_score() -> None:
         ("react:percentile=100", "scorer react: percentile must be at least 0 and below 100, got 100.0"),
         ("ash:variant=x", "unknown variant of scorer ash 'x'"),
         ("scale:percentile=-1", "scorer scale: percentile must be at least 0"),
-        ("gen:gamma=0", "scorer gen: gamma must be a number above 0, got 0.0"),
+        ("gen:gamma=0", "scorer gen: gamma must be above 0, got 0.0"),
         ("gen:top=0", "scorer gen: top must be at least 1, got 0"),
-        ("nci:alpha=-1", "scorer nci: alpha must be a number of at least 0, got -1.0"),
+        ("nci:alpha=-1", "scorer nci: alpha must be at least 0, got -1.0"),
         ("nnguide:k=0", "scorer nnguide: k must be at least 1, got 0"),
     ],
 )

@@ -715,7 +715,7 @@ def test_one_diverging_image_does_not_stop_the_others() -> None:
         ("reconstruction:masked=none", "scorer reconstruction, option masked: expected true or false, got 'none'"),
         ("mahalanobis:covariance=empiric", "unknown covariance of scorer mahalanobis 'empiric': did you mean 'empiri"),
         ("mahalanobis:classes=10", "scorer mahalanobis, option classes: expected true or false, got '10'"),
-        ("energy:temperature=0", "scorer energy: temperature must be a number above 0, got 0.0"),
+        ("energy:temperature=0", "scorer energy: temperature must be above 0, got 0.0"),
         ("energy:temperature=nan", "scorer energy, option temperature: expected float, got 'nan'"),
         ("vim:dim=0", "scorer vim: dim must be at least 1, got 0"),
     ],

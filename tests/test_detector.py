@@ -784,7 +784,7 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("model", "kind", value="vit_mae"), "model"),
         (put("scorer", "name", value="fild"), "unknown scorer"),
         (put("scorer", "name", value="knn"), "unknown option of scorer knn"),
-        (put("scorer", "options", "horizon", value=-4), "horizon must be a number of steps >= 0"),
+        (put("scorer", "options", "horizon", value=-4), "horizon must be at least 0"),
         (put("scorer", "options", "horizon", value=4), "expected a scorer file of"),
         (
             put("scorer", "options", "horizon", value="3:view=cls"),

@@ -145,7 +145,7 @@ def test_what_is_not_read_is_not_computed() -> None:
     [
         ("entry-path:parts=stepp", "unknown part of scorer entry-path 'stepp': did you mean 'step'"),
         ("entry-path:parts=step+step", "scorer entry-path: expected each part once, got 'step.step'"),
-        ("entry-path:horizon=0", "horizon must be a number of steps >= 1, got 0"),
+        ("entry-path:horizon=0", "horizon must be at least 1, got 0"),
         ("entry-path:read=both", "unknown read of scorer entry-path 'both'"),
     ],
 )

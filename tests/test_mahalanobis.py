@@ -9,7 +9,7 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers import Evidence, Mahalanobis
-from traj_ood.scorers.covariance import class_means, is_upper, ledoit_wolf, moments, times_upper, whitening
+from traj_ood.scorers.covariance import class_means, covariance, is_upper, times_upper, whitening
 
 
 def draw(count: int, dimension: int = 12, seed: int = 0, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -126,15 +126,14 @@ def test_bad_labels(labels: Tensor | None, text: str) -> None:
         Mahalanobis(classes=True).fit(evidence(torch.randn(5, 3), labels))
 
 
-def test_moments_by_hand() -> None:
+def test_means_and_covariance_by_hand() -> None:
     features, labels = draw(5000)  # several blocks
-    means = class_means(features, labels, 3)
-    sample = moments(features, means, labels)
+    means = class_means(features, labels)
     offsets = features.double() - means[labels]
     for c in range(3):
         torch.testing.assert_close(means[c], features[labels == c].double().mean(dim=0), rtol=1e-12, atol=0)
-    torch.testing.assert_close(sample.covariance, offsets.T @ offsets / 5000, rtol=1e-10, atol=1e-12)
-    assert sample.fourth == pytest.approx(float(offsets.norm(dim=1).pow(4).mean()), rel=1e-12)
+    found = covariance(features, means, labels, shrink=False)
+    torch.testing.assert_close(found, offsets.T @ offsets / 5000, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("smallest", [1.0, 1e-9, 1e-13, 0.0])
@@ -142,28 +141,27 @@ def test_whitening_is_the_root_of_the_pseudo_inverse(smallest: float) -> None:
     from scipy.linalg import pinvh
 
     basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
-    covariance = (basis * torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0, smallest], dtype=torch.float64)) @ basis.T
-    covariance = (covariance + covariance.T) / 2
-    factor = whitening(covariance)
-    expected = pinvh(covariance.numpy())
+    matrix = (basis * torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0, smallest], dtype=torch.float64)) @ basis.T
+    matrix = (matrix + matrix.T) / 2
+    factor = whitening(matrix)
+    expected = pinvh(matrix.numpy())
     scale = np.abs(expected).max()
     np.testing.assert_allclose((factor @ factor.T).numpy(), expected, atol=max(1e-12, 1e-15 / (smallest or 1)) * scale)
     assert factor.shape == (6, 6 if smallest else 5)
 
 
 def test_shrinkage_of_white_noise_is_whole() -> None:
-    sample = moments(
-        torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]), torch.zeros(1, 2).double(), torch.zeros(4).long()
-    )
-    torch.testing.assert_close(ledoit_wolf(sample), 0.5 * torch.eye(2, dtype=torch.float64))
+    features = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    found = covariance(features, torch.zeros(1, 2).double(), shrink=True)
+    torch.testing.assert_close(found, 0.5 * torch.eye(2, dtype=torch.float64))
 
 
 def test_classes_of_one_image_each_measure_nothing() -> None:
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     train = Evidence(features={"mean": features}, labels=torch.arange(6))
-    for covariance in ("ledoit-wolf", "empirical"):
+    for estimator in ("ledoit-wolf", "empirical"):
         with pytest.raises(TrajOODError, match=r"do not vary within their classes \(6 classes of 6 images\)"):
-            Mahalanobis(classes=True, covariance=covariance).fit(train)  # type: ignore[arg-type]
+            Mahalanobis(classes=True, covariance=estimator).fit(train)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dimension", [1, 127, 128, 300])

@@ -82,7 +82,7 @@ def test_far_features_score_higher(spec: str) -> None:
     [
         ("pca-residual:share=1", "scorer pca-residual: share must be above 0 and below 1, got 1.0"),
         ("gmm:share=0", "scorer gmm: share must be above 0 and below 1, got 0.0"),
-        ("kernel-pca:gamma=0", "scorer kernel-pca: gamma must be a number above 0, got 0.0"),
+        ("kernel-pca:gamma=0", "scorer kernel-pca: gamma must be above 0, got 0.0"),
         ("kernel-pca:components=0", "scorer kernel-pca: components must be at least 1, got 0"),
         ("isolation-forest:trees=0", "scorer isolation-forest: trees must be at least 1, got 0"),
         ("lid:k=1", "scorer lid: k must be at least 2, got 1"),

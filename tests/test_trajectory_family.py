@@ -121,8 +121,8 @@ def test_images_in_another_basin_score_higher(spec: str) -> None:
         ("early-path:view=tokens", "view of scorer early-path"),
         ("early-trajectory:reference=feature", "reference of scorer early-trajectory.*features"),
         ("alignment:target=men", "target of scorer alignment.*mean"),
-        ("signature:horizon=0", "scorer signature: horizon must be a number of steps >= 1, got 0"),
-        ("contraction-rate:horizon=1", "scorer contraction-rate: horizon must be a number of steps >= 2, got 1"),
+        ("signature:horizon=0", "scorer signature: horizon must be at least 1, got 0"),
+        ("contraction-rate:horizon=1", "scorer contraction-rate: horizon must be at least 2, got 1"),
     ],
 )
 def test_options_that_cannot_be(spec: str, text: str) -> None:

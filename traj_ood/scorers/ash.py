@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from traj_ood.scorers.head import ShapedEnergy, check_percentile, largest, sharpening
+from traj_ood.scorers.head import ShapedEnergy, largest, sharpening
 from traj_ood.scorers.registry import register
 
 
@@ -31,11 +31,9 @@ class ASH(ShapedEnergy):
     summary: ClassVar[str] = "energy after each image's lowest activations are removed (Djurisic et al. 2023)"
     suite: ClassVar[dict[str, int]] = {"": 650}
     variant: Literal["s", "b", "p"] = "s"
+    at_least: ClassVar = {"percentile": 0}
+    below: ClassVar = {"percentile": 100}
     percentile: float = 90.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_percentile(self.name, self.percentile)
 
     def shaped(self, features: Tensor) -> Tensor:
         values, places = largest(features, self.percentile)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -63,40 +62,26 @@ class _FiniteQueries:
 
 @dataclass
 class SearchingScorer(Scorer):
-    """A scorer with an index over :meth:`points`, built when it is first searched."""
+    """A scorer with an index over :meth:`points`, built when a learnt state is first searched."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._index: Index | None = None
+        self._index: tuple[dict[str, Tensor], Index] | None = None  # with the state that it was built from
 
     @abstractmethod
     def points(self) -> Tensor:
         """The points that distances are measured to, (N, d) float32, from the learnt state."""
 
-    def fit(self, train: Evidence) -> Scorer:
-        self._index = None
-        return super().fit(train)
-
-    def load(self, path: Path) -> Scorer:
-        self._index = None
-        return super().load(path)
-
     def index(self, device: torch.device) -> Index:
         """The index over :meth:`points`; the first call builds it on ``device``."""
-        if self._index is None:
-            self._index = _FiniteQueries(NeighborIndex(self.points().to(device)))
-        return self._index
-
-    def with_state(self, state: Mapping[str, Tensor]) -> Scorer:
-        other = super().with_state(state)
-        assert isinstance(other, SearchingScorer)
-        other._index = None
-        return other
+        if self._index is None or self._index[0] is not self.state:
+            self._index = self.state, _FiniteQueries(NeighborIndex(self.points().to(device)))
+        return self._index[1]
 
     def with_index(self: _S, index: Index) -> _S:
         """A copy that searches ``index``, another index over :meth:`points`."""
         other = copy.copy(self)
-        other._index = index
+        other._index = self.state, index
         return other
 
 

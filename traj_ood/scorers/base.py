@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -60,19 +59,8 @@ class Needs:
     divergence: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            self.features | other.features,
-            self.reconstruction | other.reconstruction,
-            self.distances | other.distances,
-            max(self.steps, other.steps),
-            self.points | other.points,
-            self.attractors | other.attractors,
-            self.train_path or other.train_path,
-            self.logits or other.logits,
-            self.head or other.head,
-            self.labels or other.labels,
-            self.divergence or other.divergence,
-        )
+        either = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self) if f.name != "steps"}
+        return Needs(**either, steps=max(self.steps, other.steps))
 
 
 @dataclass(frozen=True)
@@ -193,7 +181,9 @@ class Scorer(ABC):
     at_least: ClassVar[Mapping[str, int]] = {}
     """Smallest allowed values of options, such as ``{"k": 1}``; None is allowed, too, where it is the default."""
     above_0: ClassVar[tuple[str, ...]] = ()
-    """Options that must be positive and finite."""
+    """Options that must be positive."""
+    below: ClassVar[Mapping[str, int]] = {}
+    """Upper bounds, which are not allowed themselves, of options with a lower bound, such as ``{"share": 1}``."""
 
     def __post_init__(self) -> None:
         self._state: dict[str, Tensor] | None = None
@@ -205,14 +195,15 @@ class Scorer(ABC):
             raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
         # Otherwise the label would not recreate this scorer.
         check_options(type(self), vars(self), f"scorer {self.name}", reserved=":,")
-        for option, least in self.at_least.items():
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise TrajOODError(f"scorer {self.name}: {option} must be at least {least}, got {value}")
-        for option in self.above_0:
-            value = getattr(self, option)
-            if value is not None and not 0 < value < math.inf:
-                raise TrajOODError(f"scorer {self.name}: {option} must be a number above 0, got {value}")
+        for option in (*self.at_least, *self.above_0):
+            value, least, end = getattr(self, option), self.at_least.get(option), self.below.get(option)
+            if value is None:
+                continue
+            is_large = value > 0 if least is None else value >= least
+            if not is_large or (end is not None and value >= end):
+                bounds = "above 0" if least is None else f"at least {least}"
+                bounds += "" if end is None else f" and below {end}"
+                raise TrajOODError(f"scorer {self.name}: {option} must be {bounds}, got {value}")
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -250,6 +241,8 @@ class Scorer(ABC):
         return float(evidence.path().steps.clamp(max=wanted).double().mean()) if wanted else 0.0
 
     def fit(self, train: Evidence) -> Scorer:
+        if len(train):
+            self.check_training_size(len(train))
         with own_code(type(self), f"scorer {self.label}: learn()"):
             learnt = self.learn(train)
         if not isinstance(learnt, Mapping) or not all(isinstance(value, Tensor) for value in learnt.values()):

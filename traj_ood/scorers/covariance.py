@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,56 +13,51 @@ _BLOCK_VALUES = 2**18 * 3 // 2  # float64 values of features per block: 3 MiB, w
 _BLOCK_COLUMNS = 192  # columns of a triangular factor per block: narrower blocks skip more, but multiply more slowly
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second and fourth moments of N offsets x − μ in d dimensions.
-
-    Attributes:
-        count: N.
-        covariance: (d, d) float64, Σ (x − μ)(x − μ)ᵀ / N.
-        fourth: Σ ‖x − μ‖⁴ / N, which only :func:`ledoit_wolf` reads; NaN where it was not computed.
-    """
-
-    count: int
-    covariance: Tensor
-    fourth: float
-
-
-def class_means(features: Tensor, classes: Tensor, count: int) -> Tensor:
-    """Class means, (count, d) float64, of features (N, d) with ``classes`` (N,) int64 in 0 … count − 1, none empty."""
-    sums = torch.zeros(count, features.shape[1], dtype=torch.float64)
-    for part, own, room in _parts(features, classes):
-        sums.index_add_(0, own, room.copy_(part))
-    return sums / classes.bincount(minlength=count)[:, None]
-
-
-def moments(features: Tensor, centres: Tensor, classes: Tensor, *, fourth: bool = True) -> Moments:
-    """Moments of features (N, d) about the centre of their class: ``centres`` (C, d) float64, ``classes`` (N,) int64.
+def class_means(features: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Class means, (C, d) float64, of features (N, d).
 
     Args:
-        fourth: whether to compute the fourth moment, too. Default true.
+        classes: (N,) int64 in 0 … C − 1, none empty. Default: all features are one class.
+    """
+    classes = _numbered(features, classes)
+    sums = torch.zeros(int(classes.max()) + 1, features.shape[1], dtype=torch.float64)
+    for part, own, room in _parts(features, classes):
+        sums.index_add_(0, own, room.copy_(part))
+    return sums / classes.bincount()[:, None]
+
+
+def covariance(features: Tensor, centres: Tensor, classes: Tensor | None = None, *, shrink: bool) -> Tensor:
+    """Covariance Σ (x − μ)(x − μ)ᵀ / N, (d, d) float64, of features (N, d) about the centre μ of their class.
+
+    Args:
+        centres: (C, d) float64.
+        classes: (N,) int64 in 0 … C − 1. Default: all features are one class.
+        shrink: whether to shrink it as Ledoit and Wolf (2004, §3.2): the same estimate as scikit-learn's.
     """
     from scipy.linalg import get_blas_funcs
 
     dimension = features.shape[1]
     half = np.zeros((dimension, dimension), order="F")
     dsyrk: Any = get_blas_funcs("syrk", (half,))  # one triangle; torch would compute both
-    lengths = torch.full((), 0.0 if fourth else torch.nan, dtype=torch.float64)
-    for part, own, room in _parts(features, classes):
+    fourth = torch.zeros((), dtype=torch.float64)
+    for part, own, room in _parts(features, _numbered(features, classes)):
         offsets = torch.index_select(centres, 0, own, out=room).sub_(part)  # μ − x, whose products are those of x − μ
         half = dsyrk(1.0, offsets.numpy().T, beta=1.0, c=half, overwrite_c=True)
-        if fourth:
-            lengths += offsets.norm(dim=1).pow(4).sum()
+        if shrink:
+            fourth += offsets.norm(dim=1).pow(4).sum()
     upper = torch.from_numpy(half)
-    matrix = upper.triu() + upper.triu(1).T
-    return Moments(len(features), matrix / len(features), float(lengths) / len(features))
+    matrix = (upper.triu() + upper.triu(1).T) / len(features)
+    return _shrunk(matrix, float(fourth) / len(features), len(features)) if shrink else matrix
 
 
-def single_class(features: Tensor, *, fourth: bool = True) -> tuple[Tensor, Moments]:
-    """Mean (d,) float64 of features (N, d), and their moments about it."""
-    classes = torch.zeros(len(features), dtype=torch.int64)
-    mean = class_means(features, classes, 1)
-    return mean[0], moments(features, mean, classes, fourth=fourth)
+def gaussian(features: Tensor, *, shrink: bool) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and :func:`covariance` (d, d) of features (N, d), float64."""
+    mean = class_means(features)
+    return mean[0], covariance(features, mean, shrink=shrink)
+
+
+def _numbered(features: Tensor, classes: Tensor | None) -> Tensor:
+    return torch.zeros(len(features), dtype=torch.int64) if classes is None else classes
 
 
 def _parts(features: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -78,17 +72,16 @@ def _parts(features: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor, 
         yield part, own, room[: len(part)]
 
 
-def ledoit_wolf(sample: Moments) -> Tensor:
-    """Covariance shrunk towards μI, (d, d): (1 − ρ) S + ρ μI, μ = tr(S)/d, with ρ as in Ledoit and Wolf (2004, §3.2).
+def _shrunk(covariance: Tensor, fourth: float, count: int) -> Tensor:
+    """Covariance shrunk towards μI: (1 − ρ) S + ρ μI, μ = tr(S)/d, with ρ as in Ledoit and Wolf (2004, §3.2).
 
-    The same estimate as scikit-learn's, in a single pass over the features: the sum of all entries of (X∘X)ᵀ(X∘X), a
-    product that scikit-learn forms, is the sum of the rows' ‖x‖⁴.
+    ``fourth`` is Σ ‖x − μ‖⁴ / N: the sum of all entries of (X∘X)ᵀ(X∘X), a product that scikit-learn forms.
     """
-    covariance, dimension = sample.covariance, len(sample.covariance)
+    dimension = len(covariance)
     scale = float(covariance.trace()) / dimension
     spread = float(covariance.square().sum())
     to_target = spread - dimension * scale**2  # the paper's d² times the dimension; ``noise`` is its b², likewise
-    noise = min((sample.fourth - spread) / sample.count, to_target)
+    noise = min((fourth - spread) / count, to_target)
     shrinkage = noise / to_target if noise > 0 else 0.0
     return (1 - shrinkage) * covariance + shrinkage * scale * torch.eye(dimension, dtype=torch.float64)
 

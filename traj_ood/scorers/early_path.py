@@ -26,9 +26,6 @@ class EarlyPath(Scorer):
     one Ledoit–Wolf Gaussian per cell, as in PaDiM (Defard et al. 2021), because normal values differ between positions
     in the image.
 
-    The control ``shuffled`` scores almost as well (results/backbone, results/protocol): position and displacement each
-    carry information, their pairing hardly any.
-
     Cost: as many evaluations of f as the last step, 1 by default.
 
     Args:

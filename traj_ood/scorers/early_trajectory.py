@@ -12,7 +12,7 @@ from traj_ood.autoencoders import View
 from traj_ood.index import NeighborIndex
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.base import Evidence, Needs
-from traj_ood.scorers.covariance import ledoit_wolf, single_class, whitening
+from traj_ood.scorers.covariance import gaussian, whitening
 from traj_ood.scorers.path import parse_steps
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -73,8 +73,8 @@ class EarlyTrajectory(SearchingScorer):
         features = train.features[self.view].cpu()
         state = {"reference": self._reference(train, features).to(features.dtype)}
         if self.whiten:
-            mean, sample = single_class(features)
-            state |= {"mean": mean[None], "factor": whitening(ledoit_wolf(sample))}
+            mean, covariance = gaussian(features, shrink=True)
+            state |= {"mean": mean[None], "factor": whitening(covariance)}
         return state
 
     def points(self) -> Tensor:

@@ -14,11 +14,17 @@ from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.index import NeighborIndex
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.base import Evidence, Needs
-from traj_ood.scorers.covariance import ledoit_wolf, single_class
+from traj_ood.scorers.covariance import gaussian
 from traj_ood.scorers.folds import folds
-from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.gaussians import (
+    distances_to_gaussians,
+    learn_gaussians,
+    named,
+    squares_to,
+    under,
+    whitened,
+)
 from traj_ood.scorers.labels import classes_of
-from traj_ood.scorers.path import check_horizon
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
@@ -50,8 +56,7 @@ class EntryPath(SearchingScorer):
     E[s] and Std[s] are estimated by five-fold cross-fitting: each fifth of the training images is measured with the
     Gaussians and attractors of the other four.
 
-    Measured before its form was frozen (results/README.md): ahead of the static scorers on a wide network, behind them
-    on a narrow one. It is a candidate, not the recommended scorer.
+    It is a candidate, not the recommended scorer (docs/which-score.md).
 
     Cost: ``horizon`` − 1 evaluations of f, and one decoding per step.
 
@@ -74,6 +79,7 @@ class EntryPath(SearchingScorer):
         "parts=step": 142,
         "parts=step+attractors+static:read=density": 143,
     }
+    at_least: ClassVar = {"horizon": 1}
     parts: str = "step+attractors"
     horizon: int = 1
     read: Literal["sum", "two-sided", "density"] = "sum"
@@ -82,7 +88,6 @@ class EntryPath(SearchingScorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_horizon(self.name, self.horizon, 1)
         self._parts = tuple(self.parts.split("+"))
         for part in self._parts:
             if part not in PARTS:
@@ -114,7 +119,6 @@ class EntryPath(SearchingScorer):
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         points = self._points(train)
-        self.check_training_size(len(points[0]))
         classes = classes_of(self.label, train, len(points[0])) if self.classes else None
         fold = folds(points[0], _FOLDS)
         held_out = torch.zeros(len(fold), len(self._parts), dtype=torch.float64)
@@ -123,15 +127,14 @@ class EntryPath(SearchingScorer):
             held_out[fold == k] = self._values(state, [p[fold == k] for p in points])
         state = self._measure_of(train, points, classes, torch.ones_like(fold, dtype=torch.bool))
         logs = held_out.clamp(min=_TINY).log()
-        read = learn_gaussians(logs) if self.read == "density" else _scales(held_out)
-        return state | {f"read/{name}": value for name, value in read.items()}
+        return state | named("read", learn_gaussians(logs) if self.read == "density" else _scales(held_out))
 
     def points(self) -> Tensor:
         return self.state.get("attractors", torch.zeros(1, 1))
 
     def score(self, evidence: Evidence) -> Tensor:
         values = self._values(self.state, self._points(evidence))
-        read = {name.removeprefix("read/"): value for name, value in self.state.items() if name.startswith("read/")}
+        read = under("read", self.state)
         if self.read == "density":
             return distances_to_gaussians(read, values.clamp(min=_TINY).log())[:, 0]
         offsets = (values - read["mean"]) / read["std"]
@@ -168,7 +171,7 @@ class EntryPath(SearchingScorer):
         """Fit what measures the parts to the training images ``kept`` (N,) bool: Gaussians of x_0, whitened attractors
         and their classes, the linear prediction of the step."""
         points = [p[kept] for p in every]
-        state = {f"white/{name}": value for name, value in learn_gaussians(points[0]).items()}
+        state = named("white", learn_gaussians(points[0]))
         if "attractors" in self._parts:
             attractors, images = self._attractors(train, kept)
             state["attractors"] = _whiten(state, attractors).flatten(1).float()
@@ -177,8 +180,7 @@ class EntryPath(SearchingScorer):
         if "residual" in self._parts:
             start, step = _whiten(state, points[0]), _whiten(state, points[1]) - _whiten(state, points[0])
             predicted, rest = linear_prediction(start, step)
-            residual = learn_gaussians(rest)
-            state |= {"linear/map": predicted, "linear/means": residual["means"], "linear/factors": residual["factors"]}
+            state |= {"linear/map": predicted} | named("linear", learn_gaussians(rest))
         return state
 
     def _values(self, state: Mapping[str, Tensor], points: list[Tensor]) -> Tensor:
@@ -202,20 +204,15 @@ class EntryPath(SearchingScorer):
     def _to_attractors(self, state: Mapping[str, Tensor], white: list[Tensor]) -> Tensor:
         if self.classes:
             return distances_to_own_class(state, torch.stack([w.flatten(1) for w in white], dim=1))
-        fitted = self._state is not None and state.get("attractors") is self._state.get("attractors")
-        index = self.index(torch.device("cpu")) if fitted else NeighborIndex(state["attractors"])
+        index = self.index(torch.device("cpu")) if state is self._state else NeighborIndex(state["attractors"])
         each = [index.nearest(w.flatten(1).float()).distances[:, 0].cpu() for w in white]
         return torch.stack(each).mean(dim=0)
 
 
 def _whiten(state: Mapping[str, Tensor], points: Tensor) -> Tensor:
     """y = W(x), (B, cells, d) float64, of points (B, cells, d)."""
-
-    def white(part: Tensor) -> Tensor:
-        offsets = (part.double() - state["white/means"]).transpose(0, 1)
-        return (offsets @ state["white/factors"]).transpose(0, 1)
-
-    return in_rows(white, points)
+    cells = under("white", state)
+    return in_rows(lambda part: whitened(cells, part).transpose(0, 1), points)
 
 
 def classes_of_attractors(start: Tensor, classes: Tensor, of: Tensor) -> dict[str, Tensor]:
@@ -240,10 +237,10 @@ def distances_to_own_class(state: Mapping[str, Tensor], white: Tensor) -> Tensor
     ends, own = state["attractors"].double(), state["classes/own"]
 
     def distances(part: Tensor) -> Tensor:
-        predicted = _squares(part[:, 0], state["classes/means"]).argmin(dim=1)
+        predicted = squares_to(part[:, 0], state["classes/means"]).argmin(dim=1)
         each = []
         for points in part.unbind(dim=1):
-            squares = _squares(points, ends).masked_fill(own != predicted[:, None], torch.inf)
+            squares = squares_to(points, ends).masked_fill(own != predicted[:, None], torch.inf)
             nearest = torch.nn.functional.embedding(squares.argmin(dim=1), ends)
             each.append((points - nearest).norm(dim=1))
         return torch.stack(each).mean(dim=0)
@@ -251,16 +248,11 @@ def distances_to_own_class(state: Mapping[str, Tensor], white: Tensor) -> Tensor
     return in_rows(distances, white)
 
 
-def _squares(points: Tensor, others: Tensor) -> Tensor:
-    """Squared distances (B, M) of points (B, n) to others (M, n), minus the squared norms of the points."""
-    return torch.addmm(others.square().sum(dim=1), points, others.T, alpha=-2)
-
-
 def linear_prediction(start: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Per cell the linear map A (cells, d, d) of the shrunk joint covariance; and step − start A, (N, cells, d)."""
     width, maps = start.shape[2], []
     for cell in torch.cat([start, step], dim=2).unbind(dim=1):
-        joint = ledoit_wolf(single_class(cell)[1])
+        _, joint = gaussian(cell, shrink=True)
         maps.append(torch.linalg.lstsq(joint[:width, :width], joint[:width, width:], driver="gelsd").solution)
     found = torch.stack(maps)
     return found, step - _predicted(found, start)
@@ -272,9 +264,8 @@ def _predicted(maps: Tensor, start: Tensor) -> Tensor:
 
 def _prediction_distances(state: Mapping[str, Tensor], start: Tensor, step: Tensor) -> Tensor:
     """(B,) Mahalanobis distance of the step to its prediction from the start."""
-    measured = {"means": state["linear/means"], "factors": state["linear/factors"]}
-    rest = step - _predicted(state["linear/map"], start)
-    return distances_to_gaussians(measured, rest).square().sum(dim=1).sqrt()
+    linear = under("linear", state)
+    return distances_to_gaussians(linear, step - _predicted(linear["map"], start)).square().sum(dim=1).sqrt()
 
 
 def _scales(values: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from traj_ood.autoencoders import FeatureView
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, Needs, Scorer
 from traj_ood.scorers.folds import folds
-from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians, named, under
 from traj_ood.scorers.path import smallest_length
 from traj_ood.scorers.registry import register
 
@@ -38,16 +38,13 @@ class Field(Scorer):
 
     Reason: v shows how the model corrects the sample. That v approximates the score ∇ log p of the latent density
     (Theorem 1, §3.1) explains little of this: a gradient has a symmetric Jacobian, and that of f is far from symmetric
-    on the bundled model (the antisymmetric part is 0.7 times as long as the symmetric part, 1 for a random matrix; not
-    recorded). Distances alone miss images that are simpler than the training images (blurred, smooth, one colour): they
-    lie nearer to the mean than any training image, where a high-dimensional Gaussian has its mode but almost no mass.
-    b is a density of distances and detects both.
+    (docs/choices.md). Distances alone miss images that are simpler than the training images (blurred, smooth, one
+    colour): they lie nearer to the mean than any training image, where a high-dimensional Gaussian has its mode but
+    almost no mass. b is a density of distances and detects both.
 
     The fit is cross-fitted: each half of the training images is measured with the Gaussians of the other half, as a new
     image will be, and a score is the mean over the two fits. The halves are drawn at random whatever the order of the
-    images, because lists are often sorted by class or alternate between the two kinds of a pair. The form (one step,
-    equal weights) was chosen on artificial outliers made from ID validation images (blends, jigsaws, rotations,
-    inversions, blurs, CutMix); see results/README.md.
+    images. results/README.md says how the form (one step, equal weights) was chosen.
 
     With fewer than about 20 training images b dominates a, because its mean over the images it was fitted to is then
     far below its mean over new ones: use ``early-path`` there (docs/choices.md).
@@ -78,19 +75,16 @@ class Field(Scorer):
             )
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        parts = _Parts.of(train, self.start_only)
-        self.check_training_size(len(parts))
-        fold = folds(parts.vectors["grid/start"], _FOLDS)
+        vectors = self._vectors(train)
+        fold = folds(vectors["grid/start"], _FOLDS)
         state: dict[str, Tensor] = {}
         for k in range(_FOLDS):
-            for name, vectors in parts.vectors.items():
-                learnt = learn_gaussians(vectors[fold == k])
-                state |= {f"{k}/{name}/{key}": value for key, value in learnt.items()}
-            held_out = parts.select(fold != k)
-            far, lengths = _distances(state, k, held_out)
+            for name, values in vectors.items():
+                state |= named(f"{k}/{name}", learn_gaussians(values[fold == k]))
+            far, lengths = _distances(state, k, {name: values[fold != k] for name, values in vectors.items()})
             learnt = learn_gaussians(lengths)
-            state |= {f"{k}/lengths/{key}": value for key, value in learnt.items()}
             odd = distances_to_gaussians(learnt, lengths)[:, 0]
+            state |= named(f"{k}/lengths", learnt)
             state[f"{k}/scale"] = torch.stack([far.mean(), odd.mean()]).clamp(min=_TINY)
         return state
 
@@ -99,60 +93,34 @@ class Field(Scorer):
 
     def terms(self, evidence: Evidence) -> Tensor:
         """The two terms a / E[a] and b / E[b], (B, 2) float64, as means over the two fits."""
-        parts, halves = _Parts.of(evidence, self.start_only), []
+        vectors, halves = self._vectors(evidence), []
         for k in range(_FOLDS):
-            far, lengths = _distances(self.state, k, parts)
-            odd = distances_to_gaussians(_under(self.state, f"{k}/lengths"), lengths)[:, 0]
+            far, lengths = _distances(self.state, k, vectors)
+            odd = distances_to_gaussians(under(f"{k}/lengths", self.state), lengths)[:, 0]
             halves.append(torch.stack([far, odd], dim=1) / self.state[f"{k}/scale"])
         return torch.stack(halves).mean(dim=0)
 
-
-@dataclass(frozen=True)
-class _Parts:
-    """The vectors of B images whose distances are measured.
-
-    Attributes:
-        vectors: name → (B, cells, d) or (B, d), each with its own Gaussians.
-        far: name of the vectors whose distance is a.
-        length: ‖v‖, (B,) float64, at least the rounding of z_0; None without the field.
-    """
-
-    vectors: dict[str, Tensor]
-    far: str
-    length: Tensor | None
-
-    @staticmethod
-    def of(evidence: Evidence, start_only: bool) -> _Parts:
+    def _vectors(self, evidence: Evidence) -> dict[str, Tensor]:
+        """The vectors whose distances are measured, name → (B, cells, d) or (B, d), each with its own Gaussians."""
         grid = evidence.features["grid"]
         # With a latent of one token the two views are equal: one is enough.
         views = _VIEWS if grid.ndim == 3 and grid.shape[1] > 1 else _VIEWS[:1]
         vectors = {f"{view}/start": evidence.features[view].cpu() for view in views}
-        if start_only:
-            return _Parts(vectors, "grid/start", None)
-        for view in views:
-            vectors[f"{view}/field"] = evidence.points[view, 1].cpu() - vectors[f"{view}/start"]
-        vectors[_BOTH] = torch.cat([vectors["grid/start"], vectors["grid/field"]], dim=-1)
-        start, field = (vectors[f"grid/{name}"].double().flatten(1).norm(dim=1) for name in ("start", "field"))
-        return _Parts(vectors, _BOTH, torch.maximum(field, smallest_length(start)))
-
-    def __len__(self) -> int:
-        return len(self.vectors["grid/start"])
-
-    def select(self, rows: Tensor) -> _Parts:
-        vectors = {name: v[rows] for name, v in self.vectors.items()}
-        return _Parts(vectors, self.far, None if self.length is None else self.length[rows])
+        if not self.start_only:
+            for view in views:
+                vectors[f"{view}/field"] = evidence.points[view, 1].cpu() - vectors[f"{view}/start"]
+            vectors[_BOTH] = torch.cat([vectors["grid/start"], vectors["grid/field"]], dim=-1)
+        return vectors
 
 
-def _distances(state: dict[str, Tensor], fold: int, parts: _Parts) -> tuple[Tensor, Tensor]:
+def _distances(state: dict[str, Tensor], fold: int, vectors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """a (B,) and the logarithms of the lengths (B, n), measured with the Gaussians of one fold."""
     found = {
-        name: distances_to_gaussians(_under(state, f"{fold}/{name}"), vectors).mean(dim=1)
-        for name, vectors in parts.vectors.items()
+        name: distances_to_gaussians(under(f"{fold}/{name}", state), values).mean(dim=1)
+        for name, values in vectors.items()
     }
     lengths = [length for name, length in found.items() if name != _BOTH]
-    lengths += [] if parts.length is None else [parts.length]
-    return found[parts.far], torch.stack(lengths, dim=1).clamp(min=_TINY).log()
-
-
-def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key: state[f"{prefix}/{key}"] for key in ("means", "factors")}
+    if _BOTH in found:
+        start, field = (vectors[f"grid/{name}"].double().flatten(1).norm(dim=1) for name in ("start", "field"))
+        lengths.append(torch.maximum(field, smallest_length(start)))
+    return found.get(_BOTH, found["grid/start"]), torch.stack(lengths, dim=1).clamp(min=_TINY).log()

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
-from traj_ood.scorers.base import Evidence, Needs, Scorer
+from traj_ood.scorers.base import Evidence
+from traj_ood.scorers.logits import LogitScorer
 from traj_ood.scorers.registry import register
 
 
 @register
 @dataclass
-class GEN(Scorer):
+class GEN(LogitScorer):
     """Generalised entropy Σ p^γ (1 − p)^γ over the M largest softmax probabilities p.
 
     GEN (Liu et al., CVPR 2023). Equals OpenOOD's ``gen`` negated, and M times pytorch-ood's, which averages. For the
@@ -35,14 +35,8 @@ class GEN(Scorer):
     gamma: float = 0.1
     top: int = 100
 
-    def needs(self) -> Needs:
-        return Needs(logits=True)
-
     def score(self, evidence: Evidence) -> Tensor:
-        logits = evidence.class_logits()
-        if logits.shape[1] < 2:
-            raise TrajOODError(f"scorer {self.name}: expected logits of at least 2 classes, got {logits.shape[1]}")
-        ordered = logits.sort(dim=1, descending=True).values
+        ordered = self.rivals(evidence).sort(dim=1, descending=True).values
         logs = ordered.log_softmax(dim=1)
         rest = torch.log1p(-logs[:, 1:].exp())  # accurate for all but the largest p: these are at most 1/2
         first = logs[:, 1:].logsumexp(dim=1, keepdim=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer
-from traj_ood.scorers.covariance import ledoit_wolf, single_class, whitening
+from traj_ood.scorers.covariance import gaussian, whitening
 from traj_ood.scorers.mixture import learn_mixture, mixture_energies
-from traj_ood.scorers.principal import check_share, principal_axes
+from traj_ood.scorers.principal import principal_axes
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
@@ -38,12 +38,10 @@ class GMM(FeatureScorer):
     name: ClassVar[str] = "gmm"
     summary: ClassVar[str] = "negative log-likelihood of a Gaussian mixture in principal axes, components by BIC"
     suite: ClassVar[dict[str, int]] = {"": 340, "view=cls": 440}
+    above_0: ClassVar = ("share",)
+    below: ClassVar = {"share": 1}
     share: float = 0.9
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share(self.name, self.share)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         features = self.features(train).cpu()
@@ -52,7 +50,7 @@ class GMM(FeatureScorer):
             raise TrajOODError(
                 f"scorer {self.label}: expected training features that vary in at least 2 directions, got one"
             )
-        covariance = ledoit_wolf(single_class(features)[1])
+        _, covariance = gaussian(features, shrink=True)
         state = {
             "mean": found.mean,
             "axes": found.axes,

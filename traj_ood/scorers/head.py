@@ -56,12 +56,6 @@ class ShapedEnergy(HeadScorer):
         return in_rows(energies, self.features(evidence))
 
 
-def check_percentile(scorer: str, percentile: float) -> None:
-    """Raise TrajOODError unless 0 <= percentile < 100."""
-    if not 0 <= percentile < 100:
-        raise TrajOODError(f"scorer {scorer}: percentile must be at least 0 and below 100, got {percentile}")
-
-
 def largest(features: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Values and indices (chunk, k) of each row's features above its lowest ``percentile`` %; at least one is kept."""
     width = features.shape[1]

@@ -37,11 +37,6 @@ class KNN(BankScorer):
     reduce: Literal["kth", "mean"] = "kth"
     normalize: bool = True
 
-    def learn(self, train: Evidence) -> dict[str, Tensor]:
-        state = super().learn(train)
-        self.check_training_size(len(state["bank"]))
-        return state
-
     def score(self, evidence: Evidence) -> Tensor:
         features, k = self.features(evidence), self.k or len(self.state["bank"])
         if self.reduce == "kth":

@@ -39,10 +39,6 @@ class LID(BankScorer):
     at_least: ClassVar = {"k": 2}
     k: int | None = None
 
-    def learn(self, train: Evidence) -> dict[str, Tensor]:
-        self.check_training_size(len(self.features(train)))
-        return super().learn(train)
-
     def score(self, evidence: Evidence) -> Tensor:
         k = self.k or min(_DEFAULT_K, len(self.state["bank"]))
         radii = self.neighbour_distances(self.features(evidence), k).clamp(min=_TINY)

@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 from traj_ood.autoencoders import VIEWS
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer, Needs
-from traj_ood.scorers.covariance import class_means, is_upper, ledoit_wolf, moments, times_upper, whitening
-from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
+from traj_ood.scorers.covariance import is_upper, times_upper
+from traj_ood.scorers.gaussians import distances_to_gaussians, learn_classes, learn_gaussians, to_nearest
 from traj_ood.scorers.labels import classes_of
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -67,18 +67,11 @@ class Mahalanobis(FeatureScorer):
         return super().needs() | Needs(labels=self.classes)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        features = self.features(train).cpu()
+        features, shrink = self.features(train).cpu(), self.covariance == "ledoit-wolf"
         if self.view == "grid":
-            return learn_gaussians(features, shrink=self.covariance == "ledoit-wolf")
-        classes = self._classes(train, len(features))
-        means = class_means(features, classes, int(classes.max()) + 1)
-        sample = moments(features, means, classes, fourth=self.covariance == "ledoit-wolf")
-        if len(means) > 1 and not float(sample.covariance.trace()) > 0:
-            raise TrajOODError(
-                f"scorer {self.label}: the training features do not vary within their classes ({len(means)} classes of "
-                f"{len(features)} images), so no distance can be measured: use more images of each class"
-            )
-        factor = whitening(ledoit_wolf(sample) if self.covariance == "ledoit-wolf" else sample.covariance)
+            return learn_gaussians(features, shrink)
+        classes = classes_of(self.label, train, len(features)) if self.classes else None
+        means, factor = learn_classes(self.label, features, classes, shrink=shrink)
         centre = means.mean(dim=0)
         return {"centre": centre, "factor": factor, "means": (means - centre) @ factor}
 
@@ -95,15 +88,6 @@ class Mahalanobis(FeatureScorer):
         return normalize(features, dim=-1) if self.normalize else features
 
     def _distances(self, product: Callable[[Tensor, Tensor], Tensor], features: Tensor) -> Tensor:
-        """Distances (chunk,) to the nearest class mean, with whitening by ``product``. The expanded square finds the
-        class, where its cancellation does no harm; the difference to that class mean gives the distance."""
-        means = self.state["means"]
+        """Distances (chunk,) to the nearest class mean, with whitening by ``product``."""
         white = product(features.double() - self.state["centre"], self.state["factor"])
-        nearest = torch.addmm(means.square().sum(dim=1), white, means.T, alpha=-2).argmin(dim=1)
-        return (white - means[nearest]).norm(dim=1)
-
-    def _classes(self, train: Evidence, count: int) -> Tensor:
-        """Class indices (N,) int64 of the training images; all 0 without classes."""
-        if not self.classes:
-            return torch.zeros(count, dtype=torch.int64)
-        return classes_of(self.label, train, count)
+        return to_nearest(white, self.state["means"]).norm(dim=1)

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence
 from traj_ood.scorers.head import HeadScorer
 from traj_ood.scorers.registry import register
@@ -31,12 +30,8 @@ class NCI(HeadScorer):
     name: ClassVar[str] = "nci"
     summary: ClassVar[str] = "nearness of the feature to its class's weights, and its length (Liu and Qin 2025)"
     suite: ClassVar[dict[str, int]] = {"": 680}
+    at_least: ClassVar = {"alpha": 0}
     alpha: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.alpha < float("inf"):
-            raise TrajOODError(f"scorer {self.name}: alpha must be a number of at least 0, got {self.alpha}")
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         return {"weight": self.head_of(train)[0], "mean": self.features(train).double().mean(dim=0)}

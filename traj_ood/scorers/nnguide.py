@@ -37,9 +37,7 @@ class NNGuide(Scorer):
         return Needs(features=frozenset({"backbone"}), logits=True)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        directions = self._directions(train)
-        self.check_training_size(len(directions))
-        return {"guide": directions * train.class_logits().logsumexp(dim=1, keepdim=True)}
+        return {"guide": self._directions(train) * train.class_logits().logsumexp(dim=1, keepdim=True)}
 
     def score(self, evidence: Evidence) -> Tensor:
         def guidance(part: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from traj_ood.autoencoders import VIEWS, FeatureView
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.base import Evidence, FeatureScorer
+from traj_ood.scorers.gaussians import in_cells
 from traj_ood.scorers.registry import register
 
 _DISTORTION = 0.9  # eps of the random projection in which patches are chosen: the authors' and anomalib's
@@ -77,8 +78,7 @@ class PatchCore(SearchingScorer, FeatureScorer):
 
     def _patches(self, evidence: Evidence) -> Tensor:
         """The patches, (B, cells, d) on the CPU."""
-        features = self.features(evidence).cpu()
-        return features[:, None] if features.ndim == 2 else features
+        return in_cells(self.features(evidence).cpu())
 
 
 def greedy_coreset(patches: Tensor, size: int, seed: int) -> Tensor:

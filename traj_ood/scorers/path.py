@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,12 +33,6 @@ def parse_steps(scorer: str, text: str, least: int) -> tuple[int, ...]:
             f"scorer {scorer}: steps must be increasing whole numbers >= {least} joined by +, such as 1+4, got {text!r}"
         )
     return steps
-
-
-def check_horizon(scorer: str, horizon: int | None, least: int) -> None:
-    """Raise TrajOODError for a horizon below ``least``; None, the sample's own length, is allowed."""
-    if horizon is not None and horizon < least:
-        raise TrajOODError(f"scorer {scorer}: horizon must be a number of steps >= {least}, got {horizon}")
 
 
 def pad_with_last(values: Tensor, width: int) -> Tensor:
@@ -74,12 +69,9 @@ class PathStatistic(Scorer):
             faster or move less than ID samples. Fitting then computes the training trajectories a second time.
     """
 
+    at_least: ClassVar = {"horizon": 2}
     horizon: int | None = HORIZON
     two_sided: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_horizon(self.name, self.horizon, 2)
 
     @abstractmethod
     def statistic(self, path: Trajectory) -> Tensor:

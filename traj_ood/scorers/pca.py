@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer
-from traj_ood.scorers.principal import check_share, principal_axes
+from traj_ood.scorers.principal import principal_axes
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
 
@@ -35,12 +35,10 @@ class PCAResidual(FeatureScorer):
     name: ClassVar[str] = "pca-residual"
     summary: ClassVar[str] = "length of the feature outside the training features' principal subspace"
     suite: ClassVar[dict[str, int]] = {"": 350, "normalize=true": 351}
+    above_0: ClassVar = ("share",)
+    below: ClassVar = {"share": 1}
     share: float = 0.9
     normalize: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share(self.name, self.share)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         found = principal_axes(self.label, self.features(train).cpu(), self.share)
@@ -76,15 +74,12 @@ class KernelPCA(FeatureScorer):
     summary: ClassVar[str] = "reconstruction error of cosine-Gaussian kernel PCA (Fang et al. 2024, CoRP)"
     suite: ClassVar[dict[str, int]] = {"": 360, "view=cls": 450}
     at_least: ClassVar = {"components": 1}
-    above_0: ClassVar = ("gamma",)
+    above_0: ClassVar = ("share", "gamma")
+    below: ClassVar = {"share": 1}
     share: float = 0.8
     gamma: float | None = None
     components: int = 2048
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share(self.name, self.share)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         from sklearn.kernel_approximation import RBFSampler

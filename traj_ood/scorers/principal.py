@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
-from traj_ood.scorers.covariance import class_means, single_class
+from traj_ood.scorers.covariance import class_means, gaussian
 
 _BLOCK_COLUMNS = 4096  # dimensions per float64 block, where there are more dimensions than images
 
@@ -28,12 +28,6 @@ class Principal:
     variances: Tensor
 
 
-def check_share(scorer: str, share: float) -> None:
-    """Raise TrajOODError unless 0 < share < 1."""
-    if not 0 < share < 1:
-        raise TrajOODError(f"scorer {scorer}: share must be above 0 and below 1, got {share}")
-
-
 def principal_axes(scorer: str, features: Tensor, share: float) -> Principal:
     """The fewest principal axes that hold ``share`` of the variance of features (N, d); one direction is always left.
 
@@ -42,11 +36,10 @@ def principal_axes(scorer: str, features: Tensor, share: float) -> Principal:
     """
     wide = features.shape[1] > len(features)
     if wide:
-        mean = class_means(features, torch.zeros(len(features), dtype=torch.int64), 1)[0]
+        mean = class_means(features)[0]
         matrix = _gram(features, mean)
     else:
-        mean, sample = single_class(features, fourth=False)
-        matrix = sample.covariance
+        mean, matrix = gaussian(features, shrink=False)
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(matrix))
     rank = int((values > len(matrix) * torch.finfo(torch.float64).eps * values[0]).sum())
     if not (values[0] > 0 and bool(values.isfinite().all())):

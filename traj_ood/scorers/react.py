@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.scorers.base import Evidence
-from traj_ood.scorers.head import ShapedEnergy, check_percentile
+from traj_ood.scorers.head import ShapedEnergy
 from traj_ood.scorers.registry import register
 
 
@@ -29,11 +29,9 @@ class ReAct(ShapedEnergy):
     name: ClassVar[str] = "react"
     summary: ClassVar[str] = "energy after activations are cut off at a percentile of ID activations (Sun et al. 2021)"
     suite: ClassVar[dict[str, int]] = {"": 640}
+    at_least: ClassVar = {"percentile": 0}
+    below: ClassVar = {"percentile": 100}
     percentile: float = 90.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_percentile(self.name, self.percentile)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         threshold = np.percentile(self.features(train).double().numpy(), self.percentile)

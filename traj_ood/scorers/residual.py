@@ -10,7 +10,7 @@ from torch import Tensor
 
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence
-from traj_ood.scorers.covariance import moments
+from traj_ood.scorers.covariance import covariance
 from traj_ood.scorers.head import HeadScorer
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -43,8 +43,7 @@ class ResidualSpace(HeadScorer):
         weight, bias = self.head_of(train)
         features = self.features(train)
         origin = -torch.linalg.pinv(weight) @ bias
-        together = torch.zeros(len(features), dtype=torch.int64)
-        _, vectors = torch.linalg.eigh(moments(features, origin[None], together).covariance)  # ascending
+        _, vectors = torch.linalg.eigh(covariance(features, origin[None], shrink=False))  # ascending
         residual = vectors[:, : features.shape[1] - self._principal(features.shape[1])].contiguous()
         state = {"origin": origin, "residual": residual}
         lengths, whole = residual_lengths(state, features), residual_lengths({"origin": origin}, features)

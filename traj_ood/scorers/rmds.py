@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence, FeatureScorer, Needs
-from traj_ood.scorers.covariance import class_means, ledoit_wolf, moments, whitening
+from traj_ood.scorers.covariance import gaussian, whitening
+from traj_ood.scorers.gaussians import learn_classes, to_nearest
 from traj_ood.scorers.labels import classes_of
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -41,23 +40,11 @@ class RMDS(FeatureScorer):
         return super().needs() | Needs(labels=True)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        features = self.features(train).cpu()
+        features, shrink = self.features(train).cpu(), self.covariance == "ledoit-wolf"
         classes = classes_of(self.label, train, len(features))
-        together = torch.zeros(len(features), dtype=torch.int64)
-        means = class_means(features, classes, int(classes.max()) + 1)
-        mean = class_means(features, together, 1)
-        own = self._factor(features, means, classes)
-        if not own.shape[1] or len(means) == len(features):
-            raise TrajOODError(
-                f"scorer {self.label}: the training features do not vary within their classes ({len(means)} classes of "
-                f"{len(features)} images), so no distance can be measured: use more images of each class"
-            )
-        return {
-            "mean": mean[0],
-            "whole": self._factor(features, mean, together),
-            "factor": own,
-            "means": (means - mean) @ own,
-        }
+        means, factor = learn_classes(self.label, features, classes, shrink=shrink)
+        mean, matrix = gaussian(features, shrink=shrink)
+        return {"mean": mean, "whole": whitening(matrix), "factor": factor, "means": (means - mean) @ factor}
 
     def score(self, evidence: Evidence) -> Tensor:
         return in_rows(self._relative, self.features(evidence).cpu())
@@ -68,11 +55,5 @@ class RMDS(FeatureScorer):
 
     def _relative(self, features: Tensor) -> Tensor:
         offsets = features.double() - self.state["mean"]
-        white, means = offsets @ self.state["factor"], self.state["means"]
-        nearest = torch.addmm(means.square().sum(dim=1), white, means.T, alpha=-2).argmin(dim=1)
-        own = (white - means[nearest]).square().sum(dim=1)
+        own = to_nearest(offsets @ self.state["factor"], self.state["means"]).square().sum(dim=1)
         return own - (offsets @ self.state["whole"]).square().sum(dim=1)
-
-    def _factor(self, features: Tensor, centres: Tensor, classes: Tensor) -> Tensor:
-        sample = moments(features, centres, classes)
-        return whitening(ledoit_wolf(sample) if self.covariance == "ledoit-wolf" else sample.covariance)

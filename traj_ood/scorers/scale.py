@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from traj_ood.scorers.head import ShapedEnergy, check_percentile, largest, sharpening
+from traj_ood.scorers.head import ShapedEnergy, largest, sharpening
 from traj_ood.scorers.registry import register
 
 
@@ -26,11 +26,9 @@ class SCALE(ShapedEnergy):
     name: ClassVar[str] = "scale"
     summary: ClassVar[str] = "energy after activations are scaled by the share of the largest ones (Xu et al. 2024)"
     suite: ClassVar[dict[str, int]] = {"": 660}
+    at_least: ClassVar = {"percentile": 0}
+    below: ClassVar = {"percentile": 100}
     percentile: float = 85.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_percentile(self.name, self.percentile)
 
     def shaped(self, features: Tensor) -> Tensor:
         return features * sharpening(features, largest(features, self.percentile)[0])

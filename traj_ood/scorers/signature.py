@@ -11,14 +11,7 @@ from torch import Tensor
 from traj_ood.autoencoders import View
 from traj_ood.scorers.base import Evidence, Needs, Scorer
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_gaussians
-from traj_ood.scorers.path import (
-    HORIZON,
-    check_horizon,
-    finite_rows,
-    log_distances,
-    log_lengths,
-    pad_with_last,
-)
+from traj_ood.scorers.path import HORIZON, finite_rows, log_distances, log_lengths, pad_with_last
 from traj_ood.scorers.registry import register
 
 
@@ -50,11 +43,8 @@ class Signature(Scorer):
     suite: ClassVar[dict[str, int]] = {"": 140}
     bears_rounding: ClassVar[bool] = False  # logarithms of the last steps before convergence amplify rounding
     view: View = "tokens"
+    at_least: ClassVar = {"horizon": 1}
     horizon: int = HORIZON
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_horizon(self.name, self.horizon, 1)
 
     def needs(self) -> Needs:
         return Needs(

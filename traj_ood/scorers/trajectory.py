@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from traj_ood.autoencoders import View
-from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import WHOLE_PATH, Evidence, Needs, Scorer
 from traj_ood.scorers.registry import register
 
@@ -33,12 +32,8 @@ class TrajectoryScore(Scorer):
     summary: ClassVar[str] = "mean distance of the trajectory's points to the nearest training attractor (§4.2)"
     suite: ClassVar[dict[str, int]] = {"": 120, "horizon=16": 121, "view=mean": 400, "view=cls": 401}
     view: View = "tokens"
+    at_least: ClassVar = {"horizon": 0}
     horizon: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.horizon is not None and self.horizon < 0:
-            raise TrajOODError(f"scorer {self.name}: horizon must be a number of steps >= 0, got {self.horizon}")
 
     def needs(self) -> Needs:
         return Needs(distances=frozenset({self.view}), steps=WHOLE_PATH if self.horizon is None else self.horizon)
