@@ -18,6 +18,7 @@ from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.io.tensor_file import open_tensors, write_tensors
 
 _SCHEMA = "traj_ood.attractors/1"
+_TENSORS = ("points", "residuals", "steps", "statuses", "displacements")
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,8 @@ class AttractorDictionary:
     @classmethod
     def concatenate(cls, parts: list[AttractorDictionary]) -> AttractorDictionary:
         """Concatenate the dictionaries of several batches, in their order."""
-        return cls(
-            points=torch.cat([p.points for p in parts]),
-            residuals=torch.cat([p.residuals for p in parts]),
-            steps=torch.cat([p.steps for p in parts]),
-            statuses=torch.cat([p.statuses for p in parts]),
-            displacements=torch.cat([p.displacements for p in parts]),
-            ids=tuple(i for p in parts for i in p.ids),
-            provenance=parts[0].provenance,
-        )
+        tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in _TENSORS}
+        return cls(**tensors, ids=tuple(i for p in parts for i in p.ids), provenance=parts[0].provenance)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,16 +115,8 @@ class AttractorDictionary:
     def health(self) -> Health:
         """Statistics that show whether these attractors can be trusted; see
         :class:`traj_ood.attractors.health.Health`."""
-        non_finite = float((self.statuses == Status.NON_FINITE).double().mean())
-        return health_of(
-            count=len(self),
-            converged=float((self.statuses == Status.CONVERGED).double().mean()),
-            non_finite=non_finite,
-            distinct=len(self.distinct()) if non_finite < 1 else 0,
-            residuals=self.residuals,
-            steps=self.steps.double(),
-            displacements=self.displacements,
-        )
+        distinct = len(self.distinct()) if bool((self.statuses != Status.NON_FINITE).any()) else 0
+        return health_of(self.statuses, self.residuals, self.steps, self.displacements, distinct=distinct)
 
     def save(self, path: Path) -> None:
         """Write the dictionary to one safetensors file, atomically."""
@@ -138,8 +124,7 @@ class AttractorDictionary:
         write_tensors(path, self.tensors(), header)
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("points", "residuals", "steps", "statuses", "displacements")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _TENSORS}
 
     @classmethod
     def load(cls, path: Path) -> AttractorDictionary:

@@ -27,8 +27,7 @@ SAME = 0.99
 """Cosine from which two end points count as one attractor: the paper's (§3.2)."""
 RANDOM_EXPLAINED = 0.1
 """Minimum share of the images' variance that D(E(x)) explains. Below it the model reconstructs no better than the mean
-image, like random weights (measured: −72 %). A trained model is far above: two latent units explain 58 % of
-Fashion-MNIST's ID classes."""
+image, like random weights; a trained model is far above."""
 STILL_FALLING = 0.1
 """A residual below this share of its value half-way along the path is still decreasing, so more steps would reach the
 tolerance. Residuals of limit cycles and wandering samples stay within a factor of a few."""
@@ -123,18 +122,13 @@ class Facts:
     explained_hidden: float | None
 
 
-def health_of(
-    *,
-    count: int,
-    converged: float,
-    non_finite: float,
-    distinct: int,
-    residuals: Tensor,
-    steps: Tensor,
-    displacements: Tensor,
-) -> Health:
-    """Compute the health of ``count`` end points; quantiles are over the finite values of the (count,) tensors."""
-    moved = _quantiles(displacements)
+def health_of(statuses: Tensor, residuals: Tensor, steps: Tensor, displacements: Tensor, *, distinct: int) -> Health:
+    """The health of N end points, from a value (N,) each and the number of ``distinct`` ones; quantiles are over finite
+    values."""
+    count, moved = len(statuses), _quantiles(displacements)
+    converged, non_finite = (
+        float((statuses == status).double().mean()) for status in (Status.CONVERGED, Status.NON_FINITE)
+    )
     verdicts = _objections(count, converged, non_finite, distinct, moved)
     good = f"{converged:.1%} of {count} training trajectories end at {distinct} distinct attractors"
     return Health(
@@ -142,7 +136,7 @@ def health_of(
         converged=converged,
         non_finite=non_finite,
         residual_quantiles=_quantiles(residuals),
-        steps_quantiles=_quantiles(steps),
+        steps_quantiles=_quantiles(steps.double()),
         displacement_quantiles=moved,
         distinct=distinct,
         healthy=not verdicts,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce, wraps
-from typing import Any, Literal, TypeVar, cast
+from functools import reduce
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,19 +33,6 @@ from traj_ood.scorers.registry import lacking
 
 OnStep = Callable[[int, int], None]
 Precision = Literal["fp32", "bf16"]
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _of_fixed_model(method: _Method) -> _Method:
-    """Decorator that runs a method of :class:`ScorerSet` under ``autoencoder.fixed()``, after checking the weights."""
-
-    @wraps(method)
-    def guarded(self: ScorerSet, *args: Any, **options: Any) -> Any:
-        with self.autoencoder.fixed():
-            self.check_weights()
-            return method(self, *args, **options)
-
-    return cast("_Method", guarded)
 
 
 @dataclass(frozen=True)
@@ -165,6 +153,13 @@ class ScorerSet:
         else:
             self._weights.check()
 
+    @contextmanager
+    def _fixed(self) -> Iterator[None]:
+        """Context in which the model is a fixed function, after a check of its weights."""
+        with self.autoencoder.fixed():
+            self.check_weights()
+            yield
+
     def fit(
         self,
         images: Images,
@@ -192,7 +187,9 @@ class ScorerSet:
             raise TrajOODError(f"ids: expected a name for each of {len(encoding)} images, got {len(ids)}")
         self.check_training_size(len(encoding))
         dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(encoding)))), on_step)
-        return self.learn(dictionary, replace(evidence, labels=_numbered(labels, len(encoding))))
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = class_numbers(labels, len(encoding))
+        return self.learn(dictionary, replace(evidence, labels=labels))
 
     def explore(
         self, encoding: Encoding, ids: tuple[str, ...], on_step: OnStep | None = None
@@ -223,7 +220,6 @@ class ScorerSet:
             else:
                 yield AttractorDictionary.from_trajectory(start, evidence.path(), ids, provenance), evidence
 
-    @_of_fixed_model
     def learn(self, dictionary: AttractorDictionary | None, train: Evidence) -> ScorerSet:
         """Fit every scorer to the results of :meth:`explore`; returns self.
 
@@ -234,28 +230,30 @@ class ScorerSet:
             TrajOODError: fewer than 2 training images, missing labels, features that are equal for all images or not
                 finite, weights that changed since :meth:`explore`, or what a scorer refuses.
         """
-        _check_training(self.autoencoder.name, train)
-        if self.needs.labels and train.labels is None:
-            asking = next(s.label for s in self.scorers if s.needs().labels)
-            raise TrajOODError(f"scorer {asking}: expected class labels of the training images, got none")
-        if self.needs.head:
-            train = replace(train, head=self.autoencoder.head())
-        counts = [len(f) for f in train.features.values()] + ([len(dictionary)] if dictionary is not None else [])
-        if counts:
-            self.check_training_size(min(counts))
-        self.attach(dictionary)
-        if dictionary is not None:
-            own = _own_attractors(dictionary)
-            if self.needs.attractors:
-                ends = dictionary.usable().to(self.autoencoder.device)
-                views = sorted(self.needs.attractors)
-                train = replace(
-                    train, attractors={v: self.autoencoder.latent_view(ends, v).cpu() for v in views}, own=own
-                )
-            if self.needs.train_path:
-                train = replace(train, trajectory=self._walk_again(dictionary, own, train))
-        for scorer in self.scorers:
-            scorer.fit(train)
+        with self._fixed():
+            _check_training(self.autoencoder.name, train)
+            if self.needs.labels and train.labels is None:
+                asking = next(s.label for s in self.scorers if s.needs().labels)
+                raise TrajOODError(f"scorer {asking}: expected class labels of the training images, got none")
+            if self.needs.head:
+                train = replace(train, head=self.autoencoder.head())
+            counts = [len(f) for f in train.features.values()] + ([len(dictionary)] if dictionary is not None else [])
+            if counts:
+                self.check_training_size(min(counts))
+            self.attach(dictionary)
+            if dictionary is not None:
+                finite = dictionary.statuses != Status.NON_FINITE
+                own = torch.where(finite, finite.cumsum(dim=0) - 1, -1)
+                if self.needs.attractors:
+                    ends = dictionary.usable().to(self.autoencoder.device)
+                    views = sorted(self.needs.attractors)
+                    train = replace(
+                        train, attractors={v: self.autoencoder.latent_view(ends, v).cpu() for v in views}, own=own
+                    )
+                if self.needs.train_path:
+                    train = replace(train, trajectory=self._walk_again(dictionary, own, train))
+            for scorer in self.scorers:
+                scorer.fit(train)
         return self
 
     def attach(self, dictionary: AttractorDictionary | None) -> None:
@@ -328,7 +326,7 @@ class ScorerSet:
                 yield self._evidence(encoding, None, {})
             return
         model, first = self.autoencoder, 0
-        keepers = [_Points(model, view, self.needs.points) for view in _views(self.needs.points)]
+        keepers = [_Points(model, view, self.needs.points) for view in sorted({view for view, _ in self.needs.points})]
         taken: deque[Encoding] = deque()
 
         def starts() -> Iterator[Tensor]:
@@ -355,22 +353,22 @@ class ScorerSet:
             first += len(path)
             yield self._evidence(taken.popleft(), path, points)
 
-    @_of_fixed_model
     def _evidence(
         self, encoding: Encoding, path: Trajectory | None, points: Mapping[tuple[FeatureView, int], Tensor]
     ) -> Evidence:
         model = self.autoencoder
-        reconstruction = {}
-        if "plain" in self.needs.reconstruction:
-            difference = (model.decode(encoding.latents) - encoding.target.to(model.device)).flatten(1)
-            # Not a mean: torch splits the mean of one long row among threads, which changes its rounding.
-            reconstruction["plain"] = difference.norm(dim=1).cpu().double().square() / difference.shape[1]
-        if "masked" in self.needs.reconstruction:
-            reconstruction["masked"] = model.reconstruct_masked(encoding.target)
-        features = {view: model.feature_view(encoding, view) for view in sorted(self.needs.features)}
-        logits = encoding.logits if self.needs.logits else None
-        divergence = divergence_at(model.self_map, encoding.latents, model.chunk) if self.needs.divergence else None
-        return Evidence(features, reconstruction, path, points, logits=logits, divergence=divergence)  # type: ignore[arg-type]
+        with self._fixed():
+            reconstruction = {}
+            if "plain" in self.needs.reconstruction:
+                difference = (model.decode(encoding.latents) - encoding.target.to(model.device)).flatten(1)
+                # Not a mean: torch splits the mean of one long row among threads, which changes its rounding.
+                reconstruction["plain"] = difference.norm(dim=1).cpu().double().square() / difference.shape[1]
+            if "masked" in self.needs.reconstruction:
+                reconstruction["masked"] = model.reconstruct_masked(encoding.target)
+            features = {view: model.feature_view(encoding, view) for view in sorted(self.needs.features)}
+            logits = encoding.logits if self.needs.logits else None
+            divergence = divergence_at(model.self_map, encoding.latents, model.chunk) if self.needs.divergence else None
+            return Evidence(features, reconstruction, path, points, logits=logits, divergence=divergence)  # type: ignore[arg-type]
 
     def _low_precision(self) -> LowPrecision | None:
         """The low-precision map, for at most half of the set's step limit, which does not depend on the scorers."""
@@ -393,12 +391,6 @@ class ScorerSet:
             observers=[Norm(), *(NearestOther(model, index, view, own) for view, index in self._indices.items())],
             chunk=model.chunk,
         )
-
-
-def _own_attractors(dictionary: AttractorDictionary) -> Tensor:
-    """Index (N,) int64 of each training image's end point among the finite ones; −1 if it is not finite."""
-    kept = dictionary.statuses != Status.NON_FINITE
-    return torch.where(kept, kept.cumsum(dim=0) - 1, -1)
 
 
 class _Points:
@@ -464,16 +456,8 @@ def _check_encoding(encoding: object) -> None:
         )
 
 
-def _numbered(labels: Any, count: int) -> Tensor | None:
-    return labels if labels is None or isinstance(labels, Tensor) else class_numbers(labels, count)
-
-
 def _check_training(model: str, train: Evidence) -> None:
-    """Check that scorers can learn from the training images.
-
-    Raises:
-        TrajOODError: features or points of the path are not finite, or all features are equal.
-    """
+    """Refuse features or points of the path that are not finite, and features that are all equal."""
     read = {f"features ({view})": f for view, f in train.features.items()}
     read |= {f"point z{t} ({view})": points for (view, t), points in train.points.items()}
     for name, values in read.items():
@@ -489,7 +473,3 @@ def _check_training(model: str, train: Evidence) -> None:
                 f"{model}: the features ({view}) of all {len(features)} training images are equal: expected different "
                 "images, and a model that distinguishes them"
             )
-
-
-def _views(points: frozenset[tuple[FeatureView, int]]) -> list[FeatureView]:
-    return sorted({view for view, _ in points})
