@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.jacobian import random_directions, row_lengths
 from traj_ood.errors import TrajOODError
 from traj_ood.text import brief
 
@@ -35,9 +36,7 @@ def spectral_norms(function: Map, points: Tensor, *, seed: int = 0, chunk: int =
         TrajOODError: a function without derivatives.
     """
     points = points.detach().clone()  # derivatives cannot use tensors created in inference mode
-    draws = torch.Generator().manual_seed(seed)
-    start = torch.randn(points.shape[1:], generator=draws).to(points).expand_as(points)
-    directions = start / _lengths(start)
+    directions = random_directions(points, seed)
     values = torch.full((len(points),), -1.0, dtype=torch.float64)
     escaped = torch.zeros(len(points), dtype=torch.bool)
     for _ in range(_STEPS):
@@ -45,7 +44,7 @@ def spectral_norms(function: Map, points: Tensor, *, seed: int = 0, chunk: int =
         images = _normal_products(function, points, directions, min(chunk, len(points)))
         squares = (images * directions).flatten(1).sum(dim=1).cpu().double()
         found = squares.clamp(min=0).sqrt()
-        length = _lengths(images)
+        length = row_lengths(images)
         # Recorded, because a direction divided by an infinite length becomes 0, and the norm would later appear as 0.
         escaped |= ~(squares.isfinite() & length.flatten().isfinite().cpu())
         settled = ((found - values).abs() <= _TOLERANCE * found) & ~escaped
@@ -109,8 +108,3 @@ def _normal(function: Map, points: Tensor, directions: Tensor) -> Tensor:
     pull = torch.func.vjp(function, points)[1]
     (pulled,) = pull(pushed.detach())
     return pulled.detach()
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    """Euclidean lengths of rows (P, *A), shaped (P, 1, …) for division."""
-    return rows.flatten(1).norm(dim=1).reshape(-1, *[1] * (rows.ndim - 1))

@@ -357,11 +357,8 @@ class KnownWeights:
     def _mark(self) -> None:
         tensors = self._tensors()
         share = max(_MIN_VALUES, _SAMPLED_VALUES // max(1, len(tensors)))
-        self._marks, self._sample = (
-            self._look(),
-            [torch.zeros(1, device="cpu"), *(_sample_of(t, share) for t in tensors)],
-        )
-        self._values = torch.cat(self._sample)
+        self._sample = [torch.zeros(1, device="cpu"), *(_sample_of(t, share) for t in tensors)]
+        self._marks, self._values = self._look(), torch.cat(self._sample)
 
     def _tensors(self) -> list[Tensor]:
         return tensors_of([part for module in self._modules for part in parts_of(module)])

@@ -126,8 +126,7 @@ def iterate(
         look: steps between two reads of the device's results by the host. Samples that have ended in between run on;
             their surplus points are dropped before observers see them, so results do not depend on it. Memory grows
             with it. Default: 1 on the CPU, where reading is free, and 8 on an accelerator, which otherwise waits for
-                the host
-            in every step.
+            the host in every step.
     Returns:
         The :class:`Trajectory`, or for a stream an iterator over one per batch, in order. The stopping test needs two
         consecutive images of f, so N >= 2 unless max_steps = 1.

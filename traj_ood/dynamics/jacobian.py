@@ -74,15 +74,13 @@ def spectral_radii(
     if burn < 0 or window < 2:
         raise TrajOODError(f"spectral radius: expected burn >= 0 and window >= 2, got {burn} and {window}")
     points = points.detach().clone()  # forward mode cannot use tensors created in inference mode
-    draws = torch.Generator().manual_seed(seed)
-    start = torch.randn(points.shape[1:], generator=draws).to(points).expand_as(points)
-    directions = start / _lengths(start)
+    directions = random_directions(points, seed)
     logs = torch.zeros(burn + window, len(points), dtype=torch.float64)
     with fixed_around(self_map):
         product, derivative = _product(self_map, points, directions, min(chunk, len(points)))
         for k in range(burn + window):
             images = product(directions)
-            length = _lengths(images)
+            length = row_lengths(images)
             logs[k] = length.flatten().cpu().double().log()
             # If J v = 0 the direction stays zero, and the radius is set to 0 below.
             directions = torch.where(length > 0, images / length, torch.zeros_like(images))
@@ -101,8 +99,8 @@ def _product(self_map: SelfMap, points: Tensor, directions: Tensor, chunk: int) 
         got = forward(directions)
     except (NotImplementedError, RuntimeError):  # an operation without a forward derivative
         return differences, "differences"
-    scale = _lengths(expected).clamp(min=10 * _DIFFERENCE_STEP)  # shorter products are rounding
-    if bool((_lengths(got - expected) > _AGREEMENT * scale).any()):
+    scale = row_lengths(expected).clamp(min=10 * _DIFFERENCE_STEP)  # shorter products are rounding
+    if bool((row_lengths(got - expected) > _AGREEMENT * scale).any()):
         return differences, "differences"
     return forward, "forward"
 
@@ -128,12 +126,18 @@ def _forward(self_map: SelfMap, points: Tensor, directions: Tensor) -> Tensor:
 
 
 def _difference(self_map: SelfMap, points: Tensor, directions: Tensor) -> Tensor:
-    step = _DIFFERENCE_STEP * _lengths(points).clamp(min=1.0)
+    step = _DIFFERENCE_STEP * row_lengths(points).clamp(min=1.0)
     with torch.no_grad():
         return (self_map(points + step * directions) - self_map(points - step * directions)) / (2 * step)
 
 
-def _lengths(rows: Tensor) -> Tensor:
+def random_directions(points: Tensor, seed: int) -> Tensor:
+    """A direction of length 1 for each of ``points`` (P, *L), the same for all."""
+    start = torch.randn(points.shape[1:], generator=torch.Generator().manual_seed(seed)).to(points).expand_as(points)
+    return start / row_lengths(start)
+
+
+def row_lengths(rows: Tensor) -> Tensor:
     """Euclidean lengths of rows (P, *L), shaped (P, 1, …) for division."""
     return rows.flatten(1).norm(dim=1).reshape(-1, *[1] * (rows.ndim - 1))
 
@@ -160,8 +164,8 @@ def divergence_at(self_map: SelfMap, points: Tensor, chunk: int, seed: int = 0) 
     draws = torch.Generator().manual_seed(seed)
     probe = (2.0 * torch.randint(0, 2, points.shape[1:], generator=draws) - 1).to(points)
     size = probe.numel()
-    step = _PROBE_STEP * points.flatten(1).norm(dim=1) / size**0.5
-    step = torch.where(step > 0, step, _PROBE_STEP).view(-1, *[1] * (points.ndim - 1))
+    step = _PROBE_STEP * row_lengths(points) / size**0.5
+    step = torch.where(step > 0, step, _PROBE_STEP)
     with fixed_around(self_map), torch.inference_mode():
         ahead, behind = (apply_in_chunks(self_map, points + sign * step * probe, chunk, "f") for sign in (1, -1))
     along = ((ahead - behind).cpu().double() * probe.cpu().double()).flatten(1).sum(dim=1)

@@ -25,9 +25,8 @@ class LowPrecision:
     A sample starts with ``self_map`` and switches to f permanently as soon as its squared residual is below
     (``switch`` · ‖z‖)², its residual has not reached a new minimum for ``patience`` steps, or ``max_steps`` steps are
     done. Convergence and non-finite points are decided by f alone. Cheap points belong to the trajectory like all
-    others (residuals, observers, ``steps``), so scores and numbers of steps change. On the bundled model, with a
-    dictionary from fp32, as many trajectories converge and the mean distance over horizon 16 stays within 6 % (median
-    below 0.5 %; tests/test_precision.py). Scores over the whole path have no such bound, because a path that lingers
+    others (residuals, observers, ``steps``), so scores and numbers of steps change: the mean distance over horizon 16
+    by a few percent (tests/test_precision.py), scores over the whole path without bound, because a path that lingers
     between attractors may leave at another step.
 
     Attributes:
@@ -36,8 +35,8 @@ class LowPrecision:
         max_steps: maximum number of cheap steps. Default 250, half of the paper's 500. It is independent of the limit
             of a call of :func:`iterate`, because z_t must not depend on later steps. Choose it below that limit if the
             end points matter; otherwise end points at the limit may be cheap ones.
-        switch: step length relative to ‖z‖ at which to switch. Default 2⁻⁸, bfloat16's rounding unit: the bundled model
-            stalls at 2⁻⁹, a model with ‖z‖ ≈ 400 at 2⁻¹⁰, so shorter steps say little about f.
+        switch: step length relative to ‖z‖ at which to switch. Default 2⁻⁸, bfloat16's rounding unit: shorter
+            steps say little about f.
         patience: steps without a new minimum. Default 8: at the noise floor of a deeper model, above ``switch``, new
             minima become rare, while residuals of a converging trajectory seldom stay up that long. If they do, the
             only cost is that f takes over earlier.

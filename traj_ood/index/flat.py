@@ -22,8 +22,9 @@ SEED = 0
 """Seed of k-means."""
 CELL_SAMPLE = 64
 """Points per cell in the k-means training sample: FAISS recommends at least 39, and the time grows with it."""
+COPIED_COORDINATES = 2**24
+"""Coordinates copied at a time: 64 MiB."""
 
-_COPIED_COORDINATES = 2**24  # coordinates copied at a time: 64 MiB
 _FAISS_GPU_MAX_K = 2048
 _INSTALL = "pip install 'traj_ood[faiss-cpu]' or, with an NVIDIA GPU, 'traj_ood[faiss-gpu]'"
 _PROBED_CELLS = 32  # of 4·√N cells: 2.5 % at 100,000 points
@@ -86,7 +87,7 @@ def _blocks(points: Tensor, centre: Tensor | None, chosen: Tensor | None) -> Ite
         yield points
         return
     rows = torch.arange(len(points), device=points.device) if chosen is None else chosen
-    for part in rows.split(max(1, _COPIED_COORDINATES // points.shape[1])):
+    for part in rows.split(max(1, COPIED_COORDINATES // points.shape[1])):
         some = take_rows(points, part)
         yield (some if centre is None else some - centre).float()
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from traj_ood.index.flat import CELL_SAMPLE, SEED, cell_count, take_rows
+from traj_ood.index.flat import CELL_SAMPLE, COPIED_COORDINATES, SEED, cell_count, take_rows
 
 _BLOCK_POINTS = 1024  # points compared with all leaders at a time
-_COPIED_COORDINATES = 2**24  # coordinates copied at a time: 64 MiB
 
 
 def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
@@ -19,7 +18,7 @@ def greedy_leaders(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """
     count, device = len(points), points.device
     # In blocks: a copy of all points (1.2 GB for 2,000 attractors of ViT-MAE base) would set the peak memory.
-    step = max(1, _COPIED_COORDINATES // points.shape[1])
+    step = max(1, COPIED_COORDINATES // points.shape[1])
     norms = torch.cat([part.square().sum(dim=1) for part in points.split(step)])
     assigned = torch.full((count,), -1, dtype=torch.int64, device=device)
     leaders = torch.empty(0, dtype=torch.int64, device=device)
