@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from traj_ood.autoencoders.vit_mae import build_model, own_name
 from traj_ood.backbones import CallableBackbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
+from traj_ood.io.pretrained import Checkpoint
 
 RGB = {"num_channels": 3, "image_size": 16, "patch_size": 4, "num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
 
@@ -337,6 +339,23 @@ class Hub:
         if source != "owner/good":
             raise OSError(f"{source} is not a repository\nsecond line")
         return tiny.vit_model(), {"missing_keys": self.missing}
+
+
+@pytest.mark.parametrize(
+    "source", ["runs/conw", "runs/conw/vae", "./conw", "~/no-such-folder", "C:\\\\conw", "D:/conw"]
+)
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for library in ("huggingface_hub", "transformers"):
+        monkeypatch.setitem(sys.modules, library, None)  # importing it fails
+    for model in (source, f"diffusers:{source}"):
+        with pytest.raises(TrajOODError, match="no such folder; expected a folder"):
+            load_autoencoder(model)
+    with pytest.raises(TrajOODError, match="no such folder; expected a folder"):
+        Checkpoint("transformers", source, "a processor")
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

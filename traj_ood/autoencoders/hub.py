@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.io.pretrained import is_local
 from traj_ood.io.trees import MAX_CONFIG, read_json
 
 DOWNLOAD = "download it on a machine with a network and pass the folder"
@@ -24,7 +25,7 @@ def local_copy(source: str, files: Sequence[str]) -> Path:
     if folder.is_dir():
         return folder
     parts = source.split("/")
-    if source.startswith((".", "/", "~")) or len(parts) not in (2, 3) or not all(parts):
+    if is_local(source) or len(parts) not in (2, 3) or not all(parts):
         raise TrajOODError(
             f"model {source!r}: no such folder; expected a folder, or owner/name or owner/name/folder on the hub"
         )

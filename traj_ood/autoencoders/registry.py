@@ -12,6 +12,7 @@ from traj_ood.autoencoders.language import LANGUAGE_MODELS
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.extensions import load_plugins
 from traj_ood.io.families import Families, unknown_options_named
+from traj_ood.io.pretrained import is_local
 
 FAMILIES: Families[Autoencoder] = Families(
     Autoencoder, "autoencoder family", "model", "family", ("from_pretrained", "save_pretrained")
@@ -56,9 +57,9 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
     folder = Path(name).expanduser()
     if folder.is_dir():
         name, family = str(folder), family_of(folder)
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    elif name.count("/") == 1 and not is_local(name):
         family = FAMILIES.named(_HUB_FAMILY)
-    elif "/" in name:
+    elif "/" in name or is_local(name):
         raise TrajOODError(f"model {name!r}: no such folder; expected a folder with config.json and model.safetensors")
     else:
         own = "; of your own: a folder with config.json, or family:folder of a class that --import FILE.py registers"

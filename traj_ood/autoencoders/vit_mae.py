@@ -22,7 +22,7 @@ from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors, warn
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
-from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
+from traj_ood.io.pretrained import from_pretrained, is_local, use_safetensors, whole_network
 from traj_ood.io.provenance import PACKAGE
 from traj_ood.io.tensor_file import check_digest, write_tensors
 from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
@@ -127,7 +127,7 @@ class ViTMAE(Autoencoder):
         options.setdefault("name", folder.name if folder.exists() else str(source))
         if any((folder / name).is_file() for name in _WEIGHTS):
             return cls._from_folder(folder, options)
-        if folder.is_dir() or str(source).startswith((".", "/", "~")):
+        if folder.is_dir() or is_local(str(source)):
             raise TrajOODError(f"{source}: expected a folder with config.json and model.safetensors of a ViT-MAE")
         return cls._from_hub(str(source), options)
 

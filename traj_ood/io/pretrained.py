@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -64,6 +65,14 @@ def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
     return found
 
 
+def is_local(source: str) -> bool:
+    """Whether a model's source can only be meant as a folder, not as ``owner/name`` on the hub: it begins as a path
+    does, or its first part is a folder here. Without a network, asking the hub takes half a minute."""
+    first = source.partition("/")[0]
+    begins = source.startswith((".", "/", "~", "\\")) or re.match(r"[A-Za-z]:[/\\]", source) is not None
+    return begins or (first != source and Path(first).is_dir())
+
+
 class Checkpoint:
     """Where a model ``family:source`` of transformers is, a folder or hub name, and what it is called.
 
@@ -73,7 +82,7 @@ class Checkpoint:
     def __init__(self, family: str, source: str, needs: str, name: str | None = None) -> None:
         folder = Path(source).expanduser()
         files = f"config.json, model.safetensors and {needs}"
-        if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        if not folder.is_dir() and (is_local(source) or source.count("/") > 1):
             raise TrajOODError(f"{family}:{source}: no such folder; expected a folder with {files}")
         self.place = str(folder) if folder.is_dir() else source
         self.name = name or f"{family}:{folder.resolve().name if folder.is_dir() else source}"
