@@ -80,7 +80,7 @@ def test_fit_holds_images_out_and_says_what_was_measured(place: Path, tmp_path: 
     assert detector.training["images"] == 41
     assert len(detector.calibration) == 19  # what 95 % needs: a fifth would be too few
     first, second = (place / "fitted.txt").read_text().splitlines()
-    assert first == "field on mae: fitted on 41 images of id"
+    assert first == f"field on mae: fitted on 41 images of {place / 'id'}"
     assert second == (
         f"threshold {detector.calibration.threshold:.6g}: accepts 19 of 19 held-out images of {place / 'id'} (100.0%); "
         "requested: 0.95 of new ID images"
@@ -105,7 +105,7 @@ def test_fit_on_a_benchmark_takes_its_val_split(place: Path, tmp_path: Path) -> 
     assert_refused(call("fit", yaml, *options, "-q"), "1 of 30 files are absent or empty", "004.png")
     result = call("fit", yaml, *options, "--on-error", "skip")
     assert result.exit_code == 0, result.output
-    assert "fitted on 29 images of tiny (1 could not be read)" in result.stdout
+    assert f"fitted on 29 images of {yaml} (1 could not be read)" in result.stdout
     assert "of 20 images of the val split" in result.stdout
     assert "Calibrating on 20 images of the val split" in result.stderr
     assert result.stderr.strip().endswith(f"Written to {tmp_path / 'd'}")
@@ -186,7 +186,7 @@ def test_fit_trains_a_backbones_surrogate_without_the_calibration_images(
     result = call("fit", tmp_path / "id", "--model", f"timm:{tmp_path / 'net'}", "--out", tmp_path / "d", *FAST)
     assert result.exit_code == 0, result.output
     assert [len(features) for features in seen] == [41]
-    assert "fitted on 41 images of id" in result.stdout
+    assert f"fitted on 41 images of {tmp_path / 'id'}" in result.stdout
 
 
 def test_what_is_held_out_is_capped_drawn_by_the_seed_and_never_more_than_half(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def fit(source: str, **options: Any) -> None:
     on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
     detector.calibrate(chosen.calibration, options["tpr"], on_error=on_error, on_known=on_known)
     detector.save(options["out"], overwrite=options["overwrite"])
-    say(_fitted(detector, chosen), kept=f"the detector is in {options['out']}")
+    say(_fitted(detector, chosen, source), kept=f"the detector is in {options['out']}")
     note(f"Written to {options['out']}")
 
 
@@ -126,7 +126,7 @@ def check_target(out: Path, overwrite: bool) -> None:
     check_writable(out)
 
 
-def _fitted(detector: Detector, chosen: IDImages) -> str:
+def _fitted(detector: Detector, chosen: IDImages, source: str) -> str:
     """A summary of the detector, with the share of the calibration images that it accepts."""
     training, known = detector.training, detector.calibration
     assert known is not None
@@ -134,7 +134,7 @@ def _fitted(detector: Detector, chosen: IDImages) -> str:
     skipped = f" ({training['skipped']} could not be read)" if training["skipped"] else ""
     return (
         f"{detector.scorer.label} on {detector.autoencoder.name}: fitted on {training['images']:,} images of "
-        f"{chosen.name}{skipped}\n"
+        f"{source}{skipped}\n"
         f"threshold {known.threshold:.6g}: accepts {accepted:,} of {count:,} {chosen.origin} ({accepted / count:.1%}); "
         f"requested: {known.tpr:.4g} of new ID images"
     )
