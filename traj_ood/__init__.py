@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from traj_ood.evaluation.metrics import Metrics, bootstrap, compute_metrics
     from traj_ood.evaluation.results import Result
     from traj_ood.index import NeighborIndex, Neighbors, Recall
+    from traj_ood.io.extensions import import_extension
     from traj_ood.scorers import Evidence, FeatureScorer, Needs, Scorer, create_scorer, recommended, register
     from traj_ood.scorers.scorer_set import Scored, ScorerSet
     from traj_ood.training.surrogate import SurrogateRecipe
@@ -115,6 +116,7 @@ _HOME = {
         "Neighbors",
         "Recall",
     ),
+    "io.extensions": ("import_extension",),
     "scorers": (
         "Evidence",
         "FeatureScorer",

@@ -58,9 +58,8 @@ import pytest
 import torch
 
 import traj_ood
-from traj_ood.io.extensions import import_extension
 
-import_extension(str(Path(__file__).parent / "{module}.py"))
+traj_ood.import_extension(str(Path(__file__).parent / "{module}.py"))
 
 
 @pytest.fixture(scope="module")
