@@ -187,5 +187,13 @@ def test_names_are_escaped_in_every_format() -> None:
     assert "\\textbf{1 $\\pm$ 2}" in tex
     assert len(table.markdown().splitlines()) == 3
     assert "\\|a_b" in table.markdown()
+    for columns, wide in ((8, False), (9, True)):
+        tex = TextTable(["name"] * columns, [["1"] * columns]).text("latex")
+        assert (
+            ("\\usepackage{booktabs,graphicx}" in tex)
+            == ("\\resizebox{\\textwidth}{!}{%\n  \\begin{tab" in tex)
+            == wide
+        )
+        assert tex.count("{") == tex.count("}")
     with pytest.raises(TrajOODError, match="unknown table format 'tex'"):
         table.text("tex")

@@ -13,6 +13,8 @@ from traj_ood.io.files import write_atomic
 from traj_ood.text import printable
 
 FORMATS = ("markdown", "latex", "html")
+_WIDE = 8
+"""Most columns that fit on a page in LaTeX; wider tables are scaled to the width of the text."""
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -67,21 +69,24 @@ class TextTable:
 
     def _latex(self) -> str:
         caption = [f"  \\caption{{{latex(self.caption)}}}"] if self.caption else []
+        wide = len(self.header) > _WIDE
         lines = [
             "\\begin{table}",
             "  \\centering",
             *caption,
+            *(["  \\resizebox{\\textwidth}{!}{%"] if wide else []),
             f"  \\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
             "    \\toprule",
             _latex_row(self.header),
             "    \\midrule",
             *map(_latex_row, self.rows),
             "    \\bottomrule",
-            "  \\end{tabular}",
+            "  \\end{tabular}" + "}" * wide,
             *(f"  \\par\\footnotesize {latex(_plain(note))}" for note in self.notes),
             "\\end{table}",
         ]
-        return "% needs \\usepackage{booktabs}\n" + "\n".join(lines)
+        packages = "booktabs,graphicx" if wide else "booktabs"
+        return f"% needs \\usepackage{{{packages}}}\n" + "\n".join(lines)
 
     def _html(self) -> str:
         def row(cells: Sequence[str], tag: str) -> str:
