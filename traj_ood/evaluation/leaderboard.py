@@ -16,7 +16,8 @@ import numpy as np
 from traj_ood.data import OOD_ROLES
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.metrics import METRIC_NAMES, Metrics
-from traj_ood.evaluation.results import REGIONS, Result, ScorerResult, near_first
+from traj_ood.evaluation.results import CONTROL, REGIONS, Result, ScorerResult, near_first
+from traj_ood.scorers import create_scorer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,9 @@ class Group:
         """The columns after the figures: cost, sets that the means leave out, health of the dictionaries, and what the
         scorer measures."""
         costs = [s.f_evaluations for _, s in self.runs if s.f_evaluations is not None]
-        dictionaries = [(r.seed, r.dictionary) for r, _ in self.runs]
+        # Of scorers that read no attractors, the health of these says nothing.
+        reads = self.scorer != CONTROL and _reads_attractors(self.scorer)
+        dictionaries = [(r.seed, r.dictionary) for r, _ in self.runs if reads]
         warnings = [f"seed {seed}: {text}" for seed, d in dictionaries for text in d["warnings"]]
         return {
             "f_evaluations": float(np.mean(costs)) if costs else float("nan"),
@@ -70,7 +73,8 @@ def leaderboard(results: Sequence[Result]) -> pd.DataFrame:
     others of its benchmark and model, else empty), ``seeds`` (their number); for near, far and all and each metric
     ``<region>_<metric>`` and ``<region>_<metric>_std``, the mean and the sample standard deviation (n − 1) over seeds,
     as fractions, NaN if undefined; ``f_evaluations`` per image, ``diagnostics`` (sets that the means leave out),
-    ``healthy``, ``used`` (whether a scorer of the runs reads attractors), ``warnings``, ``note``.
+    ``healthy`` (true where no attractors are read), ``used`` (whether the scorer reads attractors), ``warnings``,
+    ``note``.
 
     Raises ``TrajOODError`` if there are no results, or a row has the same seed twice.
     """
@@ -192,6 +196,14 @@ def _differences(identity: dict[str, str], others: Sequence[dict[str, str]]) -> 
 def _short(place: str, value: str) -> str:
     """``value``, with hashes shortened to 8 digits."""
     return value[:8] if place == "model" or place.startswith("data.") else value
+
+
+def _reads_attractors(scorer: str) -> bool:
+    """Whether a recorded scorer reads attractors; one that is unknown here, such as a user's own, may."""
+    try:
+        return create_scorer(scorer).needs().dictionary
+    except TrajOODError:
+        return True
 
 
 def _over_seeds(metrics: Sequence[Metrics | None], prefix: str = "") -> dict[str, float]:

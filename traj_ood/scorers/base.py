@@ -58,6 +58,11 @@ class Needs:
     labels: bool = False
     divergence: bool = False
 
+    @property
+    def dictionary(self) -> bool:
+        """Whether attractors are read, directly or by distances to them."""
+        return bool(self.distances or self.attractors or self.train_path)
+
     def __or__(self, other: Needs) -> Needs:
         either = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self) if f.name != "steps"}
         return Needs(**either, steps=max(self.steps, other.steps))

@@ -109,7 +109,7 @@ class ScorerSet:
 
     @property
     def needs_dictionary(self) -> bool:
-        return bool(self.needs.distances or self.needs.attractors or self.needs.train_path)
+        return self.needs.dictionary
 
     def check_training_size(self, count: int) -> None:
         """Refuse too few training images, before anything is computed.
