@@ -346,7 +346,7 @@ def test_a_repository_for_triton_is_valid_and_says_what_the_detector_says(detect
 def test_the_bentoml_service_says_what_the_detector_says(
     detector: Detector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("bentoml", reason="needs bentoml")
+    pytest.importorskip("bentoml", reason="needs bentoml, which no extra brings: pip install bentoml")
     detector.save(tmp_path / "d")
     monkeypatch.setenv("TRAJ_OOD_DETECTOR", str(tmp_path / "d"))
     monkeypatch.setenv("BENTOML_DO_NOT_TRACK", "True")
