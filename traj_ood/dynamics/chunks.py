@@ -33,7 +33,7 @@ def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk:
     a network may begin with an in-place operation such as ``nn.ReLU(inplace=True)``.
 
     On the CPU, chunks of a model with ``side_by_side`` are computed by several threads at once, which is faster than
-    several threads in each small product: slightly on an idle machine, several times on a busy one.
+    several threads in each small product: hardly on an idle machine, several times on a busy one.
 
     Args:
         function: (chunk, …) → (chunk, …).

@@ -30,6 +30,7 @@ def in_threads(function: Callable[[_Part], Tensor], parts: Sequence[_Part]) -> I
         return
     pool = _pool(threads)
     pending: deque[Future[Tensor]] = deque()
+    torch.set_num_threads(1)  # also MKL's number, which holds for the whole process
     try:
         for part in parts:
             pending.append(pool.submit(_infer, function, part))
@@ -41,6 +42,7 @@ def in_threads(function: Callable[[_Part], Tensor], parts: Sequence[_Part]) -> I
         for future in pending:
             future.cancel()
         wait(pending)
+        torch.set_num_threads(threads)
 
 
 def _infer(function: Callable[[_Part], Tensor], part: _Part) -> Tensor:
