@@ -130,8 +130,9 @@ def run(detector: Path, images: Path, count: int) -> dict[str, Any]:
     return record
 
 
-def _rate(few: float, many: float, between: int) -> dict[str, float]:
-    rate = round(between / (many - few), 2)
+def _rate(few: float, many: float, between: int) -> dict[str, float | None]:
+    """Seconds of both runs, and the rate without what a run takes at its start; None if that hides it."""
+    rate = round(between / (many - few), 2) if many > few else None
     return {"seconds, short": round(few, 2), "seconds, long": round(many, 2), "images a second": rate}
 
 
