@@ -326,7 +326,8 @@ class ScorerSet:
                 yield self._evidence(encoding, None, {})
             return
         model, first = self.autoencoder, 0
-        keepers = [_Points(model, view, self.needs.points) for view in sorted({view for view, _ in self.needs.points})]
+        views: list[FeatureView] = sorted({view for view, _ in self.needs.points})
+        keepers = [_Points(model, view, self.needs.points) for view in views]
         taken: deque[Encoding] = deque()
 
         def starts() -> Iterator[Tensor]:
