@@ -70,7 +70,7 @@ class FixedFunction:
     @property
     def is_small(self) -> bool:
         """Whether the network has at most 10 million parameters: its products gain little from a second thread."""
-        return sum(p.numel() for p in self.module.parameters()) <= _SMALL
+        return self.parameter_count() <= _SMALL
 
     def modules_used(self) -> tuple[nn.Module, ...]:
         """All networks whose weights and training flags affect the output."""
