@@ -337,6 +337,19 @@ def test_observers_see_each_point_once_with_the_right_rows() -> None:
         assert torch.equal(recorder.points[b, int(path.steps[b])], path.final[b])
 
 
+@pytest.mark.parametrize("look", [1, 4])
+def test_observers_beside_f_measure_the_same(look: int) -> None:
+    batches = [scattered(count, seed) for seed, count in enumerate((60, 1, 0, 100))]
+    alone, beside = Recorder(), Recorder()
+    beside.beside = True  # type: ignore[attr-defined]
+    one, other = (
+        list(iterate(fates, iter(batches), chunk=12, max_steps=20, observers=[r], look=look)) for r in (alone, beside)
+    )
+    for a, b in zip(one, other, strict=True):
+        assert_same(a, b)
+    assert alone.points.keys() == beside.points.keys()
+
+
 def test_points_in_between_are_not_kept() -> None:
     class Watch:
         name = "alive"

@@ -149,6 +149,8 @@ class AttractorDictionary:
 class NearestAttractor:
     """Observer that measures the distance d(z_t, Z*_train) to the nearest attractor in one latent view."""
 
+    beside = True
+
     def __init__(self, autoencoder: Autoencoder, index: NeighborIndex, view: View) -> None:
         self.name = f"distance/{view}"
         self._autoencoder, self._index = autoencoder, index

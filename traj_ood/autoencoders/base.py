@@ -202,6 +202,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         try:
             check_function(f"{self.name}: encode(decode(z))", self.self_map, latents, self.chunk)
             self.try_places(self.self_map, latents)
+            self.try_rows({self.encode_batch: images, self.self_map: latents})
         except TrajOODError:
             raise
         except Exception:  # raised again when f is used; scorers that read only z0 do not use it

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from traj_ood.dynamics.fixed_function import check_answer, runs_side_by_side
-from traj_ood.dynamics.workers import in_threads
+from traj_ood.dynamics.fixed_function import check_answer, sizes_side_by_side
+from traj_ood.dynamics.workers import in_threads, thread_count
 from traj_ood.errors import TrajOODError
 
 ROWS = 24
@@ -26,36 +26,54 @@ def rows_per_call(target: float) -> int:
     return 1 if target < 3 else 6 * 2 ** min(4, max(0, round(math.log2(target / 6))))
 
 
-def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int, name: str = "f") -> Tensor:
+def apply_in_chunks(
+    function: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    chunk: int,
+    name: str = "f",
+    beside: Callable[[], None] | None = None,
+) -> Tensor:
     """Apply ``function`` to ``inputs`` in calls of exactly ``chunk`` rows, so that results do not depend on the batch.
 
     A short last chunk is padded with copies of its last row, whose results are dropped. Every chunk is a copy, because
     a network may begin with an in-place operation such as ``nn.ReLU(inplace=True)``.
 
     On the CPU, chunks of a model with ``side_by_side`` are computed by several threads at once, which is faster than
-    several threads in each small product: hardly on an idle machine, several times on a busy one.
+    several threads in each small product: hardly on an idle machine, several times on a busy one. Its calls have fewer
+    rows where that changes no bit of the result (``FixedFunction.equal_rows``).
 
     Args:
         function: (chunk, …) → (chunk, …).
         inputs: (B, …).
         chunk: rows per call.
         name: name of the function in messages.
+        beside: another task, done by one of the threads meanwhile, or first if the calls are made by this thread.
     Raises:
-        TrajOODError: the function does not return a tensor of ``chunk`` rows, or its results for two chunks differ in
+        TrajOODError: the function does not return as many rows as it was given, or its results for two chunks differ in
             shape, type or device.
     """
     if not len(inputs):
         return check_answer(name, function(inputs.new_zeros(chunk, *inputs.shape[1:])), chunk)[:0]
+    no_gradients = torch.is_inference_mode_enabled()
+    sizes = sizes_side_by_side(function, chunk) if inputs.device.type == "cpu" and no_gradients else ()
+
+    def size_for(count: int) -> int:
+        return next((size for size in sizes if size >= count), chunk)
 
     def call(part: Tensor) -> Tensor:
-        return check_answer(name, function(filled(part, chunk)), chunk)
+        size = size_for(len(part))
+        return check_answer(name, function(filled(part, size)), size)
 
-    parts = inputs.split(chunk)
-    no_gradients = torch.is_inference_mode_enabled()
-    is_parallel = inputs.device.type == "cpu" and no_gradients and runs_side_by_side(function, chunk)
-    results: Iterator[Tensor] = in_threads(call, parts) if is_parallel else map(call, parts)
+    threads = thread_count()
+    parts = list(inputs.split(size_for(-(-len(inputs) // threads))))
+    if threads > 1:  # halves let the threads end at about the same time
+        parts[-1:] = parts[-1].split(size_for(-(-len(parts[-1]) // 2)))
+    if not sizes and beside is not None:
+        beside()
+    results: Iterator[Tensor] = in_threads(call, parts, beside) if sizes else map(call, parts)
     answers: Tensor | None = None
-    for first, part, answer in zip(range(0, len(inputs), chunk), parts, results, strict=True):
+    first = 0
+    for part, answer in zip(parts, results, strict=True):
         if answers is None:  # copy the results: a network may return the same buffer every time
             answers = answer.new_empty((len(inputs), *answer.shape[1:]))
         if kind(answer) != kind(answers):
@@ -64,6 +82,7 @@ def apply_in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk:
                 f"{kind(answer)}: return rows of one kind"
             )
         answers[first : first + len(part)] = answer[: len(part)]
+        first += len(part)
     assert answers is not None
     return answers
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.dynamics.device import standard_settings
+from traj_ood.dynamics.workers import in_threads
 from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 
@@ -38,8 +40,10 @@ class FixedFunction:
         chunk: rows per call.
         ladder: numbers of rows that a call may have instead of ``chunk`` for few images, see :func:`few_images`.
             Default :data:`LADDER`; empty for a network that accepts only ``chunk`` rows, which :meth:`try_out` detects.
-        side_by_side: whether several threads call the network at once, with a whole chunk each. Default false: unknown
+        side_by_side: whether several threads call the network at once, with a chunk each. Default false: unknown
             code may not allow it, and a large network is faster if all threads compute one chunk.
+        equal_rows: numbers of rows below ``chunk`` with which :meth:`try_rows` found every row rounded as in a whole
+            chunk. Default: none.
     """
 
     name: str
@@ -47,6 +51,7 @@ class FixedFunction:
     chunk: int
     ladder: tuple[int, ...] = LADDER
     side_by_side: bool = False
+    equal_rows: tuple[int, ...] = ()
     _is_tried: bool = False
 
     @property
@@ -110,6 +115,7 @@ class FixedFunction:
     def try_once(self) -> None:
         """Run :meth:`try_out` if it has not been run before."""
         if not self._is_tried:
+            _keep_freed_memory()
             self.try_out()
             self._is_tried = True
 
@@ -141,15 +147,53 @@ class FixedFunction:
         smaller = sorted((rows for rows in self.ladder if rows < self.chunk), reverse=True)
         self.chunk = next((rows for rows in (self.chunk, *smaller) if _rounds_alike(function, trial, rows)), 1)
 
+    def try_rows(self, functions: Mapping[Callable[[Tensor], Tensor], Tensor]) -> None:
+        """Set :attr:`equal_rows`, for a network whose chunks run side by side on the CPU.
+
+        The last chunk of a call can then be shorter than the others. Whether the rounding of a product depends on its
+        number of rows is decided by the processor's routines, not by values, so a trial can tell.
+
+        Args:
+            functions: the network's functions, each with two rows to try it with, of which others are mixed.
+        """
+        if not (self.side_by_side and self.device.type == "cpu"):
+            return
+        whole = {f: _between(trial, self.chunk) for f, trial in functions.items()}
+        right = {f: next(in_threads(f, [rows])).clone() for f, rows in whole.items()}
+        self.equal_rows = tuple(
+            size
+            for size in sorted(rows for rows in self.ladder if rows < self.chunk and not self.chunk % rows)
+            if all(
+                torch.equal(torch.cat([part.clone() for part in in_threads(f, rows.split(size))]), right[f])
+                for f, rows in whole.items()
+            )
+        )
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next allocation.
+
+    Below a threshold that grows with the largest block freed, up to twice 32 MB, it keeps what is free at the end of a
+    heap. Else it may return the output of a layer to the kernel and ask for it again, page by page, in every call: a
+    sixth of the time of the bundled model's f. Other allocators ignore this.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+
 
 def _rounds_alike(function: Callable[[Tensor], Tensor], trial: Tensor, count: int) -> bool:
     """Whether each of ``count`` rows has the same result at the next place; a single row always has."""
     if count == 1:
         return True
-    share = torch.linspace(0, 1, count, dtype=trial.dtype).view(-1, *[1] * (trial.ndim - 1))
-    rows = trial[:1] + share * (trial[1:2] - trial[:1])
+    rows = _between(trial, count)
     here, moved = function(rows).clone(), function(rows.roll(1, 0)).roll(-1, 0)
     return torch.equal(here.nan_to_num(), moved.nan_to_num())
+
+
+def _between(trial: Tensor, count: int) -> Tensor:
+    """``count`` different rows on the line between the two of ``trial``."""
+    share = torch.linspace(0, 1, count, dtype=trial.dtype).view(-1, *[1] * (trial.ndim - 1))
+    return trial[:1] + share * (trial[1:2] - trial[:1])
 
 
 @contextmanager
@@ -175,11 +219,15 @@ def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
     return owner.fixed() if isinstance(owner, FixedFunction) else standard_settings()
 
 
-def runs_side_by_side(function: Callable[..., Any], rows: int) -> bool:
-    """Whether calls of ``function`` with this many rows run side by side: whole chunks of a model that permits it.
-    All of them, because the number of threads of a product may change its rounding."""
+def sizes_side_by_side(function: Callable[..., Any], chunk: int) -> tuple[int, ...]:
+    """Numbers of rows, in ascending order, that calls of ``function`` side by side may have; none if the model does not
+    permit them, or ``chunk`` is not its own.
+
+    All whole chunks run side by side, because the number of threads of a product may change its rounding."""
     owner = getattr(function, "__self__", None)
-    return isinstance(owner, FixedFunction) and owner.side_by_side and rows == owner.chunk
+    if not isinstance(owner, FixedFunction) or not owner.side_by_side or chunk != owner.chunk:
+        return ()
+    return *owner.equal_rows, chunk
 
 
 def name_around(function: Callable[..., Any]) -> str:

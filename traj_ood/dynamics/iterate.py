@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, overload
 
@@ -20,6 +21,7 @@ from traj_ood.dynamics.fixed_function import fixed_around
 from traj_ood.dynamics.host import to_device, to_host, where
 from traj_ood.dynamics.maps import LowPrecision, Maps, SelfMap
 from traj_ood.dynamics.trajectory import Status, Trajectory
+from traj_ood.dynamics.workers import single_threaded
 from traj_ood.errors import TrajOODError
 
 _UNDER_WAY = 192  # samples iterated at a time: full chunks for any network, and few idle rows beside the last samples
@@ -32,7 +34,9 @@ _END: Any = object()
 class Observer(Protocol):
     """Measures each point of each trajectory once, while the point is in memory.
 
-    ``name`` is the key in :attr:`Trajectory.measures`; an observer that returns None leaves no measure.
+    ``name`` is the key in :attr:`Trajectory.measures`; an observer that returns None leaves no measure. An observer
+    with a true attribute ``beside`` may be called by another thread while f computes the next points; it must not call
+    the model.
     """
 
     name: str
@@ -53,7 +57,7 @@ class Observer(Protocol):
 class Norm:
     """Observer that records ‖z_t‖ at every point (Fig. 12b); bounded norms show that a trajectory does not diverge."""
 
-    name = "norm"
+    name, beside = "norm", True
 
     def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
         return latents.flatten(1).norm(dim=1)
@@ -105,7 +109,8 @@ def iterate(
     No result depends on other samples, their order or the batch size beyond 1e-9, for three reasons: each sample stops
     on its own residual; converged and non-finite samples are removed at once; and f is always called on exactly
     ``chunk`` rows (a short last chunk is padded with copies of its last row), because float32 products of another shape
-    differ by 1e-7, so that a residual near the tolerance might stop one step earlier or later.
+    differ by 1e-7, so that a residual near the tolerance might stop one step earlier or later. Only a model of which it
+    is known that fewer rows change no bit (``FixedFunction.equal_rows``) is called on fewer.
 
     Args:
         self_map: f, called on (chunk, *L) under ``torch.inference_mode`` and
@@ -153,7 +158,7 @@ def _trajectories(flight: _Flight, self_map: SelfMap, starts: Iterator[Tensor]) 
                 flight.close()
             else:
                 flight.add(start)
-        with fixed_around(self_map), torch.inference_mode():
+        with fixed_around(self_map), torch.inference_mode(), flight.threads():
             flight.advance()
         yield from flight.finished()
         if flight.is_over():
@@ -244,8 +249,14 @@ class _Flight:
         self._running: _Running | None = None
         self._waiting: _Running | None = None
         self._silent: set[str] = set()  # observers that return None
+        self._shown: list[tuple[Observer, _Points]] = []  # points to be measured during the next step
         self._unread: list[tuple[str, _Points, Tensor]] = []  # measures that have not been read yet, and their points
         self._count, self._looks, self._closed = 0, 0, False
+
+    def threads(self) -> AbstractContextManager[Any]:
+        """The context for :meth:`advance`."""
+        is_on_cpu = any(batch.final.device.type == "cpu" for batch in self._batches)
+        return single_threaded() if is_on_cpu and self._maps.is_side_by_side else nullcontext()
 
     def wants_starts(self) -> bool:
         """Whether to read the next batch: there are free rows, no waiting starts, and the stream has not ended.
@@ -281,6 +292,7 @@ class _Flight:
         while not self.wants_starts() and not self._has_ended():
             self._board()
             if not self._running:
+                self._measure_shown()
                 self._read([])
                 return
             self._fly(self._running)
@@ -298,7 +310,7 @@ class _Flight:
         """Whether all samples of the oldest batch have ended and their measures have been read."""
         if not self._batches or self._batches[0].left:
             return False
-        return not self._unread or self._batches[0].ended < self._looks
+        return not (self._shown or self._unread) or self._batches[0].ended < self._looks
 
     def _has_room(self) -> bool:
         return self._room - len(self._running or ()) >= max(1, self._room // _IDLE_SHARE)
@@ -316,7 +328,7 @@ class _Flight:
         """Make some steps of the samples in progress, and read the results once."""
         assert self._look is not None
         length = min(self._look, self._max_steps - int(before.steps.min()))
-        points, lengths = self._maps.fly(before.latents, before.cheap, length)
+        points, lengths = self._maps.fly(before.latents, before.cheap, length, self._measure_shown)
         moved, norms = self._read([lengths])[0]
         # A NaN or infinite coordinate, or a norm that overflows, ends the trajectory at the previous point.
         self._land(before, points, torch.where(norms.isfinite(), moved.square(), torch.nan), norms)
@@ -366,7 +378,8 @@ class _Flight:
         self._running = now.take(kept, _reached(points, places, kept))
 
     def _observe(self, shown: list[_Points]) -> None:
-        """Call the observers; their results are read with the next residuals, or at once if reading is free."""
+        """Call the observers, those with ``beside`` during the next step; results are read with the next residuals, or
+        at once if reading is free."""
         shown = [points for points in shown if len(points.rows)]
         if not shown or not self._observers:
             return
@@ -374,20 +387,30 @@ class _Flight:
         if len(shown) > 1:
             points = _Points(*(torch.cat([getattr(p, f.name) for p in shown]) for f in fields(_Points)))
         for observer in self._observers:
-            values = observer.observe(points.steps, points.rows, points.latents)
-            if values is None:
-                self._silent.add(observer.name)
-                continue
-            if not isinstance(values, Tensor) or values.shape != points.rows.shape:
-                got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-                raise TrajOODError(
-                    f"observer {observer.name}: expected None or a tensor of one number for each of "
-                    f"{len(points.rows)} samples, got {got}"
-                )
-            where_to = _Points(points.rows, points.steps, points.latents[:0])
-            self._unread.append((observer.name, where_to, values))
+            if getattr(observer, "beside", False):
+                self._shown.append((observer, points))
+            else:
+                self._measure(observer, points)
         if self._look == 1:
             self._read([])
+
+    def _measure_shown(self) -> None:
+        for observer, points in self._shown:
+            self._measure(observer, points)
+        self._shown = []
+
+    def _measure(self, observer: Observer, points: _Points) -> None:
+        values = observer.observe(points.steps, points.rows, points.latents)
+        if values is None:
+            self._silent.add(observer.name)
+            return
+        if not isinstance(values, Tensor) or values.shape != points.rows.shape:
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise TrajOODError(
+                f"observer {observer.name}: expected None or a tensor of one number for each of "
+                f"{len(points.rows)} samples, got {got}"
+            )
+        self._unread.append((observer.name, _Points(points.rows, points.steps, points.latents[:0]), values))
 
     def _read(self, values: list[Tensor]) -> list[Tensor]:
         """Read values as float64 copies on the CPU, and with them all pending measures of observers."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.dynamics.chunks import apply_in_chunks, kind
-from traj_ood.dynamics.fixed_function import name_around
+from traj_ood.dynamics.fixed_function import name_around, sizes_side_by_side
 from traj_ood.dynamics.host import where
 from traj_ood.errors import TrajOODError
 
@@ -63,14 +63,18 @@ class Maps:
     def __init__(self, self_map: SelfMap, low: LowPrecision | None, chunk: int) -> None:
         self._map, self._low, self._chunk, self._name = self_map, low, chunk, name_around(self_map)
         self.has_cheap = low is not None
+        self.is_side_by_side = bool(sizes_side_by_side(self_map, chunk))
 
-    def fly(self, latents: Tensor, cheap: Tensor, length: int) -> tuple[list[Tensor], Tensor]:
+    def fly(
+        self, latents: Tensor, cheap: Tensor, length: int, beside: Callable[[], None] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Make ``length`` steps of every sample, without reading results, so that a device never waits for the host.
 
         Args:
             latents: (n, *L) current points.
             cheap: (n,) bool on the CPU, which samples use the cheap map.
             length: number of steps.
+            beside: another task, see :func:`traj_ood.dynamics.chunks.apply_in_chunks`.
         Returns:
             The points (length + 1 tensors, ``latents`` first); and ‖f(z) − z‖ and ‖f(z)‖, (2, length, n) on the device.
         """
@@ -84,9 +88,11 @@ class Maps:
             if places:
                 images = torch.empty_like(latents)
                 for f, some in places:
-                    images[some] = self._images(f, latents[some])
+                    images[some] = self._images(f, latents[some], beside)
+                    beside = None
             else:
-                images = self._images(parts[0][0] if parts else self._map, latents)
+                images = self._images(parts[0][0] if parts else self._map, latents, beside)
+                beside = None
             lengths.append(torch.stack([(images - latents).flatten(1).norm(dim=1), images.flatten(1).norm(dim=1)]))
             latents = images
             points.append(images)
@@ -102,8 +108,8 @@ class Maps:
         resolved = squared >= (low.switch * norms).square()
         return resolved & (steps - best_step < low.patience) & (steps < low.max_steps)
 
-    def _images(self, function: SelfMap, latents: Tensor) -> Tensor:
-        images = apply_in_chunks(function, latents, self._chunk, self._name)
+    def _images(self, function: SelfMap, latents: Tensor, beside: Callable[[], None] | None) -> Tensor:
+        images = apply_in_chunks(function, latents, self._chunk, self._name, beside)
         if images.shape != latents.shape:
             raise TrajOODError(
                 f"{self._name} must keep the latent's shape {tuple(latents.shape[1:])}, got {tuple(images.shape[1:])}: "

@@ -3,57 +3,99 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import cache
-from threading import Barrier
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _Part = TypeVar("_Part")
+_Result = TypeVar("_Result")
+_OUTER = threading.local()
+"""The number of threads of the thread that is inside :func:`single_threaded`."""
 
 
-def in_threads(function: Callable[[_Part], Tensor], parts: Sequence[_Part]) -> Iterator[Tensor]:
+def in_threads(
+    function: Callable[[_Part], Tensor], parts: Sequence[_Part], beside: Callable[[], None] | None = None
+) -> Iterator[Tensor]:
     """Yield ``function`` of every part, in order, computed in inference mode by as many threads as torch uses.
 
     Each part is computed by one thread, so that results do not depend on the number of threads.
 
     At most twice as many results as threads wait to be taken. If a call raises, the first such error in the order of
     the parts is raised once no other call is running.
+
+    Args:
+        function: called in several threads at once.
+        parts: its arguments.
+        beside: another task, which one of the threads does meanwhile; with a single thread it is done first.
     """
-    threads = torch.get_num_threads()
-    if threads < 2:
-        yield from map(function, parts)
+    with single_threaded() as threads:
+        if threads < 2:
+            if beside is not None:
+                beside()
+            yield from map(function, parts)
+            return
+        pool = _pool(threads)
+        pending: deque[Future[Tensor]] = deque()
+        other: list[Future[None]] = [] if beside is None else [pool.submit(_infer, beside)]
+        try:
+            for part in parts:
+                pending.append(pool.submit(_infer, function, part))
+                if len(pending) > 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+            for task in other:
+                task.result()
+        finally:
+            for future in pending:
+                future.cancel()
+            wait(pending)
+            wait(other)
+
+
+@contextmanager
+def single_threaded() -> Iterator[int]:
+    """Context in which torch uses this thread alone, and :func:`in_threads` as many as torch did before; yields their
+    number.
+
+    Enter it around a sequence of calls of :func:`in_threads`: OpenMP's threads spin for a while after each operation
+    between two calls, in the way of the next one.
+    """
+    threads = thread_count()
+    if torch.get_num_threads() < 2:
+        yield threads
         return
-    pool = _pool(threads)
-    pending: deque[Future[Tensor]] = deque()
+    _pool(threads)
+    _OUTER.threads = threads
     torch.set_num_threads(1)  # also MKL's number, which holds for the whole process
     try:
-        for part in parts:
-            pending.append(pool.submit(_infer, function, part))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield threads
     finally:
-        for future in pending:
-            future.cancel()
-        wait(pending)
+        _OUTER.threads = None
         torch.set_num_threads(threads)
 
 
-def _infer(function: Callable[[_Part], Tensor], part: _Part) -> Tensor:
+def thread_count() -> int:
+    """The number of threads that :func:`in_threads` uses."""
+    return getattr(_OUTER, "threads", None) or torch.get_num_threads()
+
+
+def _infer(function: Callable[..., _Result], *arguments: Any) -> _Result:
     with torch.inference_mode():  # holds for one thread only
-        return function(part)
+        return function(*arguments)
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Running threads, in each of which torch computes without further ones."""
-    started = Barrier(threads)
+    started = threading.Barrier(threads)
 
     def start() -> None:
         torch.set_num_threads(1)
