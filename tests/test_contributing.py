@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -27,10 +29,13 @@ from traj_ood.scorers import SCORERS, Needs, create_scorers, default_suite
 ROOT = Path(__file__).parents[1]
 
 
-def block(heading: str, language: str = "python") -> str:
+def section(heading: str) -> str:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    (found,) = re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def block(heading: str, language: str = "python") -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", section(heading), flags=re.DOTALL)
     return found
 
 
@@ -85,6 +90,26 @@ def test_a_scorer_declares_its_part_of_the_suite(monkeypatch: pytest.MonkeyPatch
     for needs in (Needs(labels=True), Needs(logits=True), Needs(features=frozenset({"backbone"}))):
         monkeypatch.setattr(made, "needs", lambda self, needs=needs: needs)
         assert "farthest-feature" not in default_suite(tiny.conv())
+
+
+def test_a_file_and_its_import_are_all_that_a_scorer_and_a_question_need(tmp_path: Path) -> None:
+    package = shutil.copytree(ROOT / "traj_ood", tmp_path / "traj_ood", ignore=shutil.ignore_patterns("models"))
+    for heading, folder in (("Add a scorer", "scorers"), ("Add a question", "analysis")):
+        (found,) = re.findall(rf"`(from\s+traj_ood\.{folder}\.\w+\s+import \w+ as \w+)`", section(heading))
+        line = " ".join(found.split())
+        file = line.split()[1].replace(".", "/") + ".py"
+        assert f"`{file}`" in section(heading)
+        (tmp_path / file).write_text(block(heading), encoding="utf-8")
+        index = package / folder / "__init__.py"  # as its first import, when the room's other names are not there yet
+        index.write_text(index.read_text(encoding="utf-8").replace("\nfrom ", f"\n{line}\nfrom ", 1), encoding="utf-8")
+    code = (
+        "import traj_ood, traj_ood.analysis as analysis\n"
+        "print(traj_ood.__file__, traj_ood.create_scorer('farthest-feature').label, *analysis.QUESTIONS)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    path, scorer, *questions = done.stdout.split()
+    assert (path, scorer) == (str(package / "__init__.py"), "farthest-feature"), done.stderr
+    assert "mean-of-draws" in questions
 
 
 def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,12 @@ def test_the_command_line_takes_a_registered_family(tmp_path: Path, monkeypatch:
     assert PixelBackbone.summary in listed
 
 
+@pytest.mark.parametrize("name", ["linear", "pixels"])
+def test_a_family_without_a_source_is_told_what_follows(name: str) -> None:
+    with pytest.raises(TrajOODError, match=rf"'{name}': expected a source after it \(.*{name}:<"):
+        load_autoencoder(name)
+
+
 def test_published_models_of_a_family_have_names() -> None:
     class Named(LinearAutoencoder):
         family = "named"

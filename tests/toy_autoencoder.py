@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from traj_ood import Autoencoder, Preprocessing
+from traj_ood import Autoencoder, Preprocessing, register_autoencoder
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.weights import put_weights
 
 
+@register_autoencoder
 class LinearAutoencoder(Autoencoder):
     """E(x) = W x, D(z) = Wᵀ z, on grey images of 8 × 8 pixels."""
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from traj_ood import Backbone, Features, Preprocessing
+from traj_ood import Backbone, Features, Preprocessing, register_backbone
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.weights import put_weights
 
 
+@register_backbone
 class PixelBackbone(Backbone):
     """Features are random positive parts of the pixels of an 8 × 8 image."""
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import read_config
 from traj_ood.autoencoders.language import LANGUAGE_MODELS
+from traj_ood.backbones.registry import LIBRARIES
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.extensions import load_plugins
 from traj_ood.io.families import Families, unknown_options_named
@@ -61,6 +62,8 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
         family = FAMILIES.named(_HUB_FAMILY)
     elif "/" in name or is_local(name):
         raise TrajOODError(f"model {name!r}: no such folder; expected a folder with config.json and model.safetensors")
+    elif known := next((known for known in (FAMILIES, LIBRARIES) if name in known), None):
+        raise TrajOODError(f"{known.model} {name!r}: expected a source after it ({known[name].summary})")
     else:
         own = "; of your own: a folder with config.json, or family:folder of a class that --import FILE.py registers"
         raise unknown_name("model", name, MODELS, own)
