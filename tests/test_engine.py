@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.fixed_function import FixedFunction
 from traj_ood.dynamics.host import to_host
 from traj_ood.dynamics.iterate import Norm, iterate
 from traj_ood.dynamics.maps import LowPrecision
@@ -337,17 +338,34 @@ def test_observers_see_each_point_once_with_the_right_rows() -> None:
         assert torch.equal(recorder.points[b, int(path.steps[b])], path.final[b])
 
 
+class Fates(FixedFunction):
+    """``fates`` of a model whose chunks run side by side."""
+
+    def __init__(self) -> None:
+        self.name, self.module, self.chunk, self.side_by_side = "fates", nn.Identity(), 12, True
+
+    def self_map(self, z: Tensor) -> Tensor:
+        return fates(z)
+
+
 @pytest.mark.parametrize("look", [1, 4])
-def test_observers_beside_f_measure_the_same(look: int) -> None:
-    batches = [scattered(count, seed) for seed, count in enumerate((60, 1, 0, 100))]
-    alone, beside = Recorder(), Recorder()
+@pytest.mark.parametrize("much", [0, 700, 2**22])
+def test_observers_beside_f_measure_the_same(look: int, much: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traj_ood.dynamics.iterate._MUCH", much)
+    batches = [scattered(count, seed) for seed, count in enumerate((60, 1, 0, 250, 100))]
+    alone, beside, counts = Recorder(), Recorder(), []
     beside.beside = True  # type: ignore[attr-defined]
+    observe = beside.observe
+    beside.observe = lambda *points: counts.append(len(points[0])) or observe(*points)  # type: ignore[assignment, func-returns-value]
+    options: dict[str, Any] = {"chunk": 12, "max_steps": 20, "look": look}
     one, other = (
-        list(iterate(fates, iter(batches), chunk=12, max_steps=20, observers=[r], look=look)) for r in (alone, beside)
+        list(iterate(f, iter(batches), observers=[Norm(), r], **options))
+        for f, r in ((fates, alone), (Fates().self_map, beside))
     )
     for a, b in zip(one, other, strict=True):
         assert_same(a, b)
     assert alone.points.keys() == beside.points.keys()
+    assert (len(counts) < 8) == (much > 10**6)
 
 
 def test_points_in_between_are_not_kept() -> None:

@@ -55,7 +55,7 @@ def apply_in_chunks(
     if not len(inputs):
         return check_answer(name, function(inputs.new_zeros(chunk, *inputs.shape[1:])), chunk)[:0]
     no_gradients = torch.is_inference_mode_enabled()
-    sizes = sizes_side_by_side(function, chunk) if inputs.device.type == "cpu" and no_gradients else ()
+    sizes = sizes_side_by_side(function, chunk) if no_gradients else ()
 
     def size_for(count: int) -> int:
         return next((size for size in sizes if size >= count), chunk)

@@ -221,13 +221,13 @@ def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
 
 def sizes_side_by_side(function: Callable[..., Any], chunk: int) -> tuple[int, ...]:
     """Numbers of rows, in ascending order, that calls of ``function`` side by side may have; none if the model does not
-    permit them, or ``chunk`` is not its own.
+    permit them, is not on the CPU, or ``chunk`` is not its own.
 
     All whole chunks run side by side, because the number of threads of a product may change its rounding."""
     owner = getattr(function, "__self__", None)
     if not isinstance(owner, FixedFunction) or not owner.side_by_side or chunk != owner.chunk:
         return ()
-    return *owner.equal_rows, chunk
+    return (*owner.equal_rows, chunk) if owner.device.type == "cpu" else ()
 
 
 def name_around(function: Callable[..., Any]) -> str:

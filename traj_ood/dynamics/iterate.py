@@ -27,6 +27,7 @@ from traj_ood.errors import TrajOODError
 _UNDER_WAY = 192  # samples iterated at a time: full chunks for any network, and few idle rows beside the last samples
 _IDLE_SHARE = 32  # one in so many rows may be idle before new starts are taken in
 _MAX_BATCHES, _MAX_BEHIND = 4, 4  # unfinished batches, and unfinished samples as a multiple of those under way
+_MUCH = 2**22  # bytes of points that observers beside f measure at a time: searches for few points wait for memory
 _LOOK = 8  # steps on an accelerator between two reads: wastes 2 % of a path of 186 steps, and waits an eighth as often
 _END: Any = object()
 
@@ -35,8 +36,8 @@ class Observer(Protocol):
     """Measures each point of each trajectory once, while the point is in memory.
 
     ``name`` is the key in :attr:`Trajectory.measures`; an observer that returns None leaves no measure. An observer
-    with a true attribute ``beside`` may be called by another thread while f computes the next points; it must not call
-    the model.
+    with a true attribute ``beside`` may be called by another thread, while f computes later points and with the points
+    of several steps at once; it must not call the model.
     """
 
     name: str
@@ -229,6 +230,12 @@ class _Points:
     steps: Tensor
     latents: Tensor
 
+    @classmethod
+    def joined(cls, parts: list[_Points]) -> _Points:
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
 
 class _Flight:
     """The state of the engine: samples in progress, waiting starts, and their batches, the oldest first."""
@@ -244,19 +251,20 @@ class _Flight:
         look: int | None,
     ) -> None:
         self._maps, self._tol, self._max_steps, self._observers = maps, tol, max_steps, observers
+        self._beside = [o for o in observers if maps.is_side_by_side and getattr(o, "beside", False)]
         self._on_step, self._room, self._look = on_step, room, look
         self._batches: deque[_Batch] = deque()
         self._running: _Running | None = None
         self._waiting: _Running | None = None
         self._silent: set[str] = set()  # observers that return None
-        self._shown: list[tuple[Observer, _Points]] = []  # points to be measured during the next step
+        self._shown: list[_Points] = []  # points that observers with ``beside`` have not measured yet
         self._unread: list[tuple[str, _Points, Tensor]] = []  # measures that have not been read yet, and their points
-        self._count, self._looks, self._closed = 0, 0, False
+        self._count, self._closed = 0, False
+        self._looks, self._complete = 0, 0  # number of reads, and of the last one with which all measures were known
 
     def threads(self) -> AbstractContextManager[Any]:
         """The context for :meth:`advance`."""
-        is_on_cpu = any(batch.final.device.type == "cpu" for batch in self._batches)
-        return single_threaded() if is_on_cpu and self._maps.is_side_by_side else nullcontext()
+        return single_threaded() if self._maps.is_side_by_side else nullcontext()
 
     def wants_starts(self) -> bool:
         """Whether to read the next batch: there are free rows, no waiting starts, and the stream has not ended.
@@ -310,7 +318,7 @@ class _Flight:
         """Whether all samples of the oldest batch have ended and their measures have been read."""
         if not self._batches or self._batches[0].left:
             return False
-        return not (self._shown or self._unread) or self._batches[0].ended < self._looks
+        return not (self._shown or self._unread) or self._batches[0].ended < self._complete
 
     def _has_room(self) -> bool:
         return self._room - len(self._running or ()) >= max(1, self._room // _IDLE_SHARE)
@@ -328,7 +336,8 @@ class _Flight:
         """Make some steps of the samples in progress, and read the results once."""
         assert self._look is not None
         length = min(self._look, self._max_steps - int(before.steps.min()))
-        points, lengths = self._maps.fly(before.latents, before.cheap, length, self._measure_shown)
+        is_due = not self._batches[0].left or sum(points.latents.nbytes for points in self._shown) >= _MUCH
+        points, lengths = self._maps.fly(before.latents, before.cheap, length, self._measure_shown if is_due else None)
         moved, norms = self._read([lengths])[0]
         # A NaN or infinite coordinate, or a norm that overflows, ends the trajectory at the previous point.
         self._land(before, points, torch.where(norms.isfinite(), moved.square(), torch.nan), norms)
@@ -378,26 +387,26 @@ class _Flight:
         self._running = now.take(kept, _reached(points, places, kept))
 
     def _observe(self, shown: list[_Points]) -> None:
-        """Call the observers, those with ``beside`` during the next step; results are read with the next residuals, or
+        """Call the observers, those with ``beside`` during a later step; results are read with the next residuals, or
         at once if reading is free."""
         shown = [points for points in shown if len(points.rows)]
         if not shown or not self._observers:
             return
-        points = shown[0]
-        if len(shown) > 1:
-            points = _Points(*(torch.cat([getattr(p, f.name) for p in shown]) for f in fields(_Points)))
-        for observer in self._observers:
-            if getattr(observer, "beside", False):
-                self._shown.append((observer, points))
-            else:
-                self._measure(observer, points)
+        if self._beside:
+            self._shown += shown
+        if len(self._beside) < len(self._observers):
+            points = _Points.joined(shown)
+            for observer in self._observers:
+                if observer not in self._beside:
+                    self._measure(observer, points)
         if self._look == 1:
             self._read([])
 
     def _measure_shown(self) -> None:
-        for observer, points in self._shown:
-            self._measure(observer, points)
-        self._shown = []
+        if self._shown:
+            points, self._shown = _Points.joined(self._shown), []
+            for observer in self._beside:
+                self._measure(observer, points)
 
     def _measure(self, observer: Observer, points: _Points) -> None:
         values = observer.observe(points.steps, points.rows, points.latents)
@@ -416,6 +425,8 @@ class _Flight:
         """Read values as float64 copies on the CPU, and with them all pending measures of observers."""
         unread, self._unread = self._unread, []
         self._looks += 1
+        if not self._shown:
+            self._complete = self._looks
         if not values and not unread:
             return []
         found = to_host([*values, *(measured for _, _, measured in unread)])
