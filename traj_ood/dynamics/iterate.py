@@ -24,9 +24,9 @@ from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.dynamics.workers import single_threaded
 from traj_ood.errors import TrajOODError
 
-_UNDER_WAY = 192  # samples iterated at a time: full chunks for any network, and few idle rows beside the last samples
+_IN_PROGRESS = 192  # samples iterated at a time: full chunks for any network, and few idle rows beside the last samples
 _IDLE_SHARE = 32  # one in so many rows may be idle before new starts are taken in
-_MAX_BATCHES, _MAX_BEHIND = 4, 4  # unfinished batches, and unfinished samples as a multiple of those under way
+_MAX_BATCHES, _MAX_BEHIND = 4, 4  # unfinished batches, and unfinished samples as a multiple of those in progress
 _MUCH = 2**22  # bytes of points that observers beside f measure at a time: searches for few points wait for memory
 _LOOK = 8  # steps on an accelerator between two reads: wastes 2 % of a path of 186 steps, and waits an eighth as often
 _END: Any = object()
@@ -36,18 +36,20 @@ class Observer(Protocol):
     """Measures each point of each trajectory once, while the point is in memory.
 
     ``name`` is the key in :attr:`Trajectory.measures`; an observer that returns None leaves no measure. An observer
-    with a true attribute ``beside`` may be called by another thread, while f computes later points and with the points
-    of several steps at once; it must not call the model.
+    with a true attribute ``beside`` may be called later, with the points of several steps at once and by another thread
+    while f computes further points; it must not call the model.
     """
 
     name: str
 
     def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor | None:
-        """Measure one point z_t of each of n samples.
+        """Measure n points z_t.
+
+        A sample may occur several times in a call, with a different t each time.
 
         Args:
-            steps: (n,) int64, t of each sample.
-            rows: (n,) int64, numbers of the samples, counted over all starts.
+            steps: (n,) int64, t of each point.
+            rows: (n,) int64, the number of each point's sample, counted over all starts.
             latents: (n, *L), the points.
         Returns:
             (n,) numbers, on the CPU or on the device of the latents, or None.
@@ -56,7 +58,7 @@ class Observer(Protocol):
 
 
 class Norm:
-    """Observer that records ‖z_t‖ at every point (Fig. 12b); bounded norms show that a trajectory does not diverge."""
+    """Observer that records ‖z_t‖ at every point (Fig. 12b), which stays bounded unless the trajectory diverges."""
 
     name, beside = "norm", True
 
@@ -142,27 +144,28 @@ def iterate(
     observers = list(observers)
     _check_settings(tol, max_steps, chunk, look, observers)
     maps = Maps(self_map, low_precision, chunk)
-    flight = _Flight(maps, tol, max_steps, observers, on_step, max(chunk, _UNDER_WAY // chunk * chunk), look)
+    engine = _Engine(maps, tol, max_steps, observers, on_step, max(chunk, _IN_PROGRESS // chunk * chunk), look)
     if not isinstance(start, Iterable):
         raise TrajOODError(f"start: expected latents (B, *L) or a stream of them, got {type(start).__name__}")
     if isinstance(start, Tensor):
-        return next(_trajectories(flight, self_map, iter([start])))
-    return _trajectories(flight, self_map, iter(start))
+        return next(_trajectories(engine, self_map, iter([start])))
+    return _trajectories(engine, self_map, iter(start))
 
 
-def _trajectories(flight: _Flight, self_map: SelfMap, starts: Iterator[Tensor]) -> Iterator[Trajectory]:
+def _trajectories(engine: _Engine, self_map: SelfMap, starts: Iterator[Tensor]) -> Iterator[Trajectory]:
+    """Run the engine on a stream of starts, and yield the trajectories of each batch in order."""
     # Only f runs in its settings, not the code that makes the starts or the caller's code between two trajectories.
     while True:
-        while flight.wants_starts():
+        while engine.wants_starts():
             start = next(starts, _END)
             if start is _END:
-                flight.close()
+                engine.close()
             else:
-                flight.add(start)
-        with fixed_around(self_map), torch.inference_mode(), flight.threads():
-            flight.advance()
-        yield from flight.finished()
-        if flight.is_over():
+                engine.add(start)
+        with fixed_around(self_map), torch.inference_mode(), engine.threads():
+            engine.advance()
+        yield from engine.finished()
+        if engine.is_over():
             return
 
 
@@ -237,8 +240,17 @@ class _Points:
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
-class _Flight:
-    """The state of the engine: samples in progress, waiting starts, and their batches, the oldest first."""
+class _Engine:
+    """The state of the engine: samples in progress, waiting starts, and their batches, the oldest first.
+
+    While :meth:`wants_starts`, its caller gives it batches (:meth:`add`) or ends the stream (:meth:`close`); then
+    :meth:`advance` makes steps, and :meth:`finished` returns the trajectories of batches that have ended. Each row of f
+    that a sample no longer needs is given to the next waiting start, of whatever batch.
+
+    Args:
+        room: number of samples in progress at a time.
+        maps, tol, max_steps, observers, on_step, look: see :func:`iterate`.
+    """
 
     def __init__(
         self,
@@ -298,12 +310,12 @@ class _Flight:
     def advance(self) -> None:
         """Make steps until the oldest batch has ended or starts are needed."""
         while not self.wants_starts() and not self._has_ended():
-            self._board()
+            self._fill_rows()
             if not self._running:
                 self._measure_shown()
                 self._read([])
                 return
-            self._fly(self._running)
+            self._step(self._running)
 
     def finished(self) -> Iterator[Trajectory]:
         """Yield the trajectories of the oldest batches whose samples have all ended."""
@@ -323,52 +335,57 @@ class _Flight:
     def _has_room(self) -> bool:
         return self._room - len(self._running or ()) >= max(1, self._room // _IDLE_SHARE)
 
-    def _board(self) -> None:
+    def _fill_rows(self) -> None:
         """Give free rows to waiting starts."""
         if not self._waiting or not self._has_room():
             return
-        aboard = torch.arange(len(self._waiting)) < self._room - len(self._running or ())
-        new, self._waiting = self._waiting.take(aboard), self._waiting.take(~aboard)
+        chosen = torch.arange(len(self._waiting)) < self._room - len(self._running or ())
+        new, self._waiting = self._waiting.take(chosen), self._waiting.take(~chosen)
         self._observe([_Points(new.rows, new.steps, new.latents)])
         self._running = self._running.with_more(new) if self._running else new
 
-    def _fly(self, before: _Running) -> None:
+    def _step(self, before: _Running) -> None:
         """Make some steps of the samples in progress, and read the results once."""
         assert self._look is not None
         length = min(self._look, self._max_steps - int(before.steps.min()))
         is_due = not self._batches[0].left or sum(points.latents.nbytes for points in self._shown) >= _MUCH
-        points, lengths = self._maps.fly(before.latents, before.cheap, length, self._measure_shown if is_due else None)
+        beside = self._measure_shown if is_due else None
+        points, lengths = self._maps.advance(before.latents, before.cheap, length, beside)
         moved, norms = self._read([lengths])[0]
         # A NaN or infinite coordinate, or a norm that overflows, ends the trajectory at the previous point.
-        self._land(before, points, torch.where(norms.isfinite(), moved.square(), torch.nan), norms)
+        self._record(before, points, torch.where(norms.isfinite(), moved.square(), torch.nan), norms)
 
-    def _land(self, before: _Running, points: list[Tensor], squared: Tensor, norms: Tensor) -> None:
-        """Record the steps of each sample up to its end, or to its switch from the cheap map to f; drop later
-        ``points``.
+    def _record(self, before: _Running, points: list[Tensor], squared: Tensor, norms: Tensor) -> None:
+        """Record the steps of each sample up to its end, or to its switch from the cheap map to f; later points are
+        dropped.
 
-        ``squared`` and ``norms`` are (steps, n).
+        Args:
+            before: the n samples before the steps.
+            points: their points before the first step and after each.
+            squared: (steps, n) float64 squared residuals ‖f(z) − z‖²; NaN where f(z) is not finite.
+            norms: (steps, n) float64 ‖f(z)‖.
         """
         count, exact = len(before), ~before.cheap
         now = replace(before, steps=before.steps.clone(), cheap=before.cheap.clone())
-        flying, places = torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64)
-        fates = torch.full((count,), -1)
+        active, places = torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64)
+        outcomes = torch.full((count,), -1)  # the Status of samples that have ended, −1 for the others
         shown = []
         for step in range(len(squared)):
             finite = squared[step].isfinite()
-            fates[flying & ~finite & exact] = int(Status.NON_FINITE)
-            now.cheap[flying & ~finite] = False  # an overflow of the cheap map does not end a trajectory: f decides
-            flying &= finite
-            now.steps += flying
-            places[flying] = step + 1
-            for batch, inside, rows in self._parts(before.rows[flying]):
-                batch.residuals.put(rows, now.steps[flying][inside] - 1, squared[step, flying][inside])
-            shown.append(_Points(before.rows[flying], now.steps[flying], _rows_of(points[step + 1], flying)))
+            outcomes[active & ~finite & exact] = int(Status.NON_FINITE)
+            now.cheap[active & ~finite] = False  # an overflow of the cheap map does not end a trajectory: f decides
+            active &= finite
+            now.steps += active
+            places[active] = step + 1
+            for batch, inside, rows in self._parts(before.rows[active]):
+                batch.residuals.put(rows, now.steps[active][inside] - 1, squared[step, active][inside])
+            shown.append(_Points(before.rows[active], now.steps[active], _rows_of(points[step + 1], active)))
             # The stopping test compares two images of f, so it does not apply to the first residual ‖f(z_0) − z_0‖².
             # After cheap steps z_t is an image of f up to rounding, and the test is whether f moves it.
-            settled = flying & (squared[step] < self._tol) & exact & (now.steps > 1)
-            limited = flying & ~settled & (now.steps >= self._max_steps)
-            fates[settled], fates[limited] = int(Status.CONVERGED), int(Status.STEP_LIMIT)
-            cheap = flying & ~exact
+            settled = active & (squared[step] < self._tol) & exact & (now.steps > 1)
+            limited = active & ~settled & (now.steps >= self._max_steps)
+            outcomes[settled], outcomes[limited] = int(Status.CONVERGED), int(Status.STEP_LIMIT)
+            cheap = active & ~exact
             if bool(cheap.any()):
                 best, best_step = now.best[cheap], now.best_step[cheap]
                 now.cheap[cheap] = self._maps.stays(
@@ -376,14 +393,14 @@ class _Flight:
                 )
                 now.best[cheap], now.best_step[cheap] = best, best_step
             if self._on_step is not None:
-                going = int((fates < 0).sum()) + len(self._waiting or ())
-                self._on_step(int(now.steps[flying].max()) if bool(flying.any()) else 0, going)
-            flying &= (fates < 0) & (now.cheap | exact)
-            if not bool(flying.any()):
+                going = int((outcomes < 0).sum()) + len(self._waiting or ())
+                self._on_step(int(now.steps[active].max()) if bool(active.any()) else 0, going)
+            active &= (outcomes < 0) & (now.cheap | exact)
+            if not bool(active.any()):
                 break
         self._observe(shown)
-        self._end(before.rows, now.steps, fates, points, places)
-        kept = fates < 0
+        self._end(before.rows, now.steps, outcomes, points, places)
+        kept = outcomes < 0
         self._running = now.take(kept, _reached(points, places, kept))
 
     def _observe(self, shown: list[_Points]) -> None:
@@ -435,15 +452,15 @@ class _Flight:
                 batch.measure(name).put(rows, points.steps[inside], measured[inside])
         return found[: len(values)]
 
-    def _end(self, rows: Tensor, steps: Tensor, fates: Tensor, points: list[Tensor], places: Tensor) -> None:
-        ended = fates >= 0
+    def _end(self, rows: Tensor, steps: Tensor, outcomes: Tensor, points: list[Tensor], places: Tensor) -> None:
+        ended = outcomes >= 0
         if not bool(ended.any()):
             return
         final = _reached(points, places, ended)
         for batch, inside, own in self._parts(rows[ended]):
             batch.left -= len(own)
             batch.ended = self._looks
-            batch.status[own] = fates[ended][inside]
+            batch.status[own] = outcomes[ended][inside]
             batch.steps[own] = steps[ended][inside]
             device = batch.final.device
             batch.final[to_device(own, device)] = _rows_of(final, inside)

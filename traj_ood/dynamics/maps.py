@@ -65,7 +65,7 @@ class Maps:
         self.has_cheap = low is not None
         self.is_side_by_side = bool(sizes_side_by_side(self_map, chunk))
 
-    def fly(
+    def advance(
         self, latents: Tensor, cheap: Tensor, length: int, beside: Callable[[], None] | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """Make ``length`` steps of every sample, without reading results, so that a device never waits for the host.
