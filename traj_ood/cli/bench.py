@@ -128,10 +128,10 @@ def bench(benchmark: str, **options: Any) -> None:
     earlier), and `end-distance`, the gap between two nearly equal points, by several times its value.
     """
     from traj_ood.attractors import Verdict
-    from traj_ood.detector import refuse_inside
     from traj_ood.evaluation.leaderboard_text import render
     from traj_ood.evaluation.plots import plot_run
     from traj_ood.evaluation.tracking import log_result, tracker
+    from traj_ood.io.sealed import refuse_inside
 
     set_up(options["threads"])
     refuse_inside(options["out"])

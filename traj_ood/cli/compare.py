@@ -70,7 +70,7 @@ def compare(runs: tuple[Path, ...], scorers: str, metric: str, **options: Any) -
     found = _compared(runs, comma_separated(scorers), options)
     form = options["form"]
     if options["json_path"] is not None:
-        from traj_ood.detector import refuse_inside
+        from traj_ood.io.sealed import refuse_inside
         from traj_ood.io.trees import write_json
 
         refuse_inside(options["json_path"].parent)
@@ -148,11 +148,11 @@ def _compared(places: tuple[Path, ...], labels: tuple[str, ...], options: dict[s
 @shared("quote_formulas")
 def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, **options: Any) -> None:
     """Render every result.json below FOLDER as one leaderboard. Seeds are averaged, different settings are not."""
-    from traj_ood.detector import refuse_inside
     from traj_ood.evaluation.leaderboard_text import DEFAULT_COLUMNS, Choice, csv_text, openood_csv, render
     from traj_ood.evaluation.results import Result, with_diagnostics
     from traj_ood.evaluation.text_tables import put_between_markers
     from traj_ood.io.files import write_atomic
+    from traj_ood.io.sealed import refuse_inside
 
     quote = options["quote_formulas"]
     if readme is not None and form != "markdown":

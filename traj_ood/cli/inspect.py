@@ -34,9 +34,9 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     exit code 1 if such scores would be meaningless.
     """
     from traj_ood.data import load_benchmark
-    from traj_ood.detector import refuse_inside
     from traj_ood.dynamics.device import resolve_device
     from traj_ood.evaluation.diagnose import diagnose as run_diagnosis
+    from traj_ood.io.sealed import refuse_inside
 
     set_up(options["threads"])
     if out is not None:

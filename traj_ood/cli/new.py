@@ -107,8 +107,8 @@ def test_the_label_recreates_the_scorer() -> None:
 @click.option("--out", type=PATH, default=Path("."), help="Folder for the two files.  [default: the working directory]")
 def new(what: str, name: str, out: Path) -> None:
     """Write NAME.py, a working scorer to start from, and test_NAME.py, a test that it passes."""
-    from traj_ood.detector import refuse_inside
     from traj_ood.io.files import write_atomic
+    from traj_ood.io.sealed import refuse_inside
     from traj_ood.scorers import SCORERS
 
     module = re.sub(r"\W", "_", name)

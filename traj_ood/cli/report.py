@@ -30,7 +30,7 @@ def report(results: Path, out: Path | None, scorers: str | None) -> None:
     The page is self-contained and loads nothing from a network. It is made from the runs' folders alone, without the
     model and the data.
     """
-    from traj_ood.detector import refuse_inside
+    from traj_ood.io.sealed import refuse_inside
     from traj_ood.report import write_report
 
     refuse_inside(results if out is None else out.parent)

@@ -33,8 +33,8 @@ def train(config: str, out: Path, **options: Any) -> None:
 
     Resumes from the checkpoint in OUT if there is one. OUT can then be given to `traj-ood bench --model`.
     """
-    from traj_ood.detector import refuse_inside
     from traj_ood.dynamics.device import resolve_device
+    from traj_ood.io.sealed import refuse_inside
     from traj_ood.training.autoencoder import train_model
     from traj_ood.training.config import TrainConfig
 

@@ -7,8 +7,6 @@ attractors.safetensors and calibration.safetensors.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,14 +29,13 @@ from traj_ood.dynamics.device import resolve_device
 from traj_ood.errors import TrajOODError, warn
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
-from traj_ood.io.sealed import open_sealed, replaced_folder, seal
+from traj_ood.io.sealed import DETECTOR, FILE_NAME, open_sealed, refuse_inside, replaced_folder, seal
 from traj_ood.io.tensor_file import write_tensors
 from traj_ood.io.trees import as_json, field_of
 from traj_ood.scorers.base import spec_text
 from traj_ood.scorers.scorer_set import ScorerSet
 
-FILE_NAME = "detector.json"
-SCHEMA = "traj_ood.detector/2"
+SCHEMA = f"{DETECTOR}/2"
 """Version 2 added class-wise calibration and the history of calibrations; version 1 can be read."""
 _SCORER, _ATTRACTORS, _CALIBRATION, _TRAINING = (
     f"{name}.safetensors" for name in ("scorer", "attractors", "calibration", "training")
@@ -128,25 +125,6 @@ def _classes(known: Calibration) -> list[dict[str, Any]] | None:
         {"name": name, "images": len(group), "threshold": group.threshold}
         for name, group in zip(known.names, known.groups, strict=True)
     ]
-
-
-def refuse_inside(folder: str | Path) -> None:
-    """Refuse ``folder`` for output files if it is, or is inside, a detector, whose seal allows no other files."""
-    place = Path(os.path.realpath(Path(folder).expanduser()))
-    for above in (place, *place.parents):
-        if _is_detector(above):
-            raise TrajOODError(
-                f"{folder}: expected a place outside of any detector, but {above} is one, and would be refused as "
-                "damaged with another file in it; choose another place"
-            )
-
-
-def _is_detector(folder: Path) -> bool:
-    try:
-        record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and str(record.get("schema", "")).startswith(SCHEMA.split("/")[0])
 
 
 def read_detector(folder: Path, device: str, autoencoder: Autoencoder | None, compile: bool) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from traj_ood.data.decoding import AS_STORED
 from traj_ood.data.preprocessing import Pixels, Preprocessing, as_pixels, prepare
-from traj_ood.detector import refuse_inside
 from traj_ood.detector.decision import REASONS
 from traj_ood.detector.fixed_steps import reference, same_score
 from traj_ood.detector.module import DetectorModule, HasScorers, as_module
@@ -30,6 +29,7 @@ from traj_ood.export.formats import (
 )
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
+from traj_ood.io.sealed import refuse_inside
 
 SCHEMA = "traj_ood.export/2"
 """Version 2 added p-values and decisions to ONNX files; all metadata of version 1 are kept."""

@@ -22,6 +22,10 @@ from traj_ood.io.files import folder_errors, write_atomic
 
 _BLOCK = 2**20
 _MAX_JSON = 2**26
+DETECTOR = "traj_ood.detector"
+"""Schema, without its version, of a detector's record, the sealed folder that :func:`refuse_inside` looks for."""
+FILE_NAME = "detector.json"
+"""File name of that record."""
 
 
 @contextmanager
@@ -79,6 +83,25 @@ def _swap(fresh: Path, target: Path) -> None:
         os.rename(aside, target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_inside(folder: str | Path) -> None:
+    """Refuse ``folder`` for output files if it is, or is inside, a detector, whose seal allows no other files."""
+    place = Path(os.path.realpath(Path(folder).expanduser()))
+    for above in (place, *place.parents):
+        if _is_detector(above):
+            raise TrajOODError(
+                f"{folder}: expected a place outside of any detector, but {above} is one, and would be refused as "
+                "damaged with another file in it; choose another place"
+            )
+
+
+def _is_detector(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and str(record.get("schema", "")).startswith(DETECTOR)
 
 
 def seal(folder: Path, name: str, record: Mapping[str, Any]) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from traj_ood.detector import refuse_inside
 from traj_ood.detector.decision import Decision
 from traj_ood.io.files import folder_errors
+from traj_ood.io.sealed import refuse_inside
 
 
 class RowLog:
