@@ -158,15 +158,17 @@ class FixedFunction:
         """
         if not (self.side_by_side and self.device.type == "cpu"):
             return
-        whole = {f: _between(trial, self.chunk) for f, trial in functions.items()}
-        right = {f: next(in_threads(f, [rows])).clone() for f, rows in whole.items()}
+
+        def computed(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+            (result,) = in_threads(function, [rows.clone()])  # as in apply_in_chunks
+            return result.clone()
+
+        inputs = {f: _between(trial, self.chunk) for f, trial in functions.items()}
+        outputs = {f: computed(f, rows) for f, rows in inputs.items()}
         self.equal_rows = tuple(
             size
-            for size in sorted(rows for rows in self.ladder if rows < self.chunk and not self.chunk % rows)
-            if all(
-                torch.equal(torch.cat([part.clone() for part in in_threads(f, rows.split(size))]), right[f])
-                for f, rows in whole.items()
-            )
+            for size in sorted(rows for rows in self.ladder if rows < self.chunk)
+            if all(torch.equal(computed(f, rows[:size]), outputs[f][:size]) for f, rows in inputs.items())
         )
 
 
