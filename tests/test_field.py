@@ -201,7 +201,7 @@ def test_a_latent_of_one_token_has_one_view() -> None:
 
 def test_it_costs_one_evaluation_and_no_attractors() -> None:
     scorers = ScorerSet(tiny.vit(), ["field"]).fit(Normalised(tiny.images(10, seed=1)))
-    assert not scorers.needs_dictionary
+    assert not scorers.needs.dictionary
     scored = scorers.score(Normalised(tiny.images(4, seed=2)))
     assert scored.evidence.path().residuals.shape[1] == 1
     assert scorers.scorers[0].f_evaluations(scored.evidence) == 1.0

@@ -47,8 +47,13 @@ class AttractorDictionary:
     def from_trajectory(
         cls, start: Tensor, trajectory: Trajectory, ids: tuple[str, ...], provenance: Mapping[str, Any] | None = None
     ) -> AttractorDictionary:
-        """Collect the end points of ``trajectory``, which started at ``start`` (N, *L).
+        """Collect the end points of trajectories.
 
+        Args:
+            start: (N, *L) the points z0 at which they started.
+            trajectory: the N trajectories.
+            ids: N names of the samples.
+            provenance: see the class. Default: empty.
         Raises:
             TrajOODError: the numbers of trajectories, starts and ids differ.
         """
@@ -108,7 +113,13 @@ class AttractorDictionary:
         backend: Backend = "auto",
         approximate: Approximate = "none",
     ) -> NeighborIndex:
-        """Build a :class:`NeighborIndex` over the end points in one latent view."""
+        """Build a :class:`NeighborIndex` over the finite end points (:meth:`usable`) in one latent view.
+
+        Args:
+            autoencoder: the model, whose :meth:`traj_ood.Autoencoder.view` is taken.
+            view: Default ``tokens``, the whole latent.
+            backend, approximate: see :class:`traj_ood.NeighborIndex`.
+        """
         points = autoencoder.view(self.usable().to(autoencoder.device), view)
         return NeighborIndex(points, backend=backend, approximate=approximate)
 
@@ -124,6 +135,7 @@ class AttractorDictionary:
         write_tensors(path, self.tensors(), header)
 
     def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, as a file holds them."""
         return {name: getattr(self, name) for name in _TENSORS}
 
     @classmethod
@@ -147,7 +159,14 @@ class AttractorDictionary:
 
 
 class NearestAttractor:
-    """Observer that measures the distance d(z_t, Z*_train) to the nearest attractor in one latent view."""
+    """Observer that measures the distance d(z_t, Z*_train) to the nearest attractor in one latent view, under the name
+    ``distance/<view>``.
+
+    Args:
+        autoencoder: the model.
+        index: the attractors in this view, see :meth:`AttractorDictionary.index`.
+        view: the view.
+    """
 
     beside = True
 

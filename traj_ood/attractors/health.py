@@ -100,6 +100,7 @@ class Health:
     verdict: Verdict
 
     def as_dict(self) -> dict[str, Any]:
+        """The attributes as JSON data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 

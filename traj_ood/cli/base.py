@@ -138,7 +138,7 @@ class _Command(click.Command):
             multiple=True,
             type=NAME,
             metavar="FILE.py|MODULE",
-            help="Run your own Python file first, to register scorers, models or benchmarks. Repeatable.",
+            help="Run your own Python file first, to register scorers, models, benchmarks or questions. Repeatable.",
         )
         self.params.append(own)
 

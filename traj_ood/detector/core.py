@@ -39,7 +39,7 @@ _MAX_SEEN_SHARE = 0.01
 
 
 class Detector(OnTheHub):
-    """Decides whether images are out of distribution, by a fitted scorer and a threshold calibrated on ID images.
+    """Decides whether images are out of distribution (OOD), by a fitted scorer and a threshold calibrated on ID images.
 
     >>> detector = Detector.fit(autoencoder, train_images, "field")     # doctest: +SKIP
     >>> detector.calibrate(held_out_id_images, tpr=0.95)                # doctest: +SKIP
@@ -61,8 +61,9 @@ class Detector(OnTheHub):
     Attributes:
         scorers: the :class:`traj_ood.ScorerSet` of the model and its one scorer.
         calibration: the calibration; None before :meth:`calibrate`.
-        training: information about the fit as JSON data, for the model card.
-        history: information about every calibration as JSON data, oldest first, for the model card.
+        training: facts about the fit as JSON data, for the model card: numbers of images and classes, health of the
+            attractors.
+        history: facts about every calibration as JSON data, oldest first, for the model card.
         batch_size, workers: see :func:`traj_ood.data.batches`; they affect time and memory, not results.
         reading: how image files are decoded, a :class:`traj_ood.data.Reading`; the same as for the training images.
     """
@@ -78,7 +79,8 @@ class Detector(OnTheHub):
         batch_size: int | None = None,
         workers: int = 2,
     ) -> None:
-        """Not called directly: use :meth:`fit` or :meth:`load`. ``seen``: (N,) int64 digests of training images."""
+        """Not called directly: use :meth:`fit` or :meth:`load`. ``seen``, (N,) int64, are digests of the training
+        images' pixels, by which :meth:`calibrate` recognises them."""
         self.scorers, self.calibration = scorers, calibration
         self.training, self.batch_size, self.workers = dict(training), batch_size, workers
         self._seen, self.history = seen, [dict(entry) for entry in history]
@@ -118,7 +120,10 @@ class Detector(OnTheHub):
         on_error: OnError = "raise",
         quiet: bool = True,
     ) -> Detector:
-        """Fit one scorer on ID training images. Memory: what the scorer keeps of each image, and a few batches.
+        """Fit one scorer on ID training images, in one pass over them. Memory holds what the scorer keeps of each image
+        and a few batches.
+
+        The detector then has scores but no threshold: call :meth:`calibrate` with other ID images.
 
         Args:
             autoencoder: the model, on the device to use.
@@ -327,6 +332,7 @@ class Detector(OnTheHub):
         return batches(self.autoencoder, images, self.batch_size, self.workers, on_error, self.reading)
 
     def _scored(self, read: Iterable[Batch]) -> Iterator[tuple[Batch, Scored]]:
+        """Each batch with at least one readable image, and its scores."""
         taken: deque[Batch] = deque()
 
         def encodings() -> Iterator[Encoding]:
@@ -456,8 +462,7 @@ def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _E
 
 
 def _kept(evidence: Evidence, batch: Batch) -> Evidence:
-    """The evidence that the scorer is fitted on, on the CPU, without the trajectory; it must be finite, as every score
-    would be useless otherwise."""
+    """The evidence of a batch that the scorer is fitted on (:meth:`Evidence.kept`), checked to be finite."""
     kept = evidence.kept()
     for values in kept.tensors().values():
         bad = (~values.reshape(len(values), -1).isfinite().all(dim=1)).nonzero()[:, 0]

@@ -14,7 +14,7 @@ def one_scorer(scorers: ScorerSet) -> Scorer:
     """The one fitted scorer of a set."""
     if len(scorers.scorers) != 1:
         raise TrajOODError(f"export: expected a detector with one scorer, got {', '.join(scorers.labels) or 'none'}")
-    if scorers.needs_dictionary and scorers.dictionary is None:
+    if scorers.needs.dictionary and scorers.dictionary is None:
         raise TrajOODError(f"export: scorer {scorers.labels[0]} is not fitted: call fit with ID training images first")
     return scorers.scorers[0]
 

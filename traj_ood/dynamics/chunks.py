@@ -38,16 +38,19 @@ def apply_in_chunks(
     A short last chunk is padded with copies of its last row, whose results are dropped. Every chunk is a copy, because
     a network may begin with an in-place operation such as ``nn.ReLU(inplace=True)``.
 
-    On the CPU, chunks of a model with ``side_by_side`` are computed by several threads at once, which is faster than
-    several threads in each small product: hardly on an idle machine, several times on a busy one. Its calls have fewer
-    rows where that changes no bit of the result (``FixedFunction.equal_rows``).
+    On the CPU, chunks of a model with ``side_by_side`` are computed by several threads at once, a chunk each. Several
+    threads in each small product are slightly slower on an idle machine, and several times on a busy one. Such a model
+    is called with fewer rows where that changes no bit of the result (``FixedFunction.equal_rows``).
 
     Args:
-        function: (chunk, …) → (chunk, …).
-        inputs: (B, …).
+        function: rows (chunk, *I) → rows (chunk, *O); each row of the result depends on its own row alone.
+        inputs: (B, *I).
         chunk: rows per call.
         name: name of the function in messages.
-        beside: another task, done by one of the threads meanwhile, or first if the calls are made by this thread.
+        beside: another task, which one of the threads does meanwhile; it is done first if chunks do not run side by
+            side.
+    Returns:
+        (B, *O).
     Raises:
         TrajOODError: the function does not return as many rows as it was given, or its results for two chunks differ in
             shape, type or device.

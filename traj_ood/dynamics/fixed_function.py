@@ -19,26 +19,32 @@ from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 
 _F = TypeVar("_F", bound="FixedFunction")
 _TRIAL_ROWS = 2  # enough to test whether one image depends on another
-_SMALL = 10**7
-_NARROW = 16  # results a row of a product that MKL may compute by another routine
+_SMALL = 10**7  # parameters
+_NARROW = 16  # results per row up to which MKL's rounding may depend on the row's address (seen up to 10)
 _FLOATS = (torch.float32, torch.float64)
 _SAMPLED_VALUES, _MIN_VALUES = 2**15, 16
 """Number of weight values that are sampled to detect changes, in total and at least per tensor."""
 
 
 LADDER = (1, 6, 12, 24, 48, 96)
-"""Numbers of rows per call for few images: one, and multiples of the six rows that MKL's matrix products process at a
-time (see :func:`traj_ood.dynamics.chunks.rows_per_call`)."""
+"""The default numbers of rows per call, from which the smallest sufficient one is taken for few images: one, and
+multiples of the six rows that MKL's matrix products process at a time (see
+:func:`traj_ood.dynamics.chunks.rows_per_call`)."""
 
 
 class FixedFunction:
-    """Base class of wrappers around a network. Every pass through the network runs inside :meth:`fixed`.
+    """A network as a mathematical function: the same rows always give the same results, whatever rows are beside them.
+
+    Base class of autoencoders and backbones. Every pass through the network runs inside :meth:`fixed`, and calls have a
+    fixed number of rows, as rounding depends on it. Before its first use :meth:`try_once` checks that the network is
+    deterministic and treats each row on its own.
 
     Attributes:
         name: name in messages.
         module: the network.
         chunk: rows per call.
-        ladder: numbers of rows that a call may have instead of ``chunk`` for few images, see :func:`few_images`.
+        ladder: numbers of rows that a call may have instead of ``chunk`` for few images, ascending, see
+            :func:`few_images`.
             Default :data:`LADDER`; empty for a network that accepts only ``chunk`` rows, which :meth:`try_out` detects.
         side_by_side: whether several threads call the network at once, with a chunk each. Default false: unknown
             code may not allow it, and a large network is faster if all threads compute one chunk.
@@ -78,10 +84,11 @@ class FixedFunction:
         return self.parameter_count() <= _SMALL
 
     def modules_used(self) -> tuple[nn.Module, ...]:
-        """All networks whose weights and training flags affect the output."""
+        """All networks whose weights and training flags affect the output. Default: :attr:`module` alone."""
         return (self.module,)
 
     def parameter_count(self) -> int:
+        """Number of parameters of all networks used."""
         return sum(p.numel() for module in self.modules_used() for p in module.parameters())
 
     @contextmanager
@@ -137,7 +144,7 @@ class FixedFunction:
 
         Args:
             function: one of the network's functions, on the CPU.
-            trial: two of its rows, of which others are mixed.
+            trial: two rows (2, …) of its input; the trial uses a whole chunk of different rows between them.
         """
         weights = [tuple(p.shape) for p in self.module.parameters()]
         has_narrow = any(len(w) == 2 and min(w) <= _NARROW and (w[0] % 4 or w[1] % 4) for w in weights)
@@ -148,13 +155,14 @@ class FixedFunction:
         self.chunk = next((rows for rows in (self.chunk, *smaller) if _rounds_alike(function, trial, rows)), 1)
 
     def try_rows(self, functions: Mapping[Callable[[Tensor], Tensor], Tensor]) -> None:
-        """Set :attr:`equal_rows`, for a network whose chunks run side by side on the CPU.
+        """Set :attr:`equal_rows` by a trial, for a network whose chunks run side by side on the CPU.
 
-        The last chunk of a call can then be shorter than the others. Whether the rounding of a product depends on its
-        number of rows is decided by the processor's routines, not by values, so a trial can tell.
+        Chunks may then be shorter, so that all threads have an equal share of few rows. A trial suffices, because the
+        processor's routines, and not the values, decide whether the rounding of a product depends on its number of
+        rows.
 
         Args:
-            functions: the network's functions, each with two rows to try it with, of which others are mixed.
+            functions: the network's functions, each with two rows (2, …) of its input, as in :meth:`try_places`.
         """
         if not (self.side_by_side and self.device.type == "cpu"):
             return
@@ -174,17 +182,18 @@ class FixedFunction:
 
 @cache
 def _keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next allocation.
+    """Make glibc keep freed memory for the next allocation; without effect on other allocators.
 
-    Below a threshold that grows with the largest block freed, up to twice 32 MB, it keeps what is free at the end of a
-    heap. Else it may return the output of a layer to the kernel and ask for it again, page by page, in every call: a
-    sixth of the time of the bundled model's f. Other allocators ignore this.
+    glibc returns the free end of its heap to the kernel if it is larger than a threshold, which is twice the largest
+    block freed so far, of at most 32 MB. With the initial threshold the output of a layer may be returned and requested
+    again, page by page, in every call, which took a sixth of the time of the bundled model's f. Freeing a block of
+    nearly 32 MB once sets the threshold to its maximum.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _rounds_alike(function: Callable[[Tensor], Tensor], trial: Tensor, count: int) -> bool:
-    """Whether each of ``count`` rows has the same result at the next place; a single row always has."""
+    """Whether each of ``count`` rows gives the same bits at the next place of the chunk; a single row always does."""
     if count == 1:
         return True
     rows = _between(trial, count)
@@ -193,14 +202,15 @@ def _rounds_alike(function: Callable[[Tensor], Tensor], trial: Tensor, count: in
 
 
 def _between(trial: Tensor, count: int) -> Tensor:
-    """``count`` different rows on the line between the two of ``trial``."""
+    """``count`` different rows, evenly spaced on the line between the two of ``trial``."""
     share = torch.linspace(0, 1, count, dtype=trial.dtype).view(-1, *[1] * (trial.ndim - 1))
     return trial[:1] + share * (trial[1:2] - trial[:1])
 
 
 @contextmanager
 def few_images(count: int) -> Iterator[None]:
-    """Context in which this thread's network calls have only as many rows as ``count`` images need.
+    """Context in which this thread's network calls have only as many rows as ``count`` images need: the smallest
+    sufficient number of :attr:`FixedFunction.ladder`, if that is less than a whole chunk.
 
     A whole chunk of 48 rows takes 25 times as long as one image. Since float32 products of another shape round
     differently, scores agree with those of whole chunks to 1e-5 and not to 1e-9, so do not use it where scores are
@@ -216,16 +226,20 @@ def few_images(count: int) -> Iterator[None]:
 
 
 def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
-    """:meth:`FixedFunction.fixed` if ``function`` is a method of a model, else :func:`standard_settings`."""
+    """The context in which to call ``function``: :meth:`FixedFunction.fixed` of the model of which it is a method, else
+    :func:`standard_settings`."""
     owner = getattr(function, "__self__", None)
     return owner.fixed() if isinstance(owner, FixedFunction) else standard_settings()
 
 
 def sizes_side_by_side(function: Callable[..., Any], chunk: int) -> tuple[int, ...]:
-    """Numbers of rows, in ascending order, that calls of ``function`` side by side may have; none if the model does not
-    permit them, is not on the CPU, or ``chunk`` is not its own.
+    """The numbers of rows, ascending, that a call of ``function`` may have if several threads call it at once; empty if
+    all threads have to compute one call.
 
-    All whole chunks run side by side, because the number of threads of a product may change its rounding."""
+    That is so for functions that are no methods of a model, models without :attr:`FixedFunction.side_by_side` or not on
+    the CPU, and another ``chunk`` than the model's. The number of chunks does not matter: the number of threads of a
+    product may change its rounding, so a single chunk is computed by one thread, too.
+    """
     owner = getattr(function, "__self__", None)
     if not isinstance(owner, FixedFunction) or not owner.side_by_side or chunk != owner.chunk:
         return ()

@@ -74,9 +74,10 @@ class Maps:
             latents: (n, *L) current points.
             cheap: (n,) bool on the CPU, which samples use the cheap map.
             length: number of steps.
-            beside: another task, see :func:`traj_ood.dynamics.chunks.apply_in_chunks`.
+            beside: another task, done once, see :func:`traj_ood.dynamics.chunks.apply_in_chunks`.
         Returns:
-            The points (length + 1 tensors, ``latents`` first); and ‖f(z) − z‖ and ‖f(z)‖, (2, length, n) on the device.
+            The points, length + 1 tensors (n, *L) with ``latents`` first; and the lengths ‖f(z) − z‖ and ‖f(z)‖ of each
+            step, (2, length, n) on the device.
         """
         parts = []
         if self._low is not None and bool(cheap.any()):

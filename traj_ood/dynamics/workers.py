@@ -25,10 +25,9 @@ def in_threads(
 ) -> Iterator[Tensor]:
     """Yield ``function`` of every part, in order, computed in inference mode by as many threads as torch uses.
 
-    Each part is computed by one thread, so that results do not depend on the number of threads.
-
-    At most twice as many results as threads wait to be taken. If a call raises, the first such error in the order of
-    the parts is raised once no other call is running.
+    Each part is computed by a single thread, so that results do not depend on the number of threads. At most twice as
+    many results as there are threads wait to be taken. If calls raise, the error of the first of these parts is raised,
+    once no other call is running.
 
     Args:
         function: called in several threads at once.
@@ -62,11 +61,11 @@ def in_threads(
 
 @contextmanager
 def single_threaded() -> Iterator[int]:
-    """Context in which torch uses this thread alone, and :func:`in_threads` as many as torch did before; yields their
-    number.
+    """Context in which torch's own operations have one thread, and :func:`in_threads` has as many as torch had before;
+    yields that number.
 
-    Enter it around a sequence of calls of :func:`in_threads`: OpenMP's threads spin for a while after each operation
-    between two calls, in the way of the next one.
+    Enter it around a sequence of calls of :func:`in_threads`. Otherwise torch's operations between two calls wake its
+    OpenMP threads, which keep their cores busy for a while after each operation and slow the next call.
     """
     threads = thread_count()
     if torch.get_num_threads() < 2:
@@ -94,7 +93,7 @@ def _infer(function: Callable[..., _Result], *arguments: Any) -> _Result:
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Running threads, in each of which torch computes without further ones."""
+    """A pool of started threads, in each of which torch's operations have one thread."""
     started = threading.Barrier(threads)
 
     def start() -> None:

@@ -70,7 +70,10 @@ def check_scores(scores: ArrayLike, name: str) -> Floats:
 
 
 def compute_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> Metrics:
-    """The metrics of ID scores (n,) against OOD scores (m,), higher = more OOD, computed with scikit-learn.
+    """The metrics of ``id_scores`` (n,) against ``ood_scores`` (m,), higher = more OOD, computed with scikit-learn.
+
+    >>> round(compute_metrics([0.1, 0.2, 0.6], [0.5, 0.8]).auroc, 4)    # 5 of 6 pairs are in order
+    0.8333
 
     AUROC, both AUPRs and ``fpr95_openood`` are computed as in OpenOOD 1.5 (``openood/evaluators/metrics.py``):
     ``roc_curve`` with its defaults, ``auc`` of the curve, and the first point with TPR >= 0.95. These defaults drop

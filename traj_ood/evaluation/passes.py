@@ -35,17 +35,18 @@ _Compute: TypeAlias = "Callable[[list[_Job], _Bar], Iterator[tuple[_Job, Part]]]
 
 @dataclass
 class Passes:
-    """Reads, encodes, iterates and scores the images of a run, and stores every batch as soon as it is finished.
+    """Reads, encodes, iterates and scores the images of a run, and stores every batch as soon as it is finished, so
+    that an interrupted run continues with the next one.
 
     Attributes:
         scorers: the scorers.
-        sample: the images.
+        sample: the benchmark, reduced to the images of the run.
         snapshot: the contents of the images at the beginning of the run.
         parts: the store of finished batches.
         batch_sizes: images per batch of each split.
         team, cache, workers, on_error, quiet: see :class:`traj_ood.Evaluator` and :class:`traj_ood.RunConfig`.
         failures: ``{id, error}`` of every skipped image, in order.
-        seconds: time spent so far, by stage.
+        seconds: wall-clock seconds spent so far, by stage: ``fit``, and ``score/<split>`` for each split.
         still_falling: see :func:`traj_ood.attractors.health.still_falling`; None before :meth:`fit`.
     """
 
@@ -76,7 +77,7 @@ class Passes:
         self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # again, without skipped images
         evidence = Evidence.join([Evidence.from_tensors(p.tensors) for p in pieces if p.ids])
         dictionary = None
-        if self.scorers.needs_dictionary:
+        if self.scorers.needs.dictionary:
             dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
             residuals = join_tables([p.tensors["residuals"] for p in pieces if p.ids])
             self.still_falling = still_falling(residuals, dictionary.statuses)
@@ -158,7 +159,7 @@ class Passes:
                 yield encoding, job.ids
 
     def _explored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
-        """The parts of the training pass."""
+        """Each batch of the training pass with its part: evidence, end points and curves."""
         taken: deque[_Job] = deque()
         for dictionary, evidence in self.scorers.explore_all(self._read(jobs, bar, taken), bar.on_step):
             yield from _unreadable(taken)
@@ -171,6 +172,7 @@ class Passes:
         yield from _unreadable(taken)
 
     def _scored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
+        """Each batch of the scoring pass with its part: scores, costs and curves."""
         taken: deque[_Job] = deque()
         encodings = (encoding for encoding, _ in self._read(jobs, bar, taken))
         for scored in self.scorers.score_all(encodings, bar.on_step):
@@ -265,6 +267,7 @@ def _unreadable(taken: deque[_Job]) -> Iterator[tuple[_Job, Part]]:
 
 
 def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
+    """Steps, status, residuals and norms of the trajectories, by name; empty if f was not iterated."""
     path = evidence.trajectory
     if path is None:
         return {}

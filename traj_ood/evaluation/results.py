@@ -86,13 +86,22 @@ class Result:
     """The complete record of a run; ``results/README.md`` describes each key.
 
     Attributes:
+        name: name of the run and of its folder, ``<benchmark>--<model>--seed<seed>``.
+        benchmark: name of the benchmark.
         model: has at least ``name`` and ``fingerprint``.
+        config: the settings, see :class:`traj_ood.RunConfig`.
+        seed: seed of the training sample.
+        command: the command line or script that made it.
+        commit: the commit of the code; None if unknown.
+        versions: versions of the code and of the libraries, with device, threads and processes.
         data: ``{role, count, sha256}`` by split; newer results also have ``contents`` and, if there are any,
             ``copies``, the number of images shared with another split.
         dictionary: health of the attractors, with at least ``healthy`` (bool) and ``warnings`` (list of str).
         failures: ``{id, error}`` of each image that could not be scored.
         created: time in ISO 8601, UTC.
         seconds: wall-clock times by stage.
+        scorers: results by label.
+        schema: version of the file format.
     """
 
     name: str

@@ -43,8 +43,8 @@ def imported() -> list[Extension]:
 
 
 def import_extension(source: str) -> Extension:
-    """Run a Python file (a path that ends in ``.py``), or import a module, so that it registers scorers, models or
-    benchmarks.
+    """Run a Python file (a path that ends in ``.py``), or import a module, so that it registers scorers, models,
+    benchmarks or questions.
 
     A file can import modules of its own folder, and a module may be in the working directory. A source is run only once
     per process. An error of its code is reported with the line.

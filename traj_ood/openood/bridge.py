@@ -177,12 +177,12 @@ class Bridge:
             assert self._model is not None  # every caller has bound a network
             made = ScorerSet(self._model, specs, tol=self.settings.tol, max_steps=self.settings.max_steps)
             unknown = made.needs.features - self._train.features.keys()
-            if unknown or (made.needs_dictionary and self._dictionary is None):
+            if unknown or (made.needs.dictionary and self._dictionary is None):
                 raise TrajOODError(
                     f"{specs[0]}: needs features that setup did not collect: give the options in the yml file, or set "
                     "them before setup"
                 )
-            self._sets[specs] = made.learn(self._dictionary if made.needs_dictionary else None, self._train)
+            self._sets[specs] = made.learn(self._dictionary if made.needs.dictionary else None, self._train)
         return self._sets[specs]
 
     # ------------------------------------------------------------------ scoring

@@ -30,9 +30,14 @@ WHOLE_PATH = 2**31
 class Needs:
     """The inputs that a scorer declares, so that one pass over the images computes them once for all scorers.
 
+    ``a | b`` is what two scorers read together.
+
+    >>> Needs(distances=frozenset({"tokens"}), steps=16)                # doctest: +SKIP
+
     Attributes:
-        features: latent views of z0, ``backbone`` for a frozen backbone's penultimate features, or ``entry`` for x
-            itself and ``decoded`` for D(z0), both in the space of :meth:`traj_ood.Autoencoder.entry`.
+        features: latent views of z0 = E(x) (``tokens``, ``cls``, ``mean``, see :meth:`traj_ood.Autoencoder.view`, or
+            ``grid``), ``backbone`` for a frozen backbone's penultimate features, or ``entry`` for x itself and
+            ``decoded`` for D(z0), both in the space of :meth:`traj_ood.Autoencoder.entry`.
         reconstruction: ``plain`` for ‖x − D(E(x))‖², ``masked`` for the masked autoencoder's own task.
         distances: views in which the distance to the nearest attractor is measured along the path.
         steps: number of steps read beyond z0; ``WHOLE_PATH`` reads until convergence.
@@ -70,7 +75,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The measurements of one pass over B images, which the scorers read.
+    """The measurements of one pass over B images, which the scorers read. It holds what some scorer declared in its
+    :class:`Needs`, and is the only input of scorers: they never call the model.
 
     Attributes:
         features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the views ``grid``,
@@ -109,11 +115,15 @@ class Evidence:
         return len(known[0]) if known else 0
 
     def kept(self) -> Evidence:
-        """The part that scorers learn from, on the CPU; without the trajectories, which no scorer learns from."""
+        """The part that is kept of each training image until the scorers are fitted, on the CPU.
+
+        It is without the trajectory: scorers that learn from trajectories (:attr:`Needs.train_path`) get those of a
+        second pass, whose distances leave out an image's own attractor.
+        """
         return Evidence.from_tensors(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The part that scorers learn from, as named tensors on the CPU with one row per image."""
+        """The part of :meth:`kept`, as named tensors on the CPU with one row per image."""
         named = {f"features/{view}": values for view, values in self.features.items()}
         named |= {f"reconstruction/{kind}": values for kind, values in self.reconstruction.items()}
         named |= {f"points/{view}/{t}": values for (view, t), values in self.points.items()}
@@ -165,14 +175,26 @@ class Evidence:
 
 @dataclass
 class Scorer(ABC):
-    """An OOD scorer: :meth:`fit` learns from ID training images alone, :meth:`score` returns (B,) float64, higher =
-    more OOD. The fields of the dataclass are its options.
+    """An OOD score: :meth:`fit` learns from ID training images alone, :meth:`score` returns (B,) float64, HIGHER =
+    MORE OOD.
 
-    Use: ``scorer = KNN(k=5)``; ``scorer.fit(train_evidence)``; ``scorer.score(evidence)``.
+    A subclass is a dataclass, whose fields are its options, under the decorator :func:`traj_ood.register`. It defines
+    ``name``, ``summary``, :meth:`needs` and :meth:`score`, and :meth:`learn` if it learns anything; a scorer of one
+    feature vector per image derives from :class:`FeatureScorer`, which defines :meth:`needs`.
+
+    >>> scorer = create_scorer("knn:k=5:view=cls")                      # doctest: +SKIP
+    >>> scorer.fit(train_evidence).score(evidence)                      # doctest: +SKIP
+
+    Evidence is collected by a :class:`traj_ood.ScorerSet`, which fits and scores any number of scorers.
+
+    Raises:
+        TrajOODError: an option has an invalid value.
     """
 
     name: ClassVar[str]
+    """The name in ``--scorers`` and tables: lower-case words joined by hyphens."""
     summary: ClassVar[str]
+    """What it measures, in a line without full stop, for lists and tables."""
     views: ClassVar[tuple[str, ...]] = VIEWS
     """Allowed values of the option ``view``: latent views; :class:`FeatureScorer` adds ``backbone``."""
     suite: ClassVar[dict[str, int]] = {"": 900}
@@ -212,14 +234,26 @@ class Scorer(ABC):
 
     @abstractmethod
     def needs(self) -> Needs:
-        """The inputs that :meth:`score` and :meth:`fit` read."""
+        """The inputs that :meth:`score` and :meth:`learn` read; they depend on the options alone."""
 
     @abstractmethod
     def score(self, evidence: Evidence) -> Tensor:
-        """Scores (B,) float64, higher = more OOD; each image's score depends on that image alone."""
+        """Scores of B images, higher = more OOD; each image's score depends on that image alone.
+
+        Args:
+            evidence: what :meth:`needs` declares, of the B images. What was learnt is in :attr:`state`.
+        Returns:
+            (B,) float64, on the CPU.
+        """
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        """The learnt state that :meth:`score` needs, as named tensors, from ID training images. Default: none."""
+        """The learnt state that :meth:`score` needs, from ID training images. Default: none.
+
+        Args:
+            train: what :meth:`needs` declares, of the N training images.
+        Returns:
+            Tensors by name, which :attr:`state` then holds and files keep.
+        """
         return {}
 
     def check_training_size(self, count: int) -> None:
@@ -246,6 +280,14 @@ class Scorer(ABC):
         return float(evidence.path().steps.clamp(max=wanted).double().mean()) if wanted else 0.0
 
     def fit(self, train: Evidence) -> Scorer:
+        """Learn from ID training images, by :meth:`learn`; returns this scorer.
+
+        Args:
+            train: what :meth:`needs` declares, of the training images.
+        Raises:
+            TrajOODError: too few training images, or :meth:`learn` fails or returns something other than tensors by
+                name.
+        """
         if len(train):
             self.check_training_size(len(train))
         with own_code(type(self), f"scorer {self.label}: learn()"):
@@ -289,6 +331,7 @@ class Scorer(ABC):
         return other
 
     def options(self) -> dict[str, Any]:
+        """All options by name."""
         return asdict(self)
 
     @property

@@ -49,10 +49,14 @@ class Scored:
 
 
 class ScorerSet:
-    """An autoencoder with scorers that share one pass over the images.
+    """An autoencoder with scorers that share one pass over the images: each image is encoded and iterated once,
+    whatever the number of scorers.
 
     >>> scorers = ScorerSet(autoencoder, ["trajectory", "knn"])         # doctest: +SKIP
     >>> scorers.fit(train_images).score(test_images).scores["knn"]      # doctest: +SKIP
+
+    :meth:`fit` and :meth:`score` hold all images in memory. For streams, :meth:`explore_all` makes the training pass
+    and :meth:`learn` fits the scorers to its results, and :meth:`score_all` scores.
 
     Args:
         autoencoder: the model.
@@ -105,11 +109,8 @@ class ScorerSet:
 
     @property
     def labels(self) -> list[str]:
+        """The label of each scorer, from which it can be created again (:attr:`Scorer.label`)."""
         return [s.label for s in self.scorers]
-
-    @property
-    def needs_dictionary(self) -> bool:
-        return self.needs.dictionary
 
     def check_training_size(self, count: int) -> None:
         """Refuse too few training images, before anything is computed.
@@ -125,7 +126,7 @@ class ScorerSet:
     def try_compile(self) -> None:
         """Compile f if it was requested and has not been done. Afterwards :attr:`compile` is whether trajectories will
         use a compiled f, so that stored results can be labelled before they are computed."""
-        self.compile = self.compile and bool(self.needs.steps or self.needs.points or self.needs_dictionary)
+        self.compile = self.compile and bool(self.needs.steps or self.needs.points or self.needs.dictionary)
         if not self.compile or self._compiled is not None:
             return
         model = self.autoencoder
@@ -194,7 +195,15 @@ class ScorerSet:
     def explore(
         self, encoding: Encoding, ids: tuple[str, ...], on_step: OnStep | None = None
     ) -> tuple[AttractorDictionary | None, Evidence]:
-        """The training pass over one batch; returns its end points (None if no scorer needs them) and its evidence."""
+        """The training pass over one batch.
+
+        Args:
+            encoding: N training images, as ``autoencoder.examine`` returns them.
+            ids: their N names.
+            on_step: see :func:`traj_ood.iterate`.
+        Returns:
+            The end points of their trajectories, None if no scorer needs them; and their evidence.
+        """
         return next(self.explore_all([(encoding, ids)], on_step))
 
     def explore_all(
@@ -202,7 +211,7 @@ class ScorerSet:
     ) -> Iterator[tuple[AttractorDictionary | None, Evidence]]:
         """:meth:`explore` for each batch of a stream, in order, with several batches in progress at a time."""
         kept = max((t for _, t in self.needs.points), default=0)
-        steps = WHOLE_PATH if self.needs_dictionary else kept
+        steps = WHOLE_PATH if self.needs.dictionary else kept
         taken: deque[tuple[Tensor, tuple[str, ...]]] = deque()
 
         def encodings() -> Iterator[Encoding]:
@@ -215,7 +224,7 @@ class ScorerSet:
         provenance |= {"compile": True} if self.compile else {}
         for evidence in self._passes(encodings(), [], steps, on_step):
             start, ids = taken.popleft()
-            if not self.needs_dictionary:
+            if not self.needs.dictionary:
                 yield None, evidence
             else:
                 yield AttractorDictionary.from_trajectory(start, evidence.path(), ids, provenance), evidence
@@ -257,7 +266,8 @@ class ScorerSet:
         return self
 
     def attach(self, dictionary: AttractorDictionary | None) -> None:
-        """Set the attractors that distances are measured to: those given to :meth:`learn`, or loaded from a file."""
+        """Set the attractors that distances are measured to, those of :meth:`learn` or of a file, and build their
+        indices; None removes them."""
         self.dictionary = dictionary
         self._indices = {}
         if dictionary is not None:
@@ -297,11 +307,11 @@ class ScorerSet:
             yield Scored(scores, evidence)
 
     def _check_fitted(self) -> None:
-        if self.needs_dictionary and self.dictionary is None:
+        if self.needs.dictionary and self.dictionary is None:
             raise TrajOODError("these scorers are not fitted: call fit with ID training images first")
 
     def _examined(self, images: Images) -> tuple[Encoding, list[Any] | None]:
-        """The encoding of images, and their labels if they have any."""
+        """The encoding of images of any kind, and their labels if they have any."""
         if isinstance(images, Tensor | np.ndarray | Normalised):
             return self.autoencoder.examine(prepare(self.autoencoder, images)), None
         read = list(batches(self.autoencoder, images))
@@ -317,7 +327,14 @@ class ScorerSet:
         on_step: OnStep | None,
         low_precision: LowPrecision | None = None,
     ) -> Iterator[Evidence]:
-        """Yield the evidence of each batch of a stream."""
+        """Yield the evidence of each batch of a stream, in order.
+
+        Args:
+            encodings: the batches.
+            watchers: observers of the points, such as those that measure distances to attractors.
+            steps: number of steps to make; f is not iterated if there are neither steps nor watchers.
+            on_step, low_precision: see :func:`traj_ood.iterate`.
+        """
         if isinstance(encodings, Encoding):
             raise TrajOODError("encodings: expected several, such as a list or generator, got one: put it into a list")
         if not (steps or watchers):
