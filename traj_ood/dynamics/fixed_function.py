@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.dynamics.device import standard_settings
-from traj_ood.dynamics.workers import in_threads
+from traj_ood.dynamics.workers import in_threads, single_threaded
 from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 
@@ -83,6 +83,11 @@ class FixedFunction:
         """Whether the network has at most 10 million parameters: its products gain little from a second thread."""
         return self.parameter_count() <= _SMALL
 
+    @property
+    def is_side_by_side(self) -> bool:
+        """Whether several threads call the network at once: ``side_by_side`` permits it, and the device is the CPU."""
+        return self.side_by_side and self.device.type == "cpu"
+
     def modules_used(self) -> tuple[nn.Module, ...]:
         """All networks whose weights and training flags affect the output. Default: :attr:`module` alone."""
         return (self.module,)
@@ -123,7 +128,8 @@ class FixedFunction:
         """Run :meth:`try_out` if it has not been run before."""
         if not self._is_tried:
             _keep_freed_memory()
-            self.try_out()
+            with single_threaded() if self.is_side_by_side else nullcontext():
+                self.try_out()
             self._is_tried = True
 
     def try_out(self) -> None:
@@ -164,7 +170,7 @@ class FixedFunction:
         Args:
             functions: the network's functions, each with two rows (2, …) of its input, as in :meth:`try_places`.
         """
-        if not (self.side_by_side and self.device.type == "cpu"):
+        if not self.is_side_by_side:
             return
 
         def computed(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -233,17 +239,17 @@ def fixed_around(function: Callable[..., Any]) -> AbstractContextManager[None]:
 
 
 def sizes_side_by_side(function: Callable[..., Any], chunk: int) -> tuple[int, ...]:
-    """The numbers of rows, ascending, that a call of ``function`` may have if several threads call it at once; empty if
-    all threads have to compute one call.
+    """The numbers of rows up to ``chunk``, ascending, that a call of ``function`` may have if several threads call it;
+    empty if all threads have to compute one call.
 
-    That is so for functions that are no methods of a model, models without :attr:`FixedFunction.side_by_side` or not on
-    the CPU, and another ``chunk`` than the model's. The number of chunks does not matter: the number of threads of a
-    product may change its rounding, so a single chunk is computed by one thread, too.
+    That is so for functions that are no methods of a model with :attr:`FixedFunction.is_side_by_side`. The number of
+    chunks does not matter: the number of threads of a product may change its rounding, so a single chunk is computed by
+    one thread, too.
     """
     owner = getattr(function, "__self__", None)
-    if not isinstance(owner, FixedFunction) or not owner.side_by_side or chunk != owner.chunk:
+    if not isinstance(owner, FixedFunction) or not owner.is_side_by_side:
         return ()
-    return (*owner.equal_rows, chunk) if owner.device.type == "cpu" else ()
+    return *(rows for rows in owner.equal_rows if rows < chunk), chunk
 
 
 def name_around(function: Callable[..., Any]) -> str:
