@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import importlib.util
 import json
 import os
@@ -182,6 +183,21 @@ def test_the_citation_file_is_valid_enough() -> None:
     tree = yaml.safe_load(text(ROOT / "CITATION.cff"))
     assert {"cff-version", "message", "title", "authors", "version"} <= set(tree)
     assert tree["version"] == __import__("traj_ood").__version__
+
+
+# ---------------------------------------------------------------------------------------------- docstrings
+
+
+def with_examples() -> list[str]:
+    """Names of the modules with an example that is not skipped."""
+    files = {path: text(path) for path in sorted((ROOT / "traj_ood").rglob("*.py"))}
+    shown = [path for path, code in files.items() if re.search(r">>> (?!.*# doctest: [+]SKIP)", code)]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in shown]
+
+
+@pytest.mark.parametrize("module", with_examples())
+def test_examples_in_docstrings_run(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
 
 
 # ---------------------------------------------------------------------------------------------- the site, notebooks

@@ -35,13 +35,21 @@ _DECODING = threading.Lock()
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of B preprocessed images, where B may be 0."""
+    """A batch of B preprocessed images, where B may be 0.
 
-    ids: tuple[str, ...]  # those of the ImageSource, the paths as given, or else the positions in the input
-    rows: tuple[int, ...]  # positions in the input, without those of skipped images
-    images: Tensor  # (B, C, H, W) float32 in the model's units
-    failures: list[dict[str, str]] = field(default_factory=list)  # {id, error} of each skipped image
-    labels: tuple[Any, ...] = ()  # of classes, if a Dataset or DataLoader yields them with the images
+    Attributes:
+        ids: B ids: those of the ImageSource, the paths as given, or else the positions in the input.
+        rows: B positions in the input, without those of skipped images.
+        images: (B, C, H, W) float32 in the model's units.
+        failures: ``{id, error}`` of each skipped image.
+        labels: B class labels, if a Dataset or DataLoader yields them with the images, else empty.
+    """
+
+    ids: tuple[str, ...]
+    rows: tuple[int, ...]
+    images: Tensor
+    failures: list[dict[str, str]] = field(default_factory=list)
+    labels: tuple[Any, ...] = ()
 
 
 def count_of(images: Images) -> int:

@@ -19,14 +19,21 @@ MAX_BYTES = 2**33
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages(Listed):
-    """An ImageSource of encoded files in memory; a broken record raises when it is loaded."""
+    """An ImageSource of encoded files in memory; a broken record raises when it is loaded.
+
+    Attributes:
+        ids: N unique ids, without the location of the source.
+        files: the content of each image file, or the reason why the record is broken.
+        labels: N class labels; empty if any image has none.
+        exif, bit_depth: how files are decoded, see :class:`traj_ood.data.Reading`.
+    """
 
     columns = ("ids", "files", "labels")
 
-    ids: tuple[str, ...]  # unique, without the location of the source
-    files: tuple[bytes | str, ...]  # the content of each image file, or the reason why the record is broken
-    labels: tuple[str, ...] = ()  # of classes; empty if any image has none
-    exif: bool = False  # this and the next: how files are decoded, see traj_ood.data.Reading
+    ids: tuple[str, ...]
+    files: tuple[bytes | str, ...]
+    labels: tuple[str, ...] = ()
+    exif: bool = False
     bit_depth: int | None = None
 
     def load(self, index: int) -> Image.Image:

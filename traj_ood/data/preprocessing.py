@@ -33,6 +33,9 @@ _RECORDED_VALUES = 64  # values that represent the output of a user's transform 
 class Preprocessing:
     """Resize, crop and normalisation that turn a Pillow image into a network's input.
 
+    >>> Preprocessing((3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)(Image.new("RGB", (64, 48), "white"))[:, 0, 0]
+    tensor([1., 1., 1.])
+
     Attributes:
         shape: (C, H, W) of the network's input. C = 1 is grey (ITU-R 601 luma, Pillow's mode L), C = 3 is RGB.
         mean, std: per channel, of the rescaled pixels. Default: 0 and 1, no normalisation.

@@ -32,7 +32,9 @@ class Needs:
 
     ``a | b`` is what two scorers read together.
 
-    >>> Needs(distances=frozenset({"tokens"}), steps=16)                # doctest: +SKIP
+    >>> both = Needs(features=frozenset({"mean"}), steps=1) | Needs(distances=frozenset({"tokens"}), steps=16)
+    >>> both.steps, both.dictionary
+    (16, True)
 
     Attributes:
         features: latent views of z0 = E(x) (``tokens``, ``cls``, ``mean``, see :meth:`traj_ood.Autoencoder.view`, or
@@ -182,10 +184,14 @@ class Scorer(ABC):
     ``name``, ``summary``, :meth:`needs` and :meth:`score`, and :meth:`learn` if it learns anything; a scorer of one
     feature vector per image derives from :class:`FeatureScorer`, which defines :meth:`needs`.
 
-    >>> scorer = create_scorer("knn:k=5:view=cls")                      # doctest: +SKIP
-    >>> scorer.fit(train_evidence).score(evidence)                      # doctest: +SKIP
+    >>> from traj_ood.scorers import KNN
+    >>> scorer = KNN(k=1, normalize=False).fit(Evidence(features={"mean": torch.tensor([[0.0, 1.0], [1.0, 0.0]])}))
+    >>> scorer.score(Evidence(features={"mean": torch.tensor([[0.0, 1.0], [0.0, 3.0]])}))
+    tensor([0., 2.], dtype=torch.float64)
+    >>> scorer.label
+    'knn:k=1:normalize=false'
 
-    Evidence is collected by a :class:`traj_ood.ScorerSet`, which fits and scores any number of scorers.
+    A :class:`traj_ood.ScorerSet` collects the evidence of images, and fits and scores any number of scorers.
 
     Raises:
         TrajOODError: an option has an invalid value.

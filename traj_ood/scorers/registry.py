@@ -87,7 +87,10 @@ def scorer_class(name: str) -> type[Scorer]:
 
 
 def create_scorer(spec: str) -> Scorer:
-    """Create a scorer from ``name`` or ``name:key=value:…``, such as ``knn:k=5:view=cls``.
+    """Create a scorer from ``name`` or ``name:key=value:…``; options that are not named have their defaults.
+
+    >>> create_scorer("knn:k=5:view=cls").k
+    5
 
     Raises:
         TrajOODError: unknown name or option (the message lists similar ones), or a value of the wrong type.
