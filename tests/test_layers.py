@@ -132,6 +132,13 @@ def test_the_engine_knows_torch_and_nothing_else() -> None:
     assert {n.split(".")[0] for n in internal("dynamics/iterate.py")} == {"dynamics", "errors"}
 
 
+def test_no_module_of_ours_is_imported_by_name() -> None:
+    for file in files():
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+                assert file == "__init__.py" or "traj_ood" not in ast.unparse(node), f"{file}, line {node.lineno}"
+
+
 def test_nothing_imports_the_bridge_or_the_command_line() -> None:
     for file in files():
         rooms = {n.split(".")[0] for n in internal(file)}
