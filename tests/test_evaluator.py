@@ -19,7 +19,7 @@ from traj_ood.autoencoders import CallableAutoencoder, SurrogateAutoencoder, Sur
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import load_benchmark
-from traj_ood.data.batches import parts_of
+from traj_ood.data.batches import ranges_of
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
@@ -580,7 +580,7 @@ def test_batches_are_even_and_as_many_for_each_process() -> None:
         for most in (1, 4, 5, 64, 2048):
             for processes in (1, 2, 3, 8):
                 size = even_size(count, most, processes)
-                batches = parts_of(count, size)
+                batches = ranges_of(count, size)
                 assert [i for b in batches for i in b] == list(range(count))
                 assert 1 <= size <= most
                 shares = [len(batches[rank::processes]) for rank in range(processes)]

@@ -26,7 +26,7 @@ from traj_ood.analysis.subjects import TRAINED, ModelQuestion, Subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource, Split
-from traj_ood.data.batches import parts_of
+from traj_ood.data.batches import ranges_of
 from traj_ood.dynamics.iterate import Norm, iterate
 from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.dynamics.trajectory import Trajectory, join_tables
@@ -155,7 +155,7 @@ class Convergence(ModelQuestion):
         ends = paths.tensors["ends"][settled]
         leaders, group = greedy_leaders(ends.flatten(1).double(), paths.notes["epsilon"])
         points = ends[leaders]
-        parts = parts_of(len(points), _UNIT_JACOBIANS)
+        parts = ranges_of(len(points), _UNIT_JACOBIANS)
         measure = partial(_spectra, about.model, points, self.seed)
         found = work.pieces("jacobians", key, parts, measure, title="Jacobians", unit="attractor")
         spectra = {name: torch.cat([part[name] for part in found]) for name in ("norms", "radii")}

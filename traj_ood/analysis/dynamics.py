@@ -29,7 +29,7 @@ from traj_ood.analysis.subjects import training_images
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import FAMILIES, MODELS, Autoencoder, load_autoencoder, rehearsals
 from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
-from traj_ood.data.batches import parts_of
+from traj_ood.data.batches import ranges_of
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
 from traj_ood.dynamics.trajectory import join_tables
@@ -144,7 +144,7 @@ class Dynamics(Question):
             path = iterate(model.self_map, subject.starts(rows), observers=subject.observers(), **settings)
             return Unit({"latent": path.residuals.sqrt(), **path.measures})
 
-        parts = work.pieces("dynamics", key, parts_of(subject.count, model.chunk), run, title=name, unit="sample")
+        parts = work.pieces("dynamics", key, ranges_of(subject.count, model.chunk), run, title=name, unit="sample")
         width = {"latent": self.steps}  # the other tables also have a value at z_0
         return {c: join_tables([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
 

@@ -35,7 +35,7 @@ from traj_ood.analysis.subjects import TRAINED, ModelQuestion, NamedImages, name
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
-from traj_ood.data.batches import parts_of
+from traj_ood.data.batches import ranges_of
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError
@@ -192,7 +192,7 @@ class Probe(ModelQuestion):
         def measure(rows: range) -> Unit:
             return coder.measure(images, rows, max(0, min(len(rows), self.examples - rows.start)))
 
-        parts = parts_of(len(images.source), _GROUP_IMAGES)
+        parts = ranges_of(len(images.source), _GROUP_IMAGES)
         found = work.pieces("reconstructions", key, parts, measure, title=images.name)
         return Errors(images.name, {name: torch.cat([part[name] for part in found]) for name in found[0]})
 

@@ -16,7 +16,7 @@ from traj_ood.analysis.models import paper_recipe, train_conv
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
 from traj_ood.data import Benchmark, ImageSource, list_benchmarks, load_benchmark, read_folder
-from traj_ood.data.batches import parts_of
+from traj_ood.data.batches import ranges_of
 from traj_ood.data.benchmark import TEST_SEED
 from traj_ood.errors import TrajOODError, unknown_name
 
@@ -103,7 +103,7 @@ class ModelQuestion(Question):
         def compute(rows: range) -> Unit:
             return Unit(measure(model.encode(stack(model, images.select(list(rows))))))
 
-        return work.pieces(name, key, parts_of(len(images), max(_UNIT_IMAGES, model.chunk)), compute, title=name)
+        return work.pieces(name, key, ranges_of(len(images), max(_UNIT_IMAGES, model.chunk)), compute, title=name)
 
     def _trained(self, work: Workspace, images: ImageData) -> Subject:
         train = sample(images.train, self.train_images, self.seed, "train")

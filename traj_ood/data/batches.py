@@ -118,7 +118,7 @@ def batches(
         )
     channels, height, width = autoencoder.input_shape
     most = min(_MAX_IMAGES, _MAX_BYTES // (4 * channels * height * width))
-    ranges = parts_of(count, size or max(1, most // autoencoder.chunk) * autoencoder.chunk)
+    ranges = ranges_of(count, size or max(1, most // autoencoder.chunk) * autoencoder.chunk)
     if isinstance(images, Tensor | np.ndarray | Normalised):
         return _slices(autoencoder, images, ranges)
     if isinstance(images, torch.utils.data.DataLoader):
@@ -133,7 +133,7 @@ def batches(
     return _read(autoencoder, images, ranges, workers, on_error, reading)
 
 
-def parts_of(count: int, size: int) -> list[range]:
+def ranges_of(count: int, size: int) -> list[range]:
     """The positions 0 … count − 1 as ranges of ``size``; the last one may be shorter."""
     return [range(i, min(i + size, count)) for i in range(0, count, size)]
 

@@ -23,7 +23,7 @@ from traj_ood.detector.decision import Decision, Judgement, decide_each
 from traj_ood.detector.folder import read_detector, write_detector
 from traj_ood.detector.hub import OnTheHub
 from traj_ood.detector.module import as_module
-from traj_ood.detector.scorer import classes_given, forget_fit, labels_of, numbered, one_scorer
+from traj_ood.detector.scorer import classes_given, forget_fit, label_list, numbered, one_scorer
 from traj_ood.detector.tensors import digests_of
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.dynamics.trajectory import Status
@@ -207,7 +207,7 @@ class Detector(OnTheHub):
         """
         check_word("value of on_known", on_known, OnKnown)
         check_count(count := count_of(images), tpr)
-        classes = None if labels is None else labels_of(labels, count)
+        classes = None if labels is None else label_list(labels, count)
         scores, known = [_nothing(torch.float64)], [_nothing(torch.bool)]
         ids: list[str] = []
         rows: list[int] = []
@@ -297,7 +297,7 @@ class Detector(OnTheHub):
         known = self.calibration
         if known is None:
             return Judgement(scores, None, None, steps, status)
-        classes = None if labels is None else labels_of(labels, len(scores))
+        classes = None if labels is None else label_list(labels, len(scores))
         return Judgement(scores, known.p_values(scores, classes), known.decide(scores, classes), steps, status)
 
     def decide(self, images: Images) -> list[Decision]:

@@ -10,7 +10,7 @@ from traj_ood.scorers import KNN, WHOLE_PATH, IsolationForest, KNNAuto, Reconstr
 from traj_ood.scorers.scorer_set import ScorerSet
 
 
-def one_scorer(scorers: ScorerSet) -> Scorer:
+def the_scorer(scorers: ScorerSet) -> Scorer:
     """The one fitted scorer of a set."""
     if len(scorers.scorers) != 1:
         raise TrajOODError(f"export: expected a detector with one scorer, got {', '.join(scorers.labels) or 'none'}")
@@ -37,7 +37,7 @@ def check_exportable(scorer: Scorer) -> None:
 def steps_of(scorers: ScorerSet, steps: int | None) -> int:
     """The number of evaluations of f in the graph: ``steps``, or by default what the scorer reads, within the
     detector's limit."""
-    scorer = one_scorer(scorers)
+    scorer = the_scorer(scorers)
     reads = scorer.needs().steps
     if steps is not None and steps < 1:
         raise TrajOODError(f"export: expected at least 1 step, got {steps}")
@@ -71,14 +71,14 @@ def at_fixed_steps(scorer: Scorer, steps: int) -> Scorer:
 
 def same_score(scorers: ScorerSet, steps: int) -> bool:
     """Whether a graph of ``steps`` steps computes the detector's own score, so that its threshold holds."""
-    scorer = one_scorer(scorers)
+    scorer = the_scorer(scorers)
     return not _reads_own_length(scorer) and steps == min(scorer.needs().steps, scorers.max_steps)
 
 
 def reference(scorers: ScorerSet, steps: int) -> ScorerSet:
     """The Python scorer that a graph of ``steps`` steps has to agree with: same state and attractors, same limit."""
     other = copy.copy(scorers)
-    other.scorers = [at_fixed_steps(one_scorer(scorers), steps)]
+    other.scorers = [at_fixed_steps(the_scorer(scorers), steps)]
     other.needs = replace(scorers.needs, steps=other.scorers[0].needs().steps)
     other.max_steps, other.precision = max(1, steps), "fp32"
     return other

@@ -13,7 +13,7 @@ from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateA
 from traj_ood.data.preprocessing import PIXEL_SLACK, Preprocessing
 from traj_ood.detector.conformal import Calibration
 from traj_ood.detector.dense_index import DenseIndex
-from traj_ood.detector.fixed_steps import at_fixed_steps, check_exportable, one_scorer, steps_of
+from traj_ood.detector.fixed_steps import at_fixed_steps, check_exportable, steps_of, the_scorer
 from traj_ood.detector.step import Loop, PinnedTensors, RecordedStep, Step, Tensors, lengths, plain_loop
 from traj_ood.dynamics.fixed_function import float_type
 from traj_ood.dynamics.trajectory import Status, Trajectory
@@ -50,7 +50,7 @@ class DetectorModule(nn.Module):
         """See :func:`as_module`."""
         super().__init__()
         _check_model(autoencoder)
-        scorer = one_scorer(scorers)
+        scorer = the_scorer(scorers)
         check_exportable(scorer)
         self.steps = steps_of(scorers, steps)
         self.scorer = scorer = at_fixed_steps(scorer, self.steps)

@@ -46,7 +46,7 @@ def forget_fit(scorers: ScorerSet) -> None:
         scorers.dictionary = None
 
 
-def labels_of(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
+def label_list(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
     """The labels, one integer or text per image, as a list."""
     class_numbers(labels, count)
     tolist = getattr(labels, "tolist", None)

@@ -18,7 +18,7 @@ from traj_ood.attractors.health import still_falling
 from traj_ood.autoencoders import Encoding, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split
-from traj_ood.data.batches import OnError, parts_of, read_rows
+from traj_ood.data.batches import OnError, ranges_of, read_rows
 from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import Team
@@ -118,7 +118,7 @@ class Passes:
 
         Each process computes its share. The main process, or with ``everywhere`` every process, returns all batches.
         """
-        batches = {split.name: parts_of(len(split.images), self.batch_sizes[split.name]) for split in splits}
+        batches = {split.name: ranges_of(len(split.images), self.batch_sizes[split.name]) for split in splits}
         share = [_Job(split, indices) for split in splits for indices in self.team.share(batches[split.name])]
         pieces: dict[str, Part] = {}
         for job in share:

@@ -18,7 +18,7 @@ from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.backbones.feature_cache import BLOCK, FeatureCache, backbone_answers
 from traj_ood.backbones.tuning import tuned
 from traj_ood.data import Benchmark, ImageSource, preflight
-from traj_ood.data.batches import OnError, parts_of
+from traj_ood.data.batches import OnError, ranges_of
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, transform_digest
@@ -138,7 +138,7 @@ def _extract(
     skipped = 0
     title = printable(f"features of {backbone.name}")
     with tqdm(total=len(images), desc=title, unit="img", delay=2, disable=quiet) as bar:
-        for indices in parts_of(len(images), BLOCK):
+        for indices in ranges_of(len(images), BLOCK):
             _, answer, failed = cache.extract(backbone, images, indices, workers=workers, on_error=on_error)
             skipped += len(failed)
             if answer is not None:
