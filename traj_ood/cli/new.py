@@ -47,7 +47,8 @@ class {cls}(traj_ood.FeatureScorer):
 
 # FeatureScorer reads one vector per image (option view: mean, cls, tokens, grid, backbone). To read the trajectory,
 # derive from traj_ood.Scorer and declare in needs() what score() reads, for instance 16 steps and the distances to the
-# attractors along them: return traj_ood.Needs(distances=frozenset({{"tokens"}}), steps=16); then use evidence.path().
+# attractors along them: return traj_ood.Needs(distances=frozenset({{"tokens"}}), steps=16). In score(), evidence.path()
+# is a traj_ood.Trajectory, and evidence.path().measure("distance/tokens") are the distances (B, T + 1) at z_0 ... z_T.
 '''
 
 TEST = '''"""Properties that every scorer must have, tested for {name}."""

@@ -84,7 +84,8 @@ class Evidence:
         features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the views ``grid``,
             ``entry`` and ``decoded``.
         reconstruction: kind → (B,) float64 mean squared error per pixel.
-        trajectory: residuals, steps and (while scoring) distances to the attractors.
+        trajectory: residuals, steps, norms and, while scoring, distances to the attractors, which are its measure
+            ``distance/<view>``; None if no scorer reads the path.
         points: (view, t) → latent view of z_t, shaped as in ``features``; the end point for a sample that converged
             before t.
         attractors: view → (M, …) of the finite attractors; only while fitting.
