@@ -63,7 +63,8 @@ class Maps:
     def __init__(self, self_map: SelfMap, low: LowPrecision | None, chunk: int) -> None:
         self._map, self._low, self._chunk, self._name = self_map, low, chunk, name_around(self_map)
         self.has_cheap = low is not None
-        self.is_side_by_side = bool(sizes_side_by_side(self_map, chunk))
+        # The cheap copy is no method of a model, so that all threads compute each of its calls.
+        self.is_side_by_side = low is None and bool(sizes_side_by_side(self_map, chunk))
 
     def advance(
         self, latents: Tensor, cheap: Tensor, length: int, beside: Callable[[], None] | None = None
