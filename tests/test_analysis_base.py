@@ -406,7 +406,9 @@ RECORDED = Path(__file__).parents[1] / "results" / "figures"
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in RECORDED.glob("*/finding.json")))
 def test_recorded_figures_suffice_for_what_a_question_draws_of_them(folder: str) -> None:
     found = Finding.load(RECORDED / folder)
-    asked = options_from(find_question(found.question), [f"{k}={write_option(v, ',')}" for k, v in found.options.items()])
+    asked = options_from(
+        find_question(found.question), [f"{k}={write_option(v, ',')}" for k, v in found.options.items()]
+    )
     for file, draw in asked.drawn(found.figures).items():
         assert file in found.pictures
         assert draw().axes
