@@ -16,6 +16,7 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
+from traj_ood.dynamics.batch_record import BatchRecord
 from traj_ood.dynamics.chunks import ROWS, kind
 from traj_ood.dynamics.fixed_function import fixed_around
 from traj_ood.dynamics.host import to_device, to_host, where
@@ -175,28 +176,6 @@ def _trajectories(engine: _Engine, self_map: SelfMap, starts: Iterator[Tensor]) 
             return
 
 
-class _Batch:
-    """The record of the trajectories of one batch of starts; its first sample has the number ``first``."""
-
-    def __init__(self, first: int, start: Tensor) -> None:
-        count = len(start)
-        self.first, self.end, self.left = first, first + count, count
-        self.ended = 0  # number of the read at which its last sample was found to have ended
-        # Decisions are made on the CPU (MPS has no float64); only latents stay on the device.
-        self.steps = torch.zeros(count, dtype=torch.int64)
-        self.status = torch.full((count,), int(Status.STEP_LIMIT))
-        self.final = start.detach().clone()
-        self.residuals = _Table(count)
-        self.measures: dict[str, _Table] = {}
-
-    def measure(self, name: str) -> _Table:
-        return self.measures.setdefault(name, _Table(len(self.steps)))
-
-    def trajectory(self, max_steps: int, names: Iterable[str]) -> Trajectory:
-        measures = {name: self.measure(name).values() for name in names}
-        return Trajectory(self.steps, self.status, self.residuals.values(), self.final, measures, max_steps)
-
-
 @dataclass
 class _Running:
     """The samples in progress: numbers, steps made, points (n, *L), and the state that :class:`LowPrecision` needs."""
@@ -269,9 +248,11 @@ class _Engine:
         look: int | None,
     ) -> None:
         self._maps, self._tol, self._max_steps, self._observers = maps, tol, max_steps, observers
-        self._beside = [o for o in observers if maps.is_side_by_side and getattr(o, "beside", False)]
+        is_beside = [maps.is_side_by_side and getattr(observer, "beside", False) for observer in observers]
+        self._beside = [observer for observer, beside in zip(observers, is_beside, strict=True) if beside]
+        self._at_once = [observer for observer, beside in zip(observers, is_beside, strict=True) if not beside]
         self._on_step, self._room, self._look = on_step, room, look
-        self._batches: deque[_Batch] = deque()
+        self._batches: deque[BatchRecord] = deque()
         self._running: _Running | None = None
         self._waiting: _Running | None = None
         self._silent: set[str] = set()  # observers that return None
@@ -302,7 +283,7 @@ class _Engine:
         """Take in the next batch."""
         known = self._running or self._waiting
         _check_start(start, known.latents if known else None)
-        batch = _Batch(self._count, start)
+        batch = BatchRecord(self._count, start)
         self._count += len(start)
         self._batches.append(batch)
         finite = to_host([start.flatten(1).norm(dim=1)])[0].isfinite()
@@ -417,11 +398,10 @@ class _Engine:
             return
         if self._beside:
             self._shown += shown
-        if len(self._beside) < len(self._observers):
+        if self._at_once:
             points = _Points.joined(shown)
-            for observer in self._observers:
-                if observer not in self._beside:
-                    self._measure(observer, points)
+            for observer in self._at_once:
+                self._measure(observer, points)
         if self._look == 1:
             self._read([])
 
@@ -471,31 +451,12 @@ class _Engine:
             device = batch.final.device
             batch.final[to_device(own, device)] = _rows_of(final, inside)
 
-    def _parts(self, rows: Tensor) -> Iterator[tuple[_Batch, Tensor, Tensor]]:
+    def _parts(self, rows: Tensor) -> Iterator[tuple[BatchRecord, Tensor, Tensor]]:
         """Each batch that contains some of ``rows`` (n,), the mask (n,) bool of these, and their indices in it."""
         for batch in self._batches:
             inside = (rows >= batch.first) & (rows < batch.end)
             if bool(inside.any()):
                 yield batch, inside, rows[inside] - batch.first
-
-
-class _Table:
-    """A growing table with one number per sample and step; NaN after a sample's end."""
-
-    def __init__(self, count: int) -> None:
-        self._values = torch.full((count, 1), torch.nan, dtype=torch.float64)
-        self._width = 1
-
-    def put(self, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-        self._width = max(self._width, int(columns.max()) + 1)
-        missing = self._width - self._values.shape[1]
-        if missing > 0:  # doubled, so that the table is not copied at every step
-            more = self._values.new_full((len(self._values), max(missing, self._values.shape[1])), torch.nan)
-            self._values = torch.cat([self._values, more], dim=1)
-        self._values[rows, columns] = values
-
-    def values(self) -> Tensor:
-        return self._values[:, : self._width].clone()
 
 
 def _rows_of(latents: Tensor, keep: Tensor) -> Tensor:
