@@ -22,10 +22,10 @@ from traj_ood.cli.console import note
     "--out",
     type=PATH,
     required=True,
-    help="Folder for model, log and checkpoint: new, empty, or of an earlier training.",
+    help="Folder for model, log and checkpoint: new, empty, or of an unfinished training.",
 )
 @shared("data_root", "follow_links", "exif", "bit_depth", "device", "threads")
-@click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint in OUT instead of resuming from it.")
+@click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint or model in OUT.")
 @shared("quiet")
 def train(config: str, out: Path, **options: Any) -> None:
     """Train an autoencoder on a benchmark's ID training split, configured by CONFIG (a YAML file, or a

@@ -48,21 +48,21 @@ def train_model(
 
     Args:
         config: model, data and recipe.
-        out: folder, new, empty or of an earlier training, for the model, its log, ``training.json`` (config, log,
+        out: folder, new, empty or of an unfinished training, for the model, its log, ``training.json`` (config, log,
             versions) and README.md, the model card.
         data_root: folder of the benchmark's data, see :func:`traj_ood.data.load_benchmark`.
         follow_links: whether to follow symbolic links in image folders.
         reading: how image files are read.
         device: where to train. Default: the CPU.
-        fresh: ignore a checkpoint, and hash the images again.
+        fresh: ignore a checkpoint, replace a finished training, and hash the images again.
         quiet: print one JSON line per epoch instead of a progress bar.
     Raises:
-        TrajOODError: bad data or settings, an unwritable folder or one with files of other origin, or a checkpoint of
-            other settings.
+        TrajOODError: bad data or settings, an unwritable folder, one with files of other origin or a finished training, or
+            a checkpoint of other settings.
     """
     if config.family == "classifier":
         check_classifier(config)
-    check_folder(out)
+    check_folder(out, fresh)
     if fresh:
         distrust()
     benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links, reading=reading)

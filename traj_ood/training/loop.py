@@ -261,12 +261,12 @@ class Trainer(ABC):
             (self.out / _CHECKPOINT).unlink(missing_ok=True)
 
 
-def check_folder(out: Path) -> None:
-    """Check, before anything is computed, that ``out`` is new, empty or of an earlier training, because files of other
-    origin, such as a README.md, would be replaced.
+def check_folder(out: Path, fresh: bool) -> None:
+    """Check, before anything is computed, that ``out`` is new, empty or of an unfinished training (with ``fresh``, of
+    any training), because files of other origin, such as a README.md, or hours of training would be replaced.
 
     Raises:
-        TrajOODError: the folder holds other files.
+        TrajOODError: the folder holds other files, or a finished training.
     """
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     strangers = [name for name in names if not name.startswith(".")]
@@ -274,6 +274,11 @@ def check_folder(out: Path) -> None:
         raise TrajOODError(
             f"{out}: expected a new or empty folder, or one with {_CHECKPOINT} or {RECORD} of an earlier training, "
             f"found {strangers[0]!r}, beside which a model would be written: choose another --out"
+        )
+    if RECORD in names and _CHECKPOINT not in names and not fresh:
+        raise TrajOODError(
+            f"{out}: holds a finished training ({RECORD}): choose another --out, or train again with --fresh "
+            "(fresh=True)"
         )
 
 
