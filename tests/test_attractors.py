@@ -175,8 +175,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     points[1] = float("nan")
     built = make(points, [0, 2, 1, 0, 0, 0])
     path = tmp_path / "new" / "attractors.safetensors"
-    built.save(path)
-    loaded = AttractorDictionary.load(path)
+    built.save(str(path))
+    loaded = AttractorDictionary.load(str(path))
     assert loaded.ids == built.ids
     assert dict(loaded.provenance) == dict(built.provenance)
     for name, tensor in built.tensors().items():

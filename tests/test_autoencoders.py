@@ -208,7 +208,7 @@ def test_norm_pix_loss_warns() -> None:
 
 def test_vit_round_trip_and_transformers_reads_it(tmp_path: Path) -> None:
     model = tiny.vit(changes=RGB, name="mine", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    model.save_pretrained(tmp_path / "deep" / "mine")
+    model.save_pretrained(str(tmp_path / "deep" / "mine"))
     loaded = load_autoencoder(tmp_path / "deep" / "mine")
     assert isinstance(loaded, ViTMAE)
     assert loaded.fingerprint() == model.fingerprint()
@@ -433,7 +433,7 @@ def test_conv_follows_table_4() -> None:
 def test_conv_round_trip(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ConvAutoencoder(ConvNetwork(3, 20, 3, 9), name="c", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    model.save_pretrained(tmp_path / "c")
+    model.save_pretrained(str(tmp_path / "c"))
     loaded = load_autoencoder(tmp_path / "c")
     assert isinstance(loaded, ConvAutoencoder)
     assert loaded.fingerprint() == model.fingerprint()

@@ -282,7 +282,7 @@ def test_a_surrogate_is_diagnosed_by_its_features(tmp_path: Path) -> None:
     got = diagnose(SurrogateAutoencoder(backbone, SurrogateNetwork(4, bottleneck=3)), benchmark())
     assert got.gallery is not None
     assert got.gallery.decoded is None  # D ends at features: only training images can be drawn
-    got.save(tmp_path)
+    got.save(str(tmp_path))
     assert (tmp_path / "attractors.png").is_file()
 
 

@@ -121,7 +121,7 @@ def test_images_come_in_minus_one_to_one_at_no_more_than_the_papers_size() -> No
 
 def test_saved_and_loaded_it_is_the_same_model(tmp_path: Path) -> None:
     model = DiffusersVAE(kl(3))
-    model.save_pretrained(tmp_path / "again")
+    model.save_pretrained(str(tmp_path / "again"))
     assert load_autoencoder(tmp_path / "again").fingerprint() == model.fingerprint()
 
 

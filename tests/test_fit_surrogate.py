@@ -406,7 +406,7 @@ def benchmark(tmp_path: Path) -> Benchmark:
 
 
 def make(net: CallableBackbone, benchmark: Benchmark, out: Path, **options: Any) -> SurrogateAutoencoder:
-    return surrogate_for(net, benchmark, out=out, **({"recipe": QUICK, "quiet": True} | options))
+    return surrogate_for(net, benchmark, out=str(out), **({"recipe": QUICK, "quiet": True} | options))
 
 
 def refuse_to_read(patch: pytest.MonkeyPatch) -> None:

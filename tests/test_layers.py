@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import inspect
 import subprocess
 import sys
 from functools import cache
@@ -178,6 +180,19 @@ def test_public_names_resolve() -> None:
         assert getattr(traj_ood, name) is not None, name
     with pytest.raises(AttributeError, match="module 'traj_ood' has no attribute 'Trajektory'"):
         traj_ood.Trajektory  # noqa: B018
+
+
+def test_paths_may_be_given_as_text() -> None:
+    for name in traj_ood.__all__:
+        given = getattr(traj_ood, name)
+        methods = inspect.getmembers(given, callable) if inspect.isclass(given) else []
+        for method, function in [("", given), *methods] if callable(given) else []:
+            if method.startswith("_") or method in ("pack", "unpack"):  # hooks, called with a Path
+                continue
+            with contextlib.suppress(ValueError):  # built in
+                for parameter in inspect.signature(function).parameters.values():
+                    kind = str(parameter.annotation)
+                    assert "Path" not in kind or "str" in kind, f"{name}.{method}: {parameter}"
 
 
 @pytest.mark.parametrize("name", ["Postprocessor", "create_postprocessor"])

@@ -214,7 +214,7 @@ def test_a_siglip_folder_of_either_transformers(tmp_path: Path, prefix: str) -> 
 
 def test_saved_and_loaded_it_is_the_same_pair(tmp_path: Path) -> None:
     model = pair(tmp_path)
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(str(tmp_path / "saved"))
     again = load_autoencoder(tmp_path / "saved")
     assert (again.fingerprint(), again.name) == (model.fingerprint(), "saved")
     images = torch.randn(2, 3, 16, 16)

@@ -245,7 +245,7 @@ def test_bad_features_are_refused() -> None:
 
 def test_round_trip(tmp_path: Path) -> None:
     model = surrogate()
-    model.save_pretrained(tmp_path / "s", {"steps": 3})
+    model.save_pretrained(str(tmp_path / "s"), {"steps": 3})
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     assert config["model_type"] == "traj_ood_surrogate"
     assert config["recipe"] == {"steps": 3}

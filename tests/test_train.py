@@ -49,7 +49,7 @@ def write(place: Path, family: str = "conv", recipe: dict[str, Any] | None = Non
 
 
 def train(place: Path, out: str, *, fresh: bool = False, **changes: Any) -> Autoencoder:
-    return train_model(TrainConfig.load(write(place, **changes)), place / out, fresh=fresh, quiet=True)
+    return train_model(TrainConfig.load(write(place, **changes)), str(place / out), fresh=fresh, quiet=True)
 
 
 def weights(model: Autoencoder) -> dict[str, torch.Tensor]:

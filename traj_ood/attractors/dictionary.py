@@ -129,7 +129,7 @@ class AttractorDictionary:
         distinct = len(self.distinct()) if bool((self.statuses != Status.NON_FINITE).any()) else 0
         return health_of(self.statuses, self.residuals, self.steps, self.displacements, distinct=distinct)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the dictionary to one safetensors file, atomically."""
         header = {"schema": _SCHEMA, "ids": self.ids, "provenance": dict(self.provenance)}
         write_tensors(path, self.tensors(), header)
@@ -139,7 +139,7 @@ class AttractorDictionary:
         return {name: getattr(self, name) for name in _TENSORS}
 
     @classmethod
-    def load(cls, path: Path) -> AttractorDictionary:
+    def load(cls, path: str | Path) -> AttractorDictionary:
         """Read a file that :meth:`save` wrote.
 
         Raises:

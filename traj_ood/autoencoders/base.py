@@ -322,7 +322,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         """
         raise NotImplementedError(f"{cls.__name__} does not belong to a registered family")
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to a folder as safetensors and JSON."""
         raise NotImplementedError(f"{self.name} does not belong to a registered family")
 

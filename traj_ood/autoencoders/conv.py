@@ -108,7 +108,8 @@ class ConvAutoencoder(Autoencoder):
         check_digest(path, weights, config)
         return cls(network, **({"name": folder.name, "mean": mean, "std": std} | options))
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
+        folder = Path(folder)
         net: Any = self.module
         channels, size, _ = self.input_shape
         network = {

@@ -149,7 +149,7 @@ class DiffusersVAE(Autoencoder):
         options.setdefault("name", Path(source).name if Path(source).expanduser().is_dir() else str(source))
         return cls(model, **options)
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the model in diffusers' layout; ``image_size``, ``scaled`` and ``interpolation`` are not stored."""
         self.module.save_pretrained(folder)  # type: ignore[operator]
 

@@ -10,7 +10,7 @@ App. B.8.1 of the paper iterates E∘D of these (Fig. 16). There are three ways 
         "models/stats/dinov2/wReg_base/imagenet1k/stat.pt",
         encoder_size=224,
     )
-    pair.save_pretrained(Path("runs/rae-dinov2"))  # then load_autoencoder("runs/rae-dinov2")
+    pair.save_pretrained("runs/rae-dinov2")  # then load_autoencoder("runs/rae-dinov2")
     PairAutoencoder(my_encoder, my_decoder, input_shape=(3, 64, 64))  # any two modules
 
 They were never run on published weights, which this project could not download. File layouts follow bytetriper/RAE
@@ -227,7 +227,7 @@ class PairAutoencoder(Autoencoder):
             options.setdefault(key, tuple(float(v) for v in weights[f"encoder_{key}"].flatten()))
         return cls._of(encoder, decoder, options)
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write ``encoder/`` (transformers can read it), ``model.safetensors`` (the rest) and ``config.json``.
 
         Raises:
@@ -239,6 +239,7 @@ class PairAutoencoder(Autoencoder):
                 f"{self.name}: expected a transformers encoder with a ViTDecoder, got modules of your own: save them "
                 "with your own code"
             )
+        folder = Path(folder)
         (folder / "encoder").mkdir(parents=True, exist_ok=True)
         encoder: Any = parts.encoder.model
         encoder.save_pretrained(folder / "encoder")

@@ -291,8 +291,9 @@ class SurrogateAutoencoder(Autoencoder):
         model.record = known
         return model
 
-    def save_pretrained(self, folder: Path, recipe: Mapping[str, Any] | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, recipe: Mapping[str, Any] | None = None) -> None:
         """Write model.safetensors with the network, and config.json with the backbone's spec, name and fingerprint."""
+        folder = Path(folder)
         config = {
             "model_type": MODEL_TYPE,
             "backbone": {

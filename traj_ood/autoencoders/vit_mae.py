@@ -160,8 +160,9 @@ class ViTMAE(Autoencoder):
         options.setdefault("preprocessing", processor)
         return cls(model, **options)
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json, which transformers can read, too."""
+        folder = Path(folder)
         network: Any = self.module
         if isinstance(network, MAENetwork):
             text = json.dumps(network.given, indent=2, sort_keys=True) + "\n"  # as transformers writes it

@@ -134,7 +134,7 @@ class Diagnosis(ModelFacts):
         lines += [f"Caution: {text}." for text in self.cautions]
         return "\n".join(lines)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write diagnosis.json, curves.parquet, dynamics.png and, if there are attractors, attractors.png.
 
         Raises:
@@ -143,6 +143,7 @@ class Diagnosis(ModelFacts):
         from traj_ood.drawing.style import save_figure
         from traj_ood.evaluation.dynamics_plots import attractor_gallery, dynamics_curves
 
+        folder = Path(folder)
         write_atomic(folder / "curves.parquet", lambda file: self.curves.to_parquet(file, index=False))
         tol = max(self.settings["tol"], _MIN_TOL)
         save_figure(dynamics_curves(self.curves, tol), folder / "dynamics.png")

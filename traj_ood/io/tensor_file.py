@@ -50,7 +50,7 @@ def digest_of(tensors: Mapping[str, Tensor], declared: Any) -> str:
 
 
 def write_tensors(
-    path: Path,
+    path: str | Path,
     tensors: Mapping[str, Tensor],
     header: Mapping[str, Any] | None = None,
     *,
@@ -75,7 +75,7 @@ def write_tensors(
 
 
 @contextmanager
-def open_tensors(path: Path, what: str, fix: str) -> Iterator[TensorFile]:
+def open_tensors(path: str | Path, what: str, fix: str) -> Iterator[TensorFile]:
     """Context manager that yields the content of a file that :func:`write_tensors` wrote, called ``what`` in messages;
     any exception in the ``with`` block is reported as damage, with the advice ``fix``."""
     try:

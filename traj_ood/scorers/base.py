@@ -348,11 +348,11 @@ class Scorer(ABC):
         mine = {key: getattr(self, key) for key in defaults}
         return spec_text(self.name, {key: value for key, value in mine.items() if value != defaults[key]})
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the learnt tensors and the options to one safetensors file, atomically."""
         write_tensors(path, self.state, {"scorer": self.name, "options": self.options()})
 
-    def load(self, path: Path) -> Scorer:
+    def load(self, path: str | Path) -> Scorer:
         """Load the learnt tensors from a file that :meth:`save` wrote; returns this scorer.
 
         Raises:

@@ -32,9 +32,9 @@ _VALIDATION_IMAGES = 2000
 @training_settings()
 def train_model(
     config: TrainConfig,
-    out: Path,
+    out: str | Path,
     *,
-    data_root: Path | None = None,
+    data_root: str | Path | None = None,
     follow_links: bool = False,
     reading: Reading = AS_STORED,
     device: torch.device | None = None,
@@ -57,11 +57,12 @@ def train_model(
         fresh: ignore a checkpoint, replace a finished training, and hash the images again.
         quiet: print one JSON line per epoch instead of a progress bar.
     Raises:
-        TrajOODError: bad data or settings, an unwritable folder, one with files of other origin or a finished training, or
-            a checkpoint of other settings.
+        TrajOODError: bad data or settings, an unwritable folder, one with files of other origin or a finished training,
+            or a checkpoint of other settings.
     """
     if config.family == "classifier":
         check_classifier(config)
+    out = Path(out)
     check_folder(out, fresh)
     if fresh:
         distrust()

@@ -68,13 +68,14 @@ class Trainer(ABC):
         steps: int,
         round_steps: int,
         seed: int,
-        out: Path | None = None,
+        out: str | Path | None = None,
         identity: Mapping[str, Any] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
         on_round: Callable[[Trainer], object] | None = None,
         quiet: bool = True,
     ) -> None:
-        self.title, self.module, self.recipe, self.out, self.quiet = title, module, recipe, out, quiet
+        self.title, self.module, self.recipe, self.quiet = title, module, recipe, quiet
+        self.out = None if out is None else Path(out)
         self.parameters = list(module.parameters() if parameters is None else parameters)
         self.steps, self.round_steps, self._seed, self._on_round = steps, round_steps, seed, on_round
         self._identity = {**(identity or {}), "code": code_digest()}

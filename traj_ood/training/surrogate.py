@@ -131,7 +131,7 @@ def fit_surrogate(
     recipe: SurrogateRecipe | None = None,
     *,
     seed: int = 0,
-    out: Path | None = None,
+    out: str | Path | None = None,
     name: str | None = None,
     data: Mapping[str, Any] | None = None,
     fresh: bool = False,
@@ -211,7 +211,7 @@ class SurrogateTrainer(Trainer):
         features: Tensor,
         recipe: SurrogateRecipe,
         seed: int,
-        out: Path | None = None,
+        out: str | Path | None = None,
         quiet: bool = True,
     ) -> None:
         self.network, self.features, self.options, self.seed = model.network, features, recipe, seed

@@ -45,7 +45,7 @@ def surrogate_for(
     backbone: str | Backbone,
     benchmark: Benchmark,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     recipe: SurrogateRecipe | None = None,
     seed: int = 0,
     workers: int = 2,
@@ -82,7 +82,7 @@ def surrogate_for(
             f"{limit}"
         )
     check_word("value of on_error", on_error, OnError)
-    recipe, root = recipe or SurrogateRecipe(), out if out is not None else cache_folder()
+    recipe, root = recipe or SurrogateRecipe(), cache_folder() if out is None else Path(out)
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
     if device is not None:
         backbone.to(device)
