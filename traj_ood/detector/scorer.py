@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.batches import Images, has_own_labels
+from traj_ood.dynamics.iterate import check_stopping
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend
-from traj_ood.scorers import WHOLE_PATH
 from traj_ood.scorers.scorer_set import ScorerSet, class_numbers
 
 
@@ -29,10 +28,7 @@ def one_scorer(
     """An unfitted :class:`traj_ood.ScorerSet` with the one scorer ``spec``."""
     if not isinstance(spec, str) or spec.strip() == "all":
         raise TrajOODError(f"scorer: expected one name such as 'field', got {spec!r}: a detector has one scorer")
-    if isinstance(tol, bool) or not (isinstance(tol, int | float) and 0 <= tol < math.inf):
-        raise TrajOODError(f"tol: expected a squared residual >= 0, got {tol!r}")
-    if type(max_steps) is not int or not 1 <= max_steps <= WHOLE_PATH:
-        raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
+    check_stopping(tol, max_steps)
     check_word("backend", backend, Backend)
     check_word("approximate search", approximate, Approximate)
     settings: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "backend": backend, "approximate": approximate}

@@ -486,11 +486,16 @@ def _check_start(start: Tensor, before: Tensor | None) -> None:
         )
 
 
-def _check_settings(tol: float, max_steps: int, chunk: int, look: int | None, observers: list[Observer]) -> None:
-    if not isinstance(tol, int | float) or not 0 <= tol < math.inf:
+def check_stopping(tol: float, max_steps: int) -> None:
+    """Raise ``TrajOODError`` unless ``tol`` is a finite number >= 0 and ``max_steps`` a whole one >= 1."""
+    if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 <= tol < math.inf:
         raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol!r}")
-    if not isinstance(max_steps, int) or max_steps < 1:
+    if type(max_steps) is not int or max_steps < 1:
         raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
+
+
+def _check_settings(tol: float, max_steps: int, chunk: int, look: int | None, observers: list[Observer]) -> None:
+    check_stopping(tol, max_steps)
     if not isinstance(chunk, int) or chunk < 1:
         raise TrajOODError(f"chunk: expected a whole number of at least 1 row, got {chunk!r}")
     if look is not None and (not isinstance(look, int) or look < 1):

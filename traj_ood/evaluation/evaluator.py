@@ -24,6 +24,7 @@ from traj_ood.data.batches import OnError
 from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
+from traj_ood.dynamics.iterate import check_stopping
 from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.file_control import NOTE, control_scores
@@ -83,11 +84,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raise ``TrajOODError`` for invalid values, before anything is computed or written."""
-        _at_least("tol", self.tol, 0)
-        _at_least("max_steps", self.max_steps, 1)
-        _at_least("resamples", self.resamples, 0)
-        _at_most("tol", self.tol, sys.float_info.max)
-        _at_most("resamples", self.resamples, _MAX_RESAMPLES)
+        check_stopping(self.tol, self.max_steps)
+        _check_whole("resamples", self.resamples, 0, _MAX_RESAMPLES)
         check_word("value of on_error", self.on_error, OnError)
 
 
@@ -138,9 +136,9 @@ class Evaluator:
             raise TrajOODError(
                 f"benchmark: expected a traj_ood.Benchmark, got {got}: load it, load_benchmark({bench!r})"
             )
-        _at_least("workers", self.workers, 1)
+        _check_whole("workers", self.workers, 1)
         if self.batch_size is not None:
-            _at_least("batch size", self.batch_size, 1)
+            _check_whole("batch size", self.batch_size, 1)
         if self.on_duplicates is not None:
             check_word("value of on_duplicates", self.on_duplicates, OnDuplicates)
         protocol = bench.train_size and min(bench.train_size, len(bench.train.images))
@@ -413,14 +411,10 @@ class Evaluator:
         kept.save(self.folder / GALLERY_NAME)
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:  # also refuses NaN
-        raise TrajOODError(f"{name}: expected at least {least}, got {value}")
-
-
-def _at_most(name: str, value: float, most: float) -> None:
-    if not value <= most:
-        raise TrajOODError(f"{name}: expected at most {most:g}, got {value}")
+def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
+    if type(value) is not int or value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+        raise TrajOODError(f"{name}: expected a whole number {bound}, got {value!r}")
 
 
 def _is_own_code(model: Autoencoder) -> bool:
