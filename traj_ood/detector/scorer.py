@@ -10,7 +10,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.batches import Images, has_own_labels
-from traj_ood.dynamics.iterate import check_stopping
+from traj_ood.dynamics.trajectory import check_stopping
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend
 from traj_ood.scorers.scorer_set import ScorerSet, class_numbers

@@ -6,7 +6,6 @@ squared, 1e-5 for foundation models) or after ``max_steps`` (500 there).
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +20,7 @@ from traj_ood.dynamics.chunks import ROWS, kind
 from traj_ood.dynamics.fixed_function import fixed_around
 from traj_ood.dynamics.host import to_device, to_host, where
 from traj_ood.dynamics.maps import LowPrecision, Maps, SelfMap
-from traj_ood.dynamics.trajectory import Status, Trajectory
+from traj_ood.dynamics.trajectory import Status, Trajectory, check_stopping
 from traj_ood.dynamics.workers import single_threaded
 from traj_ood.errors import TrajOODError
 
@@ -484,14 +483,6 @@ def _check_start(start: Tensor, before: Tensor | None) -> None:
         raise TrajOODError(
             f"start: expected batches of one shape, type and device, got {kind(before)} and then {kind(start)}"
         )
-
-
-def check_stopping(tol: float, max_steps: int) -> None:
-    """Raise ``TrajOODError`` unless ``tol`` is a finite number >= 0 and ``max_steps`` a whole one >= 1."""
-    if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 <= tol < math.inf:
-        raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol!r}")
-    if type(max_steps) is not int or max_steps < 1:
-        raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
 
 
 def _check_settings(tol: float, max_steps: int, chunk: int, look: int | None, observers: list[Observer]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -22,6 +23,14 @@ class Status(IntEnum):
     STEP_LIMIT = 1
     NON_FINITE = 2
     OK = 3
+
+
+def check_stopping(tol: float, max_steps: int) -> None:
+    """Raise ``TrajOODError`` unless ``tol`` is a finite number >= 0 and ``max_steps`` a whole one >= 1."""
+    if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 <= tol < math.inf:
+        raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol!r}")
+    if type(max_steps) is not int or max_steps < 1:
+        raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
 
 
 def join_tables(tables: Sequence[Tensor], width: int | None = None) -> Tensor:

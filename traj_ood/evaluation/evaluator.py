@@ -24,7 +24,7 @@ from traj_ood.data.batches import OnError
 from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
-from traj_ood.dynamics.iterate import check_stopping
+from traj_ood.dynamics.trajectory import check_stopping
 from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.file_control import NOTE, control_scores
