@@ -281,6 +281,57 @@ def test_rows_that_change_between_chunks_and_halves() -> None:
         short.encode(tiny.images(2))
 
 
+class Reuses(Net):
+    """Returns the same buffer every time, as recorded CUDA graphs do, and centres each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+
+    def encode(self, images: Tensor) -> Tensor:
+        latents = super().encode(images)
+        found = self.found.setdefault(len(latents), torch.empty_like(latents))
+        return found.copy_(latents - latents.mean(dim=0))
+
+
+def test_batch_mates_are_found_behind_a_buffer_that_is_returned_every_time() -> None:
+    with pytest.raises(TrajOODError, match="Reuses: encode depends on batch-mates"):
+        wrapped(Reuses()).encode(tiny.images(3))
+
+
+class Scales(Net):
+    """Begins with operations in place that change their input again in every call."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images.mul_(2).sub_(1))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents.mul_(0.5))
+
+
+def test_a_trial_gives_every_call_its_own_input() -> None:
+    images = tiny.images(3)
+    model = wrapped(Scales())
+    expected = by_hand(Net().eval(), 2 * images - 1)
+    torch.testing.assert_close(model.encode(images).double(), expected, rtol=1e-5, atol=1e-6)
+    assert model.ladder
+
+
+def test_a_detector_is_fitted_with_the_chunk_that_it_scores_with() -> None:
+    """The trial of a network that rounds a row by its place reduces the chunk before the training trajectories."""
+
+    class Moves(Net):
+        def encode(self, images: Tensor) -> Tensor:
+            calls.append(len(images))
+            places = torch.arange(len(images))[:, None] if len(images) > 24 else torch.zeros(1, 1)
+            return super().encode(images) * (1 + 1e-6 * places)
+
+    calls: list[int] = []
+    model = wrapped(Moves(), chunk=30)
+    Detector.fit(model, Normalised(tiny.images(60)), "field")
+    assert (model.chunk, calls.count(30)) == (24, 2)  # the two calls of the trial
+
+
 def test_a_backbone_is_held_to_the_same() -> None:
     linear = nn.Linear(64, 3)
 

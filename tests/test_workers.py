@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from traj_ood import load_autoencoder
 from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.compiled import CompiledMap
 from traj_ood.dynamics.fixed_function import FixedFunction
 from traj_ood.dynamics.iterate import Norm, iterate
 from traj_ood.dynamics.workers import in_threads, single_threaded, thread_count
+from traj_ood.errors import TrajOODError
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +169,50 @@ def test_numbers_of_rows_that_round_otherwise_are_not_used() -> None:
     model.side_by_side, model.equal_rows = False, ()
     model.try_rows({model.function: torch.tensor([[0.3], [0.7]])})
     assert model.equal_rows == ()
+
+
+def test_compiled_functions_are_called_with_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes that round alike were tried with the function itself, and other sizes are not compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model = Doubling(rounds=False)
+    model.equal_rows = (1, 6, 12, 24)
+    with torch.inference_mode():
+        apply_in_chunks(CompiledMap(model.function), torch.ones(50, 1), 48)
+    assert set(model.seen) == {48}
+
+
+def test_rows_of_two_kinds_are_refused_and_threads_come_back() -> None:
+    class Turns(Doubling):
+        def function(self, rows: Tensor) -> Tensor:
+            super().function(rows)
+            return rows.double() if len(self.seen) > 1 else rows
+
+    model = Turns(rounds=False)
+    with torch.inference_mode(), pytest.raises(TrajOODError, match="same shape, type and device") as caught:
+        apply_in_chunks(model.function, torch.ones(480, 1), 48)
+    # While somebody still holds the error, and with it the frames that it came through.
+    assert (caught.value.__traceback__ is not None, torch.get_num_threads()) == (True, 2)
+
+
+def test_an_interrupted_wait_ends_after_the_calls_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, interrupted, ended = threading.Event(), threading.Event(), list[Tensor]()
+
+    def slow(part: Tensor) -> Tensor:
+        begun.set()
+        interrupted.wait(60)
+        ended.append(part)
+        return part
+
+    def interrupt(future: Future[Tensor], timeout: float | None = None) -> Tensor:
+        begun.wait(60)
+        threading.Timer(0.2, interrupted.set).start()
+        raise KeyboardInterrupt
+
+    results = in_threads(slow, torch.ones(1).split(1))
+    monkeypatch.setattr(Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert (len(ended), torch.get_num_threads()) == (1, 2)
 
 
 def test_trajectories_are_the_same_with_fewer_rows_a_call() -> None:

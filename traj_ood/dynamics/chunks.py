@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -73,19 +74,20 @@ def apply_in_chunks(
         parts[-1:] = parts[-1].split(size_for(-(-len(parts[-1]) // 2)))
     if not sizes and beside is not None:
         beside()
-    results: Iterator[Tensor] = in_threads(call, parts, beside) if sizes else map(call, parts)
     answers: Tensor | None = None
     first = 0
-    for part, answer in zip(parts, results, strict=True):
-        if answers is None:  # copy the results: a network may return the same buffer every time
-            answers = answer.new_empty((len(inputs), *answer.shape[1:]))
-        if kind(answer) != kind(answers):
-            raise TrajOODError(
-                f"{name}: expected the same shape, type and device for every chunk, got {kind(answers)} and then "
-                f"{kind(answer)}: return rows of one kind"
-            )
-        answers[first : first + len(part)] = answer[: len(part)]
-        first += len(part)
+    # Closed at once after an error: until then threads run, and torch's operations have one thread.
+    with closing(in_threads(call, parts, beside) if sizes else (call(part) for part in parts)) as results:
+        for part, answer in zip(parts, results, strict=True):
+            if answers is None:  # copy the results: a network may return the same buffer every time
+                answers = answer.new_empty((len(inputs), *answer.shape[1:]))
+            if kind(answer) != kind(answers):
+                raise TrajOODError(
+                    f"{name}: expected the same shape, type and device for every chunk, got {kind(answers)} and then "
+                    f"{kind(answer)}: return rows of one kind"
+                )
+            answers[first : first + len(part)] = answer[: len(part)]
+            first += len(part)
     assert answers is not None
     return answers
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
+from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -174,8 +175,8 @@ class FixedFunction:
             return
 
         def computed(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-            (result,) = in_threads(function, [rows.clone()])  # as in apply_in_chunks
-            return result.clone()
+            (result,) = in_threads(partial(_result_of, function), [rows])  # as in apply_in_chunks
+            return result
 
         inputs = {f: _between(trial, self.chunk) for f, trial in functions.items()}
         outputs = {f: computed(f, rows) for f, rows in inputs.items()}
@@ -203,7 +204,7 @@ def _rounds_alike(function: Callable[[Tensor], Tensor], trial: Tensor, count: in
     if count == 1:
         return True
     rows = _between(trial, count)
-    here, moved = function(rows).clone(), function(rows.roll(1, 0)).roll(-1, 0)
+    here, moved = _result_of(function, rows), _result_of(function, rows.roll(1, 0)).roll(-1, 0)
     return torch.equal(here.nan_to_num(), moved.nan_to_num())
 
 
@@ -249,7 +250,9 @@ def sizes_side_by_side(function: Callable[..., Any], chunk: int) -> tuple[int, .
     owner = getattr(function, "__self__", None)
     if not isinstance(owner, FixedFunction) or not owner.is_side_by_side:
         return ()
-    return *(rows for rows in owner.equal_rows if rows < chunk), chunk
+    # equal_rows was found for the model's own functions: a compiled one rounds calls of other sizes differently.
+    fewer = owner.equal_rows if isinstance(function, MethodType) else ()
+    return *(rows for rows in fewer if rows < chunk), chunk
 
 
 def name_around(function: Callable[..., Any]) -> str:
@@ -327,10 +330,17 @@ def check_answer(name: str, answer: object, rows: int) -> Tensor:
     return answer
 
 
+def _result_of(function: Callable[[Tensor], Any], rows: Tensor) -> Any:
+    """``function(rows)`` in memory of its own: a network may begin with an in-place operation on its input, and return
+    the same buffer every time, in which two results would always be equal."""
+    result = function(rows.clone())
+    return result.clone() if isinstance(result, Tensor) else result
+
+
 def takes(function: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
     """Whether a function accepts a single row; a traced graph may accept only the number of rows it was traced with."""
     try:
-        return len(function(rows[:1])) == 1
+        return len(_result_of(function, rows[:1])) == 1
     except Exception:  # any network, any error
         return False
 
@@ -353,7 +363,7 @@ def check_function(name: str, function: Callable[[Tensor], Tensor], inputs: Tens
     """
 
     def call(rows: Tensor) -> Tensor:
-        return check_answer(name, function(rows), len(rows))
+        return check_answer(name, _result_of(function, rows), len(rows))
 
     rows = inputs[:_TRIAL_ROWS]
     try:

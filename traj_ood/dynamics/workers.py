@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
@@ -22,7 +22,7 @@ _OUTER = threading.local()
 
 def in_threads(
     function: Callable[[_Part], Tensor], parts: Sequence[_Part], beside: Callable[[], None] | None = None
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Yield ``function`` of every part, in order, computed in inference mode by as many threads as torch uses.
 
     Each part is computed by a single thread, so that results do not depend on the number of threads. At most twice as
@@ -47,9 +47,11 @@ def in_threads(
             for part in parts:
                 pending.append(pool.submit(_infer, function, part))
                 if len(pending) > 2 * threads:
-                    yield pending.popleft().result()
+                    yield pending[0].result()  # stays in the queue, to be waited for if it is interrupted
+                    pending.popleft()
             while pending:
-                yield pending.popleft().result()
+                yield pending[0].result()
+                pending.popleft()
             for task in other:
                 task.result()
         finally:

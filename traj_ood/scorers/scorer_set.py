@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -130,8 +131,8 @@ class ScorerSet:
         if not self.compile or self._compiled is not None:
             return
         model = self.autoencoder
-        self._compiled = CompiledMap(model.self_map, rows=model.chunk)
         start = model.encode(torch.zeros(1, *model.input_shape, device="cpu"))
+        self._compiled = CompiledMap(model.self_map, rows=model.chunk)  # after the first encode, which may reduce it
         with model.fixed(), torch.inference_mode():
             self._compiled(filled(start, model.chunk))
         self.compile = not self._compiled.fell_back
@@ -343,6 +344,9 @@ class ScorerSet:
                 yield self._evidence(encoding, None, {})
             return
         model, first = self.autoencoder, 0
+        encodings = iter(encodings)
+        # The first one is made before the chunk is read below, because a model's first encode may reduce its chunk.
+        encodings = chain(list(islice(encodings, 1)), encodings)
         views: list[FeatureView] = sorted({view for view, _ in self.needs.points})
         keepers = [_Points(model, view, self.needs.points) for view in views]
         taken: deque[Encoding] = deque()
