@@ -869,5 +869,9 @@ def test_what_is_no_stream_of_encodings_is_named() -> None:
         list(scorers.score_all([tiny.images(3)]))  # type: ignore[list-item]
     with pytest.raises(TrajOODError, match="ids: expected a name for each of 14 images, got 1"):
         ScorerSet(model("conv"), ["knn"]).fit(train_images(), ids=["a"])
+    names = np.array([f"image {number}" for number in range(14)])  # whose truth value is ambiguous
+    dictionary = ScorerSet(model("conv"), ["trajectory"], max_steps=4).fit(train_images(), ids=names).dictionary  # type: ignore[arg-type]
+    assert dictionary is not None
+    assert dictionary.ids == tuple(names.tolist())
     with pytest.raises(TrajOODError, match="labels: expected 14 whole numbers or texts, one per image, got 1 of int"):
         ScorerSet(model("conv"), ["mahalanobis:classes=true"]).fit(train_images(), labels=3)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -517,6 +518,20 @@ def test_the_module_behind_functions_is_found() -> None:
     assert {id(m) for m in two.module.children()} == {id(parts.encoder), id(parts.decoder)}
     assert net.training
     assert not list(tiny.toy().module.parameters())
+
+
+def test_a_copy_uses_its_own_network_or_is_refused() -> None:
+    images = tiny.images(3)
+    model = wrapped(Net())
+    twin, before = copy.deepcopy(model), model.encode(images)
+    with torch.no_grad():
+        twin.module.down[1].weight.zero_()  # type: ignore[index,union-attr,operator]
+    assert torch.equal(model.encode(images), before)
+    assert not torch.equal(twin.encode(images), before)
+    net = Net()
+    model = CallableAutoencoder(lambda x: net.encode(x), lambda z: net.decode(z), SHAPE)
+    with pytest.raises(TrajOODError, match="custom: cannot be copied, because its functions would use the original's"):
+        copy.deepcopy(model)
 
 
 def test_compiled_parts_have_the_fingerprint_of_plain_ones() -> None:

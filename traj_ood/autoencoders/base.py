@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -429,6 +430,18 @@ class CallableAutoencoder(Autoencoder):
         module = original(module)
         options.setdefault("name", type(module).__name__)
         return cls(*halves_of(module), input_shape, module=module, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallableAutoencoder:
+        """A copy with its own module; refused if the functions reach the original one, as Python copies no function."""
+        twin = copy(self)
+        memo[id(self)] = twin
+        vars(twin).update(deepcopy(vars(self), memo))
+        if set(self.module.modules()) & set(module_behind(twin._encode, twin._decode).modules()):
+            raise TrajOODError(
+                f"{self.name}: cannot be copied, because its functions would use the original's network: copy the "
+                "network, and make a CallableAutoencoder of the copy"
+            )
+        return twin
 
     def options(self) -> dict[str, Any]:
         return self.declared_options()

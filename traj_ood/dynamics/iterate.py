@@ -50,7 +50,7 @@ class Observer(Protocol):
         Args:
             steps: (n,) int64, t of each point.
             rows: (n,) int64, the number of each point's sample, counted over all starts.
-            latents: (n, *L), the points.
+            latents: (n, *L), the points, from which f goes on: not to be changed in place.
         Returns:
             (n,) numbers, on the CPU or on the device of the latents, or None.
         """

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from traj_ood.errors import TrajOODError
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,22 @@ class Recall:
     recall: float
     mean_excess: float
     max_excess: float
+
+
+def check_left_out(indices: Tensor, queries: int, points: int) -> None:
+    """Check that ``indices`` names for each query a point to leave out, or -1, and that there is another point.
+
+    Raises:
+        TrajOODError: it does not. A single index would silently apply to all queries.
+    """
+    if points < 2:
+        raise TrajOODError("index: expected at least 2 points if one is left out, got 1")
+    if (
+        indices.shape != (queries,)
+        or indices.dtype != torch.int64
+        or bool(((indices < -1) | (indices >= points)).any())
+    ):
+        raise TrajOODError(
+            f"other_than: expected an int64 index from -1 to {points - 1} for each of {queries} queries, got "
+            f"{indices.dtype} of shape {tuple(indices.shape)}: give each query the index of its own point, or -1"
+        )

@@ -23,7 +23,7 @@ from traj_ood.dynamics.host import to_device
 from traj_ood.errors import TrajOODError
 from traj_ood.index.flat import Approximate, Backend, FaissApproximate, TorchFlat, check_approximate, flat_backend
 from traj_ood.index.groups import greedy_leaders, leaders_in_cells
-from traj_ood.index.neighbors import Neighbors, Recall
+from traj_ood.index.neighbors import Neighbors, Recall, check_left_out
 from traj_ood.index.one_read import OneReadSearch, first_of_nearest
 from traj_ood.index.scan import Scan, smallest, table
 
@@ -73,7 +73,7 @@ class NeighborIndex:
     1e-9 relative, whether the index is approximate or not.
 
     Args:
-        points: (N, d), finite; kept on ``device`` as float32, or as float64 if they are.
+        points: (N, d), finite, not to be changed later; kept on ``device`` as float32, or as float64 if they are.
         backend: backend of :meth:`nearest`; both give the same distances. ``auto`` (default) uses FAISS on the CPU if
             it is installed, and torch on an accelerator, where the host then waits only once for all queries. ``faiss``
             runs on the GPU if the points are there and FAISS finds one, and in shards on all GPUs if the points exceed
@@ -108,7 +108,7 @@ class NeighborIndex:
         if device.type == "mps":  # has no float64
             device = torch.device("cpu")
         self.device = device
-        self._points = points.to(device, torch.float64 if points.dtype == torch.float64 else torch.float32)
+        self._points = points.detach().to(device, torch.float64 if points.dtype == torch.float64 else torch.float32)
         self._mean = self._points.mean(dim=0)  # any point near the middle would do
         self._norm = math.nan
         self._make_flat = flat_backend(backend, device)
@@ -149,8 +149,8 @@ class NeighborIndex:
         Raises:
             TrajOODError: wrong dimension, a non-finite query (it would come back as infinitely far), or no other point.
         """
-        if other_than is not None and len(self) < 2:
-            raise TrajOODError("index: expected at least 2 points if one is left out, got 1")
+        if other_than is not None:
+            check_left_out(other_than, len(queries), len(self))
         self._ensure_groups()
         if self._one_read is not None:
             queries, centred, lengths = self._centre(queries)
@@ -292,7 +292,7 @@ class NeighborIndex:
         """Queries (B, d) of the points' type, the same less the mean in float32, and its (B,) norms."""
         if queries.ndim != 2 or queries.shape[1] != self._points.shape[1]:
             raise TrajOODError(f"queries: expected (B, {self._points.shape[1]}), got {tuple(queries.shape)}")
-        queries = queries.to(self._points)
+        queries = queries.detach().to(self._points)
         centred = (queries - self._mean).float()
         return queries, centred, centred.norm(dim=1)
 

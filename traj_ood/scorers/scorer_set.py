@@ -188,7 +188,9 @@ class ScorerSet:
         if ids is not None and len(ids) != len(encoding):
             raise TrajOODError(f"ids: expected a name for each of {len(encoding)} images, got {len(ids)}")
         self.check_training_size(len(encoding))
-        dictionary, evidence = self.explore(encoding, tuple(ids or map(str, range(len(encoding)))), on_step)
+        dictionary, evidence = self.explore(
+            encoding, tuple(map(str, range(len(encoding)) if ids is None else ids)), on_step
+        )
         if labels is not None and not isinstance(labels, Tensor):
             labels = class_numbers(labels, len(encoding))
         return self.learn(dictionary, replace(evidence, labels=labels))
