@@ -520,7 +520,7 @@ def test_callable_autoencoder() -> None:
 
 @pytest.mark.parametrize(
     ("decode", "got"),
-    [(lambda z: z.view(-1, 1, 8, 6), r"\(2, 1, 8, 6\)"), (lambda z: z, r"\(2, 48\)")],
+    [(lambda z: z.view(-1, 1, 8, 6), r"\(48, 1, 8, 6\)"), (lambda z: z, r"\(48, 48\)")],
 )
 def test_decoded_images_have_the_size_of_encoded_ones(decode: Callable[[Tensor], Tensor], got: str) -> None:
     model = CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 6, 8), module=nn.Module())

@@ -186,6 +186,45 @@ def test_mistakes_in_what_an_own_scorer_learns(tmp_path: Path, body: str, words:
         traj_ood.ScorerSet(tiny.vit(), ["mine"]).fit(traj_ood.Normalised(tiny.images(9)))
 
 
+MY_MODEL = """
+import torch, traj_ood
+
+@traj_ood.register_autoencoder
+class MyAutoencoder(traj_ood.Autoencoder):
+    family, summary = "mine", "mine:<folder>"
+
+    def __init__(self):
+        self.name, self.input_shape, self.module = "mine", (1, 8, 8), torch.nn.Linear(64, 4)
+        self.preprocessing = traj_ood.Preprocessing(self.input_shape)
+
+    @classmethod
+    def from_pretrained(cls, source): return cls()
+    def save_pretrained(self, folder): pass
+    def encode_batch(self, images):
+        return ENCODE
+    def decode_batch(self, latents):
+        return DECODE
+"""
+
+
+@pytest.mark.parametrize(
+    ("encode", "decode", "scorer", "words"),
+    [
+        ("self.module(images)", "None", "knn", "encode of images (2, 1, 8, 8) failed in model.py, line 16: "),
+        ("images.flatten(1)", "latents.nothing", "field", "mine: f failed in model.py, line 18: AttributeError: 'Tens"),
+    ],
+)
+def test_mistakes_in_an_own_model_are_found_in_its_file(
+    tmp_path: Path, encode: str, decode: str, scorer: str, words: str
+) -> None:
+    (tmp_path / "model.py").write_text(MY_MODEL.replace("ENCODE", encode).replace("DECODE", decode))
+    tiny.write_images(tmp_path / "images", 40, 0)
+    given = ["--import", tmp_path / "model.py", "--model", "mine:x", "--scorer", scorer]
+    result = call("fit", tmp_path / "images", *given, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
 def test_names_that_are_nothing() -> None:
     assert "expected a Python file, found nothing" in call("list", "--import", "gone.py").stderr
     assert "no such module: give a path" in call("list", "--import", "no_such_module_here").stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from traj_ood.autoencoders.own_modules import halves_of, module_behind, original, tensor_of
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
 from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
-from traj_ood.dynamics.fixed_function import FixedFunction, check_function, float_type, takes, trial_rows
+from traj_ood.dynamics.fixed_function import (
+    FixedFunction,
+    check_forgets,
+    check_function,
+    errors_around,
+    float_type,
+    takes,
+    trial_rows,
+)
 from traj_ood.errors import TrajOODError
 from traj_ood.io.trees import field_of
 from traj_ood.io.weights import fingerprint
@@ -70,7 +78,8 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
 
     While in use E and D are fixed functions: evaluation mode, no autocast, float32 or the model's own float64, one
     thread at a time; see :meth:`fixed`. The first :meth:`encode` tests E and f on two images of noise and refuses a
-    model that draws random numbers, or whose output for an image depends on other images in the batch.
+    model that draws random numbers, whose output for an image depends on other images in the batch, or whose decoder
+    reads more than the latent, such as a U-Net's.
 
     A class decorated with :func:`traj_ood.autoencoders.register_autoencoder` is a family, described by the first six
     attributes below: :func:`traj_ood.load_autoencoder` then finds its models, and detectors can be saved with them. It
@@ -196,11 +205,14 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
 
     def try_out(self) -> None:
         images = trial_rows(self.input_shape, self.module)
-        latents = check_function(f"{self.name}: encode", self.encode_batch, images, self.chunk)
+        with errors_around(self.encode_batch, f"{self.name}: encode of images {tuple(images.shape)}"):
+            latents = check_function(f"{self.name}: encode", self.encode_batch, images, self.chunk)
         if not (takes(self.encode_batch, images) and takes(self.decode_batch, latents)):
             self.ladder = ()
         self.try_places(self.encode_batch, images)
+        rows = len(images) if self.ladder else self.chunk
         try:
+            check_forgets(self.name, self.encode_batch, self.decode_batch, images, latents, rows)
             check_function(f"{self.name}: encode(decode(z))", self.self_map, latents, self.chunk)
             self.try_places(self.self_map, latents)
             self.try_rows({self.encode_batch: images, self.self_map: latents})
@@ -357,7 +369,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
 
 
 def _shape_of(given: Sequence[int]) -> tuple[int, int, int]:
-    if len(given) != 3 or any(int(side) != side or side < 1 for side in given):
+    if not isinstance(given, Iterable) or len(given) != 3 or any(int(side) != side or side < 1 for side in given):
         raise TrajOODError(f"input_shape: expected (C, H, W), three positive numbers, got {given!r}")
     channels, height, width = (int(side) for side in given)
     return channels, height, width

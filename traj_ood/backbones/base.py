@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
 from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
-from traj_ood.dynamics.fixed_function import FixedFunction, check_function, takes, trial_rows
+from traj_ood.dynamics.fixed_function import FixedFunction, check_function, errors_around, takes, trial_rows
 from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint
 
@@ -120,7 +120,8 @@ class Backbone(FixedFunction, Preprocessed, ABC):
 
     def try_out(self) -> None:
         images = trial_rows(self.input_shape, self.module)
-        check_function(self.name, self._joint, images, self.chunk)
+        with errors_around(self._joint, f"{self.name}: features of images {tuple(images.shape)}"):
+            check_function(self.name, self._joint, images, self.chunk)
         if not takes(self._joint, images):
             self.ladder = ()
         self.try_places(self._joint, images)

@@ -9,7 +9,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from traj_ood.dynamics.fixed_function import check_answer, sizes_side_by_side
+from traj_ood.dynamics.fixed_function import check_answer, errors_around, sizes_side_by_side
 from traj_ood.dynamics.workers import in_threads, thread_count
 from traj_ood.errors import TrajOODError
 
@@ -57,7 +57,8 @@ def apply_in_chunks(
             shape, type or device.
     """
     if not len(inputs):
-        return check_answer(name, function(inputs.new_zeros(chunk, *inputs.shape[1:])), chunk)[:0]
+        with errors_around(function, name):
+            return check_answer(name, function(inputs.new_zeros(chunk, *inputs.shape[1:])), chunk)[:0]
     no_gradients = torch.is_inference_mode_enabled()
     sizes = sizes_side_by_side(function, chunk) if no_gradients else ()
 
@@ -66,7 +67,8 @@ def apply_in_chunks(
 
     def call(part: Tensor) -> Tensor:
         size = size_for(len(part))
-        return check_answer(name, function(filled(part, size)), size)
+        with errors_around(function, name):
+            return check_answer(name, function(filled(part, size)), size)
 
     threads = thread_count()
     parts = list(inputs.split(size_for(-(-len(inputs) // threads))))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from traj_ood.dynamics.device import standard_settings
 from traj_ood.dynamics.workers import in_threads, single_threaded
 from traj_ood.errors import TrajOODError
+from traj_ood.io.extensions import own_code
 from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 
 _F = TypeVar("_F", bound="FixedFunction")
+_Rows: TypeAlias = Callable[[Tensor], Tensor]
 _TRIAL_ROWS = 2  # enough to test whether one image depends on another
 _SMALL = 10**7  # parameters
 _NARROW = 16  # results per row up to which MKL's rounding may depend on the row's address (seen up to 10)
@@ -261,6 +263,13 @@ def name_around(function: Callable[..., Any]) -> str:
     return f"{owner.name}: f" if isinstance(owner, FixedFunction) else "f"
 
 
+def errors_around(function: Callable[..., Any], name: str) -> AbstractContextManager[None]:
+    """Context in which to call ``function``, named ``name`` in messages: if it is a method of a user's model, what it
+    raises is told with the user's file and line."""
+    owner = getattr(function, "__self__", None)
+    return own_code(type(owner), name) if isinstance(owner, FixedFunction) else nullcontext()
+
+
 def float_type(module: nn.Module) -> torch.dtype | None:
     """The input type of a module: the type of its weights, float32 if they have several, None if there are none."""
     types = float_types(parts_of(module))
@@ -389,6 +398,33 @@ def check_function(name: str, function: Callable[[Tensor], Tensor], inputs: Tens
             "statistics instead of the batch's (BatchNorm with track_running_stats, LayerNorm, GroupNorm)"
         )
     return first[:_TRIAL_ROWS]
+
+
+def check_forgets(name: str, encode: _Rows, decode: _Rows, images: Tensor, latents: Tensor, rows: int) -> None:
+    """Check that ``decode`` reads its latents alone, and nothing that ``encode`` has kept of the images before.
+
+    ``images`` (2, C, H, W) are two different ones, ``latents`` (2, *L) theirs; calls have ``rows`` rows.
+
+    Raises:
+        TrajOODError: the same latents are decoded to something else after another image was encoded.
+    """
+    latents = latents[torch.arange(rows, device=latents.device) % len(latents)]
+
+    def decoded_after(image: Tensor) -> Tensor:
+        encode(image.repeat(rows, *[1] * (image.ndim - 1)))
+        return _result_of(decode, latents)
+
+    first = decoded_after(images[:1])
+    bound = 16 * torch.finfo(first.dtype).eps
+    if _difference(_result_of(decode, latents), first) > bound:
+        return  # random, of which check_function tells
+    moved = _difference(decoded_after(images[1:2]), first)
+    if moved > bound:
+        raise TrajOODError(
+            f"{name}: decode remembers the images that were encoded before: the same latents give images that differ "
+            f"by {moved:.1e} of the largest value: expected a function of the latents alone; skip connections, as in a "
+            "U-Net, define no map f(z) = encode(decode(z)): remove them, or return all that decode needs as the latent"
+        )
 
 
 def trial_rows(shape: tuple[int, ...], like: nn.Module) -> Tensor:
