@@ -212,6 +212,7 @@ class MyAutoencoder(traj_ood.Autoencoder):
     [
         ("self.module(images)", "None", "knn", "encode of images (2, 1, 8, 8) failed in model.py, line 16: "),
         ("images.flatten(1)", "latents.nothing", "field", "mine: f failed in model.py, line 18: AttributeError: 'Tens"),
+        ("torch.zeros(10**14)", "None", "knn", "can't allocate memory"),
     ],
 )
 def test_mistakes_in_an_own_model_are_found_in_its_file(
@@ -223,6 +224,7 @@ def test_mistakes_in_an_own_model_are_found_in_its_file(
     result = call("fit", tmp_path / "images", *given, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert words in result.stderr
+    assert ("give a smaller --batch-size" in result.stderr) == ("memory" in words)
 
 
 def test_names_that_are_nothing() -> None:

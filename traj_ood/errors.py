@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ def foreign_errors(before: str, then: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise TrajOODError(f"{before} ({brief(error)}){then}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was exhausted; torch raises a plain RuntimeError on the CPU."""
+    words = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(words)
 
 
 def warn(message: str, stacklevel: int = 1) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from traj_ood.cli.console import fail, lost, note, prepare
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, is_out_of_memory
 from traj_ood.evaluation.parallel import TeammateError, is_main_process
 from traj_ood.io.options import MAX_INT
 
@@ -214,7 +213,7 @@ def _one_line_errors() -> Iterator[None]:
     except (MemoryError, OverflowError) as error:
         _refuse(f"{_words(error)}: expected sizes and numbers that this machine can take", error, 2)
     except Exception as error:
-        if re.search("out of memory|can't allocate memory", str(error)):  # a RuntimeError in torch
+        if is_out_of_memory(error):
             _refuse(f"{_words(error)}: give a smaller --batch-size, or fewer images", error, 2)
         if isinstance(error, RuntimeError) and "home directory" in str(error):
             _refuse(f"{_words(error)}: write the path without ~, or set HOME", error, 2)

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from traj_ood.errors import TrajOODError, foreign_errors, warn
+from traj_ood.errors import TrajOODError, foreign_errors, is_out_of_memory, warn
 
 _PACKAGE = __name__.split(".")[0]
 
@@ -159,14 +159,14 @@ def _extension_errors(source: str) -> Iterator[None]:
 @contextlib.contextmanager
 def own_code(cls: type[Any], call: str) -> Iterator[None]:
     """Context manager that turns what a ``call`` of a user's class raises into a ``TrajOODError`` with its file and
-    line; what our own classes raise passes unchanged."""
+    line; what our own classes raise, and errors for want of memory, pass unchanged."""
     try:
         yield
     except TrajOODError:
         raise
     except Exception as error:
         own = origin_of(cls)
-        if own is None:
+        if own is None or is_out_of_memory(error):  # the caller knows what to make smaller
             raise
         file = own.get("file", own["module"])
         text = f"{call} failed in {file}{_line_of(error, file)}: {type(error).__name__}: {error}: correct it"

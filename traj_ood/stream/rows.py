@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import queue
-import re
 import threading
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from traj_ood.data.contents import hash_file, stamp
 from traj_ood.data.decoding import Reading, open_bytes, open_image
 from traj_ood.detector import Detector
 from traj_ood.detector.decision import ERROR, OOD, Decision, decide_all, reason_of
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, is_out_of_memory
 from traj_ood.stream.paths import Entry
 from traj_ood.text import one_line
 
@@ -185,8 +184,7 @@ def _judge_images(detector: Detector, images: list[Tensor]) -> list[Decision]:
     try:
         return decide_all(partial(detector.judge, whole_chunks=True), images)
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch raises a plain RuntimeError.
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         raise TrajOODError(f"out of memory while judging {len(images)} images: give a smaller --batch-size") from error
 
