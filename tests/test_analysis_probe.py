@@ -257,7 +257,7 @@ def test_a_basis_without_error_has_no_ratio(tmp_path: Path, monkeypatch: pytest.
 
 def test_data_are_checked_before_a_model_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Probe, "subject", lambda *_: pytest.fail("trained"))
-    with pytest.raises(TrajOODError, match="unknown set of images 'nowhere'"):
+    with pytest.raises(TrajOODError, match=r"unknown set of images 'nowhere': Known: .*[^0], cifar10, cifar10-local"):
         Probe(model="conv", data=("nowhere",)).run(Workspace(tmp_path / "work"), tmp_path / "out")
 
 

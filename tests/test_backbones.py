@@ -344,17 +344,25 @@ def test_older_checkpoints_without_batch_counters() -> None:
 # ---------------------------------------------------------------------------------------------- torchvision
 
 
+MANY = 20  # classes: of fewer, a whole chunk of 224-pixel images is tried for the place of a row
+
+
 @pytest.mark.parametrize(
-    ("name", "feature_dim"), [("mobilenet_v3_small", 1024), ("shufflenet_v2_x0_5", 1024), ("efficientnet_b0", 1280)]
+    ("name", "feature_dim"),
+    [
+        ("mobilenet_v3_small", 1024),
+        ("shufflenet_v2_x0_5", 1024),
+        pytest.param("efficientnet_b0", 1280, marks=pytest.mark.slow),
+    ],
 )
 def test_torchvision_features_are_what_the_last_layer_reads(tmp_path: Path, name: str, feature_dim: int) -> None:
     from torchvision import models
 
     torch.manual_seed(0)
-    network = models.get_model(name, weights=None, num_classes=6).eval()
+    network = models.get_model(name, weights=None, num_classes=MANY).eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
     backbone = load_backbone(f"torchvision:{name}:{tmp_path / 'w.pth'}")
-    assert (backbone.name, backbone.classes, backbone.feature_dim) == (f"torchvision:{name}:w", 6, feature_dim)
+    assert (backbone.name, backbone.classes, backbone.feature_dim) == (f"torchvision:{name}:w", MANY, feature_dim)
     image = backbone.transform(picture(0))
     transform = models.get_model_weights(name)["DEFAULT"].transforms()
     assert torch.equal(image, transform(picture(0)))
@@ -371,7 +379,7 @@ def test_a_surrogate_remembers_which_torchvision_weights_declare_the_transform(t
     from torchvision import models
 
     torch.manual_seed(0)
-    torch.save(models.get_model("mobilenet_v2", weights=None, num_classes=3).state_dict(), tmp_path / "w.pth")
+    torch.save(models.get_model("mobilenet_v2", weights=None, num_classes=MANY).state_dict(), tmp_path / "w.pth")
     spec = f"torchvision:mobilenet_v2:{tmp_path / 'w.pth'}"
     for options in ({}, {"weights": "IMAGENET1K_V1"}):
         backbone = load_backbone(spec, **options)

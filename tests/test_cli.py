@@ -97,7 +97,7 @@ def test_bench_ends_with_a_leaderboard(tmp_path: Path) -> None:
     assert "knn:k=3" in readme.read_text()
 
 
-@pytest.mark.parametrize("model", ["mae", "conv"])
+@pytest.mark.parametrize("model", [pytest.param("mae", marks=pytest.mark.slow), "conv"])
 def test_all_scorers(place: Path, model: str) -> None:
     result = call("bench", place / "tiny.yaml", "--model", place / model, "--out", place / "out", *FAST)
     assert result.exit_code == 0, result.output

@@ -60,6 +60,7 @@ def photos(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------- ONNX Runtime alone
 
 
+@pytest.mark.slow
 def test_onnx_runtime_needs_neither_torch_nor_traj_ood(detector: Detector, photos: Path, tmp_path: Path) -> None:
     for library in ("onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason="needs traj_ood[export]")

@@ -271,7 +271,12 @@ OLDER = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "2"}
     ("processor", "families"),
     [
         pytest.param(NO_VECTORS | OLDER, ["vit"], id="both"),
-        pytest.param({"MKL_CBWR": "OFF", "OMP_NUM_THREADS": "1"}, ["odd"], id="MKL used before the import"),
+        pytest.param(
+            {"MKL_CBWR": "OFF", "OMP_NUM_THREADS": "1"},
+            ["odd"],
+            id="MKL used before the import",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(NO_VECTORS, [*LARGE, "bundled"], id="no vector instructions", marks=pytest.mark.slow),
         pytest.param(OLDER, [*LARGE, "bundled"], id="AVX2", marks=pytest.mark.slow),
     ],

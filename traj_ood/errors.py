@@ -59,7 +59,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], then: str = "") -> 
     >>> print(unknown_name("scorer", "knnn", ["knn", "mahalanobis"]))
     unknown scorer 'knnn': did you mean 'knn'? Known: knn, mahalanobis
     """
-    names = sorted(known)
+    names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     hint = "did you mean " + " or ".join(repr(c) for c in close) + "? " if close else ""
     listed = f"Known: {', '.join(names)}" if len(names) <= _MAX_LISTED else f"{len(names)} names are known"
