@@ -209,6 +209,7 @@ def test_the_box_is_the_papers_or_holds_the_support() -> None:
 # ---------------------------------------------------------------------------------------------- the question
 
 
+@pytest.mark.slow
 def test_the_question_is_answered_drawn_and_resumed(tmp_path: Path) -> None:
     question = options_from(find_question("field"), TINY)
     root = write_digits(tmp_path / "digits")

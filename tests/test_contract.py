@@ -258,7 +258,15 @@ def assert_one_score(families: Sequence[str]) -> None:
             assert not moved, f"{family}: {moved}, allowed {bound}"
 
 
-@pytest.mark.parametrize("family", [*LARGE, pytest.param("bundled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "vit",
+        "odd",
+        "classifier",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv", "float64", "bundled")),
+    ],
+)
 def test_any_batch_and_order_give_the_same_score(family: str) -> None:
     assert_one_score([family])
 
@@ -270,7 +278,7 @@ OLDER = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "2"}
 @pytest.mark.parametrize(
     ("processor", "families"),
     [
-        pytest.param(NO_VECTORS | OLDER, ["vit"], id="both"),
+        pytest.param(NO_VECTORS | OLDER, ["odd"], id="both"),
         pytest.param(
             {"MKL_CBWR": "OFF", "OMP_NUM_THREADS": "1"},
             ["odd"],

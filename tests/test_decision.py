@@ -38,6 +38,7 @@ def detector() -> Detector:
 # ---------------------------------------------------------------------- the same everywhere
 
 
+@pytest.mark.slow
 def test_python_rows_a_cluster_a_service_and_the_exported_file_say_the_same(detector: Detector, tmp_path: Path) -> None:
     for library in ("onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason="needs traj_ood[export]")

@@ -399,8 +399,7 @@ def fates(z: Tensor) -> Tensor:
     return torch.where(z.abs() > 10, torch.full_like(z, NAN), torch.where(z.abs() > 2, z**2, cubic(z)))
 
 
-@pytest.mark.parametrize("look", [2, 3, 8, 1000])
-@pytest.mark.parametrize("chunk", [7, 48])
+@pytest.mark.parametrize(("look", "chunk"), [(2, 7), (3, 48), (8, 7), (1000, 48)])
 def test_results_do_not_depend_on_how_often_the_host_looks(look: int, chunk: int) -> None:
     batches = [scattered(count, seed) for seed, count in enumerate((150, 1, 0, 40, 213))]
     for row, value in ((0, NAN), (1, 2.5), (2, 11.0), (3, 1.0), (4, math.inf)):

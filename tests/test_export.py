@@ -85,7 +85,7 @@ def in_python(detector: Any, steps: int, units: Normalised) -> Tensor:
 # ---------------------------------------------------------------------- the module
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("vit", marks=pytest.mark.slow), "conv", "surrogate"])
 def test_the_module_says_what_the_detector_says_for_every_scorer_of_the_suite(name: str) -> None:
     model = MODELS[name]()
     pixels, units = photographs(model)
