@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -461,7 +462,7 @@ def test_low_precision_changes_over_at_the_same_step_however_often_the_host_look
 
 @pytest.mark.parametrize("look", [0, -1, 1.5])
 def test_an_impossible_look_is_refused(look: Any) -> None:
-    with pytest.raises(TrajOODError, match="look: expected a whole number of at least 1 step, or None, got"):
+    with pytest.raises(TrajOODError, match="look: expected a whole number of at least 1 step, got"):
         iterate(cubic, torch.ones(1, 1), look=look)
 
 
@@ -534,12 +535,16 @@ def test_batches_of_a_stream_must_be_alike() -> None:
         TrajOODError, match=r"expected batches of one shape, type and device, got float32 \(3,\) on cpu and"
     ):
         list(iterate(cubic, iter([scattered(9, 0), scattered(9, 1).double()])))
-    with pytest.raises(TrajOODError, match=r"start: expected floating-point latents of shape \(B, \*L\), got list"):
+    with pytest.raises(
+        TrajOODError, match=r"start: expected latents of float32 or float64 and shape \(B, \*L\), got list"
+    ):
         list(iterate(cubic, iter([[1.0]])))  # type: ignore[list-item]
 
 
 def test_none_in_a_stream_is_no_end() -> None:
-    with pytest.raises(TrajOODError, match=r"start: expected floating-point latents of shape \(B, \*L\), got NoneType"):
+    with pytest.raises(
+        TrajOODError, match=r"start: expected latents of float32 or float64 and shape \(B, \*L\), got NoneType"
+    ):
         list(iterate(cubic, [scattered(9, 0), None, scattered(9, 1)]))  # type: ignore[list-item]
 
 
@@ -597,6 +602,8 @@ class Answer:
         ({"tol": "a"}, "tol: expected a finite squared residual >= 0, got 'a'"),
         ({"max_steps": 2.5}, r"max_steps: expected a whole number of at least 1, got 2\.5"),
         ({"chunk": 2.5}, r"chunk: expected a whole number of at least 1 row, got 2\.5"),
+        ({"chunk": np.int64(6)}, r"chunk: expected a whole .* row, got (np.int64\()?6\)?: convert it by int"),
+        ({"look": True}, "look: expected a whole number of at least 1 step, got True"),
         ({"observers": [Norm(), Norm()]}, "observers: expected different names, got 'norm' twice"),
         ({"observers": [Answer(torch.ones(1))]}, r"observer mine: expected None or .* of 4 samples, got shape \(1,\)"),
         ({"observers": [Answer(1.0)]}, "observer mine: expected None or .* of 4 samples, got float"),
@@ -653,8 +660,14 @@ def test_record_ends_and_length() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"start": torch.ones(3)}, r"start: expected floating-point latents of shape \(B, \*L\), got torch.float32"),
-        ({"start": torch.ones(3, 2, dtype=torch.int64)}, "start: expected floating-point latents .* got torch.int64"),
+        (
+            {"start": torch.ones(3)},
+            r"start: expected latents of float32 or float64 and shape \(B, \*L\), got torch.float32",
+        ),
+        ({"start": torch.ones(3, 2, dtype=torch.int64)}, "start: expected latents of float32 .* got torch.int64"),
+        ({"start": torch.ones(3, 2, dtype=torch.float16)}, "start: expected latents of float32 .* got torch.float16"),
+        ({"self_map": None}, "f: expected a function of latents, got NoneType"),
+        ({"observers": [None]}, r"observers: expected objects with a name and a method observe, got \[None\]"),
         ({"tol": -1e-9}, "tol: expected a finite squared residual >= 0, got -1e-09"),
         ({"tol": NAN}, "tol: expected a finite squared residual >= 0, got nan"),
         ({"tol": float("inf")}, "tol: expected a finite squared residual >= 0, got inf"),

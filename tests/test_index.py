@@ -7,6 +7,7 @@ import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -269,7 +270,9 @@ def test_the_kth_alone_is_the_last_of_a_search(seed: int) -> None:
         torch.testing.assert_close(found, truth[:, k - 1], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(built.kth(queries[3:4], k), found[3:4], rtol=1e-9, atol=0)
     assert built.kth(queries[:0], 9).shape == (0,)
-    with pytest.raises(TrajOODError, match=r"k: expected 1 to 2840 \(the number of indexed points\), got 2841"):
+    with pytest.raises(
+        TrajOODError, match=r"k: expected a whole number from 1 to 2,840 \(the number of indexed points\), got 2841"
+    ):
         built.kth(queries, 2841)
 
 
@@ -356,7 +359,7 @@ def test_an_approximate_index_loses_recall_only(kind: Approximate) -> None:
     torch.testing.assert_close(found.distances[hit], exact.distances[hit], rtol=1e-12, atol=0)
     assert_exact(built.search(queries, 7), points, truth, 7)  # search stays exact
     assert_exact(built.search(queries[:2], len(points)), points, truth[:2], len(points))
-    with pytest.raises(TrajOODError, match=r"k: expected 1 to 3800 .*, got 3801"):
+    with pytest.raises(TrajOODError, match=r"k: expected a whole number from 1 to 3,800 .*, got 3801"):
         built.search(queries, 3801)
     with pytest.raises(TrajOODError, match="index queries: 1 of 60 rows are not finite, first at row 7"):
         built.nearest(bad(queries, 7, float("nan")))
@@ -555,9 +558,10 @@ def test_non_finite_input(value: float) -> None:
             look_up(bad(points, 7, value))
 
 
-@pytest.mark.parametrize("k", [0, -1, 11])
-def test_impossible_k(k: int) -> None:
-    with pytest.raises(TrajOODError, match=rf"k: expected 1 to 10 \(the number of indexed points\), got {k}"):
+@pytest.mark.parametrize("k", [0, -1, 11, 2.5, True, None])
+def test_impossible_k(k: Any) -> None:
+    words = rf"k: expected a whole number from 1 to 10 \(the number of indexed points\), got {k}"
+    with pytest.raises(TrajOODError, match=words):
         NeighborIndex(gaussian(10, 4)).search(torch.zeros(1, 4), k)
 
 
@@ -565,7 +569,15 @@ def test_wrong_shapes_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     for points in (torch.empty(0, 4), torch.zeros(4), torch.zeros(2, 3, 4)):
         with pytest.raises(TrajOODError, match=r"index: expected at least one point of shape \(N, d\), got \("):
             NeighborIndex(points)
+    for other, words in (
+        ([[1.0]], "list: convert it by torch.as_tensor"),
+        (torch.ones(2, 1, dtype=torch.int64), "torch.int64"),
+    ):
+        with pytest.raises(TrajOODError, match=rf"index: expected at least one point .*, got {words}"):
+            NeighborIndex(other)
     built = NeighborIndex(gaussian(10, 4))
+    with pytest.raises(TrajOODError, match=r"queries: expected \(B, 4\), got ndarray: convert it by torch.as_tensor"):
+        built.nearest(np.zeros((2, 4)))  # type: ignore[arg-type]
     for queries in (torch.zeros(4), torch.zeros(2, 5)):
         with pytest.raises(TrajOODError, match=r"queries: expected \(B, 4\), got \("):
             built.nearest(queries)

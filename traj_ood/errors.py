@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, get_args
 
 from traj_ood.text import brief, one_line
@@ -49,6 +50,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 def warn(message: str, stacklevel: int = 1) -> None:
     """Issue a ``UserWarning`` of one printable line below 2 kB; ``stacklevel`` as in ``warnings.warn``."""
     warnings.warn(one_line(message), stacklevel=stacklevel + 1)
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int | None = None, unit: str = "") -> None:
+    """Raise ``TrajOODError`` unless ``value``, of the argument ``name``, is an ``int`` from ``least`` to ``most``.
+
+    NumPy's integers are refused, too: they are not JSON, so a record could not be written in the end.
+
+    >>> check_whole("k", True, unit="neighbours")
+    Traceback (most recent call last):
+    traj_ood.errors.TrajOODError: k: expected a whole number of at least 1 neighbours, got True
+    """
+    if type(value) is int and value >= least and (most is None or value <= most):
+        return
+    bound = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+    is_other = isinstance(value, Integral) and not isinstance(value, int)
+    then = ": convert it by int()" if is_other else ""
+    raise TrajOODError(f"{name}: expected a whole number {bound}{unit and ' ' + unit}, got {value!r}{then}")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], then: str = "") -> TrajOODError:

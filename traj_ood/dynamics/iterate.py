@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from traj_ood.dynamics.host import to_device, to_host, where
 from traj_ood.dynamics.maps import LowPrecision, Maps, SelfMap
 from traj_ood.dynamics.trajectory import Status, Trajectory, check_stopping
 from traj_ood.dynamics.workers import single_threaded
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, check_whole
 
 _IN_PROGRESS = 192  # samples iterated at a time: full chunks for any network, and few idle rows beside the last samples
 _IDLE_SHARE = 32  # one in so many rows may be idle before new starts are taken in
@@ -32,6 +32,7 @@ _LOOK = 8  # steps on an accelerator between two reads: wastes 2 % of a path of 
 _END: Any = object()
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Measures each point of each trajectory once, while the point is in memory.
 
@@ -476,9 +477,10 @@ def _reached(points: list[Tensor], places: Tensor, keep: Tensor) -> Tensor:
 
 
 def _check_start(start: Tensor, before: Tensor | None) -> None:
-    if not isinstance(start, Tensor) or start.ndim < 2 or not start.is_floating_point():
+    # Shorter types cannot resolve steps near the tolerance.
+    if not isinstance(start, Tensor) or start.ndim < 2 or start.dtype not in (torch.float32, torch.float64):
         got = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
-        raise TrajOODError(f"start: expected floating-point latents of shape (B, *L), got {got}")
+        raise TrajOODError(f"start: expected latents of float32 or float64 and shape (B, *L), got {got}")
     if before is not None and kind(start) != kind(before):
         raise TrajOODError(
             f"start: expected batches of one shape, type and device, got {kind(before)} and then {kind(start)}"
@@ -487,10 +489,11 @@ def _check_start(start: Tensor, before: Tensor | None) -> None:
 
 def _check_settings(tol: float, max_steps: int, chunk: int, look: int | None, observers: list[Observer]) -> None:
     check_stopping(tol, max_steps)
-    if not isinstance(chunk, int) or chunk < 1:
-        raise TrajOODError(f"chunk: expected a whole number of at least 1 row, got {chunk!r}")
-    if look is not None and (not isinstance(look, int) or look < 1):
-        raise TrajOODError(f"look: expected a whole number of at least 1 step, or None, got {look!r}")
+    check_whole("chunk", chunk, unit="row")
+    if look is not None:
+        check_whole("look", look, unit="step")
+    if not all(isinstance(observer, Observer) for observer in observers):
+        raise TrajOODError(f"observers: expected objects with a name and a method observe, got {observers}")
     names = [observer.name for observer in observers]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

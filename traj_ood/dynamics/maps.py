@@ -61,6 +61,8 @@ class Maps:
     """Applies f, or its cheap copy to samples that still use it."""
 
     def __init__(self, self_map: SelfMap, low: LowPrecision | None, chunk: int) -> None:
+        if not callable(self_map):
+            raise TrajOODError(f"f: expected a function of latents, got {type(self_map).__name__}")
         self._map, self._low, self._chunk, self._name = self_map, low, chunk, name_around(self_map)
         self.has_cheap = low is not None
         # The cheap copy is no method of a model, so that all threads compute each of its calls.

@@ -10,7 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, check_whole
 
 
 class Status(IntEnum):
@@ -29,8 +29,7 @@ def check_stopping(tol: float, max_steps: int) -> None:
     """Raise ``TrajOODError`` unless ``tol`` is a finite number >= 0 and ``max_steps`` a whole one >= 1."""
     if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 <= tol < math.inf:
         raise TrajOODError(f"tol: expected a finite squared residual >= 0, got {tol!r}")
-    if type(max_steps) is not int or max_steps < 1:
-        raise TrajOODError(f"max_steps: expected a whole number of at least 1, got {max_steps!r}")
+    check_whole("max_steps", max_steps)
 
 
 def join_tables(tables: Sequence[Tensor], width: int | None = None) -> Tensor:

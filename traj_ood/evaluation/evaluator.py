@@ -25,7 +25,7 @@ from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
 from traj_ood.dynamics.trajectory import check_stopping
-from traj_ood.errors import TrajOODError, check_word, warn
+from traj_ood.errors import TrajOODError, check_whole, check_word, warn
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.file_control import NOTE, control_scores
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
@@ -85,7 +85,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raise ``TrajOODError`` for invalid values, before anything is computed or written."""
         check_stopping(self.tol, self.max_steps)
-        _check_whole("resamples", self.resamples, 0, _MAX_RESAMPLES)
+        check_whole("resamples", self.resamples, 0, _MAX_RESAMPLES)
         check_word("value of on_error", self.on_error, OnError)
 
 
@@ -136,9 +136,9 @@ class Evaluator:
             raise TrajOODError(
                 f"benchmark: expected a traj_ood.Benchmark, got {got}: load it, load_benchmark({bench!r})"
             )
-        _check_whole("workers", self.workers, 1)
+        check_whole("workers", self.workers, 1)
         if self.batch_size is not None:
-            _check_whole("batch size", self.batch_size, 1)
+            check_whole("batch size", self.batch_size, 1)
         if self.on_duplicates is not None:
             check_word("value of on_duplicates", self.on_duplicates, OnDuplicates)
         protocol = bench.train_size and min(bench.train_size, len(bench.train.images))
@@ -409,12 +409,6 @@ class Evaluator:
         tol, max_steps = self.config.tol, self.config.max_steps
         kept = keep_pictures(self.autoencoder, self.sample, table, scorers, dictionary, tol=tol, max_steps=max_steps)
         kept.save(self.folder / GALLERY_NAME)
-
-
-def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    if type(value) is not int or value < least or (most is not None and value > most):
-        bound = f"of at least {least}" if most is None else f"from {least} to {most:,}"
-        raise TrajOODError(f"{name}: expected a whole number {bound}, got {value!r}")
 
 
 def _is_own_code(model: Autoencoder) -> bool:

@@ -41,6 +41,17 @@ class Recall:
     max_excess: float
 
 
+def check_table(expected: str, found: object, width: int | None = None, least: int = 0) -> None:
+    """Raise ``TrajOODError``, which begins with ``expected``, unless ``found`` is a floating-point tensor of ``least``
+    or more rows, of ``width`` columns if given."""
+    if not isinstance(found, Tensor):
+        raise TrajOODError(f"{expected}, got {type(found).__name__}: convert it by torch.as_tensor()")
+    if not found.is_floating_point():
+        raise TrajOODError(f"{expected}, of a floating-point type, got {found.dtype}")
+    if found.ndim != 2 or len(found) < least or found.shape[1] != (width or found.shape[1]):
+        raise TrajOODError(f"{expected}, got {tuple(found.shape)}")
+
+
 def check_left_out(indices: Tensor, queries: int, points: int) -> None:
     """Check that ``indices`` names for each query a point to leave out, or -1, and that there is another point.
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from traj_ood.dynamics.device import exact_products, standard_settings
 from traj_ood.dynamics.host import to_device
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, check_whole
 from traj_ood.index.flat import Approximate, Backend, FaissApproximate, TorchFlat, check_approximate, flat_backend
 from traj_ood.index.groups import greedy_leaders, leaders_in_cells
-from traj_ood.index.neighbors import Neighbors, Recall, check_left_out
+from traj_ood.index.neighbors import Neighbors, Recall, check_left_out, check_table
 from traj_ood.index.one_read import OneReadSearch, first_of_nearest
 from traj_ood.index.scan import Scan, smallest, table
 
@@ -101,8 +101,7 @@ class NeighborIndex:
         device: torch.device | str | None = None,
         approximate: Approximate = "none",
     ) -> None:
-        if points.ndim != 2 or not len(points):
-            raise TrajOODError(f"index: expected at least one point of shape (N, d), got {tuple(points.shape)}")
+        check_table("index: expected at least one point of shape (N, d)", points, least=1)
         _refuse_non_finite(points.norm(dim=1), "points")
         device = torch.device(device or points.device)
         if device.type == "mps":  # has no float64
@@ -207,8 +206,7 @@ class NeighborIndex:
         return self._search(queries, k, self._kth_alone).distances[:, -1]
 
     def _search(self, queries: Tensor, k: int, look: Callable[..., tuple[Tensor, Tensor]]) -> Neighbors:
-        if not 1 <= k <= len(self):
-            raise TrajOODError(f"k: expected 1 to {len(self)} (the number of indexed points), got {k}")
+        check_whole("k", k, 1, len(self), "(the number of indexed points)")
         is_wide = k + _SPARE > min(_MAX_CANDIDATES, len(self))
         if not is_wide:
             self._all()
@@ -290,8 +288,8 @@ class NeighborIndex:
 
     def _centre(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, d) of the points' type, the same less the mean in float32, and its (B,) norms."""
-        if queries.ndim != 2 or queries.shape[1] != self._points.shape[1]:
-            raise TrajOODError(f"queries: expected (B, {self._points.shape[1]}), got {tuple(queries.shape)}")
+        width = self._points.shape[1]
+        check_table(f"queries: expected (B, {width})", queries, width)
         queries = queries.detach().to(self._points)
         centred = (queries - self._mean).float()
         return queries, centred, centred.norm(dim=1)
