@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from traj_ood.autoencoders import DiffusersVAE, load_autoencoder
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
+from traj_ood.io import pretrained
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (optional extra traj_ood[diffusers])")
 
@@ -248,6 +251,30 @@ def damaged(folder: Path, to: Path, what: str) -> Path:
 def test_damaged_folders(folder: Path, tmp_path: Path, what: str, message: str) -> None:
     with pytest.raises(TrajOODError, match=message):
         load_autoencoder(f"diffusers:{damaged(folder, tmp_path / what, what)}")
+
+
+def test_a_command_passes_on_no_remark_of_diffusers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config of every published autoencoder has an entry that diffusers remarks on."""
+    copy = shutil.copytree(folder, tmp_path / "vae")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "of_the_trainer": 1}))
+    logs = diffusers.utils.logging
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", heard.append)
+    logs.add_handler(handler)
+    before = logs.get_verbosity()
+    try:
+        load_autoencoder(copy)
+        assert "of_the_trainer" in heard.pop().getMessage()
+        monkeypatch.setattr(pretrained, "_SILENT", [True])  # as by traj_ood.io.pretrained.silence_libraries
+        load_autoencoder(copy)
+        assert not heard
+    finally:
+        logs.set_verbosity(before)
+        logs.remove_handler(handler)
 
 
 def test_the_command_line_chooses_the_side_of_the_images(folder: Path) -> None:

@@ -292,9 +292,9 @@ def set_up(threads: int | None) -> None:
     """
     import torch
 
-    from traj_ood.io.pretrained import silence_transformers
+    from traj_ood.io.pretrained import silence_libraries
 
-    silence_transformers()
+    silence_libraries()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, which our errors report
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # torch itself uses it
     if threads:

@@ -17,13 +17,13 @@ from traj_ood.io.weights import check_weights
 
 _ELSEWHERE = ("auto_map", "use_pretrained_backbone", "custom_pipelines")
 _SILENT: list[bool] = []
-"""Not empty after :func:`silence_transformers`."""
+"""Not empty after :func:`silence_libraries`."""
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin")
 
 
-def silence_transformers() -> None:
-    """Turn off the log messages, progress bars and questions on standard input of transformers, for command lines. The
-    settings are applied when a model of it is first loaded."""
+def silence_libraries() -> None:
+    """Turn off the log messages, progress bars and questions on standard input of transformers and diffusers, for
+    command lines. The settings are applied when a model of either is first loaded."""
     _SILENT.append(True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if "transformers" in sys.modules:
@@ -37,6 +37,10 @@ def _silence() -> None:
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # the question whether to run a model's code is answered "no"
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if "diffusers" in sys.modules:  # warns of entries of a published config.json that it does not know
+        from diffusers.utils import logging as diffusers_logging
+
+        diffusers_logging.set_verbosity_error()
 
 
 def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
