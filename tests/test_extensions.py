@@ -41,6 +41,25 @@ class Mine(traj_ood.FeatureScorer):
         return self.features(evidence).double().norm(dim=1)
 """
 
+NORMS = "h = self.features(evidence).double().norm(dim=1)"
+PATH_SCORER = """
+from dataclasses import dataclass
+from typing import ClassVar
+import traj_ood
+
+@traj_ood.register
+@dataclass
+class MinePath(traj_ood.Scorer):
+    name: ClassVar[str] = "mine-path"
+    summary: ClassVar[str] = "length of the first step"
+
+    def needs(self):
+        return traj_ood.Needs(steps=2)
+
+    def score(self, evidence):
+        return evidence.path().residuals[:, 0]
+"""
+
 
 @pytest.fixture(autouse=True)
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -176,6 +195,36 @@ def test_mistakes_in_an_own_scorer_are_found_in_its_file(tmp_path: Path, body: s
         scorers.score(traj_ood.Normalised(tiny.images(7)))
     assert "scorer mine: " in str(raised.value)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "score", "words"),
+    [
+        ("{}", "h + torch.randn(len(h))", r"score\(\) draws random numbers: .* differ by .*: correct it"),
+        ("{}", "h - h.mean()", r"score\(\) depends on batch-mates: .* alone differ by .* of the largest: correct it"),
+        ("vars(self).update(mu=2.0) or {}", "h - self.mu", r"no attribute 'mu': correct it. .* before it is saved"),
+        ("vars(self).update(mu=2.0) or {}", "h - getattr(self, 'mu', 0)", r"more than options and state.*self\.state"),
+    ],
+)
+@pytest.mark.parametrize("count", [2, 7, 40])
+def test_an_own_scorer_whose_scores_depend_on_more_than_the_image_is_refused(
+    tmp_path: Path, learnt: str, score: str, words: str, count: int
+) -> None:
+    body = f"\n    def learn(self, train):\n        return {learnt}\n"
+    text = MINE.replace("return self.features(evidence).double().norm(dim=1)", f"{NORMS}\n        return {score}")
+    (tmp_path / "mine.py").write_text("import torch\n" + text + body)
+    extensions.import_extension(str(tmp_path / "mine.py"))
+    scorers = traj_ood.ScorerSet(tiny.vit(), ["mine"]).fit(traj_ood.Normalised(tiny.images(9)))
+    assert torch.isfinite(scorers.score(traj_ood.Normalised(tiny.images(1))).scores["mine"]).all()
+    with pytest.raises(TrajOODError, match=rf"scorer mine: .*{words}"):
+        scorers.score(traj_ood.Normalised(tiny.images(count)))
+
+
+def test_an_own_scorer_of_the_path_passes_the_trial(tmp_path: Path) -> None:
+    extensions.import_extension(str(mine(tmp_path, PATH_SCORER)))
+    scorers = traj_ood.ScorerSet(tiny.vit(), ["mine-path"]).fit(traj_ood.Normalised(tiny.images(9)))
+    scored = scorers.score(traj_ood.Normalised(tiny.images(7)))
+    torch.testing.assert_close(scored.scores["mine-path"], scored.evidence.path().residuals[:, 0])
 
 
 @pytest.mark.parametrize(("body", "words"), [("3", "tensors by name, got 3"), ("1 / 0", "ZeroDivisionError: division")])

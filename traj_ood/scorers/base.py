@@ -153,6 +153,17 @@ class Evidence:
         each = [batch.tensors() for batch in batches]
         return cls.from_tensors({name: torch.cat([named[name] for named in each]) for name in each[0]})
 
+    def first(self, count: int) -> Evidence:
+        """The evidence of the first ``count`` images, where they are; without the parts that only fitting has."""
+        return Evidence(
+            {view: values[:count] for view, values in self.features.items()},
+            {kind: values[:count] for kind, values in self.reconstruction.items()},
+            self.trajectory.select(torch.arange(count)) if self.trajectory is not None else None,
+            {point: values[:count] for point, values in self.points.items()},
+            logits=self.logits[:count] if self.logits is not None else None,
+            divergence=self.divergence[:count] if self.divergence is not None else None,
+        )
+
     def path(self) -> Trajectory:
         """The trajectory.
 
@@ -211,6 +222,8 @@ class Scorer(ABC):
     bears_rounding: ClassVar[bool] = True
     """Whether rounding in the network's output changes a score by at most 1e-5, relative. If so, a few images may be
     scored in calls of few rows. False for scorers that read differences as small as that rounding."""
+
+    tried = False  # whether this fitted scorer has passed its trial, see traj_ood.scorers.trial; no field, no option
 
     at_least: ClassVar[Mapping[str, int]] = {}
     """Smallest allowed values of options, such as ``{"k": 1}``; None is allowed, too, where it is the default."""
@@ -302,6 +315,7 @@ class Scorer(ABC):
         if not isinstance(learnt, Mapping) or not all(isinstance(value, Tensor) for value in learnt.values()):
             raise TrajOODError(f"scorer {self.label}: expected learn() to return tensors by name, got {learnt!r:.80}")
         self._state = {name: _row_major(value) for name, value in learnt.items()}
+        self.tried = False
         return self
 
     def scores_of(self, evidence: Evidence) -> Tensor:

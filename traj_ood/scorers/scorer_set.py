@@ -31,6 +31,7 @@ from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.scorers import WHOLE_PATH, Evidence, Needs, Scorer, create_scorers
 from traj_ood.scorers.registry import lacking
+from traj_ood.scorers.trial import tried_scores
 
 OnStep = Callable[[int, int], None]
 Precision = Literal["fp32", "bf16"]
@@ -306,7 +307,7 @@ class ScorerSet:
         watchers = [NearestAttractor(self.autoencoder, index, view) for view, index in self._indices.items()]
         for evidence in self._passes(encodings, watchers, self.needs.steps, on_step, self._low_precision()):
             with self.autoencoder.fixed():
-                scores = {s.label: s.scores_of(evidence) for s in self.scorers}
+                scores = {s.label: tried_scores(s, evidence) for s in self.scorers}
             yield Scored(scores, evidence)
 
     def _check_fitted(self) -> None:
