@@ -136,6 +136,20 @@ def test_figures_that_are_no_numbers_are_refused_and_nothing_is_written(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_hours_of_work(tmp_path: Path) -> None:
+    class Hours(Toy):
+        def answer(self, work: Workspace) -> Answer:
+            work.unit("hours", {}, lambda: pytest.fail("computed"))
+            return pytest.fail("computed")
+
+    (tmp_path / "file").write_text("")
+    with raises("file/out: expected a folder that can be written (for finding.json), got: Not a directory"):
+        Hours().run(Workspace(tmp_path / "units"), tmp_path / "file" / "out")
+    with raises("expected a folder that can be written"):
+        Hours().run(Workspace(tmp_path / "file" / "units"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_records_that_are_none_are_refused(tmp_path: Path) -> None:
     with raises("finding.json: expected a finding, got No such file"):
         Finding.load(tmp_path / "finding.json")

@@ -282,11 +282,15 @@ def test_missing_files_and_wrong_types(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="bert")
     with pytest.raises(
         TrajOODError,
-        match=r"unknown model family 'bert': Known: .*traj_ood_conv, traj_ood_pair, traj_ood_surrogate, vit_mae",
+        match=r"unknown model family 'bert': Known: .*traj_ood_conv, traj_ood_pair, traj_ood_surrogate, vit_mae"
+        rf".* A classifier of transformers is transformers:{folder}$",
     ):
         load_autoencoder(folder)
     with pytest.raises(TrajOODError, match=r"config\.json: expected model_type 'vit_mae', got 'bert'"):
         ViTMAE.from_pretrained(folder)
+    (folder / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(TrajOODError, match=rf"a model_type, found none in it: a network of timm, .* is timm:{folder}$"):
+        load_autoencoder(folder)
     for text in ("", "[1]", "{", "null"):
         (folder / "config.json").write_text(text)
         with pytest.raises(TrajOODError, match=r"config\.json"):

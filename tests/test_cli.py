@@ -394,6 +394,19 @@ def test_train_bad_input(place: Path) -> None:
     assert not (place / "m").exists()
 
 
+def test_diagnose_refuses_a_folder_that_cannot_be_written_before_it_computes(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "file").write_text("")
+    arguments = ("diagnose", "fashion-mae", "--benchmark", place / "tiny.yaml", "--device", "cpu", "-q")
+    assert_refused(
+        call(*arguments, "--out", place / "file" / "d"), "file/d: expected a folder that can be written (for diag"
+    )
+    monkeypatch.chdir(place)
+    (place / "runs").write_text("")  # the default is runs/<benchmark>--<model>--diagnosis
+    assert_refused(call(*arguments), "runs: expected a folder that can be written (for diag")
+
+
 def test_train_then_bench(place: Path) -> None:
     (place / "c.yaml").write_text(
         f"name: c\nbenchmark: {place / 'tiny.yaml'}\nfamily: conv\nimage_size: 8\nchannels: 1\nhealth_images: 2\n"

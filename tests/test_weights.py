@@ -279,4 +279,12 @@ def test_an_image_size_belongs_to_models_that_take_one(tmp_path: Path) -> None:
     for model in ("fashion-mae", "torchvision:resnet18"):
         result = CliRunner().invoke(main, ["bench", str(yaml), "--model", model, "--input-size", "96"])
         assert result.exit_code == 2
-        assert f"--input-size applies to timm:, diffusers: models, not to {model}" in result.stderr
+        assert (
+            f"--input-size applies to timm:, diffusers: models, not to {model}, whose size is fixed: leave it out\n"
+            in (result.stderr)
+        )
+    (tmp_path / "vae").mkdir()
+    result = CliRunner().invoke(main, ["bench", str(yaml), "--model", str(tmp_path / "vae"), "--input-size", "96"])
+    assert (
+        f"leave it out, or give timm:{tmp_path}/vae if the folder is one of timm, or give diffusers:" in result.stderr
+    )

@@ -81,7 +81,8 @@ def family_of(folder: Path, mark: str | None = None) -> type[Autoencoder]:
         load_plugins("traj_ood.models")
     known = _marked(key)
     if kind not in known:
-        raise unknown_name(_MARKS[key], kind, known)
+        advice = f". A classifier of transformers is transformers:{folder}" if key == "model_type" else ""
+        raise unknown_name(_MARKS[key], kind, known, advice)
     return known[kind]
 
 
@@ -100,5 +101,6 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     except TrajOODError as error:
         raise TrajOODError(f"{folder}: expected a config.json with a model_type ({error})") from error
     if not config.keys() & _MARKS.keys():
-        raise TrajOODError(f"{folder}: expected a config.json with a model_type, found none in it")
+        advice = f": a network of timm, as this one seems to be, is timm:{folder}" if "architecture" in config else ""
+        raise TrajOODError(f"{folder}: expected a config.json with a model_type, found none in it{advice}")
     return config

@@ -262,7 +262,10 @@ def autoencoder_of(
     any_size = [*(f"{name}:" for name, library in LIBRARIES.items() if library.any_size), "diffusers:"]
     if input_size is not None and not model.startswith(tuple(any_size)):
         known = ", ".join(any_size)
-        raise TrajOODError(f"--input-size applies to {known} models, not to {model}, whose size is fixed: leave it out")
+        advice = "leave it out"
+        if Path(model).expanduser().is_dir():  # which loads without the prefix, too, if it is of diffusers
+            advice += "".join(f", or give {name}{model} if the folder is one of {name[:-1]}" for name in any_size)
+        raise TrajOODError(f"--input-size applies to {known} models, not to {model}, whose size is fixed: {advice}")
     if not is_backbone_spec(model):
         side = {} if input_size is None else {"image_size": input_size}
         return load_autoencoder(model, **side, **(options or {})).to(device)

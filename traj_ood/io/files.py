@@ -61,13 +61,15 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
             temporary.unlink()
 
 
-def check_writable(folder: str | Path) -> None:
-    """Check that ``folder`` can be created or replaced, before hours of work for it; nothing is left behind."""
+def check_writable(folder: str | Path, file: str = "") -> None:
+    """Check that ``folder`` can be created or replaced, or can hold the file ``file``, before hours of work for it;
+    nothing is left behind."""
     folder = Path(os.path.realpath(Path(folder).expanduser()))
-    made = [path for path in folder.parents if not os.path.exists(path)]
-    probe = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    target = folder / file
+    made = [path for path in target.parents if not os.path.exists(path)]
+    probe = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with folder_errors(folder):
+        with folder_errors(folder, file):
             probe.mkdir(parents=True)
     finally:
         with contextlib.suppress(OSError):  # stops at the first folder that is not empty
