@@ -46,7 +46,7 @@ HEAVY = {
         "backbones/transformers_models.py",
         "io/pretrained.py",
     },
-    "diffusers": {"autoencoders/diffusers_vae.py"},
+    "diffusers": {"autoencoders/diffusers_vae.py", "io/pretrained.py"},
     "openood": {"openood/", "backbones/openood_networks.py"},
     "timm": {"backbones/timm_models.py"},
     "torchvision": {
