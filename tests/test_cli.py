@@ -119,6 +119,18 @@ def test_second_call_and_fresh(place: Path) -> None:
     assert list(RunResult.load(path).scorers) == ["knn:k=1"]
 
 
+def test_an_interrupted_command_that_starts_over_promises_nothing_else(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("traj_ood.evaluation.diagnose.diagnose", interrupted)
+    arguments = ("--benchmark", place / "tiny.yaml", "--device", "cpu", "--out", place / "d", "-q")
+    stopped = call("diagnose", "fashion-mae", *arguments)
+    assert (stopped.exit_code, stopped.stderr) == (130, "traj-ood: interrupted\n")
+
+
 def test_interrupted_command_continues(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = PartStore.save, []
 

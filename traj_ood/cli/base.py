@@ -127,6 +127,10 @@ def shared(*names: str) -> Callable[[_F], _F]:
     return add
 
 
+_CONTINUING = ("analyze", "bench", "train")
+"""Commands that keep what is finished. ``score`` does, too, and says it itself."""
+
+
 class _Command(click.Command):
     """A command with the option ``--import``, which runs the user's files first, and with errors of one line."""
 
@@ -142,7 +146,7 @@ class _Command(click.Command):
         self.params.append(own)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors():
+        with _one_line_errors(continues=self.name in _CONTINUING):
             for source in ctx.params.pop("import"):
                 from traj_ood.io.extensions import import_extension
 
@@ -190,9 +194,10 @@ def examples(*lines: str) -> str:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(continues: bool) -> Iterator[None]:
     """Context manager that turns errors into one line on stderr and an exit code.
 
+    ``continues``: whether the command, started again, goes on where it was interrupted; the line then says so.
     Bad input exits with code 2, an interruption with 130, and an unexpected exception with 70; for the latter,
     ``TRAJ_OOD_TRACEBACK=1`` shows the traceback.
     """
@@ -204,7 +209,7 @@ def _one_line_errors() -> Iterator[None]:
         fail(str(error), 2)
     except KeyboardInterrupt:
         if is_main_process():
-            note("traj-ood: interrupted; the same command continues where this one stopped")
+            note(f"traj-ood: interrupted{'; the same command continues where this one stopped' if continues else ''}")
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(_BROKEN_PIPE)
