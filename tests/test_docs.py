@@ -19,6 +19,7 @@ from statistics import fmean
 import pytest
 import tiny
 import torch
+import which_score
 import yaml
 
 from traj_ood.autoencoders import FAMILIES, load_autoencoder
@@ -33,11 +34,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 DIAGNOSTICS = ("textures", "photos", "noise")  # far sets in records older than that role
 FIGURES = ("auroc", "fpr95")
-CLASSIFIER = {  # labels of the run on a backbone, where static scorers read its features
-    "mahalanobis": "mahalanobis:view=backbone",
-    "knn": "knn:view=backbone",
-    "mahalanobis:view=grid": None,
-}
 
 
 def text(page: Path) -> str:
@@ -54,8 +50,8 @@ def name(page: Path) -> str:
 def test_readme_is_one_sitting() -> None:
     lines = text(ROOT / "README.md").splitlines()
     assert len(lines) <= 150
-    table = text(ROOT / "README.md").split("<!-- table:start -->")[1].split("<!-- table:end -->")[0].strip()
-    assert len(table.splitlines()) - 2 <= 8
+    which = text(ROOT / "README.md").split("## Which score?")[1].split("\n## ")[0]
+    assert (len(re.findall(r"^- ", which, flags=re.M)), which.count("![")) == (5, 1)
 
 
 def protocol_means() -> tuple[dict[tuple[str, str], tuple[float, ...]], dict[str, float]]:
@@ -75,42 +71,42 @@ def shown(figures: tuple[float, ...]) -> str:
     return " / ".join(f"{100 * figure:.1f}" for figure in figures)
 
 
-def test_the_table_of_readme_is_that_of_the_records() -> None:
-    means, costs = protocol_means()
-    record = json.loads(text(ROOT / "results" / "backbone" / "fashion--timm-fashion-resnet--seed0" / "result.json"))
-
-    def own_means(label: str) -> tuple[float, ...]:
-        sets = [s["metrics"] for name, s in record["scorers"][label]["sets"].items() if name not in DIAGNOSTICS]
-        return tuple(fmean(s[figure] for s in sets) for figure in FIGURES)
-
-    table = text(ROOT / "README.md").split("<!-- table:start -->")[1].split("<!-- table:end -->")[0]
-    rows = [[cell.strip() for cell in line.strip(" |").split("|")] for line in table.strip().splitlines()[2:]]
-    assert len(rows) == 7
-    for title, fashion, cifar, classifier, evaluations in rows:
-        found = re.match(r"`([^`]+)`", title)
-        label = (
-            found[1]
-            if found
-            else {"reconstruction": title, "the paper's score, 16 steps": "trajectory:horizon=16"}[title]
-        )
-        assert fashion == shown(means["fashion", label]), label
-        assert cifar == shown(means["cifar10-local", label]), label
-        own = CLASSIFIER.get(label, label)
-        assert classifier == (shown(own_means(own)) if own else "—"), label
-        assert evaluations == f"{costs[label]:.0f}"
+def rows_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip(" |").split("|")] for line in table.strip().splitlines()]
 
 
 def test_the_table_of_which_score_is_that_of_the_records() -> None:
-    means, _ = protocol_means()
+    means, costs = protocol_means()
     page = text(DOCS / "which-score.md")
-    table = page.split("| | `fashion` | `cifar10-local` | both |")[1].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip(" |").split("|")] for line in table.strip().splitlines()[1:]]
-    assert len(rows) == 5
-    for title, *cells in rows:
+    rows = rows_of(page.split("| | `fashion` | `cifar10-local` | both | f / image |")[1].split("\n\n")[0])[1:]
+    assert len(rows) == 7
+    for title, *cells, evaluations in rows:
         label = re.findall(r"`([^`]+)`", title)[-1]
         suites = [means[suite, label] for suite in ("fashion", "cifar10-local")]
         both = tuple(fmean(figures) for figures in zip(*suites, strict=True))
         assert cells == [shown(figures) for figures in (*suites, both)], label
+        assert evaluations == f"{costs[label]:.0f}"
+
+
+def test_readme_and_its_picture_say_what_the_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    means, _ = protocol_means()
+    field = {suite: 100 * means[suite, "field"][0] for suite in ("fashion", "cifar10-local")}
+    said = " ".join(text(ROOT / "README.md").split())
+    assert f"It has {field['fashion']:.1f} on `fashion` and {field['cifar10-local']:.1f} on `cifar10-local`" in said
+    drawn = which_score.small_autoencoders()
+    for (suite, label), (auroc, _) in means.items():
+        assert drawn[suite][label] == pytest.approx(100 * auroc)
+    page = text(DOCS / "which-score.md")
+    suites = which_score.photographs("backbone")
+    head = "| | " + " | ".join(f"`{suite}`" for suite in suites) + " |"
+    for title, *cells in rows_of(page.split(head)[1].split("\n\n")[0])[1:]:
+        label = "control: files" if title.startswith("control") else re.findall(r"`([^`]+)`", title)[0]
+        for suite, cell in zip(suites, cells, strict=True):
+            if cell != "—":
+                assert suites[suite][label] == pytest.approx(float(cell.split(" / ")[0]), abs=0.06), (label, suite)
+    monkeypatch.setattr(sys, "argv", ["which_score.py", "--out", str(tmp_path / "picture.png")])
+    which_score.main()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------------------------------------- links and blocks
