@@ -60,12 +60,16 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
     return float(((got[both] - expected[both]).abs() / scale).max())
 
 
-def agreement(file: Runner, detector: Runner, pixels: Tensor) -> Agreement:
-    """Compare and time a file and a detector on pixels (B, C, H, W), as one batch and one image alone."""
+def agreement(file: Runner, detector: Runner, few: Runner, pixels: Tensor) -> Agreement:
+    """Compare and time a file and a detector on pixels (B, C, H, W), as one batch and one image alone.
+
+    ``detector`` calls the model in whole chunks, from which scores may differ least; ``few`` as
+    :meth:`traj_ood.Detector.score` does, which is what takes a user's time.
+    """
     expected = detector(pixels)
     alone = torch.cat([file(pixels[:1]), expected[1:]])
     difference = max(relative_difference(file(pixels), expected), relative_difference(alone, expected))
-    one, many = ((_median_time(file, pixels[:n]), _median_time(detector, pixels[:n])) for n in (1, len(pixels)))
+    one, many = ((_median_time(file, pixels[:n]), _median_time(few, pixels[:n])) for n in (1, len(pixels)))
     return Agreement(len(pixels), difference, one, many)
 
 
