@@ -238,6 +238,24 @@ def test_findings_of_the_toy() -> None:
     assert got.agreement == pytest.approx(float(expected))
 
 
+def test_noise_is_tried_where_the_image_without_it_converges() -> None:
+    """Half of the images change the signs of their last three coordinates in every step, without end."""
+
+    def step(z: Tensor) -> Tensor:
+        settled = z + 0.3 * (z - z**3)
+        return torch.where(z[:, :1] > 0, settled, torch.cat([settled[:, :1], -settled[:, 1:]], dim=1))
+
+    got = diagnose(linear(step), benchmark(), noise=0.3, max_steps=40)
+    held = torch.from_numpy(np.stack([np.asarray(source("val", 40, (2, 2), 1).load(i)) for i in range(40)]))
+    start = held.float().reshape(40, 4) / 127.5 - 1
+    noisy = start + 0.3 * torch.randn(40, 1, 2, 2, generator=torch.Generator().manual_seed(0)).reshape(40, 4)
+    settles = start[:, 0] > 0
+    assert 10 < int(settles.sum()) < 30
+    same = (noisy.sign() == start.sign()).all(dim=1)
+    assert 0.1 < float(same[settles].double().mean()) < 0.9
+    assert got.agreement == pytest.approx(float(same[settles].double().mean()))
+
+
 def test_known_attractors_and_cautions() -> None:
     """60 training images know few of 2⁹ attractors, and strong noise changes nearly every one."""
 

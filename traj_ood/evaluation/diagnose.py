@@ -338,17 +338,19 @@ class _Walker:
         rows = torch.linspace(0, len(clean.images) - 1, min(_NOISE_IMAGES, len(clean.images))).round().long()
         draws = torch.Generator().manual_seed(seed)
         noisy = clean.images[rows] + noise * torch.randn(clean.images[rows].shape, generator=draws)
+        counted = clean.converged[rows]
+        self.bar.update(int((~counted).sum()))  # these would take the longest, and count for nothing
+        rows, noisy = rows[counted], noisy[counted]
+        if not len(rows):
+            return None
         ends = []
         for some in torch.arange(len(rows)).split(_BATCH):
             latents = self.model.examine(noisy[some]).latents
             ends.append(self._iterate(latents, _ids(split.images.ids, rows[some]))[0])
         disturbed = AttractorDictionary.concatenate(ends)
-        counted = clean.converged[rows]
-        if not bool(counted.any()):
-            return None
         cosine = (directions(clean.dictionary.points[rows]) * directions(disturbed.points)).sum(dim=1)
         same = (cosine >= SAME) & (disturbed.statuses == Status.CONVERGED)
-        return float(same[counted].double().mean())
+        return float(same.double().mean())
 
     def _iterate(self, latents: Tensor, ids: tuple[str, ...]) -> tuple[AttractorDictionary, Part]:
         settings: dict[str, Any] = {"tol": self.tol, "max_steps": self.max_steps, "chunk": self.model.chunk}
