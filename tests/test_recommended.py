@@ -51,7 +51,11 @@ def test_a_detector_takes_it_where_none_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_the_pages_name_it() -> None:
     own = RECOMMENDED["autoencoder"].scorer
-    assert f"| `{own}` (default) |" in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for kind, found in RECOMMENDED.items():
+        assert re.search(
+            rf"^- \*\*On an? (frozen )?{kind}\*\* (try )?`{re.escape(found.scorer)}`", readme, flags=re.M
+        ), kind
     first = (ROOT / "docs" / "which-score.md").read_text(encoding="utf-8").split("\n\n")[1]
     assert {f"`{found.scorer}`" for found in RECOMMENDED.values()} <= set(re.findall(r"`[^`]+`", first))
     faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").split("\n\n")
