@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
+from set_intervals import DIAGNOSTICS
 
 from traj_ood.drawing.charts import DotPanel, dots
 from traj_ood.drawing.style import save_figure
@@ -34,7 +35,6 @@ ROWS = {
     "control: files": "the image files alone",
 }
 """Label in the records → name in the picture."""
-DIAGNOSTICS = ("textures", "photos", "noise")  # far sets in records older than that role
 SUITES = ("tiny-imagenet", "imagenet-sample", "cifar10-partial")  # with the same colour in every panel
 CHANCE = 50.0
 

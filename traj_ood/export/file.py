@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -187,10 +188,7 @@ def _checked(detector: HasScorers, module: DetectorModule, form: Format, path: P
         return torch.where(scores.isfinite(), scores, torch.inf)
 
     def in_few_rows(pixels: Tensor) -> Tensor:
-        model = detector.autoencoder
-        if not module.scorer.bears_rounding or len(pixels) >= model.chunk:
-            return in_python(pixels)
-        with few_images(len(pixels)), model.fixed():
+        with few_images(len(pixels)) if module.scorer.bears_rounding else nullcontext():
             return in_python(pixels)
 
     found = agreement(lambda pixels: answer(pixels)[OUTPUT], in_python, in_few_rows, images)
