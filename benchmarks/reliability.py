@@ -46,7 +46,7 @@ from typing import Any
 import corruptions
 
 from traj_ood.evaluation.results import FILE_NAME, Result
-from traj_ood.io.files import write_atomic
+from traj_ood.io.files import files_below, write_atomic
 from traj_ood.io.provenance import environment, git_commit
 
 PARTS = ("kill", "disk", "corrupt", "together", "soak")
@@ -276,7 +276,7 @@ class _BenchTrial:
         return self._place.bench(out)
 
     def amount(self, out: Path) -> int:
-        return len(list((out / RUN / "parts").glob("*.safetensors")))
+        return sum(path.suffix == ".safetensors" for path in files_below(out / RUN / "parts"))
 
     def keep(self, out: Path) -> None:
         """What ``out`` holds now is what every other run must come to."""

@@ -15,6 +15,7 @@ from typing import Any
 from traj_ood.data import OOD_ROLES, OODRole
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.metrics import Metrics, mean_metrics
+from traj_ood.io.files import files_below
 from traj_ood.io.options import read_options
 from traj_ood.io.trees import field_of, read_json, write_json
 
@@ -163,13 +164,18 @@ class Result:
 
         Raises ``TrajOODError`` if there are none, or one is invalid.
         """
-        paths = sorted(Path(folder).rglob(FILE_NAME))
-        if not paths:
-            raise TrajOODError(
-                f"{folder}: expected at least one {FILE_NAME} in this folder or below, got none; "
-                "run `traj-ood bench` first or name another folder"
-            )
-        return [cls.load(path) for path in paths]
+        return [cls.load(path) for path in result_files(folder)]
+
+
+def result_files(folder: str | Path) -> list[Path]:
+    """Every ``result.json`` in and below ``folder``, sorted. Raises ``TrajOODError`` if there are none."""
+    paths = sorted(path for path in files_below(folder) if path.name == FILE_NAME)
+    if not paths:
+        raise TrajOODError(
+            f"{folder}: expected at least one {FILE_NAME} in this folder or below, got none; "
+            "run `traj-ood bench` first or name another folder"
+        )
+    return paths
 
 
 def near_first(sets: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import Pictures
-from traj_ood.evaluation.results import FILE_NAME, Result, near_first
+from traj_ood.evaluation.results import FILE_NAME, Result, near_first, result_files
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Run:
         Raises ``TrajOODError`` if there are none, or a file is damaged.
         """
         folder = Path(folder)
-        Result.load_all(folder)  # for its errors, which name the folder and what to do
-        return [cls.load(path.parent, path.parent.relative_to(folder)) for path in sorted(folder.rglob(FILE_NAME))]
+        return [cls.load(path.parent, path.parent.relative_to(folder)) for path in result_files(folder)]
 
     @classmethod
     def load(cls, folder: Path, place: Path) -> Run:

@@ -109,6 +109,13 @@ def alone_in(folder: str | Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def files_below(folder: str | Path) -> Iterator[Path]:
+    """Every file in and below ``folder``, without following links to folders. A folder that another process removes
+    meanwhile has none (``Path.rglob`` raises there)."""
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in names)
+
+
 def empty_folder(folder: str | Path, first: str) -> None:
     """Empty ``folder``, removing the file ``first`` before everything else."""
     folder = Path(folder)

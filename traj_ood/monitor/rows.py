@@ -13,6 +13,7 @@ import torch
 
 from traj_ood.detector.conformal import Calibration
 from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.io.files import files_below
 from traj_ood.monitor.martingale import Floats
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def _source(source: Path) -> np.ndarray:
 
 def _files(source: Path) -> list[Path]:
     if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-        if not found and not any(source.rglob("*.part")):
+        files = sorted(files_below(source))
+        found = [path for path in files if path.suffix in SUFFIXES and path.is_file()]
+        if not found and not any(path.suffix == ".part" for path in files):
             raise TrajOODError(
                 f"{source}: expected files with rows ({', '.join(SUFFIXES)}), found none in it: give a folder into "
                 "which traj-ood score or serve writes"
