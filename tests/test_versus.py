@@ -108,6 +108,16 @@ def test_sets_are_named_with_their_benchmark_where_there_are_several(runs: Path)
     assert [row[0].partition(" (")[0] for row in found.tables()[0].rows] == [*places, "mean over sets"]
 
 
+def test_a_mean_over_several_models_names_them(runs: Path) -> None:
+    one, two = Run.load_all(runs)
+    name = one.result.model["name"]
+    other = replace(two, result=replace(two.result, model={**two.result.model, "name": "other"}))
+    same, pooled = (compare_scorers([one, run], "knn:k=2", "mahalanobis", resamples=50) for run in (two, other))
+    assert same.notes()[0].startswith(f"Means over 2 runs of {one.result.benchmark}. Differences")
+    assert pooled.notes()[0].startswith(f"Means over 2 runs of {one.result.benchmark} (2 models: {name}, other). ")
+    assert compare_runs(one, other, "knn:k=2", resamples=50).notes()[0].startswith("Means over 1 run of ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -43,6 +43,7 @@ class Versus:
     Attributes:
         a, b: names of what is compared.
         runs: number of runs over which figures are averaged, by benchmark.
+        models: names of the models over which figures are averaged, by benchmark.
         mean: difference over the near and far sets of all benchmarks with equal weight, by metric.
         sets: difference on each OOD set, diagnostics included, by metric.
         resamples: resamples of the bootstrap.
@@ -51,6 +52,7 @@ class Versus:
     a: str
     b: str
     runs: Mapping[str, int]
+    models: Mapping[str, Sequence[str]]
     mean: Mapping[str, Difference]
     sets: Mapping[str, Sequence[SetDifference]]
     resamples: int
@@ -115,7 +117,11 @@ class Versus:
         """Explanation of the tables."""
         own = [self._named(row) for row in self.sets["auroc"] if row.role == "diagnostic"]
         left = f" The mean over sets leaves out diagnostics: {', '.join(own)}." if own else ""
-        runs = ", ".join(f"{n} run{'s' if n > 1 else ''} of {name}" for name, n in self.runs.items())
+        runs = ", ".join(
+            f"{n} run{'s' if n > 1 else ''} of {name}"
+            + (f" ({len(models)} models: {', '.join(models)})" if len(models := self.models[name]) > 1 else "")
+            for name, n in self.runs.items()
+        )
         return [
             f"Means over {runs}. Differences are {self.a} minus {self.b}, in points, with 95 % intervals of a paired "
             f"bootstrap over images ({self.resamples:,} resamples; crops of one picture stay together). They show "
@@ -151,8 +157,7 @@ def compare_scorers(runs: Sequence[Run], a: str, b: str, *, resamples: int = RES
     for run in runs:
         suites.setdefault(run.result.benchmark, []).append(run)
     paired = {name: PairedScores.from_tables([_table(run, a, b) for run in own], a, b) for name, own in suites.items()}
-    roles = {name: own[0].sets() for name, own in suites.items()}
-    return _versus(a, b, paired, roles, resamples, seed)
+    return _versus(a, b, paired, suites, resamples, seed)
 
 
 def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Versus:
@@ -177,7 +182,7 @@ def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAM
         )
     benchmark = first.result.benchmark
     paired = {benchmark: PairedScores.from_tables([both.drop(columns="_merge")], *names)}
-    return _versus(names[0], names[1], paired, {benchmark: first.sets()}, resamples, seed)
+    return _versus(names[0], names[1], paired, {benchmark: [first]}, resamples, seed)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -199,10 +204,12 @@ def _versus(
     a: str,
     b: str,
     paired: Mapping[str, PairedScores],
-    roles: Mapping[str, Mapping[str, str]],
+    suites: Mapping[str, Sequence[Run]],
     resamples: int,
     seed: int,
 ) -> Versus:
+    roles = {name: runs[0].sets() for name, runs in suites.items()}
+    models = {name: sorted({str(run.result.model["name"]) for run in runs}) for name, runs in suites.items()}
     found: BootstrapComparison = paired_bootstrap(list(paired.values()), resamples=resamples, seed=seed)
     places = [
         (number, name, set_name)
@@ -218,7 +225,7 @@ def _versus(
             for (_, name, set_name), d, p in zip(places, each, corrected, strict=True)
         ]
     mean = {metric: getattr(found.mean, metric) for metric in _NAMES}
-    return Versus(a, b, {name: pair.runs for name, pair in paired.items()}, mean, sets, resamples)
+    return Versus(a, b, {name: pair.runs for name, pair in paired.items()}, models, mean, sets, resamples)
 
 
 def _distinct_names(first: Run, second: Run) -> tuple[str, str]:
