@@ -244,7 +244,7 @@ def test_copies_are_counted_named_and_refused_or_warned_of(place: Path) -> None:
 
 
 def test_a_few_copies_are_a_warning_and_none_are_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy(place, "near/003.png", "far/000.png")  # OOD sets may share images
+    copy(place, "near/003.png", "far/000.png")  # OOD sets may share a few images
     assert load_benchmark(str(place / "tiny.yaml")).copies() == []
     copy(place, "train/003.png", "test/000.png")
     monkeypatch.setattr(evaluator_module, "_MAX_COPIED_SHARE", 0.1)
@@ -252,6 +252,15 @@ def test_a_few_copies_are_a_warning_and_none_are_nothing(place: Path, monkeypatc
         run_of(place).run()
     with pytest.raises(TrajOODError, match="1 of 10 images of 'test' are copies"):
         run_of(place, "strict", on_duplicates="error").run()
+
+
+def test_two_ood_sets_of_the_same_images_are_not_two_sets(place: Path) -> None:
+    for number in range(4):  # less than half of 9: real sets overlap
+        copy(place, f"near/{number:03}.png", f"far/{number:03}.png")
+    assert load_benchmark(str(place / "tiny.yaml")).copies() == []
+    copy(place, "near/004.png", "far/004.png")
+    with pytest.raises(TrajOODError, match="5 of 9 images of 'bright' are copies of images of 'dim'"):
+        run_of(place).run()
 
 
 def test_copies_in_memory_and_files_of_no_bytes(place: Path) -> None:
