@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, Encoding
@@ -26,13 +25,13 @@ from traj_ood.detector.module import as_module
 from traj_ood.detector.scorer import classes_given, forget_fit, label_list, numbered, one_scorer
 from traj_ood.detector.tensors import digests_of
 from traj_ood.dynamics.fixed_function import few_images
+from traj_ood.dynamics.progress import StepBar
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
 from traj_ood.scorers import WHOLE_PATH, Evidence, Scorer, recommended
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
-from traj_ood.text import printable
 
 OnKnown = Literal["raise", "skip"]
 _MAX_SEEN_SHARE = 0.01
@@ -150,7 +149,7 @@ class Detector(OnTheHub):
         classes = classes_given(scorers, images, labels, count)
         files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages | EncodedImages) else AS_STORED
         reading = batches(autoencoder, images, batch_size, workers, on_error, files)
-        with tqdm(total=count, desc=printable(f"fit {scorers.labels[0]}"), unit="img", delay=2, disable=quiet) as bar:
+        with StepBar(count, f"fit {scorers.labels[0]}", quiet=quiet) as bar:
             found = _explore(scorers, reading, bar)
         dictionary = AttractorDictionary.concatenate(found.dictionaries) if found.dictionaries else None
         if classes is None and scorers.needs.labels:
@@ -438,26 +437,27 @@ class _Explored:
     skipped: int = 0
 
 
-def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: tqdm[Any]) -> _Explored:
+def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: StepBar) -> _Explored:
     """The pass over the training images."""
     found, taken = _Explored(), deque[Batch]()
 
     def encodings() -> Iterator[tuple[Encoding, tuple[str, ...]]]:
         for batch in reading:
             found.skipped += len(batch.failures)
-            bar.update(len(batch.failures))
+            bar.skip(len(batch.failures))
             if batch.ids:
+                bar.begin(len(batch.ids))
                 taken.append(batch)
                 found.seen.append(digests_of(batch.images))
                 found.rows += batch.rows
                 found.labels += batch.labels
                 yield scorers.autoencoder.examine(batch.images), batch.ids
 
-    for ends, evidence in scorers.explore_all(encodings()):
+    for ends, evidence in scorers.explore_all(encodings(), bar.on_step):
         batch = taken.popleft()
         found.evidence.append(_kept(evidence, batch))
         found.dictionaries += [ends] if ends is not None else []
-        bar.update(len(batch.ids))
+        bar.finish(len(batch.ids))
     scorers.check_training_size(len(found.rows))
     return found
 

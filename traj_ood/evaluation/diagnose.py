@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary, Health, Verdict
 from traj_ood.attractors.health import (
@@ -34,6 +33,7 @@ from traj_ood.data import Benchmark, Split
 from traj_ood.data.batches import read_rows
 from traj_ood.dynamics.iterate import Norm, iterate
 from traj_ood.dynamics.jacobian import Derivative, spectral_radii
+from traj_ood.dynamics.progress import StepBar
 from traj_ood.dynamics.trajectory import Status, join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
@@ -191,7 +191,7 @@ def diagnose(
     if not noise > 0:
         raise TrajOODError(f"diagnose: expected noise above 0, got {noise}; 0.1 is the default")
     total = len(train.images) + len(held.images) + min(_NOISE_IMAGES, len(held.images))
-    with tqdm(total=total, desc="diagnose", unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False) as bar:
+    with StepBar(total, "diagnose", quiet=quiet) as bar:
         walker = _Walker(autoencoder, tol, max_steps, bar)
         known = walker.walk(train)
         unseen = walker.walk(held)
@@ -314,7 +314,7 @@ class _Walk:
 class _Walker:
     """Iterates f on images, batch by batch."""
 
-    def __init__(self, model: Autoencoder, tol: float, max_steps: int, bar: tqdm[Any]) -> None:
+    def __init__(self, model: Autoencoder, tol: float, max_steps: int, bar: StepBar) -> None:
         self.model, self.tol, self.max_steps, self.bar = model, tol, max_steps, bar
 
     def walk(self, split: Split) -> _Walk:
@@ -339,7 +339,7 @@ class _Walker:
         draws = torch.Generator().manual_seed(seed)
         noisy = clean.images[rows] + noise * torch.randn(clean.images[rows].shape, generator=draws)
         counted = clean.converged[rows]
-        self.bar.update(int((~counted).sum()))  # these would take the longest, and count for nothing
+        self.bar.skip(int((~counted).sum()))  # these would take the longest, and count for nothing
         rows, noisy = rows[counted], noisy[counted]
         if not len(rows):
             return None
@@ -354,8 +354,9 @@ class _Walker:
 
     def _iterate(self, latents: Tensor, ids: tuple[str, ...]) -> tuple[AttractorDictionary, Part]:
         settings: dict[str, Any] = {"tol": self.tol, "max_steps": self.max_steps, "chunk": self.model.chunk}
-        path = iterate(self.model.self_map, latents, observers=[Norm()], **settings)
-        self.bar.update(len(ids))
+        self.bar.begin(len(ids))
+        path = iterate(self.model.self_map, latents, observers=[Norm()], on_step=self.bar.on_step, **settings)
+        self.bar.finish(len(ids))
         tensors = {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
         return AttractorDictionary.from_trajectory(latents, path, ids), Part(ids, [], tensors, {})
 

@@ -11,7 +11,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.attractors.health import still_falling
@@ -19,6 +18,7 @@ from traj_ood.autoencoders import Encoding, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split
 from traj_ood.data.batches import OnError, ranges_of, read_rows
+from traj_ood.dynamics.progress import StepBar
 from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import Team
@@ -26,11 +26,10 @@ from traj_ood.evaluation.snapshot import Snapshot
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.scorers import Evidence
 from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
-from traj_ood.text import printable
 
 Parts: TypeAlias = dict[str, list[Part]]
 """The parts of all batches in order, by split."""
-_Compute: TypeAlias = "Callable[[list[_Job], _Bar], Iterator[tuple[_Job, Part]]]"
+_Compute: TypeAlias = "Callable[[list[_Job], StepBar], Iterator[tuple[_Job, Part]]]"
 
 
 @dataclass
@@ -125,13 +124,14 @@ class Passes:
             part = self.parts.load(job.key)
             if part is not None:
                 pieces[job.key] = part
-        with _Bar(sum(len(job.indices) for job in share), self.quiet or not self.team.is_main) as bar:
+        with StepBar(sum(len(job.indices) for job in share), quiet=self.quiet or not self.team.is_main) as bar:
             bar.skip(sum(len(job.indices) for job in share if job.key in pieces))
             began = time.perf_counter()
             for job, part in compute([job for job in share if job.key not in pieces], bar):
                 self.snapshot.check(job.split, job.indices)
                 self.parts.save(job.key, part)
                 pieces[job.key] = part
+                bar.finish(len(job.indices))
                 kind = "fit" if job.split is self.sample.train else f"score/{job.split.name}"
                 began, before = time.perf_counter(), began
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + began - before
@@ -143,11 +143,13 @@ class Passes:
             for name, ranges in batches.items()
         }
 
-    def _read(self, jobs: list[_Job], bar: _Bar, taken: deque[_Job]) -> Iterator[tuple[Encoding, tuple[str, ...]]]:
+    def _read(self, jobs: list[_Job], bar: StepBar, taken: deque[_Job]) -> Iterator[tuple[Encoding, tuple[str, ...]]]:
         """The encoding and ids of each batch with at least one readable image; all batches are appended to
         ``taken``."""
         for job in jobs:
-            bar.begin(job)
+            split = job.split
+            title = f"{split.role} {split.name}" if split.role != split.name else split.name
+            bar.begin(len(job.indices), title)
             taken.append(job)
             try:
                 self.team.check()
@@ -158,7 +160,7 @@ class Passes:
             if encoding is not None:
                 yield encoding, job.ids
 
-    def _explored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
+    def _explored(self, jobs: list[_Job], bar: StepBar) -> Iterator[tuple[_Job, Part]]:
         """Each batch of the training pass with its part: evidence, end points and curves."""
         taken: deque[_Job] = deque()
         for dictionary, evidence in self.scorers.explore_all(self._read(jobs, bar, taken), bar.on_step):
@@ -171,7 +173,7 @@ class Passes:
             yield job, Part(job.ids, job.failures, tensors, notes)
         yield from _unreadable(taken)
 
-    def _scored(self, jobs: list[_Job], bar: _Bar) -> Iterator[tuple[_Job, Part]]:
+    def _scored(self, jobs: list[_Job], bar: StepBar) -> Iterator[tuple[_Job, Part]]:
         """Each batch of the scoring pass with its part: scores, costs and curves."""
         taken: deque[_Job] = deque()
         encodings = (encoding for encoding, _ in self._read(jobs, bar, taken))
@@ -222,35 +224,6 @@ class _Job:
 def key_of(split: str, start: int) -> str:
     """The key in the store of parts of the batch that begins at image ``start`` of a split."""
     return f"{split}-{start:08d}"
-
-
-class _Bar:
-    """Progress bar over the images of a pass, labelled with the split that is being read."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._bar = tqdm(total=total, unit="img", delay=2, disable=quiet, dynamic_ncols=True, leave=False)
-        self._read = 0
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-
-    def skip(self, count: int) -> None:
-        """Count the images of batches that are already finished."""
-        self._read += count
-        self._bar.update(count)
-
-    def begin(self, job: _Job) -> None:
-        split = job.split
-        name = f"{split.role} {split.name}" if split.role != split.name else split.name
-        self._bar.set_description(printable(name), refresh=False)
-        self._read += len(job.indices)
-
-    def on_step(self, step: int, running: int) -> None:
-        self._bar.set_postfix(step=step, running=running, refresh=False)
-        self._bar.update(self._read - running - self._bar.n)
 
 
 def _unreadable(taken: deque[_Job]) -> Iterator[tuple[_Job, Part]]:

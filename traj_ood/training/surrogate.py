@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from traj_ood.attractors import Health
 from traj_ood.autoencoders.surrogate import Activation, SurrogateAutoencoder, SurrogateNetwork, check_features
@@ -20,6 +19,7 @@ from traj_ood.backbones import Backbone, Features
 from traj_ood.backbones.feature_cache import backbone_answers
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.device import training_settings
+from traj_ood.dynamics.progress import StepBar
 from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.io.trees import as_json
 from traj_ood.scorers.scorer_set import ScorerSet
@@ -185,13 +185,9 @@ def surrogate_health(model: SurrogateAutoencoder, features: Tensor, *, seed: int
     of at most 2,000 is drawn by ``seed``."""
     rows = sample_indices(len(features), min(_HEALTH_FEATURES, len(features)), seed, "surrogate/health")
     encoding = model.examine_features(Features(features[torch.tensor(rows)], None))
-    with tqdm(total=len(rows), desc="attractors", unit="img", delay=2, disable=quiet, leave=False) as bar:
-
-        def on_step(step: int, running: int) -> None:
-            bar.update(len(rows) - running - bar.n)
-            bar.set_postfix(step=step, running=running, refresh=False)
-
-        dictionary, _ = ScorerSet(model, ["trajectory"]).explore(encoding, tuple(map(str, rows)), on_step)
+    with StepBar(len(rows), "attractors", quiet=quiet) as bar:
+        bar.begin(len(rows))
+        dictionary, _ = ScorerSet(model, ["trajectory"]).explore(encoding, tuple(map(str, rows)), bar.on_step)
     assert dictionary is not None  # the trajectory scorer needs one
     return dictionary.health()
 
