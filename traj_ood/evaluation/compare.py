@@ -34,7 +34,9 @@ end of a 95 % interval."""
 # alike, but each face is a separate picture.
 _CROP = re.compile(r"(skimage/(?!lfw/)[^/]+)/\d+")
 _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # of the 95 % intervals
-_CHUNK_COUNTS = 2**20  # counts per array in a chunk of resamples: 8 MiB each, a dozen arrays at a time
+_CHUNK_COUNTS = (
+    2**17
+)  # counts per array in a chunk of resamples: a dozen of 1 MiB at a time; larger ones leave the cache
 
 
 class DeLong(NamedTuple):
