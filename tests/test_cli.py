@@ -162,6 +162,17 @@ def test_mask_ratio_seed_and_samples(place: Path) -> None:
     assert {k: v["count"] for k, v in stored.data.items()} == {"train": 6, "val": 4, "test": 4, "dim": 4, "bright": 4}
 
 
+def test_a_broken_image_names_the_option_that_skips_it(place: Path) -> None:
+    for name in ("000", "004"):  # the first image of a split is read before the run
+        broken = place / "images" / "train" / f"{name}.png"
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[:60])
+        refused = bench(place, "--scorers", "steps", "--fresh")
+        assert_refused(refused, f"train/{name}.png: ", "; or leave such images out with --on-error skip")
+        assert bench(place, "--scorers", "steps", "--on-error", "skip").exit_code == 0
+        broken.write_bytes(whole)
+
+
 def test_skip_counts_failures(place: Path) -> None:
     (place / "images" / "far" / "003.png").write_bytes(b"")
     result = bench(place, "--scorers", "steps", "--on-error", "skip")
@@ -375,12 +386,13 @@ def test_faiss_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not files_below(place / "out") or "result.json" not in "".join(files_below(place / "out"))
 
 
-def test_damaged_result_is_named(place: Path) -> None:
-    assert bench(place, "--scorers", "steps").exit_code == 0
+def test_a_damaged_result_is_named_and_computed_again_as_its_message_says(place: Path) -> None:
+    first = bench(place, "--scorers", "steps")
     path = place / "out" / "tiny--mae--seed0" / "result.json"
     path.write_text(path.read_text()[:100])
-    assert_refused(bench(place, "--scorers", "steps"), "result.json")
-    assert_refused(call("leaderboard", place / "out"), "result.json")
+    for refused in (bench(place, "--scorers", "steps"), call("leaderboard", place / "out")):
+        assert_refused(refused, f"{path}: expected JSON", "restore the file, or run it again with --fresh")
+    assert bench(place, "--scorers", "steps", "--fresh").stdout == first.stdout
     assert_refused(call("leaderboard", place / "images"), "result.json")
 
 

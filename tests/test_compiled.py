@@ -188,11 +188,11 @@ def test_a_compiled_run_and_a_plain_one_are_never_one(
             patch.setattr(PartStore, "save", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 evaluator(tmp_path, first).run(fresh=True)
-        with pytest.raises(TrajOODError, match="has a run with another config: choose another --out"):
+        with pytest.raises(TrajOODError, match=r"another config \(config.compile: .*: choose another --out"):
             evaluator(tmp_path, then).run()  # neither are its parts taken
         result = evaluator(tmp_path, first).run()
         assert result.config.get("compile", False) is first
-        with pytest.raises(TrajOODError, match="has a run with another config: choose another --out"):
+        with pytest.raises(TrajOODError, match=r"another config \(config.compile: .*: choose another --out"):
             evaluator(tmp_path, then).run()
     assert calls
 

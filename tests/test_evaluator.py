@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,30 +163,53 @@ def test_finished_run_returns_at_once(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"max_steps": 13}, "another config"),
-        ({"tol": 1e-4}, "another config"),
-        ({"scorers": ("knn:k=3",)}, "another config"),
-        ({"attractors": 11}, "another config, data"),
-        ({"on_error": "skip"}, "another config"),
+        ({"max_steps": 13}, "another config (config.max_steps: 12 there, 13 here)"),
+        ({"tol": 1e-4}, "another config (config.tol: 1e-05 there, 0.0001 here)"),
+        (
+            {"scorers": ("knn:k=3", "knn:k=2")},
+            "another config (config.scorers: knn:k=2 only here, trajectory, trajectory:horizon=4, mahalanobis and 3 "
+            "more only there)",
+        ),
+        ({"scorers": SCORERS[::-1]}, "another config (config.scorers: in another order)"),
+        (
+            {"attractors": 11},
+            "another config, data (config.attractors: 12 there, 11 here; data.train.count: 12 there, 11 here)",
+        ),
+        ({"on_error": "skip"}, "another config (config.on_error: 'raise' there, 'skip' here)"),
+        (
+            {"tol": 1e-4, "max_steps": 13, "resamples": 1, "on_error": "skip"},
+            "another config (config.max_steps: 12 there, 13 here; config.on_error: 'raise' there, 'skip' here; "
+            "config.resamples: 20 there, 1 here; …)",
+        ),
     ],
 )
 def test_other_settings_in_the_same_folder(
     done: tuple[Evaluator, Result], place: Path, changes: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(TrajOODError, match=f"tiny--mae--seed0: has a run with {text}: choose"):
+    words = re.escape(f"tiny--mae--seed0: has a run with {text}: choose another --out")
+    with pytest.raises(TrajOODError, match=words):
         evaluator(place, place / "done", **changes).run()
 
 
 def test_other_weights_in_the_same_folder(done: tuple[Evaluator, Result], place: Path) -> None:
-    with pytest.raises(TrajOODError, match="has a run with another model: choose another --out"):
+    words = r"has a run with another model \(model.fingerprint: '\w+… there, '\w+… here\): choose another --out"
+    with pytest.raises(TrajOODError, match=words):
         evaluator(place, place / "done", model=tiny.vit(seed=5, name="mae")).run()
 
 
 def test_other_roles_in_the_same_folder(done: tuple[Evaluator, Result], place: Path) -> None:
     text = (place / "tiny.yaml").read_text().replace("far: {bright: far}", "diagnostic: {bright: far}")
     (place / "roles.yaml").write_text(text)
-    with pytest.raises(TrajOODError, match=r"has a run with another data \(the role of bright\): choose another --out"):
+    words = r"has a run with another data \(data.bright.role: 'far' there, 'diagnostic' here\): choose another --out"
+    with pytest.raises(TrajOODError, match=words):
         evaluator(place, place / "done", yaml="roles.yaml").run()
+
+
+def test_other_sets_in_the_same_folder(done: tuple[Evaluator, Result], place: Path) -> None:
+    text = (place / "tiny.yaml").read_text().replace("far: {bright: far}", "far: {bright: far, dark: train}")
+    (place / "sets.yaml").write_text(text.replace("train: train", "train: val").replace("val: val\n", ""))
+    with pytest.raises(TrajOODError, match=r"another config, data .*data.dark: nothing there, something here"):
+        evaluator(place, place / "done", yaml="sets.yaml").run()
 
 
 def test_fresh_discards(place: Path, tmp_path: Path) -> None:
@@ -321,9 +345,34 @@ def test_unfinished_run_of_other_settings(place: Path, tmp_path: Path) -> None:
         Stop(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             evaluator(place, tmp_path).run()
-    with pytest.raises(TrajOODError, match="has a run with another config: choose another --out, or discard it"):
+    with pytest.raises(TrajOODError, match=r"another config \(config.tol: .*: choose another --out, or discard it"):
         evaluator(place, tmp_path, tol=1e-3).run()
     assert evaluator(place, tmp_path, tol=1e-3).run(fresh=True).config["tol"] == 1e-3
+
+
+def test_a_run_that_a_broken_image_ended_continues_when_it_is_skipped(tmp_path: Path) -> None:
+    tiny.write_benchmark(tmp_path)
+    tiny.vit().save_pretrained(tmp_path / "mae")
+    broken = tmp_path / "images" / "far" / "004.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(TrajOODError, match=r"far/004\.png: "):
+        evaluator(tmp_path, tmp_path / "out").run()
+    with pytest.MonkeyPatch.context() as patch:
+        rest = Stop(patch, None)
+        result = evaluator(tmp_path, tmp_path / "out", on_error="skip").run()
+    assert rest.seen == 2  # the batches of train, test and dim had no image to skip
+    assert [failure["id"] for failure in result.failures] == ["bright/004.png"]
+    assert result.config["on_error"] == "skip"
+    assert result.scorers == evaluator(tmp_path, tmp_path / "anew", on_error="skip").run().scorers
+
+
+def test_a_run_that_skips_is_not_continued_by_one_that_does_not(place: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        Stop(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            evaluator(place, tmp_path, on_error="skip").run()
+    with pytest.raises(TrajOODError, match=r"another config \(config.on_error: 'skip' there, 'raise' here\): choose"):
+        evaluator(place, tmp_path).run()
 
 
 def test_damaged_parts_are_named(place: Path, tmp_path: Path) -> None:

@@ -140,6 +140,27 @@ def test_what_was_computed_with_an_imported_file_is_computed_again_when_it_chang
     assert package_digest() == plain
 
 
+def test_a_finished_run_is_not_that_of_another_version_of_an_imported_file(tmp_path: Path) -> None:
+    yaml, script = tiny.write_benchmark(tmp_path), mine(tmp_path)
+    tiny.conv().save_pretrained(tmp_path / "conv")
+    run = ["bench", yaml, "--model", tmp_path / "conv", "--scorers", "mine", "--out", tmp_path / "runs", "-q"]
+    run += ["--bootstrap", "0", "--no-plots", "--no-pictures", "--import"]
+    first = call(*run, script)
+    assert first.exit_code == 0, first.output
+    forget()
+    script.write_text(MINE.replace("norm(dim=1)", "sum(dim=1)"))
+    second = call(*run, script)
+    assert second.exit_code == 2
+    assert "has a run with another version of mine.py (--import): choose another --out, or discard it" in second.stderr
+    again = call(*run, script, "--fresh")
+    assert again.exit_code == 0, again.output
+    assert again.stdout != first.stdout
+    (tmp_path / "other.py").write_text("")
+    returned = call(*run, script, "--import", tmp_path / "other.py")
+    assert returned.stdout == again.stdout
+    assert "a finished run made with other imports (mine.py there, mine.py, other.py here), whose" in returned.stderr
+
+
 def test_a_file_is_run_once_and_may_import_its_neighbours_but_hides_no_library(tmp_path: Path) -> None:
     (tmp_path / "neighbour_of_mine.py").write_text("NAME = 'mine'\n")
     (tmp_path / "json.py").write_text("raise RuntimeError('the wrong json')\n")

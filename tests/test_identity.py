@@ -18,6 +18,7 @@ import tiny
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from toy_autoencoder import LinearAutoencoder
 
 from traj_ood import surrogate_for
 from traj_ood.autoencoders import CallableAutoencoder
@@ -28,6 +29,7 @@ from traj_ood.data import images as data_images
 from traj_ood.dynamics.behaviour import transform_digest
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation import evaluator as evaluator_module
+from traj_ood.evaluation import identity as identity_module
 from traj_ood.evaluation.evaluator import Evaluator, RunConfig
 from traj_ood.evaluation.leaderboard import leaderboard
 from traj_ood.evaluation.leaderboard_text import render
@@ -170,14 +172,17 @@ def test_runs_of_other_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         stop_at(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             run_of(place, "killed").run()
-    monkeypatch.setattr(evaluator_module, "code_digest", lambda: "0" * 16)
+    for module in (evaluator_module, identity_module):
+        monkeypatch.setattr(module, "code_digest", lambda: "0" * 16)
     with pytest.warns(
         UserWarning,
         match=r"a finished run made by another version of the code \(traj_ood .*, commit .*\), whose results",
     ):
         assert run_of(place, pictures=True).run() == result
     assert not (first.folder / "gallery.safetensors").exists()
-    with pytest.raises(TrajOODError, match="has a run with another code: choose another --out"):
+    with pytest.raises(
+        TrajOODError, match=r"has a run with another code \(code: that of traj_ood, of a .*: choose another --out"
+    ):
         run_of(place, "killed").run()
 
 
@@ -211,8 +216,24 @@ def test_callables_are_known_by_what_they_do(place: Path, other: dict[str, Calla
 
     first = run_of(place, model=model()).run()
     assert run_of(place, model=model()).run() == first  # other functions that do the same
-    with pytest.raises(TrajOODError, match="has a run with another model: choose another --out"):
+    with pytest.raises(TrajOODError, match=r"has a run with another model \(model.*: choose another --out"):
         run_of(place, model=model(**other)).run()
+
+
+def test_a_class_of_the_users_own_is_known_by_what_it_does(place: Path) -> None:
+    class Own(LinearAutoencoder):
+        brightness = 1.0
+
+        def decode_batch(self, latents: Tensor) -> Tensor:
+            return super().decode_batch(latents) * self.brightness
+
+    class Edited(Own):
+        brightness = 0.5
+
+    first = run_of(place, model=Own(5)).run()
+    assert run_of(place, model=Own(5)).run() == first
+    with pytest.raises(TrajOODError, match=r"another model \(model: its code gives other answers\): choose another"):
+        run_of(place, model=Edited(5)).run()
 
 
 # ---------------------------------------------------------------------------------------------- copies

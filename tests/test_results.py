@@ -136,12 +136,16 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("keys", "options", "message"),
     [
-        (("schema",), {"value": 2}, "expected a result of schema 1, got schema 2; run it again"),
-        (("schema",), {"drop": True}, "expected a result of schema 1, got schema None; run it again"),
-        (("seed",), {"drop": True}, "missing seed: expected a value, as there is no default; run it again"),
+        (("schema",), {"value": 2}, "expected a result of schema 1, got schema 2; run it again with --fresh"),
+        (("schema",), {"drop": True}, "expected a result of schema 1, got schema None; run it again with --fresh"),
+        (
+            ("seed",),
+            {"drop": True},
+            "missing seed: expected a value, as there is no default; run it again with --fresh",
+        ),
         (("sead",), {"value": 1}, "result.json 'sead': did you mean 'seed'"),
-        (("seed",), {"value": "0"}, "key seed: expected int, got '0'; run it again"),
-        (("seed",), {"value": True}, "key seed: expected int, got True; run it again"),
+        (("seed",), {"value": "0"}, "key seed: expected int, got '0'; run it again with --fresh"),
+        (("seed",), {"value": True}, "key seed: expected int, got True; run it again with --fresh"),
         (
             ("model", "fingerprint"),
             {"drop": True},
@@ -152,32 +156,33 @@ NAN = float("nan")
             {"value": "yes"},
             "dictionary: healthy: expected bool, got str 'yes': the file is damaged",
         ),
-        (("data", "test"), {"value": []}, "key data.test: expected a mapping, got []; run it again"),
+        (("data", "test"), {"value": []}, "key data.test: expected a mapping, got []; run it again with --fresh"),
         (
             ("seconds", "score"),
             {"value": NAN},
-            "expected JSON, got NaN is not a JSON number; restore the file or run again",
+            "expected JSON, got NaN is not a JSON number; restore the file, or run it again with --fresh",
         ),
         (
             ("scorers", "knn", "sets", "digits", "metrics", "auroc"),
             {"value": "high"},
-            "key scorers.knn.sets.digits.metrics.auroc: expected float, got 'high'; run it again",
+            "key scorers.knn.sets.digits.metrics.auroc: expected float, got 'high'; run it again with --fresh",
         ),
         (
             ("scorers", "knn", "sets", "digits", "role"),
             {"value": "middle"},
-            "result.json 'middle': Known: diagnostic, far, near; run it again",
+            "result.json 'middle': Known: diagnostic, far, near; run it again with --fresh",
         ),
         (
             ("scorers", "knn", "sets", "digits", "intervals", "auroc"),
             {"value": [0.1]},
-            "key scorers.knn.sets.digits.intervals.auroc: expected a list of 2 floats, got [0.1]; run it again",
+            "key scorers.knn.sets.digits.intervals.auroc: expected a list of 2 floats, got [0.1]; run it again with "
+            "--fresh",
         ),
         (
             ("scorers", "knn", "all", "auroc"),
             {"value": 0.99},
             "expected scorers.knn.all to be the mean over its sets, got other figures; "
-            "the file was edited, run it again",
+            "the file was edited, run it again with --fresh",
         ),
     ],
 )
@@ -197,13 +202,17 @@ def test_cut_missing_and_foreign_files_are_refused_by_name(tmp_path: Path) -> No
     path = tmp_path / "result.json"
     make_result().save(path)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(TrajOODError, match=r"result\.json: expected JSON, got .*; restore the file or run again"):
+    with pytest.raises(
+        TrajOODError, match=r"result\.json: expected JSON, got .*; restore the file, or run it again with --fresh"
+    ):
         Result.load(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TrajOODError, match=r"result\.json: expected JSON"):
         Result.load(path)
     path.write_text("[]")
-    with pytest.raises(TrajOODError, match="expected a JSON object, got list; restore the file or run again"):
+    with pytest.raises(
+        TrajOODError, match="expected a JSON object, got list; restore the file, or run it again with --fresh"
+    ):
         Result.load(path)
     with pytest.raises(TrajOODError, match=r"gone\.json: expected a result file, got No such file or directory"):
         Result.load(tmp_path / "gone.json")

@@ -27,6 +27,10 @@ class TrajOODError(ValueError):
         super().__init__(one_line(str(message)))
 
 
+class UnreadableImageError(TrajOODError):
+    """An image cannot be read, and was not to be skipped. Commands that can skip it add how."""
+
+
 @contextmanager
 def foreign_errors(before: str, then: str = "") -> Iterator[None]:
     """Context manager that turns any exception into a ``TrajOODError`` with the message ``before (error)then``.

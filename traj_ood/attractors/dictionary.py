@@ -145,7 +145,9 @@ class AttractorDictionary:
         Raises:
             TrajOODError: unreadable, another schema, inconsistent lengths, or non-finite points marked as finite.
         """
-        with open_tensors(path, "attractor dictionary", "copy it again, or start the run's command again") as file:
+        with open_tensors(
+            path, "attractor dictionary", "copy it again, or start the run's command again with --fresh"
+        ) as file:
             header = file.header
             if header.get("schema") != _SCHEMA:
                 raise TrajOODError(f"{path}: expected schema {_SCHEMA}, got {header.get('schema')}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from traj_ood.cli.console import fail, lost, note, prepare
-from traj_ood.errors import TrajOODError, is_out_of_memory
+from traj_ood.errors import TrajOODError, UnreadableImageError, is_out_of_memory
 from traj_ood.evaluation.parallel import TeammateError, is_main_process
 from traj_ood.io.options import MAX_INT
 
@@ -146,7 +146,8 @@ class _Command(click.Command):
         self.params.append(own)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors(continues=self.name in _CONTINUING):
+        skips = any(param.name == "on_error" for param in self.params)
+        with _one_line_errors(continues=self.name in _CONTINUING, skips=skips):
             for source in ctx.params.pop("import"):
                 from traj_ood.io.extensions import import_extension
 
@@ -194,10 +195,11 @@ def examples(*lines: str) -> str:
 
 
 @contextmanager
-def _one_line_errors(continues: bool) -> Iterator[None]:
+def _one_line_errors(continues: bool, skips: bool) -> Iterator[None]:
     """Context manager that turns errors into one line on stderr and an exit code.
 
     ``continues``: whether the command, started again, goes on where it was interrupted; the line then says so.
+    ``skips``: whether the command can skip an image that cannot be read; likewise.
     Bad input exits with code 2, an interruption with 130, and an unexpected exception with 70; for the latter,
     ``TRAJ_OOD_TRACEBACK=1`` shows the traceback.
     """
@@ -205,6 +207,8 @@ def _one_line_errors(continues: bool) -> Iterator[None]:
         yield
     except TeammateError:
         sys.exit(2)  # another process prints the error
+    except UnreadableImageError as error:
+        fail(f"{error}{'; or leave such images out with --on-error skip' if skips else ''}", 2)
     except TrajOODError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:

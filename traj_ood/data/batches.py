@@ -18,7 +18,7 @@ from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.data.preprocessing import ImageModel, Normalised, Pixels, check_images, prepare
-from traj_ood.errors import TrajOODError, check_word
+from traj_ood.errors import TrajOODError, UnreadableImageError, check_word
 
 Images: TypeAlias = "Pixels | ImageSource | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Any"
 """Accepted inputs: pixels in memory (tensor or array, uint8 or float in [0, 1], (B, C, H, W) or one (C, H, W)); an
@@ -194,7 +194,7 @@ def _read(
             return prepare(autoencoder, item)[0], label
         except TrajOODError as error:
             if on_error == "raise":
-                raise
+                raise UnreadableImageError(error) from error
             return error
 
     with ThreadPoolExecutor(1 if foreign else workers) as pool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from traj_ood.data.benchmark import Benchmark
 from traj_ood.data.images import FileImages
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, UnreadableImageError
 from traj_ood.io.files import CACHE_VARIABLE
 
 SHOWN = 3  # paths in the one-line message; `details` has all of them
@@ -73,4 +73,4 @@ def preflight(benchmark: Benchmark) -> None:
                 split.images.check_links()
             split.images.load(0)
         except TrajOODError as error:
-            raise TrajOODError(f"benchmark {benchmark.name!r}, split {split.name!r}: {error}") from error
+            raise UnreadableImageError(f"benchmark {benchmark.name!r}, split {split.name!r}: {error}") from error

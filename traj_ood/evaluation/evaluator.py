@@ -17,19 +17,27 @@ import torch
 from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder, check_autoencoder
+from traj_ood.autoencoders import Autoencoder, check_autoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.data.batches import OnError
 from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
-from traj_ood.dynamics.behaviour import agree, answers, transform_digest
+from traj_ood.dynamics.behaviour import answers, transform_digest
 from traj_ood.dynamics.trajectory import check_stopping
 from traj_ood.errors import TrajOODError, check_whole, check_word, warn
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.file_control import NOTE, control_scores
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import keep_pictures
+from traj_ood.evaluation.identity import (
+    changed_imports,
+    comparable,
+    differences,
+    identity_of,
+    is_own_code,
+    other_code,
+)
 from traj_ood.evaluation.outcome import judged, measure, measure_sets, score_table
 from traj_ood.evaluation.parallel import Team
 from traj_ood.evaluation.passes import Parts, Passes, even_size, key_of
@@ -169,7 +177,9 @@ class Evaluator:
         """Compute what is missing, write everything, and return the result. A finished run is only loaded.
 
         A run is identified by the contents of its images, its model and its settings. A finished run made by another
-        version of the code is returned with a warning, an unfinished one is refused.
+        version of the package is returned with a warning, an unfinished one is refused. A run made by an earlier
+        version of the user's own model or imported files is always refused. An unfinished run that a damaged image has
+        ended continues with ``on_error="skip"``.
 
         Args:
             fresh: discard an earlier run in the folder and ignore caches: images are hashed and features extracted
@@ -255,11 +265,13 @@ class Evaluator:
         mine = {**identity, "code": code_digest()}
         stored = self.parts.open({**mine, "batch_sizes": self._batch_sizes()})
         batch_sizes = stored.pop("batch_sizes")
+        if self.config.on_error == "skip":  # without it a batch is only finished if nothing had to be skipped
+            stored["config"] = {**stored["config"], "on_error": "skip"}
         if self.team.is_main and self._are_repaired(mine, stored, batch_sizes):
             stored = mine
-            self.parts.claim({**mine, "batch_sizes": batch_sizes})
         self._refuse_other(mine, stored)
         if self.team.is_main:
+            self.parts.claim({**mine, "batch_sizes": batch_sizes})
             self._snapshot.save(self.folder)
         return identity, batch_sizes
 
@@ -267,20 +279,26 @@ class Evaluator:
         """Whether only images without a finished batch differ, such as the damaged image that ended the run."""
         changed = self._snapshot.changed(self.folder)
         lists = [{name: split["sha256"] for name, split in some["data"].items()} for some in (mine, stored)]
-        other = [key for key in mine if key != "data" and _comparable(mine[key], stored[key]) != stored[key]]
+        other = [key for key in mine if key != "data" and comparable(mine[key], stored[key]) != stored[key]]
         if not changed or not any(changed.values()) or lists[0] != lists[1] or other:
             return False
         places = ((name, i // size * size) for name, size in batch_sizes.items() for i in changed[name])
         return not any(self.parts.has(key_of(name, start)) for name, start in places)
 
     def _check_finished(self, identity: dict[str, Any], result: Result) -> None:
-        """Refuse a finished run with another identity; warn if another version of the code has made it."""
-        self._refuse_other(identity, _identity_of(result))
-        if result.versions.get("code") != code_digest() and self.team.is_main:
-            version = f"traj_ood {result.versions.get('traj_ood')}, commit {(result.commit or 'unknown')[:12]}"
+        """Refuse a finished run with another identity or an earlier version of the user's own files; warn if another
+        version of the package has made it."""
+        self._refuse_other(identity, identity_of(result))
+        changed = changed_imports(result)
+        if changed:
+            raise TrajOODError(
+                f"{self.folder}: has a run with another version of {', '.join(changed)} (--import): choose another "
+                "--out, or discard it with --fresh"
+            )
+        code = other_code(result)
+        if code and self.team.is_main:
             warn(
-                f"{self.folder}: a finished run made by another version of the code ({version}), whose results are "
-                "returned; --fresh computes them with the installed code",
+                f"{self.folder}: a finished run made {code}, whose results are returned; --fresh computes them again",
                 stacklevel=4,
             )
 
@@ -317,7 +335,7 @@ class Evaluator:
             "parameters": self.autoencoder.parameter_count(),
             "transform": transform_digest(self.autoencoder.transform),
         }
-        if _is_own_code(self.autoencoder):
+        if is_own_code(self.autoencoder):
             model["answers"] = answers(self._answer, self.autoencoder.input_shape)
         identity = {"benchmark": self.benchmark.name, "model": model, "config": config, "seed": self.config.seed}
         return as_json({**identity, "data": data})
@@ -328,18 +346,20 @@ class Evaluator:
         return torch.cat([start.flatten(1), self.autoencoder.decode(start).flatten(1)], dim=1)
 
     def _refuse_other(self, mine: dict[str, Any], other: dict[str, Any]) -> None:
-        mine = {key: _comparable(value, other.get(key)) for key, value in mine.items()}
+        mine = {key: comparable(value, other.get(key)) for key, value in mine.items()}
         different = [key for key in mine if mine[key] != other.get(key)]
-        if different:
-            changed = self._snapshot.changed(self.folder) if "data" in different else None
-            words = f" ({self._snapshot.words(changed)})" if changed and any(changed.values()) else ""
-            data = other.get("data", {})
-            moved = [name for name, split in mine["data"].items() if split["role"] != data.get(name, split)["role"]]
-            words += f" (the role of {', '.join(moved)})" if moved else ""
-            raise TrajOODError(
-                f"{self.folder}: has a run with another {', '.join(different)}{words}: choose another --out, or "
-                "discard it with --fresh"
-            )
+        if not different:
+            return
+        words = []
+        changed = self._snapshot.changed(self.folder) if "data" in different else None
+        if changed and any(changed.values()):
+            words.append(self._snapshot.words(changed))
+        named = [key for key in different if not words or key != "data"]
+        words.insert(0, differences({k: mine[k] for k in named}, {k: other.get(k) for k in named}))
+        raise TrajOODError(
+            f"{self.folder}: has a run with another {', '.join(different)} ({'; '.join(filter(None, words))}): choose "
+            "another --out, or discard it with --fresh"
+        )
 
     def _used_splits(self) -> list[Split]:
         return [self.sample.train, self.sample.test, *self.sample.ood]
@@ -409,26 +429,3 @@ class Evaluator:
         tol, max_steps = self.config.tol, self.config.max_steps
         kept = keep_pictures(self.autoencoder, self.sample, table, scorers, dictionary, tol=tol, max_steps=max_steps)
         kept.save(self.folder / GALLERY_NAME)
-
-
-def _is_own_code(model: Autoencoder) -> bool:
-    """Whether the model or its backbone is a user's callable, which weights and options do not identify."""
-    backbone = model.backbone if isinstance(model, SurrogateAutoencoder) else None
-    return model.family == "custom" or (backbone is not None and backbone.library == "custom")
-
-
-def _comparable(mine: Any, other: Any) -> Any:
-    """``mine`` in the form in which ``other`` can be compared with it: without entries that older results lack, and
-    with its ``answers`` if both agree up to rounding."""
-    if not isinstance(mine, dict) or not isinstance(other, dict):
-        return mine
-    if "answers" in mine and agree(other.get("answers"), mine["answers"]):
-        mine = {**mine, "answers": other["answers"]}
-    newer = {"transform", "answers", "contents", "copies"} - other.keys()
-    return {key: _comparable(value, other.get(key)) for key, value in mine.items() if key not in newer}
-
-
-def _identity_of(result: Result) -> dict[str, Any]:
-    tree = {k: getattr(result, k) for k in ("benchmark", "model", "config", "seed", "data")}
-    tree["config"] = {"precision": "fp32", "approximate": "none", **tree["config"]}  # older results lack these
-    return as_json(tree)

@@ -55,7 +55,9 @@ def plot_run(folder: Path, quiet: bool = False, form: PlotForm = "png", size: st
     """
     run = Run.load(folder, Path())
     if run.scores is None or run.curves is None:
-        raise TrajOODError(f"{folder}: expected scores.parquet and curves.parquet of a finished run; run it again")
+        raise TrajOODError(
+            f"{folder}: expected scores.parquet and curves.parquet of a finished run; run it again with --fresh"
+        )
     result, plots, width = run.result, folder / "plots", PRINT_WIDTHS[size]
     lines = lines_of(run.sets())
     save_figure(scorer_overview(result, width), plots / f"scorers.{form}")
@@ -250,7 +252,7 @@ def scorer_overview(result: Result, width: float | None = None) -> Figure:
         rows.append(ScorerRow(scorer.label, means, sets))
     if not rows:
         raise TrajOODError(
-            f"plot: expected at least 1 scorer with scores in result {result.name!r}, got 0; run it again"
+            f"plot: expected at least 1 scorer with scores in result {result.name!r}, got 0; run it again with --fresh"
         )
     title = f"AUROC by scorer: {_place(result)}, seed {result.seed}"
     if not result.dictionary["healthy"]:

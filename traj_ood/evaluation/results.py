@@ -152,10 +152,12 @@ class Result:
         unknown keys, values of the wrong type or NaN, or means that do not follow from the sets.
         """
         path = Path(path)
-        tree = read_json(path, "a result file", "restore the file or run again")
+        tree = read_json(path, "a result file", "restore the file, or run it again with --fresh")
         schema = tree.get("schema")
         if schema != SCHEMA:
-            raise TrajOODError(f"{path}: expected a result of schema {SCHEMA}, got schema {schema}; run it again")
+            raise TrajOODError(
+                f"{path}: expected a result of schema {SCHEMA}, got schema {schema}; run it again with --fresh"
+            )
         return _result(tree, path)
 
     @classmethod
@@ -255,19 +257,19 @@ def _result(tree: dict[str, Any], path: Path) -> Result:
     }
     try:
         result = Result(**read_options(Result, tree, str(path), noun="key", strict=True))
+        data = {f"data.{split}": facts for split, facts in result.data.items()}
+        for place, facts in {"model": result.model, "dictionary": result.dictionary, **data}.items():
+            for key, kind in _REQUIRED[place.split(".")[0]].items():
+                field_of(facts, key, kind, f"{path}: {place}")
     except TrajOODError as error:
-        raise TrajOODError(f"{error}; run it again") from error
-    data = {f"data.{split}": facts for split, facts in result.data.items()}
-    for place, facts in {"model": result.model, "dictionary": result.dictionary, **data}.items():
-        for key, kind in _REQUIRED[place.split(".")[0]].items():
-            field_of(facts, key, kind, f"{path}: {place}")
+        raise TrajOODError(f"{error}; run it again with --fresh") from error
     for name, scorer in result.scorers.items():
         for key in REGIONS:
             mean = getattr(scorer, key)
             if written[name][key] != (None if mean is None else asdict(mean)):
                 raise TrajOODError(
                     f"{path}: expected scorers.{name}.{key} to be the mean over its sets, got other figures; the file "
-                    "was edited, run it again"
+                    "was edited, run it again with --fresh"
                 )
     return result
 

@@ -59,7 +59,7 @@ class Run:
         """The scores of ID images, and of each OOD set in the order of :meth:`sets`. Raises ``TrajOODError`` if they
         were not kept."""
         if self.scores is None:
-            raise TrajOODError(f"{self.place}: expected scores.parquet of a finished run; run it again")
+            raise TrajOODError(f"{self.place}: expected scores.parquet of a finished run; run it again with --fresh")
         values = self.scores[label].to_numpy(dtype=np.float64)
         split, role = (self.scores[key].to_numpy() for key in ("split", "role"))
         own = self.result.scorers[label].sets
@@ -72,15 +72,17 @@ def _check_scores(scores: pd.DataFrame, path: Path) -> None:
     bad = int((~np.isfinite(values)).any(axis=1).sum())
     if bad or not len(values):
         what = f"{bad} of {len(values)} rows with scores that are not" if len(values) else "no row"
-        raise TrajOODError(f"{path}: expected finite scores of every image, got {what}; run it again")
+        raise TrajOODError(f"{path}: expected finite scores of every image, got {what}; run it again with --fresh")
 
 
 def _table(path: Path, columns: set[str]) -> pd.DataFrame | None:
     if not path.is_file():
         return None
-    with foreign_errors(f"{path}: expected a Parquet table, got a damaged file", "; run it again"):
+    with foreign_errors(f"{path}: expected a Parquet table, got a damaged file", "; run it again with --fresh"):
         table = pd.read_parquet(path)
     missing = sorted(columns - set(table.columns))
     if missing:
-        raise TrajOODError(f"{path}: expected the columns of its run, got none of {', '.join(missing)}; run it again")
+        raise TrajOODError(
+            f"{path}: expected the columns of its run, got none of {', '.join(missing)}; run it again with --fresh"
+        )
     return table

@@ -240,7 +240,9 @@ def _distinct_names(first: Run, second: Run) -> tuple[str, str]:
 
 def _table(run: Run, *scorers: str) -> pd.DataFrame:
     if run.scores is None:
-        raise TrajOODError(f"{run.place}: expected scores.parquet of a finished run, found none: run it again")
+        raise TrajOODError(
+            f"{run.place}: expected scores.parquet of a finished run, found none: run it again with --fresh"
+        )
     for label in scorers:
         if label not in run.result.scorers:
             raise unknown_name(f"scorer of {run.place}", label, run.result.scorers)

@@ -64,7 +64,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, scorers: Seq
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:  # from values that no run writes
         reason = " ".join(str(error).split())[:200]
         raise TrajOODError(
-            f"{folder}: its runs cannot be drawn ({reason}): a file was changed; run it again"
+            f"{folder}: its runs cannot be drawn ({reason}): a file was changed; run it again with --fresh"
         ) from error
     write_atomic(path, page.encode())
     return path
@@ -366,7 +366,9 @@ def _dynamics(draw: Draw, run: Run) -> list[tuple[str, list[Drawing], list[Key]]
         return []
     tol = run.result.config.get("tol")
     if not isinstance(tol, (int, float)):
-        raise TrajOODError(f"result {run.result.name!r}: expected config.tol to be a number, got {tol!r}; run it again")
+        raise TrajOODError(
+            f"result {run.result.name!r}: expected config.tol to be a number, got {tol!r}; run it again with --fresh"
+        )
     keys = {key.name: key for key in _keys(run)}
     known = {str(name): look("id") for name in run.curves.loc[run.curves["role"] == "test", "split"].unique()}
     found = []

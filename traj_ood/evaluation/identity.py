@@ -1,0 +1,117 @@
+"""Whether a recorded run is the one that is asked for, and in words what differs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder
+from traj_ood.dynamics.behaviour import agree
+from traj_ood.evaluation.results import Result
+from traj_ood.io.extensions import imported, origin_of
+from traj_ood.io.provenance import code_digest, package_digest
+from traj_ood.io.trees import as_json
+
+_SHOWN = 3  # differences in a message
+_SHOWN_CHARACTERS = 40  # of each value
+_NOTHING = "nothing"  # in place of an absent value
+_NEWER = {"transform", "answers", "contents", "copies"}  # keys that older results lack
+
+
+def is_own_code(model: Autoencoder) -> bool:
+    """Whether the model or its backbone is a user's callable or class, which weights and options do not identify."""
+    backbone = model.backbone if isinstance(model, SurrogateAutoencoder) else None
+    callables = model.family == "custom" or (backbone is not None and backbone.library == "custom")
+    return callables or any(origin_of(type(part)) is not None for part in (model, backbone) if part is not None)
+
+
+def comparable(mine: Any, other: Any) -> Any:
+    """``mine`` in the form in which ``other`` can be compared with it: without entries that older results lack, and
+    with its ``answers`` if both agree up to rounding."""
+    if not isinstance(mine, dict) or not isinstance(other, dict):
+        return mine
+    if "answers" in mine and agree(other.get("answers"), mine["answers"]):
+        mine = {**mine, "answers": other["answers"]}
+    newer = _NEWER - other.keys()
+    return {key: comparable(value, other.get(key)) for key, value in mine.items() if key not in newer}
+
+
+def identity_of(result: Result) -> dict[str, Any]:
+    """The identity of a finished run."""
+    tree = {k: getattr(result, k) for k in ("benchmark", "model", "config", "seed", "data")}
+    tree["config"] = {"precision": "fp32", "approximate": "none", **tree["config"]}  # older results lack these
+    return as_json(tree)
+
+
+def changed_imports(result: Result) -> list[str]:
+    """Names of the imported files and modules that a finished run was made with and that have changed since."""
+    now = _imports_now()
+    return [name for name, digest in _imports_of(result).items() if digest != now.get(name, digest)]
+
+
+def other_code(result: Result) -> str:
+    """What other code a finished run was made by, in words; empty if it is the code of this process."""
+    if result.versions.get("code") == code_digest():
+        return ""
+    then, now = _imports_of(result), _imports_now()
+    if then != now and result.versions.get("package", result.versions.get("code")) == package_digest():
+        return f"with other imports ({_files(then)} there, {_files(now)} here)"
+    version = f"traj_ood {result.versions.get('traj_ood')}, commit {(result.commit or 'unknown')[:12]}"
+    return f"by another version of the code ({version})"
+
+
+def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The first differences between two identities, each with the recorded value (there) and the one asked for (here).
+
+    >>> differences({"config": {"tol": 1e-4, "on_error": "skip"}}, {"config": {"tol": 1e-5, "on_error": "skip"}})
+    'config.tol: 1e-05 there, 0.0001 here'
+    """
+    found = list(_differences(mine, other))
+    return "; ".join([*found[:_SHOWN], *(["…"] if len(found) > _SHOWN else [])])
+
+
+def _differences(mine: Any, other: Any, *keys: str) -> Iterator[str]:
+    """The differences of what two identities have under ``keys``."""
+    place = ".".join(keys)
+    if mine == other:
+        return
+    if isinstance(mine, Mapping) and isinstance(other, Mapping):
+        if keys[:1] == ("data",) and len(keys) == 2 and all(mine.get(k) == other.get(k) for k in ("count", "role")):
+            yield f"{place}: other images"
+            return
+        names = ("role", "count") if keys[:1] == ("data",) and len(keys) == 2 else sorted({*mine, *other})
+        for name in names:
+            yield from _differences(mine.get(name, _NOTHING), other.get(name, _NOTHING), *keys, name)
+    elif place == "config.scorers" and isinstance(other, list):
+        kinds = {"only here": [s for s in mine if s not in other], "only there": [s for s in other if s not in mine]}
+        words = [f"{_listed(names)} {kind}" for kind, names in kinds.items() if names]
+        yield f"{place}: {', '.join(words) or 'in another order'}"
+    elif place == "model.answers":
+        yield "model: its code gives other answers"
+    elif place == "code":
+        yield "code: that of traj_ood, of a library or of an imported file"
+    else:
+        yield f"{place}: {_short(other)} there, {_short(mine)} here"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _short(value: Any) -> str:
+    text = "something" if isinstance(value, Mapping) else value if value is _NOTHING else repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
+def _imports_of(result: Result) -> dict[str, str]:
+    """The digests of the files that a run was made with, by name, as :func:`environment` has recorded them."""
+    return dict(re.findall(r"(.+?) ([0-9a-f]{16})(?:, |$)", result.versions.get("imported", "")))
+
+
+def _imports_now() -> dict[str, str]:
+    return {extension.name: extension.digest[:16] for extension in imported()}
+
+
+def _files(found: Mapping[str, str]) -> str:
+    return ", ".join(found) or "nothing"
