@@ -149,7 +149,8 @@ def test_a_seed_that_comes_twice_is_refused() -> None:
         leaderboard([run(0), run(0, name="again")])
     assert str(error.value) == (
         "leaderboard: expected one result per seed for fashion, vitmae, trajectory; "
-        "got seed 0 twice ('run0' and 'again'); remove one of them"
+        "got seed 0 twice ('run0' of 2026-01-02T03:04:05+00:00 and 'again' of 2026-01-02T03:04:05+00:00); "
+        "remove one of them"
     )
 
 

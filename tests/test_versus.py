@@ -20,6 +20,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.compare import PairedScores, paired_bootstrap
 from traj_ood.evaluation.leaderboard import leaderboard
 from traj_ood.evaluation.leaderboard_text import Choice, csv_text, render
+from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.evaluation.results import Result as RunResult
 from traj_ood.evaluation.runs import Run
 from traj_ood.evaluation.text_tables import Bold, TextTable, latex
@@ -48,8 +49,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table["knn:k=2"] = draw.normal(size=len(table)) + 2.0 * ood
     table["mahalanobis"] = draw.normal(size=len(table)) + 0.3 * ood
     table.to_parquet(first / "scores.parquet")
+    result = with_figures_of(table, RunResult.load(first / "result.json"))
+    result.save(first / "result.json")
     shutil.copytree(first, first.parent / "second")
+    data = {**result.data, "train": {**result.data["train"], "sha256": "f" * 64}}
+    replace(result, seed=1, data=data).save(first.parent / "second" / "result.json")
     return folder / "out"
+
+
+def with_figures_of(table: pd.DataFrame, result: RunResult) -> RunResult:
+    scores = {str(name): own for name, own in table.groupby("split")}
+    scorers = {}
+    for label, scorer in result.scorers.items():
+        sets = {
+            name: replace(own, metrics=compute_metrics(scores["test"][label], scores[name][label]))
+            for name, own in scorer.sets.items()
+        }
+        scorers[label] = replace(scorer, sets=sets)
+    return replace(result, scorers=scorers)
 
 
 def test_holm_is_that_of_the_definition() -> None:
@@ -140,6 +157,65 @@ def test_runs_on_other_images_are_not_compared(runs: Path) -> None:
         compare_runs(one, two, "knn:k=2")
     with pytest.raises(TrajOODError, match=r"the images of .* are not those of run 0"):
         compare_scorers([one, two], "knn:k=2", "mahalanobis")
+
+
+def test_a_run_that_is_given_twice_does_not_count_twice(runs: Path, tmp_path: Path) -> None:
+    first = next(path for path in runs.iterdir() if path.name != "second")
+    shutil.copytree(first, tmp_path / "copied")
+    labels = ["--scorers", "knn:k=2,mahalanobis", "--resamples", 50]
+    for one, other in ((first, tmp_path / "copied"), (first, first)):
+        twice = call("compare", one, other, *labels)
+        assert twice.exit_code == 2
+        assert f"compare: {one} and {other} hold one run, which would count twice in every mean" in twice.stderr
+    one = call("compare", first, tmp_path / "copied", "--scorers", "knn:k=2", "--resamples", 50)
+    assert one.exit_code == 1
+    assert one.stdout.startswith("No difference between")
+    shutil.copytree(runs, tmp_path / "copied" / "deeper")
+    result = RunResult.load(first / "result.json")
+    again = replace(result, created="2027-01-01T00:00:00+00:00", seconds={})  # computed once more
+    again.save(tmp_path / "copied" / "result.json")
+    places = [str(tmp_path / "copied"), str(tmp_path / "copied" / "deeper" / first.name)]
+    for command in (["compare", *labels], ["leaderboard"], ["report"]):
+        refused = call(*command, tmp_path / "copied")
+        assert refused.exit_code == 2
+        assert all(f"{place} " in refused.stderr for place in places)
+        assert "hold one run, which would count twice in every mean: remove one of them" in refused.stderr
+
+
+def test_scores_that_are_not_of_their_result_are_refused(runs: Path, tmp_path: Path) -> None:
+    first = next(path for path in runs.iterdir() if path.name != "second")
+    table, result = pd.read_parquet(first / "scores.parquet"), RunResult.load(first / "result.json")
+
+    def refused(scores: pd.DataFrame, words: str, changed: RunResult = result) -> None:
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        changed.save(folder / "result.json")
+        scores.to_parquet(folder / "scores.parquet")
+        for arguments in (["compare", folder, "--scorers", "knn:k=2,mahalanobis"], ["report", folder]):
+            answer = call(*arguments)
+            assert answer.exit_code == 2
+            assert f"{folder / 'scores.parquet'}: {words}" in answer.stderr
+            assert "one of the two files is of another run or was edited; copy both again, or run" in answer.stderr
+
+    other, far = table.copy(), table["split"] == "bright"
+    highest = table.loc[table["split"] == "test", "knn:k=2"].max()
+    beaten = table.index[far & (table["knn:k=2"] < highest)][0]
+    other.loc[beaten, "knn:k=2"] = highest + 1  # one image of 40
+    refused(other, "its scores of knn:k=2 give an AUROC of ")
+    refused(table[~far], "its images of bright are not those of result.json")
+    refused(table.drop(index=table.index[far][0]), "its images of bright are not those of result.json")
+    refused(table.assign(role=table["role"].replace("near", "diagnostic")), "its images of dim are not those of")
+    refused(table.assign(split=table["split"].replace("dim", "dark")), "its images of dark, dim are not those of")
+    refused(table[table["role"] != "test"], "its images of test are not those of result.json")
+    scorer = result.scorers["mahalanobis"]
+    sets = {n: replace(s, metrics=replace(s.metrics, auroc=s.metrics.auroc - 1e-8)) for n, s in scorer.sets.items()}
+    edited = replace(result, scorers={**result.scorers, "mahalanobis": replace(scorer, sets=sets)})
+    refused(table, "its scores of mahalanobis give an AUROC of ", edited)
+    rounded = {n: replace(s, metrics=replace(s.metrics, auroc=s.metrics.auroc + 1e-12)) for n, s in scorer.sets.items()}
+    replace(result, scorers={**result.scorers, "mahalanobis": replace(scorer, sets=rounded)}).save(
+        tmp_path / "run" / "result.json"
+    )
+    assert Run.load_all(tmp_path)[0].scores is not None
 
 
 # ---------------------------------------------------------------------------------------------- formats

@@ -91,14 +91,18 @@ def _compared(places: tuple[Path, ...], labels: tuple[str, ...], options: dict[s
     from traj_ood.evaluation.versus import compare_runs, compare_scorers
 
     settings = {key: options[key] for key in ("resamples", "seed")}
-    groups = [Run.load_all(place) for place in places]
-    loaded = [run for group in groups for run in group]
+    groups = [(place, Run.load_all(place)) for place in places]
+    loaded = [run for _, group in groups for run in group]
+    if len(places) > 1:  # the names below each place need not differ
+        loaded = [
+            replace(run, place=str(place) if len(group) == 1 else f"{place}/{run.place}")
+            for place, group in groups
+            for run in group
+        ]
     if len(labels) == 2:
         return compare_scorers(loaded, *labels, **settings)
     if len(labels) == 1 and len(loaded) == 2:
-        names = [str(place) for place in places] if len(places) == 2 else [run.place for run in loaded]
-        first, second = (replace(run, place=name) for run, name in zip(loaded, names, strict=True))
-        return compare_runs(first, second, labels[0], **settings)
+        return compare_runs(loaded[0], loaded[1], labels[0], **settings)
     raise TrajOODError(
         f"--scorers: expected two labels, or one and two runs, got {len(labels)} label(s) and {len(loaded)} run(s)"
     )

@@ -180,7 +180,8 @@ def _one_per_seed(results: Iterable[Result], scorer: str) -> list[Result]:
         if result.seed in by_seed:
             raise TrajOODError(
                 f"leaderboard: expected one result per seed for {result.benchmark}, {result.model['name']}, {scorer}; "
-                f"got seed {result.seed} twice ({by_seed[result.seed].name!r} and {result.name!r}); remove one of them"
+                f"got seed {result.seed} twice ({by_seed[result.seed].name!r} of {by_seed[result.seed].created} and "
+                f"{result.name!r} of {result.created}); remove one of them"
             )
         by_seed[result.seed] = result
     return [by_seed[seed] for seed in sorted(by_seed)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,11 @@ class Result:
     def load_all(cls, folder: str | Path) -> list[Result]:
         """Read every ``result.json`` in and below ``folder``, sorted by path.
 
-        Raises ``TrajOODError`` if there are none, or one is invalid.
+        Raises ``TrajOODError`` if there are none, one is invalid, or two are one run.
         """
-        return [cls.load(path) for path in result_files(folder)]
+        results = {path.parent: cls.load(path) for path in result_files(folder)}
+        refuse_copies(results)
+        return [*results.values()]
 
 
 def result_files(folder: str | Path) -> list[Path]:
@@ -178,6 +181,24 @@ def result_files(folder: str | Path) -> list[Path]:
             "run `traj-ood bench` first or name another folder"
         )
     return paths
+
+
+def refuse_copies(results: Mapping[Any, Result]) -> None:
+    """Raise ``TrajOODError``, which names both places, if two of the results (by place) are of one run: copied, or
+    computed twice."""
+    for (first, one), (second, other) in combinations(results.items(), 2):
+        if is_same_run(one, other):
+            raise TrajOODError(
+                f"{first} and {second} hold one run, which would count twice in every mean: remove one of them"
+            )
+
+
+def is_same_run(one: Result, other: Result) -> bool:
+    """Whether two results have the same settings, data and figures, whenever and wherever they were computed."""
+    if one.name != other.name:
+        return False
+    when: dict[str, Any] = {"command": "", "commit": None, "versions": {}, "created": "", "seconds": {}}
+    return replace(one, **when) == replace(other, **when)
 
 
 def near_first(sets: Mapping[str, str]) -> dict[str, str]:

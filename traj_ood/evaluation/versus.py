@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 import pandas as pd
 
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.compare import BootstrapComparison, Difference, PairedScores, paired_bootstrap
-from traj_ood.evaluation.results import near_first
+from traj_ood.evaluation.results import is_same_run, near_first
 from traj_ood.evaluation.runs import Run
 from traj_ood.evaluation.text_tables import Bold, TextTable
 
@@ -149,10 +150,16 @@ def compare_scorers(runs: Sequence[Run], a: str, b: str, *, resamples: int = RES
         a, b: labels of the two scorers, which every run must have.
         resamples, seed: see :func:`traj_ood.evaluation.compare.paired_bootstrap`. Default: :data:`RESAMPLES`.
     Raises:
-        TrajOODError: there are no runs, ``a`` is ``b``, a run lacks a scorer, or images differ.
+        TrajOODError: there are no runs, ``a`` is ``b``, two runs are one, a run lacks a scorer, or images differ.
     """
     if a == b:
         raise TrajOODError(f"compare: expected two scorers, got {a!r} twice: name another")
+    for one, other in combinations(runs, 2):
+        if is_same_run(one.result, other.result):
+            raise TrajOODError(
+                f"compare: {one.place} and {other.place} hold one run, which would count twice in every mean: give it "
+                "once"
+            )
     suites: dict[str, list[Run]] = {}
     for run in runs:
         suites.setdefault(run.result.benchmark, []).append(run)
