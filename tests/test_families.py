@@ -215,3 +215,96 @@ def test_a_surrogate_that_the_first_versions_packed_is_rebuilt(tmp_path: Path) -
     loaded = unpack(described, tmp_path)
     assert isinstance(loaded, SurrogateAutoencoder)
     assert (loaded.chunk, loaded.backbone.chunk, loaded.backbone.name) == (96, 2, "timm:w")
+
+
+# ---------------------------------------------------------------------------------------------- slips in a family
+
+
+class _PairInDecode(LinearAutoencoder):
+    def decode_batch(self, latents: torch.Tensor) -> Any:
+        return super().decode_batch(latents), latents
+
+
+class _FlatImages(LinearAutoencoder):
+    def decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().decode_batch(latents).flatten(1)
+
+
+class _OtherOrder(LinearAutoencoder):
+    """Its encoder takes what its decoder returns, in another order of the axes."""
+
+    def decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().decode_batch(latents).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        (_PairInDecode, "linear: decode: expected one tensor, got tuple: return the tensor alone"),
+        (_FlatImages, r"linear: decode: expected images \(B, 1, 8, 8\) as encode takes them, got \(2, 64\): reshape"),
+        (_OtherOrder, r"linear: decode: expected images \(B, 1, 8, 8\) as encode takes them, got \(2, 8, 8, 1\)"),
+    ],
+)
+def test_a_decoder_that_returns_no_images_is_refused(family: type[LinearAutoencoder], text: str) -> None:
+    with pytest.raises(TrajOODError, match=text):
+        Detector.fit(family(5), torch.rand(8, 1, 8, 8), "knn:k=2")
+
+
+class _NoName(LinearAutoencoder):
+    family, summary = "no-name", "a family whose models lack an attribute"
+    marks: ClassVar = {}
+
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        del self.name
+
+
+class _NoReturn(LinearAutoencoder):
+    family, summary = "no-return", "a family that loads nothing"
+    marks: ClassVar = {}
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> Any:
+        cls(int(source), **options)
+
+
+class _Forgets(LinearAutoencoder):
+    """``gain`` decides the latents, but is neither written nor among the options."""
+
+    family, summary = "forgets", "a family that saves half of a model"
+    marks: ClassVar = {}
+
+    def save_pretrained(self, folder: Path) -> None:
+        gain, self.gain = self.gain, 1.0
+        super().save_pretrained(folder)
+        self.gain = gain
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        (_NoName, "autoencoder family _NoName: expected the attributes name: set them in __init__"),
+        (
+            _NoReturn,
+            "expected an instance of Autoencoder from the method that loads it, got NoneType: return the model",
+        ),
+    ],
+)
+def test_a_model_without_an_attribute_is_refused_by_name(family: type[LinearAutoencoder], text: str) -> None:
+    traj_ood.register_autoencoder(family)
+    with pytest.raises(TrajOODError, match=text):
+        load_autoencoder(f"{family.family}:5")
+
+
+def test_a_detector_whose_model_cannot_be_rebuilt_is_not_written(tmp_path: Path) -> None:
+    traj_ood.register_autoencoder(_Forgets)
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    Detector.fit(load_autoencoder("forgets:5"), images, "knn:k=2").save(tmp_path / "good")
+    detector = Detector.fit(load_autoencoder("forgets:5", gain=2.0), images, "knn:k=2")
+    text = r"linear: expected that _Forgets\.from_pretrained rebuilds .*, got: the rebuilt one gives other latents"
+    with pytest.raises(TrajOODError, match=text):
+        detector.save(tmp_path / "detector")
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]

@@ -17,15 +17,8 @@ from torch import Tensor, nn
 from traj_ood.autoencoders.own_modules import halves_of, module_behind, original, tensor_of
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
 from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
-from traj_ood.dynamics.fixed_function import (
-    FixedFunction,
-    check_forgets,
-    check_function,
-    errors_around,
-    float_type,
-    takes,
-    trial_rows,
-)
+from traj_ood.dynamics.fixed_function import FixedFunction, errors_around, float_type, trial_rows
+from traj_ood.dynamics.function_checks import check_floats, check_forgets, check_function, takes_one
 from traj_ood.errors import TrajOODError
 from traj_ood.io.trees import field_of
 from traj_ood.io.weights import fingerprint
@@ -184,7 +177,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
             images = self._input(images)
             self.try_once()
             latents = apply_in_chunks(self.encode_batch, images, self.rows, f"{self.name}: encode")
-        _check_floats(f"{self.name}: encode", latents)
+        check_floats(f"{self.name}: encode", latents)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -196,7 +189,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         with self.fixed(), torch.inference_mode():
             latents = latents.to(self.device, float_type(self.module) or latents.dtype)
             images = apply_in_chunks(self.decode_batch, latents, self.rows, f"{self.name}: decode")
-        _check_floats(f"{self.name}: decode", images)
+        check_floats(f"{self.name}: decode", images)
         return images
 
     def self_map(self, latents: Tensor) -> Tensor:
@@ -207,12 +200,14 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         images = trial_rows(self.input_shape, self.module)
         with errors_around(self.encode_batch, f"{self.name}: encode of images {tuple(images.shape)}"):
             latents = check_function(f"{self.name}: encode", self.encode_batch, images, self.chunk)
-        if not (takes(self.encode_batch, images) and takes(self.decode_batch, latents)):
+        takes = takes_one(f"{self.name}: encode", self.encode_batch, images)
+        if not (takes and takes_one(f"{self.name}: decode", self.decode_batch, latents)):
             self.ladder = ()
         self.try_places(self.encode_batch, images)
         rows = len(images) if self.ladder else self.chunk
         try:
-            check_forgets(self.name, self.encode_batch, self.decode_batch, images, latents, rows)
+            decoded = check_forgets(self.name, self.encode_batch, self.decode_batch, images, latents, rows)
+            self.check_images(decoded)
             check_function(f"{self.name}: encode(decode(z))", self.self_map, latents, self.chunk)
             self.try_places(self.self_map, latents)
             self.try_rows({self.encode_batch: images, self.self_map: latents})
@@ -220,6 +215,19 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
             raise
         except Exception:  # raised again when f is used; scorers that read only z0 do not use it
             return
+
+    def check_images(self, decoded: Tensor) -> Tensor:
+        """Return ``decoded``, the output of :meth:`decode_batch`, after checking that :meth:`encode_batch` takes it.
+
+        Raises:
+            TrajOODError: it has another shape than the images.
+        """
+        if decoded.shape[1:] != tuple(self.input_shape):
+            raise TrajOODError(
+                f"{self.name}: decode: expected images (B, {', '.join(map(str, self.input_shape))}) as encode takes "
+                f"them, got {tuple(decoded.shape)}: reshape or crop them, or correct input_shape"
+            )
+        return decoded
 
     def examine(self, images: Tensor) -> Encoding:
         """Encode images (B, C, H, W), and return everything else that the pass computes, such as features and logits.
@@ -375,14 +383,6 @@ def _shape_of(given: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _check_floats(name: str, answer: Tensor) -> None:
-    if answer.dtype not in (torch.float32, torch.float64):
-        raise TrajOODError(
-            f"{name}: expected float32 or float64, got {str(answer.dtype).removeprefix('torch.')}: convert the model "
-            "or its output with .float()"
-        )
-
-
 class CallableAutoencoder(Autoencoder):
     """Wraps your own encoder and decoder functions as an autoencoder.
 
@@ -462,13 +462,7 @@ class CallableAutoencoder(Autoencoder):
         return tensor_of(f"{self.name}: encode", self._encode(images))
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        images = tensor_of(f"{self.name}: decode", self._decode(latents))
-        if images.shape[1:] != self.input_shape:
-            raise TrajOODError(
-                f"{self.name}: decode: expected images (B, {', '.join(map(str, self.input_shape))}) as encode takes "
-                f"them, got {tuple(images.shape)}: reshape or crop them, or correct input_shape"
-            )
-        return images
+        return self.check_images(tensor_of(f"{self.name}: decode", self._decode(latents)))
 
     def fingerprint(self) -> str:
         """As :meth:`Autoencoder.fingerprint`; wrapping parts in ``torch.compile`` does not change it."""

@@ -68,7 +68,7 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
         own = "; of your own: a folder with config.json, or family:folder of a class that --import FILE.py registers"
         raise unknown_name("model", name, MODELS, own)
     with unknown_options_named(f"model {name!r} ({family.family})"):
-        return family.from_pretrained(name, **options)
+        return FAMILIES.complete(family.from_pretrained(name, **options))
 
 
 def family_of(folder: Path, mark: str | None = None) -> type[Autoencoder]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
 from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
-from traj_ood.dynamics.fixed_function import FixedFunction, check_function, errors_around, takes, trial_rows
+from traj_ood.dynamics.fixed_function import FixedFunction, errors_around, trial_rows
+from traj_ood.dynamics.function_checks import check_function, takes_one
 from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint
 
@@ -122,7 +123,7 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         images = trial_rows(self.input_shape, self.module)
         with errors_around(self._joint, f"{self.name}: features of images {tuple(images.shape)}"):
             check_function(self.name, self._joint, images, self.chunk)
-        if not takes(self._joint, images):
+        if not takes_one(f"{self.name}: features", self._joint, images):
             self.ladder = ()
         self.try_places(self._joint, images)
 

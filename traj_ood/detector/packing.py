@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from traj_ood.autoencoders import FAMILIES, Autoencoder
 from traj_ood.backbones.packing import describe, rebuild
 from traj_ood.data.preprocessing import preprocessing_record
+from traj_ood.dynamics.fixed_function import trial_rows
 from traj_ood.errors import TrajOODError
+from traj_ood.io.extensions import origin_of
 from traj_ood.io.files import folder_errors
 from traj_ood.io.pretrained import forget_paths, refuse_elsewhere
 from traj_ood.io.trees import field_of
@@ -31,6 +34,9 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
     a :class:`traj_ood.CallableBackbone`, nothing is written and ``kind`` is ``callable``. The description is JSON data:
     ``kind`` (the family, or ``callable``), ``family``, ``name``, ``options``, ``fingerprint``, ``input_shape``,
     ``preprocessing``, ``chunk`` (on which results depend by rounding), and the entries that the family adds.
+
+    Raises:
+        TrajOODError: the folder cannot be written, or a user's own family does not rebuild the same model from it.
     """
     own = FAMILIES.get(autoencoder.family) is type(autoencoder)
     made = own and not folder.exists()
@@ -42,7 +48,7 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
         forget_paths(folder)
     elif made:
         folder.rmdir()
-    return {
+    described = {
         "kind": CALLABLE if added is None else autoencoder.family,
         "family": autoencoder.family,
         **describe(autoencoder),
@@ -50,6 +56,32 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
         "preprocessing": preprocessing_record(autoencoder),
         **(added or {}),
     }
+    if added is not None and origin_of(type(autoencoder)) is not None:
+        _check_rebuilt(autoencoder, described, folder)
+    return described
+
+
+def _check_rebuilt(autoencoder: Autoencoder, described: Mapping[str, Any], folder: Path) -> None:
+    """Check that a user's family rebuilds a model from its files, up to the rounding of devices. Equal weights are not
+    enough, because other values that decide the latents may not be among them."""
+    try:
+        rebuilt = unpack(described, folder)
+        images = trial_rows(autoencoder.input_shape, rebuilt.module)
+        pairs = [(autoencoder.encode(images), rebuilt.encode(images))]
+        pairs += [(autoencoder.decode(pairs[0][0]), rebuilt.decode(pairs[0][0]))]
+        differing = [what for what, pair in zip(("latents", "images"), pairs, strict=True) if not _are_close(*pair)]
+        reason = f"the rebuilt one gives other {differing[0]}" if differing else ""
+    except TrajOODError as error:
+        reason = str(error)
+    if reason:
+        raise TrajOODError(
+            f"{autoencoder.name}: expected that {type(autoencoder).__qualname__}.from_pretrained rebuilds what "
+            f"save_pretrained wrote, got: {reason}: write and read all weights and options that decide the latents"
+        )
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a.cpu() - b.cpu()).abs() <= 1e-3 * max(1e-6, float(a.abs().max()))).all())
 
 
 def unpack(description: Mapping[str, Any], folder: Path, device: torch.device | str | None = None) -> Autoencoder:

@@ -9,7 +9,8 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from traj_ood.dynamics.fixed_function import check_answer, errors_around, sizes_side_by_side
+from traj_ood.dynamics.fixed_function import errors_around, sizes_side_by_side
+from traj_ood.dynamics.function_checks import check_answer
 from traj_ood.dynamics.workers import in_threads, thread_count
 from traj_ood.errors import TrajOODError
 

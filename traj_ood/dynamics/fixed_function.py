@@ -7,24 +7,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from types import MethodType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from traj_ood.dynamics.device import standard_settings
+from traj_ood.dynamics.function_checks import FLOATS, TRIAL_ROWS, result_of
 from traj_ood.dynamics.workers import in_threads, single_threaded
 from traj_ood.errors import TrajOODError
 from traj_ood.io.extensions import own_code
 from traj_ood.io.weights import fingerprint, float_types, parts_of, tensors_of
 
 _F = TypeVar("_F", bound="FixedFunction")
-_Rows: TypeAlias = Callable[[Tensor], Tensor]
-_TRIAL_ROWS = 2  # enough to test whether one image depends on another
 _SMALL = 10**7  # parameters
 _NARROW = 16  # results per row up to which MKL's rounding may depend on the row's address (seen up to 10)
-_FLOATS = (torch.float32, torch.float64)
 _SAMPLED_VALUES, _MIN_VALUES = 2**15, 16
 """Number of weight values that are sampled to detect changes, in total and at least per tensor."""
 
@@ -128,12 +126,33 @@ class FixedFunction:
             yield
 
     def try_once(self) -> None:
-        """Run :meth:`try_out` if it has not been run before."""
-        if not self._is_tried:
-            _keep_freed_memory()
-            with single_threaded() if self.is_side_by_side else nullcontext():
-                self.try_out()
-            self._is_tried = True
+        """Run :meth:`try_out` if it has not been run before.
+
+        Raises:
+            TrajOODError: as :meth:`try_out`, or a call changes a buffer of the network.
+        """
+        if self._is_tried:
+            return
+        _keep_freed_memory()
+        before = self._buffers()
+        with single_threaded() if self.is_side_by_side else nullcontext():
+            self.try_out()
+        after = self._buffers()
+        for name in before.keys() & after.keys():
+            if not torch.equal(before[name], after[name]):
+                raise TrajOODError(
+                    f"{self.name}: a call changes the buffer {name[1]!r} of its network: expected a function of its "
+                    "input alone: leave counters and statistics as they are in evaluation mode"
+                )
+        self._is_tried = True
+
+    def _buffers(self) -> dict[tuple[int, str], Tensor]:
+        """Copies of all buffers, without NaN, by the number of the network and name."""
+        return {
+            (number, name): buffer.detach().clone().nan_to_num()
+            for number, module in enumerate(self.modules_used())
+            for name, buffer in module.named_buffers()
+        }
 
     def try_out(self) -> None:
         """Check that the network is a fixed function; called under :meth:`fixed` and without gradients.
@@ -177,7 +196,7 @@ class FixedFunction:
             return
 
         def computed(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-            (result,) = in_threads(partial(_result_of, function), [rows])  # as in apply_in_chunks
+            (result,) = in_threads(partial(result_of, function), [rows])  # as in apply_in_chunks
             return result
 
         inputs = {f: _between(trial, self.chunk) for f, trial in functions.items()}
@@ -206,7 +225,7 @@ def _rounds_alike(function: Callable[[Tensor], Tensor], trial: Tensor, count: in
     if count == 1:
         return True
     rows = _between(trial, count)
-    here, moved = _result_of(function, rows), _result_of(function, rows.roll(1, 0)).roll(-1, 0)
+    here, moved = result_of(function, rows), result_of(function, rows.roll(1, 0)).roll(-1, 0)
     return torch.equal(here.nan_to_num(), moved.nan_to_num())
 
 
@@ -277,7 +296,7 @@ def float_type(module: nn.Module) -> torch.dtype | None:
 
 
 def _check_type(name: str, parts: list[nn.Module]) -> None:
-    short = float_types(parts) - set(_FLOATS)
+    short = float_types(parts) - set(FLOATS)
     if short:
         found = " and ".join(sorted(str(t).removeprefix("torch.") for t in short))
         raise TrajOODError(
@@ -320,127 +339,15 @@ def _evaluation_mode(parts: list[nn.Module]) -> Iterator[None]:
                     part.training = True
 
 
-# ---------------------------------------------------------------------- checks of a function
-
-
-def check_answer(name: str, answer: object, rows: int) -> Tensor:
-    """Return ``answer``, the output of the function ``name``, after checking that it is a tensor of ``rows`` rows.
-
-    Raises:
-        TrajOODError: it is not.
-    """
-    if not isinstance(answer, Tensor):
-        raise TrajOODError(f"{name}: expected one tensor, got {type(answer).__name__}: return the tensor alone")
-    if not answer.ndim or len(answer) != rows:
-        raise TrajOODError(
-            f"{name}: expected {rows} rows for {rows} rows, got shape {tuple(answer.shape)}: return one row per input "
-            "row, in the same order"
-        )
-    return answer
-
-
-def _result_of(function: Callable[[Tensor], Any], rows: Tensor) -> Any:
-    """``function(rows)`` in memory of its own: a network may begin with an in-place operation on its input, and return
-    the same buffer every time, in which two results would always be equal."""
-    result = function(rows.clone())
-    return result.clone() if isinstance(result, Tensor) else result
-
-
-def takes(function: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
-    """Whether a function accepts a single row; a traced graph may accept only the number of rows it was traced with."""
-    try:
-        return len(_result_of(function, rows[:1])) == 1
-    except Exception:  # any network, any error
-        return False
-
-
-def check_function(name: str, function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
-    """Check that a function is deterministic, and that its output for a row does not depend on other rows.
-
-    Rounding is tolerated: 16 units in the last place between two calls of the same shape, half of the digits between
-    positions in a batch.
-
-    Args:
-        name: name of the function in messages.
-        function: rows (n, …) → rows.
-        inputs: rows to test it with, of which two are used.
-        chunk: number of rows to use if the function accepts no other.
-    Returns:
-        The outputs for two rows.
-    Raises:
-        TrajOODError: the function is random, or its output for a row depends on other rows.
-    """
-
-    def call(rows: Tensor) -> Tensor:
-        return check_answer(name, _result_of(function, rows), len(rows))
-
-    rows = inputs[:_TRIAL_ROWS]
-    try:
-        first = call(rows)
-    except TrajOODError:
-        raise
-    except Exception:  # it may accept only ``chunk`` rows; a real error is raised again below
-        rows = rows.repeat(-(-chunk // len(rows)), *[1] * (rows.ndim - 1))[:chunk]
-        first = call(rows)
-    eps = torch.finfo(first.dtype).eps if first.is_floating_point() else 1.0
-    moved = _difference(call(rows), first)
-    if moved > 16 * eps:
-        raise TrajOODError(
-            f"{name} draws random numbers: two calls on the same images differ by {moved:.1e} of the largest value: "
-            "return the mean in place of a sample, and switch off dropout and noise in evaluation mode"
-        )
-    copies = [call(rows[i : i + 1].expand_as(rows).contiguous()) for i in range(len(inputs[:_TRIAL_ROWS]))]
-    moved = max(_difference(answer, first[i : i + 1].expand_as(answer)) for i, answer in enumerate(copies))
-    if moved > eps**0.5:
-        raise TrajOODError(
-            f"{name} depends on batch-mates: its outputs for an image among others and among copies of itself differ "
-            f"by {moved:.1e} of the largest value: let every row depend on its own image alone, such as by running "
-            "statistics instead of the batch's (BatchNorm with track_running_stats, LayerNorm, GroupNorm)"
-        )
-    return first[:_TRIAL_ROWS]
-
-
-def check_forgets(name: str, encode: _Rows, decode: _Rows, images: Tensor, latents: Tensor, rows: int) -> None:
-    """Check that ``decode`` reads its latents alone, and nothing that ``encode`` has kept of the images before.
-
-    ``images`` (2, C, H, W) are two different ones, ``latents`` (2, *L) theirs; calls have ``rows`` rows.
-
-    Raises:
-        TrajOODError: the same latents are decoded to something else after another image was encoded.
-    """
-    latents = latents[torch.arange(rows, device=latents.device) % len(latents)]
-
-    def decoded_after(image: Tensor) -> Tensor:
-        encode(image.repeat(rows, *[1] * (image.ndim - 1)))
-        return _result_of(decode, latents)
-
-    first = decoded_after(images[:1])
-    bound = 16 * torch.finfo(first.dtype).eps
-    if _difference(_result_of(decode, latents), first) > bound:
-        return  # random, of which check_function tells
-    moved = _difference(decoded_after(images[1:2]), first)
-    if moved > bound:
-        raise TrajOODError(
-            f"{name}: decode remembers the images that were encoded before: the same latents give images that differ "
-            f"by {moved:.1e} of the largest value: expected a function of the latents alone; skip connections, as in a "
-            "U-Net, define no map f(z) = encode(decode(z)): remove them, or return all that decode needs as the latent"
-        )
+# ---------------------------------------------------------------------- images of a trial
 
 
 def trial_rows(shape: tuple[int, ...], like: nn.Module) -> Tensor:
     """A dark and a bright noise image (2, C, H, W) in [0, 1], always the same, in the type and device of ``like``."""
-    noise = torch.rand(_TRIAL_ROWS, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    images = (noise + torch.arange(_TRIAL_ROWS).view(-1, *[1] * len(shape))) / _TRIAL_ROWS
+    noise = torch.rand(TRIAL_ROWS, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    images = (noise + torch.arange(TRIAL_ROWS).view(-1, *[1] * len(shape))) / TRIAL_ROWS
     device = next((p.device for p in like.parameters()), images.device)
     return images.to(device, float_type(like) or images.dtype)
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    """Largest |a − b| relative to the largest |b|, over elements that are finite in both."""
-    known = a.isfinite() & b.isfinite()
-    if a.shape != b.shape or not bool(known.any()):
-        return 0.0
-    return float((a - b)[known].abs().max() / b[known].abs().max().clamp(min=torch.finfo(b.dtype).tiny))
 
 
 # ---------------------------------------------------------------------- changes of weights

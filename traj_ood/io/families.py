@@ -64,7 +64,27 @@ class Families(dict[str, type[M]]):
         by = f"{family.__qualname__} of {own.get('file', own['module'])}" if own is not None else ""
         trouble = foreign_errors(f"{self.model} {spec!r}: {by} cannot load it") if own is not None else nullcontext()
         with trouble, unknown_options_named(f"{self.model} {spec!r}"):
-            return family.load(source, **options)
+            return self.complete(family.load(source, **options))
+
+    def complete(self, model: M) -> M:
+        """Return ``model``, which a family has made, after checking that it has every attribute that ``base`` declares.
+
+        Raises:
+            TrajOODError: it lacks one, or is no model at all.
+        """
+        if not isinstance(model, self._base):
+            raise TrajOODError(
+                f"{self.kind}: expected an instance of {self._base.__name__} from the method that loads it, got "
+                f"{type(model).__name__}: return the model"
+            )
+        declared = vars(self._base)["__annotations__"].items()
+        missing = [name for name, kind in declared if not (kind.startswith("ClassVar") or hasattr(model, name))]
+        if missing:
+            raise TrajOODError(
+                f"{self.kind} {type(model).__qualname__}: expected the attributes {', '.join(missing)}: set them in "
+                "__init__"
+            )
+        return model
 
 
 @contextmanager
