@@ -218,6 +218,35 @@ def test_scores_that_are_not_of_their_result_are_refused(runs: Path, tmp_path: P
     assert Run.load_all(tmp_path)[0].scores is not None
 
 
+def test_what_figures_do_not_show_is_said_beside_them(runs: Path, tmp_path: Path) -> None:
+    first = next(path for path in runs.iterdir() if path.name != "second")
+    result = RunResult.load(first / "result.json")
+    labels = ["--scorers", "knn:k=2,mahalanobis", "--resamples", 50]
+    said = [
+        call("leaderboard", runs).stdout,
+        call("compare", runs, *labels).stdout,
+        call("compare", runs, *labels, "--format", "csv").stderr,
+    ]
+    assert not any("⚠" in text for text in said)
+    data = {**result.data, "bright": {**result.data["bright"], "copies": {"dim": 21}}}
+    for seed in (0, 1):  # of all training images
+        shutil.copytree(first, tmp_path / str(seed))
+        replace(result, seed=seed, data=data).save(tmp_path / str(seed) / "result.json")
+    said = [
+        call("leaderboard", tmp_path).stdout,
+        call("compare", tmp_path, *labels).stdout,
+        call("compare", tmp_path, *labels, "--format", "csv").stderr,
+        call("compare", tmp_path / "0", tmp_path / "1", "--scorers", "knn:k=2", "--resamples", 50).stdout,
+    ]
+    for text in said:
+        assert text.count("⚠ 21 of 40 images of `bright` are copies of images of `dim`.") == 1, text
+        assert text.count("⚠ Seeds 0, 1 of `conv` drew the same training images: their runs are one measurement") == 1
+    assert call("report", tmp_path).exit_code == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<p>⚠ 21 of 40 images of bright are copies of images of dim.</p>") == 1
+    assert page.count("<p>⚠ Seeds 0, 1 of conv drew the same training images: ") == 1
+
+
 # ---------------------------------------------------------------------------------------------- formats
 
 

@@ -81,8 +81,8 @@ def compare(runs: tuple[Path, ...], scorers: str, metric: str, **options: Any) -
     else:
         tables = [table.text(form) for table in found.tables()]
         say("\n\n".join([verdict, *tables, *found.notes()] if form == "markdown" else tables))
-    if form != "markdown":
-        note(verdict)
+    for line in (verdict, *found.cautions) if form != "markdown" else ():
+        note(line)
     sys.exit(_EXIT[found.outcome(metric)])  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from traj_ood.data import OOD_ROLES
 from traj_ood.errors import unknown_name
+from traj_ood.evaluation.cautions import cautions
 from traj_ood.evaluation.leaderboard import leaderboard, per_set
 from traj_ood.evaluation.metrics import METRIC_NAMES
 from traj_ood.evaluation.results import CONTROL, REGIONS, Result, sets_in_words
@@ -110,7 +111,7 @@ def render(results: Sequence[Result], form: str = "markdown", choice: Choice | N
         place = f"{benchmark} · {model}"
         tables = []
         if "means" in choice.tables:
-            table = _means_table(rows, choice.columns, [_held(here), *_copies(own)])
+            table = _means_table(rows, choice.columns, [_held(here), *cautions(own)])
             tables.append(replace(table, caption=f"{place}: means over sets"))
         if "sets" in choice.tables:
             tables.append(replace(_sets_table(rows, here), caption=f"{place}: AUROC by OOD set"))
@@ -180,19 +181,6 @@ def _held(sets: pd.DataFrame) -> str:
     if len(ways) == 1:
         return sets_in_words(json.loads(next(iter(ways))))
     return " ".join(f"{sets_in_words(json.loads(way))[:-1]} ({variant})." for way, variant in ways.items())
-
-
-def _copies(results: Sequence[Result]) -> list[str]:
-    """A line for each pair of splits that share images by content, with the largest number found by a run."""
-    most: dict[tuple[str, str], tuple[int, int]] = {}
-    for result in results:
-        for name, data in result.data.items():
-            for other, count in data.get("copies", {}).items():
-                most[name, other] = max(most.get((name, other), (0, 0)), (count, data["count"]))
-    return [
-        f"⚠ {count} of {total} images of `{name}` are copies of images of `{other}`."
-        for (name, other), (count, total) in most.items()
-    ]
 
 
 def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> TextTable:

@@ -6,13 +6,14 @@ The tests are those of :mod:`traj_ood.evaluation.compare`, corrected for the num
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
 import pandas as pd
 
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.evaluation.cautions import cautions
 from traj_ood.evaluation.compare import BootstrapComparison, Difference, PairedScores, paired_bootstrap
 from traj_ood.evaluation.results import is_same_run, near_first
 from traj_ood.evaluation.runs import Run
@@ -48,6 +49,7 @@ class Versus:
         mean: difference over the near and far sets of all benchmarks with equal weight, by metric.
         sets: difference on each OOD set, diagnostics included, by metric.
         resamples: resamples of the bootstrap.
+        cautions: what else to know about the runs, see :func:`traj_ood.evaluation.cautions.cautions`.
     """
 
     a: str
@@ -57,6 +59,7 @@ class Versus:
     mean: Mapping[str, Difference]
     sets: Mapping[str, Sequence[SetDifference]]
     resamples: int
+    cautions: Sequence[str] = ()
 
     def outcome(self, metric: Metric = "auroc") -> int:
         """1 if a is better in the mean over sets, -1 if b is, 0 if no difference is shown (p >= 0.05)."""
@@ -127,7 +130,8 @@ class Versus:
             f"Means over {runs}. Differences are {self.a} minus {self.b}, in points, with 95 % intervals of a paired "
             f"bootstrap over images ({self.resamples:,} resamples; crops of one picture stay together). They show "
             "whether the choice of test images could explain the difference, not what another training would give."
-            + left
+            + left,
+            *self.cautions,
         ]
 
     def _named(self, row: SetDifference) -> str:
@@ -189,7 +193,8 @@ def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAM
         )
     benchmark = first.result.benchmark
     paired = {benchmark: PairedScores.from_tables([both.drop(columns="_merge")], *names)}
-    return _versus(names[0], names[1], paired, {benchmark: [first]}, resamples, seed)
+    found = _versus(names[0], names[1], paired, {benchmark: [first]}, resamples, seed)
+    return replace(found, cautions=cautions([first.result, second.result]))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -232,7 +237,12 @@ def _versus(
             for (_, name, set_name), d, p in zip(places, each, corrected, strict=True)
         ]
     mean = {metric: getattr(found.mean, metric) for metric in _NAMES}
-    return Versus(a, b, {name: pair.runs for name, pair in paired.items()}, models, mean, sets, resamples)
+    lines = [
+        line if len(suites) == 1 else f"{name}: {line}"
+        for name, own in suites.items()
+        for line in cautions([run.result for run in own])
+    ]
+    return Versus(a, b, {name: pair.runs for name, pair in paired.items()}, models, mean, sets, resamples, lines)
 
 
 def _distinct_names(first: Run, second: Run) -> tuple[str, str]:

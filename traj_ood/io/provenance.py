@@ -28,6 +28,7 @@ _WITHOUT_EFFECT = (
     "detector/card.py",
     "drawing/",
     "errors.py",
+    "evaluation/cautions.py",
     "evaluation/compare.py",
     "evaluation/dynamics_plots.py",
     "evaluation/leaderboard.py",

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from traj_ood.attractors import Verdict
+from traj_ood.evaluation.cautions import cautions
 from traj_ood.evaluation.leaderboard import groups_of, ranked
 from traj_ood.evaluation.metrics import METRIC_NAMES
 from traj_ood.evaluation.results import (
@@ -115,6 +116,11 @@ class Board:
     def held(self) -> str:
         """Which sets the means hold."""
         return sets_in_words(self.sets)
+
+    @property
+    def cautions(self) -> list[str]:
+        """What else to know about the runs; see :func:`traj_ood.evaluation.cautions.cautions`."""
+        return [line.replace("`", "") for line in cautions([run.result for run in self.runs])]
 
     @property
     def conclusion(self) -> str:

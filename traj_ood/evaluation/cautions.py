@@ -1,0 +1,51 @@
+"""What figures of runs do not show, in words: images that two sets share, and seeds that changed nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from traj_ood.evaluation.results import Result
+
+IDLE = ("seed", "scorers", "resamples", "control")
+"""Settings of a run without effect on scores."""
+
+
+def cautions(results: Sequence[Result]) -> list[str]:
+    """A line of Markdown for each pair of splits with common images, and for seeds that drew the same training images.
+
+    The results are those of one benchmark.
+    """
+    return [*_copies(results), *_idle_seeds(results)]
+
+
+def _copies(results: Sequence[Result]) -> list[str]:
+    """A line for each pair of splits that share images by content, with the largest number found by a run."""
+    most: dict[tuple[str, str], tuple[int, int]] = {}
+    for result in results:
+        for name, data in result.data.items():
+            for other, count in data.get("copies", {}).items():
+                most[name, other] = max(most.get((name, other), (0, 0)), (count, data["count"]))
+    return [
+        f"⚠ {count} of {total} images of `{name}` are copies of images of `{other}`."
+        for (name, other), (count, total) in most.items()
+    ]
+
+
+def _idle_seeds(results: Sequence[Result]) -> list[str]:
+    """A line for each model of which several seeds drew the same training images, such as all that there are."""
+    seeds: dict[str, set[int]] = {}
+    names: dict[str, str] = {}
+    for result in results:
+        if "train" in result.data:
+            config = {key: value for key, value in result.config.items() if key not in IDLE}
+            identity = [result.model["fingerprint"], config, result.data["train"]]
+            key = json.dumps(identity, sort_keys=True, default=str)
+            seeds.setdefault(key, set()).add(result.seed)
+            names[key] = result.model["name"]
+    return [
+        f"⚠ Seeds {', '.join(map(str, sorted(found)))} of `{names[key]}` drew the same training images: their runs are "
+        "one measurement, and a deviation over them says nothing."
+        for key, found in seeds.items()
+        if len(found) > 1
+    ]
