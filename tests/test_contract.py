@@ -605,7 +605,7 @@ def test_scorers_of_a_classifier_need_one(spec: str) -> None:
 
 
 def test_vim_needs_a_linear_classifier() -> None:
-    text = "scorer vim: needs a linear classifier over the features, and that of tiny-classifier is not linear"
+    text = "scorer vim: needs a linear classifier over the features, and tiny-classifier declares none: leave"
     with pytest.raises(TrajOODError, match=text):
         ScorerSet(Classifier(linear=False), ["vim"])
     ScorerSet(Classifier(linear=False), ["msp", "max-logit", "energy"])
