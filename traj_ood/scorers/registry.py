@@ -162,8 +162,8 @@ def lacking(autoencoder: Autoencoder, needs: Needs) -> str | None:
         )
     if needs.head and autoencoder.head() is None:
         return (
-            f"needs a linear classifier over the features, and {autoencoder.name} declares none: leave this scorer out, "
-            "or return weight and bias from head() if the backbone is your own"
+            f"needs a linear classifier over the features, and {autoencoder.name} declares none: leave this scorer "
+            "out, or return weight and bias from head() if the backbone is your own"
         )
     if "masked" in needs.reconstruction and not autoencoder.reconstruction_masks():
         return f"{name} has no masked reconstruction: only masked autoencoders do"
