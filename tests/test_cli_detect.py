@@ -473,6 +473,40 @@ def test_an_interruption_says_how_to_go_on(
     assert (tmp_path / "a.csv").read_bytes() == whole.stdout_bytes
 
 
+def test_parquet_that_was_interrupted_is_not_offered_to_be_resumed(
+    place: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Detector, images: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    run = ["score", place / "detector", photos, "--out", tmp_path / "a.parquet", *FAST]
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "judge", interrupted)
+        stopped = call(*run)
+    assert stopped.exit_code == 130
+    lost = "its rows are lost, as Parquet cannot be resumed: --out with .csv or .jsonl can"
+    assert stopped.stderr == f"traj-ood: interrupted; {lost}\n"
+    assert list(tmp_path.glob("a.parquet*")) == []
+    (tmp_path / "a.parquet.part").write_bytes(b"PAR1")  # of a run that was killed
+    for options in ([], ["--resume"]):
+        refused = call(*run, *options)
+        assert_refused(refused, "start again with --overwrite")
+        assert "continue it with --resume" not in refused.stderr
+    assert call(*run, "--overwrite").exit_code == 3
+    assert "Not for Parquet" in call("score", "-h").stdout
+
+
+def test_sources_that_are_given_twice_are_named(place: Path, photos: Path, tmp_path: Path) -> None:
+    image = next(iter(sorted(photos.glob("*.png"))))
+    once = call("score", place / "detector", photos, *FAST)
+    assert "given twice" not in once.stderr
+    (tmp_path / "link").symlink_to(photos)
+    for other in (photos, f"{photos}/", tmp_path / "link", image):
+        twice = call("score", place / "detector", photos, other, "--device", "cpu")
+        assert f"{other}: given twice, or within another source: such images have several rows" in twice.stderr
+        assert len(rows(twice.stdout)) == len(rows(once.stdout)) * 2 - (other == image) * (len(rows(once.stdout)) - 1)
+
+
 # ---------------------------------------------------------------------------------------------- real processes
 
 

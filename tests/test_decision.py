@@ -241,6 +241,9 @@ def test_calibrate_changes_the_threshold_and_nothing_else(place: Path) -> None:
     before = Detector.load(place / "d", device="cpu")
     done = calibrate(place / "d", place / "new", "--tpr", "0.9", "--out", place / "d2")
     assert done.exit_code == 0, done.output
+    assert done.stderr.endswith(f"Written to {place / 'd2'}\n")
+    quiet = calibrate(place / "d", place / "new", "--tpr", "0.9", "--out", place / "d3", "-q")
+    assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
     after = Detector.load(place / "d2", device="cpu")
     photos = [place / "new" / f"{i:03d}.png" for i in range(42)]
     assert torch.equal(after.score(photos), before.score(photos))

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     help="What to do with images that the detector was fitted on.",
 )
 @shared("device", "threads", "batch_size", "workers", "on_error", "stride", "allow")
+@click.option("-q", "--quiet", is_flag=True, help="Print the threshold alone.")
 def calibrate(detector: str, images: str, **options: Any) -> None:
     """Give DETECTOR (a folder) a new threshold from ID images that were not used for training.
 
@@ -65,7 +66,8 @@ def calibrate(detector: str, images: str, **options: Any) -> None:
     loaded.save(options["out"], overwrite=options["overwrite"])
     assert loaded.calibration is not None
     say(_calibrated(loaded.calibration, before, images), kept=f"the detector is in {options['out']}")
-    note(f"Written to {options['out']}")
+    if not options["quiet"]:
+        note(f"Written to {options['out']}")
 
 
 def _labels(found: ImageSource, source: str, tpr: float) -> list[str]:

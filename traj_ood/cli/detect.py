@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from traj_ood.detector import Detector
     from traj_ood.stream import Entry, Tally
 
+_SHOWN = 3  # sources in a warning
 _FAILED = 3  # exit code: every image has a row, some of them an error
 
 
@@ -189,7 +190,12 @@ class _TrainingSplit:
 @click.option(
     "--format", type=click.Choice(["csv", "jsonl", "parquet"]), help="[default: by the suffix of --out, else csv]"
 )
-@click.option("--resume", is_flag=True, help="Continue the unfinished file of an interrupted run, if there is one.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the unfinished file of an interrupted run, if there is one. Not for Parquet, except with --engine "
+    "ray.",
+)
 @click.option("--overwrite", is_flag=True, help="Start again, and replace --out at the end.")
 @click.option(
     "--engine",
@@ -218,6 +224,10 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     earlier), and `end-distance`, the gap between two nearly equal points, by several times its value.
     """
     _check_sources(sources, options)
+    twice = _given_twice(sources)
+    if twice:
+        more = f" and {len(twice) - _SHOWN} more" if len(twice) > _SHOWN else ""
+        warn(f"{', '.join(twice[:_SHOWN])}{more}: given twice, or within another source: such images have several rows")
     if options["engine"] == "ray":
         score_on_ray(detector, sources, options)
         return
@@ -226,12 +236,19 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     except KeyboardInterrupt:
         part = Path(f"{options['out']}.part")
         kept = f"; rows so far are in {part}: continue with --resume" if part.exists() else ""
+        if _is_parquet(options):
+            kept = "; its rows are lost, as Parquet cannot be resumed: --out with .csv or .jsonl can"
         note(f"traj-ood: interrupted{kept}")
         sys.exit(130)
     if tally.failed:
         if not options["quiet"]:
             warn(f"{tally.failed} image(s) failed, see the column error")
         sys.exit(_FAILED)
+
+
+def _is_parquet(options: dict[str, Any]) -> bool:
+    suffix = Path(options["out"] or "").suffix.lower().removeprefix(".")
+    return (options["format"] or suffix) == "parquet"
 
 
 def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Tally:
@@ -326,6 +343,14 @@ def _check_sources(sources: tuple[str, ...], options: dict[str, Any]) -> None:
         )
     if options["null"] and "-" not in sources:
         raise TrajOODError("--null applies to paths on standard input: add - to the sources, or leave it out")
+
+
+def _given_twice(sources: tuple[str, ...]) -> list[str]:
+    """The sources that are given more than once, or are inside of another one."""
+    places = {source: os.path.realpath(source) if os.path.exists(source) else source for source in sources}
+    count = Counter(places[source] for source in sources)
+    inside = {source for source, place in places.items() if any(str(up) in count for up in Path(place).parents)}
+    return [source for source, place in places.items() if count[place] > 1 or source in inside]
 
 
 def _entries(sources: tuple[str, ...], options: dict[str, Any], others: dict[str, Counter[str]]) -> Iterator[Entry]:

@@ -25,6 +25,7 @@ from traj_ood.stream.resuming import Calibrated, Resumed, match_file
 from traj_ood.stream.rows import COLUMNS, Row
 
 FORMATS = (*TEXT_FORMATS, "parquet")
+UNRESUMABLE = "Parquet cannot be resumed, because its index is written last"
 _ROW_GROUP = 8192  # rows in one row group of Parquet
 
 
@@ -91,9 +92,7 @@ def open_table(
             raise TrajOODError("standard output is closed, so rows cannot be written to it; name a file with --out")
         return OutputTable(text_format(form, quote_formulas), stream)
     if resume and form == "parquet":
-        raise TrajOODError(
-            f"{path}: Parquet cannot be resumed, as its index is written last; use --out with .csv or .jsonl to resume"
-        )
+        raise TrajOODError(f"{path}: {UNRESUMABLE}: start again with --overwrite, or use --out with .csv or .jsonl")
     if path.exists() and not path.is_file():
         raise TrajOODError(f"{path}: expected a file to write, found a folder or device; choose another --out")
     part = path.with_name(path.name + ".part")
@@ -102,7 +101,7 @@ def open_table(
     file = _open_part(part)
     try:
         if not resume:
-            _start_again(file, path, part, overwrite)
+            _start_again(file, path, part, overwrite, resumable=form != "parquet")
         if form == "parquet":
             return ParquetTable(path, part, file)
         return FileTable(text_format(form, quote_formulas), path, part, file)
@@ -333,7 +332,7 @@ def _open_part(part: Path) -> io.FileIO:
     return file
 
 
-def _start_again(file: io.FileIO, path: Path, part: Path, overwrite: bool) -> None:
+def _start_again(file: io.FileIO, path: Path, part: Path, overwrite: bool, resumable: bool) -> None:
     """Empty the unfinished file, which the caller has locked; without ``overwrite``, refuse to lose existing rows."""
     size = os.fstat(file.fileno()).st_size
     if path.exists() and not overwrite:
@@ -341,9 +340,10 @@ def _start_again(file: io.FileIO, path: Path, part: Path, overwrite: bool) -> No
             part.unlink()
         raise TrajOODError(f"{path}: exists already; choose another --out, or replace it with --overwrite")
     if size and not overwrite:
-        raise TrajOODError(
-            f"{part}: left by a run that did not finish; continue it with --resume, or start again with --overwrite"
-        )
+        then = "continue it with --resume, or start again with --overwrite"
+        if not resumable:
+            then = f"start again with --overwrite, as {UNRESUMABLE}"
+        raise TrajOODError(f"{part}: left by a run that did not finish; {then}")
     with _disk_errors(path):
         file.truncate(0)
 
