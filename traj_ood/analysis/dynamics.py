@@ -31,6 +31,7 @@ from traj_ood.autoencoders import FAMILIES, MODELS, Autoencoder, load_autoencode
 from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
 from traj_ood.data.batches import ranges_of
 from traj_ood.data.benchmark import sample_indices
+from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
 from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.errors import TrajOODError, unknown_name
@@ -140,8 +141,9 @@ class Dynamics(Question):
         key = {"model": model.fingerprint(), "starts": subject.digest, "steps": self.steps}
 
         def run(rows: range) -> Unit:
-            settings: dict[str, Any] = {"tol": 0, "max_steps": self.steps, "chunk": model.chunk}
-            path = iterate(model.self_map, subject.starts(rows), observers=subject.observers(), **settings)
+            with few_images(len(rows)):  # a whole chunk may cost many times as much as a few samples
+                settings: dict[str, Any] = {"tol": 0, "max_steps": self.steps, "chunk": model.rows}
+                path = iterate(model.self_map, subject.starts(rows), observers=subject.observers(), **settings)
             return Unit({"latent": path.residuals.sqrt(), **path.measures})
 
         parts = work.pieces("dynamics", key, ranges_of(subject.count, model.chunk), run, title=name, unit="sample")
