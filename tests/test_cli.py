@@ -162,6 +162,19 @@ def test_mask_ratio_seed_and_samples(place: Path) -> None:
     assert {k: v["count"] for k, v in stored.data.items()} == {"train": 6, "val": 4, "test": 4, "dim": 4, "bright": 4}
 
 
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_written(place: Path) -> None:
+    odd = os.fsencode(place / "images" / "far") + b"/b\xff.png"
+    try:
+        shutil.copy(place / "images" / "far" / "000.png", odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    words = r"split 'bright': expected file names in UTF-8, got 'bright/b\udcff.png': rename the file, or leave it out"
+    assert_refused(bench(place, "--scorers", "steps"), words)
+    assert not (place / "out").exists()
+    os.remove(odd)
+    assert bench(place, "--scorers", "steps").exit_code == 0
+
+
 def test_a_broken_image_names_the_option_that_skips_it(place: Path) -> None:
     for name in ("000", "004"):  # the first image of a split is read before the run
         broken = place / "images" / "train" / f"{name}.png"

@@ -124,6 +124,18 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(model.encode(images[:1].sigmoid()).double(), latents, rtol=1e-5, atol=1e-6)
 
 
+def test_the_command_that_runs_a_family_in_one_file(tmp_path: Path) -> None:
+    (found,) = re.findall(r"`traj-ood\s+(bench\s[^`]+)`", section("Add a model"))
+    command = found.split()
+    assert command[1:3] == ["fashion", "--quick"]
+    command[1:3] = [str(tiny.write_benchmark(tmp_path)), "--no-plots", "--bootstrap", "0"]
+    command += ["--out", str(tmp_path / "runs"), "--device", "cpu", "--quiet"]
+    command = [sys.executable, "-m", "traj_ood", *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=tiny.PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "| trajectory |" in done.stdout
+
+
 def test_a_benchmark(tmp_path: Path) -> None:
     (tmp_path / "pets.yaml").write_text(block("Add a benchmark", "yaml"))
     for seed, folder in enumerate(("cats/train", "cats/test", "dogs", "textures")):

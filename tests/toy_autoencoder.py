@@ -17,7 +17,7 @@ from traj_ood.io.weights import put_weights
 
 @register_autoencoder
 class LinearAutoencoder(Autoencoder):
-    """E(x) = W x, D(z) = Wᵀ z, on grey images of 8 × 8 pixels."""
+    """E(x) = W x, D(z) = Wᵀ z for W with orthonormal rows, on grey images of 8 × 8 pixels."""
 
     family, summary = "linear", "a random projection and its transpose: linear:<latent width> or linear:<folder>"
     marks: ClassVar = {"model_type": "toy_linear"}
@@ -25,7 +25,7 @@ class LinearAutoencoder(Autoencoder):
     def __init__(self, width: int, gain: float = 1.0, *, name: str = "linear") -> None:
         self.name, self.input_shape, self.gain = name, (1, 8, 8), gain
         self.preprocessing = Preprocessing(self.input_shape)
-        weight = torch.randn(width, 64, generator=torch.Generator().manual_seed(0)) / 8
+        weight = torch.linalg.qr(torch.randn(64, width, generator=torch.Generator().manual_seed(0)))[0].T
         self.module = nn.Linear(64, width, bias=False).requires_grad_(False)
         self.module.weight.copy_(weight)
 

@@ -155,6 +155,8 @@ class Evaluator:
             per_set=config.per_set if config.per_set is not None else bench.test_size,
             seed=config.seed,
         )
+        for split in self.sample.splits():
+            _check_names(split)
         self.scorers = ScorerSet(
             self.autoencoder,
             config.scorers,
@@ -429,3 +431,14 @@ class Evaluator:
         tol, max_steps = self.config.tol, self.config.max_steps
         kept = keep_pictures(self.autoencoder, self.sample, table, scorers, dictionary, tol=tol, max_steps=max_steps)
         kept.save(self.folder / GALLERY_NAME)
+
+
+def _check_names(split: Split) -> None:
+    """Raise ``TrajOODError`` for an id that is not UTF-8, which the tables of a run could not hold."""
+    for name in split.images.ids:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise TrajOODError(
+                f"split {split.name!r}: expected file names in UTF-8, got {name!r}: rename the file, or leave it out"
+            ) from error
