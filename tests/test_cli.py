@@ -407,6 +407,10 @@ def test_a_damaged_result_is_named_and_computed_again_as_its_message_says(place:
         assert_refused(refused, f"{path}: expected JSON", "restore the file, or run it again with --fresh")
     assert bench(place, "--scorers", "steps", "--fresh").stdout == first.stdout
     assert_refused(call("leaderboard", place / "images"), "result.json")
+    path.with_name("gallery.safetensors").unlink()  # is made again from the scores
+    path.with_name("scores.parquet").write_bytes(b"PAR1")
+    assert_refused(bench(place, "--scorers", "steps"), "scores.parquet: expected a Parquet table", "with --fresh")
+    assert bench(place, "--scorers", "steps", "--fresh").stdout == first.stdout
 
 
 def test_plots_of_a_finished_run_without_its_scores(place: Path) -> None:

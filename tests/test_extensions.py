@@ -324,6 +324,25 @@ def test_an_installed_scorer_is_found_by_its_name_and_in_all(tmp_path: Path, mon
         traj_ood.create_scorer("broken")
 
 
+def test_a_run_is_not_that_of_another_version_of_an_installed_scorer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = tiny.write_benchmark(tmp_path)
+    tiny.conv().save_pretrained(tmp_path / "conv")
+    (tmp_path / "plugin_c.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins(monkeypatch, "traj_ood.scorers", mine="plugin_c:Mine")
+    run = ["bench", yaml, "--model", tmp_path / "conv", "--scorers", "mine", "--out", tmp_path / "runs", "-q"]
+    run += ["--bootstrap", "0", "--no-plots", "--no-pictures"]
+    first = call(*run)
+    assert first.exit_code == 0, first.output
+    assert call(*run).stdout == first.stdout
+    (tmp_path / "plugin_c.py").write_text(MINE.replace("norm(dim=1)", "sum(dim=1)"))
+    second = call(*run)
+    assert second.exit_code == 2
+    assert "has a run with another config (config.scorers: another version of mine): choose" in second.stderr
+
+
 def test_installed_models_and_benchmarks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plugin_b.py").write_text(
         "import traj_ood\nfrom toy_autoencoder import LinearAutoencoder\n"

@@ -179,6 +179,11 @@ def test_runs_of_other_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         match=r"a finished run made by another version of the code \(traj_ood .*, commit .*\), whose results",
     ):
         assert run_of(place, pictures=True).run() == result
+    older = replace(result, versions={**result.versions, "torch": "1.0"})
+    older.save(first.folder / "result.json")
+    with pytest.warns(UserWarning, match=r"commit [^;]*; torch 1\.0 there, \S+ here\), whose results"):
+        run_of(place).run()
+    result.save(first.folder / "result.json")
     assert not (first.folder / "gallery.safetensors").exists()
     with pytest.raises(
         TrajOODError, match=r"has a run with another code \(code: that of traj_ood, of a .*: choose another --out"

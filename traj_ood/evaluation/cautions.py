@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from traj_ood.evaluation.results import Result
 
-IDLE = ("seed", "scorers", "resamples", "control")
+IDLE = ("seed", "scorers", "own_scorers", "resamples", "control")
 """Settings of a run without effect on scores."""
 
 

@@ -37,11 +37,13 @@ from traj_ood.evaluation.identity import (
     identity_of,
     is_own_code,
     other_code,
+    own_file,
 )
 from traj_ood.evaluation.outcome import judged, measure, measure_sets, score_table
 from traj_ood.evaluation.parallel import Team
 from traj_ood.evaluation.passes import Parts, Passes, even_size, key_of
 from traj_ood.evaluation.results import CONTROL, FILE_NAME, Result, ScorerResult
+from traj_ood.evaluation.runs import read_scores
 from traj_ood.evaluation.snapshot import Snapshot
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.files import alone_in, empty_folder, write_atomic
@@ -290,13 +292,13 @@ class Evaluator:
     def _check_finished(self, identity: dict[str, Any], result: Result) -> None:
         """Refuse a finished run with another identity or an earlier version of the user's own files; warn if another
         version of the package has made it."""
-        self._refuse_other(identity, identity_of(result))
         changed = changed_imports(result)
         if changed:
             raise TrajOODError(
                 f"{self.folder}: has a run with another version of {', '.join(changed)} (--import): choose another "
                 "--out, or discard it with --fresh"
             )
+        self._refuse_other(identity, identity_of(result))
         code = other_code(result)
         if code and self.team.is_main:
             warn(
@@ -318,9 +320,12 @@ class Evaluator:
         """What identifies a run, as JSON data."""
         self.scorers.try_compile()
         config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "control", "compile")}
-        # Older results have neither of these two keys.
+        # Older results have none of these keys.
         config |= {"compile": True} if self.scorers.compile else {}
         config |= {"control": True} if self.control else {}
+        own = {scorer.label: own_file(type(scorer)) for scorer in self.scorers.scorers}
+        own = {label: file for label, file in own.items() if file is not None}
+        config |= {"own_scorers": own} if own else {}
         config |= {
             "scorers": self.scorers.labels,
             "attractors": len(self.sample.train.images),
@@ -417,13 +422,14 @@ class Evaluator:
 
     def _add_pictures(self, result: Result) -> None:
         """Add pictures to a finished run without them, unless it was made by another version of the code."""
-        scores, attractors = self.folder / "scores.parquet", self.folder / "attractors.safetensors"
-        if not (self.pictures and self.team.is_main and scores.is_file()) or (self.folder / GALLERY_NAME).is_file():
+        if not (self.pictures and self.team.is_main) or (self.folder / GALLERY_NAME).is_file():
             return
         if result.versions.get("code") != code_digest():  # this code's pictures may not show that code's results
             return
-        dictionary = AttractorDictionary.load(attractors) if attractors.is_file() else None
-        self._keep_pictures(pd.read_parquet(scores), result.scorers, dictionary)
+        scores, attractors = read_scores(self.folder, result), self.folder / "attractors.safetensors"
+        if scores is not None:
+            dictionary = AttractorDictionary.load(attractors) if attractors.is_file() else None
+            self._keep_pictures(scores, result.scorers, dictionary)
 
     def _keep_pictures(
         self, table: pd.DataFrame, scorers: dict[str, ScorerResult], dictionary: AttractorDictionary | None

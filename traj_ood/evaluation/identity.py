@@ -10,13 +10,13 @@ from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder
 from traj_ood.dynamics.behaviour import agree
 from traj_ood.evaluation.results import Result
 from traj_ood.io.extensions import imported, origin_of
-from traj_ood.io.provenance import code_digest, package_digest
+from traj_ood.io.provenance import LIBRARIES, code_digest, environment, package_digest
 from traj_ood.io.trees import as_json
 
 _SHOWN = 3  # differences in a message
 _SHOWN_CHARACTERS = 40  # of each value
 _NOTHING = "nothing"  # in place of an absent value
-_NEWER = {"transform", "answers", "contents", "copies"}  # keys that older results lack
+_NEWER = {"transform", "answers", "contents", "copies", "own_scorers"}  # keys that older results lack
 
 
 def is_own_code(model: Autoencoder) -> bool:
@@ -24,6 +24,12 @@ def is_own_code(model: Autoencoder) -> bool:
     backbone = model.backbone if isinstance(model, SurrogateAutoencoder) else None
     callables = model.family == "custom" or (backbone is not None and backbone.library == "custom")
     return callables or any(origin_of(type(part)) is not None for part in (model, backbone) if part is not None)
+
+
+def own_file(cls: type[Any]) -> str | None:
+    """The digest of the file that defines a user's class, else the name of its module; None for our own classes."""
+    origin = origin_of(cls)
+    return None if origin is None else origin.get("sha256", origin["module"])
 
 
 def comparable(mine: Any, other: Any) -> Any:
@@ -57,8 +63,14 @@ def other_code(result: Result) -> str:
     then, now = _imports_of(result), _imports_now()
     if then != now and result.versions.get("package", result.versions.get("code")) == package_digest():
         return f"with other imports ({_files(then)} there, {_files(now)} here)"
+    here = environment()
     version = f"traj_ood {result.versions.get('traj_ood')}, commit {(result.commit or 'unknown')[:12]}"
-    return f"by another version of the code ({version})"
+    others = [
+        f"{name} {result.versions[name]} there, {here[name]} here"
+        for name in LIBRARIES
+        if name in result.versions and name in here and result.versions[name] != here[name]
+    ]
+    return f"by another version of the code ({'; '.join([version, *others])})"
 
 
 def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -87,6 +99,8 @@ def _differences(mine: Any, other: Any, *keys: str) -> Iterator[str]:
         kinds = {"only here": [s for s in mine if s not in other], "only there": [s for s in other if s not in mine]}
         words = [f"{_listed(names)} {kind}" for kind, names in kinds.items() if names]
         yield f"{place}: {', '.join(words) or 'in another order'}"
+    elif keys[:2] == ("config", "own_scorers"):
+        yield f"config.scorers: another version of {'.'.join(keys[2:]) or 'own ones'}"
     elif place == "model.answers":
         yield "model: its code gives other answers"
     elif place == "code":

@@ -47,14 +47,10 @@ class Run:
         scores are not those of the result."""
         gallery = folder / GALLERY_NAME
         result = Result.load(folder / FILE_NAME)
-        scores = _table(folder / "scores.parquet", {"split", "role", "id", *result.scorers})
-        if scores is not None:
-            _check_scores(scores[[*result.scorers]], folder / "scores.parquet")
-            _check_agreement(scores, result, folder / "scores.parquet")
         return cls(
             place=place.as_posix() if place.parts else result.name,
             result=result,
-            scores=scores,
+            scores=read_scores(folder, result),
             curves=_table(folder / "curves.parquet", {"split", "role", "step", "quantity", "q25", "q50", "q75"}),
             pictures=Pictures.load(gallery) if gallery.is_file() else None,
         )
@@ -73,6 +69,17 @@ class Run:
         split, role = (self.scores[key].to_numpy() for key in ("split", "role"))
         own = self.result.scorers[label].sets
         return values[role == "test"], {name: values[split == name] for name in self.sets() if name in own}
+
+
+def read_scores(folder: Path, result: Result) -> pd.DataFrame | None:
+    """The scores of the run in ``folder``, None if they were not kept. Raises ``TrajOODError`` if they are damaged, or
+    not those of the ``result`` beside them."""
+    path = folder / "scores.parquet"
+    scores = _table(path, {"split", "role", "id", *result.scorers})
+    if scores is not None:
+        _check_scores(scores[[*result.scorers]], path)
+        _check_agreement(scores, result, path)
+    return scores
 
 
 def _check_scores(scores: pd.DataFrame, path: Path) -> None:

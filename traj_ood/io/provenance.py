@@ -45,7 +45,7 @@ _WITHOUT_EFFECT = (
     "training/card.py",
 )
 # Another version of a decoder, a resize or a kernel changes numbers, if only in the last digits.
-_LIBRARIES = (
+LIBRARIES = (
     *("torch", "torchvision", "timm", "transformers", "diffusers", "openood"),
     *("pillow", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu"),
 )
@@ -68,7 +68,7 @@ def package_digest() -> str:
     costs a cache, not a result. In a zipped package, without source files, the package's version replaces them.
     """
     digest = hashlib.sha256(metadata.version("traj_ood").encode())
-    for name in _LIBRARIES:
+    for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             digest.update(f"{name} {metadata.version(name)}".encode() + b"\0")
     for path in deciding_files():
