@@ -188,7 +188,7 @@ def rows_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """A row for each suite and recipe: the best scorer of the path and the best rival in each figure, seeds averaged,
-    and how the attractors fare."""
+    the scorers of the path that lead in all figures, and how the attractors fare."""
     found = []
     for (suite, recipe), own in rows.groupby(["suite", "recipe"], sort=False):
         means = own.groupby(["kind", "scorer"])[list(BETTER)].mean()
@@ -203,6 +203,9 @@ def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
                 "of_rival": float(best["static"]),
                 "ahead": float(sign * (best["path"] - best["static"])),
             }
+        path = means.loc["path"]
+        leads = [sign * path[figure] > sign * row[figure]["of_rival"] for figure, sign in BETTER.items()]
+        row["leads_in_all"] = path.index[pd.concat(leads, axis=1).all(axis=1)].tolist()
         row["control"] = float(own.loc[own["scorer"] == CONTROL, "auroc"].mean())
         row |= {k: float(own[k].astype(float).mean()) for k in ("converged", "distinct", "healthy")}
         found.append(row)
@@ -229,10 +232,15 @@ def render(summary: Mapping[str, Any]) -> str:
             cells.append(f"{100 * own['ahead']:+.1f}")
         cells += [f"{100 * row['control']:.1f}", f"{row['converged']:.0%}", f"{row['distinct']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lead = [r for r in summary["recipes"] if all(r[f]["ahead"] > 0 for f in BETTER)]
-    names = ", ".join(f"{r['recipe']} ({r['suite']})" for r in lead) or "none"
-    lines += ["", f"Recipes with some scorer of the path ahead of every rival in both figures: {names}.", ""]
+    each = [r for r in summary["recipes"] if all(r[f]["ahead"] > 0 for f in BETTER)]
+    one = [r for r in summary["recipes"] if r["leads_in_all"]]
+    lines += ["", f"Recipes with a scorer of the path ahead of every rival in each figure: {_named(each)}.", ""]
+    lines += [f"Recipes with one scorer of the path that is ahead in both figures: {_named(one)}.", ""]
     return "\n".join(lines)
+
+
+def _named(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(f"{row['recipe']} ({row['suite']})" for row in rows) or "none"
 
 
 def write_tables(out: Path) -> str:

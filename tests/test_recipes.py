@@ -60,8 +60,23 @@ def test_the_summary_takes_the_best_of_each_side_in_each_figure(script: ModuleTy
     assert (row["auroc"]["of_path"], row["auroc"]["ahead"]) == (pytest.approx(0.85), pytest.approx(0.05))
     assert (row["fpr95"]["path"], row["fpr95"]["ahead"]) == ("field", pytest.approx(-0.1))
     assert row["control"] == pytest.approx(0.95)
+    assert row["leads_in_all"] == []
     text = script.render({"rehearsal": False, "recipes": [row]})
-    assert text.rstrip().endswith("ahead of every rival in both figures: none.")
+    assert text.rstrip().endswith("ahead in both figures: none.")
+
+
+def test_two_scorers_that_lead_in_a_figure_each_are_not_one_that_leads_in_both(script: ModuleType) -> None:
+    base = {"suite": "s", "recipe": "default", "seed": 0, "converged": 1, "distinct": 4, "healthy": True}
+    figures = {"field": ("path", 0.7, 0.3), "msma": ("path", 0.8, 0.6), "knn": ("static", 0.75, 0.4)}
+    figures["control: files"] = ("control", 0.9, 0.1)
+
+    def text_of(figures: dict[str, tuple[str, float, float]]) -> str:
+        rows = [{**base, "scorer": s, "kind": k, "auroc": a, "fpr95": f} for s, (k, a, f) in figures.items()]
+        return script.render({"rehearsal": False, "recipes": script.summarise(pd.DataFrame(rows))})
+
+    assert "in each figure: default (s).\n\nRecipes with one scorer" in text_of(figures)
+    assert text_of(figures).rstrip().endswith("ahead in both figures: none.")
+    assert text_of({**figures, "field": ("path", 0.8, 0.3)}).rstrip().endswith("ahead in both figures: default (s).")
 
 
 @pytest.mark.slow
