@@ -120,7 +120,8 @@ def bench(benchmark: str, **options: Any) -> None:
     """Run BENCHMARK (a name from `traj-ood list benchmarks`, or a YAML file) and print its leaderboard.
 
     Writes result.json, scores.parquet (per image), curves.parquet, the attractors, plots and pictures for `traj-ood
-    report` to OUT/<benchmark>--<model>--seed<k>/. An interrupted run continues where it stopped when started again.
+    report` to OUT/<benchmark>--<model>--seed<k>/. An interrupted run continues where it stopped when started again;
+    one that an unreadable image has ended does so with --on-error skip, too.
 
     An image's score is independent of its batch and position to 1e-9, relative, and the same batches on the same
     machine give identical bits. Another processor or number of threads rounds a float32 network differently. On the
