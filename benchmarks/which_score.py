@@ -73,7 +73,7 @@ def main() -> None:
     out = parser.parse_args().out
     panels = [
         _panel("Small autoencoders", small_autoencoders()),
-        _panel("An autoencoder of photographs", photographs("autoencoder")),
+        _panel("Autoencoders of photographs", photographs("autoencoder")),
         _panel("A frozen ImageNet network", photographs("backbone")),
     ]
     save_figure(dots(list(ROWS.values()), panels, len(panels), "AUROC in percent, means over OOD sets"), out)
