@@ -338,7 +338,7 @@ def test_what_cannot_be_asked(folders: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(TrajOODError, match="expected sets of images with different names, got 'dark' twice"):
         asked(folders, data=("dark", str(folders / "dark"))).run(work(folders), folders / "out")
     model = tiny.conv()
-    monkeypatch.setattr(model, "decode_batch", lambda latents: latents)
+    monkeypatch.setattr(model, "decode", lambda latents: latents)  # as a surrogate, whose targets are features
     monkeypatch.setattr(probe, "load_autoencoder", lambda _: model)
     with pytest.raises(TrajOODError, match="expected a model that decodes to images"):
         asked(folders).run(work(folders), folders / "out")
