@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from traj_ood.backbones.base import Backbone
 from traj_ood.backbones.network import trial_images
 from traj_ood.backbones.registry import LIBRARIES
@@ -110,4 +112,9 @@ def _same_answers(packed: Backbone, rebuilt: Backbone) -> bool:
     pairs = [(expected.features, found.features)]
     if expected.logits is not None and found.logits is not None:
         pairs.append((expected.logits, found.logits))
-    return all(bool(((a.cpu() - b.cpu()).abs() <= 1e-3 * max(1e-6, float(a.abs().max()))).all()) for a, b in pairs)
+    return all(are_close(a, b) for a, b in pairs)
+
+
+def are_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs of one network agree up to the rounding of devices: to 1e-3 of the largest value."""
+    return a.shape == b.shape and bool(((a.cpu() - b.cpu()).abs() <= 1e-3 * max(1e-6, float(a.abs().max()))).all())

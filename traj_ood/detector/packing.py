@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from traj_ood.autoencoders import FAMILIES, Autoencoder
-from traj_ood.backbones.packing import describe, rebuild
+from traj_ood.backbones.packing import are_close, describe, rebuild
 from traj_ood.data.preprocessing import preprocessing_record
 from traj_ood.dynamics.fixed_function import trial_rows
 from traj_ood.errors import TrajOODError
@@ -69,7 +68,7 @@ def _check_rebuilt(autoencoder: Autoencoder, described: Mapping[str, Any], folde
         images = trial_rows(autoencoder.input_shape, rebuilt.module)
         pairs = [(autoencoder.encode(images), rebuilt.encode(images))]
         pairs += [(autoencoder.decode(pairs[0][0]), rebuilt.decode(pairs[0][0]))]
-        differing = [what for what, pair in zip(("latents", "images"), pairs, strict=True) if not _are_close(*pair)]
+        differing = [what for what, pair in zip(("latents", "images"), pairs, strict=True) if not are_close(*pair)]
         reason = f"the rebuilt one gives other {differing[0]}" if differing else ""
     except TrajOODError as error:
         reason = str(error)
@@ -78,10 +77,6 @@ def _check_rebuilt(autoencoder: Autoencoder, described: Mapping[str, Any], folde
             f"{autoencoder.name}: expected that {type(autoencoder).__qualname__}.from_pretrained rebuilds what "
             f"save_pretrained wrote, got: {reason}: write and read all weights and options that decide the latents"
         )
-
-
-def _are_close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a.cpu() - b.cpu()).abs() <= 1e-3 * max(1e-6, float(a.abs().max()))).all())
 
 
 def unpack(description: Mapping[str, Any], folder: Path, device: torch.device | str | None = None) -> Autoencoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from inspect import get_annotations
 from typing import Any, TypeVar
 
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
@@ -77,7 +78,7 @@ class Families(dict[str, type[M]]):
                 f"{self.kind}: expected an instance of {self._base.__name__} from the method that loads it, got "
                 f"{type(model).__name__}: return the model"
             )
-        declared = vars(self._base)["__annotations__"].items()
+        declared = get_annotations(self._base).items()
         missing = [name for name, kind in declared if not (kind.startswith("ClassVar") or hasattr(model, name))]
         if missing:
             raise TrajOODError(

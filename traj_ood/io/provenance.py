@@ -27,6 +27,7 @@ _WITHOUT_EFFECT = (
     "cli/",
     "detector/card.py",
     "drawing/",
+    "dynamics/progress.py",
     "errors.py",
     "evaluation/cautions.py",
     "evaluation/compare.py",
