@@ -8,10 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import yaml
+from PIL import Image
 
 from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ViTMAE, load_autoencoder
 from traj_ood.errors import TrajOODError
@@ -244,6 +246,21 @@ def test_logged_rate_is_the_schedules(place: Path) -> None:
     log = json.loads((place / "out" / "training.json").read_text())["log"]
     recipe = TrainConfig.load(write(place)).recipe
     assert [e["learning_rate"] for e in log] == pytest.approx([learning_rate(recipe, 5 * e + 4, 15) for e in range(3)])
+
+
+def test_ood_sets_are_not_needed(place: Path) -> None:
+    for split in ("train_cifar10", "val_cifar10", "test_cifar10", "test_tin"):  # of nine lists
+        lines = []
+        for i in range(3):
+            path = place / "images_classic" / split / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(path)
+            lines.append(f"{split}/{i}.png {i % 2}\n")
+        (place / "benchmark_imglist" / "cifar10").mkdir(parents=True, exist_ok=True)
+        (place / "benchmark_imglist" / "cifar10" / f"{split}.txt").write_text("".join(lines))
+    config = TrainConfig.load(write(place, benchmark="cifar10"))
+    train_model(config, place / "out", data_root=place, quiet=True)
+    assert json.loads((place / "out" / "training.json").read_text())["data"]["train"]["count"] == 3
 
 
 # ---------------------------------------------------------------------------------------------- configs

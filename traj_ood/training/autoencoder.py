@@ -66,7 +66,9 @@ def train_model(
     check_folder(out, fresh)
     if fresh:
         distrust()
-    benchmark = load_benchmark(config.benchmark, data_root, follow_links=follow_links, reading=reading)
+    benchmark = load_benchmark(  # only its ID splits are read
+        config.benchmark, data_root, follow_links=follow_links, reading=reading, allow_missing=True
+    )
     preflight(benchmark)
     train = train_classifier if config.family == "classifier" else _train_autoencoder
     progress = {"quiet": quiet, "on_round": _print_line if quiet else None}
