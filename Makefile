@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= logical
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-slow lint docs install install-dev results benchmarks clean
+.PHONY: demo test test-all test-slow test-oldest lint docs install install-dev results benchmarks clean
 
 demo: install
 	$(BIN)/traj-ood bench fashion --quick --out demo
@@ -29,6 +29,12 @@ test-all: lint
 # What test-all adds to test.
 test-slow: install-dev
 	$(PYTEST) -m slow
+
+# With the lowest versions that pyproject.toml admits, and the lowest Python, which has to be there.
+test-oldest: VENV = .venv-oldest
+test-oldest:
+	PIP_CONSTRAINT=tests/oldest.txt $(MAKE) --no-print-directory install-dev VENV=$(VENV) PYTHON=python3.10
+	$(PYTEST) --quick
 
 lint: install-dev
 	$(BIN)/ruff check .

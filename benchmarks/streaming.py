@@ -4,6 +4,9 @@
 One ``bench`` in this process, on one thread. Counted are the rows that f is given, and the steps that the trajectories
 have taken: the rest are copies that fill up chunks. The time is set against the needed steps' floating-point operations
 (as torch counts them) at the rate of a large float32 product on this machine, measured before and after.
+
+Where the rest goes is recorded beside it: the time of f alone over that of its products at that rate, and the shares in
+f of its products as they are, its attention, activations, normalisations, and of sums and copies.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from unittest import mock
 import torch
 from rates import product_rate
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from traj_ood import Autoencoder, Trajectory, ViTMAE, load_autoencoder
@@ -72,14 +76,39 @@ def counted_run(words: Iterable[str]) -> tuple[Counts, float, float]:
             return counts, time.process_time() - cpu, time.perf_counter() - wall
 
 
-def operations() -> float:
-    """Floating-point operations of f on one row of the bundled model."""
+KINDS = {
+    "products": ("aten::addmm", "aten::mm", "aten::mkldnn_convolution"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "activations": ("aten::gelu",),
+    "normalisations": ("aten::native_layer_norm",),
+}
+CALLS = 200
+
+
+@torch.inference_mode()
+def one_call() -> dict[str, Any]:
+    """Of f on a whole chunk of the bundled model: floating-point operations and microseconds a row (the best of five
+    rounds), and the shares in it of each kind of operation."""
     model = load_autoencoder("fashion-mae")
-    latents = model.encode(torch.zeros(model.chunk, *model.input_shape))
-    counter = FlopCounterMode(display=False)
-    with counter:
+    latents = model.encode(torch.rand(model.chunk, *model.input_shape, generator=torch.Generator().manual_seed(0)))
+    with FlopCounterMode(display=False) as counter:
         model.self_map(latents)
-    return counter.get_total_flops() / model.chunk
+    rounds = []
+    for _ in range(5):
+        began = time.process_time()
+        for _ in range(CALLS // 5):
+            model.self_map(latents)
+        rounds.append((time.process_time() - began) / (CALLS // 5))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(CALLS // 5):
+            model.self_map(latents)
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    shares = {kind: sum(times.get(name, 0.0) for name in names) / sum(times.values()) for kind, names in KINDS.items()}
+    return {
+        "operations_per_row": counter.get_total_flops() / model.chunk,
+        "microseconds_per_row": 1e6 * min(rounds) / model.chunk,
+        "shares": {**shares, "sums, copies and calls": 1 - sum(shares.values())},
+    }
 
 
 def main() -> None:
@@ -95,7 +124,8 @@ def main() -> None:
     before = product_rate(size)
     counts, cpu, wall = counted_run(TINY if arguments.tiny else BENCH)
     rate = (before + product_rate(size)) / 2
-    ideal = counts.steps * operations() / rate
+    f = one_call()
+    ideal = counts.steps * f["operations_per_row"] / rate
     record = {
         "rows_given_to_f": counts.rows,
         "steps_taken": counts.steps,
@@ -104,6 +134,7 @@ def main() -> None:
         "wall_seconds": wall,
         "gigaflops_of_a_product": rate / 1e9,
         "seconds_at_that_rate": ideal,
+        "f": {**f, "over_its_products": 1e-6 * f["microseconds_per_row"] * rate / f["operations_per_row"]},
         "ratios": {
             "bench fashion --quick: rows given to f over those used": counts.rows / counts.steps,
             "bench fashion --quick: time over that of its products": cpu / ideal,

@@ -26,7 +26,7 @@ from traj_ood.autoencoders import (
     check_autoencoder,
     load_autoencoder,
 )
-from traj_ood.autoencoders.vit_mae import build_model, own_name
+from traj_ood.autoencoders.vit_mae import build_model, own_name, sine_cosine_table
 from traj_ood.backbones import CallableBackbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
@@ -192,7 +192,7 @@ def test_impossible_mask_ratio(ratio: float) -> None:
 
 def test_hidden_size_must_fit_the_table() -> None:
     with pytest.raises(TrajOODError, match="2-D sine-cosine table needs a multiple of 4, got 18"):
-        build_model({**tiny.VIT, "hidden_size": 18})
+        sine_cosine_table(2, 18)
 
 
 def test_norm_pix_loss_warns() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from traj_ood.autoencoders import ViTMAE
 from traj_ood.autoencoders.mae_network import DEFAULTS, MAENetwork, is_plain
+from traj_ood.autoencoders.vit_mae import own_name
 
 # Bits differ where a kernel is chosen by the layout of its factors, so a bound and not equality.
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -20,7 +21,7 @@ def both(**changes: Any) -> tuple[MAENetwork, Any]:
     theirs = tiny.vit_model(**changes).eval()
     config = {key: value for key, value in theirs.config.to_dict().items() if key in DEFAULTS}
     own = MAENetwork(config).eval()
-    own.load_state_dict(theirs.state_dict())  # strict: the same names
+    own.load_state_dict({own_name(k): v for k, v in theirs.state_dict().items()})  # strict: the names of version 5
     return own, theirs
 
 

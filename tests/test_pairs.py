@@ -76,6 +76,8 @@ def rae(tmp_path: Path, **changes: Any) -> tuple[Any, Path]:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     torch.manual_seed(0)
     sizes = {"encoder_type": "dinov2", "encoder_patch_size": 14, "encoder_input_size": 224, **changes}
+    if not hasattr(diffusers, "AutoencoderRAE"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no AutoencoderRAE")
     latents = {"latents_mean": torch.randn(64, 16, 16), "latents_std": 0.5 + torch.rand(64, 16, 16)}
     model = diffusers.AutoencoderRAE(**GEOMETRY, **sizes, **latents).eval()
     stir(model)
@@ -179,7 +181,10 @@ def test_siglip_with_and_without_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
 def test_a_siglip_folder_of_either_transformers(tmp_path: Path, prefix: str) -> None:
     """diffusers 0.42 cannot build its SigLIP2 encoder with transformers 5, which took ``vision_model.`` away."""
-    from transformers import SiglipVisionConfig, SiglipVisionModel
+    from transformers import SiglipVisionConfig, SiglipVisionModel, __version__
+
+    if __version__ < "5":
+        pytest.skip("names of SigLIP's weights are translated by transformers 5")
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
 _IRRELEVANT = {  # entries that transformers writes and that do not change the network in evaluation mode
     *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path"),
     *("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range", "mask_ratio"),
+    "_attn_implementation_autoset",  # by transformers 4.48 to 4.5x; given back to them, it turns SDPA off
 }
 
 

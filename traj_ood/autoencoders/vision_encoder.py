@@ -26,7 +26,8 @@ class VisionTokens(nn.Module):
         config: Any = model.config
         self.model, self.size, self.plain_norm = model, size, plain_norm
         if plain_norm:
-            norm = next((getattr(model, n) for n in ("layernorm", "post_layernorm") if hasattr(model, n)), None)
+            inner = getattr(model, "vision_model", model)  # around which SigLIP of transformers 4 is a shell
+            norm = next((getattr(inner, n) for n in ("layernorm", "post_layernorm") if hasattr(inner, n)), None)
             if norm is None:
                 raise TrajOODError(
                     f"{type(model).__name__}: expected a final LayerNorm, found none: pass plain_norm=False"
@@ -64,7 +65,7 @@ def load_vision_model(source: str) -> Any:
         config = from_pretrained(AutoConfig, source)
         answer = from_pretrained(AutoModel, source, config=config, output_loading_info=True, **use_safetensors(source))
     model = whole_network(answer, where, optional=("pooler", "head."))
-    return getattr(model, "vision_model", model)
+    return model.vision_model if hasattr(model, "text_model") else model
 
 
 RAE_ENCODERS = {

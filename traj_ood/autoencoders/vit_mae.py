@@ -333,10 +333,13 @@ def _built(config: dict[str, Any], written: dict[str, Tensor], config_path: Path
     return shapes
 
 
+_NOT_CONFIG = ("model_type", "_attn_implementation_autoset")
+
+
 def _transformers_network(config: dict[str, Any]) -> Any:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    return ViTMAEForPreTraining(ViTMAEConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+    return ViTMAEForPreTraining(ViTMAEConfig(**{k: v for k, v in config.items() if k not in _NOT_CONFIG}))
 
 
 def build_model(config: dict[str, Any]) -> Any:

@@ -171,7 +171,9 @@ def new_network(architecture: str, **arguments: Any) -> nn.Module:
 
     _assert_known(architecture)
     with foreign_errors(f"timm:{architecture}: cannot be built with {arguments}"):
-        return create_model(architecture, pretrained=False, **arguments)
+        network = create_model(architecture, pretrained=False, **arguments)
+    vars(network).setdefault("_model_args", arguments)  # newer versions of timm keep them there themselves
+    return network
 
 
 def save_folder(

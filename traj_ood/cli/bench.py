@@ -154,7 +154,7 @@ def bench(benchmark: str, **options: Any) -> None:
         more = f"traj-ood diagnose {options['model']} --benchmark {benchmark}"
         warn(f"unhealthy attractors: {text} More: {more}")
     sizes = {name: data["count"] for name, data in result.data.items() if data["role"] not in ("train", "val")}
-    if few := [f"{name} {size}" for name, size in sizes.items() if size < _FEW]:
+    if few := [f"{name} {size}" for name, size in sorted(sizes.items()) if size < _FEW]:  # a stored run is sorted, too
         warn(f"few images ({', '.join(few)}): FPR95 is read at 5 % of a set, less than one image; give {_FEW} or more")
     if result.failures:
         warn(f"{len(result.failures)} image(s) skipped, see {evaluator.folder}")

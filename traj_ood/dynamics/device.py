@@ -14,7 +14,7 @@ from torch import Tensor
 from traj_ood.errors import TrajOODError
 from traj_ood.text import brief
 
-_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+_AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
 
 def resolve_device(name: str = "auto", *, tf32: bool = False) -> torch.device:
@@ -161,7 +161,9 @@ def standard_settings() -> Iterator[None]:
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":  # only then: it makes every call of torch slower
+        # Only where needed: the context makes every call of torch slower. ``torch.get_default_device`` fails in torch
+        # 2.4 once the default has been set to None.
+        if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         _PROCESS.enter()
         stack.callback(_PROCESS.leave)

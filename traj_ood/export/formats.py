@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -106,6 +107,10 @@ def record(module: DetectorModule, whole: nn.Module) -> torch.export.ExportedPro
 
 
 def _onnx_bytes(module: DetectorModule, known: Calibration | None, metadata: str) -> bytes:
+    if "optimize" not in signature(torch.onnx.export).parameters:
+        raise TrajOODError(
+            f"export: expected torch >= 2.6 for ONNX, got {torch.__version__}: update torch, or use --format torch"
+        )
     program = record(module, module if known is None else DecisionModule(module, known))
     names = [OUTPUT] if known is None else list(OUTPUTS)
     try:

@@ -108,6 +108,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return _tensors(tree, path)
 
 
+# In the words of zipfile, pickle, and safetensors before and since 0.5.
+_CUT_OFF = r"central directory|unexpected EOF|Ran out of input|IncompleteBuffer|not fully covered"
+
+
 def reason_of(error: BaseException) -> str:
     """Why weights could not be read; for a pickle, the Python object that it requires."""
     cause: BaseException | None = error
@@ -118,7 +122,7 @@ def reason_of(error: BaseException) -> str:
             return f"it requires the Python object {wanted[:100]}, and no code in a file is run: save only state_dict()"
         if "Unsupported operand" in str(cause):
             return "it is a pickle that torch.save did not write"
-        if re.search(r"central directory|unexpected EOF|Ran out of input|not fully covered", str(cause)):
+        if re.search(_CUT_OFF, str(cause)):
             return "it is cut off: copy or download it again"
         cause = cause.__cause__ or cause.__context__
     return brief(error)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from inspect import get_annotations
 from itertools import repeat
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -30,7 +31,20 @@ MAX_INT = 2**32 - 1
 _MAX_CHARACTERS = 40  # of a number
 _SCALARS = (bool, int, float, str)
 _UNIONS = (Union, UnionType)
-_type_hints: Callable[..., dict[str, Any]] = cache(get_type_hints)
+
+
+def _read_hints(cls: type[Any]) -> dict[str, Any]:
+    """The resolved annotations of a dataclass's fields alone: Python 3.10 does not resolve a plain ``ClassVar``."""
+    names = {f.name for f in fields(cls)}
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        own = {name: hint for name, hint in get_annotations(base).items() if name in names}
+        bare = type(base.__name__, (), {"__annotations__": own, "__module__": base.__module__})
+        found |= get_type_hints(bare, localns=dict(vars(base)))
+    return found
+
+
+_type_hints: Callable[..., dict[str, Any]] = cache(_read_hints)
 """Kept per class: they are needed for every scorer made, and evaluating the annotations took nine tenths of that."""
 
 
