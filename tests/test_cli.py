@@ -191,7 +191,7 @@ def test_skip_counts_failures(place: Path) -> None:
     result = bench(place, "--scorers", "steps", "--on-error", "skip")
     assert result.exit_code == 0, result.output
     assert "traj-ood: warning: 1 image(s) skipped" in result.stderr
-    assert "warning: few images (test 10, dim 9, bright 9): FPR95 is read at 5 % of a set, less than" in result.stderr
+    assert "warning: few images (bright 9, dim 9, test 10): FPR95 is read at 5 % of a set, less than" in result.stderr
     stored = RunResult.load(place / "out" / "tiny--mae--seed0" / "result.json")
     assert [f["id"] for f in stored.failures] == ["bright/003.png"]
     assert stored.scorers["steps"].sets["bright"].count == 8
