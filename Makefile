@@ -32,8 +32,9 @@ test-slow: install-dev
 
 # With the lowest versions that pyproject.toml admits, and the lowest Python, which has to be there.
 test-oldest: VENV = .venv-oldest
+test-oldest: PYTHON = python3.10
 test-oldest:
-	PIP_CONSTRAINT=tests/oldest.txt $(MAKE) --no-print-directory install-dev VENV=$(VENV) PYTHON=python3.10
+	PIP_CONSTRAINT=tests/oldest.txt $(MAKE) --no-print-directory install-dev VENV=$(VENV) PYTHON=$(PYTHON)
 	$(PYTEST) --quick
 
 lint: install-dev
