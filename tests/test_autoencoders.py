@@ -217,7 +217,15 @@ def test_vit_round_trip_and_transformers_reads_it(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode(x), model.encode(x))
     from transformers import ViTMAEForPreTraining
 
-    theirs = ViTMAEForPreTraining.from_pretrained(tmp_path / "deep" / "mine", trust_remote_code=False)
+    names = set(load_file(tmp_path / "deep" / "mine" / "model.safetensors"))
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in names  # the only ones that transformers 4 reads
+    loaded.save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == names
+    theirs, report = ViTMAEForPreTraining.from_pretrained(
+        tmp_path / "again", trust_remote_code=False, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, model.module.state_dict()[key]), key
     assert load_autoencoder(tmp_path / "deep" / "mine", mask_ratio=0.5).options()["mask_ratio"] == 0.5

@@ -161,7 +161,8 @@ class ViTMAE(Autoencoder):
         return cls(model, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and preprocessor_config.json, which transformers can read, too."""
+        """Write config.json, model.safetensors and preprocessor_config.json, which transformers can read, too; with the
+        names of published files, the only ones that version 4 knows."""
         folder = Path(folder)
         network: Any = self.module
         if isinstance(network, MAENetwork):
@@ -171,7 +172,8 @@ class ViTMAE(Autoencoder):
         write_atomic(folder / "config.json", text.encode())
         assert self.preprocessing is not None  # made with the model
         stored = to_processor(self.preprocessing)
-        write_tensors(folder / "model.safetensors", self.module.state_dict(), beside=[json.loads(text), stored])
+        weights = {published_name(key): value for key, value in self.module.state_dict().items()}
+        write_tensors(folder / "model.safetensors", weights, beside=[json.loads(text), stored])
         write_json(folder / PROCESSOR, stored)
 
     def fingerprint(self) -> str:
@@ -303,10 +305,29 @@ _RENAMED = (
 )
 
 
+_PUBLISHED = (
+    ("vit.layers.", "vit.encoder.layer."),
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+)
+
+
 def own_name(key: str) -> str:
     """The name of a ViT-MAE's tensor in transformers 5, from its name in any version."""
     for pattern, name in _RENAMED:
         key = re.sub(pattern, name, key)
+    return key
+
+
+def published_name(key: str) -> str:
+    """The name of a ViT-MAE's tensor in published files, from its name in any version of transformers."""
+    key = own_name(key)
+    for own, published in _PUBLISHED:
+        key = key.replace(own, published)
     return key
 
 
