@@ -27,7 +27,7 @@ from traj_ood.autoencoders import (
     load_autoencoder,
 )
 from traj_ood.autoencoders.vit_mae import build_model, own_name, sine_cosine_table
-from traj_ood.backbones import CallableBackbone
+from traj_ood.backbones import CallableBackbone, load_backbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
 from traj_ood.io.pretrained import Checkpoint
@@ -555,6 +555,13 @@ def test_decoded_images_have_the_size_of_encoded_ones(decode: Callable[[Tensor],
 def test_what_is_no_autoencoder(given: Any, remedy: str) -> None:
     with pytest.raises(TrajOODError, match=f"model: expected a traj_ood.Autoencoder, {remedy}"):
         check_autoencoder(given)
+
+
+def test_a_network_is_no_name() -> None:
+    with pytest.raises(TrajOODError, match=r"load_autoencoder: .*, got Linear: wrap .* in a traj_ood\.CallableAutoenc"):
+        load_autoencoder(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(TrajOODError, match=r"load_backbone: .*, got Linear: wrap .* in a traj_ood\.CallableBackbone"):
+        load_backbone(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def test_callable_from_module() -> None:

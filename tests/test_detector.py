@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -27,7 +28,7 @@ import traj_ood
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import load_backbone
 from traj_ood.backbones.timm_models import new_network, save_folder
-from traj_ood.data import ArrayImages, read_folder
+from traj_ood.data import ArrayImages, Split, read_folder
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.detector import FILE_NAME, Detector, Judgement, batches
 from traj_ood.detector import folder as detector_folder
@@ -283,6 +284,11 @@ def test_tensors_sources_paths_and_pictures_say_the_same(folder: Path) -> None:
             "an ImageSource, a Dataset .* or a list of PIL images or paths, got list_iterator: make a list of it",
         ),
         (7, "got int: make a list of it"),
+        (Split("test", "test", ArrayImages(("a",), np.zeros((1, 8, 8), np.uint8))), "got Split: pass its .images"),
+        (
+            Normalised(torch.utils.data.DataLoader([torch.zeros(1, 8, 8)] * 30)),
+            "expected a float tensor, got DataLoader",
+        ),  # type: ignore[arg-type]
         (None, "got NoneType"),
         (b"abc", "got one bytes"),
         ([torch.zeros(8, 8)], r"expected one image \(C, H, W\), got shape \(8, 8\) at place 0"),
@@ -487,6 +493,16 @@ def test_too_few_calibration_images_say_how_many_are_needed() -> None:
     assert detector.calibration.tpr == 0.95  # what was there stays
     with pytest.raises(TrajOODError, match="tpr: expected a share"):
         detector.calibrate(Normalised(images(model, 19, 2)), tpr=95)
+
+
+def test_copies_do_not_calibrate() -> None:
+    detector = fitted("conv", "first-residual")
+    held_out = images(detector.autoencoder, 60, 2)
+    with pytest.raises(TrajOODError, match=r"59 of 60 images are pixel by pixel copies .* the 1 that differ are fewer"):
+        detector.calibrate(Normalised(held_out[:1].expand_as(held_out)))
+    with pytest.warns(UserWarning, match="3 of 63 images are pixel by pixel copies of others among them, and count"):
+        detector.calibrate(Normalised(torch.cat([held_out, held_out[:3]])))
+    assert len(detector.calibration) == 63
 
 
 def test_without_calibration_there_are_scores_alone() -> None:
@@ -1006,7 +1022,9 @@ def test_device_names_are_checked(saved: Path) -> None:
 def test_as_module_scores_pixels() -> None:
     detector = _conv()
     pixels = torch.rand(6, *detector.autoencoder.input_shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(detector.as_module(steps=3)(pixels), detector.score(pixels), rtol=1e-4, atol=0)
+    module = detector.as_module(steps=3)
+    torch.testing.assert_close(module(pixels), detector.score(pixels), rtol=1e-4, atol=0)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(module))(pixels), module(pixels), rtol=1e-6, atol=0)
 
 
 def test_public_names() -> None:

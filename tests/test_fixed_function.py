@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -578,8 +579,34 @@ def test_a_copy_uses_its_own_network_or_is_refused() -> None:
     assert not torch.equal(twin.encode(images), before)
     net = Net()
     model = CallableAutoencoder(lambda x: net.encode(x), lambda z: net.decode(z), SHAPE)
-    with pytest.raises(TrajOODError, match="custom: cannot be copied, because its functions would use the original's"):
+    with pytest.raises(TrajOODError, match="custom: cannot be copied or pickled, because its functions would use the"):
         copy.deepcopy(model)
+    backbone = CallableBackbone(lambda x: net.encode(x), SHAPE, 8, module=net)
+    with pytest.raises(TrajOODError, match="copy the network, and make a CallableBackbone of the copy"):
+        copy.deepcopy(backbone)
+    assert copy.deepcopy(CallableBackbone(net.encode, SHAPE, 8, module=net)).module is not net
+
+
+NET = Net()
+
+
+def encode_of_this_module(images: Tensor) -> Tensor:
+    return NET.encode(images)
+
+
+def decode_of_this_module(latents: Tensor) -> Tensor:
+    return NET.decode(latents)
+
+
+def test_an_unpickled_model_uses_its_own_network_or_is_refused() -> None:
+    images = tiny.images(3)
+    model = wrapped(Net())
+    twin = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(twin.encode(images), model.encode(images))
+    assert twin.module is not model.module
+    written = pickle.dumps(CallableAutoencoder(encode_of_this_module, decode_of_this_module, SHAPE))
+    with pytest.raises(TrajOODError, match="custom: cannot be copied or pickled"):
+        pickle.loads(written)
 
 
 def test_compiled_parts_have_the_fingerprint_of_plain_ones() -> None:

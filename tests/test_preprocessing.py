@@ -289,7 +289,7 @@ def test_prepare_leaves_units_alone_and_checks_pixels() -> None:
     for high in (1.01, 255.0, math.nan):
         with pytest.raises(TrajOODError, match=r"\[0, 1\]|NaN"):
             prepare(model, torch.full((1, *GREY), high))
-    with pytest.raises(TrajOODError, match="Normalised: expected a float tensor"):
+    with pytest.raises(TrajOODError, match=r"Normalised: expected a float tensor, got torch\.uint8: convert it"):
         prepare(model, Normalised(torch.zeros(1, *GREY).byte()))
 
 
@@ -318,3 +318,18 @@ def test_a_detector_is_refused_to_a_model_that_prepares_pictures_otherwise(tmp_p
         Detector.load(folder, device="cpu", autoencoder=model(**saved))
         with pytest.raises(TrajOODError, match="with the preprocessing that it was saved with, got another"):
             Detector.load(folder, device="cpu", autoencoder=model(**other))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_type_changes_no_pixel(default: torch.dtype) -> None:
+    recipe = Preprocessing((3, 8, 8), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    pixels = (255 * tiny.images(2, (3, 8, 8)).sigmoid()).byte()
+    expected = recipe.normalise(pixels)
+    torch.set_default_dtype(default)
+    try:
+        found = recipe.normalise(pixels)
+        back = recipe.unnormalise(found)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(back, recipe.unnormalise(expected))

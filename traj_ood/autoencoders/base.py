@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -14,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from traj_ood.autoencoders.own_modules import halves_of, module_behind, original, tensor_of
+from traj_ood.autoencoders.own_modules import halves_of, tensor_of
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
 from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction, errors_around, float_type, trial_rows
 from traj_ood.dynamics.function_checks import check_floats, check_forgets, check_function, takes_one
+from traj_ood.dynamics.own_functions import OwnFunctions, module_behind, original
 from traj_ood.errors import TrajOODError
 from traj_ood.io.trees import field_of
 from traj_ood.io.weights import fingerprint
@@ -383,7 +383,7 @@ def _shape_of(given: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
-class CallableAutoencoder(Autoencoder):
+class CallableAutoencoder(OwnFunctions, Autoencoder):
     """Wraps your own encoder and decoder functions as an autoencoder.
 
     The module behind them is put into evaluation mode while it is used, and back into its own mode afterwards.
@@ -443,17 +443,8 @@ class CallableAutoencoder(Autoencoder):
         options.setdefault("name", type(module).__name__)
         return cls(*halves_of(module), input_shape, module=module, **options)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CallableAutoencoder:
-        """A copy with its own module; refused if the functions reach the original one, as Python copies no function."""
-        twin = copy(self)
-        memo[id(self)] = twin
-        vars(twin).update(deepcopy(vars(self), memo))
-        if set(self.module.modules()) & set(module_behind(twin._encode, twin._decode).modules()):
-            raise TrajOODError(
-                f"{self.name}: cannot be copied, because its functions would use the original's network: copy the "
-                "network, and make a CallableAutoencoder of the copy"
-            )
-        return twin
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        return self._encode, self._decode
 
     def options(self) -> dict[str, Any]:
         return self.declared_options()

@@ -24,7 +24,10 @@ def check_autoencoder(model: object) -> None:
     elif isinstance(model, Backbone):
         remedy = "train an autoencoder of its features, traj_ood.surrogate_for(backbone, benchmark)"
     elif isinstance(model, nn.Module):
-        remedy = "wrap it, traj_ood.CallableAutoencoder.from_module(network, input_shape=(C, H, W))"
+        remedy = (
+            "wrap it, traj_ood.CallableAutoencoder.from_module(network, input_shape=(C, H, W)); a network without a "
+            "decoder, such as a classifier, in a traj_ood.CallableBackbone, for which traj_ood.surrogate_for trains one"
+        )
     else:
         remedy = "load one, traj_ood.load_autoencoder(name or folder), or wrap your own in CallableAutoencoder"
     raise TrajOODError(f"model: expected a traj_ood.Autoencoder, got {type(model).__name__}: {remedy}")

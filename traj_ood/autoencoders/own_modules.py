@@ -1,11 +1,8 @@
-"""Finds the parts of a user's network: encoder and decoder, the module behind a function, the tensor in an output."""
+"""Finds the parts of a user's network: encoder and decoder, and the tensor in an output."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from types import FunctionType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,38 +56,3 @@ def tensor_of(name: str, answer: Any) -> Tensor:
     kind = type(answer).__name__
     parts = f" of {len(answer)}" if isinstance(answer, Sequence) else ""
     raise WrapperError(f"{name}: expected one tensor, got {kind}{parts}: choose the right one and wrap it")
-
-
-def module_behind(*functions: Callable[..., Any]) -> nn.Module:
-    """The module whose weights the functions use: the function itself, its owner, or modules in its closure or globals.
-
-    Modules that are part of another one are left out. Several are returned as a ModuleList; none, as an empty module.
-    """
-    found = list({id(m): m for function in functions for m in _reached(function, set())}.values())
-    outer = [m for m in found if not any(m is part for other in found if other is not m for part in other.modules())]
-    return outer[0] if len(outer) == 1 else nn.ModuleList(outer) if outer else nn.Module()
-
-
-def original(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
-
-
-def _reached(value: Any, seen: set[int]) -> Iterator[nn.Module]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        yield original(value)
-    elif isinstance(value, partial):
-        for part in (value.func, *value.args, *value.keywords.values()):
-            yield from _reached(part, seen)
-    elif inspect.ismethod(value):
-        yield from _reached(value.__self__, seen)
-    elif isinstance(value, FunctionType):
-        names = inspect.getclosurevars(value)
-        for part in (*names.nonlocals.values(), *names.globals.values()):
-            if not isinstance(part, FunctionType) or part.__module__ == value.__module__:  # not into libraries
-                yield from _reached(part, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, type) and not inspect.ismodule(value):
-        yield from (original(part) for part in vars(value).values() if isinstance(part, nn.Module))

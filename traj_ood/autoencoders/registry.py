@@ -45,6 +45,11 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
         TrajOODError: unknown name (the message lists similar ones), or files that are missing, damaged or of another
             architecture.
     """
+    if not isinstance(model, str | Path):
+        raise TrajOODError(
+            f"load_autoencoder: expected a name or folder, got {type(model).__name__}: wrap a network of your own in a "
+            "traj_ood.CallableAutoencoder, or one without a decoder in a traj_ood.CallableBackbone"
+        )
     name = str(model)
     if name in MODELS:
         options.setdefault("name", name)

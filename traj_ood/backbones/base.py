@@ -17,6 +17,7 @@ from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_pr
 from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction, errors_around, trial_rows
 from traj_ood.dynamics.function_checks import check_function, takes_one
+from traj_ood.dynamics.own_functions import OwnFunctions
 from traj_ood.errors import TrajOODError
 from traj_ood.io.weights import fingerprint
 
@@ -169,7 +170,7 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         return fingerprint(self.module, [self.library, self.options()])
 
 
-class CallableBackbone(Backbone):
+class CallableBackbone(OwnFunctions, Backbone):
     """Wraps your own function on batches of images as a backbone.
 
     Args:
@@ -208,6 +209,9 @@ class CallableBackbone(Backbone):
         self.preprocessing = declared_preprocessing(name, input_shape, preprocessing, transform)
         self.name = self.spec = name
         self.module = module
+
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        return (self._forward,)
 
     def forward_batch(self, images: Tensor) -> Features:
         answer = self._forward(images)

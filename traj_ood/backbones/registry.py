@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from traj_ood.backbones.base import Backbone
+from traj_ood.errors import TrajOODError
 from traj_ood.io.families import Families
 
 LIBRARIES: Families[Backbone] = Families(
@@ -30,4 +31,9 @@ def load_backbone(spec: str, **options: Any) -> Backbone:
         TrajOODError: unknown library, name or option (the message lists similar ones); weights that are missing,
             damaged or of another architecture; no network for a download.
     """
+    if not isinstance(spec, str):
+        raise TrajOODError(
+            f"load_backbone: expected text such as timm:resnet50, got {type(spec).__name__}: wrap a network of your "
+            "own in a traj_ood.CallableBackbone"
+        )
     return LIBRARIES.load(spec, options)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from traj_ood.data.benchmark import Split
 from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages, ImageSource
@@ -70,9 +71,10 @@ def count_of(images: Images) -> int:
             return len(images)
     except TypeError as error:
         raise TrajOODError(f"images: expected images of known number, got {error}: make a list") from error
+    remedy = "pass its .images" if isinstance(images, Split) else "make a list of it"
     raise TrajOODError(
         "images: expected pixels (B, C, H, W), an ImageSource, a Dataset or DataLoader, or a list of PIL images or "
-        f"paths, got {type(images).__name__}: make a list of it"
+        f"paths, got {type(images).__name__}: {remedy}"
     )
 
 
@@ -156,7 +158,7 @@ def _slices(autoencoder: ImageModel, images: Pixels, ranges: list[range]) -> Ite
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 3:
         images = images[None]
     rest = images.images if isinstance(images, Normalised) else images
-    if not ranges:
+    if not ranges or not isinstance(rest, np.ndarray | Tensor):  # the latter is refused
         made = prepare(autoencoder, images)
         check_images(autoencoder.name, made, autoencoder.input_shape, "autoencoder.transform")
     for rows in ranges:

@@ -104,12 +104,13 @@ class Preprocessing:
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         if self.rescale != _BYTE:
             scaled = scaled * (255 * self.rescale)
-        mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        # In float32, whatever torch's default type is.
+        mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
         return (scaled - mean) / std
 
     def unnormalise(self, images: Tensor) -> Tensor:
         """The inverse of :meth:`normalise`: images (*, C, H, W) in the network's units, such as D(z), to [0, 1]."""
-        offset, scale = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in self.affine)
+        offset, scale = (images.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in self.affine)
         return images * scale + offset
 
     @property
@@ -221,7 +222,8 @@ def prepare(model: ImageModel, images: Pixels) -> Tensor:
     """
     if isinstance(images, Normalised):
         if not isinstance(images.images, Tensor) or not images.images.is_floating_point():
-            raise TrajOODError(f"{model.name}: Normalised: expected a float tensor, got {type(images.images).__name__}")
+            found = getattr(images.images, "dtype", type(images.images).__name__)
+            raise TrajOODError(f"{model.name}: Normalised: expected a float tensor, got {found}: convert it")
         return images.images
     pixels = as_pixels(model.name, images)
     if model.preprocessing is not None and tuple(pixels.shape[1:]) == tuple(model.input_shape):

@@ -201,21 +201,22 @@ class Detector(OnTheHub):
         Returns:
             This detector.
         Raises:
-            TrajOODError: there are too few images for ``tpr`` (the message gives the number needed), training images
+            TrajOODError: there are too few different images for ``tpr`` (the message gives the number), training images
                 are among them, or scores are not finite.
         """
         check_word("value of on_known", on_known, OnKnown)
         check_count(count := count_of(images), tpr)
         classes = None if labels is None else label_list(labels, count)
-        scores, known = [_nothing(torch.float64)], [_nothing(torch.bool)]
+        scores, digests = [_nothing(torch.float64)], [_nothing(torch.int64)]
         ids: list[str] = []
         rows: list[int] = []
         for batch, scored in self._scored(self._read(images, on_error)):
             scores.append(scored.scores[self.scorer.label])
-            known.append(torch.isin(digests_of(batch.images), self._seen))
+            digests.append(digests_of(batch.images))
             ids += batch.ids
             rows += batch.rows
-        kept = self._unknown(torch.cat(known), ids, tpr, on_known)
+        _check_repeats(torch.cat(digests), tpr)
+        kept = self._unknown(torch.isin(torch.cat(digests), self._seen), ids, tpr, on_known)
         values = torch.cat(scores)[kept]
         if classes is None:
             self.calibration = Calibration(values, tpr)
@@ -418,6 +419,19 @@ class Detector(OnTheHub):
                 results on this machine differ.
         """
         return cls(**read_detector(Path(folder).expanduser(), device, autoencoder, compile))
+
+
+def _check_repeats(digests: Tensor, tpr: float) -> None:
+    """Refuse calibration images of which too few differ, and warn of repeats, which count as images of their own."""
+    count, distinct = len(digests), len(digests.unique())
+    what = f"calibration: {count - distinct} of {count} images are pixel by pixel copies of others among them"
+    if distinct < images_needed(tpr):
+        raise TrajOODError(
+            f"{what}, and the {distinct} that differ are fewer than the {images_needed(tpr)} that accepting {tpr:.6g} "
+            "of new ID images needs: give more images"
+        )
+    if count - distinct > _MAX_SEEN_SHARE * count:
+        warn(f"{what}, and count each: the promise about new images assumes independent ones", stacklevel=3)
 
 
 def _nothing(kind: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from traj_ood.data.preprocessing import PIXEL_SLACK, Preprocessing
 from traj_ood.detector.conformal import Calibration
 from traj_ood.detector.dense_index import DenseIndex
 from traj_ood.detector.fixed_steps import at_fixed_steps, check_exportable, steps_of, the_scorer
-from traj_ood.detector.step import Loop, PinnedTensors, RecordedStep, Step, Tensors, lengths, plain_loop
+from traj_ood.detector.step import Loop, PinnedTensors, PlainLoop, RecordedStep, Step, Tensors, lengths
 from traj_ood.dynamics.fixed_function import float_type
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
@@ -64,7 +64,7 @@ class DetectorModule(nn.Module):
         self._autoencoder, self._check_weights = autoencoder, scorers.check_weights
         self._kept: list[FeatureView] = sorted({view for view, _ in scorer.needs().points})
         self.step = Step(autoencoder, Tensors(_attractors(autoencoder, scorers)), self._kept, scorers.tol)
-        self._loops: list[Loop] = [plain_loop(self.step)]
+        self._loops: list[Loop] = [PlainLoop(self.step)]
         self.to(autoencoder.device)
         self.training = False
 

@@ -89,18 +89,19 @@ Loop = Callable[[Tensor, Tensor, int, list[Tensor]], list[Tensor]]
 stacked to (steps, B, …)."""
 
 
-def plain_loop(step: Step) -> Loop:
-    """A Python loop that calls ``step``."""
+@dataclass(frozen=True)
+class PlainLoop:
+    """A Python loop that calls ``step``: a :data:`Loop` that can be pickled."""
 
-    def run(latents: Tensor, running: Tensor, steps: int, prepared: list[Tensor]) -> list[Tensor]:
+    step: Step
+
+    def __call__(self, latents: Tensor, running: Tensor, steps: int, prepared: list[Tensor]) -> list[Tensor]:
         columns: list[tuple[Tensor, ...]] = []
         for number in range(steps):
             first = torch.tensor(number == 0, device=latents.device)
-            latents, running, *rest = step(latents, running, first, *prepared)
+            latents, running, *rest = self.step(latents, running, first, *prepared)
             columns.append(tuple(rest))
         return [latents, running, *(torch.stack(column) for column in zip(*columns, strict=True))]
-
-    return run
 
 
 @dataclass(frozen=True)
