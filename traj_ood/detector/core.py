@@ -215,8 +215,9 @@ class Detector(OnTheHub):
             digests.append(digests_of(batch.images))
             ids += batch.ids
             rows += batch.rows
-        _check_repeats(torch.cat(digests), tpr)
-        kept = self._unknown(torch.isin(torch.cat(digests), self._seen), ids, tpr, on_known)
+        contents = torch.cat(digests)
+        kept = self._unknown(torch.isin(contents, self._seen), ids, tpr, on_known)
+        _check_repeats(contents[kept], tpr)
         values = torch.cat(scores)[kept]
         if classes is None:
             self.calibration = Calibration(values, tpr)
