@@ -33,7 +33,7 @@ class OwnFunctions(ABC):
         return {**vars(self), "_used_the_module": self._use_the_module()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        used = state.pop("_used_the_module")
+        used = state.pop("_used_the_module", False)
         vars(self).update(state)
         if used and not self._use_the_module():
             raise TrajOODError(
