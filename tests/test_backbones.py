@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -176,15 +177,13 @@ def test_unknown_option(tmp_path: Path) -> None:
     [("test_resnet", {}), ("test_vit", {"img_size": 32}), ("test_convnext", {}), ("test_efficientnet", {})],
 )
 def test_timm_folder_gives_timms_own_numbers(tmp_path: Path, architecture: str, arguments: dict[str, Any]) -> None:
-    import timm
-
     network = timm_folder(tmp_path / "net", architecture, **arguments)
     backbone = load_backbone(f"timm:{tmp_path / 'net'}")
     assert backbone.name == "timm:net"
     assert str(tmp_path) not in json.dumps([backbone.name, backbone.options()])
     assert (backbone.input_shape, backbone.classes) == ((3, 32, 32), 5)
     images = pictures(backbone, 5)
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
+    theirs = tiny.timm_from_folder(tmp_path / "net")
     answer = backbone.extract(images)
     with torch.no_grad():
         for other in (network, theirs):

@@ -69,7 +69,7 @@ def flags(net: nn.Module) -> list[bool]:
 def settings() -> tuple[Any, ...]:
     return (
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        torch.empty(0).device,  # torch 2.4 does not tell it once it was set to None
         torch.is_autocast_enabled("cpu"),
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,

@@ -65,7 +65,8 @@ def test_scoring_one_png_imports_nothing_that_it_does_not_need(detector: Path) -
     assert "torch" in loaded
     torch_alone = [sys.executable, "-c", "import json, sys, torch; print(json.dumps(sorted(sys.modules)))"]
     from_torch = json.loads(subprocess.run(torch_alone, capture_output=True, text=True, check=True).stdout)
-    assert [name for name in NOT_IMPORTED if name in loaded and name not in from_torch] == []
+    lazily = {"sympy"} if torch.__version__ < "2.5" else set()
+    assert [name for name in NOT_IMPORTED if name in loaded and name not in {*from_torch, *lazily}] == []
 
 
 # ---------------------------------------------------------------------------------------------- calls of few rows

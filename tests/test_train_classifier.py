@@ -73,8 +73,6 @@ def train(place: Path, out: str, *, fresh: bool = False, **changes: Any) -> Back
 
 
 def test_it_learns_and_writes_what_timm_and_we_load(place: Path) -> None:
-    import timm
-
     backbone = train(place, "net", recipe={"epochs": 6})
     out = place / "net"
     record = json.loads((out / "training.json").read_text())
@@ -94,11 +92,7 @@ def test_it_learns_and_writes_what_timm_and_we_load(place: Path) -> None:
     test = load_benchmark(str(place / "bars.yaml")).test.images
     images = torch.stack([loaded.transform(test.load(i)) for i in range(len(test))])
     answer = loaded.extract(images)
-    # Before 1.0.26, timm's local-dir takes the weights for a pickle.
-    reads_safetensors = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26)
-    theirs = timm.create_model(f"local-dir:{out}", pretrained=reads_safetensors).eval()
-    if not reads_safetensors:
-        timm.models.load_checkpoint(theirs, str(out / "model.safetensors"))
+    theirs = tiny.timm_from_folder(out)
     with torch.no_grad():
         torch.testing.assert_close(answer.logits, theirs(images), rtol=1e-4, atol=1e-5)
     assert answer.logits is not None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from traj_ood.autoencoders import CallableAutoencoder, ConvAutoencoder, ConvNetwork, ViTMAE
 from traj_ood.autoencoders.vit_mae import build_model
@@ -110,3 +110,14 @@ def write_benchmark(folder: Path, train: int = 12, val: int = 4, test: int = 10,
         "name: tiny\nroot: ./images\ntrain: train\nval: val\ntest: test\nnear: {dim: near}\nfar: {bright: far}\n"
     )
     return path
+
+
+def timm_from_folder(folder: Path) -> nn.Module:
+    """The network that timm itself makes of a local folder, whose weights it takes for a pickle before 1.0.26."""
+    import timm
+
+    reads_safetensors = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26)
+    network = timm.create_model(f"local-dir:{folder}", pretrained=reads_safetensors).eval()
+    if not reads_safetensors:
+        timm.models.load_checkpoint(network, str(folder / "model.safetensors"))
+    return network
