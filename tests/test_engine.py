@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -528,6 +529,30 @@ def test_the_caller_and_its_starts_stay_out_of_inference_mode() -> None:
     for path in iterate(cubic, starts(), max_steps=9):
         assert not torch.is_inference_mode_enabled()
         assert len(path) == 150
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.01, 96), (1.0, 6)])
+def test_a_slow_f_has_no_more_samples_in_progress_than_a_chunk(
+    seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the first results come soon, and an interruption loses little."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def f(z: Tensor) -> Tensor:
+        clock[0] += seconds
+        return z + 1.0  # never converges
+
+    most = 0
+
+    def on_step(step: int, running: int) -> None:
+        nonlocal most
+        most = max(most, running)
+
+    starts = (torch.full((6, 2), float(k)) for k in range(16))
+    paths = list(iterate(f, starts, max_steps=20, chunk=6, on_step=on_step))
+    assert most == expected
+    assert [float(path.final[0, 0]) for path in paths] == [k + 20.0 for k in range(16)]
 
 
 def test_batches_of_a_stream_must_be_alike() -> None:

@@ -414,8 +414,9 @@ def test_too_little_memory_is_told(judge: Detector, folder: Path) -> None:
     def fail_in_torch(images: Tensor, **options: Any) -> Any:
         return torch.empty(2**60)
 
+    parts = {"autoencoder": judge.autoencoder, "scorers": judge.scorers, "reading": judge.reading}
     for greed in (fail, fail_in_torch):
-        greedy = SimpleNamespace(autoencoder=judge.autoencoder, reading=judge.reading, judge=greed)
+        greedy = SimpleNamespace(**parts, judge=greed)
         with pytest.raises(TrajOODError, match=r"out of memory while judging 1 images: give a smaller --batch-size"):
             rows_of(greedy, [Entry(str(folder / "001.png"))])
 
@@ -423,10 +424,7 @@ def test_too_little_memory_is_told(judge: Detector, folder: Path) -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):  # which is nobody's input
-        rows_of(
-            SimpleNamespace(autoencoder=judge.autoencoder, reading=judge.reading, judge=break_down),
-            [Entry(str(folder / "001.png"))],
-        )
+        rows_of(SimpleNamespace(**parts, judge=break_down), [Entry(str(folder / "001.png"))])
 
 
 def test_rows_without_calibration_or_iteration_leave_columns_empty(folder: Path) -> None:

@@ -6,6 +6,7 @@ squared, 1e-5 for foundation models) or after ``max_steps`` (500 there).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from traj_ood.dynamics.workers import single_threaded
 from traj_ood.errors import TrajOODError, check_whole
 
 _IN_PROGRESS = 192  # samples iterated at a time: full chunks for any network, and few idle rows beside the last samples
+_LONG_STEP = 0.25  # seconds a step from which on no further chunk is taken in, as it would only delay the first results
 _IDLE_SHARE = 32  # one in so many rows may be idle before new starts are taken in
 _MAX_BATCHES, _MAX_BEHIND = 4, 4  # unfinished batches, and unfinished samples as a multiple of those in progress
 _MUCH = 2**22  # bytes of points that observers beside f measure at a time: searches for few points wait for memory
@@ -113,8 +115,9 @@ def iterate(
     >>> path.residuals[1, :3].tolist()
     [0.25, 0.0625, 0.015625]
 
-    About 192 samples are iterated at a time. Whenever some have ended, the next starts take their rows, across the
-    batches of the stream, so that few rows of f are padding.
+    About 192 samples are iterated at a time, fewer if a step of these takes longer than a quarter of a second, but at
+    least a chunk. Whenever some have ended, the next starts take their rows, across the batches of the stream, so that
+    few rows of f are padding.
 
     No result depends on other samples, their order or the batch size beyond 1e-9, for three reasons: each sample stops
     on its own residual; converged and non-finite samples are removed at once; and f is always called on exactly
@@ -151,7 +154,7 @@ def iterate(
     observers = list(observers)
     _check_settings(tol, max_steps, chunk, look, observers)
     maps = Maps(self_map, low_precision, chunk)
-    engine = _Engine(maps, tol, max_steps, observers, on_step, max(chunk, _IN_PROGRESS // chunk * chunk), look)
+    engine = _Engine(maps, tol, max_steps, observers, on_step, chunk, look)
     if not isinstance(start, Iterable):
         raise TrajOODError(f"start: expected latents (B, *L) or a stream of them, got {type(start).__name__}")
     if isinstance(start, Tensor):
@@ -233,8 +236,7 @@ class _Engine:
     that a sample no longer needs is given to the next waiting start, of whatever batch.
 
     Args:
-        room: number of samples in progress at a time.
-        maps, tol, max_steps, observers, on_step, look: see :func:`iterate`.
+        maps, tol, max_steps, observers, on_step, chunk, look: see :func:`iterate`.
     """
 
     def __init__(
@@ -244,14 +246,16 @@ class _Engine:
         max_steps: int,
         observers: list[Observer],
         on_step: Callable[[int, int], None] | None,
-        room: int,
+        chunk: int,
         look: int | None,
     ) -> None:
         self._maps, self._tol, self._max_steps, self._observers = maps, tol, max_steps, observers
         is_beside = [maps.is_side_by_side and getattr(observer, "beside", False) for observer in observers]
         self._beside = [observer for observer, beside in zip(observers, is_beside, strict=True) if beside]
         self._at_once = [observer for observer, beside in zip(observers, is_beside, strict=True) if not beside]
-        self._on_step, self._room, self._look = on_step, room, look
+        self._on_step, self._look = on_step, look
+        self._room = chunk  # number of samples in progress at a time, doubled while steps are short
+        self._most_room = max(chunk, _IN_PROGRESS // chunk * chunk)
         self._batches: deque[BatchRecord] = deque()
         self._running: _Running | None = None
         self._waiting: _Running | None = None
@@ -337,8 +341,11 @@ class _Engine:
         length = min(self._look, self._max_steps - int(before.steps.min()))
         is_due = not self._batches[0].left or sum(points.latents.nbytes for points in self._shown) >= _MUCH
         beside = self._measure_shown if is_due else None
+        began = time.perf_counter()
         points, lengths = self._maps.advance(before.latents, before.cheap, length, beside)
         moved, norms = self._read([lengths])[0]
+        if time.perf_counter() - began < _LONG_STEP * length:
+            self._room = min(2 * self._room, self._most_room)
         # A NaN or infinite coordinate, or a norm that overflows, ends the trajectory at the previous point.
         self._record(before, points, torch.where(norms.isfinite(), moved.square(), torch.nan), norms)
 

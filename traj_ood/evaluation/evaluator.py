@@ -11,7 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -50,11 +49,10 @@ from traj_ood.io.files import alone_in, empty_folder, write_atomic
 from traj_ood.io.parts import PartStore
 from traj_ood.io.provenance import code_digest, environment, git_commit
 from traj_ood.io.trees import as_json
+from traj_ood.scorers.batch_size import default_batch_size
 from traj_ood.scorers.scorer_set import Precision, ScorerSet
 
 OnDuplicates = Literal["error", "warn"]
-_LATENT_BYTES = 2**26  # limit on the latents of a batch
-_MAX_BATCH = 512  # images; an interruption loses the two or three batches in progress
 _MAX_COPIED_SHARE = 0.01  # of a split; CIFAR and ImageNet have a few duplicates, and must remain usable
 _MAX_RESAMPLES = 1_000_000  # more would not improve intervals, and take very long
 
@@ -106,9 +104,9 @@ class Evaluator:
     Attributes:
         autoencoder, benchmark, config: what to run.
         out: folder in which the folder of the run is created.
-        batch_size: most images per batch; default: 64 MiB of latents, at most 512 images. It affects memory and how
-            much an interruption can lose, not results. A split is divided into batches of equal size, the same number
-            for each process.
+        batch_size: most images per batch; default: see :func:`traj_ood.scorers.batch_size.default_batch_size`. It
+            affects memory and how much an interruption can lose, not results. A split is divided into batches of equal
+            size, the same number for each process.
         workers: threads that read images.
         backend: backend of the neighbour index.
         quiet: no progress bars.
@@ -372,11 +370,7 @@ class Evaluator:
         return [self.sample.train, self.sample.test, *self.sample.ood]
 
     def _batch_sizes(self) -> dict[str, int]:
-        most, model = self.batch_size, self.autoencoder
-        if most is None:
-            latent = model.encode(torch.zeros(1, *model.input_shape))
-            bytes_per_image = 4 * max(latent.numel(), int(np.prod(model.input_shape)))
-            most = max(model.chunk, min(_MAX_BATCH, _LATENT_BYTES // bytes_per_image))
+        most = self.batch_size or default_batch_size(self.scorers)
         return {s.name: even_size(len(s.images), most, self.team.size) for s in self._used_splits()}
 
     # ------------------------------------------------------------------ metrics and files

@@ -1,7 +1,7 @@
 """Score endless streams of images: one row per path, in order and in bounded memory."""
 
 from traj_ood.stream.paths import Entry, read_list, read_paths, walk
-from traj_ood.stream.rows import COLUMNS, Row, Tally, default_batch_size, judge_entries, score_rows
+from traj_ood.stream.rows import COLUMNS, Row, Tally, judge_entries, score_rows
 from traj_ood.stream.run import write_scores
 from traj_ood.stream.tables import FORMATS, Table, open_table, parquet_columns
 
@@ -12,7 +12,6 @@ __all__ = [
     "Row",
     "Table",
     "Tally",
-    "default_batch_size",
     "judge_entries",
     "open_table",
     "parquet_columns",

@@ -17,21 +17,18 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.contents import hash_file, stamp
 from traj_ood.data.decoding import Reading, open_bytes, open_image
 from traj_ood.detector import Detector
 from traj_ood.detector.decision import ERROR, OOD, Decision, decide_all, reason_of
 from traj_ood.errors import TrajOODError, is_out_of_memory
+from traj_ood.scorers.batch_size import default_batch_size
 from traj_ood.stream.paths import Entry
 from traj_ood.text import one_line
 
 _LINGER_SECONDS = 1.0  # how long a batch waits for more images from a slow input, such as a pipe
-_LATENT_BYTES = 2**27  # limit on the latents of a batch
-_MAX_BATCH = 512
 _DIGITS = 16  # of a file's SHA-256 in its row
 
 
@@ -94,13 +91,6 @@ def content_of(digest: str) -> str | None:
     return digest[:_DIGITS] or None
 
 
-def default_batch_size(model: Autoencoder) -> int:
-    """The default number of images per batch: whole chunks of the model, at most 512 images and 128 MiB of latents."""
-    latent = model.encode(torch.zeros(1, *model.input_shape))
-    most = min(_MAX_BATCH, _LATENT_BYTES // (4 * max(latent.numel(), math.prod(model.input_shape))))
-    return max(1, most // model.chunk) * model.chunk
-
-
 def score_rows(
     detector: Detector,
     entries: Iterable[Entry],
@@ -117,12 +107,13 @@ def score_rows(
     Args:
         detector: the detector.
         entries: the images, consumed in a separate thread, so that they may arrive slowly and without end.
-        batch_size: images per batch; affects memory and speed, not rows. Default: :func:`default_batch_size`.
+        batch_size: images per batch; affects memory and speed, not rows. Default: see
+            :func:`traj_ood.scorers.batch_size.default_batch_size`.
         workers: threads that read images.
         linger: seconds that an incomplete batch waits for more entries. Default 1, so that rows of a slow input come
             soon, while a faster input fills its batches.
     """
-    size = default_batch_size(detector.autoencoder) if batch_size is None else batch_size
+    size = default_batch_size(detector.scorers) if batch_size is None else batch_size
     for name, value in (("batch size", size), ("workers", workers)):
         if value < 1:
             raise TrajOODError(f"{name}: expected at least 1, got {value}")

@@ -11,8 +11,9 @@ import torch
 
 from traj_ood.detector import Detector
 from traj_ood.detector.decision import ID, OOD
+from traj_ood.scorers.batch_size import default_batch_size
 from traj_ood.stream.paths import Entry
-from traj_ood.stream.rows import Row, Tally, default_batch_size, score_rows
+from traj_ood.stream.rows import Row, Tally, score_rows
 from traj_ood.stream.tables import Table
 
 _REJUDGED_ROWS = 64  # with a score, and as many with an error
@@ -37,7 +38,7 @@ def write_scores(
 
     Returns counts of all rows in the table, and of those from an earlier run.
     """
-    size = default_batch_size(detector.autoencoder) if batch_size is None else batch_size
+    size = default_batch_size(detector.scorers) if batch_size is None else batch_size
     entries = iter(entries)
     earlier = Tally()
     if resume:
