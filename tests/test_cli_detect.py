@@ -473,27 +473,30 @@ def test_an_interruption_says_how_to_go_on(
     assert (tmp_path / "a.csv").read_bytes() == whole.stdout_bytes
 
 
-def test_parquet_that_was_interrupted_is_not_offered_to_be_resumed(
+def test_parquet_that_was_interrupted_is_resumed(
     place: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Detector, images: Any, **options: Any) -> Any:
-        raise KeyboardInterrupt
+    judged = Detector.judge
 
-    run = ["score", place / "detector", photos, "--out", tmp_path / "a.parquet", *FAST]
+    def interrupted(self: Detector, images: Any, **options: Any) -> Any:
+        if (tmp_path / "a.parquet.part").stat().st_size:
+            raise KeyboardInterrupt
+        return judged(self, images, **options)
+
+    run = ["score", place / "detector", photos, "--batch-size", 3, *FAST]
+    out = ["--out", tmp_path / "a.parquet"]
     with monkeypatch.context() as patch:
         patch.setattr(Detector, "judge", interrupted)
-        stopped = call(*run)
+        stopped = call(*run, *out)
+    part = tmp_path / "a.parquet.part"
     assert stopped.exit_code == 130
-    lost = "its rows are lost, as Parquet cannot be resumed: --out with .csv or .jsonl can"
-    assert stopped.stderr == f"traj-ood: interrupted; {lost}\n"
-    assert list(tmp_path.glob("a.parquet*")) == []
-    (tmp_path / "a.parquet.part").write_bytes(b"PAR1")  # of a run that was killed
-    for options in ([], ["--resume"]):
-        refused = call(*run, *options)
-        assert_refused(refused, "start again with --overwrite")
-        assert "continue it with --resume" not in refused.stderr
-    assert call(*run, "--overwrite").exit_code == 3
-    assert "Not for Parquet" in call("score", "-h").stdout
+    assert stopped.stderr == f"traj-ood: interrupted; rows so far are in {part}: continue with --resume\n"
+    assert call(*run, *out, "--resume").exit_code == 3
+    whole = call(*run, "--out", tmp_path / "b.parquet")
+    assert whole.exit_code == 3
+    expected = pd.read_parquet(tmp_path / "b.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "a.parquet"), expected, rtol=1e-9, atol=0)
+    assert not part.exists()
 
 
 def test_sources_that_are_given_twice_are_named(place: Path, photos: Path, tmp_path: Path) -> None:

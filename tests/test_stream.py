@@ -565,7 +565,7 @@ def test_parquet_has_row_groups_of_bounded_size(
 ) -> None:
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("traj_ood.stream.tables._ROW_GROUP", 10)
+    monkeypatch.setattr("traj_ood.stream.parquet._ROW_GROUP", 10)
     write(judge, walk(str(folder)), tmp_path / "out.parquet")
     file = pq.ParquetFile(tmp_path / "out.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [10, 10, 3]
@@ -639,7 +639,6 @@ def test_impossible_tables_are_refused(tmp_path: Path) -> None:
     for options, words in (
         ({"path": tmp_path / "out.txt"}, r"out\.txt: expected a name that ends in one of \.csv, \.jsonl, \.parquet"),
         ({"path": tmp_path / "out.csv", "format": "cvs"}, "unknown format 'cvs': did you mean 'csv'"),
-        ({"path": tmp_path / "out.parquet", "resume": True}, "Parquet cannot be resumed"),
         ({"path": tmp_path / "out.csv", "resume": True, "overwrite": True}, "give one of them"),
         ({"path": None, "format": "parquet"}, "Parquet: expected a file to write, got standard output"),
         ({"path": None, "resume": True}, "--resume: expected a file to write, got standard output"),
@@ -895,21 +894,46 @@ def test_a_full_disk_keeps_earlier_rows(judge: Detector, folder: Path, tmp_path:
     assert_same_rows(out.read_bytes(), whole, "csv")
 
 
-def test_a_full_disk_leaves_no_half_parquet(tmp_path: Path, capfd: Any) -> None:
+def test_a_full_disk_leaves_no_half_parquet_and_all_rows(tmp_path: Path, capfd: Any) -> None:
     draws = np.random.default_rng(0)
-    rows = [Row(f"{draws.random()}.png", float(draws.random())) for _ in range(9000)]
-    (tmp_path / "out.parquet").write_bytes(b"old")
-
-    def attempt() -> None:
-        with open_table(tmp_path / "out.parquet", overwrite=True) as table:
-            table.write(rows)
+    rows = [Row(f"{draws.random()}.png", float(draws.random()), status="ok") for _ in range(9000)]
+    out, part = tmp_path / "out.parquet", tmp_path / "out.parquet.part"
+    out.write_bytes(b"old")
+    with open_table(out, overwrite=True) as table:
+        table.write(rows)
+        with small_disk(20_000), pytest.raises(TrajOODError, match=r"for out\.parquet\), got: .*; free space"):
             table.finish()
-
-    with small_disk(20_000), pytest.raises(TrajOODError, match="got: File too large"):
-        attempt()
-    assert [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
-    assert (tmp_path / "out.parquet").read_bytes() == b"old"
+    assert sorted(tmp_path.iterdir()) == [out, part]
+    assert out.read_bytes() == b"old"
+    assert len(part.read_bytes().splitlines()) == 9000
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_parquet_is_resumed_from_its_lines(judge: Detector, folder: Path, tmp_path: Path, finished: bool) -> None:
+    out, part = tmp_path / "out.parquet", tmp_path / "out.parquet.part"
+    entries = list(walk(str(folder)))
+    write(judge, entries, out)
+    whole = pd.read_parquet(out)
+    if not finished:
+        with open_table(tmp_path / "lines.jsonl") as table:
+            table.write(rows_of(judge, entries)[:7])
+        (tmp_path / "lines.jsonl.part").rename(part)
+        out.unlink()
+    total, earlier = write(judge, entries, out, resume=True)
+    assert (total.count, earlier.count) == (len(whole), len(whole) if finished else 7)
+    pd.testing.assert_frame_equal(pd.read_parquet(out), whole, rtol=1e-9, atol=0)
+    assert not part.exists()
+    with pytest.raises(TrajOODError, match=r"out\.parquet: row 1 is of .*000.*, where this input has .*001"):
+        write(judge, entries[1:], out, resume=True)
+
+
+def test_another_parquet_table_is_not_resumed(judge: Detector, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    for content in (pd.DataFrame({"a": [1]}), None):
+        out.write_bytes(b"PAR1") if content is None else content.to_parquet(out)
+        with pytest.raises(TrajOODError, match=r"out\.parquet: expected a Parquet table of `traj-ood score`, got: "):
+            write(judge, [], out, resume=True)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def shared(*names: str) -> Callable[[_F], _F]:
     return add
 
 
-_CONTINUING = ("analyze", "bench", "train")
+_CONTINUING = ("analyze", "bench", "calibrate", "fit", "train")
 """Commands that keep what is finished. ``score`` does, too, and says it itself."""
 
 

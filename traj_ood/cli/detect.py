@@ -75,10 +75,12 @@ def fit(source: str, **options: Any) -> None:
     """Fit a detector on in-distribution IMAGES: a folder, an image list, or a benchmark's name or YAML file.
 
     The scorer is fitted on one part of the images, and the threshold and p-values are calibrated on another part. No
-    OOD images are used.
+    OOD images are used. Finished batches are kept in OUT.parts until the detector is written, so that an interrupted
+    run continues when started again.
     """
     from traj_ood.data.id_images import choose_id_images
     from traj_ood.detector import Detector
+    from traj_ood.detector.batch_parts import remove_parts
     from traj_ood.detector.conformal import check_count, images_needed
     from traj_ood.dynamics.device import resolve_device
 
@@ -97,18 +99,28 @@ def fit(source: str, **options: Any) -> None:
         opening=opening_of(options),
     )
     check_count(len(chosen.calibration), options["tpr"])  # before anything is computed
+    parts = parts_of(options["out"])
     detector = Detector.fit(
         _model(options, chosen, device),
         chosen.fit,
         options["scorer"],
+        parts=parts,
         **{key: options[key] for key in ("tol", "max_steps", "compile", "batch_size", "workers", "on_error", "quiet")},
     )
     if not options["quiet"]:
         note(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}")
     # Data sets contain duplicates, so that a held-out image may also be among those fitted on.
     on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
-    detector.calibrate(chosen.calibration, options["tpr"], on_error=on_error, on_known=on_known)
+    detector.calibrate(
+        chosen.calibration,
+        options["tpr"],
+        on_error=on_error,
+        on_known=on_known,
+        parts=parts,
+        quiet=options["quiet"],
+    )
     detector.save(options["out"], overwrite=options["overwrite"])
+    remove_parts(parts)
     say(_fitted(detector, chosen, source), kept=f"the detector is in {options['out']}")
     note(f"Written to {options['out']}")
 
@@ -125,6 +137,11 @@ def check_target(out: Path, overwrite: bool) -> None:
     if not is_detector and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise TrajOODError(f"{out}: expected a new or empty folder, or a detector to replace; choose another --out")
     check_writable(out)
+
+
+def parts_of(out: Path) -> Path:
+    """The folder beside a detector for the finished batches of its fit or calibration."""
+    return out.with_name(f"{out.name}.parts")
 
 
 def _fitted(detector: Detector, chosen: IDImages, source: str) -> str:
@@ -193,8 +210,7 @@ class _TrainingSplit:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the unfinished file of an interrupted run, if there is one. Not for Parquet, except with --engine "
-    "ray.",
+    help="Continue the unfinished file of an interrupted run, if there is one.",
 )
 @click.option("--overwrite", is_flag=True, help="Start again, and replace --out at the end.")
 @click.option(
@@ -216,7 +232,8 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     An image that cannot be judged has a row with the reason; the run continues and ends with exit code 3. Folders are
     searched recursively, without hidden files.
 
-    --out is written as OUT.part and renamed at the end, so that a file of that name is always complete.
+    --out is written as OUT.part and renamed at the end, so that a file of that name is always complete. For Parquet,
+    OUT.part has JSON lines.
 
     An image's score is independent of its batch and position to 1e-9, relative, and the same batches on the same
     machine give identical bits. Another processor or number of threads rounds a float32 network differently. On the
@@ -236,19 +253,12 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     except KeyboardInterrupt:
         part = Path(f"{options['out']}.part")
         kept = f"; rows so far are in {part}: continue with --resume" if part.exists() else ""
-        if _is_parquet(options):
-            kept = "; its rows are lost, as Parquet cannot be resumed: --out with .csv or .jsonl can"
         note(f"traj-ood: interrupted{kept}")
         sys.exit(130)
     if tally.failed:
         if not options["quiet"]:
             warn(f"{tally.failed} image(s) failed, see the column error")
         sys.exit(_FAILED)
-
-
-def _is_parquet(options: dict[str, Any]) -> bool:
-    suffix = Path(options["out"] or "").suffix.lower().removeprefix(".")
-    return (options["format"] or suffix) == "parquet"
 
 
 def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Tally:

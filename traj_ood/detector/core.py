@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.data.batches import Batch, Images, OnError, batches, count_of
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages
+from traj_ood.detector.batch_parts import CONTENTS, BatchParts
 from traj_ood.detector.conformal import Calibration, check_count, entry, images_needed
 from traj_ood.detector.decision import Decision, Judgement, decide_each
+from traj_ood.detector.fitting import SCORES, cover, explored_parts, scored_parts
 from traj_ood.detector.folder import read_detector, write_detector
 from traj_ood.detector.hub import OnTheHub
 from traj_ood.detector.module import as_module
 from traj_ood.detector.scorer import classes_given, forget_fit, label_list, numbered, one_scorer
-from traj_ood.detector.tensors import digests_of
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.dynamics.progress import StepBar
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
-from traj_ood.scorers import WHOLE_PATH, Evidence, Scorer, recommended
+from traj_ood.scorers import WHOLE_PATH, Scorer, recommended
+from traj_ood.scorers.batch_size import default_batch_size
+from traj_ood.scorers.explored import joined_parts
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
 
 OnKnown = Literal["raise", "skip"]
@@ -117,6 +119,7 @@ class Detector(OnTheHub):
         batch_size: int | None = None,
         workers: int = 2,
         on_error: OnError = "raise",
+        parts: str | Path | None = None,
         quiet: bool = True,
     ) -> Detector:
         """Fit one scorer on ID training images, in one pass over them. Memory holds what the scorer keeps of each image
@@ -137,6 +140,9 @@ class Detector(OnTheHub):
                 recorded in ``training``, but not kept by :meth:`load`. Default false.
             batch_size, workers: see the class.
             on_error: ``raise`` (default), or ``skip`` images that cannot be read; their number is in ``training``.
+            parts: a folder that keeps what each finished batch has given, so that the same call continues an
+                interrupted one; it may be deleted afterwards. Parts of other images, models, settings or code are not
+                used. Default None: nothing is kept.
             quiet: no progress bar. Default true.
         Raises:
             TrajOODError: there are too few images, labels are missing, the scorer is unknown or does not work with this
@@ -148,16 +154,17 @@ class Detector(OnTheHub):
         scorers.check_training_size(count)
         classes = classes_given(scorers, images, labels, count)
         files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages | EncodedImages) else AS_STORED
-        reading = batches(autoencoder, images, batch_size, workers, on_error, files)
-        with StepBar(count, f"fit {scorers.labels[0]}", quiet=quiet) as bar:
-            found = _explore(scorers, reading, bar)
-        dictionary = AttractorDictionary.concatenate(found.dictionaries) if found.dictionaries else None
+        size = default_batch_size(scorers) if batch_size is None and parts is not None else batch_size
+        reading = batches(autoencoder, images, size, workers, on_error, files)
+        store = BatchParts(parts, "a fit", scorers)
+        found = cover(reading, scorers, explored_parts, store, StepBar(count, f"fit {scorers.labels[0]}", quiet=quiet))
+        scorers.check_training_size(len(found.rows))
+        dictionary, evidence = joined_parts(found.parts)
         if classes is None and scorers.needs.labels:
             classes = numbered(found.labels, len(found.rows), scorers)
         elif classes is not None:
             classes = classes[found.rows]
-        train = replace(Evidence.join(found.evidence), labels=classes)
-        scorers.learn(dictionary, train)
+        scorers.learn(dictionary, replace(evidence, labels=classes))
         forget_fit(scorers)
         health = None if dictionary is None else as_json(dictionary.health().as_dict())
         training = {
@@ -170,7 +177,7 @@ class Detector(OnTheHub):
             **({"compile": True} if scorers.compile else {}),
         }
         _warn_of_attractors(scorers, health)
-        return cls(scorers, training=training, seen=torch.cat(found.seen), batch_size=batch_size, workers=workers)
+        return cls(scorers, training=training, seen=found.column(CONTENTS), batch_size=batch_size, workers=workers)
 
     def calibrate(
         self,
@@ -181,6 +188,8 @@ class Detector(OnTheHub):
         on_error: OnError = "raise",
         on_known: OnKnown = "raise",
         note: str = "",
+        parts: str | Path | None = None,
+        quiet: bool = True,
     ) -> Detector:
         """Set the threshold and enable p-values, from held-out ID images.
 
@@ -198,6 +207,7 @@ class Detector(OnTheHub):
             on_known: ``raise`` (default), or ``skip`` the scorer's training images, however many, with a warning. For
                 images held out of a data set with duplicates.
             note: a line for :attr:`history`, such as the source of the images. Default: none.
+            parts, quiet: see :meth:`fit`.
         Returns:
             This detector.
         Raises:
@@ -207,22 +217,21 @@ class Detector(OnTheHub):
         check_word("value of on_known", on_known, OnKnown)
         check_count(count := count_of(images), tpr)
         classes = None if labels is None else label_list(labels, count)
-        scores, digests = [_nothing(torch.float64)], [_nothing(torch.int64)]
-        ids: list[str] = []
-        rows: list[int] = []
-        for batch, scored in self._scored(self._read(images, on_error)):
-            scores.append(scored.scores[self.scorer.label])
-            digests.append(digests_of(batch.images))
-            ids += batch.ids
-            rows += batch.rows
-        contents = torch.cat(digests)
-        kept = self._unknown(torch.isin(contents, self._seen), ids, tpr, on_known)
+        size = default_batch_size(self.scorers) if self.batch_size is None and parts is not None else self.batch_size
+        reading = batches(self.autoencoder, images, size, self.workers, on_error, self.reading)
+        ends = self.scorers.dictionary
+        fitted = {**self.scorer.state, **({} if ends is None else ends.tensors())}
+        store = BatchParts(parts, "a calibration", self.scorers, fitted)
+        found = cover(reading, self.scorers, scored_parts, store, StepBar(count, "calibrate", quiet=quiet))
+        contents = found.column(CONTENTS)
+        kept = self._unknown(torch.isin(contents, self._seen), found.ids, tpr, on_known)
         _check_repeats(contents[kept], tpr)
-        values = torch.cat(scores)[kept]
+        values = found.column(SCORES)[kept]
         if classes is None:
             self.calibration = Calibration(values, tpr)
         else:
-            self.calibration = Calibration.of_classes(values, [classes[rows[i]] for i in kept.nonzero()[:, 0]], tpr)
+            names = [classes[found.rows[i]] for i in kept.nonzero()[:, 0]]
+            self.calibration = Calibration.of_classes(values, names, tpr)
         self.history.append(entry(self.calibration, note))
         return self
 
@@ -438,56 +447,6 @@ def _check_repeats(digests: Tensor, tpr: float) -> None:
 def _nothing(kind: torch.dtype) -> Tensor:
     """An empty tensor on the CPU, whatever the caller's default device."""
     return torch.empty(0, dtype=kind, device="cpu")
-
-
-@dataclass
-class _Explored:
-    """Results of the pass over the training images: one entry per batch, except in ``labels`` and ``rows``."""
-
-    evidence: list[Evidence] = field(default_factory=list)
-    dictionaries: list[AttractorDictionary] = field(default_factory=list)
-    seen: list[Tensor] = field(default_factory=list)
-    labels: list[Any] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    skipped: int = 0
-
-
-def _explore(scorers: ScorerSet, reading: Iterator[Batch], bar: StepBar) -> _Explored:
-    """The pass over the training images."""
-    found, taken = _Explored(), deque[Batch]()
-
-    def encodings() -> Iterator[tuple[Encoding, tuple[str, ...]]]:
-        for batch in reading:
-            found.skipped += len(batch.failures)
-            bar.skip(len(batch.failures))
-            if batch.ids:
-                bar.begin(len(batch.ids))
-                taken.append(batch)
-                found.seen.append(digests_of(batch.images))
-                found.rows += batch.rows
-                found.labels += batch.labels
-                yield scorers.autoencoder.examine(batch.images), batch.ids
-
-    for ends, evidence in scorers.explore_all(encodings(), bar.on_step):
-        batch = taken.popleft()
-        found.evidence.append(_kept(evidence, batch))
-        found.dictionaries += [ends] if ends is not None else []
-        bar.finish(len(batch.ids))
-    scorers.check_training_size(len(found.rows))
-    return found
-
-
-def _kept(evidence: Evidence, batch: Batch) -> Evidence:
-    """The evidence of a batch that the scorer is fitted on (:meth:`Evidence.kept`), checked to be finite."""
-    kept = evidence.kept()
-    for values in kept.tensors().values():
-        bad = (~values.reshape(len(values), -1).isfinite().all(dim=1)).nonzero()[:, 0]
-        if len(bad):
-            raise TrajOODError(
-                f"training image {batch.ids[int(bad[0])]!r}: the model's values become NaN or infinite ({len(bad)} "
-                f"such images in a batch of {len(batch.ids)}): check the model"
-            )
-    return kept
 
 
 def _warn_of_attractors(scorers: ScorerSet, health: Mapping[str, Any] | None) -> None:

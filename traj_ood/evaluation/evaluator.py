@@ -13,16 +13,15 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, check_autoencoder
+from traj_ood.autoencoders.identity import model_identity
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split, preflight
 from traj_ood.data.batches import OnError
 from traj_ood.data.benchmark import Copies
 from traj_ood.data.contents import distrust
-from traj_ood.dynamics.behaviour import answers, transform_digest
 from traj_ood.dynamics.trajectory import check_stopping
 from traj_ood.errors import TrajOODError, check_whole, check_word, warn
 from traj_ood.evaluation.curves import curve_quantiles
@@ -34,7 +33,6 @@ from traj_ood.evaluation.identity import (
     comparable,
     differences,
     identity_of,
-    is_own_code,
     other_code,
     own_file,
 )
@@ -333,22 +331,9 @@ class Evaluator:
         data = self.sample.digests(self._snapshot.contents)
         for copies in found:
             data[copies.second].setdefault("copies", {})[copies.first] = copies.count
-        model = {
-            "name": self.autoencoder.name,
-            "family": self.autoencoder.family,
-            "fingerprint": self.autoencoder.fingerprint(),
-            "parameters": self.autoencoder.parameter_count(),
-            "transform": transform_digest(self.autoencoder.transform),
-        }
-        if is_own_code(self.autoencoder):
-            model["answers"] = answers(self._answer, self.autoencoder.input_shape)
+        model = model_identity(self.autoencoder)
         identity = {"benchmark": self.benchmark.name, "model": model, "config": config, "seed": self.config.seed}
         return as_json({**identity, "data": data})
-
-    def _answer(self, images: Tensor) -> Tensor:
-        """E(x) and D(E(x)) of images x, flattened and concatenated."""
-        start = self.autoencoder.examine(images).latents
-        return torch.cat([start.flatten(1), self.autoencoder.decode(start).flatten(1)], dim=1)
 
     def _refuse_other(self, mine: dict[str, Any], other: dict[str, Any]) -> None:
         mine = {key: comparable(value, other.get(key)) for key, value in mine.items()}
@@ -370,7 +355,7 @@ class Evaluator:
         return [self.sample.train, self.sample.test, *self.sample.ood]
 
     def _batch_sizes(self) -> dict[str, int]:
-        most = self.batch_size or default_batch_size(self.scorers)
+        most = self.batch_size if self.batch_size is not None else default_batch_size(self.scorers)
         return {s.name: even_size(len(s.images), most, self.team.size) for s in self._used_splits()}
 
     # ------------------------------------------------------------------ metrics and files

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder
 from traj_ood.dynamics.behaviour import agree
 from traj_ood.evaluation.results import Result
 from traj_ood.io.extensions import imported, origin_of
@@ -17,13 +16,6 @@ _SHOWN = 3  # differences in a message
 _SHOWN_CHARACTERS = 40  # of each value
 _NOTHING = "nothing"  # in place of an absent value
 _NEWER = {"transform", "answers", "contents", "copies", "own_scorers"}  # keys that older results lack
-
-
-def is_own_code(model: Autoencoder) -> bool:
-    """Whether the model or its backbone is a user's callable or class, which weights and options do not identify."""
-    backbone = model.backbone if isinstance(model, SurrogateAutoencoder) else None
-    callables = model.family == "custom" or (backbone is not None and backbone.library == "custom")
-    return callables or any(origin_of(type(part)) is not None for part in (model, backbone) if part is not None)
 
 
 def own_file(cls: type[Any]) -> str | None:

@@ -12,7 +12,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from traj_ood.attractors import AttractorDictionary
 from traj_ood.attractors.health import still_falling
 from traj_ood.autoencoders import Encoding, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
@@ -25,6 +24,7 @@ from traj_ood.evaluation.parallel import Team
 from traj_ood.evaluation.snapshot import Snapshot
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.scorers import Evidence
+from traj_ood.scorers.explored import explored_part, joined_parts
 from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
 
 Parts: TypeAlias = dict[str, list[Part]]
@@ -74,10 +74,8 @@ class Passes:
         pieces = parts[split.name]
         self.failures = [f for p in pieces for f in p.failures]
         self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # again, without skipped images
-        evidence = Evidence.join([Evidence.from_tensors(p.tensors) for p in pieces if p.ids])
-        dictionary = None
-        if self.scorers.needs.dictionary:
-            dictionary = AttractorDictionary.concatenate([_dictionary_of(p) for p in pieces if p.ids])
+        dictionary, evidence = joined_parts([p for p in pieces if p.ids])
+        if dictionary is not None:
             residuals = join_tables([p.tensors["residuals"] for p in pieces if p.ids])
             self.still_falling = still_falling(residuals, dictionary.statuses)
         self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
@@ -166,11 +164,8 @@ class Passes:
         for dictionary, evidence in self.scorers.explore_all(self._read(jobs, bar, taken), bar.on_step):
             yield from _unreadable(taken)
             job = taken.popleft()
-            tensors = evidence.tensors() | _curves_of(evidence)
-            if dictionary is not None:
-                tensors |= {f"dictionary/{k}": v for k, v in dictionary.tensors().items()}
-            notes = {"provenance": dict(dictionary.provenance)} if dictionary is not None else {}
-            yield job, Part(job.ids, job.failures, tensors, notes)
+            part = explored_part(job.ids, dictionary, evidence, job.failures)
+            yield job, replace(part, tensors={**part.tensors, **_curves_of(evidence)})
         yield from _unreadable(taken)
 
     def _scored(self, jobs: list[_Job], bar: StepBar) -> Iterator[tuple[_Job, Part]]:
@@ -255,11 +250,6 @@ def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
     label_of = dict(zip(split.images.ids, split.images.labels, strict=True))
     labels = [label_of[i] for p in pieces for i in p.ids]
     return class_numbers(labels, len(labels))
-
-
-def _dictionary_of(part: Part) -> AttractorDictionary:
-    tensors = {k.split("/")[1]: v for k, v in part.tensors.items() if k.startswith("dictionary/")}
-    return AttractorDictionary(ids=part.ids, provenance=part.notes["provenance"], **tensors)
 
 
 def even_size(count: int, most: int, processes: int) -> int:

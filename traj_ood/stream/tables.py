@@ -1,16 +1,16 @@
 """Tables of rows as CSV, JSON lines or Parquet, on standard output or in a file that is complete or absent.
 
-A file is written as ``NAME.part`` and renamed once its last row is on disk. CSV and JSON lines can be resumed from
-their ``.part`` file, up to the last complete line.
+A file is written as ``NAME.part`` and renamed once its last row is on disk; Parquet is made of a ``NAME.part`` of JSON
+lines. An interrupted run can be resumed from its ``.part`` file, up to the last complete line.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import stat
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,14 +19,13 @@ from typing import Any, BinaryIO
 
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import abandon, folder_errors, lock
-from traj_ood.stream.formats import TEXT_FORMATS, TextFormat, text_format
+from traj_ood.stream.formats import TEXT_FORMATS, JSONLinesFormat, TextFormat, text_format
+from traj_ood.stream.parquet import read_parquet, write_parquet
 from traj_ood.stream.paths import Entry
 from traj_ood.stream.resuming import Calibrated, Resumed, match_file
-from traj_ood.stream.rows import COLUMNS, Row
+from traj_ood.stream.rows import Row
 
 FORMATS = (*TEXT_FORMATS, "parquet")
-UNRESUMABLE = "Parquet cannot be resumed, because its index is written last"
-_ROW_GROUP = 8192  # rows in one row group of Parquet
 
 
 class Table(ABC):
@@ -53,7 +52,7 @@ class Table(ABC):
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
-        """Append rows, which are then visible to readers (with Parquet: once the table is finished)."""
+        """Append rows, which are then visible to readers of the file or, until it is finished, of its ``.part``."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -76,7 +75,7 @@ def open_table(
     Args:
         path: missing folders are created. None: standard output.
         format: one of ``FORMATS``. Default: by the suffix of ``path``; ``csv`` on standard output.
-        resume: continue an unfinished file if there is one; CSV and JSON lines only.
+        resume: continue an unfinished file if there is one.
         overwrite: start again, and replace an existing file at the end.
         quote_formulas: see :class:`traj_ood.stream.formats.CSVFormat`.
     """
@@ -91,17 +90,15 @@ def open_table(
         if stream is None:
             raise TrajOODError("standard output is closed, so rows cannot be written to it; name a file with --out")
         return OutputTable(text_format(form, quote_formulas), stream)
-    if resume and form == "parquet":
-        raise TrajOODError(f"{path}: {UNRESUMABLE}: start again with --overwrite, or use --out with .csv or .jsonl")
     if path.exists() and not path.is_file():
         raise TrajOODError(f"{path}: expected a file to write, found a folder or device; choose another --out")
     part = path.with_name(path.name + ".part")
     if resume and path.exists() and not part.exists():
-        return FinishedTable(text_format(form, quote_formulas), path)
+        return FinishedTable(form, quote_formulas, path)
     file = _open_part(part)
     try:
         if not resume:
-            _start_again(file, path, part, overwrite, resumable=form != "parquet")
+            _start_again(file, path, part, overwrite)
         if form == "parquet":
             return ParquetTable(path, part, file)
         return FileTable(text_format(form, quote_formulas), path, part, file)
@@ -174,15 +171,17 @@ class FileTable(Table):
 class FinishedTable(Table):
     """A finished file; nothing is written, but its rows must match the input."""
 
-    def __init__(self, form: TextFormat, path: Path) -> None:
-        self._form, self._path = form, path
+    def __init__(self, form: str, quote_formulas: bool, path: Path) -> None:
+        self._is_parquet = form == "parquet"
+        self._form = JSONLinesFormat() if self._is_parquet else text_format(form, quote_formulas)
+        self._path = path
 
     @property
     def is_finished(self) -> bool:
         return True
 
     def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
-        with _disk_errors(self._path), open(self._path, "rb", buffering=0) as file:
+        with _disk_errors(self._path), self._opened() as file:
             resumed, end = match_file(self._form, self._path, file, entries, most, calibrated)
             size = os.fstat(file.fileno()).st_size
         rest = next(entries, None)
@@ -194,6 +193,15 @@ class FinishedTable(Table):
             )
         return resumed
 
+    def _opened(self) -> io.FileIO:
+        """The file; for Parquet a temporary one of the same rows as text."""
+        if not self._is_parquet:
+            return open(self._path, "rb", buffering=0)
+        lines: Any = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (the caller closes it)
+        lines.writelines(map(self._form.encode, read_parquet(self._path)))
+        lines.seek(0)
+        return lines
+
     def write(self, rows: Sequence[Row]) -> None:
         raise AssertionError("a finished table is not written")
 
@@ -201,98 +209,17 @@ class FinishedTable(Table):
         pass
 
 
-class ParquetTable(Table):
-    """Rows as Parquet, in row groups of 8,192; an unfinished file is unreadable and therefore removed.
-
-    Parquet's text is UTF-8. For a name that is not, the column ``path`` shows its other bytes as ``\\udcXX``, and
-    ``path_bytes``, null in all other rows, contains the original bytes.
-    """
+class ParquetTable(FileTable):
+    """Rows as JSON lines in ``NAME.part``, from which the Parquet file is made when finished."""
 
     def __init__(self, path: Path, part: Path, file: io.FileIO) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self._schema = pa.schema([*_parquet_types().items(), ("path_bytes", pa.binary())])
-        self._path, self._part = path, part
-        self._rows: list[Row] = []
-        self._file, self._sink = file, _Sink(file)
-        with _disk_errors(path):
-            self._writer = pq.ParquetWriter(self._sink, self._schema, compression="zstd")
-
-    def write(self, rows: Sequence[Row]) -> None:
-        self._rows += rows
-        while len(self._rows) >= _ROW_GROUP:
-            self._write_group(self._rows[:_ROW_GROUP])
-            self._rows = self._rows[_ROW_GROUP:]
+        super().__init__(JSONLinesFormat(), path, part, file)
 
     def finish(self) -> None:
-        if self._rows:
-            self._write_group(self._rows)
-        with _disk_errors(self._path):
-            self._writer.close()
-            os.fsync(self._file.fileno())
-            os.replace(self._part, self._path)
+        with _disk_errors(self._path), open(self._part, "rb") as lines:
+            write_parquet(self._path, map(self._form.decode, self._form.records(lines)))
+            self._part.unlink()
         self._file.close()
-
-    def close(self) -> None:
-        if not self._file.closed:
-            self._part.unlink(missing_ok=True)
-            self._sink.ignores = True
-            with contextlib.suppress(Exception):
-                self._writer.close()
-            self._file.close()
-
-    def _write_group(self, rows: Sequence[Row]) -> None:
-        import pyarrow as pa
-
-        columns = parquet_columns(rows)
-        shown = columns["path"].to_pylist()
-        columns["path_bytes"] = [
-            None if text == row.path else os.fsencode(row.path) for row, text in zip(rows, shown, strict=True)
-        ]
-        with _disk_errors(self._path):
-            self._writer.write_table(pa.table(columns, schema=self._schema))
-
-
-def parquet_columns(rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows as pyarrow arrays by column, with the same types whichever values are None.
-
-    Bytes that are not UTF-8 are shown as ``\\udcXX``.
-    """
-    import pyarrow as pa
-
-    def value(row: Row, name: str) -> Any:
-        found = getattr(row, name)
-        return found.encode("utf-8", "backslashreplace").decode() if isinstance(found, str) else found
-
-    return {name: pa.array([value(row, name) for row in rows], type=kind) for name, kind in _parquet_types().items()}
-
-
-def _parquet_types() -> dict[str, Any]:
-    import pyarrow as pa
-
-    kinds = {"score": pa.float64(), "p_value": pa.float64(), "steps": pa.int64()}
-    return {name: kinds.get(name, pa.string()) for name in COLUMNS}
-
-
-class _Sink(io.RawIOBase):
-    """The file that pyarrow writes to. Writes all bytes, where a plain file may write only some, unnoticed by pyarrow.
-
-    Attributes:
-        ignores: whether to write nothing any more. An abandoned writer still writes its index, at the latest when it is
-            garbage-collected, and crashes the process if that fails.
-    """
-
-    def __init__(self, file: io.FileIO) -> None:
-        self._file, self.ignores = file, False
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        if not self.ignores:
-            _write_all(self._file, data)
-        return len(data)
 
 
 # ---------------------------------------------------------------------- files
@@ -332,7 +259,7 @@ def _open_part(part: Path) -> io.FileIO:
     return file
 
 
-def _start_again(file: io.FileIO, path: Path, part: Path, overwrite: bool, resumable: bool) -> None:
+def _start_again(file: io.FileIO, path: Path, part: Path, overwrite: bool) -> None:
     """Empty the unfinished file, which the caller has locked; without ``overwrite``, refuse to lose existing rows."""
     size = os.fstat(file.fileno()).st_size
     if path.exists() and not overwrite:
@@ -340,10 +267,9 @@ def _start_again(file: io.FileIO, path: Path, part: Path, overwrite: bool, resum
             part.unlink()
         raise TrajOODError(f"{path}: exists already; choose another --out, or replace it with --overwrite")
     if size and not overwrite:
-        then = "continue it with --resume, or start again with --overwrite"
-        if not resumable:
-            then = f"start again with --overwrite, as {UNRESUMABLE}"
-        raise TrajOODError(f"{part}: left by a run that did not finish; {then}")
+        raise TrajOODError(
+            f"{part}: left by a run that did not finish; continue it with --resume, or start again with --overwrite"
+        )
     with _disk_errors(path):
         file.truncate(0)
 

@@ -1,0 +1,41 @@
+"""What identifies a model in records and stored results: weights, transform, and the answers of a user's own code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from traj_ood.autoencoders.base import Autoencoder
+from traj_ood.autoencoders.surrogate import SurrogateAutoencoder
+from traj_ood.dynamics.behaviour import answers, transform_digest
+from traj_ood.io.extensions import origin_of
+
+
+def model_identity(model: Autoencoder) -> dict[str, Any]:
+    """Name, family, fingerprint of the weights, number of parameters, digest of the transform, and for a user's own
+    code its ``answers`` to a fixed image, as JSON data."""
+    identity = {
+        "name": model.name,
+        "family": model.family,
+        "fingerprint": model.fingerprint(),
+        "parameters": model.parameter_count(),
+        "transform": transform_digest(model.transform),
+    }
+    if not _is_own_code(model):
+        return identity
+
+    def answer(images: Tensor) -> Tensor:
+        """E(x) and D(E(x)) of images x, flattened and concatenated."""
+        start = model.examine(images).latents
+        return torch.cat([start.flatten(1), model.decode(start).flatten(1)], dim=1)
+
+    return {**identity, "answers": answers(answer, model.input_shape)}
+
+
+def _is_own_code(model: Autoencoder) -> bool:
+    """Whether the model or its backbone is a user's callable or class, which weights and options do not identify."""
+    backbone = model.backbone if isinstance(model, SurrogateAutoencoder) else None
+    callables = model.family == "custom" or (backbone is not None and backbone.library == "custom")
+    return callables or any(origin_of(type(part)) is not None for part in (model, backbone) if part is not None)
