@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,31 @@ def test_an_interrupted_fit_continues_and_gives_the_same_detector(tmp_path: Path
     # Training images are still recognised: their digests are kept, too.
     with pytest.raises(TrajOODError, match="30 of 30 images are pixel by pixel training images"):
         found.calibrate(TRAIN)
+
+
+def test_an_interrupted_fit_continues_on_a_machine_that_is_faster_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would choose larger batches."""
+    clock, seconds = [0.0], [3.0]  # between two looks at the clock, as around a call of f
+
+    def tick() -> float:
+        clock[0] += seconds[0]
+        return clock[0]
+
+    monkeypatch.setattr(time, "perf_counter", tick)
+    broken = model()
+    broken.end = 4
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, tmp_path, batch_size=None)
+    kept = len(list(tmp_path.glob("*.safetensors")))
+    assert 1 <= kept <= 4
+    seconds[0] = 0.01
+    again = model()
+    fit(again, tmp_path, batch_size=None)
+    assert again.count == 5 - kept
+    remove_parts(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_an_interrupted_calibration_continues_and_gives_the_same_threshold(tmp_path: Path) -> None:

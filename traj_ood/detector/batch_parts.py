@@ -9,19 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from traj_ood.autoencoders.identity import model_identity
 from traj_ood.data.batches import Batch
 from traj_ood.detector.tensors import digests_of
+from traj_ood.errors import check_whole
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.io.tensor_file import digest_of
 from traj_ood.io.trees import as_json
+from traj_ood.scorers.batch_size import default_batch_size
 from traj_ood.scorers.scorer_set import ScorerSet
 
 CONTENTS = "contents"
 """Name of the digests of a batch's images among the tensors of its part, (B,) int64."""
+_SIZE_FILE = "batch_size.json"
 
 
 class BatchParts:
@@ -32,16 +34,30 @@ class BatchParts:
         folder: where the parts are stored; None: nowhere.
         what: what the batches belong to, in messages.
         scorers: the scorer set, of one scorer.
+        batch_size: images per batch that are asked for. Default: those of the batches in the folder, else
+            :func:`default_batch_size`.
         fitted: the tensors that the set has been fitted to, if the parts depend on them.
+
+    Attributes:
+        batch_size: images per batch, as asked for or chosen; None if nothing is stored and none are asked for.
     """
 
     def __init__(
-        self, folder: str | Path | None, what: str, scorers: ScorerSet, fitted: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | Path | None,
+        what: str,
+        scorers: ScorerSet,
+        batch_size: int | None,
+        fitted: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._store = None
+        self.batch_size = batch_size
         if folder is not None:
-            self._store = PartStore(Path(folder).expanduser(), f"batch of {what}", "compute it again")
+            folder = Path(folder).expanduser()
+            self._store = PartStore(folder, f"batch of {what}", "compute it again", _SIZE_FILE, "delete this folder")
             self._identity = [what, _identity(scorers), digest_of(fitted or {}, None)]
+            if batch_size is None:
+                self.batch_size = self._recorded_size(scorers)
 
     def each(
         self, batches: Iterable[Batch], compute: Callable[[Iterator[Batch]], Iterator[Part]]
@@ -54,9 +70,11 @@ class BatchParts:
         def missing() -> Iterator[Batch]:
             for batch in batches:
                 contents = digests_of(batch.images)
-                key = digest_of({CONTENTS: contents}, [*self._identity, batch.ids]) if self._store else ""
-                part = self._store.load(key) if self._store and batch.ids else None if batch.ids else Part()
-                waiting.append((replace(batch, images=torch.empty(0)), key, contents, part))
+                key, part = "", None if batch.ids else Part()
+                if self._store and batch.ids:
+                    key = digest_of({CONTENTS: contents}, [*self._identity, batch.ids])
+                    part = self._store.load(key)
+                waiting.append((replace(batch, images=batch.images[:0].clone()), key, contents, part))
                 if part is None:
                     yield batch
 
@@ -73,11 +91,22 @@ class BatchParts:
             yield batch, part
         yield from stored()
 
+    def _recorded_size(self, scorers: ScorerSet) -> int:
+        """The default batch size when the first batch was stored: later, f may take another time, and batches of
+        another size would be others."""
+        assert self._store is not None
+        if not self._store.index().is_file():
+            self._store.claim({"batch_size": default_batch_size(scorers)})
+        size = self._store.open({"batch_size": None})["batch_size"]
+        check_whole(f"{self._store.index()}: batch size", size, 1)
+        return size
+
 
 def remove_parts(folder: Path) -> None:
     """Remove the parts in a folder, and the folder if nothing else is in it."""
     for path in folder.glob(f"{'[0-9a-f]' * 64}.safetensors"):
         path.unlink(missing_ok=True)
+    (folder / _SIZE_FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 

@@ -31,7 +31,6 @@ from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
 from traj_ood.scorers import WHOLE_PATH, Scorer, recommended
-from traj_ood.scorers.batch_size import default_batch_size
 from traj_ood.scorers.explored import joined_parts
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
 
@@ -154,9 +153,8 @@ class Detector(OnTheHub):
         scorers.check_training_size(count)
         classes = classes_given(scorers, images, labels, count)
         files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages | EncodedImages) else AS_STORED
-        size = default_batch_size(scorers) if batch_size is None and parts is not None else batch_size
-        reading = batches(autoencoder, images, size, workers, on_error, files)
-        store = BatchParts(parts, "a fit", scorers)
+        store = BatchParts(parts, "a fit", scorers, batch_size)
+        reading = batches(autoencoder, images, store.batch_size, workers, on_error, files)
         found = cover(reading, scorers, explored_parts, store, StepBar(count, f"fit {scorers.labels[0]}", quiet=quiet))
         scorers.check_training_size(len(found.rows))
         dictionary, evidence = joined_parts(found.parts)
@@ -217,11 +215,10 @@ class Detector(OnTheHub):
         check_word("value of on_known", on_known, OnKnown)
         check_count(count := count_of(images), tpr)
         classes = None if labels is None else label_list(labels, count)
-        size = default_batch_size(self.scorers) if self.batch_size is None and parts is not None else self.batch_size
-        reading = batches(self.autoencoder, images, size, self.workers, on_error, self.reading)
         ends = self.scorers.dictionary
         fitted = {**self.scorer.state, **({} if ends is None else ends.tensors())}
-        store = BatchParts(parts, "a calibration", self.scorers, fitted)
+        store = BatchParts(parts, "a calibration", self.scorers, self.batch_size, fitted)
+        reading = batches(self.autoencoder, images, store.batch_size, self.workers, on_error, self.reading)
         found = cover(reading, self.scorers, scored_parts, store, StepBar(count, "calibrate", quiet=quiet))
         contents = found.column(CONTENTS)
         kept = self._unknown(torch.isin(contents, self._seen), found.ids, tpr, on_known)

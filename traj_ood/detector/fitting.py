@@ -44,8 +44,10 @@ class Covered:
     skipped: int = 0
 
     def column(self, name: str) -> Tensor:
-        """The tensor ``name`` of all parts, one row per image; empty if no image could be read."""
-        return torch.empty(0) if not self.parts else torch.cat([part.tensors[name] for part in self.parts])
+        """The tensor ``name`` of all parts, one row per image; empty, of float64, if no image could be read."""
+        if not self.parts:
+            return torch.empty(0, dtype=torch.float64, device="cpu")
+        return torch.cat([part.tensors[name] for part in self.parts])
 
 
 def cover(
