@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from traj_ood.autoencoders import Autoencoder, Encoding
+from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.batches import Batch, Images, OnError, batches, count_of
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages
@@ -32,7 +31,7 @@ from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
 from traj_ood.scorers import WHOLE_PATH, Scorer, recommended
 from traj_ood.scorers.explored import joined_parts
-from traj_ood.scorers.scorer_set import Scored, ScorerSet
+from traj_ood.scorers.scorer_set import ScorerSet
 
 OnKnown = Literal["raise", "skip"]
 _MAX_SEEN_SHARE = 0.01
@@ -339,31 +338,19 @@ class Detector(OnTheHub):
     def _read(self, images: Images, on_error: OnError = "raise") -> Iterator[Batch]:
         return batches(self.autoencoder, images, self.batch_size, self.workers, on_error, self.reading)
 
-    def _scored(self, read: Iterable[Batch]) -> Iterator[tuple[Batch, Scored]]:
-        """Each batch with at least one readable image, and its scores."""
-        taken: deque[Batch] = deque()
-
-        def encodings() -> Iterator[Encoding]:
-            for batch in read:
-                if batch.ids:
-                    taken.append(batch)
-                    yield self.autoencoder.examine(batch.images)
-
-        for scored in self.scorers.score_all(encodings()):
-            yield taken.popleft(), scored
-
     def _judged(self, images: Images, whole_chunks: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scores (B,) with +inf for those that are not finite; steps and status (B,) or None without iteration."""
         if whole_chunks or not self.scorer.bears_rounding or count_of(images) >= self.autoencoder.chunk:
-            return self._gathered(self._scored(self._read(images)))
+            return self._gathered(self._read(images))
         read = list(self._read(images))  # may run the caller's code, so outside of the model's fixed settings
         with few_images(sum(len(batch.ids) for batch in read)), self.autoencoder.fixed():
-            return self._gathered(self._scored(read))
+            return self._gathered(read)
 
-    def _gathered(self, found: Iterable[tuple[Batch, Scored]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _gathered(self, read: Iterable[Batch]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         fixed = self.scorer.needs().steps < WHOLE_PATH
         scores, steps, status = [_nothing(torch.float64)], [_nothing(torch.int64)], [_nothing(torch.int64)]
-        for _, scored in found:
+        encodings = (self.autoencoder.examine(batch.images) for batch in read if batch.ids)
+        for scored in self.scorers.score_all(encodings):
             values, path = scored.scores[self.scorer.label], scored.evidence.trajectory
             finite = values.isfinite()
             scores.append(torch.where(finite, values, torch.inf))

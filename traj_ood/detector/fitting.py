@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from traj_ood.autoencoders import Encoding
 from traj_ood.data.batches import Batch
 from traj_ood.detector.batch_parts import BatchParts
 from traj_ood.dynamics.progress import StepBar
+from traj_ood.dynamics.streams import accompanied
 from traj_ood.errors import TrajOODError
 from traj_ood.io.parts import Part
 from traj_ood.scorers import Evidence
@@ -80,30 +79,18 @@ def explored_parts(scorers: ScorerSet, on_step: OnStep, batches: Iterable[Batch]
     Raises:
         TrajOODError: the model's values on an image become NaN or infinite.
     """
-    taken: deque[tuple[str, ...]] = deque()
-
-    def encodings() -> Iterator[tuple[Encoding, tuple[str, ...]]]:
-        for batch in batches:
-            taken.append(batch.ids)
-            yield scorers.autoencoder.examine(batch.images), batch.ids
-
-    for ends, evidence in scorers.explore_all(encodings(), on_step):
-        ids = taken.popleft()
+    examine = scorers.autoencoder.examine
+    encoded = (((examine(batch.images), batch.ids), batch.ids) for batch in batches)
+    for ids, (ends, evidence) in accompanied(partial(scorers.explore_all, on_step=on_step), encoded):
         _check_finite(evidence, ids)
         yield explored_part(ids, ends, evidence)
 
 
 def scored_parts(scorers: ScorerSet, on_step: OnStep, batches: Iterable[Batch]) -> Iterator[Part]:
     """The scores of each batch by the set's one scorer."""
-    taken: deque[tuple[str, ...]] = deque()
-
-    def encodings() -> Iterator[Encoding]:
-        for batch in batches:
-            taken.append(batch.ids)
-            yield scorers.autoencoder.examine(batch.images)
-
-    for found in scorers.score_all(encodings(), on_step):
-        yield Part(taken.popleft(), tensors={SCORES: found.scores[scorers.labels[0]]})
+    encoded = ((scorers.autoencoder.examine(batch.images), batch.ids) for batch in batches)
+    for ids, found in accompanied(partial(scorers.score_all, on_step=on_step), encoded):
+        yield Part(ids, tensors={SCORES: found.scores[scorers.labels[0]]})
 
 
 def _check_finite(evidence: Evidence, ids: tuple[str, ...]) -> None:

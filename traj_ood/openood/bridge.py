@@ -23,6 +23,7 @@ from traj_ood.openood.loaders import check_normalisation, count_of, ids_of, read
 from traj_ood.openood.nets import AutoencoderNet, FeatureModel, backbone_of, device_of
 from traj_ood.openood.settings import Settings
 from traj_ood.scorers import Evidence, create_scorer
+from traj_ood.scorers.explored import explored_part, joined_parts
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.surrogate import fit_surrogate
 
@@ -158,16 +159,14 @@ class Bridge:
     def _learn(self, model: Autoencoder, loader: Any, indices: Sequence[int]) -> None:
         scorers = ScorerSet(model, self.settings.grid(), tol=self.settings.tol, max_steps=self.settings.max_steps)
         scorers.check_training_size(len(indices))
-        dictionaries, pieces, labels = [], [], []
+        parts, labels = [], []
         for batch in read(loader, indices):
-            encoding = model.examine(batch["data"])
-            dictionary, evidence = scorers.explore(encoding, ids_of(batch))
-            pieces.append(evidence.kept())
+            ids = ids_of(batch)
+            parts.append(explored_part(ids, *scorers.explore(model.examine(batch["data"]), ids)))
             labels.append(batch["label"])
-            dictionaries += [dictionary] if dictionary is not None else []
         classes = torch.unique(torch.cat(labels), return_inverse=True)[1]
-        self._train = replace(Evidence.join(pieces), labels=classes)
-        self._dictionary = AttractorDictionary.concatenate(dictionaries) if dictionaries else None
+        self._dictionary, evidence = joined_parts(parts)
+        self._train = replace(evidence, labels=classes)
         for warning in self._dictionary.health().warnings if self._dictionary is not None else ():
             warn(f"unhealthy attractors: {warning}", stacklevel=3)
 

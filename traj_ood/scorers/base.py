@@ -117,16 +117,13 @@ class Evidence:
             known.append(self.trajectory.steps)
         return len(known[0]) if known else 0
 
-    def kept(self) -> Evidence:
-        """The part that is kept of each training image until the scorers are fitted, on the CPU.
+    def tensors(self) -> dict[str, Tensor]:
+        """The part that is kept of each training image until the scorers are fitted, as named tensors on the CPU with
+        one row per image.
 
         It is without the trajectory: scorers that learn from trajectories (:attr:`Needs.train_path`) get those of a
         second pass, whose distances leave out an image's own attractor.
         """
-        return Evidence.from_tensors(self.tensors())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The part of :meth:`kept`, as named tensors on the CPU with one row per image."""
         named = {f"features/{view}": values for view, values in self.features.items()}
         named |= {f"reconstruction/{kind}": values for kind, values in self.reconstruction.items()}
         named |= {f"points/{view}/{t}": values for (view, t), values in self.points.items()}

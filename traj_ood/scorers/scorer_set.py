@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from traj_ood.dynamics.host import where
 from traj_ood.dynamics.iterate import Norm, Observer, iterate
 from traj_ood.dynamics.jacobian import divergence_at
 from traj_ood.dynamics.maps import LowPrecision, SelfMap
+from traj_ood.dynamics.streams import accompanied
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend, NeighborIndex
@@ -216,18 +216,12 @@ class ScorerSet:
         """:meth:`explore` for each batch of a stream, in order, with several batches in progress at a time."""
         kept = max((t for _, t in self.needs.points), default=0)
         steps = WHOLE_PATH if self.needs.dictionary else kept
-        taken: deque[tuple[Tensor, tuple[str, ...]]] = deque()
-
-        def encodings() -> Iterator[Encoding]:
-            for encoding, ids in batches:
-                taken.append((encoding.latents, ids))
-                yield encoding
-
         self.try_compile()
         provenance = {"model": self.autoencoder.fingerprint(), "tol": self.tol, "max_steps": self.max_steps}
         provenance |= {"compile": True} if self.compile else {}
-        for evidence in self._passes(encodings(), [], steps, on_step):
-            start, ids = taken.popleft()
+        pairs = ((encoding, (encoding.latents, ids)) for encoding, ids in batches)
+        explore = partial(self._passes, watchers=[], steps=steps, on_step=on_step)
+        for (start, ids), evidence in accompanied(explore, pairs):
             if not self.needs.dictionary:
                 yield None, evidence
             else:
@@ -352,31 +346,32 @@ class ScorerSet:
         encodings = chain(list(islice(encodings, 1)), encodings)
         views: list[FeatureView] = sorted({view for view, _ in self.needs.points})
         keepers = [_Points(model, view, self.needs.points) for view in views]
-        taken: deque[Encoding] = deque()
 
-        def starts() -> Iterator[Tensor]:
+        def starts() -> Iterator[tuple[Tensor, Encoding]]:
             for encoding in encodings:
                 _check_encoding(encoding)
                 # A copy, because the caller may reuse the target's buffer while the samples are in progress.
                 target = encoding.target.clone() if self.needs.reconstruction else encoding.target
-                taken.append(replace(encoding, target=target))
-                yield encoding.latents
+                yield encoding.latents, replace(encoding, target=target)
 
-        for path in iterate(
-            self._self_map(),
-            starts(),
-            tol=self.tol,
-            max_steps=min(self.max_steps, max(1, steps)),  # at least one, so that z0 is measured
-            observers=[Norm(), *watchers, *keepers],
-            chunk=model.rows,
-            on_step=on_step,
-            low_precision=low_precision,
-        ):
+        def walk(latents: Iterator[Tensor]) -> Iterator[Trajectory]:
+            return iterate(
+                self._self_map(),
+                latents,
+                tol=self.tol,
+                max_steps=min(self.max_steps, max(1, steps)),  # at least one, so that z0 is measured
+                observers=[Norm(), *watchers, *keepers],
+                chunk=model.rows,
+                on_step=on_step,
+                low_precision=low_precision,
+            )
+
+        for encoding, path in accompanied(walk, starts()):
             points: dict[tuple[FeatureView, int], Tensor] = {}
             for keeper in keepers:
                 points |= keeper.points(path, first)
             first += len(path)
-            yield self._evidence(taken.popleft(), path, points)
+            yield self._evidence(encoding, path, points)
 
     def _evidence(
         self, encoding: Encoding, path: Trajectory | None, points: Mapping[tuple[FeatureView, int], Tensor]
