@@ -306,6 +306,57 @@ def test_copies_in_memory_and_files_of_no_bytes(place: Path) -> None:
     assert load_benchmark(str(place / "tiny.yaml")).copies() == []
 
 
+def surrogate_run(place: Path, out: str = "out", **options: Any) -> Evaluator:
+    """A run that samples 4 of the training images, all of which its surrogate has learnt from."""
+    bench = load_benchmark(str(place / "tiny.yaml"))
+    model = surrogate_for(backbone(), bench, out=place / "cache", recipe=QUICK, quiet=True)
+    config = RunConfig(scorers=("knn:k=3",), attractors=4, resamples=0)
+    return Evaluator(model, bench, config, place / out, quiet=True, pictures=False, **options)
+
+
+def unsampled(run: Evaluator) -> list[str]:
+    return sorted(set(run.benchmark.train.images.ids) - set(run.sample.train.images.ids))
+
+
+@pytest.mark.filterwarnings("ignore:surrogate of b. unhealthy")
+def test_copies_of_what_a_surrogate_has_learnt_from_are_copies_of_training_images(tmp_path: Path) -> None:
+    tiny.write_benchmark(tmp_path, train=40)
+    first, second, *_ = unsampled(surrogate_run(tmp_path))
+    assert surrogate_run(tmp_path).run().data["test"].get("copies") is None
+    copy(tmp_path, first, "test/000.png", "test/007.png")
+    copy(tmp_path, second, "far/002.png")
+    words = (
+        rf"2 of 10 images of 'test' are copies of images of 'train', from which the surrogate has learnt \(first: "
+        rf"'test/000\.png' of '{first}'\); 1 of 9 images of 'bright' are copies of images of 'train', from which"
+    )
+    with pytest.raises(TrajOODError, match=rf"benchmark 'tiny': {words}.*--on-duplicates warn"):
+        surrogate_run(tmp_path, "copied").run()
+    with pytest.warns(UserWarning, match="2 of 10 images of 'test' are copies of images of 'train', from which the"):
+        result = surrogate_run(tmp_path, "copied", on_duplicates="warn").run()
+    assert result.data["test"]["copies"] == {"train": 2}
+    data = {**result.data, "test": {**result.data["test"], "copies": {"train": 1}}}
+    old = replace(result, data=data)  # of a version that counted sampled images only
+    old.save(tmp_path / "copied" / result.name / "result.json")
+    assert surrogate_run(tmp_path, "copied").run() == old
+
+
+def test_what_a_surrogate_has_learnt_from_is_known_by_its_record(tmp_path: Path) -> None:
+    bench = load_benchmark(str(tiny.write_benchmark(tmp_path, train=40)))
+    model = surrogate_for(backbone(), bench, out=tmp_path / "cache", recipe=QUICK, quiet=True, limit=33)
+    learnt = model.learnt_from(bench.train)
+    assert learnt is not None
+    assert learnt.digest() == model.record["data"]["sha256"]
+    assert len(learnt) == 33
+    path = tmp_path / "images" / learnt.ids[5]
+    before = path.read_bytes()
+    other_picture(path)
+    assert model.learnt_from(bench.train) is None
+    path.write_bytes(before)
+    assert model.learnt_from(bench.test) is None
+    model.record = {}
+    assert model.learnt_from(bench.train) is None
+
+
 def test_the_same_list_with_other_pictures_is_another_row(place: Path) -> None:
     one = run_of(place).run()
     other_picture(place / "images" / "far" / "000.png")

@@ -23,6 +23,8 @@ from traj_ood.autoencoders.hub import read_config
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones import LIBRARIES, Backbone, Features, is_backbone_spec, load_backbone
 from traj_ood.backbones.packing import pack_backbone, unpack_backbone
+from traj_ood.data import ImageSource, Split
+from traj_ood.data.benchmark import at_most
 from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, check_word, foreign_errors
 from traj_ood.io.checkpoints import read_weights
@@ -36,6 +38,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "i
 _PACKED_WEIGHTS = "network.safetensors"
 _STD_FLOOR = 0.1  # smallest standard deviation, relative to the median
 _BLOCK_ROWS = 4096  # features converted to float64 at a time
+_SAMPLE_SEED = 0  # fixed, so that surrogates of several seeds share the same sample of features
 
 
 class SurrogateNetwork(nn.Module):
@@ -245,6 +248,15 @@ class SurrogateAutoencoder(Autoencoder):
         """The backbone's fingerprint; computed once, because the backbone is frozen and hashing takes seconds."""
         return self.backbone.fingerprint()
 
+    def learnt_from(self, train: Split) -> ImageSource | None:
+        """The images of a training split that the network was trained on; None if :attr:`record` names none, or if
+        they are not of this split or have changed since."""
+        data = self.record.get("data", {})
+        if not {"count", "sha256"} <= data.keys():
+            return None
+        images = training_images(train, data["count"])
+        return images if images.digest() == data["sha256"] else None
+
     def to(self, device: torch.device | str) -> SurrogateAutoencoder:
         self.backbone.to(device)
         self.network.to(device)
@@ -321,6 +333,11 @@ class SurrogateAutoencoder(Autoencoder):
         put_weights(network, read_weights(path), str(path))
         backbone = unpack_backbone(field_of(described, "backbone", dict, where), folder)
         return cls(backbone, network, name=described["name"])
+
+
+def training_images(train: Split, most: int) -> ImageSource:
+    """The at most ``most`` images of a training split that surrogates are trained on, whatever their seeds."""
+    return at_most(train.images, most, _SAMPLE_SEED, f"surrogate/{train.name}")
 
 
 def check_features(name: str, features: Tensor, width: int) -> None:

@@ -78,19 +78,21 @@ class Split:
 @dataclass(frozen=True)
 class Copies:
     """``count`` of the ``total`` images of the split ``second`` are also in ``first``; ``example`` is one pair of ids,
-    in ``second`` and in ``first``."""
+    in ``second`` and in ``first``. ``learnt``: whether a surrogate has learnt from those of ``first``."""
 
     first: str
     second: str
     count: int
     total: int
     example: tuple[str, str]
+    learnt: bool = False
 
     def __str__(self) -> str:
         mine, theirs = self.example
+        learnt = ", from which the surrogate has learnt" if self.learnt else ""
         return (
-            f"{self.count} of {self.total} images of {self.second!r} are copies of images of {self.first!r} (first: "
-            f"{mine!r} of {theirs!r})"
+            f"{self.count} of {self.total} images of {self.second!r} are copies of images of {self.first!r}{learnt} "
+            f"(first: {mine!r} of {theirs!r})"
         )
 
 
@@ -207,23 +209,33 @@ class Benchmark:
         contents = self.contents() if contents is None else contents
         return {split.name: split.digests(contents[split.name]) for split in self.splits()}
 
-    def copies(self, contents: Mapping[str, Sequence[str]] | None = None) -> list[Copies]:
+    def copies(
+        self, contents: Mapping[str, Sequence[str]] | None = None, learnt: ImageSource | None = None
+    ) -> list[Copies]:
         """Images with equal content in two splits: in distribution at least one of them, or OOD both and alike in more
         than half of the second, which the means over sets would count twice.
 
         Equal are files with the same bytes, or the same pixels in memory; a file that was saved again is not found.
         Pairs are in the order of :meth:`splits`, so that those within the ID splits come first.
+
+        Args:
+            contents: :meth:`contents`, if already known.
+            learnt: images that a surrogate has learnt from, which count as training images; default: none.
         """
         contents = self.contents() if contents is None else contents
+        taught = {} if learnt is None else dict(zip(learnt.contents(), learnt.ids, strict=True))
         found = []
         for first, second in combinations(self.splits(), 2):
             theirs = dict(zip(contents[first.name], first.images.ids, strict=True))
+            if first is self.train:
+                theirs = taught | theirs
             for unreadable in (ABSENT, _EMPTY):
                 theirs.pop(unreadable, None)
             mine = zip(contents[second.name], second.images.ids, strict=True)
-            pairs = [(image_id, theirs[content]) for content, image_id in mine if content in theirs]
-            if len(pairs) > (len(second.images) / 2 if _is_ood(first) else 0):
-                found.append(Copies(first.name, second.name, len(pairs), len(second.images), pairs[0]))
+            shared = [(content, (image_id, theirs[content])) for content, image_id in mine if content in theirs]
+            if len(shared) > (len(second.images) / 2 if _is_ood(first) else 0):
+                known = first is self.train and any(content in taught for content, _ in shared)
+                found.append(Copies(first.name, second.name, len(shared), len(second.images), shared[0][1], known))
         return found
 
     def _check_roles_and_names(self) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from traj_ood.attractors import AttractorDictionary
-from traj_ood.autoencoders import Autoencoder, check_autoencoder
+from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder, check_autoencoder
 from traj_ood.autoencoders.identity import model_identity
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import Benchmark, Split, preflight
@@ -113,9 +113,10 @@ class Evaluator:
         team: the processes that share the work, see :meth:`traj_ood.evaluation.parallel.Team.join`; default: only this
             one. Each process builds an evaluator with the same settings, and all must have access to ``out``.
         on_duplicates: ``error`` or ``warn`` if two splits share images by content (see
-            :meth:`traj_ood.data.Benchmark.copies`). By default, up to 1 % of a split are a warning and more an error:
-            real data sets have a few duplicates, but results on a test set that was trained on are meaningless. Their
-            number is recorded in the result.
+            :meth:`traj_ood.data.Benchmark.copies`), of the training split also those that a surrogate has learnt from
+            without being in the sample. By default, up to 1 % of a split are a warning and more an error: real data
+            sets have a few duplicates, but results on a test set that was trained on are meaningless. Their number is
+            recorded in the result.
         pictures: keep what a report shows (:mod:`traj_ood.evaluation.gallery`, which includes small versions of some
             images). It takes seconds and does not affect results; running a finished run again adds missing pictures.
     """
@@ -245,7 +246,9 @@ class Evaluator:
             if self.cache is not None:
                 self.cache.distrust()
         self._snapshot = Snapshot(self.sample.splits())
-        copies = self.sample.copies(self._snapshot.contents)
+        model = self.autoencoder
+        learnt = model.learnt_from(self.benchmark.train) if isinstance(model, SurrogateAutoencoder) else None
+        copies = self.sample.copies(self._snapshot.contents, learnt)
         identity = self._identity(copies)
         finished = self.folder / FILE_NAME
         if finished.is_file():

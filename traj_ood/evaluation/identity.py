@@ -25,12 +25,14 @@ def own_file(cls: type[Any]) -> str | None:
 
 
 def comparable(mine: Any, other: Any) -> Any:
-    """``mine`` in the form in which ``other`` can be compared with it: without entries that older results lack, and
-    with its ``answers`` if both agree up to rounding."""
+    """``mine`` in the form in which ``other`` can be compared with it: without entries that older results lack, with
+    its ``answers`` if both agree up to rounding, and with its ``copies``, which follow from images and model."""
     if not isinstance(mine, dict) or not isinstance(other, dict):
         return mine
     if "answers" in mine and agree(other.get("answers"), mine["answers"]):
         mine = {**mine, "answers": other["answers"]}
+    if "copies" in other:
+        mine = {**mine, "copies": other["copies"]}
     newer = _NEWER - other.keys()
     return {key: comparable(value, other.get(key)) for key, value in mine.items() if key not in newer}
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from traj_ood.autoencoders.surrogate import SurrogateAutoencoder
+from traj_ood.autoencoders.surrogate import SurrogateAutoencoder, training_images
 from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.backbones.feature_cache import BLOCK, FeatureCache, backbone_answers
 from traj_ood.backbones.tuning import tuned
 from traj_ood.data import Benchmark, ImageSource, preflight
 from traj_ood.data.batches import OnError, ranges_of
-from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, transform_digest
 from traj_ood.errors import TrajOODError, check_word
@@ -38,7 +37,6 @@ from traj_ood.training.surrogate import (
 
 LIMIT = 50_000
 """Maximum number of training features: 400 MB at 2,048 dimensions."""
-_SAMPLE_SEED = 0  # fixed, so that surrogates of several seeds share the same sample of features
 
 
 def surrogate_for(
@@ -87,10 +85,8 @@ def surrogate_for(
     if device is not None:
         backbone.to(device)
     backbone = tuned(backbone, root)
-    images = benchmark.train.images
-    check_count(backbone, len(images))
-    if len(images) > limit:
-        images = images.select(sample_indices(len(images), limit, _SAMPLE_SEED, f"surrogate/{benchmark.train.name}"))
+    check_count(backbone, len(benchmark.train.images))
+    images = training_images(benchmark.train, limit)
     if fresh:
         distrust()
     data = {
