@@ -357,6 +357,32 @@ def test_what_a_surrogate_has_learnt_from_is_known_by_its_record(tmp_path: Path)
     assert model.learnt_from(bench.train) is None
 
 
+@pytest.mark.filterwarnings("ignore:surrogate of b. unhealthy")
+def test_training_images_that_changed_are_named_where_a_surrogate_has_learnt_from_them(tmp_path: Path) -> None:
+    tiny.write_benchmark(tmp_path, train=40)
+    run = surrogate_run(tmp_path)
+    run.run()
+    sampled, first = run.sample.train.images.ids[0], unsampled(run)[0]
+    before = (tmp_path / "images" / sampled).read_bytes()
+    other_picture(tmp_path / "images" / sampled)
+    one = rf"1 of 4 images of split 'train' have changed: '{sampled}'"
+    with pytest.raises(TrajOODError, match=rf"has a run with another model, data \({one}\): choose another --out, or"):
+        surrogate_run(tmp_path).run()
+    (tmp_path / "images" / sampled).write_bytes(before)
+    other_picture(tmp_path / "images" / first)
+    other = rf"1 of 40 images that the surrogate has learnt from have changed: '{first}'"
+    with pytest.raises(TrajOODError, match=rf"has a run with another model \({other}\): choose another --out, or"):
+        surrogate_run(tmp_path).run()
+    other_picture(tmp_path / "images" / sampled)
+    two = rf"{one}; 2 of 40 images that the surrogate has learnt from have changed: '{first}', '{sampled}'"
+    with pytest.raises(TrajOODError, match=rf"has a run with another model, data \({two}\): choose another --out, or"):
+        surrogate_run(tmp_path).run()
+    table = pd.read_parquet(run.folder / "images.parquet")
+    table[table["split"] != "learnt by the surrogate"].to_parquet(run.folder / "images.parquet")  # an older version's
+    with pytest.raises(TrajOODError, match=rf"another model, data \(model: .*; model\.fingerprint: .* here; {one}\): "):
+        surrogate_run(tmp_path).run()
+
+
 def test_the_same_list_with_other_pictures_is_another_row(place: Path) -> None:
     one = run_of(place).run()
     other_picture(place / "images" / "far" / "000.png")

@@ -41,7 +41,7 @@ from traj_ood.evaluation.parallel import Team
 from traj_ood.evaluation.passes import Parts, Passes, even_size, key_of
 from traj_ood.evaluation.results import CONTROL, FILE_NAME, Result, ScorerResult
 from traj_ood.evaluation.runs import read_scores
-from traj_ood.evaluation.snapshot import Snapshot
+from traj_ood.evaluation.snapshot import LEARNT, Snapshot
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.files import alone_in, empty_folder, write_atomic
 from traj_ood.io.parts import PartStore
@@ -245,9 +245,9 @@ class Evaluator:
                 distrust()
             if self.cache is not None:
                 self.cache.distrust()
-        self._snapshot = Snapshot(self.sample.splits())
         model = self.autoencoder
         learnt = model.learnt_from(self.benchmark.train) if isinstance(model, SurrogateAutoencoder) else None
+        self._snapshot = Snapshot(self.sample.splits(), learnt)
         copies = self.sample.copies(self._snapshot.contents, learnt)
         identity = self._identity(copies)
         finished = self.folder / FILE_NAME
@@ -343,12 +343,10 @@ class Evaluator:
         different = [key for key in mine if mine[key] != other.get(key)]
         if not different:
             return
-        words = []
-        changed = self._snapshot.changed(self.folder) if "data" in different else None
-        if changed and any(changed.values()):
-            words.append(self._snapshot.words(changed))
-        named = [key for key in different if not words or key != "data"]
-        words.insert(0, differences({k: mine[k] for k in named}, {k: other.get(k) for k in named}))
+        changed = (self._snapshot.changed(self.folder) if {"data", "model"} & {*different} else None) or {}
+        explained = ["data"] if any(changed.values()) else []
+        explained += ["model.fingerprint", "model.answers"] if changed.get(LEARNT) else []
+        words = differences(mine, {key: other.get(key) for key in mine}, explained), self._snapshot.words(changed)
         raise TrajOODError(
             f"{self.folder}: has a run with another {', '.join(different)} ({'; '.join(filter(None, words))}): choose "
             "another --out, or discard it with --fresh"

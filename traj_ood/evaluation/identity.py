@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from traj_ood.dynamics.behaviour import agree
@@ -67,20 +67,21 @@ def other_code(result: Result) -> str:
     return f"by another version of the code ({'; '.join([version, *others])})"
 
 
-def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The first differences between two identities, each with the recorded value (there) and the one asked for (here).
+def differences(mine: Mapping[str, Any], other: Mapping[str, Any], explained: Collection[str] = ()) -> str:
+    """The first differences between two identities, each with the recorded value (there) and the one asked for (here);
+    without the places that are ``explained`` otherwise, such as ``model.fingerprint``.
 
     >>> differences({"config": {"tol": 1e-4, "on_error": "skip"}}, {"config": {"tol": 1e-5, "on_error": "skip"}})
     'config.tol: 1e-05 there, 0.0001 here'
     """
-    found = list(_differences(mine, other))
+    found = list(_differences(mine, other, explained))
     return "; ".join([*found[:_SHOWN], *(["…"] if len(found) > _SHOWN else [])])
 
 
-def _differences(mine: Any, other: Any, *keys: str) -> Iterator[str]:
+def _differences(mine: Any, other: Any, explained: Collection[str], *keys: str) -> Iterator[str]:
     """The differences of what two identities have under ``keys``."""
     place = ".".join(keys)
-    if mine == other:
+    if mine == other or place in explained:
         return
     if isinstance(mine, Mapping) and isinstance(other, Mapping):
         is_split = len(keys) == 2 and keys[0] == "data"  # of which the digests say nothing to a reader
@@ -88,7 +89,7 @@ def _differences(mine: Any, other: Any, *keys: str) -> Iterator[str]:
         if not names:
             yield f"{place}: other images"
         for name in names:
-            yield from _differences(mine.get(name, _NOTHING), other.get(name, _NOTHING), *keys, name)
+            yield from _differences(mine.get(name, _NOTHING), other.get(name, _NOTHING), explained, *keys, name)
     elif place == "config.scorers" and isinstance(other, list):
         kinds = {"only here": [s for s in mine if s not in other], "only there": [s for s in other if s not in mine]}
         words = [f"{_listed(names)} {kind}" for kind, names in kinds.items() if names]
