@@ -115,6 +115,24 @@ def test_one_scorer_in_two_runs(runs: Path) -> None:
     assert code == 1
 
 
+def test_the_name_of_a_scorer_stands_for_its_only_label(runs: Path) -> None:
+    one, two = Run.load_all(runs)
+    labels = ("knn:k=2", "mahalanobis")
+    assert compare_scorers([one], "knn", "mahalanobis", resamples=50) == compare_scorers([one], *labels, resamples=50)
+    assert compare_runs(one, two, "knn", resamples=50) == compare_runs(one, two, "knn:k=2", resamples=50)
+    with pytest.raises(TrajOODError, match="expected two scorers, got 'knn:k=2' twice"):
+        compare_scorers([one], "knn", "knn:k=2")
+    more = {**two.result.scorers, "knn:k=3": two.result.scorers["knn:k=2"]}
+    other = replace(two, result=replace(two.result, scorers=more))
+    several = r"scorer 'knn': expected one label of it in the runs, got knn:k=2, knn:k=3: give one"
+    with pytest.raises(TrajOODError, match=several):
+        compare_scorers([one, other], "knn", "mahalanobis")
+    with pytest.raises(TrajOODError, match=several):
+        compare_runs(one, other, "knn")
+    with pytest.raises(TrajOODError, match=r"unknown scorer of .* 'knn:k': did you mean 'knn:k=2'"):
+        compare_scorers([one], "knn:k", "mahalanobis")
+
+
 def test_sets_are_named_with_their_benchmark_where_there_are_several(runs: Path) -> None:
     one, two = Run.load_all(runs)
     other = replace(two, result=replace(two.result, benchmark="other"))

@@ -31,7 +31,8 @@ _FORMS = ("markdown", "csv", "latex", "html", "openood")
 @click.option(
     "--scorers",
     required=True,
-    help="Two labels a,b: compares a with b in all RUNS. One label: compares the first RUN with the second.",
+    help="Two labels a,b: compares a with b in all RUNS. One label: compares the first RUN with the second. A plain "
+    "name, such as knn, stands for the only label of that scorer.",
 )
 @click.option(
     "--metric",

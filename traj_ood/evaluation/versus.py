@@ -151,11 +151,13 @@ def compare_scorers(runs: Sequence[Run], a: str, b: str, *, resamples: int = RES
 
     Args:
         runs: runs of one or several benchmarks; those of one benchmark must have the same test images.
-        a, b: labels of the two scorers, which every run must have.
+        a, b: labels of the two scorers, which every run must have; the name of a scorer stands for its only label.
         resamples, seed: see :func:`traj_ood.evaluation.compare.paired_bootstrap`. Default: :data:`RESAMPLES`.
     Raises:
-        TrajOODError: there are no runs, ``a`` is ``b``, two runs are one, a run lacks a scorer, or images differ.
+        TrajOODError: there are no runs, ``a`` is ``b``, two runs are one, a run lacks a scorer, a name has several
+            labels, or images differ.
     """
+    a, b = _label(a, runs), _label(b, runs)
     if a == b:
         raise TrajOODError(f"compare: expected two scorers, got {a!r} twice: name another")
     for one, other in combinations(runs, 2):
@@ -175,8 +177,9 @@ def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAM
     """Compare one scorer in two runs on the same images, such as with two models; arguments as :func:`compare_scorers`.
 
     Raises:
-        TrajOODError: the runs have different benchmarks or images, or lack the scorer.
+        TrajOODError: the runs have different benchmarks or images, or lack the scorer, or its name has several labels.
     """
+    scorer = _label(scorer, (first, second))
     if first.result.benchmark != second.result.benchmark:
         raise TrajOODError(
             f"compare: expected two runs of one benchmark, got {first.result.benchmark} and {second.result.benchmark}: "
@@ -253,6 +256,17 @@ def _distinct_names(first: Run, second: Run) -> tuple[str, str]:
         if a != b:
             return a, b
     return "first", "second"
+
+
+def _label(name: str, runs: Sequence[Run]) -> str:
+    """The only label in the runs of scorer ``name``, such as ``mahalanobis:view=backbone``; else ``name`` itself."""
+    known = {label for run in runs for label in run.result.scorers}
+    labels = sorted(label for label in known if label.split(":")[0] == name)
+    if name in known or not labels:
+        return name
+    if len(labels) > 1:
+        raise TrajOODError(f"scorer {name!r}: expected one label of it in the runs, got {', '.join(labels)}: give one")
+    return labels[0]
 
 
 def _table(run: Run, *scorers: str) -> pd.DataFrame:
