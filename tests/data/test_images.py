@@ -7,6 +7,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image, features
 
 from traj_ood.data import ArrayImages, FileImages, decoding, read_folder, read_image_list
 from traj_ood.data.decoding import AS_STORED, MAX_PIXELS, Reading, decode, open_image
+from traj_ood.data.images import walk_images
 from traj_ood.errors import TrajOODError
 
 
@@ -225,6 +227,24 @@ def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
     assert images.ids == ("set/a/1.JPEG", "set/a/10.jpg", "set/b/2.PNG", "set/z.jpg")
     assert images.missing() == []
     assert images.load(3).size == (16, 12)
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "/"])
+def test_links_to_a_folder_above_are_refused_by_name(tmp_path: Path, target: str) -> None:
+    inside = tmp_path / "data" / "id"
+    for place in (inside / "a", inside.parent / "ood"):
+        save(place / "1.png")
+    (inside / "a" / "loop").symlink_to("..")  # the folder itself
+    assert read_folder(inside).paths == ("a/1.png",)
+    (inside / "loop").symlink_to(target)
+    words = rf"id/loop: the link leads to a folder above {inside}, and to all images in there; remove it"
+    with pytest.raises(TrajOODError, match=words):
+        read_folder(inside)
+    found = dict(walk_images(str(inside), Counter(), follow_links=False))
+    assert found[str(inside / "loop")] == f"the link leads out of {inside}; allow that with --follow-links"
+    assert len(found) == 2
+    if target != "/":
+        assert len(read_folder(tmp_path)) == 2  # in what is read, it leads to nothing new
 
 
 def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

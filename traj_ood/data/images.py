@@ -289,7 +289,8 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
 
     Image files are recognised by suffix, in upper or lower case. Other files are left out, with a warning that counts
     them. Hidden files and folders are ignored (macOS creates ``._name.jpg`` files that are no images). Links to folders
-    are followed, each real folder once.
+    are followed, each real folder once; a link to a folder above ``folder``, which would add the images beside it, is
+    refused.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -340,11 +341,11 @@ def walk_images(folder: str, others: Counter[str], *, follow_links: bool) -> Ite
     paths: each path, and why it must not be read, else an empty text.
 
     Hidden files and folders are ignored; each real folder is entered once, so that loops of links end. Links that lead
-    out of ``folder``, unless ``follow_links``, and folders that cannot be listed have an error. ``others`` counts the
-    suffixes of files that are no images. One folder's names are in memory at a time.
+    out of ``folder``, unless ``follow_links``, or to a folder above it, and folders that cannot be listed have an
+    error. ``others`` counts the suffixes of files that are no images. One folder's names are in memory at a time.
     """
     root = os.path.realpath(folder)
-    seen = {_identity(root)}
+    seen, above = {_identity(root)}, {_identity(str(parent)) for parent in Path(root).parents} - {None}
     waiting = [_listing(folder)]  # a stack of half-walked folders, not recursion: trees may be deep
     while waiting:
         item = next(waiting[-1], None)
@@ -357,7 +358,9 @@ def walk_images(folder: str, others: Counter[str], *, follow_links: bool) -> Ite
                 yield item.path, f"the link leads out of {folder}; allow that with --follow-links"
         elif _is_folder(item):
             identity = _identity(item.path)
-            if identity is None or identity not in seen:
+            if identity in above:
+                yield item.path, f"the link leads to a folder above {folder}, and to all images in there; remove it"
+            elif identity is None or identity not in seen:
                 seen.add(identity)
                 waiting.append(_listing(item.path))
         elif item.name.lower().endswith(IMAGE_SUFFIXES):
