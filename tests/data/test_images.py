@@ -597,3 +597,24 @@ def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"left out 4 file\(s\) that are no images: \.txt 2, .*\.heic 1") as caught:
         assert len(read_folder(tmp_path)) == 2
     assert len(caught) == 1
+
+
+def test_hidden_images_are_mentioned_and_other_hidden_files_are_not(tmp_path: Path) -> None:
+    for name in ("a.png", "b/.c.JPG", "b/.d.png", ".git/e.png"):
+        save(tmp_path / name)
+    (tmp_path / "b" / ".folder.png").mkdir()
+    for name in (".DS_Store", "._a.png", "b/.notes.txt", ".png"):
+        (tmp_path / name).write_text("no image")
+    hidden = r"left out 2 hidden image file\(s\), whose names begin with a dot$"
+    with pytest.warns(UserWarning, match=rf": {hidden}"):
+        assert read_folder(tmp_path).paths == ("a.png",)
+    (tmp_path / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"left out 1 file\(s\) that are no images: \.txt 1; and 2 hidden image file"):
+        read_folder(tmp_path)
+    with pytest.raises(TrajOODError, match=r"expected at least one image \(.*\), found 2 hidden one\(s\) alone; fill"):
+        read_folder(tmp_path / "b")
+    for name in ("b/.c.JPG", "b/.d.png", "notes.txt"):
+        (tmp_path / name).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_folder(tmp_path)

@@ -27,6 +27,8 @@ from traj_ood.errors import TrajOODError, warn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+HIDDEN = "hidden"
+"""The key of hidden image files among the counts of what is left out of a folder, which no suffix is."""
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -287,10 +289,9 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
     """All image files in and below ``folder``, sorted by relative path, which ``prefix`` precedes in the ids (``sun``
     gives ``sun/a/b.jpg``).
 
-    Image files are recognised by suffix, in upper or lower case. Other files are left out, with a warning that counts
-    them. Hidden files and folders are ignored (macOS creates ``._name.jpg`` files that are no images). Links to folders
-    are followed, each real folder once; a link to a folder above ``folder``, which would add the images beside it, is
-    refused.
+    Image files are recognised by suffix, in upper or lower case. Other files are left out, and so are hidden image
+    files, with a warning that counts them. Other hidden files and folders are ignored. Links to folders are followed,
+    each real folder once; a link to a folder above ``folder``, which would add the images beside it, is refused.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -304,8 +305,9 @@ def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:
         paths.append(Path(path).relative_to(folder).as_posix())
     paths.sort()
     if not paths:
+        found = f"{others[HIDDEN]} hidden one(s) alone" if others[HIDDEN] else "none"
         raise TrajOODError(
-            f"image folder {folder}: expected at least one image ({' '.join(IMAGE_SUFFIXES)}), found none; "
+            f"image folder {folder}: expected at least one image ({' '.join(IMAGE_SUFFIXES)}), found {found}; "
             "fill the folder or correct the path"
         )
     if others:
@@ -324,10 +326,13 @@ def labelled_by_folder(images: FileImages) -> FileImages:
 
 
 def left_out(folder: str | Path, others: Counter[str]) -> str:
-    """The warning about files that are no images, with counts by suffix, the most frequent first."""
-    total, kinds = sum(others.values()), [f"{suffix or 'no suffix'} {n}" for suffix, n in others.most_common(5)]
-    more = ", …" if len(others) > len(kinds) else ""
-    return f"{folder}: left out {total} file(s) that are no images: {', '.join(kinds)}{more}"
+    """The warning about files that are no images, with counts by suffix, the most frequent first, and hidden ones."""
+    plain = Counter({suffix: n for suffix, n in others.items() if suffix != HIDDEN})
+    kinds = [f"{suffix or 'no suffix'} {n}" for suffix, n in plain.most_common(5)]
+    more = ", …" if len(plain) > len(kinds) else ""
+    parts = [f"{plain.total()} file(s) that are no images: {', '.join(kinds)}{more}"] if plain else []
+    parts += [f"{others[HIDDEN]} hidden image file(s), whose names begin with a dot"] if others[HIDDEN] else []
+    return f"{folder}: left out {'; and '.join(parts)}"
 
 
 def suffix_of(name: str) -> str:
@@ -342,11 +347,12 @@ def walk_images(folder: str, others: Counter[str], *, follow_links: bool) -> Ite
 
     Hidden files and folders are ignored; each real folder is entered once, so that loops of links end. Links that lead
     out of ``folder``, unless ``follow_links``, or to a folder above it, and folders that cannot be listed have an
-    error. ``others`` counts the suffixes of files that are no images. One folder's names are in memory at a time.
+    error. ``others`` counts the suffixes of files that are no images, and under ``HIDDEN`` hidden image files. One
+    folder's names are in memory at a time.
     """
     root = os.path.realpath(folder)
     seen, above = {_identity(root)}, {_identity(str(parent)) for parent in Path(root).parents} - {None}
-    waiting = [_listing(folder)]  # a stack of half-walked folders, not recursion: trees may be deep
+    waiting = [_listing(folder, others)]  # a stack of half-walked folders, not recursion: trees may be deep
     while waiting:
         item = next(waiting[-1], None)
         if item is None:
@@ -362,22 +368,32 @@ def walk_images(folder: str, others: Counter[str], *, follow_links: bool) -> Ite
                 yield item.path, f"the link leads to a folder above {folder}, and to all images in there; remove it"
             elif identity is None or identity not in seen:
                 seen.add(identity)
-                waiting.append(_listing(item.path))
+                waiting.append(_listing(item.path, others))
         elif item.name.lower().endswith(IMAGE_SUFFIXES):
             yield item.path, ""
         else:
             others[suffix_of(item.name)] += 1
 
 
-def _listing(folder: str) -> Iterator[os.DirEntry[str] | tuple[str, str]]:
-    """The content of a folder without hidden names, in the sort order of the full relative paths below it."""
+def _listing(folder: str, others: Counter[str]) -> Iterator[os.DirEntry[str] | tuple[str, str]]:
+    """The content of a folder without hidden names, in the sort order of the full relative paths below it. Hidden image
+    files are counted in ``others``."""
     try:
         with os.scandir(folder) as found:
-            items = [item for item in found if not item.name.startswith(".")]
+            every = list(found)
     except OSError as error:
         yield folder, f"the folder cannot be listed ({error.strerror}); fix its permissions"
         return
+    if hidden := sum(map(_is_hidden_image, every)):
+        others[HIDDEN] += hidden
+    items = [item for item in every if not item.name.startswith(".")]
     yield from sorted(items, key=lambda item: item.name + "/" if _is_folder(item) else item.name)
+
+
+def _is_hidden_image(item: os.DirEntry[str]) -> bool:
+    # macOS writes a ``._name.jpg`` for each name.jpg on foreign disks, which is no image.
+    named = item.name.startswith(".") and not item.name.startswith("._")
+    return named and suffix_of(item.name) in IMAGE_SUFFIXES and not _is_folder(item)
 
 
 def _is_folder(item: os.DirEntry[str]) -> bool:
