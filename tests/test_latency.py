@@ -115,7 +115,7 @@ def test_streams_and_calibration_keep_whole_chunks(tmp_path: Path) -> None:
     detector = Detector.fit(model, pixels(40), "field")
     model.calls.clear()
     detector.calibrate(pixels(70)[40:])
-    as_picture("", pixels(1)[0]).save(tmp_path / "one.png")
+    as_picture(pixels(1)[0]).save(tmp_path / "one.png")
     (rows,) = score_rows(detector, [Entry(str(tmp_path / "one.png"))], linger=0)
     assert rows[0].error is None
     assert set(model.calls) == {48}
@@ -162,7 +162,7 @@ def test_the_next_images_are_read_while_a_batch_is_judged(tmp_path: Path) -> Non
     detector = Detector.fit(Counting(), pixels(20), "field")
     places = [tmp_path / f"{number}.png" for number in range(9)]
     for place, image in zip(places, pixels(9), strict=True):
-        as_picture("", image).save(place)
+        as_picture(image).save(place)
     read, waited = [threading.Event() for _ in places], []
 
     def transform(picture: Image.Image) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +276,15 @@ def test_what_a_data_set_gives_wrongly_is_named(detector: Detector, arrays: np.n
         detector.score(normalised)
     with pytest.raises(TrajOODError, match="expected a key of image, img, pixel_values, data, got keys photo"):
         detector.score(torch.utils.data.DataLoader([{"photo": torch.zeros(GREY)}]))  # type: ignore[arg-type]
-    with pytest.raises(TrajOODError, match="expected images of known number"):
-        detector.score(torch.utils.data.DataLoader(Endless()))
+    unknown = "images: expected images of known number, got {}, which does not say how many: make a list of its images"
+    for asked, kind in (
+        (torch.utils.data.DataLoader(Endless()), "DataLoader over Endless"),
+        (torch.utils.data.DataLoader(Endless(), batch_size=4), "DataLoader over Endless"),
+        (Endless(), "Endless"),
+    ):
+        for ask in (detector.score, detector.decide, detector.calibrate):
+            with pytest.raises(TrajOODError, match=f"^{unknown.format(kind)}, or score batch by batch$"):
+                ask(asked)
 
 
 def test_prepare_leaves_units_alone_and_checks_pixels() -> None:
@@ -291,6 +299,39 @@ def test_prepare_leaves_units_alone_and_checks_pixels() -> None:
             prepare(model, torch.full((1, *GREY), high))
     with pytest.raises(TrajOODError, match=r"Normalised: expected a float tensor, got torch\.uint8: convert it"):
         prepare(model, Normalised(torch.zeros(1, *GREY).byte()))
+
+
+@pytest.mark.parametrize("as_given", [torch.zeros, np.zeros], ids=["torch", "numpy"])
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        (
+            (4, 8, 8, 5),
+            r"of 1 or 3 channels, got shape \(8, 8, 5\): put channels first, as in \(B, 1, 8, 8\), and keep",
+        ),
+        (
+            (8, 8, 5),
+            r"of 1 or 3 channels, got shape \(8, 8, 5\): put channels first, as in \(B, 1, 8, 8\), and keep 1 ",
+        ),
+        ((0, 3, 9, 9), r"\(B, 1, 8, 8\), got shape \(0, 3, 9, 9\) without an image to resize: give an empty batch the"),
+        ((0, 8, 8, 5), r"\(B, 1, 8, 8\), got shape \(0, 8, 8, 5\) without an image to resize: give an empty batch the"),
+        ((4, 1, 0, 9), r"with pixels, got shape \(1, 0, 9\): leave empty ones out"),
+    ],
+)
+def test_shapes_that_cannot_be_resized_are_refused_with_what_to_do(shape: Any, text: str, as_given: Any) -> None:
+    with pytest.raises(TrajOODError, match=rf"conv: expected images {text}"):
+        prepare(tiny.conv(), as_given(shape))
+
+
+def test_a_model_of_many_channels_takes_its_own_shape_alone() -> None:
+    model = CallableAutoencoder(lambda x: x.flatten(1), lambda z: z.reshape(-1, 5, 8, 8), (5, 8, 8), name="five")
+    assert prepare(model, torch.zeros(2, 5, 8, 8)).shape == (2, 5, 8, 8)
+    for shape in ((2, 8, 8, 5), (2, 5, 9, 9), (2, 3, 8, 8)):
+        words = (
+            rf"five: expected images \(B, 5, 8, 8\), got shape {re.escape(str(shape))}: put channels first, and resize"
+        )
+        with pytest.raises(TrajOODError, match=words):
+            prepare(model, torch.zeros(shape))
 
 
 # ---------------------------------------------------------------------- detectors remember it

@@ -62,6 +62,8 @@ def count_of(images: Images) -> int:
             f"images: expected many, got one {type(images).__name__}: put it into a list, or read a folder with "
             "traj_ood.data.read_folder"
         )
+    if isinstance(images, torch.utils.data.IterableDataset):
+        raise _unknown_number(images)
     try:
         if isinstance(images, torch.utils.data.DataLoader):
             whole = images.drop_last and images.batch_size
@@ -70,11 +72,20 @@ def count_of(images: Images) -> int:
         if indexed or isinstance(images, Normalised) or _is_source(images):
             return len(images)
     except TypeError as error:
-        raise TrajOODError(f"images: expected images of known number, got {error}: make a list") from error
+        raise _unknown_number(images) from error
     remedy = "pass its .images" if isinstance(images, Split) else "make a list of it"
     raise TrajOODError(
         "images: expected pixels (B, C, H, W), an ImageSource, a Dataset or DataLoader, or a list of PIL images or "
         f"paths, got {type(images).__name__}: {remedy}"
+    )
+
+
+def _unknown_number(images: Any) -> TrajOODError:
+    data = images.dataset if isinstance(images, torch.utils.data.DataLoader) else images
+    kind = type(images).__name__ + ("" if data is images else f" over {type(data).__name__}")
+    return TrajOODError(
+        f"images: expected images of known number, got {kind}, which does not say how many: make a list of its images, "
+        "or score batch by batch"
     )
 
 

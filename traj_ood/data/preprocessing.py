@@ -228,12 +228,8 @@ def prepare(model: ImageModel, images: Pixels) -> Tensor:
     pixels = as_pixels(model.name, images)
     if model.preprocessing is not None and tuple(pixels.shape[1:]) == tuple(model.input_shape):
         return model.preprocessing.normalise(pixels)
-    if not len(pixels):
-        raise TrajOODError(
-            f"{model.name}: expected images (B, {', '.join(map(str, model.input_shape))}), got shape "
-            f"{tuple(pixels.shape)}"
-        )
-    return torch.stack([model.transform(as_picture(model.name, row)) for row in pixels])
+    _check_pictures(model, pixels)
+    return torch.stack([model.transform(as_picture(row)) for row in pixels])
 
 
 def as_pixels(name: str, images: Tensor | np.ndarray) -> Tensor:
@@ -261,10 +257,30 @@ def as_pixels(name: str, images: Tensor | np.ndarray) -> Tensor:
     return pixels.float()
 
 
-def as_picture(name: str, pixels: Tensor) -> Image.Image:
-    """Convert pixels, (C, H, W) uint8 or floats in [0, 1], to a Pillow image of 8 bits per channel."""
-    if pixels.shape[0] not in (1, 3) or not pixels.numel():
-        raise TrajOODError(f"{name}: expected images of 1 or 3 channels, got shape {tuple(pixels.shape)}")
+def _check_pictures(model: ImageModel, pixels: Tensor) -> None:
+    """Refuse pixels (B, C, H, W), of another shape than the model's, that cannot be treated like files."""
+    own, shape = f"(B, {', '.join(map(str, model.input_shape))})", tuple(pixels.shape)
+    if not len(pixels):
+        raise TrajOODError(
+            f"{model.name}: expected images {own}, got shape {shape} without an image to resize: give an empty batch "
+            "the model's shape, or leave it out"
+        )
+    if model.preprocessing is not None and model.input_shape[0] not in (1, 3):
+        raise TrajOODError(
+            f"{model.name}: expected images {own}, got shape {shape}: put channels first, and resize the images, which "
+            "is only done here for 1 or 3 channels"
+        )
+    if shape[1] not in (1, 3):
+        raise TrajOODError(
+            f"{model.name}: expected images of 1 or 3 channels, got shape {shape[1:]}: put channels first, as in "
+            f"{own}, and keep 1 or 3 of them"
+        )
+    if not pixels.numel():
+        raise TrajOODError(f"{model.name}: expected images with pixels, got shape {shape[1:]}: leave empty ones out")
+
+
+def as_picture(pixels: Tensor) -> Image.Image:
+    """Convert pixels, (C, H, W) uint8 or floats in [0, 1] with C of 1 or 3, to a Pillow image of 8 bits per channel."""
     if pixels.dtype != torch.uint8:
         pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
     array = pixels.permute(1, 2, 0).cpu().numpy()
