@@ -15,11 +15,11 @@ from torch import Tensor
 from traj_ood.analysis import Workspace, find_question, options_from, subjects
 from traj_ood.analysis.decomposition import (
     Decomposition,
-    _sentence,
     bounds,
     elsewhere,
     lipschitz,
     nearest,
+    sentence_of,
     summary,
     terms,
     terms_figure,
@@ -64,7 +64,7 @@ def test_exact_reconstructions_have_no_ratio() -> None:
     assert row["forms"]["proof step"] == {"holds": 0.5, "median_ratio": 0.5, "worst_ratio": 0.5}
     row = summary(error=lengths(0, 0), lipschitz=torch.ones(()).double(), **parts)
     assert row["forms"]["proof step"] == {"holds": 1, "median_ratio": None, "worst_ratio": None}
-    told = _sentence("m", {**row, "attractors": 2})
+    told = sentence_of("m", {**row, "attractors": 2})
     assert "worst" not in told
     assert "100.0%" in told
 
@@ -77,7 +77,7 @@ def test_a_constant_that_is_not_finite_is_told_and_drawn(tmp_path: Path) -> None
     assert row["forms"]["stated"] == {"holds": None, "median_ratio": None, "worst_ratio": None}
     assert row["forms"]["proof step"]["holds"] == 0.5
     json.dumps(row, allow_nan=False)
-    assert "L_D is not finite" in _sentence("m", {**row, "attractors": 2})
+    assert "L_D is not finite" in sentence_of("m", {**row, "attractors": 2})
     terms_of = {**parts, "lipschitz": lengths(torch.inf)[0], "elsewhere": lengths(1, torch.inf)}
     figure = terms_figure([{**row, "attractors": 2}], terms_of, "m")
     assert [len(line.get_xdata()) for line in figure.axes[2].get_lines()[:4]] == [2, 0, 0, 0]  # no L_D, no ratio

@@ -13,7 +13,7 @@ from tiny_digits import write_digits
 from torch import Tensor, nn
 
 from traj_ood.analysis import Workspace, find_question, options_from
-from traj_ood.analysis.field import _SAME_DISTANCE, Field, settled_ends, vector_field
+from traj_ood.analysis.field import SAME_DISTANCE, Field, settled_ends, vector_field
 from traj_ood.analysis.grid import box, plane
 from traj_ood.analysis.models import PAPER_TOL
 from traj_ood.analysis.singular import jacobians
@@ -154,7 +154,7 @@ def found(self_map: Callable[[Tensor], Tensor], scale: float, max_steps: int = 1
     starts = plane(-side, side, 9).float()
     diagonal = float((2 * side).norm())
     ends = settled_ends(self_map, starts, diagonal, PAPER_TOL, max_steps, 32)
-    return ends[greedy_leaders(ends.double(), _SAME_DISTANCE * diagonal)[0]], len(ends), len(starts)
+    return ends[greedy_leaders(ends.double(), SAME_DISTANCE * diagonal)[0]], len(ends), len(starts)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 100.0])

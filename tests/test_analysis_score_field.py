@@ -16,12 +16,12 @@ from traj_ood.analysis.grid import plane
 from traj_ood.analysis.mixtures import MIXTURES, Mixture, named_mixture
 from traj_ood.analysis.score_field import (
     ScoreField,
-    _sentence,
     angles,
     carried_score,
     data_space,
     distances_to_modes,
     latent_space,
+    sentence_of,
     train_denoiser,
 )
 from traj_ood.errors import TrajOODError
@@ -236,7 +236,7 @@ def test_what_has_no_median_is_none_and_told() -> None:
     found = data_space(lambda x: x, mixture, 0.5, mixture.sample(10, draws()))  # F = id: no direction
     assert (found["angle"], found["angle_q90"], found["length_ratio"]) == (None, None, 0)
     latent = {"latent_angle": None, "latent_ascent": 0.0}
-    assert "an unknown number of°" in _sentence([{**found, **latent}])
+    assert "an unknown number of°" in sentence_of([{**found, **latent}])
 
 
 def test_differences_claim_nothing_of_the_paper() -> None:

@@ -27,12 +27,12 @@ from traj_ood.evaluation.gallery import (
     FRAME_STEPS,
     MISTAKES,
     SIDE,
+    Album,
     PathSample,
     Pictures,
-    _Album,
-    _principal,
     chosen_scorers,
     keep_pictures,
+    principal_plane,
     view_limits,
 )
 from traj_ood.evaluation.metrics import Metrics
@@ -156,7 +156,7 @@ def test_the_view_holds_everything_but_what_flies_off() -> None:
 
 @pytest.mark.parametrize("points", [torch.ones(5, 4), torch.arange(5.0)[:, None] * torch.ones(4), torch.eye(2)])
 def test_points_that_span_no_plane_have_none(points: torch.Tensor) -> None:
-    assert _principal(points) is None
+    assert principal_plane(points) is None
 
 
 # ---------------------------------------------------------------------------------------------- frames
@@ -237,7 +237,7 @@ def test_chosen_scorers() -> None:
 def test_the_largest_gallery_stays_below_its_limit(run: tuple[Evaluator, Result, Pictures]) -> None:
     """Noise in colour is the worst a PNG can be asked to hold."""
     done, _, _ = run
-    album = _Album(done.sample)
+    album = Album(done.sample)
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     key = album.add(Image.fromarray(noise[:SIDE, :SIDE]))
     worst = len(album.pngs[key])

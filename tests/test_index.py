@@ -16,7 +16,7 @@ from traj_ood.errors import TrajOODError
 from traj_ood.index import Approximate, NeighborIndex, Neighbors, Recall, flat, greedy_leaders, search
 from traj_ood.index.flat import SHARD_ABOVE, FaissFlat, TorchFlat, flat_backend, to_gpu
 from traj_ood.index.scan import Scan
-from traj_ood.index.search import _ERROR_FACTOR, _UNIT
+from traj_ood.index.search import ERROR_FACTOR, UNIT
 
 DISTANCES = (0.0, 1e-4, 1e-3, 1e-2, 1.0, 400.0)
 
@@ -324,8 +324,8 @@ def test_rounding_stays_below_the_bound(backend: str, dimension: int) -> None:
         squared, indices = flat.topk(queries, count)
         truth = brute(points, queries).square().gather(1, indices)
         norms = queries.double().norm(dim=1, keepdim=True) + points.double().norm(dim=1)[indices]
-        worst = float(((squared.double() - truth).abs() / (_UNIT * norms.square())).max())
-        assert worst <= _ERROR_FACTOR, f"scale {scale}, offset {offset}: {worst:.1f} units"
+        worst = float(((squared.double() - truth).abs() / (UNIT * norms.square())).max())
+        assert worst <= ERROR_FACTOR, f"scale {scale}, offset {offset}: {worst:.1f} units"
 
 
 # ---------------------------------------------------------------------------------------------- approximate

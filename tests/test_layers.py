@@ -141,6 +141,14 @@ def test_no_module_of_ours_is_imported_by_name() -> None:
                 assert file == "__init__.py" or "traj_ood" not in ast.unparse(node), f"{file}, line {node.lineno}"
 
 
+@pytest.mark.parametrize("file", sorted(path.name for path in Path(__file__).parent.rglob("*.py")))
+def test_tests_import_no_private_name(file: str) -> None:
+    (path,) = Path(__file__).parent.rglob(file)
+    nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+    private = [a.name for n in nodes if (n.module or "").startswith("traj_ood") for a in n.names if a.name[0] == "_"]
+    assert [name for name in private if not name.startswith("__")] == []
+
+
 def test_nothing_imports_the_bridge_or_the_command_line() -> None:
     for file in files():
         rooms = {n.split(".")[0] for n in internal(file)}

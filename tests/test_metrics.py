@@ -12,10 +12,10 @@ from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.metrics import (
     METRIC_NAMES,
     Metrics,
-    _metrics_of_counts,
     bootstrap,
     compute_metrics,
     mean_metrics,
+    metrics_of_counts,
 )
 
 Floats = NDArray[np.float64]
@@ -51,7 +51,7 @@ def of_unit_counts(id_scores: Floats, ood_scores: Floats) -> Floats:
     distinct, rank = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
     id_counts = np.bincount(rank[: len(id_scores)], minlength=len(distinct))
     ood_counts = np.bincount(rank[len(id_scores) :], minlength=len(distinct))
-    return _metrics_of_counts(id_counts[None], ood_counts[None])[0]
+    return metrics_of_counts(id_counts[None], ood_counts[None])[0]
 
 
 def cases() -> dict[str, tuple[Floats, Floats]]:
@@ -114,7 +114,7 @@ def test_a_resample_equals_compute_metrics_of_the_drawn_images() -> None:
             continue
         got = compute_metrics(np.repeat(distinct, id_counts), np.repeat(distinct, ood_counts))
         expected = [getattr(got, metric) for metric in METRIC_NAMES]
-        values = _metrics_of_counts(id_counts[None], ood_counts[None])[0]
+        values = metrics_of_counts(id_counts[None], ood_counts[None])[0]
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-12)
 
 
@@ -195,9 +195,9 @@ def test_bootstrap_computes_its_resamples_many_at_a_time(monkeypatch: pytest.Mon
 
     def counted(id_counts: Any, ood_counts: Any) -> Floats:
         sizes.append(len(id_counts))
-        return _metrics_of_counts(id_counts, ood_counts)
+        return metrics_of_counts(id_counts, ood_counts)
 
-    monkeypatch.setattr("traj_ood.evaluation.metrics._metrics_of_counts", counted)
+    monkeypatch.setattr("traj_ood.evaluation.metrics.metrics_of_counts", counted)
     rng = np.random.default_rng(6)
     bootstrap(rng.normal(0, 1, 7000), rng.normal(1, 1, 1000))
     assert sum(sizes) == 500

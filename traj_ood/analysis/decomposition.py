@@ -114,7 +114,7 @@ class Decomposition(ModelQuestion):
             rows.append({"attractors": size, **summary(**unit.tensors)})
         figures = {"model": about.model.name, "images": self.images, **ends.notes, "rows": rows}
         pictures = {"decomposition.png": partial(terms_figure, rows, unit.tensors, about.model.name)}
-        return Answer(figures=figures, sentence=_sentence(about.model.name, rows[-1]), pictures=pictures)
+        return Answer(figures=figures, sentence=sentence_of(about.model.name, rows[-1]), pictures=pictures)
 
     def _attractors(self, work: Workspace, about: Subject) -> Unit:
         """End points of the training trajectories that converged."""
@@ -243,7 +243,7 @@ def _form(error: Tensor, bound: Tensor) -> dict[str, float | None]:
     }
 
 
-def _sentence(model: str, row: dict[str, Any]) -> str:
+def sentence_of(model: str, row: dict[str, Any]) -> str:
     def told(form: str) -> str:
         found = row["forms"][form]
         return "an unknown share" if found["holds"] is None else f"{found['holds']:.1%}"

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
 _START_SIDE = 15  # side of the grid of starts; the codes of images are further starts
-_SAME_DISTANCE = 0.01  # relative to the box's diagonal: end points closer than this are one attractor
+SAME_DISTANCE = 0.01  # relative to the box's diagonal: end points closer than this are one attractor
 # Largest distance of an end point to its attractor, so that two end points of one attractor are never counted as two.
-_CLOSENESS = _SAME_DISTANCE / 2
+_CLOSENESS = SAME_DISTANCE / 2
 # Step length, relative to the diagonal, below which iteration may stop. With it, end points with a spectral radius of
 # up to 1 − _REST_STEP / _CLOSENESS are within _CLOSENESS of their attractor.
 _REST_STEP = 1e-5
@@ -149,7 +149,7 @@ class Field(Question):
         starts = torch.cat([plane(low, high, _START_SIDE).to(codes), codes])
         diagonal = float((high - low).norm())
         ends = settled_ends(model.self_map, starts, diagonal, self.tol, self.max_steps, model.chunk)
-        leaders, group = greedy_leaders(ends.double(), _SAME_DISTANCE * diagonal)
+        leaders, group = greedy_leaders(ends.double(), SAME_DISTANCE * diagonal)
         spots = ends[leaders]
         notes = {
             "settled": len(ends) / len(starts),

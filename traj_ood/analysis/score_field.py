@@ -106,7 +106,7 @@ class ScoreField(Question):
         pictures = dict(self.drawn(figures))
         for name in self.mixtures:
             pictures[f"score-field-{name}.png"] = partial(_draw_maps, name, {s: maps[name, s] for s in self.noise})
-        return Answer(figures, _sentence(rows), pictures)
+        return Answer(figures, sentence_of(rows), pictures)
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"score-field.png": partial(_draw_angles, figures["rows"])}
@@ -294,7 +294,7 @@ def distances_to_modes(model: PlaneAutoencoder, mixture: Mixture, sigma: float, 
     return {"converged": share(path.converged), "start_to_mode": median(starts), "end_to_mode": median(ends)}
 
 
-def _sentence(rows: list[dict[str, Any]]) -> str:
+def sentence_of(rows: list[dict[str, Any]]) -> str:
     """A sentence about the angles to the smoothed, the clean and the latent score, over all models."""
 
     def span(key: str, scale: float = 1.0) -> str:

@@ -210,7 +210,7 @@ def keep_pictures(
     Raises:
         TrajOODError: an image can no longer be read, or the table is of another benchmark.
     """
-    album = _Album(benchmark)
+    album = Album(benchmark)
     mistakes = {label: _mistakes(table, label, album) for label in chosen_scorers(scorers)}
     rows = _path_rows(table)
     frame_rows = _frame_rows(rows)
@@ -240,7 +240,7 @@ def keep_pictures(
     )
 
 
-class _Album:
+class Album:
     """Reads images of the benchmark by split and id, and stores small versions by key, each once."""
 
     def __init__(self, benchmark: Benchmark) -> None:
@@ -273,7 +273,7 @@ class _Album:
         return key
 
 
-def _mistakes(table: pd.DataFrame, label: str, album: _Album) -> dict[str, tuple[Mistake, ...]]:
+def _mistakes(table: pd.DataFrame, label: str, album: Album) -> dict[str, tuple[Mistake, ...]]:
     is_id = (table["role"] == "test").to_numpy()
     found = {}
     for side, part, sign in (("ood", table[~is_id], 1.0), ("id", table[is_id], -1.0)):
@@ -350,15 +350,15 @@ def _plane(dictionary: AttractorDictionary | None, start: Tensor) -> _Plane:
     width = start[0].numel()
     if width == 2:
         return _Plane("latent", torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64), 1.0)
-    fitted = _principal(_drawn(dictionary, start))
+    fitted = principal_plane(_drawn(dictionary, start))
     if fitted is not None:
         return _Plane("attractors", *fitted)
-    fitted = _principal(start.cpu())
+    fitted = principal_plane(start.cpu())
     nothing = (torch.zeros(width, dtype=torch.float64), torch.zeros(2, width, dtype=torch.float64), 0.0)
     return _Plane("starts", *(fitted or nothing))
 
 
-def _principal(points: Tensor) -> tuple[Tensor, Tensor, float] | None:
+def principal_plane(points: Tensor) -> tuple[Tensor, Tensor, float] | None:
     """Mean (d,), first two principal directions (2, d) and their share of the variance; None if the points (n, *L) do
     not span a plane.
 
@@ -444,7 +444,7 @@ def _vector_field(model: Autoencoder, start: Tensor, paths: Floats, attractors: 
 
 
 def _frames(
-    model: Autoencoder, images: Tensor, rows: Sequence[int], tracer: _Tracer, walked: Trajectory, album: _Album
+    model: Autoencoder, images: Tensor, rows: Sequence[int], tracer: _Tracer, walked: Trajectory, album: Album
 ) -> tuple[Frames, ...]:
     """The frames of each row: x, D(z_t) for steps t of the path, and D(z*), or D(z_N) if it did not converge."""
     channels = images.transpose(0, 1).flatten(1)

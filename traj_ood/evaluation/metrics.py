@@ -144,7 +144,7 @@ def bootstrap(
         size = min(rows, resamples - start)
         id_counts = resample(id_rank, distinct.size, size, id_draws)
         ood_counts = resample(ood_rank, distinct.size, size, ood_draws)
-        values.append(_metrics_of_counts(id_counts, ood_counts))
+        values.append(metrics_of_counts(id_counts, ood_counts))
     low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {name: (float(a), float(b)) for name, a, b in zip(METRIC_NAMES, low, high, strict=True)}
 
@@ -156,7 +156,7 @@ def resample(rank: Counts, distinct: int, size: int, draws: np.random.Generator)
     return np.bincount(drawn.ravel(), minlength=size * distinct).reshape(size, distinct)
 
 
-def _metrics_of_counts(id_counts: Counts, ood_counts: Counts) -> Floats:
+def metrics_of_counts(id_counts: Counts, ood_counts: Counts) -> Floats:
     """Metrics (R, 5), in the order of ``METRIC_NAMES``, of R count vectors (R, D) over ascending distinct scores."""
     tp, fp = np.cumsum(id_counts, axis=1), np.cumsum(ood_counts, axis=1)
     aupr_in = _area_precision_recall(id_counts, tp, fp)

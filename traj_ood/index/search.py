@@ -31,9 +31,9 @@ from traj_ood.index.scan import Scan, smallest, table
 # search (one product with 100,000 points) is so short that losing recall is not worthwhile.
 APPROXIMATE_FROM = 100_000
 
-_UNIT = 2.0**-24  # float32 rounding
-# Errors of the float32 form reach 15 · _UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
-_ERROR_FACTOR = 32.0
+UNIT = 2.0**-24  # float32 rounding
+# Errors of the float32 form reach 15 · UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
+ERROR_FACTOR = 32.0
 # Squared distances from a float64 product are computed again by direct difference if the relative rounding bound
 # exceeds this: the rounding depends on the number of queries, and distances must not depend on it by more than 1e-9.
 _RELATIVE = 1e-9
@@ -273,7 +273,7 @@ class NeighborIndex:
             parts.append(other.square().sum(dim=1) + own - 2 * centred @ other.T)
         squared, indices = torch.cat(parts, dim=1).clamp_(min=0).topk(k, dim=1, largest=False)
         distances = squared.sqrt()
-        bound = _ERROR_FACTOR * 2.0**-53 * (own.sqrt() + self._norm).square()
+        bound = ERROR_FACTOR * 2.0**-53 * (own.sqrt() + self._norm).square()
         rows, columns = (bound > _RELATIVE * squared).nonzero(as_tuple=True)
         distances[rows, columns] = self._exact(queries, rows, indices[rows, columns])
         order = distances.argsort(dim=1, stable=True)
@@ -295,7 +295,7 @@ class NeighborIndex:
         return queries, centred, centred.norm(dim=1)
 
     def _error(self, norms: Tensor) -> Tensor:
-        return (_ERROR_FACTOR * _UNIT) * (norms + self._norm).double().square()
+        return (ERROR_FACTOR * UNIT) * (norms + self._norm).double().square()
 
     def _exact(self, queries: Tensor, rows: Tensor, points: Tensor) -> Tensor:
         """Distances (P,) float64 of pairs of queries and points, by direct difference of the original coordinates."""
@@ -373,7 +373,7 @@ class NeighborIndex:
         if parts:
             gain[(sizes > 1)[pairs]] = torch.cat(parts)
         squared, radius = from_leader.double()[pairs], self._offsets[places]
-        doubt = (unit * _ERROR_FACTOR) * radius * (2 * squared.sqrt() + radius)  # the bound of any such product
+        doubt = (unit * ERROR_FACTOR) * radius * (2 * squared.sqrt() + radius)  # the bound of any such product
         kept = _may_be_smallest(gain, doubt, pairs, len(rows))  # the first term is the same for all members
         pairs, places = pairs[kept], places[kept]
         # The first term is a sum of squares, in which nothing cancels.
@@ -457,7 +457,7 @@ class NeighborIndex:
         self._flat: Any
         if self._reads_once and self._approximate == "none":
             del centred
-            unit = 2 * _ERROR_FACTOR * _UNIT  # a product alone may have all of the expansion's error
+            unit = 2 * ERROR_FACTOR * UNIT  # a product alone may have all of the expansion's error
             self._one_read = OneReadSearch(self._points, self._mean, leaders, assigned, unit)
             return
         if self._approximate == "none":
