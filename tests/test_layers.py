@@ -141,9 +141,8 @@ def test_no_module_of_ours_is_imported_by_name() -> None:
                 assert file == "__init__.py" or "traj_ood" not in ast.unparse(node), f"{file}, line {node.lineno}"
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in Path(__file__).parent.rglob("*.py")))
-def test_tests_import_no_private_name(file: str) -> None:
-    (path,) = Path(__file__).parent.rglob(file)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_tests_import_no_private_name(path: Path) -> None:
     nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
     private = [a.name for n in nodes if (n.module or "").startswith("traj_ood") for a in n.names if a.name[0] == "_"]
     assert [name for name in private if not name.startswith("__")] == []
