@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -111,11 +111,16 @@ class Evidence:
 
     def __len__(self) -> int:
         """B, the number of images; 0 if nothing was asked for."""
-        parts = (*self.features.values(), *self.reconstruction.values(), *self.points.values())
-        known = [part for part in (*parts, self.logits, self.divergence) if part is not None]
-        if self.trajectory is not None:
-            known.append(self.trajectory.steps)
+        known = list(self._named().values()) + ([] if self.trajectory is None else [self.trajectory.steps])
         return len(known[0]) if known else 0
+
+    def _named(self) -> dict[str, Tensor]:
+        """The part of :meth:`tensors`, where it is."""
+        named = {f"features/{view}": values for view, values in self.features.items()}
+        named |= {f"reconstruction/{kind}": values for kind, values in self.reconstruction.items()}
+        named |= {f"points/{view}/{t}": values for (view, t), values in self.points.items()}
+        named |= {"logits": self.logits} if self.logits is not None else {}
+        return named | ({"divergence": self.divergence} if self.divergence is not None else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """The part that is kept of each training image until the scorers are fitted, as named tensors on the CPU with
@@ -124,12 +129,7 @@ class Evidence:
         It is without the trajectory: scorers that learn from trajectories (:attr:`Needs.train_path`) get those of a
         second pass, whose distances leave out an image's own attractor.
         """
-        named = {f"features/{view}": values for view, values in self.features.items()}
-        named |= {f"reconstruction/{kind}": values for kind, values in self.reconstruction.items()}
-        named |= {f"points/{view}/{t}": values for (view, t), values in self.points.items()}
-        named |= {"logits": self.logits} if self.logits is not None else {}
-        named |= {"divergence": self.divergence} if self.divergence is not None else {}
-        return {name: values.cpu() for name, values in named.items()}
+        return {name: values.cpu() for name, values in self._named().items()}
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, Tensor]) -> Evidence:
@@ -152,14 +152,9 @@ class Evidence:
 
     def first(self, count: int) -> Evidence:
         """The evidence of the first ``count`` images, where they are; without the parts that only fitting has."""
-        return Evidence(
-            {view: values[:count] for view, values in self.features.items()},
-            {kind: values[:count] for kind, values in self.reconstruction.items()},
-            self.trajectory.select(torch.arange(count)) if self.trajectory is not None else None,
-            {point: values[:count] for point, values in self.points.items()},
-            logits=self.logits[:count] if self.logits is not None else None,
-            divergence=self.divergence[:count] if self.divergence is not None else None,
-        )
+        kept = Evidence.from_tensors({name: values[:count] for name, values in self._named().items()})
+        path = None if self.trajectory is None else self.trajectory.select(torch.arange(count))
+        return replace(kept, trajectory=path)
 
     def path(self) -> Trajectory:
         """The trajectory.
