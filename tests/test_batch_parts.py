@@ -48,7 +48,7 @@ def test_an_interrupted_fit_continues_and_gives_the_same_detector(tmp_path: Path
     broken.end = 4
     with pytest.raises(KeyboardInterrupt):
         fit(broken, tmp_path)
-    kept = len(list(tmp_path.iterdir()))
+    kept = len(list(tmp_path.glob("*.safetensors")))
     assert 1 <= kept <= 4
     again = model()
     found = fit(again, tmp_path)
@@ -91,7 +91,7 @@ def test_an_interrupted_calibration_continues_and_gives_the_same_threshold(tmp_p
     broken.autoencoder.end = broken.autoencoder.count + 4  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
         broken.calibrate(HELD_OUT, 0.9, parts=tmp_path)
-    kept = len(list(tmp_path.iterdir()))
+    kept = len(list(tmp_path.glob("*.safetensors")))
     assert 1 <= kept <= 4
     again = fit(model(), None)
     before = again.autoencoder.count  # type: ignore[attr-defined]
@@ -125,10 +125,26 @@ def test_a_calibration_of_another_fit_is_not_used(tmp_path: Path) -> None:
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     fit(model(), tmp_path)
-    part = min(tmp_path.iterdir())
+    part = min(tmp_path.glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:-3])
     with pytest.raises(TrajOODError, match=rf"{part.name}: .*delete this file to compute it again"):
         fit(model(), tmp_path)
+
+
+def test_a_fit_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
+    broken = model()
+    broken.end = 0
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, tmp_path / "d.parts", batch_size=30)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_record_of_the_batch_size_is_named(tmp_path: Path) -> None:
+    fit(model(), tmp_path)
+    for content, words in (("{", "delete this folder"), ('{"batch_size": 0}', "expected a whole number of at least 1")):
+        (tmp_path / "batch_size.json").write_text(content)
+        with pytest.raises(TrajOODError, match=rf"batch_size\.json: .*{words}"):
+            fit(model(), tmp_path, batch_size=None)
 
 
 def test_only_parts_are_removed(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from traj_ood.scorers.scorer_set import ScorerSet
 
 CONTENTS = "contents"
 """Name of the digests of a batch's images among the tensors of its part, (B,) int64."""
-_SIZE_FILE = "batch_size.json"
+_SIZE, _SIZE_FILE = "batch_size", "batch_size.json"
 
 
 class BatchParts:
@@ -57,7 +57,7 @@ class BatchParts:
             self._store = PartStore(folder, f"batch of {what}", "compute it again", _SIZE_FILE, "delete this folder")
             self._identity = [what, _identity(scorers), digest_of(fitted or {}, None)]
             if batch_size is None:
-                self.batch_size = self._recorded_size(scorers)
+                self.batch_size = self._recorded_size() or default_batch_size(scorers)
 
     def each(
         self, batches: Iterable[Batch], compute: Callable[[Iterator[Batch]], Iterator[Part]]
@@ -87,17 +87,19 @@ class BatchParts:
             batch, key, contents, _ = waiting.popleft()
             part = replace(made, tensors={**made.tensors, CONTENTS: contents})
             if self._store:
+                if self._recorded_size() is None:
+                    self._store.claim({_SIZE: self.batch_size})
                 self._store.save(key, part)
             yield batch, part
         yield from stored()
 
-    def _recorded_size(self, scorers: ScorerSet) -> int:
-        """The default batch size when the first batch was stored: later, f may take another time, and batches of
-        another size would be others."""
+    def _recorded_size(self) -> int | None:
+        """The batch size with which the first batch was stored; None if there is none. Later, f may take another time,
+        and batches of another size would be others."""
         assert self._store is not None
         if not self._store.index().is_file():
-            self._store.claim({"batch_size": default_batch_size(scorers)})
-        size = self._store.open({"batch_size": None})["batch_size"]
+            return None
+        size = self._store.open({_SIZE: None})[_SIZE]
         check_whole(f"{self._store.index()}: batch size", size, 1)
         return size
 
