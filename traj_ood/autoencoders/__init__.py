@@ -12,9 +12,8 @@ from traj_ood.autoencoders.base import (
 )
 from traj_ood.autoencoders.conv import ConvAutoencoder, ConvNetwork
 from traj_ood.autoencoders.diffusers_vae import DiffusersVAE
-from traj_ood.autoencoders.given import check_autoencoder
 from traj_ood.autoencoders.pairs import PairAutoencoder
-from traj_ood.autoencoders.registry import FAMILIES, MODELS, load_autoencoder, register_autoencoder
+from traj_ood.autoencoders.registry import FAMILIES, MODELS, check_autoencoder, load_autoencoder, register_autoencoder
 from traj_ood.autoencoders.surrogate import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.autoencoders.vit_mae import ViTMAE
 

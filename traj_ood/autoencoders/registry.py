@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import read_config
 from traj_ood.autoencoders.language import LANGUAGE_MODELS
-from traj_ood.backbones.registry import LIBRARIES
+from traj_ood.backbones import LIBRARIES, Backbone
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.extensions import load_plugins
 from traj_ood.io.families import Families, unknown_options_named
@@ -74,6 +76,28 @@ def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
         raise unknown_name("model", name, MODELS, own)
     with unknown_options_named(f"model {name!r} ({family.family})"):
         return FAMILIES.complete(family.from_pretrained(name, **options))
+
+
+def check_autoencoder(model: object) -> None:
+    """Check that a model is an :class:`Autoencoder`.
+
+    Raises:
+        TrajOODError: it is a name, a network or a backbone, or anything else; the message says what to do with it.
+    """
+    if isinstance(model, Autoencoder):
+        return
+    if isinstance(model, str | Path):
+        remedy = f"load it, traj_ood.load_autoencoder({str(model)!r})"
+    elif isinstance(model, Backbone):
+        remedy = "train an autoencoder of its features, traj_ood.surrogate_for(backbone, benchmark)"
+    elif isinstance(model, nn.Module):
+        remedy = (
+            "wrap it, traj_ood.CallableAutoencoder.from_module(network, input_shape=(C, H, W)); a network without a "
+            "decoder, such as a classifier, in a traj_ood.CallableBackbone, for which traj_ood.surrogate_for trains one"
+        )
+    else:
+        remedy = "load one, traj_ood.load_autoencoder(name or folder), or wrap your own in CallableAutoencoder"
+    raise TrajOODError(f"model: expected a traj_ood.Autoencoder, got {type(model).__name__}: {remedy}")
 
 
 def family_of(folder: Path, mark: str | None = None) -> type[Autoencoder]:
