@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from traj_ood.export import (
     open_file,
     relative_difference,
 )
-from traj_ood.scorers import default_suite
+from traj_ood.scorers import SCORERS, Evidence, FeatureScorer, Needs, Scorer, default_suite, register
 from traj_ood.scorers.scorer_set import ScorerSet
 
 REFUSED = {"isolation-forest", "steps", "scoped", "reconstruction:masked=true"}
@@ -59,6 +61,15 @@ def fitted(model: Autoencoder, scorer: str, **settings: Any) -> Any:
     scorers = ScorerSet(model, [scorer], **({"max_steps": 8} | settings))
     scorers.fit(Normalised(tiny.images(24, model.input_shape)), labels=torch.arange(24) % 3)
     return SimpleNamespace(autoencoder=model, scorers=scorers, calibration=None)
+
+
+@pytest.fixture
+def own_scorers() -> Iterator[None]:
+    """Scorers that the test registers are forgotten after it."""
+    before = dict(SCORERS)
+    yield
+    SCORERS.clear()
+    SCORERS.update(before)
 
 
 def exploding(factor: float) -> CallableAutoencoder:
@@ -251,6 +262,33 @@ def test_a_path_of_its_own_length_is_exported_at_the_steps_asked_for() -> None:
     torch.testing.assert_close(module(pixels), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_scorer_of_ones_own_has_another_form_in_a_graph(own_scorers: None, tmp_path: Path) -> None:
+    @register
+    @dataclass
+    class Power(FeatureScorer):
+        name: ClassVar[str] = "power"
+        summary: ClassVar[str] = "for a test"
+        exponent: int | None = None
+
+        def learn(self, train: Evidence) -> dict[str, Tensor]:
+            return {"exponent": torch.tensor(3)}
+
+        def score(self, evidence: Evidence) -> Tensor:
+            exponent = int(self.state["exponent"]) if self.exponent is None else self.exponent
+            return self.features(evidence).cpu().double().abs().amax(dim=1) ** exponent
+
+        def graph_form(self, steps: int) -> Scorer:
+            return Power(self.view, int(self.state["exponent"])).with_state({})
+
+    detector = fitted(tiny.conv(), "power")
+    pixels, units = photographs(detector.autoencoder)
+    made = export_detector(detector, tmp_path / "x", "torch", images=units)
+    expected = detector.scorers.score(units).scores["power"]
+    torch.testing.assert_close(torch_scores(tmp_path / "x", pixels), expected, rtol=ALLOWED, atol=0)
+    assert made.metadata["scorer"]["label"] == "power:exponent=3"
+    assert made.metadata["scorer"]["is_fitted"] is True
+
+
 def test_disagreement_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "detector.pt2"
     path.write_bytes(b"earlier")
@@ -300,6 +338,37 @@ def test_refusals_say_why(scorer: str, steps: int | None, message: str) -> None:
     with pytest.raises(TrajOODError, match=message) as caught:
         as_module(detector, steps)
     assert "\n" not in str(caught.value)
+
+
+def test_a_scorer_of_ones_own_says_why_it_cannot_be_exported(own_scorers: None) -> None:
+    @register
+    @dataclass
+    class Sorted(FeatureScorer):
+        name: ClassVar[str] = "sorted"
+        summary: ClassVar[str] = "for a test"
+        graph_obstacle: ClassVar[str] = "it sorts until nothing moves"
+        asks: Literal["nothing", "divergence", "masked"] = "nothing"
+
+        def needs(self) -> Needs:
+            masked: frozenset[Any] = frozenset({"masked"} if self.asks == "masked" else ())
+            return super().needs() | Needs(divergence=self.asks == "divergence", reconstruction=masked)
+
+        def score(self, evidence: Evidence) -> Tensor:
+            return self.features(evidence).double().amax(dim=1)
+
+        def graph_form(self, steps: int) -> Any:
+            return "a graph"
+
+    for options, reason in (
+        ("", "it sorts until nothing moves"),
+        (":asks=divergence", "it evaluates f at points next to the path"),
+        (":asks=masked", "it encodes each image under four masks"),
+    ):
+        with pytest.raises(TrajOODError, match=f"export: scorer sorted{options} cannot be exported: {reason}"):
+            as_module(fitted(tiny.vit(), f"sorted{options}"))
+    Sorted.graph_obstacle = ""
+    with pytest.raises(TrajOODError, match=r"expected graph_form\(\) to return a fitted scorer, got 'a graph'"):
+        as_module(fitted(tiny.vit(), "sorted"))
 
 
 def test_a_set_of_several_scorers_or_an_unfitted_one_is_no_detector(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import traj_ood
+from traj_ood.scorers import SCORERS
 
 PACKAGE = Path(traj_ood.__file__).parent
 # A module may import what stands on a line above its own; modules of one line may not import each other.
@@ -126,6 +127,14 @@ def test_heavy_libraries_stay_in_their_room(library: str) -> None:
     users = {file for file in files() if any(name.split(".")[0] == library for name in imports(file))}
     strangers = {file for file in users if not file.startswith(tuple(HEAVY[library]))}
     assert not strangers
+
+
+def test_no_other_room_names_a_scorer() -> None:
+    """What holds for one scorer is declared by it, so that a new one needs no line elsewhere."""
+    classes = {cls.__name__ for cls in SCORERS.values() if cls.__module__.startswith("traj_ood.")}
+    for file in (f for f in files() if room(f) != "scorers"):
+        named = {n.split(".")[-1] for n in internal(file) if n.startswith("scorers.")} & classes
+        assert not named, f"{file} imports {', '.join(sorted(named))}"
 
 
 def test_the_engine_knows_torch_and_nothing_else() -> None:

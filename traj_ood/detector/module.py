@@ -13,7 +13,7 @@ from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateA
 from traj_ood.data.preprocessing import PIXEL_SLACK, Preprocessing
 from traj_ood.detector.conformal import Calibration
 from traj_ood.detector.dense_index import DenseIndex
-from traj_ood.detector.fixed_steps import at_fixed_steps, check_exportable, steps_of, the_scorer
+from traj_ood.detector.fixed_steps import form_of, same_score, steps_of
 from traj_ood.detector.step import Loop, PinnedTensors, PlainLoop, RecordedStep, Step, Tensors, lengths
 from traj_ood.dynamics.fixed_function import float_type
 from traj_ood.dynamics.trajectory import Status, Trajectory
@@ -40,6 +40,8 @@ class DetectorModule(nn.Module):
     Attributes:
         steps: number of evaluations of f.
         scorer: the scorer that is computed, with its options.
+        is_fitted: whether this is the score that was fitted, so that a threshold for it holds; not with fewer steps, or
+            with a fixed number in place of a path's own length.
         preprocessing: see :class:`traj_ood.data.preprocessing.Preprocessing`.
     """
 
@@ -50,10 +52,9 @@ class DetectorModule(nn.Module):
         """See :func:`as_module`."""
         super().__init__()
         _check_model(autoencoder)
-        scorer = the_scorer(scorers)
-        check_exportable(scorer)
         self.steps = steps_of(scorers, steps)
-        self.scorer = scorer = at_fixed_steps(scorer, self.steps)
+        self.scorer = scorer = form_of(scorers, self.steps)
+        self.is_fitted = same_score(scorers, self.steps)
         self.preprocessing = _declared(autoencoder)
         if isinstance(autoencoder, SurrogateAutoencoder):
             self.backbone = autoencoder.backbone.module
@@ -221,8 +222,8 @@ def as_module(detector: HasScorers, steps: int | None = None) -> DetectorModule:
     Args:
         detector: a detector, or another object with one fitted scorer.
         steps: number of evaluations of f, the same for every image. Default: what the scorer reads, within the
-            detector's limit. Scorers that iterate until convergence need a number; those of them that average over the
-            length of each path become the same scorer with ``horizon = steps``.
+            detector's limit. Scorers that iterate until convergence need a number, with which they compute
+            their :meth:`traj_ood.Scorer.graph_form`.
     Raises:
         TrajOODError: the scorer or model cannot be computed by a graph, or the number of steps is needed and missing.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from traj_ood.data.decoding import AS_STORED
 from traj_ood.data.preprocessing import Pixels, Preprocessing, as_pixels, prepare
 from traj_ood.detector.decision import REASONS
-from traj_ood.detector.fixed_steps import reference, same_score
+from traj_ood.detector.fixed_steps import reference
 from traj_ood.detector.module import DetectorModule, HasScorers, as_module
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.errors import TrajOODError, unknown_name
@@ -104,11 +104,11 @@ def export_detector(
 def describe(detector: HasScorers, module: DetectorModule, form: Format = "onnx") -> dict[str, Any]:
     """The metadata of an exported file, JSON data.
 
-    ``calibration`` is None if the detector's threshold does not hold for the exported score: it takes fewer steps, or
-    a fixed number in place of a path's own length.
+    ``calibration`` is None if the detector's threshold does not hold for the exported score
+    (:attr:`DetectorModule.is_fitted`).
     """
     model, scorer, made = detector.autoencoder, module.scorer, environment()
-    calibration = _calibration(detector) if same_score(detector.scorers, module.steps) else None
+    calibration = _calibration(detector) if module.is_fitted else None
     return {
         "schema": SCHEMA,
         "input": {
@@ -125,7 +125,7 @@ def describe(detector: HasScorers, module: DetectorModule, form: Format = "onnx"
             "label": scorer.label,
             "options": scorer.options(),
             "fitted": detector.scorers.labels[0],
-            "is_fitted": same_score(detector.scorers, module.steps),  # false: the same scorer with other steps
+            "is_fitted": module.is_fitted,  # false: the same scorer with other steps
         },
         "steps": module.steps,
         "tol": detector.scorers.tol,

@@ -214,6 +214,9 @@ class Scorer(ABC):
     bears_rounding: ClassVar[bool] = True
     """Whether rounding in the network's output changes a score by at most 1e-5, relative. If so, a few images may be
     scored in calls of few rows. False for scorers that read differences as small as that rounding."""
+    graph_obstacle: ClassVar[str] = ""
+    """Why :meth:`score` cannot be part of a graph of tensor operations with a fixed number of steps, as exported files
+    and :meth:`traj_ood.Detector.as_module` have; completes "cannot be exported: ". Empty (default) if it can."""
 
     tried = False  # whether this fitted scorer has passed its trial, see traj_ood.scorers.trial; no field, no option
 
@@ -290,6 +293,20 @@ class Scorer(ABC):
         """
         wanted = self.needs().steps
         return float(evidence.path().steps.clamp(max=wanted).double().mean()) if wanted else 0.0
+
+    def graph_form(self, steps: int) -> Scorer:
+        """The fitted scorer that a graph of ``steps`` evaluations of f computes in place of this fitted one.
+
+        By default an option ``horizon`` that is None, the length of each path, becomes ``steps``, with which a sample
+        stays at its end point after convergence. The step of convergence depends on the last bits of a residual, so
+        that a mean over the path's own length would jump between runtimes. Any other scorer is its own form.
+
+        A form reads what this scorer reads, or fewer steps of it. One that declares the same number of steps computes
+        the same score, so that the detector's threshold holds for it.
+        """
+        if getattr(self, "horizon", 0) is not None:
+            return self
+        return replace(self, horizon=max(1, steps)).with_state(self.state)  # type: ignore[call-arg]
 
     def fit(self, train: Evidence) -> Scorer:
         """Learn from ID training images, by :meth:`learn`; returns this scorer.

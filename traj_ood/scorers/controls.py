@@ -80,6 +80,7 @@ class Steps(Scorer):
     name: ClassVar[str] = "steps"
     summary: ClassVar[str] = "control: number of steps until convergence"
     suite: ClassVar[dict[str, int]] = {"": 230}
+    graph_obstacle: ClassVar = "it counts the steps until convergence, and a fixed graph always takes the same number"
 
     def needs(self) -> Needs:
         return Needs(steps=WHOLE_PATH)

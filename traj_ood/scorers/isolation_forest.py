@@ -32,6 +32,9 @@ class IsolationForest(FeatureScorer):
     name: ClassVar[str] = "isolation-forest"
     summary: ClassVar[str] = "isolation forest of the training features (Liu et al. 2008)"
     suite: ClassVar[dict[str, int]] = {"": 370}
+    graph_obstacle: ClassVar = (
+        "its trees are descended until every sample reaches a leaf, which a fixed graph cannot do"
+    )
     at_least: ClassVar = {"trees": 1}
     trees: int = 100
     seed: int = 0

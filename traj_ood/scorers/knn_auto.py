@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from traj_ood.index import NeighborIndex
 from traj_ood.scorers.bank import BankScorer
-from traj_ood.scorers.base import Evidence
+from traj_ood.scorers.base import Evidence, Scorer
+from traj_ood.scorers.knn import KNN
 from traj_ood.scorers.registry import register
 
 CANDIDATES = (1, 5, 10, 20, 50, 100, 200)
@@ -59,6 +60,10 @@ class KNNAuto(BankScorer):
 
     def score(self, evidence: Evidence) -> Tensor:
         return self.kth_distance(self.features(evidence), int(self.state["k"]))
+
+    def graph_form(self, steps: int) -> Scorer:
+        chosen = KNN(view=self.view, k=int(self.state["k"]))  # a graph cannot depend on the value of a tensor
+        return chosen.with_state({"bank": self.state["bank"]})
 
     def features(self, evidence: Evidence) -> Tensor:
         return normalize(super().features(evidence), dim=1)
