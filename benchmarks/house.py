@@ -25,6 +25,7 @@ ABOUT = {
     "training": "a model from data",
     "detector": "a decision from a score",
     "evaluation": "a table from a benchmark",
+    "graph": "scorers as a torch module",
     "scorers": "one file each, ScorerSet",
     "attractors": "dictionary, health",
     "autoencoders": "the protocol, families",

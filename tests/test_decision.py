@@ -212,7 +212,7 @@ def test_class_wise_calibrations_are_saved_loaded_and_exported(tmp_path: Path) -
     assert torch.equal(labelled.p_values, made.calibration.groups[1].p_values(labelled.scores))
     assert "of every class are accepted" in (tmp_path / "d" / "README.md").read_text()
 
-    from traj_ood.detector.module import DecisionModule
+    from traj_ood.export.decisions import DecisionModule
 
     module = DecisionModule(loaded.as_module(), loaded.calibration)
     pixels = torch.rand(20, 1, 8, 8)

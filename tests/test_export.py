@@ -20,8 +20,6 @@ from traj_ood import Detector, TrajOODError
 from traj_ood.autoencoders import Autoencoder, CallableAutoencoder, SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.data.preprocessing import Normalised, Preprocessing
-from traj_ood.detector.dense_index import DenseIndex
-from traj_ood.detector.fixed_steps import reference
 from traj_ood.export import (
     ALLOWED,
     as_module,
@@ -29,6 +27,8 @@ from traj_ood.export import (
     open_file,
     relative_difference,
 )
+from traj_ood.graph import reference
+from traj_ood.graph.dense_index import DenseIndex
 from traj_ood.scorers import SCORERS, Evidence, FeatureScorer, Needs, Scorer, default_suite, register
 from traj_ood.scorers.scorer_set import ScorerSet
 

@@ -27,6 +27,7 @@ LAYERS = [
     ("autoencoders",),
     ("attractors",),
     ("scorers",),
+    ("graph",),
     ("detector", "evaluation", "training"),
     ("analysis", "export", "monitor", "openood", "report", "stream"),
     ("distributed", "serve"),

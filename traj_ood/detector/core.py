@@ -21,12 +21,12 @@ from traj_ood.detector.decision import Decision, Judgement, decide_each
 from traj_ood.detector.fitting import SCORES, cover, explored_parts, scored_parts
 from traj_ood.detector.folder import read_detector, write_detector
 from traj_ood.detector.hub import OnTheHub
-from traj_ood.detector.module import as_module
 from traj_ood.detector.scorer import classes_given, forget_fit, label_list, numbered, one_scorer
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.dynamics.progress import StepBar
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, check_word, warn
+from traj_ood.graph import as_module
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
 from traj_ood.scorers import WHOLE_PATH, Scorer, recommended
@@ -320,7 +320,7 @@ class Detector(OnTheHub):
         return decide_each(self.judge, images, count_of(images), self.batch_size)
 
     def as_module(self, steps: int | None = None) -> nn.Module:
-        """This detector as an nn.Module from image batches to scores; see :func:`traj_ood.detector.module.as_module`.
+        """This detector as an nn.Module from image batches to scores; see :func:`traj_ood.graph.as_module`.
 
         Raises:
             TrajOODError: the scorer cannot be exported.

@@ -1,9 +1,9 @@
 """Export a detector to one file for other runtimes, or to an nn.Module, with a fixed number of steps."""
 
-from traj_ood.detector.module import DetectorModule, as_module
 from traj_ood.export.check import ALLOWED, Agreement, real_images, relative_difference
 from traj_ood.export.file import SCHEMA, Exported, describe, export_detector
 from traj_ood.export.formats import FORMATS, OUTPUTS, Format, open_answers, open_file
+from traj_ood.graph import DetectorModule, as_module
 
 __all__ = [
     "ALLOWED",

@@ -13,11 +13,10 @@ from torch import Tensor
 from traj_ood.data.decoding import AS_STORED
 from traj_ood.data.preprocessing import Pixels, Preprocessing, as_pixels, prepare
 from traj_ood.detector.decision import REASONS
-from traj_ood.detector.fixed_steps import reference
-from traj_ood.detector.module import DetectorModule, HasScorers, as_module
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.export.check import ALLOWED, Agreement, agreement, real_images
+from traj_ood.export.decisions import INVALID_CODE, OOD_CODE, Exportable
 from traj_ood.export.formats import (
     FORMATS,
     INPUT,
@@ -29,6 +28,7 @@ from traj_ood.export.formats import (
     open_answers,
     write,
 )
+from traj_ood.graph import DetectorModule, as_module, reference
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import environment
 from traj_ood.io.sealed import refuse_inside
@@ -49,7 +49,7 @@ class Exported:
 
 
 def export_detector(
-    detector: HasScorers,
+    detector: Exportable,
     path: str | Path,
     form: Format = "onnx",
     *,
@@ -59,7 +59,7 @@ def export_detector(
     """Export a detector to one file that maps pixels (B, C, H, W) in [0, 1], B >= 1, to scores.
 
     The file computes :class:`DetectorModule`. An ONNX file of a calibrated detector also returns p-values and
-    decisions (:class:`traj_ood.detector.module.DecisionModule`), if it computes the calibrated score.
+    decisions (:class:`traj_ood.export.decisions.DecisionModule`), if it computes the calibrated score.
 
     Before it is kept, the file is run and compared with the detector at the same number of steps: its scores agree to
     1e-4, relative, on the compared images.
@@ -101,7 +101,7 @@ def export_detector(
     return Exported(Path(path), Path(path).stat().st_size, metadata, found[0])
 
 
-def describe(detector: HasScorers, module: DetectorModule, form: Format = "onnx") -> dict[str, Any]:
+def describe(detector: Exportable, module: DetectorModule, form: Format = "onnx") -> dict[str, Any]:
     """The metadata of an exported file, JSON data.
 
     ``calibration`` is None if the detector's threshold does not hold for the exported score
@@ -139,7 +139,7 @@ def describe(detector: HasScorers, module: DetectorModule, form: Format = "onnx"
     }
 
 
-def _calibration(detector: HasScorers) -> dict[str, Any] | None:
+def _calibration(detector: Exportable) -> dict[str, Any] | None:
     known = detector.calibration
     if known is None:
         return None
@@ -171,7 +171,7 @@ def _how(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _pixels(detector: HasScorers, images: Pixels) -> Tensor:
+def _pixels(detector: Exportable, images: Pixels) -> Tensor:
     """Images as (N, C, H, W) float32 pixels in [0, 1], resized and cropped."""
     preprocessing = detector.autoencoder.preprocessing
     assert preprocessing is not None  # as_module has checked it
@@ -179,7 +179,7 @@ def _pixels(detector: HasScorers, images: Pixels) -> Tensor:
     return as_pixels(detector.autoencoder.name, pixels).clamp(0, 1)
 
 
-def _checked(detector: HasScorers, module: DetectorModule, form: Format, path: Path, images: Tensor) -> Agreement:
+def _checked(detector: Exportable, module: DetectorModule, form: Format, path: Path, images: Tensor) -> Agreement:
     answer, _ = open_answers(form, path)
     scorers = reference(detector.scorers, module.steps)
 
@@ -202,7 +202,7 @@ def _checked(detector: HasScorers, module: DetectorModule, form: Format, path: P
     return found
 
 
-def _check_decisions(detector: HasScorers, answer: Answerer, images: Tensor) -> None:
+def _check_decisions(detector: Exportable, answer: Answerer, images: Tensor) -> None:
     """Check that the file's p-values and decisions are those of its scores, and that an invalid pixel is reported."""
     bad = images[:1].clone()
     bad[0, 0, 0, 0] = torch.nan
@@ -212,8 +212,8 @@ def _check_decisions(detector: HasScorers, answer: Answerer, images: Tensor) -> 
         return
     scores, p_values, decisions = (outputs[name] for name in OUTPUTS)
     same = torch.allclose(p_values[:-1], known.p_values(scores[:-1]), rtol=1e-12, atol=0)
-    same &= torch.equal(decisions[:-1] == REASONS.index("ood"), known.decide(scores[:-1]))
-    if not same or int(decisions[-1]) != REASONS.index("invalid") or not scores[-1].isnan():
+    same &= torch.equal(decisions[:-1] == OOD_CODE, known.decide(scores[:-1]))
+    if not same or int(decisions[-1]) != INVALID_CODE or not scores[-1].isnan():
         raise TrajOODError(
             "export: expected the p-values and decisions of the calibration, got others, so nothing was written: use "
             "--format torch, or the detector in Python"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.detector.conformal import Calibration
-from traj_ood.detector.module import DecisionModule, DetectorModule
-from traj_ood.detector.step import can_scan
 from traj_ood.errors import TrajOODError
+from traj_ood.export.decisions import DecisionModule
+from traj_ood.graph import EXAMPLE_ROWS, DetectorModule, can_scan
 from traj_ood.text import brief
 
 Format = Literal["onnx", "torch"]
@@ -29,7 +29,6 @@ OUTPUTS = (OUTPUT, "p_values", "decisions")
 _ENDINGS: dict[Format, tuple[str, ...]] = {"onnx": (".onnx",), "torch": (".pt2", ".pt", ".pth")}
 METADATA = "traj_ood"
 """Key of the JSON in an ONNX model's metadata; with the suffix .json, the extra file in a torch.export archive."""
-_EXAMPLES = 3  # rows of the example batch while recording: torch.export would treat 0 and 1 as constants
 MAX_UNROLLED = 32
 """Most steps in a graph without ``scan``, which contains every step separately."""
 _MAX_ONNX_BYTES = 2**31 - 1
@@ -87,7 +86,7 @@ def open_answers(form: Format, path: Path) -> tuple[Answerer, dict[str, Any]]:
 
 def record(module: DetectorModule, whole: nn.Module) -> torch.export.ExportedProgram:
     """Record ``whole``, which is or contains ``module``, as a graph for any batch size."""
-    example = torch.full((_EXAMPLES, *module.preprocessing.shape), 0.5)
+    example = torch.full((EXAMPLE_ROWS, *module.preprocessing.shape), 0.5)
     if module.steps > MAX_UNROLLED and not can_scan():
         raise TrajOODError(
             f"export: expected at most {MAX_UNROLLED} steps with torch {torch.__version__}, whose graphs contain every "

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from traj_ood.autoencoders import Autoencoder, FeatureView
-from traj_ood.detector.dense_index import DenseIndex
+from traj_ood.graph.dense_index import DenseIndex
 
-_ROWS = 3  # of the example batch while recording: torch.export would treat 0 and 1 as constants
+EXAMPLE_ROWS = 3
+"""Rows of the example batch while recording: torch.export would treat 0 and 1 as constants."""
 
 
 class Tensors(nn.Module):
@@ -77,10 +78,10 @@ class Step(nn.Module):
     def measure(self, latents: Tensor, running: Tensor, *prepared: Tensor) -> list[Tensor]:
         """The measures, each (B,) float64: ‖z‖, and the distance to the nearest attractor in each view."""
         found = [lengths(latents).double()]
-        for number, (view, points) in enumerate(self.attractors.all().items()):
-            index = DenseIndex(points, (prepared[2 * number], prepared[2 * number + 1]))
+        pairs = zip(prepared[::2], prepared[1::2], strict=True)
+        for (view, points), pair in zip(self.attractors.all().items(), pairs, strict=True):
             seen = self._autoencoder.view(latents, view)  # type: ignore[arg-type]
-            found.append(index.nearest(seen).distances[:, 0])
+            found.append(DenseIndex(points, pair).nearest(seen).distances[:, 0])
         return [torch.where(running, values, torch.nan) for values in found]
 
 
@@ -117,8 +118,8 @@ class RecordedStep:
     def of(cls, step: Step, latents: Tensor) -> RecordedStep:
         """Record ``step`` at latents (B, *L) for any B."""
         batch = {0: torch.export.Dim("batch")}
-        start = latents[:1].expand(_ROWS, *latents.shape[1:]).contiguous()
-        running, first, prepared = torch.ones(_ROWS, dtype=torch.bool), torch.tensor(True), step.prepare()
+        start = latents[:1].expand(EXAMPLE_ROWS, *latents.shape[1:]).contiguous()
+        running, first, prepared = torch.ones(EXAMPLE_ROWS, dtype=torch.bool), torch.tensor(True), step.prepare()
         shapes: tuple[Any, ...] = (batch, batch, None, *([tuple(None for _ in prepared)] if prepared else []))
         program = torch.export.export(step, (start, running, first, *prepared), dynamic_shapes=shapes, strict=False)
         specs = [s for s in program.graph_signature.input_specs if s.kind != InputKind.USER_INPUT]

@@ -1,4 +1,4 @@
-"""A detector as an nn.Module from pixels to scores, with a fixed number of steps and no data-dependent control flow."""
+"""A scorer set as an nn.Module from pixels to scores, of a fixed number of steps and no data-dependent control flow."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import Autoencoder, Encoding, FeatureView, SurrogateAutoencoder
 from traj_ood.data.preprocessing import PIXEL_SLACK, Preprocessing
-from traj_ood.detector.conformal import Calibration
-from traj_ood.detector.dense_index import DenseIndex
-from traj_ood.detector.fixed_steps import form_of, same_score, steps_of
-from traj_ood.detector.step import Loop, PinnedTensors, PlainLoop, RecordedStep, Step, Tensors, lengths
 from traj_ood.dynamics.fixed_function import float_type
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
+from traj_ood.graph.dense_index import DenseIndex
+from traj_ood.graph.fixed_steps import form_of, same_score, steps_of
+from traj_ood.graph.step import Loop, PinnedTensors, PlainLoop, RecordedStep, Step, Tensors, lengths
 from traj_ood.scorers import Evidence
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.scorer_set import ScorerSet
-
-OK_CODE, OOD_CODE, INVALID_CODE = 0, 1, 2  # indices into traj_ood.detector.decision.REASONS
 
 
 class DetectorModule(nn.Module):
@@ -180,42 +177,6 @@ class DetectorModule(nn.Module):
         return path, points
 
 
-class DecisionModule(nn.Module):
-    """Maps pixels, as for :class:`DetectorModule`, to scores, p-values (B,) float64 and decisions (B,) int64.
-
-    A decision is 0 (ok), 1 (ood) or 2 (invalid: a pixel is NaN or outside [0, 1]; score and p-value are NaN then).
-    P-values and decisions equal those of :class:`traj_ood.detector.conformal.Calibration` for these scores, exactly.
-    """
-
-    def __init__(self, scored: DetectorModule, calibration: Calibration) -> None:
-        super().__init__()
-        self.scored = scored
-        groups = calibration.groups
-        sizes = torch.tensor([len(group) for group in groups])
-        ends = sizes.cumsum(0)
-        self.calibration = PinnedTensors(
-            {
-                "scores": torch.cat([group.scores for group in groups]),
-                "last": ends - 1,  # of each class; the count up to "before", the end of the previous one, is subtracted
-                "before": (ends - sizes - 1).clamp(min=0),
-                "is_first": (ends == sizes).long(),
-                "sizes": sizes.double(),
-            }
-        )
-        self._threshold = calibration.threshold
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scores = self.scored(images)
-        known = self.calibration.all()
-        running = (known["scores"] >= scores.cpu()[:, None]).long().cumsum(dim=1)
-        before = running[:, known["before"]] * (1 - known["is_first"])
-        at_least = running[:, known["last"]] - before
-        p_values = ((1 + at_least).double() / (known["sizes"] + 1)).amax(dim=1).to(scores.device)
-        valid = ~scores.isnan()
-        decisions = torch.where(scores > self._threshold, OOD_CODE, OK_CODE)
-        return scores, torch.where(valid, p_values, torch.nan), torch.where(valid, decisions, INVALID_CODE)
-
-
 def as_module(detector: HasScorers, steps: int | None = None) -> DetectorModule:
     """A detector as an nn.Module, for TorchServe, Triton, BentoML or your own export.
 
@@ -231,16 +192,13 @@ def as_module(detector: HasScorers, steps: int | None = None) -> DetectorModule:
 
 
 class HasScorers(Protocol):
-    """The part of a :class:`traj_ood.Detector` that export reads."""
+    """The part of a :class:`traj_ood.Detector` that a module is made from."""
 
     @property
     def autoencoder(self) -> Autoencoder: ...
 
     @property
     def scorers(self) -> ScorerSet: ...
-
-    @property
-    def calibration(self) -> Calibration | None: ...
 
 
 def _attractors(autoencoder: Autoencoder, scorers: ScorerSet) -> dict[str, Tensor]:
