@@ -1,7 +1,6 @@
 """Autoencoders: the base class, one file per family, each of which registers itself on import, and the loader."""
 
 from traj_ood.autoencoders.base import (
-    FEATURE_VIEWS,
     VIEWS,
     Autoencoder,
     CallableAutoencoder,
@@ -19,7 +18,6 @@ from traj_ood.autoencoders.vit_mae import ViTMAE
 
 __all__ = [
     "FAMILIES",
-    "FEATURE_VIEWS",
     "MODELS",
     "VIEWS",
     "Autoencoder",

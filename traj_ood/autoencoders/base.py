@@ -26,7 +26,6 @@ from traj_ood.io.weights import fingerprint
 View = Literal["tokens", "cls", "mean"]
 VIEWS: tuple[View, ...] = get_args(View)
 FeatureView = Literal["tokens", "cls", "mean", "backbone", "grid", "entry", "decoded"]
-FEATURE_VIEWS: tuple[FeatureView, ...] = get_args(FeatureView)
 GRID = 4
 """Maximum number of cells per side in the view ``grid``. A Gaussian per cell over [z0, z1 − z0] takes (2d)² numbers:
 300 MB for all cells at d = 768."""

@@ -1,4 +1,4 @@
-"""What Ray cannot repair by itself: a node that is lost with the rows that it held."""
+"""Losses that Ray does not recover from by itself: a node that is lost with the rows that it held."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ silent."""
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether ``error``, or what caused it, is that a node, a worker or an object is gone. The failure of a worker to
-    start, or of its code, is none: it would fail again."""
+    """Whether ``error``, or a cause of it, is the loss of a node, a worker or an object. A worker that fails to start,
+    or whose code fails, is not a loss: it would fail again."""
     errors = import_module("ray.exceptions")
     kinds = (errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError, errors.WorkerCrashedError)
     seen: list[BaseException] = []
@@ -34,9 +34,9 @@ def living(ray: Any) -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
-def wait_until_noticed(ray: Any, nodes: int, patience: float = _PATIENCE) -> None:
-    """Wait until fewer than ``nodes`` nodes are alive, for at most ``patience`` seconds: what is started before would
-    be sent to the lost one."""
-    deadline = time.monotonic() + patience
+def wait_until_noticed(ray: Any, nodes: int) -> None:
+    """Wait until fewer than ``nodes`` nodes are alive, for at most a minute: tasks started before would be sent to the
+    lost node."""
+    deadline = time.monotonic() + _PATIENCE
     while living(ray) >= nodes and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -107,16 +107,16 @@ def write_option(value: Any, joint: str = "+") -> str:
     return repr(float(value)).replace("e+", "e") if isinstance(value, float) else str(value)
 
 
-def check_options(cls: type[Any], values: Mapping[str, Any], owner: str, *, reserved: str, joint: str = "+") -> None:
+def check_options(cls: type[Any], values: Mapping[str, Any], owner: str, *, reserved: str) -> None:
     """Check that the values of all options of ``cls``, written as text, are read back as the same values, and that
     texts contain none of the ``reserved`` characters, which separate options."""
-    reader = _Reader(owner, "option", joint)
+    reader = _Reader(owner, "option", "+")
     for key, kind in option_kinds(cls).items():
         value = tuple(values[key]) if isinstance(values[key], list) else values[key]
         if isinstance(value, str) and (set(value) & set(reserved) or value != value.strip()):
             signs = " and ".join(map(repr, reserved))
             raise TrajOODError(f"{owner}, option {key}: expected text without {signs}, got {value!r}")
-        if reader.read(kind, write_option(value, joint), key) != value:
+        if reader.read(kind, write_option(value), key) != value:
             raise reader.refused(kind, value, key)
 
 

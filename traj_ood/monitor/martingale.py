@@ -78,13 +78,12 @@ def online_p_values(calibration: Floats, scores: Floats, seed: int = 0) -> Float
 def capitals(
     p_values: Floats,
     bets: Mapping[str, Callable[[Floats], Floats]] = BETS,
-    jump: float = JUMP,
     restarts: bool = True,
 ) -> Floats:
     """The capital after each p-value (T, …) of one or more streams, (T, …); it starts at 1.
 
-    ``bets`` are densities on [0, 1] by name, and ``jump`` is the share of the capital that is redistributed before each
-    image. ``restarts`` adds new capital at every image, see the module; false is the plain simple jumper.
+    ``bets`` are densities on [0, 1] by name. ``restarts`` adds new capital at every image, see the module; false is the
+    plain simple jumper.
     """
     odds = np.stack([bet(p_values) for bet in bets.values()], axis=-1)
     held = np.zeros(odds.shape[1:]) if restarts else np.full(odds.shape[1:], 1 / len(bets))
@@ -92,7 +91,7 @@ def capitals(
     for t in range(len(p_values)):
         new = 1 / ((t + 1) * (t + 2)) if restarts else 0.0
         total = held.sum(axis=-1, keepdims=True)
-        held = ((1 - jump) * held + (jump * total + new) / len(bets)) * odds[t]
+        held = ((1 - JUMP) * held + (JUMP * total + new) / len(bets)) * odds[t]
         held *= np.minimum(1, MAX_CAPITAL / np.maximum(held.sum(axis=-1, keepdims=True), 1e-300))
         found[t] = held.sum(axis=-1) + (1 / (t + 2) if restarts else 0.0)
     return found
