@@ -33,6 +33,7 @@ _WITHOUT_EFFECT = (
     "evaluation/compare.py",
     "evaluation/dynamics_plots.py",
     "evaluation/leaderboard.py",
+    "evaluation/leaderboard_text.py",
     "evaluation/parallel.py",
     "evaluation/plots.py",
     "evaluation/runs.py",
@@ -41,8 +42,10 @@ _WITHOUT_EFFECT = (
     "evaluation/versus.py",
     "export/",
     "io/card.py",
+    "monitor/",
     "openood/",
     "report/",
+    "serve/",
     "training/card.py",
 )
 # Another version of a decoder, a resize or a kernel changes numbers, if only in the last digits.
