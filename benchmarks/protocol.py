@@ -12,8 +12,9 @@ evaluations of f an image (``--whole-path`` adds the paper's, up to 500), and ev
   set. A static scorer is one that reads neither a path nor attractors. ``field:start_only=true`` reads neither too, but
   is the candidate's own form without the field: a control, compared like a rival and never chosen as one.
 * Tests are paired: DeLong on each set in each run, and a bootstrap over images (all runs are evaluated on the same
-  draws, and crops of one picture stay together) for means over sets; see traj_ood/compare.py. They cover the chance of
-  test images. That of training and of the training sample is shown by the standard deviation over the nine runs.
+  draws, and crops of one picture stay together) for means over sets; see delong.py and traj_ood/evaluation/compare.py.
+  They cover the chance of test images. That of training and of the training sample is shown by the standard deviation
+  over the nine runs.
 * How much of the lead hangs on single sets: the same with each set left out, with all sets of crops left out, and the
   median over sets.
 * A control repeats the first run with untrained weights of the same geometry.
@@ -42,19 +43,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from delong import DeLong, delong
 
 from traj_ood import Autoencoder, Evaluator, RunConfig, TrajOODError, load_autoencoder, load_benchmark
 from traj_ood.autoencoders import MODELS
 from traj_ood.dynamics.device import resolve_device
-from traj_ood.evaluation.compare import (
-    BootstrapComparison,
-    Comparison,
-    DeLong,
-    Difference,
-    PairedScores,
-    delong,
-    paired_bootstrap,
-)
+from traj_ood.evaluation.compare import BootstrapComparison, Comparison, Difference, PairedScores, paired_bootstrap
 from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.evaluation.results import CONTROL as FILES
 from traj_ood.evaluation.results import FILE_NAME, Result, is_in, near_first, sets_in_words

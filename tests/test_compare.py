@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from delong import delong
 
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation.compare import BootstrapComparison, PairedScores, delong, paired_bootstrap
+from traj_ood.evaluation.compare import BootstrapComparison, PairedScores, paired_bootstrap
 from traj_ood.evaluation.metrics import compute_metrics
 
 Vectors = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from delong import delong
 from tiny import VIT, conv, vit, write_benchmark
 
-from traj_ood.evaluation.compare import PairedScores, delong, paired_bootstrap
+from traj_ood.evaluation.compare import PairedScores, paired_bootstrap
 from traj_ood.evaluation.results import Result
 
 pytestmark = pytest.mark.slow  # whole benchmark scripts, each of whose parts has quick tests in the package
