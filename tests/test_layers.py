@@ -58,6 +58,7 @@ HEAVY = {
         "data/fashion_mnist.py",
         "openood/",
     },
+    "safetensors": {"io/tensor_file.py", "io/checkpoints.py"},
     "accelerate": {"evaluation/parallel.py"},
     "onnxruntime": {"export/formats.py"},
     "prometheus_client": {"monitor/metrics.py", "serve/"},
@@ -136,6 +137,13 @@ def test_no_other_room_names_a_scorer() -> None:
     for file in (f for f in files() if room(f) != "scorers"):
         named = {n.split(".")[-1] for n in internal(file) if n.startswith("scorers.")} & classes
         assert not named, f"{file} imports {', '.join(sorted(named))}"
+
+
+def test_checkpoints_are_read_and_written_in_io() -> None:
+    for file in files():
+        tree = ast.parse((PACKAGE / file).read_text())
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert file == "io/checkpoints.py" or not calls & {"torch.load", "torch.save"}, f"{file}: use io/checkpoints.py"
 
 
 def test_the_engine_knows_torch_and_nothing_else() -> None:

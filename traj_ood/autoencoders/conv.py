@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder
@@ -16,7 +15,7 @@ from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.chunks import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors
-from traj_ood.io.tensor_file import check_digest, write_tensors
+from traj_ood.io.tensor_file import check_digest, read_tensors, write_tensors
 from traj_ood.io.trees import write_json
 from traj_ood.io.weights import with_weights
 
@@ -102,7 +101,7 @@ class ConvAutoencoder(Autoencoder):
         path = folder / "model.safetensors"
         with foreign_errors(f"{folder}: expected config.json and model.safetensors of a conv model"):
             config = read_config(folder)
-            weights = load_file(path)
+            weights = read_tensors(path)
             network = with_weights(ConvNetwork, config["network"], weights, path)
             mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
         check_digest(path, weights, config)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder, Encoding
@@ -28,7 +27,7 @@ from traj_ood.data.benchmark import at_most
 from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, check_word, foreign_errors
 from traj_ood.io.checkpoints import read_weights
-from traj_ood.io.tensor_file import check_digest, write_tensors
+from traj_ood.io.tensor_file import check_digest, read_tensors, write_tensors
 from traj_ood.io.trees import field_of, read_json, write_json
 from traj_ood.io.weights import put_weights, with_weights
 
@@ -288,7 +287,7 @@ class SurrogateAutoencoder(Autoencoder):
                 )
             trained_on = {key: str(config["backbone"][key]) for key in ("spec", "name", "fingerprint")}
             asked = dict(config["backbone"].get("options") or {})
-            weights = load_file(path)
+            weights = read_tensors(path)
             network = with_weights(SurrogateNetwork, config["network"], weights, path)
             record = folder / "training.json"
             known = read_json(record, "the record of a training", "delete the folder") if record.is_file() else {}

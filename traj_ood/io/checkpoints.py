@@ -1,13 +1,14 @@
-"""Read safetensors files and PyTorch checkpoints as plain tensors, without running any code in them."""
+"""Read weights, from safetensors files or PyTorch checkpoints, without running any code in them; write checkpoints."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
+from traj_ood.io.files import write_atomic
 from traj_ood.text import brief
 
 # Keys under which checkpoints keep tensors, in timm's order of preference: averaged weights (EMA) before raw ones.
@@ -102,17 +104,36 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             tree = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile, pickle and torch each have error classes of their own
         raise TrajOODError(
-            f"{path}: cannot be read as plain weights ({reason_of(error)}); expected a whole .safetensors file or a "
-            "state dict saved by torch.save"
+            f"{path}: cannot be read as plain weights ({why_unreadable(error)}); expected a whole .safetensors file or "
+            "a state dict saved by torch.save"
         ) from error
     return _tensors(tree, path)
+
+
+def write_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain data, such as the states of a module and its optimizer, to one file, atomically."""
+    buffer = io.BytesIO()  # a full disk then raises OSError in write_atomic, not an error of torch
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+@contextmanager
+def open_checkpoint(path: str | Path, device: torch.device, fix: str) -> Iterator[Mapping[str, Any]]:
+    """Context manager that yields what :func:`write_checkpoint` wrote, with its tensors on ``device``; any exception in
+    the ``with`` block is reported as damage, with the advice ``fix``."""
+    try:
+        yield torch.load(path, map_location=device, weights_only=True)
+    except TrajOODError:
+        raise
+    except Exception as error:  # pickle, zipfile and torch raise different error classes
+        raise TrajOODError(f"{path}: damaged checkpoint ({brief(error)}): {fix}") from error
 
 
 # In the words of zipfile, pickle, and safetensors before and since 0.5.
 _CUT_OFF = r"central directory|unexpected EOF|Ran out of input|IncompleteBuffer|not fully covered"
 
 
-def reason_of(error: BaseException) -> str:
+def why_unreadable(error: BaseException) -> str:
     """Why weights could not be read; for a pickle, the Python object that it requires."""
     cause: BaseException | None = error
     while cause is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError, foreign_errors
-from traj_ood.io.checkpoints import reason_of
+from traj_ood.io.checkpoints import why_unreadable
 from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
 from traj_ood.io.weights import check_weights
 
@@ -60,7 +60,7 @@ def from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _refused(source, "an auto_map to Python files of its own") from error
-        if "Python object" in (reason := reason_of(error)):
+        if "Python object" in (reason := why_unreadable(error)):
             raise TrajOODError(f"{source}: its pickled weights cannot be read ({reason})") from error
         raise
     kernel = getattr(found, "_attn_implementation", None)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from traj_ood.errors import TrajOODError
-from traj_ood.io.checkpoints import reason_of
+from traj_ood.io.checkpoints import why_unreadable
 from traj_ood.io.files import write_atomic
 
 DIGEST = "traj_ood_sha256"
@@ -74,6 +74,12 @@ def write_tensors(
     write_atomic(path, lambda file: file.writelines([len(text).to_bytes(8, "little"), text, content[end:]]))
 
 
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, on the CPU, not yet compared with its digest (see
+    :func:`check_digest`). Errors of safetensors pass through."""
+    return load_file(path)
+
+
 @contextmanager
 def open_tensors(path: str | Path, what: str, fix: str) -> Iterator[TensorFile]:
     """Context manager that yields the content of a file that :func:`write_tensors` wrote, called ``what`` in messages;
@@ -90,7 +96,7 @@ def open_tensors(path: str | Path, what: str, fix: str) -> Iterator[TensorFile]:
     except TrajOODError:
         raise
     except Exception as error:  # safetensors has its own error classes, and the block may raise any
-        raise TrajOODError(f"{path}: not a readable {what} ({reason_of(error)}): {fix}") from error
+        raise TrajOODError(f"{path}: not a readable {what} ({why_unreadable(error)}): {fix}") from error
 
 
 def check_digest(path: Path, weights: Mapping[str, Tensor], *beside: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import time
@@ -17,10 +16,11 @@ from tqdm import tqdm
 
 from traj_ood.dynamics.device import training_settings
 from traj_ood.errors import TrajOODError
+from traj_ood.io.checkpoints import open_checkpoint, write_checkpoint
 from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import code_digest, environment, git_commit
 from traj_ood.io.trees import write_json
-from traj_ood.text import brief, printable
+from traj_ood.text import printable
 from traj_ood.training.config import Recipe
 
 RECORD = "training.json"
@@ -131,9 +131,7 @@ class Trainer(ABC):
             return
         state = {"identity": self._identity, "log": self.log, "kept": self.kept}
         state |= {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        buffer = io.BytesIO()  # a full disk then raises OSError in write_atomic, not an error of torch
-        torch.save(state, buffer)
-        write_atomic(self.out / _CHECKPOINT, buffer.getvalue())
+        write_checkpoint(self.out / _CHECKPOINT, state)
         write_atomic(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
         self._saved = time.monotonic()
 
@@ -146,22 +144,16 @@ class Trainer(ABC):
         if self.out is None or not (self.out / _CHECKPOINT).is_file():
             return
         path = self.out / _CHECKPOINT
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+        with open_checkpoint(path, self.device, "delete it, or start over with --fresh (fresh=True)") as state:
             different = [key for key, value in self._identity.items() if state["identity"].get(key) != value]
-            if not different:
-                self.module.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.log, self.kept = state["log"], state["kept"]
-        except Exception as error:  # pickle, zipfile and torch raise different error classes
-            raise TrajOODError(
-                f"{path}: damaged checkpoint ({brief(error)}): delete it, or start over with --fresh (fresh=True)"
-            ) from error
-        if different:
-            raise TrajOODError(
-                f"{path}: checkpoint of a run with another {', '.join(different)}: choose another folder (--out), or "
-                "start over with --fresh (fresh=True)"
-            )
+            if different:
+                raise TrajOODError(
+                    f"{path}: checkpoint of a run with another {', '.join(different)}: choose another folder (--out), "
+                    "or start over with --fresh (fresh=True)"
+                )
+            self.module.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.log, self.kept = state["log"], state["kept"]
 
     # ------------------------------------------------------------------ training
 
