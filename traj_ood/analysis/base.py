@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.io.files import check_writable, write_atomic
+from traj_ood.io.files import check_can_write, write_atomic
 from traj_ood.io.options import read_options, split_pairs, write_option
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.io.trees import as_json, read_json
@@ -175,7 +175,7 @@ class Question(ABC):
             TrajOODError: bad options or data, an unwritable folder.
         """
         self.expect(0 <= self.seed < 2**31, "seed", f"0 to {2**31 - 1}")
-        check_writable(folder, FILE_NAME)
+        check_can_write(folder, FILE_NAME)
         began, commit = time.perf_counter(), git_commit()
         answer = self.answer(work)
         finding = Finding(

@@ -20,7 +20,7 @@ from traj_ood.data.cifar10_local import CIFAR, ID_CLASSES, NEAR_CLASSES, PER_CLA
 from traj_ood.data.fashion_mnist import FILES, obtain_fashion_mnist, read_fashion_mnist, read_idx
 from traj_ood.data.images import ArrayImages, FileImages, read_folder
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.io.files import cache_folder, check_writable
+from traj_ood.io.files import cache_folder, check_can_write
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _mnist(root: Path | None) -> ImageData:
     base = Path(root) if root is not None else cache
     folder = _find_mnist(base)
     if folder is None and root is None:
-        check_writable(cache)
+        check_can_write(cache)
         # The remedy is the same for any failure of the download (no network, a moved mirror, a wrong checksum).
         try:
             from torchvision.datasets import MNIST

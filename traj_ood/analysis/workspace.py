@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from traj_ood.data.contents import distrust
 from traj_ood.errors import TrajOODError
-from traj_ood.io.files import check_writable
+from traj_ood.io.files import check_can_write
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.text import printable
 
@@ -72,7 +72,7 @@ class Workspace:
         if found is not None:
             self.resumed += found.notes["seconds"]
             return Unit(found.tensors, found.notes["own"])
-        check_writable(self.folder, label)
+        check_can_write(self.folder, label)
         began = time.perf_counter()
         made = compute()
         notes = self._plain(name, made.notes)

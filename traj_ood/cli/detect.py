@@ -128,7 +128,7 @@ def fit(source: str, **options: Any) -> None:
 def check_target(out: Path, overwrite: bool) -> None:
     """Check, before anything is computed, that a detector can be saved to ``out``."""
     from traj_ood.detector import FILE_NAME, refuse_inside
-    from traj_ood.io.files import check_writable
+    from traj_ood.io.files import check_can_write
 
     refuse_inside(out.expanduser().absolute().parent)
     is_detector = (out / FILE_NAME).is_file()
@@ -136,7 +136,7 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise TrajOODError(f"{out}: has a detector already; choose another --out, or replace it with --overwrite")
     if not is_detector and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise TrajOODError(f"{out}: expected a new or empty folder, or a detector to replace; choose another --out")
-    check_writable(out)
+    check_can_write(out)
 
 
 def parts_of(out: Path) -> Path:

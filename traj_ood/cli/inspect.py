@@ -37,13 +37,13 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     from traj_ood.dynamics.device import resolve_device
     from traj_ood.evaluation.diagnose import FILE_NAME
     from traj_ood.evaluation.diagnose import diagnose as run_diagnosis
-    from traj_ood.io.files import check_writable
+    from traj_ood.io.files import check_can_write
     from traj_ood.io.sealed import refuse_inside
 
     set_up(options["threads"])
     if out is not None:
         refuse_inside(out)
-    check_writable(out or Path("runs"), FILE_NAME)  # before hours of work; the default's name comes from the model
+    check_can_write(out or Path("runs"), FILE_NAME)  # before hours of work; the default's name comes from the model
     reading = reading_of(options["exif"], options["bit_depth"])
     data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"], reading=reading)
     device = resolve_device(options["device"])

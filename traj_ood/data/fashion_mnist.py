@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from traj_ood.errors import TrajOODError
-from traj_ood.io.files import cache_folder, check_writable
+from traj_ood.io.files import cache_folder, check_can_write
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
             "below it, found not all four; correct the root, or leave it out to download them"
         )
     target = cache_folder() / "fashion-mnist"
-    check_writable(target)
+    check_can_write(target)
     for fetch in (_fetch_torchvision, _fetch_debian):
         if _into_cache(target, fetch):
             return target

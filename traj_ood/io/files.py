@@ -61,7 +61,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
             temporary.unlink()
 
 
-def check_writable(folder: str | Path, file: str = "") -> None:
+def check_can_write(folder: str | Path, file: str = "") -> None:
     """Check that ``folder`` can be created or replaced, or can hold the file ``file``, before hours of work for it;
     nothing is left behind."""
     folder = Path(os.path.realpath(Path(folder).expanduser()))
