@@ -13,7 +13,7 @@ from traj_ood.cli.base import NAME, PATH, SEED, examples, main
 from traj_ood.cli.console import note, say
 
 if TYPE_CHECKING:
-    from traj_ood.monitor import Finding
+    from traj_ood.monitor import StreamState
 
 ALARM = 4
 """Exit code if the stream differs from the calibration."""
@@ -65,41 +65,40 @@ def monitor(
     calibration = read_calibration(Path(detector).expanduser())
     found = read_rows(rows)
     found.check(calibration)
-    finding = watch(calibration, found.scores, found.invalid, **options)
+    state = watch(calibration, found.scores, found.invalid, **options)
     if prometheus is not None:
-        write_atomic(prometheus, prometheus_text(finding, Path(detector).name).encode())
-    if not quiet or (finding.is_alarm and form == "json"):
-        say(json.dumps(finding.as_dict()) if form == "json" else _text(finding))
-    if finding.is_alarm:
-        note(_alarms(finding))
+        write_atomic(prometheus, prometheus_text(state, Path(detector).name).encode())
+    if not quiet or (state.is_alarm and form == "json"):
+        say(json.dumps(state.as_dict()) if form == "json" else _text(state))
+    if state.is_alarm:
+        note(_alarms(state))
         sys.exit(ALARM)
 
 
-def _text(finding: Finding) -> str:
-    lines = [f"{finding.images:,} images, {finding.invalid:,} without a score"]
-    if finding.rate is not None and finding.interval is not None and finding.uniformity is not None:
-        low, high = finding.interval
+def _text(state: StreamState) -> str:
+    lines = [f"{state.images:,} images, {state.invalid:,} without a score"]
+    if state.rate is not None and state.interval is not None and state.uniformity is not None:
+        low, high = state.interval
         lines.append(
-            f"OOD: {finding.ood:,} of {finding.images - finding.invalid:,}, {finding.rate:.2%} "
-            f"({finding.confidence:.0%} interval {low:.2%} to {high:.2%}); "
-            f"at most {finding.expected:.2%} expected for ID images"
+            f"OOD: {state.ood:,} of {state.images - state.invalid:,}, {state.rate:.2%} "
+            f"({state.confidence:.0%} interval {low:.2%} to {high:.2%}); "
+            f"at most {state.expected:.2%} expected for ID images"
         )
-        if finding.recent is not None:
-            low, high = finding.recent["interval"]
-            lines.append(f"last {finding.window:,}: {finding.recent['rate']:.2%} ({low:.2%} to {high:.2%})")
+        if state.recent is not None:
+            low, high = state.recent["interval"]
+            lines.append(f"last {state.window:,}: {state.recent['rate']:.2%} ({low:.2%} to {high:.2%})")
         lines.append(
-            f"scores against calibration scores: Kolmogorov-Smirnov {finding.uniformity[0]:.3f}, "
-            f"p = {finding.uniformity[1]:.3g} (valid for a single test)"
+            f"scores against calibration scores: Kolmogorov-Smirnov {state.uniformity[0]:.3f}, "
+            f"p = {state.uniformity[1]:.3g} (valid for a single test)"
         )
     lines.append(
-        f"martingale: capital {finding.capital:.3g}, highest {finding.highest:.3g}, alarm at "
-        f"{2 / finding.false_alarms:.3g}"
+        f"martingale: capital {state.capital:.3g}, highest {state.highest:.3g}, alarm at {2 / state.false_alarms:.3g}"
     )
-    verdict = "ALARM: differs from the calibration" if finding.is_alarm else "resembles the calibration"
-    lines.append(verdict if finding.images > finding.invalid else "nothing to compare yet: no image has a score")
+    verdict = "ALARM: differs from the calibration" if state.is_alarm else "resembles the calibration"
+    lines.append(verdict if state.images > state.invalid else "nothing to compare yet: no image has a score")
     return "\n".join(lines)
 
 
-def _alarms(finding: Finding) -> str:
-    tests = " and ".join(f"{a.test} after {a.at:,} scored images ({a.evidence:.3g})" for a in finding.alarms)
+def _alarms(state: StreamState) -> str:
+    tests = " and ".join(f"{a.test} after {a.at:,} scored images ({a.evidence:.3g})" for a in state.alarms)
     return f"traj-ood: alarm: the stream differs from the calibration: {tests}"

@@ -2,6 +2,6 @@
 
 from traj_ood.monitor.martingale import BETS, capitals, online_p_values
 from traj_ood.monitor.rows import Rows, read_rows
-from traj_ood.monitor.watch import Alarm, Finding, watch
+from traj_ood.monitor.watch import Alarm, StreamState, watch
 
-__all__ = ["BETS", "Alarm", "Finding", "Rows", "capitals", "online_p_values", "read_rows", "watch"]
+__all__ = ["BETS", "Alarm", "Rows", "StreamState", "capitals", "online_p_values", "read_rows", "watch"]

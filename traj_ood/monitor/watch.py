@@ -26,7 +26,7 @@ class Alarm:
 
 
 @dataclass(frozen=True)
-class Finding:
+class StreamState:
     """The state of a stream; fields for which there are too few images are None.
 
     ``uniformity`` is the two-sample Kolmogorov–Smirnov test of all scores against the calibration scores: it tests for
@@ -54,7 +54,7 @@ class Finding:
         return bool(self.alarms)
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding as JSON data."""
+        """The state as JSON data."""
         return {**asdict(self), "alarm": self.is_alarm}
 
 
@@ -67,7 +67,7 @@ def watch(
     window: int = 200,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Finding:
+) -> StreamState:
     """Compare a stream of scores with the calibration.
 
     Args:
@@ -92,7 +92,7 @@ def watch(
     capital = capitals(online_p_values(known, scores, seed))
     is_ood = calibration.decide(torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float64))).numpy()
     last = is_ood[-window:]
-    return Finding(
+    return StreamState(
         images=len(scores) + invalid,
         invalid=invalid,
         ood=int(is_ood.sum()),
