@@ -96,10 +96,10 @@ def test_a_run_is_continued_with_its_own_detector_and_images_alone(place: Path, 
         check_same_run(tmp_path / "rows", tmp_path / "d", ["a", "b"])
 
 
-def run_of(place: Path, out: Path, count: int) -> engine._Run:
+def scoring_of(place: Path, out: Path, count: int) -> engine.Scoring:
     out.mkdir()
     given = [Entry(str(number)) for number in range(count)]
-    return engine._Run(out, given, place / "d", engine.Workers(), engine.DEFAULT_OPENING, None)
+    return engine.Scoring(out, given, place / "d", engine.Workers(), engine.DEFAULT_OPENING, None)
 
 
 class NodeError(Exception):
@@ -116,18 +116,18 @@ def test_what_is_lost_is_scored_again_while_rows_are_gained(
     monkeypatch.setattr(engine, "is_loss", lambda error: isinstance(error, NodeError))
     gains: list[int] = []
 
-    def write(run: engine._Run, done: Any) -> None:
-        left = [key for key in range(run.expected) if key not in done]
+    def write(scoring: engine.Scoring, done: Any) -> None:
+        left = [key for key in range(scoring.expected) if key not in done]
         new = left[: gains.pop(0)]
         if new:
-            pd.DataFrame({KEY: new}).to_parquet(run.folder / f"{len(done)}.parquet")
+            pd.DataFrame({KEY: new}).to_parquet(scoring.folder / f"{len(done)}.parquet")
         if len(new) < len(left):
             raise NodeError("node gone") if gains else ValueError("broken")
 
-    monkeypatch.setattr(engine._Run, "write", write)
+    monkeypatch.setattr(engine.Scoring, "write", write)
     gains[:] = [2, 0, 0, 0, 1, 0, 0, 0, 5]
     with pytest.warns(UserWarning, match="ray: lost a node or a worker: scoring goes on without it after 2 rows"):
-        engine._write_all(run_of(place, tmp_path / "all", 8), None)
+        engine._write_all(scoring_of(place, tmp_path / "all", 8), None)
     assert gains == []
     assert written_keys(tmp_path / "all").tolist() == list(range(8))
     gains[:] = [1, 0, 0, 0, 0, 7]  # the fourth time without a row
@@ -135,11 +135,11 @@ def test_what_is_lost_is_scored_again_while_rows_are_gained(
         pytest.warns(UserWarning, match=r"after 1 rows \(node gone\)"),
         pytest.raises(TrajOODError, match=r"ray: node gone: rows so far are in .*: continue with --resume"),
     ):
-        engine._write_all(run_of(place, tmp_path / "stuck", 8), None)
+        engine._write_all(scoring_of(place, tmp_path / "stuck", 8), None)
     assert gains == [7]
     gains[:] = [3]  # no loss
     with pytest.raises(TrajOODError, match="ray: broken: rows so far are in"):
-        engine._write_all(run_of(place, tmp_path / "other", 8), None)
+        engine._write_all(scoring_of(place, tmp_path / "other", 8), None)
 
 
 def test_losses_are_told_from_failures() -> None:

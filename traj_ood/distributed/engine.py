@@ -142,18 +142,18 @@ def score_to(
         )
     given: list[str | Entry] = [*sources]
     check_same_run(folder, Path(detector).expanduser(), [s.path if isinstance(s, Entry) else str(s) for s in given])
-    run = _Run(folder, given, Path(detector).expanduser(), workers or Workers(), opening, reading)
-    _write_all(run, ray)
+    scoring = Scoring(folder, given, Path(detector).expanduser(), workers or Workers(), opening, reading)
+    _write_all(scoring, ray)
     # Broken files are those of a killed writer; its rows are written again elsewhere.
     written = len(written_keys(folder, remove_broken=True))
-    if written < run.expected:
-        raise TrajOODError(f"{folder}: expected {run.expected} rows, found {written}: continue with --resume")
+    if written < scoring.expected:
+        raise TrajOODError(f"{folder}: expected {scoring.expected} rows, found {written}: continue with --resume")
     return written
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What :func:`score_to` writes: entries or sources of records, scored by a detector, in a folder."""
+class Scoring:
+    """One call of :func:`score_to`: entries or sources of records, their detector, and the folder of their rows."""
 
     folder: Path
     given: Sequence[str | Entry]
@@ -172,7 +172,7 @@ class _Run:
         return 0 if self.of_records else len(self.given)
 
     def write(self, done: Any) -> None:
-        """Score what has no key in ``done``."""
+        """Score everything whose key is not in ``done``."""
         if self.of_records:
             dataset = records_of([str(source) for source in self.given], self.opening, skip=done)
         else:
@@ -191,23 +191,24 @@ class _Run:
         return min(_BLOCK_ROWS, -(-share // batch) * batch)
 
 
-def _write_all(run: _Run, ray: Any) -> None:
-    """Score what has no row. After a loss that Ray cannot repair, such as of a node with the rows that it held, begin
-    again with what has none by then; the fourth time in a row without a new row is an error."""
-    done, failures = written_keys(run.folder, remove_broken=True), 0
-    while len(done) < run.expected or run.of_records:
+def _write_all(scoring: Scoring, ray: Any) -> None:
+    """Score everything that has no row. After a loss that Ray does not recover from, such as that of a node with its
+    rows, start again with what still has no row; the fourth failure in a row without a new row is an error."""
+    done, failures = written_keys(scoring.folder, remove_broken=True), 0
+    while len(done) < scoring.expected or scoring.of_records:
         nodes = living(ray)
         try:
-            run.write(done)
+            scoring.write(done)
             return
         except TrajOODError:
             raise
         except Exception as error:  # ray has many error classes
-            before, done = len(done), written_keys(run.folder, remove_broken=True)
+            before, done = len(done), written_keys(scoring.folder, remove_broken=True)
             failures = 0 if len(done) > before else failures + 1
             text = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
             if failures > _RETRIES or not is_loss(error):
-                raise TrajOODError(f"ray: {text}: rows so far are in {run.folder}: continue with --resume") from error
+                kept = f"rows so far are in {scoring.folder}"
+                raise TrajOODError(f"ray: {text}: {kept}: continue with --resume") from error
             warn(f"ray: lost a node or a worker: scoring goes on without it after {len(done):,} rows ({text[:120]})")
             wait_until_noticed(ray, nodes)
 
