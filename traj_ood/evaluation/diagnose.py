@@ -53,7 +53,7 @@ _NOISE_IMAGES = 200  # in the noise test; standard error at most 3.5 %
 
 
 @dataclass(frozen=True)
-class Gallery:
+class AttractorGallery:
     """K attractors, sorted by the number of training images that end there, largest first.
 
     Attributes:
@@ -114,7 +114,7 @@ class Diagnosis(ModelFacts):
     verdict: Verdict
     cautions: tuple[str, ...]
     curves: pd.DataFrame = field(repr=False, compare=False)
-    gallery: Gallery | None = field(repr=False, compare=False)
+    gallery: AttractorGallery | None = field(repr=False, compare=False)
 
     @property
     def meaningful(self) -> bool:
@@ -401,7 +401,9 @@ def _explained(model: Autoencoder, known: _Walk, unseen: _Walk) -> tuple[float, 
     return share, explained_hidden(model, unseen.targets, mean)
 
 
-def _gallery(model: Autoencoder, split: Split, walk: _Walk, seed: int) -> tuple[Gallery | None, Derivative | None]:
+def _gallery(
+    model: Autoencoder, split: Split, walk: _Walk, seed: int
+) -> tuple[AttractorGallery | None, Derivative | None]:
     """Up to 16 attractors, sampled by the number of training images that end there, with radius and nearest image."""
     ends = walk.dictionary.points[walk.converged]
     if not len(ends):
@@ -412,7 +414,7 @@ def _gallery(model: Autoencoder, split: Split, walk: _Walk, seed: int) -> tuple[
     decoded = model.decode(points).cpu()
     nearest = torch.cdist(decoded.flatten(1).double(), walk.targets.flatten(1).double()).argmin(dim=1)
     shown = walk.images.transpose(0, 1).flatten(1)
-    gallery = Gallery(
+    gallery = AttractorGallery(
         decoded=decoded if tuple(decoded.shape[1:]) == tuple(model.input_shape) else None,
         nearest=walk.images[nearest],
         ids=_ids(split.images.ids, nearest),

@@ -38,7 +38,7 @@ from traj_ood.evaluation.identity import (
 )
 from traj_ood.evaluation.outcome import judged, measure, measure_sets, score_table
 from traj_ood.evaluation.parallel import Team
-from traj_ood.evaluation.passes import Parts, Passes, even_size, key_of
+from traj_ood.evaluation.passes import PartsBySplit, Passes, even_size, key_of
 from traj_ood.evaluation.results import CONTROL, FILE_NAME, Result, ScorerResult
 from traj_ood.evaluation.runs import read_scores
 from traj_ood.evaluation.snapshot import LEARNT, Snapshot
@@ -361,7 +361,7 @@ class Evaluator:
 
     # ------------------------------------------------------------------ metrics and files
 
-    def _finish(self, identity: dict[str, Any], passes: Passes, parts: Parts) -> Result:
+    def _finish(self, identity: dict[str, Any], passes: Passes, parts: PartsBySplit) -> Result:
         began = time.perf_counter()
         config, sample, dictionary = self.config, self.sample, self.scorers.dictionary
         scored = {name: pieces for name, pieces in parts.items() if name != sample.train.name}

@@ -25,7 +25,7 @@ from traj_ood.data import Benchmark
 from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.evaluation.metrics import bootstrap, check_scores, compute_metrics
-from traj_ood.evaluation.passes import Parts, Passes
+from traj_ood.evaluation.passes import PartsBySplit, Passes
 from traj_ood.evaluation.results import ScorerResult, SetScore
 from traj_ood.scorers.scorer_set import ScorerSet
 
@@ -33,7 +33,7 @@ from traj_ood.scorers.scorer_set import ScorerSet
 _RECONSTRUCTED_IMAGES = 200
 
 
-def score_table(sample: Benchmark, scored: Parts, labels: list[str]) -> pd.DataFrame:
+def score_table(sample: Benchmark, scored: PartsBySplit, labels: list[str]) -> pd.DataFrame:
     """Table with one row per image: split, role, id, trajectory_steps, trajectory_status and one column per scorer,
     from the parts of all splits except the training split."""
     roles = {s.name: s.role for s in sample.splits()}
@@ -48,7 +48,7 @@ def score_table(sample: Benchmark, scored: Parts, labels: list[str]) -> pd.DataF
 
 
 def measure(
-    scorers: ScorerSet, sample: Benchmark, table: pd.DataFrame, scored: Parts, *, resamples: int, quiet: bool
+    scorers: ScorerSet, sample: Benchmark, table: pd.DataFrame, scored: PartsBySplit, *, resamples: int, quiet: bool
 ) -> dict[str, ScorerResult]:
     """Metrics of every scorer on every OOD set, with its options and cost, by label. ``table`` is the
     :func:`score_table` of the parts ``scored``, which hold the costs.

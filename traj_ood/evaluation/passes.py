@@ -27,7 +27,7 @@ from traj_ood.scorers import Evidence
 from traj_ood.scorers.explored import explored_part, joined_parts
 from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
 
-Parts: TypeAlias = dict[str, list[Part]]
+PartsBySplit: TypeAlias = dict[str, list[Part]]
 """The parts of all batches in order, by split."""
 _Compute: TypeAlias = "Callable[[list[_Job], StepBar], Iterator[tuple[_Job, Part]]]"
 
@@ -63,7 +63,7 @@ class Passes:
     seconds: dict[str, float] = field(default_factory=dict)
     still_falling: float | None = None
 
-    def fit(self) -> Parts:
+    def fit(self) -> PartsBySplit:
         """The training pass: compute the attractors and fit the scorers, in every process.
 
         Raises:
@@ -81,7 +81,7 @@ class Passes:
         self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
         return parts
 
-    def score(self) -> Parts:
+    def score(self) -> PartsBySplit:
         """The scoring pass over all splits except the training split. Only the main process gets the parts.
 
         Raises:
@@ -110,7 +110,7 @@ class Passes:
         batch = read_rows(model, split.images, indices, self.workers, self.on_error)
         return batch.ids, model.examine(batch.images) if batch.ids else None, batch.failures
 
-    def _pass(self, splits: Sequence[Split], compute: _Compute, everywhere: bool) -> Parts:
+    def _pass(self, splits: Sequence[Split], compute: _Compute, everywhere: bool) -> PartsBySplit:
         """Compute all batches of some splits that are not stored yet, as one stream, and save each when it is finished.
 
         Each process computes its share. The main process, or with ``everywhere`` every process, returns all batches.
