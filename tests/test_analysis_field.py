@@ -13,7 +13,7 @@ from tiny_digits import write_digits
 from torch import Tensor, nn
 
 from traj_ood.analysis import Workspace, find_question, options_from
-from traj_ood.analysis.field import SAME_DISTANCE, Field, settled_ends, vector_field
+from traj_ood.analysis.field import SAME_DISTANCE, VectorField, settled_ends, vector_field
 from traj_ood.analysis.grid import box, plane
 from traj_ood.analysis.models import PAPER_TOL
 from traj_ood.analysis.singular import jacobians
@@ -227,20 +227,20 @@ def test_the_question_is_answered_drawn_and_resumed(tmp_path: Path) -> None:
 
 def test_options_are_checked() -> None:
     with raises("field: at: expected epochs of at least 0, the last at least 1, got 0"):
-        Field(at=(0,))
+        VectorField(at=(0,))
     with raises("field: reach: expected 0 (fit) or more, got -1.0"):
-        Field(reach=-1.0)
+        VectorField(reach=-1.0)
     with raises("unknown option of field 'epochs'"):
         options_from(find_question("field"), ["epochs=3"])
     with raises("field: reach: expected 0 (fit) or more, got inf"):
-        Field(reach=float("inf"))
+        VectorField(reach=float("inf"))
 
 
 def test_differences_say_what_the_paper_states_in_words() -> None:
-    told = Field().differences()
+    told = VectorField().differences()
     assert "reach: fitted to the codes here, 8.0 in the paper" in told
     assert "train_images: 5000 here, all in the paper" in told
     assert "training ends after epoch 40 here, 500 in the paper" in told
     assert "width: 16 here, 32 with --paper (the paper does not state it)" in told
-    assert Field.paper().differences() == ()
-    assert set(Field.unstated) < set(Field().options())
+    assert VectorField.paper().differences() == ()
+    assert set(VectorField.unstated) < set(VectorField().options())

@@ -18,7 +18,7 @@ from traj_ood.analysis import Finding, Workspace, experiment, models, options_fr
 from traj_ood.analysis.images import load_images
 from traj_ood.analysis.measures import chamfer_similarity, correlation, memorization_coefficients, rank_explaining
 from traj_ood.analysis.memorization import Memorization
-from traj_ood.analysis.memory import Probe, memory, normalised, pixels, reference, settle_images
+from traj_ood.analysis.memory import MeasuredImages, memory, normalised, pixels, reference, settle_images
 from traj_ood.analysis.models import paper_recipe, settle, train_conv
 from traj_ood.autoencoders import ConvAutoencoder, ConvNetwork
 from traj_ood.errors import TrajOODError
@@ -106,9 +106,9 @@ def patterns() -> Tensor:
 
 def test_a_model_that_stores_its_training_images_has_memorised_them() -> None:
     training, model = patterns(), Known()
-    probe = Probe(training, torch.arange(8), 0.8 * training + 0.1)
+    images = MeasuredImages(training, torch.arange(8), 0.8 * training + 0.1)
     ends = settle_images(model, 0.8 * training + 0.1, 1e-12, 200)
-    found, shown = memory(model, probe, ends)
+    found, shown = memory(model, images, ends)
     assert found["memorization"] == pytest.approx(1.0, abs=1e-6)
     assert found["memorization_std"] == pytest.approx(0.0, abs=1e-6)
     assert found["memorization_distinct"] == found["memorization_converged"] == pytest.approx(1.0, abs=1e-6)
@@ -123,14 +123,16 @@ def test_a_model_that_stores_its_training_images_has_memorised_them() -> None:
 
 def test_a_model_of_one_attractor_has_memorised_one_image() -> None:
     white = Known(lambda z: torch.ones_like(z))
-    found, _ = memory(white, Probe(patterns(), torch.arange(8), patterns()), settle_images(white, patterns(), 1e-6, 9))
+    images = MeasuredImages(patterns(), torch.arange(8), patterns())
+    found, _ = memory(white, images, settle_images(white, patterns(), 1e-6, 9))
     assert (found["distinct"], found["rank90"], found["rank90_unit"], found["own"]) == (1, 0, 0, 1 / 8)
     assert found["memorization"] == pytest.approx(1.0)
 
 
 def test_a_model_that_diverges_has_no_figures_of_attractors() -> None:
     wild = Known(lambda z: z + torch.inf)
-    found, shown = memory(wild, Probe(patterns(), torch.arange(8), patterns()), settle_images(wild, patterns(), 1, 9))
+    images = MeasuredImages(patterns(), torch.arange(8), patterns())
+    found, shown = memory(wild, images, settle_images(wild, patterns(), 1, 9))
     assert (found["finite"], found["converged"], found["test_error"]) == (0.0, 0.0, None)
     assert found["memorization"] is found["rank90"] is found["distinct"] is None
     assert shown == {}
@@ -141,7 +143,7 @@ def test_end_points_that_decode_to_nothing_are_left_out() -> None:
     model = Known(lambda z: torch.where(z[:, :1] > 0, z / z.abs(), torch.nan))
     starts = torch.cat([patterns()[:4], 1 - patterns()[4:]])
     ends = settle_images(Known(), starts, 1e-12, 200)
-    found, shown = memory(model, Probe(starts, torch.arange(8), starts), ends)
+    found, shown = memory(model, MeasuredImages(starts, torch.arange(8), starts), ends)
     assert (found["finite"], found["distinct"], found["memorization"]) == (0.5, 8, pytest.approx(1.0, abs=1e-6))
     assert len(shown["decoded"]) == 4
 
@@ -155,7 +157,7 @@ def test_pixels_are_what_the_transform_makes_of_them() -> None:
 
 def test_the_reference_is_what_unseen_images_reach() -> None:
     training = patterns()
-    assert reference(Probe(training, torch.arange(2), training[:3])) == pytest.approx(1.0)
+    assert reference(MeasuredImages(training, torch.arange(2), training[:3])) == pytest.approx(1.0)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -221,11 +223,11 @@ def test_the_question_resumes_between_models(tmp_path: Path, monkeypatch: pytest
     whole = asked.run(Workspace(tmp_path / "a", data_root=digits), tmp_path / "a-out")
     measured = []
 
-    def cut_off(model: ConvAutoencoder, probe: Probe, ends: Any) -> Any:
+    def cut_off(model: ConvAutoencoder, images: MeasuredImages, ends: Any) -> Any:
         measured.append(ends.points.shape[1])
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return memory(model, probe, ends)
+        return memory(model, images, ends)
 
     monkeypatch.setattr(experiment, "memory", cut_off)
     work = Workspace(tmp_path / "b", data_root=digits)

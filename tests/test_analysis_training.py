@@ -14,7 +14,7 @@ from torch import Tensor
 from traj_ood.analysis import Workspace, options_from
 from traj_ood.analysis import training as training_file
 from traj_ood.analysis.experiment import Sampled
-from traj_ood.analysis.memory import Probe
+from traj_ood.analysis.memory import MeasuredImages
 from traj_ood.analysis.overfitting import Overfitting
 from traj_ood.analysis.training import Training, separation_from_noise
 from traj_ood.data import ArrayImages
@@ -27,19 +27,19 @@ def raises(text: str):  # type: ignore[no-untyped-def]
     return pytest.raises(TrajOODError, match=re.escape(text))
 
 
-def sampled(probe: Probe) -> Sampled:
+def sampled(images: MeasuredImages) -> Sampled:
     """Images whose pixels are already known."""
-    source = ArrayImages(tuple("abcdefgh"), (probe.training[:, 0] * 255).byte().numpy())
-    data = Sampled((1, 2, 2), source, tuple(probe.starts.tolist()), source)
-    vars(data)["probe"] = probe
+    source = ArrayImages(tuple("abcdefgh"), (images.training[:, 0] * 255).byte().numpy())
+    data = Sampled((1, 2, 2), source, tuple(images.starts.tolist()), source)
+    vars(data)["pixels"] = images
     return data
 
 
 def test_noise_and_training_images_that_share_their_attractors_are_told_apart_by_nothing() -> None:
     """All sign patterns attract: training images end at eight of them, noise at those and at their opposites."""
-    probe = Probe(patterns(), torch.arange(8), patterns())
+    images = MeasuredImages(patterns(), torch.arange(8), patterns())
     asked = Training(bottleneck=4, starts=8, max_steps=200, tol=1e-10)
-    found = asked._measure(Known(), sampled(probe)).notes
+    found = asked._measure(Known(), sampled(images)).notes
     assert (found["distinct_train"], found["distinct_test"]) == (8, 8)
     assert 1 < found["distinct_noise"] <= 8
     # Every pattern of noise has a cosine of 1 or, with the first sign turned, at least 0.5 with one of the eight.
@@ -49,9 +49,9 @@ def test_noise_and_training_images_that_share_their_attractors_are_told_apart_by
 
 
 def test_one_attractor_for_all_is_one_attractor() -> None:
-    probe = Probe(patterns(), torch.arange(8), patterns())
+    images = MeasuredImages(patterns(), torch.arange(8), patterns())
     black = Known(lambda z: torch.full_like(z, -1.0))
-    found = Training(bottleneck=4, starts=8, max_steps=9)._measure(black, sampled(probe)).notes
+    found = Training(bottleneck=4, starts=8, max_steps=9)._measure(black, sampled(images)).notes
     assert found["distinct_train"] == found["distinct_test"] == found["distinct_noise"] == 1
     assert found["chamfer"] == pytest.approx(1.0)
 
@@ -127,7 +127,7 @@ def test_the_papers_settings() -> None:
 
 
 def test_noise_is_drawn_once_for_all_epochs() -> None:
-    probe = Probe(patterns(), torch.arange(8), patterns())
-    first: Tensor = Training(bottleneck=4, seed=3)._starts(Known(), sampled(probe))["noise"]
-    assert torch.equal(first, Training(bottleneck=4, seed=3)._starts(Known(), sampled(probe))["noise"])
-    assert not torch.equal(first, Training(bottleneck=4, seed=4)._starts(Known(), sampled(probe))["noise"])
+    images = MeasuredImages(patterns(), torch.arange(8), patterns())
+    first: Tensor = Training(bottleneck=4, seed=3)._starts(Known(), sampled(images))["noise"]
+    assert torch.equal(first, Training(bottleneck=4, seed=3)._starts(Known(), sampled(images))["noise"])
+    assert not torch.equal(first, Training(bottleneck=4, seed=4)._starts(Known(), sampled(images))["noise"])

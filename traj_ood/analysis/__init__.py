@@ -15,7 +15,7 @@ from traj_ood.analysis.contraction import Contraction as Contraction
 from traj_ood.analysis.convergence import Convergence as Convergence
 from traj_ood.analysis.decomposition import Decomposition as Decomposition
 from traj_ood.analysis.dynamics import Dynamics as Dynamics
-from traj_ood.analysis.field import Field as Field
+from traj_ood.analysis.field import VectorField as VectorField
 
 # isort: off  (the paper's order, in which they are listed)
 from traj_ood.analysis.memorization import Memorization as Memorization

@@ -1,4 +1,4 @@
-"""Budget, the base class of questions that train Table 4 autoencoders: options for data, training and iteration."""
+"""TrainingQuestion, the base class of questions that train Table 4 autoencoders, with options for data and training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from traj_ood.analysis.base import Question
 from traj_ood.analysis.images import IMAGE_SETS, load_images, sample, spread
-from traj_ood.analysis.memory import Probe, memory, settle_images
+from traj_ood.analysis.memory import MeasuredImages, memory, settle_images
 from traj_ood.analysis.models import (
     PAPER_DECAY,
     PAPER_EPOCHS,
@@ -61,13 +61,14 @@ class Sampled:
     test: ImageSource
 
     @cached_property
-    def probe(self) -> Probe:
+    def pixels(self) -> MeasuredImages:
         """The images as pixels in [0, 1]; read when first used."""
-        return Probe(read_pixels(self.train, self.shape), torch.tensor(self.starts), read_pixels(self.test, self.shape))
+        training, test = (read_pixels(images, self.shape) for images in (self.train, self.test))
+        return MeasuredImages(training, torch.tensor(self.starts), test)
 
 
 @dataclass(frozen=True)
-class Budget(Question):
+class TrainingQuestion(Question):
     """A question that trains Table 4 autoencoders.
 
     Attributes:
@@ -107,7 +108,7 @@ class Budget(Question):
             raise unknown_name(f"{self.name}: data", self.data, IMAGE_SETS)
 
     @classmethod
-    def paper_budget(cls, data: str = "fashion-mnist") -> dict[str, Any]:
+    def paper_settings(cls, data: str = "fashion-mnist") -> dict[str, Any]:
         """The settings of App. D. For figures with CIFAR, MNIST and FashionMNIST, run each by ``--option data=…``."""
         return {
             "data": data,
@@ -141,8 +142,8 @@ class Budget(Question):
         """The measures of :func:`traj_ood.analysis.memory.memory` as a unit of work."""
 
         def measure() -> Unit:
-            starts = data.probe.training[data.probe.starts]
-            found, shown = memory(model, data.probe, settle_images(model, starts, self.tol, self.max_steps))
+            starts = data.pixels.training[data.pixels.starts]
+            found, shown = memory(model, data.pixels, settle_images(model, starts, self.tol, self.max_steps))
             return Unit(shown, found)
 
         return work.unit("memory", self.measure_key(model, data), measure)
@@ -150,7 +151,7 @@ class Budget(Question):
     def train(
         self, work: Workspace, data: Sampled, bottleneck: int, epochs: int | None = None, at: Iterable[int] = ()
     ) -> Trained:
-        """Train a model within this budget; ``at`` as in :func:`traj_ood.analysis.models.train_conv`."""
+        """Train a model with these options; ``at`` as in :func:`traj_ood.analysis.models.train_conv`."""
         recipe = paper_recipe(epochs or self.epochs, self.batch, self.rate, self.decay)
         return train_conv(
             work,

@@ -43,7 +43,7 @@ _CHUNK = 24  # rows per call of f, fewer than the model's 96, because few trajec
 
 @register
 @dataclass(frozen=True)
-class Field(Question):
+class VectorField(Question):
     """Two-dimensional vector fields across training and initialisations.
 
     Attributes:
@@ -95,7 +95,7 @@ class Field(Question):
         super().__post_init__()
 
     @classmethod
-    def paper(cls) -> Field:
+    def paper(cls) -> VectorField:
         return cls(
             data="mnist",
             train_images=0,
@@ -181,7 +181,7 @@ def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float,
         self_map, chunk: f, and rows per call of it.
         starts: (P, 2).
         diagonal: length of the box's diagonal.
-        tol, max_steps: see :class:`Field`.
+        tol, max_steps: see :class:`VectorField`.
     """
     path = iterate(self_map, starts, tol=min(tol, (_REST_STEP * diagonal) ** 2), max_steps=max_steps, chunk=chunk)
     last = path.last_residuals.sqrt()

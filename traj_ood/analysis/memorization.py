@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, lines_over
+from traj_ood.analysis.experiment import MEMORY_CHOICES, TrainingQuestion, change, lines_over
 from traj_ood.analysis.measures import correlation
 from traj_ood.analysis.memory import gallery, reference
 from traj_ood.analysis.workspace import Workspace
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class Memorization(Budget):
+class Memorization(TrainingQuestion):
     """How close decoded attractors come to training images, over the bottleneck k.
 
-    Further options are those of :class:`traj_ood.analysis.experiment.Budget`.
+    Further options are those of :class:`traj_ood.analysis.experiment.TrainingQuestion`.
 
     Attributes:
         images: number of training images, drawn by the seed; 0 is all. Default 4,000, which takes half a minute per
@@ -36,8 +36,8 @@ class Memorization(Budget):
     figure: ClassVar[str] = "Figs 2 and 13 (left), §3.2.1"
     summary: ClassVar[str] = "how close decoded attractors come to training images, over the bottleneck's width"
     choices: ClassVar[tuple[str, ...]] = (*MEMORY_CHOICES, "The range of k is stated, 2 to 512, but not its values.")
-    unstated: ClassVar[tuple[str, ...]] = (*Budget.unstated, "bottlenecks")
-    at_least: ClassVar = {**Budget.at_least, "images": 0}
+    unstated: ClassVar[tuple[str, ...]] = (*TrainingQuestion.unstated, "bottlenecks")
+    at_least: ClassVar = {**TrainingQuestion.at_least, "images": 0}
 
     images: int = 4000
     bottlenecks: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -49,7 +49,7 @@ class Memorization(Budget):
 
     @classmethod
     def paper(cls) -> Memorization:
-        return cls(**cls.paper_budget(), images=0)
+        return cls(**cls.paper_settings(), images=0)
 
     def answer(self, work: Workspace) -> Answer:
         data = self.load(work, self.images)
@@ -60,7 +60,7 @@ class Memorization(Budget):
             unit = self.memory(work, trained.final, data)
             rows.append({"bottleneck": k, "train_loss": trained.losses[-1], **unit.notes})
             pictures[f"k = {k}"] = unit.tensors
-        closest = reference(data.probe)
+        closest = reference(data.pixels)
         figures = {"rows": rows, "reference": closest, "trends": _trends(rows)}
         return Answer(figures, _sentence(rows, closest), {**self.drawn(figures), **gallery(pictures)})
 

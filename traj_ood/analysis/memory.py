@@ -33,7 +33,7 @@ _OF_ATTRACTORS = (
 
 
 @dataclass(frozen=True)
-class Probe:
+class MeasuredImages:
     """The images that models are measured on, as pixels in [0, 1].
 
     Attributes:
@@ -65,10 +65,10 @@ def settle_images(model: ConvAutoencoder, images: Tensor, tol: float, max_steps:
 
 
 def memory(
-    model: ConvAutoencoder, probe: Probe, dictionary: AttractorDictionary
+    model: ConvAutoencoder, images: MeasuredImages, dictionary: AttractorDictionary
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Measures of one model as plain data, and images of its attractors, the end points in ``dictionary`` of the
-    trajectories of ``probe.starts`` (:func:`settle_images`).
+    trajectories of ``images.starts`` (:func:`settle_images`).
 
     Returns:
         ``memorization``, ``memorization_std``: mean and standard deviation of mem(z*) over the end points of all
@@ -83,8 +83,8 @@ def memory(
     """
     known = dictionary.statuses != Status.NON_FINITE
     found: dict[str, Any] = dict.fromkeys(_OF_ATTRACTORS) | {
-        "test_error": reconstruction_error(model, probe.test),
-        "train_error": reconstruction_error(model, probe.training[probe.starts]),
+        "test_error": reconstruction_error(model, images.test),
+        "train_error": reconstruction_error(model, images.training[images.starts]),
         "starts": len(dictionary),
         "converged": share(dictionary.statuses == Status.CONVERGED),
         "median_steps": float(dictionary.steps.double().median()),
@@ -100,18 +100,18 @@ def memory(
     if not bool(drawn.any()):
         return found, {}
     decoded, distinct = decoded[drawn], distinct[drawn]
-    cosines, closest = memorization_coefficients(decoded, probe.training)
+    cosines, closest = memorization_coefficients(decoded, images.training)
     found |= {
         "memorization": float(cosines.mean()),
         "memorization_std": float(cosines.std(unbiased=False)),
         "memorization_distinct": finite(cosines[distinct].mean()),
         "memorization_converged": finite(cosines[(dictionary.statuses[known] == Status.CONVERGED)[drawn]].mean()),
-        "own": share(closest == probe.starts[known][drawn]),
+        "own": share(closest == images.starts[known][drawn]),
         "rank90": rank_explaining(decoded),
         "rank90_unit": rank_explaining(normalize(decoded.flatten(1).double(), dim=1)),
     }
     first = distinct.nonzero()[:_SHOWN, 0]
-    return found, {"decoded": decoded[first], "closest": probe.training[closest[first]]} if len(first) else {}
+    return found, {"decoded": decoded[first], "closest": images.training[closest[first]]} if len(first) else {}
 
 
 def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None:
@@ -121,9 +121,9 @@ def reconstruction_error(model: ConvAutoencoder, images: Tensor) -> float | None
     return finite((back - images).double().square().mean())
 
 
-def reference(probe: Probe) -> float:
+def reference(images: MeasuredImages) -> float:
     """Mean cosine of test images to their closest training image: the coefficient of images that were not memorised."""
-    return float(memorization_coefficients(probe.test, probe.training)[0].mean())
+    return float(memorization_coefficients(images.test, images.training)[0].mean())
 
 
 def gallery(pictures: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Callable[[], Figure]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, change, lines_over
+from traj_ood.analysis.experiment import MEMORY_CHOICES, TrainingQuestion, change, lines_over
 from traj_ood.analysis.measures import correlation
 from traj_ood.analysis.memory import gallery, reference
 from traj_ood.analysis.workspace import Workspace
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class Overfitting(Budget):
+class Overfitting(TrainingQuestion):
     """How close decoded attractors come to training images, over the number of training images.
 
-    Further options are those of :class:`traj_ood.analysis.experiment.Budget`.
+    Further options are those of :class:`traj_ood.analysis.experiment.TrainingQuestion`.
 
     Attributes:
         bottleneck: k. Default 128, the paper's.
@@ -44,8 +44,8 @@ class Overfitting(Budget):
         "images in the same training set beside that of the attractors (reference).",
     )
     unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "starts", "sizes")
-    at_least: ClassVar = {**Budget.at_least, "bottleneck": 1, "steps": 0}
-    meanings: ClassVar = {**Budget.meanings, "steps": {0: "set by epochs"}}
+    at_least: ClassVar = {**TrainingQuestion.at_least, "bottleneck": 1, "steps": 0}
+    meanings: ClassVar = {**TrainingQuestion.meanings, "steps": {0: "set by epochs"}}
 
     bottleneck: int = 128
     sizes: tuple[int, ...] = (4, 16, 64, 256, 1024, 4096)
@@ -58,7 +58,7 @@ class Overfitting(Budget):
 
     @classmethod
     def paper(cls) -> Overfitting:
-        return cls(**cls.paper_budget(), steps=0)
+        return cls(**cls.paper_settings(), steps=0)
 
     def differences(self) -> tuple[str, ...]:
         found = super().differences()
@@ -73,7 +73,7 @@ class Overfitting(Budget):
             trained = self.train(work, data, self.bottleneck, epochs)
             unit = self.memory(work, trained.final, data)
             row = {"size": size, "epochs": epochs, "train_loss": trained.losses[-1]}
-            rows.append({**row, "reference": reference(data.probe), **unit.notes})
+            rows.append({**row, "reference": reference(data.pixels), **unit.notes})
             pictures[f"{size:,} images"] = unit.tensors
         figures = {"rows": rows, "trends": {"memorization": correlation(self.sizes, [r["memorization"] for r in rows])}}
         return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})

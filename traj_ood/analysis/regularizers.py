@@ -15,7 +15,7 @@ from traj_ood.analysis.base import Answer, Question, register
 from traj_ood.analysis.experiment import read_pixels
 from traj_ood.analysis.images import spread, stack
 from traj_ood.analysis.measures import correlation, finite
-from traj_ood.analysis.memory import Probe, gallery, memory, normalised, reference
+from traj_ood.analysis.memory import MeasuredImages, gallery, memory, normalised, reference
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_RATE, paper_recipe, train_conv
 from traj_ood.analysis.singular import explicit_norms, explicit_radii, jacobians
 from traj_ood.analysis.variants import Variant, variants
@@ -121,7 +121,7 @@ class Regularizers(Question):
         for variant in work.track(chosen, "regularizers", "model"):
             row, pictures[variant.name] = self._row(work, variant, data)
             rows.append(row)
-        figures = {"rows": rows, "reference": reference(self._probe(data)), "trends": _trends(rows)}
+        figures = {"rows": rows, "reference": reference(self._images(data)), "trends": _trends(rows)}
         return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
@@ -153,8 +153,8 @@ class Regularizers(Question):
 
     def _measure(self, model: ConvAutoencoder, data: Benchmark) -> Unit:
         """Contraction, health, memorisation and detection of one model."""
-        probe = self._probe(data)
-        starts = normalised(model, probe.training[probe.starts])
+        images = self._images(data)
+        starts = normalised(model, images.training[images.starts])
         scorers = ScorerSet(model, SCORERS, tol=self.tol, max_steps=self.max_steps)
         try:
             scorers.fit(Normalised(starts))
@@ -162,8 +162,8 @@ class Regularizers(Question):
             return Unit({}, {"refused": str(error)})
         assert scorers.dictionary is not None
         health = scorers.dictionary.health()
-        found, shown = memory(model, probe, scorers.dictionary)
-        test = _scores(scorers, normalised(model, probe.test))
+        found, shown = memory(model, images, scorers.dictionary)
+        test = _scores(scorers, normalised(model, images.test))
         per_set = {s.name: _aurocs(test, _scores(scorers, stack(model, s.images))) for s in data.ood}
         frame = pd.DataFrame(per_set).T.astype(float)  # a scorer that lacks one AUROC has no mean
         aurocs = {label: finite(frame[label].mean(skipna=False)) for label in SCORERS}
@@ -174,17 +174,17 @@ class Regularizers(Question):
                 "verdict": health.verdict.word,
                 "healthy": health.healthy,
                 "displacement": health.displacement_quantiles[2] if health.displacement_quantiles else None,
-                **_contraction(model, model.encode(normalised(model, probe.test)), scorers),
+                **_contraction(model, model.encode(normalised(model, images.test)), scorers),
                 "auroc": aurocs,
                 "auroc_per_set": per_set,
                 "refused": None,
             },
         )
 
-    def _probe(self, data: Benchmark) -> Probe:
+    def _images(self, data: Benchmark) -> MeasuredImages:
         shape = _shape(data)
         starts = torch.tensor(spread(self.images, self.starts))
-        return Probe(read_pixels(data.train.images, shape), starts, read_pixels(data.test.images, shape))
+        return MeasuredImages(read_pixels(data.train.images, shape), starts, read_pixels(data.test.images, shape))
 
 
 def _shape(data: Benchmark) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Budget, Sampled, change, lines_over
+from traj_ood.analysis.experiment import MEMORY_CHOICES, Sampled, TrainingQuestion, change, lines_over
 from traj_ood.analysis.images import spread
 from traj_ood.analysis.measures import chamfer_similarity
 from traj_ood.analysis.memory import gallery, memory, normalised, reference
@@ -30,11 +30,11 @@ _GROUPS = ("train", "test", "noise")
 
 @register
 @dataclass(frozen=True)
-class Training(Budget):
+class Training(TrainingQuestion):
     """Memorisation, distinct attractors and their separation from noise, by epoch of the training.
 
-    Further options are those of :class:`traj_ood.analysis.experiment.Budget`; ``starts`` is the number of training
-    images, of test images and of samples of N(0, I).
+    Further options are those of :class:`traj_ood.analysis.experiment.TrainingQuestion`; ``starts`` is the number of
+    training images, of test images and of samples of N(0, I).
 
     Attributes:
         images: number of training images, drawn by the seed; 0 is all. Default 4,000, which takes half a minute per
@@ -57,7 +57,7 @@ class Training(Budget):
     )
     unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "at", "test")
     paper_data: ClassVar[tuple[str, ...]] = ("mnist",)
-    at_least: ClassVar = {**Budget.at_least, "images": 0, "bottleneck": 1}
+    at_least: ClassVar = {**TrainingQuestion.at_least, "images": 0, "bottleneck": 1}
 
     epochs: int = 32
     max_steps: int = 500
@@ -72,8 +72,8 @@ class Training(Budget):
 
     @classmethod
     def paper(cls) -> Training:
-        budget = cls.paper_budget("mnist")
-        return cls(**budget, images=0, at=(0, 1, 2, 5, 10, 20, 50, 100, 200, 300, 400))
+        settings = cls.paper_settings("mnist")
+        return cls(**settings, images=0, at=(0, 1, 2, 5, 10, 20, 50, 100, 200, 300, 400))
 
     def answer(self, work: Workspace) -> Answer:
         data = self.load(work, self.images)
@@ -87,7 +87,7 @@ class Training(Budget):
             loss = trained.losses[epoch - 1] if epoch else None
             rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
             pictures[f"epoch {epoch}"] = unit.tensors
-        figures = {"rows": rows, "reference": reference(data.probe)}
+        figures = {"rows": rows, "reference": reference(data.pixels)}
         return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
@@ -98,7 +98,7 @@ class Training(Budget):
         starts = self._starts(model, data)
         walk = partial(settle, model, tol=self.tol, max_steps=self.max_steps)
         known = walk(starts["train"])[0]
-        found, shown = memory(model, data.probe, known)
+        found, shown = memory(model, data.pixels, known)
         found |= {"distinct_train": found["distinct"], "starts_test": len(starts["test"])}
         nothing = ("distinct_test", "distinct_noise", "chamfer", "fpr95", "auroc", "fpr95_test")
         if not _has_ends(known):
@@ -116,13 +116,13 @@ class Training(Budget):
 
     def _starts(self, model: ConvAutoencoder, data: Sampled) -> dict[str, Tensor]:
         """Starts (n, k): latents of training and test images, and samples of N(0, I), of equal number if data allow."""
-        probe = data.probe
-        unseen = list(spread(len(probe.test), min(len(probe.starts), len(probe.test))))
+        images = data.pixels
+        unseen = list(spread(len(images.test), min(len(images.starts), len(images.test))))
         draws = torch.Generator().manual_seed(self.seed)
         return {
-            "train": model.encode(normalised(model, probe.training[probe.starts])),
-            "test": model.encode(normalised(model, probe.test[unseen])),
-            "noise": torch.randn(len(probe.starts), self.bottleneck, generator=draws).to(model.device),
+            "train": model.encode(normalised(model, images.training[images.starts])),
+            "test": model.encode(normalised(model, images.test[unseen])),
+            "noise": torch.randn(len(images.starts), self.bottleneck, generator=draws).to(model.device),
         }
 
 
