@@ -30,7 +30,7 @@ from traj_ood.serve.bodies import Upload, receive, uploads
 from traj_ood.serve.held import Held
 from traj_ood.serve.limits import BYTES_PER_PIXEL, Budget, Limits, RefusedError
 from traj_ood.serve.log import RowLog
-from traj_ood.serve.metrics import Metrics
+from traj_ood.serve.metrics import ServiceMetrics
 from traj_ood.serve.schema import DESCRIPTION, score_route
 
 _RELOAD_SECONDS = 2.0  # between checks whether the detector's folder has changed
@@ -42,7 +42,7 @@ class Service:
 
     def __init__(self, held: Held, limits: Limits, rows: RowLog | None, decoders: int) -> None:
         self.held, self.limits, self.rows = held, limits, rows
-        self.metrics = Metrics()
+        self.metrics = ServiceMetrics()
         self.bodies = Budget(limits.bodies, "bytes of bodies")
         self.decoded = Budget(limits.decoded, "bytes of decoded images")
         self.batcher = Batcher(limits, self.metrics.batch.observe)
