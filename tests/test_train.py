@@ -303,6 +303,10 @@ def test_bundled_model_is_what_its_config_builds() -> None:
         ({"benchmark": None, "channels": None}, r"train\.yaml: missing benchmark, channels"),
         ({"recipe": {"epochs": 0}}, "train: epochs must be at least 1, got 0"),
         ({"recipe": {"batch_size": -1}}, "train: batch_size must be at least 1, got -1"),
+        ({"recipe": {"learning_rate": 0.0}}, r"train: learning_rate must be above 0 and finite, got 0\.0"),
+        ({"recipe": {"clip": -1.0}}, r"train: clip must be above 0, got -1\.0"),
+        ({"recipe": {"input_noise": -0.1}}, r"train: input_noise must be 0 or more and finite, got -0\.1"),
+        ({"recipe": {"warmup": 2.0}}, r"train: warmup must be a share from 0 to 1, got 2\.0"),
         (
             {"recipe": {"optimizer": "adamW"}},
             r"unknown recipe\.optimizer of .*train\.yaml 'adamW': did you mean .*'adamw'",

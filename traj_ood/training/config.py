@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +16,24 @@ from traj_ood.io.trees import as_json, read_yaml
 Family = Literal["vit_mae", "conv", "classifier"]
 CONFIGS = PACKAGE / "configs"
 """Folder of the bundled training configs."""
+_BOUNDS: Mapping[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "above 0": lambda value: value > 0,
+    "above 0 and finite": lambda value: 0 < value < math.inf,
+    "0 or more and finite": lambda value: 0 <= value < math.inf,
+    "between 0 and 1": lambda value: 0 < value < 1,
+    "a share from 0 to 1": lambda value: 0 <= value <= 1,
+}
+
+
+def check_bounds(recipe: object, owner: str, bounds: Mapping[str, Sequence[str]]) -> None:
+    """Check numbers of a recipe: ``bounds`` are the names of attributes by what they must be, in the words of
+    ``_BOUNDS``. None is allowed."""
+    for expected, keys in bounds.items():
+        for key in keys:
+            value = getattr(recipe, key)
+            if value is not None and not _BOUNDS[expected](value):
+                raise TrajOODError(f"{owner}: {key} must be {expected}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -53,9 +73,14 @@ class Recipe:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size"):
-            if getattr(self, key) < 1:
-                raise TrajOODError(f"train: {key} must be at least 1, got {getattr(self, key)}")
+        bounds = {
+            "at least 1": ("epochs", "batch_size"),
+            "above 0 and finite": ("learning_rate",),
+            "above 0": ("clip",),
+            "0 or more and finite": ("weight_decay", "input_noise"),
+            "a share from 0 to 1": ("warmup",),
+        }
+        check_bounds(self, "train", bounds)
         for key in ("optimizer", "schedule", "loss"):
             known = get_args(option_kinds(Recipe)[key])
             if getattr(self, key) not in known:

@@ -24,7 +24,7 @@ from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.io.trees import as_json
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.card import surrogate_card
-from traj_ood.training.config import Recipe
+from traj_ood.training.config import Recipe, check_bounds
 from traj_ood.training.loop import SEED_STRIDE, Trainer, shuffled
 from traj_ood.training.penalties import squared_asymmetry, squared_jacobian
 
@@ -92,21 +92,20 @@ class SurrogateRecipe:
     latent_norm: bool = True
 
     def __post_init__(self) -> None:
-        def expect(condition: bool, key: str, expected: str) -> None:
-            if not condition:
-                raise TrajOODError(f"surrogate recipe: {key} must be {expected}, got {getattr(self, key)}")
-
-        for key in ("steps", "check_every", "patience", "batch_size"):
-            expect(getattr(self, key) >= 1, key, "at least 1")
-        for key in ("learning_rate", "clip"):
-            expect(0 < getattr(self, key) < math.inf, key, "above 0 and finite")
-        for key in ("weight_decay", "input_noise", "latent_noise", "jacobian", "contractive", "asymmetry"):
-            value = getattr(self, key)
-            expect(value is None or 0 <= value < math.inf, key, "0 or more and finite")
-        known = bool(self.noise_levels) and all(0 <= level < math.inf for level in self.noise_levels)
-        expect(known, "noise_levels", "one or more finite factors of at least 0")
-        expect(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
-        expect(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1")
+        weights = ("weight_decay", "jacobian", "contractive", "asymmetry")
+        bounds = {
+            "at least 1": ("steps", "check_every", "patience", "batch_size"),
+            "above 0 and finite": ("learning_rate", "clip"),
+            "0 or more and finite": ("input_noise", "latent_noise", *weights),
+            "between 0 and 1": ("val_fraction",),
+            "a share from 0 to 1": ("warmup",),
+        }
+        check_bounds(self, "surrogate recipe", bounds)
+        if not self.noise_levels or not all(0 <= level < math.inf for level in self.noise_levels):
+            raise TrajOODError(
+                "surrogate recipe: noise_levels must be one or more finite factors of at least 0, got "
+                f"{self.noise_levels}"
+            )
         check_word("surrogate activation", self.activation, Activation)
         if min((*(self.hidden or ()), 1 if self.bottleneck is None else self.bottleneck)) < 1:
             raise TrajOODError(
