@@ -294,7 +294,7 @@ def test_openood_rows_of_one_seed_and_of_a_missing_role() -> None:
 
 def test_diagnostics_have_columns_and_are_in_no_mean() -> None:
     text = render_markdown([run(0), run(1)], columns=["all_auroc"])
-    assert "Means hold bags (near) and digits, noise (far)." in text.splitlines()
+    assert "Means include bags (near) and digits, noise (far)." in text.splitlines()
     runs = with_diagnostics([run(0), run(1)], ["noise"])
     table = leaderboard(runs)
     got = row(table, "trajectory")
@@ -303,9 +303,7 @@ def test_diagnostics_have_columns_and_are_in_no_mean() -> None:
     assert got["diagnostics"] == "noise"
     assert list(per_set(runs)["role"])[:3] == ["near", "far", "diagnostic"]
     text = render_markdown(runs, columns=["all_auroc"])
-    assert (
-        "Means hold bags (near) and digits (far); noise is a diagnostic, which none of them holds." in text.splitlines()
-    )
+    assert "Means include bags (near) and digits (far); noise is a diagnostic and is left out." in text.splitlines()
     assert "| Scorer | bags (near) | digits (far) | noise (diagnostic) |" in text
     assert openood_csv(runs).splitlines()[1].endswith(",fashion; 2 seeds; means without noise")
     with pytest.raises(TrajOODError, match="unknown OOD set of these results 'nosie': did you mean 'noise'"):
@@ -317,8 +315,8 @@ def test_runs_whose_means_hold_other_sets_are_never_averaged() -> None:
     table = leaderboard([run(0), new])
     assert sorted(table.loc[table["scorer"] == "knn", "variant"]) == ["sets.noise=diagnostic", "sets.noise=far"]
     text = render_markdown([run(0), new], columns=["all_auroc"])
-    assert "Means hold bags (near) and digits, noise (far) (sets.noise=far)." in text
-    assert "which none of them holds (sets.noise=diagnostic)." in text
+    assert "Means include bags (near) and digits, noise (far) (sets.noise=far)." in text
+    assert "and is left out (sets.noise=diagnostic)." in text
 
 
 def test_the_option_of_the_command(tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ def test_scorer_overview(tmp_path: Path) -> None:
     marked = scorer_overview(with_diagnostics([make_result()], ["b"])[0])
     assert_plot(marked, tmp_path / "marked.png")
     keys = [text.get_text() for text in marked.legends[0].get_texts()]
-    assert "diagnostic, in no mean" in keys
-    assert "diagnostic, in no mean" not in [t.get_text() for t in healthy.legends[0].get_texts()]
+    assert "diagnostic, not in means" in keys
+    assert "diagnostic, not in means" not in [t.get_text() for t in healthy.legends[0].get_texts()]
     assert [label.get_text() for label in healthy.axes[0].get_yticklabels()] == ["Trajectory", "KNN"]
     said = " ".join(" ".join(text.get_text() for text in warned.texts).split())
     assert "⚠ unhealthy dictionary: only 61.0 % of 2,000 samples converged" in said

@@ -106,7 +106,7 @@ def test_a_rehearsal_from_end_to_end(
     rows = pd.read_csv(tmp_path / "out" / "recipes.csv")
     own = rows[(rows["recipe"] == "default") & (rows["scorer"] == "knn")].iloc[0]
     means = [first["figures"]["knn"][name]["auroc"] for name in ("dim", "bright")]
-    assert own["auroc"] == pytest.approx(sum(means) / 2), "the diagnostic is in no mean"
+    assert own["auroc"] == pytest.approx(sum(means) / 2), "the diagnostic is not in the means"
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "tiny").glob("*.json")}
     script.main(command)
     assert {p: p.stat().st_mtime_ns for p in written} == written

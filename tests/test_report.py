@@ -331,9 +331,9 @@ def test_figures_are_those_of_result_json(place: Path, reader: Reader) -> None:
             assert text.split() == [f"{100 * value:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"]
     assert list(means) == sorted(SCORERS, key=lambda label: -tree["scorers"][label]["all"]["auroc"])
     caption = " ".join(reader.text["span"])
-    held = "Means hold bag, boot (near) and digits, faces (far); noise is a diagnostic, which none of them holds."
+    held = "Means include bag, boot (near) and digits, faces (far); noise is a diagnostic and is left out."
     assert held in caption
-    assert "crosses: diagnostics, in no mean" in " ".join(reader.text["li"])
+    assert "crosses: diagnostics, not in means" in " ".join(reader.text["li"])
 
 
 def test_the_interval_of_a_mean_is_at_least_as_wide_as_it_should_be() -> None:

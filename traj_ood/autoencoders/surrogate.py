@@ -198,7 +198,7 @@ class SurrogateAutoencoder(Autoencoder):
     def modules_used(self) -> tuple[nn.Module, ...]:
         return self.backbone.module, self.network
 
-    # ------------------------------------------------------------------ the map
+    # ------------------------------------------------------------------ self-map
 
     def examine(self, images: Tensor) -> Encoding:
         """One pass through the backbone: the latents, the features and the logits of the images."""
@@ -231,7 +231,7 @@ class SurrogateAutoencoder(Autoencoder):
         """Standardised features (B, n) converted to the backbone's units, (B, 1, n)."""
         return (target * self.network.std + self.network.mean)[:, None]
 
-    # ------------------------------------------------------------------ what it is
+    # ------------------------------------------------------------------ backbone and options
 
     def transform(self, image: Image.Image) -> Tensor:
         return self.backbone.transform(image)

@@ -8,7 +8,7 @@
     test: cats/test
     near: {dogs: dogs}         # OOD sets by name; near, far or both
     far: {textures: {list: lists/textures.txt}}
-    diagnostic: {noise: noise}   # optional: OOD sets with figures of their own, which no mean over sets holds
+    diagnostic: {noise: noise}   # optional: OOD sets with figures of their own, left out of means over sets
     control: true              # optional: tables also say what the image files alone give away, see `bench --control`
 
 Folders, and the paths inside image lists, are relative to ``root``. The keys ``root`` and ``list``, and a list's own

@@ -264,9 +264,8 @@ def sizes_side_by_side(function: Callable[..., Any], chunk: int) -> tuple[int, .
     """The numbers of rows up to ``chunk``, ascending, that a call of ``function`` may have if several threads call it;
     empty if all threads have to compute one call.
 
-    That is so for functions that are no methods of a model with :attr:`FixedFunction.is_side_by_side`. The number of
-    chunks does not matter: the number of threads of a product may change its rounding, so a single chunk is computed by
-    one thread, too.
+    Several threads can call only the methods of a model with :attr:`FixedFunction.is_side_by_side`. Even a single chunk
+    is then computed by one thread, because the number of threads of a product may change its rounding.
     """
     owner = getattr(function, "__self__", None)
     if not isinstance(owner, FixedFunction) or not owner.is_side_by_side:
@@ -283,8 +282,8 @@ def name_around(function: Callable[..., Any]) -> str:
 
 
 def errors_around(function: Callable[..., Any], name: str) -> AbstractContextManager[None]:
-    """Context in which to call ``function``, named ``name`` in messages: if it is a method of a user's model, what it
-    raises is told with the user's file and line."""
+    """Context in which to call ``function``, named ``name`` in messages. If it is a method of a user's model, its
+    errors are reported with the user's file and line."""
     owner = getattr(function, "__self__", None)
     return own_code(type(owner), name) if isinstance(owner, FixedFunction) else nullcontext()
 

@@ -62,7 +62,7 @@ def takes_one(name: str, function: _Rows, rows: Tensor) -> bool:
     """
     try:
         again, alone, among = (result_of(function, some) for some in (rows[:1], rows[:1], rows))
-    except Exception:  # any network, any error; an error of all calls is told by the other checks
+    except Exception:  # any network, any error; the other checks report an error of all calls
         return False
     if not (isinstance(alone, Tensor) and isinstance(among, Tensor) and among.dtype in FLOATS):
         return False

@@ -20,8 +20,8 @@ from traj_ood.errors import TrajOODError
 
 NOTE = "no scorer: distance of spectrum, roughness, blockiness and size of the image files to those of training images"
 _FLOOR = 1e-6
-"""Added to the variances, in logarithms or slopes: what all training images share (their size) tells others apart by
-any difference that is more than rounding."""
+"""Added to the variances of the statistics, which are logarithms or slopes. A statistic that is the same for all
+training images, such as their size, then still sets apart images in which it differs by more than rounding."""
 
 
 def control_scores(

@@ -173,7 +173,8 @@ def _means_table(rows: pd.DataFrame, columns: Sequence[str], notes: Sequence[str
 
 
 def _held(sets: pd.DataFrame) -> str:
-    """Which sets the means hold, in the words of each way in which the rows divide them (records of several ages)."""
+    """Which sets the means include; several sentences if rows divide the sets in different ways, as records of
+    different versions may."""
     ways = {
         json.dumps(dict(zip(own["set"], own["role"], strict=True))): str(variant)
         for variant, own in sets.groupby("variant", sort=False)

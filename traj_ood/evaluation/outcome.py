@@ -79,7 +79,7 @@ def measure_sets(table: pd.DataFrame, sample: Benchmark, resamples: int) -> dict
     for split in sample.ood:
         scores = by_split[split.name].to_numpy()
         intervals = bootstrap(id_scores, scores, resamples=resamples) if resamples else {}
-        role: Any = split.role  # an OOD one, as of all that is scored and not ID
+        role: Any = split.role  # one of OOD_ROLES
         sets[split.name] = SetScore(role, len(scores), compute_metrics(id_scores, scores), intervals)
     return sets
 

@@ -262,7 +262,7 @@ def scorer_overview(result: Result, width: float | None = None) -> Figure:
         for region, (marker, _) in _MARKS.items()
     }
     if any(role == "diagnostic" for row in rows for role, _ in row.sets):
-        legend["diagnostic, in no mean"] = {"color": INKS["gold"], "marker": "x", "linestyle": ""}
+        legend["diagnostic, not in means"] = {"color": INKS["gold"], "marker": "x", "linestyle": ""}
     legend["one set"] = {"color": INKS["muted"], "marker": ".", "linestyle": ""}
     legend["chance"] = {"color": INKS["muted"], "linestyle": ":"}
     figure, (axis,) = canvas(overview_frame(len(rows), width), title=title, legend=legend, width=width)

@@ -219,15 +219,15 @@ def sets_in_words(sets: Mapping[str, str]) -> str:
     """A sentence on which OOD sets (role by name) the means include and leave out.
 
     >>> sets_in_words({"digits": "far", "bag": "near", "noise": "diagnostic"})
-    'Means hold bag (near) and digits (far); noise is a diagnostic, which none of them holds.'
+    'Means include bag (near) and digits (far); noise is a diagnostic and is left out.'
     """
     named: dict[str, list[str]] = {role: [] for role in OOD_ROLES}
     for name, role in near_first(sets).items():
         named[role].append(name)
-    held = " and ".join(f"{', '.join(named[role])} ({role})" for role in ("near", "far") if named[role]) or "no set"
+    included = " and ".join(f"{', '.join(named[role])} ({role})" for role in ("near", "far") if named[role])
     own = named["diagnostic"]
-    verb = "are diagnostics" if len(own) > 1 else "is a diagnostic"
-    return f"Means hold {held}" + (f"; {', '.join(own)} {verb}, which none of them holds." if own else ".")
+    verb = "are diagnostics and are" if len(own) > 1 else "is a diagnostic and is"
+    return f"Means include {included or 'no set'}" + (f"; {', '.join(own)} {verb} left out." if own else ".")
 
 
 def with_diagnostics(results: Sequence[Result], names: Collection[str]) -> list[Result]:

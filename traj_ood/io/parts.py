@@ -29,10 +29,16 @@ class Part:
 class PartStore:
     """Parts by key, stored in ``folder/<key>.safetensors``; each is complete or absent.
 
-    A part that a different version of the code has computed counts as absent: by default of the whole package and the
-    user's imports, else of what ``code`` digests. The JSON file ``index`` can record which computation the parts belong
-    to, see :meth:`claim`. Messages call a part ``what``, say that deleting a damaged one serves to ``redo`` it, and how
-    to ``discard`` a folder whose JSON file is damaged or of another computation.
+    A part that another version of the code has computed counts as absent.
+
+    Args:
+        folder: where the parts are stored.
+        what: what a part is called in messages, such as ``unit of work``.
+        redo: completes the advice on a damaged part, "delete this file to …", such as ``compute it again``.
+        index: name of the JSON file that records which computation the parts belong to, see :meth:`claim`.
+        discard: advice on a folder whose JSON file is damaged or belongs to another computation.
+        code: returns the digest of the code that decides the parts. Default: that of the whole package and the user's
+            imports.
     """
 
     def __init__(

@@ -114,7 +114,7 @@ class Board:
 
     @property
     def held(self) -> str:
-        """Which sets the means hold."""
+        """Which sets the means include."""
         return sets_in_words(self.sets)
 
     @property
@@ -185,8 +185,9 @@ class SideBySide:
 
 
 def side_by_side(found: Sequence[Board]) -> list[SideBySide]:
-    """Each run of a benchmark in a column; where there are more than :data:`BESIDE`, each model, and rows on other data
-    or settings than the rest of their board stay out. Scorers are best first by their mean over columns."""
+    """A table per benchmark with a column for each run. With more than :data:`BESIDE` runs there is a column for each
+    model instead, without rows on other data or settings than the rest of their board. Scorers are sorted by their mean
+    over columns, best first."""
     tables = []
     for benchmark in dict.fromkeys(board.benchmark for board in found):
         own = [board for board in found if board.benchmark == benchmark]

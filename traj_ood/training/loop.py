@@ -92,7 +92,7 @@ class Trainer(ABC):
             else torch.optim.Adam(groups, lr=recipe.learning_rate)
         )
 
-    # ------------------------------------------------------------------ what differs between runs
+    # ------------------------------------------------------------------ for subclasses
 
     @abstractmethod
     def losses(self, steps: int, draws: torch.Generator) -> Iterator[Tensor]:
@@ -110,7 +110,7 @@ class Trainer(ABC):
     def finished(self) -> bool:
         return self.step >= self.steps
 
-    # ------------------------------------------------------------------ where it stands
+    # ------------------------------------------------------------------ state and checkpoint
 
     @property
     def step(self) -> int:
@@ -232,7 +232,7 @@ class Trainer(ABC):
                 f"{lost} of {len(self.parameters)} parameters: lower the learning rate"
             )
 
-    # ------------------------------------------------------------------ what is left of it
+    # ------------------------------------------------------------------ record
 
     def record(self) -> dict[str, Any]:
         """The part of the record that all trainings share: log, seconds, commit and versions of libraries."""
