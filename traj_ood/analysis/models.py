@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork
 from traj_ood.data import ImageSource
 from traj_ood.dynamics.iterate import Observer, iterate
 from traj_ood.dynamics.trajectory import Trajectory
+from traj_ood.io.weights import below
 from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageTrainer, TrainingImages
 from traj_ood.training.loop import Trainer
@@ -101,42 +102,49 @@ def train_conv(
         "variant": dict(variant or {}),
         "at": epochs,
     }
+    config = TrainConfig(name, "analysis", "conv", shape[1], shape[0], key, recipe, seed)
 
-    def compute() -> Unit:
-        pixels = TrainingImages(images, shape)
-        mean, std = pixels.statistics()
-        torch.manual_seed(seed)
-        network = build(shape[0], shape[1], width, bottleneck).to(work.device)
-        folder = work.scratch(name, key)
+    def make() -> ConvNetwork:
+        return build(shape[0], shape[1], width, bottleneck)
 
-        def keep_chosen(trainer: Trainer) -> None:
-            if len(trainer.log) in epochs:
-                trainer.keep(str(len(trainer.log)))
-
-        trainer = ImageTrainer(
-            TrainConfig(name, "analysis", "conv", shape[1], shape[0], key, recipe, seed),
-            network,
-            pixels,
-            lambda images, rows, draws: loss(network, images, draws),
-            folder,
-            on_round=keep_chosen,
-            quiet=work.quiet,
-        )
-        keep_chosen(trainer)
-        trainer.run()
-        tensors = {f"{epoch}/{k}": v for epoch, weights in trainer.kept.items() for k, v in weights.items()}
-        shutil.rmtree(folder, ignore_errors=True)
-        return Unit(tensors, {"losses": [line["loss"] for line in trainer.log], "mean": list(mean), "std": list(std)})
-
-    unit = work.unit(name, key, compute)
+    unit = work.unit(name, key, lambda: _trained(work, config, TrainingImages(images, shape), make, loss, epochs))
+    statistics = {key: tuple(unit.notes[key]) for key in ("mean", "std")}
     models = {}
     for epoch in epochs:
-        network = build(shape[0], shape[1], width, bottleneck)
-        prefix = f"{epoch}/"
-        network.load_state_dict({k[len(prefix) :]: v for k, v in unit.tensors.items() if k.startswith(prefix)})
-        statistics = {key: tuple(unit.notes[key]) for key in ("mean", "std")}
+        network = make()
+        network.load_state_dict(below(f"{epoch}/", unit.tensors))
         models[epoch] = ConvAutoencoder(network.to(work.device), name=name, **statistics)
     return Trained(models, tuple(unit.notes["losses"]))
+
+
+def _trained(
+    work: Workspace,
+    config: TrainConfig,
+    images: TrainingImages,
+    make: Callable[[], ConvNetwork],
+    loss: Loss,
+    epochs: Sequence[int],
+) -> Unit:
+    """Train a network; the weights after each of ``epochs`` by ``<epoch>/<name>``, the losses, and the statistics of
+    the pixels. ``config.model`` is the key of the unit."""
+    mean, std = images.statistics()
+    torch.manual_seed(config.seed)
+    network = make().to(work.device)
+    folder = work.scratch(config.name, config.model)
+
+    def keep_chosen(trainer: Trainer) -> None:
+        if len(trainer.log) in epochs:
+            trainer.keep(str(len(trainer.log)))
+
+    def loss_of(batch: Tensor, rows: Tensor, draws: torch.Generator) -> Tensor:
+        return loss(network, batch, draws)
+
+    trainer = ImageTrainer(config, network, images, loss_of, folder, on_round=keep_chosen, quiet=work.quiet)
+    keep_chosen(trainer)
+    trainer.run()
+    tensors = {f"{epoch}/{k}": v for epoch, weights in trainer.kept.items() for k, v in weights.items()}
+    shutil.rmtree(folder, ignore_errors=True)
+    return Unit(tensors, {"losses": [line["loss"] for line in trainer.log], "mean": list(mean), "std": list(std)})
 
 
 def settle(
