@@ -124,9 +124,20 @@ class Service:
                 self.metrics.reloads.labels("refused").inc()
                 _log.error("the detector in the folder is not used: %s", self.held.failure)
 
-    def close(self) -> None:
-        self.batcher.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+    @contextlib.asynccontextmanager
+    async def running(self, look: float) -> AsyncIterator[None]:
+        """Context manager in which requests are answered, and the detector is reloaded every ``look`` seconds."""
+        tasks = [asyncio.create_task(self.batcher.run()), asyncio.create_task(self.reload_every(look))]
+        self.is_ready = True
+        try:
+            yield
+        finally:
+            self.is_ready = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.batcher.close()
+            self._decoders.shutdown(wait=False, cancel_futures=True)
 
 
 def create_app(
@@ -148,27 +159,16 @@ def create_app(
         decoders: threads that decode images. Default 2.
         look: seconds between checks whether the folder has changed. Default 2.
     """
-    limits = limits or Limits()
     rows = None if log is None else RowLog(Path(log))
-    service = Service(Held(source, device), limits, rows, decoders)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(service.batcher.run()), asyncio.create_task(service.reload_every(look))]
-        service.is_ready = True
-        try:
-            yield
-        finally:
-            service.is_ready = False
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            service.close()
-
-    app = FastAPI(title="traj_ood", version="1", description=DESCRIPTION, lifespan=lifespan)
+    service = Service(Held(source, device), limits or Limits(), rows, decoders)
+    app = FastAPI(title="traj_ood", version="1", description=DESCRIPTION, lifespan=lambda _: service.running(look))
     app.state.service = service
+    _add_routes(app, service)
+    return app
 
-    @app.post("/v1/score", **score_route(limits.images))
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/score", **score_route(service.limits.images))
     async def score(request: Request) -> Response:
         """One decision per image, in order."""
         began = time.perf_counter()
@@ -191,8 +191,6 @@ def create_app(
     @app.get("/metrics", summary="Prometheus text", response_class=Response)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    return app
 
 
 async def _answered(service: Service, request: Request) -> tuple[int, dict[str, Any]]:
