@@ -281,7 +281,7 @@ class MyAutoencoder(traj_ood.Autoencoder):
     ("encode", "decode", "scorer", "words"),
     [
         ("self.module(images)", "None", "knn", "encode of images (2, 1, 8, 8) failed in model.py, line 16: "),
-        ("images.flatten(1)", "latents.nothing", "field", "mine: decode failed in model.py, line 18: AttributeError: 'Tens"),
+        ("images.flatten(1)", "latents.nothing", "field", "mine: decode failed in model.py, line 18: AttributeError: "),
         ("torch.zeros(10**14)", "None", "knn", "can't allocate memory"),
     ],
 )
