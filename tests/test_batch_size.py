@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.scorers.batch_size import default_batch_size
@@ -39,6 +39,29 @@ def test_a_batch_takes_f_two_minutes_at_most(
 
     scorers = ScorerSet(a_model(decode), [scorer], max_steps=max_steps)
     assert default_batch_size(scorers) == expected
+
+
+def test_a_model_in_training_mode_stays_as_it_is() -> None:
+    """Its batch statistics would move with a call, and gradients must not be recorded."""
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).train()
+    before = {name: values.clone() for name, values in network.state_dict().items()}
+    model = CallableAutoencoder.from_module(_Pair(network), input_shape=(1, 2, 2))
+    assert default_batch_size(ScorerSet(model, ["trajectory"])) >= 24
+    assert network.training
+    for name, values in network.state_dict().items():
+        assert torch.equal(values, before[name]), name
+
+
+class _Pair(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.network(latents) * 0.5
 
 
 def test_a_batch_is_limited_in_images_and_in_memory() -> None:

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.scorers.scorer_set import ScorerSet
 
 _MAX_BATCH = 512  # images
@@ -25,9 +26,9 @@ def default_batch_size(scorers: ScorerSet) -> int:
     most = min(_MAX_BATCH, _LATENT_BYTES // (4 * max(latent.numel(), math.prod(model.input_shape))))
     steps = scorers.max_steps if scorers.needs.dictionary else min(scorers.max_steps, scorers.needs.steps)
     if steps:
-        chunk = latent.expand(model.chunk, *latent.shape[1:])
+        chunk = latent.repeat(model.chunk, *[1] * (latent.ndim - 1))
         began = time.perf_counter()
-        model.self_map(chunk)
+        iterate(model.self_map, chunk, max_steps=1, chunk=model.chunk)
         seconds = (time.perf_counter() - began) / model.chunk
         most = min(most, int(_MAX_SECONDS / (seconds * steps)))
     return max(1, most // model.chunk) * model.chunk
