@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from traj_ood import Detector
-from traj_ood.autoencoders import Encoding, ViTMAE
+from traj_ood.autoencoders import CallableAutoencoder, Encoding, ViTMAE
 from traj_ood.detector.batch_parts import remove_parts
 from traj_ood.errors import TrajOODError
 
@@ -113,6 +113,22 @@ def test_parts_of_another_computation_are_not_used(tmp_path: Path, change: str) 
     assert other.count == (1 if change == "one image" else 5)
     expected = fit(model(seed=1 if change == "weights" else 0), None, images, **options)
     torch.testing.assert_close(found.score(TEST), expected.score(TEST), rtol=1e-9, atol=0)
+
+
+def test_parts_of_another_code_of_the_users_functions_are_not_used(tmp_path: Path) -> None:
+    """Also where it answers a fixed picture in the same way."""
+    network = tiny.vit()
+
+    def made(limit: float) -> CallableAutoencoder:
+        def encode(images: Tensor) -> Tensor:
+            dark = images.mean(dim=(1, 2, 3), keepdim=True) < limit
+            return network.encode_batch(torch.where(dark, 1 - images, images))
+
+        return CallableAutoencoder(encode, network.decode_batch, (1, 8, 8), module=network.module, chunk=6)
+
+    for limit, kept in ((-9.0, 5), (-9.0, 5), (-8.0, 10)):  # no picture is so dark
+        Detector.fit(made(limit), TRAIN, "trajectory", batch_size=6, max_steps=9, parts=tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) == kept
 
 
 def test_a_calibration_of_another_fit_is_not_used(tmp_path: Path) -> None:

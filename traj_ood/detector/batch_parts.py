@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from traj_ood.autoencoders import SurrogateAutoencoder
 from traj_ood.autoencoders.identity import model_identity
 from traj_ood.data.batches import Batch
 from traj_ood.detector.tensors import digests_of
+from traj_ood.dynamics.own_functions import OwnFunctions, written_code
 from traj_ood.errors import check_whole
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.io.tensor_file import digest_of
@@ -117,5 +119,9 @@ def _identity(scorers: ScorerSet) -> dict[str, Any]:
     """What all parts of a scorer set depend on, except the code and the fit, as JSON data."""
     scorers.try_compile()
     settings = ("tol", "max_steps", "backend", "approximate", "compile")
-    model = {**model_identity(scorers.autoencoder), "options": scorers.autoencoder.options()}
+    autoencoder = scorers.autoencoder
+    used = [autoencoder, autoencoder.backbone] if isinstance(autoencoder, SurrogateAutoencoder) else [autoencoder]
+    functions = [f for part in used if isinstance(part, OwnFunctions) for f in part.functions()]
+    code = written_code(*map(type, used), *autoencoder.modules_used(), *functions, *map(type, scorers.scorers))
+    model = {**model_identity(autoencoder), "options": autoencoder.options(), "code": code}
     return as_json({"model": model, "scorer": scorers.labels, **{name: getattr(scorers, name) for name in settings}})

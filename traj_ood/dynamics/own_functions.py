@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import FunctionType
+from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 from traj_ood.errors import TrajOODError
+from traj_ood.io.own_files import is_library
 
 
 class OwnFunctions(ABC):
@@ -50,6 +54,55 @@ def module_behind(*functions: Callable[..., Any]) -> nn.Module:
     found = list({id(m): m for function in functions for m in _reached(function, set())}.values())
     outer = [m for m in found if not any(m is part for other in found if other is not m for part in other.modules())]
     return outer[0] if len(outer) == 1 else nn.ModuleList(outer) if outer else nn.Module()
+
+
+def written_code(*values: Any) -> str:
+    """SHA-256 (hex) of the code that functions and modules run, as far as it is the user's: their instructions, the
+    numbers and texts that they refer to, and the functions that they call. Comments and line numbers do not count."""
+    digest, seen = hashlib.sha256(), set[int]()
+    for value in values:
+        for text in _written(value, seen):
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def _written(value: Any, seen: set[int]) -> Iterator[str]:
+    if isinstance(value, bool | int | float | complex | str | bytes | None):
+        yield repr(value)
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _written(part, seen)
+    elif isinstance(value, frozenset):
+        yield repr(sorted(map(repr, value)))  # whose order differs between processes
+    elif isinstance(value, CodeType):
+        yield f"{value.co_name} {value.co_code.hex()} {value.co_names}"
+        yield from _written(value.co_consts, seen)
+    elif isinstance(value, partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
+            yield from _written(part, seen)
+    elif inspect.ismethod(value):
+        yield from _written(value.__func__, seen)
+        yield from _written(value.__self__, seen)
+    elif isinstance(value, FunctionType):
+        if not _is_library(value):
+            names = inspect.getclosurevars(value)
+            for part in (value.__code__, value.__defaults__, *names.nonlocals.values(), *names.globals.values()):
+                yield from _written(part, seen)
+    elif isinstance(value, nn.Module):
+        for cls in {type(part): None for part in value.modules()}:
+            yield from _written(cls, seen)
+    elif isinstance(value, type) and not _is_library(value):
+        for part in vars(value).values():
+            yield from _written(getattr(part, "__func__", part), seen)
+
+
+def _is_library(value: Any) -> bool:
+    file = getattr(sys.modules.get(value.__module__), "__file__", None)
+    return file is not None and is_library(Path(file))
 
 
 def original(module: nn.Module) -> nn.Module:

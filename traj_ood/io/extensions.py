@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError, foreign_errors, is_out_of_memory, warn
+from traj_ood.io.own_files import loaded_since, with_helpers
 
 _PACKAGE = __name__.split(".")[0]
 
 
 @dataclass(frozen=True)
 class Extension:
-    """An imported file or module: its name, for messages, and the SHA-256 of its source files."""
+    """An imported file or module: its name, for messages, and the SHA-256 of its source files and of those of the user
+    that these import."""
 
     name: str
     digest: str
@@ -53,8 +55,11 @@ def import_extension(source: str) -> Extension:
     key = str(Path(source).expanduser().resolve()) if is_file else source
     if key in _IMPORTED:
         return _IMPORTED[key]
+    before = set(sys.modules)
     with _importable(str(Path(key).parent) if is_file else "."), _extension_errors(source):
         files = _run_file(Path(key)) if is_file else _files_of(importlib.import_module(source))
+    helpers = {*loaded_since(before), *(helper for file in files for helper in with_helpers(file))}
+    files = [*files, *sorted(helpers - set(files))]
     made = _IMPORTED[key] = Extension(Path(key).name if is_file else source, _digest(files))
     return made
 
@@ -74,8 +79,8 @@ def load_plugins(group: str, name: str | None = None) -> None:
 
 
 def origin_of(cls: type[Any]) -> dict[str, str] | None:
-    """Where a user's class was defined: its module, and the name and SHA-256 of its file; None for our own classes.
-    Nothing is ever loaded by these names."""
+    """Where a user's class was defined: its module, the name of its file, and the SHA-256 of this file and of those of
+    the user that it imports; None for our own classes. Nothing is ever loaded by these names."""
     if cls.__module__.split(".")[0] == _PACKAGE:
         return None
     file = None
@@ -83,7 +88,7 @@ def origin_of(cls: type[Any]) -> dict[str, str] | None:
         file = Path(inspect.getfile(cls))
     if file is None or not file.is_file():
         return {"module": cls.__module__}
-    return {"module": cls.__module__, "file": file.name, "sha256": _digest([file])}
+    return {"module": cls.__module__, "file": file.name, "sha256": _digest(with_helpers(file))}
 
 
 @cache
