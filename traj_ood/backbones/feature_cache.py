@@ -14,6 +14,7 @@ from traj_ood.data import ImageSource
 from traj_ood.data.batches import OnError, read_parts
 from traj_ood.data.images import check_unchanged
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
+from traj_ood.dynamics.own_functions import OwnFunctions, written_code
 from traj_ood.errors import TrajOODError
 from traj_ood.io.extensions import origin_of
 from traj_ood.io.parts import Part, PartStore
@@ -74,8 +75,10 @@ class FeatureCache:
     def _code(self) -> str:
         """The digest of the code that makes the features. For a library's network, code that the user imported is left
         out, so that a change in a scorer of your own does not repeat the extraction."""
-        own = self._recent is None or origin_of(type(self._recent.backbone)) is not None
-        return code_digest() if own else package_digest()
+        backbone = None if self._recent is None else self._recent.backbone
+        if isinstance(backbone, OwnFunctions):
+            return f"{code_digest()}-{written_code(*backbone.functions(), backbone.module)[:16]}"
+        return code_digest() if backbone is None or origin_of(type(backbone)) is not None else package_digest()
 
     def _blocks(self, backbone: Backbone, images: ImageSource) -> _Blocks:
         """The blocks of this backbone and these images, reused from the last call, because hashing takes a while."""
