@@ -35,6 +35,12 @@ def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Ten
         if callable(encode) and callable(decode):
             return encode, decode
     found = [name for names in _HALVES for name in names if hasattr(module, name)]
+    inner = getattr(module, "module", None)
+    if isinstance(inner, nn.Module) and not found:
+        raise TrajOODError(
+            f"{type(module).__name__}: expected methods encode and decode, or modules encoder and decoder, found a "
+            f"wrapper around a {type(inner).__name__}: give its .module"
+        )
     raise WrapperError(
         f"{type(module).__name__}: expected methods encode and decode, or modules encoder and decoder, found "
         f"{', '.join(found) or 'none of them'}: wrap it"
