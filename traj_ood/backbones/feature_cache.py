@@ -73,11 +73,11 @@ class FeatureCache:
         return ids, Features(features, logits if backbone.classes else None), failures
 
     def _code(self) -> str:
-        """The digest of the code that makes the features. For a library's network, code that the user imported is left
-        out, so that a change in a scorer of your own does not repeat the extraction."""
+        """The digest of the code that makes the features. Of code that the user imported only that of the backbone
+        counts, so that a change in a scorer of your own does not repeat the extraction."""
         backbone = None if self._recent is None else self._recent.backbone
         if isinstance(backbone, OwnFunctions):
-            return f"{code_digest()}-{written_code(*backbone.functions(), backbone.module)[:16]}"
+            return f"{package_digest()}-{written_code(*backbone.functions(), backbone.module)[:16]}"
         return code_digest() if backbone is None or origin_of(type(backbone)) is not None else package_digest()
 
     def _blocks(self, backbone: Backbone, images: ImageSource) -> _Blocks:
