@@ -77,7 +77,7 @@ def one_image(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
 
 def cold(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """A new process that scores one PNG, beside one that imports torch; in turn, medians."""
-    as_picture("", pictures(1, 1, 28, seed=2)[0]).save(folder / "one.png")
+    as_picture(pictures(1, 1, 28, seed=2)[0]).save(folder / "one.png")
     commands = {
         "traj-ood score": [sys.executable, "-m", "traj_ood", "score", "detector", "one.png"],
         "import torch": [sys.executable, "-c", "import torch"],
@@ -132,10 +132,10 @@ def overlap(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     detector = Detector.fit(SurrogateAutoencoder(backbone, network), training, "mahalanobis", batch_size=24)
     places = []
     for number, picture in enumerate(pictures(8, 3, FILE_SIDE)):
-        as_picture("", picture).save(folder / f"{number}.jpg", quality=90)
+        as_picture(picture).save(folder / f"{number}.jpg", quality=90)
         places.append(str(folder / f"{number}.jpg"))
     entries = [Entry(places[number % 8]) for number in range(FILES)]
-    prepared = Normalised(torch.stack([detector.autoencoder.transform(as_picture("", p)) for p in pictures(8, 3, 500)]))
+    prepared = Normalised(torch.stack([detector.autoencoder.transform(as_picture(p)) for p in pictures(8, 3, 500)]))
     batch = Normalised(prepared.images.repeat(3, 1, 1, 1))
 
     def read() -> None:

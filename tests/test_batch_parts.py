@@ -13,7 +13,7 @@ from torch import Tensor
 
 from traj_ood import Detector
 from traj_ood.autoencoders import CallableAutoencoder, Encoding, ViTMAE
-from traj_ood.detector.batch_parts import remove_parts
+from traj_ood.detector.batch_parts import parts_beside, remove_parts
 from traj_ood.errors import TrajOODError
 
 TRAIN, HELD_OUT, TEST = (tiny.images(count, seed=count).sigmoid() for count in (30, 32, 7))
@@ -161,6 +161,24 @@ def test_a_damaged_record_of_the_batch_size_is_named(tmp_path: Path) -> None:
         (tmp_path / "batch_size.json").write_text(content)
         with pytest.raises(TrajOODError, match=rf"batch_size\.json: .*{words}"):
             fit(model(), tmp_path, batch_size=None)
+
+
+def test_parts_belong_to_one_process_and_stay_after_an_error(tmp_path: Path) -> None:
+    out, folder = tmp_path / "d", tmp_path / "d.parts"
+    with parts_beside(out) as parts, parts_beside(out) as others:
+        assert (parts, others) == (folder, None)
+    assert list(tmp_path.iterdir()) == []
+    broken = model()
+    broken.end = 4
+    with pytest.raises(KeyboardInterrupt), parts_beside(out) as parts:
+        fit(broken, parts)
+    kept = len(list(folder.glob("*.safetensors")))
+    assert kept
+    with parts_beside(out) as parts:
+        again = model()
+        fit(again, parts)
+    assert again.count == 5 - kept
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_parts_are_removed(tmp_path: Path) -> None:

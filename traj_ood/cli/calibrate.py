@@ -9,7 +9,7 @@ import click
 
 from traj_ood.cli.base import NAME, PATH, examples, main, opening_of, set_up, shared
 from traj_ood.cli.console import note, say
-from traj_ood.cli.detect import check_target, parts_of
+from traj_ood.cli.detect import check_target
 from traj_ood.errors import TrajOODError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def calibrate(detector: str, images: str, **options: Any) -> None:
     """
     from traj_ood.data.id_images import calibration_images
     from traj_ood.detector import Detector
-    from traj_ood.detector.batch_parts import remove_parts
+    from traj_ood.detector.batch_parts import parts_beside
     from traj_ood.detector.conformal import check_count
 
     set_up(options["threads"])
@@ -64,19 +64,18 @@ def calibrate(detector: str, images: str, **options: Any) -> None:
     labels = _labels(found, images, options["tpr"]) if options["by_class"] else None
     before = loaded.calibration
     on_error: Literal["raise", "skip"] = options["on_error"]
-    parts = parts_of(options["out"])
-    loaded.calibrate(
-        found,
-        options["tpr"],
-        labels=labels,
-        on_error=on_error,
-        on_known=options["known"],
-        note=images,
-        parts=parts,
-        quiet=options["quiet"],
-    )
-    loaded.save(options["out"], overwrite=options["overwrite"])
-    remove_parts(parts)
+    with parts_beside(options["out"]) as parts:
+        loaded.calibrate(
+            found,
+            options["tpr"],
+            labels=labels,
+            on_error=on_error,
+            on_known=options["known"],
+            note=images,
+            parts=parts,
+            quiet=options["quiet"],
+        )
+        loaded.save(options["out"], overwrite=options["overwrite"])
     assert loaded.calibration is not None
     say(_calibrated(loaded.calibration, before, images), kept=f"the detector is in {options['out']}")
     if not options["quiet"]:

@@ -80,7 +80,7 @@ def fit(source: str, **options: Any) -> None:
     """
     from traj_ood.data.id_images import choose_id_images
     from traj_ood.detector import Detector
-    from traj_ood.detector.batch_parts import remove_parts
+    from traj_ood.detector.batch_parts import parts_beside
     from traj_ood.detector.conformal import check_count, images_needed
     from traj_ood.dynamics.device import resolve_device
 
@@ -99,28 +99,28 @@ def fit(source: str, **options: Any) -> None:
         opening=opening_of(options),
     )
     check_count(len(chosen.calibration), options["tpr"])  # before anything is computed
-    parts = parts_of(options["out"])
-    detector = Detector.fit(
-        _model(options, chosen, device),
-        chosen.fit,
-        options["scorer"],
-        parts=parts,
-        **{key: options[key] for key in ("tol", "max_steps", "compile", "batch_size", "workers", "on_error", "quiet")},
-    )
-    if not options["quiet"]:
-        note(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}")
-    # Data sets contain duplicates, so that a held-out image may also be among those fitted on.
-    on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
-    detector.calibrate(
-        chosen.calibration,
-        options["tpr"],
-        on_error=on_error,
-        on_known=on_known,
-        parts=parts,
-        quiet=options["quiet"],
-    )
-    detector.save(options["out"], overwrite=options["overwrite"])
-    remove_parts(parts)
+    settings = ("tol", "max_steps", "compile", "batch_size", "workers", "on_error", "quiet")
+    with parts_beside(options["out"]) as parts:
+        detector = Detector.fit(
+            _model(options, chosen, device),
+            chosen.fit,
+            options["scorer"],
+            parts=parts,
+            **{key: options[key] for key in settings},
+        )
+        if not options["quiet"]:
+            note(f"Calibrating on {len(chosen.calibration):,} {chosen.origin}")
+        # Data sets contain duplicates, so that a held-out image may also be among those fitted on.
+        on_known: Literal["raise", "skip"] = "raise" if options["calibration"] else "skip"
+        detector.calibrate(
+            chosen.calibration,
+            options["tpr"],
+            on_error=on_error,
+            on_known=on_known,
+            parts=parts,
+            quiet=options["quiet"],
+        )
+        detector.save(options["out"], overwrite=options["overwrite"])
     say(_fitted(detector, chosen, source), kept=f"the detector is in {options['out']}")
     note(f"Written to {options['out']}")
 
@@ -137,11 +137,6 @@ def check_target(out: Path, overwrite: bool) -> None:
     if not is_detector and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise TrajOODError(f"{out}: expected a new or empty folder, or a detector to replace; choose another --out")
     check_can_write(out)
-
-
-def parts_of(out: Path) -> Path:
-    """The folder beside a detector for the finished batches of its fit or calibration."""
-    return out.with_name(f"{out.name}.parts")
 
 
 def _fitted(detector: Detector, chosen: IDImages, source: str) -> str:

@@ -16,7 +16,8 @@ from traj_ood.autoencoders.identity import model_identity
 from traj_ood.data.batches import Batch
 from traj_ood.detector.tensors import digests_of
 from traj_ood.dynamics.own_functions import OwnFunctions, written_code
-from traj_ood.errors import check_whole
+from traj_ood.errors import TrajOODError, check_whole
+from traj_ood.io.files import alone_in
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.io.tensor_file import digest_of
 from traj_ood.io.trees import as_json
@@ -104,6 +105,21 @@ class BatchParts:
         size = self._store.open({_SIZE: None})[_SIZE]
         check_whole(f"{self._store.index()}: batch size", size, 1)
         return size
+
+
+@contextlib.contextmanager
+def parts_beside(out: Path) -> Iterator[Path | None]:
+    """Context manager that yields ``OUT.parts``, the folder for the finished batches of a detector that is made at
+    ``out``, and removes them at the end, unless the block raises an error; None while another process uses it."""
+    folder = out.with_name(f"{out.name}.parts")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(folder))
+        except TrajOODError:
+            yield None
+            return
+        yield folder
+        remove_parts(folder)
 
 
 def remove_parts(folder: Path) -> None:
