@@ -132,7 +132,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def _identity(scorers: ScorerSet) -> dict[str, Any]:
-    """What all parts of a scorer set depend on, except the code and the fit, as JSON data."""
+    """What all parts of a scorer set depend on, except the code of this package and the fit, as JSON data."""
     scorers.try_compile()
     settings = ("tol", "max_steps", "backend", "approximate", "compile")
     autoencoder = scorers.autoencoder
