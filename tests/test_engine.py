@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction
 from traj_ood.dynamics.host import to_host
-from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.maps import LowPrecision
+from traj_ood.dynamics.observers import Norm
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 

@@ -25,7 +25,8 @@ from traj_ood.attractors import NearestAttractor
 from traj_ood.attractors.dictionary import NearestOther
 from traj_ood.dynamics.device import exact_products, set_tf32
 from traj_ood.dynamics.host import to_host
-from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.observers import Norm
 from traj_ood.errors import TrajOODError
 from traj_ood.index import NeighborIndex, one_read, search
 

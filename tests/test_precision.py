@@ -14,8 +14,9 @@ from torch import Tensor
 from traj_ood.attractors import AttractorDictionary, NearestAttractor
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
 from traj_ood.dynamics.device import bfloat16_map, resolve_device, set_tf32
-from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.maps import LowPrecision, SelfMap
+from traj_ood.dynamics.observers import Norm
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 

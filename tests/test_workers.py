@@ -16,7 +16,8 @@ from traj_ood import load_autoencoder
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.compiled import CompiledMap
 from traj_ood.dynamics.fixed_function import FixedFunction
-from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.observers import Norm
 from traj_ood.dynamics.workers import in_threads, single_threaded, thread_count
 from traj_ood.errors import TrajOODError
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from traj_ood.data import Benchmark, Split, list_benchmarks, load_benchmark, register_benchmark
     from traj_ood.data.preprocessing import Normalised, Preprocessing
     from traj_ood.detector import Decision, Detector, Judgement
-    from traj_ood.dynamics.iterate import Norm, Observer, iterate
+    from traj_ood.dynamics.iterate import iterate
     from traj_ood.dynamics.maps import LowPrecision
+    from traj_ood.dynamics.observers import Norm, Observer
     from traj_ood.dynamics.trajectory import Status, Trajectory
     from traj_ood.errors import TrajOODError
     from traj_ood.evaluation.diagnose import Diagnosis
@@ -90,11 +91,8 @@ _HOME = {
         "Judgement",
     ),
     "dynamics.maps": ("LowPrecision",),
-    "dynamics.iterate": (
-        "Norm",
-        "Observer",
-        "iterate",
-    ),
+    "dynamics.iterate": ("iterate",),
+    "dynamics.observers": ("Norm", "Observer"),
     "dynamics.trajectory": (
         "Status",
         "Trajectory",

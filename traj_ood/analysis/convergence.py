@@ -27,8 +27,9 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource, Split
 from traj_ood.data.batches import ranges_of
-from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.jacobian import spectral_radii
+from traj_ood.dynamics.observers import Norm
 from traj_ood.dynamics.trajectory import Trajectory, join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import QUANTILES, curve_quantiles

@@ -32,7 +32,8 @@ from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
 from traj_ood.data.batches import ranges_of
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.fixed_function import few_images
-from traj_ood.dynamics.iterate import Norm, Observer, iterate
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.observers import Norm, Observer
 from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.errors import TrajOODError, unknown_name
 

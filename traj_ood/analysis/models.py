@@ -14,7 +14,8 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, ConvAutoencoder, ConvNetwork
 from traj_ood.data import ImageSource
-from traj_ood.dynamics.iterate import Observer, iterate
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.observers import Observer
 from traj_ood.dynamics.trajectory import Trajectory
 from traj_ood.io.weights import below
 from traj_ood.training.config import Recipe, TrainConfig

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from traj_ood.dynamics.chunks import ROWS, kind
 from traj_ood.dynamics.fixed_function import fixed_around
 from traj_ood.dynamics.host import to_device, to_host, where
 from traj_ood.dynamics.maps import LowPrecision, Maps, SelfMap
+from traj_ood.dynamics.observers import Observer
 from traj_ood.dynamics.trajectory import Status, Trajectory, check_stopping
 from traj_ood.dynamics.workers import single_threaded
 from traj_ood.errors import TrajOODError, check_whole
@@ -32,41 +33,6 @@ _MAX_BATCHES, _MAX_BEHIND = 4, 4  # unfinished batches, and unfinished samples a
 _MUCH = 2**22  # bytes of points that observers beside f measure at a time: searches for few points wait for memory
 _LOOK = 8  # steps on an accelerator between two reads: wastes 2 % of a path of 186 steps, and waits an eighth as often
 _END: Any = object()
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """Measures each point of each trajectory once, while the point is in memory.
-
-    ``name`` is the key in :attr:`Trajectory.measures`; an observer that returns None leaves no measure. An observer
-    with a true attribute ``beside`` may be called later, with the points of several steps at once and by another thread
-    while f computes further points; it must not call the model.
-    """
-
-    name: str
-
-    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor | None:
-        """Measure n points z_t.
-
-        A sample may occur several times in a call, with a different t each time.
-
-        Args:
-            steps: (n,) int64, t of each point.
-            rows: (n,) int64, the number of each point's sample, counted over all starts.
-            latents: (n, *L), the points, from which f goes on: not to be changed in place.
-        Returns:
-            (n,) numbers, on the CPU or on the device of the latents, or None.
-        """
-        ...
-
-
-class Norm:
-    """Observer that records ‖z_t‖ at every point (Fig. 12b), which stays bounded unless the trajectory diverges."""
-
-    name, beside = "norm", True
-
-    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
-        return latents.flatten(1).norm(dim=1)
 
 
 @overload

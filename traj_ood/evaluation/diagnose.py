@@ -31,8 +31,9 @@ from traj_ood.attractors.health import (
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import Benchmark, Split
 from traj_ood.data.batches import read_rows
-from traj_ood.dynamics.iterate import Norm, iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.jacobian import Derivative, spectral_radii
+from traj_ood.dynamics.observers import Norm
 from traj_ood.dynamics.progress import StepBar
 from traj_ood.dynamics.trajectory import Status, join_tables
 from traj_ood.errors import TrajOODError

@@ -22,9 +22,10 @@ from traj_ood.dynamics.compiled import CompiledMap
 from traj_ood.dynamics.device import bfloat16_map
 from traj_ood.dynamics.fixed_function import KnownWeights
 from traj_ood.dynamics.host import where
-from traj_ood.dynamics.iterate import Norm, Observer, iterate
+from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.jacobian import divergence_at
 from traj_ood.dynamics.maps import LowPrecision, SelfMap
+from traj_ood.dynamics.observers import Norm, Observer
 from traj_ood.dynamics.streams import accompanied
 from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError, check_word
