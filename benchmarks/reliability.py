@@ -440,7 +440,7 @@ def disk(place: Place, shares: Sequence[float]) -> dict[str, Any]:
     try:
         file_system = Disk(folder)
     except (PermissionError, FileNotFoundError) as error:
-        return {"tmpfs": f"not possible here: {error}", "file_limit": _limited_files(place)}
+        return {"tmpfs": f"not possible here: {error}", "file_limit": limited_files(place)}
     try:
         return {"full": _full(place, file_system, shares), "read_only": _read_only(place, file_system)}
     finally:
@@ -514,7 +514,7 @@ def _read_only(place: Place, file_system: Disk) -> list[str]:
     return errors
 
 
-def _limited_files(place: Place) -> list[str]:
+def limited_files(place: Place) -> list[str]:
     """Where nothing can be mounted: no file may be longer than the limit, which looks like a full disk to a program."""
     errors = []
     trials: list[_Trial] = [_BenchTrial(place), _ScoreTrial(place)]

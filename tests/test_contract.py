@@ -293,7 +293,8 @@ def test_any_batch_and_order_give_the_same_score_on_other_processors(
     processor: dict[str, str], families: list[str]
 ) -> None:
     program = f"import test_contract; test_contract.assert_one_score({families})"
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **processor, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

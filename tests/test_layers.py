@@ -166,6 +166,11 @@ def test_tests_import_no_private_name(path: Path) -> None:
     assert [name for name in private if not name.startswith("__")] == []
 
 
+def test_tests_follow_the_rooms() -> None:
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/*.py")}
+    assert folders - {"helpers", "benchmarks"} <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+
+
 def test_nothing_imports_the_bridge_or_the_command_line() -> None:
     for file in files():
         rooms = {n.split(".")[0] for n in internal(file)}

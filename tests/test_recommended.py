@@ -20,9 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def surrogate() -> SurrogateAutoencoder:
-    from test_fit_surrogate import backbone
-
-    return SurrogateAutoencoder(backbone(), traj_ood.SurrogateNetwork(16))
+    return SurrogateAutoencoder(tiny.backbone(), traj_ood.SurrogateNetwork(16))
 
 
 def test_each_kind_of_model_has_its_own() -> None:

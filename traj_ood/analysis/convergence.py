@@ -115,7 +115,7 @@ class Convergence(ModelQuestion):
         steps, figures = self._compare(paths, jacobians)
         figures = common | dict(paths.notes) | figures | recorded
         drawn = {"convergence.png": partial(steps_figure, steps, about.model.name)}
-        return Answer(figures, _sentence(figures), drawn | pictures)
+        return Answer(figures, sentence(figures), drawn | pictures)
 
     def _paths(self, work: Workspace, model: Autoencoder, images: ImageSource) -> Unit:
         """End points of the trajectories of a sample of images, and the errors ‖z_t − z*‖ along them."""
@@ -305,7 +305,7 @@ def _told_curves(common: dict[str, Any], table: pd.DataFrame) -> str:
     )
 
 
-def _sentence(figures: dict[str, Any]) -> str:
+def sentence(figures: dict[str, Any]) -> str:
     start, last = (
         {row["rate"]: row for row in figures["predictions"] if row["from"] == where}
         for where in ("start", "last factor of ten")

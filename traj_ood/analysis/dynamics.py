@@ -117,7 +117,7 @@ class Dynamics(Question):
 
     def answer(self, work: Workspace) -> Answer:
         for name in self.models:  # check all names before hours are spent on the first model
-            _check_name(name)
+            check_name(name)
         self._check_data(work)
         tables = {name: self._measured(work, name) for name in self.models}
         curves = {name: means(own) for name, own in tables.items()}
@@ -125,7 +125,7 @@ class Dynamics(Question):
         rehearsed = [row["model"] for row in rows if row["rehearsal"]]
         figures = {"rehearsal": bool(rehearsed), "rehearsed_models": rehearsed, "rows": rows, "curves": curves}
         told = f"{', '.join(rehearsed)}: small and random, a rehearsal that says nothing of trained models"
-        return Answer(figures, _sentence(rows, self.steps), self.drawn(figures), (told,) if rehearsed else ())
+        return Answer(figures, sentence(rows, self.steps), self.drawn(figures), (told,) if rehearsed else ())
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         """One figure of the models with images, one of the language models."""
@@ -183,7 +183,7 @@ class Dynamics(Question):
 
     def _every_text(self, work: Workspace) -> list[str]:
         where = self.texts if work.data_root is None else str(work.data_root / self.texts)
-        return _documentation() if self.texts == DOCUMENTATION else read_texts(Path(where))
+        return documentation() if self.texts == DOCUMENTATION else read_texts(Path(where))
 
     def _texts(self, work: Workspace, model: LanguageModel) -> list[str]:
         """A sample of the texts that are long enough."""
@@ -274,7 +274,7 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def _documentation() -> list[str]:
+def documentation() -> list[str]:
     """The topics of the Python language reference, in pieces: English prose that is on every machine."""
     from pydoc_data.topics import topics
 
@@ -306,7 +306,7 @@ def _is_language(name: str) -> bool:
     return name in rehearsals.LANGUAGE or (":" in name and name.partition(":")[0] in LANGUAGE_MODELS)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Refuse, without loading, a name that is not known, nor a folder, nor possibly a hub name."""
     families: dict[str, Any] = {**FAMILIES, **LANGUAGE_MODELS}
     word, _, source = name.partition(":")
@@ -325,7 +325,7 @@ def _check_name(name: str) -> None:
         raise unknown_name("model of dynamics", name, known)
 
 
-def _sentence(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
+def sentence(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
     return f"The mean latent residual over {steps} steps: {'; '.join(map(_told, rows))}.{_told_norms(rows)}"
 
 

@@ -172,13 +172,13 @@ class Probe(ModelQuestion):
         """The end points of N starts from N(0, I)."""
 
         def compute(rows: range) -> Unit:
-            start = _noise(rows, count, shape, self.seed).to(model.device)
+            start = noise_starts(rows, count, shape, self.seed).to(model.device)
             with torch.inference_mode():
                 once = apply_in_chunks(model.self_map, start, model.chunk)
             ends, _ = settle(model, start, tol=self.tol, max_steps=self.max_steps)
             return Unit({**ends.tensors(), "once": once})
 
-        parts = _parts(count, max(_UNIT_STARTS, model.chunk))
+        parts = start_rows(count, max(_UNIT_STARTS, model.chunk))
         found = work.pieces("noise", key, parts, compute, title="attractors of noise", unit="start")
         once = torch.cat([part.pop("once") for part in found])
         tensors = {name: torch.cat([part[name] for part in found]) for name in found[0]}
@@ -197,7 +197,7 @@ class Probe(ModelQuestion):
         return Errors(images.name, {name: torch.cat([part[name] for part in found]) for name in found[0]})
 
 
-def _parts(count: int, size: int) -> list[range]:
+def start_rows(count: int, size: int) -> list[range]:
     """Split ``count`` starts into ranges of at most ``size``, each within a single draw."""
     return [
         range(begin, min(begin + size, drawn + _DRAW_STARTS, count))
@@ -206,7 +206,7 @@ def _parts(count: int, size: int) -> list[range]:
     ]
 
 
-def _noise(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor:
+def noise_starts(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor:
     """The starts ``rows`` of ``count``, (n, *L), taken from a whole draw so that they do not depend on the ranges."""
     draw = rows.start // _DRAW_STARTS
     draws = torch.Generator().manual_seed(seed * 1_000_003 + draw)

@@ -83,7 +83,7 @@ class Training(TrainingQuestion):
         pictures: dict[str, Mapping[str, Tensor]] = {}
         for epoch, model in work.track(trained.models.items(), "training: measuring", "epoch"):
             key = self.measure_key(model, data, seed=self.seed)
-            unit = work.unit("epoch", key, partial(self._measure, model, data))
+            unit = work.unit("epoch", key, partial(self.measure, model, data))
             loss = trained.losses[epoch - 1] if epoch else None
             rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
             pictures[f"epoch {epoch}"] = unit.tensors
@@ -93,7 +93,7 @@ class Training(TrainingQuestion):
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"training.png": partial(_curves, figures["rows"], figures["reference"], self)}
 
-    def _measure(self, model: ConvAutoencoder, data: Sampled) -> Unit:
+    def measure(self, model: ConvAutoencoder, data: Sampled) -> Unit:
         """Measures of the model after one epoch: those of :func:`traj_ood.analysis.memory.memory` and of noise."""
         starts = self._starts(model, data)
         walk = partial(settle, model, tol=self.tol, max_steps=self.max_steps)

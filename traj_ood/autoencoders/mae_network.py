@@ -2,7 +2,7 @@
 
 It exists for speed: importing transformers takes longer than scoring an image, and its classes slow down small networks
 (one f of the bundled model takes 3.6 ms in transformers and 1.3 ms here; one row, one core). Outputs equal those of
-transformers up to the last bits; see tests/test_mae_network.py.
+transformers up to the last bits; see tests/autoencoders/test_mae_network.py.
 """
 
 from __future__ import annotations

@@ -116,9 +116,9 @@ class ViTMAE(Autoencoder):
         # last samples (the bundled model on two cores: 155 µs per row in calls of 48 rows, 189 µs in calls of 96).
         self.chunk = rows_per_call(1024 / (self.patches + 1))
         self.side_by_side = isinstance(model, MAENetwork) and self.is_small
-        self._noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)
-        self._restore = self._noise.argsort().argsort()
-        self._cells = _cells_of(self._noise, visible) if self.mask_ratio else None
+        self.noise = _fixed_order(self.patches, self.mask_ratio, mask_seed)
+        self._restore = self.noise.argsort().argsort()
+        self._cells = _cells_of(self.noise, visible) if self.mask_ratio else None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ViTMAE:
@@ -188,7 +188,7 @@ class ViTMAE(Autoencoder):
     def encode_batch(self, images: Tensor) -> Tensor:
         if isinstance(self.module, MAENetwork) and not self.mask_ratio:
             return self.module.encode(images)
-        return self._encode(images, self._noise, self.mask_ratio)[0]
+        return self._encode(images, self.noise, self.mask_ratio)[0]
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         if isinstance(self.module, MAENetwork):

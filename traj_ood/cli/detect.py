@@ -235,7 +235,7 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     bundled model this changes most scores by less than 3e-6, single ones by up to 1e-3 (0.5 % if a path stops one step
     earlier), and `end-distance`, the gap between two nearly equal points, by several times its value.
     """
-    _check_sources(sources, options)
+    check_sources(sources, options)
     twice = _given_twice(sources)
     if twice:
         more = f" and {len(twice) - _SHOWN} more" if len(twice) > _SHOWN else ""
@@ -335,7 +335,7 @@ def _summary(tally: Tally, earlier: Tally, seconds: float, out: Path | None) -> 
     return text if out is None else f"{text}; written to {out}"
 
 
-def _check_sources(sources: tuple[str, ...], options: dict[str, Any]) -> None:
+def check_sources(sources: tuple[str, ...], options: dict[str, Any]) -> None:
     if not sources and options["list_path"] is None:
         raise TrajOODError("nothing to score: expected files, folders, - for paths on standard input, or --list")
     if sources.count("-") > 1:

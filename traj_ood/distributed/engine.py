@@ -143,7 +143,7 @@ def score_to(
     given: list[str | Entry] = [*sources]
     check_same_run(folder, Path(detector).expanduser(), [s.path if isinstance(s, Entry) else str(s) for s in given])
     scoring = Scoring(folder, given, Path(detector).expanduser(), workers or Workers(), opening, reading)
-    _write_all(scoring, ray)
+    write_rows(scoring, ray)
     # Broken files are those of a killed writer; its rows are written again elsewhere.
     written = len(written_keys(folder, remove_broken=True))
     if written < scoring.expected:
@@ -191,7 +191,7 @@ class Scoring:
         return min(_BLOCK_ROWS, -(-share // batch) * batch)
 
 
-def _write_all(scoring: Scoring, ray: Any) -> None:
+def write_rows(scoring: Scoring, ray: Any) -> None:
     """Score everything that has no row. After a loss that Ray does not recover from, such as that of a node with its
     rows, start again with what still has no row; the fourth failure in a row without a new row is an error."""
     done, failures = written_keys(scoring.folder, remove_broken=True), 0

@@ -32,7 +32,7 @@ from traj_ood.index.scan import Scan, smallest, table
 APPROXIMATE_FROM = 100_000
 
 UNIT = 2.0**-24  # float32 rounding
-# Errors of the float32 form reach 15 · UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/test_index.py measures them.
+# Errors of the float32 form reach 15 · UNIT · (‖x‖ + ‖y‖)² at d = 150,000; tests/index/test_index.py measures them.
 ERROR_FACTOR = 32.0
 # Squared distances from a float64 product are computed again by direct difference if the relative rounding bound
 # exceeds this: the rounding depends on the number of queries, and distances must not depend on it by more than 1e-9.

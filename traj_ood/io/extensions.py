@@ -67,7 +67,7 @@ def import_extension(source: str) -> Extension:
 def load_plugins(group: str, name: str | None = None) -> None:
     """Import the installed plugins of a group; with ``name``, only those of this name. Without it, a broken plugin only
     gives a warning, so that the others remain usable."""
-    for point in _entry_points(group):
+    for point in entry_points(group):
         if name in (None, point.name):
             try:
                 with foreign_errors(f"plugin {point.value} ({point.name} of {group}): cannot be imported"):
@@ -92,7 +92,7 @@ def origin_of(cls: type[Any]) -> dict[str, str] | None:
 
 
 @cache
-def _entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
+def entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
     return tuple(metadata.entry_points(group=group))
 
 

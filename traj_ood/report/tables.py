@@ -125,7 +125,7 @@ class Board:
     @property
     def conclusion(self) -> str:
         """Sentences on the best scorer, its lead, whether intervals overlap, and the health of the attractors."""
-        return " ".join([_leader(self), _health_words(self)])
+        return " ".join([_leader(self), health_words(self)])
 
     def best(self, column: str) -> float:
         """The best value of a column of figures; NaN if the rows are not comparable."""
@@ -157,7 +157,7 @@ def _leader(board: Board) -> str:
     return f"{text}; the 95 % intervals {'do not overlap' if apart else 'overlap, so the lead may be chance'}."
 
 
-def _health_words(board: Board) -> str:
+def health_words(board: Board) -> str:
     used = [run for run in board.runs if run.result.dictionary.get("used") is not False]
     if not used:
         return "No scorer reads attractors."
