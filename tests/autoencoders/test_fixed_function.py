@@ -174,7 +174,7 @@ def test_flags_come_back_after_an_error_and_with_shared_parts() -> None:
         decode = encode
 
     whole, part = wrapped(Fails()), wrapped(net)
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(TrajOODError, match=r"Fails: encode of images .* failed: KeyError: 'mine'"):
         whole.encode(tiny.images(2))
     assert all(flags(whole.module))
     outer, inner = whole.fixed(), part.fixed()
@@ -692,3 +692,21 @@ def test_operations_in_place_reach_no_tensor_of_ours_or_the_callers(rows: int) -
     for label, values in expected.items():
         torch.testing.assert_close(found[label], values, rtol=1e-9, atol=0, msg=label)
     assert torch.equal(new, given)
+
+
+@pytest.mark.parametrize(
+    ("shape", "swapped", "error"),
+    [((3, 8, 8), False, "expected input"), ((1, 8, 8), True, "failed: RuntimeError: ")],
+    ids=["other channels", "swapped"],
+)
+def test_functions_that_do_not_fit_are_named(shape: tuple[int, int, int], swapped: bool, error: str) -> None:
+    torch.manual_seed(0)
+    halves = (
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()),
+        nn.Sequential(nn.Linear(72, 64), nn.Unflatten(1, (1, 8, 8))),
+    )
+    encode, decode = reversed(halves) if swapped else halves
+    model = CallableAutoencoder(encode, decode, shape, name="own")
+    told = f"own: encode of images \\(.*{error}.*: correct the function, or give .* input_shape \\(C, H, W\\) that fit"
+    with pytest.raises(TrajOODError, match=told):
+        model.encode(torch.rand(3, *shape))

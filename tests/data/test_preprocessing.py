@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,17 @@ def test_labels_of_a_data_set_and_of_a_loader_are_used(arrays: np.ndarray) -> No
             torch.testing.assert_close(learnt[key], value, rtol=1e-5, atol=1e-6)
     with pytest.raises(TrajOODError, match="needs the class of every training image, got none"):
         Detector.fit(model, [Image.fromarray(a) for a in arrays], spec)
+
+
+def test_a_loader_that_shuffles_is_named(detector: Detector, arrays: np.ndarray) -> None:
+    from torchvision.transforms import ToTensor
+
+    pictures = Pictures(arrays, ToTensor())
+    with pytest.warns(UserWarning, match="this DataLoader shuffles, so scores are not in its data set's order"):
+        detector.score(torch.utils.data.DataLoader(pictures, batch_size=7, shuffle=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector.score(torch.utils.data.DataLoader(pictures, batch_size=7))
 
 
 def test_what_a_data_set_gives_wrongly_is_named(detector: Detector, arrays: np.ndarray) -> None:

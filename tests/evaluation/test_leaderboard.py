@@ -6,6 +6,7 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +327,24 @@ def test_the_option_of_the_command(tmp_path: Path) -> None:
     assert "| Trajectory | **75.0** |" in done.stdout
     wrong = CliRunner().invoke(main, ["leaderboard", str(tmp_path), "--diagnostics", "nosie"])
     assert wrong.exit_code == 2
+
+
+def test_several_folders_are_one_leaderboard(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run(seed).save(tmp_path / f"{seed}" / "result.json")
+    places = [str(tmp_path / "0"), str(tmp_path / "1")]
+    one, both = (CliRunner().invoke(main, ["leaderboard", *part, "--format", "csv"]) for part in (places[:1], places))
+    assert [set(pd.read_csv(io.StringIO(text.stdout))["seeds"]) for text in (one, both)] == [{1}, {2}]
+    twice = CliRunner().invoke(main, ["leaderboard", places[0], places[0]])
+    assert twice.exit_code == 0
+    assert twice.stdout == CliRunner().invoke(main, ["leaderboard", places[0]]).stdout
+
+
+def test_a_plain_name_shows_every_label_of_its_scorer() -> None:
+    result = run(0)
+    scorers = {f"{name}:k=5" if name == "knn" else name: value for name, value in result.scorers.items()}
+    table = leaderboard([replace(result, scorers=scorers)])
+    assert set(Choice(scorers=("knn",)).of(table)["scorer"]) == {"knn:k=5"}
+    assert set(Choice(scorers=("trajectory",)).of(table)["scorer"]) == {"trajectory"}
+    with pytest.raises(TrajOODError, match="unknown scorer of these results 'kn'"):
+        Choice(scorers=("kn",)).of(table)

@@ -15,16 +15,21 @@ _TENSORS = ("latents", "latent", "sample", "last_hidden_state")
 WRAPPER = """
 class Fixed(torch.nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
-    def encode(self, x): return self.net.encode(x)[0]  # one tensor: the mean, where it is (mu, logvar)
-    def decode(self, z): return self.net.decode(z)  # one tensor: the images
-model = traj_ood.CallableAutoencoder.from_module(Fixed(net), (3, 32, 32))"""
+    def encode(self, x): return {encode}  # one tensor: the latents; the mean, where there is (mu, logvar)
+    def decode(self, z): return {decode}  # one tensor: the images
+model = traj_ood.CallableAutoencoder.from_module(Fixed(net), (3, 32, 32))  # (C, H, W) of your images"""
 
 
 class WrapperError(TrajOODError):
-    """An ambiguity that only the network's author can resolve; the message ends with five lines of code to write."""
+    """An ambiguity that only the network's author can resolve; the message ends with five lines of code to write, with
+    the calls that stand for ``encode`` and ``decode``."""
+
+    def __init__(self, message: str, encode: str, decode: str) -> None:
+        super().__init__(message)
+        self.code = WRAPPER.format(encode=encode, decode=decode)
 
     def __str__(self) -> str:
-        return f"{super().__str__()}:{WRAPPER}"
+        return f"{super().__str__()}:{self.code}"
 
 
 def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
@@ -43,7 +48,8 @@ def halves_of(module: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Ten
         )
     raise WrapperError(
         f"{type(module).__name__}: expected methods encode and decode, or modules encoder and decoder, found "
-        f"{', '.join(found) or 'none of them'}: wrap it"
+        f"{', '.join(found) or 'none of them'}: wrap it",
+        *("self.net.YOUR_ENCODER(x)", "self.net.YOUR_DECODER(z)"),
     )
 
 
@@ -61,4 +67,5 @@ def tensor_of(name: str, answer: Any) -> Tensor:
             return value
     kind = type(answer).__name__
     parts = f" of {len(answer)}" if isinstance(answer, Sequence) else ""
-    raise WrapperError(f"{name}: expected one tensor, got {kind}{parts}: choose the right one and wrap it")
+    told = f"{name}: expected one tensor, got {kind}{parts}: choose the right one and wrap it"
+    raise WrapperError(told, "self.net.encode(x)[0]", "self.net.decode(z)")

@@ -114,10 +114,10 @@ def _compared(places: tuple[Path, ...], labels: tuple[str, ...], options: dict[s
         "traj-ood leaderboard runs",
         "traj-ood leaderboard runs --format latex --columns all_auroc,all_fpr95 --top 10",
         "traj-ood leaderboard results --csv results/leaderboard.csv --readme docs/results.md",
-        "traj-ood leaderboard results --format openood",
+        "traj-ood leaderboard runs/mine results --format openood",
     )
 )
-@click.argument("folder", type=PATH, default=Path("results"))
+@click.argument("folders", type=PATH, nargs=-1)
 @click.option("--csv", "csv_path", type=PATH, help="Also write the full table as CSV.")
 @click.option("--readme", type=PATH, help="Also put the table between this file's markers.")
 @click.option(
@@ -136,7 +136,11 @@ def _compared(places: tuple[Path, ...], labels: tuple[str, ...], options: dict[s
 @click.option(
     "--sort", type=NAME, default="all_auroc", show_default=True, help="One of these, scorer or f_evaluations."
 )
-@click.option("--scorers", type=NAME, help="Comma-separated labels to show.  [default: all]")
+@click.option(
+    "--scorers",
+    type=NAME,
+    help="Comma-separated labels to show; a plain name that is no label shows all of that scorer.  [default: all]",
+)
 @click.option("--top", type=click.IntRange(1), help="Number of rows of each table.  [default: all]")
 @click.option(
     "--diagnostics",
@@ -151,8 +155,11 @@ def _compared(places: tuple[Path, ...], labels: tuple[str, ...], options: dict[s
     help="Means over sets, AUROC by set, or both.",
 )
 @shared("quote_formulas")
-def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: str, **options: Any) -> None:
-    """Render every result.json below FOLDER as one leaderboard. Seeds are averaged, different settings are not."""
+def leaderboard(
+    folders: tuple[Path, ...], csv_path: Path | None, readme: Path | None, form: str, **options: Any
+) -> None:
+    """Render every result.json below FOLDERS (default: results) as one leaderboard. Seeds are averaged, different
+    settings are not."""
     from traj_ood.evaluation.leaderboard_text import DEFAULT_COLUMNS, Choice, csv_text, openood_csv, render
     from traj_ood.evaluation.results import Result, with_diagnostics
     from traj_ood.evaluation.text_tables import put_between_markers
@@ -167,7 +174,7 @@ def leaderboard(folder: Path, csv_path: Path | None, readme: Path | None, form: 
     choice = Choice(columns or DEFAULT_COLUMNS, options["sort"], labels, options["top"], tables)
     if csv_path is not None:
         refuse_inside(csv_path.parent)
-    results = with_diagnostics(Result.load_all(folder), comma_separated(options["diagnostics"]))
+    results = with_diagnostics(Result.load_all(*folders or ("results",)), comma_separated(options["diagnostics"]))
     if form == "openood":
         text = openood_csv(results, quote_formulas=quote)
         if csv_path is not None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.batches import Batch, Images, OnError, batches, count_of
@@ -336,6 +337,8 @@ class Detector(OnTheHub):
         return self.calibration
 
     def _read(self, images: Images, on_error: OnError = "raise") -> Iterator[Batch]:
+        if isinstance(getattr(images, "sampler", None), RandomSampler):
+            warn("images: this DataLoader shuffles, so scores are not in its data set's order: set shuffle=False")
         return batches(self.autoencoder, images, self.batch_size, self.workers, on_error, self.reading)
 
     def _judged(self, images: Images, whole_chunks: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from traj_ood.dynamics.device import standard_settings
 from traj_ood.dynamics.function_checks import FLOATS, TRIAL_ROWS, result_of
+from traj_ood.dynamics.own_functions import OwnFunctions, errors_of_functions
 from traj_ood.dynamics.workers import in_threads, single_threaded
 from traj_ood.errors import TrajOODError
 from traj_ood.io.extensions import own_code
@@ -283,8 +284,10 @@ def name_around(function: Callable[..., Any]) -> str:
 
 def errors_around(function: Callable[..., Any], name: str) -> AbstractContextManager[None]:
     """Context in which to call ``function``, named ``name`` in messages. If it is a method of a user's model, its
-    errors are reported with the user's file and line."""
+    errors are reported with the user's file and line; if it calls a user's functions, as those of their model."""
     owner = getattr(function, "__self__", None)
+    if isinstance(owner, OwnFunctions):
+        return errors_of_functions(name)
     return own_code(type(owner), name) if isinstance(owner, FixedFunction) else nullcontext()
 
 

@@ -26,8 +26,8 @@ class LowPrecision:
     (``switch`` · ‖z‖)², its residual has not reached a new minimum for ``patience`` steps, or ``max_steps`` steps are
     done. Convergence and non-finite points are decided by f alone. Cheap points belong to the trajectory like all
     others (residuals, observers, ``steps``), so scores and numbers of steps change: the mean distance over horizon 16
-    by a few percent (tests/dynamics/test_precision.py), scores over the whole path without bound, because a path that lingers
-    between attractors may leave at another step.
+    by a few percent (tests/dynamics/test_precision.py), scores over the whole path without bound, because a path that
+    lingers between attractors may leave at another step.
 
     Attributes:
         self_map: cheaper f with the same shapes and type, such as :func:`traj_ood.dynamics.device.bfloat16_map`

@@ -7,6 +7,7 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, is_out_of_memory
 from traj_ood.io.own_files import is_library
 
 
@@ -44,6 +45,21 @@ class OwnFunctions(ABC):
                 f"{self.name}: cannot be copied or pickled, because its functions would use the original's network: "
                 f"copy the network, and make a {type(self).__name__} of the copy"
             )
+
+
+@contextmanager
+def errors_of_functions(call: str) -> Iterator[None]:
+    """Context manager that turns what a user's functions raise in a ``call`` into a ``TrajOODError``; errors for want
+    of memory pass unchanged, because the caller knows what to make smaller."""
+    try:
+        yield
+    except TrajOODError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        remedy = "correct the function, or give functions and an input_shape (C, H, W) that fit each other"
+        raise TrajOODError(f"{call} failed: {type(error).__name__}: {error}: {remedy}") from error
 
 
 def module_behind(*functions: Callable[..., Any]) -> nn.Module:

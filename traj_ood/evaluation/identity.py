@@ -88,6 +88,8 @@ def _differences(mine: Any, other: Any, explained: Collection[str], *keys: str) 
         names = [k for k in ("role", "count") if mine.get(k) != other.get(k)] if is_split else sorted({*mine, *other})
         if not names:
             yield f"{place}: other images"
+        if "fingerprint" in names and mine["fingerprint"] != other.get("fingerprint"):
+            explained = [*explained, f"{place}.answers"]  # which follow from the weights
         for name in names:
             yield from _differences(mine.get(name, _NOTHING), other.get(name, _NOTHING), explained, *keys, name)
     elif place == "config.scorers" and isinstance(other, list):

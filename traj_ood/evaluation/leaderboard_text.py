@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +54,8 @@ class Choice:
         columns: ``<region>_<metric>`` columns of :func:`leaderboard`.
         sort: the column to sort by; ``fpr95``, ``f_evaluations`` and texts ascend, others descend. Default: best mean
             AUROC first.
-        scorers: labels to show. Default: all.
+        scorers: labels to show; a plain name, such as ``knn``, which is no label, shows all of that scorer.
+            Default: all.
         top: number of rows of each table. Default: all.
         tables: ``means`` over sets, AUROC by OOD ``sets``, or both.
     """
@@ -77,16 +80,21 @@ class Choice:
         Raises:
             TrajOODError: no row has one of the scorers (similar names are suggested).
         """
-        names = {*table["label"], *table["scorer"]}
-        for label in self.scorers:
-            if label not in names:
-                raise unknown_name("scorer of these results", label, names)
         if self.scorers:
-            table = table[table["label"].isin(self.scorers) | table["scorer"].isin(self.scorers)]
+            table = table[reduce(or_, (_rows_of(table, label) for label in self.scorers))]
         ascending = "fpr95" in self.sort or not self.sort.endswith(METRIC_NAMES)
         order = ["benchmark", "model", self.sort, "scorer", "variant"]
         table = table.sort_values(order, ascending=[True, True, ascending, True, True], ignore_index=True)
         return table if self.top is None else table.groupby(["benchmark", "model"], sort=False).head(self.top)
+
+
+def _rows_of(table: pd.DataFrame, label: str) -> pd.Series:
+    """Which rows show a label, or, where none has it, the scorer of this plain name."""
+    exact = (table["label"] == label) | (table["scorer"] == label)
+    found = exact if exact.any() else table["scorer"].str.split(":").str[0] == label
+    if not found.any():
+        raise unknown_name("scorer of these results", label, {*table["label"], *table["scorer"]})
+    return found
 
 
 def render(results: Sequence[Result], form: str = "markdown", choice: Choice | None = None) -> str:

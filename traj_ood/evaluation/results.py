@@ -162,12 +162,12 @@ class Result:
         return _result(tree, path)
 
     @classmethod
-    def load_all(cls, folder: str | Path) -> list[Result]:
-        """Read every ``result.json`` in and below ``folder``, sorted by path.
+    def load_all(cls, *folders: str | Path) -> list[Result]:
+        """Read every ``result.json`` in and below each folder, sorted by path.
 
-        Raises ``TrajOODError`` if there are none, one is invalid, or two are one run.
+        Raises ``TrajOODError`` if a folder has none, one is invalid, or two are one run.
         """
-        results = {path.parent: cls.load(path) for path in result_files(folder)}
+        results = {path.parent: cls.load(path) for folder in folders for path in result_files(folder)}
         refuse_copies(results)
         return [*results.values()]
 
