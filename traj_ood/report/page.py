@@ -30,7 +30,7 @@ from traj_ood.evaluation.gallery import Frames, Mistake, Pictures, chosen_scorer
 from traj_ood.evaluation.results import ScorerResult
 from traj_ood.evaluation.runs import Run
 from traj_ood.io.files import write_atomic
-from traj_ood.report.tables import Board, Row, boards, health_card, provenance, side_by_side
+from traj_ood.report.tables import Board, BoardRow, boards, health_card, provenance, side_by_side
 from traj_ood.text import printable
 
 FILE_NAME = "report.html"
@@ -154,7 +154,7 @@ def _overview(draw: Draw, board: Board, narrow: bool = False) -> Markup:
     return draw(plots.alone(frame, plots.overview, rows), label)
 
 
-def _clipped(row: Row, most: int) -> str:
+def _clipped(row: BoardRow, most: int) -> str:
     name = printable(row.name)
     return name if len(name) <= most else name[: most - 1] + "…"
 

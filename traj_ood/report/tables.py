@@ -50,7 +50,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Row:
+class BoardRow:
     """One line of a leaderboard: a scorer, averaged over seeds, and the ``results`` behind it.
 
     ``figures`` are by ``<region>_<metric>``, ``sets`` the AUROC by OOD set. ``tag`` is a letter for rows of the same
@@ -88,7 +88,7 @@ class Board:
 
     benchmark: str
     model: str
-    rows: list[Row]
+    rows: list[BoardRow]
     tags: dict[str, str]
     runs: list[Run]
     sets: dict[str, str]
@@ -108,7 +108,7 @@ class Board:
         return {row.label: row.note for row in self.rows if row.note}
 
     @property
-    def leader(self) -> Row:
+    def leader(self) -> BoardRow:
         """The first row that is no control."""
         return next((row for row in self.rows if row.label != CONTROL), self.rows[0])
 
@@ -260,7 +260,7 @@ def _letters(n: int) -> str:
     return (_letters(n // 26 - 1) if n >= 26 else "") + chr(ord("A") + n % 26)
 
 
-def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerResult]]) -> Row:
+def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerResult]]) -> BoardRow:
     scorers = [scorer for _, scorer in members]
     figures = {}
     for region in REGIONS:
@@ -273,7 +273,7 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
     for scorer in scorers:
         for name, score in scorer.sets.items():
             by_set.setdefault(name, []).append(score)
-    return Row(
+    return BoardRow(
         label=line["label"],
         tag=tag,
         note=line["note"],

@@ -21,7 +21,6 @@ from traj_ood.dynamics.chunks import filled
 from traj_ood.dynamics.compiled import CompiledMap
 from traj_ood.dynamics.device import bfloat16_map
 from traj_ood.dynamics.fixed_function import KnownWeights
-from traj_ood.dynamics.host import where
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.jacobian import divergence_at
 from traj_ood.dynamics.maps import LowPrecision, SelfMap
@@ -31,6 +30,7 @@ from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.scorers import WHOLE_PATH, Evidence, Needs, Scorer, create_scorers
+from traj_ood.scorers.kept_points import KeptPoints
 from traj_ood.scorers.registry import lacking
 from traj_ood.scorers.trial import tried_scores
 
@@ -346,7 +346,7 @@ class ScorerSet:
         # The first one is made before the chunk is read below, because a model's first encode may reduce its chunk.
         encodings = chain(list(islice(encodings, 1)), encodings)
         views: list[FeatureView] = sorted({view for view, _ in self.needs.points})
-        keepers = [_Points(model, view, self.needs.points) for view in views]
+        keepers = [KeptPoints(model, view, self.needs.points) for view in views]
 
         def starts() -> Iterator[tuple[Tensor, Encoding]]:
             for encoding in encodings:
@@ -412,39 +412,6 @@ class ScorerSet:
             observers=[Norm(), *(NearestOther(model, index, view, own) for view, index in self._indices.items())],
             chunk=model.chunk,
         )
-
-
-class _Points:
-    """Observer that keeps one latent view of the points z_t for some t."""
-
-    def __init__(self, model: Autoencoder, view: FeatureView, wanted: frozenset[tuple[FeatureView, int]]) -> None:
-        self.name = f"points/{view}"
-        self._model = model
-        self._view: FeatureView = view
-        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {t: [] for v, t in sorted(wanted) if v == view}
-
-    def observe(self, steps: Tensor, rows: Tensor, latents: Tensor) -> None:
-        for t, pieces in self._seen.items():
-            there = steps == t
-            if bool(there.any()):
-                points = latents[where(there, latents.device)]
-                pieces.append((rows[there], self._model.latent_view(points, self._view).cpu()))
-
-    def points(self, path: Trajectory, first: int) -> dict[tuple[FeatureView, int], Tensor]:
-        """The kept points of the samples of ``path``, whose numbers begin at ``first``; earlier samples are dropped.
-
-        For a sample that ended before t it is the end point, or NaN if the trajectory became NaN or infinite.
-        """
-        end = self._model.latent_view(path.final, self._view).cpu().clone()  # a view may share memory with the points
-        end[path.status == Status.NON_FINITE] = torch.nan
-        found = {}
-        for t, pieces in self._seen.items():
-            found[self._view, t] = points = end.clone()
-            for rows, values in pieces:
-                mine = (rows >= first) & (rows < first + len(path))
-                points[rows[mine] - first] = values[mine]
-            self._seen[t] = [(rows, values) for rows, values in pieces if int(rows.max()) >= first + len(path)]
-        return found
 
 
 def class_numbers(labels: Any, count: int) -> Tensor:
