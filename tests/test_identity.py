@@ -6,9 +6,11 @@ Each right value is computed again in an empty folder.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ from traj_ood.evaluation.leaderboard_text import render
 from traj_ood.evaluation.results import Result
 from traj_ood.io import provenance
 from traj_ood.io.parts import PartStore
+from traj_ood.scorers import SCORERS
 from traj_ood.scorers.scorer_set import Scored, ScorerSet
 from traj_ood.training.surrogate import SurrogateRecipe
 
@@ -237,8 +240,57 @@ def test_a_class_of_the_users_own_is_known_by_what_it_does(place: Path) -> None:
 
     first = run_of(place, model=Own(5)).run()
     assert run_of(place, model=Own(5)).run() == first
-    with pytest.raises(TrajOODError, match=r"another model \(model: its code gives other answers\): choose another"):
+    with pytest.raises(TrajOODError, match=r"another model \(model: its code has changed\): choose another"):
         run_of(place, model=Edited(5)).run()
+
+
+def test_code_counts_that_answers_alike_for_one_picture(place: Path) -> None:
+    def model(threshold: float) -> CallableAutoencoder:
+        def decode(latents: Tensor) -> Tensor:  # differs for very bright images alone
+            return latents.clamp(max=threshold).reshape(-1, 1, 8, 8) / 2
+
+        return CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 8, 8))
+
+    first = run_of(place, model=model(50.0)).run()
+    assert run_of(place, model=model(50.0)).run() == first
+    with pytest.raises(TrajOODError, match=r"another model \(model: its code has changed\): choose another"):
+        run_of(place, model=model(60.0)).run()
+
+
+NOTEBOOK = """
+from dataclasses import dataclass
+from typing import ClassVar
+import traj_ood
+
+@dataclass
+class Cell(traj_ood.FeatureScorer):
+    name: ClassVar[str] = "cell"
+    summary: ClassVar[str] = "of a notebook"
+
+    def learn(self, train):
+        return {}
+
+    def score(self, evidence):
+        return self.features(evidence).cpu().double().amin(dim=1)
+"""
+
+
+def test_a_scorer_of_a_notebook_is_known_by_its_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+
+    def run(source: str) -> Result:
+        exec(source, vars(notebook))  # of a class that no file holds
+        monkeypatch.setitem(SCORERS, "cell", notebook.Cell)
+        config = RunConfig(scorers=("cell",), max_steps=4, resamples=0)
+        bench = load_benchmark(str(place / "tiny.yaml"))
+        return Evaluator(tiny.conv(), bench, config, place / "out", quiet=True, pictures=False).run()
+
+    first = run(NOTEBOOK)
+    assert run(NOTEBOOK + "# of another cell") == first
+    for other in (NOTEBOOK.replace("amin", "amax"), NOTEBOOK.replace("dim=1", "dim=-1")):
+        with pytest.raises(TrajOODError, match=r"another config \(config.scorers: another version of cell\)"):
+            run(other)
 
 
 def test_other_weights_are_not_called_other_code(place: Path) -> None:

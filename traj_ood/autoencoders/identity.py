@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.surrogate import SurrogateAutoencoder
 from traj_ood.dynamics.behaviour import answers, transform_digest
+from traj_ood.dynamics.own_functions import OwnFunctions, written_code
 from traj_ood.io.extensions import origin_of
 
 
 def model_identity(model: Autoencoder) -> dict[str, Any]:
     """Name, family, fingerprint of the weights, number of parameters, digest of the transform, and for a user's own
-    code its ``answers`` to a fixed image, as JSON data."""
+    code its digest and its ``answers`` to a fixed image, as JSON data."""
     identity = {
         "name": model.name,
         "family": model.family,
@@ -31,7 +33,16 @@ def model_identity(model: Autoencoder) -> dict[str, Any]:
         start = model.examine(images).latents
         return torch.cat([start.flatten(1), model.decode(start).flatten(1)], dim=1)
 
-    return {**identity, "answers": answers(answer, model.input_shape)}
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"  # whose instructions the digest is of
+    code = f"{python} {written_code(*code_of(model))[:16]}"
+    return {**identity, "answers": answers(answer, model.input_shape), "own_code": code}
+
+
+def code_of(model: Autoencoder) -> list[Any]:
+    """The classes, modules and functions whose code the model runs, for :func:`written_code`."""
+    used = [model, model.backbone] if isinstance(model, SurrogateAutoencoder) else [model]
+    functions = [f for part in used if isinstance(part, OwnFunctions) for f in part.functions()]
+    return [*map(type, used), *model.modules_used(), *functions]
 
 
 def _is_own_code(model: Autoencoder) -> bool:

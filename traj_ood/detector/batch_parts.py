@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from traj_ood.autoencoders import SurrogateAutoencoder
-from traj_ood.autoencoders.identity import model_identity
+from traj_ood.autoencoders.identity import code_of, model_identity
 from traj_ood.data.batches import Batch
 from traj_ood.detector.tensors import digests_of
-from traj_ood.dynamics.own_functions import OwnFunctions, written_code
+from traj_ood.dynamics.own_functions import written_code
 from traj_ood.errors import TrajOODError, check_whole
 from traj_ood.io.files import alone_in
 from traj_ood.io.parts import Part, PartStore
@@ -136,8 +135,6 @@ def _identity(scorers: ScorerSet) -> dict[str, Any]:
     scorers.try_compile()
     settings = ("tol", "max_steps", "backend", "approximate", "compile")
     autoencoder = scorers.autoencoder
-    used = [autoencoder, autoencoder.backbone] if isinstance(autoencoder, SurrogateAutoencoder) else [autoencoder]
-    functions = [f for part in used if isinstance(part, OwnFunctions) for f in part.functions()]
-    code = written_code(*map(type, used), *autoencoder.modules_used(), *functions, *map(type, scorers.scorers))
+    code = written_code(*code_of(autoencoder), *map(type, scorers.scorers))
     model = {**model_identity(autoencoder), "options": autoencoder.options(), "code": code}
     return as_json({"model": model, "scorer": scorers.labels, **{name: getattr(scorers, name) for name in settings}})

@@ -109,11 +109,14 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
             for part in (value.__code__, value.__defaults__, *names.nonlocals.values(), *names.globals.values()):
                 yield from _written(part, seen)
     elif isinstance(value, nn.Module):
-        for cls in {type(part): None for part in value.modules()}:
-            yield from _written(cls, seen)
-    elif isinstance(value, type) and not _is_library(value):
-        for part in vars(value).values():
-            yield from _written(getattr(part, "__func__", part), seen)
+        for part in value.modules():
+            yield from [f"{type(part).__qualname__}({part.extra_repr()})"] if _is_library(type(part)) else []
+            yield from _written(type(part), seen)
+    elif isinstance(value, type):
+        for cls in value.__mro__:
+            if not _is_library(cls):
+                for part in vars(cls).values():
+                    yield from _written(getattr(part, "__func__", part), seen)
 
 
 def _is_library(value: Any) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from traj_ood.dynamics.behaviour import agree
+from traj_ood.dynamics.own_functions import written_code
 from traj_ood.evaluation.results import Result
 from traj_ood.io.extensions import imported, origin_of
 from traj_ood.io.provenance import LIBRARIES, code_digest, environment, package_digest
@@ -15,13 +18,19 @@ from traj_ood.io.trees import as_json
 _SHOWN = 3  # differences in a message
 _SHOWN_CHARACTERS = 40  # of each value
 _NOTHING = "nothing"  # in place of an absent value
-_NEWER = {"transform", "answers", "contents", "copies", "own_scorers"}  # keys that older results lack
+_NEWER = {"transform", "answers", "contents", "copies", "own_scorers", "own_code"}  # keys that older results lack
 
 
 def own_file(cls: type[Any]) -> str | None:
-    """The digest of the file that defines a user's class, else the name of its module; None for our own classes."""
+    """The digest of the file that defines a user's class, or of the class's code if no file has it, as in a notebook;
+    None for our own classes."""
     origin = origin_of(cls)
-    return None if origin is None else origin.get("sha256", origin["module"])
+    if origin is None:
+        return None
+    with contextlib.suppress(OSError, TypeError):  # raised if the class is in no file, or not in this one
+        inspect.getsource(cls)
+        return origin["sha256"]
+    return written_code(cls)
 
 
 def comparable(mine: Any, other: Any) -> Any:
@@ -31,6 +40,8 @@ def comparable(mine: Any, other: Any) -> Any:
         return mine
     if "answers" in mine and agree(other.get("answers"), mine["answers"]):
         mine = {**mine, "answers": other["answers"]}
+    if mine.get("own_code", "").split(" ")[0] != str(other.get("own_code", "")).split(" ")[0]:
+        mine = {**mine, "own_code": other.get("own_code")}  # of another version of Python
     if "copies" in other:
         mine = {**mine, "copies": other["copies"]}
     newer = _NEWER - other.keys()
@@ -88,8 +99,8 @@ def _differences(mine: Any, other: Any, explained: Collection[str], *keys: str) 
         names = [k for k in ("role", "count") if mine.get(k) != other.get(k)] if is_split else sorted({*mine, *other})
         if not names:
             yield f"{place}: other images"
-        if "fingerprint" in names and mine["fingerprint"] != other.get("fingerprint"):
-            explained = [*explained, f"{place}.answers"]  # which follow from the weights
+        if any(key in names and mine[key] != other.get(key) for key in ("fingerprint", "own_code")):
+            explained = [*explained, f"{place}.answers"]  # which follow from weights and code
         for name in names:
             yield from _differences(mine.get(name, _NOTHING), other.get(name, _NOTHING), explained, *keys, name)
     elif place == "config.scorers" and isinstance(other, list):
@@ -100,6 +111,8 @@ def _differences(mine: Any, other: Any, explained: Collection[str], *keys: str) 
         yield f"config.scorers: another version of {'.'.join(keys[2:]) or 'own ones'}"
     elif place == "model.answers":
         yield "model: its code gives other answers"
+    elif place == "model.own_code":
+        yield "model: its code has changed"
     elif place == "code":
         yield "code: that of traj_ood, of a library or of an imported file"
     else:
