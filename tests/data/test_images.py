@@ -147,12 +147,28 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, si
         open_image(tmp_path / "bomb.png")
 
 
-def test_the_image_list_splits_at_the_first_space(tmp_path: Path) -> None:
+def test_an_image_list_is_of_paths_and_labels(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a/1.jpg 3\n\n./a/2.jpg {'label': 1, 'x': 2}\r\nb.jpg\n   \n", encoding="utf-8")
     images = read_image_list(tmp_path / "list.txt", tmp_path / "root")
     assert images.paths == images.ids == ("a/1.jpg", "a/2.jpg", "b.jpg")
     assert images.labels == ("3", "{'label': 1, 'x': 2}", "")
     assert images.root == tmp_path / "root"
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "label"),
+    [
+        ("my photos/a 1.JPG 3", "my photos/a 1.JPG", "3"),
+        ("my photo.png", "my photo.png", ""),
+        ("a.tif tabby cat", "a.tif", "tabby cat"),
+        ("copy.jpg of b.jpg 2", "copy.jpg of b.jpg", "2"),
+        ("scan 7", "scan", "7"),  # without a suffix
+    ],
+)
+def test_names_with_spaces_may_be_in_an_image_list(tmp_path: Path, line: str, path: str, label: str) -> None:
+    (tmp_path / "list.txt").write_text(line)
+    images = read_image_list(tmp_path / "list.txt", tmp_path)
+    assert (images.paths, images.labels) == ((path,), (label,))
 
 
 @pytest.mark.parametrize(

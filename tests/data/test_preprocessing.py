@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from traj_ood import CallableAutoencoder, Detector, Normalised, Preprocessing, ScorerSet, TrajOODError, load_autoencoder
+from traj_ood.backbones import CallableBackbone
 from traj_ood.backbones.image_processor import LARGEST_DIFFERENCE, from_processor, interpolation_of
+from traj_ood.data import read_folder
 from traj_ood.data.preprocessing import largest_difference, prepare, trial_pictures
 
 GREY = (1, 8, 8)
@@ -261,6 +263,49 @@ def test_labels_of_a_data_set_and_of_a_loader_are_used(arrays: np.ndarray) -> No
             torch.testing.assert_close(learnt[key], value, rtol=1e-5, atol=1e-6)
     with pytest.raises(TrajOODError, match="needs the class of every training image, got none"):
         Detector.fit(model, [Image.fromarray(a) for a in arrays], spec)
+
+
+def test_labels_that_contradict_a_loaders_own_are_refused(arrays: np.ndarray) -> None:
+    from torchvision.transforms import ToTensor
+
+    model, spec, pictures = tiny.conv(), "mahalanobis:classes=true", Pictures(arrays, ToTensor())
+    shuffles = torch.utils.data.DataLoader(pictures, batch_size=6, shuffle=True)
+    labels, finer = [i % 3 for i in range(20)], [f"{i % 3}{i // 7}" for i in range(20)]
+    for fit in (lambda **given: Detector.fit(model, **given, scorer=spec), ScorerSet(model, [spec]).fit):
+        with pytest.raises(
+            TrajOODError, match=r"labels: contradict those that the images bring with them: .* shuffle=True"
+        ):
+            fit(images=shuffles, labels=labels)
+        for agreeing in (labels, finer, ["all"] * 20):
+            fit(images=pictures, labels=agreeing)
+
+
+def test_a_transform_that_draws_random_numbers_is_refused() -> None:
+    from torchvision import transforms
+
+    augments = transforms.Compose([transforms.Grayscale(), transforms.RandomResizedCrop(8), transforms.ToTensor()])
+    for make in (
+        lambda: CallableAutoencoder(lambda x: x.flatten(1), lambda z: z.reshape(-1, *GREY), GREY, transform=augments),
+        lambda: CallableBackbone(lambda x: x, GREY, 64, module=torch.nn.Flatten(), transform=augments),
+    ):
+        with pytest.raises(
+            TrajOODError, match="custom: transform draws random numbers: expected the same tensor of one"
+        ):
+            make()
+
+
+def test_a_transform_that_does_not_convert_is_named_with_the_image(tmp_path: Path, arrays: np.ndarray) -> None:
+    from torchvision import transforms
+
+    whole = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+    model = CallableAutoencoder(lambda x: x.flatten(1), lambda z: z.reshape(-1, *GREY), GREY, transform=whole)
+    tiny.write_images(tmp_path, 3, 0)
+    tiny.write_images(tmp_path / "odd", 1, 1, mode="RGB")
+    told = (
+        r"odd/000\.png: custom: transform: expected shape \(1, 8, 8\), got \(3, 8, 8\) of an image in mode RGB: let it"
+    )
+    with pytest.raises(TrajOODError, match=told):
+        Detector.fit(model, read_folder(tmp_path), "knn:k=1")
 
 
 def test_a_loader_that_shuffles_is_named(detector: Detector, arrays: np.ndarray) -> None:

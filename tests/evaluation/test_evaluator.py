@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,14 @@ def test_image_order_does_not_change_scores(done: tuple[Evaluator, Result], plac
     assert ours["file"].tolist() == reference["file"].tolist()
     for label in SCORERS:
         np.testing.assert_allclose(ours[label], reference[label], rtol=1e-5, err_msg=label)
+
+
+def test_unhealthy_attractors_are_told_where_a_scorer_reads_them(place: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"unhealthy attractors: .* More: traj-ood diagnose"):
+        evaluator(place, tmp_path / "a", scorers=("trajectory",), max_steps=1).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluator(place, tmp_path / "b", scorers=("knn:k=2", "path-energy:two_sided=true"), max_steps=1).run()
 
 
 def test_seed_draws_the_training_sample_only(place: Path, tmp_path: Path) -> None:

@@ -348,3 +348,14 @@ def test_a_plain_name_shows_every_label_of_its_scorer() -> None:
     assert set(Choice(scorers=("trajectory",)).of(table)["scorer"]) == {"trajectory"}
     with pytest.raises(TrajOODError, match="unknown scorer of these results 'kn'"):
         Choice(scorers=("kn",)).of(table)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "reads"),
+    [("path-energy:two_sided=true", False), ("contraction-rate:two_sided=true", False), ("path-signature", True)],
+)
+def test_health_is_told_of_scorers_that_read_attractors(scorer: str, reads: bool) -> None:
+    result = run(0)
+    sick = {"healthy": False, "warnings": ["only 1 distinct attractor"]}
+    row = leaderboard([replace(result, scorers={scorer: result.scorers["knn"]}, dictionary=sick)]).iloc[0]
+    assert (row["healthy"], row["used"]) == (not reads, reads)

@@ -255,6 +255,8 @@ def test_what_figures_do_not_show_is_said_beside_them(runs: Path, tmp_path: Path
         call("compare", tmp_path, *labels).stdout,
         call("compare", tmp_path, *labels, "--format", "csv").stderr,
         call("compare", tmp_path / "0", tmp_path / "1", "--scorers", "knn:k=2", "--resamples", 50).stdout,
+        call("leaderboard", tmp_path, "--format", "csv").stderr,
+        call("leaderboard", tmp_path, "--format", "openood").stderr,
     ]
     for text in said:
         assert text.count("⚠ 21 of 40 images of `bright` are copies of images of `dim`.") == 1, text
@@ -330,3 +332,18 @@ def test_names_are_escaped_in_every_format() -> None:
         assert tex.count("{") == tex.count("}")
     with pytest.raises(TrajOODError, match="unknown table format 'tex'"):
         table.text("tex")
+
+
+def test_settings_in_which_runs_differ_are_named(runs: Path, tmp_path: Path) -> None:
+    first = next(path for path in runs.iterdir() if path.name != "second")
+    result = RunResult.load(first / "result.json")
+    for steps in (20, 60):
+        shutil.copytree(first, tmp_path / str(steps))
+        replace(result, config={**result.config, "max_steps": steps}).save(tmp_path / str(steps) / "result.json")
+    told = f"Runs of `{result.model['name']}` have other settings: max_steps (20, 60)."
+    labels = ["--scorers", "knn:k=2,mahalanobis", "--resamples", 50]
+    assert told in call("compare", tmp_path, *labels).stdout
+    assert told in call("compare", tmp_path, *labels, "--format", "csv").stderr
+    assert (
+        told in call("compare", tmp_path / "20", tmp_path / "60", "--scorers", "mahalanobis", "--resamples", 50).stdout
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder
 from traj_ood.autoencoders.surrogate import SurrogateAutoencoder
+from traj_ood.data.preprocessing import check_repeats
 from traj_ood.dynamics.behaviour import answers, transform_digest
 from traj_ood.dynamics.own_functions import OwnFunctions, written_code
 from traj_ood.io.extensions import origin_of
@@ -33,6 +34,7 @@ def model_identity(model: Autoencoder) -> dict[str, Any]:
         start = model.examine(images).latents
         return torch.cat([start.flatten(1), model.decode(start).flatten(1)], dim=1)
 
+    check_repeats(model.name, model.transform)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"  # whose instructions the digest is of
     code = f"{python} {written_code(*code_of(model))[:16]}"
     return {**identity, "answers": answers(answer, model.input_shape), "own_code": code}

@@ -128,7 +128,6 @@ def bench(benchmark: str, **options: Any) -> None:
     bundled model this changes most scores by less than 3e-6, single ones by up to 1e-3 (0.5 % if a path stops one step
     earlier), and `end-distance`, the gap between two nearly equal points, by several times its value.
     """
-    from traj_ood.attractors import Verdict
     from traj_ood.evaluation.leaderboard_text import render
     from traj_ood.evaluation.plots import plot_run
     from traj_ood.evaluation.tracking import log_result, tracker
@@ -148,11 +147,6 @@ def bench(benchmark: str, **options: Any) -> None:
     say(render([result]), kept=f"all results are in {evaluator.folder}")
     for found in trackers:
         log_result(result, evaluator.folder, found)
-    if not result.dictionary["healthy"]:
-        stored = result.dictionary.get("verdict")  # older results have only its reasons
-        text = Verdict(**stored).text if stored else "; ".join(result.dictionary["warnings"])
-        more = f"traj-ood diagnose {options['model']} --benchmark {benchmark}"
-        warn(f"unhealthy attractors: {text} More: {more}")
     sizes = {name: data["count"] for name, data in result.data.items() if data["role"] not in ("train", "val")}
     if few := [f"{name} {size}" for name, size in sorted(sizes.items()) if size < _FEW]:  # a stored run is sorted, too
         warn(f"few images ({', '.join(few)}): FPR95 is read at 5 % of a set, less than one image; give {_FEW} or more")

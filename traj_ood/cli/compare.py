@@ -160,6 +160,7 @@ def leaderboard(
 ) -> None:
     """Render every result.json below FOLDERS (default: results) as one leaderboard. Seeds are averaged, different
     settings are not."""
+    from traj_ood.evaluation.cautions import cautions
     from traj_ood.evaluation.leaderboard_text import DEFAULT_COLUMNS, Choice, csv_text, openood_csv, render
     from traj_ood.evaluation.results import Result, with_diagnostics
     from traj_ood.evaluation.text_tables import put_between_markers
@@ -175,6 +176,10 @@ def leaderboard(
     if csv_path is not None:
         refuse_inside(csv_path.parent)
     results = with_diagnostics(Result.load_all(*folders or ("results",)), comma_separated(options["diagnostics"]))
+    if form in ("csv", "openood"):  # which have no place for them
+        for name in dict.fromkeys(result.benchmark for result in results):
+            for line in cautions([result for result in results if result.benchmark == name]):
+                note(f"{name}: {line}")
     if form == "openood":
         text = openood_csv(results, quote_formulas=quote)
         if csv_path is not None:

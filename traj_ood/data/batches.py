@@ -203,7 +203,10 @@ def _read(
         try:
             item, label = _item(images, index, foreign, reading)
             if isinstance(item, Image.Image):
-                return autoencoder.transform(item), label
+                try:
+                    return autoencoder.transform(item), label
+                except TrajOODError as error:
+                    raise TrajOODError(f"{_name(images, index)}: {error}") from error
             return prepare(autoencoder, item)[0], label
         except TrajOODError as error:
             if on_error == "raise":

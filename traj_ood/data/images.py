@@ -248,8 +248,9 @@ def check_unchanged(images: ImageSource, indices: Sequence[int], contents: Seque
 def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bool = False) -> FileImages:
     """Read an image list in OpenOOD's format, a UTF-8 text of one ``relative/path label`` per line.
 
-    The path ends at the first space; the rest is the label (a class number, −1, a dict literal, or nothing). Blank
-    lines are skipped. The ids are the normalised relative paths, of which each may appear once.
+    The path ends at the first space, or, if it contains spaces, with the last word that has an image's suffix; the rest
+    is the label (a class number, −1, a dict literal, or nothing). Blank lines are skipped. The ids are the normalised
+    relative paths, of which each may appear once.
 
     Args:
         list_path: the text file.
@@ -270,7 +271,7 @@ def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bo
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        written, _, label = line.strip().partition(" ")
+        written, label = _path_and_label(line.strip())
         path = inside_root(written, f"image list {list_path} line {number}")
         if path in first_line:
             raise TrajOODError(
@@ -283,6 +284,13 @@ def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bo
         raise TrajOODError(f"image list {list_path}: expected lines 'relative/path label', found none; fill the list")
     paths = tuple(first_line)
     return FileImages(Path(root), paths, paths, tuple(labels), follow_links)
+
+
+def _path_and_label(line: str) -> tuple[str, str]:
+    words = line.split(" ")
+    ends = [end for end, word in enumerate(words, start=1) if word.lower().endswith(IMAGE_SUFFIXES)]
+    end = ends[-1] if ends else 1
+    return " ".join(words[:end]), " ".join(words[end:])
 
 
 def read_folder(folder: str | Path, *, prefix: str = "") -> FileImages:

@@ -22,6 +22,7 @@ from traj_ood.io.weights import float_types, parts_of
 Resize = Literal["direct", "crop", "none"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Offset = Literal["round", "floor"]
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
 PIXEL_SLACK = 1e-3
 """How far outside [0, 1] a float pixel may be, for rounding. Values from filters that overshoot have to be clamped."""
 _BYTE = 1 / 255
@@ -196,13 +197,20 @@ class Preprocessed:
     """Base class of models with a declared preprocessing; :meth:`transform` applies it and may be overridden."""
 
     name: str
+    input_shape: tuple[int, int, int]
     preprocessing: Preprocessing | None = None
     _own_transform: Callable[[Image.Image], Tensor] | None = None  # user code in place of a preprocessing
 
     def transform(self, image: Image.Image) -> Tensor:
         """Preprocess a Pillow image to (C, H, W) float32 in the network's units."""
         if self._own_transform is not None:
-            return self._own_transform(image)
+            made = self._own_transform(image)
+            if isinstance(made, Tensor) and tuple(made.shape) != tuple(self.input_shape):
+                raise TrajOODError(
+                    f"{self.name}: transform: expected shape {tuple(self.input_shape)}, got {tuple(made.shape)} of an "
+                    f"image in mode {image.mode}: let it convert every image, as with image.convert('RGB')"
+                )
+            return made
         if self.preprocessing is None:
             raise TrajOODError(f"{self.name}: declares no preprocessing: set it, or override transform")
         return self.preprocessing(image)
@@ -345,7 +353,7 @@ def check_statistics(name: str, channels: int, mean: tuple[float, ...], std: tup
 
 
 def declared_preprocessing(
-    name: str, shape: tuple[int, int, int], preprocessing: Preprocessing | None, transform: object
+    name: str, shape: tuple[int, int, int], preprocessing: Preprocessing | None, transform: Transform | None
 ) -> Preprocessing | None:
     """The preprocessing of a model made of callables: the given one, else a direct resize; None with a
     ``transform``."""
@@ -353,7 +361,22 @@ def declared_preprocessing(
         return fitting_preprocessing(name, shape, preprocessing)
     if preprocessing is not None:
         raise TrajOODError(f"{name}: expected either a preprocessing or a transform, got both")
+    check_repeats(name, transform)
     return None
+
+
+def check_repeats(name: str, transform: Transform) -> None:
+    """Refuse a transform that makes different tensors of one image, such as an augmentation of training."""
+    for picture in trial_pictures("RGB"):
+        try:
+            first, *others = (transform(picture.copy()) for _ in range(4))
+        except Exception:  # user code may raise anything; it does so again for the first image that it cannot take
+            continue
+        if isinstance(first, Tensor) and any(not torch.equal(first, other) for other in others):
+            raise TrajOODError(
+                f"{name}: transform draws random numbers: expected the same tensor of one image each time, got "
+                "different ones: give the transform of evaluation, without augmentation"
+            )
 
 
 def fitting_preprocessing(

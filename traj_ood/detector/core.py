@@ -32,6 +32,7 @@ from traj_ood.index import Approximate, Backend
 from traj_ood.io.trees import as_json
 from traj_ood.scorers import WHOLE_PATH, Scorer, recommended
 from traj_ood.scorers.explored import joined_parts
+from traj_ood.scorers.labels import check_one_labelling
 from traj_ood.scorers.scorer_set import ScorerSet
 
 OnKnown = Literal["raise", "skip"]
@@ -162,6 +163,7 @@ class Detector(OnTheHub):
             classes = numbered(found.labels, len(found.rows), scorers)
         elif classes is not None:
             classes = classes[found.rows]
+            check_one_labelling(classes, found.labels)
         scorers.learn(dictionary, replace(evidence, labels=classes))
         forget_fit(scorers)
         health = None if dictionary is None else as_json(dictionary.health().as_dict())
@@ -437,5 +439,5 @@ def _nothing(kind: torch.dtype) -> Tensor:
 
 
 def _warn_of_attractors(scorers: ScorerSet, health: Mapping[str, Any] | None) -> None:
-    if health is not None and not health["healthy"]:
+    if health is not None and not health["healthy"] and scorers.scorers[0].needs().attractors_read:
         warn(f"detector with {scorers.labels[0]}: unhealthy attractors: {'; '.join(health['warnings'])}", stacklevel=3)

@@ -13,7 +13,8 @@ from traj_ood.data.batches import Images, has_own_labels
 from traj_ood.dynamics.trajectory import check_stopping
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend
-from traj_ood.scorers.scorer_set import ScorerSet, class_numbers
+from traj_ood.scorers.labels import class_numbers
+from traj_ood.scorers.scorer_set import ScorerSet
 
 
 def one_scorer(

@@ -19,6 +19,19 @@ def cautions(results: Sequence[Result]) -> list[str]:
     return [*_copies(results), *_idle_seeds(results)]
 
 
+def other_settings(results: Sequence[Result]) -> list[str]:
+    """A line for each model whose runs, all of one benchmark, differ in settings that have an effect on scores."""
+    lines = []
+    for name in dict.fromkeys(str(result.model["name"]) for result in results):
+        configs = [result.config for result in results if result.model["name"] == name]
+        settings = {key: [config.get(key) for config in configs] for key in configs[0] if key not in IDLE}
+        told = {key: list(dict.fromkeys(map(str, values))) for key, values in settings.items()}
+        different = [f"{key} ({', '.join(values)})" for key, values in told.items() if len(values) > 1]
+        if different:
+            lines.append(f"⚠ Runs of `{name}` have other settings: {'; '.join(different)}.")
+    return lines
+
+
 def _copies(results: Sequence[Result]) -> list[str]:
     """A line for each pair of splits that share images by content, with the largest number found by a run."""
     most: dict[tuple[str, str], tuple[int, int]] = {}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from traj_ood.attractors import AttractorDictionary
+from traj_ood.attractors import AttractorDictionary, Verdict
 from traj_ood.autoencoders import Autoencoder, SurrogateAutoencoder, check_autoencoder
 from traj_ood.autoencoders.identity import model_identity
 from traj_ood.backbones.feature_cache import FeatureCache
@@ -191,7 +191,8 @@ class Evaluator:
                 code; there are more processes than images; or a process failed (see
                 :meth:`traj_ood.evaluation.parallel.Team.together`).
         Warns:
-            UserWarning: splits share images, or a finished run was made by another version of the code.
+            UserWarning: splits share images, a finished run was made by another version of the code, or attractors that
+                a scorer reads are unhealthy.
         """
         # The main process locks the folder for its team: a second team would mix its batches with ours or discard them.
         alone = alone_in(self.folder) if self.team.is_main else nullcontext()
@@ -201,6 +202,12 @@ class Evaluator:
             result = None if batch_sizes is None else self._compute(identity, batch_sizes)
             result = result or Result.load(self.folder / FILE_NAME)
             self._add_pictures(result)
+            if self.team.is_main and not result.dictionary["healthy"]:
+                stored = result.dictionary.get("verdict")  # older results have only its reasons
+                text = Verdict(**stored).text if stored else "; ".join(result.dictionary["warnings"])
+                warn(
+                    f"unhealthy attractors: {text} More: traj-ood diagnose (in Python: traj_ood.diagnose)", stacklevel=2
+                )
             return result
 
     def _compute(self, identity: dict[str, Any], batch_sizes: dict[str, int]) -> Result | None:
@@ -367,7 +374,7 @@ class Evaluator:
         scored = {name: pieces for name, pieces in parts.items() if name != sample.train.name}
         table = score_table(sample, scored, self.scorers.labels)
         health: dict[str, Any] = {"used": False, "healthy": True, "warnings": []}
-        if dictionary is not None:
+        if dictionary is not None and self.scorers.needs.attractors_read:
             health = {"used": True, **judged(passes, dictionary, config.seed)}
         scorers = measure(self.scorers, sample, table, scored, resamples=config.resamples, quiet=self.quiet)
         if self.control:

@@ -98,7 +98,7 @@ def _differences(mine: Any, other: Any, explained: Collection[str], *keys: str) 
         is_split = len(keys) == 2 and keys[0] == "data"  # of which the digests say nothing to a reader
         names = [k for k in ("role", "count") if mine.get(k) != other.get(k)] if is_split else sorted({*mine, *other})
         if not names:
-            yield f"{place}: other images"
+            yield f"{place}: other images or labels"
         if any(key in names and mine[key] != other.get(key) for key in ("fingerprint", "own_code")):
             explained = [*explained, f"{place}.answers"]  # which follow from weights and code
         for name in names:

@@ -202,7 +202,7 @@ def _short(place: str, value: str) -> str:
 def _reads_attractors(scorer: str) -> bool:
     """Whether a recorded scorer reads attractors; one that is unknown here, such as a user's own, may."""
     try:
-        return create_scorer(scorer).needs().dictionary
+        return create_scorer(scorer).needs().attractors_read
     except TrajOODError:
         return True
 

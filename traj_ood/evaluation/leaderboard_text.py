@@ -42,7 +42,8 @@ _NOTES = (
     "**FPR95** is the paper's: the threshold keeps 95 % of ID images; the figure is the share of OOD images accepted. "
     "**FPR95-OpenOOD** is OpenOOD's: the threshold catches 95 % of OOD images; the figure is the share of ID images "
     "rejected. Never compare one with the other.",
-    "**f / image** is the mean number of evaluations of f = E∘D that the score costs.",
+    "**f / image** is the mean number of evaluations of f = E∘D that the score costs; the single decoding of a "
+    "reconstruction, and of where a path begins at x, is not one.",
 )
 
 

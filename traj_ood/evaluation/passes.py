@@ -25,7 +25,8 @@ from traj_ood.evaluation.snapshot import Snapshot
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.scorers import Evidence
 from traj_ood.scorers.explored import explored_part, joined_parts
-from traj_ood.scorers.scorer_set import Scored, ScorerSet, class_numbers
+from traj_ood.scorers.labels import class_numbers
+from traj_ood.scorers.scorer_set import Scored, ScorerSet
 
 PartsBySplit: TypeAlias = dict[str, list[Part]]
 """The parts of all batches in order, by split."""

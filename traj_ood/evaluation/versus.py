@@ -13,9 +13,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.evaluation.cautions import cautions
+from traj_ood.evaluation.cautions import cautions, other_settings
 from traj_ood.evaluation.compare import BootstrapComparison, Difference, PairedScores, paired_bootstrap
-from traj_ood.evaluation.results import is_same_run, near_first
+from traj_ood.evaluation.results import Result, is_same_run, near_first
 from traj_ood.evaluation.runs import Run
 from traj_ood.evaluation.text_tables import Bold, TextTable
 
@@ -197,7 +197,7 @@ def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAM
     benchmark = first.result.benchmark
     paired = {benchmark: PairedScores.from_tables([both.drop(columns="_merge")], *names)}
     found = _versus(names[0], names[1], paired, {benchmark: [first]}, resamples, seed)
-    return replace(found, cautions=cautions([first.result, second.result]))
+    return replace(found, cautions=_cautions([first.result, second.result]))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -243,9 +243,13 @@ def _versus(
     lines = [
         line if len(suites) == 1 else f"{name}: {line}"
         for name, own in suites.items()
-        for line in cautions([run.result for run in own])
+        for line in _cautions([run.result for run in own])
     ]
     return Versus(a, b, {name: pair.runs for name, pair in paired.items()}, models, mean, sets, resamples, lines)
+
+
+def _cautions(results: Sequence[Result]) -> list[str]:
+    return [*other_settings(results), *cautions(results)]
 
 
 def _distinct_names(first: Run, second: Run) -> tuple[str, str]:

@@ -66,9 +66,14 @@ class Needs:
     divergence: bool = False
 
     @property
+    def attractors_read(self) -> bool:
+        """Whether the score depends on attractors, directly or by distances to them."""
+        return bool(self.distances or self.attractors)
+
+    @property
     def dictionary(self) -> bool:
-        """Whether attractors are read, directly or by distances to them."""
-        return bool(self.distances or self.attractors or self.train_path)
+        """Whether end points of training images are computed: as attractors, or to follow their paths once more."""
+        return self.attractors_read or self.train_path
 
     def __or__(self, other: Needs) -> Needs:
         either = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self) if f.name != "steps"}

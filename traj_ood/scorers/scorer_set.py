@@ -31,6 +31,7 @@ from traj_ood.errors import TrajOODError, check_word
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.scorers import WHOLE_PATH, Evidence, Needs, Scorer, create_scorers
 from traj_ood.scorers.kept_points import KeptPoints
+from traj_ood.scorers.labels import check_one_labelling, class_numbers, no_labels
 from traj_ood.scorers.registry import lacking
 from traj_ood.scorers.trial import tried_scores
 
@@ -186,6 +187,8 @@ class ScorerSet:
         """
         self._weights = None
         encoding, own = self._examined(images)
+        if labels is not None:
+            check_one_labelling(labels, own or ())
         labels = own if labels is None and self.needs.labels else labels
         if ids is not None and len(ids) != len(encoding):
             raise TrajOODError(f"ids: expected a name for each of {len(encoding)} images, got {len(ids)}")
@@ -242,7 +245,7 @@ class ScorerSet:
             _check_training(self.autoencoder.name, train)
             if self.needs.labels and train.labels is None:
                 asking = next(s.label for s in self.scorers if s.needs().labels)
-                raise TrajOODError(f"scorer {asking}: expected class labels of the training images, got none")
+                raise no_labels(asking)
             if self.needs.head:
                 train = replace(train, head=self.autoencoder.head())
             counts = [len(f) for f in train.features.values()] + ([len(dictionary)] if dictionary is not None else [])
@@ -412,28 +415,6 @@ class ScorerSet:
             observers=[Norm(), *(NearestOther(model, index, view, own) for view, index in self._indices.items())],
             chunk=model.chunk,
         )
-
-
-def class_numbers(labels: Any, count: int) -> Tensor:
-    """Convert N class labels, whole numbers or texts, to class indices (N,) int64 in 0 … C − 1.
-
-    Args:
-        labels: a list, tensor, NumPy array or pandas column.
-        count: N.
-    Raises:
-        TrajOODError: not ``count`` labels, or labels of another type.
-    """
-    values = labels.tolist() if hasattr(labels, "tolist") else labels
-    values = list(values) if isinstance(values, Iterable) else [values]
-    if len(values) != count or any(not isinstance(v, int | str) or isinstance(v, bool) for v in values):
-        raise TrajOODError(
-            f"labels: expected {count} whole numbers or texts, one per image, got {len(values)} of "
-            f"{', '.join(sorted({type(v).__name__ for v in values})) or 'nothing'}"
-        )
-    # Numbers are sorted as numbers, so that the same classes get the same indices as numbers or texts.
-    order = sorted({str(v) for v in values}, key=lambda text: (len(text), text))
-    number = {text: i for i, text in enumerate(order)}
-    return torch.tensor([number[str(v)] for v in values])
 
 
 def _check_encoding(encoding: object) -> None:
