@@ -76,8 +76,7 @@ def test_both_outputs_in_both_modes() -> None:
     torch.testing.assert_close(features, normalised.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)
     for key, value in before.items():  # the statistics of the inputs do not stay behind
         torch.testing.assert_close(network.state_dict()[key], value)
-    assert not network.norm.training
-    assert network.norm.momentum == 0.1
+    assert all(module.training for module in network.modules())  # nor does a mode
 
 
 def test_batches_are_as_equal_as_can_be_and_never_above_the_option() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -161,36 +162,26 @@ def untrained(model: str, size: int, seed: int) -> nn.Module:
 
 def respond(network: nn.Module, inputs: Tensor, batch: int, statistics: str) -> tuple[Tensor, Tensor]:
     """Outputs (B, …) of a network for ``inputs`` (B, C, H, W), and inputs (B, …) of its last linear or convolutional
-    layer; without dropout.
+    layer; without dropout. The network is not changed.
 
     Args:
-        network, inputs: see above.
         batch: maximum number of rows per call. Sizes of calls differ by at most one, so that no call has a single row
             unless ``batch`` is 1, or 2 with an odd number of rows.
-        statistics: statistics of batch normalisations: ``running`` or ``batch``. The running ones are not changed.
+        statistics: statistics of batch normalisations: ``running`` or ``batch``.
     """
-    network.eval()
+    network = deepcopy(network).eval()  # the caller's keeps its running statistics
     features: list[Tensor] = []
-    last = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
-    hook = last.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0]))
-    normalisations = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in normalisations]
-    if statistics == "batch":
-        for module in normalisations:
-            module.train()
-            module.momentum = 0.0  # keeps the running statistics unchanged
+    *_, last = (module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+    last.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0]))
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(statistics == "batch")
     cuts, size = math.ceil(len(inputs) / batch), inputs.shape[-1]
-    try:
-        with (
-            torch.inference_mode(),
-            foreign_errors(f"{type(network).__name__}: fails on {size} × {size} images", ": change size"),
-        ):
-            logits = [network(part) for part in inputs.tensor_split(cuts)]
-    finally:
-        hook.remove()
-        for module, momentum in zip(normalisations, momenta, strict=True):
-            module.momentum = momentum
-            module.eval()
+    with (
+        torch.inference_mode(),
+        foreign_errors(f"{type(network).__name__}: fails on {size} × {size} images", ": change size"),
+    ):
+        logits = [network(part) for part in inputs.tensor_split(cuts)]
     return torch.cat(logits), torch.cat(features)
 
 
