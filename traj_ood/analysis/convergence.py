@@ -30,7 +30,7 @@ from traj_ood.data.batches import ranges_of
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.dynamics.observers import Norm
-from traj_ood.dynamics.trajectory import Trajectory, join_tables
+from traj_ood.dynamics.trajectory import Trajectory
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import QUANTILES, curve_quantiles
 from traj_ood.index import greedy_leaders
@@ -102,7 +102,7 @@ class Convergence(ModelQuestion):
         about = self.subject(work, self.data)
         chosen = sample(about.train, self.images, self.seed, "convergence")
         curves = self._curves(work, about.model, chosen)
-        table = curve_quantiles(Split("train", "train", about.train), curves, self.curve_tol)
+        table = curve_quantiles(Split("train", "train", about.train), [curves], self.curve_tol)
         common = {"model": about.model.name, "images": len(chosen)}
         recorded = {"curves": curve_figures(table)}
         pictures = {"curves.png": partial(_curves_figure, table, self.curve_tol)}
@@ -126,20 +126,17 @@ class Convergence(ModelQuestion):
             return {"ends": path.final, "last": last, "errors": errors, "converged": path.converged}
 
         found = self.over_latents(work, "trajectories", model, images, self.settings("tol", "max_steps"), measure)
-        tensors = {name: torch.cat([part[name] for part in found]) for name in ("ends", "last", "converged")}
-        errors = join_tables([part["errors"] for part in found])
-        converged = tensors["converged"]
-        median = float(errors[converged, 0].median()) if bool(converged.any()) else 0.0
+        converged = found["converged"]
+        median = float(found["errors"][converged, 0].median()) if bool(converged.any()) else 0.0
         if not median > 0:
             raise TrajOODError(
                 f"convergence: expected trajectories that move and converge, got {int(converged.sum())} of "
                 f"{len(converged)} that converged, with a median initial error of {median:g}: raise max_steps or tol, "
                 f"see traj-ood diagnose {model.name}, or draw the curves alone with predict=false"
             )
-        notes = {"converged": share(converged), "epsilon": self.epsilon * median}
-        return Unit({**tensors, "errors": errors}, notes)
+        return Unit(found, {"converged": share(converged), "epsilon": self.epsilon * median})
 
-    def _curves(self, work: Workspace, model: Autoencoder, images: ImageSource) -> list[Part]:
+    def _curves(self, work: Workspace, model: Autoencoder, images: ImageSource) -> Part:
         """The residuals and norms for the curves of Fig. 12."""
 
         def measure(start: Tensor) -> dict[str, Tensor]:
@@ -148,7 +145,7 @@ class Convergence(ModelQuestion):
             return {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
 
         key = self.settings("curve_tol", "curve_steps")
-        return [Part((), [], part, {}) for part in self.over_latents(work, "curves", model, images, key, measure)]
+        return Part(tensors=self.over_latents(work, "curves", model, images, key, measure))
 
     def _jacobians(self, work: Workspace, key: dict[str, Any], about: Subject, paths: Unit) -> dict[str, Tensor]:
         """Spectral norm and radius at each image's attractor; end points within ε of each other share one Jacobian."""
@@ -158,8 +155,7 @@ class Convergence(ModelQuestion):
         points = ends[leaders]
         parts = ranges_of(len(points), _UNIT_JACOBIANS)
         measure = partial(_spectra, about.model, points, self.seed)
-        found = work.pieces("jacobians", key, parts, measure, title="Jacobians", unit="attractor")
-        spectra = {name: torch.cat([part[name] for part in found]) for name in ("norms", "radii")}
+        spectra = work.pieces("jacobians", key, parts, measure, title="Jacobians", unit="attractor")
         return {"settled": settled, "attractor": group, **spectra}
 
     def _compare(self, paths: Unit, found: dict[str, Tensor]) -> tuple[pd.DataFrame, dict[str, Any]]:

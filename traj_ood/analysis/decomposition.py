@@ -126,7 +126,7 @@ class Decomposition(ModelQuestion):
             return {"ends": path.final, "converged": path.converged}
 
         found = self.over_latents(work, "ends", model, chosen, self.settings("tol", "max_steps"), compute)
-        ends, converged = (torch.cat([part[name] for part in found]) for name in ("ends", "converged"))
+        ends, converged = found["ends"], found["converged"]
         points = ends[converged]
         if not len(points):
             raise TrajOODError(

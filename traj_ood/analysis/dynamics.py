@@ -147,9 +147,9 @@ class Dynamics(Question):
                 path = iterate(model.self_map, subject.starts(rows), observers=subject.observers(), **settings)
             return Unit({"latent": path.residuals.sqrt(), **path.measures})
 
-        parts = work.pieces("dynamics", key, ranges_of(subject.count, model.chunk), run, title=name, unit="sample")
+        found = work.pieces("dynamics", key, ranges_of(subject.count, model.chunk), run, title=name, unit="sample")
         width = {"latent": self.steps}  # the other tables also have a value at z_0
-        return {c: join_tables([part[c] for part in parts], width.get(c, self.steps + 1)) for c in parts[0]}
+        return {c: join_tables([table], width.get(c, self.steps + 1)) for c, table in found.items()}
 
     def _subject(self, work: Workspace, name: str) -> _Subject:
         if not _is_language(name):

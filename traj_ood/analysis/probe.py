@@ -180,9 +180,8 @@ class Probe(ModelQuestion):
 
         parts = start_rows(count, max(_UNIT_STARTS, model.chunk))
         found = work.pieces("noise", key, parts, compute, title="attractors of noise", unit="start")
-        once = torch.cat([part.pop("once") for part in found])
-        tensors = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        ends = AttractorDictionary(ids=tuple(map(str, range(count))), provenance={}, **tensors)
+        once = found.pop("once")
+        ends = AttractorDictionary(ids=tuple(map(str, range(count))), provenance={}, **found)
         return Noise(ends, once[once.flatten(1).isfinite().all(dim=1)])
 
     def _of_set(self, work: Workspace, coder: Coder, images: NamedImages, key: Mapping[str, Any]) -> Errors:
@@ -193,8 +192,7 @@ class Probe(ModelQuestion):
             return coder.measure(images, rows, max(0, min(len(rows), self.examples - rows.start)))
 
         parts = ranges_of(len(images.source), _GROUP_IMAGES)
-        found = work.pieces("reconstructions", key, parts, measure, title=images.name)
-        return Errors(images.name, {name: torch.cat([part[name] for part in found]) for name in found[0]})
+        return Errors(images.name, work.pieces("reconstructions", key, parts, measure, title=images.name))
 
 
 def start_rows(count: int, size: int) -> list[range]:

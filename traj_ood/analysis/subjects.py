@@ -95,7 +95,7 @@ class ModelQuestion(Question):
         images: ImageSource,
         key: Mapping[str, Any],
         measure: Callable[[Tensor], dict[str, Tensor]],
-    ) -> list[dict[str, Tensor]]:
+    ) -> dict[str, Tensor]:
         """Apply ``measure`` to the latents of all images, in units of work ``name``, on whose size no trajectory
         depends; ``key`` holds the settings that decide the result."""
         key = {"model": model.fingerprint(), "images": images.digest(), **key}

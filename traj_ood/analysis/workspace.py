@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from traj_ood.data.contents import distrust
+from traj_ood.dynamics.trajectory import join_tables
 from traj_ood.errors import TrajOODError
 from traj_ood.io.files import check_can_write
 from traj_ood.io.parts import Part, PartStore
@@ -90,22 +91,22 @@ class Workspace:
         *,
         title: str,
         unit: str = "image",
-    ) -> list[dict[str, Tensor]]:
-        """Compute a unit (see :meth:`unit`) for each of ``parts``, with a progress bar, and return the tensors of each.
+    ) -> dict[str, Tensor]:
+        """Compute a unit (see :meth:`unit`) for each of ``parts``, with a progress bar, and return their tensors,
+        joined along the rows. Tables (n, t) of different width are padded with NaN.
 
         Args:
             name, key: see :meth:`unit`; the range of the part is added to the key.
-            parts: ranges of indices, such as those of :func:`traj_ood.data.batches.ranges_of`.
+            parts: at least one range of indices, such as those of :func:`traj_ood.data.batches.ranges_of`.
             compute: computes the unit of one range.
             title, unit: title of the progress bar, and the name of one index in it.
         """
         found = []
         with self._bar(title, unit, total=sum(map(len, parts))) as bar:
             for rows in parts:
-                made = self.unit(name, {**key, "rows": [rows.start, rows.stop]}, partial(compute, rows))
-                found.append(dict(made.tensors))
+                found.append(self.unit(name, {**key, "rows": [rows.start, rows.stop]}, partial(compute, rows)).tensors)
                 bar.update(len(rows))
-        return found
+        return {name: _joined([tensors[name] for tensors in found]) for name in found[0]}
 
     def scratch(self, name: str, key: Mapping[str, Any]) -> Path:
         """A folder for temporary files of a unit, such as the checkpoints of a training; remove it afterwards."""
@@ -139,3 +140,7 @@ class Workspace:
             return json.loads(json.dumps(dict(tree), sort_keys=True, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TrajOODError(f"unit {name}: expected plain data that JSON can hold, got: {error}") from error
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(parts)) if len({part.shape[1:] for part in parts}) == 1 else join_tables(parts)
