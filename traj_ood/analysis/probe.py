@@ -26,7 +26,6 @@ from traj_ood.analysis.probe_coding import (
     ORTHOGONAL,
     Coder,
     Errors,
-    Noise,
     OMPDictionary,
     random_basis,
 )
@@ -116,7 +115,7 @@ class Probe(ModelQuestion):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect(self.atoms is None or self.atoms >= 2, "atoms", "at least 2, or none")
-        ascending = all(a < b for a, b in zip(self.shares, self.shares[1:], strict=False))
+        ascending = list(self.shares) == sorted(set(self.shares))
         self.expect(bool(self.shares) and ascending, "shares", "at least one, ascending")
         self.expect(all(0 < s <= 1 for s in self.shares), "shares", "parts of the atoms, above 0 and at most 1")
         self.expect(self.tol > 0, "tol", "a squared residual above 0")
@@ -138,18 +137,18 @@ class Probe(ModelQuestion):
         self.expect(count <= dimension, "atoms", f"at most {dimension}, the dimension of {model.name}'s latents")
         _check_images(model, zeros)
         key = self.settings("seed", "tol", "max_steps") | {"model": model.fingerprint(), "atoms": count}
-        noise = self._attractors(work, model, tuple(zeros.shape[1:]), count, key)
+        ends, once = self._noise(work, model, tuple(zeros.shape[1:]), count, key)
         bases = {
             ORTHOGONAL: random_basis(count, dimension, self.seed),
-            ATTRACTORS: noise.dictionary.points[noise.dictionary.statuses != Status.NON_FINITE].flatten(1),
-            ONE_STEP: noise.first.flatten(1),
+            ATTRACTORS: ends.points[ends.statuses != Status.NON_FINITE].flatten(1),
+            ONE_STEP: once[once.isfinite().all(dim=1)],
         }
         for name, atoms in bases.items():
             self._check_atoms(name, atoms, count)
         levels = tuple(sorted({max(1, round(share * count)) for share in self.shares}))
         coder = Coder(model, {name: OMPDictionary(atoms) for name, atoms in bases.items()}, levels)
         found = [self._of_set(work, coder, images, key) for images in sets]
-        return Report(noise, coder, found, self.max_steps, self.pictured).answer()
+        return Report(ends, coder, found, self.max_steps, self.pictured).answer()
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"probe.png": partial(errors_figure, figures)}
@@ -166,10 +165,10 @@ class Probe(ModelQuestion):
             f"{self.model}: use {advice}"
         )
 
-    def _attractors(
+    def _noise(
         self, work: Workspace, model: Autoencoder, shape: tuple[int, ...], count: int, key: Mapping[str, Any]
-    ) -> Noise:
-        """The end points of N starts from N(0, I)."""
+    ) -> tuple[AttractorDictionary, Tensor]:
+        """The end points of N starts from N(0, I), and the starts' images under f, (N, k)."""
 
         def compute(rows: range) -> Unit:
             start = noise_starts(rows, count, shape, self.seed).to(model.device)
@@ -180,9 +179,8 @@ class Probe(ModelQuestion):
 
         parts = start_rows(count, max(_UNIT_STARTS, model.chunk))
         found = work.pieces("noise", key, parts, compute, title="attractors of noise", unit="start")
-        once = found.pop("once")
-        ends = AttractorDictionary(ids=tuple(map(str, range(count))), provenance={}, **found)
-        return Noise(ends, once[once.flatten(1).isfinite().all(dim=1)])
+        once = found.pop("once").flatten(1)
+        return AttractorDictionary(ids=tuple(map(str, range(count))), provenance={}, **found), once
 
     def _of_set(self, work: Workspace, coder: Coder, images: NamedImages, key: Mapping[str, Any]) -> Errors:
         """The errors of every dictionary at every level on one set of images."""
@@ -197,11 +195,8 @@ class Probe(ModelQuestion):
 
 def start_rows(count: int, size: int) -> list[range]:
     """Split ``count`` starts into ranges of at most ``size``, each within a single draw."""
-    return [
-        range(begin, min(begin + size, drawn + _DRAW_STARTS, count))
-        for drawn in range(0, count, _DRAW_STARTS)
-        for begin in range(drawn, min(drawn + _DRAW_STARTS, count), size)
-    ]
+    draws = ranges_of(count, _DRAW_STARTS)
+    return [draw[part.start : part.stop] for draw in draws for part in ranges_of(len(draw), size)]
 
 
 def noise_starts(rows: range, count: int, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 from traj_ood.analysis.images import stack
 from traj_ood.analysis.subjects import NamedImages
 from traj_ood.analysis.workspace import Unit
-from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.errors import TrajOODError
 
@@ -84,19 +83,6 @@ class OMPDictionary:
 
 
 @dataclass(frozen=True)
-class Noise:
-    """The trajectories from noise.
-
-    Attributes:
-        dictionary: their end points.
-        first: (N, *L), the finite images of the starts under f.
-    """
-
-    dictionary: AttractorDictionary
-    first: Tensor
-
-
-@dataclass(frozen=True)
 class Errors:
     """The errors on one set of images.
 
@@ -110,9 +96,9 @@ class Errors:
     name: str
     tensors: dict[str, Tensor]
 
-    def means(self, kind: str) -> Tensor:
-        """Mean over the images, (dictionaries, levels)."""
-        return self.tensors[kind].mean(dim=0)
+    def means(self, kind: str, dictionary: str) -> Tensor:
+        """Means over the images for one dictionary, (levels,); ``kind`` is ``image`` or ``latent``."""
+        return self.tensors[kind].mean(dim=0)[DICTIONARIES.index(dictionary)]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from traj_ood.analysis.base import Answer
 from traj_ood.analysis.measures import finite, share
-from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ONE_STEP, ORTHOGONAL, Coder, Errors, Floats, Noise
+from traj_ood.analysis.probe_coding import ATTRACTORS, DICTIONARIES, ONE_STEP, ORTHOGONAL, Coder, Errors
+from traj_ood.attractors import AttractorDictionary
 from traj_ood.dynamics.trajectory import Status
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ _SHARE_SHOWN = 0.05
 """Share of the atoms in pictures and in the sentence, as in Fig. 4a."""
 
 _GALLERY_ATOMS = 24
+_Row = tuple[str, Tensor, tuple[str, ...]]  # label, images (K, C, H, W) and captions
 
 
 def errors_figure(figures: Mapping[str, Any]) -> Figure:
@@ -49,25 +52,30 @@ class Report:
     """Makes the answer from the measurements.
 
     Attributes:
-        noise: the trajectories from noise.
+        ends: the end points of noise.
         coder: model, dictionaries and levels.
         sets: the errors on each set of images.
         max_steps: step limit, for the sentence.
         pictured: number of sets in the figures of reconstructions, the first of ``sets``.
     """
 
-    noise: Noise
+    ends: AttractorDictionary
     coder: Coder
     sets: Sequence[Errors]
     max_steps: int
     pictured: int
 
+    @property
+    def at(self) -> int:
+        """Place of the level that pictures and the sentence show."""
+        wanted = _SHARE_SHOWN * len(self.ends)
+        return min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
+
     def answer(self) -> Answer:
-        rows = [row for errors in self.sets for row in self._rows(errors)]
-        wanted = _SHARE_SHOWN * len(self.noise.dictionary)
-        at = min(range(len(self.coder.levels)), key=lambda i: abs(self.coder.levels[i] - wanted))
-        ratios = {name: [self._ratio(errors, name, at) for errors in self.sets] for name in (ATTRACTORS, ONE_STEP)}
-        ends = self.noise.dictionary
+        ends, level = self.ends, self.coder.levels[self.at]
+        ratios = {
+            name: {errors.name: self._ratio(errors, name) for errors in self.sets} for name in (ATTRACTORS, ONE_STEP)
+        }
         figures = {
             "model": self.coder.model.name,
             "latent_dimension": int(ends.points[0].numel()),
@@ -78,33 +86,32 @@ class Report:
             "distinct_end_points": len(ends.distinct()),
             "dictionaries": [self._about(name) for name in DICTIONARIES],
             "unit": "mean squared error in the model's normalised pixel units, mean over images",
-            "rows": rows,
-            "ratio": {name: dict(zip([e.name for e in self.sets], r, strict=True)) for name, r in ratios.items()},
-            "ratio_atoms": self.coder.levels[at],
-            "ratio_share": self.coder.levels[at] / len(ends),
+            "rows": [row for errors in self.sets for row in self._rows(errors)],
+            "ratio": ratios,
+            "ratio_atoms": level,
+            "ratio_share": level / len(ends),
         }
         pictures: dict[str, Callable[[], Figure]] = {
             "probe.png": partial(errors_figure, figures),
             "atoms.png": self._draw_atoms,
         }
         if self.pictured:
-            pictures["reconstructions.png"] = partial(self._draw_reconstructions, at)
+            pictures["reconstructions.png"] = self._draw_reconstructions
             pictures["growth.png"] = self._draw_growth
-        return Answer(figures, self._sentence(ratios, at), pictures)
+        return Answer(figures, self._sentence(ratios), pictures)
 
     def _share(self, status: Status) -> float:
         """Share of the starts from noise that ended with ``status``."""
-        return share(self.noise.dictionary.statuses == status)
+        return share(self.ends.statuses == status)
 
     def _used(self, errors: Sequence[Errors], name: str, level: int) -> float:
         """Median number of atoms used if ``level`` are allowed, over the images; a pursuit may end early."""
         used = torch.cat([e.tensors["used"][:, DICTIONARIES.index(name)] for e in errors])
         return float(used.clamp(max=level).double().median())
 
-    def _ratio(self, errors: Errors, name: str, at: int) -> float | None:
+    def _ratio(self, errors: Errors, name: str) -> float | None:
         """Ratio of the error to that of the random basis; None if the basis has no error."""
-        means = errors.means("image")[:, at]
-        return finite(means[DICTIONARIES.index(name)] / means[DICTIONARIES.index(ORTHOGONAL)])
+        return finite((errors.means("image", name) / errors.means("image", ORTHOGONAL))[self.at])
 
     def _about(self, name: str) -> dict[str, Any]:
         dictionary = self.coder.dictionaries[name]
@@ -118,32 +125,28 @@ class Report:
         }
 
     def _rows(self, errors: Errors) -> list[dict[str, Any]]:
-        image, latent = errors.means("image"), errors.means("latent")
-        count = len(self.noise.dictionary)
         return [
             {
                 "set": errors.name,
                 "images": int(errors.tensors["decoded"].numel()),
                 "dictionary": name,
                 "atoms": level,
-                "share": level / count,
+                "share": level / len(self.ends),
                 "median_atoms_used": self._used([errors], name, level),
-                "image_mse": float(image[d, i]),
-                "latent_mse": float(latent[d, i]),
+                "image_mse": float(errors.means("image", name)[i]),
+                "latent_mse": float(errors.means("latent", name)[i]),
                 "image_mse_of_D(E(x))": float(errors.tensors["decoded"].mean()),
             }
-            for d, name in enumerate(DICTIONARIES)
+            for name in DICTIONARIES
             for i, level in enumerate(self.coder.levels)
         ]
 
-    def _sentence(self, ratios: Mapping[str, list[float | None]], at: int) -> str:
-        level, ends = self.coder.levels[at], self.noise.dictionary
-        names = [errors.name for errors in self.sets]
-        means = [errors.means("image")[:, at].tolist() for errors in self.sets]
+    def _sentence(self, ratios: Mapping[str, Mapping[str, float | None]]) -> str:
+        level, ends = self.coder.levels[self.at], self.ends
 
         def lower(one: str, other: str) -> str:
-            a, b = DICTIONARIES.index(one), DICTIONARIES.index(other)
-            return _told([n for n, errors in zip(names, means, strict=True) if errors[a] < errors[b]], len(names))
+            is_lower = {e.name: (e.means("image", one) < e.means("image", other))[self.at] for e in self.sets}
+            return _told([name for name, holds in is_lower.items() if holds], len(self.sets))
 
         converged, lost = (int((ends.statuses == s).sum()) for s in (Status.CONVERGED, Status.NON_FINITE))
         used = {name: f"{self._used(self.sets, name, level):g}" for name in DICTIONARIES}
@@ -153,58 +156,51 @@ class Report:
             f"({len(ends) - lost:,}, distinct: {len(ends.distinct()):,}) are the atoms called attractors. With at most "
             f"{level:,} atoms ({level / len(ends):.1%} of the starts; {used[ATTRACTORS]} in the median reconstruction, "
             f"{used[ORTHOGONAL]} of the random basis) they have a lower error than a random orthogonal basis on "
-            f"{lower(ATTRACTORS, ORTHOGONAL)} (median ratio {_median(ratios[ATTRACTORS])}). f applied once "
-            f"to the noise does so on {lower(ONE_STEP, ORTHOGONAL)} ({_median(ratios[ONE_STEP])}; "
+            f"{lower(ATTRACTORS, ORTHOGONAL)} (median ratio {_median(ratios[ATTRACTORS].values())}). f applied once "
+            f"to the noise does so on {lower(ONE_STEP, ORTHOGONAL)} ({_median(ratios[ONE_STEP].values())}; "
             f"{used[ONE_STEP]} atoms); attractors have a lower error than that on {lower(ATTRACTORS, ONE_STEP)}."
         )
 
-    def _draw_reconstructions(self, at: int) -> Figure:
-        from traj_ood.drawing.charts import PictureRow, picture_rows
-
-        rows = []
+    def _draw_reconstructions(self) -> Figure:
+        rows: list[_Row] = []
         for errors in self.sets[: self.pictured]:
-            rows.append(PictureRow(errors.name, errors.tensors["inputs"].numpy(), self._limits()))
-            for d, name in enumerate(DICTIONARIES):
-                rows.append(PictureRow(_broken(name), errors.tensors["pictures"][:, d, at].numpy(), self._limits()))
-        level = self.coder.levels[at]
-        used = level / len(self.noise.dictionary)
-        return picture_rows(rows, f"{self.coder.model.name}: reconstructions with at most {level} atoms ({used:.1%})")
+            rows.append((errors.name, errors.tensors["inputs"], ()))
+            for name, images in zip(DICTIONARIES, errors.tensors["pictures"][:, :, self.at].unbind(1), strict=True):
+                rows.append((_broken(name), images, ()))
+        level = self.coder.levels[self.at]
+        return self._pictures(rows, f"reconstructions with at most {level} atoms ({level / len(self.ends):.1%})")
 
     def _draw_growth(self) -> Figure:
-        from traj_ood.drawing.charts import PictureRow, picture_rows
-
-        rows = []
+        rows: list[_Row] = []
         for errors in self.sets[: self.pictured]:
-            for d, name in enumerate(DICTIONARIES):
-                line = torch.cat([errors.tensors["pictures"][0, d], errors.tensors["inputs"][:1]])
-                captions = [*(f"{level} atoms" for level in self.coder.levels), "input"]
-                label = f"{errors.name}\n{_broken(name)}" if d == 0 else _broken(name)
-                rows.append(PictureRow(label, line.numpy(), self._limits(), captions if d == 0 else ()))
-        return picture_rows(rows, f"{self.coder.model.name}: one image of a set with more and more atoms")
+            label, captions = f"{errors.name}\n", (*(f"{level} atoms" for level in self.coder.levels), "input")
+            for name, images in zip(DICTIONARIES, errors.tensors["pictures"][0], strict=True):
+                rows.append((label + _broken(name), torch.cat([images, errors.tensors["inputs"][:1]]), captions))
+                label, captions = "", ()
+        return self._pictures(rows, "one image of a set with more and more atoms")
 
     def _draw_atoms(self) -> Figure:
+        distinct = self.ends.distinct()
+        kept = self.ends.usable()[distinct[:_GALLERY_ATOMS]]
+        images = self.coder.model.decode(kept.to(self.coder.model.device)).cpu()
+        title = (
+            f"where noise ends, decoded ({self._share(Status.CONVERGED):.1%} converged), {len(kept)} of "
+            f"{len(distinct):,} distinct points"
+        )
+        return self._pictures([("", part, ()) for part in images.split(8)], title)
+
+    def _pictures(self, rows: Sequence[_Row], title: str) -> Figure:
+        """Draw rows of images in the model's units, from its black to its white."""
         from traj_ood.drawing.charts import PictureRow, picture_rows
 
-        ends = self.noise.dictionary
-        kept = ends.distinct()[:_GALLERY_ATOMS]
-        images = self.coder.model.decode(ends.usable()[kept].to(self.coder.model.device)).cpu()
-        title = (
-            f"{self.coder.model.name}: where noise ends, decoded ({self._share(Status.CONVERGED):.1%} converged), "
-            f"{len(kept)} of {len(ends.distinct()):,} distinct points"
-        )
-        rows = [PictureRow("", part.numpy(), self._limits()) for part in images.split(8)]
-        return picture_rows(rows, title)
-
-    def _limits(self) -> Floats:
-        """Black and white in the model's units, (2, C)."""
-        ends = [
-            self.coder.model.transform(Image.new("RGB", (8, 8), colour)).flatten(1)[:, 0]
-            for colour in ("black", "white")
-        ]
-        return torch.stack(ends).double().numpy()
+        model = self.coder.model
+        ends = [model.transform(Image.new("RGB", (8, 8), colour)).flatten(1)[:, 0] for colour in ("black", "white")]
+        limits = torch.stack(ends).double().numpy()
+        shown = [PictureRow(label, images.numpy(), limits, captions) for label, images, captions in rows]
+        return picture_rows(shown, f"{model.name}: {title}")
 
 
-def _median(ratios: Sequence[float | None]) -> str:
+def _median(ratios: Iterable[float | None]) -> str:
     """The median of the known ratios, as text."""
     known = [ratio for ratio in ratios if ratio is not None]
     return f"{median(known):.2g}" if known else "none: the basis makes no error"
