@@ -141,7 +141,7 @@ def named_images(names: Sequence[str], root: Path | None, most: int) -> list[Nam
     Raises:
         TrajOODError: an unknown name, two sets with the same name, or data that are missing or malformed.
     """
-    found = [images for name in names for images in _of(name, root)]
+    found = [images for name in names for images in _sources(name, root)[1]]
     counts = Counter(images.name for images in found)
     twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
@@ -158,25 +158,21 @@ def training_images(name: str, root: Path | None, size: int, seed: int) -> Image
     Raises:
         TrajOODError: as :func:`named_images`, or fewer than ``size`` images.
     """
-    folder = folder_of(name, root)
-    if folder is not None:
-        images: ImageSource = read_folder(folder, prefix=folder.name)
-    elif name in IMAGE_SETS:
-        images = load_images(name, root).train
-    else:
-        images = _benchmark(name, root).train.images
-    return sample(images, size, seed, name)
+    return sample(_sources(name, root)[0], size, seed, name)
 
 
-def _of(name: str, root: Path | None) -> list[NamedImages]:
+def _sources(name: str, root: Path | None) -> tuple[ImageSource, list[NamedImages]]:
+    """The training images and the sets of test images that ``name`` stands for; a folder stands for both."""
     folder = folder_of(name, root)
     if folder is not None:
-        return [NamedImages(folder.name, read_folder(folder, prefix=folder.name))]
+        every = read_folder(folder, prefix=folder.name)
+        return every, [NamedImages(folder.name, every)]
     if name in IMAGE_SETS:
-        return [NamedImages(name, load_images(name, root).test)]
+        data = load_images(name, root)
+        return data.train, [NamedImages(name, data.test)]
     benchmark = _benchmark(name, root)
     own = NamedImages(f"{benchmark.name} test", benchmark.test.images)
-    return [own, *(NamedImages(split.name, split.images) for split in benchmark.ood)]
+    return benchmark.train.images, [own, *(NamedImages(split.name, split.images) for split in benchmark.ood)]
 
 
 def folder_of(name: str, root: Path | None) -> Path | None:
