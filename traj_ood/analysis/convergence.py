@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.images import sample
+from traj_ood.analysis.images import sample, spread
 from traj_ood.analysis.measures import correlation, finite, share
 from traj_ood.analysis.models import PAPER_EPOCHS
 from traj_ood.analysis.singular import spectral_norms
@@ -271,7 +271,7 @@ def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
     the samples, None where one is below the tolerance; ``norm``, quantiles of ‖z_t‖; ``running``, the share of samples
     that had not stopped before the step."""
     every = table["step"].unique()
-    steps = every[np.unique(np.linspace(0, len(every) - 1, min(len(every), _CURVE_POINTS)).round().astype(int))]
+    steps = every[list(spread(len(every), min(len(every), _CURVE_POINTS)))].tolist()
     thin = table[table["step"].isin(steps)]
     columns = [f"q{round(100 * q):02d}" for q in QUANTILES]
 
@@ -280,7 +280,7 @@ def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
         return {c: [finite(float(f"{v**power:.6g}")) for v in rows[c].tolist()] for c in columns}
 
     return {
-        "steps": [int(step) for step in steps],
+        "steps": steps,
         "residual": quantiles("residual_sq", 0.5),
         "norm": quantiles("norm", 1.0),
         "running": quantiles("running", 1.0)["q50"],

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.images import sample, stack
+from traj_ood.analysis.images import sample, spread, stack
 from traj_ood.analysis.measures import finite, share
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL
 from traj_ood.analysis.singular import spectral_norms
@@ -144,7 +144,7 @@ class Decomposition(ModelQuestion):
         prototypes = nearest(codes, attractors)
         targets = model.examine(images).target.cpu()
         errors = terms(targets, model.decode(codes).cpu(), model.decode(prototypes).cpu(), codes, prototypes)
-        chosen = torch.linspace(0, len(codes) - 1, min(self.points, len(codes))).round().long()
+        chosen = torch.tensor(spread(len(codes), min(self.points, len(codes))))
         a, b = codes[chosen], prototypes[chosen]
         probes = torch.cat([a, b, (a + b) / 2]).to(model.device)
         parts = probes.split(_CHUNK_NORMS)

@@ -26,13 +26,17 @@ def memorization_coefficients(decoded: Tensor, training: Tensor) -> tuple[Tensor
         training: (N, *) training images in the same units. The paper does not say whether pixels are centred; pixels in
             [0, 1] are not.
     Returns:
-        The cosines in [-1, 1], (K,) float64, and the indices of the closest training images, (K,) int64.
+        The cosines in [-1, 1], (K,) float64, 0 for a zero vector, and the indices of the closest training images, (K,)
+        int64.
 
     >>> a, which = memorization_coefficients(torch.eye(2), torch.tensor([[3.0, 4.0], [0.0, -1.0]]))
     >>> a.tolist(), which.tolist()
     ([0.6, 0.8], [0, 0])
     """
-    return _closest(decoded, training)
+    a, b = (normalize(images.flatten(1).double(), dim=1) for images in (decoded, training))
+    best = [(part @ b.T).max(dim=1) for part in a.split(_BLOCK_ROWS)]
+    cosines = torch.cat([m.values for m in best]).clamp(-1.0, 1.0)
+    return cosines.cpu(), torch.cat([m.indices for m in best]).cpu()
 
 
 def chamfer_similarity(a: Tensor, b: Tensor) -> float:
@@ -45,7 +49,8 @@ def chamfer_similarity(a: Tensor, b: Tensor) -> float:
     >>> chamfer_similarity(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[5.0, 0.0]]))
     0.75
     """
-    return float((_closest(a, b)[0].mean() + _closest(b, a)[0].mean()) / 2)
+    there, back = (memorization_coefficients(*sets)[0].mean() for sets in ((a, b), (b, a)))
+    return float((there + back) / 2)
 
 
 def rank_explaining(points: Tensor, share: float = 0.9) -> int:
@@ -54,7 +59,6 @@ def rank_explaining(points: Tensor, share: float = 0.9) -> int:
 
     Rows are centred, since variance is about the mean. App. B.5 takes the SVD of the matrix without centring, whose
     first direction would mostly be the mean.
-
     """
     rows = points.flatten(1).double()
     centred = rows - rows.mean(dim=0)
@@ -65,15 +69,6 @@ def rank_explaining(points: Tensor, share: float = 0.9) -> int:
         return 0
     # Cumulative sums may end slightly below 1 by rounding, which must not raise the rank.
     return int((variances.cumsum(0) / total < share - 1e-12).sum()) + 1
-
-
-def _closest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of ``a`` the largest cosine with a row of ``b``, and the index of that row; (N,) each. A zero vector
-    has cosine 0."""
-    a, b = normalize(a.flatten(1).double(), dim=1), normalize(b.flatten(1).double(), dim=1)
-    best = [(part @ b.T).max(dim=1) for part in a.split(_BLOCK_ROWS)]
-    cosines = torch.cat([m.values for m in best]).clamp(-1.0, 1.0)
-    return cosines.cpu(), torch.cat([m.indices for m in best]).cpu()
 
 
 def finite(value: Tensor | float) -> float | None:
