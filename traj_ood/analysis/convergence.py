@@ -271,7 +271,7 @@ def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
     the samples, None where one is below the tolerance; ``norm``, quantiles of ‖z_t‖; ``running``, the share of samples
     that had not stopped before the step."""
     every = table["step"].unique()
-    steps = every[list(spread(len(every), min(len(every), _CURVE_POINTS)))].tolist()
+    steps = every[list(spread(len(every), _CURVE_POINTS))].tolist()
     thin = table[table["step"].isin(steps)]
     columns = [f"q{round(100 * q):02d}" for q in QUANTILES]
 

@@ -144,7 +144,7 @@ class Decomposition(ModelQuestion):
         prototypes = nearest(codes, attractors)
         targets = model.examine(images).target.cpu()
         errors = terms(targets, model.decode(codes).cpu(), model.decode(prototypes).cpu(), codes, prototypes)
-        chosen = torch.tensor(spread(len(codes), min(self.points, len(codes))))
+        chosen = torch.tensor(spread(len(codes), self.points))
         a, b = codes[chosen], prototypes[chosen]
         probes = torch.cat([a, b, (a + b) / 2]).to(model.device)
         parts = probes.split(_CHUNK_NORMS)

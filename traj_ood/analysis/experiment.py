@@ -136,7 +136,7 @@ class TrainingQuestion(Question):
         data = load_images(self.data, work.data_root)
         train = sample(data.train, size, self.seed, f"{self.data} training images")
         test = sample(data.test, self.test, 0, f"{self.data} test images")
-        return Sampled(data.shape, train, spread(len(train), min(self.starts, len(train))), test)
+        return Sampled(data.shape, train, spread(len(train), self.starts), test)
 
     def memory(self, work: Workspace, model: ConvAutoencoder, data: Sampled) -> Unit:
         """The measures of :func:`traj_ood.analysis.memory.memory` as a unit of work."""

@@ -21,6 +21,7 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors.health import group_directions
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
+from traj_ood.data.benchmark import at_most
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.maps import SelfMap
@@ -125,7 +126,7 @@ class VectorField(Question):
             for epoch in epochs:
                 model = trained.models[epoch]
                 model.chunk = _CHUNK
-                shown = sample(train, min(self.codes, len(train)), self.seed, "field")
+                shown = at_most(train, self.codes, self.seed, "field")
                 key = self.settings("reach", "grid", "tol", "max_steps")
                 key |= {"model": model.fingerprint(), "images": shown.digest()}
                 unit = work.unit("plane", key, partial(self._measure, model, shown))

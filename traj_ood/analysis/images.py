@@ -66,12 +66,12 @@ def sample(images: ImageSource, size: int, seed: int, stream: str) -> ImageSourc
     return images.select(sample_indices(len(images), size, seed, stream))
 
 
-def spread(length: int, count: int) -> tuple[int, ...]:
-    """``count`` evenly spaced indices in 0 … length − 1, including both ends.
+def spread(length: int, most: int) -> tuple[int, ...]:
+    """At most ``most`` evenly spaced indices in 0 … length − 1, including both ends.
 
     Lists of images are often sorted by class, so that their first images are not representative.
     """
-    return tuple(torch.linspace(0, length - 1, count, dtype=torch.float64).round().long().tolist())
+    return tuple(torch.linspace(0, length - 1, min(most, length), dtype=torch.float64).round().long().tolist())
 
 
 def stack(autoencoder: Autoencoder, images: ImageSource) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from traj_ood.evaluation.metrics import Metrics, compute_metrics
+
 Values = Sequence[float | None] | pd.Series
 _BLOCK_ROWS = 2048  # rows of a similarity matrix per block
 
@@ -69,6 +71,12 @@ def rank_explaining(points: Tensor, share: float = 0.9) -> int:
         return 0
     # Cumulative sums may end slightly below 1 by rounding, which must not raise the rank.
     return int((variances.cumsum(0) / total < share - 1e-12).sum()) + 1
+
+
+def separation(known: Tensor, ood: Tensor) -> Metrics | None:
+    """The metrics of scores of ID samples (n,) against those of OOD samples (m,); None if a score is not finite."""
+    is_finite = bool(known.isfinite().all()) and bool(ood.isfinite().all())
+    return compute_metrics(known.numpy(), ood.numpy()) if is_finite else None
 
 
 def finite(value: Tensor | float) -> float | None:

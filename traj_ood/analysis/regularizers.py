@@ -8,13 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, Question, register
-from traj_ood.analysis.experiment import read_pixels
+from traj_ood.analysis.experiment import Sampled
 from traj_ood.analysis.images import spread, stack
-from traj_ood.analysis.measures import correlation, finite
+from traj_ood.analysis.measures import correlation, finite, separation
 from traj_ood.analysis.memory import MeasuredImages, gallery, memory, normalised, reference
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_RATE, paper_recipe, train_conv
 from traj_ood.analysis.singular import explicit_norms, explicit_radii, jacobians
@@ -25,7 +24,6 @@ from traj_ood.data import Benchmark, load_benchmark
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.dynamics.trajectory import Status
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.evaluation.metrics import compute_metrics
 from traj_ood.scorers import create_scorer
 from traj_ood.scorers.scorer_set import ScorerSet
 
@@ -115,26 +113,29 @@ class Regularizers(Question):
     def answer(self, work: Workspace) -> Answer:
         data = load_benchmark(self.benchmark, work.data_root)
         data = data.subsample(train=self.images, per_set=self.per_set, seed=self.seed)
+        images = Sampled(_shape(data), data.train.images, spread(self.images, self.starts), data.test.images)
         rows: list[dict[str, Any]] = []
         pictures: dict[str, Mapping[str, Tensor]] = {}
         chosen = [variant for variant in variants(self.strength) if variant.name in self.variants]
         for variant in work.track(chosen, "regularizers", "model"):
-            row, pictures[variant.name] = self._row(work, variant, data)
+            row, pictures[variant.name] = self._row(work, variant, data, images)
             rows.append(row)
-        figures = {"rows": rows, "reference": reference(self._images(data)), "trends": _trends(rows)}
+        figures = {"rows": rows, "reference": reference(images.pixels), "trends": _trends(rows)}
         return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"regularizers.png": partial(_dots, figures["rows"], self.benchmark)}
 
-    def _row(self, work: Workspace, variant: Variant, data: Benchmark) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    def _row(
+        self, work: Workspace, variant: Variant, data: Benchmark, images: Sampled
+    ) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         """Train one variant and measure it."""
         k = self.narrow if variant.narrow else self.bottleneck
         trained = train_conv(
             work,
             variant.name,
-            data.train.images,
-            _shape(data),
+            images.train,
+            images.shape,
             paper_recipe(self.epochs, self.batch, self.rate, variant.decay),
             width=self.width,
             bottleneck=k,
@@ -147,24 +148,24 @@ class Regularizers(Question):
             "model": trained.final.fingerprint(),
             "data": {name: d["contents"] for name, d in data.digests().items()},
         }
-        unit = work.unit("variant", key, lambda: self._measure(trained.final, data))
+        unit = work.unit("variant", key, lambda: self._measure(trained.final, data, images.pixels))
         about = {"variant": variant.name, "regularizer": variant.regularizer, "bottleneck": k}
         return {**about, "train_loss": trained.losses[-1], **unit.notes}, unit.tensors
 
-    def _measure(self, model: ConvAutoencoder, data: Benchmark) -> Unit:
+    def _measure(self, model: ConvAutoencoder, data: Benchmark, images: MeasuredImages) -> Unit:
         """Contraction, health, memorisation and detection of one model."""
-        images = self._images(data)
-        starts = normalised(model, images.training[images.starts])
+        starts, tested = (normalised(model, part) for part in (images.training[images.starts], images.test))
         scorers = ScorerSet(model, SCORERS, tol=self.tol, max_steps=self.max_steps)
         try:
             scorers.fit(Normalised(starts))
         except TrajOODError as error:  # a model without a finite attractor cannot be fitted, which is a result
             return Unit({}, {"refused": str(error)})
-        assert scorers.dictionary is not None
-        health = scorers.dictionary.health()
-        found, shown = memory(model, images, scorers.dictionary)
-        test = _scores(scorers, normalised(model, images.test))
-        per_set = {s.name: _aurocs(test, _scores(scorers, stack(model, s.images))) for s in data.ood}
+        ends = scorers.dictionary
+        assert ends is not None
+        health = ends.health()
+        found, shown = memory(model, images, ends)
+        test = scorers.score(Normalised(tested)).scores
+        per_set = {s.name: _aurocs(test, scorers.score(Normalised(stack(model, s.images))).scores) for s in data.ood}
         frame = pd.DataFrame(per_set).T.astype(float)  # a scorer that lacks one AUROC has no mean
         aurocs = {label: finite(frame[label].mean(skipna=False)) for label in SCORERS}
         return Unit(
@@ -174,17 +175,13 @@ class Regularizers(Question):
                 "verdict": health.verdict.word,
                 "healthy": health.healthy,
                 "displacement": health.displacement_quantiles[2] if health.displacement_quantiles else None,
-                **_contraction(model, model.encode(normalised(model, images.test)), scorers),
+                "norm_at_data": _at_some(model, model.encode(tested), explicit_norms),
+                "radius_at_attractors": _at_some(model, ends.points[ends.statuses == Status.CONVERGED], explicit_radii),
                 "auroc": aurocs,
                 "auroc_per_set": per_set,
                 "refused": None,
             },
         )
-
-    def _images(self, data: Benchmark) -> MeasuredImages:
-        shape = _shape(data)
-        starts = torch.tensor(spread(self.images, self.starts))
-        return MeasuredImages(read_pixels(data.train.images, shape), starts, read_pixels(data.test.images, shape))
 
 
 def _shape(data: Benchmark) -> tuple[int, int, int]:
@@ -202,35 +199,17 @@ def _shape(data: Benchmark) -> tuple[int, int, int]:
     return (1 if first.mode == "L" else 3), first.height, first.width
 
 
-def _scores(scorers: ScorerSet, images: Tensor) -> dict[str, Tensor]:
-    found = scorers.score(Normalised(images)).scores
-    return dict(zip(SCORERS, (found[label] for label in scorers.labels), strict=True))
-
-
-def _aurocs(test: dict[str, Tensor], ood: dict[str, Tensor]) -> dict[str, float | None]:
+def _aurocs(test: Mapping[str, Tensor], ood: Mapping[str, Tensor]) -> dict[str, float | None]:
     """AUROC by scorer; None if a score is not finite."""
-    found: dict[str, float | None] = {}
-    for label in SCORERS:
-        finite = bool(test[label].isfinite().all()) and bool(ood[label].isfinite().all())
-        found[label] = compute_metrics(test[label].numpy(), ood[label].numpy()).auroc if finite else None
-    return found
-
-
-def _contraction(model: ConvAutoencoder, latents: Tensor, scorers: ScorerSet) -> dict[str, float | None]:
-    """Median spectral norm of J_f at latents of test images, and median spectral radius at converged end points; None
-    where a Jacobian is not finite, or there are none."""
-    assert scorers.dictionary is not None
-    known = scorers.dictionary
-    settled = known.points[known.statuses == Status.CONVERGED]
-    return {
-        "norm_at_data": _at_some(model, latents, explicit_norms),
-        "radius_at_attractors": _at_some(model, settled, explicit_radii) if len(settled) else None,
-    }
+    found = {label: separation(test[label], ood[label]) for label in SCORERS}
+    return {label: None if metrics is None else metrics.auroc for label, metrics in found.items()}
 
 
 def _at_some(model: ConvAutoencoder, points: Tensor, measure: Callable[[Tensor], Tensor]) -> float | None:
-    """Median of a measure of the Jacobians at evenly spaced points."""
-    some = points[list(spread(len(points), min(_MAX_JACOBIANS, len(points))))].to(model.device)
+    """Median of a measure of f's Jacobians at evenly spaced points (P, k); None where one is not finite, or P = 0."""
+    if not len(points):
+        return None
+    some = points[list(spread(len(points), _MAX_JACOBIANS))].to(model.device)
     values = measure(jacobians(model.self_map, some, len(some)))
     return float(values.median()) if bool(values.isfinite().all()) else None
 

@@ -17,7 +17,7 @@ from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
 from traj_ood.data import Benchmark, ImageSource, list_benchmarks, load_benchmark, read_folder
 from traj_ood.data.batches import ranges_of
-from traj_ood.data.benchmark import TEST_SEED
+from traj_ood.data.benchmark import TEST_SEED, at_most
 from traj_ood.errors import TrajOODError, unknown_name
 
 TRAINED = "conv"
@@ -149,7 +149,7 @@ def named_images(names: Sequence[str], root: Path | None, most: int) -> list[Nam
             f"data: expected sets of images with different names, got {twice!r} twice: leave one out or rename its "
             "folder"
         )
-    return [NamedImages(i.name, sample(i.source, min(most, len(i.source)), TEST_SEED, i.name)) for i in found]
+    return [NamedImages(i.name, at_most(i.source, most, TEST_SEED, i.name)) for i in found]
 
 
 def training_images(name: str, root: Path | None, size: int, seed: int) -> ImageSource:

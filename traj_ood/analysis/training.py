@@ -13,14 +13,13 @@ from torch import Tensor
 from traj_ood.analysis.base import Answer, register
 from traj_ood.analysis.experiment import MEMORY_CHOICES, Sampled, TrainingQuestion, change, lines_over
 from traj_ood.analysis.images import spread
-from traj_ood.analysis.measures import chamfer_similarity
+from traj_ood.analysis.measures import chamfer_similarity, separation
 from traj_ood.analysis.memory import gallery, memory, normalised, reference
 from traj_ood.analysis.models import settle
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary, NearestAttractor
 from traj_ood.autoencoders import ConvAutoencoder
 from traj_ood.dynamics.trajectory import Status
-from traj_ood.evaluation.metrics import compute_metrics
 
 if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
@@ -117,7 +116,7 @@ class Training(TrainingQuestion):
     def _starts(self, model: ConvAutoencoder, data: Sampled) -> dict[str, Tensor]:
         """Starts (n, k): latents of training and test images, and samples of N(0, I), of equal number if data allow."""
         images = data.pixels
-        unseen = list(spread(len(images.test), min(len(images.starts), len(images.test))))
+        unseen = list(spread(len(images.test), len(images.starts)))
         draws = torch.Generator().manual_seed(self.seed)
         return {
             "train": model.encode(normalised(model, images.training[images.starts])),
@@ -133,17 +132,12 @@ def _has_ends(dictionary: AttractorDictionary) -> bool:
 
 def separation_from_noise(scores: dict[str, Tensor]) -> dict[str, float | None]:
     """How well the trajectory score separates noise from training and test trajectories; None if not finite."""
-    known = {group: s.numpy() for group, s in scores.items() if bool(s.isfinite().all())}
-
-    def against_noise(group: str) -> tuple[float | None, float | None]:
-        """FPR95 and AUROC."""
-        if not {group, "noise"} <= known.keys():
-            return None, None
-        found = compute_metrics(known[group], known["noise"])
-        return found.fpr95, found.auroc
-
-    fpr95, auroc = against_noise("train")
-    return {"fpr95": fpr95, "auroc": auroc, "fpr95_test": against_noise("test")[0]}
+    train, test = (separation(scores[group], scores["noise"]) for group in ("train", "test"))
+    return {
+        "fpr95": None if train is None else train.fpr95,
+        "auroc": None if train is None else train.auroc,
+        "fpr95_test": None if test is None else test.fpr95,
+    }
 
 
 def _sentence(rows: list[dict[str, Any]]) -> str:
