@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from traj_ood.analysis.workspace import Workspace
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import check_can_write, write_atomic
-from traj_ood.io.options import read_options, split_pairs, write_option
+from traj_ood.io.options import read_options, split_pairs
 from traj_ood.io.provenance import environment, git_commit
 from traj_ood.io.trees import as_json, read_json
 
@@ -275,8 +275,8 @@ def redraw(folder: Path) -> list[Path]:
         TrajOODError: no record, one of an unknown question or with options that it no longer has, an unwritable folder.
     """
     found = Finding.load(folder)
-    pairs = [f"{key}={write_option(value, ',')}" for key, value in found.options.items()]
-    asked = options_from(find_question(found.question), pairs)
+    cls = find_question(found.question)
+    asked = cls(**read_options(cls, found.options, cls.name))
     pictures = {file: draw for file, draw in asked.drawn(found.figures).items() if file in found.pictures}
     _save(pictures, folder)
     return [folder / file for file in pictures]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.cifar10_local import CIFAR, ID_CLASSES, NEAR_CLASSES, PER_CLASS
-from traj_ood.data.fashion_mnist import FILES, obtain_fashion_mnist, read_fashion_mnist, read_idx
+from traj_ood.data.fashion_mnist import FILES, obtain_fashion_mnist, read_fashion_mnist
 from traj_ood.data.images import ArrayImages, FileImages, read_folder
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import cache_folder, check_can_write
@@ -111,10 +112,10 @@ def _find_mnist(base: Path) -> Path | None:
 
 
 def _idx(name: str, folder: Path) -> ImageData:
-    _check_is(name, folder)
     parts = []
     for part, prefix in (("train", "train"), ("t10k", "test")):
         array, labels = read_fashion_mnist(folder, part)
+        _check_is(name, folder, array)
         ids = tuple(f"{prefix}/{i:05d}" for i in range(len(array)))
         parts.append(ArrayImages(ids, array, tuple(map(str, labels.tolist()))))
     return ImageData(name, (1, 28, 28), parts[0], parts[1])
@@ -125,11 +126,10 @@ def _own_folder(root: Path | None, name: str) -> Path | None:
     return root if root is None or not (Path(root) / name).is_dir() else Path(root) / name
 
 
-def _check_is(name: str, folder: Path) -> None:
+def _check_is(name: str, folder: Path, pixels: np.ndarray) -> None:
     """Refuse files of the other set, which have the same names: by the share of pixels that are not black, 19 % for
     digits and 50 % for clothes."""
-    path = next(p for p in (folder / FILES[2], folder / f"{FILES[2]}.gz") if p.is_file())
-    share = float((read_idx(path) > 0).mean())
+    share = float((pixels > 0).mean())
     found = "mnist" if share <= 0.35 else "fashion-mnist"
     if found != name:
         wanted, looks = ("MNIST's digits", "Fashion-MNIST") if name == "mnist" else ("Fashion-MNIST's clothes", "MNIST")
