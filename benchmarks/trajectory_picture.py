@@ -53,8 +53,8 @@ def main() -> None:
     model = trained.final
     model.chunk = 24
     known = sample(bench.test.images, SHOWN, SEED, "test")
-    images = {"ID": stack(model, known)}
-    images |= {s.name: stack(model, sample(s.images, 60, SEED, s.name)) for s in bench.ood if s.name in OOD}
+    images = {"ID": stack(model.transform, known)}
+    images |= {s.name: stack(model.transform, sample(s.images, 60, SEED, s.name)) for s in bench.ood if s.name in OOD}
     draw(model, images, chosen.out)
     print(f"Written to {chosen.out}")
 

@@ -277,7 +277,7 @@ def test_a_folder_gives_the_curves_alone(tmp_path: Path) -> None:
     curves = finding.figures["curves"]
     loaded = load_autoencoder(model)
     chosen = sample(read_folder(tmp_path / "root" / "photos", prefix="photos"), 5, 0, "convergence")
-    z = loaded.encode(stack(loaded, chosen))
+    z = loaded.encode(stack(loaded.transform, chosen))
     for step in range(3):
         image = loaded.self_map(z.clone()).detach()
         expected = [np.quantile(v.flatten(1).norm(dim=1).double().numpy(), 0.5) for v in (z, image - z)]

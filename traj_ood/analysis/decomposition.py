@@ -139,7 +139,7 @@ class Decomposition(ModelQuestion):
     def _terms(self, about: Subject, attractors: Tensor) -> Unit:
         """All terms of the decomposition for each test image."""
         model = about.model
-        images = stack(model, sample(about.test, self.images, self.seed, "decomposition"))
+        images = stack(model.transform, sample(about.test, self.images, self.seed, "decomposition"))
         codes = model.encode(images).cpu()
         prototypes = nearest(codes, attractors)
         targets = model.examine(images).target.cpu()

@@ -160,7 +160,7 @@ class Dynamics(Question):
                 pair,
                 len(images),
                 images.digest(),
-                lambda rows: pair.encode(stack(pair, images.select(list(rows)))),
+                lambda rows: pair.encode(stack(pair.transform, images.select(list(rows)))),
                 lambda: [Norm(), OutputResidual(pair)],
             )
         if name in rehearsals.LANGUAGE:

@@ -8,10 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from traj_ood.analysis.base import Question
-from traj_ood.analysis.images import IMAGE_SETS, load_images, sample, spread
+from traj_ood.analysis.images import IMAGE_SETS, load_images, sample, spread, stack
 from traj_ood.analysis.memory import MeasuredImages, memory, settle_images
 from traj_ood.analysis.models import (
     PAPER_DECAY,
@@ -63,7 +62,7 @@ class Sampled:
     @cached_property
     def pixels(self) -> MeasuredImages:
         """The images as pixels in [0, 1]; read when first used."""
-        training, test = (read_pixels(images, self.shape) for images in (self.train, self.test))
+        training, test = (stack(Preprocessing(self.shape), images) for images in (self.train, self.test))
         return MeasuredImages(training, torch.tensor(self.starts), test)
 
 
@@ -184,9 +183,3 @@ def lines_over(x: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> Callabl
         return Curve(label, x, [row[name] for row in rows], None if spread is None else [row[spread] for row in rows])
 
     return line
-
-
-def read_pixels(images: ImageSource, shape: tuple[int, int, int]) -> Tensor:
-    """The images as pixels in [0, 1], (N, C, H, W), converted to ``shape`` (C, H, W)."""
-    preprocessing = Preprocessing(shape)
-    return torch.stack([preprocessing(images.load(i)) for i in range(len(images))])

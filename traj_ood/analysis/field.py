@@ -138,7 +138,7 @@ class VectorField(Question):
 
     def _measure(self, model: Autoencoder, images: ImageSource) -> Unit:
         """The field of one model, its attractors, and the codes of images."""
-        codes = model.encode(stack(model, images))
+        codes = model.encode(stack(model.transform, images))
         if not bool(codes.isfinite().all()):
             raise TrajOODError(
                 f"field: expected finite codes, got {int((~codes.isfinite()).any(dim=1).sum())} of {len(codes)} from "

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.data.cifar10_local import CIFAR, ID_CLASSES, NEAR_CLASSES, PER_CLASS
@@ -75,9 +75,9 @@ def spread(length: int, most: int) -> tuple[int, ...]:
     return tuple(torch.linspace(0, length - 1, min(most, length), dtype=torch.float64).round().long().tolist())
 
 
-def stack(autoencoder: Autoencoder, images: ImageSource) -> Tensor:
-    """The images in the model's normalised units, (N, C, H, W) on the CPU."""
-    return torch.stack([autoencoder.transform(images.load(i)) for i in range(len(images))])
+def stack(transform: Callable[[Image.Image], Tensor], images: ImageSource) -> Tensor:
+    """All images, (N, C, H, W) on the CPU, in the units that ``transform`` converts them to."""
+    return torch.stack([transform(images.load(i)) for i in range(len(images))])
 
 
 def _mnist(root: Path | None) -> ImageData:

@@ -122,7 +122,7 @@ class Coder:
             TrajOODError: latents or decoded images are not finite; the message names the first image.
         """
         source = images.source.select(list(rows))
-        pixels = stack(self.model, source)
+        pixels = stack(self.model.transform, source)
         latents = self.model.encode(pixels).cpu()
         self._check_finite("latents", latents, source.ids)
         coded = [self._guesses(latent) for latent in latents]

@@ -164,8 +164,12 @@ class Regularizers(Question):
         assert ends is not None
         health = ends.health()
         found, shown = memory(model, images, ends)
-        test = scorers.score(Normalised(tested)).scores
-        per_set = {s.name: _aurocs(test, scorers.score(Normalised(stack(model, s.images))).scores) for s in data.ood}
+
+        def scores(images: Tensor) -> Mapping[str, Tensor]:
+            return scorers.score(Normalised(images)).scores
+
+        test = scores(tested)
+        per_set = {s.name: _aurocs(test, scores(stack(model.transform, s.images))) for s in data.ood}
         frame = pd.DataFrame(per_set).T.astype(float)  # a scorer that lacks one AUROC has no mean
         aurocs = {label: finite(frame[label].mean(skipna=False)) for label in SCORERS}
         return Unit(

@@ -101,7 +101,7 @@ class ModelQuestion(Question):
         key = {"model": model.fingerprint(), "images": images.digest(), **key}
 
         def compute(rows: range) -> Unit:
-            return Unit(measure(model.encode(stack(model, images.select(list(rows))))))
+            return Unit(measure(model.encode(stack(model.transform, images.select(list(rows))))))
 
         return work.pieces(name, key, ranges_of(len(images), max(_UNIT_IMAGES, model.chunk)), compute, title=name)
 
