@@ -19,8 +19,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
 from traj_ood.analysis import Workspace
-from traj_ood.analysis.field import settled_ends, vector_field
-from traj_ood.analysis.grid import plane
+from traj_ood.analysis.field import plane, settled_ends, vector_field
 from traj_ood.analysis.images import sample, stack
 from traj_ood.analysis.models import paper_recipe, train_conv
 from traj_ood.autoencoders import ConvAutoencoder

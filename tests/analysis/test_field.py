@@ -13,8 +13,7 @@ from tiny_digits import write_digits
 from torch import Tensor, nn
 
 from traj_ood.analysis import Workspace, find_question, options_from
-from traj_ood.analysis.field import SAME_DISTANCE, VectorField, settled_ends, vector_field
-from traj_ood.analysis.grid import box, plane
+from traj_ood.analysis.field import SAME_DISTANCE, VectorField, box, plane, settled_ends, vector_field
 from traj_ood.analysis.models import PAPER_TOL
 from traj_ood.analysis.singular import jacobians
 from traj_ood.autoencoders import CallableAutoencoder

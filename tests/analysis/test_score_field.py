@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from traj_ood.analysis import Workspace, find_question, options_from
-from traj_ood.analysis.grid import plane
+from traj_ood.analysis.field import plane
 from traj_ood.analysis.mixtures import MIXTURES, Mixture, named_mixture
 from traj_ood.analysis.score_field import (
     ScoreField,

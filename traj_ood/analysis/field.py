@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, Question, register
-from traj_ood.analysis.grid import box, plane
 from traj_ood.analysis.images import load_images, sample, stack
 from traj_ood.analysis.measures import finite, share
 from traj_ood.analysis.models import PAPER_EPOCHS, PAPER_STEPS, PAPER_TOL, paper_recipe, train_conv
@@ -39,6 +38,8 @@ _CLOSENESS = SAME_DISTANCE / 2
 # Step length, relative to the diagonal, below which iteration may stop. With it, end points with a spectral radius of
 # up to 1 − _REST_STEP / _CLOSENESS are within _CLOSENESS of their attractor.
 _REST_STEP = 1e-5
+_MARGIN = 0.5  # margin of the fitted box on each side, relative to the support's extent
+_TAIL = 0.005  # share of the codes cut off at each end of each axis to fit it
 _CHUNK = 24  # rows per call of f, fewer than the model's 96, because few trajectories run long
 
 
@@ -190,6 +191,26 @@ def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float,
     left = last / (1 - radii)
     settled = (path.status != Status.NON_FINITE) & (radii < 1) & (left <= _CLOSENESS * diagonal)
     return path.final.cpu()[settled]
+
+
+def plane(low: Tensor, high: Tensor, side: int) -> Tensor:
+    """The points of a square grid between two corners (2,), (side², 2) float64; the first coordinate varies fastest."""
+    xs, ys = (torch.linspace(float(a), float(b), side, dtype=torch.float64) for a, b in zip(low, high, strict=True))
+    return torch.stack([xs.repeat(side), ys.repeat_interleave(side)], dim=1)
+
+
+def box(codes: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """Two opposite corners (2,) of a square box: [−reach, reach]², or if ``reach`` is 0 one fitted to ``codes`` (B, 2).
+
+    The fitted box spans the central 99 % of the codes plus half of that extent on each side, and is never empty.
+    """
+    if reach > 0:
+        return torch.full((2,), -reach), torch.full((2,), reach)
+    codes = codes.double().cpu()
+    low, high = (torch.quantile(codes, share, dim=0) for share in (_TAIL, 1 - _TAIL))
+    half = max(float((high - low).max()) / 2 * (1 + 2 * _MARGIN), 1e-6 * float(codes.abs().max()), 1e-12)
+    centre = (low + high) / 2
+    return centre - half, centre + half
 
 
 def vector_field(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:

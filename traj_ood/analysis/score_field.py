@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.analysis.base import Answer, Question, register
-from traj_ood.analysis.grid import plane
+from traj_ood.analysis.field import plane
 from traj_ood.analysis.measures import finite, median, share
 from traj_ood.analysis.mixtures import Mixture, named_mixture
 from traj_ood.analysis.singular import explicit_norms, jacobians
