@@ -42,6 +42,18 @@ MEMORY_CHOICES = (
     "Rank: of decoded attractors centred at their mean, since 90 % is said of the variance.",
 )
 
+PAPER: dict[str, Any] = {
+    "epochs": PAPER_EPOCHS,
+    "batch": 128,
+    "rate": PAPER_RATE,
+    "width": 32,
+    "starts": 5000,
+    "test": 0,
+    "max_steps": PAPER_STEPS,
+}
+"""The settings of App. D that are no defaults. For figures with CIFAR, MNIST and FashionMNIST, run each by ``--option
+data=…``."""
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -105,22 +117,6 @@ class TrainingQuestion(Question):
         super().__post_init__()
         if self.data not in IMAGE_SETS:
             raise unknown_name(f"{self.name}: data", self.data, IMAGE_SETS)
-
-    @classmethod
-    def paper_settings(cls, data: str = "fashion-mnist") -> dict[str, Any]:
-        """The settings of App. D. For figures with CIFAR, MNIST and FashionMNIST, run each by ``--option data=…``."""
-        return {
-            "data": data,
-            "epochs": PAPER_EPOCHS,
-            "batch": 128,
-            "rate": PAPER_RATE,
-            "decay": PAPER_DECAY,
-            "width": 32,
-            "starts": 5000,
-            "test": 0,
-            "tol": PAPER_TOL,
-            "max_steps": PAPER_STEPS,
-        }
 
     def differences(self) -> tuple[str, ...]:
         found = super().differences()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, TrainingQuestion, change, lines_over
+from traj_ood.analysis.experiment import MEMORY_CHOICES, PAPER, TrainingQuestion, change, lines_over
 from traj_ood.analysis.measures import correlation
 from traj_ood.analysis.memory import gallery, reference
 from traj_ood.analysis.workspace import Workspace
@@ -49,7 +49,7 @@ class Memorization(TrainingQuestion):
 
     @classmethod
     def paper(cls) -> Memorization:
-        return cls(**cls.paper_settings(), images=0)
+        return cls(**PAPER, images=0)
 
     def answer(self, work: Workspace) -> Answer:
         data = self.load(work, self.images)

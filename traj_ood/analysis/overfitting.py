@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, TrainingQuestion, change, lines_over
+from traj_ood.analysis.experiment import MEMORY_CHOICES, PAPER, TrainingQuestion, change, lines_over
 from traj_ood.analysis.measures import correlation
 from traj_ood.analysis.memory import gallery, reference
 from traj_ood.analysis.workspace import Workspace
@@ -58,7 +58,7 @@ class Overfitting(TrainingQuestion):
 
     @classmethod
     def paper(cls) -> Overfitting:
-        return cls(**cls.paper_settings(), steps=0)
+        return cls(**PAPER, steps=0)
 
     def differences(self) -> tuple[str, ...]:
         found = super().differences()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.analysis.base import Answer, register
-from traj_ood.analysis.experiment import MEMORY_CHOICES, Sampled, TrainingQuestion, change, lines_over
+from traj_ood.analysis.experiment import MEMORY_CHOICES, PAPER, Sampled, TrainingQuestion, change, lines_over
 from traj_ood.analysis.images import spread
 from traj_ood.analysis.measures import chamfer_similarity, separation
 from traj_ood.analysis.memory import gallery, memory, normalised, reference
@@ -71,8 +71,7 @@ class Training(TrainingQuestion):
 
     @classmethod
     def paper(cls) -> Training:
-        settings = cls.paper_settings("mnist")
-        return cls(**settings, images=0, at=(0, 1, 2, 5, 10, 20, 50, 100, 200, 300, 400))
+        return cls(**PAPER, data="mnist", images=0, at=(0, 1, 2, 5, 10, 20, 50, 100, 200, 300, 400))
 
     def answer(self, work: Workspace) -> Answer:
         data = self.load(work, self.images)
