@@ -45,7 +45,7 @@ def test_the_stated_form_fails_although_its_assumptions_hold() -> None:
     x, z, prototype = (torch.full((1, 1), value, dtype=torch.float64) for value in (0.0, 2.0, 1.0))
     found = terms(x, z, prototype, z, prototype)
     assert {k: v.item() for k, v in found.items()} == {"error": 4, "prototype": 1, "distortion": 1, "gap": 1}
-    row = summary(**found, lipschitz=torch.ones(()), elsewhere=torch.full((1,), 0.5).double())
+    row = summary({**found, "lipschitz": torch.ones(()), "elsewhere": torch.full((1,), 0.5).double()})
     assert row["forms"]["proof step"] == {"holds": 0, "median_ratio": 0.5, "worst_ratio": 0.5}
     assert row["forms"]["stated"] == {"holds": 0, "median_ratio": 0.5, "worst_ratio": 0.5}
     assert row["forms"]["corrected"] == {"holds": 1, "median_ratio": 1, "worst_ratio": 1}  # and is attained
@@ -60,9 +60,10 @@ def lengths(*values: float) -> Tensor:
 def test_exact_reconstructions_have_no_ratio() -> None:
     """Second image: no error at all, and the form holds."""
     parts = {"prototype": lengths(1, 0), "distortion": lengths(1, 0), "gap": lengths(1, 0), "elsewhere": lengths(1, 1)}
-    row = summary(error=lengths(4, 0), lipschitz=torch.ones(()).double(), **parts)
+    parts["lipschitz"] = torch.ones(()).double()
+    row = summary({**parts, "error": lengths(4, 0)})
     assert row["forms"]["proof step"] == {"holds": 0.5, "median_ratio": 0.5, "worst_ratio": 0.5}
-    row = summary(error=lengths(0, 0), lipschitz=torch.ones(()).double(), **parts)
+    row = summary({**parts, "error": lengths(0, 0)})
     assert row["forms"]["proof step"] == {"holds": 1, "median_ratio": None, "worst_ratio": None}
     told = sentence_of("m", {**row, "attractors": 2})
     assert "worst" not in told
@@ -71,15 +72,15 @@ def test_exact_reconstructions_have_no_ratio() -> None:
 
 def test_a_constant_that_is_not_finite_is_told_and_drawn(tmp_path: Path) -> None:
     parts = {"error": lengths(4, 1), "prototype": lengths(1, 1), "distortion": lengths(1, 1), "gap": lengths(0, 1)}
-    row = summary(**parts, lipschitz=lengths(torch.inf)[0], elsewhere=lengths(1, torch.inf))
+    parts |= {"lipschitz": lengths(torch.inf)[0], "elsewhere": lengths(1, torch.inf)}
+    row = summary(parts)
     assert (row["lipschitz"], row["coverage"]) == (None, None)
     assert row["needed"] is None  # z lies on the attractor: no L_D makes up for the missing 3
     assert row["forms"]["stated"] == {"holds": None, "median_ratio": None, "worst_ratio": None}
     assert row["forms"]["proof step"]["holds"] == 0.5
     json.dumps(row, allow_nan=False)
     assert "L_D is not finite" in sentence_of("m", {**row, "attractors": 2})
-    terms_of = {**parts, "lipschitz": lengths(torch.inf)[0], "elsewhere": lengths(1, torch.inf)}
-    figure = terms_figure([{**row, "attractors": 2}], terms_of, "m")
+    figure = terms_figure([{**row, "attractors": 2}], parts, "m")
     assert [len(line.get_xdata()) for line in figure.axes[2].get_lines()[:4]] == [2, 0, 0, 0]  # no L_D, no ratio
     save_figure(figure, tmp_path / "a.png")
 
@@ -99,7 +100,7 @@ def test_with_the_true_constant_the_corrected_form_holds_for_every_linear_decode
         images = noise(50, 6, seed=seed + 130)
         found = terms(images, codes @ decoder.T, prototypes @ decoder.T, codes, prototypes)
         true = torch.linalg.matrix_norm(decoder, ord=2)
-        sides = bounds(found["prototype"], found["distortion"], found["gap"], true, true.expand(50))
+        sides = bounds({**found, "lipschitz": true, "elsewhere": true.expand(50)})
         assert torch.equal(sides["corrected"], sides["held out"])
         assert bool((sides["corrected"] >= found["error"]).all())
         failing.append(float((sides["proof step"] < found["error"]).double().mean()))

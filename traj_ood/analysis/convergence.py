@@ -50,8 +50,6 @@ _UNIT_JACOBIANS = 32  # Jacobians per unit of work
 class Convergence(ModelQuestion):
     """Whether Prop. A.9 predicts the number of steps to the attractor, and the curves of residuals and norms.
 
-    Further options are those of :class:`traj_ood.analysis.subjects.ModelQuestion`.
-
     Attributes:
         data: see :meth:`traj_ood.analysis.subjects.ModelQuestion.subject`.
         images: number of training images whose trajectories are measured.
@@ -238,7 +236,7 @@ def first_below(errors: Tensor, epsilon: float) -> Tensor:
 def _agreement(table: pd.DataFrame, prefix: str, rate: str) -> dict[str, Any]:
     """Correlation and medians of predicted and measured steps, over rows where both are positive."""
     measured, predicted = table[f"{prefix}measured"], table[f"{prefix}by {rate}"]
-    counted = predicted.notna() & (predicted > 0) & (measured > 0)
+    counted = (predicted > 0) & (measured > 0)
     measured, predicted, errors = measured[counted], predicted[counted], table["error"][counted]
     far = errors > errors.median()
     return {
@@ -341,7 +339,7 @@ def steps_figure(table: pd.DataFrame, model: str) -> Figure:
         against = []
         for rate, label in rates.items():
             predicted = table[f"{prefix}{rate}"]
-            shown = predicted.notna() & (predicted > 0) & (measured > 0)
+            shown = (predicted > 0) & (measured > 0)
             label += f" (n = {int(shown.sum())})" if shown.any() else f": none, {_why_none(predicted)}"
             against.append(Curve(label, measured[shown], predicted[shown], kind="points"))
         panels.append(Panel(title, "measured steps", "predicted steps", against, diagonal=True))

@@ -45,8 +45,6 @@ _ROUNDING = 1e-9  # relative rounding of sums over pixels in float64
 class Decomposition(ModelQuestion):
     """The terms of Prop. 3.2 for test images, and how often each form of its bound holds.
 
-    Further options are those of :class:`traj_ood.analysis.subjects.ModelQuestion`.
-
     Attributes:
         data: see :meth:`traj_ood.analysis.subjects.ModelQuestion.subject`.
         attractors: number of training images whose attractors form the dictionary.
@@ -111,7 +109,7 @@ class Decomposition(ModelQuestion):
         sizes = sorted({min(size, len(points)) for size in self.sizes} | {len(points)})
         for size in work.track(sizes, "decomposition", "dictionary"):
             unit = work.unit("halves", {**key, "size": size}, partial(self._terms, about, points[:size]))
-            rows.append({"attractors": size, **summary(**unit.tensors)})
+            rows.append({"attractors": size, **summary(unit.tensors)})
         figures = {"model": about.model.name, "images": self.images, **ends.notes, "rows": rows}
         pictures = {"decomposition.png": partial(terms_figure, rows, unit.tensors, about.model.name)}
         return Answer(figures=figures, sentence=sentence_of(about.model.name, rows[-1]), pictures=pictures)
@@ -191,44 +189,42 @@ def elsewhere(distortion: Tensor, gap: Tensor, norms: Tensor, places: Tensor) ->
     return found
 
 
-def bounds(
-    prototype: Tensor, distortion: Tensor, gap: Tensor, lipschitz: Tensor, elsewhere: Tensor
-) -> dict[str, Tensor]:
+def bounds(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The right-hand sides (B,) of the four forms, see the module; only ``corrected`` must hold for every x.
-    ``lipschitz`` is L_D, and ``elsewhere`` (B,) that of ``held out``."""
-    coverage = lipschitz**2 * gap
+
+    Args:
+        terms: those of :func:`terms`; ``lipschitz``, L_D as a scalar; and ``elsewhere`` (B,), that of ``held out``.
+    """
+    prototype, gap = terms["prototype"], terms["gap"]
+    coverage = terms["lipschitz"] ** 2 * gap
     return {
-        "proof step": prototype + distortion,
+        "proof step": prototype + terms["distortion"],
         "stated": prototype + coverage,
         "corrected": 2 * prototype + 2 * coverage,
-        "held out": 2 * prototype + 2 * elsewhere**2 * gap,
+        "held out": 2 * prototype + 2 * terms["elsewhere"] ** 2 * gap,
     }
 
 
-def summary(
-    error: Tensor, prototype: Tensor, distortion: Tensor, gap: Tensor, lipschitz: Tensor, elsewhere: Tensor
-) -> dict[str, Any]:
-    """Means of all terms, and how often and how tightly each form holds.
+def summary(terms: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Means of all ``terms`` (see :func:`bounds`), and how often and how tightly each form holds.
 
     For each form, ``holds`` is the share of images for which it holds (None if L_D is not finite), ``median_ratio`` the
     median of bound / error over images with an error, and ``worst_ratio`` the smallest such ratio, below 1 if the form
     fails (both None if no image has an error). ``needed`` is the smallest L_D with which the stated form would hold for
     all images: 0 if the prototype error suffices, None if no L_D would.
     """
+    error, gap, lipschitz = terms["error"], terms["gap"], terms["lipschitz"]
     # Equality up to rounding is not a violation; it occurs for images whose code is an attractor.
-    missing = error * (1 - _ROUNDING) - prototype
+    missing = error * (1 - _ROUNDING) - terms["prototype"]
     short = missing > 0
     needed = (missing[short] / gap[short]).sqrt().max() if bool(short.any()) else torch.zeros(())
-    sides = bounds(prototype, distortion, gap, lipschitz, elsewhere)
     return {
-        "error": float(error.mean()),
-        "prototype": float(prototype.mean()),
-        "distortion": float(distortion.mean()),
+        **{name: float(terms[name].mean()) for name in ("error", "prototype", "distortion")},
         "coverage": finite(lipschitz**2 * gap.mean()),
         "gap": float(gap.sqrt().mean()),
         "lipschitz": finite(lipschitz),
         "needed": finite(needed),
-        "forms": {form: _form(error, bound) for form, bound in sides.items()},
+        "forms": {form: _form(error, bound) for form, bound in bounds(terms).items()},
     }
 
 
@@ -277,7 +273,7 @@ def terms_figure(rows: list[dict[str, Any]], terms: Mapping[str, Tensor], model:
     means = [Curve(label, sizes, [row[key] for row in rows]) for key, label in labels.items()]
     error = terms["error"]
     holds, tight = [], []
-    for form, side in bounds(*(terms[k] for k in ("prototype", "distortion", "gap", "lipschitz", "elsewhere"))).items():
+    for form, side in bounds(terms).items():
         shares = [row["forms"][form]["holds"] for row in rows]
         holds.append(Curve(form, sizes, [None if share is None else 100 * share for share in shares]))
         ratio = (side[error > 0] / error[error > 0]).sort().values
