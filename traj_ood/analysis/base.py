@@ -57,14 +57,11 @@ class Finding:
     """The record of a run of a question, the contents of ``finding.json``.
 
     Attributes:
-        question: name of the question.
-        paper: the figure or section of the paper.
+        question, paper, choices: name, figure and choices, see :class:`Question`.
         options: all options, as plain data.
         figures, sentence: see :class:`Answer`.
         differences: differences from the paper's settings, one sentence each.
-        choices: see :class:`Question`.
         pictures: names of the figure files in the same folder.
-        seed: the seed.
         command: the command line of the run.
         commit: the commit of the code; None if unknown.
         versions: versions of the libraries.
@@ -122,7 +119,6 @@ class Question(ABC):
     belong in the subclass's ``__post_init__``, see :meth:`expect`.
 
     Attributes:
-        name: name of the question.
         figure: the figure or section of the paper.
         summary: one-line description.
         choices: what the paper leaves open and what was chosen, with the reason, one sentence each.
@@ -168,8 +164,8 @@ class Question(ABC):
         return {}
 
     def run(self, work: Workspace, folder: Path, *, command: str = "") -> Finding:
-        """Compute the answer, write the record and the figures to ``folder``, and return the record; ``command`` is the
-        command line, for the record.
+        """Compute the answer, write the record and the figures to ``folder``, and return the record, in which
+        ``command`` is the command line.
 
         Raises:
             TrajOODError: bad options or data, an unwritable folder.
@@ -221,21 +217,13 @@ class Question(ABC):
         return words.get(value, _shown(value)) if words else _shown(value)
 
     def expect(self, condition: bool, option: str, expected: str) -> None:
-        """Check a condition on an option; for use in ``__post_init__``. ``expected`` describes the allowed values.
-
-        Raises:
-            TrajOODError: ``condition`` is false.
-        """
+        """Raise ``TrajOODError`` unless ``condition`` on an option holds; ``expected`` describes the allowed values."""
         if not condition:
             raise TrajOODError(f"{self.name}: {option}: expected {expected}, got {_shown(getattr(self, option))}")
 
 
 def register(cls: _Q) -> _Q:
-    """Class decorator that registers a question by its name.
-
-    Raises:
-        TrajOODError: another question has the name.
-    """
+    """Class decorator that registers a question by its name, which no other question may have."""
     taken = QUESTIONS.get(cls.name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         raise TrajOODError(
@@ -246,11 +234,7 @@ def register(cls: _Q) -> _Q:
 
 
 def find_question(name: str) -> type[Question]:
-    """The class of a question.
-
-    Raises:
-        TrajOODError: an unknown name (the message lists similar ones).
-    """
+    """The class of a question; raises ``TrajOODError`` for an unknown name."""
     if name not in QUESTIONS:
         raise unknown_name("question", name, QUESTIONS)
     return QUESTIONS[name]

@@ -131,11 +131,7 @@ class Contraction(Question):
 
 
 def check_names(models: Iterable[str]) -> None:
-    """Check that torchvision has all of these classifiers.
-
-    Raises:
-        TrajOODError: it does not; the message lists similar names.
-    """
+    """Raise ``TrajOODError`` unless torchvision has all of these classifiers."""
     from torchvision import models as library
 
     known = library.list_models(module=library)

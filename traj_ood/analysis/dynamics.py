@@ -61,9 +61,7 @@ class Dynamics(Question):
             training images), or a folder.
         texts: source of the texts for language models: a file with one text per line, or JSON lines with the key
             ``text``; or ``documentation``, that of the Python language, which is on every machine.
-        image_samples: number of images.
-        text_samples: number of texts.
-        steps: number of steps.
+        image_samples, text_samples: numbers of images and texts.
         tokens: number of tokens of each text that are used.
     """
 

@@ -85,14 +85,13 @@ class TrainingQuestion(Question):
     Attributes:
         data: ``fashion-mnist`` (default, because it needs no network), ``mnist`` or ``cifar10``.
         epochs: default 24, because the paper's 500 epochs of 60,000 images would take days.
-        batch: batch size. Default 64.
-        rate: learning rate of Adam, which falls linearly. Default 2e-3, four times the paper's.
-        decay: weight decay. Default 1e-4, the paper's.
+        rate: learning rate of Adam, which falls linearly. Default: four times the paper's.
+        decay: weight decay. Default: the paper's.
         width: d of Table 4. Default 16, at which f takes a third of the time of 32.
-        starts: maximum number of training images whose trajectories give attractors. Default 200.
-        test: number of held-out images; 0 is all. Default 1,000.
-        tol: tolerance on the squared residual. Default 1e-6, the paper's.
-        max_steps: step limit. Default 1,000 instead of the paper's 3,000.
+        starts: maximum number of training images whose trajectories give attractors.
+        test: number of held-out images; 0 is all.
+        tol: tolerance on the squared residual. Default: the paper's.
+        max_steps: step limit. Default: a third of the paper's.
     """
 
     unstated: ClassVar[tuple[str, ...]] = ("batch", "width", "starts")
@@ -123,11 +122,7 @@ class TrainingQuestion(Question):
         return tuple(d for d in found if not (d.startswith("data: ") and self.data in self.paper_data))
 
     def load(self, work: Workspace, size: int) -> Sampled:
-        """Load the images, with ``size`` training images (0: all) drawn by the seed.
-
-        Raises:
-            TrajOODError: missing data, or fewer images than ``size``.
-        """
+        """Load the images, with ``size`` training images (0: all) drawn by the seed."""
         data = load_images(self.data, work.data_root)
         train = sample(data.train, size, self.seed, f"{self.data} training images")
         test = sample(data.test, self.test, 0, f"{self.data} test images")

@@ -40,7 +40,6 @@ def load_images(name: str, root: Path | None = None) -> ImageData:
     """Load all classes of ``fashion-mnist``, ``mnist`` or ``cifar10``.
 
     Args:
-        name: name of the set.
         root: folder of its files, or a folder that contains one with the set's name. Default: each set's usual places.
             Fashion-MNIST is downloaded if it is not found, MNIST through torchvision; CIFAR-10 must be in
             ``$TRAJ_OOD_DATA`` or ``./data`` as ``cifar10/{train,test}/CLASS/*.jpg``, the layout of the benchmark
@@ -55,10 +54,8 @@ def load_images(name: str, root: Path | None = None) -> ImageData:
 
 def sample(images: ImageSource, size: int, seed: int, stream: str) -> ImageSource:
     """Draw ``size`` images (0: all) without replacement, in their order, by ``seed``; a larger sample of the same seed
-    contains a smaller one. ``stream`` distinguishes draws of the same seed, and begins messages.
-
-    Raises:
-        TrajOODError: ``size`` exceeds the number of images.
+    contains a smaller one. ``stream`` distinguishes draws of the same seed, and begins the message of the
+    ``TrajOODError`` that is raised for more images than there are.
     """
     if size == 0:
         return images

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 class Memorization(TrainingQuestion):
     """How close decoded attractors come to training images, over the bottleneck k.
 
-    Further options are those of :class:`traj_ood.analysis.experiment.TrainingQuestion`.
-
     Attributes:
         images: number of training images, drawn by the seed; 0 is all. Default 4,000, which takes half a minute per
             model on a slow core.

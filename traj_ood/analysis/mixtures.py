@@ -102,11 +102,7 @@ MIXTURES: dict[str, Callable[[], Mixture]] = {"triangle": _triangle, "ring": _ri
 
 
 def named_mixture(name: str) -> Mixture:
-    """The mixture of a name in :data:`MIXTURES`.
-
-    Raises:
-        TrajOODError: an unknown name.
-    """
+    """The mixture of a name in :data:`MIXTURES`; raises ``TrajOODError`` for another."""
     if name not in MIXTURES:
         raise unknown_name("mixture", name, MIXTURES)
     return MIXTURES[name]()

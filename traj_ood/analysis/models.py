@@ -48,12 +48,8 @@ def mse(network: ConvNetwork, images: Tensor, draws: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a training run.
-
-    Attributes:
-        models: epoch → autoencoder after that epoch (0 is the initialisation); always includes the last epoch.
-        losses: mean training loss of each epoch.
-    """
+    """The result of a training run: epoch → autoencoder after that epoch (0 is the initialisation), always with the
+    last, and the mean loss of each epoch."""
 
     models: Mapping[int, ConvAutoencoder]
     losses: tuple[float, ...]
@@ -81,11 +77,10 @@ def train_conv(
     """Train a Table 4 autoencoder as a unit of ``work``; an interrupted training resumes between epochs.
 
     Args:
-        work, name: the workspace, and the name of unit and model.
+        name: name of unit and model.
         images, shape: all of them are used, resized to (C, H, W), H = W.
         recipe: such as :func:`paper_recipe`.
         width, bottleneck: d and k of Table 4.
-        seed: seed of weights and batches.
         loss, build: the loss to minimise, by default the mean squared error, and the constructor of the network.
         variant: plain data that identify ``loss`` and ``build``; part of the unit's key.
         at: further epochs whose weights are kept; 0 is the initialisation.

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 class Overfitting(TrainingQuestion):
     """How close decoded attractors come to training images, over the number of training images.
 
-    Further options are those of :class:`traj_ood.analysis.experiment.TrainingQuestion`.
-
     Attributes:
         bottleneck: k. Default 128, the paper's.
         sizes: numbers of training images, ascending; a larger set contains the smaller ones.

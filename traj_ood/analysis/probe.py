@@ -52,8 +52,6 @@ _GROUP_IMAGES = 16  # images whose reconstructions are decoded together: 0.3 GB 
 class Probe(ModelQuestion):
     """How well attractors of noise reconstruct images, compared with atoms that do not depend on the model.
 
-    Further options are those of :class:`traj_ood.analysis.subjects.ModelQuestion`.
-
     Attributes:
         data: benchmarks (their test and OOD splits), ``fashion-mnist``, ``mnist``, ``cifar10``, or folders of images,
             also in --data-root.

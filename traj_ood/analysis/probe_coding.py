@@ -87,7 +87,6 @@ class Errors:
     """The errors on one set of images.
 
     Attributes:
-        name: name of the set.
         tensors: ``image`` and ``latent`` (B, dictionaries, levels), mean squared errors; ``used`` (B, dictionaries),
             number of atoms that OMP used; ``decoded`` (B,), error of D(E(x)); ``inputs`` and ``pictures``, images and
             reconstructions to draw.
@@ -103,13 +102,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Coder:
-    """Reconstructs images of a model from dictionaries.
-
-    Attributes:
-        model: the autoencoder.
-        dictionaries: by name.
-        levels: numbers of atoms that a reconstruction may use.
-    """
+    """Reconstructs images of a model from dictionaries, of which it may use ``levels`` numbers of atoms."""
 
     model: Autoencoder
     dictionaries: Mapping[str, OMPDictionary]

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from traj_ood.drawing.style import Figure
 
 
-_SHARE_SHOWN = 0.05
-"""Share of the atoms in pictures and in the sentence, as in Fig. 4a."""
-
+_SHARE_SHOWN = 0.05  # share of the atoms in pictures and in the sentence, as in Fig. 4a
 _GALLERY_ATOMS = 24
 _Row = tuple[str, Tensor, tuple[str, ...]]  # label, images (K, C, H, W) and captions
 
@@ -53,8 +51,6 @@ class Report:
 
     Attributes:
         ends: the end points of noise.
-        coder: model, dictionaries and levels.
-        sets: the errors on each set of images.
         max_steps: step limit, for the sentence.
         pictured: number of sets in the figures of reconstructions, the first of ``sets``.
     """

@@ -43,20 +43,15 @@ class Regularizers(Question):
 
     Attributes:
         variants: names of Table 3's rows, see :mod:`traj_ood.analysis.variants`. Default: all ten.
-        strength: factor of every λ. Default 1.
-        benchmark: the benchmark whose ID training images are used, and whose OOD sets are scored. Default ``fashion``.
-        images: number of training images. Default 4,000.
-        epochs: default 16.
-        batch: batch size. Default 64.
-        rate: learning rate. Default 2e-3.
-        width: d of Table 4. Default 16.
-        bottleneck: k of all variants except ``bottleneck``. Default 64.
-        narrow: k of the variant ``bottleneck``. Default 8.
-        starts: number of training images for the scorers and the attractors. Default 200.
+        strength: factor of every λ.
+        benchmark: the benchmark whose ID training images are used, and whose OOD sets are scored.
+        images: number of training images.
+        width: d of Table 4.
+        bottleneck, narrow: k of all variants except ``bottleneck``, and k of that.
+        starts: number of training images for the scorers and the attractors.
         per_set: number of test images, and of images per OOD set. Default 50, at which an AUROC has a standard error of
             4 points, and the mean over eight sets one of about 2.
-        tol: tolerance on the squared residual. Default 1e-5, the benchmark's.
-        max_steps: step limit. Default 300.
+        tol: tolerance on the squared residual. Default: the benchmark's.
     """
 
     name: ClassVar[str] = "regularizers"

@@ -52,8 +52,6 @@ class ScoreField(Question):
         noise: standard deviations σ of the training noise, in the data's units (components are 0.25 to 0.8 wide).
         width: hidden units per layer.
         steps: training steps.
-        batch: batch size.
-        rate: learning rate.
         samples: number of points at which angles are measured.
         grid: points per side of the map.
     """

@@ -32,10 +32,8 @@ _GROUPS = ("train", "test", "noise")
 class Training(TrainingQuestion):
     """Memorisation, distinct attractors and their separation from noise, by epoch of the training.
 
-    Further options are those of :class:`traj_ood.analysis.experiment.TrainingQuestion`; ``starts`` is the number of
-    training images, of test images and of samples of N(0, I).
-
     Attributes:
+        starts: maximum number of training images, of test images and of samples of N(0, I).
         images: number of training images, drawn by the seed; 0 is all. Default 4,000, which takes half a minute per
             model on a slow core.
         bottleneck: k. Default 128, the paper's.

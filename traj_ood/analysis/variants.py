@@ -51,13 +51,10 @@ class Variant:
     """A row of Table 3.
 
     Attributes:
-        name: name of the variant.
         regularizer: R with its λ, in words.
-        loss: the loss.
-        build: constructs the network.
         options: plain data that identify loss and network, for the key of the unit of work.
-        decay: weight decay. Default 0.
-        narrow: whether it has the narrow bottleneck. Default false.
+        decay: weight decay.
+        narrow: whether it has the narrow bottleneck.
     """
 
     name: str

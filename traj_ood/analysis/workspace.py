@@ -98,7 +98,6 @@ class Workspace:
         Args:
             name, key: see :meth:`unit`; the range of the part is added to the key.
             parts: at least one range of indices, such as those of :func:`traj_ood.data.batches.ranges_of`.
-            compute: computes the unit of one range.
             title, unit: title of the progress bar, and the name of one index in it.
         """
         found = []
