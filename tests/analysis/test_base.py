@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from shorthand import raises
 from tiny_digits import write_digits
 
 from traj_ood.analysis import (
@@ -30,7 +31,6 @@ from traj_ood.analysis.images import load_images, sample, spread
 from traj_ood.cli import main
 from traj_ood.drawing.charts import Curve, DotPanel, Panel, PictureRow, curves, dots, picture_rows
 from traj_ood.drawing.style import Figure, save_figure
-from traj_ood.errors import TrajOODError
 from traj_ood.io.options import write_option
 
 
@@ -60,10 +60,6 @@ class Toy(Question):
         unit = work.unit("sum", {"size": self.size}, lambda: Unit({"x": torch.ones(self.size)}, {"sum": self.size}))
         pictures = {"toy.png": lambda: Figure(figsize=(1, 1))}
         return Answer({"sum": unit.notes["sum"]}, f"The sum is {unit.notes['sum']}.", pictures, ("ran twice",))
-
-
-def raises(text: str):  # type: ignore[no-untyped-def]
-    return pytest.raises(TrajOODError, match=re.escape(text))
 
 
 # ---------------------------------------------------------------------------------------------- options and records

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from shorthand import raises
 from torch import Tensor, nn
 
 from traj_ood.analysis import Workspace, find_question, options_from
@@ -19,13 +19,8 @@ from traj_ood.analysis.contraction import (
     untrained,
     variance_ratios,
 )
-from traj_ood.errors import TrajOODError
 
 pytest.importorskip("torchvision", reason="the backbones are torchvision's")
-
-
-def raises(text: str):  # type: ignore[no-untyped-def]
-    return pytest.raises(TrajOODError, match=re.escape(text))
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

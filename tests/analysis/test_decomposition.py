@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from shorthand import noise, raises
 from torch import Tensor
 
 from traj_ood.analysis import Workspace, find_question, options_from, subjects
@@ -26,16 +26,6 @@ from traj_ood.analysis.decomposition import (
 )
 from traj_ood.analysis.singular import spectral_norms
 from traj_ood.drawing.style import save_figure
-from traj_ood.errors import TrajOODError
-
-
-def raises(text: str):  # type: ignore[no-untyped-def]
-    return pytest.raises(TrajOODError, match=re.escape(text))
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 # ---------------------------------------------------------------------------------------------- the inequality
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shorthand import noise, raises
 from tiny_digits import write_digits
 from torch import Tensor, nn
 
@@ -17,18 +17,9 @@ from traj_ood.analysis.field import SAME_DISTANCE, VectorField, box, plane, sett
 from traj_ood.analysis.models import PAPER_TOL
 from traj_ood.analysis.singular import jacobians
 from traj_ood.autoencoders import CallableAutoencoder
-from traj_ood.errors import TrajOODError
 from traj_ood.index import greedy_leaders
 
 TINY = ["data=mnist", "train_images=24", "at=0,1", "runs=2", "width=1", "grid=6", "codes=12", "max_steps=20"]
-
-
-def raises(text: str):  # type: ignore[no-untyped-def]
-    return pytest.raises(TrajOODError, match=re.escape(text))
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def relu_network(seed: int, bias: bool) -> Callable[[Tensor], Tensor]:

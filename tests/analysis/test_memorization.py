@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from known import Known, patterns
 from scipy.stats import spearmanr
+from shorthand import noise, raises
 from tiny_digits import write_digits
 from torch import Tensor
 
@@ -21,17 +21,8 @@ from traj_ood.analysis.memorization import Memorization
 from traj_ood.analysis.memory import MeasuredImages, memory, normalised, pixels, reference, settle_images
 from traj_ood.analysis.models import paper_recipe, settle, train_conv
 from traj_ood.autoencoders import ConvAutoencoder, ConvNetwork
-from traj_ood.errors import TrajOODError
 
 TINY = ["images=24", "epochs=2", "batch=8", "width=1", "starts=6", "test=10", "max_steps=4", "data=mnist"]
-
-
-def raises(text: str):  # type: ignore[no-untyped-def]
-    return pytest.raises(TrajOODError, match=re.escape(text))
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------- measures
@@ -43,7 +34,7 @@ def cosines(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def test_memorization_is_the_cosine_to_the_closest_image() -> None:
-    decoded, training = draw(2500, 1, 3, 3), draw(40, 1, 3, 3, seed=1)  # more rows than one block of the product
+    decoded, training = noise(2500, 1, 3, 3), noise(40, 1, 3, 3, seed=1)  # more rows than one block of the product
     expected = cosines(decoded, training)
     found, which = memorization_coefficients(decoded, training)
     np.testing.assert_allclose(found.numpy(), expected.max(axis=1), atol=1e-12)
@@ -53,7 +44,7 @@ def test_memorization_is_the_cosine_to_the_closest_image() -> None:
 
 
 def test_chamfer_similarity_is_symmetric_and_one_for_the_same_directions() -> None:
-    a, b = draw(30, 5), draw(7, 5, seed=1)
+    a, b = noise(30, 5), noise(7, 5, seed=1)
     table = cosines(a, b)
     assert chamfer_similarity(a, b) == pytest.approx((table.max(axis=1).mean() + table.max(axis=0).mean()) / 2)
     assert chamfer_similarity(a, b) == pytest.approx(chamfer_similarity(b, a), abs=1e-15)
@@ -62,7 +53,7 @@ def test_chamfer_similarity_is_symmetric_and_one_for_the_same_directions() -> No
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 1.0])
 def test_rank_is_numpys(share: float) -> None:
-    points = draw(60, 12) * torch.linspace(0.1, 3, 12).double() + 5
+    points = noise(60, 12) * torch.linspace(0.1, 3, 12).double() + 5
     values = np.linalg.svd(points.numpy() - points.numpy().mean(axis=0), compute_uv=False) ** 2
     expected = int(np.searchsorted(np.cumsum(values) / values.sum(), share - 1e-12)) + 1
     assert rank_explaining(points, share) == expected

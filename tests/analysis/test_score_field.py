@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shorthand import raises
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
@@ -27,10 +27,6 @@ from traj_ood.analysis.score_field import (
 from traj_ood.errors import TrajOODError
 
 TINY = ["mixtures=triangle", "noise=0.5,1", "width=8", "steps=3", "batch=16", "samples=20", "grid=5"]
-
-
-def raises(text: str):  # type: ignore[no-untyped-def]
-    return pytest.raises(TrajOODError, match=re.escape(text))
 
 
 def draws(seed: int = 0) -> torch.Generator:

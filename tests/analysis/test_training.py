@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from known import Known, patterns
+from shorthand import raises
 from tiny_digits import write_digits
 from torch import Tensor
 
@@ -18,13 +18,8 @@ from traj_ood.analysis.memory import MeasuredImages
 from traj_ood.analysis.overfitting import Overfitting
 from traj_ood.analysis.training import Training, separation_from_noise
 from traj_ood.data import ArrayImages
-from traj_ood.errors import TrajOODError
 
 TINY = ["epochs=2", "batch=8", "width=1", "starts=6", "test=10", "max_steps=4", "data=mnist", "bottleneck=3"]
-
-
-def raises(text: str):  # type: ignore[no-untyped-def]
-    return pytest.raises(TrajOODError, match=re.escape(text))
 
 
 def sampled(images: MeasuredImages) -> Sampled:
