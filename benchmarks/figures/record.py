@@ -19,8 +19,8 @@ from traj_ood.dynamics.device import resolve_device
 from traj_ood.errors import TrajOODError
 
 
-def record(question: str, *defaults: str) -> None:
-    """Run the script of ``question``; ``defaults`` are options as key=value that the command line may override."""
+def record(question: str) -> None:
+    """Run the script of ``question``."""
     parser = argparse.ArgumentParser(prog=f"benchmarks/figures/{question}.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/figures") / question)
@@ -39,7 +39,7 @@ def record(question: str, *defaults: str) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     try:
-        pairs = [*([] if chosen.paper else defaults), f"seed={chosen.seed}", *chosen.option]
+        pairs = [f"seed={chosen.seed}", *chosen.option]
         asked = options_from(find_question(question), pairs, paper=chosen.paper)
         work = Workspace(chosen.work, resolve_device(chosen.device), chosen.data_root, chosen.quiet)
         if chosen.fresh:

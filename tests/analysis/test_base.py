@@ -362,8 +362,9 @@ def test_a_script_records_its_command(
 
     monkeypatch.setattr(record, "find_question", lambda name: Toy)
     arguments = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--seed", "3", "-o", "size=4"]
+    arguments += ["-o", "scale=9"]
     monkeypatch.setattr("sys.argv", ["benchmarks/figures/toy.py", *arguments])
-    record.record("toy", "scale=9")
+    record.record("toy")
     assert capsys.readouterr().out == "The sum is 4.\n"
     finding = Finding.load(tmp_path / "out")
     assert finding.command.startswith("python benchmarks/figures/toy.py --out ")
