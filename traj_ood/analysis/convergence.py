@@ -151,8 +151,14 @@ class Convergence(ModelQuestion):
         ends = paths.tensors["ends"][settled]
         leaders, group = greedy_leaders(ends.flatten(1).double(), paths.notes["epsilon"])
         points = ends[leaders]
-        parts = ranges_of(len(points), _UNIT_JACOBIANS)
-        measure = partial(_spectra, about.model, points, self.seed)
+        model, parts = about.model, ranges_of(len(points), _UNIT_JACOBIANS)
+
+        def measure(rows: range) -> Unit:
+            some = points[rows.start : rows.stop].to(model.device)
+            norms = spectral_norms(model.self_map, some, chunk=model.chunk, seed=self.seed)
+            radii = spectral_radii(model.self_map, some, chunk=model.chunk, seed=self.seed).values
+            return Unit({"norms": norms, "radii": radii})
+
         spectra = work.pieces("jacobians", key, parts, measure, title="Jacobians", unit="attractor")
         return {"settled": settled, "attractor": group, **spectra}
 
@@ -248,13 +254,6 @@ def _agreement(table: pd.DataFrame, prefix: str, rate: str) -> dict[str, Any]:
         "median_predicted": finite(predicted.median()),
         "within_prediction": finite((measured <= np.ceil(predicted)).mean()),
     }
-
-
-def _spectra(model: Autoencoder, points: Tensor, seed: int, rows: range) -> Unit:
-    some = points[rows.start : rows.stop].to(model.device)
-    norms = spectral_norms(model.self_map, some, chunk=model.chunk, seed=seed)
-    radii = spectral_radii(model.self_map, some, chunk=model.chunk, seed=seed).values
-    return Unit({"norms": norms, "radii": radii})
 
 
 def _quantiles(values: Tensor) -> list[float | None]:

@@ -29,6 +29,7 @@ from traj_ood.analysis.subjects import training_images
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import FAMILIES, MODELS, Autoencoder, load_autoencoder, rehearsals
 from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
+from traj_ood.data import ImageSource
 from traj_ood.data.batches import ranges_of
 from traj_ood.data.benchmark import sample_indices
 from traj_ood.dynamics.fixed_function import few_images
@@ -116,8 +117,14 @@ class Dynamics(Question):
     def answer(self, work: Workspace) -> Answer:
         for name in self.models:  # check all names before hours are spent on the first model
             check_name(name)
-        self._check_data(work)
-        tables = {name: self._measured(work, name) for name in self.models}
+        kinds = {_is_language(name) for name in self.models}
+        # Missing data are told before hours are spent on models that do not need them.
+        images, texts = None, []
+        if False in kinds:
+            images = training_images(self.images, work.data_root, self.image_samples, self.seed)
+        if True in kinds:
+            texts = self._every_text(work)
+        tables = {name: self._measured(work, name, self._subject(name, images, texts)) for name in self.models}
         curves = {name: means(own) for name, own in tables.items()}
         rows = [summary(name, own) for name, own in tables.items()]
         rehearsed = [row["model"] for row in rows if row["rehearsal"]]
@@ -132,10 +139,9 @@ class Dynamics(Question):
         kinds["language.png"] = {name: own for name, own in curves.items() if "output" not in own}
         return {file: partial(_draw, kind, figures["rehearsed_models"]) for file, kind in kinds.items() if kind}
 
-    def _measured(self, work: Workspace, name: str) -> dict[str, Tensor]:
+    def _measured(self, work: Workspace, name: str, subject: _Subject) -> dict[str, Tensor]:
         """The measurements of all samples of one model, a chunk per unit of work: ``latent`` (B, steps) residuals,
         ``norm`` and for autoencoders ``output`` (B, steps + 1), with NaN past a sample's last point."""
-        subject = self._subject(work, name)
         model = subject.model.to(work.device)
         key = {"model": model.fingerprint(), "starts": subject.digest, "steps": self.steps}
 
@@ -149,11 +155,11 @@ class Dynamics(Question):
         width = {"latent": self.steps}  # the other tables also have a value at z_0
         return {c: join_tables([table], width.get(c, self.steps + 1)) for c, table in found.items()}
 
-    def _subject(self, work: Workspace, name: str) -> _Subject:
-        if not _is_language(name):
+    def _subject(self, name: str, images: ImageSource | None, texts: list[str]) -> _Subject:
+        """The model ``name`` with all images or a sample of the texts that are long enough for it."""
+        if images is not None and not _is_language(name):
             rehearsed = name in rehearsals.PAIRS
             pair = rehearsals.rehearsal_pair(name, self.seed) if rehearsed else load_autoencoder(name)
-            images = training_images(self.images, work.data_root, self.image_samples, self.seed)
             return _Subject(
                 pair,
                 len(images),
@@ -165,33 +171,20 @@ class Dynamics(Question):
             model = rehearsals.rehearsal_language_model(name, tokens=self.tokens, seed=self.seed)
         else:
             model = LANGUAGE_MODELS.load(name, {"tokens": self.tokens})
-        texts = self._texts(work, model)
-        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        return _Subject(
-            model, len(texts), digest, lambda rows: model.start(texts[rows.start : rows.stop]), lambda: [Norm()]
-        )
-
-    def _check_data(self, work: Workspace) -> None:
-        """Refuse missing images or texts before hours are spent on models that need only one of them."""
-        language = [_is_language(name) for name in self.models]
-        if not all(language):
-            training_images(self.images, work.data_root, self.image_samples, self.seed)
-        if any(language):
-            self._every_text(work)
-
-    def _every_text(self, work: Workspace) -> list[str]:
-        where = self.texts if work.data_root is None else str(work.data_root / self.texts)
-        return documentation() if self.texts == DOCUMENTATION else read_texts(Path(where))
-
-    def _texts(self, work: Workspace, model: LanguageModel) -> list[str]:
-        """A sample of the texts that are long enough."""
-        fitting = [text for text in self._every_text(work) if model.fits(text)]
+        fitting = [text for text in texts if model.fits(text)]
         if len(fitting) < self.text_samples:
             raise TrajOODError(
                 f"dynamics: texts: expected {self.text_samples} of at least {self.tokens} tokens, got {len(fitting)} "
                 f"from {self.texts}: use fewer texts or tokens"
             )
-        return [fitting[i] for i in sample_indices(len(fitting), self.text_samples, self.seed, "texts")]
+        drawn = [fitting[i] for i in sample_indices(len(fitting), self.text_samples, self.seed, "texts")]
+        digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+        return _Subject(
+            model, len(drawn), digest, lambda rows: model.start(drawn[rows.start : rows.stop]), lambda: [Norm()]
+        )
+
+    def _every_text(self, work: Workspace) -> list[str]:
+        return documentation() if self.texts == DOCUMENTATION else read_texts((work.data_root or Path()) / self.texts)
 
 
 @dataclass(frozen=True)

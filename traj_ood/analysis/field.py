@@ -177,13 +177,7 @@ def settled_ends(self_map: SelfMap, starts: Tensor, diagonal: float, tol: float,
 
     A short step alone is not enough: if each step is ρ times the previous one, a last step of length r leaves a
     distance of up to r / (1 − ρ). With ρ the Jacobian's spectral radius at the end point, that distance must be short
-    relative to the box.
-
-    Args:
-        self_map, chunk: f, and rows per call of it.
-        starts: (P, 2).
-        diagonal: length of the box's diagonal.
-        tol, max_steps: see :class:`VectorField`.
+    relative to the box, whose diagonal has the length ``diagonal``.
     """
     path = iterate(self_map, starts, tol=min(tol, (_REST_STEP * diagonal) ** 2), max_steps=max_steps, chunk=chunk)
     last = path.last_residuals.sqrt()
