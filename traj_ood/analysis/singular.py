@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traj_ood.dynamics.chunks import apply_in_chunks
-from traj_ood.dynamics.jacobian import random_directions, row_lengths
+from traj_ood.dynamics.jacobian import product_at, random_directions, row_lengths
 from traj_ood.errors import TrajOODError
 from traj_ood.text import brief
 
@@ -37,11 +38,12 @@ def spectral_norms(function: Map, points: Tensor, *, seed: int = 0, chunk: int =
     """
     points = points.detach().clone()  # derivatives cannot use tensors created in inference mode
     directions = random_directions(points, seed)
+    product = product_at(partial(_normal, function), points, min(chunk, len(points)))
     values = torch.full((len(points),), -1.0, dtype=torch.float64)
     escaped = torch.zeros(len(points), dtype=torch.bool)
     for _ in range(_STEPS):
         # vᵀJᵀJv = ‖Jv‖² of the direction before the step.
-        images = _normal_products(function, points, directions, min(chunk, len(points)))
+        images = product(directions)
         squares = (images * directions).flatten(1).sum(dim=1).cpu().double()
         found = squares.clamp(min=0).sqrt()
         length = row_lengths(images)
@@ -89,22 +91,16 @@ def jacobians(function: Map, points: Tensor, chunk: int) -> Tensor:
     return torch.stack([column(direction) for direction in basis], dim=2).double().cpu()
 
 
-def _normal_products(function: Map, points: Tensor, directions: Tensor, chunk: int) -> Tensor:
-    """JᵀJv at every point, in chunks whose rows are pairs of a point and its direction."""
-    pairs = torch.stack([points, directions], dim=1)
+def _normal(function: Map, points: Tensor, directions: Tensor) -> Tensor:
+    """JᵀJv at each of ``points`` (n, *A), for ``directions`` v (n, *A)."""
     try:
         # Fused attention has no forward derivative; the equivalent plain products do.
         with sdpa_kernel(SDPBackend.MATH):
-            return apply_in_chunks(lambda rows: _normal(function, rows[:, 0], rows[:, 1]), pairs, chunk)
+            pushed: Tensor = torch.func.jvp(function, (points,), (directions,))[1]
+            (pulled,) = torch.func.vjp(function, points)[1](pushed.detach())
     except (NotImplementedError, RuntimeError) as error:
         raise TrajOODError(
             f"spectral norm: expected a map with forward and reverse derivatives, got: {brief(error)}: use "
             "spectral_radii, which needs no derivatives"
         ) from error
-
-
-def _normal(function: Map, points: Tensor, directions: Tensor) -> Tensor:
-    pushed: Tensor = torch.func.jvp(function, (points,), (directions,))[1]
-    pull = torch.func.vjp(function, points)[1]
-    (pulled,) = pull(pushed.detach())
     return pulled.detach()

@@ -92,8 +92,8 @@ def spectral_radii(
 
 def _product(self_map: SelfMap, points: Tensor, directions: Tensor, chunk: int) -> tuple[Product, Derivative]:
     """The product v → J v at every point, by forward mode if it works and agrees with differences, else by these."""
-    forward = _in_chunks(lambda z, v: _forward(self_map, z, v), points, chunk)
-    differences = _in_chunks(lambda z, v: _difference(self_map, z, v), points, chunk)
+    forward = product_at(lambda z, v: _forward(self_map, z, v), points, chunk)
+    differences = product_at(lambda z, v: _difference(self_map, z, v), points, chunk)
     expected = differences(directions)
     try:
         got = forward(directions)
@@ -105,8 +105,9 @@ def _product(self_map: SelfMap, points: Tensor, directions: Tensor, chunk: int) 
     return forward, "forward"
 
 
-def _in_chunks(product: Callable[[Tensor, Tensor], Tensor], points: Tensor, chunk: int) -> Product:
-    """The product at all points, in chunks whose rows are pairs of a point and its direction."""
+def product_at(product: Callable[[Tensor, Tensor], Tensor], points: Tensor, chunk: int) -> Product:
+    """A function of directions (P, *L) that applies ``product`` to each of ``points`` (P, *L) with its direction, in
+    calls of ``chunk`` rows."""
 
     def apply(directions: Tensor) -> Tensor:
         pairs = torch.stack([points, directions], dim=1)
