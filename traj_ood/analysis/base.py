@@ -41,7 +41,7 @@ class Answer:
         figures: numbers, texts, and tables as lists of rows {column: value}; None where nothing could be measured. NaN
             and infinity are refused, because their meaning would be ambiguous.
         sentence: one sentence that states the result with its numbers.
-        pictures: file name → function that draws the figure.
+        pictures: file name → function that draws the figure, in addition to those of :meth:`Question.drawn`.
         differences: differences from the paper's settings that are known only after the run, in addition to those of
             the options.
     """
@@ -159,8 +159,8 @@ class Question(ABC):
         """Compute the answer. Run expensive steps through :meth:`Workspace.unit`, which stores their results."""
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
-        """The pictures that the figures of an answer suffice for, as :class:`Answer` has them: they can be drawn again
-        from a record. Default: none."""
+        """The pictures that the figures of an answer suffice for, file name → function that draws the figure: they can
+        be drawn again from a record. Default: none."""
         return {}
 
     def run(self, work: Workspace, folder: Path, *, command: str = "") -> Finding:
@@ -174,6 +174,7 @@ class Question(ABC):
         check_can_write(folder, FILE_NAME)
         began, commit = time.perf_counter(), git_commit()
         answer = self.answer(work)
+        pictures = {**self.drawn(answer.figures), **answer.pictures}
         finding = Finding(
             question=self.name,
             paper=self.figure,
@@ -182,7 +183,7 @@ class Question(ABC):
             sentence=answer.sentence,
             differences=(*self.differences(), *answer.differences),
             choices=self.choices,
-            pictures=tuple(answer.pictures),
+            pictures=tuple(pictures),
             seed=self.seed,
             command=command,
             commit=commit,
@@ -190,7 +191,7 @@ class Question(ABC):
             seconds=round(time.perf_counter() - began + work.resumed, 1),
         )
         finding.save(folder)
-        _save(answer.pictures, folder)
+        _save(pictures, folder)
         return finding
 
     def options(self) -> dict[str, Any]:

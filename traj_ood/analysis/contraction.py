@@ -111,8 +111,7 @@ class Contraction(Question):
             unit = work.unit("contraction", key, partial(self._measure, model, seed, work.device))
             rows.append({"model": model, "seed": seed, **unit.notes})
         summary = [_summary(model, [r for r in rows if r["model"] == model]) for model in self.models]
-        figures = {"models": summary, "runs": rows}
-        return Answer(figures, _sentence(summary), self.drawn(figures))
+        return Answer({"models": summary, "runs": rows}, _sentence(summary))
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"contraction.png": partial(_draw, figures["runs"])}

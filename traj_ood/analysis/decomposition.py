@@ -112,7 +112,7 @@ class Decomposition(ModelQuestion):
             rows.append({"attractors": size, **summary(unit.tensors)})
         figures = {"model": about.model.name, "images": self.images, **ends.notes, "rows": rows}
         pictures = {"decomposition.png": partial(terms_figure, rows, unit.tensors, about.model.name)}
-        return Answer(figures=figures, sentence=sentence_of(about.model.name, rows[-1]), pictures=pictures)
+        return Answer(figures, sentence_of(about.model.name, rows[-1]), pictures)
 
     def _attractors(self, work: Workspace, about: Subject) -> Unit:
         """End points of the training trajectories that converged."""

@@ -130,7 +130,7 @@ class Dynamics(Question):
         rehearsed = [row["model"] for row in rows if row["rehearsal"]]
         figures = {"rehearsal": bool(rehearsed), "rehearsed_models": rehearsed, "rows": rows, "curves": curves}
         told = f"{', '.join(rehearsed)}: small and random, a rehearsal that says nothing of trained models"
-        return Answer(figures, sentence(rows, self.steps), self.drawn(figures), (told,) if rehearsed else ())
+        return Answer(figures, sentence(rows, self.steps), differences=(told,) if rehearsed else ())
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         """One figure of the models with images, one of the language models."""

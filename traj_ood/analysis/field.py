@@ -133,9 +133,7 @@ class VectorField(Question):
                 unit = work.unit("plane", key, partial(self._measure, model, shown))
                 rows.append({"run": run, "seed": seed, "epoch": epoch, **unit.notes})
                 panels.append((f"run {run + 1}, epoch {epoch}", unit.tensors))
-        figures = {"rows": rows}
-        pictures = {"field.png": partial(_draw, self.data, panels)}
-        return Answer(figures=figures, sentence=_sentence(rows), pictures=pictures)
+        return Answer({"rows": rows}, _sentence(rows), {"field.png": partial(_draw, self.data, panels)})
 
     def _measure(self, model: Autoencoder, images: ImageSource) -> Unit:
         """The field of one model, its attractors, and the codes of images."""

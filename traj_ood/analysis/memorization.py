@@ -60,7 +60,7 @@ class Memorization(TrainingQuestion):
             pictures[f"k = {k}"] = unit.tensors
         closest = reference(data.pixels)
         figures = {"rows": rows, "reference": closest, "trends": _trends(rows)}
-        return Answer(figures, _sentence(rows, closest), {**self.drawn(figures), **gallery(pictures)})
+        return Answer(figures, _sentence(rows, closest), gallery(pictures))
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"memorization.png": partial(_curves, figures["rows"], figures["reference"], self.data)}

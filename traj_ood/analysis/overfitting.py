@@ -74,7 +74,7 @@ class Overfitting(TrainingQuestion):
             rows.append({**row, "reference": reference(data.pixels), **unit.notes})
             pictures[f"{size:,} images"] = unit.tensors
         figures = {"rows": rows, "trends": {"memorization": correlation(self.sizes, [r["memorization"] for r in rows])}}
-        return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
+        return Answer(figures, _sentence(rows), gallery(pictures))
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"overfitting.png": partial(_curves, figures["rows"], self)}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +86,7 @@ class Report:
             "ratio_atoms": level,
             "ratio_share": level / len(ends),
         }
-        pictures: dict[str, Callable[[], Figure]] = {
-            "probe.png": partial(errors_figure, figures),
-            "atoms.png": self._draw_atoms,
-        }
+        pictures = {"atoms.png": self._draw_atoms}
         if self.pictured:
             pictures["reconstructions.png"] = self._draw_reconstructions
             pictures["growth.png"] = self._draw_growth

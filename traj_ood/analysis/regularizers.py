@@ -116,7 +116,7 @@ class Regularizers(Question):
             row, pictures[variant.name] = self._row(work, variant, data, images)
             rows.append(row)
         figures = {"rows": rows, "reference": reference(images.pixels), "trends": _trends(rows)}
-        return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
+        return Answer(figures, _sentence(rows), gallery(pictures))
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"regularizers.png": partial(_dots, figures["rows"], self.benchmark)}

@@ -100,11 +100,11 @@ class ScoreField(Question):
             unit = work.unit("score-field", key, partial(self._measure, name, sigma))
             rows.append({"mixture": name, "noise": sigma, **unit.notes})
             maps[name, sigma] = unit.tensors
-        figures = {"rows": rows}
-        pictures = dict(self.drawn(figures))
-        for name in self.mixtures:
-            pictures[f"score-field-{name}.png"] = partial(_draw_maps, name, {s: maps[name, s] for s in self.noise})
-        return Answer(figures, sentence_of(rows), pictures)
+        pictures = {
+            f"score-field-{name}.png": partial(_draw_maps, name, {s: maps[name, s] for s in self.noise})
+            for name in self.mixtures
+        }
+        return Answer({"rows": rows}, sentence_of(rows), pictures)
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"score-field.png": partial(_draw_angles, figures["rows"])}

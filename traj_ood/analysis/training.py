@@ -84,7 +84,7 @@ class Training(TrainingQuestion):
             rows.append({"epoch": epoch, "train_loss": loss, **unit.notes})
             pictures[f"epoch {epoch}"] = unit.tensors
         figures = {"rows": rows, "reference": reference(data.pixels)}
-        return Answer(figures, _sentence(rows), {**self.drawn(figures), **gallery(pictures)})
+        return Answer(figures, _sentence(rows), gallery(pictures))
 
     def drawn(self, figures: Mapping[str, Any]) -> Mapping[str, Callable[[], Figure]]:
         return {"training.png": partial(_curves, figures["rows"], figures["reference"], self)}
