@@ -261,6 +261,15 @@ def test_data_are_checked_before_a_model_is_trained(tmp_path: Path, monkeypatch:
         Probe(model="conv", data=("nowhere",)).run(Workspace(tmp_path / "work"), tmp_path / "out")
 
 
+def test_a_folder_does_not_stand_for_a_benchmark_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("fashion", "mnist", "mine"):
+        Path(name).mkdir()
+    assert subjects.folder_of("fashion", tmp_path) is subjects.folder_of("mnist", tmp_path) is None
+    assert subjects.folder_of("./fashion", None) == Path("fashion")
+    assert subjects.folder_of("mine", None) == Path("mine")
+
+
 def test_the_starts_do_not_depend_on_the_units() -> None:
     whole = [
         torch.randn(n, 3, generator=torch.Generator().manual_seed(2 * 1_000_003 + i)) for i, n in [(0, 512), (1, 88)]

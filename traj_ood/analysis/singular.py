@@ -99,6 +99,8 @@ def _normal(function: Map, points: Tensor, directions: Tensor) -> Tensor:
             pushed: Tensor = torch.func.jvp(function, (points,), (directions,))[1]
             (pulled,) = torch.func.vjp(function, points)[1](pushed.detach())
     except (NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise TrajOODError(
             f"spectral norm: expected a map with forward and reverse derivatives, got: {brief(error)}: use "
             "spectral_radii, which needs no derivatives"

@@ -79,8 +79,7 @@ class ModelQuestion(Question):
         loaded = load_autoencoder(self.model).to(work.device)
         if images is not None:
             return Subject(loaded, images.train, images.test)
-        is_benchmark = data in [info.name for info in list_benchmarks()]
-        folder = None if is_benchmark else folder_of(data, work.data_root)
+        folder = folder_of(data, work.data_root)
         if folder is not None:
             every = read_folder(folder, prefix=folder.name)
             return Subject(loaded, every, every)
@@ -176,13 +175,20 @@ def _sources(name: str, root: Path | None) -> tuple[ImageSource, list[NamedImage
 
 
 def folder_of(name: str, root: Path | None) -> Path | None:
-    """The folder that ``name`` means, as a path or in ``root``; None if there is none."""
-    places = (Path(name).expanduser(), *([root / name] if root is not None and name not in IMAGE_SETS else []))
+    """The folder that ``name`` means, as a path or in ``root``; None if there is none. The name of an image set or a
+    benchmark means no folder: such a one is given as ``./name``."""
+    if name in IMAGE_SETS or name in _benchmarks():
+        return None
+    places = (Path(name).expanduser(), *([root / name] if root is not None else []))
     return next((folder for folder in places if folder.is_dir()), None)
 
 
+def _benchmarks() -> list[str]:
+    return [info.name for info in list_benchmarks()]
+
+
 def _benchmark(name: str, root: Path | None) -> Benchmark:
-    known = [info.name for info in list_benchmarks()]
+    known = _benchmarks()
     if name in known or name.lower().endswith((".yaml", ".yml")):
         return load_benchmark(name, root)
     raise unknown_name("set of images", name, [*known, *IMAGE_SETS, "a folder of images", "a benchmark's .yaml file"])
