@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.jacobian import product_at, random_directions, row_lengths
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, is_out_of_memory
 from traj_ood.text import brief
 
 Map = Callable[[Tensor], Tensor]
