@@ -348,7 +348,6 @@ GOOD: dict[str, Any] = {
     "known": 0.9,
     "agreement": 0.9,
     "radii": (0.9,) * 10,
-    "stable": 1.0,
     "derivative": "forward",
     "explained": 0.8,
     "explained_hidden": None,
@@ -364,8 +363,8 @@ def facts(**changes: Any) -> Any:
 
 
 def test_unstable_attractors() -> None:
-    assert judge(health(), facts(stable=0.5)).word == "healthy"
-    verdict = judge(health(), facts(stable=0.4))
+    assert judge(health(), facts(radii=(0.9,) * 5 + (1.1,) * 5)).word == "healthy"
+    verdict = judge(health(), facts(radii=(0.9,) * 4 + (1.1,) * 6))
     assert verdict.word == "unstable"
     assert verdict.reason.startswith("only 40% of 10 attractors have a spectral radius below 1")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -111,16 +110,19 @@ class Facts:
     Attributes:
         still_falling: share of the training trajectories at the step limit whose residual was still decreasing.
         radii: spectral radius of the Jacobian at each sampled attractor.
-        stable: share of ``radii`` below 1.
         explained: share of the variance of ID images (for a surrogate: of their features) that D(E(x)) explains.
         explained_hidden: the same on hidden patches, for masked autoencoders.
     """
 
     still_falling: float | None
     radii: tuple[float, ...]
-    stable: float | None
     explained: float
     explained_hidden: float | None
+
+    @property
+    def stable(self) -> float | None:
+        """Share of ``radii`` below 1; None if there are none."""
+        return sum(r < 1 for r in self.radii) / len(self.radii) if self.radii else None
 
 
 def health_of(statuses: Tensor, residuals: Tensor, steps: Tensor, displacements: Tensor, *, distinct: int) -> Health:
@@ -203,11 +205,6 @@ def drawn_attractors(ends: Tensor, seed: int) -> list[tuple[int, int]]:
     drawn = list(dict.fromkeys(group[order].tolist()))[:_MAX_MEASURED]
     visits = torch.bincount(group).tolist()
     return [(int(leaders[g]), visits[g]) for g in sorted(drawn, key=lambda g: -visits[g])]
-
-
-def share_stable(radii: Sequence[float]) -> float | None:
-    """Share of spectral radii below 1; None if there are none."""
-    return sum(r < 1 for r in radii) / len(radii) if radii else None
 
 
 def explained(errors: Tensor, targets: Tensor, mean: Tensor) -> float:

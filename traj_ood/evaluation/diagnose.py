@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,6 @@ from traj_ood.attractors.health import (
     explained_hidden,
     judge,
     reconstruction_errors,
-    share_stable,
     still_falling,
 )
 from traj_ood.autoencoders import Autoencoder
@@ -125,8 +125,8 @@ class Diagnosis(ModelFacts):
     def as_dict(self) -> dict[str, Any]:
         """All numbers and texts as JSON data, without curves and gallery, which are separate files."""
         kept = {k: v for k, v in vars(self).items() if k not in ("curves", "gallery")}
-        kept |= {"health": self.health.as_dict(), "verdict": asdict(self.verdict), "meaningful": self.meaningful}
-        return as_json(kept)
+        kept |= {"health": self.health.as_dict(), "verdict": asdict(self.verdict)}
+        return as_json(kept | {"meaningful": self.meaningful, "stable": self.stable})
 
     def report(self) -> str:
         """The findings as text, one per line, then the verdict."""
@@ -193,26 +193,24 @@ def diagnose(
         raise TrajOODError(f"diagnose: expected noise above 0, got {noise}; 0.1 is the default")
     total = len(train.images) + len(held.images) + min(_NOISE_IMAGES, len(held.images))
     with StepBar(total, "diagnose", quiet=quiet) as bar:
-        walker = _Walker(autoencoder, tol, max_steps, bar)
-        known = walker.walk(train)
-        unseen = walker.walk(held)
-        agreement = walker.agreement(held, unseen, noise, seed)
+        walk = partial(_walk, autoencoder, bar=bar, tol=tol, max_steps=max_steps)
+        known, unseen = (walk(read_rows(autoencoder, s.images, range(len(s.images))).images) for s in (train, held))
+        agreement = _agreement(walk, unseen, noise, seed, bar)
     health = known.dictionary.health()
     share, hidden = _explained(autoencoder, known, unseen)
     gallery, derivative = _gallery(autoencoder, train, known, seed)
-    radii = gallery.radii if gallery is not None else ()
     facts = ModelFacts(
         held_out_converged=float((unseen.dictionary.statuses == Status.CONVERGED).double().mean()),
-        still_falling=still_falling(known.residuals, known.dictionary.statuses),
+        still_falling=still_falling(known.residuals(), known.dictionary.statuses),
         known=_known_share(known.dictionary, unseen.dictionary),
         agreement=agreement,
-        radii=radii,
-        stable=share_stable(radii),
+        radii=gallery.radii if gallery is not None else (),
         derivative=derivative,
         explained=share,
         explained_hidden=hidden,
     )
     verdict = judge(health, facts)
+    curves = [curve_quantiles(split, walked.parts, tol) for split, walked in ((train, known), (held, unseen))]
     return Diagnosis(
         benchmark=benchmark.name,
         model=autoencoder.name,
@@ -222,7 +220,7 @@ def diagnose(
         health=health,
         verdict=verdict,
         cautions=cautions_about(verdict, facts, noise),
-        curves=pd.concat([w.curves for w in (known, unseen)], ignore_index=True),
+        curves=pd.concat(curves, ignore_index=True),
         gallery=gallery,
         **vars(facts),
     )
@@ -297,69 +295,61 @@ def _share(value: float | None, of_what: str) -> str:
 
 @dataclass(frozen=True)
 class _Walk:
-    """The trajectories of the normalised images (N, C, H, W) of one split: end points, quantiles over steps, squared
-    residuals (N, T), and squared errors (N,) of D(E(x)), summed over pixels, against its targets (N, *)."""
+    """The trajectories of normalised images (N, C, H, W): end points; steps, squared residuals and norms by batch; and
+    squared errors (N,) of D(E(x)), summed over pixels, against its targets (N, *)."""
 
+    images: Tensor
     dictionary: AttractorDictionary
-    curves: pd.DataFrame
-    residuals: Tensor
+    parts: Sequence[Part]
     errors: Tensor
     targets: Tensor
-    images: Tensor
 
     @property
     def converged(self) -> Tensor:
         return self.dictionary.statuses == Status.CONVERGED
 
+    def residuals(self) -> Tensor:
+        return join_tables([part.tensors["residuals"] for part in self.parts])
 
-class _Walker:
-    """Iterates f on images, batch by batch."""
 
-    def __init__(self, model: Autoencoder, tol: float, max_steps: int, bar: StepBar) -> None:
-        self.model, self.tol, self.max_steps, self.bar = model, tol, max_steps, bar
-
-    def walk(self, split: Split) -> _Walk:
-        images = read_rows(self.model, split.images, range(len(split.images))).images
-        dictionaries, parts, errors, targets = [], [], [], []
-        for rows in torch.arange(len(images)).split(_BATCH):
-            ids = _ids(split.images.ids, rows)
-            encoding = self.model.examine(images[rows])
-            dictionary, part = self._iterate(encoding.latents, ids)
-            errors.append(reconstruction_errors(self.model, encoding))
-            targets.append(encoding.target.cpu())
-            dictionaries.append(dictionary)
-            parts.append(part)
-        curves = curve_quantiles(split, parts, self.tol)
-        joined = AttractorDictionary.concatenate(dictionaries)
-        residuals = join_tables([p.tensors["residuals"] for p in parts])
-        return _Walk(joined, curves, residuals, torch.cat(errors), torch.cat(targets), images)
-
-    def agreement(self, split: Split, clean: _Walk, noise: float, seed: int) -> float | None:
-        """The share of converged images, out of an evenly spaced sample, that end at the same attractor with noise."""
-        rows = torch.linspace(0, len(clean.images) - 1, min(_NOISE_IMAGES, len(clean.images))).round().long()
-        draws = torch.Generator().manual_seed(seed)
-        noisy = clean.images[rows] + noise * torch.randn(clean.images[rows].shape, generator=draws)
-        counted = clean.converged[rows]
-        self.bar.skip(int((~counted).sum()))  # these would take the longest, and count for nothing
-        rows, noisy = rows[counted], noisy[counted]
-        if not len(rows):
-            return None
-        ends = []
-        for some in torch.arange(len(rows)).split(_BATCH):
-            latents = self.model.examine(noisy[some]).latents
-            ends.append(self._iterate(latents, _ids(split.images.ids, rows[some]))[0])
-        disturbed = AttractorDictionary.concatenate(ends)
-        cosine = (directions(clean.dictionary.points[rows]) * directions(disturbed.points)).sum(dim=1)
-        same = (cosine >= SAME) & (disturbed.statuses == Status.CONVERGED)
-        return float(same.double().mean())
-
-    def _iterate(self, latents: Tensor, ids: tuple[str, ...]) -> tuple[AttractorDictionary, Part]:
-        settings: dict[str, Any] = {"tol": self.tol, "max_steps": self.max_steps, "chunk": self.model.chunk}
-        self.bar.begin(len(ids))
-        path = iterate(self.model.self_map, latents, observers=[Norm()], on_step=self.bar.on_step, **settings)
-        self.bar.finish(len(ids))
+def _walk(model: Autoencoder, images: Tensor, *, bar: StepBar, tol: float, max_steps: int) -> _Walk:
+    """Iterate f on images, batch by batch."""
+    ends, parts, errors, targets = [], [], [], []
+    for some in images.split(_BATCH):
+        encoding = model.examine(some)
+        bar.begin(len(some))
+        path = iterate(
+            model.self_map,
+            encoding.latents,
+            tol=tol,
+            max_steps=max_steps,
+            observers=[Norm()],
+            chunk=model.chunk,
+            on_step=bar.on_step,
+        )
+        bar.finish(len(some))
+        ids = tuple(map(str, range(len(some))))
+        ends.append(AttractorDictionary.from_trajectory(encoding.latents, path, ids))
         tensors = {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
-        return AttractorDictionary.from_trajectory(latents, path, ids), Part(ids, [], tensors, {})
+        parts.append(Part(ids, tensors=tensors))
+        errors.append(reconstruction_errors(model, encoding))
+        targets.append(encoding.target.cpu())
+    return _Walk(images, AttractorDictionary.concatenate(ends), parts, torch.cat(errors), torch.cat(targets))
+
+
+def _agreement(walk: Callable[[Tensor], _Walk], clean: _Walk, noise: float, seed: int, bar: StepBar) -> float | None:
+    """The share of converged images, out of an evenly spaced sample, that end at the same attractor with noise."""
+    rows = torch.linspace(0, len(clean.images) - 1, min(_NOISE_IMAGES, len(clean.images))).round().long()
+    draws = torch.Generator().manual_seed(seed)
+    noisy = clean.images[rows] + noise * torch.randn(clean.images[rows].shape, generator=draws)
+    counted = clean.converged[rows]
+    bar.skip(int((~counted).sum()))  # these would take the longest, and count for nothing
+    if not bool(counted.any()):
+        return None
+    disturbed = walk(noisy[counted])
+    before, after = (directions(d.points) for d in (clean.dictionary, disturbed.dictionary))
+    same = ((before[rows[counted]] * after).sum(dim=1) >= SAME) & disturbed.converged
+    return float(same.double().mean())
 
 
 def diagnosis_splits(benchmark: Benchmark, images: int, seed: int) -> tuple[Split, Split]:
@@ -418,13 +408,9 @@ def _gallery(
     gallery = AttractorGallery(
         decoded=decoded if tuple(decoded.shape[1:]) == tuple(model.input_shape) else None,
         nearest=walk.images[nearest],
-        ids=_ids(split.images.ids, nearest),
+        ids=tuple(split.images.ids[i] for i in nearest.tolist()),
         visits=tuple(visits for _, visits in drawn),
         radii=tuple(radii.values.tolist()),
         limits=torch.stack([shown.amin(dim=1), shown.amax(dim=1)]),
     )
     return gallery, radii.derivative
-
-
-def _ids(ids: Sequence[str], rows: Tensor) -> tuple[str, ...]:
-    return tuple(ids[int(i)] for i in rows)

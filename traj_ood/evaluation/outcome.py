@@ -19,7 +19,6 @@ from traj_ood.attractors.health import (
     explained_hidden,
     judge,
     reconstruction_errors,
-    share_stable,
 )
 from traj_ood.data import Benchmark
 from traj_ood.dynamics.jacobian import spectral_radii
@@ -106,7 +105,7 @@ def judged(passes: Passes, dictionary: AttractorDictionary, seed: int) -> dict[s
         drawn = torch.tensor([leader for leader, _ in drawn_attractors(ends, seed)])
         points = ends[drawn].to(model.device)
         radii = tuple(spectral_radii(model.self_map, points, chunk=model.chunk).values.tolist())
-    verdict = judge(health, Facts(passes.still_falling, radii, share_stable(radii), share, hidden))
+    verdict = judge(health, Facts(passes.still_falling, radii, share, hidden))
     found = health.as_dict() | {"verdict": asdict(verdict), "healthy": verdict.meaningful}
     if not verdict.meaningful and not found["warnings"]:
         found["warnings"] = [verdict.reason]
