@@ -29,16 +29,12 @@ def curve_quantiles(split: Split, parts: Sequence[Part], tol: float) -> pd.DataF
     residuals, norms = (join_tables([p[name] for p in pieces]).numpy() for name in ("residuals", "norm"))
     held = pd.DataFrame(norms).ffill(axis=1).to_numpy()
     stopped = np.isnan(residuals)
-    ranked = np.where(stopped, -np.inf, residuals)
-    rows = []
-    for step in range(residuals.shape[1]):
-        squared = np.quantile(ranked[:, step], QUANTILES, method="lower")
-        squared = np.where(squared < tol, np.nan, squared)
-        running = float((~stopped[:, step]).mean())
-        for quantity, values in (
-            ("residual_sq", squared),
-            ("norm", np.nanquantile(held[:, step], QUANTILES)),
-            ("running", [running] * len(QUANTILES)),
-        ):
-            rows.append([split.name, split.role, step, quantity, *values])
-    return pd.DataFrame(rows, columns=columns)
+    squared = np.quantile(np.where(stopped, -np.inf, residuals), QUANTILES, axis=0, method="lower")
+    quantities = {  # each (quantiles, steps)
+        "residual_sq": np.where(squared < tol, np.nan, squared),
+        "norm": np.nanquantile(held[:, : residuals.shape[1]], QUANTILES, axis=0),
+        "running": np.broadcast_to((~stopped).mean(axis=0), squared.shape),
+    }
+    tables = [pd.DataFrame(v.T, columns=_COLUMNS).assign(quantity=name) for name, v in quantities.items()]
+    table = pd.concat(tables).rename_axis("step").reset_index().sort_values("step", kind="stable", ignore_index=True)
+    return table.assign(split=split.name, role=split.role)[columns]
