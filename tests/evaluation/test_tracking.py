@@ -118,4 +118,4 @@ def test_a_tracker_that_fails_leaves_the_run_whole(result: Result) -> None:
         raise OSError("no route to host")
 
     with pytest.raises(TrajOODError, match=r"is finished, but could not be logged \(no route to host\); its files are"):
-        log_result(result, FOLDER, SimpleNamespace(log=fail))
+        log_result(result, FOLDER, fail)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.evaluation.metrics import METRIC_NAMES
@@ -24,12 +24,9 @@ from traj_ood.evaluation.results import REGIONS, Result
 _INVALID = re.compile(r"[^\w ./-]")  # characters that MLflow does not accept in names
 
 
-class Tracker(Protocol):
-    """Interface of the trackers."""
-
-    def log(self, run: str, group: str, params: Mapping[str, str], metrics: Mapping[str, float], folder: Path) -> None:
-        """Log the finished run ``run`` of the benchmark ``group``: settings as text, fractions by
-        ``scorer/region/metric``, and result.json of its folder as an artifact."""
+Tracker: TypeAlias = Callable[[str, str, dict[str, str], dict[str, float], Path], None]
+"""Logs a finished run: its name and benchmark, settings as text, fractions by ``scorer/region/metric``, and its folder,
+of which result.json becomes an artifact."""
 
 
 def tracker(spec: str) -> Tracker:
@@ -59,7 +56,7 @@ def log_result(result: Result, folder: Path, to: Tracker) -> None:
     facts = {"benchmark": result.benchmark, "model": result.model["name"], "seed": result.seed, "commit": result.commit}
     params = {key: str(value)[:250] for key, value in {**facts, **config}.items() if value is not None}
     with foreign_errors(f"{folder}: the run is finished, but could not be logged", "; its files are complete"):
-        to.log(result.name, result.benchmark, params, figures(result), folder)
+        to(result.name, result.benchmark, params, figures(result), folder)
 
 
 def figures(result: Result) -> dict[str, float]:
@@ -74,59 +71,57 @@ def figures(result: Result) -> dict[str, float]:
     return {**found, "attractors/healthy": float(result.dictionary["healthy"])}
 
 
-class _MLflow:
-    def __init__(self, target: str) -> None:
-        import mlflow
+def _mlflow(target: str) -> Tracker:
+    import mlflow
+    from mlflow.entities import Metric, Param
 
-        local = re.match(r"\w+:", target) is None
-        if local:  # MLflow prefers databases, and refuses folders without this variable
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        self._client = mlflow.MlflowClient(Path(target).absolute().as_uri() if local else target)
+    local = re.match(r"\w+:", target) is None
+    if local:  # MLflow prefers databases, and refuses folders without this variable
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = mlflow.MlflowClient(Path(target).absolute().as_uri() if local else target)
 
-    def log(self, run: str, group: str, params: Mapping[str, str], metrics: Mapping[str, float], folder: Path) -> None:
-        from mlflow.entities import Metric, Param
-
-        known = self._client.get_experiment_by_name(group)
-        experiment = self._client.create_experiment(group) if known is None else known.experiment_id
-        made = self._client.create_run(experiment, run_name=run).info.run_id
+    def log(run: str, group: str, params: dict[str, str], metrics: dict[str, float], folder: Path) -> None:
+        known = client.get_experiment_by_name(group)
+        experiment = client.create_experiment(group) if known is None else known.experiment_id
+        made = client.create_run(experiment, run_name=run).info.run_id
         values = [Metric(_INVALID.sub("_", key), value, 0, 0) for key, value in metrics.items()]
         for start in range(0, len(values), 500):  # at most 1,000 per request
-            self._client.log_batch(made, metrics=values[start : start + 500])
-        self._client.log_batch(made, params=[Param(_INVALID.sub("_", key), value) for key, value in params.items()])
-        self._client.log_artifact(made, str(folder / "result.json"))
-        self._client.set_terminated(made)
+            client.log_batch(made, metrics=values[start : start + 500])
+        client.log_batch(made, params=[Param(_INVALID.sub("_", key), value) for key, value in params.items()])
+        client.log_artifact(made, str(folder / "result.json"))
+        client.set_terminated(made)
+
+    return log
 
 
-class _WandB:
-    def __init__(self, target: str) -> None:
-        import wandb
+def _wandb(target: str) -> Tracker:
+    import wandb
 
-        self._wandb, self._project = wandb, target
-
-    def log(self, run: str, group: str, params: Mapping[str, str], metrics: Mapping[str, float], folder: Path) -> None:
+    def log(run: str, group: str, params: dict[str, str], metrics: dict[str, float], folder: Path) -> None:
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        made = self._wandb.init(project=self._project, name=run, group=group, config=dict(params), mode=mode)
-        made.summary.update(dict(metrics))
+        made = wandb.init(project=target, name=run, group=group, config=params, mode=mode)
+        made.summary.update(metrics)
         made.save(str(folder / "result.json"), base_path=str(folder), policy="now")
         made.finish()
 
+    return log
 
-class _TensorBoard:
-    def __init__(self, target: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
 
-        self._writer, self._target = SummaryWriter, Path(target)
+def _tensorboard(target: str) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
 
-    def log(self, run: str, group: str, params: Mapping[str, str], metrics: Mapping[str, float], folder: Path) -> None:
-        with self._writer(str(self._target / run)) as writer:
+    def log(run: str, group: str, params: dict[str, str], metrics: dict[str, float], folder: Path) -> None:
+        with SummaryWriter(str(Path(target) / run)) as writer:
             for key, value in metrics.items():
                 writer.add_scalar(key, value)
             writer.add_text("params", "\n".join(f"- {key}: {value}" for key, value in params.items()))
 
+    return log
+
 
 TRACKERS: dict[str, tuple[str, Callable[[str], Tracker]]] = {
-    "mlflow": ("mlflow-skinny", _MLflow),
-    "wandb": ("wandb", _WandB),
-    "tensorboard": ("tensorboard", _TensorBoard),
+    "mlflow": ("mlflow-skinny", _mlflow),
+    "wandb": ("wandb", _wandb),
+    "tensorboard": ("tensorboard", _tensorboard),
 }
-"""Library and class by kind."""
+"""Library, and the function that creates the tracker for a target, by kind."""
