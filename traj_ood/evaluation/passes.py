@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from traj_ood.attractors import AttractorDictionary
 from traj_ood.attractors.health import still_falling
 from traj_ood.autoencoders import Encoding, SurrogateAutoencoder
 from traj_ood.backbones.feature_cache import FeatureCache
@@ -30,7 +31,6 @@ from traj_ood.scorers.scorer_set import Scored, ScorerSet
 
 PartsBySplit: TypeAlias = dict[str, list[Part]]
 """The parts of all batches in order, by split."""
-_Compute: TypeAlias = "Callable[[list[_Job], StepBar], Iterator[tuple[_Job, Part]]]"
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Passes:
             TrajOODError: images cannot be read, have changed or are too few, or another process failed.
         """
         split = self.sample.train
-        parts = self._pass([split], self._explored, everywhere=True)
+        parts = self._pass([split], fitting=True)
         pieces = parts[split.name]
         self.failures = [f for p in pieces for f in p.failures]
         self.scorers.check_training_size(sum(len(p.ids) for p in pieces))  # again, without skipped images
@@ -89,7 +89,7 @@ class Passes:
             TrajOODError: as :meth:`fit`; also if scores are not finite, or no image of a split can be read.
         """
         splits = [self.sample.test, *self.sample.ood]
-        scored = self._pass(splits, self._scored, everywhere=False)
+        scored = self._pass(splits, fitting=False)
         self.failures += [f for split in splits for p in scored[split.name] for f in p.failures]
         for split in splits if self.team.is_main else ():
             if not any(p.ids for p in scored[split.name]):
@@ -111,10 +111,10 @@ class Passes:
         batch = read_rows(model, split.images, indices, self.workers, self.on_error)
         return batch.ids, model.examine(batch.images) if batch.ids else None, batch.failures
 
-    def _pass(self, splits: Sequence[Split], compute: _Compute, everywhere: bool) -> PartsBySplit:
+    def _pass(self, splits: Sequence[Split], *, fitting: bool) -> PartsBySplit:
         """Compute all batches of some splits that are not stored yet, as one stream, and save each when it is finished.
 
-        Each process computes its share. The main process, or with ``everywhere`` every process, returns all batches.
+        Each process computes its share. The main process, or of the training pass every process, returns all batches.
         """
         batches = {split.name: ranges_of(len(split.images), self.batch_sizes[split.name]) for split in splits}
         share = [_Job(split, indices) for split in splits for indices in self.team.share(batches[split.name])]
@@ -126,16 +126,16 @@ class Passes:
         with StepBar(sum(len(job.indices) for job in share), quiet=self.quiet or not self.team.is_main) as bar:
             bar.skip(sum(len(job.indices) for job in share if job.key in pieces))
             began = time.perf_counter()
-            for job, part in compute([job for job in share if job.key not in pieces], bar):
+            for job, part in self._computed([job for job in share if job.key not in pieces], bar, fitting):
                 self.snapshot.check(job.split, job.indices)
                 self.parts.save(job.key, part)
                 pieces[job.key] = part
                 bar.finish(len(job.indices))
-                kind = "fit" if job.split is self.sample.train else f"score/{job.split.name}"
+                kind = "fit" if fitting else f"score/{job.split.name}"
                 began, before = time.perf_counter(), began
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + began - before
         self.team.wait()
-        if not (everywhere or self.team.is_main):
+        if not (fitting or self.team.is_main):
             return {split.name: [] for split in splits}
         return {
             name: [pieces.get(key) or self.parts.get(key) for key in (key_of(name, b.start) for b in ranges)]
@@ -159,28 +159,23 @@ class Passes:
             if encoding is not None:
                 yield encoding, job.ids
 
-    def _explored(self, jobs: list[_Job], bar: StepBar) -> Iterator[tuple[_Job, Part]]:
-        """Each batch of the training pass with its part: evidence, end points and curves."""
+    def _computed(self, jobs: list[_Job], bar: StepBar, fitting: bool) -> Iterator[tuple[_Job, Part]]:
+        """Each batch with its part, in order."""
         taken: deque[_Job] = deque()
-        for dictionary, evidence in self.scorers.explore_all(self._read(jobs, bar, taken), bar.on_step):
+        read = self._read(jobs, bar, taken)
+        found: Iterator[Any] = (
+            self.scorers.explore_all(read, bar.on_step)
+            if fitting
+            else self.scorers.score_all((encoding for encoding, _ in read), bar.on_step)
+        )
+        for result in found:
             yield from _unreadable(taken)
             job = taken.popleft()
-            part = explored_part(job.ids, dictionary, evidence, job.failures)
-            yield job, replace(part, tensors={**part.tensors, **_curves_of(evidence)})
+            yield job, _explored(job, *result) if fitting else self._scored(job, result)
         yield from _unreadable(taken)
 
-    def _scored(self, jobs: list[_Job], bar: StepBar) -> Iterator[tuple[_Job, Part]]:
-        """Each batch of the scoring pass with its part: scores, costs and curves."""
-        taken: deque[_Job] = deque()
-        encodings = (encoding for encoding, _ in self._read(jobs, bar, taken))
-        for scored in self.scorers.score_all(encodings, bar.on_step):
-            yield from _unreadable(taken)
-            job = taken.popleft()
-            yield job, self._part(job, scored)
-        yield from _unreadable(taken)
-
-    def _part(self, job: _Job, scored: Scored) -> Part:
-        """The scores of one batch, without images for which a scorer has no finite score."""
+    def _scored(self, job: _Job, scored: Scored) -> Part:
+        """Scores, costs and curves of one batch, without images for which a scorer has no finite score."""
         good, failures = torch.ones(len(job.ids), dtype=torch.bool), list(job.failures)
         for label, values in scored.scores.items():
             bad = (~values.isfinite()).nonzero()[:, 0]
@@ -233,6 +228,12 @@ def _unreadable(taken: deque[_Job]) -> Iterator[tuple[_Job, Part]]:
         if job.error is not None:
             raise job.error
         yield job, Part((), job.failures, {}, {})
+
+
+def _explored(job: _Job, dictionary: AttractorDictionary | None, evidence: Evidence) -> Part:
+    """Evidence, end points and curves of one batch of the training pass."""
+    part = explored_part(job.ids, dictionary, evidence, job.failures)
+    return replace(part, tensors={**part.tensors, **_curves_of(evidence)})
 
 
 def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
