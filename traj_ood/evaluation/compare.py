@@ -63,11 +63,9 @@ class PairedScores:
 
     @classmethod
     def from_tables(cls, tables: Sequence[pd.DataFrame], a: str, b: str) -> PairedScores:
-        """Collect the scores from the ``scores.parquet`` tables of one or several runs on the same images.
+        """The scores in columns ``a`` and ``b`` of the ``scores.parquet`` tables of runs on the same images, whose
+        rows may be in any order.
 
-        Args:
-            tables: columns ``split``, ``role``, ``id`` and one per scorer; rows in any order.
-            a, b: columns of the two scorers.
         Raises:
             TrajOODError: there are no tables, a table lacks a scorer (similar names are suggested), the ID test images
                 or an OOD set other than diagnostics, images differ between runs, or scores are not finite.
@@ -80,7 +78,8 @@ class PairedScores:
         for number, table in enumerate(tables):
             for label in (a, b):
                 if label not in table.columns:
-                    raise unknown_name(f"scorer of run {number}", label, _scorers(table))
+                    own = ("split", "role", "id", "trajectory_steps", "trajectory_status")
+                    raise unknown_name(f"scorer of run {number}", label, [c for c in table.columns if c not in own])
             for (split, role), rows in table.groupby(["split", "role"], sort=False):
                 part = rows.sort_values("id")
                 ids = part["id"].tolist()
@@ -117,14 +116,10 @@ class PairedScores:
 
 def _numbered_pictures(ids: Sequence[str]) -> Counts:
     """(m,): number of the picture from which each image was cut, by first appearance; other images are their own."""
-    numbers: dict[str, int] = {}
+    import pandas as pd
+
     matches = ((i, _CROP.fullmatch(i)) for i in ids)
-    return np.array([numbers.setdefault(m[1] if m else i, len(numbers)) for i, m in matches], dtype=np.int64)
-
-
-def _scorers(table: pd.DataFrame) -> list[str]:
-    own = ("split", "role", "id", "trajectory_steps", "trajectory_status")
-    return [str(c) for c in table.columns if c not in own]
+    return pd.factorize(np.array([m[1] if m else i for i, m in matches], dtype=object))[0]
 
 
 # ---------------------------------------------------------------------------------------------- paired bootstrap
@@ -216,8 +211,7 @@ def paired_bootstrap(
 
     Args:
         suites: one or several benchmarks, with the same two scorers in each.
-        resamples: number of resamples, default 1,000.
-        seed: seed of the draws.
+        resamples, seed: number and seed of the resamples.
     Raises:
         TrajOODError: there is no suite, or ``resamples`` < 1.
     """

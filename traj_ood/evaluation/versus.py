@@ -15,7 +15,7 @@ import pandas as pd
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.evaluation.cautions import cautions, other_settings
 from traj_ood.evaluation.compare import BootstrapComparison, Difference, PairedScores, paired_bootstrap
-from traj_ood.evaluation.results import Result, is_same_run, near_first
+from traj_ood.evaluation.results import Result, is_same_run
 from traj_ood.evaluation.runs import Run
 from traj_ood.evaluation.text_tables import Bold, TextTable
 
@@ -152,7 +152,7 @@ def compare_scorers(runs: Sequence[Run], a: str, b: str, *, resamples: int = RES
     Args:
         runs: runs of one or several benchmarks; those of one benchmark must have the same test images.
         a, b: labels of the two scorers, which every run must have; the name of a scorer stands for its only label.
-        resamples, seed: see :func:`traj_ood.evaluation.compare.paired_bootstrap`. Default: :data:`RESAMPLES`.
+        resamples, seed: see :func:`traj_ood.evaluation.compare.paired_bootstrap`.
     Raises:
         TrajOODError: there are no runs, ``a`` is ``b``, two runs are one, a run lacks a scorer, a name has several
             labels, or images differ.
@@ -223,21 +223,20 @@ def _versus(
     resamples: int,
     seed: int,
 ) -> Versus:
-    roles = {name: runs[0].sets() for name, runs in suites.items()}
     models = {name: sorted({str(run.result.model["name"]) for run in runs}) for name, runs in suites.items()}
     found: BootstrapComparison = paired_bootstrap(list(paired.values()), resamples=resamples, seed=seed)
     places = [
-        (number, name, set_name)
-        for number, name in enumerate(paired)
-        for set_name in near_first({s: roles[name].get(s, "far") for s in paired[name].ood})
+        (number, name, set_name, role)
+        for number, (name, runs) in enumerate(suites.items())
+        for set_name, role in runs[0].sets().items()
     ]
     sets: dict[str, list[SetDifference]] = {}
     for metric in _NAMES:
-        each = [getattr(found.sets[number][set_name], metric) for number, _, set_name in places]
+        each = [getattr(found.sets[number][set_name], metric) for number, _, set_name, _ in places]
         corrected = holm([d.p for d in each])
         sets[metric] = [
-            SetDifference(name, set_name, roles[name].get(set_name, "far"), d, p)
-            for (_, name, set_name), d, p in zip(places, each, corrected, strict=True)
+            SetDifference(name, set_name, role, d, p)
+            for (_, name, set_name, role), d, p in zip(places, each, corrected, strict=True)
         ]
     mean = {metric: getattr(found.mean, metric) for metric in _NAMES}
     lines = [
