@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from torch import Tensor
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import Benchmark, Split
+from traj_ood.data.preprocessing import as_picture
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.trajectory import Status, Trajectory
@@ -214,7 +215,7 @@ def keep_pictures(
     mistakes = {label: _mistakes(table, label, album) for label in chosen_scorers(scorers)}
     rows = _path_rows(table)
     frame_rows = _frame_rows(rows)
-    images = torch.stack([autoencoder.transform(album.load(row.split, row.id)) for row in rows])
+    images = torch.stack([autoencoder.transform(album.load(split, i)) for split, _, i in rows])
     start = autoencoder.examine(images).latents
     plane = _plane(dictionary, start)
     decoded = tuple(autoencoder.decode(start[:1]).shape[1:])
@@ -286,21 +287,14 @@ def _mistakes(table: pd.DataFrame, label: str, album: Album) -> dict[str, tuple[
     return found
 
 
-class _Row(NamedTuple):
-    split: str
-    role: str
-    id: str
-
-
-def _path_rows(table: pd.DataFrame) -> list[_Row]:
-    """The samples whose paths are kept, from the ID test split and each OOD set, near sets first; evenly spread, as
-    lists are often sorted by class."""
+def _path_rows(table: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """Split, role and id of the samples whose paths are kept, from the ID test split and each OOD set, near sets first;
+    evenly spread, as lists are often sorted by class."""
     ood = [part for _, part in table[table["role"] != "test"].groupby("split", sort=False)]
     each = max(1, _OOD_PATHS // len(ood))
     wanted = [(table[table["role"] == "test"], _ID_PATHS), *((part, each) for part in ood[:_OOD_PATHS])]
     chosen = pd.concat([part.iloc[_places(len(part), count)] for part, count in wanted])
-    found = zip(chosen["split"], chosen["role"], chosen["id"], strict=True)
-    return [_Row(*map(str, values)) for values in found]
+    return [(str(split), str(role), str(i)) for split, role, i in chosen[["split", "role", "id"]].to_numpy()]
 
 
 def _places(length: int, count: int) -> list[int]:
@@ -309,10 +303,10 @@ def _places(length: int, count: int) -> list[int]:
     return [int((k + 0.5) * length / count) for k in range(count)]
 
 
-def _frame_rows(rows: Sequence[_Row]) -> list[int]:
+def _frame_rows(rows: Sequence[tuple[str, str, str]]) -> list[int]:
     """Indices of three ID samples, and of three OOD samples from different sets."""
-    known = [n for n, row in enumerate(rows) if row.role == "test"]
-    first = {row.split: n for n, row in reversed(list(enumerate(rows))) if row.role != "test"}
+    known = [n for n, (_, role, _) in enumerate(rows) if role == "test"]
+    first = {split: n for n, (split, role, _) in reversed(list(enumerate(rows))) if role != "test"}
     ood = sorted(first.values())
     return [*known[:_FRAME_SAMPLES], *(ood[k] for k in _places(len(ood), _FRAME_SAMPLES))]
 
@@ -464,6 +458,4 @@ def _to_image(pixels: Tensor, limits: Tensor) -> Image.Image:
     """Convert pixels (C, H, W) in the model's units to an image; ``limits`` (2, C) map to 0 and 255, others are
     clipped."""
     low, high = (limit.reshape(-1, 1, 1) for limit in limits)
-    unit = ((pixels - low) / (high - low).clamp(min=1e-12)).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0, 1)
-    array = (255 * unit).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    return as_picture(((pixels - low) / (high - low).clamp(min=1e-12)).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0))
