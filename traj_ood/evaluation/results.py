@@ -6,6 +6,7 @@ Loading is strict: files that are incomplete, edited or of another schema are re
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -131,19 +132,20 @@ class Result:
         tree = asdict(self)
         for scorer, written in zip(self.scorers.values(), tree["scorers"].values(), strict=True):
             written.update({k: asdict(m) if (m := getattr(scorer, k)) else None for k in REGIONS})
+        try:
+            tree = json.loads(json.dumps(tree, sort_keys=True, default=_plain))
+        except TypeError as error:
+            raise TrajOODError(
+                f"result {self.name!r}: expected numbers, text, lists and string keys, got something else "
+                f"({error}); convert it before saving"
+            ) from error
         where = _first_non_finite(tree)
         if where:
             raise TrajOODError(
                 f"result {self.name!r}: expected finite numbers, got NaN or infinity at {where}; "
                 "store None for undefined values"
             )
-        try:
-            write_json(path, tree, sort_keys=True, allow_nan=False, ensure_ascii=False, default=_plain)
-        except TypeError as error:
-            raise TrajOODError(
-                f"result {self.name!r}: expected numbers, text, lists and string keys, got something else "
-                f"({error}); convert it before saving"
-            ) from error
+        write_json(path, tree, ensure_ascii=False)
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
@@ -307,12 +309,11 @@ def _plain(value: Any) -> Any:
 
 
 def _first_non_finite(tree: Any, where: str = "") -> str | None:
-    """The dotted key of the first NaN or infinity in nested mappings and lists; None if all numbers are finite."""
-    if isinstance(tree, Mapping):
-        children = [(f"{where}.{key}" if where else str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, (list, tuple)):
+    """The dotted key of the first NaN or infinity in JSON data; None if all numbers are finite."""
+    if isinstance(tree, dict):
+        children = [(f"{where}.{key}" if where else key, value) for key, value in tree.items()]
+    elif isinstance(tree, list):
         children = [(f"{where}[{i}]", value) for i, value in enumerate(tree)]
     else:
-        number = _plain(tree) if hasattr(tree, "dtype") and getattr(tree, "ndim", 0) == 0 else tree
-        return where if isinstance(number, float) and not math.isfinite(number) else None
+        return where if isinstance(tree, float) and not math.isfinite(tree) else None
     return next((found for place, value in children if (found := _first_non_finite(value, place))), None)
