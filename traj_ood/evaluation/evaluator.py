@@ -329,8 +329,7 @@ class Evaluator:
         # Older results have none of these keys.
         config |= {"compile": True} if self.scorers.compile else {}
         config |= {"control": True} if self.control else {}
-        own = {scorer.label: own_file(type(scorer)) for scorer in self.scorers.scorers}
-        own = {label: file for label, file in own.items() if file is not None}
+        own = {s.label: file for s in self.scorers.scorers if (file := own_file(type(s))) is not None}
         config |= {"own_scorers": own} if own else {}
         config |= {
             "scorers": self.scorers.labels,

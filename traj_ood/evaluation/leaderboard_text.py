@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -185,12 +184,10 @@ def _held(sets: pd.DataFrame) -> str:
     """Which sets the means include; several sentences if rows divide the sets in different ways, as records of
     different versions may."""
     ways = {
-        json.dumps(dict(zip(own["set"], own["role"], strict=True))): str(variant)
+        sets_in_words(dict(zip(own["set"], own["role"], strict=True))): variant
         for variant, own in sets.groupby("variant", sort=False)
     }
-    if len(ways) == 1:
-        return sets_in_words(json.loads(next(iter(ways))))
-    return " ".join(f"{sets_in_words(json.loads(way))[:-1]} ({variant})." for way, variant in ways.items())
+    return next(iter(ways)) if len(ways) == 1 else " ".join(f"{way[:-1]} ({v})." for way, v in ways.items())
 
 
 def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> TextTable:

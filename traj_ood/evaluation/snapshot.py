@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from traj_ood.data import ImageSource, Split
@@ -51,12 +52,8 @@ class Snapshot:
             names, before = [n for n in self._images if both or n != LEARNT], before[both | (before["split"] != LEARNT)]
             now = pd.concat(map(self._table, names))
             if before[["split", "id"]].values.tolist() == now[["split", "id"]].values.tolist():
-                other = (before["content"].to_numpy() != now["content"].to_numpy()).tolist()
-                found, first = {}, 0
-                for name in names:
-                    found[name] = [i for i in range(len(self._images[name])) if other[first + i]]
-                    first += len(self._images[name])
-                return found
+                other = before["content"].to_numpy() != now["content"].to_numpy()
+                return {name: np.flatnonzero(other[now["split"] == name]).tolist() for name in names}
         return None
 
     def words(self, changed: dict[str, list[int]]) -> str:
