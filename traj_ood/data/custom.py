@@ -79,19 +79,18 @@ def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchm
 
 def _images(spec: object, here: Path, base: Path) -> FileImages | EncodedImages:
     """The images of one split: a folder below ``base``, an image list, or a source of records."""
-    if isinstance(spec, str) and (is_address(spec) or spec.startswith(HUB)):
-        return read_encoded(spec)
-    if isinstance(spec, str) and spec.strip() and is_records(str(_place(base, spec, "source"))):
-        return read_encoded(str(_place(base, spec, "source")))
     if isinstance(spec, str) and spec.strip():
-        return read_folder(_place(base, spec, "folder"))
+        if is_address(spec) or spec.startswith(HUB):
+            return read_encoded(spec)
+        place = _place(base, spec, "folder")
+        return read_encoded(str(place)) if is_records(str(place)) else read_folder(place)
     if not isinstance(spec, dict):
         raise TrajOODError(f"expected a folder or {{list: FILE, root: FOLDER}}, got {_kind(spec)}; give one")
     if "folder" in spec:
         _check_keys(spec, FOLDER_KEYS, "image folder")
-        folder, classes = _place(base, spec["folder"], "folder"), spec.get("classes", False)
-        labelled = _flag(classes, "classes")
-        return labelled_by_folder(read_folder(folder)) if labelled else read_folder(folder)
+        labelled = _flag(spec.get("classes", False), "classes")
+        images = read_folder(_place(base, spec["folder"], "folder"))
+        return labelled_by_folder(images) if labelled else images
     _check_keys(spec, LIST_KEYS, "image list")
     if "list" not in spec:
         raise TrajOODError("expected the key 'list' with an image list; add it, or give a folder as plain text")

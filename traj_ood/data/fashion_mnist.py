@@ -130,10 +130,7 @@ def _read_part(folder: Path, name: str) -> np.ndarray:
 
 
 def _idx_path(folder: Path, name: str) -> Path | None:
-    for path in (folder / f"{name}.gz", folder / name):
-        if path.is_file():
-            return path
-    return None
+    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
 
 
 def _into_cache(target: Path, fetch: Callable[[Path], Path | None]) -> bool:

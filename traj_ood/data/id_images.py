@@ -109,14 +109,13 @@ def _read(
     """Name, training images, val images or None, and the protocol's number of training images or None."""
     if is_records(source):
         return source.rstrip("/").rpartition("/")[2], read_encoded(source, reading, opening), None, None
-    is_benchmark = _is_benchmark(source)
-    if not is_benchmark and not Path(source).exists():
-        known = [info.name for info in list_benchmarks()]
-        raise TrajOODError(f"{source}: no such folder or image list; {unknown_name('benchmark', source, known)}")
-    if is_benchmark:
+    if _is_benchmark(source):
         benchmark = load_benchmark(source, root, follow_links=follow_links, reading=reading)
         val = None if benchmark.val is None else benchmark.val.images
         return benchmark.name, benchmark.train.images, val, benchmark.train_size
+    if not Path(source).exists():
+        known = [info.name for info in list_benchmarks()]
+        raise TrajOODError(f"{source}: no such folder or image list; {unknown_name('benchmark', source, known)}")
     return Path(source).resolve().name, _read_files(source, root, follow_links, reading, opening), None, None
 
 

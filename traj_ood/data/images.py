@@ -78,6 +78,7 @@ class Listed:
 
     columns: ClassVar[tuple[str, ...]] = ("ids", "labels")
     ids: tuple[str, ...]
+    labels: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,6 +88,23 @@ class Listed:
         whole = {name: getattr(self, name) for name in self.columns}
         parts = {name: tuple(column[i] for i in indices) for name, column in whole.items() if column}
         return replace(self, **parts)  # type: ignore[type-var]
+
+    def _check(self, count: int, what: str) -> None:
+        """Make tuples of the columns, and check that there are ``count`` unique ids and as many labels or none."""
+        for column in self.columns:
+            object.__setattr__(self, column, tuple(getattr(self, column)))
+        if len(self.ids) != count:
+            raise TrajOODError(
+                f"{what}: expected {count} ids, one per image, got {len(self.ids)}; give one id per image"
+            )
+        if len(set(self.ids)) != count:
+            twice = next(image_id for image_id, times in Counter(self.ids).items() if times > 1)
+            raise TrajOODError(f"{what}: expected unique ids, got {twice!r} twice; give every image its own id")
+        if self.labels and len(self.labels) != count:
+            raise TrajOODError(
+                f"{what}: expected {count} labels, one per image, got {len(self.labels)}; give one label per image or "
+                "none"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +125,13 @@ class ArrayImages(Listed):
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", tuple(self.ids))
-        object.__setattr__(self, "labels", tuple(self.labels))
         shape = self.array.shape
         if self.array.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
             raise TrajOODError(
                 f"array images: expected uint8 of shape (N, H, W) or (N, H, W, 3), got {self.array.dtype} {shape}; "
                 "convert the array first"
             )
-        _check_ids(self.ids, shape[0], "array images")
-        _check_labels(self.labels, shape[0], "array images")
+        self._check(shape[0], "array images")
 
     def load(self, index: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(self.array[index]))
@@ -173,10 +188,7 @@ class FileImages(Listed):
     def __post_init__(self) -> None:
         Reading(self.exif, self.bit_depth)
         object.__setattr__(self, "root", Path(self.root))
-        for field in ("paths", "ids", "labels"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        _check_ids(self.ids, len(self.paths), f"image files below {self.root}")
-        _check_labels(self.labels, len(self.paths), f"image files below {self.root}")
+        self._check(len(self.paths), f"image files below {self.root}")
 
     def load(self, index: int) -> Image.Image:
         """Read and decode file ``index``; raises as :func:`open_image` and :meth:`check_links`."""
@@ -441,21 +453,6 @@ def _is_filled_file(path: str) -> bool:
         return os.path.isfile(path) and os.stat(path).st_size > 0
     except OSError:  # removed between the two calls, or no permission
         return False
-
-
-def _check_ids(ids: tuple[str, ...], count: int, what: str) -> None:
-    if len(ids) != count:
-        raise TrajOODError(f"{what}: expected {count} ids, one per image, got {len(ids)}; give one id per image")
-    if len(set(ids)) != count:
-        twice = next(image_id for image_id, times in Counter(ids).items() if times > 1)
-        raise TrajOODError(f"{what}: expected unique ids, got {twice!r} twice; give every image its own id")
-
-
-def _check_labels(labels: tuple[str, ...], count: int, what: str) -> None:
-    if labels and len(labels) != count:
-        raise TrajOODError(
-            f"{what}: expected {count} labels, one per image, got {len(labels)}; give one label per image or none"
-        )
 
 
 def _digest_of(*columns: Sequence[str]) -> hashlib._Hash:
