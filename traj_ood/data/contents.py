@@ -81,10 +81,7 @@ def hash_files(paths: Sequence[str]) -> tuple[str, ...]:
     A file whose :func:`stamp` equals that of its row is not read. A file written a moment ago is not cached, as it may
     change again within one tick of the file system's clock.
     """
-    found: list[str] = []
-    for part in _parts(paths, _FILES_PER_COMMIT):
-        found += _hash_part(part)
-    return tuple(found)
+    return tuple(digest for part in _parts(paths, _FILES_PER_COMMIT) for digest in _hash_part(part))
 
 
 def _hash_part(paths: Sequence[str]) -> list[str]:

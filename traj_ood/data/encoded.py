@@ -10,7 +10,7 @@ from PIL import Image
 
 from traj_ood.data.decoding import AS_STORED, Reading, open_bytes
 from traj_ood.data.images import Listed
-from traj_ood.data.records import DEFAULT_OPENING, Opening, read_records, short
+from traj_ood.data.records import DEFAULT_OPENING, Opening, Record, read_records, short
 from traj_ood.errors import TrajOODError
 
 MAX_BYTES = 2**33
@@ -60,27 +60,24 @@ class EncodedImages(Listed):
 
 def read_encoded(source: str, reading: Reading = AS_STORED, opening: Opening = DEFAULT_OPENING) -> EncodedImages:
     """Read all records of a source into memory, at most ``MAX_BYTES`` and each with an id of its own."""
-    ids: dict[str, None] = {}
-    files: list[bytes | str] = []
-    labels: list[str] = []
+    found: dict[str, Record] = {}
     size = 0
     for record in read_records(source, opening):
         name = short(record.key, source)
-        if name in ids:
+        if name in found:
             raise TrajOODError(f"{source}: two records are called {name!r}: give each image a different key")
-        ids[name] = None
-        files.append(record.error if record.content is None else record.content)
-        labels.append(record.label)
+        found[name] = record
         size += len(record.content or b"")
         if size > MAX_BYTES:
             raise TrajOODError(
                 f"{source}: expected at most {MAX_BYTES} bytes of images to learn from, got more: give "
                 "some of the shards"
             )
-    if not ids:
+    if not found:
         raise TrajOODError(f"{source}: expected images, found none")
-    known = tuple(labels) if all(labels) else ()
-    return EncodedImages(tuple(ids), tuple(files), known, reading.exif, reading.bit_depth)
+    files = tuple(r.error if r.content is None else r.content for r in found.values())
+    labels = tuple(r.label for r in found.values())
+    return EncodedImages(tuple(found), files, labels if all(labels) else (), reading.exif, reading.bit_depth)
 
 
 def _digest(content: bytes | str) -> str:

@@ -51,21 +51,15 @@ def preflight(benchmark: Benchmark) -> None:
 
     Decoding all images would cost as much as the run itself; damaged ones are reported when they are read.
     """
-    counts: list[str] = []
-    details: list[str] = []
-    shown: list[str] = []
-    for split in benchmark.splits():
-        missing = split.images.missing()
-        if missing:
-            counts.append(f"{split.name} ({len(missing)} of {len(split.images)})")
-            details += [f"{split.name}: {path}" for path in missing]
-            shown += missing[:SHOWN]
-    if details:
+    missing = [(split, found) for split in benchmark.splits() if (found := split.images.missing())]
+    if missing:
+        counts = ", ".join(f"{split.name} ({len(found)} of {len(split.images)})" for split, found in missing)
+        paths = [path for _, found in missing for path in found]
         raise MissingDataError(
-            f"benchmark {benchmark.name!r}: {len(details)} image files are missing or empty in {', '.join(counts)}; "
-            f"expected e.g. {', '.join(shown[:SHOWN])}; "
+            f"benchmark {benchmark.name!r}: {len(paths)} image files are missing or empty in {counts}; "
+            f"expected e.g. {', '.join(paths[:SHOWN])}; "
             f"{benchmark.how_to_get or 'put the files there or correct the folders and lists'}",
-            tuple(details),
+            tuple(f"{split.name}: {path}" for split, found in missing for path in found),
         )
     for split in benchmark.splits():
         try:

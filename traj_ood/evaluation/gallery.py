@@ -21,7 +21,7 @@ from torch import Tensor
 
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.data import Benchmark, Split
+from traj_ood.data import Benchmark
 from traj_ood.data.preprocessing import as_picture
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.iterate import iterate
@@ -242,22 +242,20 @@ def keep_pictures(
 
 
 class Album:
-    """Reads images of the benchmark by split and id, and stores small versions by key, each once."""
+    """Reads scored images of the benchmark by split and id, and stores small versions by key, each once."""
 
     def __init__(self, benchmark: Benchmark) -> None:
-        self._splits: dict[str, Split] = {s.name: s for s in benchmark.splits()}
-        self._places: dict[str, dict[str, int]] = {}
+        self._images = {split.name: split.images for split in (benchmark.test, *benchmark.ood)}
+        self._places = {name: {i: n for n, i in enumerate(images.ids)} for name, images in self._images.items()}
         self._keys: dict[tuple[str, str], str] = {}
         self.pngs: dict[str, bytes] = {}
 
     def load(self, split: str, image_id: str) -> Image.Image:
         if split not in self._places:
-            if split not in self._splits:
-                raise TrajOODError(f"gallery: expected splits of the benchmark, got {split!r}; start the run again")
-            self._places[split] = {i: n for n, i in enumerate(self._splits[split].images.ids)}
+            raise TrajOODError(f"gallery: expected splits of the benchmark, got {split!r}; start the run again")
         if image_id not in self._places[split]:
             raise TrajOODError(f"gallery: split {split!r} has no image {image_id!r}; start the run again")
-        return self._splits[split].images.load(self._places[split][image_id])
+        return self._images[split].load(self._places[split][image_id])
 
     def original(self, split: str, image_id: str) -> str:
         """The key of the small version of an original image."""

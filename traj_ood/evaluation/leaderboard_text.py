@@ -184,7 +184,7 @@ def _held(sets: pd.DataFrame) -> str:
     """Which sets the means include; several sentences if rows divide the sets in different ways, as records of
     different versions may."""
     ways = {
-        sets_in_words(dict(zip(own["set"], own["role"], strict=True))): variant
+        sets_in_words(dict(zip(own["set"], own["role"], strict=True))): str(variant)
         for variant, own in sets.groupby("variant", sort=False)
     }
     return next(iter(ways)) if len(ways) == 1 else " ".join(f"{way[:-1]} ({v})." for way, v in ways.items())
