@@ -631,6 +631,8 @@ def test_curve_quantiles_censor_converged_samples() -> None:
     assert norm.loc[2, "q95"] == pytest.approx(np.quantile([3, 7, 9], 0.95))
     assert frame[frame["quantity"] == "running"]["q50"].tolist() == pytest.approx([1, 2 / 3, 1 / 3])
     assert curve_quantiles(split, [Part((), [], {}, {})], tol=1e-5).empty
+    diverged = {"steps": torch.zeros(2, dtype=torch.int64), "residuals": torch.empty(2, 0), "norm": torch.ones(2, 1)}
+    assert curve_quantiles(split, [Part(("a", "b"), [], diverged, {})], tol=1e-5).empty
 
 
 # ---------------------------------------------------------------------------------------------- batches, cache

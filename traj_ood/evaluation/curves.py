@@ -24,7 +24,7 @@ def curve_quantiles(split: Split, parts: Sequence[Part], tol: float) -> pd.DataF
     """
     columns = ["split", "role", "step", "quantity", *_COLUMNS]
     pieces = [p.tensors for p in parts if "residuals" in p.tensors and len(p.tensors["steps"])]
-    if not pieces:
+    if not any(p["residuals"].numel() for p in pieces):  # without trajectories, or if none took a step
         return pd.DataFrame(columns=columns)
     residuals, norms = (join_tables([p[name] for p in pieces]).numpy() for name in ("residuals", "norm"))
     held = pd.DataFrame(norms).ffill(axis=1).to_numpy()
