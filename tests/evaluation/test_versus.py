@@ -177,6 +177,19 @@ def test_runs_on_other_images_are_not_compared(runs: Path) -> None:
         compare_scorers([one, two], "knn:k=2", "mahalanobis")
 
 
+def test_runs_with_other_roles_of_a_set_are_not_compared(runs: Path) -> None:
+    one, two = Run.load_all(runs)
+    scorers = {
+        label: replace(scorer, sets={**scorer.sets, "bright": replace(scorer.sets["bright"], role="diagnostic")})
+        for label, scorer in two.result.scorers.items()
+    }
+    other = replace(two, result=replace(two.result, scorers=scorers))
+    with pytest.raises(
+        TrajOODError, match=r"compare: bright is far in .* and diagnostic in .*, so their means are"
+    ):
+        compare_runs(one, other, "knn:k=2")
+
+
 def test_a_run_that_is_given_twice_does_not_count_twice(runs: Path, tmp_path: Path) -> None:
     first = next(path for path in runs.iterdir() if path.name != "second")
     shutil.copytree(first, tmp_path / "copied")

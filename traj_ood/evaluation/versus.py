@@ -185,6 +185,13 @@ def compare_runs(first: Run, second: Run, scorer: str, *, resamples: int = RESAM
             f"compare: expected two runs of one benchmark, got {first.result.benchmark} and {second.result.benchmark}: "
             "compare runs on the same images only"
         )
+    roles, others = first.sets(), second.sets()
+    for name in roles.keys() & others.keys():
+        if roles[name] != others[name]:
+            raise TrajOODError(
+                f"compare: {name} is {roles[name]} in {first.place} and {others[name]} in {second.place}, so their "
+                "means are over other sets: run one of them again"
+            )
     names = [f"{scorer} ({name})" for name in _distinct_names(first, second)]
     tables = [_table(run, scorer).rename(columns={scorer: n}) for run, n in zip((first, second), names, strict=True)]
     both = tables[0].merge(tables[1], on=list(_ROW), how="outer", indicator=True)
