@@ -473,6 +473,27 @@ def test_an_interruption_says_how_to_go_on(
     assert (tmp_path / "a.csv").read_bytes() == whole.stdout_bytes
 
 
+def test_rows_that_were_read_otherwise_are_not_resumed(
+    place: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, calls = Detector.judge, []
+
+    def interrupted(self: Detector, images: Any, **options: Any) -> Any:
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return judge(self, images, **options)
+
+    run = ["score", place / "detector", photos, "--out", tmp_path / "a.csv", "--batch-size", 3, *FAST]
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "judge", interrupted)
+        assert call(*run).exit_code == 130
+    refused = call(*run, "--exif", "--resume")
+    assert refused.exit_code == 2
+    assert "has changed since it was judged, or was read with other --exif or --bit-depth" in refused.stderr
+    assert call(*run, "--resume").exit_code == 3
+
+
 def test_parquet_that_was_interrupted_is_resumed(
     place: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1037,3 +1037,25 @@ def test_a_threshold_cannot_be_edited_away(saved: Path, change: Callable[[dict[s
     reseal(saved, change)
     with pytest.raises(TrajOODError, match=r"expected calibration, as calibration\.safetensors is there or not"):
         Detector.load(saved)
+
+
+def test_a_threshold_of_many_equal_scores_is_told(tmp_path: Path) -> None:
+    detector = Detector.fit(tiny.vit(), tiny.images(24).sigmoid(), "steps", max_steps=2)
+    with pytest.warns(
+        UserWarning, match=r"100.0% of the images have a score of at most the threshold 2, 90.0% were asked"
+    ):
+        detector.calibrate(tiny.images(40, seed=1).sigmoid(), tpr=0.9)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_models_are_loaded_whatever_the_default_type(tmp_path: Path, kind: torch.dtype) -> None:
+    images = tiny.images(24).sigmoid()
+    detector = Detector.fit(tiny.vit(), images, "knn:k=2")
+    detector.save(tmp_path / "d")
+    expected = detector.score(images)
+    torch.set_default_dtype(kind)
+    try:
+        found = Detector.load(tmp_path / "d").score(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)

@@ -184,9 +184,7 @@ def test_runs_with_other_roles_of_a_set_are_not_compared(runs: Path) -> None:
         for label, scorer in two.result.scorers.items()
     }
     other = replace(two, result=replace(two.result, scorers=scorers))
-    with pytest.raises(
-        TrajOODError, match=r"compare: bright is far in .* and diagnostic in .*, so their means are"
-    ):
+    with pytest.raises(TrajOODError, match=r"compare: bright is far in .* and diagnostic in .*, so their means are"):
         compare_runs(one, other, "knn:k=2")
 
 

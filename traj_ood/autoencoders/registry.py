@@ -12,6 +12,7 @@ from traj_ood.autoencoders.base import Autoencoder, ModelInfo
 from traj_ood.autoencoders.hub import read_config
 from traj_ood.autoencoders.language import LANGUAGE_MODELS
 from traj_ood.backbones import LIBRARIES, Backbone
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.extensions import load_plugins
 from traj_ood.io.families import Families, unknown_options_named
@@ -36,6 +37,7 @@ def register_autoencoder(cls: _C) -> _C:
     return cls
 
 
+@standard_settings()
 def load_autoencoder(model: str | Path, **options: Any) -> Autoencoder:
     """Load an autoencoder by registered name, local folder, hub name (``owner/name``, a ViT-MAE), or ``family:source``.
 

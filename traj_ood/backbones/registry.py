@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from traj_ood.backbones.base import Backbone
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.errors import TrajOODError
 from traj_ood.io.families import Families
 
@@ -19,6 +20,7 @@ def is_backbone_spec(model: str) -> bool:
     return ":" in model and LIBRARIES.knows(model.split(":", 1)[0])
 
 
+@standard_settings()
 def load_backbone(spec: str, **options: Any) -> Backbone:
     """Load a frozen backbone by library and name, in evaluation mode on the CPU.
 

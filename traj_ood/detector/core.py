@@ -23,6 +23,7 @@ from traj_ood.detector.fitting import SCORES, cover, explored_parts, scored_part
 from traj_ood.detector.folder import read_detector, write_detector
 from traj_ood.detector.hub import OnTheHub
 from traj_ood.detector.scorer import classes_given, forget_fit, label_list, numbered, one_scorer
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.dynamics.fixed_function import few_images
 from traj_ood.dynamics.progress import StepBar
 from traj_ood.dynamics.trajectory import Status
@@ -36,6 +37,8 @@ from traj_ood.scorers.labels import check_one_labelling
 from traj_ood.scorers.scorer_set import ScorerSet
 
 OnKnown = Literal["raise", "skip"]
+_TIES = 0.02
+"""Share of the calibration images that may be accepted without a warning only because their scores are equal."""
 _MAX_SEEN_SHARE = 0.01
 
 
@@ -231,6 +234,7 @@ class Detector(OnTheHub):
         else:
             names = [classes[found.rows[i]] for i in kept.nonzero()[:, 0]]
             self.calibration = Calibration.of_classes(values, names, tpr)
+        _warn_of_ties(self.calibration, self.scorer.label)
         self.history.append(entry(self.calibration, note))
         return self
 
@@ -391,6 +395,7 @@ class Detector(OnTheHub):
         )
 
     @classmethod
+    @standard_settings()
     def load(
         cls,
         folder: str | Path,
@@ -431,6 +436,20 @@ def _check_repeats(digests: Tensor, tpr: float) -> None:
         )
     if count - distinct > _MAX_SEEN_SHARE * count:
         warn(f"{what}, and count each: the promise about new images assumes independent ones", stacklevel=3)
+
+
+def _warn_of_ties(calibration: Calibration, scorer: str) -> None:
+    """Warn of a threshold that many calibration images have exactly: it accepts more than was asked for, or all."""
+    for group in calibration.groups:
+        accepted = int((group.scores <= group.threshold).sum())
+        share = accepted / len(group)
+        if accepted - group.rank > max(2, _TIES * len(group)):  # two copies of one image are no matter
+            warn(
+                f"calibration: {share:.1%} of the images have a score of at most the threshold {group.threshold:.6g}, "
+                f"{group.tpr:.1%} were asked for, because many scores of {scorer} are equal"
+                + (": no image can exceed it but by a higher score than all of them" if share == 1 else ""),
+                stacklevel=3,
+            )
 
 
 def _nothing(kind: torch.dtype) -> Tensor:

@@ -42,7 +42,8 @@ def pack(autoencoder: Autoencoder, folder: Path) -> dict[str, Any]:
     if made:  # for a user's family, which need not do it
         with folder_errors(folder):
             folder.mkdir(parents=True)
-    added = autoencoder.pack(folder) if own else None
+    with folder_errors(folder):
+        added = autoencoder.pack(folder) if own else None
     if added is not None:
         forget_paths(folder)
     elif made:

@@ -158,16 +158,18 @@ def abandon(stream: BinaryIO | TextIO) -> None:
 
 @contextlib.contextmanager
 def folder_errors(folder: Path, name: str = "", then: str = "") -> Iterator[None]:
-    """Context manager that turns an OSError into a ``TrajOODError``: ``folder``, or the file ``name`` in it, cannot be
-    written. ``then`` says what to do; by default, to free space or choose another folder."""
+    """Context manager that turns an OSError, or safetensors' error for one, into a ``TrajOODError``: ``folder``, or the
+    file ``name`` in it, cannot be written. ``then`` says what to do; by default, to free space or choose another
+    folder."""
     try:
         yield
-    except OSError as error:
-        file = f" (for {name})" if name else ""
+    except Exception as error:
+        of_safetensors = type(error).__name__ == "SafetensorError" and "I/O error" in str(error)
+        if not isinstance(error, OSError) and not of_safetensors:
+            raise
+        file, told = f" (for {name})" if name else "", getattr(error, "strerror", None) or error
         then = then or f"free space, fix its permissions or {_elsewhere(folder)}"
-        raise TrajOODError(
-            f"{folder}: expected a folder that can be written{file}, got: {error.strerror or error}; {then}"
-        ) from error
+        raise TrajOODError(f"{folder}: expected a folder that can be written{file}, got: {told}; {then}") from error
 
 
 def _elsewhere(folder: Path) -> str:

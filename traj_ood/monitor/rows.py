@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from traj_ood.detector.conformal import Calibration
-from traj_ood.errors import TrajOODError, foreign_errors
+from traj_ood.errors import TrajOODError, foreign_errors, warn
 from traj_ood.io.files import files_below
 from traj_ood.monitor.martingale import Floats
 
@@ -110,7 +110,10 @@ def _table(path: Path) -> pd.DataFrame | None:
     if suffix not in SUFFIXES:
         raise TrajOODError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}: rename it")
     text = path.read_bytes()
-    text = text[: text.rfind(b"\n") + 1]
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        warn(f"{path}: its last line has no end and is left out, as if it were still being written")
+    text = text[:whole]
     if not text:
         return None
     if suffix == ".csv":

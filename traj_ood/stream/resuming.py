@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from traj_ood.data.contents import hash_files
+from traj_ood.data.decoding import Reading
 from traj_ood.errors import TrajOODError
 from traj_ood.stream.formats import TextFormat
 from traj_ood.stream.paths import Entry
@@ -55,9 +56,15 @@ class Resumed:
 
 
 def match_file(
-    form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entry], most: int, calibrated: Calibrated
+    form: TextFormat,
+    path: Path,
+    file: io.FileIO,
+    entries: Iterator[Entry],
+    most: int,
+    calibrated: Calibrated,
+    reading: Reading,
 ) -> tuple[Resumed, int]:
-    """The rows in ``file``, and the position after its last complete row.
+    """The rows in ``file``, and the position after its last complete row; ``reading`` is how image files are read now.
 
     ``entries`` is advanced past the entries that have a row.
     """
@@ -86,9 +93,9 @@ def match_file(
                 tally, end = tally.plus([row]), end + len(record)
                 unseen.append((entry, row))
                 if len(unseen) >= (_COMPARED_FILES if entry.content is None else _COMPARED_RECORDS):
-                    _refuse_changed(path, tally.count, unseen)
+                    _refuse_changed(path, tally.count, unseen, reading)
                     unseen = []
-            _refuse_changed(path, tally.count, unseen)
+            _refuse_changed(path, tally.count, unseen, reading)
         except ValueError as error:
             if isinstance(error, TrajOODError):
                 raise
@@ -115,16 +122,17 @@ class _Spread:
         self._seen += 1
 
 
-def _refuse_changed(path: Path, last: int, rows: Sequence[tuple[Entry, Row]]) -> None:
+def _refuse_changed(path: Path, last: int, rows: Sequence[tuple[Entry, Row]], reading: Reading) -> None:
     """Refuse rows, the last of which has the number ``last``, whose files have changed since they were judged."""
     held = {entry.content: hashlib.sha256(entry.content).hexdigest() for entry, _ in rows if entry.content is not None}
     places = [os.path.realpath(entry.path) for entry, _ in rows if entry.content is None]
     files = iter(hash_files(places))
     digests = [next(files) if entry.content is None else held[entry.content] for entry, _ in rows]
     for number, ((entry, row), digest) in enumerate(zip(rows, digests, strict=True), last - len(rows) + 1):
-        if not entry.error and content_of(digest) != row.content:
+        if not entry.error and content_of(digest, reading) != row.content:
             raise TrajOODError(
-                f"{path}: row {number}: {entry.path!r} has changed since it was judged; start again with --overwrite"
+                f"{path}: row {number}: {entry.path!r} has changed since it was judged, or was read with other "
+                "--exif or --bit-depth; start again with --overwrite"
             )
 
 

@@ -43,7 +43,8 @@ class Row:
     steps: int | None = None
     status: str = ERROR
     error: str | None = None
-    content: str | None = None  # 16 hex digits of the SHA-256 of the judged file, by which --resume recognises changes
+    # 16 hex digits of the SHA-256 of the judged file, and of its reading, by which --resume recognises changes
+    content: str | None = None
 
     @property
     def reason(self) -> str:
@@ -86,8 +87,12 @@ class _Loaded:
 _Queued = tuple[Entry, "Future[_Loaded]"]
 
 
-def content_of(digest: str) -> str | None:
-    """The ``content`` of a row, from a SHA-256 in hex or :data:`traj_ood.data.contents.ABSENT`."""
+def content_of(digest: str, reading: Reading) -> str | None:
+    """The ``content`` of a row, from a SHA-256 in hex or :data:`traj_ood.data.contents.ABSENT`, and from how the file
+    is read where that is not the default: rows of two readings are not of one run."""
+    options = reading.options()
+    if digest and options:
+        digest = hashlib.sha256(f"{digest} {sorted(options.items())}".encode()).hexdigest()
     return digest[:_DIGITS] or None
 
 
@@ -137,10 +142,12 @@ def _load(entry: Entry, transform: Callable[..., Tensor], reading: Reading) -> _
     if entry.error:
         return _Loaded(_line(entry.error, entry.path))
     if entry.content is not None:
-        return _Loaded(_prepare(entry, transform, reading), content_of(hashlib.sha256(entry.content).hexdigest()))
+        return _Loaded(
+            _prepare(entry, transform, reading), content_of(hashlib.sha256(entry.content).hexdigest(), reading)
+        )
     before = stamp(entry.path)
     image = _prepare(entry, transform, reading)
-    content = content_of(hash_file(entry.path))  # the second read comes from the system's cache
+    content = content_of(hash_file(entry.path), reading)  # the second read comes from the system's cache
     if stamp(entry.path) != before:
         return _Loaded("the file changed while it was being read; judge it again")
     return _Loaded(image, content)

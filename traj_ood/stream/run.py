@@ -42,7 +42,7 @@ def write_scores(
     entries = iter(entries)
     earlier = Tally()
     if resume:
-        held = table.match(entries, _REJUDGED_ROWS, partial(_calibrated, detector))
+        held = table.match(entries, _REJUDGED_ROWS, partial(_calibrated, detector), detector.reading)
         with closing(score_rows(detector, [e for e, _ in held.sample], batch_size=size, workers=workers)) as again:
             held.check(chain.from_iterable(again))
         earlier = held.tally

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from traj_ood.data.decoding import Reading
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import abandon, folder_errors, lock
 from traj_ood.stream.formats import TEXT_FORMATS, JSONLinesFormat, TextFormat, text_format
@@ -37,11 +38,11 @@ class Table(ABC):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
+    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated, reading: Reading) -> Resumed:
         """Match the complete rows that are there with the beginning of ``entries``, which is advanced past them.
 
         At most ``most`` rows with a score, and as many with an error, are kept for :meth:`Resumed.check`;
-        ``calibrated`` gives the p-value and decision of a score.
+        ``calibrated`` gives the p-value and decision of a score; ``reading`` is how image files are read now.
         """
         return Resumed()
 
@@ -138,10 +139,10 @@ class FileTable(Table):
         self._form, self._path, self._part, self._file = form, path, part, file
         self._is_empty = os.fstat(file.fileno()).st_size == 0
 
-    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
+    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated, reading: Reading) -> Resumed:
         with _disk_errors(self._path):
             self._file.seek(0)
-            resumed, end = match_file(self._form, self._part, self._file, entries, most, calibrated)
+            resumed, end = match_file(self._form, self._part, self._file, entries, most, calibrated, reading)
             self._file.truncate(end)
             self._file.seek(end)
         return resumed
@@ -180,9 +181,9 @@ class FinishedTable(Table):
     def is_finished(self) -> bool:
         return True
 
-    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated) -> Resumed:
+    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated, reading: Reading) -> Resumed:
         with _disk_errors(self._path), self._opened() as file:
-            resumed, end = match_file(self._form, self._path, file, entries, most, calibrated)
+            resumed, end = match_file(self._form, self._path, file, entries, most, calibrated, reading)
             size = os.fstat(file.fileno()).st_size
         rest = next(entries, None)
         if rest is not None or end != size:
