@@ -443,7 +443,7 @@ def _warn_of_ties(calibration: Calibration, scorer: str) -> None:
     for group in calibration.groups:
         accepted = int((group.scores <= group.threshold).sum())
         share = accepted / len(group)
-        if accepted - group.rank > max(2, _TIES * len(group)):  # two copies of one image are no matter
+        if accepted - group.rank > max(4, _TIES * len(group)):  # a few equal scores are no matter
             warn(
                 f"calibration: {share:.1%} of the images have a score of at most the threshold {group.threshold:.6g}, "
                 f"{group.tpr:.1%} were asked for, because many scores of {scorer} are equal"
