@@ -446,8 +446,7 @@ def _warn_of_ties(calibration: Calibration, scorer: str) -> None:
         if accepted - group.rank > max(4, _TIES * len(group)):  # a few equal scores are no matter
             warn(
                 f"calibration: {share:.1%} of the images have a score of at most the threshold {group.threshold:.6g}, "
-                f"{group.tpr:.1%} were asked for, because many scores of {scorer} are equal"
-                + (": no image can exceed it but by a higher score than all of them" if share == 1 else ""),
+                f"{group.tpr:.1%} were asked for, because many scores of {scorer} are equal",
                 stacklevel=3,
             )
 
