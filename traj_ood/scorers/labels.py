@@ -32,7 +32,7 @@ def no_labels(scorer: str) -> TrajOODError:
     """The error of a scorer that needs the class labels of the training images."""
     return TrajOODError(
         f"scorer {scorer}: expected class labels of the training images, got none: pass labels=, or take "
-        "the images from a list with classes; folders of a benchmark, and their subfolders, have none"
+        "the images from a list with classes, or from subfolders by `{folder: …, classes: true}` in a benchmark's file"
     )
 
 
