@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from traj_ood.evaluation.identity import identity_of
 from traj_ood.evaluation.results import Result
 
 IDLE = ("seed", "scorers", "own_scorers", "resamples", "control")
@@ -23,9 +24,9 @@ def other_settings(results: Sequence[Result]) -> list[str]:
     """A line for each model whose runs, all of one benchmark, differ in settings that have an effect on scores."""
     lines = []
     for name in dict.fromkeys(str(result.model["name"]) for result in results):
-        configs = [result.config for result in results if result.model["name"] == name]
-        settings = {key: [config.get(key) for config in configs] for key in configs[0] if key not in IDLE}
-        told = {key: list(dict.fromkeys(map(str, values))) for key, values in settings.items()}
+        configs = [identity_of(result)["config"] for result in results if result.model["name"] == name]
+        keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key not in IDLE]
+        told = {key: list(dict.fromkeys(str(config.get(key, "not set")) for config in configs)) for key in keys}
         different = [f"{key} ({', '.join(values)})" for key, values in told.items() if len(values) > 1]
         if different:
             lines.append(f"⚠ Runs of `{name}` have other settings: {'; '.join(different)}.")
