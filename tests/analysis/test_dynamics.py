@@ -47,6 +47,33 @@ def test_a_map_that_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert Finding.load(tmp_path / "out").figures == finding.figures
 
 
+def test_an_interruption_loses_the_trajectories_of_few_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        if len(seen) == broken_call:
+            raise KeyboardInterrupt
+        return images.flatten(1)
+
+    def model(_: str) -> CallableAutoencoder:
+        return CallableAutoencoder(encode, lambda z: (z / 2).reshape(-1, 1, 2, 2), (1, 2, 2), name="half", chunk=48)
+
+    tiny.write_images(tmp_path / "images", 20, 0, size=2)
+    monkeypatch.setattr(dynamics, "load_autoencoder", model)
+    question = Dynamics(models=("tiny/half",), images=str(tmp_path / "images"), image_samples=20, steps=30)
+    broken_call = 0
+    question.run(Workspace(tmp_path / "whole"), tmp_path / "whole-out")
+    whole, seen = len(seen), []
+    broken_call = whole - 2  # within the last unit
+    with pytest.raises(KeyboardInterrupt):
+        question.run(Workspace(tmp_path / "work"), tmp_path / "out")
+    seen, broken_call = [], 0
+    finding = question.run(Workspace(tmp_path / "work"), tmp_path / "out")
+    assert len(seen) < whole / 2
+    assert finding.figures == Finding.load(tmp_path / "whole-out").figures
+
+
 def test_trajectories_that_leave_the_finite_numbers_end_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grows = CallableAutoencoder(
         lambda x: x.flatten(1) * 1e9, lambda z: z.reshape(-1, 1, 2, 2), (1, 2, 2), name="grows", chunk=4

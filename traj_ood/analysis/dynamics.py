@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
 from functools import partial
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 DOCUMENTATION = "documentation"
 _LAST_STEPS = 50  # steps over which the final factor of the residual is averaged
 _PIECE_CHARACTERS = 1000  # characters per text of the documentation
+_UNIT_SAMPLES = 6  # samples per unit of work on a CPU
 MAX_MODELS = 6  # models per kind, the number of colours of a panel
 _PILE = "pile.jsonl"
 
@@ -140,9 +142,12 @@ class Dynamics(Question):
         return {file: partial(_draw, kind, figures["rehearsed_models"]) for file, kind in kinds.items() if kind}
 
     def _measured(self, work: Workspace, name: str, subject: _Subject) -> dict[str, Tensor]:
-        """The measurements of all samples of one model, a chunk per unit of work: ``latent`` (B, steps) residuals,
+        """The measurements of all samples of one model, a call of f per unit of work: ``latent`` (B, steps) residuals,
         ``norm`` and for autoencoders ``output`` (B, steps + 1), with NaN past a sample's last point."""
         model = subject.model.to(work.device)
+        # What an interruption loses is a unit, and hundreds of steps of a whole chunk may take an hour of a CPU.
+        with few_images(_UNIT_SAMPLES) if model.device.type == "cpu" else nullcontext():
+            size = model.rows
         key = {"model": model.fingerprint(), "starts": subject.digest, "steps": self.steps}
 
         def run(rows: range) -> Unit:
@@ -151,7 +156,7 @@ class Dynamics(Question):
                 path = iterate(model.self_map, subject.starts(rows), observers=subject.observers(), **settings)
             return Unit({"latent": path.residuals.sqrt(), **path.measures})
 
-        found = work.pieces("dynamics", key, ranges_of(subject.count, model.chunk), run, title=name, unit="sample")
+        found = work.pieces("dynamics", key, ranges_of(subject.count, size), run, title=name, unit="sample")
         width = {"latent": self.steps}  # the other tables also have a value at z_0
         return {c: join_tables([table], width.get(c, self.steps + 1)) for c, table in found.items()}
 
