@@ -257,6 +257,39 @@ def test_code_counts_that_answers_alike_for_one_picture(place: Path) -> None:
         run_of(place, model=model(60.0)).run()
 
 
+class Brightened(nn.Module):
+    """Its decoder multiplies by an attribute that is no weight."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def encode(self, images: Tensor) -> Tensor:
+        return 50 * images.flatten(1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return (0.5 + 0.01 * self.factor * latents.sigmoid()).reshape(-1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("factor", [1.1, 1.3, 3.0])
+def test_the_decoder_counts_beside_latents_of_another_size(
+    place: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    def model(factor: float) -> CallableAutoencoder:
+        return CallableAutoencoder.from_module(Brightened(factor), (1, 8, 8))
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_of(place, model=model(1.0)).run()
+    first = run_of(place, model=model(1.0))
+    first.run()
+    with pytest.raises(
+        TrajOODError, match=r"another model \(model: its code, or what it reads, gives other answers\): choose another"
+    ):
+        run_of(place, model=model(factor)).run()
+
+
 NOTEBOOK = """
 from dataclasses import dataclass
 from typing import ClassVar

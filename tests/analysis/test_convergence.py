@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,10 @@ from traj_ood.analysis.convergence import (
     predicted_steps,
     steps_figure,
 )
+from traj_ood.analysis.field import vector_field
 from traj_ood.analysis.images import sample, stack
 from traj_ood.analysis.measures import correlation
-from traj_ood.analysis.singular import explicit_norms, explicit_radii, spectral_norms
+from traj_ood.analysis.singular import explicit_norms, explicit_radii, jacobians, spectral_norms
 from traj_ood.autoencoders import CallableAutoencoder, load_autoencoder
 from traj_ood.data import ArrayImages, Split, read_folder
 from traj_ood.drawing.style import save_figure
@@ -37,7 +39,7 @@ from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.io.parts import Part
 
 
-def norms_by_reverse_mode(function: nn.Module, points: Tensor) -> Tensor:
+def norms_by_reverse_mode(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     def one(z: Tensor) -> Tensor:
         return function(z[None])[0].flatten()
 
@@ -47,6 +49,28 @@ def norms_by_reverse_mode(function: nn.Module, points: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- the spectral norm
+
+
+def test_derivatives_are_those_of_the_network_in_evaluation_mode() -> None:
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 16))
+    encoder = nn.Linear(16, 5).requires_grad_(False)
+    network = nn.ModuleDict({"encoder": encoder, "decoder": decoder.requires_grad_(False)}).train()
+    model = CallableAutoencoder(
+        lambda x: encoder(x.flatten(1)), lambda z: decoder(z).reshape(-1, 1, 4, 4), (1, 4, 4), module=network
+    )
+    points = noise(6, 5).float()
+    with model.fixed():
+        norms = norms_by_reverse_mode(lambda z: encoder(decoder(z)), points)
+        stretches = norms_by_reverse_mode(decoder, points)
+        explicit = torch.stack([torch.func.jacrev(lambda z: encoder(decoder(z[None]))[0])(z) for z in points])
+        field = encoder(decoder(points)) - points
+    assert network.training
+    for function, expected in ((model.self_map, norms), (model.decode_batch, stretches)):
+        found = spectral_norms(function, points, chunk=6)
+        torch.testing.assert_close(found, expected.double(), rtol=0.01, atol=0)
+    torch.testing.assert_close(jacobians(model.self_map, points, 6), explicit.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vector_field(model.self_map, points, 6), field, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(6, 6), (3, 20), (20, 3)])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from traj_ood.analysis import Finding, Workspace, dynamics
 from traj_ood.analysis.dynamics import Dynamics, OutputResidual, read_texts
@@ -16,6 +18,7 @@ from traj_ood.autoencoders import CallableAutoencoder, rehearsals
 from traj_ood.drawing.charts import SERIES
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
+from traj_ood.io.parts import PartStore
 
 
 def halving() -> CallableAutoencoder:
@@ -48,30 +51,58 @@ def test_a_map_that_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_interruption_loses_the_trajectories_of_few_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        seen.append(len(images))
-        if len(seen) == broken_call:
-            raise KeyboardInterrupt
-        return images.flatten(1)
-
     def model(_: str) -> CallableAutoencoder:
-        return CallableAutoencoder(encode, lambda z: (z / 2).reshape(-1, 1, 2, 2), (1, 2, 2), name="half", chunk=48)
+        return CallableAutoencoder(
+            lambda x: x.flatten(1), lambda z: (z / 2).reshape(-1, 1, 2, 2), (1, 2, 2), name="half", chunk=48
+        )
+
+    saved: list[str] = []
+    save = PartStore.save
+
+    def counting(self: PartStore, key: str, *args: Any) -> None:
+        saved.append(key)
+        if len(saved) == stopped_at:
+            raise KeyboardInterrupt
+        save(self, key, *args)
 
     tiny.write_images(tmp_path / "images", 20, 0, size=2)
     monkeypatch.setattr(dynamics, "load_autoencoder", model)
     question = Dynamics(models=("tiny/half",), images=str(tmp_path / "images"), image_samples=20, steps=30)
-    broken_call = 0
-    question.run(Workspace(tmp_path / "whole"), tmp_path / "whole-out")
-    whole, seen = len(seen), []
-    broken_call = whole - 2  # within the last unit
+    whole = question.run(Workspace(tmp_path / "whole"), tmp_path / "whole-out")
+    monkeypatch.setattr(PartStore, "save", counting)
+    stopped_at = 4
     with pytest.raises(KeyboardInterrupt):
         question.run(Workspace(tmp_path / "work"), tmp_path / "out")
-    seen, broken_call = [], 0
-    finding = question.run(Workspace(tmp_path / "work"), tmp_path / "out")
-    assert len(seen) < whole / 2
-    assert finding.figures == Finding.load(tmp_path / "whole-out").figures
+    saved, stopped_at = [], 0
+    assert question.run(Workspace(tmp_path / "work"), tmp_path / "out").figures == whole.figures
+    assert len(saved) == 1  # of four units, three were stored
+
+
+def test_the_decoder_of_an_own_model_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an attribute that is no weight decides, which its code does not show."""
+
+    class Net(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return (latents * self.factor).reshape(-1, 1, 2, 2)
+
+    tiny.write_images(tmp_path / "images", 4, 0, size=2)
+    question = Dynamics(models=("tiny/net",), images=str(tmp_path / "images"), image_samples=4, steps=4)
+
+    def factors(factor: float) -> list[float]:
+        made = CallableAutoencoder.from_module(Net(factor), (1, 2, 2))
+        monkeypatch.setattr(dynamics, "load_autoencoder", lambda _: made)
+        curve = question.run(Workspace(tmp_path / "work"), tmp_path / "out").figures["curves"]["tiny/net"]["norm"]
+        return [after / before for before, after in pairwise(curve)]
+
+    assert factors(0.5) == pytest.approx([0.5] * 4, rel=1e-4)
+    assert factors(0.7) == pytest.approx([0.7] * 4, rel=1e-4)
 
 
 def test_trajectories_that_leave_the_finite_numbers_end_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -885,6 +885,25 @@ def test_a_model_of_your_own_is_passed_and_compared(tmp_path: Path) -> None:
         Detector.load(tmp_path / "d", autoencoder=tiny.conv())
 
 
+def test_another_decoder_is_refused_where_latents_and_scores_hardly_move(tmp_path: Path) -> None:
+    def model(factor: float) -> CallableAutoencoder:
+        return CallableAutoencoder(
+            lambda x: 100 + x.flatten(1), lambda z: factor * (z - 100).reshape(-1, 1, 2, 2), (1, 2, 2), name="own"
+        )
+
+    detector = Detector.fit(model(0.01), Normalised(images(model(0.01), 20, 1)), "reconstruction")
+    detector.save(tmp_path / "d")
+    assert Detector.load(tmp_path / "d", autoencoder=model(0.01)).autoencoder.name == "own"
+    with pytest.raises(TrajOODError, match="decoded of two test images differ from those at saving"):
+        Detector.load(tmp_path / "d", autoencoder=model(0.02))
+
+    def older(record: dict[str, Any]) -> None:
+        del record["probe"]["decoded"]
+
+    reseal(tmp_path / "d", older)
+    assert Detector.load(tmp_path / "d", autoencoder=model(0.01)).autoencoder.name == "own"
+
+
 def test_a_model_with_other_weights_is_refused(saved: Path) -> None:
     assert Detector.load(saved, autoencoder=tiny.conv()).autoencoder.name == "conv"
     with pytest.raises(TrajOODError, match=r"expected the model 'conv' .*its weights differ"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -291,3 +292,15 @@ def test_alignment() -> None:
     )
     towards_mean = Alignment(target="mean").fit(train).score(test)
     np.testing.assert_allclose(towards_mean[3:], [math.sqrt(0.5), 49 / math.hypot(50, 49)], rtol=1e-6)
+
+
+def test_a_horizon_beyond_the_step_limit_is_told() -> None:
+    model = tiny.conv()
+    pictures = Normalised(torch.rand(12, *model.input_shape, generator=torch.Generator().manual_seed(0)))
+    specs = ["trajectory", "trajectory:horizon=16", "knn:k=2", "signature:horizon=20"]
+    told = r"scorer trajectory:horizon=16 and 1 more scorers: expected max_steps of at least 20, got 5: a path that"
+    with pytest.warns(UserWarning, match=told):
+        ScorerSet(model, specs, max_steps=5).fit(pictures)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ScorerSet(model, specs, max_steps=20).fit(pictures)

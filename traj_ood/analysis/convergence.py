@@ -25,6 +25,7 @@ from traj_ood.analysis.singular import spectral_norms
 from traj_ood.analysis.subjects import TRAINED, ModelQuestion, Subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder
+from traj_ood.autoencoders.identity import model_identity
 from traj_ood.data import ImageSource, Split
 from traj_ood.data.batches import ranges_of
 from traj_ood.dynamics.iterate import iterate
@@ -107,7 +108,7 @@ class Convergence(ModelQuestion):
         if not self.predict:
             return Answer(common | recorded, _told_curves(common, table), pictures)
         key = self.settings("images", "epsilon", "tol", "max_steps", "seed")
-        key |= {"model": about.model.fingerprint(), "data": about.train.digest()}
+        key |= {"model": model_identity(about.model), "data": about.train.digest()}
         paths = self._paths(work, about.model, chosen)
         jacobians = self._jacobians(work, key, about, paths)
         steps, figures = self._compare(paths, jacobians)

@@ -29,6 +29,7 @@ from traj_ood.analysis.singular import spectral_norms
 from traj_ood.analysis.subjects import TRAINED, ModelQuestion, Subject
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors.health import group_directions
+from traj_ood.autoencoders.identity import model_identity
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.errors import TrajOODError
 from traj_ood.index import NeighborIndex
@@ -102,7 +103,7 @@ class Decomposition(ModelQuestion):
                 f"images, got the folder {self.data}: describe it in a benchmark's YAML file"
             )
         key = self.settings("attractors", "images", "points", "tol", "max_steps", "seed")
-        key |= {"model": about.model.fingerprint(), "data": [about.train.digest(), about.test.digest()]}
+        key |= {"model": model_identity(about.model), "data": [about.train.digest(), about.test.digest()]}
         ends = self._attractors(work, about)
         points = ends.tensors["points"]
         rows = []

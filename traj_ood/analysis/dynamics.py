@@ -29,6 +29,7 @@ from traj_ood.analysis.measures import finite
 from traj_ood.analysis.subjects import training_images
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import FAMILIES, MODELS, Autoencoder, load_autoencoder, rehearsals
+from traj_ood.autoencoders.identity import model_identity
 from traj_ood.autoencoders.language import LANGUAGE_MODELS, LanguageModel
 from traj_ood.data import ImageSource
 from traj_ood.data.batches import ranges_of
@@ -148,7 +149,8 @@ class Dynamics(Question):
         # What an interruption loses is a unit, and hundreds of steps of a whole chunk may take an hour of a CPU.
         with few_images(_UNIT_SAMPLES) if model.device.type == "cpu" else nullcontext():
             size = model.rows
-        key = {"model": model.fingerprint(), "starts": subject.digest, "steps": self.steps}
+        identity = model_identity(model) if isinstance(model, Autoencoder) else model.fingerprint()
+        key = {"model": identity, "starts": subject.digest, "steps": self.steps}
 
         def run(rows: range) -> Unit:
             with few_images(len(rows)):  # a whole chunk may cost many times as much as a few samples

@@ -22,6 +22,7 @@ from traj_ood.autoencoders import Autoencoder
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import at_most
 from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.fixed_function import fixed_around
 from traj_ood.dynamics.iterate import iterate
 from traj_ood.dynamics.maps import SelfMap
 from traj_ood.dynamics.trajectory import Status
@@ -207,7 +208,7 @@ def box(codes: Tensor, reach: float) -> tuple[Tensor, Tensor]:
 
 def vector_field(self_map: SelfMap, points: Tensor, chunk: int) -> Tensor:
     """The field f(z) − z at ``points`` (P, *L), Eq. (4)."""
-    with torch.inference_mode():
+    with fixed_around(self_map), torch.inference_mode():
         return apply_in_chunks(self_map, points, chunk) - points
 
 

@@ -34,6 +34,7 @@ from traj_ood.analysis.subjects import TRAINED, ModelQuestion, NamedImages, name
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.attractors import AttractorDictionary
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
+from traj_ood.autoencoders.identity import model_identity
 from traj_ood.data.batches import ranges_of
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.trajectory import Status
@@ -134,7 +135,7 @@ class Probe(ModelQuestion):
         count = self.atoms or dimension
         self.expect(count <= dimension, "atoms", f"at most {dimension}, the dimension of {model.name}'s latents")
         _check_images(model, zeros)
-        key = self.settings("seed", "tol", "max_steps") | {"model": model.fingerprint(), "atoms": count}
+        key = self.settings("seed", "tol", "max_steps") | {"model": model_identity(model), "atoms": count}
         ends, once = self._noise(work, model, tuple(zeros.shape[1:]), count, key)
         bases = {
             ORTHOGONAL: random_basis(count, dimension, self.seed),
@@ -170,7 +171,7 @@ class Probe(ModelQuestion):
 
         def compute(rows: range) -> Unit:
             start = noise_starts(rows, count, shape, self.seed).to(model.device)
-            with torch.inference_mode():
+            with model.fixed(), torch.inference_mode():
                 once = apply_in_chunks(model.self_map, start, model.chunk)
             ends, _ = settle(model, start, tol=self.tol, max_steps=self.max_steps)
             return Unit({**ends.tensors(), "once": once})

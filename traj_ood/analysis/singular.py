@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.fixed_function import fixed_around
 from traj_ood.dynamics.jacobian import product_at, random_directions, row_lengths
 from traj_ood.errors import TrajOODError, is_out_of_memory
 from traj_ood.text import brief
@@ -43,7 +44,8 @@ def spectral_norms(function: Map, points: Tensor, *, seed: int = 0, chunk: int =
     escaped = torch.zeros(len(points), dtype=torch.bool)
     for _ in range(_STEPS):
         # vᵀJᵀJv = ‖Jv‖² of the direction before the step.
-        images = product(directions)
+        with fixed_around(function):
+            images = product(directions)
         squares = (images * directions).flatten(1).sum(dim=1).cpu().double()
         found = squares.clamp(min=0).sqrt()
         length = row_lengths(images)
@@ -88,7 +90,8 @@ def jacobians(function: Map, points: Tensor, chunk: int) -> Tensor:
         return apply_in_chunks(push, points, chunk)
 
     basis = torch.eye(points.shape[1]).to(points)
-    return torch.stack([column(direction) for direction in basis], dim=2).double().cpu()
+    with fixed_around(function):
+        return torch.stack([column(direction) for direction in basis], dim=2).double().cpu()
 
 
 def _normal(function: Map, points: Tensor, directions: Tensor) -> Tensor:

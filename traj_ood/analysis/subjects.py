@@ -15,6 +15,7 @@ from traj_ood.analysis.images import IMAGE_SETS, ImageData, load_images, sample,
 from traj_ood.analysis.models import paper_recipe, train_conv
 from traj_ood.analysis.workspace import Unit, Workspace
 from traj_ood.autoencoders import Autoencoder, load_autoencoder
+from traj_ood.autoencoders.identity import model_identity
 from traj_ood.data import Benchmark, ImageSource, list_benchmarks, load_benchmark, read_folder
 from traj_ood.data.batches import ranges_of
 from traj_ood.data.benchmark import TEST_SEED, at_most
@@ -97,7 +98,7 @@ class ModelQuestion(Question):
     ) -> dict[str, Tensor]:
         """Apply ``measure`` to the latents of all images, in units of work ``name``, on whose size no trajectory
         depends; ``key`` holds the settings that decide the result."""
-        key = {"model": model.fingerprint(), "images": images.digest(), **key}
+        key = {"model": model_identity(model), "images": images.digest(), **key}
 
         def compute(rows: range) -> Unit:
             return Unit(measure(model.encode(stack(model.transform, images.select(list(rows))))))

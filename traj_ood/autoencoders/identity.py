@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder
@@ -29,10 +28,10 @@ def model_identity(model: Autoencoder) -> dict[str, Any]:
     if not _is_own_code(model):
         return identity
 
-    def answer(images: Tensor) -> Tensor:
-        """E(x) and D(E(x)) of images x, flattened and concatenated."""
+    def answer(images: Tensor) -> tuple[Tensor, Tensor]:
+        """E(x) and D(E(x)) of images x."""
         start = model.examine(images).latents
-        return torch.cat([start.flatten(1), model.decode(start).flatten(1)], dim=1)
+        return start, model.decode(start)
 
     check_repeats(model.name, model.transform)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"  # whose instructions the digest is of

@@ -119,7 +119,7 @@ class _Blocks:
         self._group = "-".join([*names, identity["calls"].replace(" ", "-"), widths])
         self._claim(as_json(identity), backbone_answers(backbone))
 
-    def _claim(self, mine: dict[str, Any], outputs: list[float | None] | None) -> None:
+    def _claim(self, mine: dict[str, Any], outputs: list[list[float]] | None) -> None:
         """Write cache.json, or check that an existing one has the same contents."""
         path = self._parts.index(self._group)
         stored = self._parts.open({**mine, "answers": outputs}, self._group)
@@ -168,16 +168,16 @@ class _Blocks:
         return Part(tuple(ids), failures, {"features": features, "logits": logits})
 
 
-def backbone_answers(backbone: Backbone) -> list[float | None] | None:
+def backbone_answers(backbone: Backbone) -> list[list[float]] | None:
     """Sample outputs that identify the code of a user's own backbone; None for the backbones of libraries."""
     if backbone.library != "custom":
         return None
 
-    def joint(images: Tensor) -> Tensor:
+    def outputs(images: Tensor) -> list[Tensor]:
         found = backbone.extract(images)
-        return found.features if found.logits is None else torch.cat([found.features, found.logits], dim=1)
+        return [part for part in (found.features, found.logits) if part is not None]
 
-    return answers(joint, backbone.input_shape)
+    return answers(outputs, backbone.input_shape)
 
 
 def _short(identity: dict[str, Any]) -> str:

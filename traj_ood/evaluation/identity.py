@@ -110,7 +110,7 @@ def _differences(mine: Any, other: Any, explained: Collection[str], *keys: str) 
     elif keys[:2] == ("config", "own_scorers"):
         yield f"config.scorers: another version of {'.'.join(keys[2:]) or 'own ones'}"
     elif place == "model.answers":
-        yield "model: its code gives other answers"
+        yield "model: its code, or what it reads, gives other answers"
     elif place == "model.own_code":
         yield "model: its code has changed"
     elif place == "code":

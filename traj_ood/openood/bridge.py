@@ -148,7 +148,7 @@ class Bridge:
         self._shape = tuple(next(read(loader, [0]))["data"].shape[1:])
         backbone = backbone_of(net, self._shape)
         needs = functools.reduce(lambda a, b: a | b, (create_scorer(s).needs() for s in self.settings.grid()))
-        if not (needs.distances or needs.steps or needs.reconstruction):
+        if not needs.decoder:
             return FeatureModel(backbone)
         parts = [backbone.extract(batch["data"]).features.cpu() for batch in read(loader, range(count_of(loader)))]
         model = fit_surrogate(backbone, torch.cat(parts), seed=self.settings.seed)

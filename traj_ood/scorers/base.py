@@ -75,6 +75,12 @@ class Needs:
         """Whether end points of training images are computed: as attractors, or to follow their paths once more."""
         return self.attractors_read or self.train_path
 
+    @property
+    def decoder(self) -> bool:
+        """Whether anything beyond z0 and the backbone's output is computed, for which D is called."""
+        decoded = "decoded" in self.features or self.points or self.divergence
+        return bool(decoded or self.reconstruction or self.steps or self.dictionary)
+
     def __or__(self, other: Needs) -> Needs:
         either = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self) if f.name != "steps"}
         return Needs(**either, steps=max(self.steps, other.steps))

@@ -27,7 +27,7 @@ from traj_ood.dynamics.maps import LowPrecision, SelfMap
 from traj_ood.dynamics.observers import Norm, Observer
 from traj_ood.dynamics.streams import accompanied
 from traj_ood.dynamics.trajectory import Status, Trajectory
-from traj_ood.errors import TrajOODError, check_word
+from traj_ood.errors import TrajOODError, check_word, warn
 from traj_ood.index import Approximate, Backend, NeighborIndex
 from traj_ood.scorers import WHOLE_PATH, Evidence, Needs, Scorer, create_scorers
 from traj_ood.scorers.kept_points import KeptPoints
@@ -231,6 +231,17 @@ class ScorerSet:
             else:
                 yield AttractorDictionary.from_trajectory(start, evidence.path(), ids, provenance), evidence
 
+    def _warn_of_short_paths(self) -> None:
+        reads = {s.label: s.needs().steps for s in self.scorers}
+        cut = [label for label, steps in reads.items() if self.max_steps < steps < WHOLE_PATH]
+        if cut:
+            more = f" and {len(cut) - 1} more scorers" if len(cut) > 1 else ""
+            warn(
+                f"scorer {cut[0]}{more}: expected max_steps of at least {max(reads[label] for label in cut)}, got "
+                f"{self.max_steps}: a path that has not converged by then is read as if it had: raise max_steps",
+                stacklevel=3,
+            )
+
     def learn(self, dictionary: AttractorDictionary | None, train: Evidence) -> ScorerSet:
         """Fit every scorer to the results of :meth:`explore`; returns self.
 
@@ -240,7 +251,10 @@ class ScorerSet:
         Raises:
             TrajOODError: fewer than 2 training images, missing labels, features that are equal for all images or not
                 finite, weights that changed since :meth:`explore`, or what a scorer refuses.
+        Warns:
+            UserWarning: a scorer reads more steps than a trajectory may have.
         """
+        self._warn_of_short_paths()
         with self._fixed():
             _check_training(self.autoencoder.name, train)
             if self.needs.labels and train.labels is None:

@@ -25,7 +25,8 @@ class TrajectoryScore(Scorer):
             ``tokens``, the whole latent: only there is z* a fixed point.
         horizon: None (default) averages over the sample's own N + 1 points, as §4.2 sums over the sample's trajectory.
             A number H averages over z_0 … z_H for every sample, so that fast and slow samples are compared on the same
-            part of the path (see :meth:`traj_ood.Trajectory.mean_over_path`).
+            part of the path; one that ends earlier stays at its end point (see
+            :meth:`traj_ood.Trajectory.mean_over_path`).
     """
 
     name: ClassVar[str] = "trajectory"
