@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.client
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -390,35 +392,53 @@ def test_the_command_serves_on_loopback_and_ends_gracefully(tmp_path: Path, dete
         assert process.wait(tiny.PATIENCE) in (0, -signal.SIGTERM)
 
 
-def test_connections_that_begin_no_request_are_closed(detector: Detector) -> None:
-    """A head that does not end, no word at all, and the rest of a body that was refused; honest ones stay."""
+@contextmanager
+def serving(detector: Detector, limits: Limits) -> Iterator[tuple[str, int]]:
+    """The service in a thread of its own; yields its address."""
     import uvicorn
 
-    app = create_app(detector, limits=Limits(body=1000))
+    app = create_app(detector, limits=limits)
     config = uvicorn.Config(app, http=connections(0.4), ws="none", log_level="critical", port=0)
     listening = config.bind_socket()
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield listening.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_connections_that_begin_no_request_are_closed(detector: Detector) -> None:
+    """A head that does not end, no word at all, and the rest of a body that was refused; honest ones stay."""
     heads = {
         "silent": b"",
         "slow head": b"POST /v1/score HTTP/1.1\r\nHost: a\r\nX: ",
         "refused": b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 9000\r\n\r\nxx",
     }
-    try:
+    with serving(detector, Limits(body=1000)) as address:
         for kind, head in heads.items():
-            with socket.create_connection(listening.getsockname(), timeout=tiny.PATIENCE) as line:
+            with socket.create_connection(address, timeout=tiny.PATIENCE) as line:
                 line.sendall(head)
                 answer = b""
                 while part := line.recv(4096):
                     answer += part
                 assert (b" 413 " in answer) is (kind == "refused")
-    finally:
-        server.should_exit = True
-        thread.join()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_client_that_closes_afterwards_reads_that_its_body_is_too_large(detector: Detector, chunked: bool) -> None:
+    with serving(detector, Limits(body=2**20)) as address:
+        line = http.client.HTTPConnection(*address, timeout=tiny.PATIENCE)
+        headers = {"Content-Type": "image/png", "Connection": "close"}
+        parts = [b"x" * 2**20] * 8  # more than the buffers of a connection hold
+        line.request("POST", "/v1/score", iter(parts) if chunked else b"".join(parts), headers, encode_chunked=chunked)
+        answer = line.getresponse()
+        assert (answer.status, "body: expected at most 1048576 bytes" in answer.read().decode()) == (413, True)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from traj_ood.text import one_line
 
 _MAX_NAME = 200  # characters of a name, or of a parser's message, in a response
 _KEY = "images"
+_DISCARDED = 16
 _FIELD = 4096  # most bytes of a form field that is not a file; no such field is used
 _FORM = 'JSON: expected {"images": ["<base64>", …]}'
 
@@ -42,6 +44,7 @@ async def receive(request: Request, limits: Limits, bodies: Budget) -> bytes:
     """Receive the whole body. Its bytes are taken from the budget ``bodies``; the caller gives them back."""
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and (len(length) > 12 or int(length) > limits.body):
+        await _discard_rest(request, limits)
         raise RefusedError(413, f"body: expected at most {limits.body} bytes, got {length[:20]}")
     parts: list[bytes] = []
     try:
@@ -63,9 +66,27 @@ async def _collect(request: Request, limits: Limits, bodies: Budget, parts: list
     async for part in request.stream():
         size += len(part)
         if size > limits.body:
+            await _discard_rest(request, limits)
             raise RefusedError(413, f"body: expected at most {limits.body} bytes, got more")
         bodies.take(len(part))
         parts.append(part)
+
+
+async def _discard_rest(request: Request, limits: Limits) -> None:
+    """Read the rest of a body that is too large, up to ``_DISCARDED`` times the limit, if the connection is closed
+    after the answer: a client that is still sending then finds it broken, and never reads the answer."""
+    if request.headers.get("connection", "").lower() != "close" or "expect" in request.headers:
+        return
+
+    async def rest() -> None:
+        left = _DISCARDED * limits.body
+        async for part in request.stream():
+            left -= len(part)
+            if left < 0:
+                return
+
+    with suppress(asyncio.TimeoutError, ClientDisconnect):
+        await asyncio.wait_for(rest(), limits.patience)
 
 
 async def uploads(request: Request, body: bytes, limits: Limits) -> list[Upload]:
