@@ -229,6 +229,11 @@ def test_vit_round_trip_and_transformers_reads_it(tmp_path: Path) -> None:
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, model.module.state_dict()[key]), key
     assert load_autoencoder(tmp_path / "deep" / "mine", mask_ratio=0.5).options()["mask_ratio"] == 0.5
+    masked = tiny.vit(changes=RGB, mask_ratio=0.5, mask_seed=3)
+    masked.save_pretrained(tmp_path / "again")
+    assert load_autoencoder(tmp_path / "again").fingerprint() == masked.fingerprint()
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_autoencoder(tmp_path / "again").fingerprint() == loaded.fingerprint()
 
 
 def test_default_normalisation() -> None:

@@ -128,6 +128,19 @@ def test_saved_and_loaded_it_is_the_same_model(tmp_path: Path) -> None:
     assert load_autoencoder(tmp_path / "again").fingerprint() == model.fingerprint()
 
 
+@pytest.mark.parametrize("options", [{"image_size": 32}, {"image_size": 320}, {"scaled": True, "interpolation": "box"}])
+def test_what_diffusers_does_not_store_is_loaded_again(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = DiffusersVAE(kl(3), **options)
+    model.save_pretrained(tmp_path / "again")
+    again = load_autoencoder(tmp_path / "again")
+    assert (again.fingerprint(), again.input_shape) == (model.fingerprint(), model.input_shape)
+    assert again.preprocessing == model.preprocessing
+    assert load_autoencoder(tmp_path / "again", image_size=64).input_shape == (3, 64, 64)
+    (tmp_path / "again" / "traj_ood.json").write_text('{"image_size": "64"}')
+    with pytest.raises(TrajOODError, match="image_size: expected int, got str"):
+        load_autoencoder(tmp_path / "again")
+
+
 # ---------------------------------------------------------------------- the other kinds
 
 

@@ -86,8 +86,8 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         hub_slashes: minimum and maximum number of slashes in a Hugging Face hub name; 1 for ``owner/name``, more if a
             folder of the repository may follow.
         models: published models by name.
-        unsaved: options of :meth:`from_pretrained`, with their types, that :meth:`options` returns but
-            :meth:`save_pretrained` does not write.
+        unsaved: options of :meth:`from_pretrained`, with their types, that the files of the family's library do not
+            have; :meth:`save_pretrained` may write them to ``traj_ood.json``.
         name: the model's name in tables and messages.
         module: the nn.Module whose weights define the model, on :attr:`device`.
         input_shape: (C, H, W) of the images that :meth:`encode` takes.

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo
-from traj_ood.autoencoders.hub import local_copy, read_config
+from traj_ood.autoencoders.hub import OPTIONS, local_copy, read_config, stored_options
 from traj_ood.autoencoders.own_modules import tensor_of
 from traj_ood.autoencoders.registry import family_of, register_autoencoder
 from traj_ood.data.preprocessing import Interpolation, Preprocessing
 from traj_ood.dynamics.chunks import rows_per_call
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
+from traj_ood.io.trees import write_json
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 PAPER_SIZE = 256
@@ -52,7 +53,8 @@ class DiffusersVAE(Autoencoder):
         model: the diffusers model.
         name: the model's name in tables and messages.
         image_size: side of the images. Default: the config's ``sample_size``, but at most 256, the paper's size (SDXL's
-            1024 costs 16 times as much); 256 if the config has none.
+            1024 costs 16 times as much); 256 if the config has none. A folder that :meth:`save_pretrained` wrote has
+            its own defaults of this and the next two.
         scaled: False (default) uses latents as E returns them, the literal reading of the paper's f = E∘D. True
             converts them to the units of the diffusion model, (z − shift) · scaling_factor, in which the latents of
             images, like starts from N(0, I), have about unit variance. The dynamics are the same; starts and tolerance
@@ -147,11 +149,14 @@ class DiffusersVAE(Autoencoder):
             )
         model = whole_network(answer, str(folder))
         options.setdefault("name", Path(source).name if Path(source).expanduser().is_dir() else str(source))
-        return cls(model, **options)
+        return cls(model, **{**stored_options(folder, cls.unsaved), **options})
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in diffusers' layout; ``image_size``, ``scaled`` and ``interpolation`` are not stored."""
+        """Write the model in diffusers' layout, with ``image_size``, ``scaled`` and ``interpolation`` beside it."""
+        assert self.preprocessing is not None  # made with the model
         self.module.save_pretrained(folder)  # type: ignore[operator]
+        own = {"scaled": self.scaled, "interpolation": self.preprocessing.interpolation}
+        write_json(Path(folder) / OPTIONS, {"image_size": self.input_shape[1], **own})
 
     def options(self) -> dict[str, Any]:
         """The options that change f and do not show in the weights; factor and shift are 1 and 0 unless ``scaled``."""

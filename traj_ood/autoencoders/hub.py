@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.pretrained import is_local
-from traj_ood.io.trees import MAX_CONFIG, read_json
+from traj_ood.io.trees import MAX_CONFIG, field_of, read_json
 
 DOWNLOAD = "download it on a machine with a network and pass the folder"
 """The remedy for a model that cannot be downloaded."""
+OPTIONS = "traj_ood.json"
+"""The file of a saved model with the options that its library's own files do not have."""
 
 
 def local_copy(source: str, files: Sequence[str]) -> Path:
@@ -38,6 +40,13 @@ def local_copy(source: str, files: Sequence[str]) -> Path:
     if not (Path(copy) / inner).is_dir():
         raise TrajOODError(f"model {source!r}: the repository {'/'.join(parts[:2])} has no folder {inner!r}")
     return Path(copy) / inner
+
+
+def stored_options(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The options in :data:`OPTIONS` of a folder, with their types; none if it has no such file."""
+    path = folder / OPTIONS
+    tree = read_json(path, "options of a model", "correct or delete it", limit=MAX_CONFIG) if path.is_file() else {}
+    return {key: field_of(tree, key, kind, str(path)) for key, kind in kinds.items() if key in tree}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders.base import GRID, Autoencoder, ModelInfo
-from traj_ood.autoencoders.hub import DOWNLOAD
+from traj_ood.autoencoders.hub import DOWNLOAD, OPTIONS, stored_options
 from traj_ood.autoencoders.mae_network import DEFAULTS, MAENetwork, is_plain
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
@@ -144,7 +144,7 @@ class ViTMAE(Autoencoder):
         if (folder / PROCESSOR).is_file():
             stored = _read_json(folder / PROCESSOR)
             options.setdefault("preprocessing", _preprocessing(stored, {**DEFAULTS, **raw}, str(folder / PROCESSOR)))
-        autoencoder = cls(model, **options)
+        autoencoder = cls(model, **{**stored_options(folder, cls.unsaved), **options})
         check_digest(path, written, raw, stored)  # last: the other errors are more specific
         return autoencoder
 
@@ -162,7 +162,7 @@ class ViTMAE(Autoencoder):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json, which transformers can read, too; with the
-        names of published files, the only ones that version 4 knows."""
+        names of published files, the only ones that version 4 knows. A mask is written beside them."""
         folder = Path(folder)
         network: Any = self.module
         if isinstance(network, MAENetwork):
@@ -175,6 +175,10 @@ class ViTMAE(Autoencoder):
         weights = {published_name(key): value for key, value in self.module.state_dict().items()}
         write_tensors(folder / "model.safetensors", weights, beside=[json.loads(text), stored])
         write_json(folder / PROCESSOR, stored)
+        if self.mask_ratio:
+            write_json(folder / OPTIONS, {"mask_ratio": self.mask_ratio, "mask_seed": self.mask_seed})
+        else:
+            (folder / OPTIONS).unlink(missing_ok=True)
 
     def fingerprint(self) -> str:
         return fingerprint(self.module, [self.family, self.options()], own_name)
