@@ -129,6 +129,25 @@ def test_a_sample_that_settles_or_leaves_the_finite_numbers_ends_there_as_in_the
         torch.testing.assert_close(as_module(detector)(pixels), expected.nan_to_num(torch.inf), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(
+    "scorer",
+    ["field", "early-path:steps=1+4", "early-trajectory:reference=features:steps=0+4", "alignment:target=mean"],
+)
+def test_a_sample_that_becomes_infinite_has_no_later_points_as_in_the_engine(scorer: str) -> None:
+    def decode(z: Tensor) -> Tensor:  # f(z) = 1.3 z up to a length of 1.7, beyond which nothing is finite
+        return torch.where(z.norm(dim=1, keepdim=True) > 1.7, torch.inf, 1.3 * z).reshape(-1, 1, 2, 2)
+
+    model = CallableAutoencoder(lambda x: x.flatten(1), decode, (1, 2, 2))
+    scorers = ScorerSet(model, [scorer], max_steps=8)
+    scorers.fit(Normalised(0.3 * tiny.images(24, (1, 2, 2)).sigmoid()))
+    pixels = torch.tensor([0.2, 0.6, 0.9]).view(3, 1, 1, 1) + torch.eye(2).view(1, 1, 2, 2) / 20
+    detector = SimpleNamespace(autoencoder=model, scorers=scorers, calibration=None)
+    module = as_module(detector)
+    expected = in_python(detector, module.steps, Normalised(pixels))
+    assert expected.isfinite().tolist() == [True, "4" not in scorer, False]  # the second one's z3 is infinite
+    torch.testing.assert_close(module(pixels), expected.nan_to_num(torch.inf), rtol=1e-9, atol=0)
+
+
 def test_what_is_no_image_has_no_score_and_does_not_touch_its_batch_mates() -> None:
     detector = fitted(tiny.conv(), "knn")
     module = as_module(detector)

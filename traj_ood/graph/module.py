@@ -16,7 +16,7 @@ from traj_ood.dynamics.trajectory import Status, Trajectory
 from traj_ood.errors import TrajOODError
 from traj_ood.graph.dense_index import DenseIndex
 from traj_ood.graph.fixed_steps import form_of, same_score, steps_of
-from traj_ood.graph.step import Loop, PinnedTensors, PlainLoop, RecordedStep, Step, Tensors, lengths
+from traj_ood.graph.step import Loop, PinnedTensors, PlainLoop, RecordedStep, Step, Tensors, lengths, where_rows
 from traj_ood.scorers import Evidence
 from traj_ood.scorers.bank import SearchingScorer
 from traj_ood.scorers.scorer_set import ScorerSet
@@ -160,17 +160,17 @@ class DetectorModule(nn.Module):
         wanted, prepared = sorted(self.scorer.needs().points), self.step.prepare()
         running = lengths(start).isfinite()
         columns = [values[None] for values in self.step.measure(start, running, *prepared)]
-        residuals, latents = columns[0][:0], start
+        residuals, latents = columns[0][:0], where_rows(running, start, torch.nan)
         points: dict[tuple[Any, int], Tensor] = {}
         if self.steps:
             loop = self._loops[-1 if torch.compiler.is_compiling() else 0]
-            latents, running, residuals, *rest = loop(start, running, self.steps, prepared)
+            latents, running, residuals, *rest = loop(latents, running, self.steps, prepared)
             columns = [torch.cat([a, b]) for a, b in zip(columns, rest, strict=False)]  # points follow the columns
             kept = dict(zip(self._kept, rest[len(columns) :], strict=True))
             # After convergence a sample stays at its end point; a t beyond the last step gives the last point.
             points = {(view, t): kept[view][min(t, self.steps) - 1].cpu() for view, t in wanted}
-        # CONVERGED includes samples that became NaN or infinite; scorers distinguish them by the columns.
-        status = torch.where(running, int(Status.STEP_LIMIT), int(Status.CONVERGED))
+        ended = torch.where(lengths(latents).isfinite(), int(Status.CONVERGED), int(Status.NON_FINITE))
+        status = torch.where(running, int(Status.STEP_LIMIT), ended)
         measures = {name: column.T.cpu() for name, column in zip(self.step.names, columns, strict=True)}
         steps = residuals.isfinite().sum(dim=0)
         path = Trajectory(steps.cpu(), status.cpu(), residuals.T.cpu(), latents, measures, max(1, self.steps))

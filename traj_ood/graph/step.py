@@ -41,7 +41,8 @@ class Step(nn.Module):
     """One round of :func:`traj_ood.iterate` for a whole batch, which returns points in ``views`` and measures distances
     in those of ``attractors``.
 
-    Samples that have converged stay where they are, and their measures are NaN, as always after the end of a path.
+    Samples that have converged stay where they are; those that became NaN or infinite are NaN from then on. Measures of
+    both are NaN, as always after the end of a path.
     """
 
     def __init__(self, autoencoder: Autoencoder, attractors: Tensors, views: Sequence[FeatureView], tol: float) -> None:
@@ -67,8 +68,9 @@ class Step(nn.Module):
         """
         images = self._autoencoder.self_map(latents.clone())  # a clone, as f may begin with an in-place operation
         squared = lengths(images - latents).double().square()
-        running = running & squared.isfinite() & lengths(images).isfinite()
-        moved = torch.where(running.view(-1, *[1] * (latents.ndim - 1)), images, latents)
+        goes_on = running & squared.isfinite() & lengths(images).isfinite()
+        moved = where_rows(running, where_rows(goes_on, images, torch.nan), latents)
+        running = goes_on
         residuals = torch.where(running, squared, torch.nan)
         measures = self.measure(moved, running, *prepared)
         points = [self._autoencoder.latent_view(moved, view).clone() for view in self._views]  # scan forbids aliases
@@ -151,6 +153,11 @@ def can_scan() -> bool:
     """Whether this version of torch has a ``scan``, a prototype, that both export formats support."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return version >= (2, 9)
+
+
+def where_rows(rows: Tensor, chosen: Tensor, other: Tensor | float) -> Tensor:
+    """``chosen`` (B, *L) in the ``rows`` (B,) bool, ``other`` elsewhere."""
+    return torch.where(rows.view(-1, *[1] * (chosen.ndim - 1)), chosen, other)
 
 
 def lengths(latents: Tensor) -> Tensor:
