@@ -94,6 +94,8 @@ def test_distinct_merges_by_cosine() -> None:
     assert built.distinct().tolist() == [0, 3, 4, 5]
     assert built.distinct(cosine=0.999).tolist() == [0, 2, 3, 4, 5]
     assert built.distinct(cosine=-0.5).tolist() == [0, 5]
+    many = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    assert make(torch.cat([many, many, 2 * many])).distinct(cosine=1.0).tolist() == list(range(50))
     assert make(corners()).distinct().tolist() == list(range(16))
     assert make(directions[:, None]).distinct().tolist() == [0, 3, 4, 5]  # token latents are flattened
 
@@ -184,6 +186,12 @@ def test_save_and_load(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.tensors()[name], tensor, rtol=0, atol=0, equal_nan=True)
     assert loaded.health() == built.health()
     assert [p.name for p in path.parent.iterdir()] == ["attractors.safetensors"]
+
+
+def test_a_dictionary_without_end_points_can_be_read(tmp_path: Path) -> None:
+    built = make(torch.full((4, 3), torch.nan), [Status.NON_FINITE] * 4)
+    built.save(tmp_path / "attractors.safetensors")
+    assert AttractorDictionary.load(tmp_path / "attractors.safetensors").health() == built.health()
 
 
 def header_of(built: AttractorDictionary, **changes: str) -> dict[str, str]:

@@ -155,7 +155,7 @@ class AttractorDictionary:
         lengths = {len(t) for t in loaded.tensors().values()} | {len(loaded.ids)}
         if len(lengths) != 1:
             raise TrajOODError(f"{path}: damaged attractor dictionary: its parts have lengths {sorted(lengths)}")
-        if not bool(loaded.usable().isfinite().all()):
+        if not bool(loaded.points[loaded.statuses != Status.NON_FINITE].isfinite().all()):
             raise TrajOODError(f"{path}: damaged attractor dictionary: non-finite points that are marked finite")
         return loaded
 

@@ -239,8 +239,8 @@ def group_directions(points: Tensor, cosine: float = SAME) -> tuple[Tensor, Tens
     Returns:
         See :func:`traj_ood.index.greedy_leaders`.
     """
-    # On the unit sphere ‖a − b‖² = 2 − 2 cos.
-    return greedy_leaders(directions(points), max(0.0, 2 - 2 * cosine) ** 0.5)
+    # On the unit sphere ‖a − b‖² = 2 − 2 cos, which float32 gives up to 1e-6: equal points may be as far apart.
+    return greedy_leaders(directions(points), max(1e-6, 2 - 2 * cosine) ** 0.5)
 
 
 def directions(points: Tensor) -> Tensor:
