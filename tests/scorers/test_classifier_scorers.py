@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from scipy.special import logsumexp, softmax
 from torch import Tensor, nn
 
+from traj_ood import Detector
+from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
+from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers import Evidence, create_scorer
+from traj_ood.scorers.scorer_set import ScorerSet
 
 WIDTH, CLASSES = 24, 5
 
@@ -283,6 +288,34 @@ def test_she_refuses_labels_that_do_not_number_the_classifiers_classes() -> None
         shuffled = Evidence(TRAIN.features, logits=TRAIN.logits, labels=labels)
         with pytest.raises(TrajOODError, match="scorer she: expected labels that number the classifier's 5 classes"):
             create_scorer("she").fit(shuffled)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [((0, 1, 3), {0: "0", 1: "1", 3: "3"}), ((0, 1, 2, 3), {0: "airplane", 1: "bird", 2: "cat", 3: "dog"})],
+)
+def test_she_takes_numbers_and_names_in_the_order_of_the_classifiers_classes(
+    classes: tuple[int, ...], names: dict[int, str]
+) -> None:
+    model = SurrogateAutoencoder(quadrants(), SurrogateNetwork(4, hidden=[8], bottleneck=2))
+    labels = [classes[i % len(classes)] for i in range(24)]
+    images = 0.1 * tiny.images(24, (1, 2, 2)).sigmoid()
+    images.flatten(1)[torch.arange(24), torch.tensor(labels)] += 0.9 - 0.01 * torch.arange(24)
+    expected = torch.zeros(4, 4, dtype=torch.float64)  # the classifier is right on all images
+    for c in classes:
+        expected[c] = images.flatten(1)[torch.tensor(labels) == c].double().mean(dim=0)
+    for given in (labels, np.array(labels), torch.tensor(labels), [names[c] for c in labels]):
+        for fitted in (
+            ScorerSet(model, ["she"]).fit(images, labels=given).scorers[0],
+            Detector.fit(model, images, "she", labels=given).scorer,
+        ):
+            torch.testing.assert_close(fitted.state["patterns"], expected, rtol=1e-6, atol=1e-7)
+
+
+def quadrants() -> CallableBackbone:
+    """A classifier of (1, 2, 2) images by their brightest pixel, whose features are the pixels."""
+    pixels, module = lambda x: Features(x.flatten(1), x.flatten(1)), nn.Identity()
+    return CallableBackbone(pixels, (1, 2, 2), 4, classes=4, module=module)
 
 
 def test_fdbd_refuses_classes_of_the_same_weights() -> None:

@@ -53,7 +53,7 @@ def label_list(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
 def classes_given(
     scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int
 ) -> Tensor | None:
-    """(N,) int64 classes 0 … C − 1; None if there are none, or if the items of a Dataset or DataLoader have them."""
+    """(N,) int64 classes of :func:`numbered`; None if there are none, or a Dataset's or DataLoader's items have them."""
     own = has_own_labels(images)
     given = labels if labels is not None else () if own else getattr(images, "labels", ())
     if labels is None and len(given) == 0:
@@ -62,10 +62,10 @@ def classes_given(
 
 
 def numbered(given: Any, count: int, scorers: ScorerSet) -> Tensor:
-    """Labels, integers or texts, as (N,) int64 classes 0 … C − 1."""
+    """Labels, integers or texts, as (N,) int64 classes, see :func:`class_numbers`."""
     if len(given) == 0 and count:
         raise TrajOODError(
             f"scorer {scorers.labels[0]}: needs the class of every training image, got none: pass labels=, or images "
             "from a list with classes (traj_ood.data.read_image_list)"
         )
-    return class_numbers(given, count)
+    return class_numbers(given, count, scorers.autoencoder.classes)

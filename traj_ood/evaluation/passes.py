@@ -79,7 +79,7 @@ class Passes:
         if dictionary is not None:
             residuals = join_tables([p.tensors["residuals"] for p in pieces if p.ids])
             self.still_falling = still_falling(residuals, dictionary.statuses)
-        self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces)))
+        self.scorers.learn(dictionary, replace(evidence, labels=_labels_of(split, pieces, self.scorers)))
         return parts
 
     def score(self) -> PartsBySplit:
@@ -245,13 +245,13 @@ def _curves_of(evidence: Evidence) -> dict[str, Tensor]:
     return {"steps": path.steps, "status": path.status, **curves}
 
 
-def _labels_of(split: Split, pieces: list[Part]) -> Tensor | None:
+def _labels_of(split: Split, pieces: list[Part], scorers: ScorerSet) -> Tensor | None:
     """(N,) int64 classes of the images that were read, or None if the split has no labels."""
     if not split.images.labels:
         return None
     label_of = dict(zip(split.images.ids, split.images.labels, strict=True))
     labels = [label_of[i] for p in pieces for i in p.ids]
-    return class_numbers(labels, len(labels))
+    return class_numbers(labels, len(labels), scorers.autoencoder.classes)
 
 
 def even_size(count: int, most: int, processes: int) -> int:

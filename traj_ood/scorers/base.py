@@ -104,7 +104,7 @@ class Evidence:
             fitting.
         logits: (B, classes) float32 of the classifier.
         head: weight (classes, n) and bias (classes,) of the classifier; only while fitting.
-        labels: (B,) int64 class labels 0 … C−1; only while fitting.
+        labels: (B,) int64 class labels from 0; only while fitting.
         divergence: (B,) float64 estimate of the trace of the Jacobian of f(z) − z at z0, from one Hutchinson probe ε of
             random signs, the same for all images: εᵀ (f(z0 + hε) − f(z0 − hε)) / 2h minus the number of coordinates.
     """

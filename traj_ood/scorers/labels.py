@@ -45,12 +45,21 @@ def classes_of(scorer: str, train: Evidence, count: int) -> Tensor:
     return labels_of(scorer, train, count).unique(return_inverse=True)[1]
 
 
-def class_numbers(labels: Any, count: int) -> Tensor:
-    """Convert N class labels, whole numbers or texts, to class indices (N,) int64 in 0 … C − 1.
+def class_order(names: Iterable[str]) -> list[str]:
+    """Distinct class names in the order of their indices: whole numbers first, ascending, then texts, as in
+    torchvision's ``ImageFolder``."""
+    return sorted(set(names), key=lambda n: (0, int(n), n) if n.removeprefix("-").isdecimal() else (1, 0, n))
+
+
+def class_numbers(labels: Any, count: int, classes: int = 0) -> Tensor:
+    """Convert N class labels, whole numbers or texts, to class indices (N,) int64: in :func:`class_order` from 0,
+    without gaps.
 
     Args:
         labels: a list, tensor, NumPy array or pandas column.
         count: N.
+        classes: number of classes of the model's classifier; labels that are all numbers below it stay as they are,
+            because they number its classes, of which some may have no image. Default 0: none.
     Raises:
         TrajOODError: not ``count`` labels, or labels of another type.
     """
@@ -61,10 +70,11 @@ def class_numbers(labels: Any, count: int) -> Tensor:
             f"labels: expected {count} whole numbers or texts, one per image, got {len(values)} of "
             f"{', '.join(sorted({type(v).__name__ for v in values})) or 'nothing'}"
         )
-    # Numbers are sorted as numbers, so that the same classes get the same indices as numbers or texts.
-    order = sorted({str(v) for v in values}, key=lambda text: (len(text), text))
-    number = {text: i for i, text in enumerate(order)}
-    return torch.tensor([number[str(v)] for v in values])
+    names = [str(v) for v in values]
+    number = {name: i for i, name in enumerate(map(str, range(classes)))}
+    if not set(names) <= number.keys():
+        number = {name: i for i, name in enumerate(class_order(names))}
+    return torch.tensor([number[name] for name in names])
 
 
 def check_one_labelling(given: Any, own: Any) -> None:

@@ -197,7 +197,7 @@ class ScorerSet:
             encoding, tuple(map(str, range(len(encoding)) if ids is None else ids)), on_step
         )
         if labels is not None and not isinstance(labels, Tensor):
-            labels = class_numbers(labels, len(encoding))
+            labels = class_numbers(labels, len(encoding), self.autoencoder.classes)
         return self.learn(dictionary, replace(evidence, labels=labels))
 
     def explore(
@@ -369,7 +369,8 @@ class ScorerSet:
             for encoding in encodings:
                 _check_encoding(encoding)
                 # A copy, because the caller may reuse the target's buffer while the samples are in progress.
-                target = encoding.target.clone() if self.needs.reconstruction else encoding.target
+                is_read = self.needs.reconstruction or "entry" in self.needs.features
+                target = encoding.target.clone() if is_read else encoding.target
                 yield encoding.latents, replace(encoding, target=target)
 
         def walk(latents: Iterator[Tensor]) -> Iterator[Trajectory]:

@@ -24,8 +24,9 @@ class SHE(Scorer):
     The pattern of a class without such images is 0, which after a ReLU gives the largest possible score.
 
     Args:
-        patterns: ``correct`` (default, the paper's) needs labels numbered as the classifier's logits. ``predicted``
-            averages all training images by their predicted class, for images without labels or with other classes.
+        patterns: ``correct`` (default, the paper's) needs labels numbered as the classifier's logits, or names that
+            have the same order (see :func:`traj_ood.scorers.labels.class_order`). ``predicted`` averages all training
+            images by their predicted class, for images without labels or with other classes.
         metric: ``inner_product`` (default, the paper's), ``euclidean`` or ``cosine``, as in OpenOOD.
     """
 

@@ -15,6 +15,7 @@ from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.data import Benchmark, Split
 from traj_ood.data.batches import read_rows
 from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.scorers.labels import class_order
 from traj_ood.training.card import classifier_card
 from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageLoss, ImageTrainer, TrainingImages
@@ -71,19 +72,19 @@ def train_classifier(
 
 
 def class_names(benchmark: Benchmark) -> tuple[str, ...]:
-    """The names of the classes: the distinct labels of the ID training split, numbers first and in order, then texts.
+    """The names of the classes: the distinct labels of the ID training split, by :func:`class_order`.
 
     Raises:
         TrajOODError: no labels, or fewer than 2 classes.
     """
-    names = set(benchmark.train.images.labels)
+    names = class_order(benchmark.train.images.labels)
     if len(names) < 2:
-        found = "no labels" if not names else f"only class {names.pop()!r}"
+        found = "no labels" if not names else f"only class {names[0]!r}"
         raise TrajOODError(
             f"benchmark {benchmark.name!r}: expected labelled training images of at least 2 classes for a classifier, "
             f"got {found}: give image lists with labels"
         )
-    return tuple(sorted(names, key=lambda n: (0, int(n), n) if n.lstrip("-").isdecimal() else (1, 0, n)))
+    return tuple(names)
 
 
 def accuracy(backbone: Backbone, split: Split, classes: Sequence[str]) -> dict[str, float]:
