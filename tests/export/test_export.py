@@ -148,6 +148,17 @@ def test_a_sample_that_becomes_infinite_has_no_later_points_as_in_the_engine(sco
     torch.testing.assert_close(module(pixels), expected.nan_to_num(torch.inf), rtol=1e-9, atol=0)
 
 
+def test_the_callers_default_type_changes_no_module() -> None:
+    model = exploding(0.9)
+    detector, pixels = fitted(model, "field"), tiny.images(5, (1, 2, 2)).sigmoid()
+    expected = as_module(detector)(pixels)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(as_module(detector)(pixels), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_is_no_image_has_no_score_and_does_not_touch_its_batch_mates() -> None:
     detector = fitted(tiny.conv(), "knn")
     module = as_module(detector)

@@ -53,7 +53,7 @@ def label_list(labels: Tensor | Sequence[Any], count: int) -> list[Any]:
 def classes_given(
     scorers: ScorerSet, images: Images, labels: Tensor | Sequence[Any] | None, count: int
 ) -> Tensor | None:
-    """(N,) int64 classes of :func:`numbered`; None if there are none, or a Dataset's or DataLoader's items have them."""
+    """(N,) int64 classes; None if there are none, or if the items of a Dataset or DataLoader have them."""
     own = has_own_labels(images)
     given = labels if labels is not None else () if own else getattr(images, "labels", ())
     if labels is None and len(given) == 0:

@@ -56,7 +56,7 @@ class DetectorModule(nn.Module):
         if isinstance(autoencoder, SurrogateAutoencoder):
             self.backbone = autoencoder.backbone.module
         for name, values in zip(("mean", "std"), self.preprocessing.affine, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
         self.statistics = PinnedTensors(scorer.state)
         self.searched = PinnedTensors({"points": scorer.points()} if isinstance(scorer, SearchingScorer) else {})
         self._autoencoder, self._check_weights = autoencoder, scorers.check_weights
