@@ -26,7 +26,7 @@ class AttractorDictionary:
     """End points Z*_train of the trajectories of ID training samples.
 
     Attributes:
-        points: (N, *L) float32 end points, converged or not: the paper also keeps those at the step limit.
+        points: (N, *L) end points, in the model's type, converged or not: the paper also keeps those at the step limit.
         residuals: (N,) float64, the last squared residual of each trajectory.
         steps: (N,) int64 number of steps.
         statuses: (N,) int64, a :class:`traj_ood.dynamics.trajectory.Status` each.

@@ -27,9 +27,6 @@ class DenseIndex:
             prepared = wide, wide.square().sum(dim=1)
         self.prepared = self._wide, self._squared = prepared
 
-    def __len__(self) -> int:
-        return len(self._points)
-
     def nearest(self, queries: Tensor) -> Neighbors:
         """The nearest neighbour of each query (B, d); any of them in case of a tie."""
         indices = self._squares(queries).argmin(dim=1, keepdim=True)

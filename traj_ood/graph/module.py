@@ -220,8 +220,7 @@ def _declared(autoencoder: Autoencoder) -> Preprocessing:
 
 def _check_model(autoencoder: Autoencoder) -> None:
     """Raise a TrajOODError for a model that overrides ``examine``."""
-    own = type(autoencoder).examine not in (Autoencoder.examine, SurrogateAutoencoder.examine)
-    if own:
+    if type(autoencoder).examine not in (Autoencoder.examine, SurrogateAutoencoder.examine):
         raise TrajOODError(
             f"export: {autoencoder.name} ({autoencoder.family}) overrides examine, which a graph cannot include: "
             "export autoencoders and surrogates"

@@ -166,5 +166,4 @@ def lengths(latents: Tensor) -> Tensor:
 
 
 def _own(step: Step) -> dict[str, Tensor]:
-    named = step.named_parameters(remove_duplicate=False), step.named_buffers(remove_duplicate=False)
-    return {name: tensor for part in named for name, tensor in part}
+    return {**dict(step.named_parameters(remove_duplicate=False)), **dict(step.named_buffers(remove_duplicate=False))}

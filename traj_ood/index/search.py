@@ -175,8 +175,8 @@ class NeighborIndex:
         found = self.nearest(queries).distances[:, 0]
         if not len(found):
             raise TrajOODError("recall: expected at least one query, got none")
-        queries, centred, error = self._prepare(queries)
-        nearest = self._in_blocks(lambda q, *_: self._dense(q, 1), queries, centred, error, len(self)).indices[:, 0]
+        queries = self._prepare(queries)[0]
+        nearest = self._dense(queries, 1)[1][:, 0]
         true = self._exact(queries, torch.arange(len(queries), device=self.device), nearest)
         excess = torch.where(found > true, (found - true) / true, 0.0)
         return Recall(
@@ -336,12 +336,7 @@ class NeighborIndex:
         indices = torch.empty(len(queries), 1, dtype=torch.int64, device=self.device)
         few = ~many
         distances[few], indices[few] = self._nearest_block(queries[few], centred[few], error[few])
-        _, closest = self._dense(queries[many], min(_SPARE, len(self)))
-        rows = torch.arange(len(closest), device=self.device).repeat_interleave(closest.shape[1])
-        found = self._exact(queries[many], rows, closest.flatten()).view_as(closest)
-        best = found.amin(dim=1, keepdim=True)
-        distances[many] = best
-        indices[many] = torch.where(found == best, closest, len(self)).amin(dim=1, keepdim=True)
+        distances[many], indices[many] = self._nearest_of_crowd(queries[many], 1)
         return distances, indices
 
     def _closest_members(

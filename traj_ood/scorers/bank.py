@@ -20,8 +20,6 @@ _S = TypeVar("_S", bound="SearchingScorer")
 class Index(Protocol):
     """The methods of an index that scorers call; implemented by :class:`traj_ood.NeighborIndex`."""
 
-    def __len__(self) -> int: ...
-
     def nearest(self, queries: Tensor) -> Neighbors: ...
 
     def search(self, queries: Tensor, k: int) -> Neighbors: ...
@@ -34,9 +32,6 @@ class _FiniteQueries:
 
     def __init__(self, index: NeighborIndex) -> None:
         self._index = index
-
-    def __len__(self) -> int:
-        return len(self._index)
 
     def nearest(self, queries: Tensor) -> Neighbors:
         return self._answer(queries, self._index.nearest)

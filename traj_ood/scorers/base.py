@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from traj_ood.autoencoders import VIEWS, FeatureView, View
 from traj_ood.dynamics.trajectory import Trajectory
@@ -92,8 +93,8 @@ class Evidence:
     :class:`Needs`, and is the only input of scorers: they never call the model.
 
     Attributes:
-        features: view → (B, d) float32 of z0 = E(x), or of the frozen backbone; (B, cells, d) for the views ``grid``,
-            ``entry`` and ``decoded``.
+        features: view → (B, d) of z0 = E(x), or of the frozen backbone; (B, cells, d) for the views ``grid``, ``entry``
+            and ``decoded``. These, the points and the logits are float32, or float64 where the model is.
         reconstruction: kind → (B,) float64 mean squared error per pixel.
         trajectory: residuals, steps, norms and, while scoring, distances to the attractors, which are its measure
             ``distance/<view>``; None if no scorer reads the path.
@@ -102,7 +103,7 @@ class Evidence:
         attractors: view → (M, …) of the finite attractors; only while fitting.
         own: (B,) int64 index of each training image's own attractor among them, −1 where it is not finite; only while
             fitting.
-        logits: (B, classes) float32 of the classifier.
+        logits: (B, classes) of the classifier.
         head: weight (classes, n) and bias (classes,) of the classifier; only while fitting.
         labels: (B,) int64 class labels from 0; only while fitting.
         divergence: (B,) float64 estimate of the trace of the Jacobian of f(z) − z at z0, from one Hutchinson probe ε of
@@ -422,6 +423,15 @@ class FeatureScorer(Scorer):
     def features(self, evidence: Evidence) -> Tensor:
         """(B, d) features of the declared view."""
         return evidence.features[self.view]
+
+
+@dataclass
+class UnitFeatureScorer(FeatureScorer):
+    """A static scorer of L2-normalised features, or of features as they are if its option ``normalize`` is false."""
+
+    def features(self, evidence: Evidence) -> Tensor:
+        features = super().features(evidence)
+        return normalize(features, dim=-1) if getattr(self, "normalize", True) else features
 
 
 def _row_major(value: Tensor) -> Tensor:

@@ -172,14 +172,14 @@ class EntryPath(SearchingScorer):
         and their classes, the linear prediction of the step."""
         points = [p[kept] for p in every]
         state = named("white", learn_gaussians(points[0]))
+        start = _whiten(state, points[0])
         if "attractors" in self._parts:
             attractors, images = self._attractors(train, kept)
             state["attractors"] = _whiten(state, attractors).flatten(1).float()
             if classes is not None:
-                state |= classes_of_attractors(_whiten(state, points[0]).flatten(1), classes[kept], classes[images])
+                state |= classes_of_attractors(start.flatten(1), classes[kept], classes[images])
         if "residual" in self._parts:
-            start, step = _whiten(state, points[0]), _whiten(state, points[1]) - _whiten(state, points[0])
-            predicted, rest = linear_prediction(start, step)
+            predicted, rest = linear_prediction(start, _whiten(state, points[1]) - start)
             state |= {"linear/map": predicted} | named("linear", learn_gaussians(rest))
         return state
 

@@ -72,11 +72,7 @@ class IsolationForest(FeatureScorer):
 
 def _tree(tree: Any) -> dict[str, Tensor]:
     """The nodes of a scikit-learn tree; a leaf has left = right = feature = 0."""
-    depth = np.zeros(tree.node_count)
-    for node in range(tree.node_count):  # parents come before their children
-        for child in (tree.children_left[node], tree.children_right[node]):
-            if child > 0:
-                depth[child] = depth[node] + 1
+    depth = tree.compute_node_depths() - 1.0  # scikit-learn gives the root a depth of 1
     return {
         "left": torch.from_numpy(tree.children_left.astype(np.int64)).clamp(min=0),
         "right": torch.from_numpy(tree.children_right.astype(np.int64)).clamp(min=0),

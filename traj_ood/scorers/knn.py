@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from traj_ood.autoencoders import FeatureView
 from traj_ood.scorers.bank import BankScorer
-from traj_ood.scorers.base import Evidence
+from traj_ood.scorers.base import Evidence, UnitFeatureScorer
 from traj_ood.scorers.registry import register
 
 
 @register
 @dataclass
-class KNN(BankScorer):
+class KNN(BankScorer, UnitFeatureScorer):
     """Distance to the k-th nearest training feature: ‖z̄ − z̄_(k)‖ with z̄ = z/‖z‖ (Sun et al. 2022, eq. 2).
 
     Args:
@@ -42,10 +41,6 @@ class KNN(BankScorer):
         if self.reduce == "kth":
             return self.kth_distance(features, k)
         return self.neighbour_distances(features, k).mean(dim=1)
-
-    def features(self, evidence: Evidence) -> Tensor:
-        features = super().features(evidence)
-        return normalize(features, dim=1) if self.normalize else features
 
 
 @register

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from traj_ood.index import NeighborIndex
 from traj_ood.scorers.bank import BankScorer
-from traj_ood.scorers.base import Evidence, Scorer
+from traj_ood.scorers.base import Evidence, Scorer, UnitFeatureScorer
 from traj_ood.scorers.knn import KNN
 from traj_ood.scorers.registry import register
 
@@ -21,7 +21,7 @@ _REFERENCES = 1000  # reference samples: with as many training images the standa
 
 @register
 @dataclass
-class KNNAuto(BankScorer):
+class KNNAuto(BankScorer, UnitFeatureScorer):
     """The scorer ``knn`` with k chosen from 1, 5, 10, 20, 50, 100, 200 on ID training images alone.
 
     score = ‖z̄ − z̄_(k)‖ with z̄ = z/‖z‖ (Sun et al. 2022, eq. 2). Sun et al. and OpenOOD choose k on OOD validation
@@ -64,9 +64,6 @@ class KNNAuto(BankScorer):
     def graph_form(self, steps: int) -> Scorer:
         chosen = KNN(view=self.view, k=int(self.state["k"]))  # a graph cannot depend on the value of a tensor
         return chosen.with_state({"bank": self.state["bank"]})
-
-    def features(self, evidence: Evidence) -> Tensor:
-        return normalize(super().features(evidence), dim=1)
 
     def _reference(self, bank: Tensor) -> Tensor:
         """Reference samples, (1000, d) unit vectors. Gaussian combinations of the centred features have the covariance

@@ -9,11 +9,10 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from traj_ood.autoencoders import VIEWS
 from traj_ood.errors import TrajOODError
-from traj_ood.scorers.base import Evidence, FeatureScorer, Needs
+from traj_ood.scorers.base import Evidence, Needs, UnitFeatureScorer
 from traj_ood.scorers.covariance import is_upper, times_upper
 from traj_ood.scorers.gaussians import distances_to_gaussians, learn_classes, learn_gaussians, to_nearest
 from traj_ood.scorers.labels import classes_of
@@ -25,7 +24,7 @@ _TRIANGULAR_ROWS = 512  # rows at a time: products with narrow blocks of a facto
 
 @register
 @dataclass
-class Mahalanobis(FeatureScorer):
+class Mahalanobis(UnitFeatureScorer):
     """Mahalanobis distance to the nearest class mean: min over classes c of sqrt((z − μ_c)ᵀ Σ⁻¹ (z − μ_c)).
 
     Σ is the covariance of the features minus their class means, shared by all classes; computed in float64.
@@ -82,10 +81,6 @@ class Mahalanobis(FeatureScorer):
         if torch.compiler.is_compiling() or not is_upper(self.state["factor"]):
             return in_rows(partial(self._distances, torch.matmul), features)
         return in_rows(partial(self._distances, times_upper), features, _TRIANGULAR_ROWS)
-
-    def features(self, evidence: Evidence) -> Tensor:
-        features = super().features(evidence)
-        return normalize(features, dim=-1) if self.normalize else features
 
     def _distances(self, product: Callable[[Tensor, Tensor], Tensor], features: Tensor) -> Tensor:
         """Distances (chunk,) to the nearest class mean, with whitening by ``product``."""

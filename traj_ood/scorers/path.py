@@ -79,9 +79,7 @@ class PathStatistic(Scorer):
 
     def needs(self) -> Needs:
         steps = WHOLE_PATH if self.horizon is None else self.horizon
-        if not self.two_sided:
-            return Needs(steps=steps)
-        return Needs(features=frozenset({"tokens"}), steps=steps, train_path=True)
+        return Needs(frozenset({"tokens"} if self.two_sided else ()), steps=steps, train_path=self.two_sided)
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
         if not self.two_sided:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from traj_ood.errors import TrajOODError
-from traj_ood.scorers.base import Evidence, FeatureScorer
+from traj_ood.scorers.base import Evidence, UnitFeatureScorer
 from traj_ood.scorers.principal import principal_axes
 from traj_ood.scorers.registry import register
 from traj_ood.scorers.rows import in_rows
@@ -21,7 +21,7 @@ _SAME_DISTANCE = 1e-6  # largest distance between unit vectors that are equal up
 
 @register
 @dataclass
-class PCAResidual(FeatureScorer):
+class PCAResidual(UnitFeatureScorer):
     """PCA residual ‖(I − P Pᵀ)(z − μ)‖, where P are the leading principal axes of the training features.
 
     Args:
@@ -47,14 +47,10 @@ class PCAResidual(FeatureScorer):
     def score(self, evidence: Evidence) -> Tensor:
         return in_rows(lambda part: _residual(self.state, part), self.features(evidence).cpu())
 
-    def features(self, evidence: Evidence) -> Tensor:
-        features = super().features(evidence)
-        return normalize(features, dim=1) if self.normalize else features
-
 
 @register
 @dataclass
-class KernelPCA(FeatureScorer):
+class KernelPCA(UnitFeatureScorer):
     """Kernel PCA residual ‖(I − P Pᵀ)(φ(z) − μ)‖ in the space of a Gaussian kernel of normalised features ("CoRP").
 
     Kernel PCA for OOD detection (Fang et al. 2024): the reconstruction error of PCA on random Fourier features
@@ -101,9 +97,6 @@ class KernelPCA(FeatureScorer):
             return _residual(self.state, _fourier(self.state, part))
 
         return in_rows(errors, self.features(evidence).cpu())
-
-    def features(self, evidence: Evidence) -> Tensor:
-        return normalize(super().features(evidence), dim=1)
 
     def _width(self, features: Tensor) -> float:
         some = normalize(features[:: -(-len(features) // _MEDIAN_IMAGES)].double(), dim=1)

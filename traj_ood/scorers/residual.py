@@ -34,7 +34,7 @@ class ResidualSpace(HeadScorer):
     at_least: ClassVar = {"dim": 1}
     dim: int | None = None
 
-    def residual_space(self, train: Evidence) -> dict[str, Tensor]:
+    def learn(self, train: Evidence) -> dict[str, Tensor]:
         """Fit ``origin`` u (n,) and ``residual`` R (n, n − dim), an orthonormal basis of the residual space; float64.
 
         Raises:
@@ -88,9 +88,6 @@ class Residual(ResidualSpace):
     name: ClassVar[str] = "residual"
     summary: ClassVar[str] = "length of the backbone's feature outside its principal space (Wang et al. 2022)"
     suite: ClassVar[dict[str, int]] = {"": 635}
-
-    def learn(self, train: Evidence) -> dict[str, Tensor]:
-        return self.residual_space(train)
 
     def score(self, evidence: Evidence) -> Tensor:
         return residual_lengths(self.state, self.features(evidence))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from traj_ood.scorers.base import Evidence, FeatureScorer, Needs
+from traj_ood.scorers.base import Evidence, Needs, UnitFeatureScorer
 from traj_ood.scorers.covariance import gaussian, whitening
 from traj_ood.scorers.gaussians import learn_classes, to_nearest
 from traj_ood.scorers.labels import classes_of
@@ -18,7 +17,7 @@ from traj_ood.scorers.rows import in_rows
 
 @register
 @dataclass
-class RMDS(FeatureScorer):
+class RMDS(UnitFeatureScorer):
     """Squared Mahalanobis distance to the nearest class minus that to the Gaussian of all features.
 
     min over classes c of (z − μ_c)ᵀ Σ⁻¹ (z − μ_c) − (z − μ)ᵀ Σ₀⁻¹ (z − μ) (Ren et al. 2021). Equals OpenOOD's ``rmds``
@@ -48,10 +47,6 @@ class RMDS(FeatureScorer):
 
     def score(self, evidence: Evidence) -> Tensor:
         return in_rows(self._relative, self.features(evidence).cpu())
-
-    def features(self, evidence: Evidence) -> Tensor:
-        features = super().features(evidence)
-        return normalize(features, dim=1) if self.normalize else features
 
     def _relative(self, features: Tensor) -> Tensor:
         offsets = features.double() - self.state["mean"]

@@ -419,8 +419,7 @@ class ScorerSet:
     def _walk_again(self, dictionary: AttractorDictionary, own: Tensor, train: Evidence) -> Trajectory:
         """Compute the training trajectories a second time, to measure their distances to the attractors."""
         model = self.autoencoder
-        start = train.features["tokens"].reshape(-1, *dictionary.points.shape[1:])
-        start = start.to(model.device, dictionary.points.dtype)  # features are float32, a model may be float64
+        start = train.features["tokens"].reshape(-1, *dictionary.points.shape[1:]).to(model.device)
         steps = max(s.needs().steps for s in self.scorers if s.needs().train_path)
         return iterate(
             self._self_map(),

@@ -36,7 +36,7 @@ class ViM(ResidualSpace):
     suite: ClassVar[dict[str, int]] = {"": 630}
 
     def learn(self, train: Evidence) -> dict[str, Tensor]:
-        state = self.residual_space(train)
+        state = super().learn(train)
         lengths = residual_lengths(state, self.features(train))
         alpha = train.class_logits().amax(dim=1).mean() / lengths.mean()
         if alpha <= 0:
