@@ -20,8 +20,7 @@ _TINY = torch.finfo(torch.float64).tiny
 class NCI(HeadScorer):
     """−(w_ŷ · (h − μ) / ‖h − μ‖ + α ‖h‖₁), with ŷ the predicted class, w_ŷ its weights and μ the mean training feature.
 
-    Detection by neural collapse (Liu and Qin, CVPR 2025). Equals OpenOOD's ``nci`` negated. pytorch-ood's version uses
-    the cosine, which is the same if all w_ŷ have length 1.
+    Detection by neural collapse (Liu and Qin, CVPR 2025). Equals pytorch-ood's ``NCI``, and OpenOOD's ``nci`` negated.
 
     Args:
         alpha: α. Default 0.0001, OpenOOD's; the paper chooses it per network on validation outliers.
