@@ -14,7 +14,7 @@ from torch import Tensor
 
 from traj_ood.autoencoders import CallableAutoencoder
 from traj_ood.errors import TrajOODError
-from traj_ood.scorers import SCORERS, Evidence, Needs, Scorer, create_scorer, register
+from traj_ood.scorers import GMM, SCORERS, Evidence, Needs, Scorer, create_scorer, register
 from traj_ood.scorers.scorer_set import ScorerSet
 
 
@@ -124,6 +124,19 @@ def test_values_of_another_kind_are_refused_with_what_is_allowed(option: str, wo
 def test_values_whose_label_would_be_another_scorer_are_refused_in_python_too(options: dict[str, Any]) -> None:
     with pytest.raises(TrajOODError, match=r"of scorer every|scorer every, option"):
         Every(**options)
+
+
+def test_a_seed_may_be_none_where_its_type_says_so() -> None:
+    @register
+    @dataclass
+    class Drawn(Constant):
+        name: ClassVar[str] = "drawn"
+        seed: int | None = None
+
+    assert create_scorer("drawn:seed=none") == Drawn()
+    for seed in ("x", None):
+        with pytest.raises(TrajOODError, match="scorer gmm, option seed: expected int"):
+            GMM(seed=seed)  # type: ignore[arg-type]
 
 
 def test_every_scorer_of_the_package_is_recreated_by_its_label() -> None:

@@ -72,9 +72,8 @@ def leaders_in_cells(points: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     assigned = torch.empty_like(cells)
     leaders: list[Tensor] = []
     count = 0
-    for members in cells.argsort(stable=True).split(
-        cells.sort().values.unique_consecutive(return_counts=True)[1].tolist()
-    ):
+    sizes = [size for size in cells.bincount().tolist() if size]
+    for members in cells.argsort(stable=True).split(sizes):
         own, places = greedy_leaders(points[members], radius)
         assigned[members] = places + count
         leaders.append(members[own])

@@ -245,7 +245,7 @@ class Scorer(ABC):
         if view is not None and view not in self.views:
             raise unknown_name(f"view of scorer {self.name}", str(view), self.views)
         seed = getattr(self, "seed", 0)
-        if not 0 <= seed < 2**32:
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
             raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
         # Otherwise the label would not recreate this scorer.
         check_options(type(self), vars(self), f"scorer {self.name}", reserved=":,")
