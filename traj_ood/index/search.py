@@ -82,12 +82,11 @@ class NeighborIndex:
         approximate: whether :meth:`nearest` may miss points. Default ``none``: exact, as the paper's score is defined.
             ``ivf`` searches the cells of a k-means partition that are nearest to the query, ``hnsw`` walks a neighbour
             graph; both are FAISS's, on the CPU, over the leaders of the groups. They only select groups, which are
-            searched exactly: a nearest point may be missed, but the distance to the point found is exact.
-            :meth:`recall` measures how many are missed. With fewer than ``APPROXIMATE_FROM`` groups the search stays
-            exact, because an approximate one would hardly be faster; the attribute ``approximate`` is the kind in use.
-            Both builds are deterministic for a given version of FAISS. ``ivf`` is recommended: its k-means has a fixed
-            seed and uses all threads, whereas the graph depends on the order of insertion, so ``hnsw`` is built by a
-            single thread and takes long. :meth:`search` is always exact.
+            searched exactly: a nearest point may be missed (:meth:`recall` measures how many are), but the distance to
+            the point found is exact. With fewer than ``APPROXIMATE_FROM`` groups the search stays exact, which is
+            hardly slower; the attribute ``approximate`` is the kind in use. Both builds are deterministic for a given
+            version of FAISS; ``ivf`` is recommended, because only a single thread can build ``hnsw`` so, which takes
+            long. :meth:`search` is always exact.
     Raises:
         TrajOODError: no points, not (N, d), non-finite points, or an approximate index without FAISS.
     """
