@@ -448,6 +448,12 @@ def test_default_suite_runs_and_holds_every_registered_scorer(make: Callable[[],
     )
 
 
+def test_a_view_that_is_given_is_kept_on_a_model_with_a_backbone() -> None:
+    for spec in ("knn: k=3 : view = mean", "knn:view=mean:k=3"):
+        assert [s.label for s in create_scorers([spec], Classifier())] == ["knn:k=3"]
+    assert [s.label for s in create_scorers([" knn: k=3"], Classifier())] == ["knn:view=backbone:k=3"]
+
+
 # ---------------------------------------------------------------------------------------------- sign
 
 

@@ -126,8 +126,10 @@ def create_scorers(specs: Sequence[str], autoencoder: Autoencoder) -> list[Score
 
 def _with_backbone(spec: str, autoencoder: Autoencoder) -> str:
     """Add ``view=backbone``, the published form, to a static scorer without a view if the model has a backbone."""
-    static = issubclass(scorer_class(spec.strip().split(":")[0]), FeatureScorer)
-    return f"{spec}:view=backbone" if autoencoder.feature_dim and static and ":view=" not in spec else spec
+    name, *pairs = spec.strip().split(":")
+    static = issubclass(scorer_class(name), FeatureScorer)
+    has_view = any(pair.partition("=")[0].strip() == "view" for pair in pairs)
+    return f"{spec}:view=backbone" if autoencoder.feature_dim and static and not has_view else spec
 
 
 def default_suite(autoencoder: Autoencoder) -> list[str]:
