@@ -13,10 +13,7 @@ _IMAGES_PER_COMPONENT = 10  # the minimum
 
 
 def learn_mixture(values: Tensor, seed: int, floor: float) -> dict[str, Tensor]:
-    """Fit a Gaussian mixture of k components.
-
-    k is the one of 1, 2, 4, 8, 16 with the lowest BIC (Schwarz 1978) among those that leave at least 10 images per
-    component.
+    """Fit a Gaussian mixture of k components, k the candidate of lowest BIC that leaves enough images per component.
 
     Args:
         values: (N, q) float64.
