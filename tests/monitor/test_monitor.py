@@ -135,8 +135,8 @@ def test_every_kind_of_rows_says_the_same(place: Path) -> None:
     tables = [read_rows([place / suffix]) for suffix in ("csv", "jsonl", "parquet")]
     for table in tables:
         assert table.invalid == 2
-        np.testing.assert_allclose(table.scores, tables[0].scores, rtol=1e-12)
-        np.testing.assert_allclose(table.p_values, tables[0].p_values, rtol=1e-12)
+        assert np.array_equal(table.scores, tables[2].scores)  # to the last bit: they decide ties with the calibration
+        assert np.array_equal(table.p_values, tables[2].p_values)
     assert len(tables[0].scores) == 300
     assert pd.read_csv(place / "csv" / "1.csv")["score"].dropna().tolist() == pytest.approx(
         tables[0].scores[:150].tolist()

@@ -116,6 +116,7 @@ def _table(path: Path) -> pd.DataFrame | None:
     text = text[:whole]
     if not text:
         return None
+    # By default, pandas rounds the last digit of many numbers, and a score may equal one of the calibration's.
     if suffix == ".csv":
-        return pd.read_csv(io.BytesIO(text), usecols=lambda name: name in _COLUMNS, encoding_errors="replace")
-    return pd.read_json(io.BytesIO(text), lines=True, dtype=False, encoding_errors="replace")
+        return pd.read_csv(io.BytesIO(text), dtype=str, usecols=lambda n: n in _COLUMNS, encoding_errors="replace")
+    return pd.read_json(io.BytesIO(text), lines=True, dtype=False, precise_float=True, encoding_errors="replace")
