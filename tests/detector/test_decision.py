@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -136,6 +137,15 @@ def test_one_bad_image_among_many_is_the_only_invalid_one(detector: Detector) ->
     scores = [one.score for one in said if one.score is not None]
     assert scores == pytest.approx(rest.scores.tolist(), rel=FEW)
     assert detector.decide([]) == []
+
+
+def test_the_rows_of_a_column_are_decided_in_their_order(detector: Detector, tmp_path: Path) -> None:
+    """A pandas column keeps the index that its rows had before they were sorted or sampled."""
+    tiny.write_images(tmp_path, 9, seed=1)
+    paths = sorted(map(str, tmp_path.iterdir()))
+    Path(paths[4]).write_bytes(b"")
+    column = pd.Series(paths, index=[3, 1, 8, 0, 2, 7, 5, 4, 6])
+    assert detector.decide(column) == detector.decide(paths)
 
 
 @pytest.mark.parametrize(

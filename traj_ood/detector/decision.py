@@ -115,6 +115,8 @@ def decide_each(judge: Callable[[Any], Judgement], images: Any, count: int, size
             return [Decision(error=str(error).strip())] * count
         if isinstance(images, torch.utils.data.DataLoader):
             raise
+    to_list = getattr(images, "to_list", None)
+    images = images if to_list is None else to_list()  # a pandas column, whose parts keep its index
     step = size or _RETRY_SIZE
     if count > step:
         places = [range(start, min(start + step, count)) for start in range(0, count, step)]
