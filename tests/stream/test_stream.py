@@ -221,6 +221,20 @@ def test_paths_are_handed_out_before_the_stream_ends() -> None:
         assert paths(entries) == ["c"]
 
 
+def test_a_pipe_that_does_not_block_is_read_to_its_end() -> None:
+    """As standard input is that it shares with Node.js or a shell: nothing to read is not the end."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with open(reader, "rb", buffering=0) as stream:
+        os.write(writer, b"a\nb")
+        entries = read_paths(stream)
+        assert next(entries).path == "a"
+        later = threading.Timer(0.2, lambda: (os.write(writer, b"c\nd"), os.close(writer)))
+        later.start()
+        assert paths(entries) == ["bc", "d"]
+        later.join()
+
+
 def test_a_list_may_not_leave_its_root(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "1.png").touch()
@@ -259,7 +273,7 @@ def test_a_list_may_not_leave_its_root(tmp_path: Path) -> None:
 
 
 def test_a_list_is_read_by_the_rules_of_read_image_list(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("a/1.jpg 3\n\n./a/2.jpg {'label': 1}\r\nb.jpg\n   \n")
+    (tmp_path / "list.txt").write_text("a/1.jpg 3\n\n./a/2.jpg {'label': 1}\r\nb.jpg\nred  dog.PNG 3\r\n   \n")
     whole = read_image_list(tmp_path / "list.txt", tmp_path)
     assert paths(read_list(tmp_path / "list.txt", tmp_path)) == [str(tmp_path / p) for p in whole.paths]
     with pytest.raises(TrajOODError, match=r"gone\.txt: cannot be read \(No such file"):

@@ -283,7 +283,7 @@ def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bo
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        written, label = _path_and_label(line.strip())
+        written, label = path_and_label(line.strip())
         path = inside_root(written, f"image list {list_path} line {number}")
         if path in first_line:
             raise TrajOODError(
@@ -298,7 +298,8 @@ def read_image_list(list_path: str | Path, root: str | Path, *, follow_links: bo
     return FileImages(Path(root), paths, paths, tuple(labels), follow_links)
 
 
-def _path_and_label(line: str) -> tuple[str, str]:
+def path_and_label(line: str) -> tuple[str, str]:
+    """The path and the label in a line of an image list, see :func:`read_image_list`."""
     words = line.split(" ")
     ends = [end for end, word in enumerate(words, start=1) if word.lower().endswith(IMAGE_SUFFIXES)]
     end = ends[-1] if ends else 1

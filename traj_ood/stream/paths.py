@@ -9,17 +9,19 @@ Paths are text in which bytes that are not UTF-8 are lone surrogates (PEP 383), 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from traj_ood.data.images import IMAGE_SUFFIXES, inside_root, leaves, walk_images
+from traj_ood.data.images import IMAGE_SUFFIXES, inside_root, leaves, path_and_label, walk_images
 from traj_ood.errors import TrajOODError
 
 _STDIN = "standard input"
 _READ_BYTES = 65536
+_POLL_SECONDS = 0.02
 _MAX_PATH_BYTES = 2**20  # limit on one path, so that a file without separators is not read into memory as a whole
 
 
@@ -74,7 +76,7 @@ def read_list(list_path: str | Path, root: str | Path, *, follow_links: bool = F
         with open(list_path, "rb", buffering=0) as file:
             for number, line in enumerate(_records(file, b"\n", str(list_path)), start=1):
                 text = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                written = text.strip().partition(" ")[0]
+                written, _ = path_and_label(text.strip())
                 if written:
                     yield _listed(written, f"line {number} of {list_path}", root, real_root, follow_links)
     except OSError as error:
@@ -96,7 +98,10 @@ def _listed(written: str, where: str, root: str | Path, real_root: str, follow_l
 def _records(stream: ByteStream, separator: bytes, name: str) -> Iterator[bytes]:
     """Iterate over the records between separators as soon as they arrive; the last need not end in a separator."""
     rest = b""
-    while block := stream.read(_READ_BYTES):
+    while (block := stream.read(_READ_BYTES)) != b"":
+        if block is None:  # nothing has come yet, in a pipe that another process has made non-blocking
+            time.sleep(_POLL_SECONDS)
+            continue
         if separator != b"\0" and b"\0" in block:
             hint = "paths that end in one need --null" if name == _STDIN else "give a text file, one path a line"
             raise TrajOODError(f"{name}: expected lines of text, got a NUL byte; {hint}")
