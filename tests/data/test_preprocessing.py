@@ -15,6 +15,7 @@ import tiny
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from traj_ood import CallableAutoencoder, Detector, Normalised, Preprocessing, ScorerSet, TrajOODError, load_autoencoder
 from traj_ood.backbones import CallableBackbone
@@ -278,6 +279,10 @@ def test_labels_that_contradict_a_loaders_own_are_refused(arrays: np.ndarray) ->
             fit(images=shuffles, labels=labels)
         for agreeing in (labels, finer, ["all"] * 20):
             fit(images=pictures, labels=agreeing)
+        for sampler in (RandomSampler(pictures), SubsetRandomSampler(range(20)), WeightedRandomSampler([1.0] * 20, 20)):
+            bare = torch.utils.data.DataLoader([image for image, _ in pictures], sampler=sampler)  # type: ignore[arg-type, misc]
+            with pytest.raises(TrajOODError, match="order of their labels, got a DataLoader that shuffles: set shuffle"):
+                fit(images=bare, labels=labels)
 
 
 def test_a_transform_that_draws_random_numbers_is_refused() -> None:

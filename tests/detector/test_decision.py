@@ -212,6 +212,16 @@ def test_a_class_of_too_few_images_is_named() -> None:
         Calibration.of_classes(torch.zeros(30).double(), ["cat"] * 3 + ["dog"] * 27)
 
 
+def test_classes_that_would_go_to_other_images_are_refused() -> None:
+    made, pixels, labels = fitted(held=0), torch.rand(40, 1, 8, 8), torch.arange(40) % 2
+    own, bare = torch.utils.data.TensorDataset(pixels, labels), torch.utils.data.TensorDataset(pixels)
+    made.calibrate(own, 0.9, labels=labels)
+    with pytest.raises(TrajOODError, match="labels: contradict those that the images bring"):
+        made.calibrate(own, 0.9, labels=labels.cumsum(0) % 2)
+    with pytest.raises(TrajOODError, match="got a DataLoader that shuffles"):
+        made.calibrate(torch.utils.data.DataLoader(bare, shuffle=True), 0.9, labels=labels)
+
+
 def test_class_wise_calibrations_are_saved_loaded_and_exported(tmp_path: Path) -> None:
     made = fitted(held=60, labels=["a", "b"] * 30)
     made.save(tmp_path / "d")

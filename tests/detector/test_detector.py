@@ -376,6 +376,8 @@ def test_unreadable_images_are_errors_or_are_left_out_and_counted(folder: Path) 
         bad.write_bytes(b"x")
     with pytest.raises(TrajOODError, match="fewer than 2 ID samples"):
         Detector.fit(tiny.conv(), source, "knn", on_error="skip")
+    with pytest.raises(TrajOODError, match=r"^calibration: accepting 0\.95 .* at least 19 ID images .* got 0"):
+        detector.calibrate(source, on_error="skip")
 
 
 class Counting:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import sampler as samplers
 
 from traj_ood.data.benchmark import Split
 from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
@@ -87,6 +88,12 @@ def _unknown_number(images: Any) -> TrajOODError:
         f"images: expected images of known number, got {kind}, which does not say how many: make a list of its images, "
         "or score batch by batch"
     )
+
+
+def shuffles(images: Images) -> bool:
+    """Whether the input is a DataLoader that draws the order of its images."""
+    random = samplers.RandomSampler | samplers.SubsetRandomSampler | samplers.WeightedRandomSampler
+    return isinstance(getattr(images, "sampler", None), random)
 
 
 def has_own_labels(images: Images) -> bool:

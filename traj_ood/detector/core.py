@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 
 from traj_ood.autoencoders import Autoencoder
-from traj_ood.data.batches import Batch, Images, OnError, batches, count_of
+from traj_ood.data.batches import Batch, Images, OnError, batches, count_of, shuffles
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.images import FileImages
@@ -166,7 +166,7 @@ class Detector(OnTheHub):
             classes = numbered(found.labels, len(found.rows), scorers)
         elif classes is not None:
             classes = classes[found.rows]
-            check_one_labelling(classes, found.labels)
+            check_one_labelling(classes, found.labels, images)
         scorers.learn(dictionary, replace(evidence, labels=classes))
         forget_fit(scorers)
         health = None if dictionary is None else as_json(dictionary.health().as_dict())
@@ -225,6 +225,9 @@ class Detector(OnTheHub):
         store = BatchParts(parts, "a calibration", self.scorers, self.batch_size, fitted)
         reading = batches(self.autoencoder, images, store.batch_size, self.workers, on_error, self.reading)
         found = cover(reading, self.scorers, scored_parts, store, StepBar(count, "calibrate", quiet=quiet))
+        if classes is not None:
+            classes = [classes[row] for row in found.rows]
+            check_one_labelling(classes, found.labels, images)
         contents = found.column(CONTENTS)
         kept = self._unknown(torch.isin(contents, self._seen), found.ids, tpr, on_known)
         _check_repeats(contents[kept], tpr)
@@ -232,8 +235,7 @@ class Detector(OnTheHub):
         if classes is None:
             self.calibration = Calibration(values, tpr)
         else:
-            names = [classes[found.rows[i]] for i in kept.nonzero()[:, 0]]
-            self.calibration = Calibration.of_classes(values, names, tpr)
+            self.calibration = Calibration.of_classes(values, list(compress(classes, kept)), tpr)
         _warn_of_ties(self.calibration, self.scorer.label)
         self.history.append(entry(self.calibration, note))
         return self
@@ -343,7 +345,7 @@ class Detector(OnTheHub):
         return self.calibration
 
     def _read(self, images: Images, on_error: OnError = "raise") -> Iterator[Batch]:
-        if isinstance(getattr(images, "sampler", None), RandomSampler):
+        if shuffles(images):
             warn("images: this DataLoader shuffles, so scores are not in its data set's order: set shuffle=False")
         return batches(self.autoencoder, images, self.batch_size, self.workers, on_error, self.reading)
 
@@ -427,6 +429,7 @@ class Detector(OnTheHub):
 
 def _check_repeats(digests: Tensor, tpr: float) -> None:
     """Refuse calibration images of which too few differ, and warn of repeats, which count as images of their own."""
+    check_count(len(digests), tpr)  # without those that could not be read
     count, distinct = len(digests), len(digests.unique())
     what = f"calibration: {count - distinct} of {count} images are pixel by pixel copies of others among them"
     if distinct < images_needed(tpr):

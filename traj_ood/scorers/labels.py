@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from traj_ood.data.batches import Images, shuffles
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence
 
@@ -77,13 +78,19 @@ def class_numbers(labels: Any, count: int, classes: int = 0) -> Tensor:
     return torch.tensor([number[name] for name in names])
 
 
-def check_one_labelling(given: Any, own: Any) -> None:
+def check_one_labelling(given: Any, own: Any, images: Images) -> None:
     """Refuse labels ``given`` for N images that contradict their ``own``, those that a Dataset or DataLoader yields
     with them. One of the two may divide the classes of the other.
 
     Raises:
-        TrajOODError: neither does, as when a loader shuffles and the given labels do not follow.
+        TrajOODError: neither does, as when a loader shuffles and the given labels do not follow; or it shuffles and
+            yields no labels to compare with.
     """
+    if not len(own) and shuffles(images):
+        raise TrajOODError(
+            "labels: expected images in the order of their labels, got a DataLoader that shuffles: set shuffle=False, "
+            "or let its data set yield the label with each image"
+        )
     try:
         pairs = [class_numbers(labels, len(own)).tolist() for labels in (given, own)] if len(own) else []
     except (

@@ -188,7 +188,7 @@ class ScorerSet:
         self._weights = None
         encoding, own = self._examined(images)
         if labels is not None:
-            check_one_labelling(labels, own or ())
+            check_one_labelling(labels, own or (), images)
         labels = own if labels is None and self.needs.labels else labels
         if ids is not None and len(ids) != len(encoding):
             raise TrajOODError(f"ids: expected a name for each of {len(encoding)} images, got {len(ids)}")
