@@ -100,7 +100,12 @@ def test_dark_images_need_a_bit_depth(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "--bit-depth 10, 12, 14 or 16" in result.stderr
     assert call(*common, tmp_path / "d", "--bit-depth", "12").exit_code == 0
-    assert Detector.load(tmp_path / "d").reading == Reading(bit_depth=12)
+    detector = Detector.load(tmp_path / "d")
+    assert detector.reading == Reading(bit_depth=12)
+    for reading in (Reading(exif=True), Reading()):
+        detector.reading = reading
+        detector.save(tmp_path / "changed")
+        assert Detector.load(tmp_path / "changed").reading == reading
     assert call("score", tmp_path / "d", folder, "--quiet").exit_code == 0
 
 

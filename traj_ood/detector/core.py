@@ -386,11 +386,13 @@ class Detector(OnTheHub):
             TrajOODError: the folder contains other files or is inside a detector, cannot be written, or the backbone
                 cannot be rebuilt from its library.
         """
+        facts = {key: value for key, value in self.training.items() if key != "reading"}
+        reading = self.reading.options()  # may have been changed since the fit
         write_detector(
             Path(folder),
             overwrite,
             scorers=self.scorers,
-            training=self.training,
+            training={**facts, "reading": reading} if reading else facts,
             seen=self._seen,
             calibration=self.calibration,
             history=self.history,
