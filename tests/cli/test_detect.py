@@ -261,6 +261,24 @@ def test_a_detector_that_came_between_is_not_replaced_unless_that_is_asked_for(
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
+def test_the_home_folder_and_the_working_directory_are_places_like_others(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("work", "empty"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    fit = ["fit", place / "id", "--model", place / "mae", *FAST]
+    for out in (".", "~/d"):
+        assert call(*fit, "--out", out).exit_code == 0
+    monkeypatch.chdir(tmp_path / "work")
+    assert_refused(call(*fit, "--out", "~/d"), f"{tmp_path / 'd'}: has a detector already")
+    assert_refused(call(*fit, "--out", "~no-such-user/d"), "'~no-such-user/d' and no such home folder")
+    assert call("score", "~/empty", place / "id" / "000.png", "--out=~/rows.csv", *FAST).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} - {".cache"} == {"d", "empty", "rows.csv", "work"}
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_no_command_writes_into_a_detector(place: Path, tmp_path: Path) -> None:
     inside, model = place / "detector" / "sub", place / "mae"
     yaml = tiny.write_benchmark(tmp_path)

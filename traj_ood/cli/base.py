@@ -43,12 +43,15 @@ class _Name(click.ParamType):
 
 
 class _PathName(_Name):
-    """A non-empty path."""
+    """A non-empty path, in which ``~`` is the home folder: shells leave it as it is in ``--out=~/rows.csv``."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # type: ignore[override]
-        return value if isinstance(value, Path) else Path(super().convert(value, param, ctx))
+        try:
+            return value if isinstance(value, Path) else Path(super().convert(value, param, ctx)).expanduser()
+        except RuntimeError:
+            self.fail(f"expected a path, got {value!r} and no such home folder: write it without ~", param, ctx)
 
 
 NAME, PATH = _Name(), _PathName()

@@ -130,7 +130,7 @@ def check_target(out: Path, overwrite: bool) -> None:
     from traj_ood.detector import FILE_NAME, refuse_inside
     from traj_ood.io.files import check_can_write
 
-    refuse_inside(out.expanduser().absolute().parent)
+    refuse_inside(out.absolute().parent)
     is_detector = (out / FILE_NAME).is_file()
     if is_detector and not overwrite:
         raise TrajOODError(f"{out}: has a detector already; choose another --out, or replace it with --overwrite")

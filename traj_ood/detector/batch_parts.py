@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -110,7 +111,7 @@ class BatchParts:
 def parts_beside(out: Path) -> Iterator[Path | None]:
     """Context manager that yields ``OUT.parts``, the folder for the finished batches of a detector that is made at
     ``out``, and removes them at the end, unless the block raises an error; None while another process uses it."""
-    folder = out.with_name(f"{out.name}.parts")
+    folder = Path(f"{os.path.realpath(out)}.parts")  # "." has no name
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(alone_in(folder))
