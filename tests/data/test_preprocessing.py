@@ -281,7 +281,9 @@ def test_labels_that_contradict_a_loaders_own_are_refused(arrays: np.ndarray) ->
             fit(images=pictures, labels=agreeing)
         for sampler in (RandomSampler(pictures), SubsetRandomSampler(range(20)), WeightedRandomSampler([1.0] * 20, 20)):
             bare = torch.utils.data.DataLoader([image for image, _ in pictures], sampler=sampler)  # type: ignore[arg-type, misc]
-            with pytest.raises(TrajOODError, match="order of their labels, got a DataLoader that shuffles: set shuffle"):
+            with pytest.raises(
+                TrajOODError, match="order of their labels, got a DataLoader that shuffles: set shuffle"
+            ):
                 fit(images=bare, labels=labels)
 
 

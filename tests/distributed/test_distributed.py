@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cluster as local
@@ -21,6 +22,7 @@ import pytest
 import tiny
 
 from traj_ood import Detector, Normalised
+from traj_ood.data import Reading
 from traj_ood.distributed import engine
 from traj_ood.distributed.engine import check_same_run
 from traj_ood.distributed.losses import is_loss
@@ -71,6 +73,36 @@ def test_an_actor_makes_the_rows_of_one_process(place: Path) -> None:
     assert whole["reason"][31].startswith("invalid: ")
 
 
+def test_names_that_are_not_utf_8_reach_the_actor(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(bytes(tmp_path / "a") + b"\xff.png")
+    Path(name).write_bytes((place / "photos" / "000.png").read_bytes())
+    monkeypatch.setattr(engine, "_ray", lambda: SimpleNamespace(data=SimpleNamespace(from_arrow=list)))
+    (table,) = engine.images_of([Entry(name)])
+    columns = {key: np.array(table[key].to_pylist(), dtype=object) for key in table.column_names}
+    made = ScoreActor(str(place / "d"), "cpu", 1)(columns)
+    assert made["path"].to_pylist() == [f"{tmp_path}/a\\udcff.png"]
+    assert made["score"].to_pylist() == [pytest.approx(expected(place)[0].score, rel=1e-9)]
+
+
+def test_the_readings_of_the_command_are_those_of_one_process(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import traj_ood.distributed
+    from traj_ood.cli.detect import score_on_ray
+
+    detector = Detector.load(place / "d", device="cpu")
+    detector.reading = Reading(exif=True)
+    detector.save(tmp_path / "d")
+    found: list[Any] = []
+    monkeypatch.setattr(traj_ood.distributed, "score_to", lambda *_, reading, **__: found.append(reading))
+    monkeypatch.setattr(traj_ood.distributed, "read_rows_of", lambda out: pd.DataFrame({"status": []}))
+    rest = ("format", "overwrite", "compile", "list_path", "threads", "batch_size", "null", "follow_links")
+    for exif, depth in ((None, None), (True, None), (False, None), (None, "12")):
+        options = {**dict.fromkeys(rest), "out": tmp_path / "rows", "exif": exif, "bit_depth": depth, "stride": 1}
+        score_on_ray(str(tmp_path / "d"), ("x.png",), {**options, "allow": (), "resume": False, "quiet": True})
+    assert found == [None, None, {}, {"exif": True, "bit_depth": 12}]
+
+
 def test_unfinished_files_are_removed_or_refused(tmp_path: Path) -> None:
     pd.DataFrame({KEY: [3, 1], "path": ["c", "a"]}).to_parquet(tmp_path / "0.parquet")
     pd.DataFrame({KEY: [1, 2], "path": ["a", "b"]}).to_parquet(tmp_path / "1.parquet")
@@ -90,6 +122,14 @@ def test_a_run_is_continued_with_its_own_detector_and_images_alone(place: Path, 
             continue
         with pytest.raises(TrajOODError, match=f"expected rows of this {wrong}, found another's: choose another --out"):
             check_same_run(tmp_path / "rows", place / "d", names)
+    rows: Any = (tmp_path / "rows", place / "d", ["a", "b"])
+    about = json.loads((tmp_path / "rows" / "_run.json").read_text())
+    for old in (about, {key: about[key] for key in ("schema", "detector", "sources")}):  # also of earlier versions
+        (tmp_path / "rows" / "_run.json").write_text(json.dumps(old))
+        check_same_run(*rows)
+        for how, words in (({"stride": 2}, "stride"), ({"reading": {"exif": True}}, r"reading of images \(--exif")):
+            with pytest.raises(TrajOODError, match=f"expected rows of this {words}"):
+                check_same_run(*rows, **how)
     again = Detector.load(place / "d", device="cpu")
     again.calibrate(Normalised(tiny.images(40, (1, 8, 8), seed=8))).save(tmp_path / "d")
     with pytest.raises(TrajOODError, match="expected rows of this detector"):

@@ -297,8 +297,11 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
 
 def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any]) -> None:
     """Score with ``--engine ray``, into a folder."""
+    from traj_ood.data import Reading
+    from traj_ood.detector import FILE_NAME, SCHEMA
     from traj_ood.distributed import read_rows_of, score_to
     from traj_ood.distributed.engine import Workers, split_sources
+    from traj_ood.io.sealed import open_sealed
 
     out = options["out"]
     if out is None or options["format"] not in (None, "parquet") or options["overwrite"]:
@@ -310,9 +313,9 @@ def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any
         raise TrajOODError("--engine ray: expected sources of records or of files, got both: score them separately")
     given: Any = records or _entries(tuple(files), options, {})
     workers = Workers(threads=options["threads"] or 1, batch=options["batch_size"])
-    read = None
-    if options["exif"] is not None or options["bit_depth"]:
-        read = reading_of(bool(options["exif"]), options["bit_depth"]).options()
+    own = Reading(**open_sealed(Path(detector).expanduser(), FILE_NAME, SCHEMA)["training"].get("reading", {}))
+    asked = _reading(own, options)
+    read = None if asked == own else asked.options()
     score_to(out, given, detector, resume=options["resume"], workers=workers, opening=opening_of(options), reading=read)
     rows = read_rows_of(out)
     failed = int((rows["status"] == "error").sum())

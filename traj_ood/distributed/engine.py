@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,9 @@ def score(
     """Score a Ray dataset of images, lazily.
 
     Args:
-        dataset: has a column ``path`` of image files that all nodes can read, or of names if the column ``content`` has
-            the bytes of an image file. Optional columns: ``error``, why there is no image, and ``key``, which is copied
-            to the row.
+        dataset: has a column ``path``, text or bytes, of image files that all nodes can read, or of names if the column
+            ``content`` has the bytes of an image file. Optional columns: ``error``, why there is no image, and ``key``,
+            which is copied to the row.
         detector: the folder of a detector, which all nodes can read. Each actor loads and verifies it once.
         workers: see :class:`Workers`.
         reading: options of :class:`traj_ood.data.Reading`. Default: the detector's.
@@ -87,8 +88,10 @@ def score(
 
 def images_of(entries: Iterable[Entry], *, skip: Any = (), block: int = _BLOCK_ROWS) -> Any:
     """A Ray dataset of entries, such as those of :func:`traj_ood.stream.walk`, with their positions as ``key``, without
-    those in ``skip``, which is sorted. One task scores ``block`` of them."""
-    rows = ({KEY: i, "path": e.path, "error": e.error} for i, e in enumerate(entries) if not _among(i, skip))
+    those in ``skip``, which is sorted. One task scores ``block`` of them. Paths are bytes: Arrow's text is UTF-8."""
+    rows = (
+        {KEY: i, "path": os.fsencode(e.path), "error": e.error} for i, e in enumerate(entries) if not _among(i, skip)
+    )
     return _dataset(rows, block)
 
 
@@ -102,7 +105,8 @@ def records_of(sources: Iterable[str], opening: Opening = DEFAULT_OPENING, *, sk
         for number, record in enumerate(read_records(unit["source"], opening)):
             key = int(unit["first"]) + number
             if not _among(key, skip):
-                yield {KEY: key, "path": record.key, "content": record.content or b"", "error": record.error}
+                path = os.fsencode(record.key)
+                yield {KEY: key, "path": path, "content": record.content or b"", "error": record.error}
 
     return _dataset(units).repartition(max(1, len(units))).flat_map(read)
 
@@ -124,9 +128,10 @@ def score_to(
         out: the folder.
         sources: entries, or names of sources of records, which are read on the cluster; not both.
         detector, workers, reading: see :func:`score`.
-        resume: leave out images that have a row; ``sources`` must be the same as before. Default false: a folder with
-            rows is refused. A lost node or worker costs the rows that are not written yet, with a warning: they are
-            scored again. If the cluster fails for another reason, the rows so far are kept for this option.
+        resume: leave out images that have a row; all other arguments but ``workers`` must be the same as before.
+            Default false: a folder with rows is refused. A lost node or worker costs the rows that are not written yet,
+            with a warning: they are scored again. If the cluster fails for another reason, the rows so far are kept for
+            this option.
         opening: how sources of records are opened.
     """
     ray = _ray()
@@ -141,7 +146,8 @@ def score_to(
             f"{(others or sorted(found))[0]!r}: choose another --out{'' if resume else ', or continue with --resume'}"
         )
     given: list[str | Entry] = [*sources]
-    check_same_run(folder, Path(detector).expanduser(), [s.path if isinstance(s, Entry) else str(s) for s in given])
+    names = [s.path if isinstance(s, Entry) else str(s) for s in given]
+    check_same_run(folder, Path(detector).expanduser(), names, opening.stride, reading)
     scoring = Scoring(folder, given, Path(detector).expanduser(), workers or Workers(), opening, reading)
     write_rows(scoring, ray)
     # Broken files are those of a killed writer; its rows are written again elsewhere.
@@ -222,18 +228,27 @@ def split_sources(sources: Iterable[str]) -> tuple[list[str], list[str]]:
 _ABOUT = "_run.json"
 
 
-def check_same_run(folder: Path, detector: Path, names: Sequence[str]) -> None:
-    """Record the digests of the detector and of the sources' names beside the rows, and refuse to continue with others:
-    the keys of rows are positions among the sources."""
+def check_same_run(
+    folder: Path, detector: Path, names: Sequence[str], stride: int = 1, reading: Mapping[str, Any] | None = None
+) -> None:
+    """Record the digests of the detector and of the sources' names, and how these are read, beside the rows, and refuse
+    to continue with others: the keys of rows are positions among the images of the sources."""
     sources = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-    now = {"detector": open_sealed(detector, FILE_NAME, SCHEMA)["digest"], "sources": sources}
+    now = {
+        "detector": open_sealed(detector, FILE_NAME, SCHEMA)["digest"],
+        "sources": sources,
+        "stride": stride,
+        "reading": None if reading is None else dict(reading),
+    }
     about = folder / _ABOUT
     if not about.exists():
         write_atomic(about, (json.dumps({"schema": "traj_ood.rows/2", **now}) + "\n").encode())
         return
-    before = json.loads(about.read_text())
-    for name, what in (("detector", "detector"), ("sources", "list of images")):
+    before = {"stride": 1, "reading": None, **json.loads(about.read_text())}  # earlier versions recorded neither
+    known = {"sources": "list of images", "reading": "reading of images (--exif, --bit-depth)"}
+    for name in now:
         if before.get(name) != now[name]:
+            what = known.get(name, name)
             raise TrajOODError(f"{folder}: expected rows of this {what}, found another's: choose another --out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class ScoreActor:
             self._detector.reading = Reading(**reading)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        paths = [str(path) for path in batch["path"]]
+        paths = [os.fsdecode(path) for path in batch["path"]]
         nothing: list[Any] = [None] * len(paths)
         contents, errors = (batch.get(name, nothing) for name in ("content", "error"))
         entries = [
