@@ -152,6 +152,13 @@ def test_what_is_no_tensor_is_passed_over(tmp_path: Path) -> None:
     assert read_weights(tmp_path / "w.pth").keys() == prefixed("").keys()
 
 
+def test_a_file_that_contains_itself_ends(tmp_path: Path) -> None:
+    endless: dict[str, Any] = prefixed("")
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth").keys() == prefixed("").keys()
+
+
 class Ask:
     """Pickled as a call of ``what``."""
 

@@ -22,6 +22,7 @@ from traj_ood.text import brief
 
 # Keys under which checkpoints keep tensors, in timm's order of preference: averaged weights (EMA) before raw ones.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+_MAX_NESTED = 8  # of these inside each other; a mapping in a file may contain itself
 # Prefixes that torch.compile, nn.DataParallel and DistributedDataParallel add to names, in any order.
 _WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")
 _AVERAGING = "n_averaged"  # update counter of torch's AveragedModel, not a weight
@@ -196,11 +197,8 @@ def _shards(index: Path) -> Iterator[Path]:
 
 
 def _tensors(tree: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(tree, Mapping):
-        inner = next((tree[key] for key in _NESTS if isinstance(tree.get(key), Mapping)), None)
-        if inner is None:
-            break
-        tree = inner
+    for _ in range(_MAX_NESTED if isinstance(tree, Mapping) else 0):
+        tree = next((tree[key] for key in _NESTS if isinstance(tree.get(key), Mapping)), tree)
     found = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)} if isinstance(tree, Mapping) else {}
     if not found:
         raise TrajOODError(f"{path}: expected a state dict (names to tensors), got {_describe(tree)}")
