@@ -552,13 +552,13 @@ def test_texts_that_a_spreadsheet_would_run_are_quoted_and_resumed(
     )
     assert [unquote_formula(cell["path"]) if quoted else cell["path"] for cell in cells[:-1]] == names
     assert {cell["score"] for cell in cells} == {"-1.5", ""}  # a number stays one
+    known = SimpleNamespace(p_values=lambda scores: torch.tensor([0.25]), decide=lambda scores: torch.tensor([True]))
+    detector: Any = SimpleNamespace(calibration=known, reading=AS_STORED)
     with open_table(out, resume=True, quote_formulas=quoted) as table:
-        assert table.match(iter(entries), 64, lambda score: (0.25, "ood"), AS_STORED).sample == tuple(
-            zip(entries, rows, strict=True)
-        )
+        assert table.match(iter(entries), detector).sample == tuple(zip(entries, rows, strict=True))
     words = r"row 1 is of \"'=1\+1.png\"" if quoted else r"row 1 is damaged \(.* not quoted: add --no-quote-formulas\)"
     with open_table(out, resume=True, quote_formulas=not quoted) as table, pytest.raises(TrajOODError, match=words):
-        table.match(iter(entries), 64, lambda score: (0.25, "ood"), AS_STORED)
+        table.match(iter(entries), detector)
 
 
 def test_parquet_csv_and_json_lines_say_the_same(judge: Detector, folder: Path, tmp_path: Path) -> None:

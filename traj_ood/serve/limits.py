@@ -49,18 +49,16 @@ class RefusedError(Exception):
 
 class Budget:
     """A resource that all requests share, such as bytes; used only from the event loop's thread. Of ``total``,
-    ``taken`` is in use, and ``peak`` is the most that ever was."""
+    ``taken`` is in use."""
 
     def __init__(self, total: int, what: str) -> None:
-        self.total, self.taken, self.peak = total, 0, 0
-        self._what = what
+        self.total, self.taken, self._what = total, 0, what
 
     def take(self, amount: int) -> None:
         """Take ``amount``, or refuse the request with 429; :meth:`give` returns it."""
         if self.taken + amount > self.total:
             raise RefusedError(429, f"{self._what}: {self.total} are taken by other requests: try again")
         self.taken += amount
-        self.peak = max(self.peak, self.taken)
 
     def give(self, amount: int) -> None:
         self.taken -= amount

@@ -85,18 +85,10 @@ class CSVFormat(TextFormat):
             if any(quote_formula(unquote_formula(cell)) != cell for cell in (fields[0], *fields[5:])):
                 raise ValueError("a text that a spreadsheet would evaluate, not quoted: add --no-quote-formulas")
             fields = [unquote_formula(cell) if k in (0, 5, 6, 8) else cell for k, cell in enumerate(fields)]
-        path, score, p_value, decision, steps, status, error, content, _ = fields  # the reason follows from them
-        number, share, count = float(score or "nan"), float(p_value or "nan"), int(steps or -1)
-        return Row(
-            path,
-            number if score else None,
-            share if p_value else None,
-            decision or None,
-            count if steps else None,
-            status,
-            error or None,
-            content or None,
-        )
+        cells: list[Any] = [cell or None for cell in fields[:-1]]  # the reason follows from them
+        for place, number in ((1, float), (2, float), (4, int)):
+            cells[place] = None if cells[place] is None else number(cells[place])
+        return Row(*cells)
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:
         pieces: list[bytes] = []

@@ -14,19 +14,22 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from traj_ood.data.contents import hash_files
 from traj_ood.data.decoding import Reading
+from traj_ood.detector import Detector
+from traj_ood.detector.decision import ID, OOD
 from traj_ood.errors import TrajOODError
 from traj_ood.stream.formats import TextFormat
 from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import Row, Tally, content_of
 
-Calibrated = Callable[[float], tuple[float | None, str | None]]
-"""Score → its p-value and decision."""
+_REJUDGED_ROWS = 64  # with a score, and as many with an error
 _COMPARED_FILES = 1024  # files whose bytes are compared with their rows at a time
 _COMPARED_RECORDS = 16  # likewise for records, whose bytes are in memory
 _ROUNDING = 1e-6  # relative; how much a float32 score may change with the batch
@@ -56,20 +59,14 @@ class Resumed:
 
 
 def match_file(
-    form: TextFormat,
-    path: Path,
-    file: io.FileIO,
-    entries: Iterator[Entry],
-    most: int,
-    calibrated: Calibrated,
-    reading: Reading,
+    form: TextFormat, path: Path, file: io.FileIO, entries: Iterator[Entry], detector: Detector
 ) -> tuple[Resumed, int]:
-    """The rows in ``file``, and the position after its last complete row; ``reading`` is how image files are read now.
+    """The rows in ``file``, and the position after its last complete row.
 
     ``entries`` is advanced past the entries that have a row.
     """
     tally, end = Tally(), len(form.header)
-    scored, failed = _Spread(most), _Spread(most)
+    scored, failed = _Spread(_REJUDGED_ROWS), _Spread(_REJUDGED_ROWS)
     unseen: list[tuple[Entry, Row]] = []
     with open(file.fileno(), "rb", closefd=False) as reader:
         if reader.read(end) != form.header:
@@ -83,7 +80,7 @@ def match_file(
             for record in form.records(reader):
                 row = form.decode(record)
                 entry = _same(path, tally.count + 1, row.path, next(entries, None))
-                if row.score is not None and (row.p_value, row.decision) != calibrated(row.score):
+                if row.score is not None and (row.p_value, row.decision) != _calibrated(detector, row.score):
                     raise TrajOODError(
                         f"{path}: row {tally.count + 1}: expected the p-value and decision that belong to its score, "
                         "found others; resume with the calibration that it was made with, or start again with "
@@ -93,9 +90,9 @@ def match_file(
                 tally, end = tally.plus([row]), end + len(record)
                 unseen.append((entry, row))
                 if len(unseen) >= (_COMPARED_FILES if entry.content is None else _COMPARED_RECORDS):
-                    _refuse_changed(path, tally.count, unseen, reading)
+                    _refuse_changed(path, tally.count, unseen, detector.reading)
                     unseen = []
-            _refuse_changed(path, tally.count, unseen, reading)
+            _refuse_changed(path, tally.count, unseen, detector.reading)
         except ValueError as error:
             if isinstance(error, TrajOODError):
                 raise
@@ -103,6 +100,15 @@ def match_file(
             raise TrajOODError(f"{path}: {damage}; start again with --overwrite") from error
     sample = sorted(scored.held + failed.held, key=lambda item: item[0])
     return Resumed(tally, tuple((entry, row) for _, entry, row in sample), str(path)), end
+
+
+def _calibrated(detector: Detector, score: float) -> tuple[float | None, str | None]:
+    """P-value and decision of a score by the detector's calibration."""
+    known = detector.calibration
+    if known is None:
+        return None, None
+    one = torch.tensor([score], dtype=torch.float64)
+    return float(known.p_values(one)), OOD if bool(known.decide(one)) else ID
 
 
 class _Spread:

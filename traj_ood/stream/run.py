@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from functools import partial
 from itertools import chain
 
-import torch
-
 from traj_ood.detector import Detector
-from traj_ood.detector.decision import ID, OOD
 from traj_ood.scorers.batch_size import default_batch_size
 from traj_ood.stream.paths import Entry
 from traj_ood.stream.rows import Row, Tally, score_rows
 from traj_ood.stream.tables import Table
-
-_REJUDGED_ROWS = 64  # with a score, and as many with an error
 
 
 def write_scores(
@@ -42,12 +36,10 @@ def write_scores(
     entries = iter(entries)
     earlier = Tally()
     if resume:
-        held = table.match(entries, _REJUDGED_ROWS, partial(_calibrated, detector), detector.reading)
+        held = table.match(entries, detector)
         with closing(score_rows(detector, [e for e, _ in held.sample], batch_size=size, workers=workers)) as again:
             held.check(chain.from_iterable(again))
         earlier = held.tally
-        if table.is_finished:
-            return earlier, earlier
     tally = earlier
     with closing(score_rows(detector, entries, batch_size=size, workers=workers)) as batches:
         for rows in batches:
@@ -56,12 +48,3 @@ def write_scores(
             tally = tally.plus(rows)
     table.finish()
     return tally, earlier
-
-
-def _calibrated(detector: Detector, score: float) -> tuple[float | None, str | None]:
-    """P-value and decision of a score by the detector's calibration."""
-    known = detector.calibration
-    if known is None:
-        return None, None
-    one = torch.tensor([score], dtype=torch.float64)
-    return float(known.p_values(one)), OOD if bool(known.decide(one)) else ID

@@ -17,13 +17,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from traj_ood.data.decoding import Reading
+from traj_ood.detector import Detector
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import abandon, folder_errors, lock
 from traj_ood.stream.formats import TEXT_FORMATS, JSONLinesFormat, TextFormat, text_format
 from traj_ood.stream.parquet import read_parquet, write_parquet
 from traj_ood.stream.paths import Entry
-from traj_ood.stream.resuming import Calibrated, Resumed, match_file
+from traj_ood.stream.resuming import Resumed, match_file
 from traj_ood.stream.rows import Row
 
 FORMATS = (*TEXT_FORMATS, "parquet")
@@ -38,18 +38,10 @@ class Table(ABC):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated, reading: Reading) -> Resumed:
-        """Match the complete rows that are there with the beginning of ``entries``, which is advanced past them.
-
-        At most ``most`` rows with a score, and as many with an error, are kept for :meth:`Resumed.check`;
-        ``calibrated`` gives the p-value and decision of a score; ``reading`` is how image files are read now.
-        """
+    def match(self, entries: Iterator[Entry], detector: Detector) -> Resumed:
+        """Match the complete rows that are there with ``detector`` and the beginning of ``entries``, which is advanced
+        past them."""
         return Resumed()
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether :meth:`match` found a finished file with a row for every entry."""
-        return False
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
@@ -139,10 +131,10 @@ class FileTable(Table):
         self._form, self._path, self._part, self._file = form, path, part, file
         self._is_empty = os.fstat(file.fileno()).st_size == 0
 
-    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated, reading: Reading) -> Resumed:
+    def match(self, entries: Iterator[Entry], detector: Detector) -> Resumed:
         with _disk_errors(self._path):
             self._file.seek(0)
-            resumed, end = match_file(self._form, self._part, self._file, entries, most, calibrated, reading)
+            resumed, end = match_file(self._form, self._part, self._file, entries, detector)
             self._file.truncate(end)
             self._file.seek(end)
         return resumed
@@ -170,20 +162,16 @@ class FileTable(Table):
 
 
 class FinishedTable(Table):
-    """A finished file; nothing is written, but its rows must match the input."""
+    """A finished file; nothing is written, but its rows must match the input, of which nothing may be left."""
 
     def __init__(self, form: str, quote_formulas: bool, path: Path) -> None:
         self._is_parquet = form == "parquet"
         self._form = JSONLinesFormat() if self._is_parquet else text_format(form, quote_formulas)
         self._path = path
 
-    @property
-    def is_finished(self) -> bool:
-        return True
-
-    def match(self, entries: Iterator[Entry], most: int, calibrated: Calibrated, reading: Reading) -> Resumed:
+    def match(self, entries: Iterator[Entry], detector: Detector) -> Resumed:
         with _disk_errors(self._path), self._opened() as file:
-            resumed, end = match_file(self._form, self._path, file, entries, most, calibrated, reading)
+            resumed, end = match_file(self._form, self._path, file, entries, detector)
             size = os.fstat(file.fileno()).st_size
         rest = next(entries, None)
         if rest is not None or end != size:
