@@ -761,7 +761,7 @@ def test_what_is_no_detector(tmp_path: Path) -> None:
         ('{"schema": "traj_ood.detector/3"}', "schema 3 is newer than 2, the newest this traj_ood reads: upgrade"),
         ('{"schema": "traj_ood.detector/99999999999999999999"}', "is newer than 2"),
         ('{"schema": "traj_ood.detector/1"}', "damaged or edited by hand"),
-        ('{"schema": "traj_ood.detector/1", "digest": NaN}', "damaged .NaN is not a number."),
+        ('{"schema": "traj_ood.detector/1", "digest": NaN}', "damaged .NaN is not a JSON number."),
         ('{"schema": "traj_ood.detector/1", "x": 1e999}', "damaged"),
         ("[" * 100_000, "damaged"),
         ('{"schema": ' + "9" * 9999 + "}", "damaged"),

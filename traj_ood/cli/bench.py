@@ -124,9 +124,7 @@ def bench(benchmark: str, **options: Any) -> None:
     one that an unreadable image has ended does so with --on-error skip, too.
 
     An image's score is independent of its batch and position to 1e-9, relative, and the same batches on the same
-    machine give identical bits. Another processor or number of threads rounds a float32 network differently. On the
-    bundled model this changes most scores by less than 3e-6, single ones by up to 1e-3 (0.5 % if a path stops one step
-    earlier), and `end-distance`, the gap between two nearly equal points, by several times its value.
+    machine give identical bits. What another processor or number of threads changes is in docs/reliability.md.
     """
     from traj_ood.evaluation.leaderboard_text import render
     from traj_ood.evaluation.plots import plot_run

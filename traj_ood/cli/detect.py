@@ -231,9 +231,7 @@ def score(detector: str, sources: tuple[str, ...], **options: Any) -> None:
     OUT.part has JSON lines.
 
     An image's score is independent of its batch and position to 1e-9, relative, and the same batches on the same
-    machine give identical bits. Another processor or number of threads rounds a float32 network differently. On the
-    bundled model this changes most scores by less than 3e-6, single ones by up to 1e-3 (0.5 % if a path stops one step
-    earlier), and `end-distance`, the gap between two nearly equal points, by several times its value.
+    machine give identical bits. What another processor or number of threads changes is in docs/reliability.md.
     """
     check_sources(sources, options)
     twice = _given_twice(sources)

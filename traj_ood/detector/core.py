@@ -58,9 +58,7 @@ class Detector(OnTheHub):
 
     An image's score is independent of its batch and position to 1e-9, relative, and to 1e-5 if there are fewer images
     than the network takes in one call (see :meth:`score`). The same batches on the same machine give identical bits.
-    Another processor or number of threads rounds a float32 network differently. On the bundled model this changes most
-    scores by less than 3e-6, single ones by up to 1e-3 (0.5 % if a path stops one step earlier), and `end-distance`,
-    the gap between two nearly equal points, by several times its value.
+    What another processor or number of threads changes is in docs/reliability.md.
 
     Attributes:
         scorers: the :class:`traj_ood.ScorerSet` of the model and its one scorer.

@@ -56,8 +56,8 @@ def classes_given(
     """(N,) int64 classes; None if there are none, or if the items of a Dataset or DataLoader have them."""
     own = has_own_labels(images)
     given = labels if labels is not None else () if own else getattr(images, "labels", ())
-    if labels is None and len(given) == 0:
-        return None if own else numbered((), count, scorers) if scorers.needs.labels else None
+    if labels is None and len(given) == 0 and (own or not scorers.needs.labels):
+        return None
     return numbered(given, count, scorers)
 
 

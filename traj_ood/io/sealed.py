@@ -15,10 +15,11 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from traj_ood.errors import TrajOODError
 from traj_ood.io.files import folder_errors, write_atomic
+from traj_ood.io.trees import no_number
 
 _BLOCK = 2**20
 _MAX_JSON = 2**26
@@ -141,7 +142,7 @@ def _opened(folder: Path, name: str, schema: str) -> dict[str, Any]:
 
 def _parsed(content: bytes, path: Path, schema: str) -> dict[str, Any]:
     try:
-        record = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        record = json.loads(content.decode("utf-8"), parse_constant=no_number)
         if not isinstance(record, dict):
             raise ValueError("no object")
         _check_schema(record.get("schema"), path, schema)
@@ -185,14 +186,11 @@ def _check_files(folder: Path, record: Mapping[str, Any], path: Path) -> None:
     present = {file: size for file, size in _listing(folder).items() if file != path.name}
     missing = sorted(files.keys() - present.keys())
     if missing:
-        raise TrajOODError(
-            f"{folder / _shown(missing[0])}: missing ({len(missing)} in all): copy the whole folder again"
-        )
+        raise TrajOODError(f"{folder / missing[0]}: missing ({len(missing)} in all): copy the whole folder again")
     extra = sorted(present.keys() - files.keys())
     if extra:
         raise TrajOODError(
-            f"{folder / _shown(extra[0])}: not part of the {_subject(str(record['schema']))} ({len(extra)} such): "
-            "remove it"
+            f"{folder / extra[0]}: not part of the {_subject(str(record['schema']))} ({len(extra)} such): remove it"
         )
     for file, size in present.items():
         if size != files[file]["size"]:
@@ -214,16 +212,14 @@ def _listing(folder: Path) -> dict[str, int]:
             folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             if (Path(current) / name).is_symlink():
-                raise TrajOODError(f"{Path(current) / _shown(name)}: expected a folder, found a link: copy the folder")
+                raise TrajOODError(f"{Path(current) / name}: expected a folder, found a link: copy the folder")
         for name in files:
             if top and name.startswith("."):
                 continue
             path = Path(current) / name
             facts = path.lstat()
             if not stat.S_ISREG(facts.st_mode):
-                raise TrajOODError(
-                    f"{Path(current) / _shown(name)}: expected a file, found {_what(path)}: copy the file"
-                )
+                raise TrajOODError(f"{Path(current) / name}: expected a file, found {_what(path)}: copy the file")
             found[path.relative_to(folder).as_posix()] = facts.st_size
     return found
 
@@ -241,17 +237,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number")
-
-
 def _subject(schema: str) -> str:
     return schema.partition("/")[0].rpartition(".")[2]
-
-
-def _shown(name: str) -> str:
-    """A file name as printable text, whatever bytes it consists of."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _what(path: Path) -> str:

@@ -56,7 +56,7 @@ def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict
     damaged one. NaN and Infinity, which are not part of JSON, are refused."""
     content = _content(path, what, limit, fix)
     try:
-        tree = json.loads(content, parse_constant=_no_number)
+        tree = json.loads(content, parse_constant=no_number)
         _check_depth(tree)
     except (ValueError, RecursionError) as error:  # ValueError includes bytes that are not UTF-8
         raise TrajOODError(f"{path}: expected JSON, got {error}; {fix}") from error
@@ -109,7 +109,8 @@ def _check_depth(tree: Any) -> None:
     raise ValueError(f"more than {MAX_DEPTH} lists and objects inside each other")
 
 
-def _no_number(name: str) -> None:
+def no_number(name: str) -> None:
+    """Refuse the constants NaN and Infinity of Python's JSON, as its argument ``parse_constant``."""
     raise ValueError(f"{name} is not a JSON number")
 
 
