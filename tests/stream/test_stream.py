@@ -853,6 +853,7 @@ def test_damaged_rows_are_refused(judge: Detector, folder: Path, tmp_path: Path)
     first = str(folder / "000.png").encode()
     for data, words in (
         (b"\0" * 300, "expected a table that starts with"),
+        (b"my notes", "expected a table that starts with"),
         (header.replace(b"score", b"value"), "expected a table that starts with"),
         (header + first + b",1.0\n", r"row 1 is damaged \(2 columns\); start again with --overwrite"),
         (header + b'"' + first + b'"x,,,,,,,,\n', "row 1 is damaged"),

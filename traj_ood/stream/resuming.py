@@ -69,8 +69,9 @@ def match_file(
     scored, failed = _Spread(_REJUDGED_ROWS), _Spread(_REJUDGED_ROWS)
     unseen: list[tuple[Entry, Row]] = []
     with open(file.fileno(), "rb", closefd=False) as reader:
-        if reader.read(end) != form.header:
-            if os.fstat(file.fileno()).st_size < end:  # broken off before its first row
+        head = reader.read(end)
+        if head != form.header:
+            if form.header.startswith(head):  # broken off before its first row
                 return Resumed(), 0
             raise TrajOODError(
                 f"{path}: expected a table that starts with {form.header!r}, as this version writes it; choose another "
