@@ -222,6 +222,22 @@ def test_classes_that_would_go_to_other_images_are_refused() -> None:
         made.calibrate(torch.utils.data.DataLoader(bare, shuffle=True), 0.9, labels=labels)
 
 
+def test_another_default_device_changes_nothing(tmp_path: Path) -> None:
+    """``torch.set_default_device("cuda")``; here meta, which holds no values."""
+    scorer, labels = "mahalanobis:classes=true", ["a", "b"] * 30
+    model, new = tiny.conv(), Normalised(tiny.images(20, (1, 8, 8), seed=4))
+    train, held = (Normalised(tiny.images(60, (1, 8, 8), seed=seed)) for seed in (0, 9))
+    said = []
+    for device in (None, "meta"):
+        torch.set_default_device(device)
+        try:
+            made = Detector.fit(model, train, scorer, labels=labels).calibrate(held, labels=labels)
+            said.append(made.judge(new, labels=["b"] * 20).each())
+        finally:
+            torch.set_default_device(None)
+    assert said[0] == said[1]
+
+
 def test_class_wise_calibrations_are_saved_loaded_and_exported(tmp_path: Path) -> None:
     made = fitted(held=60, labels=["a", "b"] * 30)
     made.save(tmp_path / "d")

@@ -127,7 +127,7 @@ class Calibration:
         """Class-wise calibration from n scores and the label of each, an integer or text."""
         names = tuple(sorted({str(label) for label in labels}, key=lambda text: (len(text), text)))
         place = {name: number for number, name in enumerate(names)}
-        classes = torch.tensor([place[str(label)] for label in labels], dtype=torch.int64)
+        classes = torch.tensor([place[str(label)] for label in labels], dtype=torch.int64, device="cpu")
         return cls(scores, tpr, classes, names)
 
     @cached_property
@@ -178,7 +178,7 @@ class Calibration:
         values = self._checked(scores)
         if self.classes is None or labels is None:
             return values > self.threshold
-        thresholds = torch.tensor([group.threshold for group in self.groups], dtype=torch.float64)
+        thresholds = torch.tensor([group.threshold for group in self.groups], dtype=torch.float64, device="cpu")
         return values > thresholds[self._places(labels, len(values))]
 
     def _share(self, values: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class Calibration:
                 f"labels: expected {count} of the {len(known)} classes that were calibrated, got {len(texts)}, "
                 f"{f'first unknown {unknown[0]!r}' if unknown else 'all known'}: omit labels if classes are unknown"
             )
-        return torch.tensor([known[text] for text in texts], dtype=torch.int64)
+        return torch.tensor([known[text] for text in texts], dtype=torch.int64, device="cpu")
 
     def acceptance(self, confidence: float = 0.9) -> tuple[float, float]:
         """Confidence interval of the share of new ID images that this particular threshold accepts.

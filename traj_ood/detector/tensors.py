@@ -49,4 +49,5 @@ def digests_of(images: Tensor) -> Tensor:
     """(B,) int64: the first 8 bytes of the sha256 of each image's float32 pixels, to recognise images."""
     rows = images.detach().cpu().float().contiguous()
     words = [hashlib.sha256(row.numpy().tobytes()).digest()[:8] for row in rows]
-    return torch.tensor([int.from_bytes(word, "little", signed=True) for word in words], dtype=torch.int64)
+    numbers = [int.from_bytes(word, "little", signed=True) for word in words]
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

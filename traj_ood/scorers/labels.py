@@ -75,7 +75,7 @@ def class_numbers(labels: Any, count: int, classes: int = 0) -> Tensor:
     number = {name: i for i, name in enumerate(map(str, range(classes)))}
     if not set(names) <= number.keys():
         number = {name: i for i, name in enumerate(class_order(names))}
-    return torch.tensor([number[name] for name in names])
+    return torch.tensor([number[name] for name in names], dtype=torch.int64, device="cpu")
 
 
 def check_one_labelling(given: Any, own: Any, images: Images) -> None:
