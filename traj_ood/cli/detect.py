@@ -296,9 +296,10 @@ def _score(folder: str, sources: tuple[str, ...], options: dict[str, Any]) -> Ta
 def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any]) -> None:
     """Score with ``--engine ray``, into a folder."""
     from traj_ood.data import Reading
+    from traj_ood.data.records import is_records
     from traj_ood.detector import FILE_NAME, SCHEMA
     from traj_ood.distributed import read_rows_of, score_to
-    from traj_ood.distributed.engine import Workers, split_sources
+    from traj_ood.distributed.engine import Workers
     from traj_ood.io.sealed import open_sealed
 
     out = options["out"]
@@ -306,10 +307,10 @@ def score_on_ray(detector: str, sources: tuple[str, ...], options: dict[str, Any
         raise TrajOODError("--engine ray: expected --out with a new folder, or --resume, for Parquet files")
     if options["compile"]:
         raise TrajOODError("--compile: expected --engine local, got ray, whose workers compute f itself: leave it out")
-    records, files = split_sources(sources)
-    if records and (files or options["list_path"]):
+    records = [source for source in sources if is_records(source)]
+    if records and (len(records) < len(sources) or options["list_path"]):
         raise TrajOODError("--engine ray: expected sources of records or of files, got both: score them separately")
-    given: Any = records or _entries(tuple(files), options, {})
+    given: Any = records or _entries(sources, options, {})
     workers = Workers(threads=options["threads"] or 1, batch=options["batch_size"])
     own = Reading(**open_sealed(Path(detector).expanduser(), FILE_NAME, SCHEMA)["training"].get("reading", {}))
     asked = _reading(own, options)

@@ -92,20 +92,20 @@ def _threshold(known: Mapping[str, Any] | None) -> str:
     if known is None:
         return "None: `detector.calibrate(held_out_id_images, tpr=0.95)` sets one."
     low, high = known["acceptance"]
+    how = (
+        f"the conformal quantile of {known['images']:,} held-out ID images for which at least {known['tpr']:.4g} of "
+        "new ID images are accepted, on average over such calibration sets. For one set of this size"
+    )
     if known["classes"] is not None:
         counts = [entry["images"] for entry in known["classes"]]
-        return (
-            f"A score above **{known['threshold']:.6g}** counts as OOD: at least {known['tpr']:.4g} of new ID images "
-            f"of every class are accepted, on average over calibration sets, by the conformal quantiles of "
-            f"{len(counts)} classes with {min(counts):,} to {max(counts):,} held-out ID images each, the highest of "
-            f"which is the threshold. For the smallest class the share lies between {low:.3f} and {high:.3f} with 90 % "
-            f"confidence. The same decision by p-value: p <= {known['level']:.6g}."
+        how = (
+            f"at least {known['tpr']:.4g} of new ID images of every class are accepted, on average over calibration "
+            f"sets, by the conformal quantiles of {len(counts)} classes with {min(counts):,} to {max(counts):,} "
+            "held-out ID images each, the highest of which is the threshold. For the smallest class"
         )
     return (
-        f"A score above **{known['threshold']:.6g}** counts as OOD: the conformal quantile of {known['images']:,} "
-        f"held-out ID images for which at least {known['tpr']:.4g} of new ID images are accepted, on average over such "
-        f"calibration sets. For one set of this size the share lies between {low:.3f} and {high:.3f} with 90 % "
-        f"confidence. The same decision by p-value: p <= {known['level']:.6g}."
+        f"A score above **{known['threshold']:.6g}** counts as OOD: {how} the share lies between {low:.3f} and "
+        f"{high:.3f} with 90 % confidence. The same decision by p-value: p <= {known['level']:.6g}."
     )
 
 

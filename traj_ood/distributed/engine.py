@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from traj_ood.data.records import DEFAULT_OPENING, Opening, files_of, is_records, read_records
+from traj_ood.data.records import DEFAULT_OPENING, Opening, files_of, read_records
 from traj_ood.detector import FILE_NAME, SCHEMA, refuse_inside
 from traj_ood.distributed.losses import is_loss, living, wait_until_noticed
 from traj_ood.distributed.rows import KEY, ScoreActor, written_keys
@@ -217,12 +217,6 @@ def write_rows(scoring: Scoring, ray: Any) -> None:
                 raise TrajOODError(f"ray: {text}: {kept}: continue with --resume") from error
             warn(f"ray: lost a node or a worker: scoring goes on without it after {len(done):,} rows ({text[:120]})")
             wait_until_noticed(ray, nodes)
-
-
-def split_sources(sources: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split names into sources of records and all others."""
-    given = list(sources)
-    return [s for s in given if is_records(s)], [s for s in given if not is_records(s)]
 
 
 _ABOUT = "_run.json"

@@ -109,6 +109,7 @@ def describe(detector: Exportable, module: DetectorModule, form: Format = "onnx"
     """
     model, scorer, made = detector.autoencoder, module.scorer, environment()
     calibration = _calibration(detector) if module.is_fitted else None
+    decides = form == "onnx" and calibration is not None
     return {
         "schema": SCHEMA,
         "input": {
@@ -131,10 +132,8 @@ def describe(detector: Exportable, module: DetectorModule, form: Format = "onnx"
         "tol": detector.scorers.tol,
         "model": {"name": model.name, "family": model.family, "fingerprint": model.fingerprint()},
         "calibration": calibration,
-        "outputs": list(OUTPUTS if form == "onnx" and calibration else OUTPUTS[:1]),
-        "decisions": {str(code): reason for code, reason in enumerate(REASONS)}
-        if form == "onnx" and calibration
-        else None,
+        "outputs": list(OUTPUTS if decides else OUTPUTS[:1]),
+        "decisions": {str(code): reason for code, reason in enumerate(REASONS)} if decides else None,
         "versions": {key: made.get(key, "none") for key in ("traj_ood", "torch", "transformers", "timm")},
     }
 
