@@ -119,7 +119,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, images in (("same", same), ("other", other)):
         said = made.decide(Normalised(images))
         rows = [Row.of(f"{name}/{i}.png", one) for i, one in enumerate(said)]
-        rows.insert(5, Row("torn.png", error="torn"))
+        rows.insert(5, Row("torn\udce9.png", error="torn"))  # not UTF-8
         for suffix in ("csv", "jsonl", "parquet"):
             with open_table(place / suffix / f"{'1' if name == 'same' else '2'}.{suffix}") as table:
                 table.write(rows)
@@ -138,7 +138,7 @@ def test_every_kind_of_rows_says_the_same(place: Path) -> None:
         assert np.array_equal(table.scores, tables[2].scores)  # to the last bit: they decide ties with the calibration
         assert np.array_equal(table.p_values, tables[2].p_values)
     assert len(tables[0].scores) == 300
-    assert pd.read_csv(place / "csv" / "1.csv")["score"].dropna().tolist() == pytest.approx(
+    assert pd.read_csv(place / "csv" / "1.csv", encoding_errors="replace")["score"].dropna().tolist() == pytest.approx(
         tables[0].scores[:150].tolist()
     )
 
@@ -168,7 +168,7 @@ def test_rows_of_a_cluster_are_put_in_order_and_count_once(tmp_path: Path) -> No
 
 
 def test_an_unfinished_line_waits_and_strangers_are_refused(place: Path, tmp_path: Path) -> None:
-    text = (place / "csv" / "1.csv").read_text()
+    text = (place / "csv" / "1.csv").read_text(errors="replace")
     (tmp_path / "rows.csv.part").write_text(text + "half,1.2")
     assert len(read_rows([tmp_path / "rows.csv.part"]).scores) == 150
     (tmp_path / "empty.jsonl").write_text("")

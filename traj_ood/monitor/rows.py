@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,8 @@ def _table(path: Path) -> pd.DataFrame | None:
     text = text[:whole]
     if not text:
         return None
-    # By default, pandas rounds the last digit of many numbers, and a score may equal one of the calibration's.
-    if suffix == ".csv":
+    if suffix == ".csv":  # as text: pandas rounds the last digit of many numbers, and scores may equal calibration's
         return pd.read_csv(io.BytesIO(text), dtype=str, usecols=lambda n: n in _COLUMNS, encoding_errors="replace")
-    return pd.read_json(io.BytesIO(text), lines=True, dtype=False, precise_float=True, encoding_errors="replace")
+    # Not by pandas, which also rounds, and refuses the surrogates in names that are not UTF-8.
+    rows = (json.loads(line) for line in text.decode(errors="replace").split("\n") if line)
+    return pd.DataFrame([{name: row[name] for name in _COLUMNS if name in row} for row in rows])
