@@ -271,7 +271,7 @@ def test_unhealthy_attractors_are_told_where_a_scorer_reads_them(place: Path, tm
         evaluator(place, tmp_path / "a", scorers=("trajectory",), max_steps=1).run()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluator(place, tmp_path / "b", scorers=("knn:k=2", "path-energy:two_sided=true"), max_steps=1).run()
+        evaluator(place, tmp_path / "b", scorers=("knn:k=2", "path-energy:two_sided=true"), max_steps=16).run()
 
 
 def test_seed_draws_the_training_sample_only(place: Path, tmp_path: Path) -> None:
