@@ -5,6 +5,7 @@ Each right value is computed again in an empty folder.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -288,6 +289,24 @@ def test_the_decoder_counts_beside_latents_of_another_size(
         TrajOODError, match=r"another model \(model: its code, or what it reads, gives other answers\): choose another"
     ):
         run_of(place, model=model(factor)).run()
+
+
+def test_answers_of_an_earlier_version_are_not_compared(place: Path) -> None:
+    """Which were one list for E and D; the digest of the code still is."""
+
+    def model(factor: float) -> CallableAutoencoder:
+        return CallableAutoencoder(
+            lambda x: x.flatten(1), lambda z: factor * z.reshape(-1, 1, 8, 8), (1, 8, 8), name="own"
+        )
+
+    run = run_of(place, model=model(0.5))
+    first = run.run()
+    tree = json.loads((run.folder / "result.json").read_text())
+    tree["model"]["answers"] = [0.5] * 8
+    (run.folder / "result.json").write_text(json.dumps(tree))
+    assert run_of(place, model=model(0.5)).run().scorers == first.scorers
+    with pytest.raises(TrajOODError, match=r"another model \(model: its code has changed\)"):
+        run_of(place, model=model(0.6)).run()
 
 
 NOTEBOOK = """

@@ -188,6 +188,8 @@ def test_impossible_mask_ratio(ratio: float) -> None:
         tiny.vit(mask_ratio=ratio)
     with pytest.raises(TrajOODError, match=r"mask_ratio: expected one that leaves .* of 4 patches visible, got 0\.9"):
         tiny.vit(mask_ratio=0.9)
+    with pytest.raises(TrajOODError, match="mask_seed: expected a whole number from 0 to"):
+        tiny.vit(mask_ratio=0.5, mask_seed=-1)
 
 
 def test_hidden_size_must_fit_the_table() -> None:

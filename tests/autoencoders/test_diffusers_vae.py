@@ -303,6 +303,8 @@ def test_the_command_line_chooses_the_side_of_the_images(folder: Path) -> None:
 def test_impossible_options(folder: Path) -> None:
     with pytest.raises(TrajOODError, match="image_size: expected a multiple of 2, got 15"):
         load_autoencoder(folder, image_size=15)
+    with pytest.raises(TrajOODError, match="image_size: expected a multiple of 2, got 0"):
+        load_autoencoder(folder, image_size=0)
     with pytest.raises(TrajOODError, match="unexpected keyword argument 'sise'"):
         load_autoencoder(folder, sise=1)
     with pytest.raises(TrajOODError, match="no such folder; expected a folder, or owner/name"):

@@ -14,9 +14,12 @@ import tiny
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch.utils.data import DistributedSampler
+from torch.utils.data import sampler as samplers
 
 from traj_ood import Decision, Detector, Normalised, Status
 from traj_ood.cli import main
+from traj_ood.data.batches import shuffles
 from traj_ood.detector.conformal import Calibration
 from traj_ood.errors import TrajOODError
 from traj_ood.stream import Entry, score_rows
@@ -220,6 +223,12 @@ def test_classes_that_would_go_to_other_images_are_refused() -> None:
         made.calibrate(own, 0.9, labels=labels.cumsum(0) % 2)
     with pytest.raises(TrajOODError, match="got a DataLoader that shuffles"):
         made.calibrate(torch.utils.data.DataLoader(bare, shuffle=True), 0.9, labels=labels)
+    batched = samplers.BatchSampler(samplers.RandomSampler(bare), 8, drop_last=False)
+    loaders = [torch.utils.data.DataLoader(bare, batch_sampler=batched)]
+    for mixed in (True, False):
+        own_sampler = DistributedSampler(bare, 1, 0, shuffle=mixed)
+        loaders.append(torch.utils.data.DataLoader(bare, sampler=own_sampler))
+    assert [shuffles(loader) for loader in loaders] == [True, True, False]
 
 
 def test_another_default_device_changes_nothing(tmp_path: Path) -> None:

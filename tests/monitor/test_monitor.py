@@ -176,6 +176,9 @@ def test_an_unfinished_line_waits_and_strangers_are_refused(place: Path, tmp_pat
     line = json.dumps({"score": "Infinity", "p_value": 1 / 201})
     (tmp_path / "inf.jsonl").write_text(line + "\n")
     assert read_rows([tmp_path / "inf.jsonl"]).scores.tolist() == [np.inf]
+    (tmp_path / "blank.jsonl").write_text(f"{line}\r\n\r\n \n{line}\r\n")
+    assert read_rows([tmp_path / "blank.jsonl"]).scores.tolist() == [np.inf] * 2
+    (tmp_path / "list.jsonl").write_text(f"{line}\n[1]\n")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "foreign.csv").write_text("score,p_value\n1.0,0.123\n")
     (tmp_path / "bad.csv").write_text("score,p_value\none,0.1\n")
@@ -183,7 +186,8 @@ def test_an_unfinished_line_waits_and_strangers_are_refused(place: Path, tmp_pat
     nothing = run(place / "d", tmp_path / "empty.jsonl")
     assert (nothing.exit_code, "nothing to compare yet" in nothing.stdout) == (0, True)
     for name, words in (
-        ("other.csv", "expected a column score"),
+        ("other.csv", "expected a column score, got none of ours"),
+        ("list.jsonl", r"line 2: expected an object, got \[1\]"),
         ("foreign.csv", "expected p-values of this detector's calibration"),
         ("bad.csv", "expected numbers in the columns"),
         ("gone.csv", "found nothing"),

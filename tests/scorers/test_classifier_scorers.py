@@ -18,6 +18,7 @@ from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers import Evidence, create_scorer
+from traj_ood.scorers.labels import class_numbers
 from traj_ood.scorers.scorer_set import ScorerSet
 
 WIDTH, CLASSES = 24, 5
@@ -280,7 +281,7 @@ def test_she_refuses_labels_that_do_not_number_the_classifiers_classes() -> None
 
 @pytest.mark.parametrize(
     ("classes", "names"),
-    [((0, 1, 3), {0: "0", 1: "1", 3: "3"}), ((0, 1, 2, 3), {0: "airplane", 1: "bird", 2: "cat", 3: "dog"})],
+    [((0, 1, 3), {0: "00", 1: "01", 3: "03"}), ((0, 1, 2, 3), {0: "airplane", 1: "bird", 2: "cat", 3: "dog"})],
 )
 def test_she_takes_numbers_and_names_in_the_order_of_the_classifiers_classes(
     classes: tuple[int, ...], names: dict[int, str]
@@ -298,6 +299,22 @@ def test_she_takes_numbers_and_names_in_the_order_of_the_classifiers_classes(
             Detector.fit(model, images, "she", labels=given).scorer,
         ):
             torch.testing.assert_close(fitted.state["patterns"], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("names", [("airplane", "bird", "dog"), ("1", "2", "4"), ("-1", "0", "1")])
+def test_she_refuses_names_of_which_it_is_unknown_which_classes_they_are(names: tuple[str, ...]) -> None:
+    model = SurrogateAutoencoder(quadrants(), SurrogateNetwork(4, hidden=[8], bottleneck=2))
+    labels = [names[i % 3] for i in range(24)]
+    images = 0.1 * tiny.images(24, (1, 2, 2)).sigmoid()
+    images.flatten(1)[torch.arange(24), torch.tensor([0, 1, 3] * 8)] += 0.9 - 0.01 * torch.arange(24)
+    with pytest.raises(TrajOODError, match="scorer she: expected labels that number the classifier's 4 classes"):
+        ScorerSet(model, ["she"]).fit(images, labels=labels)
+    ScorerSet(model, ["rmds"]).fit(images, labels=labels)  # which classes they are does not matter to it
+
+
+def test_numbers_are_numbers_however_they_are_written() -> None:
+    assert class_numbers(["003", "000"], 2, 4).tolist() == [3, 0]
+    assert class_numbers(["9" * 5000, "2"], 2).tolist() == [1, 0]  # no number
 
 
 def quadrants() -> CallableBackbone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -17,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -392,7 +392,7 @@ def test_the_command_serves_on_loopback_and_ends_gracefully(tmp_path: Path, dete
         assert process.wait(tiny.PATIENCE) in (0, -signal.SIGTERM)
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(detector: Detector, limits: Limits) -> Iterator[tuple[str, int]]:
     """The service in a thread of its own; yields its address."""
     import uvicorn
@@ -430,15 +430,35 @@ def test_connections_that_begin_no_request_are_closed(detector: Detector) -> Non
                 assert (b" 413 " in answer) is (kind == "refused")
 
 
+@pytest.mark.parametrize("word", ["close", "TE, close"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_client_that_closes_afterwards_reads_that_its_body_is_too_large(detector: Detector, chunked: bool) -> None:
-    with serving(detector, Limits(body=2**20)) as address:
-        line = http.client.HTTPConnection(*address, timeout=tiny.PATIENCE)
-        headers = {"Content-Type": "image/png", "Connection": "close"}
+def test_a_client_that_closes_afterwards_reads_that_its_body_is_too_large(
+    detector: Detector, chunked: bool, word: str
+) -> None:
+    with serving(detector, Limits(body=2**20, bodies=2**21)) as address:
+        headers = {"Content-Type": "image/png", "Connection": word}
         parts = [b"x" * 2**20] * 8  # more than the buffers of a connection hold
+        line = http.client.HTTPConnection(*address, timeout=tiny.PATIENCE)
         line.request("POST", "/v1/score", iter(parts) if chunked else b"".join(parts), headers, encode_chunked=chunked)
         answer = line.getresponse()
         assert (answer.status, "body: expected at most 1048576 bytes" in answer.read().decode()) == (413, True)
+
+
+def test_a_body_that_is_too_large_gives_its_bytes_back_before_its_rest_is_read(detector: Detector) -> None:
+    head = "POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
+    limits = Limits(body=1000, bodies=2000, patience=2 * tiny.PATIENCE)
+    with serving(detector, limits) as address, contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(socket.create_connection(address, timeout=tiny.PATIENCE)) for _ in range(2)]
+        for line in lines:
+            line.sendall(f"{head}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        for size in (900, 200):  # the second is more than allowed; the rest never comes
+            time.sleep(0.2)
+            for line in lines:
+                line.sendall(f"{size:x}\r\n".encode() + b"x" * size + b"\r\n")
+        time.sleep(0.2)
+        fine = http.client.HTTPConnection(*address, timeout=tiny.PATIENCE)
+        fine.request("POST", "/v1/score", b"x" * 900, {"Content-Type": "image/png"})
+        assert fine.getresponse().status == 200
 
 
 @pytest.mark.slow

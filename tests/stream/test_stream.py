@@ -870,8 +870,13 @@ def test_damaged_rows_are_refused(judge: Detector, folder: Path, tmp_path: Path)
     odd = json.dumps({**dict.fromkeys(COLUMNS), "path": str(folder / "000.png"), "score": "1", "status": "ok"})
     for data in (b"{}", b"[]", b"nonsense", b"\xff", b"1" * 2**21, b"[" * 10**5, odd.encode()):
         (tmp_path / "out.jsonl.part").write_bytes(data + b"\n")
-        with pytest.raises(TrajOODError, match=r"out\.jsonl\.part: row 1 is damaged"):
+        begins = data.startswith(b"{")
+        words = "row 1 is damaged" if begins else "expected a table that starts with b'{'"
+        with pytest.raises(TrajOODError, match=rf"out\.jsonl\.part: {words}"):
             write(judge, walk(str(folder)), tmp_path / "out.jsonl", resume=True)
+    (tmp_path / "out.jsonl.part").write_bytes(b"PK")  # another program's, without an end of line
+    with pytest.raises(TrajOODError, match="expected a table that starts with"):
+        write(judge, walk(str(folder)), tmp_path / "out.jsonl", resume=True)
 
 
 # ---------------------------------------------------------------------------------------------- a disk that is full

@@ -23,7 +23,7 @@ from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.pretrained import from_pretrained, use_safetensors, whole_network
 from traj_ood.io.trees import write_json
 
-FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+FILES = ("config.json", "diffusion_pytorch_model.safetensors", OPTIONS)
 PAPER_SIZE = 256
 """Side of the paper's images (Table 2)."""
 _PIXELS_PER_CALL = 2**18
@@ -86,7 +86,8 @@ class DiffusersVAE(Autoencoder):
         interpolation: Interpolation = "lanczos",
     ) -> None:
         config = model.config
-        side = int(image_size or min(int(config.get("sample_size") or PAPER_SIZE), PAPER_SIZE))
+        own_size = min(int(config.get("sample_size") or PAPER_SIZE), PAPER_SIZE)
+        side = own_size if image_size is None else int(image_size)
         stride = _stride(model)
         if side < stride or side % stride:
             raise TrajOODError(f"{name}: image_size: expected a multiple of {stride}, got {side}")

@@ -19,7 +19,7 @@ from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics, fitting_preprocessing
 from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
-from traj_ood.errors import TrajOODError, foreign_errors, warn
+from traj_ood.errors import TrajOODError, check_whole, foreign_errors, warn
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, is_local, use_safetensors, whole_network
@@ -87,6 +87,7 @@ class ViTMAE(Autoencoder):
         config = model.config if isinstance(model.config, dict) else model.config.to_dict()
         if not 0 <= mask_ratio < 1:
             raise TrajOODError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
+        check_whole("mask_seed", mask_seed, 0, 2**32 - 1)
         if config["norm_pix_loss"]:
             warn(
                 f"{name} was trained with norm_pix_loss: its decoder predicts per-patch normalised pixels, so D(z) is "
@@ -162,7 +163,8 @@ class ViTMAE(Autoencoder):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json, which transformers can read, too; with the
-        names of published files, the only ones that version 4 knows. A mask is written beside them."""
+        names of published files, the only ones that version 4 knows. A mask is written beside them, and read from
+        folders, not from the hub."""
         folder = Path(folder)
         network: Any = self.module
         if isinstance(network, MAENetwork):

@@ -132,7 +132,7 @@ class _Blocks:
         if outputs is not None and not agree(stored["answers"], outputs):
             raise TrajOODError(
                 f"{path}: holds features of a backbone with the same name {mine['backbone']!r} and weights, but other "
-                f"outputs: give this one another name, or delete {path.parent}"
+                f"outputs, or of an earlier version of traj_ood: give this one another name, or delete {path.parent}"
             )
 
     def block(self, number: int, workers: int, on_error: OnError) -> Part:

@@ -93,7 +93,8 @@ def _unknown_number(images: Any) -> TrajOODError:
 def shuffles(images: Images) -> bool:
     """Whether the input is a DataLoader that draws the order of its images."""
     random = samplers.RandomSampler | samplers.SubsetRandomSampler | samplers.WeightedRandomSampler
-    return isinstance(getattr(images, "sampler", None), random)
+    used = (getattr(loader, "sampler", None) for loader in (images, getattr(images, "batch_sampler", None)))
+    return any(isinstance(own, random) or getattr(own, "shuffle", False) is True for own in used)  # a distributed one
 
 
 def has_own_labels(images: Images) -> bool:

@@ -33,12 +33,19 @@ def own_file(cls: type[Any]) -> str | None:
     return written_code(cls)
 
 
+def _are_older(model: dict[str, Any]) -> bool:
+    """Whether a model's ``answers`` are those of an earlier version, one list for E and D, beside a digest of its
+    code."""
+    found = model.get("answers")
+    return "own_code" in model and isinstance(found, list) and not any(isinstance(value, list) for value in found)
+
+
 def comparable(mine: Any, other: Any) -> Any:
     """``mine`` in the form in which ``other`` can be compared with it: without entries that older results lack, with
     its ``answers`` if both agree up to rounding, and with its ``copies``, which follow from images and model."""
     if not isinstance(mine, dict) or not isinstance(other, dict):
         return mine
-    if "answers" in mine and agree(other.get("answers"), mine["answers"]):
+    if "answers" in mine and (agree(other.get("answers"), mine["answers"]) or _are_older(other)):
         mine = {**mine, "answers": other["answers"]}
     if mine.get("own_code", "").split(" ")[0] != str(other.get("own_code", "")).split(" ")[0]:
         mine = {**mine, "own_code": other.get("own_code")}  # of another version of Python

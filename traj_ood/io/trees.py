@@ -75,7 +75,7 @@ def field_of(tree: Mapping[str, Any], key: str, kind: type[_T], where: str) -> _
     """``tree[key]``, checked to be of type ``kind`` and finite; an int is accepted as a float, a bool is no number."""
     value = tree.get(key)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         got = "nothing" if key not in tree else f"{type(value).__name__} {str(value)[:40]!r}"
         raise TrajOODError(f"{where}: {key}: expected {kind.__name__}, got {got}: the file is damaged")

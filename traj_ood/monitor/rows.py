@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,9 +90,8 @@ def _scores(path: Path) -> np.ndarray:
     if table is None:
         return np.empty((0, 3))
     if "score" not in table:
-        raise TrajOODError(
-            f"{path}: expected a column score, got {', '.join(map(str, table.columns))[:200]}: give rows of traj-ood"
-        )
+        found = ", ".join(map(str, table.columns)) or "none of ours"
+        raise TrajOODError(f"{path}: expected a column score, got {found}: give rows of traj-ood")
     nothing: Any = [None] * len(table)
     with foreign_errors(f"{path}: expected numbers in the columns score and p_value", ": give rows of traj-ood"):
         columns = [np.asarray(table.get(name, nothing), dtype=np.float64) for name in _COLUMNS]
@@ -120,5 +119,13 @@ def _table(path: Path) -> pd.DataFrame | None:
     if suffix == ".csv":  # as text: pandas rounds the last digit of many numbers, and scores may equal calibration's
         return pd.read_csv(io.BytesIO(text), dtype=str, usecols=lambda n: n in _COLUMNS, encoding_errors="replace")
     # Not by pandas, which also rounds, and refuses the surrogates in names that are not UTF-8.
-    rows = (json.loads(line) for line in text.decode(errors="replace").split("\n") if line)
-    return pd.DataFrame([{name: row[name] for name in _COLUMNS if name in row} for row in rows])
+    return pd.DataFrame(list(_json_rows(text.decode(errors="replace"))))
+
+
+def _json_rows(text: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number}: expected an object, got {line[:40]}")
+            yield {name: row[name] for name in _COLUMNS if name in row}

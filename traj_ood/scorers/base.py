@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -245,7 +246,7 @@ class Scorer(ABC):
         if view is not None and view not in self.views:
             raise unknown_name(f"view of scorer {self.name}", str(view), self.views)
         seed = getattr(self, "seed", 0)
-        if isinstance(seed, int) and not 0 <= seed < 2**32:
+        if isinstance(seed, Integral) and not 0 <= int(seed) < 2**32:
             raise TrajOODError(f"scorer {self.name}: expected a seed from 0 to {2**32 - 1}, got {seed}")
         # Otherwise the label would not recreate this scorer.
         check_options(type(self), vars(self), f"scorer {self.name}", reserved=":,")

@@ -12,6 +12,8 @@ from traj_ood.data.batches import Images, shuffles
 from traj_ood.errors import TrajOODError
 from traj_ood.scorers.base import Evidence
 
+_MAX_DIGITS = 18  # of a class name that counts as a number
+
 
 def labels_of(scorer: str, train: Evidence, count: int) -> Tensor:
     """The labels (N,) int64 >= 0, as the caller numbered them.
@@ -49,18 +51,30 @@ def classes_of(scorer: str, train: Evidence, count: int) -> Tensor:
 def class_order(names: Iterable[str]) -> list[str]:
     """Distinct class names in the order of their indices: whole numbers first, ascending, then texts, as in
     torchvision's ``ImageFolder``."""
-    return sorted(set(names), key=lambda n: (0, int(n), n) if n.removeprefix("-").isdecimal() else (1, 0, n))
+
+    def place(name: str) -> tuple[bool, int, str]:
+        number = _whole(name)
+        return number is None, number or 0, name
+
+    return sorted(set(names), key=place)
+
+
+def _whole(name: str) -> int | None:
+    """The whole number that a class name is; None for other texts."""
+    digits = name.removeprefix("-")
+    return int(name) if digits.isdecimal() and len(digits) <= _MAX_DIGITS else None
 
 
 def class_numbers(labels: Any, count: int, classes: int = 0) -> Tensor:
-    """Convert N class labels, whole numbers or texts, to class indices (N,) int64: in :func:`class_order` from 0,
-    without gaps.
+    """Convert N class labels, whole numbers or texts, to class indices (N,) int64: in :func:`class_order`, without
+    gaps.
 
     Args:
         labels: a list, tensor, NumPy array or pandas column.
         count: N.
-        classes: number of classes of the model's classifier; labels that are all numbers below it stay as they are,
-            because they number its classes, of which some may have no image. Default 0: none.
+        classes: number C of classes of the model's classifier. Labels that are all numbers below C stay as they are,
+            because they number its classes, of which some may have no image; as many names as classes are 0 … C − 1;
+            of any others it is not known which classes they are, and their indices begin at C. Default 0.
     Raises:
         TrajOODError: not ``count`` labels, or labels of another type.
     """
@@ -72,9 +86,14 @@ def class_numbers(labels: Any, count: int, classes: int = 0) -> Tensor:
             f"{', '.join(sorted({type(v).__name__ for v in values})) or 'nothing'}"
         )
     names = [str(v) for v in values]
-    number = {name: i for i, name in enumerate(map(str, range(classes)))}
-    if not set(names) <= number.keys():
-        number = {name: i for i, name in enumerate(class_order(names))}
+    order = class_order(names)
+    whole = [_whole(name) for name in order]
+    if len({*whole}) == len(order) and all(number is not None and 0 <= number < classes for number in whole):
+        indices: Iterable[Any] = whole
+    else:
+        first = 0 if len(order) == classes else classes
+        indices = range(first, first + len(order))
+    number = dict(zip(order, indices, strict=True))
     return torch.tensor([number[name] for name in names], dtype=torch.int64, device="cpu")
 
 

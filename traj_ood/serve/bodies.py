@@ -51,12 +51,15 @@ async def receive(request: Request, limits: Limits, bodies: Budget) -> bytes:
         await asyncio.wait_for(_collect(request, limits, bodies, parts), limits.patience)
     except BaseException as error:
         size = sum(map(len, parts))
+        parts.clear()
         bodies.give(size)
         if isinstance(error, asyncio.TimeoutError):
             reason = f"body: expected all of it within {limits.patience:g} s, got {size} bytes"
             raise RefusedError(408, reason) from error
         if isinstance(error, ClientDisconnect):
             raise RefusedError(408, f"body: broken off after {size} bytes") from error
+        if isinstance(error, RefusedError) and error.status == 413:
+            await _discard_rest(request, limits)
         raise
     return b"".join(parts)
 
@@ -66,7 +69,6 @@ async def _collect(request: Request, limits: Limits, bodies: Budget, parts: list
     async for part in request.stream():
         size += len(part)
         if size > limits.body:
-            await _discard_rest(request, limits)
             raise RefusedError(413, f"body: expected at most {limits.body} bytes, got more")
         bodies.take(len(part))
         parts.append(part)
@@ -75,7 +77,9 @@ async def _collect(request: Request, limits: Limits, bodies: Budget, parts: list
 async def _discard_rest(request: Request, limits: Limits) -> None:
     """Read the rest of a body that is too large, up to ``_DISCARDED`` times the limit, if the connection is closed
     after the answer: a client that is still sending then finds it broken, and never reads the answer."""
-    if request.headers.get("connection", "").lower() != "close" or "expect" in request.headers:
+    words = {word.strip() for word in request.headers.get("connection", "").lower().split(",")}
+    closes = "close" in words or (request.scope.get("http_version") == "1.0" and "keep-alive" not in words)
+    if not closes or "expect" in request.headers:
         return
 
     async def rest() -> None:

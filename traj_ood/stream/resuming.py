@@ -69,14 +69,16 @@ def match_file(
     scored, failed = _Spread(_REJUDGED_ROWS), _Spread(_REJUDGED_ROWS)
     unseen: list[tuple[Entry, Row]] = []
     with open(file.fileno(), "rb", closefd=False) as reader:
-        head = reader.read(end)
-        if head != form.header:
-            if form.header.startswith(head):  # broken off before its first row
-                return Resumed(), 0
+        begin = form.header or b"{"  # as a row of JSON lines begins
+        head = reader.read(len(begin))
+        if not begin.startswith(head):
             raise TrajOODError(
-                f"{path}: expected a table that starts with {form.header!r}, as this version writes it; choose another "
+                f"{path}: expected a table that starts with {begin!r}, as this version writes it; choose another "
                 "--out, or start again with --overwrite"
             )
+        if len(head) < end:  # broken off before its first row
+            return Resumed(), 0
+        reader.seek(end)
         try:
             for record in form.records(reader):
                 row = form.decode(record)
