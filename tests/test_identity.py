@@ -29,7 +29,7 @@ from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import ArrayImages, Benchmark, FileImages, Split, load_benchmark, read_folder
 from traj_ood.data import images as data_images
-from traj_ood.dynamics.behaviour import transform_digest
+from traj_ood.dynamics.behaviour import answers, transform_digest
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation import evaluator as evaluator_module
 from traj_ood.evaluation import identity as identity_module
@@ -289,6 +289,18 @@ def test_the_decoder_counts_beside_latents_of_another_size(
         TrajOODError, match=r"another model \(model: its code, or what it reads, gives other answers\): choose another"
     ):
         run_of(place, model=model(factor)).run()
+
+
+def test_answers_do_not_depend_on_torchs_default_type() -> None:
+    def found() -> list[list[float]]:
+        return answers(lambda images: (images.flatten(1), images.double().square()), (3, 96, 96))
+
+    expected = found()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert found() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_answers_of_an_earlier_version_are_not_compared(place: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from traj_ood.dynamics.behaviour import waves
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.scorers.scorer_set import ScorerSet
 
@@ -64,8 +65,7 @@ def check_probe(scorers: ScorerSet, expected: Mapping[str, Any], where: str) -> 
 
 def _images(shape: tuple[int, int, int]) -> Tensor:
     """The two images, (2, C, H, W): waves that are the same with every version of every library."""
-    place = torch.arange(2 * math.prod(shape), dtype=torch.float64)
-    return torch.sin(0.37 * place + (0.011 * place).square()).float().reshape(2, *shape)
+    return waves(1, 2 * math.prod(shape)).float().reshape(2, *shape)
 
 
 def _numbers(values: Tensor) -> list[list[float | None]]:

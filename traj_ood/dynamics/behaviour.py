@@ -46,18 +46,19 @@ def answers(function: Callable[[Tensor], Sequence[Tensor]], shape: tuple[int, ..
     Returns:
         8 numbers for each output, whose values that are not finite count as 0.
     """
-    image = _waves(1, math.prod(shape)).float().reshape(1, *shape)
+    image = waves(1, math.prod(shape)).float().reshape(1, *shape)
     found = []
     for output in function(image):
         values = output.detach().cpu().double().flatten().nan_to_num(0.0, 0.0, 0.0)
-        found.append((_waves(_PROJECTIONS, len(values)) @ values / math.sqrt(max(1, len(values)))).tolist())
+        found.append((waves(_PROJECTIONS, len(values)) @ values / math.sqrt(max(1, len(values)))).tolist())
     return found
 
 
-def _waves(count: int, length: int) -> Tensor:
+def waves(count: int, length: int) -> Tensor:
     """Waves (count, length) whose frequency grows, so that each has a share in smooth and in rough images alike."""
     place = torch.arange(length, dtype=torch.float64)
-    return torch.sin(0.37 * torch.arange(1, count + 1)[:, None] * place + (0.011 * place).square())
+    frequencies = 0.37 * torch.arange(1, count + 1, dtype=torch.float64)[:, None]
+    return torch.sin(frequencies * place + (0.011 * place).square())
 
 
 def agree(expected: object, found: Sequence[Sequence[float]]) -> bool:
