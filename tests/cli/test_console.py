@@ -160,3 +160,13 @@ def test_no_home_folder_matters_only_where_the_cache_does(tmp_path: Path, monkey
     for name in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
         (tmp_path / f"{name}-idx{3 if 'images' in name else 1}-ubyte").touch()
     assert find_fashion_mnist() == tmp_path
+
+
+@pytest.mark.parametrize(("own", "shown"), [(None, 10.0), ("2", 2.0)])
+def test_progress_bars_write_few_lines_into_files(own: str | None, shown: float) -> None:
+    """tqdm's ten states a second are lines of a log file, which no later state overwrites."""
+    code = "from traj_ood.cli.console import prepare; prepare(); import tqdm; print(tqdm.tqdm(total=3).mininterval)"
+    environment = {key: value for key, value in os.environ.items() if key != "TQDM_MININTERVAL"}
+    environment |= {} if own is None else {"TQDM_MININTERVAL": own}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    assert float(done.stdout) == shown, done.stderr

@@ -38,6 +38,7 @@ _SPELLING = str.maketrans(
     }
 )
 _ERRORS = "traj_ood.spelled"
+_LOG_INTERVAL = "10"  # seconds
 
 
 def prepare() -> None:
@@ -50,6 +51,8 @@ def prepare() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors=_ERRORS)
+    if not sys.stderr.isatty():  # in a log file each state of a progress bar is a line that stays
+        os.environ.setdefault("TQDM_MININTERVAL", _LOG_INTERVAL)
     warnings.showwarning = lambda message, *_, **__: warn(str(message))
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of cache folders that it cannot write
 
