@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from traj_ood.data.benchmark import reading_of
+from traj_ood.data.decoding import Reading
 from traj_ood.data.equal_files import EqualImages, equalise
 from traj_ood.data.images import ArrayImages
 from traj_ood.data.natural import class_folders
@@ -60,6 +62,21 @@ def test_tiny_imagenet_has_labels_and_one_size(root: Path) -> None:
     assert {split.images.load(0).size for split in found.splits()} == {(64, 64)}
     assert {split.images.load(0).mode for split in found.splits()} == {"RGB"}
     assert found.train_size == 2000
+
+
+def test_photographs_are_turned_upright_on_request_also_below_the_common_step(root: Path) -> None:
+    path, pixels = root / "scenes/forest/0.jpg", np.zeros((64, 64, 3), dtype=np.uint8)
+    pixels[:32] = 255  # white above, as stored
+    exif = Image.Exif()
+    exif[274] = 3  # turned by 180 degrees
+    Image.fromarray(pixels).save(path, exif=exif)
+    stored, turned = (load_benchmark("tiny-imagenet", root, reading=Reading(exif=on)) for on in (False, True))
+    tops = [np.asarray(found.ood[0].images.load(0))[:30].mean() for found in (stored, turned)]
+    assert tops == pytest.approx([255, 0], abs=3)
+    assert [reading_of(found.ood[0].images) for found in (stored, turned)] == [Reading(), Reading(exif=True)]
+    assert reading_of(turned.ood[-1].images) is None  # arrays of digits
+    for key in ("sha256", "contents"):
+        assert stored.train.digests()[key] != turned.train.digests()[key]
 
 
 def test_the_imagenet_sample_is_halved_and_has_no_labels(root: Path) -> None:

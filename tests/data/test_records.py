@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from traj_ood import Detector, Normalised
 from traj_ood.cli import main
-from traj_ood.data import load_benchmark
+from traj_ood.data import Split, load_benchmark
 from traj_ood.data.encoded import read_encoded
 from traj_ood.data.records import Opening, files_of, is_records, read_records
 from traj_ood.errors import TrajOODError
@@ -259,6 +260,12 @@ def test_bad_records_are_skipped_and_counted_by_a_fit(tmp_path: Path) -> None:
     again = Detector.fit(model, Normalised(whole), "field")
     new = Normalised(tiny.images(4, (1, 8, 8), seed=3))
     torch.testing.assert_close(made.score(new), again.score(new), rtol=1e-9, atol=0)
+
+
+def test_records_that_are_read_otherwise_are_another_split(tmp_path: Path) -> None:
+    images = read_encoded(parquet(tmp_path / "a.parquet", FILES))
+    one, other = (Split("a", "test", replace(images, exif=on)).digests() for on in (False, True))
+    assert one["contents"] != other["contents"]
 
 
 def test_names_tell_the_kind(tmp_path: Path) -> None:

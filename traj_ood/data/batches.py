@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import sampler as samplers
 
-from traj_ood.data.benchmark import Split
+from traj_ood.data.benchmark import Split, reading_of
 from traj_ood.data.decoding import AS_STORED, Reading, decode, open_image
-from traj_ood.data.encoded import EncodedImages
-from traj_ood.data.images import FileImages, ImageSource
+from traj_ood.data.images import ImageSource
 from traj_ood.data.preprocessing import ImageModel, Normalised, Pixels, check_images, prepare
 from traj_ood.errors import TrajOODError, UnreadableImageError, check_word
 
@@ -132,10 +131,11 @@ def batches(
     for name, value in (("batch size", size), ("workers", workers)):
         if value is not None and value < 1:
             raise TrajOODError(f"{name}: expected at least 1, got {value}")
-    if isinstance(images, FileImages | EncodedImages) and Reading(images.exif, images.bit_depth) != reading:
+    files = reading_of(images) or reading
+    if files != reading:
         raise TrajOODError(
             f"images: expected files read with {reading}, as the detector's training images were, got "
-            f"exif={images.exif}, bit_depth={images.bit_depth}: read them in the same way"
+            f"exif={files.exif}, bit_depth={files.bit_depth}: read them in the same way"
         )
     channels, height, width = autoencoder.input_shape
     most = min(_MAX_IMAGES, _MAX_BYTES // (4 * channels * height * width))

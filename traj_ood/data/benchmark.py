@@ -14,8 +14,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from traj_ood.data.contents import ABSENT
-from traj_ood.data.decoding import Reading
+from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages
+from traj_ood.data.equal_files import EqualImages
 from traj_ood.data.images import FileImages, ImageSource
 from traj_ood.errors import TrajOODError
 
@@ -66,13 +67,12 @@ class Split:
             contents: the content digest of every image, if already known.
         """
         images = self.images
-        listed, reading = images.digest, {}
-        if isinstance(images, FileImages):
-            listed, reading = images.list_digest, images.reading()
+        listed = images.list_digest() if isinstance(images, FileImages) else images.digest()
+        reading = (reading_of(images) or AS_STORED).options()
         held = images.contents() if contents is None else contents
         whole = [type(images).__name__, reading, list(images.ids), list(images.labels), list(held)]
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-        return {"role": self.role, "count": len(images), "sha256": listed(), "contents": digest}
+        return {"role": self.role, "count": len(images), "sha256": listed, "contents": digest}
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,12 @@ class Benchmark:
         return self._with_files((FileImages, EncodedImages), exif=how.exif, bit_depth=how.bit_depth)
 
     def _with_files(self, kinds: Any, **changes: Any) -> Benchmark:
-        def changed(split: Split) -> Split:
-            images: Any = split.images
-            return replace(split, images=replace(images, **changes)) if isinstance(images, kinds) else split
+        def changed(images: Any) -> Any:
+            if isinstance(images, EqualImages):
+                return replace(images, source=changed(images.source))
+            return replace(images, **changes) if isinstance(images, kinds) else images
 
-        return self._mapped(changed)
+        return self._mapped(lambda split: replace(split, images=changed(split.images)))
 
     def _mapped(self, change: Callable[[Split], Split]) -> Benchmark:
         val = None if self.val is None else change(self.val)
@@ -275,6 +276,13 @@ class Benchmark:
             f"benchmark {self.name!r}: splits {first!r} and {second!r} share the image {image_id!r}; "
             "give every image to one of them only"
         )
+
+
+def reading_of(images: object) -> Reading | None:
+    """How the image files of a source are decoded; None for images that are no files."""
+    while isinstance(images, EqualImages):
+        images = images.source
+    return Reading(images.exif, images.bit_depth) if isinstance(images, FileImages | EncodedImages) else None
 
 
 def sample_indices(count: int, size: int, seed: int, stream: str) -> list[int]:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import Autoencoder
 from traj_ood.data.batches import Batch, Images, OnError, batches, count_of, shuffles
+from traj_ood.data.benchmark import reading_of
 from traj_ood.data.decoding import AS_STORED, Reading
-from traj_ood.data.encoded import EncodedImages
-from traj_ood.data.images import FileImages
 from traj_ood.detector.batch_parts import CONTENTS, BatchParts
 from traj_ood.detector.conformal import Calibration, check_count, entry, images_needed
 from traj_ood.detector.decision import Decision, Judgement, decide_each
@@ -154,7 +153,7 @@ class Detector(OnTheHub):
         count = count_of(images)
         scorers.check_training_size(count)
         classes = classes_given(scorers, images, labels, count)
-        files = Reading(images.exif, images.bit_depth) if isinstance(images, FileImages | EncodedImages) else AS_STORED
+        files = reading_of(images) or AS_STORED
         store = BatchParts(parts, "a fit", scorers, batch_size)
         reading = batches(autoencoder, images, store.batch_size, workers, on_error, files)
         found = cover(reading, scorers, explored_parts, store, StepBar(count, f"fit {scorers.labels[0]}", quiet=quiet))
