@@ -171,6 +171,38 @@ def test_addresses_need_to_be_allowed(tmp_path: Path) -> None:
         list(read_records("https://example.org/a.png"))
 
 
+def test_one_image_of_a_sample_is_meant_or_the_sample_is_broken(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="needs traj_ood[sources]")
+    named = [("a.mask.png", 0), ("a.png", 1), ("b.01.png", 2), ("b.02.png", 3), ("c.v1.png", 4)]
+    path = tar(tmp_path / "a.tar", [(name, FILES[i]) for name, i in named])
+    first, second, third = read_records(path)
+    assert (first.key, first.content) == (f"{path}/a.png", FILES[1])
+    assert (second.content, third.content) == (None, FILES[4])
+    assert second.error == "expected an image in the sample, found 01.png, 02.png (a key ends at the first dot)"
+
+
+def test_files_at_an_address_keep_what_stands_before_their_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec", reason="needs traj_ood[sources]")
+    from fsspec.implementations.ftp import FTPFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Served(LocalFileSystem):  # paths of ftp and sftp lack the host
+        _strip_protocol = FTPFileSystem._strip_protocol
+
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(FILES[i])
+    for start in (f"file://{tmp_path}", f"ftp://host:21{tmp_path}"):
+        monkeypatch.setattr("fsspec.core.url_to_fs", lambda url, **_: (Served(), Served._strip_protocol(url)))
+        if start.startswith("file"):
+            monkeypatch.undo()
+        for source, count in ((start, 3), (f"{start}/", 3), (f"{start}/1.png", 1)):
+            found = list(read_records(source, Opening(allow=(start,))))
+            assert [record.key for record in found][-1] == f"{start}/{2 if count == 3 else 1}.png"
+            assert [record.error for record in found] == [""] * count
+
+
 def test_frames_of_a_video_at_a_stride(tmp_path: Path) -> None:
     av = pytest.importorskip("av", reason="needs traj_ood[sources]")
     path = tmp_path / "a.mkv"
@@ -189,9 +221,15 @@ def test_frames_of_a_video_at_a_stride(tmp_path: Path) -> None:
     assert [record.key for record in records] == [f"{path}#frame={n}" for n in (0, 5, 10, 15)]
     images = read_encoded(str(path), opening=Opening(stride=5))
     assert [np.asarray(images.load(i).convert("L"))[3, 3] for i in range(4)] == pytest.approx([0, 50, 100, 150], abs=2)
-    path.write_bytes(path.read_bytes()[:100])
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
     (torn,) = read_records(str(path))
     assert "cannot be decoded any further" in torn.error
+    path.write_bytes(content[:1000] + bytes(b ^ 0x5A for b in content[1000:]))
+    *whole, torn = read_records(str(path))
+    assert 0 < len(whole) < 20
+    assert torn.key == f"{path}#frame={len(whole)}"
+    assert read_encoded(str(path)).missing() == [f"a.mkv#frame={len(whole)}"]
 
 
 def test_a_playlist_is_no_video_and_a_film_of_any_kind_is(tmp_path: Path) -> None:

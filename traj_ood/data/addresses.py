@@ -52,8 +52,11 @@ class RemoteFiles:
         with foreign_errors(f"{address}: cannot be opened", ": correct the address, or install what fsspec needs"):
             self._system, path = core.url_to_fs(address, **self._options(address))
             found = sorted(self._system.find(path)) if self._system.isdir(path) else [path]
-        prefix = address[: _ADDRESS.match(address).end()]  # type: ignore[union-attr]
-        self._paths = {name if is_address(name) else prefix + name.lstrip("/"): name for name in found}
+        # fsspec's paths lack the scheme and, except those of buckets, the host. A path that it has rewritten keeps the
+        # scheme alone, so that a name never begins with more of the address than it is known to be below.
+        whole, end = address.removesuffix("/"), path.rstrip("/")
+        start = whole.removesuffix(end) if whole.endswith(end) else address[: address.index("://") + 3]
+        self._paths = {name if is_address(name) else start + name: name for name in found}
         self.names = list(self._paths)
 
     def open(self, name: str, *, seekable: bool = False) -> BinaryIO:

@@ -193,11 +193,13 @@ def _check_member(member: tarfile.TarInfo, number: int) -> None:
 
 def _of_sample(name: str, sample: dict[str, Any]) -> Record:
     key = f"{name}/{sample['__key__']}"
-    suffix = next((s for s in sample if f".{s.rpartition('.')[2]}" in IMAGE_SUFFIXES), None)
-    if suffix is None:
-        return Record(key, error="expected an image in the sample, found none")
+    images = [s for s in sample if f".{s.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+    chosen = [s for s in images if "." not in s][:1] or images  # jpg rather than mask.png, which may come first
+    if len(chosen) != 1:  # such as those of a.01.jpg and a.02.jpg, which have the same key
+        found = f"{', '.join(images)} (a key ends at the first dot)" if images else "none"
+        return Record(key, error=f"expected an image in the sample, found {found}")
     label = sample.get("cls", b"")
-    return Record(f"{key}.{suffix}", sample[suffix], label=label.decode("utf-8", "replace").strip())
+    return Record(f"{key}.{chosen[0]}", sample[chosen[0]], label=label.decode("utf-8", "replace").strip())
 
 
 # ---------------------------------------------------------------------- tables
@@ -315,7 +317,7 @@ def _video(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]], st
         file = opened()
     except OSError as error:
         raise TrajOODError(f"{name}: cannot be read ({error.strerror or error}): correct the path") from error
-    number = 0
+    count = 0  # of decoded frames
     with file as content:
         try:
             with av.open(content, options=_VIDEO_OPTIONS) as video:
@@ -324,13 +326,13 @@ def _video(name: str, opened: Callable[[], AbstractContextManager[BinaryIO]], st
                     told = f"expected frames of at most {MAX_PIXELS} pixels, got {size.width} x {size.height}"
                     yield Record(f"{name}#frame=0", error=told)
                     return
-                for number, frame in enumerate(video.decode(video=0)):
-                    if number % stride == 0:
+                for count, frame in enumerate(video.decode(video=0), start=1):
+                    if (count - 1) % stride == 0:
                         picture = io.BytesIO()
                         frame.to_image().save(picture, "PPM")  # lossless
-                        yield Record(f"{name}#frame={number}", picture.getvalue())
+                        yield Record(f"{name}#frame={count - 1}", picture.getvalue())
         except (av.FFmpegError, IndexError) as error:  # frames decoded so far are kept
-            yield Record(f"{name}#frame={number}", error=f"the video cannot be decoded any further ({error})")
+            yield Record(f"{name}#frame={count}", error=f"the video cannot be decoded any further ({error})")
 
 
 def short(key: str, source: str) -> str:
