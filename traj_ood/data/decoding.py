@@ -137,7 +137,9 @@ def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Imag
     """
     check_picture(image, where)
     try:
-        stored = _stored(image)
+        # Kept with the image, as decoding ends the access to its file, and the same image may come again.
+        stored = vars(image).get("_stored") or _stored(image)
+        vars(image)["_stored"] = stored
         image.load()  # opening reads only the header; truncation is found here
         plain = _grey_or_rgb(image, stored, where, reading)
         return _upright(plain, image) if reading.exif else plain
