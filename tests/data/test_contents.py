@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -50,6 +51,26 @@ class Opened:
     def __call__(self, path: str) -> str:
         self.paths.append(path)
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ABSENT
+
+
+def test_a_file_that_changes_within_one_tick_while_it_is_read_is_read_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read, tick = tmp_path / "a.bin", contents.hash_file, time.time_ns()
+    path.write_bytes(b"old")
+
+    def slow(name: str) -> str:
+        digest = read(name)
+        path.write_bytes(b"new")
+        time.sleep(0.11)
+        return digest
+
+    monkeypatch.setattr(contents, "_FINE_CLOCK", 100_000_000)
+    monkeypatch.setattr(contents, "stamp", lambda _: (3, tick, tick, 1))
+    monkeypatch.setattr(contents, "hash_file", slow)
+    hash_files([str(path)])
+    monkeypatch.setattr(contents, "hash_file", read)
+    assert hash_files([str(path)]) == truth([str(path)])
 
 
 def test_files_are_read_once(cache: Path, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

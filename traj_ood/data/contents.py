@@ -85,6 +85,7 @@ def hash_files(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def _hash_part(paths: Sequence[str]) -> list[str]:
+    begin = time.time_ns()
     found = [(path, stamp(path)) for path in paths]
     keys = [None if marks is None else _key(path, marks) for path, marks in found]
     wanted = [key for key in keys if key is not None]
@@ -97,7 +98,7 @@ def _hash_part(paths: Sequence[str]) -> list[str]:
         known[key] = digest
         # A file that changed while it was read has an invalid digest, which is not cached.
         marks = stamp(path)
-        if digest != ABSENT and marks is not None and _is_settled(marks) and _key(path, marks) == key:
+        if digest != ABSENT and marks is not None and _is_settled(marks, begin) and _key(path, marks) == key:
             made[key] = digest
     if made and (_with_store(lambda store: _remember(store, made)) is None or _distrusts):
         _own.update(made)
@@ -118,10 +119,10 @@ def _key(path: str, marks: tuple[int, ...]) -> _Key:
     return name, hashlib.blake2b(repr(marks).encode(), digest_size=16).digest()
 
 
-def _is_settled(marks: tuple[int, ...]) -> bool:
-    """Whether a later change of the file would change its time, too. Some file systems store whole seconds."""
+def _is_settled(marks: tuple[int, ...], begin: int) -> bool:
+    """Whether a change of the file after ``begin`` changes its time, too. Some file systems store whole seconds."""
     changed = marks[1] if os.name == "nt" else marks[2]  # on Windows ctime is the time of creation
-    return time.time_ns() - changed > (_FINE_CLOCK if changed % 1_000_000_000 else _COARSE_CLOCK)
+    return begin - changed > (_FINE_CLOCK if changed % 1_000_000_000 else _COARSE_CLOCK)
 
 
 def _parts(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
