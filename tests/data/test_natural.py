@@ -64,6 +64,17 @@ def test_tiny_imagenet_has_labels_and_one_size(root: Path) -> None:
     assert found.train_size == 2000
 
 
+def test_empty_and_absent_files_are_no_copies_of_each_other(root: Path) -> None:
+    for name in ("tiny_imagenet/train/n00000001/0.JPEG", "scenes/forest/0.jpg"):
+        (root / name).write_bytes(b"")
+    for name in ("tiny_imagenet/train/n00000001/1.JPEG", "scenes/forest/1.jpg"):
+        (root / name).unlink()
+        (root / name).symlink_to(root / "gone.jpg")
+    (pair,) = (p for p in load_benchmark("tiny-imagenet", root).copies() if (p.first, p.second) == ("train", "scenes"))
+    assert pair.example == ("scenes/forest/2.jpg", "tiny_imagenet/train/n00000001/2.JPEG")
+    assert pair.count == 1
+
+
 def test_photographs_are_turned_upright_on_request_also_below_the_common_step(root: Path) -> None:
     path, pixels = root / "scenes/forest/0.jpg", np.zeros((64, 64, 3), dtype=np.uint8)
     pixels[:32] = 255  # white above, as stored

@@ -15,12 +15,13 @@ import tiny
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from traj_ood import CallableAutoencoder, Detector, Normalised, Preprocessing, ScorerSet, TrajOODError, load_autoencoder
 from traj_ood.backbones import CallableBackbone
 from traj_ood.backbones.image_processor import LARGEST_DIFFERENCE, from_processor, interpolation_of
 from traj_ood.data import read_folder
+from traj_ood.data.batches import count_of
 from traj_ood.data.preprocessing import largest_difference, prepare, trial_pictures
 
 GREY = (1, 8, 8)
@@ -264,6 +265,21 @@ def test_labels_of_a_data_set_and_of_a_loader_are_used(arrays: np.ndarray) -> No
             torch.testing.assert_close(learnt[key], value, rtol=1e-5, atol=1e-6)
     with pytest.raises(TrajOODError, match="needs the class of every training image, got none"):
         Detector.fit(model, [Image.fromarray(a) for a in arrays], spec)
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ([[3, 4], [5]], 3),
+        (BatchSampler(SubsetRandomSampler([1, 2, 3]), 2, drop_last=False), 3),
+        (BatchSampler(SubsetRandomSampler([1, 2, 3]), 2, drop_last=True), 2),
+    ],
+)
+def test_a_loader_of_some_batches_has_as_many_images_as_they(given: Any, count: int, arrays: np.ndarray) -> None:
+    from torchvision.transforms import ToTensor
+
+    loader = torch.utils.data.DataLoader(Pictures(arrays, ToTensor()), batch_sampler=given)
+    assert count_of(loader) == sum(len(images) for images, _ in loader) == count
 
 
 def test_labels_that_contradict_a_loaders_own_are_refused(arrays: np.ndarray) -> None:

@@ -66,8 +66,10 @@ def count_of(images: Images) -> int:
         raise _unknown_number(images)
     try:
         if isinstance(images, torch.utils.data.DataLoader):
-            whole = images.drop_last and images.batch_size
-            return len(images) * images.batch_size if whole else len(images.sampler)  # type: ignore[operator, arg-type]
+            own: Any = images.batch_sampler
+            if isinstance(own, samplers.BatchSampler) and own.drop_last:
+                return len(own) * own.batch_size
+            return sum(map(len, own)) if isinstance(own, list) else len(getattr(own, "sampler", images.sampler))
         indexed = hasattr(images, "__getitem__") and not isinstance(images, Mapping)
         if indexed or isinstance(images, Normalised) or _is_source(images):
             return len(images)
@@ -118,8 +120,8 @@ def batches(
         size: images per batch. Default: 128 MiB of pixels, at most 1,024 images. Results do not depend on it. The
             batches of a DataLoader keep their size.
         workers: threads that read images. Default 2. A Dataset is read by one thread, as it may not be thread-safe.
-        on_error: ``raise`` (default), or ``skip`` images that cannot be read and list them in ``failures``. A tensor
-            of the wrong shape or with NaN is always an error.
+        on_error: ``raise`` (default), or ``skip`` images that cannot be read and list them in ``failures``. A batch in
+            memory or of a DataLoader that has the wrong shape or NaN is always an error.
         reading: how paths and Pillow images are decoded; image files of a source must have the same setting.
     Raises:
         TrajOODError: an image cannot be read, or an item is no image.

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from traj_ood.data.contents import ABSENT
+from traj_ood.data.contents import UNREADABLE
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.equal_files import EqualImages
@@ -28,7 +28,6 @@ of a few pictures say no more than the pictures, and noise is found by any measu
 # Test and OOD images are always drawn with this seed, so that runs with different attractor seeds are compared on the
 # same images.
 TEST_SEED = 0
-_EMPTY = hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ class Benchmark:
             theirs = dict(zip(contents[first.name], first.images.ids, strict=True))
             if first is self.train:
                 theirs = taught | theirs
-            for unreadable in (ABSENT, _EMPTY):
+            for unreadable in UNREADABLE:
                 theirs.pop(unreadable, None)
             mine = zip(contents[second.name], second.images.ids, strict=True)
             shared = [(content, (image_id, theirs[content])) for content, image_id in mine if content in theirs]

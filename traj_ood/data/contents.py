@@ -24,6 +24,8 @@ from traj_ood.io.files import cache_folder
 FILE_NAME = "contents.sqlite"
 ABSENT = ""
 """The digest of what cannot be read or is no regular file."""
+UNREADABLE = (ABSENT, hashlib.sha256().hexdigest())
+"""Digests that equal files may have without being the same image: that one, and that of an empty file."""
 
 _READERS = 4
 _FILES_PER_TASK = 64  # one task per file would cost as much as reading a small file

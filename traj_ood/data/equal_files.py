@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from traj_ood.data.contents import UNREADABLE
 from traj_ood.data.images import ImageSource
 from traj_ood.errors import TrajOODError
 
@@ -67,9 +68,11 @@ class EqualImages:
         return equalise(self.source.load(index), self.side, self.quality)
 
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
-        """SHA-256 over the content of each original image, the side and the quality."""
+        """SHA-256 over the content of each original image, the side and the quality; that of a file without an image
+        is the original's."""
         found = self.source.contents(indices)
-        return tuple(hashlib.sha256(f"{c} {self.side} {self.quality}".encode()).hexdigest() for c in found)
+        made = (hashlib.sha256(f"{c} {self.side} {self.quality}".encode()).hexdigest() for c in found)
+        return tuple(c if c in UNREADABLE else new for c, new in zip(found, made, strict=True))
 
     def digest(self) -> str:
         """SHA-256 over the digest of the source, the side and the quality."""
