@@ -20,6 +20,7 @@ from traj_ood import Detector, Normalised
 from traj_ood.cli import main
 from traj_ood.data import Split, load_benchmark
 from traj_ood.data.encoded import read_encoded
+from traj_ood.data.id_images import choose_id_images
 from traj_ood.data.records import Opening, files_of, is_records, read_records
 from traj_ood.errors import TrajOODError
 
@@ -179,6 +180,29 @@ def test_one_image_of_a_sample_is_meant_or_the_sample_is_broken(tmp_path: Path) 
     assert (first.key, first.content) == (f"{path}/a.png", FILES[1])
     assert (second.content, third.content) == (None, FILES[4])
     assert second.error == "expected an image in the sample, found 01.png, 02.png (a key ends at the first dot)"
+
+
+def test_a_benchmark_and_its_commands_read_addresses_that_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec", reason="needs traj_ood[sources]")
+    for name, part in (("train", FILES[:12]), ("test", FILES[12:20]), ("far", FILES[20:])):
+        for i, content in enumerate(part):
+            fsspec.filesystem("memory").pipe(f"/splits/{name}/{i:02d}.png", content)
+    start = "memory://splits"
+    path = tmp_path / "b.yaml"
+    path.write_text(f"train: {start}/train\ntest: {start}/test\nfar: {{a: '{start}/far'}}\n")
+    with pytest.raises(TrajOODError, match=r"allowed: none\): add its prefix with --allow"):
+        load_benchmark(str(path))
+    found = load_benchmark(str(path), opening=Opening(allow=(start,)))
+    assert [len(split.images) for split in found.splits()] == [12, 8, 10]
+    assert len(choose_id_images(str(path), opening=Opening(allow=(start,))).fit) == 10
+    tiny.conv().save_pretrained(tmp_path / "conv")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAJ_OOD_ALLOW", start)
+    here = ["--model", tmp_path / "conv", "--scorers", "field", "--bootstrap", 0, "--no-plots", "--device", "cpu"]
+    done = CliRunner().invoke(main, [str(a) for a in ("bench", path, *here)], prog_name="traj-ood")
+    assert done.exit_code == 0, done.output
 
 
 def test_files_at_an_address_keep_what_stands_before_their_path(

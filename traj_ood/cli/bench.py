@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, SEED, autoencoder_of, examples, main, reading_of, set_up, shared
+from traj_ood.cli.base import NAME, PATH, SEED, autoencoder_of, examples, main, opening_of, reading_of, set_up, shared
 from traj_ood.cli.console import note, say, warn
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.parallel import Team
@@ -51,7 +51,7 @@ _FEW = 20
 @click.option("--bootstrap", type=int, default=500, show_default=True, help="Resamples for 95 % intervals; 0 for none.")
 @shared("data_root", "follow_links")
 @click.option("--allow-missing", is_flag=True, help="Omit missing OOD sets; the benchmark's name ends in -partial.")
-@shared("exif", "bit_depth", "input_size")
+@shared("exif", "bit_depth", "stride", "allow", "input_size")
 @click.option("--out", type=PATH, default=Path("runs"), show_default=True, help="Results folder.")
 @shared("device", "batch_size", "workers", "threads")
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Faster, coarser products on NVIDIA GPUs.")
@@ -173,6 +173,7 @@ def _evaluator(benchmark: str, options: dict[str, Any], team: Team) -> Evaluator
         follow_links=options["follow_links"],
         reading=reading,
         allow_missing=options["allow_missing"],
+        opening=opening_of(options),
     )
     device = resolve_device(team.device(options["device"]), tf32=options["tf32"])
     model_options = {k: options[k] for k in ("mask_ratio", "mask_seed") if options[k] is not None}

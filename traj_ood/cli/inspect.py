@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, SEED, autoencoder_of, examples, main, reading_of, set_up, shared
+from traj_ood.cli.base import NAME, PATH, SEED, autoencoder_of, examples, main, opening_of, reading_of, set_up, shared
 from traj_ood.cli.console import note, say
 
 
@@ -21,7 +21,7 @@ from traj_ood.cli.console import note, say
 )
 @click.argument("model", type=NAME)
 @click.option("--benchmark", type=NAME, required=True, help="Source of the ID images: a name or a YAML file.")
-@shared("data_root", "follow_links", "exif", "bit_depth", "input_size")
+@shared("data_root", "follow_links", "exif", "bit_depth", "stride", "allow", "input_size")
 @click.option("--images", type=int, default=500, show_default=True, help="Most training and held-out images.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the training sample and the noise.")
 @shared("tol", "max_steps", "device", "threads")
@@ -44,8 +44,8 @@ def diagnose(model: str, benchmark: str, data_root: Path | None, out: Path | Non
     if out is not None:
         refuse_inside(out)
     check_can_write(out or Path("runs"), FILE_NAME)  # before hours of work; the default's name comes from the model
-    reading = reading_of(options["exif"], options["bit_depth"])
-    data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"], reading=reading)
+    reading, opening = reading_of(options["exif"], options["bit_depth"]), opening_of(options)
+    data = load_benchmark(benchmark, data_root, follow_links=options["follow_links"], reading=reading, opening=opening)
     device = resolve_device(options["device"])
     autoencoder = autoencoder_of(model, data, device, options["input_size"], quiet=options["quiet"])
     settings = {key: options[key] for key in ("images", "seed", "tol", "max_steps", "quiet")}

@@ -69,7 +69,8 @@ def count_of(images: Images) -> int:
             own: Any = images.batch_sampler
             if isinstance(own, samplers.BatchSampler) and own.drop_last:
                 return len(own) * own.batch_size
-            return sum(map(len, own)) if isinstance(own, list) else len(getattr(own, "sampler", images.sampler))
+            sampler: Any = getattr(own, "sampler", images.sampler)
+            return sum(map(len, own)) if isinstance(own, list) else len(sampler)
         indexed = hasattr(images, "__getitem__") and not isinstance(images, Mapping)
         if indexed or isinstance(images, Normalised) or _is_source(images):
             return len(images)

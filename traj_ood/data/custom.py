@@ -26,7 +26,7 @@ from traj_ood.data.addresses import is_address
 from traj_ood.data.benchmark import OOD_ROLES, Benchmark, Role, Split
 from traj_ood.data.encoded import EncodedImages, read_encoded
 from traj_ood.data.images import FileImages, labelled_by_folder, read_folder, read_image_list
-from traj_ood.data.records import HUB, is_records
+from traj_ood.data.records import DEFAULT_OPENING, HUB, Opening, is_records
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.trees import read_yaml
 
@@ -35,7 +35,7 @@ LIST_KEYS = ("list", "root")
 FOLDER_KEYS = ("folder", "classes")
 
 
-def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchmark:
+def load_custom(yaml_path: str | Path, root: str | Path | None = None, opening: Opening = DEFAULT_OPENING) -> Benchmark:
     """Load the benchmark that a YAML file describes; the module's docstring shows the format.
 
     Image ids are ``split/relative path``, so that equal file names in two folders are distinct. ``root`` replaces the
@@ -56,7 +56,7 @@ def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchm
 
     def split(name: str, role: Role, spec: object, where: str) -> Split:
         try:
-            images = _images(spec, here, base)
+            images = _images(spec, here, base, opening)
             return Split(name, role, replace(images, ids=tuple(f"{name}/{i}" for i in images.ids)))
         except TrajOODError as error:
             raise TrajOODError(f"{yaml_path}: {where}: {error}") from error
@@ -77,13 +77,13 @@ def load_custom(yaml_path: str | Path, root: str | Path | None = None) -> Benchm
     )
 
 
-def _images(spec: object, here: Path, base: Path) -> FileImages | EncodedImages:
+def _images(spec: object, here: Path, base: Path, opening: Opening) -> FileImages | EncodedImages:
     """The images of one split: a folder below ``base``, an image list, or a source of records."""
     if isinstance(spec, str) and spec.strip():
         if is_address(spec) or spec.startswith(HUB):
-            return read_encoded(spec)
+            return read_encoded(spec, opening=opening)
         place = _place(base, spec, "folder")
-        return read_encoded(str(place)) if is_records(str(place)) else read_folder(place)
+        return read_encoded(str(place), opening=opening) if is_records(str(place)) else read_folder(place)
     if not isinstance(spec, dict):
         raise TrajOODError(f"expected a folder or {{list: FILE, root: FOLDER}}, got {_kind(spec)}; give one")
     if "folder" in spec:

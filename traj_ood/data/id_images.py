@@ -110,7 +110,7 @@ def _read(
     if is_records(source):
         return source.rstrip("/").rpartition("/")[2], read_encoded(source, reading, opening), None, None
     if _is_benchmark(source):
-        benchmark = load_benchmark(source, root, follow_links=follow_links, reading=reading)
+        benchmark = load_benchmark(source, root, follow_links=follow_links, reading=reading, opening=opening)
         val = None if benchmark.val is None else benchmark.val.images
         return benchmark.name, benchmark.train.images, val, benchmark.train_size
     if not Path(source).exists():

@@ -16,6 +16,7 @@ from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.fashion import load_fashion
 from traj_ood.data.natural import NATURAL_BENCHMARKS, load_natural
 from traj_ood.data.openood import OPENOOD_BENCHMARKS, load_openood
+from traj_ood.data.records import DEFAULT_OPENING, Opening
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.extensions import load_plugins
 
@@ -43,6 +44,7 @@ def load_benchmark(
     follow_links: bool = False,
     reading: Reading = AS_STORED,
     allow_missing: bool = False,
+    opening: Opening = DEFAULT_OPENING,
 ) -> Benchmark:
     """Load a benchmark by its registered name, or from a YAML file.
 
@@ -54,12 +56,13 @@ def load_benchmark(
         reading: how image files are decoded: EXIF orientation and bit depth.
         allow_missing: omit missing OOD sets, and end the benchmark's name in ``-partial``. Default false: an error
             names them.
+        opening: how the sources of records in a YAML file are opened: addresses that are allowed, stride of videos.
 
     Raises:
         TrajOODError: the name is unknown (similar names are suggested), or data are missing or malformed.
     """
     if str(name_or_yaml).lower().endswith((".yaml", ".yml")):
-        benchmark = load_custom(name_or_yaml, root)
+        benchmark = load_custom(name_or_yaml, root, opening)
     else:
         if name_or_yaml not in _REGISTRY:
             load_plugins("traj_ood.benchmarks", name_or_yaml)
