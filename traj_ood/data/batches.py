@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -154,7 +155,7 @@ def batches(
                 f"images: {len(missing)} of {count} files are absent or empty, first {missing[0]}: restore them, or "
                 "leave them out with on_error='skip' (--on-error skip)"
             )
-    return _read(autoencoder, images, ranges, workers, on_error, reading)
+    return read_parts(autoencoder, images, ranges, workers, on_error, reading)
 
 
 def ranges_of(count: int, size: int) -> list[range]:
@@ -167,13 +168,6 @@ def read_rows(
 ) -> Batch:
     """Read the images at ``rows`` of a source as one batch; see :func:`batches`."""
     return next(read_parts(model, images, [rows], workers, on_error))
-
-
-def read_parts(
-    model: ImageModel, images: ImageSource, parts: list[range], workers: int = 2, on_error: OnError = "raise"
-) -> Iterator[Batch]:
-    """:func:`read_rows` for each part; the next part is read in the background."""
-    return _read(model, images, parts, workers, on_error, AS_STORED)
 
 
 def _slices(autoencoder: ImageModel, images: Pixels, ranges: list[range]) -> Iterator[Batch]:
@@ -205,9 +199,15 @@ def _loaded(autoencoder: ImageModel, loader: Any) -> Iterator[Batch]:
         yield Batch(tuple(map(str, rows)), tuple(rows), prepare(autoencoder, pixels), labels=tuple(own))
 
 
-def _read(
-    autoencoder: ImageModel, images: Any, ranges: list[range], workers: int, on_error: OnError, reading: Reading
+def read_parts(
+    autoencoder: ImageModel,
+    images: Any,
+    parts: list[range],
+    workers: int = 2,
+    on_error: OnError = "raise",
+    reading: Reading = AS_STORED,
 ) -> Iterator[Batch]:
+    """:func:`read_rows` for each part of images that are read one by one; the next is read in the background."""
     foreign = has_own_labels(images)
 
     def one(index: int) -> tuple[Tensor, Any] | TrajOODError:
@@ -225,11 +225,10 @@ def _read(
             return error
 
     with ThreadPoolExecutor(1 if foreign else workers) as pool:
-        ahead = pool.map(one, ranges[0]) if ranges else iter(())
-        for number, rows in enumerate(ranges):
+        ahead = pool.map(one, parts[0]) if parts else iter(())
+        for rows, following in zip_longest(parts, parts[1:], fillvalue=range(0)):
             outcomes = dict(zip(rows, ahead, strict=True))
-            if number + 1 < len(ranges):
-                ahead = pool.map(one, ranges[number + 1])
+            ahead = pool.map(one, following)
             good = {i: o for i, o in outcomes.items() if not isinstance(o, TrajOODError)}
             failures = [{"id": _name(images, i), "error": str(outcomes[i])} for i in outcomes if i not in good]
             stack = [pixels for pixels, _ in good.values()]

@@ -80,10 +80,8 @@ def load_custom(yaml_path: str | Path, root: str | Path | None = None, opening: 
 def _images(spec: object, here: Path, base: Path, opening: Opening) -> FileImages | EncodedImages:
     """The images of one split: a folder below ``base``, an image list, or a source of records."""
     if isinstance(spec, str) and spec.strip():
-        if is_address(spec) or spec.startswith(HUB):
-            return read_encoded(spec, opening=opening)
-        place = _place(base, spec, "folder")
-        return read_encoded(str(place), opening=opening) if is_records(str(place)) else read_folder(place)
+        place = spec if is_address(spec) or spec.startswith(HUB) else str(_place(base, spec, "folder"))
+        return read_encoded(place, opening=opening) if is_records(place) else read_folder(place)
     if not isinstance(spec, dict):
         raise TrajOODError(f"expected a folder or {{list: FILE, root: FOLDER}}, got {_kind(spec)}; give one")
     if "folder" in spec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, foreign_errors
 
 # The limit above which Pillow warns (a 256 MiB RGB image); a constant, because any library may change Pillow's global.
 MAX_PIXELS = 89_478_485
@@ -97,7 +97,7 @@ def size_of(content: bytes) -> tuple[int, int]:
     try:
         with _picture(io.BytesIO(content)) as image:
             return held_size(image)
-    except Exception:  # Pillow's plugins raise OSError, SyntaxError, struct.error, … on damaged bytes
+    except Exception:  # of any class, see _decoding
         return 0, 0
 
 
@@ -108,20 +108,22 @@ def _picture(file: Path | BinaryIO) -> Image.Image:
 @contextmanager
 def _pillow_errors(where: str, again: Callable[[], BinaryIO]) -> Iterator[None]:
     """Context manager that turns errors of Pillow into a ``TrajOODError``; ``again`` opens the file once more."""
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        with again() as file:
-            head = file.read(32)
-        unknown = "no format that Pillow knows; replace the file"
-        found = next((name for place, marks, name in _FOREIGN if head[place:].startswith(marks)), unknown)
-        raise TrajOODError(f"{where}: expected an image, found {found}") from error
-    except Image.DecompressionBombError as error:
-        raise _too_large(where, "more than twice that") from error
-    except TrajOODError:
-        raise
-    except Exception as error:
-        raise _undecodable(where, error) from error
+    with _decoding(where):
+        try:
+            yield
+        except UnidentifiedImageError as error:
+            with again() as file:
+                head = file.read(32)
+            unknown = "no format that Pillow knows; replace the file"
+            found = next((name for place, marks, name in _FOREIGN if head[place:].startswith(marks)), unknown)
+            raise TrajOODError(f"{where}: expected an image, found {found}") from error
+        except Image.DecompressionBombError as error:
+            raise _too_large(where, "more than twice that") from error
+
+
+def _decoding(where: str) -> AbstractContextManager[None]:
+    # Pillow's decoders raise OSError, SyntaxError, struct.error, … on damaged bytes.
+    return foreign_errors(f"{where}: the image cannot be decoded", "; replace the file or remove it")
 
 
 def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Image.Image:
@@ -136,17 +138,13 @@ def decode(image: Image.Image, where: str, reading: Reading = AS_STORED) -> Imag
       that cameras embed in a JPEG are ignored.
     """
     check_picture(image, where)
-    try:
+    with _decoding(where):
         # Kept with the image, as decoding ends the access to its file, and the same image may come again.
         stored = vars(image).get("_stored") or _stored(image)
         vars(image)["_stored"] = stored
         image.load()  # opening reads only the header; truncation is found here
         plain = _grey_or_rgb(image, stored, where, reading)
         return _upright(plain, image) if reading.exif else plain
-    except TrajOODError:
-        raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, … on damaged bytes
-        raise _undecodable(where, error) from error
 
 
 def check_picture(image: Image.Image, where: str) -> None:
@@ -351,11 +349,6 @@ def _upright(plain: Image.Image, image: Image.Image) -> Image.Image:
     turned = ImageOps.exif_transpose(plain)
     turned.info.pop("exif", None)
     return turned
-
-
-def _undecodable(where: str, error: Exception) -> TrajOODError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return TrajOODError(f"{where}: the image cannot be decoded ({reason}); replace the file or remove it")
 
 
 def _too_large(where: str, size: str) -> TrajOODError:

@@ -45,7 +45,8 @@ class EncodedImages(Listed):
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
         """SHA-256 of each file; for a broken record its reason."""
         rows = range(len(self)) if indices is None else indices
-        return tuple(_digest(self.files[i]) for i in rows)
+        files = (self.files[i] for i in rows)
+        return tuple(f"broken: {f}" if isinstance(f, str) else hashlib.sha256(f).hexdigest() for f in files)
 
     def digest(self) -> str:
         """SHA-256 over ids and contents, and over decoding settings that are not the default."""
@@ -78,7 +79,3 @@ def read_encoded(source: str, reading: Reading = AS_STORED, opening: Opening = D
     files = tuple(r.error if r.content is None else r.content for r in found.values())
     labels = tuple(r.label for r in found.values())
     return EncodedImages(tuple(found), files, labels if all(labels) else (), reading.exif, reading.bit_depth)
-
-
-def _digest(content: bytes | str) -> str:
-    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else f"broken: {content}"

@@ -19,7 +19,7 @@ from traj_ood.data.images import ImageSource
 from traj_ood.errors import TrajOODError
 
 QUALITY = 90
-"""Default JPEG quality: high enough to preserve textures, and a common choice of encoders."""
+"""JPEG quality: high enough to preserve textures, and a common choice of encoders."""
 
 
 def centre_square(image: Image.Image, side: int, filter: str) -> Image.Image:
@@ -29,10 +29,10 @@ def centre_square(image: Image.Image, side: int, filter: str) -> Image.Image:
     return image.resize((side, side), Image.Resampling[filter], box=(left, top, left + short, top + short))
 
 
-def equalise(image: Image.Image, side: int, quality: int = QUALITY) -> Image.Image:
+def equalise(image: Image.Image, side: int) -> Image.Image:
     """The bicubic centre square of an image as RGB, compressed and decoded as JPEG."""
     buffer = io.BytesIO()
-    centre_square(image.convert("RGB"), side, "BICUBIC").save(buffer, "JPEG", quality=quality)
+    centre_square(image.convert("RGB"), side, "BICUBIC").save(buffer, "JPEG", quality=QUALITY)
     with Image.open(buffer) as file:
         return file.convert("RGB")
 
@@ -44,14 +44,10 @@ class EqualImages:
 
     source: ImageSource
     side: int
-    quality: int = QUALITY
 
     def __post_init__(self) -> None:
-        if self.side < 8 or not 1 <= self.quality <= 100:
-            raise TrajOODError(
-                f"equal images: expected a side of at least 8 and a quality of 1 to 100, got {self.side} and "
-                f"{self.quality}"
-            )
+        if self.side < 8:
+            raise TrajOODError(f"equal images: expected a side of at least 8, got {self.side}")
 
     @property
     def ids(self) -> Sequence[str]:
@@ -65,21 +61,23 @@ class EqualImages:
         return len(self.source)
 
     def load(self, index: int) -> Image.Image:
-        return equalise(self.source.load(index), self.side, self.quality)
+        return equalise(self.source.load(index), self.side)
 
     def contents(self, indices: Sequence[int] | None = None) -> tuple[str, ...]:
         """SHA-256 over the content of each original image, the side and the quality; that of a file without an image
         is the original's."""
         found = self.source.contents(indices)
-        made = (hashlib.sha256(f"{c} {self.side} {self.quality}".encode()).hexdigest() for c in found)
-        return tuple(c if c in UNREADABLE else new for c, new in zip(found, made, strict=True))
+        return tuple(c if c in UNREADABLE else self._made_of(c) for c in found)
 
     def digest(self) -> str:
         """SHA-256 over the digest of the source, the side and the quality."""
-        return hashlib.sha256(f"{self.source.digest()} {self.side} {self.quality}".encode()).hexdigest()
+        return self._made_of(self.source.digest())
 
     def select(self, indices: Sequence[int]) -> EqualImages:
-        return EqualImages(self.source.select(indices), self.side, self.quality)
+        return EqualImages(self.source.select(indices), self.side)
 
     def missing(self) -> list[str]:
         return self.source.missing()
+
+    def _made_of(self, digest: str) -> str:
+        return hashlib.sha256(f"{digest} {self.side} {QUALITY}".encode()).hexdigest()

@@ -85,7 +85,7 @@ def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]
     if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         raise TrajOODError(
             f"{folder}: expected {part} images (N, 28, 28) and labels (N,), got {images.shape} and {labels.shape}; "
-            "fetch the Fashion-MNIST files again"
+            "fetch the files again"
         )
     if labels.size and int(labels.max()) > 9:
         raise TrajOODError(f"{folder}: expected {part} labels 0 to 9, got {int(labels.max())}; fetch the files again")
@@ -123,9 +123,7 @@ def read_idx(path: Path) -> np.ndarray:
 def _read_part(folder: Path, name: str) -> np.ndarray:
     path = _idx_path(folder, name)
     if path is None:
-        raise TrajOODError(
-            f"{folder / name}.gz: expected this Fashion-MNIST file, found nothing; fetch the files again"
-        )
+        raise TrajOODError(f"{folder / name}.gz: expected this idx file, found nothing; fetch the files again")
     return read_idx(path)
 
 
