@@ -53,7 +53,7 @@ def lay_out(source: Path, root: Path) -> dict[str, int]:
 
 
 def _digits(folder: Path) -> ImageSource:
-    array, _ = read_fashion_mnist(folder, "t10k")
+    array, _ = read_fashion_mnist(folder, "t10k", "mnist")
     return ArrayImages(tuple(f"{i:05d}" for i in range(len(array))), array)
 
 

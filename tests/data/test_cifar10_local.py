@@ -45,7 +45,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file in FILES:
         shape = (80, 28, 28) if "images" in file else (80,)
         header = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
-        (base / file).write_bytes(header + bytes(int(np.prod(shape))))
+        (base / file).write_bytes(header + b"\x01" * int(np.prod(shape)))
     return base
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from traj_ood.data import fashion_mnist, list_benchmarks, load_benchmark
-from traj_ood.data.fashion import ID_CLASSES, far_sets
-from traj_ood.data.fashion_mnist import FILES, find_fashion_mnist, obtain_fashion_mnist, read_idx
+from traj_ood.data.fashion import ID_CLASSES, far_sets, load_fashion
+from traj_ood.data.fashion_mnist import FILES, find_fashion_mnist, obtain_fashion_mnist, read_fashion_mnist, read_idx
 from traj_ood.errors import TrajOODError
 
 FOUND = find_fashion_mnist()
@@ -47,6 +47,16 @@ def test_idx_files_are_read(tmp_path: Path, name: str) -> None:
     data = idx(array)
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     np.testing.assert_array_equal(read_idx(tmp_path / name), array)
+
+
+def test_digits_in_the_files_of_the_clothes_are_refused(tmp_path: Path) -> None:
+    write_fake(tmp_path)
+    digits = np.zeros((3000, 28, 28), dtype=np.uint8)
+    digits[:, 8:20, 8:20] = 200
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(digits), 1))
+    with pytest.raises(TrajOODError, match=r"expected Fashion-MNIST's clothes, got images of which 18% is not black"):
+        load_fashion(tmp_path)
+    assert len(read_fashion_mnist(tmp_path, "train", "mnist")[0]) == 3000
 
 
 GOOD = idx(np.arange(6, dtype=np.uint8).reshape(2, 3))

@@ -21,7 +21,7 @@ from traj_ood import CallableAutoencoder, Detector, Normalised, Preprocessing, S
 from traj_ood.backbones import CallableBackbone
 from traj_ood.backbones.image_processor import LARGEST_DIFFERENCE, from_processor, interpolation_of
 from traj_ood.data import read_folder
-from traj_ood.data.batches import count_of
+from traj_ood.data.batches import batches, count_of
 from traj_ood.data.preprocessing import largest_difference, prepare, trial_pictures
 
 GREY = (1, 8, 8)
@@ -450,7 +450,9 @@ def test_the_default_type_changes_no_pixel(default: torch.dtype) -> None:
     try:
         found = recipe.normalise(pixels)
         back = recipe.unnormalise(found)
+        (none,) = batches(tiny.conv(), ["gone.png"], on_error="skip")
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
     assert torch.equal(back, recipe.unnormalise(expected))
+    assert (none.images.dtype, none.images.shape) == (torch.float32, (0, *GREY))

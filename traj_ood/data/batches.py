@@ -236,7 +236,7 @@ def read_parts(
             yield Batch(
                 ids=tuple(_name(images, i) for i in good),
                 rows=tuple(good),
-                images=torch.stack(stack) if stack else torch.empty(0, *autoencoder.input_shape),
+                images=torch.stack(stack) if stack else torch.empty(0, *autoencoder.input_shape, dtype=torch.float32),
                 failures=failures,
                 labels=() if any(label is None for label in labels) else labels,
             )

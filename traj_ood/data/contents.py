@@ -165,8 +165,8 @@ def _lookup(store: sqlite3.Connection, keys: Sequence[_Key]) -> dict[_Key, str]:
         marks = dict(part)
         query = f"SELECT path, stamp, sha256 FROM files WHERE path IN ({','.join('?' * len(marks))})"
         for path, mark, value in store.execute(query, list(marks)):
-            digest = _opened(path, mark, value)
-            if digest is not None and mark == marks[path]:
+            digest = value[:32].hex() if isinstance(value, bytes) else ""
+            if mark == marks[path] and value == _sealed(path, mark, digest):
                 known[path, mark] = digest
     return known
 
@@ -184,11 +184,3 @@ def _sealed(path: bytes, mark: bytes, digest: str) -> bytes:
     """The digest followed by a checksum of its row, so that a flipped bit on disk is not taken for another image."""
     value = bytes.fromhex(digest)
     return value + hashlib.blake2b(path + mark + value, digest_size=8).digest()
-
-
-def _opened(path: bytes, mark: bytes, value: object) -> str | None:
-    """The inverse of :func:`_sealed`; None if the checksum does not match."""
-    if not isinstance(value, bytes) or len(value) != 40:
-        return None
-    digest = value[:32].hex()
-    return digest if _sealed(path, mark, digest) == value else None

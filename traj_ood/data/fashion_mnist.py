@@ -78,8 +78,9 @@ def obtain_fashion_mnist(root: str | Path | None = None) -> Path:
     )
 
 
-def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read the images, (N, 28, 28) uint8, and labels, (N,) uint8, of the part ``train`` or ``t10k``."""
+def read_fashion_mnist(folder: Path, part: str, name: str = "fashion-mnist") -> tuple[np.ndarray, np.ndarray]:
+    """Read the images, (N, 28, 28) uint8, and labels, (N,) uint8, of the part ``train`` or ``t10k``; or those of
+    ``mnist``, as ``name``, whose files have the same names."""
     images = _read_part(folder, f"{part}-images-idx3-ubyte")
     labels = _read_part(folder, f"{part}-labels-idx1-ubyte")
     if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
@@ -89,7 +90,21 @@ def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]
         )
     if labels.size and int(labels.max()) > 9:
         raise TrajOODError(f"{folder}: expected {part} labels 0 to 9, got {int(labels.max())}; fetch the files again")
+    _check_is(name, folder, images)
     return images, labels
+
+
+def _check_is(name: str, folder: Path, pixels: np.ndarray) -> None:
+    """Refuse files of the other set: by the share of pixels that are not black, 19 % for digits and 50 % for
+    clothes."""
+    share = float((pixels > 0).mean()) if pixels.size else 0.0
+    found = "mnist" if share <= 0.35 else "fashion-mnist"
+    if found != name and pixels.size:
+        wanted, looks = ("MNIST's digits", "Fashion-MNIST") if name == "mnist" else ("Fashion-MNIST's clothes", "MNIST")
+        raise TrajOODError(
+            f"{folder}: expected {wanted}, got images of which {share:.0%} is not black, as in {looks}; where both lie "
+            f"below one --data-root, put each into a folder of its own, such as {name}"
+        )
 
 
 def read_idx(path: Path) -> np.ndarray:

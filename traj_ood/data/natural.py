@@ -120,7 +120,7 @@ def _sample(base: Path) -> tuple[ImageSource, None, ImageSource]:
 def _ood(base: Path, name: str) -> ImageSource:
     if name != "mnist":
         return read_folder(base / name, prefix=name)
-    digits, _ = read_fashion_mnist(base / name, "t10k")
+    digits, _ = read_fashion_mnist(base / name, "t10k", "mnist")
     return ArrayImages(tuple(f"mnist/t10k/{i:05d}" for i in range(len(digits))), digits)
 
 
