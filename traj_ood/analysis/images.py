@@ -16,9 +16,9 @@ from torch import Tensor
 
 from traj_ood.data import ImageSource
 from traj_ood.data.benchmark import sample_indices
-from traj_ood.data.cifar10_local import CIFAR, ID_CLASSES, NEAR_CLASSES, PER_CLASS
-from traj_ood.data.fashion_mnist import FILES, obtain_fashion_mnist, read_fashion_mnist
-from traj_ood.data.images import ArrayImages, FileImages, read_folder
+from traj_ood.data.cifar10_local import CIFAR, ID_CLASSES, NEAR_CLASSES, PER_CLASS, cifar_images
+from traj_ood.data.fashion_mnist import FILES, find_idx_files, obtain_fashion_mnist, read_fashion_mnist
+from traj_ood.data.images import ArrayImages
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import cache_folder, check_can_write
 
@@ -79,7 +79,7 @@ def stack(transform: Callable[[Image.Image], Tensor], images: ImageSource) -> Te
 def _mnist(root: Path | None) -> ImageData:
     cache, root = cache_folder() / "mnist", _own_folder(root, "mnist")
     base = Path(root) if root is not None else cache
-    folder = _find_mnist(base)
+    folder = find_idx_files(base, "MNIST")
     if folder is None and root is None:
         check_can_write(cache)
         # The remedy is the same for any failure of the download (no network, a moved mirror, a wrong checksum).
@@ -90,7 +90,7 @@ def _mnist(root: Path | None) -> ImageData:
                 MNIST(str(cache), download=True)
         except Exception as error:
             logger.info("MNIST through torchvision: %s", error)
-        folder = _find_mnist(base)
+        folder = find_idx_files(base, "MNIST")
     if folder is None:
         raise TrajOODError(
             f"MNIST: expected {', '.join(f + '[.gz]' for f in FILES)} in {base} or in MNIST/raw below it, found "
@@ -98,13 +98,6 @@ def _mnist(root: Path | None) -> ImageData:
             "their folder with --data-root"
         )
     return _idx("mnist", folder)
-
-
-def _find_mnist(base: Path) -> Path | None:
-    for folder in (base, base / "MNIST" / "raw"):
-        if all((folder / f).is_file() or (folder / f"{f}.gz").is_file() for f in FILES):
-            return folder
-    return None
 
 
 def _idx(name: str, folder: Path) -> ImageData:
@@ -123,25 +116,16 @@ def _own_folder(root: Path | None, name: str) -> Path | None:
 
 def _cifar10(root: Path | None) -> ImageData:
     base = Path(root) if root is not None else Path(os.environ.get("TRAJ_OOD_DATA") or "data")
-    classes = sorted((*ID_CLASSES, *NEAR_CLASSES))
-    parts = []
-    for part in ("train", "test"):
-        paths: list[str] = []
+    classes = tuple(sorted((*ID_CLASSES, *NEAR_CLASSES)))
+    for part, count in PER_CLASS.items():
         for name in classes:
-            folder = f"{CIFAR}/{part}/{name}"
-            if not (base / folder).is_dir():
+            if not (folder := base / CIFAR / part / name).is_dir():
                 raise TrajOODError(
-                    f"{base / folder}: expected a folder of {PER_CLASS[part]:,} CIFAR-10 images, found none; give the "
-                    "folder that holds cifar10/{train,test}/CLASS/*.jpg with --data-root"
+                    f"{folder}: expected a folder of {count:,} CIFAR-10 images, found none; give the folder that holds "
+                    "cifar10/{train,test}/CLASS/*.jpg with --data-root"
                 )
-            found = read_folder(base / folder, prefix=folder).ids
-            if len(found) != PER_CLASS[part]:
-                raise TrajOODError(
-                    f"{base / folder}: expected {PER_CLASS[part]:,} CIFAR-10 images, got {len(found):,}; unpack again"
-                )
-            paths += found
-        parts.append(FileImages(base, tuple(paths), tuple(paths)))
-    return ImageData("cifar10", (3, 32, 32), parts[0], parts[1])
+    train, test = (cifar_images(base, part, classes) for part in ("train", "test"))
+    return ImageData("cifar10", (3, 32, 32), train, test)
 
 
 _LOADERS: dict[str, Callable[[Path | None], ImageData]] = {

@@ -107,14 +107,14 @@ def load_cifar10_local(root: str | Path | None = None) -> Benchmark:
     """
     base = _find_root(root)
     _check_folders(base)
-    val, train = split_off(_cifar(base, "train", ID_CLASSES), VAL_SIZE, VAL_SEED, f"{NAME}/val")
+    val, train = split_off(cifar_images(base, "train", ID_CLASSES), VAL_SIZE, VAL_SEED, f"{NAME}/val")
     return Benchmark(
         name=NAME,
         train=Split("train", "train", train),
         val=Split("val", "val", val),
-        test=Split("test", "test", _cifar(base, "test", ID_CLASSES)),
+        test=Split("test", "test", cifar_images(base, "test", ID_CLASSES)),
         ood=(
-            *(Split(name, "near", _cifar(base, "test", (name,))) for name in NEAR_CLASSES),
+            *(Split(name, "near", cifar_images(base, "test", (name,))) for name in NEAR_CLASSES),
             Split("fashion-mnist", "far", _fashion_mnist(base)),
             Split("textures", "diagnostic", crops(TEXTURES, TEXTURE_SIDES, "textures", scaled_to=SIDE)),
             Split("photos", "diagnostic", crops(COLOUR_PHOTOS, PHOTO_SIDES, "photos", scaled_to=SIDE, mode="RGB")),
@@ -150,7 +150,7 @@ class CentreSquares(FileImages):
         return centre_square(super().load(index), SIDE, "BILINEAR")
 
 
-def _cifar(base: Path, part: str, classes: tuple[str, ...]) -> FileImages:
+def cifar_images(base: Path, part: str, classes: tuple[str, ...]) -> FileImages:
     """The images of some classes, class by class; a wrong number of images is an error, not another benchmark."""
     paths: list[str] = []
     for name in classes:

@@ -37,13 +37,17 @@ APT_TIMEOUT = 300.0  # seconds for one apt-get call: package lists and 30 MB ove
 def find_fashion_mnist(root: str | Path | None = None) -> Path | None:
     """The folder with the four files, or None; nothing is downloaded.
 
-    Looks in ``root`` only if given, else in Debian's folder and the cache. Files may be gzipped, and may be in
-    torchvision's ``FashionMNIST/raw`` below these folders.
+    Looks in ``root`` only if given, else in Debian's folder and the cache.
     """
-    for base in [Path(root)] if root is not None else _default_folders():
-        for folder in (base, base / "FashionMNIST" / "raw"):
-            if all(_idx_path(folder, name) is not None for name in FILES):
-                return folder
+    bases = [Path(root)] if root is not None else _default_folders()
+    return next((found for base in bases if (found := find_idx_files(base, "FashionMNIST")) is not None), None)
+
+
+def find_idx_files(base: Path, name: str) -> Path | None:
+    """The folder with the four files, gzipped or not: ``base``, or torchvision's ``name/raw`` below it; else None."""
+    for folder in (base, base / name / "raw"):
+        if all(_idx_path(folder, file) is not None for file in FILES):
+            return folder
     return None
 
 
