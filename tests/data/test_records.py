@@ -253,7 +253,7 @@ def test_frames_of_a_video_at_a_stride(tmp_path: Path) -> None:
     *whole, torn = read_records(str(path))
     assert 0 < len(whole) < 20
     assert torn.key == f"{path}#frame={len(whole)}"
-    assert read_encoded(str(path)).missing() == [f"a.mkv#frame={len(whole)}"]
+    assert read_encoded(str(path)).missing() == [f"a.mkv#frame={len(whole)} ({torn.error})"]
 
 
 def test_a_playlist_is_no_video_and_a_film_of_any_kind_is(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_bad_records_are_skipped_and_counted_by_a_fit(tmp_path: Path) -> None:
     source = parquet(tmp_path / "a.parquet", [*FILES, b"torn", None])
     images = read_encoded(source)
     model = tiny.conv()
-    with pytest.raises(TrajOODError, match=r"absent or empty"):
+    with pytest.raises(TrajOODError, match=r"first a.parquet#31 \(expected the bytes of an image, found none\)"):
         Detector.fit(model, images, "field")
     made = Detector.fit(model, images, "field", on_error="skip")
     assert (made.training["images"], made.training["skipped"]) == (30, 2)

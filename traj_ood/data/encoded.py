@@ -55,8 +55,8 @@ class EncodedImages(Listed):
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def missing(self) -> list[str]:
-        """Ids of the broken records."""
-        return [name for name, content in zip(self.ids, self.files, strict=True) if isinstance(content, str)]
+        """Ids of the broken records, with their reasons."""
+        return [f"{name} ({why})" for name, why in zip(self.ids, self.files, strict=True) if isinstance(why, str)]
 
 
 def read_encoded(source: str, reading: Reading = AS_STORED, opening: Opening = DEFAULT_OPENING) -> EncodedImages:
