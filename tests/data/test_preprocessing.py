@@ -441,6 +441,13 @@ def test_a_detector_is_refused_to_a_model_that_prepares_pictures_otherwise(tmp_p
             Detector.load(folder, device="cpu", autoencoder=model(**other))
 
 
+@pytest.mark.parametrize("shape", [(16, 1, 1), (4, 8, 3)])
+def test_an_array_of_the_models_shape_is_taken_as_it_is(shape: tuple[int, int, int]) -> None:
+    model = CallableBackbone(lambda x: x, shape, 16, module=torch.nn.Flatten())
+    array = np.random.default_rng(0).random((2, *shape))
+    assert torch.equal(prepare(model, array), prepare(model, torch.from_numpy(array)))
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_the_default_type_changes_no_pixel(default: torch.dtype) -> None:
     recipe = Preprocessing((3, 8, 8), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

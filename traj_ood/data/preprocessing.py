@@ -233,18 +233,19 @@ def prepare(model: ImageModel, images: Pixels) -> Tensor:
             found = getattr(images.images, "dtype", type(images.images).__name__)
             raise TrajOODError(f"{model.name}: Normalised: expected a float tensor, got {found}: convert it")
         return images.images
-    pixels = as_pixels(model.name, images)
+    pixels = as_pixels(model.name, images, model.input_shape)
     if model.preprocessing is not None and tuple(pixels.shape[1:]) == tuple(model.input_shape):
         return model.preprocessing.normalise(pixels)
     _check_pictures(model, pixels)
     return torch.stack([model.transform(as_picture(row)) for row in pixels])
 
 
-def as_pixels(name: str, images: Tensor | np.ndarray) -> Tensor:
-    """Convert pixels in memory, see :data:`Pixels`, to (B, C, H, W) uint8 or float32 in [0, 1]."""
+def as_pixels(name: str, images: Tensor | np.ndarray, shape: tuple[int, ...] = ()) -> Tensor:
+    """Convert pixels in memory, see :data:`Pixels`, to (B, C, H, W) uint8 or float32 in [0, 1]. Arrays of the model's
+    ``shape`` (C, H, W) have their channels first, whatever their sizes."""
     wanted = "uint8 or float pixels in [0, 1] of shape (B, C, H, W) or (C, H, W)"
     if isinstance(images, np.ndarray):
-        images = _channels_first(images)
+        images = _channels_first(images, shape)
     if not isinstance(images, Tensor):
         raise TrajOODError(f"{name}: expected {wanted}, got {type(images).__name__}")
     pixels = images.as_subclass(Tensor)
@@ -295,14 +296,14 @@ def as_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if pixels.shape[0] == 1 else array))
 
 
-def _channels_first(array: np.ndarray) -> Tensor:
-    """The array as a tensor; (…, H, W, C) is transposed if only the last axis can be the channels."""
+def _channels_first(array: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """The array as a tensor; (…, H, W, C) is transposed if only the last axis can be the channels; ``shape`` is not."""
     if array.dtype.kind not in "uf" or array.ndim not in (3, 4):
         raise TrajOODError(
             f"images: expected an array of uint8 or float pixels (B, C, H, W), (B, H, W, C) or without B, got "
             f"{array.dtype} of shape {array.shape}"
         )
-    if array.shape[-1] in (1, 3) and array.shape[-3] not in (1, 3):
+    if array.shape[-3:] != tuple(shape) and array.shape[-1] in (1, 3) and array.shape[-3] not in (1, 3):
         array = np.moveaxis(array, -1, -3)
     if array.dtype == np.uint8:
         return torch.from_numpy(array.copy())
