@@ -143,19 +143,13 @@ def _with_store(query: Callable[[sqlite3.Connection], _T]) -> _T | None:
         with closing(sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)) as store:
             return query(store)
     except (OSError, sqlite3.Error, TrajOODError) as error:  # TrajOODError: no home folder
-        _warn(path, error)
+        if str(path) not in _warned:
+            _warned.add(str(path))
+            warn(
+                f"{path}: hashes of files cannot be cached there ({error}): files are read again by every run; delete "
+                "it if it is damaged, or set $TRAJ_OOD_DATA to a folder that can be written"
+            )
         return None
-
-
-def _warn(path: Path, error: Exception) -> None:
-    if str(path) in _warned:
-        return
-    _warned.add(str(path))
-    warn(
-        f"{path}: hashes of files cannot be cached there ({error}): files are read again by every run; delete it if it "
-        "is damaged, or set $TRAJ_OOD_DATA to a folder that can be written",
-        stacklevel=2,
-    )
 
 
 def _lookup(store: sqlite3.Connection, keys: Sequence[_Key]) -> dict[_Key, str]:
