@@ -13,10 +13,16 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from traj_ood.errors import TrajOODError, is_out_of_memory
 from traj_ood.io.own_files import is_library
+from traj_ood.io.tensor_file import digest_of
+
+_BY_PYTHON = ("__firstlineno__", "__static_attributes__", "__annotations__", "__dataclass_fields__")
+"""Entries of a class that Python makes, in some versions with line numbers or in an order that is not fixed."""
 
 
 class OwnFunctions(ABC):
@@ -74,7 +80,8 @@ def module_behind(*functions: Callable[..., Any]) -> nn.Module:
 
 def written_code(*values: Any) -> str:
     """SHA-256 (hex) of the code that functions and modules run, as far as it is the user's: their instructions, the
-    numbers and texts that they refer to, and the functions that they call. Comments and line numbers do not count."""
+    numbers, texts, tensors and collections of these that they refer to, the functions that they call, and the classes
+    of the objects that they use. Attributes of objects, comments and line numbers do not count."""
     digest, seen = hashlib.sha256(), set[int]()
     for value in values:
         for text in _written(value, seen):
@@ -86,14 +93,22 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
     if isinstance(value, bool | int | float | complex | str | bytes | None):
         yield repr(value)
         return
-    if id(value) in seen:
+    if id(value) in seen or inspect.ismodule(value):
         return
     seen.add(id(value))
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         for part in value:
             yield from _written(part, seen)
+    elif isinstance(value, dict):
+        for entry in value.items():
+            for part in entry:
+                yield from _written(part, seen)
     elif isinstance(value, frozenset):
         yield repr(sorted(map(repr, value)))  # whose order differs between processes
+    elif isinstance(value, Tensor) and value.layout == torch.strided:
+        yield digest_of({"": value}, None)
+    elif isinstance(value, np.ndarray | np.generic):
+        yield f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     elif isinstance(value, CodeType):
         yield f"{value.co_name} {value.co_code.hex()} {value.co_names}"
         yield from _written(value.co_consts, seen)
@@ -105,8 +120,8 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _written(value.__self__, seen)
     elif isinstance(value, FunctionType):
         if not _is_library(value):
-            names = inspect.getclosurevars(value)
-            for part in (value.__code__, value.__defaults__, *names.nonlocals.values(), *names.globals.values()):
+            only_by_name = (value.__kwdefaults__ or {}).values()
+            for part in (value.__code__, value.__defaults__, *only_by_name, *_referred(value)):
                 yield from _written(part, seen)
     elif isinstance(value, nn.Module):
         for part in value.modules():
@@ -115,8 +130,35 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
     elif isinstance(value, type):
         for cls in value.__mro__:
             if not _is_library(cls):
-                for part in vars(cls).values():
-                    yield from _written(getattr(part, "__func__", part), seen)
+                for name, part in vars(cls).items():
+                    if name not in _BY_PYTHON:
+                        yield from _written(getattr(part, "__func__", part), seen)
+    elif type(value).__module__ == "builtins" or _is_library(type(value)):
+        for name in ("fget", "func", "__wrapped__"):  # of a property, and of what functools makes of a function
+            if isinstance(part := getattr(value, name, None), FunctionType):
+                yield from _written(part, seen)
+    else:
+        yield from _written(type(value), seen)
+
+
+def _referred(function: FunctionType) -> Iterator[Any]:
+    """What a function refers to by name, also in comprehensions and functions inside of it: in its closure, in its
+    globals, and in modules of the user's among these."""
+    names = list(_names_in(function.__code__))
+    own = [function.__globals__[name] for name in names if name in function.__globals__]
+    yield from inspect.getclosurevars(function).nonlocals.values()
+    yield from own
+    for part in own:
+        file = getattr(part, "__file__", None) if inspect.ismodule(part) else None
+        if file is not None and not is_library(Path(file)):
+            yield from (getattr(part, name) for name in names if hasattr(part, name))
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _names_in(part)
 
 
 def _is_library(value: Any) -> bool:
@@ -141,8 +183,7 @@ def _reached(value: Any, seen: set[int]) -> Iterator[nn.Module]:
     elif inspect.ismethod(value):
         yield from _reached(value.__self__, seen)
     elif isinstance(value, FunctionType):
-        names = inspect.getclosurevars(value)
-        for part in (*names.nonlocals.values(), *names.globals.values()):
+        for part in _referred(value):
             if not isinstance(part, FunctionType) or part.__module__ == value.__module__:  # not into libraries
                 yield from _reached(part, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, type) and not inspect.ismodule(value):
