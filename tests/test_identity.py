@@ -609,8 +609,25 @@ def test_transforms_are_told_apart_and_may_refuse() -> None:
         raise ValueError(image.mode)
 
     functions = [darker, refuse, lambda image: darker(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), lambda _: None]
-    assert len({transform_digest(f) for f in functions}) == 4  # type: ignore[arg-type]
-    assert transform_digest(darker) == transform_digest(lambda image: darker(image))
+    assert len({transform_digest(f, (1, 8, 8)) for f in functions}) == 4  # type: ignore[arg-type]
+    assert transform_digest(darker, (1, 8, 8)) == transform_digest(lambda image: darker(image), (1, 8, 8))
+
+
+def test_a_transform_that_takes_one_size_alone_is_known_by_what_it_does(place: Path) -> None:
+    def model(scale: float) -> CallableAutoencoder:
+        def transform(image: Image.Image) -> Tensor:
+            return torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32))[None] * scale
+
+        return CallableAutoencoder(
+            lambda x: x.flatten(1), lambda z: z.reshape(-1, 1, 8, 8) / 2, (1, 8, 8), transform=transform
+        )
+
+    for path in (place / "images").rglob("*.png"):
+        Image.open(path).resize((8, 8)).save(path)
+    first = run_of(place, model=model(0.01)).run()
+    assert run_of(place, model=model(0.01)).run() == first
+    with pytest.raises(TrajOODError, match=r"another model \(model\.transform: .*\): choose another --out"):
+        run_of(place, model=model(0.02)).run()
 
 
 def test_the_code_that_decides_numbers_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def model_identity(model: Autoencoder) -> dict[str, Any]:
         "family": model.family,
         "fingerprint": model.fingerprint(),
         "parameters": model.parameter_count(),
-        "transform": transform_digest(model.transform),
+        "transform": transform_digest(model.transform, model.input_shape),
     }
     if not _is_own_code(model):
         return identity

@@ -106,7 +106,7 @@ class _Blocks:
             "backbone": backbone.name,
             "fingerprint": backbone.fingerprint(),
             "options": backbone.options(),
-            "transform": transform_digest(backbone.transform),
+            "transform": transform_digest(backbone.transform, backbone.input_shape),
             "feature_dim": backbone.feature_dim,
             "classes": backbone.classes,
             "images": images.digest(),

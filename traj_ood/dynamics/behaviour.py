@@ -12,26 +12,32 @@ from PIL import Image
 from torch import Tensor
 
 _SIZES = ((61, 47), (300, 411))  # width and height: below and above usual network inputs, and not square
+_MODES = ("L", "RGB")
 _PROJECTIONS = 8
 _TOLERANCE = 3e-3  # relative: float32 differs by 1e-5 between processors, TF32 by 1e-3
 
 
-def transform_digest(transform: Callable[[Image.Image], Tensor]) -> str:
-    """SHA-256 (hex) of a transform's outputs for fixed grey and colour images.
+def transform_digest(transform: Callable[[Image.Image], Tensor], shape: Sequence[int]) -> str:
+    """SHA-256 (hex) of a transform's outputs for fixed grey and colour images; if it takes none of these, also for
+    images of the size of ``shape`` (C, H, W), its own output's.
 
     If it raises an error, the error's class counts as the output. A random transform has a different digest each time.
     """
-    digest = hashlib.sha256()
-    for mode, (width, height) in ((mode, size) for mode in ("L", "RGB") for size in _SIZES):
-        channels = len(mode)
-        pixels = (torch.arange(height * width * channels, dtype=torch.float64) * 0.37).sin().add(1).mul(127.5)
-        image = Image.frombytes(mode, (width, height), pixels.to(torch.uint8).numpy().tobytes())
-        try:
-            made = transform(image).detach().cpu().contiguous()
-            digest.update(f"{made.dtype}{tuple(made.shape)}".encode() + made.numpy().tobytes())
-        except Exception as error:  # a user's transform may raise anything
-            digest.update(type(error).__name__.encode())
-    return digest.hexdigest()
+    outputs = [_output(transform, mode, size) for mode in _MODES for size in _SIZES]
+    if all(content is None for _, content in outputs):
+        outputs += [_output(transform, mode, (shape[2], shape[1])) for mode in _MODES]
+    return hashlib.sha256(b"".join(kind.encode() + (content or b"") for kind, content in outputs)).hexdigest()
+
+
+def _output(transform: Callable[[Image.Image], Tensor], mode: str, size: tuple[int, int]) -> tuple[str, bytes | None]:
+    """The kind of a transform's output for an image and its bytes, or the name of its error and None."""
+    pixels = (torch.arange(math.prod(size) * len(mode), dtype=torch.float64) * 0.37).sin().add(1).mul(127.5)
+    image = Image.frombytes(mode, size, pixels.to(torch.uint8).numpy().tobytes())
+    try:
+        made = transform(image).detach().cpu().contiguous()
+        return f"{made.dtype}{tuple(made.shape)}", made.numpy().tobytes()
+    except Exception as error:  # a user's transform may raise anything
+        return type(error).__name__, None
 
 
 def answers(function: Callable[[Tensor], Sequence[Tensor]], shape: tuple[int, ...]) -> list[list[float]]:

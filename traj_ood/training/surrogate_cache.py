@@ -95,7 +95,7 @@ def surrogate_for(
         "count": len(images),
         "sha256": images.digest(),
     }
-    transform = transform_digest(backbone.transform)
+    transform = transform_digest(backbone.transform, backbone.input_shape)
     folder = root / "surrogates" / _folder_name(backbone, [data["sha256"], transform, asdict(recipe), seed])
     if not fresh and (folder / RECORD).is_file():
         model = SurrogateAutoencoder.from_pretrained(folder, backbone)
