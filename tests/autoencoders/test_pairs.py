@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from traj_ood.autoencoders import PairAutoencoder, load_autoencoder
+from traj_ood.autoencoders.identity import model_identity
 from traj_ood.autoencoders.rae_decoder import ViTDecoder
 from traj_ood.autoencoders.vision_encoder import VisionTokens, load_vision_model
 from traj_ood.dynamics.iterate import iterate
@@ -267,6 +268,24 @@ def test_a_pair_of_ones_own() -> None:
         TrajOODError, match="expected a transformers encoder with a ViTDecoder, got modules of your own"
     ):
         model.save_pretrained(Path("nowhere"))
+
+
+def test_networks_of_ones_own_are_identified_by_their_code_and_answers(tmp_path: Path) -> None:
+    class Negated(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    linear = nn.Linear(16, 4)
+    negated = Negated(16, 4)
+    negated.load_state_dict(linear.state_dict())
+    found = []
+    for layers in ([linear], [linear, nn.ReLU()], [linear, nn.GELU()], [negated]):
+        decoder = nn.Sequential(nn.Linear(4, 16), nn.Unflatten(1, (1, 4, 4)))
+        decoder.requires_grad_(False)[0].weight.fill_(0.5)
+        decoder[0].bias.zero_()
+        found.append(model_identity(PairAutoencoder(nn.Sequential(nn.Flatten(), *layers), decoder, (1, 4, 4))))
+    assert len({identity["own_code"] for identity in found}) == 4
+    assert "own_code" not in model_identity(pair(tmp_path))
 
 
 def test_pairs_that_do_not_fit(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_pr
 from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction, errors_around, float_type, trial_rows
 from traj_ood.dynamics.function_checks import check_floats, check_forgets, check_function, takes_one
-from traj_ood.dynamics.own_functions import OwnFunctions, module_behind, original
+from traj_ood.dynamics.own_functions import OwnFunctions, is_of_library, module_behind, original
 from traj_ood.errors import TrajOODError
+from traj_ood.io.extensions import origin_of
 from traj_ood.io.trees import field_of
 from traj_ood.io.weights import fingerprint
 
@@ -132,6 +133,12 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
     def options(self) -> dict[str, Any]:
         """The options that change f, such as masking; part of the fingerprint."""
         return {}
+
+    def has_own_code(self) -> bool:
+        """Whether callables, classes or networks of the user's are part of the model, which weights and options do not
+        identify."""
+        kinds = {type(part) for module in self.modules_used() for part in module.modules()}
+        return self.family == "custom" or origin_of(type(self)) is not None or not all(map(is_of_library, kinds))
 
     def reconstruction_masks(self) -> int:
         """Number of fixed masks that :meth:`reconstruct_masked` averages over; 0 for models without masking."""

@@ -12,7 +12,6 @@ from traj_ood.autoencoders.surrogate import SurrogateAutoencoder
 from traj_ood.data.preprocessing import check_repeats
 from traj_ood.dynamics.behaviour import answers, transform_digest
 from traj_ood.dynamics.own_functions import OwnFunctions, written_code
-from traj_ood.io.extensions import origin_of
 
 
 def model_identity(model: Autoencoder) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def model_identity(model: Autoencoder) -> dict[str, Any]:
         "parameters": model.parameter_count(),
         "transform": transform_digest(model.transform, model.input_shape),
     }
-    if not _is_own_code(model):
+    if not model.has_own_code():
         return identity
 
     def answer(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,10 +43,3 @@ def code_of(model: Autoencoder) -> list[Any]:
     used = [model, model.backbone] if isinstance(model, SurrogateAutoencoder) else [model]
     functions = [f for part in used if isinstance(part, OwnFunctions) for f in part.functions()]
     return [*map(type, used), *model.modules_used(), *functions]
-
-
-def _is_own_code(model: Autoencoder) -> bool:
-    """Whether the model or its backbone is a user's callable or class, which weights and options do not identify."""
-    backbone = model.backbone if isinstance(model, SurrogateAutoencoder) else None
-    callables = model.family == "custom" or (backbone is not None and backbone.library == "custom")
-    return callables or any(origin_of(type(part)) is not None for part in (model, backbone) if part is not None)

@@ -256,9 +256,16 @@ class PairAutoencoder(Autoencoder):
         write_json(folder / "config.json", config)
 
     def pack(self, folder: Path) -> dict[str, Any] | None:
+        return super().pack(folder) if self._is_published else None
+
+    def has_own_code(self) -> bool:
+        return super().has_own_code() or not self._is_published
+
+    @property
+    def _is_published(self) -> bool:
+        """Whether both parts are of published kinds, and not the user's."""
         parts: Any = self.module
-        known = type(parts.encoder) is VisionTokens and type(parts.decoder) is ViTDecoder
-        return super().pack(folder) if known else None
+        return type(parts.encoder) is VisionTokens and type(parts.decoder) is ViTDecoder
 
     def options(self) -> dict[str, Any]:
         """The options that change f and do not show in the weights; those inside your own modules are not known."""

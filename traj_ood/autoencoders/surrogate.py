@@ -27,6 +27,7 @@ from traj_ood.data.benchmark import at_most
 from traj_ood.dynamics.chunks import apply_in_chunks, rows_per_call
 from traj_ood.errors import TrajOODError, check_word, foreign_errors
 from traj_ood.io.checkpoints import read_weights
+from traj_ood.io.extensions import origin_of
 from traj_ood.io.tensor_file import check_digest, read_tensors, write_tensors
 from traj_ood.io.trees import field_of, read_json, write_json
 from traj_ood.io.weights import put_weights, with_weights
@@ -197,6 +198,10 @@ class SurrogateAutoencoder(Autoencoder):
 
     def modules_used(self) -> tuple[nn.Module, ...]:
         return self.backbone.module, self.network
+
+    def has_own_code(self) -> bool:
+        backbone = self.backbone
+        return super().has_own_code() or backbone.library == "custom" or origin_of(type(backbone)) is not None
 
     # ------------------------------------------------------------------ self-map
 

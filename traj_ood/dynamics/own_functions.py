@@ -119,21 +119,21 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _written(value.__func__, seen)
         yield from _written(value.__self__, seen)
     elif isinstance(value, FunctionType):
-        if not _is_library(value):
+        if not is_of_library(value):
             only_by_name = (value.__kwdefaults__ or {}).values()
             for part in (value.__code__, value.__defaults__, *only_by_name, *_referred(value)):
                 yield from _written(part, seen)
     elif isinstance(value, nn.Module):
         for part in value.modules():
-            yield from [f"{type(part).__qualname__}({part.extra_repr()})"] if _is_library(type(part)) else []
+            yield from [f"{type(part).__qualname__}({part.extra_repr()})"] if is_of_library(type(part)) else []
             yield from _written(type(part), seen)
     elif isinstance(value, type):
         for cls in value.__mro__:
-            if not _is_library(cls):
+            if not is_of_library(cls):
                 for name, part in vars(cls).items():
                     if name not in _BY_PYTHON:
                         yield from _written(getattr(part, "__func__", part), seen)
-    elif type(value).__module__ == "builtins" or _is_library(type(value)):
+    elif type(value).__module__ == "builtins" or is_of_library(type(value)):
         for name in ("fget", "func", "__wrapped__"):  # of a property, and of what functools makes of a function
             if isinstance(part := getattr(value, name, None), FunctionType):
                 yield from _written(part, seen)
@@ -161,7 +161,8 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(part)
 
 
-def _is_library(value: Any) -> bool:
+def is_of_library(value: Any) -> bool:
+    """Whether a class or function belongs to Python, to an installed library or to this package."""
     file = getattr(sys.modules.get(value.__module__), "__file__", None)
     return file is not None and is_library(Path(file))
 
