@@ -231,9 +231,10 @@ def test_classes_that_would_go_to_other_images_are_refused() -> None:
     assert [shuffles(loader) for loader in loaders] == [True, True, False]
 
 
-def test_another_default_device_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scorer", ["mahalanobis:classes=true", "trajectory"])
+def test_another_default_device_changes_nothing(scorer: str) -> None:
     """``torch.set_default_device("cuda")``; here meta, which holds no values."""
-    scorer, labels = "mahalanobis:classes=true", ["a", "b"] * 30
+    labels = ["a", "b"] * 30
     model, new = tiny.conv(), Normalised(tiny.images(20, (1, 8, 8), seed=4))
     train, held = (Normalised(tiny.images(60, (1, 8, 8), seed=seed)) for seed in (0, 9))
     said = []

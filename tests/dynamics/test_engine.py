@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction
 from traj_ood.dynamics.host import to_host
 from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.jacobian import divergence_at, spectral_radii
 from traj_ood.dynamics.maps import LowPrecision
 from traj_ood.dynamics.observers import Norm
 from traj_ood.dynamics.trajectory import Status, Trajectory
@@ -532,6 +534,24 @@ def test_the_caller_and_its_starts_stay_out_of_inference_mode() -> None:
         assert len(path) == 150
 
 
+def test_another_default_device_changes_nothing() -> None:
+    """``torch.set_default_device("cuda")``; here meta, which holds no values."""
+
+    starts, points = [scattered(30, 0), scattered(9, 1)], scattered(4, 2)
+
+    def found() -> list[Any]:
+        paths = iterate(cubic, iter(starts), max_steps=9, observers=[Norm()])
+        values = [(path.steps, path.residuals, path.measure("norm")) for path in paths]
+        return [values, spectral_radii(cubic, points).values, divergence_at(cubic, points, 6)]
+
+    expected = str(found())
+    torch.set_default_device("meta")
+    try:
+        assert str(found()) == expected
+    finally:
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [(0.01, 96), (1.0, 6)])
 def test_a_slow_f_has_no_more_samples_in_progress_than_a_chunk(
     seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch
@@ -678,6 +698,8 @@ def test_record_ends_and_length() -> None:
     assert path.at_end("distance/tokens")[:2].tolist() == [0.0, 2.0]
     assert path.at_end("distance/tokens")[2].isnan()
     assert path.converged.tolist() == [True, False, False]
+    infinite = replace(path, measures={"log": torch.tensor([[1.0, -torch.inf, 2.0], [1.0, 3.0, NAN], [NAN] * 3])})
+    assert infinite.at_end("log")[:2].tolist() == [2.0, 3.0]
 
 
 # ---------------------------------------------------------------------------------------------- errors

@@ -67,9 +67,10 @@ def test_radius_zero_and_infinite() -> None:
     shift = torch.diag(torch.ones(3), 1)  # nilpotent: J⁴ = 0
     assert spectral_radii(lambda z: z @ shift.T, points).values.tolist() == [0, 0]
     assert spectral_radii(torch.zeros_like, points).values.tolist() == [0, 0]
-    broken = spectral_radii(lambda z: z * torch.nan, points)
-    assert broken.values.tolist() == [torch.inf] * 2
-    assert not broken.stable.any()
+    for factor in (torch.nan, 1e25):  # of squares beyond float32
+        broken = spectral_radii(lambda z, factor=factor: z * factor, points)
+        assert broken.values.tolist() == [torch.inf] * 2
+        assert not broken.stable.any()
 
 
 def test_radius_at_several_points_of_a_nonlinear_map() -> None:

@@ -282,4 +282,4 @@ def _quantiles(values: Tensor) -> tuple[float, ...]:
     finite = values[values.isfinite()]
     if not len(finite):
         return ()
-    return tuple(torch.quantile(finite, torch.tensor(_QUANTILES, dtype=torch.float64)).tolist())
+    return tuple(torch.quantile(finite, finite.new_tensor(_QUANTILES, dtype=torch.float64)).tolist())

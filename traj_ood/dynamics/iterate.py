@@ -18,6 +18,7 @@ from torch import Tensor
 
 from traj_ood.dynamics.batch_record import BatchRecord
 from traj_ood.dynamics.chunks import ROWS, kind
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.dynamics.fixed_function import fixed_around
 from traj_ood.dynamics.host import to_device, to_host, where
 from traj_ood.dynamics.maps import LowPrecision, Maps, SelfMap
@@ -137,10 +138,13 @@ def _trajectories(engine: _Engine, self_map: SelfMap, starts: Iterator[Tensor]) 
             if start is _END:
                 engine.close()
             else:
-                engine.add(start)
+                with standard_settings():  # the default device may be another than the CPU
+                    engine.add(start)
         with fixed_around(self_map), torch.inference_mode(), engine.threads():
             engine.advance()
-        yield from engine.finished()
+        with standard_settings():
+            finished = list(engine.finished())
+        yield from finished
         if engine.is_over():
             return
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traj_ood.dynamics.chunks import apply_in_chunks
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.dynamics.fixed_function import fixed_around
 from traj_ood.dynamics.maps import SelfMap
 from traj_ood.errors import TrajOODError
@@ -49,6 +50,7 @@ class Radii:
         return self.values < 1
 
 
+@standard_settings()
 def spectral_radii(
     self_map: SelfMap, points: Tensor, *, burn: int = 40, window: int = 60, seed: int = 0, chunk: int = 32
 ) -> Radii:
@@ -85,7 +87,8 @@ def spectral_radii(
             # If J v = 0 the direction stays zero, and the radius is set to 0 below.
             directions = torch.where(length > 0, images / length, torch.zeros_like(images))
     values = _slopes(logs.cumsum(dim=0)[burn:]).exp()
-    vanished = (logs == -torch.inf).any(dim=0)
+    # After a product that is too long for its type the direction is zero, too.
+    vanished = (logs == -torch.inf).any(dim=0) & (logs < torch.inf).all(dim=0)
     values = torch.where(vanished, 0.0, values)
     return Radii(torch.where(values.isnan(), torch.inf, values), derivative)
 
@@ -132,6 +135,7 @@ def _difference(self_map: SelfMap, points: Tensor, directions: Tensor) -> Tensor
         return (self_map(points + step * directions) - self_map(points - step * directions)) / (2 * step)
 
 
+@standard_settings()
 def random_directions(points: Tensor, seed: int) -> Tensor:
     """A direction of length 1 for each of ``points`` (P, *L), the same for all."""
     start = torch.randn(points.shape[1:], generator=torch.Generator().manual_seed(seed)).to(points).expand_as(points)
@@ -150,6 +154,7 @@ def _slopes(table: Tensor) -> Tensor:
     return centred @ table / centred.square().sum()
 
 
+@standard_settings()
 def divergence_at(self_map: SelfMap, points: Tensor, chunk: int, seed: int = 0) -> Tensor:
     """Estimate of the divergence tr(∂f/∂z) − dim of the field f(z) − z, (B,) float64.
 

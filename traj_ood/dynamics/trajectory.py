@@ -54,7 +54,8 @@ class Trajectory:
         steps: (B,) int64, number N of steps, that is, evaluations of f.
         status: (B,) int64, a :class:`Status` per sample.
         residuals: (B, T) float64, the squared residuals ‖z_{t+1} − z_t‖² for t = 0 … N−1.
-        final: (B, *L) float32, the end point z_N; for a non-finite trajectory its last finite point.
+        final: (B, *L) in the type of the starts, the end point z_N; for a non-finite trajectory its last finite point,
+            or its start if that is not finite.
         measures: name → (B, T+1) float64 values that observers recorded at z_0 … z_N, such as the distance to the
             nearest attractor in a latent view (``distance/tokens``) or the latent norm (``norm``).
         max_steps: the step limit.
@@ -123,9 +124,7 @@ class Trajectory:
 
     def at_end(self, name: str) -> Tensor:
         """The measure at the end point z_N, (B,) float64; NaN where nothing was recorded."""
-        values = self.measure(name)
-        last = (values.isfinite().sum(dim=1) - 1).clamp(min=0)
-        return values.gather(1, last[:, None])[:, 0]
+        return self.measure(name).gather(1, self.steps[:, None])[:, 0]
 
 
 def total_of(values: Tensor) -> Tensor:
