@@ -31,6 +31,7 @@ from traj_ood.backbones import CallableBackbone, load_backbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import TrajOODError
 from traj_ood.io.pretrained import Checkpoint
+from traj_ood.io.trees import write_json
 
 RGB = {"num_channels": 3, "image_size": 16, "patch_size": 4, "num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
 
@@ -736,3 +737,42 @@ def test_a_folder_as_others_write_it(form: str, tmp_path: Path) -> None:
     found = load_autoencoder(tmp_path)
     assert found.fingerprint() == model.fingerprint()
     assert torch.equal(found.encode(tiny.images(3)), model.encode(tiny.images(3)))
+
+
+def test_a_model_of_the_current_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mine"
+    (folder / "inner").mkdir(parents=True)
+    tiny.conv().save_pretrained(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for place, source in ((folder, "."), (folder, "conv:."), (folder / "inner", ".."), (tmp_path, "conv:~/mine")):
+        monkeypatch.chdir(place)
+        assert load_autoencoder(source).name == "mine"
+
+
+def test_an_interrupted_save_leaves_no_model_without_its_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(path: Path, *args: Any) -> None:
+        if path.name != "traj_ood.json":
+            return write_json(path, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("traj_ood.autoencoders.vit_mae.write_json", written)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.vit(mask_ratio=0.5).save_pretrained(tmp_path)
+    with pytest.raises(TrajOODError, match="expected"):
+        load_autoencoder(tmp_path)
+
+
+def test_masked_reconstruction_in_the_type_of_the_model() -> None:
+    images = tiny.images(3, (1, 8, 8))
+    expected, model = tiny.vit().reconstruct_masked(images), tiny.vit()
+    model.module.double()
+    torch.testing.assert_close(model.reconstruct_masked(images), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TrajOODError, match=r"expected float images \(B, 1, 8, 8\), got"):
+        model.reconstruct_masked(images[:, :, :4])
+
+
+@pytest.mark.parametrize("chunk", [0, -6, 2.5])
+def test_an_impossible_chunk(chunk: Any) -> None:
+    with pytest.raises(TrajOODError, match="custom: chunk: expected a whole number of at least 1 row, got"):
+        CallableAutoencoder(lambda x: x, lambda z: z, (1, 4, 4), chunk=chunk)

@@ -65,6 +65,20 @@ def test_the_prefix_may_be_left_out_and_a_pipeline_folder_has_a_vae(folder: Path
     assert load_autoencoder(f"diffusers:{tmp_path}/pipeline").fingerprint() == load_autoencoder(folder).fingerprint()
 
 
+def test_an_interrupted_save_leaves_no_model_without_its_options(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = load_autoencoder(folder, image_size=32)
+    monkeypatch.setattr("traj_ood.autoencoders.diffusers_vae.write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "again")
+    with pytest.raises(TrajOODError):
+        load_autoencoder(tmp_path / "again")
+
+
 def test_names_of_weights_from_before_diffusers_0_18_load(folder: Path, tmp_path: Path) -> None:
     """The published Stable Diffusion files have them."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

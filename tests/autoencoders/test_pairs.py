@@ -288,6 +288,25 @@ def test_networks_of_ones_own_are_identified_by_their_code_and_answers(tmp_path:
     assert "own_code" not in model_identity(pair(tmp_path))
 
 
+def test_a_pair_in_float64_and_under_another_default_type() -> None:
+    def made(dtype: torch.dtype) -> PairAutoencoder:
+        linear = nn.Linear(16, 16, bias=False, dtype=dtype).requires_grad_(False)
+        linear.weight.copy_(torch.arange(256).view(16, 16) / 256)
+        return PairAutoencoder(nn.Sequential(nn.Flatten(), linear), nn.Unflatten(1, (1, 4, 4)), [1, 4, 4])
+
+    images = torch.rand(2, 1, 4, 4)
+    single, double = made(torch.float32), made(torch.float64)
+    assert double.encode(images).dtype == torch.float64
+    torch.testing.assert_close(double.encode(images).float(), single.encode(images), rtol=1e-5, atol=1e-6)
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = made(torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    other.module.load_state_dict(single.module.state_dict())
+    assert other.fingerprint() == single.fingerprint()
+
+
 def test_pairs_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(TrajOODError, match=r"expected a decoder of images \(1, 4, 4\), got \(1, 2, 8\)"):
         PairAutoencoder(nn.Flatten(), nn.Unflatten(1, (1, 2, 8)), (1, 4, 4))

@@ -19,7 +19,7 @@ from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction, errors_around, float_type, trial_rows
 from traj_ood.dynamics.function_checks import check_floats, check_forgets, check_function, takes_one
 from traj_ood.dynamics.own_functions import OwnFunctions, is_of_library, module_behind, original
-from traj_ood.errors import TrajOODError
+from traj_ood.errors import TrajOODError, check_whole
 from traj_ood.io.extensions import origin_of
 from traj_ood.io.trees import field_of
 from traj_ood.io.weights import fingerprint
@@ -382,7 +382,7 @@ class Autoencoder(FixedFunction, Preprocessed, ABC):
         return fingerprint(self.module, [self.family, self.options()])
 
 
-def _shape_of(given: Sequence[int]) -> tuple[int, int, int]:
+def shape_of(given: Sequence[int]) -> tuple[int, int, int]:
     if not isinstance(given, Iterable) or len(given) != 3 or any(int(side) != side or side < 1 for side in given):
         raise TrajOODError(f"input_shape: expected (C, H, W), three positive numbers, got {given!r}")
     channels, height, width = (int(side) for side in given)
@@ -412,7 +412,7 @@ class CallableAutoencoder(OwnFunctions, Autoencoder):
         chunk: rows per call, 1 or a multiple of 6 (see :class:`Autoencoder`). Default 48: small models need many rows
             to fill a matrix product.
     Raises:
-        TrajOODError: ``input_shape`` is not three positive numbers.
+        TrajOODError: ``input_shape`` is not three positive numbers, or ``chunk`` is below 1.
     """
 
     def __init__(
@@ -429,8 +429,9 @@ class CallableAutoencoder(OwnFunctions, Autoencoder):
         chunk: int = 48,
     ) -> None:
         self._encode, self._decode, self._own_transform = encode, decode, transform
-        self.input_shape = _shape_of(input_shape)
+        self.input_shape = shape_of(input_shape)
         self.preprocessing = declared_preprocessing(name, self.input_shape, preprocessing, transform)
+        check_whole(f"{name}: chunk", chunk, unit="row")
         self.name, self.has_cls, self.chunk = name, has_cls, chunk
         self.module = module_behind(encode, decode) if module is None else original(module)
 

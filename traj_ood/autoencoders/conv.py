@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from traj_ood.autoencoders.base import Autoencoder
-from traj_ood.autoencoders.hub import read_config
+from traj_ood.autoencoders.hub import name_of, read_config
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.chunks import rows_per_call
@@ -97,7 +97,7 @@ class ConvAutoencoder(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ConvAutoencoder:
-        folder = Path(source)
+        folder = Path(source).expanduser()
         path = folder / "model.safetensors"
         with foreign_errors(f"{folder}: expected config.json and model.safetensors of a conv model"):
             config = read_config(folder)
@@ -105,7 +105,7 @@ class ConvAutoencoder(Autoencoder):
             network = with_weights(ConvNetwork, config["network"], weights, path)
             mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
         check_digest(path, weights, config)
-        return cls(network, **({"name": folder.name, "mean": mean, "std": std} | options))
+        return cls(network, **({"name": name_of(folder), "mean": mean, "std": std} | options))
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo
-from traj_ood.autoencoders.hub import OPTIONS, local_copy, read_config, stored_options
+from traj_ood.autoencoders.hub import OPTIONS, local_copy, name_of, read_config, stored_options
 from traj_ood.autoencoders.own_modules import tensor_of
 from traj_ood.autoencoders.registry import family_of, register_autoencoder
 from traj_ood.data.preprocessing import Interpolation, Preprocessing
@@ -108,7 +108,7 @@ class DiffusersVAE(Autoencoder):
         folder = local_copy(source, FILES)
         if (folder / "model_index.json").is_file() and (folder / "vae").is_dir():
             folder = folder / "vae"
-        options.setdefault("name", Path(source).expanduser().name if Path(source).expanduser().is_dir() else source)
+        options.setdefault("name", name_of(source))
         family = family_of(folder, "_class_name")
         return family.from_pretrained(folder, **options)
 
@@ -149,15 +149,16 @@ class DiffusersVAE(Autoencoder):
                 f"{folder}: weights of another architecture: {len(extra)} tensors unexpected (first: {extra[0]})"
             )
         model = whole_network(answer, str(folder))
-        options.setdefault("name", Path(source).name if Path(source).expanduser().is_dir() else str(source))
+        options.setdefault("name", name_of(source))
         return cls(model, **{**stored_options(folder, cls.unsaved), **options})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model in diffusers' layout, with ``image_size``, ``scaled`` and ``interpolation`` beside it."""
         assert self.preprocessing is not None  # made with the model
-        self.module.save_pretrained(folder)  # type: ignore[operator]
         own = {"scaled": self.scaled, "interpolation": self.preprocessing.interpolation}
+        # First, so that an interrupted call leaves no folder that loads with other options.
         write_json(Path(folder) / OPTIONS, {"image_size": self.input_shape[1], **own})
+        self.module.save_pretrained(folder)  # type: ignore[operator]
 
     def options(self) -> dict[str, Any]:
         """The options that change f and do not show in the weights; factor and shift are 1 and 0 unless ``scaled``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def local_copy(source: str, files: Sequence[str]) -> Path:
     if not (Path(copy) / inner).is_dir():
         raise TrajOODError(f"model {source!r}: the repository {'/'.join(parts[:2])} has no folder {inner!r}")
     return Path(copy) / inner
+
+
+def name_of(source: str | Path) -> str:
+    """The default name of a model: that of its folder, also for ``.`` and ``..``, or its name on the hub."""
+    folder = Path(source).expanduser()
+    return Path(os.path.abspath(folder)).name if folder.is_dir() else str(source)
 
 
 def stored_options(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ They were never run on published weights, which this project could not download.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from traj_ood.autoencoders.base import Autoencoder, ModelInfo
-from traj_ood.autoencoders.hub import local_copy, read_config
+from traj_ood.autoencoders.base import Autoencoder, ModelInfo, shape_of
+from traj_ood.autoencoders.hub import local_copy, name_of, read_config
 from traj_ood.autoencoders.rae_decoder import HEADS, ViTDecoder
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.autoencoders.vision_encoder import RAE_ENCODERS, VisionTokens, encoder_from_weights, load_vision_model
@@ -36,6 +37,7 @@ from traj_ood.autoencoders.vit_mae import sine_cosine_table
 from traj_ood.backbones.image_processor import from_processor
 from traj_ood.data.preprocessing import Preprocessing, check_statistics
 from traj_ood.dynamics.chunks import rows_per_call
+from traj_ood.dynamics.fixed_function import trial_rows
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import check_digest, write_tensors
@@ -100,7 +102,7 @@ class PairAutoencoder(Autoencoder):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        input_shape: tuple[int, int, int],
+        input_shape: Sequence[int],
         *,
         name: str = "pair",
         encoder_size: int | None = None,
@@ -112,13 +114,13 @@ class PairAutoencoder(Autoencoder):
         chunk: int | None = None,
     ) -> None:
         channels = input_shape[0]
-        self.name, self.input_shape, self.has_cls = name, input_shape, has_cls
+        self.name, self.input_shape, self.has_cls = name, shape_of(input_shape), has_cls
         self.encoder_size = encoder_size or input_shape[1]
         self.mean, self.std = tuple(mean or (0.5,) * channels), tuple(std or (0.5,) * channels)
         check_statistics(name, channels, self.mean, self.std)
-        self.preprocessing = Preprocessing(input_shape, self.mean, self.std)
-        centre = torch.zeros(()) if centre is None else centre.float()
-        spread = torch.ones(()) if spread is None else spread.float()
+        self.preprocessing = Preprocessing(self.input_shape, self.mean, self.std)
+        centre = (torch.zeros(()) if centre is None else centre).float()
+        spread = (torch.ones(()) if spread is None else spread).float()
         if not bool((spread > 0).all()):
             raise TrajOODError(f"{name}: expected a positive spread of every latent, got {float(spread.min()):g}")
         self.module = _Pair(encoder, decoder, centre, spread).eval().requires_grad_(False)
@@ -129,7 +131,7 @@ class PairAutoencoder(Autoencoder):
         """Rows per call, from the number of tokens of one image that is passed through both networks."""
         where = f"{self.name}: encoder and decoder do not fit images of shape {self.input_shape}"
         with foreign_errors(where), torch.inference_mode():
-            latents = self.encode_batch(torch.zeros(1, *self.input_shape, device=self.device))
+            latents = self.encode_batch(trial_rows(self.input_shape, self.module)[:1])
             images = self.decode_batch(latents)
         if tuple(images.shape[1:]) != self.input_shape:
             raise TrajOODError(
@@ -186,7 +188,7 @@ class PairAutoencoder(Autoencoder):
         """Load a folder that :meth:`save_pretrained` or diffusers' ``AutoencoderRAE`` wrote."""
         folder = local_copy(str(source), ("config.json", "diffusion_pytorch_model.safetensors"))
         config = read_config(folder)
-        options.setdefault("name", folder.name)
+        options.setdefault("name", name_of(source))
         if config.get("_class_name") == "AutoencoderRAE":
             return cls._from_diffusers(folder, config, options)
         if config.get("model_type") != MODEL_TYPE:

@@ -282,7 +282,7 @@ class SurrogateAutoencoder(Autoencoder):
             TrajOODError: unreadable or damaged files, weights of another architecture or with NaN, or a backbone with
                 other weights or options than the one it was trained on.
         """
-        folder = Path(source)
+        folder = Path(source).expanduser()
         path = folder / "model.safetensors"
         with foreign_errors(f"{folder}: expected config.json and model.safetensors of a surrogate"):
             config = read_config(folder)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders.base import GRID, Autoencoder, ModelInfo
-from traj_ood.autoencoders.hub import DOWNLOAD, OPTIONS, stored_options
+from traj_ood.autoencoders.hub import DOWNLOAD, OPTIONS, name_of, stored_options
 from traj_ood.autoencoders.mae_network import DEFAULTS, MAENetwork, is_plain
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
@@ -124,8 +124,8 @@ class ViTMAE(Autoencoder):
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> ViTMAE:
         """Load a checkpoint by hub name, such as ``facebook/vit-mae-base``, or local folder."""
-        folder = Path(source)
-        options.setdefault("name", folder.name if folder.exists() else str(source))
+        folder = Path(source).expanduser()
+        options.setdefault("name", name_of(source))
         if any((folder / name).is_file() for name in _WEIGHTS):
             return cls._from_folder(folder, options)
         if folder.is_dir() or is_local(str(source)):
@@ -166,6 +166,11 @@ class ViTMAE(Autoencoder):
         names of published files, the only ones that version 4 knows. A mask is written beside them, and read from
         folders, not from the hub."""
         folder = Path(folder)
+        # First, so that an interrupted call leaves no folder that loads without its mask.
+        if self.mask_ratio:
+            write_json(folder / OPTIONS, {"mask_ratio": self.mask_ratio, "mask_seed": self.mask_seed})
+        else:
+            (folder / OPTIONS).unlink(missing_ok=True)
         network: Any = self.module
         if isinstance(network, MAENetwork):
             text = json.dumps(network.given, indent=2, sort_keys=True) + "\n"  # as transformers writes it
@@ -177,10 +182,6 @@ class ViTMAE(Autoencoder):
         weights = {published_name(key): value for key, value in self.module.state_dict().items()}
         write_tensors(folder / "model.safetensors", weights, beside=[json.loads(text), stored])
         write_json(folder / PROCESSOR, stored)
-        if self.mask_ratio:
-            write_json(folder / OPTIONS, {"mask_ratio": self.mask_ratio, "mask_seed": self.mask_seed})
-        else:
-            (folder / OPTIONS).unlink(missing_ok=True)
 
     def fingerprint(self) -> str:
         return fingerprint(self.module, [self.family, self.options()], own_name)
@@ -217,6 +218,7 @@ class ViTMAE(Autoencoder):
 
         There are four masks of ratio 0.75 (He et al.'s) with seeds 0 … 3, the same for every image.
         """
+        images = self._input(images)
         errors = torch.zeros(len(images), dtype=torch.float64)
         for seed in range(RECONSTRUCTION_MASKS):
             noise = _fixed_order(self.patches, RECONSTRUCTION_RATIO, seed)
@@ -244,7 +246,7 @@ class ViTMAE(Autoencoder):
             return (patch_error * hidden).sum(dim=1) / hidden.sum(dim=1)
 
         with self.fixed(), torch.inference_mode():
-            return apply_in_chunks(error, images.to(self.device), self.rows).cpu().double()  # MPS has no float64
+            return apply_in_chunks(error, images, self.rows).cpu().double()  # MPS has no float64
 
     def _patchify(self, images: Tensor) -> Tensor:
         return self.module.patchify(images)  # type: ignore[operator]
