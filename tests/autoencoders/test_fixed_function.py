@@ -23,7 +23,7 @@ from traj_ood.autoencoders import SurrogateAutoencoder, SurrogateNetwork
 from traj_ood.backbones import CallableBackbone, Features
 from traj_ood.data.preprocessing import Normalised
 from traj_ood.dynamics.device import set_tf32, standard_settings
-from traj_ood.dynamics.fixed_function import FixedFunction
+from traj_ood.dynamics.fixed_function import FixedFunction, KnownWeights
 from traj_ood.dynamics.jacobian import spectral_radii
 from traj_ood.training.surrogate import SurrogateRecipe, fit_surrogate
 
@@ -710,3 +710,11 @@ def test_functions_that_do_not_fit_are_named(shape: tuple[int, int, int], swappe
     told = f"own: encode of images \\(.*{error}.*: correct the function, or give .* input_shape \\(C, H, W\\) that fit"
     with pytest.raises(TrajOODError, match=told):
         model.encode(torch.rand(3, *shape))
+
+
+def test_weights_on_a_device_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here meta, in place of CUDA, which has no values to hash."""
+    monkeypatch.setattr(KnownWeights, "_hash", lambda self: [])
+    model = tiny.conv()
+    model.module.to("meta")
+    KnownWeights(model)

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from traj_ood.dynamics.chunks import apply_in_chunks
 from traj_ood.dynamics.fixed_function import FixedFunction
@@ -447,6 +448,15 @@ def test_the_host_reads_once_in_so_many_steps(look: int, monkeypatch: pytest.Mon
     list(iterate(f, iter(batches), chunk=192, max_steps=60, look=look, observers=[Norm()]))
     if look > 1:  # what observers measure comes with the next look; what is left of it with one more
         assert len(reads) <= -(-len(calls) // look) + len(batches) + 1
+
+
+def test_values_on_the_device_and_on_the_host_are_read_together() -> None:
+    """An observer may measure on either; here on a fake device, which knows shapes alone."""
+    with FakeTensorMode():
+        found = to_host([torch.ones(2, 3, device="xpu"), torch.ones(4), torch.ones(5, device="xpu").double()])
+    assert [(tuple(v.shape), v.device.type, v.dtype) for v in found] == [
+        (shape, "cpu", torch.float64) for shape in ((2, 3), (4,), (5,))
+    ]
 
 
 def test_low_precision_changes_over_at_the_same_step_however_often_the_host_looks() -> None:

@@ -382,7 +382,7 @@ class KnownWeights:
     def _mark(self) -> None:
         tensors = self._tensors()
         share = max(_MIN_VALUES, _SAMPLED_VALUES // max(1, len(tensors)))
-        self._sample = [torch.zeros(1, device="cpu"), *(_sample_of(t, share) for t in tensors)]
+        self._sample = [_sample_of(t, share) for t in tensors] or [torch.zeros(1, device="cpu")]
         self._marks, self._values = self._look(), torch.cat(self._sample)
 
     def _tensors(self) -> list[Tensor]:

@@ -9,20 +9,22 @@ from torch import Tensor
 
 
 def to_host(values: Sequence[Tensor]) -> list[Tensor]:
-    """Float64 copies of tensors on the CPU, in a single transfer, for which the host waits once.
+    """Float64 copies, on the CPU, of tensors on a device or on the CPU, in a single transfer, for which the host waits
+    once.
 
     On CUDA the transfer uses page-locked memory, so that the host waits only for the computation of these values.
     """
-    if all(value.device.type == "cpu" for value in values):
+    held = [value for value in values if value.device.type != "cpu"]
+    if not held:
         return [value.double() for value in values]
-    flat = torch.cat([value.flatten() for value in values])
+    flat = torch.cat([value.flatten() for value in held])
     if flat.device.type == "cuda":
         pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
         pinned.copy_(flat, non_blocking=True)
         torch.cuda.current_stream(flat.device).synchronize()
         flat = pinned
-    parts = flat.cpu().double().split([value.numel() for value in values])
-    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+    parts = iter(flat.cpu().double().split([value.numel() for value in held]))
+    return [value.double() if value.device.type == "cpu" else next(parts).view(value.shape) for value in values]
 
 
 def to_device(indices: Tensor, device: torch.device) -> Tensor:
