@@ -74,6 +74,7 @@ class DiffusersVAE(Autoencoder):
         ),
         "sdxl-vae": ModelInfo("diffusers:stabilityai/sdxl-vae", "SDXL's autoencoder, 84 M parameters, from the hub"),
     }
+    preprocessing: Preprocessing
     unsaved: ClassVar = {"image_size": int, "scaled": bool, "interpolation": str}
 
     def __init__(
@@ -154,7 +155,6 @@ class DiffusersVAE(Autoencoder):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model in diffusers' layout, with ``image_size``, ``scaled`` and ``interpolation`` beside it."""
-        assert self.preprocessing is not None  # made with the model
         own = {"scaled": self.scaled, "interpolation": self.preprocessing.interpolation}
         # First, so that an interrupted call leaves no folder that loads with other options.
         write_json(Path(folder) / OPTIONS, {"image_size": self.input_shape[1], **own})
@@ -162,7 +162,6 @@ class DiffusersVAE(Autoencoder):
 
     def options(self) -> dict[str, Any]:
         """The options that change f and do not show in the weights; factor and shift are 1 and 0 unless ``scaled``."""
-        assert self.preprocessing is not None  # made with the model
         own = {} if self.preprocessing.is_plain else {"interpolation": self.preprocessing.interpolation}
         return own | {
             "image_size": self.input_shape[1],

@@ -71,6 +71,7 @@ class ViTMAE(Autoencoder):
         "vit-mae-huge": ModelInfo("facebook/vit-mae-huge", "ViT-MAE huge, from the Hugging Face hub"),
     }
     unsaved: ClassVar = {"mask_ratio": float, "mask_seed": int}
+    preprocessing: Preprocessing
     has_cls = True
 
     def __init__(
@@ -177,7 +178,6 @@ class ViTMAE(Autoencoder):
         else:
             text = network.config.to_json_string()
         write_atomic(folder / "config.json", text.encode())
-        assert self.preprocessing is not None  # made with the model
         stored = to_processor(self.preprocessing)
         weights = {published_name(key): value for key, value in self.module.state_dict().items()}
         write_tensors(folder / "model.safetensors", weights, beside=[json.loads(text), stored])
@@ -188,7 +188,6 @@ class ViTMAE(Autoencoder):
 
     def options(self) -> dict[str, Any]:
         mask = {"mask_ratio": self.mask_ratio} | ({"mask_seed": self.mask_seed} if self.mask_ratio else {})
-        assert self.preprocessing is not None  # made with the model
         own = {} if self.preprocessing.is_plain else {"preprocessing": self.preprocessing.as_dict()}
         return {**mask, "mean": list(self.mean), "std": list(self.std), **own}
 
@@ -198,9 +197,9 @@ class ViTMAE(Autoencoder):
         return self._encode(images, self.noise, self.mask_ratio)[0]
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        if isinstance(self.module, MAENetwork):
-            return self.module.decode(latents, self._restore.to(latents.device) if self.mask_ratio else None)
-        return self._decode(latents, self._restore.to(latents.device).expand(latents.shape[0], -1))
+        if isinstance(self.module, MAENetwork) and not self.mask_ratio:
+            return self.module.decode(latents)
+        return self._decode(latents, self._restore.to(latents.device))
 
     def grid(self, latents: Tensor) -> Tensor:
         """As :meth:`Autoencoder.grid`. With a mask, the mean of the visible patches of each cell, without cells that
@@ -273,7 +272,7 @@ class ViTMAE(Autoencoder):
         if isinstance(self.module, MAENetwork):
             return self.module.decode(latents, restore)
         decoder: Any = self.module.decoder
-        return self.module.unpatchify(decoder(latents, restore).logits)  # type: ignore[operator]
+        return self.module.unpatchify(decoder(latents, restore.expand(latents.shape[0], -1)).logits)  # type: ignore[operator]
 
 
 PROCESSOR = "preprocessor_config.json"

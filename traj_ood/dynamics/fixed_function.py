@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from traj_ood.dynamics.device import standard_settings
 from traj_ood.dynamics.function_checks import FLOATS, TRIAL_ROWS, result_of
-from traj_ood.dynamics.own_functions import OwnFunctions, errors_of_functions
+from traj_ood.dynamics.own_functions import OwnFunctions, errors_of_functions, original
 from traj_ood.dynamics.workers import in_threads, single_threaded
 from traj_ood.errors import TrajOODError
 from traj_ood.io.extensions import own_code
@@ -319,7 +319,7 @@ _SWITCHED: dict[nn.Module, int] = {}
 
 def _lock_of(module: nn.Module) -> threading.RLock:
     with _GUARD:
-        return _LOCKS.setdefault(getattr(module, "_orig_mod", module), threading.RLock())  # what torch.compile wraps
+        return _LOCKS.setdefault(original(module), threading.RLock())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -179,9 +179,6 @@ class _Running:
             self.rows[keep], self.steps[keep], latents, self.cheap[keep], self.best[keep], self.best_step[keep]
         )
 
-    def with_more(self, other: _Running) -> _Running:
-        return _Running(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
-
 
 @dataclass(frozen=True)
 class _Points:
@@ -191,11 +188,14 @@ class _Points:
     steps: Tensor
     latents: Tensor
 
-    @classmethod
-    def joined(cls, parts: list[_Points]) -> _Points:
-        if len(parts) == 1:
-            return parts[0]
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+_Samples = TypeVar("_Samples", _Running, _Points)
+
+
+def _joined(parts: list[_Samples]) -> _Samples:
+    if len(parts) == 1:
+        return parts[0]
+    return type(parts[0])(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])))
 
 
 class _Engine:
@@ -303,7 +303,7 @@ class _Engine:
         chosen = torch.arange(len(self._waiting)) < self._room - len(self._running or ())
         new, self._waiting = self._waiting.take(chosen), self._waiting.take(~chosen)
         self._observe([_Points(new.rows, new.steps, new.latents)])
-        self._running = self._running.with_more(new) if self._running else new
+        self._running = _joined([self._running, new]) if self._running else new
 
     def _step(self, before: _Running) -> None:
         """Make some steps of the samples in progress, and read the results once."""
@@ -376,7 +376,7 @@ class _Engine:
         if self._beside:
             self._shown += shown
         if self._at_once:
-            points = _Points.joined(shown)
+            points = _joined(shown)
             for observer in self._at_once:
                 self._measure(observer, points)
         if self._look == 1:
@@ -384,7 +384,7 @@ class _Engine:
 
     def _measure_shown(self) -> None:
         if self._shown:
-            points, self._shown = _Points.joined(self._shown), []
+            points, self._shown = _joined(self._shown), []
             for observer in self._beside:
                 self._measure(observer, points)
 
