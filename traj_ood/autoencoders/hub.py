@@ -13,6 +13,7 @@ from traj_ood.io.trees import MAX_CONFIG, field_of, read_json
 
 DOWNLOAD = "download it on a machine with a network and pass the folder"
 """The remedy for a model that cannot be downloaded."""
+PROCESSOR = "preprocessor_config.json"
 OPTIONS = "traj_ood.json"
 """The file of a saved model with the options that its library's own files do not have."""
 
@@ -56,6 +57,6 @@ def stored_options(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     return {key: field_of(tree, key, kind, str(path)) for key, kind in kinds.items() if key in tree}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model's ``config.json``."""
-    return read_json(folder / "config.json", "the config of a model", "correct the folder", limit=MAX_CONFIG)
+def read_config(folder: Path, file: str = "config.json", what: str = "the config of a model") -> dict[str, Any]:
+    """Read a JSON file of a model's folder, called ``what`` in messages."""
+    return read_json(folder / file, what, "correct the folder", limit=MAX_CONFIG)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from traj_ood.autoencoders.base import Autoencoder, ModelInfo, shape_of
-from traj_ood.autoencoders.hub import local_copy, name_of, read_config
+from traj_ood.autoencoders.hub import PROCESSOR, local_copy, name_of, read_config
 from traj_ood.autoencoders.rae_decoder import HEADS, ViTDecoder
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.autoencoders.vision_encoder import RAE_ENCODERS, VisionTokens, encoder_from_weights, load_vision_model
@@ -41,7 +41,7 @@ from traj_ood.dynamics.fixed_function import trial_rows
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.io.checkpoints import read_weights
 from traj_ood.io.tensor_file import check_digest, write_tensors
-from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
+from traj_ood.io.trees import write_json
 from traj_ood.io.weights import below
 
 MODEL_TYPE = "traj_ood_pair"
@@ -172,7 +172,7 @@ class PairAutoencoder(Autoencoder):
             if not {"mean", "var"} <= stored.keys():
                 raise TrajOODError(f"{statistics}: expected the tensors mean and var, got {', '.join(sorted(stored))}")
             options |= {"centre": _as_tokens(stored["mean"]), "spread": _as_tokens((stored["var"] + RAE_EPS).sqrt())}
-        folder = local_copy(str(encoder), ("preprocessor_config.json",))
+        folder = local_copy(str(encoder), (PROCESSOR,))
         mean, std = _statistics_of(folder, decoding.channels)
         options = {"mean": mean, "std": std, **options}
         options.setdefault("name", f"{Path(encoder).name}+{Path(decoder).parent.name or 'decoder'}")
@@ -300,7 +300,6 @@ def _as_tokens(statistic: Tensor) -> Tensor:
 def _statistics_of(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of pixels in [0, 1] from the encoder's image processor; its sizes are ignored,
     because D makes images of another size."""
-    path = folder / "preprocessor_config.json"
-    stored = read_json(path, "the encoder's image processor", "correct the folder", limit=MAX_CONFIG)
     any_size = {"do_resize": True, "size": 1, "do_center_crop": False, "crop_pct": None}
-    return from_processor({**stored, **any_size}, (channels, 1, 1), str(path)).affine
+    stored = {**read_config(folder, PROCESSOR, "the encoder's image processor"), **any_size}
+    return from_processor(stored, (channels, 1, 1), str(folder / PROCESSOR)).affine

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from traj_ood.autoencoders.base import GRID, Autoencoder, ModelInfo
-from traj_ood.autoencoders.hub import DOWNLOAD, OPTIONS, name_of, stored_options
+from traj_ood.autoencoders.hub import DOWNLOAD, OPTIONS, PROCESSOR, name_of, read_config, stored_options
 from traj_ood.autoencoders.mae_network import DEFAULTS, MAENetwork, is_plain
 from traj_ood.autoencoders.registry import register_autoencoder
 from traj_ood.backbones.image_processor import from_processor, to_processor
@@ -25,7 +25,7 @@ from traj_ood.io.files import write_atomic
 from traj_ood.io.pretrained import from_pretrained, is_local, use_safetensors, whole_network
 from traj_ood.io.provenance import PACKAGE
 from traj_ood.io.tensor_file import check_digest, write_tensors
-from traj_ood.io.trees import MAX_CONFIG, read_json, write_json
+from traj_ood.io.trees import write_json
 from traj_ood.io.weights import check_weights, fingerprint, refuse_larger
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,7 +135,7 @@ class ViTMAE(Autoencoder):
 
     @classmethod
     def _from_folder(cls, folder: Path, options: dict[str, Any]) -> ViTMAE:
-        raw = _read_json(folder / "config.json")
+        raw = read_config(folder)
         if raw.get("model_type") != "vit_mae":
             raise TrajOODError(f"{folder}/config.json: expected model_type 'vit_mae', got {raw.get('model_type')!r}")
         path = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
@@ -144,7 +144,7 @@ class ViTMAE(Autoencoder):
             model = _built(raw, written, folder / "config.json", path)
         stored: dict[str, Any] = {}
         if (folder / PROCESSOR).is_file():
-            stored = _read_json(folder / PROCESSOR)
+            stored = read_config(folder, PROCESSOR)
             options.setdefault("preprocessing", _preprocessing(stored, {**DEFAULTS, **raw}, str(folder / PROCESSOR)))
         autoencoder = cls(model, **{**stored_options(folder, cls.unsaved), **options})
         check_digest(path, written, raw, stored)  # last: the other errors are more specific
@@ -275,7 +275,6 @@ class ViTMAE(Autoencoder):
         return self.module.unpatchify(decoder(latents, restore.expand(latents.shape[0], -1)).logits)  # type: ignore[operator]
 
 
-PROCESSOR = "preprocessor_config.json"
 _PROCESSORS = ("ViTImageProcessor", "ViTFeatureExtractor")  # with or without the suffix "Fast"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of precedence
 
@@ -298,7 +297,7 @@ def _fetched_processor(source: str) -> dict[str, Any]:
 
     where = f"model {source!r}: its {PROCESSOR}, which says how images are prepared, is not available"
     with foreign_errors(where, "; download the repository and pass the folder"):
-        return _read_json(Path(hf_hub_download(source, PROCESSOR)))
+        return read_config(Path(hf_hub_download(source, PROCESSOR)).parent, PROCESSOR)
 
 
 # transformers 5 renamed the tensors of ViT-MAE; published files have the names of transformers 4.
@@ -444,7 +443,3 @@ def _cells_of(noise: Tensor, visible: int) -> list[list[int]]:
         place = (row * GRID // side, column * GRID // side) if side > GRID else (row, column)
         cells.setdefault(place, []).append(token)
     return [cells[place] for place in sorted(cells)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, "a JSON file of a transformers checkpoint", "correct the folder", limit=MAX_CONFIG)

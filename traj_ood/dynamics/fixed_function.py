@@ -116,12 +116,10 @@ class FixedFunction:
         with ExitStack() as stack:
             for module in modules:
                 stack.enter_context(_lock_of(module))
-            parts = [parts_of(module) for module in modules]
-            for own in parts:
-                _check_type(self.name, own)
+            parts = [part for module in modules for part in parts_of(module)]
+            _check_type(self.name, parts)
             stack.enter_context(standard_settings())
-            for own in parts:
-                stack.enter_context(_evaluation_mode(own))
+            stack.enter_context(_evaluation_mode(parts))
             held.extend(modules)
             stack.callback(held.__delitem__, slice(len(held) - len(modules), None))
             yield
