@@ -249,6 +249,36 @@ def test_a_classifier_gets_a_surrogate_where_the_scorer_reads_trajectories(fake:
     assert np.array_equal(again.inference(Net(), ids["test"], False)[1], confidences)
 
 
+class Predicted(Images):
+    """Images that a net puts into one of ``kept`` classes, with these classes as labels."""
+
+    def __init__(self, net: Net, kept: list[int]) -> None:
+        super().__init__(400, 0)
+        with torch.no_grad():
+            found = net(self.data).argmax(1)
+        chosen = torch.isin(found, torch.tensor(kept))
+        self.data, self.found = self.data[chosen], found[chosen]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return super().__getitem__(i) | {"label": int(self.found[i])}
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2], [1, 2], [0, 2]])
+def test_labels_number_the_logits_though_a_class_has_no_image(fake: Path, kept: list[int]) -> None:
+    net, (ids, oods) = Net().eval(), loaders()
+    train = Predicted(net, kept)
+    post = made("she")
+    post.setup(net, {**ids, "train": DataLoader(train, batch_size=7)}, oods)
+    confidences = post.inference(net, ids["test"], False)[1]
+    patterns = torch.zeros(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        features = net(train.data, return_feature=True)[1].double()
+        logits, query = net(ids["test"].dataset.data, return_feature=True)
+    for label in kept:
+        patterns[label] = features[train.found == label].mean(0)
+    assert confidences == pytest.approx((query.double() * patterns[logits.argmax(1)]).sum(1).numpy(), abs=1e-6)
+
+
 def test_the_head_is_taken_only_where_it_makes_the_logits() -> None:
     net = Net().eval()
     head = backbone_of(net, SHAPE).head()
@@ -310,6 +340,25 @@ def test_the_sweep_walks_the_trajectories_once(fake: Path, monkeypatch: pytest.M
     post.hyperparam_search_done = True
     post.inference(net, ids["test"], False)
     assert list(post._sets)[-1] == ("trajectory:view=tokens:horizon=2",)  # and no other is computed any more
+
+
+def test_a_search_after_another_setup_scores_again(fake: Path) -> None:
+    """Python may give a new loader the id of one that is gone; here one list takes the part of both."""
+    net, (ids, oods) = AutoencoderNet(vit()), loaders()
+    post, alone = made("knn:k=3", sweep={"k": [3, 1]}), made("knn:k=3")
+    alone.setup(net, ids, oods)
+    ids["val"] = []
+    for seed in (100, 101):
+        ids["val"][:] = loader(9, seed)
+        post.setup(net, ids, oods)
+        found = post.inference(net, ids["val"], False)[1]
+        np.testing.assert_allclose(found, alone.inference(net, ids["val"], False)[1], rtol=1e-9)
+
+
+def test_a_view_is_taken_however_the_spec_is_written() -> None:
+    for spec in ("knn:view=cls", "knn: view=cls", "knn:k=5:view = cls"):
+        assert config_section(spec, search=False, sweep={})["postprocessor_args"]["view"] == "cls"
+    assert config_section("knn:k=5", search=False, sweep={})["postprocessor_args"]["view"] == "auto"
 
 
 def test_values_that_so_few_images_do_not_allow_leave_the_sweep(fake: Path) -> None:

@@ -71,7 +71,7 @@ class Bridge:
         the features of all training images. The images are used as the loader's data set returns them: without
         augmentation in OpenOOD's Evaluator, with the random crops of training in its pipelines.
         """
-        self._val = [d["val"] for d in (id_loader_dict, ood_loader_dict) if d and "val" in d]
+        self._val, self._searched = [d["val"] for d in (id_loader_dict, ood_loader_dict) if d and "val" in d], {}
         if self.setup_flag:
             self._bind(net)
             return
@@ -164,9 +164,8 @@ class Bridge:
             ids = ids_of(batch)
             parts.append(explored_part(ids, *scorers.explore(model.examine(batch["data"]), ids)))
             labels.append(batch["label"])
-        classes = torch.unique(torch.cat(labels), return_inverse=True)[1]
         self._dictionary, evidence = joined_parts(parts)
-        self._train = replace(evidence, labels=classes)
+        self._train = replace(evidence, labels=torch.cat(labels))  # as the logits are numbered, though some may lack
         for warning in self._dictionary.health().warnings if self._dictionary is not None else ():
             warn(f"unhealthy attractors: {warning}", stacklevel=3)
 
@@ -202,7 +201,7 @@ class Bridge:
 
     def _search(self, loader: Any, progress: bool) -> tuple[Any, dict[str, Any], Any]:
         """The scores of all combinations of the sweep on a validation loader, computed at the first call."""
-        known = self._searched.get(id(loader))  # ids are unique because _val keeps the loaders alive
+        known = self._searched.get(id(loader))  # unique, because _val keeps the loaders alive
         if known is None or self._spec() not in known[1]:
             specs = list(dict.fromkeys([*self.settings.grid(), self._spec()]))
             known = self._searched[id(loader)] = self._pass(loader, specs, progress)

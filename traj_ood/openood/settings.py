@@ -12,7 +12,7 @@ import yaml
 
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.io.files import write_atomic
-from traj_ood.io.options import read_options
+from traj_ood.io.options import read_options, split_pairs
 from traj_ood.scorers import SCORERS, create_scorer
 from traj_ood.scorers.base import FeatureScorer, spec_text
 
@@ -118,7 +118,8 @@ def config_section(spec: str, *, search: bool, sweep: Mapping[str, Sequence[Any]
     ``search`` and ``sweep`` as in :class:`Settings`."""
     scorer = create_scorer(spec)
     options = scorer.options()
-    if isinstance(scorer, FeatureScorer) and ":view=" not in spec:
+    given = {key for key, _ in split_pairs(spec.split(":")[1:], f"scorer {spec!r}")}
+    if isinstance(scorer, FeatureScorer) and "view" not in given:
         options["view"] = AUTO
     return {
         "name": PREFIX + scorer.name.replace("-", "_"),
