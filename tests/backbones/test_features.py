@@ -102,6 +102,22 @@ def test_another_process_and_other_batches_hit(tmp_path: Path) -> None:
     assert names == ["00000000.safetensors", "00000008.safetensors", "00000016.safetensors", "cache.json"]
 
 
+def test_blocks_do_not_depend_on_the_callers_settings(tmp_path: Path) -> None:
+    backbone, images = network(), source()
+    FeatureCache(tmp_path / "a").extract(backbone, images, range(COUNT))
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = FeatureCache(tmp_path / "b").extract(backbone, images, range(COUNT))[1]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert found is not None
+    assert found.features.dtype == torch.float32
+    one, other = ([p.read_bytes() for p in sorted((tmp_path / side).rglob("*.*"))] for side in "ab")
+    assert one == other
+
+
 def test_only_touched_blocks_are_read(tmp_path: Path) -> None:
     watched = Watched(source())
     FeatureCache(tmp_path).extract(network(), watched, range(9, 11))

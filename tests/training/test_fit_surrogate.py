@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,10 +281,39 @@ def test_files(tmp_path: Path) -> None:
     assert loaded.record == record
 
 
+def test_the_card_of_a_surrogate_without_noise(tmp_path: Path) -> None:
+    for noise, told in ((None, True), (0.0, False)):
+        fit(out=tmp_path / str(told), recipe=replace(QUICK, input_noise=noise))
+        assert ("to remove noise" in (tmp_path / str(told) / "README.md").read_text()) == told
+
+
 def test_unhealthy_attractors_are_told_of() -> None:
-    with pytest.warns(UserWarning, match=r"surrogate of custom:tiny: unhealthy attractors: only \d+"):
+    with pytest.warns(UserWarning, match=r"surrogate of custom:tiny: unhealthy attractors: only \d+") as told:
         model = fit(clustered(64, clusters=1), SurrogateRecipe(steps=60, hidden=(16,), bottleneck=4, jacobian=1.0))
     assert not model.record["health"]["healthy"]
+    assert {warning.filename for warning in told if "unhealthy" in str(warning.message)} == {__file__}
+
+
+def test_features_that_require_gradients_are_plain_numbers(tmp_path: Path) -> None:
+    values = clustered().requires_grad_(True)
+    model = fit(values * 1, out=tmp_path / "out")
+    assert model.fingerprint() == fit().fingerprint()
+    assert values.grad is None
+
+
+def test_the_callers_settings_change_nothing(benchmark: Benchmark, tmp_path: Path) -> None:
+    net, values = tiny.backbone(), clustered()
+    expected = [make(net, benchmark, tmp_path / "a").fingerprint(), fit_surrogate(net, values, QUICK).fingerprint()]
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = [make(net, benchmark, tmp_path / "b").fingerprint(), fit_surrogate(net, values, QUICK).fingerprint()]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+    one, other = (next((tmp_path / side / "features").rglob("0*.safetensors")).read_bytes() for side in "ab")
+    assert one == other
 
 
 def test_health_is_measured_on_at_most_2000_features() -> None:

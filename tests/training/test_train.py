@@ -91,6 +91,21 @@ def test_training_lowers_the_loss_and_writes_everything(
     assert not model.module.training
 
 
+def test_the_card_tells_of_noise_where_there_was_some(place: Path) -> None:
+    for noise, told in ((0.1, True), (0.0, False)):
+        train(place, f"out-{noise}", recipe={"epochs": 1, "input_noise": noise})
+        card = (place / f"out-{noise}" / "README.md").read_text()
+        assert ("trained to remove noise" in card) == told
+        assert ("Training loss (corrupted input, mean squared error" in card) == told
+        assert "mean squared error, normalised units)" in card
+
+
+def test_the_callers_random_numbers_are_the_callers(place: Path) -> None:
+    before = torch.get_rng_state()
+    train(place, "out", recipe={"epochs": 1})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_finished_training_is_not_replaced_unasked(place: Path) -> None:
     trained = train(place, "out", recipe={"epochs": 1})
     with pytest.raises(TrajOODError, match=r"out: holds a finished training \(training\.json\).*--fresh"):
@@ -317,6 +332,8 @@ def test_bundled_model_is_what_its_config_builds() -> None:
         ({"recipe": {"epochs": "three"}}, r"train\.yaml, key recipe.epochs: expected int, got 'three'"),
         ({"recipe": {"mask_ratios": 0.5}}, r"key recipe.mask_ratios: expected a list of floats, got 0\.5"),
         ({"recipe": {"mask_ratios": []}}, "mask_ratios: expected at least one, got none"),
+        ({"recipe": {"mask_ratios": [0.5, 1.5]}}, r"train: mask_ratios must be shares from 0 to 1, got \(0\.5, 1\.5\)"),
+        ({"recipe": {"mask_ratios": [-0.5]}}, r"train: mask_ratios must be shares from 0 to 1, got \(-0\.5,\)"),
         ({"recipe": {"learning_rate": True}}, "key recipe.learning_rate: expected float, got True"),
         ({"recipe": {"clip": math.inf}}, "key recipe.clip: expected float, got inf"),
         ({"seed": 10**12}, "key seed: expected int, got 1000000000000"),

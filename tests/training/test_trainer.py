@@ -131,6 +131,26 @@ def test_the_record_is_written_last_and_the_checkpoint_removed(tmp_path: Path) -
     assert record["versions"]["torch"]
 
 
+def test_the_record_of_an_earlier_training_goes_before_another_model_is_written(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text("{}")
+    run = trainer(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.interrupt_training(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(fresh=True)
+    assert (tmp_path / "training.json").is_file()  # and the model of that training, as it was
+    trainer(tmp_path).run()
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_a_log_that_a_kill_left_behind_its_checkpoint_is_completed(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    whole = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text("".join(whole.splitlines(keepends=True)[:1]))
+    trainer(tmp_path).run()
+    assert (tmp_path / "log.jsonl").read_text() == whole
+
+
 def test_a_loss_or_weights_that_are_not_finite_are_refused() -> None:
     run = trainer()
     run.scale = math.nan

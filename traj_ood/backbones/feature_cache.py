@@ -14,6 +14,7 @@ from traj_ood.data import ImageSource
 from traj_ood.data.batches import OnError, read_parts
 from traj_ood.data.images import check_unchanged
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.dynamics.own_functions import OwnFunctions, written_code
 from traj_ood.errors import TrajOODError
 from traj_ood.io.extensions import origin_of
@@ -48,6 +49,7 @@ class FeatureCache:
         self._parts.distrust()
         self._recent = None
 
+    @standard_settings()
     def extract(
         self, backbone: Backbone, images: ImageSource, indices: range, *, workers: int = 2, on_error: OnError = "raise"
     ) -> tuple[tuple[str, ...], Features | None, Failures]:

@@ -24,7 +24,7 @@ from traj_ood.training.card import autoencoder_card
 from traj_ood.training.classifier import check_classifier, train_classifier
 from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageLoss, ImageTrainer, TrainingImages
-from traj_ood.training.loop import Trainer, check_folder
+from traj_ood.training.loop import Trainer, check_folder, seeded
 
 _VALIDATION_IMAGES = 2000
 
@@ -84,8 +84,8 @@ def _train_autoencoder(
     config: TrainConfig, benchmark: Benchmark, out: Path, device: torch.device, fresh: bool, **progress: Any
 ) -> Autoencoder:
     images = TrainingImages(benchmark.train.images, (config.channels, config.image_size, config.image_size))
-    torch.manual_seed(config.seed)
-    model: Any = build_autoencoder(config, *images.statistics()).to(device)
+    with seeded(config.seed):
+        model: Any = build_autoencoder(config, *images.statistics()).to(device)
     loss, changed = reconstruction_loss(model, config.recipe), model.trainable_parameters().values()
     trainer = ImageTrainer(config, model.module, images, loss, out, parameters=changed, **progress)
     trainer.run(fresh)

@@ -11,18 +11,20 @@ from traj_ood.io.card import listed, markdown_card, numbers
 def autoencoder_card(name: str, record: Mapping[str, Any]) -> str:
     """Markdown card of an autoencoder: description, data, recipe, losses, convergence and versions."""
     config, log, validation = record["config"], record["log"], record["validation_loss"]
+    noise, hidden = config["recipe"]["input_noise"], any(config["recipe"]["mask_ratios"])
+    inputs = "corrupted input, " if noise or hidden else ""
+    blur = "; its reconstructions are blurred by design, since it was trained to remove noise" if noise else ""
     return markdown_card(
         name,
         [
             f"A {config['family']} autoencoder with {record['parameters']:,} parameters, trained by `traj-ood train` "
-            f"on {_training_split(record)}. Made for OOD detection with its latent dynamics z → E(D(z)); its "
-            "reconstructions are blurred by design, since it was trained to remove noise."
+            f"on {_training_split(record)}. Made for OOD detection with its latent dynamics z → E(D(z)){blur}."
         ],
         {
             "Recipe": [_recipe(record)],
             "Losses": [
-                f"Training loss (corrupted input, mean squared error, normalised units): {log[0]['loss']:.4f} after "
-                f"the first epoch, {log[-1]['loss']:.4f} after the last of {len(log)}."
+                f"Training loss ({inputs}mean squared error, normalised units): {log[0]['loss']:.4f} after the first "
+                f"epoch, {log[-1]['loss']:.4f} after the last of {len(log)}."
                 + (f" Clean reconstruction of held-out ID images: {validation:.4f}." if validation is not None else "")
             ],
             "Convergence": _convergence(record["health"]),
@@ -67,8 +69,9 @@ def surrogate_card(record: Mapping[str, Any]) -> str:
         f"Surrogate of {backbone['name']}",
         [
             f"An autoencoder ({widths} and back, {record['parameters']:,} parameters) of the frozen backbone's "
-            f"standardised features, trained on {data['trained_on']:,} images ({source}) to remove noise. Made for OOD "
-            "detection with its latent dynamics z → E(D(z)).",
+            f"standardised features, trained on {data['trained_on']:,} images ({source})"
+            f"{' to remove noise' if record['input_noise'] else ''}. Made for OOD detection with its latent dynamics "
+            "z → E(D(z)).",
             {
                 "held-out loss: denoising, clean": numbers(
                     (record["validation_loss"], record["validation_clean"]), ".4f"

@@ -19,6 +19,7 @@ from traj_ood.scorers.labels import class_order
 from traj_ood.training.card import classifier_card
 from traj_ood.training.config import Recipe, TrainConfig
 from traj_ood.training.images import ImageLoss, ImageTrainer, TrainingImages
+from traj_ood.training.loop import seeded
 
 _READ_IMAGES = 512
 
@@ -45,8 +46,8 @@ def train_classifier(
     shape = (config.channels, config.image_size, config.image_size)
     arguments = {k: v for k, v in config.model.items() if k != "architecture"}
     arguments |= {"num_classes": len(classes), "in_chans": config.channels}
-    torch.manual_seed(config.seed)
-    network = new_network(config.model["architecture"], **arguments).to(device)
+    with seeded(config.seed):
+        network = new_network(config.model["architecture"], **arguments).to(device)
     images = TrainingImages(benchmark.train.images, shape)
     mean, std = images.statistics()
     loss = cross_entropy(network, _targets(benchmark.train, classes), config.recipe)

@@ -90,6 +90,8 @@ class Recipe:
                 raise unknown_name(f"train {key}", str(getattr(self, key)), known)
         if not self.mask_ratios:
             raise TrajOODError("train: mask_ratios: expected at least one, got none")
+        if not all(0 <= ratio <= 1 for ratio in self.mask_ratios):
+            raise TrajOODError(f"train: mask_ratios must be shares from 0 to 1, got {self.mask_ratios}")
         if self.loss == "masked" and min(self.mask_ratios) == 0:
             raise TrajOODError(
                 "train: loss 'masked': expected mask ratios above 0, got 0, which leaves nothing to predict: remove it"

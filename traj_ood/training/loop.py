@@ -7,6 +7,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,7 @@ class Trainer(ABC):
         """
         if not fresh:
             self.resume()
-        if not self.finished:
-            self.save()  # fails now, before hours of work, if the folder is not writable
+        self.save()  # fails now, before hours of work, if the folder is not writable
         try:
             with tqdm(
                 total=self.steps,
@@ -185,13 +185,14 @@ class Trainer(ABC):
                     self.train_round(bar)
         finally:
             self.module.eval().requires_grad_(False)
+        if self.out is not None:  # the record of an earlier training does not describe the model that is written next
+            (self.out / RECORD).unlink(missing_ok=True)
 
     def train_round(self, bar: tqdm[Any]) -> None:
         """Run the next round: ``round_steps`` steps (the last round may be shorter), then :meth:`check`."""
         began, seed, before, total = time.perf_counter(), self._seed + len(self.log), self.step, 0.0
         draws = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # for dropout
+        with seeded(seed, self.device):  # for dropout
             self.module.train()
             for p in self.parameters:
                 p.requires_grad_(True)
@@ -263,6 +264,15 @@ class Trainer(ABC):
             write_atomic(self.out / "README.md", card.encode())
             write_json(self.out / RECORD, record, sort_keys=True)
             (self.out / _CHECKPOINT).unlink(missing_ok=True)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Context in which torch draws from ``seed``, on the CPU and on ``device``; the caller's random state comes back at
+    the end."""
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_folder(out: Path, fresh: bool) -> None:

@@ -25,7 +25,7 @@ from traj_ood.io.trees import as_json
 from traj_ood.scorers.scorer_set import ScorerSet
 from traj_ood.training.card import surrogate_card
 from traj_ood.training.config import Recipe, check_bounds
-from traj_ood.training.loop import SEED_STRIDE, Trainer, shuffled
+from traj_ood.training.loop import SEED_STRIDE, Trainer, seeded, shuffled
 from traj_ood.training.penalties import squared_asymmetry, squared_jacobian
 
 MIN_FEATURES = 32
@@ -124,6 +124,7 @@ class SurrogateRecipe:
         )
 
 
+@training_settings()
 def fit_surrogate(
     backbone: Backbone,
     features: Tensor,
@@ -162,15 +163,14 @@ def fit_surrogate(
     recipe = recipe or SurrogateRecipe()
     check_features(f"surrogate of {backbone.name}", features, backbone.feature_dim)
     check_count(backbone, len(features))
-    with training_settings():
-        features = features.float().clone() if features.is_inference() else features.float()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = recipe.network(backbone.feature_dim)
-        network.set_statistics(features)
-        model = SurrogateAutoencoder(backbone, network.to(backbone.device), name=name)
-        trainer = SurrogateTrainer(model, features, recipe, seed, out, quiet)
-        trainer.run(fresh)
+    features = features.detach().to("cpu", torch.float32)  # where rows are drawn
+    features = features.clone() if features.is_inference() else features
+    with seeded(seed):
+        network = recipe.network(backbone.feature_dim)
+    network.set_statistics(features)
+    model = SurrogateAutoencoder(backbone, network.to(backbone.device), name=name)
+    trainer = SurrogateTrainer(model, features, recipe, seed, out, quiet)
+    trainer.run(fresh)
     if out is not None:
         model.save_pretrained(out, asdict(recipe))
     model.record = _record(model, trainer, data)
@@ -353,7 +353,7 @@ def _record(model: SurrogateAutoencoder, trainer: SurrogateTrainer, data: Mappin
 def warn_of_health(model: SurrogateAutoencoder) -> None:
     """Warn of each reason in the model's record why its attractors are unhealthy."""
     for text in model.record.get("health", {}).get("warnings", []):
-        warn(f"surrogate of {model.backbone.name}: unhealthy attractors: {text}", stacklevel=3)
+        warn(f"surrogate of {model.backbone.name}: unhealthy attractors: {text}", stacklevel=4)
 
 
 def check_count(backbone: Backbone, count: int) -> None:
@@ -368,5 +368,5 @@ def check_count(backbone: Backbone, count: int) -> None:
 def _digest(features: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(features.shape)).encode())
     for block in features.split(4096):
-        digest.update(block.cpu().contiguous().numpy().data)
+        digest.update(block.contiguous().numpy().data)
     return digest.hexdigest()

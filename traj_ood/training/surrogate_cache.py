@@ -21,6 +21,7 @@ from traj_ood.data import Benchmark, ImageSource, preflight
 from traj_ood.data.batches import OnError, ranges_of
 from traj_ood.data.contents import distrust
 from traj_ood.dynamics.behaviour import agree, transform_digest
+from traj_ood.dynamics.device import standard_settings
 from traj_ood.errors import TrajOODError, check_word
 from traj_ood.io.extensions import imported, origin_of
 from traj_ood.io.files import cache_folder
@@ -39,6 +40,7 @@ LIMIT = 50_000
 """Maximum number of training features: 400 MB at 2,048 dimensions."""
 
 
+@standard_settings()
 def surrogate_for(
     backbone: str | Backbone,
     benchmark: Benchmark,
