@@ -193,6 +193,18 @@ def test_timm_folder_gives_timms_own_numbers(tmp_path: Path, architecture: str, 
     assert backbone.feature_dim == weight.shape[1]
 
 
+def test_timm_network_of_double_precision() -> None:
+    network = new_network("test_resnet", num_classes=3).double()
+    backbone = TimmBackbone(network, name="double", spec="timm:test_resnet")
+    images = pictures(backbone, 2)
+    answer = backbone.extract(images)
+    assert answer.features.dtype == torch.float64
+    with torch.no_grad():
+        torch.testing.assert_close(answer.logits, network(images.double()), rtol=1e-9, atol=1e-9)
+    weight, bias = backbone.head() or pytest.fail("no head")
+    torch.testing.assert_close(answer.features @ weight.T + bias, answer.logits, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("architecture", "arguments"), [("test_resnet", {}), ("test_vit", {"img_size": 32})])
 def test_rows_never_depend_on_the_batch(tmp_path: Path, architecture: str, arguments: dict[str, Any]) -> None:
     timm_folder(tmp_path, architecture, **arguments)

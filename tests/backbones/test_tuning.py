@@ -17,6 +17,7 @@ from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.backbones.packing import pack_backbone, unpack_backbone
 from traj_ood.backbones.tuning import Calls, fastest, tuned
 from traj_ood.data.images import ArrayImages
+from traj_ood.data.preprocessing import Preprocessing
 
 Timed = list[Calls]
 
@@ -144,3 +145,25 @@ def test_cached_features_are_those_of_one_way(tmp_path: Path) -> None:
         assert backbone.count == calls, (rows, last)
     assert len(list(tmp_path.iterdir())) == 3
     assert cache.extract(backbone, images, range(9))[0] == images.ids
+
+
+class Narrow(Backbone):
+    """Rounds every row but the first differently, as a processor may do in narrow products."""
+
+    library = "narrow"
+
+    def __init__(self) -> None:
+        self.name = self.spec = "narrow:5"
+        self.input_shape, self.feature_dim = (1, 8, 8), 5
+        self.preprocessing, self.module = Preprocessing(self.input_shape), nn.Linear(64, 5)
+
+    def forward_batch(self, images: Tensor) -> Features:
+        features = self.module(images.flatten(1))
+        return Features(features * (1 + 2e-7 * (torch.arange(len(features)) > 0).float()[:, None]), None)
+
+
+def test_a_network_that_rounds_by_place_is_called_row_by_row_in_every_way(tmp_path: Path) -> None:
+    backbone = tuned(Narrow(), tmp_path)
+    images = torch.randn(24, 1, 8, 8)
+    assert torch.equal(backbone.extract(images).features.roll(1, 0), backbone.extract(images.roll(1, 0)).features)
+    assert backbone.chunk == 1

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from traj_ood.backbones.base import Backbone, Features
 from traj_ood.data.preprocessing import Preprocessing
+from traj_ood.dynamics.fixed_function import trial_rows
 from traj_ood.errors import TrajOODError, foreign_errors
 
-_TRIAL_ROWS = 2
 PACKED_WEIGHTS = "backbone.safetensors"
 """File name of the weights of a packed backbone."""
 
@@ -54,7 +54,7 @@ class NetworkBackbone(Backbone):
     def _first_answer(self) -> Features:
         where = f"{self.name}: cannot process images of shape {self.input_shape}, as its preprocessing returns them"
         with foreign_errors(where):
-            answer = self.forward_batch(trial_images(self.input_shape))
+            answer = self.forward_batch(trial_rows(self.input_shape, self.module))
         if answer.features.ndim != 2:
             raise TrajOODError(
                 f"{self.name}: expected one feature vector per image, got shape {tuple(answer.features.shape)}"
@@ -91,12 +91,14 @@ class ClassifierInputBackbone(NetworkBackbone):
         return Features(caught[-1].flatten(1), logits)
 
 
-def find_classifier(name: str, module: nn.Module, call: Callable[[Tensor], Tensor], images: Tensor) -> nn.Linear:
-    """The linear layer whose output is the network's output, found by running the network on ``images``."""
+def find_classifier(
+    name: str, module: nn.Module, call: Callable[[Tensor], Tensor], shape: tuple[int, int, int]
+) -> nn.Linear:
+    """The linear layer whose output is the network's output, found by running the network on images of ``shape``."""
     module.eval()
     made: list[tuple[nn.Linear, Tensor]] = []
     with _watch_linear_layers(module, made), torch.inference_mode():
-        logits = call(images)
+        logits = call(trial_rows(shape, module))
     for layer, output in reversed(made):
         if output.shape == logits.shape and torch.equal(output, logits):
             return layer
@@ -122,17 +124,12 @@ def _watch_linear_layers(module: nn.Module, made: list[tuple[nn.Linear, Tensor]]
 
 def _is_linear_in(answer: Features, classifier: nn.Linear) -> bool:
     """Whether W h + b equals the network's logits up to float32 rounding, so no norm or activation lies between."""
-    features, logits = answer.features.float(), answer.logits
+    features, logits = answer.features, answer.logits
     if logits is None or classifier.weight.shape != (logits.shape[1], features.shape[1]):
         return False
     own = functional.linear(features, classifier.weight, classifier.bias)
     scale = max(1.0, float(logits.abs().max()))
     return bool(((own - logits).abs() <= 1e-4 * scale).all())
-
-
-def trial_images(shape: tuple[int, int, int]) -> Tensor:
-    """Two images of noise (2, C, H, W), always the same."""
-    return torch.randn(_TRIAL_ROWS, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def name_of(module: nn.Module, layer: nn.Module) -> str:

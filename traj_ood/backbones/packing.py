@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from traj_ood.backbones.base import Backbone
-from traj_ood.backbones.network import trial_images
 from traj_ood.backbones.registry import LIBRARIES
 from traj_ood.data.preprocessing import preprocessing_differences
+from traj_ood.dynamics.fixed_function import trial_rows
 from traj_ood.errors import TrajOODError, foreign_errors
 from traj_ood.io.families import Families, M
 from traj_ood.io.trees import as_json, field_of
@@ -107,7 +107,7 @@ def _same_answers(packed: Backbone, rebuilt: Backbone) -> bool:
     shapes = [(backbone.feature_dim, backbone.classes, backbone.input_shape) for backbone in (packed, rebuilt)]
     if shapes[0] != shapes[1]:
         return False
-    images = trial_images(packed.input_shape)
+    images = trial_rows(packed.input_shape, packed.module)
     expected, found = packed.extract(images), rebuilt.extract(images)
     pairs = [(expected.features, found.features)]
     if expected.logits is not None and found.logits is not None:

@@ -10,13 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from traj_ood.backbones.image_processor import check_agreement, interpolation_of
-from traj_ood.backbones.network import (
-    PACKED_WEIGHTS,
-    ClassifierInputBackbone,
-    find_classifier,
-    name_of,
-    trial_images,
-)
+from traj_ood.backbones.network import PACKED_WEIGHTS, ClassifierInputBackbone, find_classifier, name_of
 from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.errors import foreign_errors, unknown_name
@@ -66,7 +60,7 @@ class TorchvisionBackbone(ClassifierInputBackbone):
         made = cls(
             network,
             network,
-            find_classifier(shown, network, network, trial_images(shape)),
+            find_classifier(shown, network, network, shape),
             name=shown,
             spec=spec,
             preprocessing=preprocessing,
@@ -127,7 +121,7 @@ def _from_file(architecture: str, path: Path, shape: tuple[int, int, int]) -> nn
     weights = _renamed(read_weights(path))
     network = _build(architecture)
     prefix = prefix_of(weights, next(iter(network.state_dict())))
-    last = name_of(network, find_classifier(f"torchvision:{architecture}", network, network, trial_images(shape)))
+    last = name_of(network, find_classifier(f"torchvision:{architecture}", network, network, shape))
     rows = len(weights[f"{prefix}{last}.weight"]) if f"{prefix}{last}.weight" in weights else 1000
     if rows != 1000:
         network = _build(architecture, num_classes=rows)

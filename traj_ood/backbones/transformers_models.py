@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from traj_ood.backbones.base import Features
 from traj_ood.backbones.image_processor import check_agreement, from_processor
-from traj_ood.backbones.network import (
-    ClassifierInputBackbone,
-    NetworkBackbone,
-    find_classifier,
-    trial_images,
-)
+from traj_ood.backbones.network import ClassifierInputBackbone, NetworkBackbone, find_classifier
 from traj_ood.backbones.registry import register_backbone
 from traj_ood.data.preprocessing import Preprocessing, trial_pictures
 from traj_ood.errors import TrajOODError
@@ -86,7 +81,7 @@ class TransformersEncoder(NetworkBackbone):
         def call(images: Tensor) -> Tensor:
             return network(pixel_values=images).logits
 
-        layer = find_classifier(shown, network, call, trial_images(preprocessing.shape))
+        layer = find_classifier(shown, network, call, preprocessing.shape)
         return TransformersClassifier(network, call, layer, **settings)
 
     def pack(self, folder: Path) -> dict[str, Any]:

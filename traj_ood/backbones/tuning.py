@@ -51,7 +51,11 @@ def tuned(backbone: B, root: Path | None = None) -> B:
     the libraries. Features of two ways agree up to float32 rounding, about 1e-6. A detector keeps the way it was fitted
     with on every machine.
     """
-    if backbone.library == "custom" or backbone.chunk != ROWS or backbone.device.type != "cpu" or not backbone.ladder:
+    if backbone.library == "custom" or backbone.device.type != "cpu":
+        return backbone
+    with backbone.fixed(), torch.inference_mode():
+        backbone.try_once()  # it may reduce chunk, or empty ladder
+    if backbone.chunk != ROWS or not backbone.ladder:
         return backbone
     name = hashlib.sha256(json.dumps([backbone.fingerprint(), package_digest(), *machine()]).encode()).hexdigest()
     path = (root or cache_folder()) / "calls" / f"{name[:32]}.json"
