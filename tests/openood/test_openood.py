@@ -284,6 +284,11 @@ def test_the_head_is_taken_only_where_it_makes_the_logits() -> None:
     head = backbone_of(net, SHAPE).head()
     assert head is not None
     assert torch.equal(head[0], net.fc.weight)
+    try:
+        torch.set_default_dtype(torch.float64)  # which is not the type of this net
+        assert backbone_of(net, SHAPE).head() is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
     net.get_fc = lambda: (np.zeros((3, 6)), np.zeros(3))  # type: ignore[method-assign]
     assert backbone_of(net, SHAPE).head() is None
 
@@ -292,8 +297,8 @@ def test_the_head_is_taken_only_where_it_makes_the_logits() -> None:
     ("net", "message"),
     [
         (Featureless(), r"net Featureless: expected \(logits, features\) .* does not take return_feature"),
-        (Net("logits"), r"this network returns one tensor \(8, 3\) with return_feature=True: use a network of"),
-        (Net("map"), r"got \(8, 3\), \(8, 6, 1\): use a network of openood.networks that does, or an AutoencoderNet"),
+        (Net("logits"), r"this network returns one tensor \(2, 3\) with return_feature=True: use a network of"),
+        (Net("map"), r"got \(2, 3\), \(2, 6, 1\): use a network of openood.networks that does, or an AutoencoderNet"),
     ],
 )
 def test_a_net_without_features_is_refused(fake: Path, net: nn.Module, message: str) -> None:

@@ -143,7 +143,7 @@ class _Blocks:
         key = f"{self._group}/{number * BLOCK:08d}"
         block = self._parts.load(key)
         if block is None:
-            indices = range(number * BLOCK, min((number + 1) * BLOCK, len(self.images)))
+            indices = range(len(self.images))[number * BLOCK : (number + 1) * BLOCK]
             block = self._extract(indices, workers, on_error)
             check_unchanged(self.images, indices, self._contents)
             if not block.failures:
@@ -156,8 +156,7 @@ class _Blocks:
         ids: list[str] = []
         failures: Failures = []
         columns: tuple[list[Tensor], list[Tensor]] = ([], [])
-        starts = range(indices.start, indices.stop, _READ_IMAGES)
-        parts = [range(start, min(start + _READ_IMAGES, indices.stop)) for start in starts]
+        parts = [indices[start : start + _READ_IMAGES] for start in range(0, len(indices), _READ_IMAGES)]
         for batch in read_parts(self.backbone, self.images, parts, workers, on_error):
             ids += batch.ids
             failures += batch.failures

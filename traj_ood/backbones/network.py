@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -83,11 +83,8 @@ class ClassifierInputBackbone(NetworkBackbone):
 
     def forward_batch(self, images: Tensor) -> Features:
         caught: list[Tensor] = []
-        handle = self._layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        try:
+        with self._layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0])):
             logits = self._call(images)
-        finally:
-            handle.remove()
         return Features(caught[-1].flatten(1), logits)
 
 
@@ -96,30 +93,19 @@ def find_classifier(
 ) -> nn.Linear:
     """The linear layer whose output is the network's output, found by running the network on images of ``shape``."""
     module.eval()
-    made: list[tuple[nn.Linear, Tensor]] = []
-    with _watch_linear_layers(module, made), torch.inference_mode():
+    made: list[tuple[nn.Module, Tensor]] = []
+    with ExitStack() as hooks, torch.inference_mode():
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                hooks.enter_context(layer.register_forward_hook(lambda own, _, output: made.append((own, output))))
         logits = call(trial_rows(shape, module))
     for layer, output in reversed(made):
-        if output.shape == logits.shape and torch.equal(output, logits):
+        if isinstance(layer, nn.Linear) and output.shape == logits.shape and torch.equal(output, logits):
             return layer
     raise TrajOODError(
         f"{name}: its logits are not the output of one linear layer, so it has no penultimate features: use timm's "
         "version of the architecture, or traj_ood.backbones.CallableBackbone"
     )
-
-
-@contextmanager
-def _watch_linear_layers(module: nn.Module, made: list[tuple[nn.Linear, Tensor]]) -> Iterator[None]:
-    def watch(layer: nn.Module, _: Any, output: Tensor) -> None:
-        assert isinstance(layer, nn.Linear)
-        made.append((layer, output))
-
-    handles = [m.register_forward_hook(watch) for m in module.modules() if isinstance(m, nn.Linear)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_linear_in(answer: Features, classifier: nn.Linear) -> bool:

@@ -22,7 +22,7 @@ import torch
 from traj_ood.backbones.base import Backbone
 from traj_ood.dynamics.chunks import ROWS
 from traj_ood.errors import TrajOODError
-from traj_ood.io.files import cache_folder, write_atomic
+from traj_ood.io.files import write_atomic
 from traj_ood.io.provenance import package_digest
 from traj_ood.io.trees import field_of, read_json
 
@@ -42,14 +42,13 @@ class Calls:
     channels_last: bool
 
 
-def tuned(backbone: B, root: Path | None = None) -> B:
+def tuned(backbone: B, root: Path) -> B:
     """Set ``chunk`` and ``channels_last`` of a backbone to the fastest way on this machine, and return it.
 
     Call it before any feature is extracted. A backbone is left unchanged if it is the user's own code, has a ``chunk``
-    that was set, is on a GPU, takes no other number of rows, or if the decision cannot be stored: in ``root/calls``
-    (default: in the cache folder), in a file per network, machine, number of threads and version of this package and
-    the libraries. Features of two ways agree up to float32 rounding, about 1e-6. A detector keeps the way it was fitted
-    with on every machine.
+    that was set, is on a GPU, takes no other number of rows, or if the decision cannot be stored: in ``root/calls``, in
+    a file per network, machine, number of threads and version of this package and the libraries. Features of two ways
+    agree up to float32 rounding, about 1e-6. A detector keeps the way it was fitted with on every machine.
     """
     if backbone.library == "custom" or backbone.device.type != "cpu":
         return backbone
@@ -58,7 +57,7 @@ def tuned(backbone: B, root: Path | None = None) -> B:
     if backbone.chunk != ROWS or not backbone.ladder:
         return backbone
     name = hashlib.sha256(json.dumps([backbone.fingerprint(), package_digest(), *machine()]).encode()).hexdigest()
-    path = (root or cache_folder()) / "calls" / f"{name[:32]}.json"
+    path = root / "calls" / f"{name[:32]}.json"
     try:
         if not path.is_file():
             decision = {"backbone": backbone.name, **asdict(fastest(backbone))}

@@ -13,6 +13,7 @@ from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.backbones import Backbone, CallableBackbone, Features
 from traj_ood.backbones.openood_networks import logits_and_features
 from traj_ood.data.preprocessing import Preprocessing
+from traj_ood.dynamics.fixed_function import trial_rows
 from traj_ood.errors import TrajOODError
 
 
@@ -91,7 +92,7 @@ def backbone_of(net: nn.Module, shape: tuple[int, ...]) -> Backbone:
         logits, features = _features_of(net, images)
         return Features(features, logits)
 
-    probe = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)).to(device_of(net))
+    probe = trial_rows(shape, net)
     with torch.inference_mode():
         logits, features = _features_of(net, probe)
         head = _head_of(net, features, logits)

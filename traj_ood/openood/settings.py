@@ -103,13 +103,10 @@ class Settings(Learning):
             del options["view"]
         return spec_text(self.scorer, options)
 
-    def combinations(self) -> list[dict[str, Any]]:
-        """All combinations of the sweep."""
-        return [dict(zip(self.sweep, values, strict=True)) for values in itertools.product(*self.sweep.values())]
-
     def grid(self) -> list[str]:
-        """The specs to compute in one pass over the images, the default first."""
-        swept = [self.spec(**combination) for combination in self.combinations()] if self.search else []
+        """The specs to compute in one pass over the images, the default first: in a search, of all combinations."""
+        combinations = itertools.product(*self.sweep.values()) if self.search else ()
+        swept = (self.spec(**dict(zip(self.sweep, values, strict=True))) for values in combinations)
         return list(dict.fromkeys([self.spec(), *swept]))
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from traj_ood.backbones import Backbone, load_backbone
 from traj_ood.backbones.timm_models import new_network, save_folder
 from traj_ood.data import Benchmark, Split
-from traj_ood.data.batches import read_rows
+from traj_ood.data.batches import ranges_of, read_rows
 from traj_ood.errors import TrajOODError, unknown_name
 from traj_ood.scorers.labels import class_order
 from traj_ood.training.card import classifier_card
@@ -95,8 +95,7 @@ def accuracy(backbone: Backbone, split: Split, classes: Sequence[str]) -> dict[s
         TrajOODError: a label that is not among the classes, or an image that cannot be read.
     """
     targets, right = _targets(split, classes), 0
-    for start in range(0, len(targets), _READ_IMAGES):
-        rows = range(start, min(start + _READ_IMAGES, len(targets)))
+    for rows in ranges_of(len(targets), _READ_IMAGES):
         logits = backbone.extract(read_rows(backbone, split.images, rows).images).logits
         assert logits is not None
         right += int((logits.argmax(dim=1).cpu() == targets[rows.start : rows.stop]).sum())

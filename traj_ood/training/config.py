@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from traj_ood.errors import TrajOODError, unknown_name
+from traj_ood.errors import TrajOODError, check_word, unknown_name
 from traj_ood.io.options import option_kinds, read_options
 from traj_ood.io.provenance import PACKAGE
 from traj_ood.io.trees import as_json, read_yaml
@@ -85,9 +85,7 @@ class Recipe:
         }
         check_bounds(self, "train", bounds)
         for key in ("optimizer", "schedule", "loss", "precision"):
-            known = get_args(option_kinds(Recipe)[key])
-            if getattr(self, key) not in known:
-                raise unknown_name(f"train {key}", str(getattr(self, key)), known)
+            check_word(f"train {key}", getattr(self, key), option_kinds(Recipe)[key])
         if not self.mask_ratios:
             raise TrajOODError("train: mask_ratios: expected at least one, got none")
         if not all(0 <= ratio <= 1 for ratio in self.mask_ratios):

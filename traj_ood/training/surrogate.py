@@ -231,7 +231,7 @@ class SurrogateTrainer(Trainer):
                 "recipe": as_json(asdict(recipe)),
                 "seed": seed,
                 "backbone": model.backbone_fingerprint,
-                "features": _digest(features) if out is not None else "",
+                "features": hashlib.sha256(features.contiguous().numpy().data).hexdigest() if out is not None else "",
             },
             quiet=quiet,
         )
@@ -363,10 +363,3 @@ def check_count(backbone: Backbone, count: int) -> None:
             f"surrogate of {backbone.name}: expected features of at least {MIN_FEATURES} ID training images, got "
             f"{count}: give more images"
         )
-
-
-def _digest(features: Tensor) -> str:
-    digest = hashlib.sha256(repr(tuple(features.shape)).encode())
-    for block in features.split(4096):
-        digest.update(block.contiguous().numpy().data)
-    return digest.hexdigest()
