@@ -110,6 +110,30 @@ def test_answers_of_another_shape_or_nan() -> None:
         wrong.extract(images)
 
 
+def test_a_head_that_makes_other_logits_is_refused() -> None:
+    body, norm, layer = nn.Linear(16, 6), nn.BatchNorm1d(6).eval(), nn.Linear(6, 6)
+    norm.running_mean = torch.ones(6)
+
+    def forward(images: Tensor) -> Features:
+        hidden = norm(body(images.flatten(1)))
+        return Features(hidden, layer(hidden))
+
+    def extract(*head: Tensor) -> Features:
+        module = nn.ModuleList([body, norm, layer])
+        options = {"module": module, "classes": 6, "name": "mine", "chunk": 6, "head": head}
+        return CallableBackbone(forward, (1, 4, 4), 6, **options).extract(torch.rand(2, 1, 4, 4))
+
+    weight, bias = layer.weight, layer.bias
+    assert extract(weight, bias).logits is not None
+    for head in ((weight.T, bias), (weight, bias + 1), (weight[:5], bias[:5]), (weight, bias[:1]), (body.weight, bias)):
+        with pytest.raises(TrajOODError, match=r"mine: head: expected weight \(6, 6\) and bias \(6,\) of the layer"):
+            extract(*head)
+    with torch.no_grad():
+        body.weight.fill_(torch.nan)
+    with pytest.raises(TrajOODError, match=r"mine: features of 2 image\(s\) are NaN or infinite"):
+        extract(weight, bias)
+
+
 def test_features_alone_are_enough_without_a_classifier() -> None:
     images = torch.rand(5, 3, 2, 2)
     found = toy(classes=0, forward=lambda x: x.flatten(1)[:, :6]).extract(images)

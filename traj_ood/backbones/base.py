@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 
 from traj_ood.data.preprocessing import Preprocessed, Preprocessing, declared_preprocessing, network_input
 from traj_ood.dynamics.chunks import ROWS, apply_in_chunks
@@ -103,8 +104,8 @@ class Backbone(FixedFunction, Preprocessed, ABC):
 
         Raises:
             TrajOODError: the images are not finite floats (B, C, H, W) of :attr:`input_shape`; or the network returns
-                other shapes than it declared or NaN, draws random numbers, or its output for an image depends on the
-                batch.
+                other shapes than it declared or NaN, draws random numbers, its output for an image depends on the
+                batch, or its logits are not those of :meth:`head`.
         """
         images = network_input(self.name, images, self.input_shape, "backbone.transform", self.module)
         with self.fixed(), torch.inference_mode():
@@ -117,13 +118,21 @@ class Backbone(FixedFunction, Preprocessed, ABC):
                 "the weights"
             )
         # Cloned outside inference mode, since a surrogate trains on them; views would keep both parts in memory.
-        features, logits = joint[:, : self.feature_dim].clone(), joint[:, self.feature_dim :].clone()
+        features, logits = (part.clone() for part in joint.split([self.feature_dim, self.classes], dim=1))
         return Features(features, logits if self.classes else None)
 
     def try_out(self) -> None:
         images = trial_rows(self.input_shape, self.module)
         with errors_around(self._joint, f"{self.name}: features of images {tuple(images.shape)}"):
-            check_function(self.name, self._joint, images, self.chunk)
+            joint = check_function(self.name, self._joint, images, self.chunk)
+        answer, head = Features(*joint.split([self.feature_dim, self.classes], dim=1)), self.head()
+        if head is not None and not fits_head(answer, head, tolerance=1e-2):  # TF32 may round the logits otherwise
+            raise TrajOODError(
+                f"{self.name}: head: expected weight {(self.classes, self.feature_dim)} and bias {(self.classes,)} of "
+                f"the layer that makes the logits of the features, got {tuple(head[0].shape)} and "
+                f"{tuple(head[1].shape)} that make others: correct it, or leave it out if a norm or an activation lies "
+                "between"
+            )
         if not takes_one(f"{self.name}: features", self._joint, images):
             self.ladder = ()
         self.try_places(self._joint, images)
@@ -168,6 +177,16 @@ class Backbone(FixedFunction, Preprocessed, ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all weights and :meth:`options`; equal backbones have equal fingerprints."""
         return fingerprint(self.module, [self.library, self.options()])
+
+
+def fits_head(answer: Features, head: tuple[Tensor, Tensor], tolerance: float = 1e-4) -> bool:
+    """Whether W h + b, for a ``head`` W and b, equals the logits up to ``tolerance`` of the largest one (of 1, if that
+    is larger), so that no norm or activation lies between. What is NaN is not compared."""
+    (weight, bias), logits = (part.to(answer.features) for part in head), answer.logits
+    if logits is None or weight.shape != (logits.shape[1], answer.features.shape[1]) or bias.shape != weight.shape[:1]:
+        return False
+    scale = max(1.0, float(logits.abs().max()))
+    return not bool(((functional.linear(answer.features, weight, bias) - logits).abs() > tolerance * scale).any())
 
 
 class CallableBackbone(OwnFunctions, Backbone):

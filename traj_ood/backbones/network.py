@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from traj_ood.backbones.base import Backbone, Features
+from traj_ood.backbones.base import Backbone, Features, fits_head
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.dynamics.fixed_function import trial_rows
 from traj_ood.errors import TrajOODError, foreign_errors
@@ -48,7 +47,10 @@ class NetworkBackbone(Backbone):
             answer = self._first_answer()
             self.feature_dim = answer.features.shape[1]
             self.classes = answer.logits.shape[1] if answer.logits is not None else 0
-            self._classifier = classifier if classifier is not None and _is_linear_in(answer, classifier) else None
+            self._classifier = classifier
+            head = self.head()
+            if head is not None and not fits_head(answer, head):
+                self._classifier = None
             self.try_once()
 
     def _first_answer(self) -> Features:
@@ -106,16 +108,6 @@ def find_classifier(
         f"{name}: its logits are not the output of one linear layer, so it has no penultimate features: use timm's "
         "version of the architecture, or traj_ood.backbones.CallableBackbone"
     )
-
-
-def _is_linear_in(answer: Features, classifier: nn.Linear) -> bool:
-    """Whether W h + b equals the network's logits up to float32 rounding, so no norm or activation lies between."""
-    features, logits = answer.features, answer.logits
-    if logits is None or classifier.weight.shape != (logits.shape[1], features.shape[1]):
-        return False
-    own = functional.linear(features, classifier.weight, classifier.bias)
-    scale = max(1.0, float(logits.abs().max()))
-    return bool(((own - logits).abs() <= 1e-4 * scale).all())
 
 
 def name_of(module: nn.Module, layer: nn.Module) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from traj_ood.autoencoders import Autoencoder, Encoding
 from traj_ood.backbones import Backbone, CallableBackbone, Features
+from traj_ood.backbones.base import fits_head
 from traj_ood.backbones.openood_networks import logits_and_features
 from traj_ood.data.preprocessing import Preprocessing
 from traj_ood.dynamics.fixed_function import trial_rows
@@ -125,7 +126,7 @@ def _head_of(net: nn.Module, features: Tensor, logits: Tensor) -> tuple[Tensor, 
         return None
     with contextlib.suppress(Exception):  # networks without such a layer raise various errors
         weight, bias = (torch.as_tensor(part).to(features) for part in net.get_fc())  # type: ignore[operator]
-        if torch.allclose(features @ weight.T + bias, logits, rtol=1e-3, atol=1e-4):
+        if fits_head(Features(features, logits), (weight, bias)):
             return weight, bias
     return None
 
