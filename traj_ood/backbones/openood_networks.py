@@ -113,7 +113,11 @@ class OpenOODBackbone(NetworkBackbone):
         weights = read_weights(checkpoint)
         heads = [f"{prefix_of(weights, f'{head}.weight')}{head}.weight" for head in _HEADS]
         classes = next((len(weights[head]) for head in heads if head in weights), None)
-        module = _built(build, kind, classes, f"openood:{network}")
+        arguments = dict(kind.arguments)
+        if kind.any_classes and classes is not None:
+            arguments["num_classes"] = classes
+        with foreign_errors(f"openood:{network}: cannot be built with {arguments}", f": {INSTALL}"):
+            module = build(**arguments)
         put_weights(module, weights, checkpoint)
         chosen = data or (("cifar100" if classes == 100 else "cifar10") if kind.small else "imagenet")
         if chosen not in PREPARATIONS:
@@ -194,23 +198,10 @@ def older_openood(missing: str) -> TrajOODError:
     return TrajOODError(f"openood: expected v1.5 (main of December 2025), got a version without {missing}: {INSTALL}")
 
 
-def _built(build: Any, kind: Network, classes: int | None, name: str) -> nn.Module:
-    arguments = dict(kind.arguments)
-    if kind.any_classes and classes is not None:
-        arguments["num_classes"] = classes
-    with foreign_errors(f"{name}: cannot be built with {arguments}", f": {INSTALL}"):
-        return build(**arguments)
-
-
 def _classifier(module: nn.Module) -> nn.Linear | None:
-    for head in _HEADS:
-        try:
-            layer = module.get_submodule(head)
-        except AttributeError:
-            continue
-        if isinstance(layer, nn.Linear):
-            return layer
-    return None
+    named = dict(module.named_modules())
+    heads = (named.get(name) for name in _HEADS)
+    return next((layer for layer in heads if isinstance(layer, nn.Linear)), None)
 
 
 def _describe(answer: Any) -> str:

@@ -94,8 +94,8 @@ class TrainingImages:
         check_unchanged(self._source, range(len(self)), self._contents)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel of the pixels in [0, 1], over 10,000 evenly spaced images or fewer;
-        :meth:`batch` then normalises by them."""
+        """Mean and standard deviation per channel of the pixels in [0, 1], over evenly spaced images (all, or of 20,000
+        and more between 10,000 and 15,000); :meth:`batch` then normalises by them."""
         stride = max(1, len(self) // _STATISTICS_IMAGES)
         pixels = self._pixels(torch.arange(0, len(self), stride)).float() / 255
         self._mean = tuple(round(float(m), 4) for m in pixels.mean(dim=(0, 2, 3)))
