@@ -102,6 +102,31 @@ def test_another_process_and_other_batches_hit(tmp_path: Path) -> None:
     assert names == ["00000000.safetensors", "00000008.safetensors", "00000016.safetensors", "cache.json"]
 
 
+def test_a_backbone_that_was_trained_meanwhile_is_another(tmp_path: Path) -> None:
+    backbone, images, cache = network(), source(), FeatureCache(tmp_path)
+    cache.extract(backbone, images, range(COUNT))
+    with torch.no_grad():
+        backbone.module[0].weight.mul_(3)
+    found = cache.extract(backbone, images, range(COUNT))[1]
+    assert found is not None
+    torch.testing.assert_close(found.features, direct(backbone, images).features)
+
+
+def test_blocks_are_kept_under_the_way_in_which_they_were_called(tmp_path: Path) -> None:
+    module = nn.Linear(16, 5)
+
+    def forward(images: Tensor) -> Features:
+        features = module(images.flatten(1))  # and the rows after the first are rounded differently
+        return Features(features * (1 + 2e-7 * (torch.arange(len(features)) > 0).float()[:, None]), None)
+
+    backbone, watched = CallableBackbone(forward, (1, 4, 4), 5, module=module, chunk=24), Watched(source())
+    cache = FeatureCache(tmp_path)
+    for _ in range(2):
+        cache.extract(backbone, watched, range(COUNT))
+    assert len(watched.asked) == COUNT
+    assert [json.loads(p.read_text())["calls"] for p in tmp_path.glob("*/cache.json")] == [str(backbone.chunk)] == ["1"]
+
+
 def test_blocks_do_not_depend_on_the_callers_settings(tmp_path: Path) -> None:
     backbone, images = network(), source()
     FeatureCache(tmp_path / "a").extract(backbone, images, range(COUNT))

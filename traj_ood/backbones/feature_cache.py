@@ -21,6 +21,7 @@ from traj_ood.io.extensions import origin_of
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.io.provenance import code_digest, package_digest
 from traj_ood.io.trees import as_json
+from traj_ood.io.weights import parts_of, tensors_of
 
 Failures = list[dict[str, str]]
 BLOCK = 512  # images per file
@@ -84,9 +85,19 @@ class FeatureCache:
 
     def _blocks(self, backbone: Backbone, images: ImageSource) -> _Blocks:
         """The blocks of this backbone and these images, reused from the last call, because hashing takes a while."""
-        if self._recent is None or self._recent.backbone is not backbone or self._recent.images is not images:
-            self._recent = _Blocks(self._parts, backbone, images)
-        return self._recent
+        with backbone.fixed(), torch.inference_mode():
+            backbone.try_once()  # it may reduce chunk
+        recent, state = self._recent, _state_of(backbone)
+        if recent is None or recent.backbone is not backbone or recent.images is not images or recent.state != state:
+            recent = self._recent = _Blocks(self._parts, backbone, images)
+        return recent
+
+
+def _state_of(backbone: Backbone) -> list[Any]:
+    """What changes if the backbone is trained or called in another way, without a look at its weights."""
+    tensors = tensors_of(parts_of(backbone.module))
+    versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+    return [backbone.chunk, backbone.channels_last, *versions]
 
 
 def _select(block: Part, wanted: Collection[str]) -> Part:
@@ -101,7 +112,7 @@ class _Blocks:
     """The blocks of one backbone over one list of images; their ``logits`` are (n, 0) without a classifier."""
 
     def __init__(self, parts: PartStore, backbone: Backbone, images: ImageSource) -> None:
-        self.backbone, self.images, self._parts = backbone, images, parts
+        self.backbone, self.images, self.state, self._parts = backbone, images, _state_of(backbone), parts
         self._contents = images.contents()
         self._recent: tuple[int, Part] | None = None
         identity: dict[str, Any] = {
