@@ -304,7 +304,8 @@ def test_a_folder_gives_the_curves_alone(tmp_path: Path) -> None:
 
 def test_curves_of_the_record_are_thin_and_keep_both_ends() -> None:
     residuals = 0.9 ** torch.arange(250).double().repeat(4, 1)
-    tensors = {"steps": torch.full((4,), 250), "residuals": residuals, "norm": torch.ones(4, 251).double()}
+    steps, status = torch.full((4,), 250), torch.ones(4, dtype=torch.int64)
+    tensors = {"steps": steps, "status": status, "residuals": residuals, "norm": torch.ones(4, 251).double()}
     table = curve_quantiles(
         Split("train", "train", ArrayImages(("a",), np.zeros((1, 8, 8), np.uint8))), [Part((), [], tensors, {})], 1e-5
     )

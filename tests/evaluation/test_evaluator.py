@@ -23,6 +23,8 @@ from traj_ood.backbones.feature_cache import FeatureCache
 from traj_ood.data import load_benchmark
 from traj_ood.data.batches import ranges_of
 from traj_ood.data.preprocessing import Normalised
+from traj_ood.dynamics.iterate import iterate
+from traj_ood.dynamics.observers import Norm
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.curves import curve_quantiles
 from traj_ood.evaluation.evaluator import Evaluator, RunConfig
@@ -631,8 +633,25 @@ def test_curve_quantiles_censor_converged_samples() -> None:
     assert norm.loc[2, "q95"] == pytest.approx(np.quantile([3, 7, 9], 0.95))
     assert frame[frame["quantity"] == "running"]["q50"].tolist() == pytest.approx([1, 2 / 3, 1 / 3])
     assert curve_quantiles(split, [Part((), [], {}, {})], tol=1e-5).empty
-    diverged = {"steps": torch.zeros(2, dtype=torch.int64), "residuals": torch.empty(2, 0), "norm": torch.ones(2, 1)}
+    diverged = {"steps": torch.zeros(2, dtype=torch.int64), "status": torch.full((2,), 2), "residuals": torch.empty(2, 0), "norm": torch.ones(2, 1)}
     assert curve_quantiles(split, [Part(("a", "b"), [], diverged, {})], tol=1e-5).empty
+
+
+def test_the_residual_of_a_sample_that_diverged_is_infinite_not_below_the_tolerance() -> None:
+    def part(factor: float, count: int) -> Part:
+        path = iterate(lambda z: factor * z, torch.ones(count, 1), observers=[Norm()])
+        tensors = {"steps": path.steps, "status": path.status, "residuals": path.residuals, "norm": path.measure("norm")}
+        return Part(tuple(map(str, range(count))), [], tensors, {})
+
+    diverging, settling = part(10.0, 3), part(0.97, 1)
+    frame = curve_quantiles(load_benchmark_split(), [diverging, settling], tol=1e-5)
+    residual = frame[frame["quantity"] == "residual_sq"].set_index("step")
+    end, most = int(diverging.tensors["steps"][0]), int(settling.tensors["steps"][0])
+    assert 0 < end < most - 1
+    assert residual.loc[end - 1, "q50"] == diverging.tensors["residuals"][0, -1] > 1e30
+    assert residual.loc[end:, "q50"].tolist() == [np.inf] * (most - end)
+    assert residual.loc[end : most - 2, "q05"].tolist() == settling.tensors["residuals"][0, end : most - 1].tolist()
+    assert np.isnan(residual.loc[most - 1, "q05"])
 
 
 # ---------------------------------------------------------------------------------------------- batches, cache

@@ -141,7 +141,8 @@ class Convergence(ModelQuestion):
         def measure(start: Tensor) -> dict[str, Tensor]:
             settings: dict[str, Any] = {"tol": self.curve_tol, "max_steps": self.curve_steps, "chunk": model.chunk}
             path = iterate(model.self_map, start, observers=[Norm()], **settings)
-            return {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
+            curves = {"residuals": path.residuals, "norm": path.measure("norm")}
+            return {"steps": path.steps, "status": path.status, **curves}
 
         key = self.settings("curve_tol", "curve_steps")
         return Part(tensors=self.over_latents(work, "curves", model, images, key, measure))
@@ -266,7 +267,7 @@ def _quantiles(values: Tensor) -> list[float | None]:
 def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
     """The curves of Fig. 12 for the record, at no more than 100 steps, from those of one split
     (:func:`traj_ood.evaluation.curves.curve_quantiles`): ``steps`` t; ``residual``, quantiles of ‖z_{t+1} − z_t‖ over
-    the samples, None where one is below the tolerance; ``norm``, quantiles of ‖z_t‖; ``running``, the share of samples
+    the samples, None where one is below the tolerance or infinite; ``norm``, quantiles of ‖z_t‖; ``running``, the share of samples
     that had not stopped before the step."""
     every = table["step"].unique()
     steps = every[list(spread(len(every), _CURVE_POINTS))].tolist()

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 
 from traj_ood.data import Split
-from traj_ood.dynamics.trajectory import join_tables
+from traj_ood.dynamics.trajectory import Status, join_tables
 from traj_ood.io.parts import Part
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -19,8 +20,8 @@ def curve_quantiles(split: Split, parts: Sequence[Part], tol: float) -> pd.DataF
     """Long table with columns split, role, step, quantity, q05 … q95; quantity is residual_sq, norm or running.
 
     All samples count at every step. After convergence a residual is only known to be below the tolerance, so quantiles
-    among such samples are NaN (censored); the norm remains that of the end point. ``running`` is the share of samples
-    that had not stopped before the step.
+    among such samples are NaN (censored); after a trajectory has become NaN or infinite its residual is infinite. The
+    norm remains that of the end point. ``running`` is the share of samples that had not stopped before the step.
     """
     columns = ["split", "role", "step", "quantity", *_COLUMNS]
     pieces = [p.tensors for p in parts if "residuals" in p.tensors and len(p.tensors["steps"])]
@@ -29,7 +30,9 @@ def curve_quantiles(split: Split, parts: Sequence[Part], tol: float) -> pd.DataF
     residuals, norms = (join_tables([p[name] for p in pieces]).numpy() for name in ("residuals", "norm"))
     held = pd.DataFrame(norms).ffill(axis=1).to_numpy()
     stopped = np.isnan(residuals)
-    squared = np.quantile(np.where(stopped, -np.inf, residuals), QUANTILES, axis=0, method="lower")
+    diverged = torch.cat([p["status"] for p in pieces]).numpy() == Status.NON_FINITE
+    rest = np.where(diverged, np.inf, -np.inf)[:, None]
+    squared = np.quantile(np.where(stopped, rest, residuals), QUANTILES, axis=0, method="lower")
     quantities = {  # each (quantiles, steps)
         "residual_sq": np.where(squared < tol, np.nan, squared),
         "norm": np.nanquantile(held[:, : residuals.shape[1]], QUANTILES, axis=0),

@@ -330,8 +330,8 @@ def _walk(model: Autoencoder, images: Tensor, *, bar: StepBar, tol: float, max_s
         bar.finish(len(some))
         ids = tuple(map(str, range(len(some))))
         ends.append(AttractorDictionary.from_trajectory(encoding.latents, path, ids))
-        tensors = {"steps": path.steps, "residuals": path.residuals, "norm": path.measure("norm")}
-        parts.append(Part(ids, tensors=tensors))
+        curves = {"residuals": path.residuals, "norm": path.measure("norm")}
+        parts.append(Part(ids, tensors={"steps": path.steps, "status": path.status, **curves}))
         errors.append(reconstruction_errors(model, encoding))
         targets.append(encoding.target.cpu())
     return _Walk(images, AttractorDictionary.concatenate(ends), parts, torch.cat(errors), torch.cat(targets))
