@@ -181,10 +181,15 @@ def test_a_gallery_is_drawn_between_its_limits(tmp_path: Path) -> None:
     assert {(0, 0, 0), (255, 255, 0)} <= colours
 
 
-def test_bad_tolerances_and_empty_results_are_named() -> None:
+def test_a_tolerance_of_0_is_not_drawn(tmp_path: Path) -> None:
     table = curves({"train": "train"})
-    with pytest.raises(TrajOODError, match=r"expected a tolerance above 0, got 0; 1e-5 is the paper's"):
-        dynamics_curves(table, 0)
+    drawn = {tol: dynamics_curves(table, tol) for tol in (1e-5, 0.0)}
+    assert_plot(drawn[0.0], tmp_path / "dynamics.png")
+    lines = {tol: [line.get_linestyle() for line in figure.axes[0].lines] for tol, figure in drawn.items()}
+    assert (lines[1e-5].count("--"), lines[0.0].count("--")) == (1, 0)
+
+
+def test_empty_results_are_named() -> None:
     with pytest.raises(TrajOODError, match="expected at least 1 scorer with scores in result 'run', got 0"):
         scorer_overview(make_result(scorers={}))
 

@@ -146,8 +146,7 @@ class Diagnosis(ModelFacts):
 
         folder = Path(folder)
         write_atomic(folder / "curves.parquet", lambda file: self.curves.to_parquet(file, index=False))
-        tol = max(self.settings["tol"], _MIN_TOL)
-        save_figure(dynamics_curves(self.curves, tol), folder / "dynamics.png")
+        save_figure(dynamics_curves(self.curves, self.settings["tol"]), folder / "dynamics.png")
         if self.gallery is not None:
             shown = self.gallery
             captions = [f"{n:,} images\nradius {r:.3f}" for n, r in zip(shown.visits, shown.radii, strict=True)]
@@ -157,9 +156,6 @@ class Diagnosis(ModelFacts):
             figure = attractor_gallery(decoded, shown.nearest.numpy(), captions, limits, title)
             save_figure(figure, folder / "attractors.png")
         write_json(folder / FILE_NAME, self.as_dict(), sort_keys=True)
-
-
-_MIN_TOL = 1e-30  # for drawing a tolerance of 0 on a logarithmic axis
 
 
 def diagnose(

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from traj_ood.data import OOD_ROLES
 from traj_ood.drawing.charts import PictureRow, picture_rows
 from traj_ood.drawing.style import DASHES, INKS, NARROW, Figure, Frame, Look, canvas, line_of, look
-from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.gallery import Pictures, view_limits
 from traj_ood.evaluation.results import near_first
 
@@ -47,20 +46,16 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
         curves: columns ``split``, ``role`` (near, far, diagnostic; anything else is ID), ``step``, ``quantity``
             (``residual_sq``, ``norm``, ``running``) and the quantiles ``q25``, ``q50`` and ``q75`` over samples.
             A NaN residual means that the quantile is below ``tol``; ``running`` is a fraction, in ``q50``.
-        tol: tolerance on the squared residual, drawn as a line.
+        tol: tolerance on the squared residual, drawn as a line unless it is 0.
         width: width in inches for print, see :func:`traj_ood.drawing.style.canvas`.
-    Raises:
-        TrajOODError: the tolerance is not positive.
     """
-    if not tol > 0:
-        raise TrajOODError(f"plot: expected a tolerance above 0, got {tol}; 1e-5 is the paper's")
     roles: dict[str, str] = dict(curves[["split", "role"]].drop_duplicates().itertuples(index=False))
     sets = near_first({name: role for name, role in roles.items() if role in OOD_ROLES})
     known = sorted((name for name in roles if name not in sets), key=lambda name: roles[name] != "test")
     ids = {name: look("id", DASHES[n % len(DASHES)]) for n, name in enumerate(known)}
     looks = {**ids, **{name: look(*line_of(n)) for n, name in enumerate(sets)}}
     legend = {f"{name} ({sets.get(name, 'ID')})": own for name, own in looks.items()}
-    legend[f"tolerance {tol:g}"] = {"color": INKS["muted"], "linestyle": "--"}
+    legend |= {f"tolerance {tol:g}": {"color": INKS["muted"], "linestyle": "--"}} if tol > 0 else {}
     in_column = width is not None and width < NARROW
     rows = {"": list(sets)} if in_column else set_rows(sets)
     frame = replace(DYNAMICS, height=1.7) if in_column else DYNAMICS
