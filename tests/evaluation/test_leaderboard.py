@@ -252,6 +252,14 @@ def test_readme_is_replaced_between_its_markers(tmp_path: Path) -> None:
     assert readme.read_text() == f"before\n{START}\nnew\n{END}\nafter\n"
 
 
+def test_a_readme_keeps_its_line_ends(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_bytes(f"before\n{START}\nold\n{END}\nafter\n".replace("\n", "\r\n").encode())
+    put_between_markers(readme, "leaderboard", "| a |\n| b |\n")
+    expected = f"before\n{START}\n| a |\n| b |\n{END}\nafter\n"
+    assert readme.read_bytes().decode() == expected.replace("\n", "\r\n")
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [("nothing", "0 and 0"), (START, "1 and 0"), (f"{END}{START}", "1 and 1"), (START * 2, "2 and 0")],

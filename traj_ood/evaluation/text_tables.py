@@ -99,13 +99,14 @@ class TextTable:
 
 
 def put_between_markers(path: str | Path, name: str, markdown: str) -> None:
-    """Replace the text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of a Markdown file.
+    """Replace the text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of a Markdown file, whose
+    line ends are kept.
 
     Raises ``TrajOODError`` if the file cannot be read, or does not contain each marker once, start before end.
     """
     path, start, end = Path(path), f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TrajOODError(f"{path}: expected a Markdown file in UTF-8, got {error}; check the path") from error
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
@@ -114,7 +115,8 @@ def put_between_markers(path: str | Path, name: str, markdown: str) -> None:
             "put both markers where the table belongs"
         )
     before, after = text[: text.index(start)], text[text.index(end) :]
-    write_atomic(path, f"{before}{start}\n{markdown.strip()}\n{after}".encode())
+    table = f"\n{markdown.strip()}\n".replace("\n", "\r\n" if "\r\n" in text else "\n")
+    write_atomic(path, f"{before}{start}{table}{after}".encode())
 
 
 def comment(notes: Sequence[str], form: str) -> str:
