@@ -104,6 +104,13 @@ def test_numpy_scalars_are_saved_as_numbers(tmp_path: Path) -> None:
     assert Result.load(tmp_path / "result.json").config == {"tol": 0.5, "k": 3, "flag": True}
 
 
+def test_a_command_with_bytes_that_are_not_utf8_is_saved(tmp_path: Path) -> None:
+    result = make_result(command="traj-ood bench café photos-\udcff")  # as Python decodes the byte 0xff
+    result.save(tmp_path / "result.json")
+    assert "café photos-\\udcff" in (tmp_path / "result.json").read_text(encoding="utf-8")
+    assert Result.load(tmp_path / "result.json") == result
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
 def test_non_finite_figures_are_not_saved(tmp_path: Path, value: float) -> None:
     result = make_result(dictionary={"healthy": False, "warnings": [], "residual": {"quantiles": [0.1, value]}})

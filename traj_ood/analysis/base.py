@@ -94,7 +94,7 @@ class Finding:
             raise TrajOODError(
                 f"{self.question}: expected finite plain figures, got: {error}; use None where nothing was measured"
             ) from error
-        write_atomic(folder / FILE_NAME, (text + "\n").encode())
+        write_atomic(folder / FILE_NAME, (text + "\n").encode(errors="backslashreplace"))
 
     @classmethod
     def load(cls, path: Path) -> Finding:

@@ -67,8 +67,9 @@ def read_json(path: Path, what: str, fix: str, *, limit: int = MAX_JSON) -> dict
 
 def write_json(path: str | Path, tree: Any, **options: Any) -> None:
     """Write data as a JSON file, indented by two spaces and atomically; ``options`` are further arguments of
-    ``json.dumps``."""
-    write_atomic(path, (json.dumps(tree, **{"indent": 2, **options}) + "\n").encode())
+    ``json.dumps``. Bytes of file names that are not UTF-8 are escaped, as JSON allows."""
+    text = json.dumps(tree, **{"indent": 2, **options}) + "\n"
+    write_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def field_of(tree: Mapping[str, Any], key: str, kind: type[_T], where: str) -> _T:
