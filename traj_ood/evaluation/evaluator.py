@@ -44,6 +44,7 @@ from traj_ood.evaluation.runs import read_scores
 from traj_ood.evaluation.snapshot import LEARNT, Snapshot
 from traj_ood.index import Approximate, Backend
 from traj_ood.io.files import alone_in, empty_folder, write_atomic
+from traj_ood.io.options import MAX_INT
 from traj_ood.io.parts import PartStore
 from traj_ood.io.provenance import code_digest, environment, git_commit
 from traj_ood.io.trees import as_json
@@ -91,7 +92,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raise ``TrajOODError`` for invalid values, before anything is computed or written."""
         check_stopping(self.tol, self.max_steps)
+        check_whole("seed", self.seed, 0, MAX_INT)
         check_whole("resamples", self.resamples, 0, _MAX_RESAMPLES)
+        for name in ("attractors", "per_set"):  # the benchmark knows their bounds
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 0)
         check_word("value of on_error", self.on_error, OnError)
 
 
