@@ -122,6 +122,17 @@ def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(changes: dict
     assert "**" not in render_markdown([run(0), run(1, **changes)]).split("All figures")[0]  # no winner across data
 
 
+def test_settings_that_older_records_lack_are_those_of_their_time() -> None:
+    newer = {"precision": "fp32", "approximate": "none"}
+    older, same, other = run(0), run(1), run(1)
+    same.config.update(newer)
+    other.config.update(newer | {"precision": "bf16"})
+    table = leaderboard([older, same])
+    assert (set(table["seeds"]), set(table["variant"])) == ({2}, {""})
+    table = leaderboard([older, other])
+    assert set(table["variant"]) == {"config.precision=fp32", "config.precision=bf16"}
+
+
 def test_other_data_is_named_even_when_no_scorer_is_in_both_runs() -> None:
     other = {"digits": {"role": "far", "count": 20, "sha256": "2222222222"}}
     one = run(0, scorers={"knn": scorer("KNN", 0.5, 0.7)})

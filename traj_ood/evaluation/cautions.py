@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from traj_ood.evaluation.identity import identity_of
+from traj_ood.evaluation.identity import effective_settings
 from traj_ood.evaluation.results import Result
-
-IDLE = ("seed", "scorers", "own_scorers", "resamples", "control")
-"""Settings of a run without effect on scores."""
-
 
 def cautions(results: Sequence[Result]) -> list[str]:
     """A line of Markdown for each pair of splits with common images, and for seeds that drew the same training images.
@@ -24,8 +20,8 @@ def other_settings(results: Sequence[Result]) -> list[str]:
     """A line for each model whose runs, all of one benchmark, differ in settings that have an effect on scores."""
     lines = []
     for name in dict.fromkeys(str(result.model["name"]) for result in results):
-        configs = [identity_of(result)["config"] for result in results if result.model["name"] == name]
-        keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key not in IDLE]
+        configs = [effective_settings(result) for result in results if result.model["name"] == name]
+        keys = dict.fromkeys(key for config in configs for key in config)
         told = {key: list(dict.fromkeys(str(config.get(key, "not set")) for config in configs)) for key in keys}
         different = [f"{key} ({', '.join(values)})" for key, values in told.items() if len(values) > 1]
         if different:
@@ -52,8 +48,7 @@ def _idle_seeds(results: Sequence[Result]) -> list[str]:
     names: dict[str, str] = {}
     for result in results:
         if "train" in result.data:
-            config = {key: value for key, value in result.config.items() if key not in IDLE}
-            identity = [result.model["fingerprint"], config, result.data["train"]]
+            identity = [result.model["fingerprint"], effective_settings(result), result.data["train"]]
             key = json.dumps(identity, sort_keys=True, default=str)
             seeds.setdefault(key, set()).add(result.seed)
             names[key] = result.model["name"]

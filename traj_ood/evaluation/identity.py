@@ -18,6 +18,7 @@ from traj_ood.io.trees import as_json
 _SHOWN = 3  # differences in a message
 _SHOWN_CHARACTERS = 40  # of each value
 _NOTHING = "nothing"  # in place of an absent value
+_IDLE = {"seed", "scorers", "own_scorers", "resamples", "control"}  # settings without effect on scores
 _NEWER = {"transform", "answers", "contents", "copies", "own_scorers", "own_code"}  # keys that older results lack
 
 
@@ -57,9 +58,17 @@ def comparable(mine: Any, other: Any) -> Any:
 
 def identity_of(result: Result) -> dict[str, Any]:
     """The identity of a finished run."""
-    tree = {k: getattr(result, k) for k in ("benchmark", "model", "config", "seed", "data")}
-    tree["config"] = {"precision": "fp32", "approximate": "none", **tree["config"]}  # older results lack these
-    return as_json(tree)
+    tree = {k: getattr(result, k) for k in ("benchmark", "model", "seed", "data")}
+    return as_json(tree | {"config": _settings(result)})
+
+
+def effective_settings(result: Result) -> dict[str, Any]:
+    """The settings of a finished run that have an effect on scores."""
+    return {key: value for key, value in _settings(result).items() if key not in _IDLE}
+
+
+def _settings(result: Result) -> dict[str, Any]:
+    return {"precision": "fp32", "approximate": "none", **result.config}  # older results lack these
 
 
 def changed_imports(result: Result) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from traj_ood.data import OOD_ROLES
 from traj_ood.errors import TrajOODError
-from traj_ood.evaluation.cautions import IDLE
+from traj_ood.evaluation.identity import effective_settings
 from traj_ood.evaluation.metrics import METRIC_NAMES, Metrics
 from traj_ood.evaluation.results import CONTROL, REGIONS, Result, ScorerResult, near_first
 from traj_ood.scorers import create_scorer
@@ -118,13 +118,12 @@ def _run_identity(result: Result, ambiguous: Set[str]) -> dict[str, str]:
     """What runs must have in common to be compared or averaged, as texts by dotted name: all but the seed and settings
     without effect on scores. Images are identified by the digest of their list, and by that of their content if a list
     is ``ambiguous``; older results have only the list."""
-    config = {key: value for key, value in result.config.items() if key not in IDLE}
     tests = {
         name: data.get("contents", data["sha256"]) if data["sha256"] in ambiguous else data["sha256"]
         for name, data in result.data.items()
         if data["role"] in ("test", *OOD_ROLES)
     }
-    return _flat({"model": result.model["fingerprint"], "config": config, "data": tests})
+    return _flat({"model": result.model["fingerprint"], "config": effective_settings(result), "data": tests})
 
 
 def _ambiguous_lists(results: Sequence[Result]) -> set[str]:
