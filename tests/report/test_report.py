@@ -676,6 +676,21 @@ def test_two_runs_of_one_model_stand_side_by_side(tmp_path: Path) -> None:
     assert f">{100 * table.rows[0][2]:+.1f}</td>" in text
 
 
+def test_intervals_side_by_side_are_those_of_the_leaderboard() -> None:
+    """Both leave out diagnostics, such as ``noise``."""
+    runs = [Run("", result(scores(seed), seed), None, None, None) for seed in (0, 1)]
+    (table,) = tables.side_by_side(boards(runs))
+    for n, run in enumerate(runs):
+        (board,) = boards([run])
+        expected = {row.label: row.figures["all_auroc"] for row in board.rows}
+        for label, figures, _ in table.rows:
+            one = figures[n]
+            assert one is not None
+            assert (one.value, one.low, one.high) == pytest.approx(
+                (expected[label].value, expected[label].low, expected[label].high)
+            )
+
+
 def test_runs_side_by_side_say_what_tells_them_apart(tmp_path: Path) -> None:
     for place, seed, changes in (
         ("a", 0, {}),

@@ -226,9 +226,9 @@ def _name_among(run: Run, own: Sequence[Board]) -> str:
 
 def _means(result: Result) -> dict[str, Estimate]:
     return {
-        label: Estimate(scorer.all.auroc, *mean_interval([*scorer.sets.values()], "auroc"))
+        label: Estimate(mean.auroc, *mean_interval([s for s in scorer.sets.values() if is_in(s.role, "all")], "auroc"))
         for label, scorer in result.scorers.items()
-        if scorer.all is not None
+        if (mean := scorer.all) is not None
     }
 
 
