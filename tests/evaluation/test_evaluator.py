@@ -637,14 +637,24 @@ def test_curve_quantiles_censor_converged_samples() -> None:
     assert norm.loc[2, "q95"] == pytest.approx(np.quantile([3, 7, 9], 0.95))
     assert frame[frame["quantity"] == "running"]["q50"].tolist() == pytest.approx([1, 2 / 3, 1 / 3])
     assert curve_quantiles(split, [Part((), [], {}, {})], tol=1e-5).empty
-    diverged = {"steps": torch.zeros(2, dtype=torch.int64), "status": torch.full((2,), 2), "residuals": torch.empty(2, 0), "norm": torch.ones(2, 1)}
+    diverged = {
+        "steps": torch.zeros(2, dtype=torch.int64),
+        "status": torch.full((2,), 2),
+        "residuals": torch.empty(2, 0),
+        "norm": torch.ones(2, 1),
+    }
     assert curve_quantiles(split, [Part(("a", "b"), [], diverged, {})], tol=1e-5).empty
 
 
 def test_the_residual_of_a_sample_that_diverged_is_infinite_not_below_the_tolerance() -> None:
     def part(factor: float, count: int) -> Part:
         path = iterate(lambda z: factor * z, torch.ones(count, 1), observers=[Norm()])
-        tensors = {"steps": path.steps, "status": path.status, "residuals": path.residuals, "norm": path.measure("norm")}
+        tensors = {
+            "steps": path.steps,
+            "status": path.status,
+            "residuals": path.residuals,
+            "norm": path.measure("norm"),
+        }
         return Part(tuple(map(str, range(count))), [], tensors, {})
 
     diverging, settling = part(10.0, 3), part(0.97, 1)

@@ -177,6 +177,20 @@ def test_runs_on_other_images_are_not_compared(runs: Path) -> None:
         compare_scorers([one, two], "knn:k=2", "mahalanobis")
 
 
+def test_other_images_of_the_same_names_are_told(runs: Path) -> None:
+    one, two = Run.load_all(runs)
+    assert not any("under the same names" in line for line in compare_runs(one, two, "knn:k=2", resamples=50).cautions)
+    data = {**two.result.data, "bright": {**two.result.data["bright"], "contents": "0" * 64}}
+    other = replace(two, result=replace(two.result, data=data))
+    for found in (
+        compare_runs(one, other, "knn:k=2", resamples=50),
+        compare_scorers([one, other], "knn:k=2", "mahalanobis", resamples=50),
+    ):
+        assert found.notes()[1].startswith("⚠ Images or labels of `bright` differ between runs under the same names:")
+    del data["bright"]["contents"]  # as in an older record
+    assert not any("under the same names" in line for line in compare_runs(one, other, "knn:k=2").cautions)
+
+
 def test_runs_with_other_roles_of_a_set_are_not_compared(runs: Path) -> None:
     one, two = Run.load_all(runs)
     scorers = {

@@ -710,6 +710,16 @@ def test_runs_side_by_side_say_what_tells_them_apart(tmp_path: Path) -> None:
     assert not table.same_images
 
 
+def test_other_images_of_the_same_names_are_told_side_by_side() -> None:
+    for contents, same in (({"contents": "1"}, True), ({}, True), ({"contents": "2"}, False)):
+        data = {"role": "test", "count": 60, "sha256": "d" * 64}
+        found = [
+            result(scores(0), seed, data={"test": data | own}) for seed, own in ((0, {"contents": "1"}), (1, contents))
+        ]
+        (table,) = tables.side_by_side(boards([Run("", one, None, None, None) for one in found]))
+        assert table.same_images == same
+
+
 def test_models_stand_side_by_side_where_there_are_many_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "other", gallery=False, model={"name": "other", "fingerprint": "b" * 64})
     made = [write_run(tmp_path / str(seed), seed, gallery=False) for seed in range(tables.BESIDE)]

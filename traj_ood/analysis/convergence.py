@@ -267,8 +267,8 @@ def _quantiles(values: Tensor) -> list[float | None]:
 def curve_figures(table: pd.DataFrame) -> dict[str, Any]:
     """The curves of Fig. 12 for the record, at no more than 100 steps, from those of one split
     (:func:`traj_ood.evaluation.curves.curve_quantiles`): ``steps`` t; ``residual``, quantiles of ‖z_{t+1} − z_t‖ over
-    the samples, None where one is below the tolerance or infinite; ``norm``, quantiles of ‖z_t‖; ``running``, the share of samples
-    that had not stopped before the step."""
+    the samples, None where one is below the tolerance or infinite; ``norm``, quantiles of ‖z_t‖; ``running``, the share
+    of samples that had not stopped before the step."""
     every = table["step"].unique()
     steps = every[list(spread(len(every), _CURVE_POINTS))].tolist()
     thin = table[table["step"].isin(steps)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from traj_ood.data import OOD_ROLES
 from traj_ood.evaluation.identity import effective_settings
 from traj_ood.evaluation.results import Result
+
 
 def cautions(results: Sequence[Result]) -> list[str]:
     """A line of Markdown for each pair of splits with common images, and for seeds that drew the same training images.
@@ -27,6 +29,16 @@ def other_settings(results: Sequence[Result]) -> list[str]:
         if different:
             lines.append(f"⚠ Runs of `{name}` have other settings: {'; '.join(different)}.")
     return lines
+
+
+def other_contents(results: Sequence[Result]) -> list[str]:
+    """Names of the test and OOD sets of which runs, all of one benchmark, had other images or labels. Older results do
+    not tell."""
+    contents: dict[str, set[str]] = {}
+    for name, data in (item for result in results for item in result.data.items()):
+        if data["role"] in ("test", *OOD_ROLES) and "contents" in data:
+            contents.setdefault(name, set()).add(data["contents"])
+    return [name for name, found in contents.items() if len(found) > 1]
 
 
 def _copies(results: Sequence[Result]) -> list[str]:

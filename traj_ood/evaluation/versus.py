@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.evaluation.cautions import cautions, other_settings
+from traj_ood.evaluation.cautions import cautions, other_contents, other_settings
 from traj_ood.evaluation.compare import BootstrapComparison, Difference, PairedScores, paired_bootstrap
 from traj_ood.evaluation.results import Result, is_same_run
 from traj_ood.evaluation.runs import Run
@@ -49,7 +49,7 @@ class Versus:
         mean: difference over the near and far sets of all benchmarks with equal weight, by metric.
         sets: difference on each OOD set, diagnostics included, by metric.
         resamples: resamples of the bootstrap.
-        cautions: what else to know about the runs, see :func:`traj_ood.evaluation.cautions.cautions`.
+        cautions: what else to know about the runs, see :mod:`traj_ood.evaluation.cautions`.
     """
 
     a: str
@@ -255,7 +255,11 @@ def _versus(
 
 
 def _cautions(results: Sequence[Result]) -> list[str]:
-    return [*other_settings(results), *cautions(results)]
+    apart = [
+        f"⚠ Images or labels of `{name}` differ between runs under the same names: differences may come from them."
+        for name in other_contents(results)
+    ]
+    return [*apart, *other_settings(results), *cautions(results)]
 
 
 def _distinct_names(first: Run, second: Run) -> tuple[str, str]:

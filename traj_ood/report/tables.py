@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from traj_ood.attractors import Verdict
-from traj_ood.evaluation.cautions import cautions
+from traj_ood.evaluation.cautions import cautions, other_contents
 from traj_ood.evaluation.leaderboard import groups_of, ranked
 from traj_ood.evaluation.metrics import METRIC_NAMES
 from traj_ood.evaluation.results import (
@@ -173,7 +173,7 @@ class SideBySide:
 
     Attributes:
         columns: what tells each run from the others. averaged: columns are models, each the mean over its runs.
-        same_images: whether all of them were scored on the same lists of test images.
+        same_images: whether all of them were scored on the same test images.
         rows: label, a figure for each column, and with two columns the difference of the second to the first.
     """
 
@@ -202,10 +202,10 @@ def side_by_side(found: Sequence[Board]) -> list[SideBySide]:
         lines.sort(key=lambda line: -fmean(f.value for f in line[1] if f is not None and f.known))
         rows = [(label, figures, _difference(figures)) for label, figures in lines]
         if rows:
-            data = [run.result.data.items() for board in own for run in board.runs]
-            tested = ("test", "near", "far")
-            lists = {frozenset((name, d["sha256"]) for name, d in some if d["role"] in tested) for some in data}
-            tables.append(SideBySide(benchmark, list(columns), averaged, len(lists) == 1, rows))
+            results, tested = [run.result for board in own for run in board.runs], ("test", "near", "far")
+            lists = {frozenset((k, d["sha256"]) for k, d in r.data.items() if d["role"] in tested) for r in results}
+            same = len(lists) == 1 and not other_contents(results)
+            tables.append(SideBySide(benchmark, list(columns), averaged, same, rows))
     return tables
 
 
