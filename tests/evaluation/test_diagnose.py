@@ -285,6 +285,20 @@ def test_numbers_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     assert diagnose(model, data, images=20, max_steps=10).as_dict() == whole.as_dict()
 
 
+def test_numbers_do_not_depend_on_torchs_default_type() -> None:
+    data, weight = benchmark(side=2), torch.eye(4)  # a weight, because plain functions may take any type
+    model = CallableAutoencoder(
+        lambda x: x.flatten(1) @ weight, lambda z: (z + 0.3 * (z - z**3)).reshape(-1, 1, 2, 2), (1, 2, 2),
+        name="of float32", transform=signed,
+    )  # fmt: skip
+    expected = diagnose(model, data).as_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert diagnose(model, data).as_dict() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_without_val_half_of_the_training_images_are_held_out() -> None:
     got = diagnose(toy(), benchmark(train=50, val=None), images=20)
     assert got.settings | {"held_out_split": "train-held-out", "images": 20, "held_out": 20} == got.settings

@@ -335,9 +335,10 @@ def _walk(model: Autoencoder, images: Tensor, *, bar: StepBar, tol: float, max_s
 
 def _agreement(walk: Callable[[Tensor], _Walk], clean: _Walk, noise: float, seed: int, bar: StepBar) -> float | None:
     """The share of converged images, out of an evenly spaced sample, that end at the same attractor with noise."""
-    rows = torch.linspace(0, len(clean.images) - 1, min(_NOISE_IMAGES, len(clean.images))).round().long()
-    draws = torch.Generator().manual_seed(seed)
-    noisy = clean.images[rows] + noise * torch.randn(clean.images[rows].shape, generator=draws)
+    most = min(_NOISE_IMAGES, len(clean.images))
+    rows = torch.linspace(0, len(clean.images) - 1, most, dtype=torch.float32).round().long()
+    images, draws = clean.images[rows], torch.Generator().manual_seed(seed)
+    noisy = images + noise * torch.randn(images.shape, dtype=images.dtype, generator=draws)
     counted = clean.converged[rows]
     bar.skip(int((~counted).sum()))  # these would take the longest, and count for nothing
     if not bool(counted.any()):
