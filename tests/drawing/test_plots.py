@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -192,6 +193,17 @@ def test_a_tolerance_of_0_is_not_drawn(tmp_path: Path) -> None:
 def test_empty_results_are_named() -> None:
     with pytest.raises(TrajOODError, match="expected at least 1 scorer with scores in result 'run', got 0"):
         scorer_overview(make_result(scorers={}))
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """Neither as formulas, which ``\\frac`` is none of, nor as characters that no SVG may contain."""
+    made = make_result(model={"name": "a$\\frac$\x1b", "fingerprint": "0"})
+    scorers = {"knn": replace(made.scorers["knn"], label="knn:of=$x$")}
+    save_figure(scorer_overview(replace(made, scorers=scorers)), tmp_path / "scorers.svg")
+    text = (tmp_path / "scorers.svg").read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    assert "a$\\frac$\\x1b, seed 0" in text
+    assert ">knn:of=$x$<" in text
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas
+from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas, literal
 from traj_ood.errors import TrajOODError
 
 SERIES = ("id", "near", "far", "gold", "pink", "text")
@@ -212,7 +212,7 @@ def dots(names: Sequence[str], panels: Sequence[DotPanel], columns: int, title: 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
     """Label rows at y = 0, 1, …, from the top, with the names."""
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), [*map(literal, names)])
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
 

@@ -19,6 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from traj_ood.io.files import write_atomic
+from traj_ood.text import printable
 
 DPI = 150
 NARROW = 4.0
@@ -63,6 +64,11 @@ def lines_of(sets: Iterable[str]) -> dict[str, tuple[str, str]]:
 def look(ink: str, dash: str = "") -> Look:
     """matplotlib's arguments for a line with this ink and dash pattern."""
     return {"color": INKS[ink], "linestyle": (0, tuple(map(float, dash.split()))) if dash else "-"}
+
+
+def literal(text: str) -> str:
+    """Text that may contain a user's name, for matplotlib, which reads a formula between two ``$``."""
+    return printable(text).replace("$", r"\$")
 
 
 @dataclass(frozen=True)
@@ -131,9 +137,9 @@ def canvas(
             axis.set_position((corner[0] / wide, corner[1] / height, *size))
     bold, quiet = {"size": 12, "weight": "bold", "color": INKS["text"]}, {"size": 9, "color": INKS["muted"]}
     for text, top, font in ((lines, 0.07, bold), (notes, 0.07 + 0.21 * len(lines), quiet)):
-        figure.text(0.5, 1 - top / height, "\n".join(text), ha="center", va="top", fontdict=font)
+        figure.text(0.5, 1 - top / height, "\n".join(map(literal, text)), ha="center", va="top", fontdict=font)
     if legend:
-        handles = [Line2D([], [], label=label, **own) for label, own in legend.items()]
+        handles = [Line2D([], [], label=literal(label), **own) for label, own in legend.items()]
         style = {"frameon": False, "fontsize": 7 if small else 9, "labelcolor": INKS["text"]}
         figure.legend(handles=handles, loc="lower center", ncols=across, **style)
     return figure, axes
