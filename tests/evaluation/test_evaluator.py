@@ -346,7 +346,9 @@ def test_crash_while_writing_the_result_continues(done: tuple[Evaluator, Result]
     with pytest.MonkeyPatch.context() as patch:
         rest = Stop(patch, None)
         run = evaluator(place, tmp_path)
-        assert run.run().scorers == done[1].scorers
+        result = run.run()
+    assert result.scorers == done[1].scorers
+    assert result.seconds.keys() == done[1].seconds.keys()
     assert rest.seen == 0
     assert (run.folder / "scores.parquet").read_bytes() == (done[0].folder / "scores.parquet").read_bytes()
 

@@ -46,7 +46,8 @@ class Passes:
         batch_sizes: images per batch of each split.
         team, cache, workers, on_error, quiet: see :class:`traj_ood.Evaluator` and :class:`traj_ood.RunConfig`.
         failures: ``{id, error}`` of every skipped image, in order.
-        seconds: wall-clock seconds spent so far, by stage: ``fit``, and ``score/<split>`` for each split.
+        seconds: wall-clock seconds of this process by stage, ``fit`` and ``score/<split>`` for each split, of which an
+            interrupted run counts what it has kept.
         still_falling: see :func:`traj_ood.attractors.health.still_falling`; None before :meth:`fit`.
     """
 
@@ -128,12 +129,13 @@ class Passes:
             began = time.perf_counter()
             for job, part in self._computed([job for job in share if job.key not in pieces], bar, fitting):
                 self.snapshot.check(job.split, job.indices)
-                self.parts.save(job.key, part)
-                pieces[job.key] = part
-                bar.finish(len(job.indices))
-                kind = "fit" if fitting else f"score/{job.split.name}"
                 began, before = time.perf_counter(), began
-                self.seconds[kind] = self.seconds.get(kind, 0.0) + began - before
+                pieces[job.key] = replace(part, notes={**part.notes, "seconds": began - before})
+                self.parts.save(job.key, pieces[job.key])
+                bar.finish(len(job.indices))
+        for job in share:
+            kind = "fit" if fitting else f"score/{job.split.name}"
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + pieces[job.key].notes["seconds"]
         self.team.wait()
         if not (fitting or self.team.is_main):
             return {split.name: [] for split in splits}
