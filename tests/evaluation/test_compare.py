@@ -224,7 +224,7 @@ def test_runs_on_the_same_images_are_no_more_images() -> None:
 def test_draws_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = several(6, 2, {"u": 20, "v": 31}, ties=True)
     whole = paired_bootstrap([suite], resamples=50, seed=2)
-    monkeypatch.setattr("traj_ood.evaluation.compare._CHUNK_COUNTS", 100)
+    monkeypatch.setattr("traj_ood.evaluation.compare.CHUNK_COUNTS", 100)
     assert paired_bootstrap([suite], resamples=50, seed=2) == whole
     assert paired_bootstrap([suite], resamples=50, seed=3) != whole
 

@@ -161,7 +161,7 @@ def test_bootstrap_is_deterministic_and_independent_of_the_chunks(monkeypatch: p
     assert list(first) == list(METRIC_NAMES)
     assert bootstrap(id_scores, ood_scores, resamples=60, seed=4) == first
     assert bootstrap(id_scores, ood_scores, resamples=60, seed=5) != first
-    monkeypatch.setattr("traj_ood.evaluation.metrics._CHUNK_COUNTS", 7 * 154)
+    monkeypatch.setattr("traj_ood.evaluation.metrics.CHUNK_COUNTS", 7 * 154)
     assert bootstrap(id_scores, ood_scores, resamples=60, seed=4) == first
 
 

@@ -109,7 +109,8 @@ def canvas(
     small = width is not None and width < NARROW
     if width is not None:
         columns = max(1, min(columns, count, int(1.5 * width / frame.width)))
-        frame, title = _fitted(frame, width / columns), ""
+        each, title = width / columns, ""  # a narrower panel gets a smaller height, so that slopes look the same
+        frame = replace(frame, width=each, height=frame.height * min(1.0, each / frame.width))
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     wide = max(frame.width * columns, 4.0 if title else 0.0)  # wide enough for a title
@@ -143,11 +144,6 @@ def canvas(
         style = {"frameon": False, "fontsize": 7 if small else 9, "labelcolor": INKS["text"]}
         figure.legend(handles=handles, loc="lower center", ncols=across, **style)
     return figure, axes
-
-
-def _fitted(frame: Frame, width: float) -> Frame:
-    """The frame at another width; a narrower one gets a smaller height, so that slopes look the same."""
-    return replace(frame, width=width, height=frame.height * min(1.0, width / frame.width))
 
 
 def _panels(figure: Figure, frame: Frame, count: int, rows: int, columns: int, foot: float, body: float) -> list[Axes]:

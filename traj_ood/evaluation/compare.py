@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from traj_ood.data import OOD_ROLES
 from traj_ood.errors import TrajOODError, unknown_name
-from traj_ood.evaluation.metrics import RECALL, Counts, Floats, check_scores, resample
+from traj_ood.evaluation.metrics import CHUNK_COUNTS, RECALL, Counts, Floats, check_scores, resample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +33,6 @@ end of a 95 % interval."""
 # alike, but each face is a separate picture.
 _CROP = re.compile(r"(skimage/(?!lfw/)[^/]+)/\d+")
 _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # of the 95 % intervals
-# Counts per array in a chunk of resamples: a dozen of 1 MiB at a time; larger ones leave the processor's cache.
-_CHUNK_COUNTS = 2**17
 
 
 # ---------------------------------------------------------------------------------------------- paired scores
@@ -267,7 +265,7 @@ def _figures(suite: PairedScores, resamples: int, stream: np.random.SeedSequence
     # One stream per split, so that the draws do not depend on the size of a chunk.
     own, *others = (np.random.default_rng(s) for s in stream.spawn(1 + len(sizes)))
     pictures = [suite.pictures.get(name) for name in sizes]
-    width = max(1, _CHUNK_COUNTS // max(suite.id.shape[2], *sizes.values()))
+    width = max(1, CHUNK_COUNTS // max(suite.id.shape[2], *sizes.values()))
     chunks = []
     for start in range(0, resamples, width):
         count = min(width, resamples - start)

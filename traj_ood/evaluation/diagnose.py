@@ -195,9 +195,10 @@ def diagnose(
     health = known.dictionary.health()
     share, hidden = _explained(autoencoder, known, unseen)
     gallery, derivative = _gallery(autoencoder, train, known, seed)
+    residuals = join_tables([part.tensors["residuals"] for part in known.parts])
     facts = ModelFacts(
         held_out_converged=float((unseen.dictionary.statuses == Status.CONVERGED).double().mean()),
-        still_falling=still_falling(known.residuals(), known.dictionary.statuses),
+        still_falling=still_falling(residuals, known.dictionary.statuses),
         known=_known_share(known.dictionary, unseen.dictionary),
         agreement=agreement,
         radii=gallery.radii if gallery is not None else (),
@@ -303,9 +304,6 @@ class _Walk:
     @property
     def converged(self) -> Tensor:
         return self.dictionary.statuses == Status.CONVERGED
-
-    def residuals(self) -> Tensor:
-        return join_tables([part.tensors["residuals"] for part in self.parts])
 
 
 def _walk(model: Autoencoder, images: Tensor, *, bar: StepBar, tol: float, max_steps: int) -> _Walk:

@@ -18,8 +18,9 @@ from traj_ood.errors import TrajOODError
 RECALL = 0.95
 """The "95" of FPR@95, in both definitions."""
 
-# Counts per array in a chunk: 1 MiB each, a dozen arrays at a time. Larger ones leave the cache and take twice as long.
-_CHUNK_COUNTS = 2**17
+CHUNK_COUNTS = 2**17
+"""Counts per array in a chunk of resamples: a dozen of 1 MiB at a time. Larger ones leave the cache and take twice as
+long."""
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -138,7 +139,7 @@ def bootstrap(
     id_rank, ood_rank = rank[: id_scores.size], rank[id_scores.size :]
     # One stream each, so that draws and intervals do not depend on the size of a chunk.
     id_draws, ood_draws = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
-    rows = max(1, _CHUNK_COUNTS // max(distinct.size, id_scores.size, ood_scores.size))
+    rows = max(1, CHUNK_COUNTS // max(distinct.size, id_scores.size, ood_scores.size))
     values = []
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)

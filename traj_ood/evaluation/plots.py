@@ -111,7 +111,8 @@ def score_histograms(
         width: width in inches for print, see :func:`traj_ood.drawing.style.canvas`.
     """
     edges = shared_bins([id_scores, *scores.values()])
-    legend = {f"ID (n = {id_scores.size:,})": _patch("id")}
+    patch = {"color": INKS["id"], "marker": "s", "markersize": 8, "linestyle": "", "alpha": 0.6}
+    legend: dict[str, Look] = {f"ID (n = {id_scores.size:,})": patch}
     legend["keeps 95 % of ID (FPR95: OOD left of it)"] = {"color": INKS["muted"], "linestyle": ":"}
     note = " ".join(["Further right is more OOD; heights are shares of each set.", beyond(edges, id_scores, scores)])
     figure, axes = canvas(HISTOGRAM, len(scores), 4, f"{title}\n{note}", legend, 0.4, width)
@@ -212,10 +213,6 @@ def _roc(id_scores: Floats, scores: Floats) -> tuple[Floats, Floats]:
         return rejected, caught
     places = np.linspace(0, 2, _CURVE_POINTS)
     return np.interp(places, rejected + caught, rejected), np.interp(places, rejected + caught, caught)
-
-
-def _patch(ink: str) -> Look:
-    return {"color": INKS[ink], "marker": "s", "markersize": 8, "linestyle": "", "alpha": 0.6}
 
 
 # ---------------------------------------------------------------------------------------------- all scorers

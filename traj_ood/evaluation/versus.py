@@ -109,11 +109,10 @@ class Versus:
             arrow = "↑" if metric == "auroc" else "↓"
             header = ["OOD set", f"{self.a} {arrow}", f"{self.b} {arrow}", "difference [95 %]", "p", "p (Holm)"]
             lines = [
-                [self._place(r), *_cells(r.difference, metric, r.holm), f"{r.difference.p:.2g}", f"{r.holm:.2g}"]
-                for r in rows
+                [f"{self._named(r)} ({r.role})", *_cells(r.difference, metric, r.holm), f"{r.holm:.2g}"] for r in rows
             ]
             d = self.mean[metric]
-            lines.append(["mean over sets", *_cells(d, metric, d.p), f"{d.p:.2g}", ""])
+            lines.append(["mean over sets", *_cells(d, metric, d.p), ""])
             tables.append(TextTable(header, lines, caption=f"{_NAMES[metric]} in percent"))
         return tables
 
@@ -137,9 +136,6 @@ class Versus:
     def _named(self, row: SetDifference) -> str:
         """A set's name, with its benchmark where there are several, whose sets may have the same names."""
         return f"{row.benchmark}: {row.name}" if len(self.runs) > 1 else row.name
-
-    def _place(self, row: SetDifference) -> str:
-        return f"{self._named(row)} ({row.role})"
 
     def as_dict(self) -> dict[str, Any]:
         """All attributes and the verdicts, as JSON data."""
@@ -232,19 +228,15 @@ def _versus(
 ) -> Versus:
     models = {name: sorted({str(run.result.model["name"]) for run in runs}) for name, runs in suites.items()}
     found: BootstrapComparison = paired_bootstrap(list(paired.values()), resamples=resamples, seed=seed)
-    places = [
-        (number, name, set_name, role)
-        for number, (name, runs) in enumerate(suites.items())
-        for set_name, role in runs[0].sets().items()
-    ]
     sets: dict[str, list[SetDifference]] = {}
     for metric in _NAMES:
-        each = [getattr(found.sets[number][set_name], metric) for number, _, set_name, _ in places]
-        corrected = holm([d.p for d in each])
-        sets[metric] = [
-            SetDifference(name, set_name, role, d, p)
-            for (_, name, set_name, role), d, p in zip(places, each, corrected, strict=True)
+        each = [
+            (benchmark, name, role, getattr(own[name], metric))
+            for (benchmark, runs), own in zip(suites.items(), found.sets, strict=True)
+            for name, role in runs[0].sets().items()
         ]
+        corrected = holm([d.p for *_, d in each])
+        sets[metric] = [SetDifference(*row, p) for row, p in zip(each, corrected, strict=True)]
     mean = {metric: getattr(found.mean, metric) for metric in _NAMES}
     lines = [
         line if len(suites) == 1 else f"{name}: {line}"
@@ -308,4 +300,4 @@ def _cells(d: Difference, metric: str, p: float) -> list[str]:
     sign = _sign(d, p, metric)
     own = [f"{100 * d.a:.1f}", f"{100 * d.b:.1f}"]
     shown = [Bold(own[0]) if sign > 0 else own[0], Bold(own[1]) if sign < 0 else own[1]]
-    return [*shown, f"{_points(d.difference)} [{_points(d.low)}, {_points(d.high)}]"]
+    return [*shown, f"{_points(d.difference)} [{_points(d.low)}, {_points(d.high)}]", f"{d.p:.2g}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from traj_ood.attractors import Verdict
@@ -283,16 +283,14 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
         used=line["used"],
         warnings=line["warnings"],
         figures=figures,
-        sets={name: _mean_estimate(scores, "auroc") for name, scores in by_set.items()},
+        sets={name: _mean_auroc(scores) for name, scores in by_set.items()},
         results=tuple(result for result, _ in members),
     )
 
 
-def _mean_estimate(scores: Sequence[SetScore], metric: str) -> Estimate:
-    values = [getattr(s.metrics, metric) for s in scores]
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else NAN
-    return Estimate(mean, *mean_interval(scores, metric), spread)
+def _mean_auroc(scores: Sequence[SetScore]) -> Estimate:
+    values = [s.metrics.auroc for s in scores]
+    return Estimate(fmean(values), *mean_interval(scores, "auroc"), stdev(values) if len(values) > 1 else NAN)
 
 
 # ---------------------------------------------------------------------------------------------- attractors
@@ -336,13 +334,8 @@ def _recorded(record: dict[str, Any]) -> str:
 
 
 def _health_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = []
-    if "count" in record:
-        facts.append(("End points", f"{record['count']:,}"))
-    if "converged" in record:
-        facts.append(("Converged", f"{record['converged']:.1%}"))
-    if "distinct" in record:
-        facts.append(("Distinct", f"{record['distinct']:,}"))
+    forms = {"count": ("End points", ","), "converged": ("Converged", ".1%"), "distinct": ("Distinct", ",")}
+    facts = [(title, format(record[key], form)) for key, (title, form) in forms.items() if key in record]
     steps, moved = record.get("steps_quantiles"), record.get("displacement_quantiles")
     if steps:
         facts.append(("Steps, median (5–95 %)", f"{steps[2]:.0f} ({steps[0]:.0f}–{steps[4]:.0f})"))
