@@ -524,6 +524,18 @@ def test_a_histogram_shows_every_score() -> None:
     assert heights["near"] / heights["id"] == pytest.approx((2 / 3) / (2 / 4), rel=0.02)  # 5 and 1e9 share the last bin
 
 
+def test_the_files_of_plots_stand_in_one_folder(tmp_path: Path) -> None:
+    """Also of a scorer in whose name or options a user writes a slash."""
+    made = write_run(tmp_path / "run", gallery=False)
+    label = "my/score:of=a/b"
+    scorers = {label: replace(made.scorers["field"], label=label)}
+    replace(made, scorers=scorers).save(tmp_path / "run" / "result.json")
+    scores(0).rename(columns={"field": label}).to_parquet(tmp_path / "run" / "scores.parquet")
+    plots.plot_run(tmp_path / "run", quiet=True)
+    names = sorted(path.name for path in (tmp_path / "run" / "plots").iterdir())
+    assert names == ["dynamics.png", "histogram_my-score_of-a-b.png", "roc_my-score_of-a-b.png", "scorers.png"]
+
+
 def test_a_drawing_has_the_pages_colours_or_none() -> None:
     figure = Figure(facecolor="none")
     figure.add_artist(Line2D([0, 1], [0, 1], color="hotpink"))

@@ -42,6 +42,7 @@ def alone(frame: Frame, panel: Callable[..., None], *data: object) -> Figure:
 PlotForm = Literal["png", "svg", "pdf"]
 PRINT_WIDTHS = {"screen": None, "one-column": 3.4, "two-columns": 7.0}
 """Width of a figure in inches by purpose: one column, or the page, of two-column papers (IEEE, CVPR, ICML)."""
+_FILE_NAME = str.maketrans(":=/", "_--")
 _BEST, _PAPERS = 2, "trajectory"  # number of best scorers, and name of the paper's
 
 
@@ -68,7 +69,7 @@ def plot_run(folder: Path, quiet: bool = False, form: PlotForm = "png", size: st
         save_figure(paths(run.pictures, title, width), plots / f"paths.{form}")
     for label in tqdm(leaders(result), "plots", unit="scorer", delay=2, disable=quiet, leave=False):
         id_scores, by_set = run.scores_of(label)
-        name = label.replace(":", "_").replace("=", "-")
+        name = label.translate(_FILE_NAME)
         data = id_scores, by_set, result.scorers[label].sets, f"{label}: {_place(result)}", lines, width
         save_figure(score_histograms(*data), plots / f"histogram_{name}.{form}")
         save_figure(roc_curves(*data), plots / f"roc_{name}.{form}")
