@@ -337,6 +337,8 @@ def test_runs_whose_means_hold_other_sets_are_never_averaged() -> None:
     text = render_markdown([run(0), new], columns=["all_auroc"])
     assert "Means include bags (near) and digits, noise (far) (sets.noise=far)." in text
     assert "and is left out (sets.noise=diagnostic)." in text
+    text = render_markdown([run(0), new, run(2, config={"tol": 1e-3})])
+    assert "digits, noise (far) (config.tol=1e-05, sets.noise=far; or config.tol=0.001, sets.noise=far)." in text
 
 
 def test_the_option_of_the_command(tmp_path: Path) -> None:

@@ -183,11 +183,10 @@ def _means_table(rows: pd.DataFrame, columns: Sequence[str], notes: Sequence[str
 def _held(sets: pd.DataFrame) -> str:
     """Which sets the means include; several sentences if rows divide the sets in different ways, as records of
     different versions may."""
-    ways = {
-        sets_in_words(dict(zip(own["set"], own["role"], strict=True))): str(variant)
-        for variant, own in sets.groupby("variant", sort=False)
-    }
-    return next(iter(ways)) if len(ways) == 1 else " ".join(f"{way[:-1]} ({v})." for way, v in ways.items())
+    ways: dict[str, list[str]] = {}
+    for variant, own in sets.groupby("variant", sort=False):
+        ways.setdefault(sets_in_words(dict(zip(own["set"], own["role"], strict=True))), []).append(str(variant))
+    return next(iter(ways)) if len(ways) == 1 else " ".join(f"{w[:-1]} ({'; or '.join(v)})." for w, v in ways.items())
 
 
 def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> TextTable:
