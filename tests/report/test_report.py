@@ -36,7 +36,7 @@ from traj_ood.evaluation import dynamics_plots, plots
 from traj_ood.evaluation.gallery import FILE_NAME as GALLERY_NAME
 from traj_ood.evaluation.gallery import Frames, Mistake, PathSample, Pictures
 from traj_ood.evaluation.metrics import bootstrap, compute_metrics
-from traj_ood.evaluation.results import Result, ScorerResult, SetScore, is_in
+from traj_ood.evaluation.results import Result, ScorerResult, SetScore, is_in, with_diagnostics
 from traj_ood.report import Run, render, tables, write_report
 from traj_ood.report.page import TOP
 from traj_ood.report.tables import boards, health_card
@@ -374,6 +374,17 @@ def test_seeds_are_averaged_and_other_settings_marked(tmp_path: Path) -> None:
     text = render([runs[0], other])
     assert "Compare rows of one letter only" in text
     Reader(text)
+
+
+def test_rows_that_divide_the_sets_in_other_ways_say_so() -> None:
+    older = result(scores(0))
+    (newer,) = with_diagnostics([result(scores(1), 1)], ["faces"])
+    for runs in ((older, newer), (newer, older)):
+        (board,) = boards([Run("", one, None, None, None) for one in runs])
+        letters = {text: letter for letter, text in board.tags.items()}
+        far, out = letters["sets.faces=far"], letters["sets.faces=diagnostic"]
+        assert f"digits, faces (far); noise is a diagnostic and is left out ({far})." in board.held
+        assert f"faces, noise are diagnostics and are left out ({out})." in board.held
 
 
 def test_verdicts_in_words() -> None:

@@ -15,7 +15,7 @@ from traj_ood.errors import unknown_name
 from traj_ood.evaluation.cautions import cautions
 from traj_ood.evaluation.leaderboard import leaderboard, per_set
 from traj_ood.evaluation.metrics import METRIC_NAMES
-from traj_ood.evaluation.results import CONTROL, REGIONS, Result, sets_in_words
+from traj_ood.evaluation.results import CONTROL, REGIONS, Result, ways_in_words
 from traj_ood.evaluation.text_tables import Bold, TextTable, comment
 from traj_ood.text import printable, quote_formula
 
@@ -119,7 +119,9 @@ def render(results: Sequence[Result], form: str = "markdown", choice: Choice | N
         place = f"{benchmark} · {model}"
         tables = []
         if "means" in choice.tables:
-            table = _means_table(rows, choice.columns, [_held(here), *cautions(own)])
+            divided = here.groupby("variant", sort=False)[["set", "role"]]
+            ways = {str(variant): dict(part.itertuples(index=False)) for variant, part in divided}
+            table = _means_table(rows, choice.columns, [ways_in_words(ways), *cautions(own)])
             tables.append(replace(table, caption=f"{place}: means over sets"))
         if "sets" in choice.tables:
             tables.append(replace(_sets_table(rows, here), caption=f"{place}: AUROC by OOD set"))
@@ -178,15 +180,6 @@ def _means_table(rows: pd.DataFrame, columns: Sequence[str], notes: Sequence[str
         for number, reason in enumerate(reasons, 1)
     ]
     return TextTable(header, lines, notes=[*footnotes, *notes])
-
-
-def _held(sets: pd.DataFrame) -> str:
-    """Which sets the means include; several sentences if rows divide the sets in different ways, as records of
-    different versions may."""
-    ways: dict[str, list[str]] = {}
-    for variant, own in sets.groupby("variant", sort=False):
-        ways.setdefault(sets_in_words(dict(zip(own["set"], own["role"], strict=True))), []).append(str(variant))
-    return next(iter(ways)) if len(ways) == 1 else " ".join(f"{w[:-1]} ({'; or '.join(v)})." for w, v in ways.items())
 
 
 def _sets_table(rows: pd.DataFrame, sets: pd.DataFrame) -> TextTable:

@@ -232,6 +232,17 @@ def sets_in_words(sets: Mapping[str, str]) -> str:
     return f"Means include {included or 'no set'}" + (f"; {', '.join(own)} {verb} left out." if own else ".")
 
 
+def ways_in_words(ways: Mapping[str, Mapping[str, str]]) -> str:
+    """:func:`sets_in_words` for rows of a table, by their mark; several sentences, each with the marks of its rows, if
+    these divide the sets in different ways, as records of different versions may."""
+    marks: dict[str, list[str]] = {}
+    for mark, sets in ways.items():
+        marks.setdefault(sets_in_words(sets), []).append(mark)
+    if len(marks) == 1:
+        return next(iter(marks))
+    return " ".join(f"{sentence[:-1]} ({'; or '.join(own)})." for sentence, own in marks.items())
+
+
 def with_diagnostics(results: Sequence[Result], names: Collection[str]) -> list[Result]:
     """The same runs with these OOD sets as diagnostics, so that means leave them out; for records older than that role.
 

@@ -21,7 +21,7 @@ from traj_ood.evaluation.results import (
     is_in,
     mean_interval,
     near_first,
-    sets_in_words,
+    ways_in_words,
 )
 from traj_ood.evaluation.runs import Run
 
@@ -53,8 +53,8 @@ class Estimate:
 class BoardRow:
     """One line of a leaderboard: a scorer, averaged over seeds, and the ``results`` behind it.
 
-    ``figures`` are by ``<region>_<metric>``, ``sets`` the AUROC by OOD set. ``tag`` is a letter for rows of the same
-    scorer with other data or settings (see :class:`Board`), else empty.
+    ``figures`` are by ``<region>_<metric>``, ``sets`` the AUROC and ``roles`` the role by OOD set. ``tag`` is a letter
+    for rows of the same scorer with other data or settings (see :class:`Board`), else empty.
     """
 
     label: str
@@ -67,6 +67,7 @@ class BoardRow:
     warnings: str
     figures: dict[str, Estimate]
     sets: dict[str, Estimate]
+    roles: dict[str, str]
     results: tuple[Result, ...]
 
     @property
@@ -115,7 +116,10 @@ class Board:
     @property
     def held(self) -> str:
         """Which sets the means include."""
-        return sets_in_words(self.sets)
+        ways: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            ways.setdefault(row.tag, {}).update(row.roles)
+        return ways_in_words(ways)
 
     @property
     def cautions(self) -> list[str]:
@@ -284,6 +288,7 @@ def _row(line: dict[str, Any], tag: str, members: Sequence[tuple[Result, ScorerR
         warnings=line["warnings"],
         figures=figures,
         sets={name: _mean_auroc(scores) for name, scores in by_set.items()},
+        roles={name: score.role for name, score in scorers[0].sets.items()},
         results=tuple(result for result, _ in members),
     )
 
