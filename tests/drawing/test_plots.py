@@ -15,6 +15,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from traj_ood.drawing import charts
 from traj_ood.drawing.style import CYCLE, INKS, Figure, lines_of, save_figure
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.dynamics_plots import attractor_gallery, dynamics_curves
@@ -193,6 +194,14 @@ def test_a_tolerance_of_0_is_not_drawn(tmp_path: Path) -> None:
 def test_empty_results_are_named() -> None:
     with pytest.raises(TrajOODError, match="expected at least 1 scorer with scores in result 'run', got 0"):
         scorer_overview(make_result(scorers={}))
+
+
+def test_formulas_of_a_legend_are_drawn_as_formulas(tmp_path: Path) -> None:
+    lines = [charts.Curve(label, [1, 2], [1, 2]) for label in (r"to $\nabla\,\log\,p$", "other")]
+    save_figure(charts.curves([charts.Panel(name, "x", "y", lines) for name in "ab"], "title"), tmp_path / "curves.svg")
+    shown = "".join(ElementTree.parse(tmp_path / "curves.svg").getroot().itertext())
+    assert "∇" in shown
+    assert "nabla" not in shown
 
 
 def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:

@@ -300,6 +300,16 @@ def test_openood_rows_in_the_columns_of_its_leaderboard() -> None:
     ]
 
 
+def test_openood_rows_can_be_chosen_and_sorted() -> None:
+    def shown(choice: Choice) -> list[str]:
+        return [line.split(",")[1] for line in openood_csv([run(0)], choice).splitlines()[1:]]
+
+    assert shown(Choice()) == ["Trajectory", "KNN"]
+    assert shown(Choice(sort="label")) == ["KNN", "Trajectory"]
+    assert shown(Choice(scorers=["KNN"])) == ["KNN"]
+    assert shown(Choice(top=1)) == ["Trajectory"]
+
+
 def test_openood_rows_of_one_seed_and_of_a_missing_role() -> None:
     knn = scorer("KNN, k=5", 0.5, 0.7)
     far = ScorerResult("KNN, k=5", {}, "", None, {k: s for k, s in knn.sets.items() if s.role == "far"})

@@ -151,6 +151,10 @@ def test_a_mean_over_several_models_names_them(runs: Path) -> None:
     assert same.notes()[0].startswith(f"Means over 2 runs of {one.result.benchmark}. Differences")
     assert pooled.notes()[0].startswith(f"Means over 2 runs of {one.result.benchmark} (2 models: {name}, other). ")
     assert compare_runs(one, other, "knn:k=2", resamples=50).notes()[0].startswith("Means over 1 run of ")
+    twin = replace(two, result=replace(two.result, model={**two.result.model, "fingerprint": "0123456789ab"}))
+    marks = sorted([one.result.model["fingerprint"][:8], "01234567"])
+    words = f" (2 models: {name} {marks[0]}, {name} {marks[1]}). "
+    assert words in compare_scorers([one, twin], "knn:k=2", "mahalanobis", resamples=50).notes()[0]
 
 
 @pytest.mark.parametrize(

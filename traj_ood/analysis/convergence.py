@@ -71,6 +71,8 @@ class Convergence(ModelQuestion):
         "The number of points in Fig. 11, the tolerance, and how its model was trained are not stated: trained as "
         "App. D states for Figs 2, 3 and 14.",
         "Prop. A.9 has no answer where the norm is 1 or more; such points are counted and left out.",
+        "Norm and radius are estimates by power iteration, the radius to some 3 %, which changes the steps that it "
+        "predicts by a multiple of that where it is near 1.",
     )
     unstated: ClassVar[tuple[str, ...]] = (
         "images", "predict", "epsilon", "tol", "max_steps", "curve_tol", "curve_steps", "epochs", "width"

@@ -181,7 +181,7 @@ def leaderboard(
             for line in cautions([result for result in results if result.benchmark == name]):
                 note(f"{name}: {line}")
     if form == "openood":
-        text = openood_csv(results, quote_formulas=quote)
+        text = openood_csv(results, choice, quote_formulas=quote)
         if csv_path is not None:
             write_atomic(csv_path, text.encode())
         say(text, end="")

@@ -101,7 +101,7 @@ def canvas(
         frame: size of each panel.
         count, columns: number of panels, and of panels in a row.
         title: a bold first line, and further lines of explanation. Lines are wrapped.
-        legend: look of each line by label, shown below the panels.
+        legend: look of each line by label, shown below the panels; users' names in it are made :func:`literal`.
         headroom: inches above each panel, for a title of its own.
         width: width in inches of a figure for print: panels are scaled to fit, down to two thirds of their width before
             fewer stand in a row, and the title is left to the caption. None keeps the size of the panels.
@@ -140,7 +140,7 @@ def canvas(
     for text, top, font in ((lines, 0.07, bold), (notes, 0.07 + 0.21 * len(lines), quiet)):
         figure.text(0.5, 1 - top / height, "\n".join(map(literal, text)), ha="center", va="top", fontdict=font)
     if legend:
-        handles = [Line2D([], [], label=literal(label), **own) for label, own in legend.items()]
+        handles = [Line2D([], [], label=label, **own) for label, own in legend.items()]
         style = {"frameon": False, "fontsize": 7 if small else 9, "labelcolor": INKS["text"]}
         figure.legend(handles=handles, loc="lower center", ncols=across, **style)
     return figure, axes

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from traj_ood.data import OOD_ROLES
 from traj_ood.drawing.charts import PictureRow, picture_rows
-from traj_ood.drawing.style import DASHES, INKS, NARROW, Figure, Frame, Look, canvas, line_of, look
+from traj_ood.drawing.style import DASHES, INKS, NARROW, Figure, Frame, Look, canvas, line_of, literal, look
 from traj_ood.evaluation.gallery import Pictures, view_limits
 from traj_ood.evaluation.results import near_first
 
@@ -54,7 +54,7 @@ def dynamics_curves(curves: pd.DataFrame, tol: float, width: float | None = None
     known = sorted((name for name in roles if name not in sets), key=lambda name: roles[name] != "test")
     ids = {name: look("id", DASHES[n % len(DASHES)]) for n, name in enumerate(known)}
     looks = {**ids, **{name: look(*line_of(n)) for n, name in enumerate(sets)}}
-    legend = {f"{name} ({sets.get(name, 'ID')})": own for name, own in looks.items()}
+    legend = {f"{literal(name)} ({sets.get(name, 'ID')})": own for name, own in looks.items()}
     legend |= {f"tolerance {tol:g}": {"color": INKS["muted"], "linestyle": "--"}} if tol > 0 else {}
     in_column = width is not None and width < NARROW
     rows = {"": list(sets)} if in_column else set_rows(sets)

@@ -206,20 +206,20 @@ def _percent(mean: float, std: float, digits: int = 1, missing: str = "—") -> 
     return f"{100 * mean:.{digits}f}" + ("" if np.isnan(std) else f" ± {100 * std:.{digits}f}")
 
 
-def openood_csv(results: Sequence[Result], *, quote_formulas: bool = True) -> str:
+def openood_csv(results: Sequence[Result], choice: Choice | None = None, *, quote_formulas: bool = True) -> str:
     """The rows of :func:`leaderboard` in the columns of OpenOOD's leaderboard CSV files, for submission.
 
     AUROCs are in percent with 2 decimals, ``±`` over seeds; ``Training`` is the model's family and ``Arch`` its name.
     Missing values are ``/``, as there: a mean over no sets, and the accuracy, which results do not contain. No scorer
     here is fitted on outliers. As OpenOOD has one file per benchmark, the description begins with the benchmark's name;
-    it ends with the variant, a note on unhealthy attractors and the diagnostics. ``quote_formulas`` and
-    errors as in :func:`csv_text`.
+    it ends with the variant, a note on unhealthy attractors and the diagnostics. ``choice`` selects and sorts the rows;
+    ``quote_formulas`` and errors as in :func:`csv_text`.
     """
     import pandas as pd
 
     families = {r.model["fingerprint"]: str(r.model.get("family", "/")) for r in results}
     rows = []
-    for _, row in leaderboard(results).iterrows():
+    for _, row in (choice or Choice()).of(leaderboard(results)).iterrows():
         seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
         notes = [row["benchmark"], seeds, row["variant"], "" if row["healthy"] else "unhealthy attractors"]
         notes += [f"means without {row['diagnostics']}"] if row["diagnostics"] else []

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from traj_ood.drawing.charts import name_rows
-from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas, lines_of, look, save_figure
+from traj_ood.drawing.style import INKS, Figure, Frame, Look, canvas, lines_of, literal, look, save_figure
 from traj_ood.errors import TrajOODError
 from traj_ood.evaluation.dynamics_plots import Floats, dynamics_curves, paths
 from traj_ood.evaluation.metrics import RECALL
@@ -123,7 +123,7 @@ def score_histograms(
         histogram(axis, id_scores, values, edges, lines[name][0])
         figures = f"AUROC {100 * got.metrics.auroc:.1f} %, FPR95 {100 * got.metrics.fpr95:.1f} %"
         size = 9 if width is None else 7
-        axis.set_title(f"{name} ({got.role}, n = {values.size:,})\n{figures}", fontsize=size, y=1.0)
+        axis.set_title(f"{literal(name)} ({got.role}, n = {values.size:,})\n{figures}", fontsize=size, y=1.0)
     return figure
 
 
@@ -178,7 +178,7 @@ def roc_curves(
     Arguments as in :func:`score_histograms`.
     """
     lines = lines or lines_of(scores)
-    legend = {f"{name}  {100 * sets[name].metrics.auroc:.1f} %": look(*lines[name]) for name in scores}
+    legend = {f"{literal(n)}  {100 * sets[n].metrics.auroc:.1f} %": look(*lines[n]) for n in scores}
     note = (
         "OOD is positive; AUROC after each set. Dotted: 95 % of ID kept, where FPR95 is 100 % minus the curve; and "
         "95 % of OOD caught, where FPR95-OpenOOD is read."

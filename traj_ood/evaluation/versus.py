@@ -5,6 +5,7 @@ The tests are those of :mod:`traj_ood.evaluation.compare`, corrected for the num
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -226,7 +227,7 @@ def _versus(
     resamples: int,
     seed: int,
 ) -> Versus:
-    models = {name: sorted({str(run.result.model["name"]) for run in runs}) for name, runs in suites.items()}
+    models = {name: _models([run.result.model for run in runs]) for name, runs in suites.items()}
     found: BootstrapComparison = paired_bootstrap(list(paired.values()), resamples=resamples, seed=seed)
     sets: dict[str, list[SetDifference]] = {}
     for metric in _NAMES:
@@ -244,6 +245,13 @@ def _versus(
         for line in _cautions([run.result for run in own])
     ]
     return Versus(a, b, {name: pair.runs for name, pair in paired.items()}, models, mean, sets, resamples, lines)
+
+
+def _models(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the models; the beginning of its fingerprint after a name that several have."""
+    prints = sorted({(str(model["name"]), str(model["fingerprint"])) for model in models})
+    names = Counter(name for name, _ in prints)
+    return [name if names[name] == 1 else f"{name} {mark[:8]}" for name, mark in prints]
 
 
 def _cautions(results: Sequence[Result]) -> list[str]:
