@@ -273,9 +273,13 @@ def test_options_that_cannot_be(spec: str, text: str) -> None:
 
 
 def test_she_refuses_labels_that_do_not_number_the_classifiers_classes() -> None:
-    for labels in (TRAIN.labels + 7, (TRAIN.labels + 2) % CLASSES):  # type: ignore[operator]
+    for labels, got in (
+        (TRAIN.labels + 7, "labels that are no numbers of these"),  # type: ignore[operator]
+        ((TRAIN.labels + 2) % CLASSES, f"[0-9]+ of {len(TRAIN.labels)} right"),  # type: ignore[operator, arg-type]
+    ):
         shuffled = Evidence(TRAIN.features, logits=TRAIN.logits, labels=labels)
-        with pytest.raises(TrajOODError, match="scorer she: expected labels that number the classifier's 5 classes"):
+        words = f"scorer she: expected labels that number the classifier's 5 classes, got {got}: give the labels"
+        with pytest.raises(TrajOODError, match=words):
             create_scorer("she").fit(shuffled)
 
 

@@ -45,11 +45,12 @@ class SHE(Scorer):
         if self.patterns == "correct":
             labels = labels_of(self.label, train, len(features))
             right = labels == predicted
-            if int(labels.max()) >= count or float(right.double().mean()) <= 1 / count:
+            others = int(labels.max()) >= count
+            if others or float(right.double().mean()) <= 1 / count:
+                got = "labels that are no numbers of these" if others else f"{int(right.sum())} of {len(labels)} right"
                 raise TrajOODError(
-                    f"scorer {self.label}: expected labels that number the classifier's {count} classes, got "
-                    f"{int(right.sum())} of {len(labels)} right and a largest label of {int(labels.max())}: give the "
-                    "labels in the classifier's order, or use patterns=predicted"
+                    f"scorer {self.label}: expected labels that number the classifier's {count} classes, got {got}: "
+                    "give the labels in the classifier's order, or use patterns=predicted"
                 )
             features, predicted = features[right], predicted[right]
         sums = torch.zeros(count, features.shape[1], dtype=torch.float64).index_add_(0, predicted, features)
