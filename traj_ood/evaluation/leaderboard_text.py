@@ -120,7 +120,7 @@ def render(results: Sequence[Result], form: str = "markdown", choice: Choice | N
         tables = []
         if "means" in choice.tables:
             divided = here.groupby("variant", sort=False)[["set", "role"]]
-            ways = {str(variant): dict(part.itertuples(index=False)) for variant, part in divided}
+            ways: dict[str, dict[str, str]] = {str(v): dict(part.itertuples(index=False)) for v, part in divided}
             table = _means_table(rows, choice.columns, [ways_in_words(ways), *cautions(own)])
             tables.append(replace(table, caption=f"{place}: means over sets"))
         if "sets" in choice.tables:
