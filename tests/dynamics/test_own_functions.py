@@ -55,6 +55,56 @@ def test_the_code_of_the_users_own_modules_counts(tmp_path: Path, monkeypatch: p
     assert digests[0] == digests[2] != digests[1]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "log = []\ndef run(x): log.append(x); return x",
+        "memo = {}\ndef run(x):\n  if x not in memo: memo[x] = 2 * x\n  return memo[x]",
+        "def run(x, memo={}): memo[x] = 1; return x",
+        "class Run:\n  memo = {}\n  def __call__(self, x): self.memo[x] = 1; return x\nrun = Run()",
+        "calls = 0\ndef run(x):\n  global calls\n  calls += 1\n  return x",
+        "def made(n=0):\n  def run(x):\n    nonlocal n\n    n += 1\n    return x\n  return run\nrun = made()",
+        "real = 0\ndef run(x): globals()['real'] = x; return x.real",
+    ],
+)
+def test_what_changes_while_a_function_runs_is_no_code(text: str, tmp_path: Path) -> None:
+    """Nor is a global with the name of an attribute."""
+    run = module_of(tmp_path / "own.py", text).run
+    before = written_code(run)
+    for number in range(3):
+        run(number)
+    assert written_code(run) == before
+
+
+def test_values_that_cannot_be_read_or_have_another_address_in_each_process(tmp_path: Path) -> None:
+    text = """import numpy as np, torch
+kept = [torch.empty(2, device="meta"), torch.nested.nested_tensor([torch.ones(1)]), torch.eye(2).to_sparse()]
+table = np.array([{}], dtype=object)
+rows = np.zeros(1, dtype=[("a", object)])
+def part(x): return x
+parts = frozenset([part, np.array])
+def run(x): return kept, table, rows, parts"""
+    digests = set()
+    modules = []  # kept, so that no address comes twice
+    for _ in range(4):
+        modules.append(module_of(tmp_path / "own.py", text))
+        digests.add(written_code(modules[-1].run))
+    assert len(digests) == 1
+
+
+def test_of_long_collections_and_large_arrays_the_begin_and_the_length_count(tmp_path: Path) -> None:
+    """All of them would take seconds in each run."""
+    text = """import numpy as np
+many, large = [0] * COUNT, np.zeros(COUNT, np.uint8)
+many[-1] = large[-1] = LAST
+def run(x): return many, large"""
+    one, longer, other = (
+        written_code(module_of(tmp_path / "own.py", text.replace("COUNT", count).replace("LAST", last)).run)
+        for count, last in (("5_000_000", "0"), ("5_000_001", "0"), ("5_000_000", "1"))
+    )
+    assert one == other != longer
+
+
 def test_line_numbers_do_not_count(tmp_path: Path) -> None:
     """Python 3.13 makes them an entry of a class."""
     text = "class Run:\n  __firstlineno__ = LINE\n  def run(self, x): return x\nrun = Run().run"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from traj_ood.errors import TrajOODError, is_out_of_memory
@@ -23,6 +24,12 @@ from traj_ood.io.tensor_file import digest_of
 
 _BY_PYTHON = ("__firstlineno__", "__static_attributes__", "__annotations__", "__dataclass_fields__")
 """Entries of a class that Python makes, in some versions with line numbers or in an order that is not fixed."""
+_FILLING = {"append", "extend", "insert", "update", "setdefault", "pop", "popitem", "remove", "add", "clear"}
+"""Methods that change a collection."""
+_MAX_ENTRIES = 10_000
+"""Entries of a collection that count, beside their number: a million take seconds."""
+_MAX_VALUES = 2**22
+"""Values of a tensor or an array that count, beside its shape."""
 
 
 class OwnFunctions(ABC):
@@ -81,7 +88,8 @@ def module_behind(*functions: Callable[..., Any]) -> nn.Module:
 def written_code(*values: Any) -> str:
     """SHA-256 (hex) of the code that functions and modules run, as far as it is the user's: their instructions, the
     numbers, texts, tensors and collections of these that they refer to, the functions that they call, and the classes
-    of the objects that they use. Attributes of objects, comments and line numbers do not count."""
+    of the objects that they use. Attributes of objects, comments and line numbers do not count, nor does what changes
+    while the functions run: names that they assign, and collections beside code that fills any, such as a log."""
     digest, seen = hashlib.sha256(), set[int]()
     for value in values:
         for text in _written(value, seen):
@@ -96,19 +104,15 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
     if id(value) in seen or inspect.ismodule(value):
         return
     seen.add(id(value))
-    if isinstance(value, tuple | list):
-        for part in value:
+    if isinstance(value, tuple | list | dict):
+        yield from [str(len(value))] if len(value) > _MAX_ENTRIES else []
+        entries = (list(value.items()) if isinstance(value, dict) else value)[:_MAX_ENTRIES]
+        for part in chain.from_iterable(entries) if isinstance(value, dict) else entries:
             yield from _written(part, seen)
-    elif isinstance(value, dict):
-        for entry in value.items():
-            for part in entry:
-                yield from _written(part, seen)
     elif isinstance(value, frozenset):
-        yield repr(sorted(map(repr, value)))  # whose order differs between processes
-    elif isinstance(value, Tensor) and value.layout == torch.strided:
-        yield digest_of({"": value}, None)
-    elif isinstance(value, np.ndarray | np.generic):
-        yield f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+        yield repr(sorted("".join(_written(part, {*seen})) for part in value))  # whose order differs between processes
+    elif isinstance(value, Tensor | np.ndarray | np.generic):
+        yield _values_of(value)
     elif isinstance(value, CodeType):
         yield f"{value.co_name} {value.co_code.hex()} {value.co_names}"
         yield from _written(value.co_consts, seen)
@@ -120,9 +124,10 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _written(value.__self__, seen)
     elif isinstance(value, FunctionType):
         if not is_of_library(value):
-            only_by_name = (value.__kwdefaults__ or {}).values()
-            for part in (value.__code__, value.__defaults__, *only_by_name, *_referred(value)):
-                yield from _written(part, seen)
+            defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            parts = (*defaults, *_referred(value, _constants(value.__code__)))
+            yield from _written(value.__code__, seen)
+            yield from _written_beside([value], parts, seen)
     elif isinstance(value, nn.Module):
         for part in value.modules():
             yield from [f"{type(part).__qualname__}({part.extra_repr()})"] if is_of_library(type(part)) else []
@@ -130,9 +135,8 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
     elif isinstance(value, type):
         for cls in value.__mro__:
             if not is_of_library(cls):
-                for name, part in vars(cls).items():
-                    if name not in _BY_PYTHON:
-                        yield from _written(getattr(part, "__func__", part), seen)
+                own = [getattr(p, "__func__", p) for name, p in list(vars(cls).items()) if name not in _BY_PYTHON]
+                yield from _written_beside([part for part in own if isinstance(part, FunctionType)], own, seen)
     elif type(value).__module__ == "builtins" or is_of_library(type(value)):
         for name in ("fget", "func", "__wrapped__"):  # of a property, and of what functools makes of a function
             if isinstance(part := getattr(value, name, None), FunctionType):
@@ -141,12 +145,50 @@ def _written(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _written(type(value), seen)
 
 
-def _referred(function: FunctionType) -> Iterator[Any]:
-    """What a function refers to by name, also in comprehensions and functions inside of it: in its closure, in its
-    globals, and in modules of the user's among these."""
+def _written_beside(functions: Iterable[FunctionType], parts: Iterable[Any], seen: set[int]) -> Iterator[str]:
+    """The code of ``parts``, without the collections among them if one of ``functions`` fills any collection."""
+    steps = [step for function in functions for step in _steps(function.__code__)]
+    fills = any(step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or step.argval in _FILLING for step in steps)
+    for part in parts:
+        if not (fills and isinstance(part, list | dict)):
+            yield from _written(part, seen)
+
+
+def _values_of(value: Tensor | np.ndarray[Any, Any] | np.generic) -> str:
+    """A digest of a tensor or an array; that of its type alone if it has no values that can be read, as on meta."""
+    if isinstance(value, Tensor):
+        with suppress(RuntimeError, TypeError):
+            return f"{value.shape} {digest_of({'': value.flatten()[:_MAX_VALUES]}, None)}"
+        return str(value.dtype)
+    values = b"" if value.dtype.hasobject else value.reshape(-1)[:_MAX_VALUES].tobytes()
+    return f"{value.dtype} {value.shape} {hashlib.sha256(values).hexdigest()}"
+
+
+def _constants(code: CodeType) -> set[str]:
+    """The names of other scopes that a function reads and does not assign."""
+    steps = list(_steps(code))
+    read = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    assigned = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF")}
+    return {*read, *code.co_freevars} - assigned
+
+
+def _steps(code: CodeType) -> Iterator[dis.Instruction]:
+    """The instructions of a function and of comprehensions and functions inside of it."""
+    yield from dis.get_instructions(code)
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _steps(part)
+
+
+def _referred(function: FunctionType, among: Collection[str] | None = None) -> Iterator[Any]:
+    """What a function refers to by name (by default, by any in its code, also of attributes), also in comprehensions
+    and functions inside of it: in its closure, in its globals, and in modules of the user's among these."""
     names = list(_names_in(function.__code__))
-    own = [function.__globals__[name] for name in names if name in function.__globals__]
-    yield from inspect.getclosurevars(function).nonlocals.values()
+    own = [function.__globals__[n] for n in names if n in function.__globals__ and (among is None or n in among)]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if among is None or name in among:
+            with suppress(ValueError):  # not assigned yet
+                yield cell.cell_contents
     yield from own
     for part in own:
         file = getattr(part, "__file__", None) if inspect.ismodule(part) else None
