@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -628,6 +629,21 @@ def test_a_transform_that_takes_one_size_alone_is_known_by_what_it_does(place: P
     assert run_of(place, model=model(0.01)).run() == first
     with pytest.raises(TrajOODError, match=r"another model \(model\.transform: .*\): choose another --out"):
         run_of(place, model=model(0.02)).run()
+
+
+def test_code_that_was_digested_in_an_earlier_way_is_not_compared(place: Path) -> None:
+    model = CallableAutoencoder(lambda x: x.flatten(1), lambda z: z.reshape(-1, 1, 8, 8) / 2, (1, 8, 8))
+    run = run_of(place, model=model)
+    run.run()
+    file = run.folder / "result.json"
+    tree = json.loads(file.read_text())
+    way, _ = tree["model"]["own_code"].split(" ")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for written, told in ((f"{python} 00", None), (f"{way} 00", "its code has changed")):
+        tree["model"]["own_code"] = written
+        file.write_text(json.dumps(tree))
+        with pytest.raises(TrajOODError, match=told) if told else nullcontext():
+            run_of(place, model=model).run()
 
 
 def test_the_code_that_decides_numbers_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def comparable(mine: Any, other: Any) -> Any:
     if "answers" in mine and (agree(other.get("answers"), mine["answers"]) or _are_older(other)):
         mine = {**mine, "answers": other["answers"]}
     if mine.get("own_code", "").split(" ")[0] != str(other.get("own_code", "")).split(" ")[0]:
-        mine = {**mine, "own_code": other.get("own_code")}  # of another version of Python
+        mine = {**mine, "own_code": other.get("own_code")}  # of another Python, or version of written_code
     if "copies" in other:
         mine = {**mine, "copies": other["copies"]}
     newer = _NEWER - other.keys()
