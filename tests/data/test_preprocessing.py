@@ -271,6 +271,7 @@ def test_labels_of_a_data_set_and_of_a_loader_are_used(arrays: np.ndarray) -> No
     ("given", "count"),
     [
         ([[3, 4], [5]], 3),
+        (((3, 4), (5,)), 3),
         (BatchSampler(SubsetRandomSampler([1, 2, 3]), 2, drop_last=False), 3),
         (BatchSampler(SubsetRandomSampler([1, 2, 3]), 2, drop_last=True), 2),
     ],
@@ -280,6 +281,18 @@ def test_a_loader_of_some_batches_has_as_many_images_as_they(given: Any, count: 
 
     loader = torch.utils.data.DataLoader(Pictures(arrays, ToTensor()), batch_sampler=given)
     assert count_of(loader) == sum(len(images) for images, _ in loader) == count
+
+
+def test_a_loader_of_whole_batches_of_a_stream_with_a_length_has_as_many_images() -> None:
+    class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
+        def __iter__(self) -> Any:
+            return iter(torch.rand(10, 1, 8, 8))
+
+        def __len__(self) -> int:
+            return 10
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4, drop_last=True)
+    assert count_of(loader) == sum(map(len, loader)) == 8
 
 
 def test_labels_that_contradict_a_loaders_own_are_refused(arrays: np.ndarray) -> None:

@@ -69,9 +69,9 @@ def count_of(images: Images) -> int:
         if isinstance(images, torch.utils.data.DataLoader):
             own: Any = images.batch_sampler
             if isinstance(own, samplers.BatchSampler) and own.drop_last:
-                return len(own) * own.batch_size
+                return len(images) * own.batch_size  # len(own) fails over an IterableDataset
             sampler: Any = getattr(own, "sampler", images.sampler)
-            return sum(map(len, own)) if isinstance(own, list) else len(sampler)
+            return sum(map(len, own)) if isinstance(own, list | tuple) else len(sampler)
         indexed = hasattr(images, "__getitem__") and not isinstance(images, Mapping)
         if indexed or isinstance(images, Normalised) or _is_source(images):
             return len(images)
