@@ -20,6 +20,7 @@ from traj_ood import Detector, Normalised
 from traj_ood.cli import main
 from traj_ood.data import Split, load_benchmark
 from traj_ood.data.encoded import read_encoded
+from traj_ood.data.equal_files import EqualImages
 from traj_ood.data.id_images import choose_id_images
 from traj_ood.data.records import Opening, files_of, is_records, read_records
 from traj_ood.errors import TrajOODError
@@ -328,6 +329,18 @@ def test_records_that_are_read_otherwise_are_another_split(tmp_path: Path) -> No
     images = read_encoded(parquet(tmp_path / "a.parquet", FILES))
     one, other = (Split("a", "test", replace(images, exif=on)).digests() for on in (False, True))
     assert one["contents"] != other["contents"]
+
+
+def test_records_that_are_broken_alike_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="needs traj_ood[sources]")
+    for number, name in enumerate(("train", "test", "far")):
+        several = [("0.left.png", FILES[2 * number]), ("0.right.png", FILES[2 * number + 1])]
+        tar(tmp_path / f"{name}.tar", [*several, (f"{number + 1}.png", FILES[10 + number // 2])])
+    (tmp_path / "b.yaml").write_text("train: train.tar\ntest: test.tar\nfar: {far: far.tar}\n")
+    found = load_benchmark(str(tmp_path / "b.yaml"))
+    equal = found.copies({s.name: EqualImages(s.images, 8).contents() for s in found.splits()})
+    for copies in (found.copies(), equal):  # both shards have FILES[10]
+        assert [(c.first, c.second, c.example[0]) for c in copies] == [("train", "test", "test/test.tar/2.png")]
 
 
 def test_names_tell_the_kind(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from traj_ood.data.contents import UNREADABLE
+from traj_ood.data.contents import is_of_image
 from traj_ood.data.decoding import AS_STORED, Reading
 from traj_ood.data.encoded import EncodedImages
 from traj_ood.data.equal_files import EqualImages
@@ -229,10 +229,8 @@ class Benchmark:
             theirs = dict(zip(contents[first.name], first.images.ids, strict=True))
             if first is self.train:
                 theirs = taught | theirs
-            for unreadable in UNREADABLE:
-                theirs.pop(unreadable, None)
             mine = zip(contents[second.name], second.images.ids, strict=True)
-            shared = [(content, (image_id, theirs[content])) for content, image_id in mine if content in theirs]
+            shared = [(c, (image_id, theirs[c])) for c, image_id in mine if c in theirs and is_of_image(c)]
             if len(shared) > (len(second.images) / 2 if _is_ood(first) else 0):
                 known = first is self.train and any(content in taught for content, _ in shared)
                 found.append(Copies(first.name, second.name, len(shared), len(second.images), shared[0][1], known))

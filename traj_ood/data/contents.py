@@ -24,9 +24,10 @@ from traj_ood.io.files import cache_folder
 FILE_NAME = "contents.sqlite"
 ABSENT = ""
 """The digest of what cannot be read or is no regular file."""
-UNREADABLE = (ABSENT, hashlib.sha256().hexdigest())
-"""Digests that equal files may have without being the same image: that one, and that of an empty file."""
+BROKEN = "broken: "
+"""What the digest of a broken record begins with; its reason follows."""
 
+_EMPTY = hashlib.sha256().hexdigest()
 _READERS = 4
 _FILES_PER_TASK = 64  # one task per file would cost as much as reading a small file
 _FILES_PER_COMMIT = 8192  # a million files take minutes, and an interruption must not lose them all
@@ -41,6 +42,12 @@ _Key = tuple[bytes, bytes]
 _warned: set[str] = set()
 _own: dict[_Key, str] = {}  # what this process has hashed itself, if the store does not count or cannot be used
 _distrusts = False  # whether the store does not count
+
+
+def is_of_image(digest: str) -> bool:
+    """Whether images with this digest are copies of each other: files that are absent or empty and broken records share
+    a digest without being the same image."""
+    return digest not in (ABSENT, _EMPTY) and not digest.startswith(BROKEN)
 
 
 def stamp(path: str) -> tuple[int, ...] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from traj_ood.data.contents import BROKEN
 from traj_ood.data.decoding import AS_STORED, Reading, open_bytes
 from traj_ood.data.images import Listed
 from traj_ood.data.records import DEFAULT_OPENING, Opening, Record, read_records, short
@@ -46,7 +47,7 @@ class EncodedImages(Listed):
         """SHA-256 of each file; for a broken record its reason."""
         rows = range(len(self)) if indices is None else indices
         files = (self.files[i] for i in rows)
-        return tuple(f"broken: {f}" if isinstance(f, str) else hashlib.sha256(f).hexdigest() for f in files)
+        return tuple(BROKEN + f if isinstance(f, str) else hashlib.sha256(f).hexdigest() for f in files)
 
     def digest(self) -> str:
         """SHA-256 over ids and contents, and over decoding settings that are not the default."""

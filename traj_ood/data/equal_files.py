@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from traj_ood.data.contents import UNREADABLE
+from traj_ood.data.contents import is_of_image
 from traj_ood.data.images import ImageSource
 from traj_ood.errors import TrajOODError
 
@@ -67,7 +67,7 @@ class EqualImages:
         """SHA-256 over the content of each original image, the side and the quality; that of a file without an image
         is the original's."""
         found = self.source.contents(indices)
-        return tuple(c if c in UNREADABLE else self._made_of(c) for c in found)
+        return tuple(self._made_of(c) if is_of_image(c) else c for c in found)
 
     def digest(self) -> str:
         """SHA-256 over the digest of the source, the side and the quality."""
