@@ -118,7 +118,7 @@ def test_a_head_that_makes_other_logits_is_refused() -> None:
         hidden = norm(body(images.flatten(1)))
         return Features(hidden, layer(hidden))
 
-    def extract(*head: Tensor) -> Features:
+    def extract(*head: Any) -> Features:
         module = nn.ModuleList([body, norm, layer])
         options = {"module": module, "classes": 6, "name": "mine", "chunk": 6, "head": head}
         return CallableBackbone(forward, (1, 4, 4), 6, **options).extract(torch.rand(2, 1, 4, 4))
@@ -128,6 +128,10 @@ def test_a_head_that_makes_other_logits_is_refused() -> None:
     for head in ((weight.T, bias), (weight, bias + 1), (weight[:5], bias[:5]), (weight, bias[:1]), (body.weight, bias)):
         with pytest.raises(TrajOODError, match=r"mine: head: expected weight \(6, 6\) and bias \(6,\) of the layer"):
             extract(*head)
+    other: list[tuple[Any, str]] = [((weight, None), r"\(6, 6\) and NoneType"), ((layer,), "Linear")]
+    for given, got in (*other, ((weight.detach().numpy(), bias), r"ndarray and \(6,\)")):
+        with pytest.raises(TrajOODError, match=f"mine: head: expected weight .*, got {got} that make others: correct"):
+            extract(*given)
     with torch.no_grad():
         body.weight.fill_(torch.nan)
     with pytest.raises(TrajOODError, match=r"mine: features of 2 image\(s\) are NaN or infinite"):

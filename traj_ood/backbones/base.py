@@ -129,9 +129,8 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         if head is not None and not fits_head(answer, head, tolerance=1e-2):  # TF32 may round the logits otherwise
             raise TrajOODError(
                 f"{self.name}: head: expected weight {(self.classes, self.feature_dim)} and bias {(self.classes,)} of "
-                f"the layer that makes the logits of the features, got {tuple(head[0].shape)} and "
-                f"{tuple(head[1].shape)} that make others: correct it, or leave it out if a norm or an activation lies "
-                "between"
+                f"the layer that makes the logits of the features, got {_shapes(head)} that make others: correct it, or "
+                "leave it out if a norm or an activation lies between"
             )
         if not takes_one(f"{self.name}: features", self._joint, images):
             self.ladder = ()
@@ -179,14 +178,22 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         return fingerprint(self.module, [self.library, self.options()])
 
 
-def fits_head(answer: Features, head: tuple[Tensor, Tensor], tolerance: float = 1e-4) -> bool:
+def fits_head(answer: Features, head: Any, tolerance: float = 1e-4) -> bool:
     """Whether W h + b, for a ``head`` W and b, equals the logits up to ``tolerance`` of the largest one (of 1, if that
-    is larger), so that no norm or activation lies between. What is NaN is not compared."""
+    is larger), so that no norm or activation lies between. What is NaN is not compared; what is no pair of tensors does
+    not fit."""
+    if not isinstance(head, tuple | list) or [isinstance(part, Tensor) for part in head] != [True, True]:
+        return False
     (weight, bias), logits = (part.to(answer.features) for part in head), answer.logits
     if logits is None or weight.shape != (logits.shape[1], answer.features.shape[1]) or bias.shape != weight.shape[:1]:
         return False
     scale = max(1.0, float(logits.abs().max()))
     return not bool(((functional.linear(answer.features, weight, bias) - logits).abs() > tolerance * scale).any())
+
+
+def _shapes(head: Any) -> str:
+    parts = head if isinstance(head, tuple | list) else [head]
+    return " and ".join(str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in parts)
 
 
 class CallableBackbone(OwnFunctions, Backbone):
