@@ -15,13 +15,13 @@ from traj_ood.data.batches import OnError, read_parts
 from traj_ood.data.images import check_unchanged
 from traj_ood.dynamics.behaviour import agree, answers, transform_digest
 from traj_ood.dynamics.device import standard_settings
+from traj_ood.dynamics.fixed_function import KnownWeights
 from traj_ood.dynamics.own_functions import OwnFunctions, written_code
 from traj_ood.errors import TrajOODError
 from traj_ood.io.extensions import origin_of
 from traj_ood.io.parts import Part, PartStore
 from traj_ood.io.provenance import code_digest, package_digest
 from traj_ood.io.trees import as_json
-from traj_ood.io.weights import parts_of, tensors_of
 
 Failures = list[dict[str, str]]
 BLOCK = 512  # images per file
@@ -87,17 +87,17 @@ class FeatureCache:
         """The blocks of this backbone and these images, reused from the last call, because hashing takes a while."""
         with backbone.fixed(), torch.inference_mode():
             backbone.try_once()  # it may reduce chunk
-        recent, state = self._recent, _state_of(backbone)
-        if recent is None or recent.backbone is not backbone or recent.images is not images or recent.state != state:
-            recent = self._recent = _Blocks(self._parts, backbone, images)
+        recent = self._recent
+        same = recent is not None and recent.backbone is backbone and recent.weights.are_unchanged()
+        weights = recent.weights if recent is not None and same else KnownWeights(backbone)
+        if recent is None or not same or recent.images is not images or recent.way != _way_of(backbone):
+            recent = self._recent = _Blocks(self._parts, backbone, weights, images)
         return recent
 
 
-def _state_of(backbone: Backbone) -> list[Any]:
-    """What changes if the backbone is trained or called in another way, without a look at its weights."""
-    tensors = tensors_of(parts_of(backbone.module))
-    versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
-    return [backbone.chunk, backbone.channels_last, *versions]
+def _way_of(backbone: Backbone) -> tuple[int, bool]:
+    """How the backbone is called, which decides rounding."""
+    return backbone.chunk, backbone.channels_last
 
 
 def _select(block: Part, wanted: Collection[str]) -> Part:
@@ -111,8 +111,9 @@ def _select(block: Part, wanted: Collection[str]) -> Part:
 class _Blocks:
     """The blocks of one backbone over one list of images; their ``logits`` are (n, 0) without a classifier."""
 
-    def __init__(self, parts: PartStore, backbone: Backbone, images: ImageSource) -> None:
-        self.backbone, self.images, self.state, self._parts = backbone, images, _state_of(backbone), parts
+    def __init__(self, parts: PartStore, backbone: Backbone, weights: KnownWeights, images: ImageSource) -> None:
+        self.backbone, self.weights, self.images, self.way = backbone, weights, images, _way_of(backbone)
+        self._parts = parts
         self._contents = images.contents()
         self._recent: tuple[int, Part] | None = None
         identity: dict[str, Any] = {

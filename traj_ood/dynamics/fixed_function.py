@@ -356,9 +356,9 @@ def trial_rows(shape: tuple[int, ...], like: nn.Module) -> Tensor:
 class KnownWeights:
     """A record of a model's weights and buffers, to detect later changes.
 
-    :meth:`check` compares the identities and version counters of the tensors, and a sample of their values, which also
-    detects changes that bypass the counters (``parameter.data``). If these differ, a hash of all values decides, so
-    that moving a model or loading equal weights is not a change.
+    :meth:`are_unchanged` compares the identities and version counters of the tensors, and a sample of their values,
+    which also detects changes that bypass the counters (``parameter.data``). If these differ, a hash of all values
+    decides, so that moving a model or loading equal weights is not a change.
     """
 
     def __init__(self, model: FixedFunction) -> None:
@@ -366,16 +366,22 @@ class KnownWeights:
         self._digest = self._hash()
         self._mark()
 
+    def are_unchanged(self) -> bool:
+        """Whether weights and buffers have the values of the record."""
+        if self._marks == self._look() and torch.equal(self._values, torch.cat(self._sample)):
+            return True
+        if self._hash() != self._digest:
+            return False
+        self._mark()
+        return True
+
     def check(self) -> None:
         """Raise ``TrajOODError`` if weights or buffers have changed."""
-        if self._marks == self._look() and torch.equal(self._values, torch.cat(self._sample)):
-            return
-        if self._hash() != self._digest:
+        if not self.are_unchanged():
             raise TrajOODError(
                 f"{self._name}: its weights or batch statistics have changed since the scorer was fitted: fit again, "
                 "or load the weights that it was fitted with"
             )
-        self._mark()
 
     def _mark(self) -> None:
         tensors = self._tensors()
