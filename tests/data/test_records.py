@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 
@@ -202,8 +203,12 @@ def test_a_benchmark_and_its_commands_read_addresses_that_are_allowed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRAJ_OOD_ALLOW", start)
     here = ["--model", tmp_path / "conv", "--scorers", "field", "--bootstrap", 0, "--no-plots", "--device", "cpu"]
-    done = CliRunner().invoke(main, [str(a) for a in ("bench", path, *here)], prog_name="traj-ood")
-    assert done.exit_code == 0, done.output
+    size = {"family": "conv", "image_size": 8, "channels": 1, "model": {"width": 4, "bottleneck": 6}}
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"name": "c", "benchmark": str(path), **size, "recipe": {"epochs": 1}}))
+    for command in (("bench", path, *here), ("train", config, "--out", tmp_path / "own", "--quiet", "--device", "cpu")):
+        done = CliRunner().invoke(main, [str(a) for a in command], prog_name="traj-ood")
+        assert done.exit_code == 0, done.output
 
 
 def test_files_at_an_address_keep_what_stands_before_their_path(

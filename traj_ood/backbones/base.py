@@ -129,8 +129,8 @@ class Backbone(FixedFunction, Preprocessed, ABC):
         if head is not None and not fits_head(answer, head, tolerance=1e-2):  # TF32 may round the logits otherwise
             raise TrajOODError(
                 f"{self.name}: head: expected weight {(self.classes, self.feature_dim)} and bias {(self.classes,)} of "
-                f"the layer that makes the logits of the features, got {_shapes(head)} that make others: correct it, or "
-                "leave it out if a norm or an activation lies between"
+                f"the layer that makes the logits of the features, got {_shapes(head)} that make others: correct it, "
+                "or leave it out if a norm or an activation lies between"
             )
         if not takes_one(f"{self.name}: features", self._joint, images):
             self.ladder = ()

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from traj_ood.cli.base import NAME, PATH, examples, main, reading_of, set_up, shared
+from traj_ood.cli.base import NAME, PATH, examples, main, opening_of, reading_of, set_up, shared
 from traj_ood.cli.console import note
 
 
@@ -24,7 +24,7 @@ from traj_ood.cli.console import note
     required=True,
     help="Folder for model, log and checkpoint: new, empty, or of an unfinished training.",
 )
-@shared("data_root", "follow_links", "exif", "bit_depth", "device", "threads")
+@shared("data_root", "follow_links", "exif", "bit_depth", "stride", "allow", "device", "threads")
 @click.option("--fresh", is_flag=True, help="Discard an earlier checkpoint or model in OUT.")
 @shared("quiet")
 def train(config: str, out: Path, **options: Any) -> None:
@@ -45,6 +45,7 @@ def train(config: str, out: Path, **options: Any) -> None:
         settings,
         out,
         reading=reading_of(options["exif"], options["bit_depth"]),
+        opening=opening_of(options),
         device=resolve_device(options["device"]),
         **{key: options[key] for key in ("data_root", "follow_links", "fresh", "quiet")},
     )

@@ -17,6 +17,7 @@ from traj_ood.data import Benchmark, Split, load_benchmark, preflight
 from traj_ood.data.batches import read_rows
 from traj_ood.data.contents import distrust
 from traj_ood.data.decoding import AS_STORED, Reading
+from traj_ood.data.records import DEFAULT_OPENING, Opening
 from traj_ood.dynamics.device import training_settings
 from traj_ood.errors import TrajOODError, foreign_errors, unknown_name
 from traj_ood.scorers.scorer_set import ScorerSet
@@ -37,6 +38,7 @@ def train_model(
     data_root: str | Path | None = None,
     follow_links: bool = False,
     reading: Reading = AS_STORED,
+    opening: Opening = DEFAULT_OPENING,
     device: torch.device | None = None,
     fresh: bool = False,
     quiet: bool = False,
@@ -53,6 +55,7 @@ def train_model(
         data_root: folder of the benchmark's data, see :func:`traj_ood.data.load_benchmark`.
         follow_links: whether to follow symbolic links in image folders.
         reading: how image files are read.
+        opening: how the sources of records in a benchmark's YAML file are opened.
         device: where to train. Default: the CPU.
         fresh: ignore a checkpoint, replace a finished training, and hash the images again.
         quiet: print one JSON line per epoch instead of a progress bar.
@@ -67,7 +70,12 @@ def train_model(
     if fresh:
         distrust()
     benchmark = load_benchmark(  # only its ID splits are read
-        config.benchmark, data_root, follow_links=follow_links, reading=reading, allow_missing=True
+        config.benchmark,
+        data_root,
+        follow_links=follow_links,
+        reading=reading,
+        allow_missing=True,
+        opening=opening,
     )
     preflight(benchmark)
     train = train_classifier if config.family == "classifier" else _train_autoencoder
