@@ -90,6 +90,8 @@ def test_the_files_are_found_in_every_place(nowhere: Path, tmp_path: Path) -> No
         assert find_fashion_mnist() == place  # each place goes before the ones made so far
     write_fake(tmp_path / "mine" / "FashionMNIST" / "raw", 10, 10)
     assert obtain_fashion_mnist(tmp_path / "mine") == tmp_path / "mine" / "FashionMNIST" / "raw"
+    write_fake(tmp_path / "mine" / "fashion-mnist", 10, 10)  # where the refusal of digits says to put them
+    assert obtain_fashion_mnist(tmp_path / "mine") == tmp_path / "mine" / "fashion-mnist"
 
 
 def test_a_given_root_without_the_files_is_an_error_and_no_download(

@@ -37,9 +37,9 @@ APT_TIMEOUT = 300.0  # seconds for one apt-get call: package lists and 30 MB ove
 def find_fashion_mnist(root: str | Path | None = None) -> Path | None:
     """The folder with the four files, or None; nothing is downloaded.
 
-    Looks in ``root`` only if given, else in Debian's folder and the cache.
+    Looks in ``root`` only if given, first in ``fashion-mnist`` below it, else in Debian's folder and the cache.
     """
-    bases = [Path(root)] if root is not None else _default_folders()
+    bases = [Path(root) / "fashion-mnist", Path(root)] if root is not None else _default_folders()
     return next((found for base in bases if (found := find_idx_files(base, "FashionMNIST")) is not None), None)
 
 
