@@ -575,6 +575,8 @@ def test_features_of_images_that_change_meanwhile_are_not_kept(tmp_path: Path) -
         return net.forward_batch(images)
 
     busy = CallableBackbone(overwritten, (1, 8, 8), 6, module=net.module, name="b", chunk=8)
+    busy.extract(torch.zeros(1, 1, 8, 8))  # whose trial is before the images are read
+    tiny.write_images(tmp_path / "a", 5, 0)
     with pytest.raises(TrajOODError, match=r"1 image\(s\) changed while they were being read, first '003\.png'"):
         FeatureCache(tmp_path / "cache").extract(busy, images, range(5))
     assert list((tmp_path / "cache").rglob("*.safetensors")) == []

@@ -94,9 +94,10 @@ class RunConfig:
         check_stopping(self.tol, self.max_steps)
         check_whole("seed", self.seed, 0, MAX_INT)
         check_whole("resamples", self.resamples, 0, _MAX_RESAMPLES)
-        for name in ("attractors", "per_set"):  # the benchmark knows their bounds
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 0)
+        if self.attractors is not None:
+            check_whole("attractors", self.attractors, 0)  # the benchmark knows the bounds
+        if self.per_set is not None:
+            check_whole("per_set", self.per_set, unit="image per set")
         check_word("value of on_error", self.on_error, OnError)
 
 
