@@ -159,11 +159,12 @@ class Narrow(Backbone):
 
     def forward_batch(self, images: Tensor) -> Features:
         features = self.module(images.flatten(1))
-        return Features(features * (1 + 2e-7 * (torch.arange(len(features)) > 0).float()[:, None]), None)
+        return Features(features * (1 + 1e-5 * (torch.arange(len(features)) > 0).float()[:, None]), None)
 
 
 def test_a_network_that_rounds_by_place_is_called_row_by_row_in_every_way(tmp_path: Path) -> None:
     backbone = tuned(Narrow(), tmp_path)
-    images = torch.randn(24, 1, 8, 8)
-    assert torch.equal(backbone.extract(images).features.roll(1, 0), backbone.extract(images.roll(1, 0)).features)
+    images = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    rolled, found = backbone.extract(images.roll(1, 0)).features, backbone.extract(images).features.roll(1, 0)
+    torch.testing.assert_close(found, rolled, rtol=1e-6, atol=1e-6 * float(found.abs().max()))
     assert backbone.chunk == 1
